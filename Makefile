@@ -1,0 +1,41 @@
+# The commands a newcomer, a developer and CI run; each sets up what it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test test-all check format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt -e .
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## train HAF, BT and DPO on a made-up preference world and compare them
+	$(BIN)/hafrm demo
+
+test: $(STAMP)  ## every test that needs no network, no GPU and little time
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## the slow proofs too
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## formatting, lint and strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## put the code in the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## time a training step against TRL (installs TRL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl
+	$(BIN)/python benchmarks/train_step.py
+
+clean:  ## remove the environment and what runs wrote
+	rm -rf $(VENV) runs demo-run .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""From what people preferred to token ids; no model code."""

@@ -1,0 +1,67 @@
+"""The nouns of preference data: messages, comparisons and groups.
+
+A group is a prompt, its distinct responses and the comparisons among them; a preference pair is
+the smallest group. Everything downstream (packing, training, scoring, evaluation) speaks of groups.
+Nothing here reads a file or knows a tokenizer.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; `role` is "system", "user", "assistant" or "tool"."""
+
+    role: str
+    content: str
+
+
+class Votes(NamedTuple):
+    """How many judges preferred each side, and how many called it a tie."""
+
+    chosen: int
+    rejected: int
+    tie: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`responses[chosen]` was preferred over `responses[rejected]`, or tied with it."""
+
+    chosen: int
+    rejected: int
+    margin: float = 0.0
+    """Strength of the preference in reward units: the Bradley-Terry loss asks for r_c - r_r > margin."""
+    weight: float = 1.0
+    """Factor on this comparison's losses."""
+    tie: bool = False
+    """True: neither was preferred. Ties are kept for evaluation and not trained on."""
+    votes: Votes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt, its distinct responses, and the comparisons among them."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    responses: tuple[str, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    source: str = ""
+    """Where it came from (a file's stem or a data set's name); evaluation slices by it."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Further slices, such as subset or split, as the source named them."""
+
+
+def prompt_key(prompt: Sequence[Message]) -> str:
+    """Hexadecimal digest (16 digits) of a prompt; splits and leakage checks compare it."""
+    text = json.dumps([[m.role, m.content] for m in prompt], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def num_comparisons(groups: Sequence[Group]) -> int:
+    """Number of comparisons in all groups, ties included."""
+    return sum(len(group.comparisons) for group in groups)

@@ -1,0 +1,1 @@
+"""Prompt once, two heads: layout, attention, log-probs, model; knows nothing of files or recipes."""

@@ -1,0 +1,189 @@
+"""One packed row: where prompts, branches, predictions and last tokens lie.
+
+A row holds groups one after another, each as its prompt followed by one branch per response, with
+no padding. Positions restart at the prompt's end for every branch:
+
+    row:        [ P0 P1 P2 | a0 a1 a2 | b0 b1 ] [ Q0 Q1 | c0 | d0 d1 ]
+    position:     0  1  2    3  4  5    3  4      0  1    2    2  3
+
+Attention runs per segment, one segment per response: the queries of the first are the prompt and its
+branch, those of the others their branch alone; the keys are always prompt and branch. Knows nothing
+of models, and never compares ids with pad.
+
+Legend: tokens = rows of the packed sequence, keys = rows of all segments' keys, scored = response
+tokens (each has a log-prob), responses = branches = segments.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@runtime_checkable
+class Branches(Protocol):
+    """What a layout needs of an encoded group: a prompt's ids and the ids of each response."""
+
+    @property
+    def prompt_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def response_ids(self) -> Sequence[NDArray[np.int32]]: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The index tensors of one packed row."""
+
+    shape: tuple[tuple[int, tuple[int, ...]], ...]
+    """(prompt length, branch lengths) of every group; host-side integers, so no step synchronises."""
+    input_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, " tokens"]
+    predictor: Int[Tensor, " scored"]
+    """Row whose hidden state predicts each response token: the last prompt token is shared."""
+    targets: Int[Tensor, " scored"]
+    response_of: Int[Tensor, " scored"]
+    last: Int[Tensor, " responses"]
+    """Row of each response's last real token, where its reward is read."""
+    lengths: Int[Tensor, " responses"]
+    key_index: Int[Tensor, " keys"]
+    """Rows of every segment's keys: a prompt appears once per branch."""
+    cu_queries: Int[Tensor, " bounds"]
+    cu_keys: Int[Tensor, " bounds"]
+    masks: dict[Any, Tensor] = dataclasses.field(default_factory=dict, compare=False)
+    """Attention masks by (queries, keys, window), built once and shared by all layers."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.last)
+
+    @property
+    def query_lengths(self) -> list[int]:
+        """Queries of each segment; they sum to the row's tokens."""
+        return [
+            length + (prompt if branch == 0 else 0)
+            for prompt, branches in self.shape
+            for branch, length in enumerate(branches)
+        ]
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """Keys of each segment: the tokens of prompt and response."""
+        return [prompt + length for prompt, branches in self.shape for length in branches]
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same layout on another device; asynchronous where the memory is pinned."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, masks={}, **moved)
+
+
+def lay_out(groups: Sequence[Branches]) -> Layout:
+    """The layout of `groups` in one row, in the order given.
+
+    Raises ValueError for a group without responses, an empty prompt (nothing would predict the first
+    response token) or an empty response.
+    """
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in _PARTS}
+    row = responses = 0
+    for group in groups:
+        prompt = len(group.prompt_ids)
+        if prompt == 0 or not group.response_ids or any(len(r) == 0 for r in group.response_ids):
+            raise ValueError(
+                "a group needs a prompt and one or more responses of at least one token; got "
+                f"{prompt} prompt tokens and responses of {[len(r) for r in group.response_ids]}"
+            )
+        prompt_rows = np.arange(row, row + prompt)
+        parts["input_ids"].append(np.asarray(group.prompt_ids, np.int64))
+        parts["position_ids"].append(np.arange(prompt))
+        row += prompt
+        for ids in group.response_ids:
+            rows = np.arange(row, row + len(ids))
+            parts["input_ids"].append(np.asarray(ids, np.int64))
+            parts["position_ids"].append(np.arange(prompt, prompt + len(ids)))
+            parts["predictor"].append(np.concatenate([prompt_rows[-1:], rows[:-1]]))
+            parts["targets"].append(np.asarray(ids, np.int64))
+            parts["response_of"].append(np.full(len(ids), responses))
+            parts["key_index"].append(np.concatenate([prompt_rows, rows]))
+            parts["last"].append(rows[-1:])
+            responses += 1
+            row += len(ids)
+    shape = tuple((len(g.prompt_ids), tuple(len(r) for r in g.response_ids)) for g in groups)
+    return _finish(shape, parts)
+
+
+_PARTS = (
+    "input_ids",
+    "position_ids",
+    "predictor",
+    "targets",
+    "response_of",
+    "key_index",
+    "last",
+)
+
+
+def _finish(
+    shape: tuple[tuple[int, tuple[int, ...]], ...], parts: dict[str, list[NDArray[np.int64]]]
+) -> Layout:
+    lengths = np.array([length for _, branches in shape for length in branches])
+    keys = np.array([prompt + length for prompt, branches in shape for length in branches])
+    first = np.array([branch == 0 for _, branches in shape for branch in range(len(branches))])
+    queries = np.where(first, keys, lengths)
+    bounds = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in (queries, keys)]
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate(rows)) for name, rows in parts.items()
+    }
+    return Layout(
+        shape=shape,
+        lengths=torch.from_numpy(lengths),
+        cu_queries=torch.from_numpy(bounds[0]),
+        cu_keys=torch.from_numpy(bounds[1]),
+        **tensors,
+    )
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """The same responses unshared: one right-padded sequence each, as any consumer runs them."""
+
+    input_ids: Int[Tensor, "responses length"]
+    attention_mask: Int[Tensor, "responses length"]
+    predictor: Int[Tensor, " scored"]
+    """As in Layout, into the flattened [responses * length] rows."""
+    last: Int[Tensor, " responses"]
+
+
+def unshare(layout: Layout, pad_id: int = 0) -> PaddedLayout:
+    """Prompt and response of every branch as one right-padded row.
+
+    Right padding is invisible to causal models, recurrent ones too; `pad_id` only fills.
+    """
+    device = layout.input_ids.device
+    keys = torch.tensor(layout.key_lengths, device=device)
+    offset = torch.arange(max(layout.key_lengths), device=device)
+    mask = offset[None, :] < keys[:, None]
+    ids = torch.full(mask.shape, pad_id, device=device)
+    ids[mask] = layout.input_ids[layout.key_index]
+    row = torch.arange(len(keys), device=device) * mask.shape[1]
+    starts = row + keys - layout.lengths - 1
+    within = torch.arange(len(layout.targets), device=device)
+    first_scored = torch.cumsum(layout.lengths, 0) - layout.lengths
+    return PaddedLayout(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        predictor=(starts - first_scored)[layout.response_of] + within,
+        last=row + keys - 1,
+    )

@@ -1,0 +1,164 @@
+"""Log-probs of chosen tokens from hidden states, without a `[tokens, vocabulary]` matrix.
+
+Only the rows that predict a response token enter; logits exist for one chunk at a time and are
+recomputed in backward. Products run in the dtype of the hidden states, everything after them in
+float32, and the output is float32 whatever came in (a bfloat16 output alone costs 0.38 nat over 300
+tokens). When the head is frozen, its share of the gradient is taken in forward and nothing is
+recomputed. LM-head bias, logit scaling and final soft-capping are honoured.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at a time (64 MiB in float32); the chunk's rows follow from the vocabulary."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to `W h + b` before its softmax: `cap * tanh(scale * z / cap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """The final logits, written over `z`."""
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def chain_(self, grad: Tensor, logits: Tensor | None) -> Tensor:
+        """d/dz from d/dlogits, written over `grad`; tanh' = 1 - tanh^2."""
+        if self.softcap is not None:
+            assert logits is not None
+            grad.mul_(1.0 - (logits / self.softcap).square())
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "scored hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " scored"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    transform: LogitTransform | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, " scored"]:
+    """log softmax(transform(W h + b))[target] of every row, float32, differentiable in h, W and b.
+
+    `chunk` is the number of rows whose logits exist at once; by default CHUNK_ELEMENTS / vocab.
+    """
+    chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    transform = transform or LogitTransform()
+    apply: Callable[..., Tensor] = _TokenLogProbs.apply
+    return apply(hidden, weight, bias, targets, transform, chunk)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+    ) -> Tensor:
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        gradient_now = frozen and hidden.requires_grad
+        h, w = _operands(hidden, weight)
+        normaliser = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        logprobs = torch.empty_like(normaliser)
+        slope = torch.empty_like(hidden) if gradient_now else None
+        for rows in _chunks(len(h), chunk):
+            logits = _logits(h[rows], w, bias, transform)
+            target = targets[rows, None]
+            normaliser[rows] = torch.logsumexp(logits, dim=1)
+            logprobs[rows] = logits.gather(1, target)[:, 0] - normaliser[rows]
+            if slope is not None:
+                ones = torch.ones_like(normaliser[rows])
+                grad = _grad_z(logits, normaliser[rows], target, ones, transform)
+                slope[rows] = _matmul(grad.to(w.dtype), w).to(slope.dtype)
+        ctx.transform, ctx.chunk, ctx.frozen = transform, chunk, frozen
+        if gradient_now:
+            ctx.save_for_backward(slope)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        upstream = grads[0]
+        if ctx.frozen:
+            (slope,) = ctx.saved_tensors
+            return (slope * upstream[:, None]).to(slope.dtype), None, None, None, None, None
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        h, w = _operands(hidden, weight)
+        grad_h = torch.empty_like(hidden) if need_hidden else None
+        grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if need_weight else None
+        grad_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if need_bias else None
+        for rows in _chunks(len(h), ctx.chunk):
+            logits = _logits(h[rows], w, bias, ctx.transform)
+            target = targets[rows, None]
+            grad = _grad_z(logits, normaliser[rows], target, upstream[rows], ctx.transform)
+            if grad_b is not None:
+                grad_b += grad.sum(0)
+            grad = grad.to(w.dtype)
+            if grad_h is not None:
+                grad_h[rows] = _matmul(grad, w).to(grad_h.dtype)
+            if grad_w is not None and grad.dtype == torch.float32:
+                grad_w.addmm_(grad.t(), h[rows])
+            elif grad_w is not None:
+                grad_w += _matmul(grad.t(), h[rows])
+        grad_w = grad_w.to(weight.dtype) if grad_w is not None else None
+        grad_b = grad_b.to(bias.dtype) if grad_b is not None else None
+        return grad_h, grad_w, grad_b, None, None, None
+
+
+def _chunks(rows: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors in one dtype: bfloat16 on CUDA where autocast or the weights say so; float32 on
+    CPU, whose half-precision products round their output to half precision."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    if not hidden.is_cuda:
+        dtype = torch.float32
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated and returned in float32; autocast would round the result."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    z = _matmul(h, w.t())
+    if bias is not None:
+        z += bias.float()
+    return transform.apply_(z)
+
+
+def _grad_z(
+    logits: Tensor, normaliser: Tensor, target: Tensor, upstream: Tensor, transform: LogitTransform
+) -> Tensor:
+    """upstream * (onehot(target) - softmax) through the transform; overwrites `logits`."""
+    kept = logits.clone() if transform.softcap is not None else None
+    grad = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
+    grad.scatter_add_(1, target, upstream[:, None])
+    return transform.chain_(grad, kept)

@@ -1,0 +1,230 @@
+"""One backbone, two heads: rewards and log-probs of every response from one forward.
+
+HybridModel wraps a stock transformers causal LM (or classifier) without touching its code. Its
+forward is the only entry, so that DDP and FSDP2 see it; it knows nothing of losses, files or recipes.
+Rewards are read at the last real token, found by position, in float32. Dropout is off.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hafrm.engine.attention import SHARED_PREFIX
+from hafrm.engine.layout import Layout, unshare
+from hafrm.engine.logprobs import LogitTransform, token_logprobs
+from hafrm.errors import ModelError, NumericsError
+
+SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Outputs(NamedTuple):
+    """What one forward gives, per response; a head that the model lacks gives None."""
+
+    rewards: Float[Tensor, " responses"] | None
+    """w . h_last, float32."""
+    logps: Float[Tensor, " responses"] | None
+    """Sum of the response tokens' log-probs, float32, nat."""
+    lengths: Int[Tensor, " responses"]
+    """Response tokens, the EOS included."""
+
+
+class HybridModel(nn.Module):
+    """A backbone with a reward head, a policy head, or both.
+
+    `sharing` False runs every response as a padded row of its own through the model's stock attention:
+    the slow twin, and the way for models whose layers cannot share a prefix.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        reward_head: nn.Linear | None = None,
+        policy_head: nn.Linear | None = None,
+        sharing: bool = True,
+    ) -> None:
+        """Raises ModelError where sharing is asked of a model that cannot share."""
+        super().__init__()
+        if reward_head is None and policy_head is None:
+            raise ModelError(
+                "a HybridModel needs a reward head, a policy head, or both; got neither"
+            )
+        self.backbone = backbone
+        self.reward_head = reward_head
+        self.policy_head = policy_head
+        self.transform = logit_transform(backbone.config)
+        self.stock_attention = str(backbone.config._attn_implementation)
+        self.sharing = False
+        switch_off_dropout(self)
+        if sharing:
+            self.share(True)
+
+    def share(self, sharing: bool) -> None:
+        """Lay prompts out once (True) or once per response (False)."""
+        if sharing and (obstacle := sharing_obstacle(self.backbone)):
+            raise ModelError(
+                f"this model cannot share prompts: {obstacle}; set training.sharing: off"
+            )
+        self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else self.stock_attention)
+        self.sharing = sharing
+
+    def checkpoint_activations(self) -> None:
+        """Keep only layer inputs and recompute the rest in backward: less memory, a third more work."""
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
+        (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.backbone.train()
+
+    def forward(self, layout: Layout) -> Outputs:
+        """Rewards and log-probs of the layout's responses, in the layout's order."""
+        if self.sharing:
+            hidden = self.backbone(
+                input_ids=layout.input_ids[None],
+                position_ids=layout.position_ids[None],
+                attention_mask=None,
+                use_cache=False,
+                branch_layout=layout,
+            ).last_hidden_state[0]
+            predictor, last = layout.predictor, layout.last
+        else:
+            padded = unshare(layout)
+            hidden = self.backbone(
+                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            ).last_hidden_state.flatten(0, 1)
+            predictor, last = padded.predictor, padded.last
+        rewards = None if self.reward_head is None else self._rewards(hidden[last])
+        logps = None if self.policy_head is None else self._logps(hidden[predictor], layout)
+        return Outputs(rewards, logps, layout.lengths)
+
+    def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
+        assert self.reward_head is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.reward_head.weight.float())[:, 0]
+
+    def _logps(
+        self, hidden: Float[Tensor, "scored hidden"], layout: Layout
+    ) -> Float[Tensor, " responses"]:
+        assert self.policy_head is not None
+        tokens = token_logprobs(
+            hidden,
+            self.policy_head.weight,
+            layout.targets,
+            bias=self.policy_head.bias,
+            transform=self.transform,
+        )
+        sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
+        return sums.index_add(0, layout.response_of, tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def new_reward_head(hidden_size: int, generator: torch.Generator | None = None) -> nn.Linear:
+    """A float32 linear head without bias, N(0, 1 / (hidden + 1)) as in TRL and open-instruct."""
+    head = nn.Linear(hidden_size, 1, bias=False)
+    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
+    return head
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Width of the last hidden state."""
+    return int(config.get_text_config().hidden_size)
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """What the model's own LM head does after its product: soft-capping (Gemma-2), a factor (Cohere's
+    logit_scale) or a divisor (Granite's logits_scaling)."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
+
+
+def switch_off_dropout(module: nn.Module) -> None:
+    """Every dropout probability to zero: two forwards of one batch must agree."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "hidden_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
+def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
+    """Why prompts cannot be shared by this model's layers, or None; a first-batch check guards the rest."""
+    config = backbone.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - SHAREABLE_LAYERS:
+        kinds = ", ".join(sorted(layers - SHAREABLE_LAYERS))
+        return f"it has layers that carry state or chunk the sequence ({kinds})"
+    if getattr(config, "alibi", False):
+        return "its ALiBi biases follow row indices, not positions"
+    if not getattr(backbone, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' AttentionInterface"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return "it takes no position_ids, so a second branch cannot restart at the prompt's end"
+    return None
+
+
+class Disagreement(NamedTuple):
+    """Largest difference between shared and plain outputs, and what is tolerated."""
+
+    reward: float
+    logp: float
+    tolerance: float
+
+
+@torch.no_grad()
+def self_check(model: HybridModel, layout: Layout, tolerance: float | None = None) -> Disagreement:
+    """Compare shared with plain on one small layout; no-op numbers for an unshared model.
+
+    Differences are relative to max(1, |value|). Tolerances: 1e-3 in float32 (a wrong mask is off by
+    0.1 and more), 0.1 with half-precision weights or autocast.
+
+    Raises NumericsError when they disagree.
+    """
+    if not model.sharing:
+        return Disagreement(0.0, 0.0, 0.0)
+    half = torch.is_autocast_enabled(model.device.type)
+    half = half or next(model.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
+    tolerance = tolerance if tolerance is not None else (0.1 if half else 1e-3)
+    shared = model(layout)
+    model.share(False)
+    try:
+        plain = model(layout)
+    finally:
+        model.share(True)
+    found = Disagreement(
+        _difference(shared.rewards, plain.rewards),
+        _difference(shared.logps, plain.logps),
+        tolerance,
+    )
+    if not max(found.reward, found.logp) <= tolerance:
+        raise NumericsError(
+            "with shared prompts this model gives other numbers than one response at a time: rewards "
+            f"differ by {found.reward:.2g}, log-probs by {found.logp:.2g} (relative; tolerated "
+            f"{tolerance:g}). Its layers cannot share a prefix; set training.sharing: off"
+        )
+    return found
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        return 0.0
+    return float(((a - b).abs() / b.abs().clamp(min=1.0)).max())
+
+
+def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:
+    """Backbone and retained policy head of a stock causal LM; raises ModelError if it has none."""
+    backbone, head = model.base_model, model.get_output_embeddings()
+    if head is None or backbone is model:
+        raise ModelError(
+            f"{type(model).__name__} is not a causal LM with a backbone and an LM head; "
+            "give model.path a checkpoint that AutoModelForCausalLM loads"
+        )
+    return backbone, head

@@ -1,0 +1,58 @@
+"""Which groups run in one forward: bins under a token budget.
+
+First-fit decreasing packs a stream of groups into few rows; a training step is spread over exactly the
+same number of micro-batches on every rank, as even as the groups allow. Only sizes go in and only
+indices come out.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+
+def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of the items in each bin; a bin exceeds `budget` only to hold a single larger item."""
+    bins: list[list[int]] = []
+    space: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fit = next((b for b, left in enumerate(space) if sizes[item] <= left), None)
+        if fit is None:
+            bins.append([item])
+            space.append(budget - sizes[item])
+        else:
+            bins[fit].append(item)
+            space[fit] -= sizes[item]
+    return bins
+
+
+def spread(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Exactly `num_bins` bins, each item put into the lightest, largest items first.
+
+    Bins may come out empty when there are fewer items than bins.
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    lightest = [(0, b) for b in range(num_bins)]
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, b = heapq.heappop(lightest)
+        bins[b].append(item)
+        heapq.heappush(lightest, (load + sizes[item], b))
+    return bins
+
+
+def plan_micro_batches(
+    sizes: Sequence[int], budget: int, num_ranks: int = 1
+) -> list[list[list[int]]]:
+    """`plan[rank][micro_batch]` -> indices; every rank has the same number of micro-batches.
+
+    The number is the smallest for which the even spread stays under `budget` (or under the largest
+    single item). A rank for which nothing is left gets empty micro-batches.
+    """
+    limit = max(budget, *sizes)
+    rounds = max(1, -(-len(first_fit_decreasing(sizes, budget)) // num_ranks))
+    while True:
+        bins = spread(sizes, rounds * num_ranks)
+        if max(sum(sizes[i] for i in b) for b in bins) <= limit:
+            break
+        rounds += 1
+    bins.sort(key=lambda b: -sum(sizes[i] for i in b))
+    # Neighbours in load run side by side, so that no rank waits long for another.
+    return [[bins[r * num_ranks + rank] for r in range(rounds)] for rank in range(num_ranks)]

@@ -1,0 +1,35 @@
+"""What hafrm raises: one root, and children that also are the standard error they replace.
+
+    HafrmError
+    |-- ConfigError (ValueError)       a recipe, an option or a method name
+    |-- DataError (ValueError)         preference data that cannot be used
+    |-- ModelError (ValueError)        a model or tokenizer that cannot do what was asked of it
+    |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
+    `-- NumericsError (RuntimeError)   numbers that must not be built upon
+
+Every message says what is wrong, the value got, what is allowed, and the fix.
+"""
+
+
+class HafrmError(Exception):
+    """The root of every error that hafrm raises on purpose."""
+
+
+class ConfigError(HafrmError, ValueError):
+    """A recipe, an option or a method name is wrong."""
+
+
+class DataError(HafrmError, ValueError):
+    """Preference data cannot be used as it is."""
+
+
+class ModelError(HafrmError, ValueError):
+    """A model or tokenizer cannot do what was asked of it."""
+
+
+class CheckpointError(HafrmError, RuntimeError):
+    """A run folder or checkpoint is missing, incomplete or from another run."""
+
+
+class NumericsError(HafrmError, RuntimeError):
+    """A number that must not be built upon: non-finite, or two paths that disagree."""

@@ -1,0 +1,1 @@
+"""How good a reward model is: metrics, their uncertainty, and the verb that computes them."""

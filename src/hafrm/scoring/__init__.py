@@ -1,0 +1,1 @@
+"""A reward model in use: scoring, export and its proof."""

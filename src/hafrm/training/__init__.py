@@ -1,0 +1,1 @@
+"""One optimiser step, exactly; and the loop around it."""

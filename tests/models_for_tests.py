@@ -1,0 +1,104 @@
+"""Tiny random models of every family that must work, and groups to run through them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+WINDOWED = {**GROUPED, "sliding_window": 7}
+"""The window is smaller than the pairs below, so that it cuts into prompts."""
+GEMMA = {**WINDOWED, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES = {
+    "llama": ("Llama", GROUPED),
+    "llama-tied": ("Llama", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", WINDOWED),
+    "phi": ("Phi", {**SIZES, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", WINDOWED),
+    "qwen2": ("Qwen2", {**GROUPED, "use_sliding_window": False}),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**GEMMA, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3Text", {**GEMMA, "query_pre_attn_scalar": 8}),
+    "gpt-neox": ("GPTNeoX", SIZES),
+    "gpt2": ("GPT2", GPT2),
+    "granite": ("Granite", {**GROUPED, "logits_scaling": 4.0}),
+    "cohere": ("Cohere", {**GROUPED, "logit_scale": 0.25}),
+    "opt": ("OPT", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+
+
+def tiny_causal_lm(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random causal LM of the family, float32, in evaluation mode."""
+    name, sizes = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Sharper logits than the usual 0.02 gives: differences must show.
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4.0)
+    return model.eval()
+
+
+def tiny_hybrid(family: str = "llama", seed: int = 0, *, sharing: bool = True) -> HybridModel:
+    """The family's causal LM with both heads."""
+    backbone, policy_head = split_causal_lm(tiny_causal_lm(family, seed))
+    generator = torch.Generator().manual_seed(seed)
+    return HybridModel(
+        backbone,
+        reward_head=new_reward_head(hidden_size(backbone.config), generator),
+        policy_head=policy_head,
+        sharing=sharing,
+    )
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """The least that a layout needs."""
+
+    prompt_ids: NDArray[np.int32]
+    response_ids: tuple[NDArray[np.int32], ...]
+
+
+def token_groups(
+    shapes: Sequence[tuple[int, tuple[int, ...]]], seed: int = 0, vocab: int = VOCAB
+) -> list[TokenGroup]:
+    """Random ids for (prompt length, response lengths) of each group; pad, BOS and EOS stay out."""
+    draw = np.random.default_rng(seed)
+
+    def ids(n: int) -> NDArray[np.int32]:
+        return draw.integers(3, vocab, n).astype(np.int32)
+
+    return [TokenGroup(ids(p), tuple(ids(r) for r in responses)) for p, responses in shapes]
+
+
+SHAPES = ((11, (5, 9)), (1, (1, 2)), (4, (13, 3, 6)), (7, (8,)), (20, (2, 4)))
+"""Pairs, a single response, three branches, prompts and branches of one token, and unequal lengths."""
