@@ -19,10 +19,10 @@ demo: $(STAMP)  ## train HAF, BT and DPO on a made-up preference world and compa
 	$(BIN)/hafrm demo
 
 test: $(STAMP)  ## every test that needs no network, no GPU and little time
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(STAMP)  ## the slow proofs too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)  ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

@@ -88,6 +88,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad = _grad_z(logits, normaliser[rows], target, ones, transform)
                 slope[rows] = _matmul(grad.to(w.dtype), w).to(slope.dtype)
         ctx.transform, ctx.chunk, ctx.frozen = transform, chunk, frozen
+        ctx.dtype = h.dtype  # backward runs outside autocast, yet must recompute the same logits
         if gradient_now:
             ctx.save_for_backward(slope)
         else:
@@ -102,7 +103,7 @@ class _TokenLogProbs(torch.autograd.Function):
             return (slope * upstream[:, None]).to(slope.dtype), None, None, None, None, None
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        h, w = _operands(hidden, weight)
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         grad_h = torch.empty_like(hidden) if need_hidden else None
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if need_weight else None
         grad_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if need_bias else None

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hafrm.engine.attention import SHARED_PREFIX
@@ -55,7 +54,7 @@ class HybridModel(nn.Module):
                 "a HybridModel needs a reward head, a policy head, or both; got neither"
             )
         self.backbone = backbone
-        self.reward_head = reward_head
+        self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
         self.transform = logit_transform(backbone.config)
         self.stock_attention = str(backbone.config._attn_implementation)
@@ -103,7 +102,8 @@ class HybridModel(nn.Module):
     def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
         assert self.reward_head is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.reward_head.weight.float())[:, 0]
+            rewards: Tensor = self.reward_head(hidden.float())
+        return rewards[:, 0]
 
     def _logps(
         self, hidden: Float[Tensor, "scored hidden"], layout: Layout

@@ -46,8 +46,8 @@ def plan_micro_batches(
     The number is the smallest for which the even spread stays under `budget` (or under the largest
     single item). A rank for which nothing is left gets empty micro-batches.
     """
-    limit = max(budget, *sizes)
-    rounds = max(1, -(-len(first_fit_decreasing(sizes, budget)) // num_ranks))
+    limit = max([budget, *sizes])
+    rounds = max(1, -(-sum(sizes) // (limit * num_ranks)))
     while True:
         bins = spread(sizes, rounds * num_ranks)
         if max(sum(sizes[i] for i in b) for b in bins) <= limit:

@@ -1,0 +1,234 @@
+"""The command line: parse, call the library, print. The only place that prints and exits.
+
+Verbs import what they need when they run, so `hafrm --help` answers at once. Tables go to standard
+output, progress and log to standard error. Exit codes: 0 done, 1 refused or failed, 2 wrong usage,
+143 stopped by a signal with its state saved.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hafrm.errors import HafrmError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+STOPPED = 143
+
+app = typer.Typer(
+    name="hafrm",
+    help="Train, evaluate and use reward models that keep their language-model head.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; hafrm's own errors become one message and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("hafrm").setLevel(logging.INFO)
+    try:
+        app()
+    except HafrmError as error:
+        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        sys.exit(STOPPED if type(error).__name__ == "StoppedError" else 1)
+
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+) -> None:
+    """Train a reward model as a recipe says, and export it once others can load it."""
+    from hafrm.config import load_recipe  # noqa: PLC0415
+    from hafrm.errors import ConfigError  # noqa: PLC0415
+
+    if resume is not None:
+        if recipe is None:
+            recipe = str(resume / "recipe.yaml")
+        folder = resume
+    elif recipe is None:
+        raise ConfigError("hafrm train needs a recipe, or --resume with a run folder")
+    else:
+        folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    loaded = load_recipe(recipe, overrides or ())
+    from hafrm.training import loop, parallel  # noqa: PLC0415
+
+    try:
+        result = loop.train(loaded, folder, resume=resume is not None)
+        if not parallel.is_main():
+            return
+        typer.echo(
+            f"trained {result.num_steps} steps; exported step {result.best_step} of {folder}"
+        )
+        for name, value in result.best.items():
+            typer.echo(f"  validation {name}: {value:.4f}")
+        if loaded.data.test:
+            _evaluate(folder, list(loaded.data.test), json_file=folder / "test.json")
+        typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
+    finally:
+        parallel.stop()
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, or a reward or policy directory.")],
+    data: Sources,
+    *,
+    json_file: JsonFile = None,
+    policy: Annotated[Path | None, typer.Option(help="Also judge by this policy.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The policy's reference, if not the one it names.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
+    ] = None,
+) -> None:
+    """Pairwise accuracy with 95 % intervals, calibration, length bias, and the baselines beside them."""
+    _evaluate(
+        model,
+        data,
+        json_file=json_file,
+        policy=policy,
+        reference=reference,
+        max_length=max_length,
+    )
+
+
+def _evaluate(
+    model: str | Path, data: list[str], *, json_file: Path | None, **options: Any
+) -> None:
+    from hafrm.evaluation.evaluate import evaluate as run  # noqa: PLC0415
+    from hafrm.tables import evaluation_tables  # noqa: PLC0415
+
+    with _progress("scoring groups") as done:
+        result = run(model, data, done=done, **options)
+    _show(evaluation_tables(result))
+    _write_json(json_file, result.to_dict())
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="Run folder or reward directory.")],
+    source: Annotated[str, typer.Argument(help="Rows with prompt and response(s).")],
+    out: Annotated[Path, typer.Argument(help="The same rows with scores (.jsonl or .jsonl.gz).")],
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
+    ] = None,
+) -> None:
+    """Add the model's reward to every row of a file, order kept."""
+    from hafrm.errors import ModelError  # noqa: PLC0415
+    from hafrm.evaluation.evaluate import find_heads  # noqa: PLC0415
+    from hafrm.scoring.bulk import score_file  # noqa: PLC0415
+    from hafrm.scoring.scorer import RewardModel  # noqa: PLC0415
+
+    reward = find_heads(model).reward
+    if reward is None:
+        raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
+    with _progress("scoring rows") as done:
+        loaded = RewardModel.from_pretrained(reward, max_length=max_length)
+        result = score_file(loaded, source, out, done)
+    typer.echo(
+        f"scored {result.num_responses} responses in {result.num_rows} rows, "
+        f"{result.num_bad} of them not scored (see their `error`): {out}"
+    )
+
+
+@app.command()
+def data(
+    sources: Sources,
+    *,
+    json_file: JsonFile = None,
+    model: Annotated[
+        str | None, typer.Option(help="Also count tokens with this model's tokenizer.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Length policy for the token counts.")] = 1024,
+) -> None:
+    """What preference data holds, what is wrong with it, its lengths and its length bias."""
+    from hafrm.data.describe import describe  # noqa: PLC0415
+    from hafrm.data.readers import read  # noqa: PLC0415
+    from hafrm.tables import data_tables  # noqa: PLC0415
+
+    reading = read(sources, max_bad_fraction=1.0)
+    encoder = None
+    if model is not None:
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        from hafrm.data.encoding import Encoder  # noqa: PLC0415
+
+        encoder = Encoder(AutoTokenizer.from_pretrained(model), max_length=max_length)
+    description = describe(reading, None if encoder is None else encoder.encode)
+    _show(data_tables(description))
+    _write_json(json_file, description.to_dict())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where its runs go.")] = Path("demo-run"),
+) -> None:
+    """Train HAF, BT and DPO on a made-up preference world and compare them, in a few minutes."""
+    from hafrm.demo.demo import run, tables  # noqa: PLC0415
+
+    _show(tables(run(out, tell=lambda text: typer.echo(text, err=True))))
+
+
+def _show(renderables: Iterable["RenderableType"]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console(soft_wrap=True)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _write_json(file: Path | None, result: dict[str, Any]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A counter on standard error while something long runs; silent where it is no terminal."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description} {task.completed}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda n: bar.update(task, advance=n)
+
+
+if __name__ == "__main__":
+    main()

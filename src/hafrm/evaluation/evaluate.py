@@ -1,0 +1,211 @@
+"""How good a reward model is on preference data: `evaluate` runs it and measures each source.
+
+Takes a run folder, its `model/`, or any directory that stock transformers loads. Where there is a reward
+model it is what scores; where there is (also) a policy, its implicit reward is measured beside it.
+Nothing is trained or selected here, and the model is not changed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hafrm.data.encoding import EncodedGroup, Encoder, EncodingReport
+from hafrm.data.groups import Group, prompt_key
+from hafrm.data.readers import read
+from hafrm.errors import DataError, ModelError
+from hafrm.evaluation.metrics import (
+    Agreement,
+    PairwiseMetrics,
+    ScoredComparisons,
+    agreement,
+    measure,
+)
+from hafrm.scoring.forward import first_responses, run_forward
+from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, is_reward_directory
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What was found on one source, or on all of them together."""
+
+    name: str
+    num_groups: int
+    metrics: PairwiseMetrics
+    """Of the reward, or of the implicit reward where the model is a policy only."""
+    implicit: PairwiseMetrics | None
+    """Of the implicit reward, where both heads were given."""
+    agreement: Agreement | None
+    """Of reward and implicit reward."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "name": self.name,
+            "num_groups": self.num_groups,
+            **self.metrics.to_dict(),
+            "implicit": None if self.implicit is None else self.implicit.to_dict(),
+            "agreement": None if self.agreement is None else self.agreement.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All sets, and what had to be done to the data."""
+
+    model: str
+    scored_with: str
+    """"reward" or "implicit reward"."""
+    sets: tuple[SetResult, ...]
+    num_bad_rows: int
+    encoding: EncodingReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        report = self.encoding
+        return {
+            "model": self.model,
+            "scored_with": self.scored_with,
+            "sets": [result.to_dict() for result in self.sets],
+            "num_bad_rows": self.num_bad_rows,
+            "responses_cut": report.responses_cut,
+            "prompts_cut": report.prompts_cut,
+            "seam_merges": report.seam_merges,
+        }
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The directories that a path stands for."""
+
+    reward: Path | None
+    policy: Path | None
+
+
+def find_heads(path: str | Path) -> Heads:
+    """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
+
+    Raises ModelError when there is no model.
+    """
+    root = Path(path)
+    for folder in (root / "model", root):
+        heads = Heads(*(p if p.is_dir() else None for p in (folder / "reward", folder / "policy")))
+        if heads.reward or heads.policy:
+            return heads
+    if root.is_dir() and not (root / "config.json").is_file():
+        raise ModelError(
+            f"{path} holds no model: neither model/reward nor model/policy nor a config.json; a run "
+            "that has not finished has none yet"
+        )
+    return Heads(root, None) if is_reward_directory(path) else Heads(None, root)
+
+
+def evaluate(  # noqa: PLR0913 - the verb and its options
+    path: str | Path,
+    sources: Sequence[str],
+    *,
+    policy: str | Path | None = None,
+    reference: str | Path | None = None,
+    max_length: int | None = None,
+    max_bad_fraction: float = 0.02,
+    done: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Metrics of the model at `path` on each source and, for several, on all together.
+
+    `policy` adds a policy's implicit reward; `reference` overrides the checkpoint that the policy names.
+    Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
+    """
+    reading = read(sources, max_bad_fraction=max_bad_fraction)
+    groups = [group for group in reading.groups if group.comparisons]
+    if not any(not c.tie for group in groups for c in group.comparisons):
+        raise DataError(f"{', '.join(map(str, sources))} hold no comparison to evaluate on")
+    heads = find_heads(path)
+    if policy is not None:
+        heads = Heads(heads.reward, Path(policy))
+    rewards = implicit = None
+    encoded: Sequence[EncodedGroup] = ()
+    report = EncodingReport()
+    if heads.policy is not None:
+        judge = ImplicitRewardModel.from_pretrained(
+            heads.policy, reference=reference, max_length=max_length
+        )
+        encoded, report = _encode(judge.encoder, groups)
+        implicit = judge.score_encoded(encoded)
+        del judge
+    if heads.reward is not None:
+        model = RewardModel.from_pretrained(heads.reward, max_length=max_length)
+        encoded, report = _encode(model.encoder, groups)
+        rewards = run_forward(model.model, encoded, max_tokens=model.max_tokens, done=done).rewards
+    return Evaluation(
+        model=str(path),
+        scored_with="implicit reward" if rewards is None else "reward",
+        sets=_measure_sets(groups, encoded, rewards, implicit),
+        num_bad_rows=len(reading.bad),
+        encoding=report,
+    )
+
+
+def _encode(
+    encoder: Encoder, groups: Sequence[Group]
+) -> tuple[Sequence[EncodedGroup], EncodingReport]:
+    return encoder.encode(groups)
+
+
+def _measure_sets(
+    groups: Sequence[Group],
+    encoded: Sequence[EncodedGroup],
+    rewards: NDArray[np.float32] | None,
+    implicit: NDArray[np.float32] | None,
+) -> tuple[SetResult, ...]:
+    """One result for each source, and one for all when there are several."""
+    names = list(dict.fromkeys(group.source for group in groups))
+    parts = {name: [i for i, g in enumerate(groups) if g.source == name] for name in names}
+    if len(parts) > 1:
+        parts["all"] = list(range(len(groups)))
+    first = first_responses(encoded)
+    results = []
+    for name, part in parts.items():
+        main, other = (
+            None if scores is None else _comparisons(groups, encoded, part, scores, first)
+            for scores in (rewards, implicit)
+        )
+        if main is None:
+            main, other = other, None
+        assert main is not None
+        decided = ~main.ties
+        results.append(
+            SetResult(
+                name=name,
+                num_groups=len(part),
+                metrics=measure(main),
+                implicit=None if other is None else measure(other),
+                agreement=None
+                if other is None
+                else agreement(
+                    main.margins[decided], other.margins[decided], main.prompts[decided]
+                ),
+            )
+        )
+    return tuple(results)
+
+
+def _comparisons(
+    groups: Sequence[Group],
+    encoded: Sequence[EncodedGroup],
+    part: Sequence[int],
+    scores: NDArray[np.float32],
+    first: NDArray[np.int64],
+) -> ScoredComparisons:
+    lengths = [[len(ids) for ids in encoded[i].response_ids] for i in part]
+    rows = [(k, i, c) for k, i in enumerate(part) for c in groups[i].comparisons]
+    return ScoredComparisons(
+        chosen_scores=np.array([scores[first[i] + c.chosen] for _, i, c in rows]),
+        rejected_scores=np.array([scores[first[i] + c.rejected] for _, i, c in rows]),
+        chosen_lengths=np.array([lengths[k][c.chosen] for k, _, c in rows]),
+        rejected_lengths=np.array([lengths[k][c.rejected] for k, _, c in rows]),
+        prompts=np.array([prompt_key(groups[i].prompt) for _, i, _ in rows]),
+        ties=np.array([c.tie for _, _, c in rows]),
+    )

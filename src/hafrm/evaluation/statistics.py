@@ -1,0 +1,221 @@
+"""How sure a number is: intervals and paired tests for accuracies and means.
+
+Comparisons of one prompt are not independent, so intervals resample *prompts* (clusters), and models are
+compared on the same comparisons. Arrays in, small frozen results out; every random draw is seeded, so
+that the same numbers give the same interval. Knows nothing of models, data or files.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Num, Shaped
+from numpy.typing import NDArray
+from scipy import special
+
+NUM_RESAMPLES = 2000
+"""Enough for the 2.5 % and 97.5 % quantiles to move by less than a tenth of the interval's width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its confidence interval; NaN where there is nothing to estimate from."""
+
+    value: float
+    low: float
+    high: float
+    num: int
+    """Items behind the value (not clusters)."""
+    method: str
+    """How the interval was made: wilson, or cluster-bootstrap."""
+    confidence: float = 0.95
+    proportion: bool = True
+    """Whether the value is a share (or a difference of shares), and so printed in per cent."""
+
+    def __str__(self) -> str:
+        """The value and its bounds, such as "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
+        if math.isnan(self.value):
+            return "n/a"
+        scale, digits, unit = (100, 1, " %") if self.proportion else (1, 3, "")
+        text = f"{scale * self.value:.{digits}f}{unit}"
+        if math.isnan(self.low):
+            return text
+        return f"{text} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class McNemar:
+    """Exact test of whether two models are right equally often, on the comparisons where they differ."""
+
+    num_first_only: int
+    """Comparisons that only the first model had right."""
+    num_second_only: int
+    p_value: float
+    """Two-sided; 1.0 where the two never differ."""
+
+
+def wilson_interval(num_correct: int, num: int, *, confidence: float = 0.95) -> Estimate:
+    """Share num_correct / num of independent items with Wilson's score interval.
+
+    Unlike p +- z * se it stays inside [0, 1] and has a width at 0 and at 1. For num = 0 the value is NaN
+    and the interval is all of [0, 1].
+    """
+    if not 0 <= num_correct <= num:
+        raise ValueError(f"num_correct must lie in 0..num, got {num_correct} of {num}")
+    if num == 0:
+        return Estimate(math.nan, 0.0, 1.0, 0, "wilson", confidence)
+    z = float(special.ndtri((1 + confidence) / 2))
+    share = num_correct / num
+    # Wilson 1927: centre and half-width of the score interval.
+    shrink = 1 + z**2 / num
+    centre = (share + z**2 / (2 * num)) / shrink
+    half = z * math.sqrt(share * (1 - share) / num + z**2 / (4 * num**2)) / shrink
+    # The two exact ends, which rounding would miss by 1e-17.
+    low = 0.0 if num_correct == 0 else centre - half
+    high = 1.0 if num_correct == num else centre + half
+    return Estimate(share, low, high, num, "wilson", confidence)
+
+
+def accuracy_interval(
+    correct: Bool[np.ndarray, " items"],
+    clusters: Shaped[np.ndarray, " items"] | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Share of correct items, with the interval that suits how they are clustered.
+
+    Wilson's where every cluster is one item (or none are given), else the bootstrap over clusters. Where
+    all items agree, resampling would give a width of zero: then Wilson's over clusters, each one trial.
+    """
+    correct = np.asarray(correct, bool)
+    num, num_correct = len(correct), int(correct.sum())
+    num_clusters = num if clusters is None else len(np.unique(clusters))
+    if clusters is None or num_clusters == num:
+        return wilson_interval(num_correct, num, confidence=confidence)
+    if num_correct in (0, num):
+        trials = wilson_interval(
+            num_clusters if num_correct else 0, num_clusters, confidence=confidence
+        )
+        return Estimate(trials.value, trials.low, trials.high, num, "wilson", confidence)
+    return clustered_bootstrap(correct, clusters, confidence=confidence, seed=seed)
+
+
+def clustered_bootstrap(
+    values: Shaped[np.ndarray, " items"],
+    clusters: Shaped[np.ndarray, " items"] | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    proportion: bool = True,
+) -> Estimate:
+    """Mean of the values with the percentile interval from resampling whole clusters.
+
+    Each resample draws as many clusters as there are, with replacement, and takes the mean over all their
+    items, so that large prompts count as they do in the value. Without clusters every item is its own.
+    Fewer than two clusters give a NaN interval.
+    """
+    items = np.asarray(values, np.float64)
+    if len(items) == 0:
+        return _bootstrapped(math.nan, (math.nan, math.nan), 0, confidence, proportion)
+    sums, sizes = _cluster_sums(items, clusters)
+    if len(sums) < 2:
+        return _bootstrapped(
+            float(items.mean()), (math.nan, math.nan), len(items), confidence, proportion
+        )
+    means = _resampled_means(sums, sizes, num_resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return _bootstrapped(
+        float(items.mean()), (float(low), float(high)), len(items), confidence, proportion
+    )
+
+
+def paired_bootstrap(
+    first: Shaped[np.ndarray, " items"],
+    second: Shaped[np.ndarray, " items"],
+    clusters: Shaped[np.ndarray, " items"] | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """mean(first) - mean(second) over the same items, resampled together by cluster.
+
+    With two arrays of correct answers it is the difference of two accuracies; what is hard for both
+    cancels, so the interval is narrower than two separate ones suggest.
+    """
+    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return clustered_bootstrap(difference, clusters, confidence=confidence, seed=seed)
+
+
+def cluster_standard_error(
+    values: Shaped[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"] | None = None
+) -> float:
+    """Standard error of the mean when items of a cluster go together; NaN without items.
+
+    sqrt(sum over clusters of (sum of deviations)^2) / n: Eq. 4 of Miller, arXiv 2411.00640. Without
+    clusters it is the usual one (dividing by n, not n - 1).
+    """
+    items = np.asarray(values, np.float64)
+    if len(items) == 0:
+        return math.nan
+    deviations, _ = _cluster_sums(items - items.mean(), clusters)
+    return float(np.sqrt(np.sum(deviations**2)) / len(items))
+
+
+def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"]) -> McNemar:
+    """Exact McNemar test on the correctness of two models on the same items.
+
+    It takes items as independent: with several comparisons per prompt, trust paired_bootstrap instead.
+    """
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    first_only, second_only = int(np.sum(first & ~second)), int(np.sum(second & ~first))
+    # Under the null each discordant item is a fair coin: twice the lower binomial tail, at most 1.
+    tail = special.bdtr(min(first_only, second_only), first_only + second_only, 0.5)
+    return McNemar(first_only, second_only, min(1.0, 2 * float(tail)))
+
+
+def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """Holm's adjusted p-values, in the order given: reject those at most the family's error rate.
+
+    Controls the chance of any false rejection whatever the dependence (Holm 1979).
+    """
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def _bootstrapped(
+    value: float, bounds: tuple[float, float], num: int, confidence: float, proportion: bool
+) -> Estimate:
+    return Estimate(value, *bounds, num, "cluster-bootstrap", confidence, proportion)
+
+
+def _cluster_sums(
+    items: Num[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum of the items and number of items of each cluster."""
+    if clusters is None:
+        return items.astype(np.float64), np.ones(len(items))
+    _, index = np.unique(clusters, return_inverse=True)
+    sums: NDArray[np.float64] = np.asarray(np.bincount(index, weights=items), np.float64)
+    return sums, np.bincount(index).astype(np.float64)
+
+
+def _resampled_means(
+    sums: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    num_resamples: int,
+    draw: np.random.Generator,
+) -> NDArray[np.float64]:
+    """The mean over items of each resample of clusters."""
+    means = []
+    # Blocks of about 4 million draws bound the memory at some 100 MB.
+    block = max(1, 4_000_000 // len(sums))
+    for start in range(0, num_resamples, block):
+        picked = draw.integers(0, len(sums), (min(block, num_resamples - start), len(sums)))
+        means.append(sums[picked].sum(1) / sizes[picked].sum(1))
+    return np.concatenate(means)

@@ -1,0 +1,143 @@
+"""Write a trained model as stock directories that every consumer loads without our code.
+
+`reward/` is a `<X>ForSequenceClassification` with one label, `problem_type: regression` (or a server
+applies a sigmoid) and a bias-free `score`; `policy/` is a `<X>ForCausalLM`. LoRA is merged in float32.
+Both carry the tokenizer with the closed chat template that training used. Never one combined file:
+vLLM refuses weights that it does not know.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from hafrm.data.encoding import Encoder
+from hafrm.engine.model import HybridModel
+from hafrm.errors import ModelError
+from hafrm.runs import atomic_directory
+
+
+@dataclass(frozen=True)
+class StockWeights:
+    """A model's weights, whole, merged and under their stock names, on the CPU."""
+
+    config: PretrainedConfig
+    backbone: Mapping[str, Tensor]
+    reward_head: Mapping[str, Tensor]
+    """Empty where the model has no such head."""
+    policy_head: Mapping[str, Tensor]
+
+
+def gather_weights(model: HybridModel) -> StockWeights:
+    """Collect the weights; with sharded models every rank must call it."""
+    return StockWeights(
+        config=model.backbone.config,
+        backbone=_merge_lora(model.backbone, _gather(model.backbone)),
+        reward_head={} if model.reward_head is None else _gather(model.reward_head),
+        policy_head={} if model.policy_head is None else _gather(model.policy_head),
+    )
+
+
+def export_reward(
+    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias.
+
+    Raises ModelError if there is no reward head, or transformers has no classifier of this kind.
+    """
+    if not weights.reward_head:
+        raise ModelError("this model has no reward head to export; export its policy instead")
+    config = copy.deepcopy(weights.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
+    config.problem_type = "regression"
+    stock = _stock(AutoModelForSequenceClassification, config, encoder, dtype)
+    head = {f"score.{name}": value for name, value in weights.reward_head.items()}
+    _write(stock, weights.backbone, head, encoder, directory)
+
+
+def export_policy(
+    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the stock causal LM: backbone and retained LM head.
+
+    Raises ModelError if there is no policy head.
+    """
+    if not weights.policy_head:
+        raise ModelError("this model has no policy head to export; export its reward model instead")
+    stock = _stock(AutoModelForCausalLM, copy.deepcopy(weights.config), encoder, dtype)
+    output = getattr(stock, "get_output_embeddings")()  # noqa: B009 - untyped upstream
+    name = next(name for name, module in stock.named_modules() if module is output)
+    head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
+    _write(stock, weights.backbone, head, encoder, directory)
+
+
+def _gather(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        for name, value in module.state_dict().items()
+    }
+
+
+def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + scaling * B A in float32, under the names that the adapters had displaced."""
+    merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
+    for name, module in backbone.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter, scaling in module.scaling.items():
+                a = weights[f"{name}.lora_A.{adapter}.weight"].float()
+                b = weights[f"{name}.lora_B.{adapter}.weight"].float()
+                delta = scaling * (b @ a)
+                if getattr(module, "fan_in_fan_out", False):
+                    delta = delta.t()
+                merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
+    return merged
+
+
+def _stock(
+    auto: Any, config: PretrainedConfig, encoder: Encoder, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The stock class with this config, without memory for its weights."""
+    config.dtype = dtype
+    config.pad_token_id, config.eos_token_id = encoder.pad_id, encoder.eos_id
+    try:
+        with torch.device("meta"):
+            stock: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no {auto.__name__} for {type(config).__name__}"
+        ) from error
+    return stock
+
+
+def _write(
+    stock: PreTrainedModel,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    encoder: Encoder,
+    directory: Path,
+) -> None:
+    """Put the weights into the stock class and let it save itself, whole or not at all."""
+    prefix, dtype = stock.base_model_prefix, stock.dtype
+    state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
+    state |= {name: value.to(dtype) for name, value in head.items()}
+    stock.load_state_dict(state, strict=False, assign=True)
+    stock.tie_weights()
+    left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
+    if left:
+        raise ModelError(f"{type(stock).__name__} needs weights that the training lacks: {left}")
+    with atomic_directory(directory) as aside:
+        stock.save_pretrained(aside)
+        encoder.export_tokenizer(aside)

@@ -1,0 +1,70 @@
+"""Proof that an exported reward directory gives every consumer our scores: the golden file.
+
+`write_golden` records conversations, ids and float32 rewards; `check_golden` replays them in a fresh
+process with plain transformers (golden_check.py) and says what differs.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hafrm.data.groups import Group
+from hafrm.errors import NumericsError
+from hafrm.scoring import golden_check
+from hafrm.scoring.forward import run_forward
+from hafrm.scoring.scorer import RewardModel
+
+GOLDEN = "golden_scores.jsonl"
+TOLERANCE = 1e-4
+"""Relative to max(1, |reward|), float32: padded against packed sums of a deep model."""
+
+
+def write_golden(directory: Path, groups: Sequence[Group]) -> int:
+    """Score every response of `groups` with the exported weights and record what consumers must get.
+
+    Conversations with special tokens in their text, and those cut, are left out: a consumer that renders
+    and tokenises them gets other ids. Returns the number of lines.
+    """
+    model = RewardModel.from_pretrained(directory)
+    tokenizer = model.encoder.tokenizer
+    encoded, _ = model.encoder.encode(groups)
+    scores = run_forward(model.model, encoded, max_tokens=model.max_tokens)
+    assert scores.rewards is not None
+    lines = []
+    for group, ids, start in zip(groups, encoded, scores.first, strict=True):
+        for k, response in enumerate(group.responses):
+            messages = [{"role": m.role, "content": m.content} for m in group.prompt]
+            messages.append({"role": "assistant", "content": response})
+            ours = [*ids.prompt_ids.tolist(), *ids.response_ids[k].tolist()]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if tokenizer(text, add_special_tokens=False)["input_ids"] != ours:
+                continue
+            reward = float(scores.rewards[start + k])
+            lines.append(json.dumps({"messages": messages, "input_ids": ours, "reward": reward}))
+    (directory / GOLDEN).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Largest differences of plain transformers' scores, alone and padded right and left.
+
+    Raises NumericsError when they exceed the tolerance, or when ids, labels or weights are not as a
+    consumer needs them.
+    """
+    command = [sys.executable, golden_check.__file__, str(directory), str(tolerance)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = run.stdout.strip().splitlines()
+    if run.returncode not in (0, 1) or not lines:
+        raise NumericsError(
+            f"{directory} cannot be loaded by plain transformers:\n{run.stderr.strip()[-2000:]}"
+        )
+    found = json.loads(lines[-1])
+    if not found["ok"]:
+        raise NumericsError(
+            f"{directory} does not give consumers the scores that training gave: differences "
+            f"{found['differences']} (tolerated {tolerance:g}), faults {found['faults']}"
+        )
+    differences: dict[str, float] = found["differences"]
+    return differences

@@ -1,0 +1,173 @@
+"""Which comparisons make up a step, and how they are packed: index arithmetic, no model.
+
+The order of comparisons is a pure function of (seed, epoch), and a step is a window of exactly
+`batch_size` comparisons on that endless order, so resuming needs only the step's number and no packing
+changes what is learnt. Comparisons of one prompt travel in blocks, because a step lays out each of its
+distinct responses once.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hafrm.data.encoding import EncodedGroup
+from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.packing import plan_micro_batches
+from hafrm.errors import DataError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The comparisons of one forward, as indices into its layout's responses."""
+
+    layout: Layout
+    chosen: Int[Tensor, " comparisons"]
+    rejected: Int[Tensor, " comparisons"]
+    margins: Float[Tensor, " comparisons"]
+    weights: Float[Tensor, " comparisons"]
+    """Zero in the filler that a rank without work runs for the others' sake."""
+    reference_logps: Float[Tensor, " responses"] | None
+    ids: tuple[str, ...]
+    """The group of every comparison, for messages."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on `device`."""
+        if device.type == "cpu":
+            return self
+        tensors = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name in ("chosen", "rejected", "margins", "weights", "reference_logps")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, layout=self.layout.to(device), **tensors)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One comparison of one group, by index."""
+
+    group: int
+    comparison: int
+
+
+class ComparisonOrder:
+    """The endless, seeded order in which comparisons are trained on; ties are left out."""
+
+    def __init__(self, groups: Sequence[EncodedGroup], *, per_prompt: int, seed: int) -> None:
+        """Raises DataError when there is nothing to train on."""
+        self._blocks_of = [
+            [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
+            for group in groups
+        ]
+        self._per_prompt, self._seed = per_prompt, seed
+        self.num_comparisons = sum(len(block) for block in self._blocks_of)
+        if self.num_comparisons == 0:
+            raise DataError(
+                f"there is no comparison to train on: {len(groups)} groups hold only ties or single "
+                "responses; give data.train rows with a chosen and a rejected response"
+            )
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
+    def epoch(self, number: int) -> list[Pick]:
+        """All comparisons once, blocks of at most `per_prompt` of one prompt together."""
+        draw = np.random.default_rng([self._seed, number])
+        blocks: list[list[Pick]] = []
+        for group, comparisons in enumerate(self._blocks_of):
+            shuffled = [Pick(group, int(c)) for c in draw.permutation(comparisons)]
+            blocks += [
+                shuffled[i : i + self._per_prompt]
+                for i in range(0, len(shuffled), self._per_prompt)
+            ]
+        return [pick for block in draw.permutation(len(blocks)) for pick in blocks[block]]
+
+    def window(self, start: int, length: int) -> list[Pick]:
+        """`length` comparisons from position `start` of the endless order, across epochs."""
+        picks: list[Pick] = []
+        while len(picks) < length:
+            epoch, offset = divmod(start + len(picks), self.num_comparisons)
+            picks += self.epoch(epoch)[offset : offset + length - len(picks)]
+        return picks
+
+
+@dataclass(frozen=True)
+class References:
+    """Cached reference log-probs of every response of a data set, in its order."""
+
+    logps: NDArray[np.float32]
+    first: NDArray[np.int64]
+    """Index of each group's first response in `logps`."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The part of one group that a step uses: its distinct responses, its comparisons re-indexed."""
+
+    group: EncodedGroup
+    used: tuple[int, ...]
+    comparisons: tuple[int, ...]
+    index: int
+
+    @property
+    def prompt_ids(self) -> NDArray[np.int32]:
+        return self.group.prompt_ids
+
+    @property
+    def response_ids(self) -> tuple[NDArray[np.int32], ...]:
+        return tuple(self.group.response_ids[i] for i in self.used)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
+
+
+def plan_step(
+    groups: Sequence[EncodedGroup], picks: Sequence[Pick], max_tokens: int, num_ranks: int = 1
+) -> list[list[list[Chosen]]]:
+    """`plan[rank][micro_batch]` -> the parts of groups to run; equal in number on every rank."""
+    by_group: dict[int, list[int]] = {}
+    for pick in picks:
+        by_group.setdefault(pick.group, []).append(pick.comparison)
+    parts = []
+    for index, comparisons in by_group.items():
+        sides = (groups[index].comparisons[c] for c in comparisons)
+        used = sorted({side for c in sides for side in (c.chosen, c.rejected)})
+        parts.append(Chosen(groups[index], tuple(used), tuple(comparisons), index))
+    plan = plan_micro_batches([part.num_tokens for part in parts], max_tokens, num_ranks)
+    filler = min(parts, key=lambda part: part.num_tokens)
+    empty = replace(filler, comparisons=())
+    return [[[parts[i] for i in batch] or [empty] for batch in rank] for rank in plan]
+
+
+def build(parts: Sequence[Chosen], references: References | None = None) -> MicroBatch:
+    """Lay out one micro-batch; a part without comparisons gets one of weight zero."""
+    chosen, rejected, margins, weights = [], [], [], []
+    reference: list[NDArray[np.float32]] = []
+    ids: list[str] = []
+    offset = 0
+    for part in parts:
+        place = {response: offset + i for i, response in enumerate(part.used)}
+        for c in part.comparisons or range(1):
+            comparison = part.group.comparisons[c] if part.comparisons else None
+            chosen.append(place[comparison.chosen] if comparison else offset)
+            rejected.append(place[comparison.rejected] if comparison else offset)
+            margins.append(comparison.margin if comparison else 0.0)
+            weights.append(comparison.weight if comparison else 0.0)
+            ids.append(part.group.id)
+        if references is not None:
+            reference.append(references.logps[references.first[part.index] + np.array(part.used)])
+        offset += len(part.used)
+    return MicroBatch(
+        layout=lay_out(parts),
+        chosen=torch.tensor(chosen),
+        rejected=torch.tensor(rejected),
+        margins=torch.tensor(margins, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        reference_logps=torch.from_numpy(np.concatenate(reference)) if reference else None,
+        ids=tuple(ids),
+    )

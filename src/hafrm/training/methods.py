@@ -1,0 +1,286 @@
+"""Methods: named objectives, each a preset of reward loss, policy loss and their weights.
+
+A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry
+in METHODS. Nothing else asks for a method's name: the loop reads `trains_reward`, `trains_policy` and
+`needs_reference`, and scoring reads `scores_with`. No method reduces over comparisons.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hafrm.errors import ConfigError
+from hafrm.training import losses
+from hafrm.training.losses import PolicyLogps
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """A loss on the policy head, what it needs, and how its policy scores a response by itself."""
+
+    function: Callable[..., Float[Tensor, " comparisons"]]
+    options: Mapping[str, float] = field(default_factory=dict)
+    """The function's keyword arguments with the values that its paper or TRL takes."""
+    needs_reference: bool = True
+    per_token: bool = False
+    """The loss compares log-probs per token, so the implicit reward does."""
+
+
+POLICY_LOSSES: Mapping[str, PolicyLoss] = {
+    "dpo": PolicyLoss(losses.dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}),
+    "dpo-noref": PolicyLoss(
+        losses.reference_free_dpo_loss,
+        {"beta": 0.1, "label_smoothing": 0.0},
+        needs_reference=False,
+    ),
+    "ipo": PolicyLoss(losses.ipo_loss, {"beta": 0.1}, per_token=True),
+    "simpo": PolicyLoss(
+        losses.simpo_loss, {"beta": 2.0, "gamma": 1.0}, needs_reference=False, per_token=True
+    ),
+    "orpo": PolicyLoss(losses.orpo_loss, {"beta": 0.1}, needs_reference=False, per_token=True),
+    "kto": PolicyLoss(losses.kto_loss, {"beta": 0.1}),
+    "sft": PolicyLoss(losses.sft_loss, needs_reference=False, per_token=True),
+    "sft-logsigmoid": PolicyLoss(losses.sft_logsigmoid_loss, {"beta": 0.1}, needs_reference=False),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """L = reward_weight * L_reward + alpha * L_policy, per comparison.
+
+    Raises ConfigError for a value that makes no objective.
+    """
+
+    name: str
+    reward_weight: float = 1.0
+    """Factor on the Bradley-Terry loss; 0 trains the policy only. It does not follow alpha: for GRM's
+    convex sum with another alpha, give reward_weight = 1 - alpha too."""
+    alpha: float = 0.0
+    """Factor on the policy loss; 0 trains the reward only. The paper's code takes 0.2."""
+    policy_loss: str | None = None
+    """A key of POLICY_LOSSES."""
+    beta: float = 1.0
+    """The policy loss's temperature (the paper's tau, ORPO's lambda), and the implicit reward's factor."""
+    gamma: float = 0.0
+    """SimPO's target margin, in units of beta * log-prob per token."""
+    label_smoothing: float = 0.0
+    """Assumed probability that a label is wrong, in the reward loss and in DPO's."""
+    centering: float = 0.0
+    """Factor on (chosen + rejected)^2, which keeps rewards near zero; TRL suggests 0.01."""
+
+    def __post_init__(self) -> None:
+        for name in ("reward_weight", "alpha", "gamma", "centering"):
+            self._require(name, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+        self._require("beta", lambda value: 0 < value < math.inf, "a finite number > 0")
+        self._require("label_smoothing", lambda value: 0 <= value < 0.5, "at least 0, under 0.5")
+        if self.policy_loss is not None and self.policy_loss not in POLICY_LOSSES:
+            raise ConfigError(_unknown("method.policy_loss", self.policy_loss, POLICY_LOSSES))
+        if self.alpha > 0 and self.policy_loss is None:
+            raise ConfigError(
+                f"method.alpha is {self.alpha}, but method {self.name!r} has no policy loss to weigh: "
+                f"set method.policy_loss to one of {', '.join(POLICY_LOSSES)}, or take method haf"
+            )
+        if not (self.trains_reward or self.trains_policy):
+            raise ConfigError(
+                f"method {self.name!r} would train nothing: method.reward_weight and method.alpha are "
+                "both 0; set one of them above 0"
+            )
+
+    def _require(self, name: str, allowed: Callable[[float], bool], words: str) -> None:
+        value = getattr(self, name)
+        if not allowed(value):
+            raise ConfigError(f"method.{name} is {value!r}; it must be {words}")
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether the reward head is trained."""
+        return self.reward_weight > 0
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the policy head is trained, so that log-probs are needed."""
+        return self.alpha > 0 and self.policy_loss is not None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether training needs the starting checkpoint's log-probs."""
+        return self.trains_policy and self.scores_against_reference
+
+    @property
+    def scores_with(self) -> Literal["reward", "implicit"]:
+        """What ranks responses after training: the reward head if it was trained, else the policy."""
+        return "reward" if self.trains_reward else "implicit"
+
+    @property
+    def scores_against_reference(self) -> bool:
+        """Whether the implicit reward subtracts the reference's log-probs."""
+        return self.policy_loss is None or POLICY_LOSSES[self.policy_loss].needs_reference
+
+    def implicit_rewards(
+        self,
+        logps: Float[Tensor, " responses"],
+        counts: Int[Tensor, " responses"],
+        reference_logps: Float[Tensor, " responses"] | None = None,
+    ) -> Float[Tensor, " responses"]:
+        """What the policy thinks of each response: the quantity that its loss tells responses apart by.
+
+        beta * log-ratio for DPO and KTO, the same per token for IPO, beta * log-prob per token for SimPO,
+        ORPO and SFT, beta * log-prob for reference-free DPO and GRM's SFT. A method without policy loss
+        scores as DPO with its beta (1.0). Raises ConfigError where a reference is needed and missing.
+        """
+        if self.scores_against_reference and reference_logps is None:
+            raise ConfigError(
+                f"the implicit reward of method {self.name!r} compares with the reference, whose "
+                "log-probs are missing: compute them with the starting checkpoint"
+            )
+        per_token = self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
+        return losses.implicit_rewards(
+            logps,
+            reference_logps if self.scores_against_reference else None,
+            self.beta,
+            counts if per_token else None,
+        )
+
+
+def _preset(name: str, policy_loss: str | None = None, **values: float) -> Method:
+    """A method whose options are its policy loss's own unless said otherwise."""
+    options = POLICY_LOSSES[policy_loss].options if policy_loss else {}
+    return Method(name=name, policy_loss=policy_loss, **{**options, **values})
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        # HAF-RM, arXiv 2407.04185, with the weights of its released code: not a convex sum.
+        _preset("haf", "dpo", alpha=0.2),
+        _preset("bt"),
+        # GRM, arXiv 2406.10216: (1 - a) L_BT + a L_regulariser, a = 0.01.
+        _preset("grm-sft", "sft-logsigmoid", reward_weight=0.99, alpha=0.01),
+        _preset("grm-dpo", "dpo", reward_weight=0.99, alpha=0.01),
+        _preset("grm-dpo-noref", "dpo-noref", reward_weight=0.99, alpha=0.01),
+        # Policies alone, scored by their implicit reward.
+        *(
+            _preset(loss, loss, reward_weight=0.0, alpha=1.0)
+            for loss in ("dpo", "ipo", "simpo", "orpo", "kto", "sft")
+        ),
+    )
+}
+
+
+def get_method(name: str, **overrides: Any) -> Method:
+    """The preset `name` with some values replaced; an override of None keeps the preset's value.
+
+    Another `policy_loss` brings its own beta and gamma unless they are given too: SimPO's beta is not
+    DPO's. Raises ConfigError for an unknown name, an unknown option, a value that is not allowed, and an
+    option that this method would not use.
+    """
+    if name not in METHODS:
+        raise ConfigError(_unknown("method.name", name, METHODS))
+    given = {key: value for key, value in overrides.items() if value is not None}
+    preset = METHODS[name]
+    if given.get("policy_loss", preset.policy_loss) != preset.policy_loss:
+        preset = _with_policy_loss(preset, given["policy_loss"])
+    allowed = [each.name for each in fields(Method) if each.name != "name"]
+    for key in given:
+        if key not in allowed:
+            raise ConfigError(_unknown("option of method", key, allowed))
+    method = replace(preset, **given)
+    used = _options_in_use(method)
+    for key, value in given.items():
+        if key not in used and value != getattr(preset, key):
+            raise ConfigError(
+                f"method.{key} is set to {value!r}, but method {name!r} does not use it (it uses "
+                f"{', '.join(sorted(used))}): remove method.{key}, or take another method"
+            )
+    if "policy_loss" in given and "alpha" not in given and method.alpha == 0:
+        raise ConfigError(
+            f"method.policy_loss is {method.policy_loss!r}, but method {name!r} weighs it with alpha 0: "
+            "set method.alpha too (the paper's is 0.2)"
+        )
+    return method
+
+
+def _with_policy_loss(preset: Method, policy_loss: str) -> Method:
+    """The preset's weights, with another policy loss and that loss's own options."""
+    if policy_loss not in POLICY_LOSSES:
+        raise ConfigError(_unknown("method.policy_loss", policy_loss, POLICY_LOSSES))
+    weights = {"reward_weight": preset.reward_weight, "alpha": preset.alpha}
+    return _preset(preset.name, policy_loss, **weights)
+
+
+def _options_in_use(method: Method) -> set[str]:
+    """The fields that change what the method computes, its weights taken as if they were not 0."""
+    used = {"reward_weight", "policy_loss"}
+    if method.trains_reward:
+        used |= {"label_smoothing", "centering"}
+    if method.policy_loss is not None:
+        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
+    return used
+
+
+def _unknown(what: str, value: str, allowed: Collection[str]) -> str:
+    """The message for a name that is not among the allowed ones."""
+    close = difflib.get_close_matches(value, allowed, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {value!r}{hint} (one of: {', '.join(allowed)})"
+
+
+class JointLoss(NamedTuple):
+    """The loss of each comparison and its parts."""
+
+    total: Float[Tensor, " comparisons"]
+    """What is trained on: both parts in the method's proportions, times the comparison's weight."""
+    reward: Float[Tensor, " comparisons"] | None
+    """The reward part as it is, unweighted, for logging; None where the method has none."""
+    policy: Float[Tensor, " comparisons"] | None
+    """The policy part as it is, unweighted, for logging; None where the method has none."""
+
+
+def joint_loss(
+    method: Method,
+    *,
+    rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None = None,
+    logps: PolicyLogps | None = None,
+    margins: Float[Tensor, " comparisons"] | None = None,
+    weights: Float[Tensor, " comparisons"] | None = None,
+) -> JointLoss:
+    """The method's loss per comparison (nat), not reduced; `rewards` are (chosen, rejected).
+
+    Rewards or log-probs that the method does not train on may be None, and are not looked at.
+    """
+    reward = _reward_part(method, rewards, margins) if method.trains_reward else None
+    policy = _policy_part(method, logps) if method.trains_policy else None
+    # arXiv 2407.04185: L = L_reward + alpha * L_policy
+    total = method.reward_weight * _or_zero(reward) + method.alpha * _or_zero(policy)
+    assert isinstance(total, Tensor), "a method trains at least one of the two"
+    return JointLoss(total if weights is None else weights * total, reward, policy)
+
+
+def _reward_part(
+    method: Method,
+    rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None,
+    margins: Float[Tensor, " comparisons"] | None,
+) -> Float[Tensor, " comparisons"]:
+    assert rewards is not None, f"method {method.name} trains rewards, but got none"
+    return losses.reward_loss(
+        *rewards,
+        margin=margins,
+        label_smoothing=method.label_smoothing,
+        centering=method.centering,
+    )
+
+
+def _policy_part(method: Method, logps: PolicyLogps | None) -> Float[Tensor, " comparisons"]:
+    assert method.policy_loss is not None
+    assert logps is not None, f"method {method.name} trains the policy, but got no log-probs"
+    loss = POLICY_LOSSES[method.policy_loss]
+    return loss.function(logps, **{option: getattr(method, option) for option in loss.options})
+
+
+def _or_zero(part: Float[Tensor, " comparisons"] | None) -> Float[Tensor, " comparisons"] | float:
+    return 0.0 if part is None else part

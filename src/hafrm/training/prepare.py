@@ -1,0 +1,188 @@
+"""From a recipe to what the loop runs on: encoded data, the model, the reference's log-probs.
+
+Everything here happens before the first step. Nothing is trained, and the test set is only looked at
+to prove that no prompt of it is trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.groups import Group
+from hafrm.data.mixing import check_leakage, split_by_prompt
+from hafrm.data.readers import read
+from hafrm.engine.model import (
+    HybridModel,
+    hidden_size,
+    new_reward_head,
+    sharing_obstacle,
+    split_causal_lm,
+)
+from hafrm.errors import ConfigError, DataError, ModelError
+from hafrm.recipe import LoraSection, Recipe
+from hafrm.training.methods import Method
+
+NUM_GOLDEN = 16
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Encoded groups, and what became of the rows."""
+
+    encoder: Encoder
+    train: list[EncodedGroup]
+    validation: list[EncodedGroup]
+    golden: list[Group]
+    """Held-out conversations whose scores are exported for consumers to replay."""
+    counts: dict[str, Any]
+
+
+def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedData:
+    """Read, split by prompt, check for leakage, and encode.
+
+    Raises DataError for unusable data, for prompts shared between parts, and for an empty part.
+    """
+    data = recipe.data
+    encoder = Encoder(
+        load_tokenizer(recipe),
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        too_long=data.too_long,
+    )
+    reading = read(data.train, max_bad_fraction=data.max_bad_fraction, bad_rows_file=bad_rows_file)
+    train: Sequence[Group] = reading.groups
+    if data.validation:
+        validation: Sequence[Group] = read(
+            data.validation, max_bad_fraction=data.max_bad_fraction
+        ).groups
+    else:
+        train, validation = split_by_prompt(
+            train, fraction=data.validation_fraction, seed=recipe.training.seed
+        )
+    if data.test:
+        test = read(data.test, max_bad_fraction=data.max_bad_fraction).groups
+        check_leakage([*train, *validation], test, names=("data.train", "data.test"))
+    check_leakage(train, validation, names=("data.train", "data.validation"))
+    encoded_train, report = encoder.encode(train)
+    encoded_validation, _ = encoder.encode(validation)
+    for name, part in (("data.train", encoded_train), ("data.validation", encoded_validation)):
+        if not any(not c.tie for group in part for c in group.comparisons):
+            raise DataError(
+                f"{name} holds no comparison that is not a tie; add preference data to it"
+            )
+    counts = {
+        "rows": reading.num_rows,
+        "bad_rows": len(reading.bad),
+        "train_groups": len(encoded_train),
+        "validation_groups": len(encoded_validation),
+        "train_comparisons": sum(len(group.comparisons) for group in encoded_train),
+        "ties_not_trained_on": sum(c.tie for group in encoded_train for c in group.comparisons),
+        "encoding": asdict(report),
+    }
+    return PreparedData(
+        encoder, encoded_train, encoded_validation, list(validation[:NUM_GOLDEN]), counts
+    )
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The base model's tokenizer; raises ModelError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load a tokenizer from model.path {recipe.model.path!r}: {error}"
+        ) from error
+
+
+def load_base(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM to start from; raises ModelError when it cannot be loaded whole."""
+    path, revision = recipe.model.path, recipe.model.revision
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from model.path {path!r}: {error}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ModelError(
+            f"model.path {path!r} lacks weights for {sorted(info['missing_keys'])}, which would start "
+            "random; give the checkpoint of a causal LM with its LM head"
+        )
+    causal: PreTrainedModel = model
+    return causal
+
+
+def build_model(
+    recipe: Recipe, method: Method, encoder: Encoder, device: torch.device
+) -> HybridModel:
+    """The backbone with the heads that the method trains; LoRA injected where asked.
+
+    A head that the method does not train is left out, so it costs neither memory nor time.
+    """
+    lora, training = recipe.lora, recipe.training
+    frozen_half = lora is not None and training.precision == "bf16"
+    causal = load_base(recipe, torch.bfloat16 if frozen_half else torch.float32)
+    backbone, policy_head = split_causal_lm(causal)
+    _check_fits(backbone, encoder, recipe)
+    if lora is not None:
+        causal.requires_grad_(False)
+        _inject(lora, backbone)
+    generator = torch.Generator().manual_seed(training.seed)
+    head = (
+        new_reward_head(hidden_size(backbone.config), generator) if method.trains_reward else None
+    )
+    shares = training.sharing == "auto" and sharing_obstacle(backbone) is None
+    model = HybridModel(
+        backbone,
+        reward_head=head,
+        policy_head=policy_head if method.trains_policy else None,
+        sharing=shares,
+    )
+    if training.gradient_checkpointing:
+        model.checkpoint_activations()
+    return model.to(device)
+
+
+def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> None:
+    """The lengths and ids that the data will bring must exist in the model."""
+    config = backbone.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens; "
+            f"set data.max_length to {longest} or less"
+        )
+    if len(encoder.tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {config.vocab_size}: some ids "
+            "have no embedding; use the tokenizer that the model came with"
+        )
+
+
+def _inject(lora: LoraSection, backbone: PreTrainedModel) -> None:
+    """Put float32 adapters into the backbone's linear layers; the heads are not adapted."""
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    scale: Any = lora.alpha  # typed int upstream, used as a factor
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=scale, target_modules=targets, lora_dropout=0.0, bias="none"
+    )
+    try:
+        inject_adapter_in_model(config, backbone)
+    except ValueError as error:
+        names = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise ConfigError(
+            f"lora.targets {lora.targets!r} matches no linear layer of this model; it has {names}"
+        ) from error
+    for name, parameter in backbone.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,184 @@
+"""One optimiser step, exactly: sums over micro-batches, divided by the step's global count.
+
+Neither packing nor the number of ranks changes the gradient, because every comparison's loss enters as
+loss / (comparisons of the step over all ranks). A non-finite loss or gradient stops before the update.
+Nothing here logs, schedules or reads data.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hafrm.engine.model import HybridModel, Outputs
+from hafrm.errors import NumericsError
+from hafrm.training import parallel
+from hafrm.training.batches import MicroBatch
+from hafrm.training.losses import PolicyLogps
+from hafrm.training.methods import JointLoss, Method, joint_loss
+
+MEASURES = (
+    "loss",
+    "reward_loss",
+    "policy_loss",
+    "accuracy",
+    "margin",
+    "chosen_reward",
+    "rejected_reward",
+    "implicit_accuracy",
+    "implicit_margin",
+)
+"""What a step sums over its comparisons, in this order; NaN where a head is absent."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors: nothing is fetched until somebody asks."""
+
+    sums: Float[Tensor, " measures"]
+    """MEASURES summed over this rank's comparisons; divide by the global count."""
+    grad_norm: Float[Tensor, ""]
+    """2-norm of the whole gradient before clipping."""
+    num_tokens: int
+    """Packed tokens that this rank ran."""
+
+
+def losses_of(outputs: Outputs, batch: MicroBatch, method: Method) -> JointLoss:
+    """The method's losses for every comparison of a micro-batch."""
+    rewards = (
+        None
+        if outputs.rewards is None
+        else (outputs.rewards[batch.chosen], outputs.rewards[batch.rejected])
+    )
+    return joint_loss(
+        method,
+        rewards=rewards,
+        logps=None if outputs.logps is None else policy_logps(outputs, batch),
+        margins=batch.margins,
+        weights=batch.weights,
+    )
+
+
+def policy_logps(outputs: Outputs, batch: MicroBatch) -> PolicyLogps:
+    """The log-probs of both sides of every comparison, with their references where there are any."""
+    assert outputs.logps is not None
+    reference = batch.reference_logps
+    return PolicyLogps(
+        chosen_logps=outputs.logps[batch.chosen],
+        rejected_logps=outputs.logps[batch.rejected],
+        reference_chosen_logps=None if reference is None else reference[batch.chosen],
+        reference_rejected_logps=None if reference is None else reference[batch.rejected],
+        chosen_counts=outputs.lengths[batch.chosen],
+        rejected_counts=outputs.lengths[batch.rejected],
+    )
+
+
+def take_step(  # noqa: PLR0913
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    method: Method,
+    *,
+    num_comparisons: int,
+    max_grad_norm: float,
+    autocast: torch.dtype | None = None,
+) -> StepResult:
+    """Run the step's micro-batches, clip, check and update; `num_comparisons` counts all ranks.
+
+    Raises NumericsError before the update if a loss or the gradient is not finite.
+    """
+    device = parallel.unwrap(model).device
+    sums = torch.zeros(len(MEASURES), device=device)
+    finite: list[Tensor] = []
+    for number, batch in enumerate(batches):
+        moved = batch.to(device)
+        with parallel.synchronise(model, last=number == len(batches) - 1):
+            with _autocast(device, autocast):
+                outputs = model(moved.layout)
+            loss = losses_of(outputs, moved, method)
+            # Gradients are averaged over ranks; the loss is a sum over the step's comparisons.
+            scaled = loss.total.sum() * (parallel.num_ranks() / num_comparisons)
+            torch.autograd.backward(scaled)
+        sums += measure(outputs, moved, loss, method)
+        finite.append(torch.isfinite(loss.total.detach()).all())
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = parallel.clip(parameters, max_grad_norm)
+    if not bool(parallel.all_finite(torch.stack([*finite, torch.isfinite(grad_norm)]))):
+        raise NumericsError(_non_finite(batches, finite))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(sums, grad_norm, sum(batch.layout.num_tokens for batch in batches))
+
+
+@torch.no_grad()
+def measure(
+    outputs: Outputs, batch: MicroBatch, loss: JointLoss, method: Method
+) -> Float[Tensor, " measures"]:
+    """MEASURES summed over the micro-batch's comparisons; fillers count for nothing."""
+    real = batch.weights != 0
+    absent = torch.full_like(batch.weights, float("nan"))
+
+    def sides(scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (
+            (absent, absent) if scores is None else (scores[batch.chosen], scores[batch.rejected])
+        )
+
+    chosen, rejected = sides(outputs.rewards)
+    implicit_chosen, implicit_rejected = sides(_implicit(outputs, batch, method))
+    rows = [
+        loss.total,
+        absent if loss.reward is None else loss.reward,
+        absent if loss.policy is None else loss.policy,
+        _share(chosen - rejected),
+        chosen - rejected,
+        chosen,
+        rejected,
+        _share(implicit_chosen - implicit_rejected),
+        implicit_chosen - implicit_rejected,
+    ]
+    return torch.where(real, torch.stack(rows), 0.0).sum(1)
+
+
+def _implicit(outputs: Outputs, batch: MicroBatch, method: Method) -> Tensor | None:
+    if outputs.logps is None:
+        return None
+    return method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
+
+
+def _share(difference: Tensor) -> Tensor:
+    return torch.where(difference.isnan(), difference, (difference > 0).float())
+
+
+def _autocast(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _non_finite(batches: Sequence[MicroBatch], finite: Sequence[Tensor]) -> str:
+    """The message: which groups to look at."""
+    broken = [batch for batch, good in zip(batches, finite, strict=True) if not bool(good)]
+    what = "loss" if broken else "gradient"
+    ids = sorted({name for batch in broken or batches for name in batch.ids})
+    shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+    return (
+        f"the {what} of this step is not finite; stopped before the update. Groups in it: {shown}. "
+        "Look at their texts and margins, lower training.learning_rate, or set training.precision: fp32"
+    )
+
+
+def build_optimizer(
+    model: HybridModel, *, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; matrices decay, norms and biases do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True
+    )

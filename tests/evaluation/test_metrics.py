@@ -1,0 +1,322 @@
+"""Metrics against golden values derived by hand and slow loops."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hafrm.evaluation.metrics import (
+    LENGTH_SLICES,
+    ScoredComparisons,
+    agreement,
+    calibration,
+    length_bias,
+    measure,
+    pairwise_accuracy,
+    pearson,
+    spearman,
+)
+
+
+def scored(num: int = 200, seed: int = 0, *, ties: bool = True) -> ScoredComparisons:
+    """Random scores that like the chosen response and length a little; two comparisons per prompt."""
+    draw = np.random.default_rng(seed)
+    chosen_lengths, rejected_lengths = draw.integers(3, 60, (2, num))
+    noise = draw.normal(size=(2, num))
+    return ScoredComparisons(
+        chosen_scores=0.5 + noise[0] + 0.02 * chosen_lengths,
+        rejected_scores=noise[1] + 0.02 * rejected_lengths,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        prompts=np.array([f"p{i // 2}" for i in range(num)]),
+        ties=(draw.random(num) < 0.1) & ties,
+    )
+
+
+# Accuracy.
+
+
+def test_equal_scores_are_counted_and_are_not_correct() -> None:
+    """Margins 2, 0, -1, 0.5: two of four right, one equal."""
+    got = pairwise_accuracy(np.array([2.0, 0.0, -1.0, 0.5]))
+    assert (got.num, got.num_correct, got.num_equal) == (4, 2, 1)
+    assert got.estimate.value == 0.5
+
+
+def test_a_scorer_that_always_says_the_same_is_never_right() -> None:
+    assert pairwise_accuracy(np.zeros(10)).estimate.value == 0.0
+
+
+def test_the_interval_knows_about_prompts() -> None:
+    margins = np.array([1.0, -1.0, 1.0, 1.0])
+    assert pairwise_accuracy(margins, np.arange(4)).estimate.method == "wilson"
+    clustered = pairwise_accuracy(margins, np.array([0, 0, 1, 1])).estimate
+    assert clustered.method == "cluster-bootstrap"
+
+
+# Calibration.
+
+
+def slow_ece(margins: np.ndarray, num_bins: int) -> float:
+    """Points one by one: both sides of each comparison, sorted, dealt into bins of equal mass."""
+    points = []
+    for margin in margins:
+        p = 1 / (1 + math.exp(-margin))
+        points += [(p, 1.0), (1 - p, 0.0)]
+    points.sort()
+    total, start = 0.0, 0
+    for b in range(num_bins):
+        size = len(points) // num_bins + (b < len(points) % num_bins)
+        part = points[start : start + size]
+        start += size
+        if part:
+            confidence = sum(p for p, _ in part) / len(part)
+            accuracy = sum(label for _, label in part) / len(part)
+            total += len(part) / len(points) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize("num", [3, 7, 100, 1001])
+def test_the_calibration_error_equals_a_slow_loop(num: int) -> None:
+    margins = np.random.default_rng(num).normal(0.4, 1.5, num)
+    assert calibration(margins).ece == pytest.approx(slow_ece(margins, 15))
+
+
+def test_calibration_by_hand() -> None:
+    """Margins ln 3 three times and -ln 3 once: p = 3/4 is right three times of four, 1/4 once.
+
+    Two bins: the upper holds the four points of confidence 3/4 (3 right, 1 wrong), the lower mirrors
+    it: ECE 0. Log loss (3 ln(4/3) + ln 4) / 4, Brier (3 / 16 + 9 / 16) / 4 = 3/16.
+    """
+    got = calibration(math.log(3) * np.array([1.0, 1.0, -1.0, 1.0]), num_bins=2)
+    assert got.log_loss == pytest.approx((3 * math.log(4 / 3) + math.log(4)) / 4)
+    assert got.brier == pytest.approx(3 / 16)
+    assert got.ece == pytest.approx(0.0, abs=1e-12)
+    assert [each.num for each in got.bins] == [4, 4]
+    assert [each.confidence for each in got.bins] == pytest.approx([0.25, 0.75])
+
+
+def test_an_overconfident_scorer_has_a_calibration_error() -> None:
+    """Sure of all (margin 40) and right in 3 of 4: |3/4 - 1| = 1/4 in the upper bin and its mirror."""
+    got = calibration(np.array([40.0, 40.0, 40.0, -40.0]), num_bins=2)
+    assert got.ece == pytest.approx(0.25)
+
+
+def test_a_coin_has_log_loss_ln_2_and_no_calibration_error() -> None:
+    """All points share p = 1/2 and half of them are right, however they are sorted into bins."""
+    got = calibration(np.zeros(40))
+    assert got.log_loss == pytest.approx(math.log(2))
+    assert got.brier == pytest.approx(0.25)
+    assert got.ece == pytest.approx(0.0, abs=1e-12)
+
+
+def test_outcomes_drawn_from_the_model_are_calibrated_and_scaled_scores_are_not() -> None:
+    """Margins whose sign is drawn with probability sigmoid: 20,000 of them leave ECE near 0."""
+    draw = np.random.default_rng(0)
+    size = draw.exponential(1.5, 20_000)
+    margins = np.where(draw.random(20_000) < 1 / (1 + np.exp(-size)), size, -size)
+    assert calibration(margins).ece < 0.012
+    assert calibration(3 * margins).ece > 0.05
+
+
+def test_calibration_does_not_depend_on_order_or_on_which_side_is_named_first() -> None:
+    margins = np.round(np.random.default_rng(1).normal(size=300), 1)
+    shuffled = np.random.default_rng(2).permutation(margins)
+    first, second = calibration(margins), calibration(shuffled)
+    assert first.ece == pytest.approx(second.ece, abs=1e-12)
+    for lower, upper in zip(first.bins, reversed(first.bins), strict=True):
+        assert lower.confidence == pytest.approx(1 - upper.confidence)
+
+
+def test_huge_margins_give_no_infinity() -> None:
+    got = calibration(np.array([1e4, -1e4]))
+    assert got.log_loss == pytest.approx(5000.0)
+    assert got.brier == pytest.approx(0.5)
+
+
+# Length.
+
+
+def test_length_slices_by_hand() -> None:
+    """Chosen against rejected: 10/21 (much shorter), 10/20 (shorter: exactly 2 is not beyond 2), 10/12
+    (shorter), 10/11 and 11/10 (about equal), 12/10 (longer), 21/10 (much longer)."""
+    chosen = np.array([10, 10, 10, 10, 11, 12, 21])
+    rejected = np.array([21, 20, 12, 11, 10, 10, 10])
+    margins = np.array([1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
+    slices = length_bias(margins, chosen, rejected).slices
+    assert {name: (each.num, each.num_correct) for name, each in slices.items()} == {
+        "much shorter": (1, 1),
+        "shorter": (2, 1),
+        "about equal": (2, 2),
+        "longer": (1, 0),
+        "much longer": (1, 1),
+    }
+
+
+def test_swapping_the_sides_mirrors_the_length_slices() -> None:
+    given = scored()
+    there = length_bias(given.margins, given.chosen_lengths, given.rejected_lengths)
+    back = length_bias(-given.margins, given.rejected_lengths, given.chosen_lengths)
+    counts = [there.slices[name].num for name in LENGTH_SLICES]
+    assert counts == [back.slices[name].num for name in reversed(LENGTH_SLICES)]
+    assert sum(counts) == len(given.ties)
+    assert there.pearson == pytest.approx(back.pearson)
+
+
+def test_the_length_baselines_and_equal_lengths_add_up_to_all() -> None:
+    given = scored()
+    got = length_bias(given.margins, given.chosen_lengths, given.rejected_lengths)
+    longer = sum(c > r for c, r in zip(given.chosen_lengths, given.rejected_lengths, strict=True))
+    assert got.pick_longer.num_correct == longer
+    assert got.pick_longer.num_equal == got.pick_shorter.num_equal
+    total = got.pick_longer.num_correct + got.pick_shorter.num_correct + got.pick_longer.num_equal
+    assert total == len(given.ties)
+
+
+def test_a_scorer_that_is_length_equals_the_pick_longer_baseline() -> None:
+    given = scored()
+    difference = given.chosen_lengths - given.rejected_lengths
+    got = length_bias(difference.astype(float), given.chosen_lengths, given.rejected_lengths)
+    assert got.pearson == pytest.approx(1.0)
+    assert got.spearman == pytest.approx(1.0)
+    accuracy = pairwise_accuracy(difference.astype(float))
+    assert accuracy.num_correct == got.pick_longer.num_correct
+
+
+def test_empty_responses_fall_into_a_slice_too() -> None:
+    got = length_bias(np.ones(3), np.array([0, 5, 0]), np.array([5, 0, 0]))
+    assert [got.slices[name].num for name in LENGTH_SLICES] == [1, 0, 1, 0, 1]
+
+
+# Correlation and agreement.
+
+
+def test_correlations_equal_scipy_with_repeated_values() -> None:
+    draw = np.random.default_rng(3)
+    first = np.round(draw.normal(size=150), 1)
+    second = np.round(first + draw.normal(size=150), 1)
+    assert pearson(first, second) == pytest.approx(stats.pearsonr(first, second).statistic)
+    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+def test_a_correlation_with_a_constant_is_not_a_number(correlation: type) -> None:
+    assert math.isnan(correlation(np.ones(5), np.arange(5)))
+    assert math.isnan(correlation(np.ones(1), np.ones(1)))
+    assert math.isnan(correlation(np.zeros(0), np.zeros(0)))
+
+
+def test_agreement_counts_equal_signs() -> None:
+    """Signs (+,+), (+,-), (-,-), (0,0), (0,+): three of five agree."""
+    first = np.array([1.0, 2.0, -1.0, 0.0, 0.0])
+    second = np.array([9.0, -1.0, -0.1, 0.0, 1.0])
+    assert agreement(first, second).same_sign.value == pytest.approx(3 / 5)
+
+
+def test_agreement_does_not_depend_on_scale() -> None:
+    margins = scored().margins
+    got = agreement(margins, 100 * margins)
+    assert got.same_sign.value == 1.0
+    assert got.spearman == pytest.approx(1.0)
+
+
+# All together.
+
+
+def test_measure_equals_a_loop_over_the_decided_comparisons() -> None:
+    given = scored()
+    got = measure(given)
+    right, margins, tied = 0, [], []
+    for chosen, rejected, tie in zip(
+        given.chosen_scores, given.rejected_scores, given.ties, strict=True
+    ):
+        (tied if tie else margins).append(chosen - rejected)
+        right += bool(not tie and chosen > rejected)
+    assert (got.accuracy.num_correct, got.accuracy.num) == (right, len(margins))
+    assert got.mean_margin == pytest.approx(sum(margins) / len(margins))
+    assert got.ties.num == len(tied) > 0
+    assert got.ties.mean_abs_margin == pytest.approx(np.abs(tied).mean())
+    assert got.ties.mean_abs_margin_decided == pytest.approx(np.abs(margins).mean())
+    assert sum(each.num for each in got.length.slices.values()) == len(margins)
+
+
+def test_ties_change_nothing_but_their_own_figures() -> None:
+    given = scored(ties=False)
+    tied = ScoredComparisons(
+        np.append(given.chosen_scores, 100.0),
+        np.append(given.rejected_scores, 0.0),
+        np.append(given.chosen_lengths, 5),
+        np.append(given.rejected_lengths, 50),
+        np.append(given.prompts, "another"),
+        np.append(given.ties, True),
+    )
+    without, with_one = measure(given), measure(tied)
+    assert with_one.accuracy == without.accuracy
+    assert with_one.calibration == without.calibration
+    assert with_one.length == without.length
+    assert (without.ties.num, with_one.ties.num) == (0, 1)
+    assert math.isnan(without.ties.mean_abs_margin)
+    assert with_one.ties.mean_abs_margin == 100.0
+
+
+def test_the_same_scores_give_the_same_result_twice() -> None:
+    assert measure(scored()).to_dict() == measure(scored()).to_dict()
+
+
+def test_results_turn_into_json_without_nan() -> None:
+    plain = measure(scored(ties=False)).to_dict()
+    text = json.dumps(plain, allow_nan=False)
+    assert json.loads(text) == plain
+    assert plain["ties"]["mean_abs_margin"] is None
+    assert plain["accuracy"]["estimate"]["num"] == 200
+    assert list(plain["length"]["slices"]) == list(LENGTH_SLICES)
+    assert len(plain["calibration"]["bins"]) == 15
+
+
+def test_data_of_ties_only_gives_no_numbers_and_no_error() -> None:
+    given = scored(4)
+    only_ties = ScoredComparisons(
+        given.chosen_scores,
+        given.rejected_scores,
+        given.chosen_lengths,
+        given.rejected_lengths,
+        given.prompts,
+        np.ones(4, bool),
+    )
+    got = measure(only_ties)
+    assert got.accuracy.num == 0
+    assert json.dumps(got.to_dict(), allow_nan=False)
+    assert got.to_dict()["calibration"]["ece"] is None
+
+
+def test_float32_scores_are_subtracted_in_float64() -> None:
+    """1e8 - 0.5 is not a float32, both numbers are; rounded to float32 it would be 1e8."""
+    given = scored(1, ties=False)
+    single = ScoredComparisons(
+        np.array([1e8], np.float32),
+        np.array([0.5], np.float32),
+        given.chosen_lengths,
+        given.rejected_lengths,
+        given.prompts,
+        given.ties,
+    )
+    assert single.margins.dtype == np.float64
+    assert single.margins.tolist() == [99_999_999.5]
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused_with_their_place(broken: float) -> None:
+    given = scored(10)
+    scores = given.rejected_scores.copy()
+    scores[[3, 7]] = broken
+    with pytest.raises(ValueError, match=r"2 of 10 rejected_scores .* index 3"):
+        ScoredComparisons(
+            given.chosen_scores,
+            scores,
+            given.chosen_lengths,
+            given.rejected_lengths,
+            given.prompts,
+            given.ties,
+        )

@@ -1,0 +1,390 @@
+"""The losses against golden values derived by hand, TRL's formulas, their limits and their gradients."""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hafrm.training import losses
+from hafrm.training.losses import PolicyLogps, reward_loss
+from hafrm.training.methods import POLICY_LOSSES
+
+
+def batch(
+    chosen: list[float],
+    rejected: list[float],
+    reference: tuple[list[float], list[float]] | None = None,
+    counts: tuple[list[int], list[int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PolicyLogps:
+    ones = [1] * len(chosen)
+    chosen_counts, rejected_counts = counts or (ones, ones)
+    references = reference or ([0.0] * len(chosen), [0.0] * len(chosen))
+    return PolicyLogps(
+        torch.tensor(chosen, dtype=dtype),
+        torch.tensor(rejected, dtype=dtype),
+        torch.tensor(chosen_counts),
+        torch.tensor(rejected_counts),
+        torch.tensor(references[0], dtype=dtype),
+        torch.tensor(references[1], dtype=dtype),
+    )
+
+
+def random_batch(num: int = 64, dtype: torch.dtype = torch.float64) -> PolicyLogps:
+    draw = torch.Generator().manual_seed(3)
+
+    def logps(counts: Tensor) -> Tensor:
+        return -counts * (0.1 + 2 * torch.rand(num, generator=draw, dtype=dtype))
+
+    counts = torch.randint(1, 40, (2, num), generator=draw)
+    return PolicyLogps(
+        logps(counts[0]),
+        logps(counts[1]),
+        counts[0],
+        counts[1],
+        logps(counts[0]),
+        logps(counts[1]),
+    )
+
+
+def softplus(x: float) -> float:
+    """-log sigmoid(-x), for the arithmetic of the docstrings."""
+    return math.log1p(math.exp(x))
+
+
+def call(name: str, given: PolicyLogps) -> Tensor:
+    loss = POLICY_LOSSES[name]
+    return loss.function(given, **loss.options)
+
+
+# The reward loss.
+
+
+def test_reward_loss_is_the_bradley_terry_likelihood() -> None:
+    """sigmoid(ln 3) = 3/4, sigmoid(0) = 1/2, sigmoid(-ln 3) = 1/4; the loss is minus their logarithm."""
+    got = reward_loss(torch.tensor([math.log(3), 1.0, 0.0]), torch.tensor([0.0, 1.0, math.log(3)]))
+    torch.testing.assert_close(got, -torch.tensor([0.75, 0.5, 0.25]).log())
+
+
+def test_a_margin_is_subtracted_from_the_gap() -> None:
+    """A gap of 3 with a margin of 3 is worth a gap of 0: ln 2. A gap of 3 with 1 is one of 2."""
+    got = reward_loss(torch.tensor([3.0, 3.0]), torch.zeros(2), margin=torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(got, torch.tensor([math.log(2), softplus(-2)]))
+
+
+def test_smoothed_reward_loss_mixes_the_two_labels() -> None:
+    """Gap 2, margin 0.5, eps 0.1: 0.9 * softplus(-(2 - 0.5)) + 0.1 * softplus(-(-2 - 0.5))."""
+    got = reward_loss(
+        torch.tensor([2.0]), torch.tensor([0.0]), margin=torch.tensor([0.5]), label_smoothing=0.1
+    )
+    torch.testing.assert_close(got, torch.tensor([0.9 * softplus(-1.5) + 0.1 * softplus(2.5)]))
+
+
+def test_labels_that_are_a_coin_flip_make_the_reward_loss_symmetric() -> None:
+    chosen, rejected, margin = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    kwargs = {"margin": margin.abs(), "label_smoothing": 0.5}
+    torch.testing.assert_close(
+        reward_loss(chosen, rejected, **kwargs), reward_loss(rejected, chosen, **kwargs)
+    )
+
+
+def test_centering_adds_the_squared_sum_of_rewards() -> None:
+    """Rewards 2 and 1: softplus(-1) + 0.01 * (2 + 1)^2 = softplus(-1) + 0.09."""
+    got = reward_loss(torch.tensor([2.0]), torch.tensor([1.0]), centering=0.01)
+    torch.testing.assert_close(got, torch.tensor([softplus(-1) + 0.09]))
+
+
+def test_reward_gradient_is_minus_the_probability_of_being_wrong() -> None:
+    """d/dr_c of -log sigmoid(r_c - r_r) = -sigmoid(-(r_c - r_r)), and the opposite for r_r."""
+    chosen = torch.tensor([0.3, -2.0, 40.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.1, 3.0, -40.0], dtype=torch.float64, requires_grad=True)
+    reward_loss(chosen, rejected).sum().backward()
+    wrong = torch.sigmoid(rejected - chosen).detach()
+    torch.testing.assert_close(chosen.grad, -wrong)
+    torch.testing.assert_close(rejected.grad, wrong)
+
+
+# The policy losses, one by one.
+
+
+def test_dpo_is_the_likelihood_of_the_difference_of_log_ratios() -> None:
+    """pi/ref: chosen -10 - -12 = +2, rejected -20 - -15 = -5; 0.1 * (2 + 5) = 0.7."""
+    given = batch([-10.0], [-20.0], ([-12.0], [-15.0]))
+    torch.testing.assert_close(losses.dpo_loss(given, beta=0.1), torch.tensor([softplus(-0.7)]))
+    smoothed = losses.dpo_loss(given, beta=0.1, label_smoothing=0.2)
+    torch.testing.assert_close(smoothed, torch.tensor([0.8 * softplus(-0.7) + 0.2 * softplus(0.7)]))
+
+
+def test_dpo_starts_at_ln_2() -> None:
+    given = batch([-10.0, -3.0], [-20.0, -900.0], ([-10.0, -3.0], [-20.0, -900.0]))
+    assert losses.dpo_loss(given, beta=0.1).tolist() == [pytest.approx(math.log(2), abs=1e-7)] * 2
+
+
+def test_reference_free_dpo_is_dpo_against_a_reference_of_zero() -> None:
+    with_zero = batch([-10.0, -7.0], [-12.0, -5.0])
+    got = losses.reference_free_dpo_loss(with_zero, beta=0.3, label_smoothing=0.1)
+    expected = losses.dpo_loss(with_zero, beta=0.3, label_smoothing=0.1)
+    torch.testing.assert_close(got, expected)
+
+
+def test_ipo_regresses_the_log_ratio_per_token_on_its_target() -> None:
+    """Chosen +2 over 4 tokens = 0.5, rejected -5 over 10 = -0.5: gap 1. Target 1/(2*0.1) = 5: 16."""
+    given = batch([-10.0], [-20.0], ([-12.0], [-15.0]), ([4], [10]))
+    torch.testing.assert_close(losses.ipo_loss(given, beta=0.1), torch.tensor([16.0]))
+
+
+def test_ipo_target_is_as_hard_for_long_responses_as_for_short_ones() -> None:
+    short = batch([-3.0], [-4.0], ([-5.0], [-3.0]), ([2], [2]))
+    long = batch([-30.0], [-40.0], ([-50.0], [-30.0]), ([20], [20]))
+    torch.testing.assert_close(losses.ipo_loss(short, beta=0.1), losses.ipo_loss(long, beta=0.1))
+
+
+def test_simpo_compares_mean_logps_beyond_its_margin() -> None:
+    """Means -10/10 = -1 and -30/20 = -1.5; 2 * 0.5 - gamma 0.4 = 0.6."""
+    given = batch([-10.0], [-30.0], counts=([10], [20]))
+    got = losses.simpo_loss(given, beta=2.0, gamma=0.4)
+    torch.testing.assert_close(got, torch.tensor([softplus(-0.6)]))
+
+
+def test_orpo_adds_the_odds_ratio_to_sft() -> None:
+    """Geometric means p = 1/2 and 1/4, so odds 1 and 1/3, odds ratio 3 and sigmoid(ln 3) = 3/4.
+
+    -ln(1/2) + 0.1 * -ln(3/4) = 0.693147 + 0.0287682.
+    """
+    given = batch([3 * math.log(0.5)], [2 * math.log(0.25)], counts=([3], [2]))
+    got = losses.orpo_loss(given, beta=0.1)
+    torch.testing.assert_close(got, torch.tensor([math.log(2) - 0.1 * math.log(0.75)]))
+
+
+def test_orpo_odds_are_exact_for_nearly_certain_and_nearly_impossible_responses() -> None:
+    """Against float64 arithmetic: 1 - exp(x) loses every digit in float32 near x = 0."""
+    means = [-1e-6, -1e-4, -0.1, -0.6931, -0.6932, -5.0, -30.0]
+    given = batch(means, [-1.0] * len(means))
+    log_odds = [m - math.log(-math.expm1(m)) + 1.0 + math.log(-math.expm1(-1.0)) for m in means]
+    expected = [-m + softplus(-odds) for m, odds in zip(means, log_odds, strict=True)]
+    torch.testing.assert_close(
+        losses.orpo_loss(given, beta=1.0), torch.tensor(expected), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_orpo_survives_a_certain_response() -> None:
+    """A log-prob of exactly 0 has infinite odds; loss and gradient must be finite on either side."""
+    chosen = torch.tensor([0.0, -1.0], requires_grad=True)
+    rejected = torch.tensor([-1.0, 0.0], requires_grad=True)
+    ones = torch.ones(2, dtype=torch.long)
+    loss = losses.orpo_loss(PolicyLogps(chosen, rejected, ones, ones), beta=0.1)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(chosen.grad).all()
+    assert torch.isfinite(rejected.grad).all()
+
+
+def test_kto_is_the_mean_of_both_sides_against_a_reference_point_of_zero() -> None:
+    """beta 1, log-ratios ln 3 and -ln 3: 1 - sigmoid(ln 3) = 1/4 on either side, mean 1/4."""
+    given = batch([math.log(3)], [-math.log(3)])
+    torch.testing.assert_close(losses.kto_loss(given, beta=1.0), torch.tensor([0.25]))
+
+
+def test_kto_is_half_of_apo_zero() -> None:
+    """APO-zero: 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected), as in TRL's `apo_zero`."""
+    given = random_batch()
+    chosen = given.chosen_logps - given.reference_chosen_logps
+    rejected = given.rejected_logps - given.reference_rejected_logps
+    apo_zero = 1 - torch.sigmoid(0.1 * chosen) + torch.sigmoid(0.1 * rejected)
+    torch.testing.assert_close(losses.kto_loss(given, beta=0.1), apo_zero / 2)
+
+
+def test_kto_starts_at_one_half_and_pulls_both_sides_equally() -> None:
+    """At the start both sigmoids are 1/2; the slope is sigmoid'(0) / 2 * beta = beta / 8."""
+    chosen = torch.tensor([-7.0], requires_grad=True)
+    rejected = torch.tensor([-9.0], requires_grad=True)
+    one = torch.ones(1, dtype=torch.long)
+    given = PolicyLogps(chosen, rejected, one, one, chosen.detach(), rejected.detach())
+    loss = losses.kto_loss(given, beta=0.4)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.5)
+    assert chosen.grad.item() == pytest.approx(-0.05)
+    assert rejected.grad.item() == pytest.approx(0.05)
+
+
+def test_sft_is_the_mean_nll_of_the_chosen_response() -> None:
+    """12 nat over 4 tokens: 3 nat per token; the rejected response plays no part."""
+    given = batch([-12.0], [-99.0], counts=([4], [7]))
+    assert losses.sft_loss(given).tolist() == [3.0]
+
+
+def test_grm_sft_is_the_log_sigmoid_of_the_summed_logp() -> None:
+    """beta 0.1, sum -20: softplus(2)."""
+    got = losses.sft_logsigmoid_loss(batch([-20.0], [-1.0]), beta=0.1)
+    torch.testing.assert_close(got, torch.tensor([softplus(2.0)]))
+
+
+def test_implicit_rewards_are_scaled_log_ratios() -> None:
+    """0.1 * (-10 - -12) = 0.2; without reference -1.0; per token over 4: 0.05."""
+    logps, reference = torch.tensor([-10.0]), torch.tensor([-12.0])
+    counts = torch.tensor([4])
+    assert losses.implicit_rewards(logps, reference, 0.1).item() == pytest.approx(0.2)
+    assert losses.implicit_rewards(logps, None, 0.1).item() == pytest.approx(-1.0)
+    assert losses.implicit_rewards(logps, reference, 0.1, counts).item() == pytest.approx(0.05)
+
+
+# All policy losses alike.
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_no_policy_loss_looks_at_its_neighbours(name: str) -> None:
+    """One comparison at a time gives the same numbers: otherwise packing would change gradients."""
+    given = random_batch(8)
+    columns = [getattr(given, each.name) for each in fields(PolicyLogps)]
+    alone = [call(name, PolicyLogps(*(c[i : i + 1] for c in columns))) for i in range(8)]
+    torch.testing.assert_close(call(name, given), torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_policy_gradients_equal_finite_differences(name: str) -> None:
+    given = random_batch(6)
+
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return call(name, replace(given, chosen_logps=chosen, rejected_logps=rejected))
+
+    inputs = (given.chosen_logps.requires_grad_(), given.rejected_logps.requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+@pytest.mark.parametrize("counts", [1, 500])
+def test_policy_losses_and_gradients_are_finite_at_extremes(name: str, counts: int) -> None:
+    """+-1e4 nat, far beyond any real response, on either side; a log-prob above 0 cannot happen, but
+    a loss that answers it with NaN would hide where it came from."""
+    values = torch.tensor([-1e4, -1e-8, 0.0, 1e4])
+    chosen, rejected = (each.flatten() for each in torch.meshgrid(values, values, indexing="ij"))
+    chosen, rejected = chosen.requires_grad_(), rejected.clone().requires_grad_()
+    number = torch.full((16,), counts)
+    zero = torch.zeros(16)
+    loss = call(name, PolicyLogps(chosen, rejected, number, number, zero, zero))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    for side in (chosen, rejected):
+        assert side.grad is None or torch.isfinite(side.grad).all()
+
+
+@pytest.mark.parametrize("gap", [-1e4, -100.0, 100.0, 1e4])
+def test_reward_loss_is_finite_and_exact_at_extremes(gap: float) -> None:
+    """-log sigmoid(x) tends to max(0, -x), with gradient 0 or -1; log(sigmoid(x)) would be -inf."""
+    chosen = torch.tensor([gap], requires_grad=True)
+    loss = reward_loss(chosen, torch.zeros(1), label_smoothing=0.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(max(0.0, -gap), abs=1e-30)
+    assert chosen.grad.item() == pytest.approx(-1.0 if gap < 0 else 0.0, abs=1e-30)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_policy_losses_of_half_precision_are_computed_in_float32(name: str) -> None:
+    half = random_batch(16, torch.bfloat16)
+    columns = [getattr(half, each.name) for each in fields(PolicyLogps)]
+    full = PolicyLogps(*(c.float() if c.is_floating_point() else c for c in columns))
+    got = call(name, half)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, call(name, full))
+
+
+def test_reward_loss_of_half_precision_is_computed_in_float32() -> None:
+    chosen, rejected = torch.randn(2, 16).bfloat16()
+    got = reward_loss(chosen, rejected, margin=torch.ones(16, dtype=torch.bfloat16))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, reward_loss(chosen.float(), rejected.float(), margin=torch.ones(16)))
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_empty_batches_give_empty_losses(name: str) -> None:
+    assert call(name, random_batch(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("name", [n for n, loss in POLICY_LOSSES.items() if loss.needs_reference])
+def test_a_missing_reference_is_named(name: str) -> None:
+    given = random_batch(2)
+    without = replace(given, reference_chosen_logps=None, reference_rejected_logps=None)
+    with pytest.raises(ValueError, match="reference log-probs first"):
+        call(name, without)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, loss in POLICY_LOSSES.items() if not loss.needs_reference]
+)
+def test_reference_free_losses_ignore_the_reference(name: str) -> None:
+    given = random_batch(5)
+    without = replace(given, reference_chosen_logps=None, reference_rejected_logps=None)
+    assert torch.equal(call(name, given), call(name, without))
+
+
+PREFERRING = [name for name in POLICY_LOSSES if name not in ("sft", "sft-logsigmoid")]
+
+
+@pytest.mark.parametrize("name", PREFERRING)
+def test_a_more_likely_rejected_response_costs_more(name: str) -> None:
+    """In every pairwise loss; the slope in the rejected log-prob is positive near the start."""
+    rejected = torch.tensor([-40.0, -12.0], requires_grad=True)
+    chosen, counts = torch.tensor([-30.0, -20.0]), torch.tensor([10, 10])
+    reference = (chosen.clone(), rejected.detach().clone())
+    call(name, PolicyLogps(chosen, rejected, counts, counts, *reference)).sum().backward()
+    assert (rejected.grad > 0).all()
+
+
+# TRL 1.16: its formulas written out again, and its functions where they can be called alone.
+
+
+def trl_sigmoid(given: PolicyLogps) -> Tensor:
+    chosen = given.chosen_logps - given.reference_chosen_logps
+    return -F.logsigmoid(0.1 * (chosen - given.rejected_logps + given.reference_rejected_logps))
+
+
+def trl_ipo(given: PolicyLogps) -> Tensor:
+    chosen = (given.chosen_logps - given.reference_chosen_logps) / given.chosen_counts
+    rejected = (given.rejected_logps - given.reference_rejected_logps) / given.rejected_counts
+    return (chosen - rejected - 1 / (2 * 0.1)) ** 2
+
+
+def trl_simpo(given: PolicyLogps) -> Tensor:
+    """cpo_trainer.py subtracts gamma / beta (here 1.0 / 2.0) inside the bracket."""
+    chosen = given.chosen_logps / given.chosen_counts
+    return -F.logsigmoid(2.0 * (chosen - given.rejected_logps / given.rejected_counts - 0.5))
+
+
+def trl_reference_free(given: PolicyLogps) -> Tensor:
+    return -F.logsigmoid(0.1 * (given.chosen_logps - given.rejected_logps))
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("dpo", trl_sigmoid),
+        ("ipo", trl_ipo),
+        ("simpo", trl_simpo),
+        ("dpo-noref", trl_reference_free),
+    ],
+)
+def test_default_losses_equal_the_formulas_of_trl(
+    name: str, formula: Callable[[PolicyLogps], Tensor]
+) -> None:
+    given = random_batch()
+    torch.testing.assert_close(call(name, given), formula(given))
+
+
+@pytest.mark.slow  # importing TRL takes 6 s
+@pytest.mark.filterwarnings("ignore")
+def test_orpo_equals_trls_odds_ratio_loss() -> None:
+    pytest.importorskip("trl")
+    from types import SimpleNamespace
+
+    from trl.experimental.orpo import ORPOTrainer
+
+    given = random_batch(dtype=torch.float32)
+    chosen = given.chosen_logps / given.chosen_counts
+    rejected = given.rejected_logps / given.rejected_counts
+    trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
+    odds_term = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
+    torch.testing.assert_close(losses.orpo_loss(given, beta=0.1), -chosen - odds_term)
