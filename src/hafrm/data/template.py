@@ -1,0 +1,215 @@
+"""Chat templates made fit for reward models: free of dates, and closed, that is ending at the EOS.
+
+A reward is read at the last token, so what a consumer renders must end in the very EOS that was
+trained on. Every rendering is done by transformers' own `apply_chat_template`, so it is what others
+get; a changed template is tried on probe conversations before it is given back.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from hafrm.errors import ModelError
+
+Conversation = Sequence[Mapping[str, str]]
+
+# Turns as text. The blank after the colon belongs to the content: a prompt that ends in "Assistant: "
+# is not a token prefix of prompt + response, one that ends in "Assistant:" is.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{{ message['role'] | capitalize }}:{{ ' ' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+# Any fixed day serves; this is the one that Llama 3.1's own template falls back to.
+FROZEN_DATE = date(2024, 7, 26)
+
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_TODAY_LEFT = re.compile(r"strftime_now(?!\s+is\s+(not\s+)?defined)")
+
+_MARK = "hafrmResponse"
+_USER = {"role": "user", "content": "hafrmQuestion"}
+_EARLIER = {"role": "assistant", "content": "hafrmEarlier"}
+_SYSTEM = {"role": "system", "content": "hafrmSystem"}
+_ANSWER = {"role": "assistant", "content": _MARK}
+_ENDS_IN_ANSWER: tuple[Conversation, ...] = (
+    (_USER, _ANSWER),
+    (_USER, _EARLIER, _USER, _ANSWER),
+    (_SYSTEM, _USER, _ANSWER),
+)
+_ENDS_IN_QUESTION: tuple[Conversation, ...] = (
+    (_USER,),
+    (_USER, _EARLIER, _USER),
+    (_SYSTEM, _USER),
+)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    conversations: Sequence[Conversation],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[str]:
+    """The text that transformers' `apply_chat_template` gives for each conversation."""
+    rendered = tokenizer.apply_chat_template(
+        [[dict(message) for message in conversation] for conversation in conversations],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    assert isinstance(rendered, list)
+    return [str(text) for text in rendered]
+
+
+def found_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -> str:
+    """The tokenizer's own template, or the plain one with BOS if this tokenizer adds BOS by itself."""
+    if tokenizer.chat_template is not None:
+        try:
+            return str(tokenizer.get_chat_template())
+        except ValueError as error:
+            raise ModelError(
+                f"The tokenizer has several chat templates and no default: {error} "
+                "Set tokenizer.chat_template to the one to be used."
+            ) from error
+    if not plain_if_none:
+        raise ModelError(
+            "This reward model's tokenizer has no chat template, so the text it was trained on is unknown. "
+            "Set tokenizer.chat_template to the format in its model card."
+        )
+    first = tokenizer("a").input_ids[:1]
+    adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+
+
+def freeze_date(template: str) -> str:
+    """The template with every `strftime_now("...")` replaced by `FROZEN_DATE` in that format.
+
+    A template that prints today's date gives another score tomorrow.
+
+    Raises:
+        ModelError: when the date is asked for in another way than with a literal format.
+    """
+    frozen = _TODAY.sub(lambda match: repr(FROZEN_DATE.strftime(match[2])), template)
+    left = _TODAY_LEFT.search(frozen)
+    if left:
+        where = frozen[max(left.start() - 40, 0) : left.end() + 40]
+        raise ModelError(
+            f"The chat template prints today's date, so scores would change from day to day: ...{where}... "
+            "Edit tokenizer.chat_template so that it writes a fixed date or none."
+        )
+    return frozen
+
+
+def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """The template, wrapped if need be, so that a rendering whose last turn is the assistant's ends
+    exactly at the EOS: cut right after it, or with one appended when it writes none.
+
+    Everything else (generation prompts, conversations that end in a question) renders as before.
+    Closing a closed template returns it unchanged.
+
+    Raises:
+        ModelError: when the template fails on a plain question and answer, drops the answer, ends in
+            different ways after different conversations, or renders otherwise once wrapped.
+    """
+    eos = tokenizer.eos_token
+    tails = {text.rpartition(_MARK)[2] for text in rendered_answers(tokenizer, template)}
+    if len(tails) != 1:
+        raise ModelError(
+            f"The chat template ends in different ways after different conversations: {sorted(tails)}. "
+            "Edit tokenizer.chat_template so that an assistant's last turn always ends the same way."
+        )
+    tail = tails.pop()
+    end = tail.find(eos)
+    surplus = tail[end + len(eos) :] if end >= 0 else ""
+    if end >= 0 and not surplus:
+        return template
+    closed = _wrapped(template, surplus=surplus, missing="" if end >= 0 else eos)
+    _check_wrapping(tokenizer, template, closed, eos)
+    return closed
+
+
+def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """What the template writes in probe conversations that end in a question, as one text.
+
+    Those that end in an answer are left out: some templates write <think> there, which people's
+    responses may rightly contain.
+    """
+    return "\n".join(
+        text
+        for probe in _ENDS_IN_QUESTION
+        for text in _tried(tokenizer, template, probe, prompt=False)
+    )
+
+
+def _tried(
+    tokenizer: PreTrainedTokenizerFast, template: str, conversation: Conversation, *, prompt: bool
+) -> list[str]:
+    """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
+    try:
+        return render(tokenizer, template, [conversation], add_generation_prompt=prompt)
+    except TemplateError:
+        return []
+
+
+def rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
+    """Renderings of the probes that end in an answer; the first of them must succeed."""
+    try:
+        render(tokenizer, template, _ENDS_IN_ANSWER[:1])
+    except TemplateError as error:
+        raise ModelError(
+            f"The chat template fails on a question and an answer: {error}. Repair tokenizer.chat_template."
+        ) from error
+    texts = [
+        text
+        for probe in _ENDS_IN_ANSWER
+        for text in _tried(tokenizer, template, probe, prompt=False)
+    ]
+    if any(text.count(_MARK) != 1 for text in texts):
+        raise ModelError(
+            "The chat template does not write the assistant's content exactly once. "
+            "Repair tokenizer.chat_template, or set it to None to use a plain one."
+        )
+    return texts
+
+
+def _wrapped(template: str, *, surplus: str, missing: str) -> str:
+    """The template captured in a block, then cut by `surplus` or followed by `missing`.
+
+    The line break after the opening tag and the empty expression before the closing one keep the
+    original's first and last line as they were: transformers renders with trim_blocks and lstrip_blocks.
+    """
+    # jinja drops one final line break of a template; inside a block it would stay.
+    body = template.removesuffix("\n")
+    text = "hafrm_text"
+    cut = f"{text}[:-{len(surplus)}] if {text}.endswith({surplus!a}) else {text}"
+    ending = f"{text} ~ {missing!a}" if missing else cut
+    return (
+        f"{{% set {text} %}}\n{body}{{{{ '' }}}}{{% endset %}}"
+        "{% if messages[-1]['role'] == 'assistant' and not add_generation_prompt %}"
+        f"{{{{ {ending} }}}}{{% else %}}{{{{ {text} }}}}{{% endif %}}"
+    )
+
+
+def _check_wrapping(
+    tokenizer: PreTrainedTokenizerFast, template: str, closed: str, eos: str
+) -> None:
+    """Raise ModelError unless the wrapped template renders the probes as before, up to the EOS."""
+    for probe in (*_ENDS_IN_ANSWER, *_ENDS_IN_QUESTION):
+        for prompt in (False, True):
+            before = _tried(tokenizer, template, probe, prompt=prompt)
+            if before and probe in _ENDS_IN_ANSWER and not prompt:
+                head, mark, tail = before[0].rpartition(_MARK)
+                before = [head + mark + (tail.partition(eos)[0] if eos in tail else tail) + eos]
+            after = _tried(tokenizer, closed, probe, prompt=prompt)
+            if before != after:
+                raise ModelError(
+                    f"The chat template cannot be closed: once wrapped it renders {after}, not {before}. "
+                    "Edit tokenizer.chat_template so that an assistant's last turn ends in the EOS."
+                )

@@ -1,0 +1,216 @@
+"""Chat templates are closed at the EOS, free of dates, and otherwise render as before."""
+
+from datetime import date
+
+import pytest
+from transformers import ByT5Tokenizer
+
+from hafrm.data.template import FROZEN_DATE, close_template, freeze_date, render
+from hafrm.data.tokenizer import choose_pad, prepare
+from hafrm.errors import ModelError
+from tokenizers_for_tests import (
+    CHATML,
+    GEMMA_LIKE,
+    LLAMA3_LIKE,
+    TEMPLATES,
+    chat_tokenizer,
+    llama_like_tokenizer,
+    plain_tokenizer,
+)
+
+USER = {"role": "user", "content": "  How do I bake bread?\n"}
+ANSWER = {"role": "assistant", "content": "Mix flour, water and salt. "}
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+ENDS_IN_ANSWER = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [SYSTEM, USER, ANSWER])
+ENDS_IN_QUESTION = ([USER], [USER, ANSWER, USER], [SYSTEM, USER])
+# Beginnings and ends that jinja's whitespace rules treat specially: a wrapper must not disturb them.
+ODD = {
+    "begins with a line break": "\n" + CHATML,
+    "begins with an indented tag": "    {% set ns = namespace(n=0) %}\n" + CHATML,
+    "begins with a comment": "{#- turns -#}\n" + CHATML,
+    "ends in a line break": CHATML + "\n",
+    "ends in two line breaks": CHATML + "\n\n",
+    "ends in blanks": CHATML + "\n   ",
+    "ends in a stripping tag": CHATML.removesuffix("{% endif %}") + "{%- endif -%}\n",
+    "renames messages": "{% set messages = messages[-3:] %}" + CHATML,
+    "marks generations": CHATML.replace(
+        "m['content']", "m['content'] }}{% generation %}{% endgeneration %}{{ ''"
+    ),
+}
+
+
+def test_a_line_break_behind_the_eos_is_cut() -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    closed = close_template(tokenizer, CHATML)
+    (text,) = render(tokenizer, closed, [[SYSTEM, ANSWER]])
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>assistant\nMix flour, water and salt. <|im_end|>"
+    )
+
+
+def test_an_eos_is_appended_to_a_template_that_writes_none() -> None:
+    tokenizer = chat_tokenizer(GEMMA_LIKE)
+    (text,) = render(tokenizer, close_template(tokenizer, GEMMA_LIKE), [[USER, ANSWER]])
+    assert text.endswith("<|im_start|>model\nMix flour, water and salt.<|sep|>\n<|im_end|>")
+    assert text.count("<|im_end|>") == 1
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), *ODD.values()], ids=[*TEMPLATES, *ODD])
+def test_a_closed_template_renders_as_the_original_up_to_the_eos(template: str) -> None:
+    tokenizer = chat_tokenizer(template)
+    closed = close_template(tokenizer, template)
+    for conversation in ENDS_IN_ANSWER:
+        if template == GEMMA_LIKE and conversation[0] is SYSTEM:
+            continue
+        (before,), (after,) = (render(tokenizer, t, [conversation]) for t in (template, closed))
+        end = before.rfind("<|im_end|>")
+        assert after == (before[:end] if end > 0 else before) + "<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), *ODD.values()], ids=[*TEMPLATES, *ODD])
+def test_a_closed_template_renders_prompts_as_the_original_does(template: str) -> None:
+    tokenizer = chat_tokenizer(template)
+    closed = close_template(tokenizer, template)
+    for conversation in ENDS_IN_QUESTION:
+        if template == GEMMA_LIKE and conversation[0] is SYSTEM:
+            continue
+        for generation in (False, True):
+            before, after = (
+                render(tokenizer, t, [conversation], add_generation_prompt=generation)
+                for t in (template, closed)
+            )
+            assert before == after
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), *ODD.values()], ids=[*TEMPLATES, *ODD])
+def test_closing_a_closed_template_changes_nothing(template: str) -> None:
+    tokenizer = chat_tokenizer(template)
+    closed = close_template(tokenizer, template)
+    assert close_template(tokenizer, closed) == closed
+
+
+def test_a_template_that_already_ends_in_the_eos_is_left_as_it_is() -> None:
+    assert close_template(chat_tokenizer(), LLAMA3_LIKE) == LLAMA3_LIKE
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0]['content'] }}", "exactly once"),
+        ("{{ raise_exception('no') }}", "fails on a question and an answer"),
+        (CHATML + "{{ messages | length }}", "different ways"),
+    ],
+    ids=["drops the answer", "always fails", "ends in a number that varies"],
+)
+def test_a_template_that_cannot_be_closed_is_refused(template: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        close_template(chat_tokenizer(), template)
+
+
+def test_a_printed_date_is_frozen_in_its_own_format() -> None:
+    """26 July 2024 as Llama 3.2 and as gpt-oss would write it."""
+    llama = '{%- if strftime_now is defined %}{%- set d = strftime_now("%d %b %Y") %}{%- endif %}{{ d }}'
+    assert date(2024, 7, 26) == FROZEN_DATE
+    tokenizer = chat_tokenizer()
+    assert render(tokenizer, freeze_date(llama), [[USER]]) == ["26 Jul 2024"]
+    assert render(tokenizer, freeze_date("{{ strftime_now('%Y-%m-%d') }}"), [[USER]]) == [
+        "2024-07-26"
+    ]
+    assert date.today().strftime("%d %b %Y") in render(tokenizer, llama, [[USER]])[0]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ strftime_now(fmt) }}", "{% set now = strftime_now %}{{ now('%Y') }}"]
+)
+def test_a_date_that_cannot_be_frozen_is_refused_with_the_fix(template: str) -> None:
+    with pytest.raises(ModelError, match=r"today's date.*Edit tokenizer\.chat_template"):
+        freeze_date(template)
+
+
+def test_a_template_without_a_date_is_not_touched_by_freezing() -> None:
+    assert all(freeze_date(template) == template for template in TEMPLATES.values())
+
+
+def test_the_plain_template_writes_turns_as_text_with_the_eos_after_each_answer() -> None:
+    tokenizer = prepare(plain_tokenizer(), close=True)
+    assert tokenizer.apply_chat_template([SYSTEM, USER, ANSWER, USER, ANSWER], tokenize=False) == (
+        "System: You are a helpful assistant.\n\nUser:   How do I bake bread?\n\n\n"
+        "Assistant: Mix flour, water and salt. <|endoftext|>\n\nUser:   How do I bake bread?\n\n\n"
+        "Assistant: Mix flour, water and salt. <|endoftext|>"
+    )
+    prompt = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("bread?\n\n\nAssistant:")
+
+
+def test_the_plain_template_begins_with_bos_only_if_the_tokenizer_adds_one() -> None:
+    for tokenizer, begins in ((plain_tokenizer(), "User:"), (llama_like_tokenizer(), "<s>User:")):
+        own = prepare(tokenizer, close=True)
+        assert own.apply_chat_template([USER, ANSWER], tokenize=False).startswith(begins)
+
+
+def test_preparing_leaves_the_tokenizer_given_alone() -> None:
+    tokenizer = llama_like_tokenizer()
+    own = prepare(tokenizer, close=True)
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    assert own("a").input_ids == own("a", add_special_tokens=False).input_ids
+    assert tokenizer.chat_template is None
+    assert tokenizer.pad_token is None
+    assert len(own) == len(tokenizer)
+
+
+def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> None:
+    own = prepare(chat_tokenizer(pad_token="<|im_end|>"), close=True)
+    assert own.pad_token == "<|pad|>"
+    assert prepare(llama_like_tokenizer(), close=True).pad_token == "<unk>"
+    assert prepare(chat_tokenizer(pad_token="<|begin|>"), close=True).pad_token == "<|begin|>"
+
+
+def test_a_token_that_the_template_writes_does_not_serve_as_pad() -> None:
+    tokenizer = chat_tokenizer(pad_token=None)
+    assert choose_pad(tokenizer, written="") == "<|pad|>"
+    assert choose_pad(tokenizer, written="a <|pad|> b") == "<|endoftext|>"
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"no EOS token.*Set tokenizer\.eos_token"):
+        prepare(chat_tokenizer(eos_token=None), close=True)
+
+
+def test_a_tokenizer_in_which_nothing_can_serve_as_pad_is_refused_with_the_fix() -> None:
+    with pytest.raises(ModelError, match=r"no pad token other than its EOS.*add_special_tokens"):
+        prepare(plain_tokenizer(pad=False), close=True)
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"fast tokenizer.*ByT5Tokenizer"):
+        prepare(ByT5Tokenizer(), close=True)
+
+
+def test_several_templates_need_a_default() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = {"tool_use": CHATML, "default": LLAMA3_LIKE}
+    assert prepare(tokenizer, close=True).chat_template == LLAMA3_LIKE
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(ModelError, match="several chat templates"):
+        prepare(tokenizer, close=True)
+
+
+def test_other_peoples_reward_models_keep_their_template_and_must_have_one() -> None:
+    foreign = prepare(chat_tokenizer(CHATML), close=False)
+    assert foreign.chat_template == CHATML
+    with pytest.raises(ModelError, match="no chat template"):
+        prepare(plain_tokenizer(), close=False)
+
+
+def test_a_tokenizer_that_splits_special_tokens_or_pads_is_cured_of_it() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.split_special_tokens = True
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    own = prepare(tokenizer, close=True)
+    ids = own.backend_tokenizer.encode("a<|im_end|>b<|sep|>").ids
+    assert len(ids) == 4
+    assert ids[1::2] == own.convert_tokens_to_ids(["<|im_end|>", "<|sep|>"])
+    assert own("a<|im_end|>b<|sep|>").input_ids == ids
