@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group
 from hafrm.data.mixing import check_leakage, split_by_prompt
 from hafrm.data.readers import read
+from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
     HybridModel,
     hidden_size,
@@ -30,6 +37,9 @@ from hafrm.recipe import LoraSection, Recipe
 from hafrm.training.methods import Method
 
 NUM_GOLDEN = 16
+VALIDATION_SEED = 2**32
+"""Apart from the seeds that people split with: cut by the same hash, the rest of a test split would
+have nothing left to validate on."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         ).groups
     else:
         train, validation = split_by_prompt(
-            train, fraction=data.validation_fraction, seed=recipe.training.seed
+            train, fraction=data.validation_fraction, seed=VALIDATION_SEED + recipe.training.seed
         )
     if data.test:
         test = read(data.test, max_bad_fraction=data.max_bad_fraction).groups
@@ -91,14 +101,27 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     )
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The base model's tokenizer; raises ModelError when there is none."""
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The base model's tokenizer, with a pad of its own; raises ModelError when there is none."""
+    path, revision = recipe.model.path, recipe.model.revision
     try:
-        return AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        spare = AutoConfig.from_pretrained(path, revision=revision).get_text_config().vocab_size
     except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a tokenizer from model.path {path!r}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
-            f"cannot load a tokenizer from model.path {recipe.model.path!r}: {error}"
-        ) from error
+            f"model.path {path!r} has a slow tokenizer ({type(tokenizer).__name__}); convert it to a "
+            "tokenizer.json, which every current checkpoint ships"
+        )
+    try:
+        choose_pad(tokenizer)
+    except ModelError:
+        # Phi-2 has no token to spare for padding, but more embeddings than tokens: use one of those.
+        if len(tokenizer) >= spare:
+            raise
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
