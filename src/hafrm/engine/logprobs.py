@@ -7,7 +7,6 @@ tokens). When the head is frozen, its share of the gradient is taken in forward 
 recomputed. LM-head bias, logit scaling and final soft-capping are honoured.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +56,8 @@ def token_logprobs(
     """
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     transform = transform or LogitTransform()
-    apply: Callable[..., Tensor] = _TokenLogProbs.apply
-    return apply(hidden, weight, bias, targets, transform, chunk)
+    logprobs: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, transform, chunk)
+    return logprobs
 
 
 class _TokenLogProbs(torch.autograd.Function):

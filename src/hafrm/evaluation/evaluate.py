@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.data.encoding import EncodedGroup, Encoder, EncodingReport
+from hafrm.data.encoding import EncodedGroup, EncodingReport
 from hafrm.data.groups import Group, prompt_key
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
@@ -24,8 +24,9 @@ from hafrm.evaluation.metrics import (
     agreement,
     measure,
 )
-from hafrm.scoring.forward import first_responses, run_forward
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, is_reward_directory
+from hafrm.scoring.forward import first_responses
+from hafrm.scoring.loading import is_reward_directory
+from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,13 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
         judge = ImplicitRewardModel.from_pretrained(
             heads.policy, reference=reference, max_length=max_length
         )
-        encoded, report = _encode(judge.encoder, groups)
+        encoded, report = judge.encoder.encode(groups)
         implicit = judge.score_encoded(encoded)
         del judge
     if heads.reward is not None:
         model = RewardModel.from_pretrained(heads.reward, max_length=max_length)
-        encoded, report = _encode(model.encoder, groups)
-        rewards = run_forward(model.model, encoded, max_tokens=model.max_tokens, done=done).rewards
+        encoded, report = model.encoder.encode(groups)
+        rewards = model.score_encoded(encoded, done)
     return Evaluation(
         model=str(path),
         scored_with="implicit reward" if rewards is None else "reward",
@@ -146,12 +147,6 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
         num_bad_rows=len(reading.bad),
         encoding=report,
     )
-
-
-def _encode(
-    encoder: Encoder, groups: Sequence[Group]
-) -> tuple[Sequence[EncodedGroup], EncodingReport]:
-    return encoder.encode(groups)
 
 
 def _measure_sets(

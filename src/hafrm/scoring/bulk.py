@@ -18,6 +18,7 @@ from hafrm.data.sources import iter_rows, parse_source
 from hafrm.data.values import Refusal
 from hafrm.errors import DataError
 from hafrm.runs import atomic_write
+from hafrm.scoring.forward import first_responses
 from hafrm.scoring.scorer import RewardModel
 
 CHUNK = 4096
@@ -75,18 +76,18 @@ def _score_rows(model: RewardModel, rows: Sequence[object]) -> Iterator[dict[str
         for i, p in enumerate(parsed)
         if isinstance(p, ParsedRow)
     ]
-    scores = model.score_groups(groups) if groups else None
+    encoded, _ = model.encoder.encode(groups)
+    scores = model.score_encoded(encoded)
+    first = first_responses(encoded)
     place = {int(group.id): k for k, group in enumerate(groups)}
     for i, (row, known) in enumerate(zip(rows, parsed, strict=True)):
         kept = dict(row) if isinstance(row, dict) else {}
         if isinstance(known, Refusal):
             yield {**kept, "reward": None, "error": f"{known.reason}: {known.detail}"}
             continue
-        assert scores is not None
-        assert scores.rewards is not None
-        start = scores.first[place[i]]
+        start = first[place[i]]
         order = {text: start + k for k, text in enumerate(groups[place[i]].responses)}
-        rewards = [float(scores.rewards[order[text]]) for text in known.responses]
+        rewards = [float(scores[order[text]]) for text in known.responses]
         yield {**kept, **_columns(kept, rewards)}
 
 

@@ -78,7 +78,7 @@ def export_policy(
     if not weights.policy_head:
         raise ModelError("this model has no policy head to export; export its reward model instead")
     stock = _stock(AutoModelForCausalLM, copy.deepcopy(weights.config), encoder, dtype)
-    output = getattr(stock, "get_output_embeddings")()  # noqa: B009 - untyped upstream
+    output = stock.get_output_embeddings()
     name = next(name for name, module in stock.named_modules() if module is output)
     head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
     _write(stock, weights.backbone, head, encoder, directory)

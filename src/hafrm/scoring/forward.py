@@ -33,7 +33,7 @@ class Scores:
 def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
     """Index of each group's first response when all responses are counted through."""
     counts = [len(group.response_ids) for group in groups]
-    return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    return np.cumsum([0, *counts])[:-1].astype(np.int64)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def run_forward(
 ) -> Scores:
     """Scores of all responses of `groups`, `max_tokens` to a row; `done(n)` hears of finished groups.
 
-    Raises NumericsError for a score that is not finite, naming the first such group by index.
+    Raises NumericsError for a score that is not finite, naming such groups by index.
     """
     first = first_responses(groups)
     total = sum(len(group.response_ids) for group in groups)
@@ -61,6 +61,7 @@ def run_forward(
     for row in plan_rows(groups, max_tokens):
         with context:
             outputs = model(lay_out([groups[i] for i in row]).to(device))
+        owner = np.repeat(row, [len(groups[i].response_ids) for i in row])
         where = np.concatenate(
             [np.arange(first[i], first[i] + len(groups[i].response_ids)) for i in row]
         )
@@ -68,7 +69,7 @@ def run_forward(
         for values, output in ((rewards, outputs.rewards), (logps, outputs.logps)):
             if output is not None:
                 values[where] = output.float().cpu().numpy()
-                _check_finite(values[where], row)
+                _check_finite(values[where], owner)
         if done is not None:
             done(len(row))
     return Scores(
@@ -91,9 +92,10 @@ def plan_rows(groups: Sequence[Branches], max_tokens: int, window: int = 512) ->
     return rows
 
 
-def _check_finite(values: NDArray[np.float32], row: Sequence[int]) -> None:
-    if not np.isfinite(values).all():
+def _check_finite(values: NDArray[np.float32], owner: NDArray[np.int64]) -> None:
+    bad = np.unique(owner[~np.isfinite(values)]).tolist()
+    if bad:
         raise NumericsError(
-            f"the model gives scores that are not finite for groups {sorted(row)[:8]} (by index); "
-            "check its weights, or run it in float32"
+            f"the model gives scores that are not finite for {len(bad)} groups of a row, such as "
+            f"{bad[:8]} (by index); check its weights, or run it in float32"
         )

@@ -1,35 +1,33 @@
 """A reward model in use: `RewardModel` scores responses, `ImplicitRewardModel` judges by a policy.
 
 Both take a directory that stock transformers loads (hafrm's own exports or anybody's), lay a prompt out
-once for all its responses, and give the numbers that a consumer of the directory gets. A directory
-without a trained head is refused: a score from a fresh random head is worse than none.
+once for all its responses, and give the numbers that a consumer of the directory gets. Both offer the
+same verbs, so that one can stand in for the other.
 """
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
 
+from hafrm.data.dialogues import check_prompt, read_prompt
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group, Message
-from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
+from hafrm.data.values import MAX_CHARS, RefusedError, check_text
+from hafrm.engine.layout import Branches
+from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
-from hafrm.scoring.forward import Scores, run_forward
+from hafrm.scoring.forward import run_forward
+from hafrm.scoring.loading import load_encoder, load_policy, load_reward
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[Mapping[str, Any] | Message]
 """A user's text, or chat messages up to and without the response."""
 IMPLICIT_RULE = "implicit_reward.json"
 MAX_TOKENS = 8192
@@ -57,7 +55,10 @@ def read_implicit_rule(directory: str | Path) -> ImplicitRule:
     file = Path(directory) / IMPLICIT_RULE
     if not file.is_file():
         return ImplicitRule(reference=None, per_token=True)
-    return ImplicitRule(**json.loads(file.read_text()))
+    try:
+        return ImplicitRule(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file} is no rule of an implicit reward: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,65 @@ class Best:
     rewards: list[float]
 
 
-class RewardModel:
+class _Scorer(ABC):
+    """The verbs that follow from a score per response."""
+
+    def __init__(self, encoder: Encoder, max_tokens: int) -> None:
+        self.encoder, self.max_tokens = encoder, max_tokens
+
+    @abstractmethod
+    def score_encoded(
+        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """The score of every response of encoded groups, in their order.
+
+        `done(n)` hears of finished groups. Raises NumericsError for a score that is not finite.
+        """
+
+    @overload
+    def score(self, prompt: Prompt, responses: str) -> float: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]: ...
+    def score(self, prompt: Prompt, responses: str | Sequence[str]) -> float | list[float]:
+        """The score of one response, or of each of several to the same prompt, laid out once.
+
+        Raises DataError when prompt and response do not fit into the model's length, or are no
+        conversation.
+        """
+        if isinstance(responses, str):
+            return self._scores(prompt, [responses])[0]
+        return self._scores(prompt, responses)
+
+    def compare(self, prompt: Prompt, first: str, second: str) -> float:
+        """P(first is preferred) = sigmoid(score_first - score_second), uncalibrated (Bradley-Terry)."""
+        a, b = self._scores(prompt, [first, second])
+        return 1.0 / (1.0 + math.exp(min(700.0, b - a)))
+
+    def best_of(self, prompt: Prompt, responses: Sequence[str]) -> Best:
+        """The response with the highest score; the first of equals."""
+        if not responses:
+            raise DataError("best_of needs one or more responses; got none")
+        rewards = self._scores(prompt, responses)
+        index = int(np.argmax(rewards))
+        return Best(index, responses[index], rewards)
+
+    def _scores(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        """One score each; a response given twice is run once."""
+        distinct = tuple(dict.fromkeys(responses))
+        group = Group(id="request", prompt=as_messages(prompt), responses=_checked(distinct))
+        if not distinct:
+            return []
+        encoded, report = self.encoder.encode([group])
+        if report.prompts_cut or report.responses_cut or not encoded:
+            raise DataError(
+                f"prompt and response are longer than {self.encoder.lengths.max_length} tokens, which "
+                "is what this model was loaded for; shorten them, or load it with a larger max_length"
+            )
+        scores = dict(zip(distinct, self.score_encoded(encoded).tolist(), strict=True))
+        return [scores[response] for response in responses]
+
+
+class RewardModel(_Scorer):
     """A scalar reward model, ready to score.
 
     >>> rm = RewardModel.from_pretrained("run/model/reward")
@@ -81,9 +140,8 @@ class RewardModel:
     def __init__(
         self, model: HybridModel, encoder: Encoder, *, max_tokens: int = MAX_TOKENS
     ) -> None:
+        super().__init__(encoder, max_tokens)
         self.model = model.eval()
-        self.encoder = encoder
-        self.max_tokens = max_tokens
 
     @classmethod
     def from_pretrained(
@@ -98,80 +156,29 @@ class RewardModel:
         """Load a `...ForSequenceClassification` directory or hub id with one label.
 
         Inputs longer than `max_length` tokens (by default what the model can take) are refused by
-        `score` and cut, and counted, by `score_groups`.
+        `score`; `encoder.encode` cuts and counts them. Rows are packed up to `max_tokens` tokens.
 
         Raises ModelError for more than one label, a missing or untrained head, or a head that is not
         linear.
         """
-        loaded, info = _load(AutoModelForSequenceClassification, path, dtype)
-        if loaded.config.num_labels != 1:
-            raise ModelError(
-                f"{path} has {loaded.config.num_labels} labels; a reward model has one. Export it with "
-                "`hafrm export`, or set id2label to one entry if its head has one row"
-            )
-        if info["missing_keys"]:
-            raise ModelError(
-                f"{path} lacks weights for {sorted(info['missing_keys'])}: they would be random. Load a "
-                "trained reward model directory (for a hafrm run: <run>/model/reward)"
-            )
-        head = getattr(loaded, "score", None)
-        if not isinstance(head, nn.Linear):
-            raise ModelError(
-                f"{type(loaded).__name__} has no linear `score` head; hafrm reads rewards from one"
-            )
-        backbone = loaded.base_model
-        model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
-        encoder = _encoder(path, backbone.config, max_length)
-        return cls(model.to(device or _device()), encoder, max_tokens=max_tokens)
+        model = load_reward(path, dtype=dtype, device=device)
+        return cls(model, load_encoder(path, model, max_length), max_tokens=max_tokens)
 
-    def score(self, prompt: Prompt, responses: str | Sequence[str]) -> float | list[float]:
-        """The reward of one response, or of each of several to the same prompt, laid out once.
+    def score_encoded(
+        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """The reward of every response of encoded groups, in their order.
 
-        Raises DataError when prompt and response do not fit into the model's length.
+        `done(n)` hears of finished groups. Raises NumericsError for a reward that is not finite.
         """
-        single = isinstance(responses, str)
-        several = [responses] if isinstance(responses, str) else list(responses)
-        if not several:
-            return []
-        rewards = self._rewards(prompt, several)
-        return rewards[0] if single else rewards
-
-    def compare(self, prompt: Prompt, first: str, second: str) -> float:
-        """P(first is preferred) = sigmoid(r_first - r_second), uncalibrated (Bradley-Terry)."""
-        a, b = self._rewards(prompt, [first, second])
-        return 1.0 / (1.0 + math.exp(min(700.0, b - a)))
-
-    def best_of(self, prompt: Prompt, responses: Sequence[str]) -> Best:
-        """The response with the highest reward; the first of equals."""
-        if not responses:
-            raise DataError("best_of needs one or more responses; got none")
-        rewards = self._rewards(prompt, list(responses))
-        index = int(np.argmax(rewards))
-        return Best(index, responses[index], rewards)
-
-    def _rewards(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
-        distinct = tuple(dict.fromkeys(responses))
-        group = Group(id="request", prompt=as_messages(prompt), responses=distinct)
-        encoded, report = self.encoder.encode([group])
-        if report.prompts_cut or report.responses_cut or not encoded:
-            raise DataError(
-                f"prompt and response are longer than {self.encoder.lengths.max_length} tokens, which "
-                "is what this model was loaded for; shorten them, or pass a larger max_length"
-            )
-        rewards = run_forward(self.model, encoded, max_tokens=self.max_tokens).rewards
-        assert rewards is not None
-        by_text = dict(zip(distinct, rewards.tolist(), strict=True))
-        return [by_text[response] for response in responses]
-
-    def score_groups(
-        self, groups: Sequence[Group], done: Callable[[int], None] | None = None
-    ) -> Scores:
-        """Rewards of all responses of many groups, in their order; see `run_forward`."""
-        encoded, _ = self.encoder.encode(groups)
-        return run_forward(self.model, encoded, max_tokens=self.max_tokens, done=done)
+        pad = self.model.backbone.config.get_text_config().pad_token_id
+        groups = [_without_pad_at_the_end(group, pad) for group in encoded]
+        scores = run_forward(self.model, groups, max_tokens=self.max_tokens, done=done)
+        assert scores.rewards is not None
+        return scores.rewards
 
 
-class ImplicitRewardModel:
+class ImplicitRewardModel(_Scorer):
     """A policy as judge: beta * (log pi - log pi_ref), what DPO scores with (arXiv 2305.18290).
 
     The directory's rule says whether there is a reference and whether it counts per token.
@@ -186,9 +193,10 @@ class ImplicitRewardModel:
         rule: ImplicitRule,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        self.policy, self.encoder = policy.eval(), encoder
+        super().__init__(encoder, max_tokens)
+        self.policy = policy.eval()
         self.reference = None if reference is None else reference.eval()
-        self.rule, self.max_tokens = rule, max_tokens
+        self.rule = rule
 
     @classmethod
     def from_pretrained(
@@ -200,31 +208,37 @@ class ImplicitRewardModel:
         device: str | torch.device | None = None,
         max_length: int | None = None,
     ) -> Self:
-        """Load a `...ForCausalLM` directory, and the reference that its config names or that is given.
+        """Load a `...ForCausalLM` directory, and the reference that its rule names or that is given.
 
         Raises ModelError when the reference cannot be found or has another vocabulary.
         """
         rule = read_implicit_rule(path)
-        policy = _policy(path, dtype, device)
-        config = policy.backbone.config
-        name = reference or rule.reference
-        frozen = None if name is None else _policy(name, dtype, device)
-        if frozen is not None and frozen.backbone.config.vocab_size != config.vocab_size:
-            raise ModelError(f"{path} and its reference {name} have different vocabularies")
+        policy = load_policy(path, dtype=dtype, device=device)
+        name, frozen = reference or rule.reference, None
+        if name is not None:
+            try:
+                frozen = load_policy(name, dtype=dtype, device=device)
+            except ModelError as error:
+                raise ModelError(
+                    f"{path} is judged against its reference {name}, which cannot be used; say where "
+                    f"the reference is now (--reference): {error}"
+                ) from error
+            sizes = [m.backbone.config.get_text_config().vocab_size for m in (policy, frozen)]
+            if sizes[0] != sizes[1]:
+                raise ModelError(
+                    f"{path} has a vocabulary of {sizes[0]} tokens and its reference {name} one of "
+                    f"{sizes[1]}: give the checkpoint that the policy was trained from"
+                )
         rule = replace(rule, reference=None if name is None else str(name))
-        return cls(policy, _encoder(path, config, max_length), reference=frozen, rule=rule)
-
-    def score_groups(
-        self, groups: Sequence[Group], done: Callable[[int], None] | None = None
-    ) -> NDArray[np.float32]:
-        """The implicit reward of every response of `groups`, in their order."""
-        encoded, _ = self.encoder.encode(groups)
-        return self.score_encoded(encoded, done)
+        return cls(policy, load_encoder(path, policy, max_length), reference=frozen, rule=rule)
 
     def score_encoded(
         self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """The implicit reward of every response of encoded groups, in their order."""
+        """The implicit reward of every response of encoded groups, in their order.
+
+        `done(n)` hears of finished groups. Raises NumericsError for a score that is not finite.
+        """
         scores = run_forward(self.policy, encoded, max_tokens=self.max_tokens, done=done)
         assert scores.logps is not None
         implicit: NDArray[Any] = scores.logps
@@ -238,48 +252,47 @@ class ImplicitRewardModel:
 
 
 def as_messages(prompt: Prompt) -> tuple[Message, ...]:
-    """A prompt in any accepted form as messages; raises DataError for anything else."""
-    if isinstance(prompt, str):
-        return (Message("user", prompt),)
+    """A prompt in any accepted form as messages, by the rules that preference files follow.
+
+    Raises DataError for anything else, and for a conversation that does not end before a response.
+    """
     try:
-        return tuple(Message(str(m["role"]), str(m["content"])) for m in prompt)
-    except (TypeError, KeyError) as error:
+        messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
+        if not messages:
+            raise DataError(
+                "the prompt has no messages; give a text, or messages up to the response"
+            )
+        check_prompt(messages, MAX_CHARS)
+    except RefusedError as error:
+        raise DataError(f"the prompt cannot be used: {': '.join(error.refusal)}") from error
+    return messages
+
+
+def _checked(responses: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        for response in responses:
+            check_text(response, "a response")
+    except RefusedError as error:
+        raise DataError(f"a response cannot be used: {': '.join(error.refusal)}") from error
+    return responses
+
+
+class _Ids(NamedTuple):
+    prompt_ids: NDArray[np.int32]
+    response_ids: tuple[NDArray[np.int32], ...]
+
+
+def _without_pad_at_the_end(group: EncodedGroup, pad: int | None) -> Branches:
+    """The group as the stock classifier pools it: at the last token that is not pad.
+
+    Nothing changes unless pad is the EOS, as in some models of others; those were trained so.
+    """
+    if pad is None or all(ids[-1] != pad for ids in group.response_ids):
+        return group
+    kept = tuple(ids[: np.flatnonzero(np.append(-1, ids) != pad)[-1]] for ids in group.response_ids)
+    if any(len(ids) == 0 for ids in kept):
         raise DataError(
-            "a prompt is a text or a list of {'role': ..., 'content': ...}; "
-            f"got {json.dumps(prompt, default=repr)[:200]}"
-        ) from error
-
-
-def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
-    try:
-        loaded, info = auto.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, use_safetensors=True
+            f"a response of group {group.id!r} holds nothing but the pad token, behind which this "
+            "model reads no reward; leave the response out"
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot load a model from {path}: {error}") from error
-    return loaded, info
-
-
-def _policy(path: str | Path, dtype: torch.dtype, device: str | torch.device | None) -> HybridModel:
-    loaded, info = _load(AutoModelForCausalLM, path, dtype)
-    if info["missing_keys"]:
-        raise ModelError(f"{path} lacks weights for {sorted(info['missing_keys'])}")
-    backbone, head = split_causal_lm(loaded)
-    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _device())
-
-
-def _encoder(path: str | Path, config: Any, max_length: int | None) -> Encoder:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2**20)
-    return Encoder(tokenizer, max_length=max_length or longest, close=False)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def is_reward_directory(path: str | Path) -> bool:
-    """Whether the directory holds a sequence classifier, as opposed to a causal LM."""
-    architectures = getattr(AutoConfig.from_pretrained(path), "architectures", None) or [""]
-    return str(architectures[0]).endswith("ForSequenceClassification")
+    return _Ids(group.prompt_ids, kept)

@@ -10,15 +10,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hafrm.data.groups import Group
+from hafrm.data.groups import Group, Message
 from hafrm.errors import NumericsError
 from hafrm.scoring import golden_check
-from hafrm.scoring.forward import run_forward
+from hafrm.scoring.forward import first_responses
 from hafrm.scoring.scorer import RewardModel
 
 GOLDEN = "golden_scores.jsonl"
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: padded against packed sums of a deep model."""
+PLAIN = Group(
+    id="plain",
+    prompt=(Message("user", "What is the capital of France?"),),
+    responses=("The capital of France is Paris.", "No."),
+)
+"""Always recorded too: data may hold nothing that is told in ids as a consumer tells it."""
 
 
 def write_golden(directory: Path, groups: Sequence[Group]) -> int:
@@ -26,14 +32,16 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
 
     Conversations with special tokens in their text, and those cut, are left out: a consumer that renders
     and tokenises them gets other ids. Returns the number of lines.
+
+    Raises NumericsError when consumers get other ids for all of them.
     """
     model = RewardModel.from_pretrained(directory)
     tokenizer = model.encoder.tokenizer
+    groups = [*groups, PLAIN]
     encoded, _ = model.encoder.encode(groups)
-    scores = run_forward(model.model, encoded, max_tokens=model.max_tokens)
-    assert scores.rewards is not None
+    rewards = model.score_encoded(encoded)
     lines = []
-    for group, ids, start in zip(groups, encoded, scores.first, strict=True):
+    for group, ids, start in zip(groups, encoded, first_responses(encoded), strict=True):
         for k, response in enumerate(group.responses):
             messages = [{"role": m.role, "content": m.content} for m in group.prompt]
             messages.append({"role": "assistant", "content": response})
@@ -41,8 +49,13 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             if tokenizer(text, add_special_tokens=False)["input_ids"] != ours:
                 continue
-            reward = float(scores.rewards[start + k])
+            reward = float(rewards[start + k])
             lines.append(json.dumps({"messages": messages, "input_ids": ours, "reward": reward}))
+    if not lines:
+        raise NumericsError(
+            f"{directory}: whoever renders its chat template and tokenises the text gets other ids than "
+            f"training did, in each of {len(rewards)} conversations; mend the tokenizer or its template"
+        )
     (directory / GOLDEN).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
 
@@ -50,10 +63,11 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
 def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Largest differences of plain transformers' scores, alone and padded right and left.
 
-    Raises NumericsError when they exceed the tolerance, or when ids, labels or weights are not as a
-    consumer needs them.
+    Raises NumericsError when they exceed the tolerance, or when ids, labels, weights or settings are
+    not as a consumer needs them.
     """
-    command = [sys.executable, golden_check.__file__, str(directory), str(tolerance)]
+    # -P: the script's own directory must not hide anybody's modules.
+    command = [sys.executable, "-P", golden_check.__file__, str(directory), str(tolerance)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = run.stdout.strip().splitlines()
     if run.returncode not in (0, 1) or not lines:

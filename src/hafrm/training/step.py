@@ -100,8 +100,7 @@ def take_step(  # noqa: PLR0913
                 outputs = model(moved.layout)
             loss = losses_of(outputs, moved, method)
             # Gradients are averaged over ranks; the loss is a sum over the step's comparisons.
-            scaled = loss.total.sum() * (parallel.num_ranks() / num_comparisons)
-            torch.autograd.backward(scaled)
+            (loss.total.sum() * (parallel.num_ranks() / num_comparisons)).backward()
         sums += measure(outputs, moved, loss, method)
         finite.append(torch.isfinite(loss.total.detach()).all())
     parameters = [p for p in model.parameters() if p.grad is not None]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train in one process: on the GPU, or on the CPU where there is none.
+#   examples/launch/one-gpu.sh [RECIPE [RUN_FOLDER [section.key=value ...]]]
+# Run it again after it was stopped or killed: it goes on from its last checkpoint.
+set -euo pipefail
+
+recipe=${1:-recipes/phi2-full.yaml}
+out=${2:-runs/$(basename "$recipe" .yaml)}
+
+if [[ -f $out/recipe.yaml ]]; then
+  exec python -m hafrm train --resume "$out"
+fi
+exec python -m hafrm train "$recipe" --out "$out" "${@:3}"

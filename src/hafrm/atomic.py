@@ -1,0 +1,172 @@
+"""Files and directories that are complete or absent, whatever kills the process that writes them.
+
+Content is written beside its place under a hidden name (`.<name>.<random>.tmp`), synced to the disk
+and renamed. A manifest lists what a directory must hold, so that a copy cut short is noticed. What
+a kill leaves behind are the hidden names alone, which `clear_leftovers` removes.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hafrm.errors import CheckpointError
+
+log = logging.getLogger("hafrm")
+LOCK = ".lock"
+MANIFEST = "manifest.json"
+HASHED_BYTES = 16 * 2**20
+"""Files up to this size are hashed; hashing tens of gigabytes of weights would stall a resume."""
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    aside = _aside(path)
+    try:
+        with aside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty directory to fill, which becomes `path` when the block ends without an error.
+
+    On an error it is removed and `path` is untouched. With `replace` an older `path` is moved out of
+    the way just before; a kill in that instant leaves neither, so replace only what can be remade.
+    Raises CheckpointError when `path` exists and is not to be replaced.
+    """
+    if path.exists() and not replace:
+        raise CheckpointError(f"{path} exists already: remove it or choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path)
+    aside.mkdir()
+    try:
+        yield aside
+        for directory, _, files in os.walk(aside):
+            for name in files:
+                _sync(Path(directory, name))
+            _sync(Path(directory))
+        if path.exists():
+            remove_directory(path)
+        aside.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a kill half-way never leaves part of it under its name."""
+    aside = _aside(path)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the name is one that this module writes under, and nobody else's `.tmp`."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what killed writers left in `directory`; nobody may be writing there meanwhile."""
+    for leftover in [path for path in directory.glob(".*.tmp") if is_leftover(path)]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Hold the lock of `directory` in a `with` block, or until the process dies.
+
+    Raises CheckpointError when another process holds it. The kernel keeps the lock, not the file's
+    existence, so a killed holder blocks nobody.
+    """
+    import fcntl  # noqa: PLC0415 - absent on Windows, where run folders can still be read
+
+    with (directory / LOCK).open("a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(32).decode("ascii", "replace") or "(unknown)"
+            raise CheckpointError(
+                f"{directory} is in use by process {holder}: wait until it ends, stop it, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:  # some network file systems have no locks; a run is still possible
+            log.warning("%s cannot be locked (%s): start no second run in it", directory, error)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode("ascii"))
+        yield
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a file's content, as "sha256:<hexadecimal>"."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """List every file of `directory` with its size, and its digest when small, in its manifest."""
+    files: dict[str, dict[str, Any]] = {}
+    for name in _file_names(directory):
+        size = (directory / name).stat().st_size
+        files[name] = {"size": size}
+        if size <= HASHED_BYTES:
+            files[name]["digest"] = fingerprint(directory / name)
+    atomic_write(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def check_manifest(directory: Path) -> None:
+    """Pass when `directory` holds exactly what its manifest lists; else CheckpointError names it."""
+    try:
+        listed = json.loads((directory / MANIFEST).read_bytes())["files"]
+        sizes = {name: (entry["size"], entry.get("digest")) for name, entry in listed.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {MANIFEST}: it was never finished") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: {error!r}") from error
+    present = set(_file_names(directory))
+    for name in sorted(present | sizes.keys()):
+        if name not in present or name not in sizes:
+            state = "missing" if name in sizes else "not in the manifest"
+            raise CheckpointError(f"{directory / name} is {state}: the checkpoint is incomplete")
+        size, digest = sizes[name]
+        got = (directory / name).stat().st_size
+        if got != size:
+            raise CheckpointError(f"{directory / name} has {got} bytes, the manifest says {size}")
+        if digest is not None and fingerprint(directory / name) != digest:
+            raise CheckpointError(f"{directory / name} was changed after it was written")
+
+
+def _file_names(directory: Path) -> list[str]:
+    names = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != MANIFEST)

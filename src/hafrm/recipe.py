@@ -1,0 +1,249 @@
+"""What a recipe may say: every key, with its type, bounds, default, unit and the paper's value.
+
+The paper is HAF-RM (arXiv 2407.04185), its values those of its released code. Each key is a field
+with one line under it; that line serves errors, help and docs/recipes.md. Sections are frozen and
+strict: nothing is converted and nothing unknown is accepted. `hafrm.config` reads and explains
+recipes; nothing here touches a file or imports torch.
+"""
+
+import os
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def _tuple_if_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tuple_of_one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _tuple_if_list(value)
+
+
+def _unless(problems: list[str], section: SectionT) -> SectionT:
+    """The section itself; raises all problems in one error, a line each."""
+    if problems:
+        raise ValueError("\n".join(problems))
+    return section
+
+
+Text = Annotated[str, Field(min_length=1)]
+Location = Annotated[Text, AfterValidator(os.path.expanduser)]
+Sources = Annotated[tuple[Location, ...], BeforeValidator(_tuple_of_one_or_many)]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+class Section(BaseModel):
+    """A group of keys: frozen; an unknown key or a value of another type is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelSection(Section):
+    """The language model to start from."""
+
+    path: Location
+    """Directory or hub id of a causal language model (paper: Phi-2, Mistral-7B)."""
+    revision: Text | None = None
+    """Commit, tag or branch when `path` is a hub id; a commit makes the run repeatable."""
+
+
+class DataSection(Section):
+    """The preference data and how long an example may be."""
+
+    train: Sources = Field(min_length=1)
+    """Sources to train on: `file`, `file#split=train&limit=1000`, `hub:name[:config]:split`."""
+    validation: Sources = ()
+    """Sources that select the best checkpoint; empty: hold out part of `train` by prompt."""
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the prompts of `train` held out; 0 when `validation` names sources."""
+    test: Sources = ()
+    """Sources evaluated once, after training; never used to select anything."""
+    max_length: int = Field(default=1024, ge=2)
+    """Most tokens of prompt plus one response (paper: 512)."""
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """Most tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What happens to longer examples; each is counted (paper: cut)."""
+    max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
+    """Fraction of unusable rows above which the run stops."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hold_out_nothing_beside_a_validation_set(cls, values: Any) -> Any:
+        named = isinstance(values, dict) and values.get("validation")
+        return {"validation_fraction": 0.0, **values} if named else values
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "DataSection":
+        problems = []
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            problems.append(
+                f"data.max_prompt_length is {self.max_prompt_length} and data.max_length "
+                f"{self.max_length}: no room for a response; lower the first or raise the second"
+            )
+        if self.validation and self.validation_fraction:
+            problems.append(
+                f"data.validation names sources and data.validation_fraction is "
+                f"{self.validation_fraction}: remove one of them"
+            )
+        if not self.validation and not self.validation_fraction:
+            problems.append(
+                "data.validation is empty and data.validation_fraction is 0: nothing to select "
+                "the best checkpoint by; give sources, or a fraction such as 0.05"
+            )
+        for other in ("validation", "test"):
+            problems += [
+                f"data.{other} names {source!r}, and data.train too: remove it from one of them"
+                for source in getattr(self, other)
+                if source in self.train
+            ]
+        return _unless(problems, self)
+
+
+class MethodSection(Section):
+    """The objective, reward_weight * reward loss + alpha * policy loss; null: the method's own value."""
+
+    name: Text = "haf"
+    """Name of a method: haf (the paper's), bt, dpo, grm-sft, ..."""
+    reward_weight: float | None = Field(default=None, ge=0)
+    """Weight of the reward loss (paper: 1)."""
+    alpha: float | None = Field(default=None, ge=0)
+    """Weight of the policy loss (paper: 0.2)."""
+    policy_loss: Text | None = None
+    """Name of a policy loss: dpo (paper), ipo, simpo, orpo, kto, sft, ..."""
+    beta: float | None = Field(default=None, gt=0)
+    """Temperature of the policy loss, the paper's tau (paper: 0.1)."""
+    gamma: float | None = Field(default=None, ge=0)
+    """Target margin of SimPO, in its own reward units."""
+    label_smoothing: float | None = Field(default=None, ge=0, lt=0.5)
+    """Assumed fraction of flipped preferences (paper: 0)."""
+    centering: float | None = Field(default=None, ge=0)
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around zero (paper: 0)."""
+
+
+class TrainingSection(Section):
+    """The optimiser, its schedule and how a step is laid out on the hardware."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training comparisons."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; when given, epochs is not used (paper: 3200)."""
+    batch_size: int = Field(default=16, ge=1)
+    """Comparisons per optimiser step, over all processes (paper: 16)."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak of AdamW's learning rate (paper: 1e-5 for all weights, 3e-5 with LoRA)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up (paper: linear)."""
+    warmup_fraction: float = Field(default=0.03, ge=0, le=1)
+    """Fraction of the steps, not a number of steps, in which it rises from 0 (paper: 0)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decay of weight matrices (paper: 0)."""
+    betas: Annotated[tuple[float, float], BeforeValidator(_tuple_if_list)] = (0.9, 0.999)
+    """AdamW's averaging factors (paper: 0.9, 0.999)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's term against division by zero (paper: 1e-5)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """2-norm that the gradient is clipped to; 0: not clipped (paper: 1.0)."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the reward head, the held-out prompts and the order of the data (paper: 0)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast over fp32 master weights, frozen weights in bf16 (paper: bf16 over fp16 weights)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_tokens: int = Field(default=8192, ge=1)
+    """Token budget of one micro-batch; changes memory and speed, never the gradient."""
+    comparisons_per_prompt: int = Field(default=4, ge=1)
+    """Most comparisons of one prompt in one optimiser step."""
+    sharing: Literal["auto", "off"] = "auto"
+    """auto: run each prompt once for all its responses wherever the model allows it."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work: copies (ddp), shards (fsdp), or chosen (auto)."""
+
+    @model_validator(mode="after")
+    def _has_betas_below_one(self) -> "TrainingSection":
+        bad = [b for b in self.betas if not 0 <= b < 1]
+        message = (
+            f"training.betas is {list(self.betas)}: each must be >= 0 and < 1, as [0.9, 0.999]"
+        )
+        return _unless([message] if bad else [], self)
+
+
+class LoraSection(Section):
+    """Low-rank adapters; the reward head is trained and saved in any case, dropout is always 0."""
+
+    rank: int = Field(default=64, ge=1)
+    """Rank of each adapter (paper: 64)."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scale: the adapters' output is multiplied by alpha / rank (paper: 16)."""
+    targets: Annotated[str | tuple[Text, ...], BeforeValidator(_tuple_if_list)] = "all-linear"
+    """Modules to adapt: all-linear, a list of name ends, or one regex (paper: the MLP's proj)."""
+
+    @model_validator(mode="after")
+    def _names_targets(self) -> "LoraSection":
+        problems = [] if self.targets else ["lora.targets is empty: give names, or all-linear"]
+        try:
+            re.compile(self.targets if isinstance(self.targets, str) else "")
+        except re.error as error:
+            problems.append(f"lora.targets is {self.targets!r}, not a regex: {error}; mend it")
+        return _unless(problems, self)
+
+
+class EvaluationSection(Section):
+    """How the best checkpoint is found, on validation data only."""
+
+    every: int = Field(default=250, ge=0)
+    """Steps between evaluations; 0: only at the end (paper: 80)."""
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    """What the best checkpoint is best at (paper: accuracy)."""
+
+
+class CheckpointSection(Section):
+    """What is kept to resume from."""
+
+    every: int = Field(default=500, ge=0)
+    """Steps between checkpoints; 0: only on a signal and at the end (paper: 80)."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept, the newest ones and the best one besides (paper: 2)."""
+
+
+class TrackingSection(Section):
+    """Where progress is shown; metrics.jsonl in the run folder is always written."""
+
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_tuple_of_one_or_many)] = ()
+    """Further trackers; each needs its package installed."""
+    project: Text = "hafrm"
+    """Project that the trackers file the run under."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics."""
+
+
+class Recipe(Section):
+    """Everything that decides what a training run computes, and how it is watched."""
+
+    model: ModelSection
+    data: DataSection
+    method: MethodSection = MethodSection()
+    training: TrainingSection = TrainingSection()
+    lora: LoraSection | None = None
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _fits_a_comparison_into_a_micro_batch(self) -> "Recipe":
+        budget, longest = self.training.max_tokens, 2 * self.data.max_length
+        message = (
+            f"training.max_tokens is {budget}, and a comparison may take 2 x data.max_length = "
+            f"{longest} tokens: raise it to {longest}, or lower data.max_length to {budget // 2}"
+        )
+        return _unless([message] if budget < longest else [], self)

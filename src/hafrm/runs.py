@@ -1,0 +1,253 @@
+"""Run folders: the recipe, provenance, metrics and checkpoints of one run, safe against any kill.
+
+    recipe.yaml  provenance.json  metrics.jsonl  checkpoints/step-N/  model/
+
+Whatever carries its final name is complete (see `hafrm.atomic`, whose functions are offered here
+too). One process at a time writes into a folder; the kernel drops its lock when it dies, however it
+dies. Only text and JSON are read here, never a pickle; torch is never imported.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import re
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from hafrm.atomic import (
+    LOCK,
+    atomic_directory,
+    atomic_write,
+    check_manifest,
+    clear_leftovers,
+    fingerprint,
+    is_leftover,
+    lock_directory,
+    remove_directory,
+    write_manifest,
+)
+from hafrm.errors import CheckpointError
+from hafrm.provenance import describe_process
+
+__all__ = [
+    "RunFolder",
+    "atomic_directory",
+    "atomic_write",
+    "check_manifest",
+    "fingerprint",
+    "read_metrics",
+    "write_manifest",
+]
+
+log = logging.getLogger("hafrm")
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, oldest first; a last line cut by a kill is left out.
+
+    Raises CheckpointError naming the line when any other line is no JSON object.
+    """
+    return [record for _, record in _metric_lines(path)]
+
+
+def _metric_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    pairs = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path}, line {number}: not a JSON object; remove that line")
+        pairs.append((line, record))
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: numbers of numpy and torch unpacked, nan and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunFolder:
+    """One run on disk. Any process may read it; the one that writes holds its `lock`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_path = path / "recipe.yaml"
+        self.metrics_path = path / "metrics.jsonl"
+        self.provenance_path = path / "provenance.json"
+        self.checkpoints_path = path / "checkpoints"
+        self.model_path = path / "model"
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        recipe_text: str,
+        *,
+        exist: Literal["refuse", "number", "replace"] = "refuse",
+    ) -> "RunFolder":
+        """A new run folder that holds its recipe.
+
+        When `path` holds something: "refuse" raises CheckpointError, "number" takes the first free
+        of path-2, path-3, ..., "replace" empties it if it is a run folder that nobody writes to.
+        """
+        path = Path(path).expanduser()
+        if exist == "number":
+            path = _free_name(path)
+        _check_room(path, replace=exist == "replace")  # before a lock file would be left there
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
+        folder = cls(path)
+        with lock_directory(path):
+            _check_room(path, replace=exist == "replace")
+            folder._empty()
+            atomic_write(folder.recipe_path, recipe_text)
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run folder, to read; enter its `lock` before writing."""
+        path = Path(path).expanduser()
+        if not (path / "recipe.yaml").is_file():
+            inside = [p for p in path.absolute().parents if (p / "recipe.yaml").is_file()]
+            hint = f"did you mean {inside[0]}?" if inside else "give the folder of a run"
+            raise CheckpointError(f"{path} is not a run folder, it has no recipe.yaml: {hint}")
+        return cls(path)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other writers out for the length of a `with` block, and clear what a kill left.
+
+        Raises CheckpointError when another process is writing. A damaged checkpoint is renamed to
+        step-N.damaged, so that its step can be written again.
+        """
+        with lock_directory(self.path):
+            clear_leftovers(self.path)
+            clear_leftovers(self.checkpoints_path)
+            self.truncate_after(sys.maxsize)
+            for path in self._checkpoint_directories():
+                if not _is_complete(path):
+                    shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                    path.rename(path.with_suffix(".damaged"))
+            yield
+
+    def recipe_text(self) -> str:
+        """The resolved recipe, as YAML."""
+        return self.recipe_path.read_text(encoding="utf-8")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it.
+
+        nan and infinities become null, as JSON has no other word for them.
+        """
+        assert isinstance(record["step"], int), "a resume drops records by their step"
+        line = json.dumps(_plain(record), allow_nan=False) + "\n"
+        with self.metrics_path.open("ab") as file:
+            file.write(line.encode("utf-8"))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the records of later steps, and a torn last line, before a resume writes them anew."""
+        if not self.metrics_path.exists():
+            return
+        lines = _metric_lines(self.metrics_path)
+        kept = b"".join(line + b"\n" for line, record in lines if record.get("step", step) <= step)
+        if kept != self.metrics_path.read_bytes():
+            atomic_write(self.metrics_path, kept)
+
+    def record_provenance(
+        self, *, seed: int, data: Mapping[str, str], details: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add this process to provenance.json: versions, command line, commit, seed, data digests.
+
+        A resumed run gets one entry per process. The host's name is left out on purpose.
+        """
+        path = self.provenance_path
+        sessions = json.loads(path.read_bytes())["sessions"] if path.exists() else []
+        known = {"seed": seed, "data": dict(data), **_plain(details or {})}
+        sessions.append(describe_process() | known)
+        atomic_write(path, json.dumps({"sessions": sessions}, indent=1) + "\n")
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after optimiser step `step` lies, existing or not."""
+        return self.checkpoints_path / f"step-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, by step; others are left out with a warning."""
+        return [path for path in self._checkpoint_directories() if _is_complete(path)]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the latest step, or None."""
+        return next(iter(self.checkpoints()[::-1]), None)
+
+    def prune(self, keep: int, protect: Collection[int] = ()) -> None:
+        """Remove all complete checkpoints but the newest `keep` and those of steps in `protect`."""
+        assert keep >= 1, "a run must keep something to resume from"
+        for path in self.checkpoints()[:-keep]:
+            if step_of(path) not in protect:
+                remove_directory(path)
+
+    def _checkpoint_directories(self) -> list[Path]:
+        found = self.checkpoints_path.glob("step-*")
+        return sorted((path for path in found if _STEP.fullmatch(path.name)), key=step_of)
+
+    def _empty(self) -> None:
+        # the recipe goes last: a kill before leaves what is still known as a run folder
+        for entry in sorted(_contents(self.path), key=lambda entry: entry == self.recipe_path):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        clear_leftovers(self.path)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        check_manifest(checkpoint)
+    except CheckpointError as error:
+        log.warning("%s is not used: %s", checkpoint, error)
+        return False
+    return True
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint was written after, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _contents(path: Path) -> list[Path]:
+    """What lies in a directory, but for the lock and what killed writers left."""
+    return [e for e in path.iterdir() if e.name != LOCK and not is_leftover(e)]
+
+
+def _check_room(path: Path, *, replace: bool) -> None:
+    """Raises CheckpointError when `path` holds something that must stay."""
+    if not path.is_dir() or not _contents(path):
+        return
+    if not replace:
+        raise CheckpointError(
+            f"{path} is not empty: go on with its run by --resume {path}, or give another --out"
+        )
+    if not (path / "recipe.yaml").is_file():
+        raise CheckpointError(f"{path} is no run folder and is not replaced: empty it first")
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists() and not (free.is_dir() and not _contents(free)):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

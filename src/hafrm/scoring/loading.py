@@ -1,0 +1,118 @@
+"""Directories that stock transformers saves, as models that score: whole, or refused.
+
+What lacks weights is refused, because transformers would fill them in at random: a score from a fresh
+head is worse than none. Only safetensors are read, never a pickle, and no code of a model directory is
+run. Nothing here scores.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from hafrm.data.encoding import Encoder
+from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
+from hafrm.errors import ModelError
+
+_UNBOUNDED = 2**20
+"""Length limit of models that have no position limit."""
+
+
+def load_reward(
+    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+) -> HybridModel:
+    """A `...ForSequenceClassification` with one label and a trained linear head.
+
+    Raises ModelError for anything else.
+    """
+    loaded, missing = _load(AutoModelForSequenceClassification, path, dtype)
+    if missing:
+        kind = str((loaded.config.architectures or ["?"])[0])
+        what = "it is a causal LM (a policy), not a reward model" if "CausalLM" in kind else kind
+        raise ModelError(
+            f"{path} lacks weights for {missing}, which would be random: {what}; give a trained reward "
+            "model's directory (of a hafrm run: <run>/model/reward)"
+        )
+    if loaded.config.num_labels != 1:
+        raise ModelError(
+            f"{path} has {loaded.config.num_labels} labels, and a reward model has one: it is a "
+            "classifier of another kind"
+        )
+    head = getattr(loaded, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"{path} is a {type(loaded).__name__} without a linear `score` head, which hafrm reads "
+            "rewards from; decoder models such as Llama, Qwen or Gemma have one"
+        )
+    backbone = loaded.base_model
+    model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
+    return model.to(device or _default_device())
+
+
+def load_policy(
+    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+) -> HybridModel:
+    """A `...ForCausalLM`; raises ModelError for anything else."""
+    loaded, missing = _load(AutoModelForCausalLM, path, dtype)
+    if missing:
+        raise ModelError(
+            f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
+            "LM (of a hafrm run: <run>/model/policy)"
+        )
+    backbone, head = split_causal_lm(loaded)
+    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
+    return model.to(device or _default_device())
+
+
+def load_encoder(path: str | Path, model: HybridModel, max_length: int | None) -> Encoder:
+    """The directory's tokenizer and template, taken literally, for inputs of up to `max_length` tokens.
+
+    Raises ModelError for no usable tokenizer or template, or more length than the model has positions.
+    """
+    config = model.backbone.config.get_text_config()
+    longest = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
+    if max_length is not None and max_length > longest:
+        raise ModelError(
+            f"max_length is {max_length}, but {path} takes at most {longest} tokens; lower it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
+    return Encoder(tokenizer, max_length=longest if max_length is None else max_length, close=False)
+
+
+def is_reward_directory(path: str | Path) -> bool:
+    """Whether a directory or hub id is a sequence classifier's, as opposed to a causal LM's.
+
+    Raises ModelError when there is no model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no model directory and no known hub id: {error}") from error
+    architectures = getattr(config, "architectures", None) or [""]
+    return str(architectures[0]).endswith("ForSequenceClassification")
+
+
+def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """The model, and the names of the weights that its files lack."""
+    try:
+        loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot load a model from {path}: {error}") from error
+    return loaded[0], sorted(loaded[1]["missing_keys"])
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

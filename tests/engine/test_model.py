@@ -1,0 +1,556 @@
+"""The two-headed model: where rewards are read, which models may share, and the first-batch check."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from hafrm.engine.attention import SHARED_PREFIX
+from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.logprobs import LogitTransform
+from hafrm.engine.model import (
+    HybridModel,
+    Outputs,
+    hidden_size,
+    logit_transform,
+    new_reward_head,
+    self_check,
+    sharing_obstacle,
+    split_causal_lm,
+)
+from hafrm.errors import ModelError, NumericsError
+from models_for_tests import (
+    FAMILIES,
+    GPT2,
+    GROUPED,
+    SHAPES,
+    SIZES,
+    VOCAB,
+    TokenGroup,
+    tiny_causal_lm,
+    tiny_hybrid,
+    token_groups,
+)
+
+BOS, EOS, PAD = 1, 2, 0
+
+
+def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random causal LM whose logits are sharp enough for differences to show."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(3.0)
+    return model.eval()
+
+
+def hybrid(model: PreTrainedModel, *, sharing: bool = True) -> HybridModel:
+    backbone, policy_head = split_causal_lm(model)
+    reward_head = new_reward_head(hidden_size(backbone.config), torch.Generator().manual_seed(0))
+    return HybridModel(backbone, reward_head=reward_head, policy_head=policy_head, sharing=sharing)
+
+
+@torch.no_grad()
+def one_at_a_time(
+    stock: PreTrainedModel, reward_head: nn.Linear, groups: list[TokenGroup]
+) -> tuple[Tensor, Tensor]:
+    """Rewards and log-prob sums from the stock model's own forward, a single sequence each."""
+    rewards, logps = [], []
+    for group in groups:
+        for response in group.response_ids:
+            ids = torch.tensor([[*group.prompt_ids.tolist(), *response.tolist()]])
+            hidden = stock.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+            rewards.append(reward_head(hidden.float())[0])
+            start = len(group.prompt_ids)
+            logits = stock(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+            logps.append(logits.log_softmax(-1).gather(1, ids[0, start:, None]).sum())
+    return torch.stack(rewards), torch.stack(logps)
+
+
+def assert_close(found: Outputs, rewards: Tensor | None, logps: Tensor | None) -> None:
+    """float32, values of order 1 to 100: 1e-5 relative."""
+    for value, expected in ((found.rewards, rewards), (found.logps, logps)):
+        if expected is None:
+            assert value is None
+        else:
+            torch.testing.assert_close(value, expected, atol=2e-5, rtol=2e-5)
+
+
+# Where rewards and log-probs are read
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_response_with_pad_and_eos_inside_is_scored_at_its_last_token(sharing):
+    """By position: comparing ids with pad or EOS would stop at the second token of the first response,
+    and go before the last token of the third, which ends in pad."""
+    responses = ([5, EOS, 9, 7], [PAD, 8, PAD, EOS, 6, EOS], [9, 4, PAD])
+    prompt = np.array([BOS, 8, EOS, PAD, 12], np.int32)
+    groups = [TokenGroup(prompt, tuple(np.array(r, np.int32) for r in responses))]
+    model = tiny_hybrid("llama", sharing=sharing)
+    expected = one_at_a_time(tiny_causal_lm("llama"), model.reward_head, groups)
+    found = model(lay_out(groups))
+    assert_close(found, *expected)
+    assert found.lengths.tolist() == [4, 6, 3]
+
+
+def test_rewards_and_log_probs_come_in_the_layouts_order():
+    groups = token_groups(SHAPES)
+    model = tiny_hybrid("llama")
+    assert_close(
+        model(lay_out(groups)),
+        *one_at_a_time(tiny_causal_lm("llama"), model.reward_head, groups),
+    )
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_model_with_one_head_gives_that_heads_numbers_and_none_for_the_other(sharing):
+    both = tiny_hybrid("llama", sharing=sharing)
+    layout = lay_out(token_groups(SHAPES))
+    expected = both(layout)
+    backbone, head = split_causal_lm(tiny_causal_lm("llama"))
+    reward_only = HybridModel(backbone, reward_head=both.reward_head, sharing=sharing)
+    assert_close(reward_only(layout), expected.rewards, None)
+    backbone, head = split_causal_lm(tiny_causal_lm("llama"))
+    policy_only = HybridModel(backbone, policy_head=head, sharing=sharing)
+    assert_close(policy_only(layout), None, expected.logps)
+    assert_close(reward_only(layout), expected.rewards, None)
+
+
+def test_a_model_without_heads_is_refused():
+    with pytest.raises(ModelError, match="reward head, a policy head, or both; got neither"):
+        HybridModel(split_causal_lm(tiny_causal_lm("llama"))[0])
+
+
+def test_splitting_a_model_that_has_no_lm_head_is_refused():
+    backbone = split_causal_lm(tiny_causal_lm("llama"))[0]
+    with pytest.raises(ModelError, match=r"LlamaModel is not a causal LM.*AutoModelForCausalLM"):
+        split_causal_lm(backbone)
+
+
+def test_a_tied_head_and_embedding_stay_one_parameter():
+    model = tiny_hybrid("llama-tied")
+    assert model.policy_head.weight is model.backbone.get_input_embeddings().weight
+
+
+# Precision
+
+
+def test_a_new_reward_head_is_normal_with_variance_one_over_hidden_plus_one():
+    """65,535 draws of standard deviation 1/256: their own deviates from it by 0.3 % (one sigma) and
+    their mean from zero by 1/256^2."""
+    head = new_reward_head(65535, torch.Generator().manual_seed(3))
+    assert (head.bias, head.weight.shape, head.weight.dtype) == (None, (1, 65535), torch.float32)
+    assert head.weight.std().item() == pytest.approx(1 / 256, rel=0.012)
+    assert abs(head.weight.mean().item()) < 4 / 256**2
+    again = new_reward_head(65535, torch.Generator().manual_seed(3))
+    assert torch.equal(head.weight, again.weight)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_rewards_and_log_probs_are_float32_over_a_bfloat16_backbone(sharing):
+    stock = tiny_causal_lm("llama").bfloat16()
+    backbone, policy_head = split_causal_lm(stock)
+    reward_head = new_reward_head(32, torch.Generator().manual_seed(0))
+    model = HybridModel(backbone, reward_head=reward_head, policy_head=policy_head, sharing=sharing)
+    seen = []
+    backbone.register_forward_hook(lambda *args: seen.append(args[2].last_hidden_state))
+    layout = lay_out(token_groups(((5, (4,)),)))
+    outputs = model(layout)
+    assert seen[0].dtype == torch.bfloat16
+    assert model.reward_head.weight.dtype == torch.float32
+    assert outputs.rewards.dtype == outputs.logps.dtype == torch.float32
+    # To the bit what a float32 product gives, not what a bfloat16 one does.
+    expected = F.linear(seen[0][0, -1:].float(), reward_head.weight)[:, 0]
+    assert torch.equal(outputs.rewards, expected)
+    assert not torch.equal(outputs.rewards, outputs.rewards.bfloat16().float())
+
+
+def test_a_half_precision_reward_head_is_taken_to_float32():
+    backbone, _ = split_causal_lm(tiny_causal_lm("llama").bfloat16())
+    model = HybridModel(backbone, reward_head=new_reward_head(32).bfloat16())
+    assert model.reward_head.weight.dtype == torch.float32
+
+
+def test_under_autocast_rewards_and_log_probs_stay_float32_and_close():
+    model, layout = tiny_hybrid("llama"), lay_out(token_groups(SHAPES))
+    exact = model(layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(layout)
+    assert outputs.rewards.dtype == outputs.logps.dtype == torch.float32
+    assert not torch.equal(outputs.rewards, outputs.rewards.bfloat16().float())
+    torch.testing.assert_close(outputs.rewards, exact.rewards, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(outputs.logps, exact.logps, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", LogitTransform()),
+        ("gemma2", LogitTransform(softcap=5.0)),
+        ("granite", LogitTransform(scale=0.25)),
+        ("cohere", LogitTransform(scale=0.25)),
+    ],
+)
+def test_the_lm_heads_scaling_and_soft_capping_are_read_from_the_config(family, expected):
+    """Granite divides by logits_scaling (4), Cohere multiplies by logit_scale (0.25)."""
+    assert logit_transform(tiny_causal_lm(family).config) == expected
+
+
+# Dropout
+
+NOISY = {
+    "llama": ("Llama", {**GROUPED, "attention_dropout": 0.5}),
+    "mistral": ("Mistral", {**GROUPED, "attention_dropout": 0.5}),
+    "gpt2": ("GPT2", {**GPT2, "attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    "gpt-neox": ("GPTNeoX", {**SIZES, "attention_dropout": 0.5, "hidden_dropout": 0.5}),
+    "phi": ("Phi", {**SIZES, "attention_dropout": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    "phi3": ("Phi3", {**GROUPED, "attention_dropout": 0.5, "resid_pdrop": 0.5}),
+    "opt": (
+        "OPT",
+        {
+            **SIZES,
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 32,
+            "dropout": 0.5,
+            "attention_dropout": 0.5,
+            "activation_dropout": 0.5,
+        },
+    ),
+    "opt-layerdrop": (
+        "OPT",
+        {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5},
+    ),
+    "starcoder2": (
+        "Starcoder2",
+        {**GROUPED, "attention_dropout": 0.5, "residual_dropout": 0.5, "embedding_dropout": 0.5},
+    ),
+    "gpt-bigcode": ("GPTBigCode", {**GPT2, "attn_pdrop": 0.5, "resid_pdrop": 0.5}),
+    "bloom": (
+        "Bloom",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "hidden_dropout": 0.5,
+            "attention_dropout": 0.5,
+        },
+    ),
+    "falcon": (
+        "Falcon",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hidden_dropout": 0.5,
+            "attention_dropout": 0.5,
+        },
+    ),
+}
+
+
+LEFT_ON = {("gpt-bigcode", False), ("falcon", False)} | {
+    (family, sharing) for family in ("opt-layerdrop", "starcoder2") for sharing in (True, False)
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "sharing"),
+    [
+        pytest.param(
+            family,
+            sharing,
+            id=f"{family}-{'shared' if sharing else 'unshared'}",
+            marks=[
+                pytest.mark.xfail(strict=True, reason="switch_off_dropout does not know its name")
+            ]
+            if (family, sharing) in LEFT_ON
+            else [],
+        )
+        for family in NOISY
+        for sharing in (True, False)
+    ],
+)
+def test_two_forwards_in_training_mode_agree_whatever_dropout_the_config_asks_for(family, sharing):
+    """To the bit: the reference of a policy is the same forward, and its loss at step 0 must be ln 2."""
+    name, sizes = NOISY[family]
+    stock = build(getattr(transformers, f"{name}Config")(**sizes))
+    if sharing and sharing_obstacle(split_causal_lm(stock)[0]):
+        pytest.skip("cannot share")
+    model = hybrid(stock, sharing=sharing).train()
+    layout = lay_out(token_groups(SHAPES))
+    with torch.no_grad():
+        outputs = [model(layout) for _ in range(4)]
+    for other in outputs[1:]:
+        assert torch.equal(outputs[0].rewards, other.rewards)
+        assert torch.equal(outputs[0].logps, other.logps)
+
+
+# Models that cannot share
+
+LINEAR = {
+    **GROUPED,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+UNSHAREABLE = {
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "AttentionInterface",
+    ),
+    "falcon-alibi": (
+        "FalconConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "alibi": True,
+        },
+        "ALiBi",
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        "linear_attention",
+    ),
+    "qwen3.5": ("Qwen3_5TextConfig", LINEAR, "linear_attention"),
+    "lfm2": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "conv"),
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "lru_width": 32,
+            "attention_window_size": 7,
+            "logits_soft_cap": 5.0,
+        },
+        "linear_attention",
+    ),
+}
+
+
+HEAD_NOT_READ = pytest.mark.xfail(
+    strict=True, reason="logit_transform does not know this model's head, and nothing compares"
+)
+
+
+def unshareable(family: str) -> PreTrainedModel:
+    name, sizes, _ = UNSHAREABLE[family]
+    config = getattr(transformers, name, None)
+    if config is None:
+        pytest.skip(f"this transformers has no {name}")
+    return build(config(**sizes))
+
+
+@pytest.mark.parametrize("family", UNSHAREABLE)
+def test_a_model_that_cannot_share_is_refused_with_the_reason_and_the_fix(family):
+    reason = UNSHAREABLE[family][2]
+    with pytest.raises(ModelError, match=rf"cannot share.*{reason}.*training\.sharing: off"):
+        hybrid(unshareable(family))
+
+
+@pytest.mark.parametrize("family", UNSHAREABLE)
+def test_a_refused_model_is_left_as_it_was(family):
+    """So that a caller may catch the error and go on unshared."""
+    stock = unshareable(family)
+    before = stock.base_model.config._attn_implementation
+    with pytest.raises(ModelError):
+        hybrid(stock)
+    assert stock.base_model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[HEAD_NOT_READ] if family == "recurrent-gemma" else [])
+        for family in UNSHAREABLE
+    ],
+)
+def test_unshared_it_scores_as_one_response_at_a_time(family):
+    """Right padding must not reach a recurrent state, nor shift an ALiBi bias; the log-probs are those
+    of the stock model's logits, soft-capping included."""
+    stock = unshareable(family)
+    groups = token_groups(SHAPES)
+    model = hybrid(stock, sharing=False)
+    expected = one_at_a_time(stock, model.reward_head, groups)
+    with torch.no_grad():
+        assert_close(model(lay_out(groups)), *expected)
+
+
+OTHER_HEADS = {
+    "hyperclovax": ("HyperCLOVAXConfig", {**GROUPED, "logits_scaling": 4.0}),
+    "recurrent-gemma": UNSHAREABLE["recurrent-gemma"][:2],
+    "modernbert-decoder": (
+        "ModernBertDecoderConfig",
+        {**SIZES, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+}
+
+
+@HEAD_NOT_READ
+@pytest.mark.parametrize("family", OTHER_HEADS)
+def test_a_head_that_is_not_a_plain_product_is_honoured_or_refused(family):
+    """HyperCLOVA X multiplies by logits_scaling, RecurrentGemma caps with logits_soft_cap, ModernBERT
+    puts a dense layer and a norm before its decoder: a log-prob of another model is not acceptable."""
+    name, sizes = OTHER_HEADS[family]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    stock = build(getattr(transformers, name)(**sizes))
+    groups = token_groups(SHAPES)
+    try:
+        model = hybrid(stock, sharing=False)
+        found = model(lay_out(groups))
+    except ModelError:
+        return
+    assert_close(found, *one_at_a_time(stock, model.reward_head, groups))
+
+
+def test_a_family_for_every_shareable_kind_of_layer_has_no_obstacle():
+    for family in FAMILIES:
+        assert sharing_obstacle(split_causal_lm(tiny_causal_lm(family))[0]) is None, family
+
+
+# Switching between shared and plain
+
+
+def test_sharing_can_be_switched_off_and_on_and_off():
+    model, layout = tiny_hybrid("llama"), lay_out(token_groups(SHAPES))
+    shared = model(layout)
+    stock = tiny_causal_lm("llama").config._attn_implementation
+    for sharing in (False, True, False):
+        model.share(sharing)
+        expected = SHARED_PREFIX if sharing else stock
+        assert model.backbone.config._attn_implementation == expected
+        assert_close(model(layout), shared.rewards, shared.logps)
+
+
+@pytest.mark.xfail(strict=True, reason="sharing=False does not restore the stock attention")
+def test_a_backbone_that_shares_already_can_be_wrapped_again():
+    """A policy, then a reward model over the same backbone: the second must not take the first one's
+    attention for the stock one."""
+    backbone, head = split_causal_lm(tiny_causal_lm("llama"))
+    layout = lay_out(token_groups(SHAPES))
+    expected = HybridModel(backbone, policy_head=head)(layout).logps
+    again = HybridModel(backbone, policy_head=head, sharing=False)
+    assert_close(again(layout), None, expected)
+
+
+# The first-batch check
+
+
+def causal_over_the_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """What a model does that ignores the layout: every token sees all before it."""
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def ignore_restarts(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Positions counted through the whole row."""
+    if "branch_layout" in kwargs:
+        tokens = kwargs["input_ids"].shape[1]
+        kwargs = {**kwargs, "position_ids": torch.arange(tokens)[None]}
+    return args, kwargs
+
+
+@pytest.fixture
+def layout() -> Layout:
+    return lay_out(token_groups(SHAPES))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_passes_for_every_family_and_leaves_the_model_sharing(family, layout):
+    model = tiny_hybrid(family)
+    found = self_check(model, layout)
+    assert max(found.reward, found.logp) < 1e-4
+    assert found.tolerance == 1e-3
+    assert model.sharing
+    assert model.backbone.config._attn_implementation == SHARED_PREFIX
+
+
+def test_the_check_passes_in_half_precision_and_under_autocast_with_a_wider_tolerance(layout):
+    backbone, head = split_causal_lm(tiny_causal_lm("llama").bfloat16())
+    half = HybridModel(backbone, reward_head=new_reward_head(32), policy_head=head)
+    assert self_check(half, layout).tolerance == 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert self_check(tiny_hybrid("llama"), layout).tolerance == 0.1
+
+
+def test_the_check_catches_attention_that_ignores_the_layout(layout, monkeypatch):
+    model = tiny_hybrid("llama")
+    monkeypatch.setitem(AttentionInterface._global_mapping, SHARED_PREFIX, causal_over_the_row)
+    with pytest.raises(NumericsError, match=r"rewards differ by .*training\.sharing: off"):
+        self_check(model, layout)
+    assert model.sharing
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"], ids=["rotary", "learned positions"])
+def test_the_check_catches_position_restarts_that_are_ignored(family, layout):
+    model = tiny_hybrid(family)
+    model.backbone.register_forward_pre_hook(ignore_restarts, with_kwargs=True)
+    with pytest.raises(NumericsError, match="Its layers cannot share a prefix"):
+        self_check(model, layout)
+
+
+def test_the_check_catches_a_sliding_window_that_is_ignored(layout, monkeypatch):
+    shared = AttentionInterface._global_mapping[SHARED_PREFIX]
+
+    def without_window(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return shared(nn.Module(), *args, **{**kwargs, "sliding_window": None})
+
+    model = tiny_hybrid("mistral")
+    monkeypatch.setitem(AttentionInterface._global_mapping, SHARED_PREFIX, without_window)
+    with pytest.raises(NumericsError):
+        self_check(model, layout)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "reward_head",
+        pytest.param(
+            "policy_head",
+            marks=pytest.mark.xfail(strict=True, reason="max(finite, nan) is the finite one"),
+        ),
+    ],
+)
+def test_the_check_catches_either_heads_numbers_when_they_are_not_numbers(head, layout):
+    model = tiny_hybrid("llama")
+    getattr(model, head).weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError):
+        self_check(model, layout)
+
+
+def test_the_check_of_an_unshared_model_has_nothing_to_compare(layout):
+    assert self_check(tiny_hybrid("llama", sharing=False), layout) == (0.0, 0.0, 0.0)
+
+
+def test_the_check_keeps_no_graph_and_no_gradient(layout):
+    model = tiny_hybrid("llama")
+    self_check(model, layout)
+    assert all(parameter.grad is None for parameter in model.parameters())

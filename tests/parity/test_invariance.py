@@ -1,0 +1,179 @@
+"""A response's numbers belong to it alone: order, packing, neighbours and padding change nothing."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from hafrm.engine.layout import lay_out
+from hafrm.engine.model import HybridModel
+from hafrm.engine.packing import first_fit_decreasing
+from models_for_tests import SHAPES, VOCAB, TokenGroup, tiny_causal_lm, tiny_hybrid, token_groups
+
+FAMILIES = ["llama", "mistral", "gemma2", "gpt2"]
+"""Rotary; a window smaller than the pairs; soft-capping and both kinds of layer; learned positions."""
+TOLERANCE = 1e-5
+"""float32: other shapes let the same sums be taken in another order, nothing else."""
+
+
+@torch.no_grad()
+def score(model: HybridModel, groups: list[TokenGroup]) -> list[tuple[Tensor, Tensor]]:
+    """(rewards, log-probs) of every group's responses, from one row."""
+    outputs = model(lay_out(groups))
+    counts = [len(group.response_ids) for group in groups]
+    return list(zip(outputs.rewards.split(counts), outputs.logps.split(counts), strict=True))
+
+
+def assert_same(found: list[tuple[Tensor, Tensor]], expected: list[tuple[Tensor, Tensor]]) -> None:
+    for pair, other in zip(found, expected, strict=True):
+        for values, wanted in zip(pair, other, strict=True):
+            torch.testing.assert_close(values, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_order_of_the_groups_gives_the_same_numbers(family):
+    model, groups = tiny_hybrid(family), token_groups(SHAPES)
+    expected = score(model, groups)
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(len(groups))
+        found = score(model, [groups[i] for i in order])
+        assert_same(found, [expected[i] for i in order])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_packing_into_rows_gives_the_same_numbers(family):
+    """Budgets from one group to a row (40 is its largest) to everything in one row."""
+    model, groups = tiny_hybrid(family), token_groups(SHAPES + SHAPES)
+    expected = score(model, groups)
+    sizes = [len(g.prompt_ids) + sum(map(len, g.response_ids)) for g in groups]
+    for budget in (1, 40, 64, 1000):
+        for row in first_fit_decreasing(sizes, budget):
+            assert_same(score(model, [groups[i] for i in row]), [expected[i] for i in row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_the_responses_to_a_prompt_changes_nothing(family):
+    """The first branch shares a segment with the prompt, the others have their own."""
+    model = tiny_hybrid(family)
+    (group,) = token_groups(((9, (4, 7, 1, 12)),))
+    rewards, logps = score(model, [group])[0]
+    for order in ([3, 2, 1, 0], [1, 0, 3, 2], [2, 3, 0, 1]):
+        turned = TokenGroup(group.prompt_ids, tuple(group.response_ids[i] for i in order))
+        assert_same(score(model, [turned]), [(rewards[order], logps[order])])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("branches", range(1, 9))
+def test_k_branches_are_k_single_scorings(branches, family):
+    """One-token branches and one-token prompts among them."""
+    lengths = (6, 1, 11, 3, 1, 8, 2, 5)[:branches]
+    model = tiny_hybrid(family)
+    for prompt in (10, 1):
+        (group,) = token_groups(((prompt, lengths),))
+        rewards, logps = score(model, [group])[0]
+        alone = [score(model, [TokenGroup(group.prompt_ids, (r,))])[0] for r in group.response_ids]
+        expected = (torch.cat([r for r, _ in alone]), torch.cat([p for _, p in alone]))
+        assert_same([(rewards, logps)], [expected])
+
+
+def test_alone_is_batched_for_the_unshared_model_too():
+    """Padding to the longest of the batch is invisible."""
+    model, groups = tiny_hybrid("llama", sharing=False), token_groups(SHAPES)
+    assert_same(score(model, groups), [score(model, [group])[0] for group in groups])
+
+
+def changed(group: TokenGroup, response: int, token: int) -> TokenGroup:
+    """The group with one token of one response replaced by another."""
+    responses = [ids.copy() for ids in group.response_ids]
+    responses[response][token] = (responses[response][token] - 3 + 1) % (VOCAB - 3) + 3
+    return TokenGroup(group.prompt_ids, tuple(responses))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("response", [0, 1, 2])
+def test_a_changed_token_in_one_branch_leaves_all_others_bit_identical(response, family):
+    """Shapes are unchanged, so sums are taken in the same order and not one bit may move: of the
+    other branches of its group, or of the groups before and after."""
+    model, groups = tiny_hybrid(family), token_groups(SHAPES)
+    rewards, logps = (torch.cat(parts) for parts in zip(*score(model, groups), strict=True))
+    turned = [*groups[:2], changed(groups[2], response, 0), *groups[3:]]
+    found_rewards, found_logps = (
+        torch.cat(parts) for parts in zip(*score(model, turned), strict=True)
+    )
+    others = torch.ones(len(rewards), dtype=torch.bool)
+    others[4 + response] = False  # four responses lie in the two groups before
+    assert torch.equal(found_rewards[others], rewards[others])
+    assert torch.equal(found_logps[others], logps[others])
+    assert (found_rewards[~others] - rewards[~others]).abs() > 1e-3
+    assert (found_logps[~others] - logps[~others]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_prompt_leaves_other_groups_bit_identical_and_moves_its_own(family):
+    model, groups = tiny_hybrid(family), token_groups(SHAPES)
+    before = score(model, groups)
+    prompt = groups[2].prompt_ids.copy()
+    prompt[-1] = prompt[-1] % (VOCAB - 3) + 3
+    after = score(model, [*groups[:2], TokenGroup(prompt, groups[2].response_ids), *groups[3:]])
+    for index in (0, 1, 3, 4):
+        for values, found in zip(before[index], after[index], strict=True):
+            assert torch.equal(values, found)
+    (rewards, logps), (moved_rewards, moved_logps) = before[2], after[2]
+    # The last token of a branch of 13 is out of reach of two layers with a window of 7.
+    assert ((rewards - moved_rewards).abs() > 1e-3)[1:].all()
+    assert ((logps - moved_logps).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_responses_numbers_have_no_gradient_at_tokens_that_it_may_not_see(family):
+    """Exactly zero at other branches and other groups; the prompt's last token reaches all of its own."""
+    model = tiny_hybrid(family)
+    layout = lay_out(token_groups(((6, (4, 5, 3)), (5, (2, 4)))))
+    seen = []
+    model.backbone.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args[2]))
+    outputs = model(layout)
+    (embedded,) = seen
+    branches = [(6, 6, 10), (6, 10, 15), (6, 15, 18), (23, 23, 25), (23, 25, 29)]
+    for response, (prompt_end, start, end) in enumerate(branches):
+        prompt = range(0 if prompt_end == 6 else 18, prompt_end)
+        for value in (outputs.rewards[response], outputs.logps[response]):
+            (grad,) = torch.autograd.grad(value, embedded, retain_graph=True)
+            reached = set(grad[0].abs().sum(-1).nonzero()[:, 0].tolist())
+            assert reached <= {*prompt, *range(start, end)}
+            assert prompt[-1] in reached
+
+
+PAD, EOS = 0, 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stock_classifier_padded_on_either_side_gives_our_rewards(family, side):
+    """What consumers of the exported model run, on pairs of very different length, with an EOS (which
+    is not pad) at the end of every response."""
+    model = tiny_hybrid(family)
+    config = tiny_causal_lm(family).config
+    config.num_labels = 1
+    config.pad_token_id, config.eos_token_id = PAD, EOS
+    stock = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    stock.base_model.load_state_dict(tiny_causal_lm(family).base_model.state_dict())
+    stock.score.weight.data.copy_(model.reward_head.weight.data)
+    groups = [
+        TokenGroup(g.prompt_ids, tuple(np.append(r, np.int32(EOS)) for r in g.response_ids))
+        for g in token_groups(SHAPES)
+    ]
+    sequences = [
+        torch.tensor([*g.prompt_ids.tolist(), *r.tolist()]) for g in groups for r in g.response_ids
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(
+        sequences, batch_first=True, padding_value=PAD, padding_side=side
+    )
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(s) for s in sequences], batch_first=True, padding_side=side
+    )
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        rewards = model(lay_out(groups)).rewards
+        found = stock(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 0]
+    torch.testing.assert_close(found, rewards, atol=TOLERANCE, rtol=TOLERANCE)

@@ -1,0 +1,405 @@
+"""Recipes: what is accepted, how it is read, and what a mistake is answered with."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hafrm.config import build_recipe, describe, dump_recipe, load_recipe
+from hafrm.errors import ConfigError
+from hafrm.recipe import LoraSection, Recipe
+
+SMALLEST = "model: {path: base}\ndata: {train: pairs.jsonl}\n"
+
+
+def recipe_of(folder: Path, text: str, *overrides: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+def complaint(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        recipe_of(folder, text, *overrides)
+    return str(caught.value)
+
+
+def values(**sections: object) -> dict[str, object]:
+    return {"model": {"path": "base"}, "data": {"train": ["pairs.jsonl"]}, **sections}
+
+
+def test_a_model_and_data_are_enough_and_give_the_documented_defaults(tmp_path: Path):
+    recipe = recipe_of(tmp_path, SMALLEST)
+    assert recipe.data.train == ("pairs.jsonl",)
+    assert recipe.method.name == "haf"
+    assert recipe.method.alpha is None
+    assert recipe.training.batch_size == 16
+    assert recipe.training.learning_rate == 1e-5
+    assert recipe.training.betas == (0.9, 0.999)
+    assert recipe.lora is None
+
+
+def test_a_recipe_has_few_enough_keys_to_be_read_and_each_says_what_it_means():
+    keys = describe()
+    assert len(keys) <= 48
+    for key in keys:
+        assert key.meaning, f"{key.name} has no line of explanation"
+        assert key.allowed
+        assert len(key.meaning) <= 100
+
+
+def test_a_recipe_cannot_be_changed_and_can_be_a_dictionary_key(tmp_path: Path):
+    recipe = recipe_of(tmp_path, SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.training.seed = 1  # type: ignore[misc]
+    assert {recipe: 1}[recipe_of(tmp_path, SMALLEST)] == 1
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1E-5", "1.0e-5", "0.00001", "+1e-5", ".1e-4"])
+def test_every_usual_way_to_write_a_number_is_a_number(tmp_path: Path, written: str):
+    recipe = recipe_of(tmp_path, SMALLEST + f"training: {{learning_rate: {written}}}")
+    assert recipe.training.learning_rate == pytest.approx(1e-5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "word", ["off", "no", "yes", "on", "y", "2026-11-24", "1:30", "0x1f", "1_0"]
+)
+def test_plain_words_stay_words_where_yaml_1_1_would_change_them(tmp_path: Path, word: str):
+    recipe = recipe_of(tmp_path, SMALLEST + f"tracking: {{project: {word}}}")
+    assert recipe.tracking.project == word
+
+
+def test_off_is_a_choice_of_sharing_and_not_a_truth_value(tmp_path: Path):
+    assert recipe_of(tmp_path, SMALLEST + "training: {sharing: off}").training.sharing == "off"
+    assert recipe_of(tmp_path, SMALLEST, "training.sharing=off").training.sharing == "off"
+
+
+def test_a_whole_number_serves_as_a_number_but_not_the_reverse(tmp_path: Path):
+    assert recipe_of(tmp_path, SMALLEST + "training: {epochs: 2}").training.epochs == 2.0
+    message = complaint(tmp_path, SMALLEST + "training: {batch_size: 16.0}")
+    assert "training.batch_size (line 3): got 16.0; allowed: whole number >= 1" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("training.batch_size", "many", "whole number >= 1"),
+        ("training.batch_size", "true", "whole number >= 1"),
+        ("training.batch_size", "0", "whole number >= 1"),
+        ("training.epochs", "0", "number > 0"),
+        ("training.epochs", "-1", "number > 0"),
+        ("training.epochs", ".nan", "number > 0"),
+        ("training.epochs", "1e999", "number > 0"),
+        ("training.learning_rate", "'1e-5'", "number > 0"),
+        ("training.warmup_fraction", "100", "number >= 0 and <= 1"),
+        ("training.schedule", "cosin", "cosine or linear or constant"),
+        ("training.gradient_checkpointing", "yes", "true or false"),
+        ("training.betas", "[0.9]", "list of 2 x number"),
+        ("training.seed", "-1", "whole number >= 0 and < 4294967296"),
+        ("training.precision", "fp16", "fp32 or bf16"),
+        ("data.train", "[]", "list of text"),
+        ("data.train", "[a, 1]", "list of text"),
+        ("data.train", "''", "list of text"),
+        ("model.path", "", "text"),
+        ("model.path", "~", "text"),
+        ("model.revision", "12345", "text or null (as text it needs quotes)"),
+        ("tracking.report_to", "tensorbord", "list of tensorboard or wandb or trackio or mlflow"),
+        ("method.label_smoothing", "0.5", "number >= 0 and < 0.5 or null"),
+        ("lora.targets", "[1]", "text or list of text"),
+        ("checkpoint.keep", "0", "whole number >= 1"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_key_place_value_and_what_is_allowed(
+    tmp_path: Path, key: str, value: str, allowed: str
+):
+    message = complaint(tmp_path, SMALLEST, f"{key}={value}")
+    assert f"{key} (override '{key}={value}'): got " in message.replace('"', "'")
+    assert f"; allowed: {allowed}" in message
+    assert "a problem:" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.lerning_rate", "training.learning_rate"),
+        ("training.lr", "training.learning_rate"),
+        ("training.num_train_epochs", "training.epochs"),
+        ("training.max_steps", "training.steps"),
+        ("training.warmup_ratio", "training.warmup_fraction"),
+        ("training.alpha", "method.alpha or lora.alpha"),
+        ("training.max_length", "data.max_length"),
+        ("lora.r", "lora.rank"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("trainig.steps", "training"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(
+    tmp_path: Path, key: str, meant: str
+):
+    assert f"did you mean {meant}?" in complaint(tmp_path, SMALLEST, f"{key}=3")
+
+
+def test_a_key_at_the_top_is_answered_with_its_section(tmp_path: Path):
+    message = complaint(tmp_path, SMALLEST + "learning_rate: 1\n")
+    assert (
+        "learning_rate (line 3): unknown section; did you mean training.learning_rate?" in message
+    )
+
+
+def test_an_unknown_key_like_no_other_is_answered_with_all_that_there_are(tmp_path: Path):
+    message = complaint(tmp_path, SMALLEST + "lora: {dropout: 0.1}")
+    assert "lora.dropout (line 3): unknown key; known here: rank, alpha, targets" in message
+
+
+def test_all_problems_of_file_and_overrides_come_in_one_message(tmp_path: Path):
+    text = "model: {}\ntraining:\n  seed: x\n  seed: y\n  epochs: 0\nextra: 1\n"
+    message = complaint(tmp_path, text, "nonsense", "method.alpha=[", "evaluation.every=-1")
+    assert message.startswith(f"{tmp_path / 'recipe.yaml'} has 9 problems:")
+    for part in (
+        "model.path: missing; needed: text.",
+        "data: missing; needed: keys and values, with train",
+        "training.seed (line 4): written twice, first line 3; keep one",
+        'training.seed (line 4): got "y"',
+        "training.epochs (line 5): got 0",
+        "extra (line 6): unknown section",
+        "override 'nonsense': not of the form section.key=value",
+        "override 'method.alpha=[': not plain YAML",
+        "evaluation.every (override 'evaluation.every=-1'): got -1",
+    ):
+        assert f"\n  - {part}" in message
+
+
+def test_a_key_written_twice_is_an_error_even_when_both_agree(tmp_path: Path):
+    message = complaint(tmp_path, SMALLEST + "method:\n  name: bt\nmethod:\n  name: bt\n")
+    assert "method (line 5): written twice, first line 3; keep one" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- model\n", "needed: sections"),
+        ("just words\n", "needed: sections"),
+        ("model: [", "not plain YAML"),
+        ("model: &a {path: x}\ndata: *a\n", "anchors, aliases and tags are not allowed"),
+        ("model: !!python/object/apply:os.getcwd []\n", "anchors, aliases and tags"),
+        ("model: {path: x}\n---\ndata: {}\n", "not plain YAML"),
+        ("[" * 5000, "not plain YAML"),
+        ("model: \x07", "not plain YAML"),
+    ],
+)
+def test_what_is_no_plain_yaml_is_refused_in_words(tmp_path: Path, text: str, reason: str):
+    message = complaint(tmp_path, text)
+    assert reason in message
+    assert str(tmp_path / "recipe.yaml") in message
+
+
+def test_a_recipe_that_cannot_be_read_says_why(tmp_path: Path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: {path: \xe9}")
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_is_told_what_is_missing(tmp_path: Path):
+    assert "model: missing" in complaint(tmp_path, "")
+
+
+def test_a_section_with_all_keys_commented_out_has_its_defaults(tmp_path: Path):
+    recipe = recipe_of(tmp_path, SMALLEST + "training:\n  # seed: 1\nlora:\n")
+    assert recipe.training.seed == 0
+    assert recipe.lora is None
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path):
+    (tmp_path / "w.yaml").write_bytes(b"\xef\xbb\xbf" + SMALLEST.replace("\n", "\r\n").encode())
+    assert load_recipe(tmp_path / "w.yaml").model.path == "base"
+
+
+def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path):
+    recipe = recipe_of(
+        tmp_path,
+        SMALLEST + "training: {seed: 1, epochs: 3}",
+        "training.seed=2",
+        "training.seed=3",
+        "data.train=[a.jsonl, 'b c.jsonl#split=train&limit=5']",
+        "tracking.report_to=wandb",
+        "training.betas=[0.8, 0.9]",
+    )
+    assert (recipe.training.seed, recipe.training.epochs) == (3, 3.0)
+    assert recipe.data.train == ("a.jsonl", "b c.jsonl#split=train&limit=5")
+    assert recipe.tracking.report_to == ("wandb",)
+    assert recipe.training.betas == (0.8, 0.9)
+
+
+def test_overrides_alone_make_a_recipe_and_switch_lora_on_and_off(tmp_path: Path):
+    recipe = recipe_of(
+        tmp_path, "", "model.path=org/name", "data.train=hub:org/set:train", "lora.rank=8"
+    )
+    assert recipe.data.train == ("hub:org/set:train",)
+    assert recipe.lora == LoraSection(rank=8)
+    assert recipe_of(tmp_path, SMALLEST + "lora: {rank: 4}", "lora=null").lora is None
+    assert recipe_of(tmp_path, SMALLEST, "lora={}").lora == LoraSection()
+
+
+@pytest.mark.parametrize(
+    "assignment", ["seed", "training.seed", "a.b.c=1", ".seed=1", "=1", "a.=1"]
+)
+def test_an_override_of_another_form_is_refused(tmp_path: Path, assignment: str):
+    assert "not of the form section.key=value" in complaint(tmp_path, SMALLEST, assignment)
+
+
+def test_a_section_overridden_as_a_whole_must_still_be_a_section(tmp_path: Path):
+    assert "training (override 'training=3'): got 3" in complaint(
+        tmp_path, SMALLEST, "training=3", "training.seed=1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "fix"),
+    [
+        (
+            {"data": {"train": "a", "max_prompt_length": 1024}},
+            "lower the first or raise the second",
+        ),
+        ({"data": {"train": "a", "validation_fraction": 0}}, "give sources, or a fraction"),
+        (
+            {"data": {"train": "a", "validation": "b", "validation_fraction": 0.1}},
+            "remove one of them",
+        ),
+        ({"data": {"train": "a", "test": ["b", "a"]}}, "remove it from one of them"),
+        ({"data": {"train": ["a", "b"], "validation": "b"}}, "remove it from one of them"),
+        ({"training": {"max_tokens": 1024}}, "raise it to 2048, or lower data.max_length to 512"),
+        ({"training": {"betas": [0.9, 1.0]}}, "each must be >= 0 and < 1"),
+        ({"lora": {"targets": []}}, "give names, or all-linear"),
+        ({"lora": {"targets": "a["}}, "not a regex"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_with_the_way_out(
+    sections: dict[str, object], fix: str
+):
+    with pytest.raises(ConfigError, match="the recipe has a problem") as caught:
+        build_recipe(values(**sections))
+    assert fix in str(caught.value)
+
+
+def test_naming_a_validation_set_holds_nothing_out_of_the_training_data():
+    recipe = build_recipe(values(data={"train": "a", "validation": "b"}))
+    assert recipe.data.validation_fraction == 0.0
+
+
+def test_a_home_directory_is_expanded_and_other_paths_stay_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = recipe_of(
+        tmp_path, "", "model.path=~/base", "data.train=[~/a.jsonl#split=train, ../b, hub:x:y]"
+    )
+    assert recipe.model.path == "/home/someone/base"
+    assert recipe.data.train == ("/home/someone/a.jsonl#split=train", "../b", "hub:x:y")
+
+
+WORDS = [
+    "1e5",
+    "off",
+    "null",
+    "~x/y",
+    "12",
+    "0.5",
+    "true",
+    "a: b",
+    "#x",
+    "é",
+    "- a",
+    "'",
+    "1e-5 ",
+    "*",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_recipe_written_out_is_read_back_equal_whatever_its_words(tmp_path: Path, word: str):
+    recipe = build_recipe(
+        {
+            "model": {"path": word, "revision": word},
+            "data": {"train": [word, "z"], "test": ["t"], "max_prompt_length": 9},
+            "training": {"learning_rate": 1e-5, "eps": 1e-8, "sharing": "off", "betas": [0.5, 0.6]},
+            "lora": {"targets": ["q_proj", word], "alpha": 1e22},
+            "tracking": {"report_to": ["wandb", "mlflow"], "project": word},
+        }
+    )
+    assert recipe_of(tmp_path, dump_recipe(recipe)) == recipe
+    assert dump_recipe(recipe_of(tmp_path, dump_recipe(recipe))) == dump_recipe(recipe)
+
+
+def test_a_recipe_written_out_means_the_same_to_other_readers_of_yaml():
+    """PyYAML's safe loader follows YAML 1.1, where a bare off is false."""
+    recipe = build_recipe(values(training={"sharing": "off"}, tracking={"project": "yes"}))
+    read = yaml.safe_load(dump_recipe(recipe))
+    assert read["training"]["sharing"] == "off"
+    assert read["tracking"]["project"] == "yes"
+    assert read["training"]["learning_rate"] == 1e-5
+
+
+def test_a_recipe_written_out_names_every_key():
+    read = yaml.safe_load(dump_recipe(build_recipe(values(lora={}))))
+    written = {f"{section}.{key}" for section, keys in read.items() for key in keys}
+    assert written == {key.name for key in describe()}
+
+
+def test_every_default_is_a_value_that_the_schema_itself_accepts():
+    given: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": ["a"]}}
+    for key in describe():
+        section, name = key.name.split(".")
+        if key.default != "required":
+            given.setdefault(section, {})[name] = yaml.safe_load(key.default)
+    given["training"] |= {"learning_rate": 1e-5, "eps": 1e-8}  # 1e-05 is text in YAML 1.1
+    assert build_recipe(given) == build_recipe(
+        values(lora={}, model={"path": "b"}, data={"train": "a"})
+    )
+
+
+def test_building_from_values_leaves_them_as_they_were():
+    given = values(training={"betas": [0.8, 0.9]})
+    before = repr(given)
+    build_recipe(given)
+    assert repr(given) == before
+
+
+def test_garbage_in_any_place_is_a_config_error_and_nothing_else():
+    """Every key, and every section, with values of every other kind: refused in words or accepted."""
+    garbage = (None, True, -1, 10**30, 1e308, "", "\x00", [], [[]], {}, {"a": 1}, [None], b"x")
+    places = [key.name.split(".") for key in describe()] + [[name] for name in Recipe.model_fields]
+    for place, value in itertools.product(places, garbage):
+        given = {"model": {"path": "b"}, "data": {"train": "a"}}
+        if len(place) == 1:
+            given[place[0]] = value
+        else:
+            given.setdefault(place[0], {})[place[1]] = value
+        message = ".".join(place)
+        try:
+            build_recipe(given)
+        except ConfigError as error:
+            message = str(error)
+        assert ".".join(place) in message
+
+
+def test_reading_a_recipe_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, hafrm.config, hafrm.runs\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'numpy', 'pyarrow'}\n"
+        "print(', '.join(sorted(heavy & set(sys.modules))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ""

@@ -1,0 +1,632 @@
+"""Run folders under kills, torn files, damage and two writers; atomic files and manifests."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hafrm import atomic, runs
+from hafrm.errors import CheckpointError
+from hafrm.provenance import describe_process
+from hafrm.runs import (
+    RunFolder,
+    atomic_directory,
+    atomic_write,
+    check_manifest,
+    fingerprint,
+    read_metrics,
+    write_manifest,
+)
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+
+def python(code: str, *arguments: str) -> "subprocess.Popen[str]":
+    """Another process that runs `code` and has said its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+def save(run: RunFolder, step: int) -> Path:
+    with atomic_directory(run.checkpoint_path(step)) as aside:
+        (aside / "model.safetensors").write_bytes(bytes(step % 256 for _ in range(100)))
+        (aside / "state.json").write_text(json.dumps({"step": step}))
+        write_manifest(aside)
+    return run.checkpoint_path(step)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class SaveFailedError(Exception):
+    """What the tests raise in the middle of a save."""
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path):
+    atomic_write(tmp_path / "a", "first")
+    atomic_write(tmp_path / "a", "zweite \u2014 \u00e9\n")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "zweite \u2014 \u00e9\n"
+    atomic_write(tmp_path / "a", b"\x00\r\n")
+    assert (tmp_path / "a").read_bytes() == b"\x00\r\n"
+    assert names(tmp_path) == {"a"}
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_an_atomic_write_that_fails_at_any_step_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    atomic_write(tmp_path / "a", "old")
+    monkeypatch.setattr(os if broken == "fsync" else Path, broken, fail)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write(tmp_path / "a", "new")
+    monkeypatch.undo()
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == {"a"}
+
+
+def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Power may fail at any time: rename must come between the file's sync and the directory's."""
+    order = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    atomic_write(tmp_path / "a", "x")
+    assert order == ["sync", "rename", "sync"]
+
+
+def test_a_written_file_has_ordinary_permissions(tmp_path: Path):
+    """A temporary file of mode 0600 would hide a shared run from the rest of the team."""
+    before = os.umask(0o022)
+    try:
+        atomic_write(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+# --- directories ---------------------------------------------------------------------------------
+
+
+def test_an_atomic_directory_has_no_name_before_the_block_ends(tmp_path: Path):
+    target = tmp_path / "deep" / "out"
+    with atomic_directory(target) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "file").write_text("x")
+        assert not target.exists()
+        assert aside.parent == target.parent
+    assert (target / "sub" / "file").read_text() == "x"
+    assert names(target.parent) == {"out"}
+
+
+@pytest.mark.parametrize("error", [SaveFailedError, KeyboardInterrupt, SystemExit])
+def test_an_error_inside_the_block_leaves_what_was_there(
+    tmp_path: Path, error: type[BaseException]
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def save_and_fail() -> None:
+        with atomic_directory(tmp_path / "out", replace=True) as aside:
+            (aside / "new").touch()
+            raise error
+
+    with pytest.raises(error):
+        save_and_fail()
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"old"}
+
+
+def test_a_directory_that_exists_is_replaced_only_when_asked(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(CheckpointError, match="exists already"), atomic_directory(tmp_path / "out"):
+        pass
+    assert names(tmp_path / "out") == {"old"}
+    with atomic_directory(tmp_path / "out", replace=True) as aside:
+        (aside / "new").touch()
+    assert names(tmp_path / "out") == {"new"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_every_file_and_directory_is_synced_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+    sync, rename = atomic._sync, Path.rename
+    monkeypatch.setattr(atomic, "_sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("RENAME"), rename(a, b)))
+    with atomic_directory(tmp_path / "out") as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "deep").write_text("x")
+        (aside / "top").write_text("x")
+    before, after = events[: events.index("RENAME")], events[events.index("RENAME") + 1 :]
+    assert set(before) == {"deep", "sub", "top", aside.name}
+    assert after == [tmp_path.name]
+
+
+KILLED_WHILE_SAVING = """
+import sys, pathlib
+from hafrm.runs import RunFolder, atomic_directory, write_manifest
+run = RunFolder.open(sys.argv[1])
+with run.lock():
+    print("ready", flush=True)
+    step = 1
+    while True:
+        step += 1
+        with atomic_directory(run.checkpoint_path(step)) as aside:
+            for part in range(3):
+                (aside / f"part-{part}").write_bytes(bytes([step % 256]) * 100_000)
+            write_manifest(aside)
+        run.append_metrics({"step": step, "loss": 1.0 / step})
+        run.prune(keep=2)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.013, 0.05, 0.11])
+def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
+    tmp_path: Path, delay: float
+):
+    """SIGKILL at an arbitrary moment of a loop that does nothing but save, log and prune."""
+    run = RunFolder.create(tmp_path / "run", "seed: 0\n")
+    save(run, 1)
+    process = python(KILLED_WHILE_SAVING, str(run.path))
+    time.sleep(delay)
+    kill(process)
+    assert process.returncode == -signal.SIGKILL
+
+    for checkpoint in run.checkpoints_path.glob("step-*"):
+        check_manifest(checkpoint)
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    step = runs.step_of(latest)
+    with run.lock():
+        assert all(re.fullmatch(r"step-\d+", name) for name in names(run.checkpoints_path))
+        run.truncate_after(step)
+        logged = [record["step"] for record in read_metrics(run.metrics_path)]
+        # the metrics of a step are written after its checkpoint, so the last may be missing
+        assert logged in (list(range(2, step + 1)), list(range(2, step)))
+        save(run, step + 1)
+    assert run.latest_checkpoint() == run.checkpoint_path(step + 1)
+
+
+# --- manifests -----------------------------------------------------------------------------------
+
+
+def test_a_manifest_lists_every_file_and_an_untouched_directory_passes(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_bytes(b"abc")
+    (tmp_path / "a").touch()
+    write_manifest(tmp_path)
+    files = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    # sha256 of "abc" is FIPS 180-2's first example
+    digest = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files["sub/b"] == {"size": 3, "digest": digest}
+    assert set(files) == {"a", "sub/b"}
+    check_manifest(tmp_path)
+
+
+def test_damage_of_any_kind_is_found_and_the_file_named(tmp_path: Path):
+    def damaged(name: str, harm: str) -> Path:
+        folder = tmp_path / harm
+        (folder / "sub").mkdir(parents=True)
+        (folder / "a").write_bytes(b"12345")
+        (folder / "sub" / "b").write_bytes(b"12345")
+        write_manifest(folder)
+        path = folder / name
+        if harm == "shorter":
+            path.write_bytes(b"1234")
+        elif harm == "changed":
+            path.write_bytes(b"12346")
+        elif harm == "gone":
+            path.unlink()
+        else:
+            path.touch()
+        return path
+
+    for name, harm in (("a", "shorter"), ("sub/b", "changed"), ("sub/b", "gone"), ("c", "added")):
+        path = damaged(name, harm)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            check_manifest(tmp_path / harm)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": 1}}', "\x00"],
+)
+def test_a_damaged_manifest_is_an_incomplete_checkpoint(tmp_path: Path, text: str):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        check_manifest(tmp_path)
+
+
+def test_a_directory_without_a_manifest_was_never_finished(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="never finished"):
+        check_manifest(tmp_path)
+
+
+def test_a_large_file_is_checked_by_its_size_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Hashing tens of gigabytes at every resume would take minutes."""
+    monkeypatch.setattr(atomic, "HASHED_BYTES", 4)
+    (tmp_path / "large").write_bytes(b"12345")
+    (tmp_path / "small").write_bytes(b"1234")
+    write_manifest(tmp_path)
+    files = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    assert files["large"] == {"size": 5}
+    assert "digest" in files["small"]
+    check_manifest(tmp_path)
+
+
+# --- run folders ---------------------------------------------------------------------------------
+
+
+def test_a_new_run_folder_holds_its_recipe_and_can_be_opened(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "runs" / "one", "seed: 0\n")
+    assert run.recipe_text() == "seed: 0\n"
+    assert RunFolder.open(str(run.path)).recipe_text() == "seed: 0\n"
+    assert run.checkpoints() == []
+    assert run.latest_checkpoint() is None
+    assert read_metrics(run.metrics_path) == []
+
+
+def test_a_folder_that_holds_something_is_never_overwritten_unasked(tmp_path: Path):
+    (tmp_path / "thesis.tex").touch()
+    (tmp_path / ".notes.tmp").touch()
+    for exist in ("refuse", "replace"):
+        with pytest.raises(CheckpointError, match="empty"):
+            RunFolder.create(tmp_path, "x: 1\n", exist=exist)
+    assert names(tmp_path) == {"thesis.tex", ".notes.tmp"}
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    with pytest.raises(CheckpointError, match="--resume"):
+        RunFolder.create(run.path, "x: 2\n")
+    assert run.recipe_text() == "x: 1\n"
+
+
+def test_a_folder_left_by_a_kill_before_its_recipe_counts_as_empty(tmp_path: Path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".recipe.yaml.0123abcd.tmp").touch()
+    RunFolder.create(tmp_path, "x: 1\n")
+    assert names(tmp_path) == {".lock", "recipe.yaml"}
+
+
+def test_numbering_takes_the_first_free_name(tmp_path: Path):
+    made = [RunFolder.create(tmp_path / "run", "x: 1\n", exist="number").path for _ in range(3)]
+    assert [path.name for path in made] == ["run", "run-2", "run-3"]
+    (tmp_path / "file").touch()
+    assert RunFolder.create(tmp_path / "file", "", exist="number").path.name == "file-2"
+
+
+def test_replacing_empties_a_run_folder_that_nobody_writes_to(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    save(run, 5)
+    run.append_metrics({"step": 5})
+    with run.lock(), pytest.raises(CheckpointError, match="in use"):
+        RunFolder.create(run.path, "x: 2\n", exist="replace")
+    assert run.recipe_text() == "x: 1\n"
+    RunFolder.create(run.path, "x: 2\n", exist="replace")
+    assert run.recipe_text() == "x: 2\n"
+    assert names(run.path) == {".lock", "recipe.yaml"}
+
+
+def test_a_file_in_the_place_of_a_run_folder_is_told(tmp_path: Path):
+    (tmp_path / "run").touch()
+    with pytest.raises(CheckpointError, match="cannot make the run folder"):
+        RunFolder.create(tmp_path / "run", "x: 1\n")
+
+
+def test_opening_what_is_no_run_folder_says_what_would_be_one(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="give the folder of a run"):
+        RunFolder.open(tmp_path / "absent")
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    checkpoint = save(run, 3)
+    with pytest.raises(CheckpointError, match=re.escape(f"did you mean {run.path}?")):
+        RunFolder.open(checkpoint)
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+HOLDS_THE_LOCK = """
+import sys
+from hafrm.runs import RunFolder
+with RunFolder.open(sys.argv[1]).lock():
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    holder = python(HOLDS_THE_LOCK, str(run.path))
+    message = f"in use by process {holder.pid}"
+    with pytest.raises(CheckpointError, match=message), run.lock():
+        pass
+    assert RunFolder.open(run.path).recipe_text() == "x: 1\n", "reading needs no lock"
+    holder.communicate("done\n")
+    with run.lock():
+        pass
+
+
+def test_a_lock_whose_holder_was_killed_blocks_nobody(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    holder = python(HOLDS_THE_LOCK, str(run.path))
+    kill(holder)
+    assert (run.path / ".lock").read_text() == str(holder.pid), "the stale file is still there"
+    with run.lock():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_lock_keeps_out_the_same_process_too_and_is_released_by_an_error(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+
+    def fail_while_locked() -> None:
+        with run.lock():
+            with pytest.raises(CheckpointError, match="in use"), RunFolder.open(run.path).lock():
+                pass
+            raise SaveFailedError
+
+    with pytest.raises(SaveFailedError):
+        fail_while_locked()
+    with run.lock():
+        pass
+
+
+def test_a_file_system_without_locks_is_a_warning_and_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    with run.lock():
+        run.append_metrics({"step": 1})
+    assert "cannot be locked" in caplog.text
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def test_metrics_are_read_back_as_they_were_written(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    run.append_metrics({"step": 1, "kind": "train", "loss": 0.5})
+    run.append_metrics({"step": 2, "kind": "validation", "by_source": {"\u00e9": [1, 2.5]}})
+    assert read_metrics(run.metrics_path) == [
+        {"step": 1, "kind": "train", "loss": 0.5},
+        {"step": 2, "kind": "validation", "by_source": {"\u00e9": [1, 2.5]}},
+    ]
+
+
+def test_numbers_that_json_lacks_become_null_and_those_of_numpy_plain(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    run.append_metrics(
+        {"step": 1, "a": math.nan, "b": [math.inf, np.float32(0.5)], "c": np.int64(3)}
+    )
+    assert read_metrics(run.metrics_path) == [{"step": 1, "a": None, "b": [None, 0.5], "c": 3}]
+
+
+def test_a_line_is_with_the_system_when_the_call_returns(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    code = (
+        "import sys, os, signal\n"
+        "from hafrm.runs import RunFolder\n"
+        "RunFolder.open(sys.argv[1]).append_metrics({'step': 1, 'loss': 2.0})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    process = python(code, str(run.path))
+    kill(process)
+    assert read_metrics(run.metrics_path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("cut", range(1, 22))
+def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
+    tmp_path: Path, cut: int
+):
+    """The second record is {"step": 2, "x": 2.5} and a line end, 22 bytes: torn after 1 to 21."""
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    for step in (1, 2):
+        run.append_metrics({"step": step, "x": 2.5})
+    whole = run.metrics_path.read_bytes()
+    assert len(whole) == 44
+    run.metrics_path.write_bytes(whole[: 22 + cut])
+    assert read_metrics(run.metrics_path) == [{"step": 1, "x": 2.5}]
+    with run.lock():
+        run.append_metrics({"step": 2, "x": 3.5})
+    assert read_metrics(run.metrics_path) == [{"step": 1, "x": 2.5}, {"step": 2, "x": 3.5}]
+
+
+def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_rest(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    for step in (10, 20, 30):
+        run.append_metrics({"step": step, "kind": "train", "x": 1e-5})
+        run.append_metrics({"step": step, "kind": "validation"})
+    whole = run.metrics_path.read_bytes()
+    run.truncate_after(20)
+    assert run.metrics_path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
+    run.truncate_after(5)
+    assert run.metrics_path.read_bytes() == b""
+    RunFolder.create(tmp_path / "other", "x: 1\n").truncate_after(3)
+
+
+def test_a_damaged_line_in_the_middle_is_told_by_its_number(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    run.metrics_path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+        read_metrics(run.metrics_path)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_listed_by_step_and_the_latest_is_the_highest(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    for step in (9, 100, 20):
+        save(run, step)
+    (run.checkpoints_path / "step-007").mkdir()
+    (run.checkpoints_path / "step-best").mkdir()
+    assert [path.name for path in run.checkpoints()] == ["step-9", "step-20", "step-100"]
+    assert run.latest_checkpoint() == run.checkpoint_path(100)
+    assert runs.step_of(run.checkpoint_path(100)) == 100
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    save(run, 10)
+    (save(run, 20) / "state.json").write_text("{}")
+    assert run.latest_checkpoint() == run.checkpoint_path(10)
+    assert "step-20 is not used" in caplog.text
+    for _ in range(2):
+        with run.lock():
+            assert names(run.checkpoints_path) == {"step-10", "step-20.damaged"}
+            (save(run, 20) / "state.json").unlink()
+    with run.lock():
+        save(run, 20)
+    assert run.latest_checkpoint() == run.checkpoint_path(20)
+
+
+def test_pruning_keeps_the_newest_and_the_protected_ones(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    for step in (10, 20, 30, 40):
+        save(run, step)
+    run.prune(keep=2, protect=[10, 999, -1])
+    assert names(run.checkpoints_path) == {"step-10", "step-30", "step-40"}
+    run.prune(keep=1)
+    assert names(run.checkpoints_path) == {"step-40"}
+    run.prune(keep=5)
+    assert names(run.checkpoints_path) == {"step-40"}
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path):
+    """Otherwise pruning to one would delete the only checkpoint that works."""
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    save(run, 10)
+    (save(run, 20) / "state.json").unlink()
+    run.prune(keep=1)
+    assert run.latest_checkpoint() == run.checkpoint_path(10)
+
+
+def test_a_checkpoint_half_deleted_by_a_kill_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Pruning renames before it deletes, so the half that a kill leaves has no checkpoint's name."""
+
+    def killed(path: Path) -> None:
+        (path / "state.json").unlink()
+        raise SaveFailedError
+
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    save(run, 10)
+    save(run, 20)
+    monkeypatch.setattr(atomic.shutil, "rmtree", killed)
+    with pytest.raises(SaveFailedError):
+        run.prune(keep=1)
+    monkeypatch.undo()
+    assert run.checkpoints() == [run.checkpoint_path(20)]
+    with run.lock():
+        assert names(run.checkpoints_path) == {"step-20"}
+
+
+def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    save(run, 10)
+    (run.checkpoints_path / ".step-20.0a1b2c3d.tmp").mkdir()
+    (run.checkpoints_path / ".step-20.0a1b2c3d.tmp" / "model.safetensors").touch()
+    (run.path / ".metrics.jsonl.0a1b2c3d.tmp").touch()
+    (run.path / ".mine.tmp").touch()
+    (run.path / "notes.txt").touch()
+    with run.lock():
+        assert names(run.checkpoints_path) == {"step-10"}
+        assert names(run.path) == {".lock", ".mine.tmp", "checkpoints", "notes.txt", "recipe.yaml"}
+
+
+# --- provenance ----------------------------------------------------------------------------------
+
+
+def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    (tmp_path / "data").write_bytes(b"abc")
+    digest = fingerprint(tmp_path / "data")
+    run.record_provenance(seed=3, data={"data": digest}, details={"device": "cpu"})
+    run.record_provenance(seed=3, data={"data": digest})
+    first, second = json.loads(run.provenance_path.read_text())["sessions"]
+    assert first["seed"] == 3
+    assert first["data"] == {"data": digest}
+    assert first["device"] == "cpu"
+    assert first["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"torch", "transformers", "numpy"} <= set(first["versions"])
+    assert second["started"] >= first["started"]
+    assert set(first) >= {"command", "git", "platform"}
+
+
+def test_provenance_tells_neither_the_host_nor_the_home_directory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/hafrm", "train", "/home/someone/a b.yaml", "x.y=1"])
+    known = describe_process()
+    assert known["command"] == "hafrm train '~/a b.yaml' x.y=1"
+    text = json.dumps(known)
+    assert "someone" not in text
+    assert os.uname().nodename not in text.split()
+
+
+def test_provenance_names_the_commit_and_whether_files_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(
+            ["git", *identity, *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert describe_process()["git"] is None
+    git("init", "--quiet")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "--quiet", "-m", "x")
+    assert describe_process()["git"] == {"commit": git("rev-parse", "HEAD"), "changed": False}
+    (tmp_path / "a").write_text("2")
+    assert describe_process()["git"]["changed"] is True
+    monkeypatch.setenv("PATH", "")
+    assert describe_process()["git"] is None
