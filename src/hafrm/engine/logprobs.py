@@ -56,7 +56,8 @@ def token_logprobs(
     """
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     transform = transform or LogitTransform()
-    logprobs: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, transform, chunk)
+    apply: Any = _TokenLogProbs.apply
+    logprobs: Tensor = apply(hidden, weight, bias, targets, transform, chunk)
     return logprobs
 
 

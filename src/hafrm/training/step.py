@@ -142,7 +142,7 @@ def measure(
 
 
 def _implicit(outputs: Outputs, batch: MicroBatch, method: Method) -> Tensor | None:
-    if outputs.logps is None:
+    if outputs.logps is None or not method.trains_policy:
         return None
     return method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
 

@@ -1,0 +1,102 @@
+"""A step holds exactly `batch_size` comparisons, whatever the epochs, prompts and ranks."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from models_for_tests import token_groups
+
+from hafrm.data.encoding import EncodedGroup
+from hafrm.data.groups import Comparison
+from hafrm.errors import DataError
+from hafrm.training.batches import ComparisonOrder, Pick, References, build, plan_step
+
+
+def groups_of(*comparisons: int) -> list[EncodedGroup]:
+    """Groups of as many responses as they need, the first preferred over each of the others."""
+    shapes = [(3 + i, tuple(2 + k for k in range(n + 1))) for i, n in enumerate(comparisons)]
+    return [
+        EncodedGroup(
+            id=f"g{i}",
+            prompt_ids=tokens.prompt_ids,
+            response_ids=tokens.response_ids,
+            comparisons=tuple(Comparison(0, k + 1, margin=float(k)) for k in range(n)),
+            source="test",
+            tags={},
+        )
+        for i, (tokens, n) in enumerate(zip(token_groups(shapes), comparisons, strict=True))
+    ]
+
+
+def test_an_epoch_holds_every_comparison_once_and_windows_run_on_into_the_next():
+    order = ComparisonOrder(groups_of(1, 5, 2, 1), per_prompt=2, seed=3)
+    assert order.num_comparisons == 9
+    assert Counter(order.epoch(0)) == Counter(Pick(g, c) for g, n in enumerate((1, 5, 2, 1)) for c in range(n))
+    windows = [order.window(4 * step, 4) for step in range(9)]
+    assert all(len(window) == 4 for window in windows)
+    assert [p for w in windows for p in w] == [p for e in range(4) for p in order.epoch(e)]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    groups = groups_of(1, 5, 2, 1)
+    first, again, other = (ComparisonOrder(groups, per_prompt=2, seed=s) for s in (1, 1, 2))
+    assert first.epoch(0) == again.epoch(0)
+    assert first.epoch(0) != first.epoch(1)
+    assert first.epoch(0) != other.epoch(0)
+
+
+def test_comparisons_of_a_prompt_travel_in_blocks_of_at_most_per_prompt():
+    picks = ComparisonOrder(groups_of(6, 6, 6), per_prompt=3, seed=0).epoch(0)
+    blocks = [picks[i : i + 3] for i in range(0, len(picks), 3)]
+    assert all(len({pick.group for pick in block}) == 1 for block in blocks)
+
+
+def test_ties_are_left_out_and_nothing_but_ties_is_refused():
+    (group,) = groups_of(2)
+    tie = Comparison(0, 1, tie=True)
+    mixed = EncodedGroup("t", group.prompt_ids, group.response_ids, (tie, Comparison(0, 2)), "", {})
+    assert ComparisonOrder([mixed], per_prompt=1, seed=0).epoch(0) == [Pick(0, 1)]
+    only = EncodedGroup("t", group.prompt_ids, group.response_ids, (tie,), "", {})
+    with pytest.raises(DataError, match="only ties"):
+        ComparisonOrder([only], per_prompt=1, seed=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_rank_gets_as_many_micro_batches_and_fillers_weigh_nothing(ranks):
+    groups = groups_of(1, 3, 1)
+    picks = ComparisonOrder(groups, per_prompt=4, seed=0).epoch(0)
+    plan = plan_step(groups, picks, max_tokens=20, num_ranks=ranks)
+    assert len({len(rank) for rank in plan}) == 1
+    batches = [build(parts) for rank in plan for parts in rank]
+    assert sum(int((batch.weights != 0).sum()) for batch in batches) == len(picks)
+    assert all(batch.layout.num_tokens > 0 for batch in batches)
+
+
+def test_a_step_lays_out_each_distinct_response_once():
+    """Three comparisons among four responses of one prompt: 5 tokens of prompt, 2+3+4+5 of responses."""
+    (group,) = groups_of(3)
+    picks = [Pick(0, c) for c in range(3)]
+    ((parts,),) = plan_step([group], picks, max_tokens=1000)
+    assert build(parts).layout.num_tokens == 3 + (2 + 3 + 4 + 5)
+
+
+def test_indices_margins_weights_and_references_point_at_the_right_responses():
+    groups = groups_of(1, 3)
+    references = References(np.arange(6, dtype=np.float32) * 10, np.array([0, 2]))
+    picks = [Pick(1, 2), Pick(0, 0), Pick(1, 0)]
+    ((parts,),) = plan_step(groups, picks, max_tokens=1000)
+    batch = build(parts, references)
+    assert batch.reference_logps is not None
+    seen = set()
+    for i, name in enumerate(batch.ids):
+        chosen, rejected = int(batch.chosen[i]), int(batch.rejected[i])
+        seen.add(
+            (
+                name,
+                float(batch.margins[i]),
+                float(batch.reference_logps[chosen]),
+                float(batch.reference_logps[rejected]),
+                int(batch.layout.lengths[rejected]),
+            )
+        )
+    assert seen == {("g1", 2.0, 20.0, 50.0, 5), ("g1", 0.0, 20.0, 30.0, 3), ("g0", 0.0, 0.0, 10.0, 3)}

@@ -1,0 +1,142 @@
+"""One optimiser step: packing changes nothing, alpha 0 is Bradley-Terry, and bad numbers stop it."""
+
+import math
+
+import pytest
+import torch
+from models_for_tests import tiny_hybrid, token_groups
+from torch import Tensor
+
+from hafrm.data.encoding import EncodedGroup
+from hafrm.data.groups import Comparison
+from hafrm.engine.model import HybridModel
+from hafrm.errors import NumericsError
+from hafrm.training.batches import MicroBatch, Pick, References, build, plan_step
+from hafrm.training.methods import get_method
+from hafrm.training.reference import reference_logps
+from hafrm.training.step import MEASURES, build_optimizer, losses_of, take_step
+
+SHAPES = [(3 + i % 7, (2 + i % 5, 3 + i % 4)) for i in range(16)]
+
+
+def pairs(margin: float = 0.0) -> list[EncodedGroup]:
+    """Sixteen pairs of unequal lengths."""
+    return [
+        EncodedGroup(f"g{i}", t.prompt_ids, t.response_ids, (Comparison(0, 1, margin=margin),), "", {})
+        for i, t in enumerate(token_groups(SHAPES))
+    ]
+
+
+def micro_batches(groups: list[EncodedGroup], max_tokens: int, references=None) -> list[MicroBatch]:
+    picks = [Pick(i, 0) for i in range(len(groups))]
+    ((*parts,),) = plan_step(groups, picks, max_tokens)
+    return [build(part, references) for part in parts]
+
+
+def stepped(
+    model: HybridModel, batches: list[MicroBatch], method_name: str = "haf", **options: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The step's sums and the weights after it."""
+    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-3)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    result = take_step(
+        model,
+        optimizer,
+        batches,
+        get_method(method_name, **options),
+        num_comparisons=16,
+        max_grad_norm=1.0,
+    )
+    return result.sums, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def frozen(groups: list[EncodedGroup]) -> References:
+    return reference_logps(tiny_hybrid(), groups, max_tokens=500)
+
+
+def test_one_row_of_sixteen_equals_many_uneven_micro_batches():
+    """Losses to 1e-4 of a sum over 16; weights after an AdamW step (eps 1e-3, lr 1e-2) to 1e-6."""
+    groups = pairs()
+    references = frozen(groups)
+    whole = micro_batches(groups, 10_000, references)
+    small = micro_batches(groups, 40, references)
+    assert len(whole) == 1
+    assert len(small) > 4
+    sums, weights = stepped(tiny_hybrid(seed=0), whole)
+    sums_small, weights_small = stepped(tiny_hybrid(seed=0), small)
+    assert torch.allclose(sums, sums_small, rtol=1e-5, atol=1e-4)
+    for name, value in weights.items():
+        assert torch.allclose(value, weights_small[name], atol=1e-6), name
+
+
+def test_alpha_zero_equals_plain_bradley_terry():
+    groups = pairs()
+    batches = micro_batches(groups, 10_000)
+    _, haf = stepped(tiny_hybrid(), batches, "haf", alpha=0.0)
+    _, bt = stepped(tiny_hybrid(), batches, "bt")
+    for name, value in bt.items():
+        assert torch.equal(value, haf[name]), name
+
+
+def test_dpo_starts_at_ln_2():
+    """log pi = log pi_ref at step 0, so -log sigmoid(0) = ln 2, to float32 rounding of the cache."""
+    groups = pairs()
+    (batch,) = micro_batches(groups, 10_000, frozen(groups))
+    model = tiny_hybrid()
+    loss = losses_of(model(batch.layout), batch, get_method("dpo"))
+    assert torch.allclose(loss.total, torch.full((16,), math.log(2)), atol=1e-5)
+
+
+def test_measures_are_what_a_slow_computation_gives():
+    groups = pairs()
+    references = frozen(groups)
+    (batch,) = micro_batches(groups, 10_000, references)
+    model = tiny_hybrid(seed=1)
+    outputs = model(batch.layout)
+    margins = (outputs.rewards[batch.chosen] - outputs.rewards[batch.rejected]).detach()
+    ratio = (outputs.logps - batch.reference_logps).detach()
+    implicit = 0.1 * (ratio[batch.chosen] - ratio[batch.rejected])
+    sums, _ = stepped(tiny_hybrid(seed=1), [batch])
+    found = dict(zip(MEASURES, sums.tolist(), strict=True))
+    reward = torch.nn.functional.softplus(-margins).sum().item()
+    policy = torch.nn.functional.softplus(-implicit).sum().item()
+    assert found["reward_loss"] == pytest.approx(reward, rel=1e-4)
+    assert found["policy_loss"] == pytest.approx(policy, rel=1e-4)
+    assert found["loss"] == pytest.approx(reward + 0.2 * policy, rel=1e-4)
+    assert found["accuracy"] == (margins > 0).sum().item()
+    assert found["margin"] == pytest.approx(margins.sum().item(), rel=1e-4)
+    assert found["implicit_accuracy"] == (implicit > 0).sum().item()
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_groups():
+    groups = pairs()
+    groups[3] = EncodedGroup(
+        "broken", groups[3].prompt_ids, groups[3].response_ids, (Comparison(0, 1, margin=math.inf),), "", {}
+    )
+    model = tiny_hybrid()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(NumericsError, match=r"loss of this step is not finite.*broken"):
+        stepped(model, micro_batches(groups, 40), "bt")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_non_finite_gradient_stops_before_the_update():
+    model = tiny_hybrid()
+    parameter = model.reward_head.weight
+    parameter.register_hook(lambda grad: grad * math.nan)
+    before = parameter.detach().clone()
+    with pytest.raises(NumericsError, match="gradient of this step is not finite"):
+        stepped(model, micro_batches(pairs(), 10_000), "bt")
+    assert torch.equal(parameter, before)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = tiny_hybrid("phi")
+    optimizer = build_optimizer(model, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+    decayed, plain = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert plain["weight_decay"] == 0.0
+    assert all(p.dim() == 1 for p in plain["params"])
