@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers_for_tests import chat_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hafrm.config import build_recipe
 from hafrm.recipe import Recipe
+from tokenizers_for_tests import chat_tokenizer
 
-WORDS = "sun sea tree boat bird rain song moon leaf hill".split()
+WORDS = ["sun", "sea", "tree", "boat", "bird", "rain", "song", "moon", "leaf", "hill"]
 
 
 def write_base(folder: Path, *, tied: bool = False) -> Path:

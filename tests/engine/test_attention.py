@@ -188,7 +188,6 @@ def test_no_attention_call_sees_more_than_a_prompt_and_one_branch(monkeypatch):
     assert seen == list(zip(layout.query_lengths, layout.key_lengths, strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="the segments' output is a transposed view")
 def test_the_output_is_contiguous_as_that_of_transformers_own_attention():
     """AFMoE and JetMoE `view` it, which fails on a transposed one."""
     layout = lay_out(token_groups(SHAPES))
@@ -196,7 +195,6 @@ def test_the_output_is_contiguous_as_that_of_transformers_own_attention():
     assert found.is_contiguous()
 
 
-@pytest.mark.xfail(strict=True, reason="rotary positions in float32 make the query float32")
 def test_under_autocast_the_query_is_in_half_precision_when_the_backend_is_chosen(monkeypatch):
     """Half precision is what the varlen kernel asks for; a float32 query takes the slow loop. Under
     autocast with float32 weights the projections are bfloat16, the rotary factors float32, and so is

@@ -256,11 +256,6 @@ NOISY = {
 }
 
 
-LEFT_ON = {("gpt-bigcode", False), ("falcon", False)} | {
-    (family, sharing) for family in ("opt-layerdrop", "starcoder2") for sharing in (True, False)
-}
-
-
 @pytest.mark.parametrize(
     ("family", "sharing"),
     [
@@ -268,11 +263,6 @@ LEFT_ON = {("gpt-bigcode", False), ("falcon", False)} | {
             family,
             sharing,
             id=f"{family}-{'shared' if sharing else 'unshared'}",
-            marks=[
-                pytest.mark.xfail(strict=True, reason="switch_off_dropout does not know its name")
-            ]
-            if (family, sharing) in LEFT_ON
-            else [],
         )
         for family in NOISY
         for sharing in (True, False)
@@ -345,11 +335,6 @@ UNSHAREABLE = {
 }
 
 
-HEAD_NOT_READ = pytest.mark.xfail(
-    strict=True, reason="logit_transform does not know this model's head, and nothing compares"
-)
-
-
 def unshareable(family: str) -> PreTrainedModel:
     name, sizes, _ = UNSHAREABLE[family]
     config = getattr(transformers, name, None)
@@ -375,13 +360,7 @@ def test_a_refused_model_is_left_as_it_was(family):
     assert stock.base_model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=[HEAD_NOT_READ] if family == "recurrent-gemma" else [])
-        for family in UNSHAREABLE
-    ],
-)
+@pytest.mark.parametrize("family", UNSHAREABLE)
 def test_unshared_it_scores_as_one_response_at_a_time(family):
     """Right padding must not reach a recurrent state, nor shift an ALiBi bias; the log-probs are those
     of the stock model's logits, soft-capping included."""
@@ -403,7 +382,6 @@ OTHER_HEADS = {
 }
 
 
-@HEAD_NOT_READ
 @pytest.mark.parametrize("family", OTHER_HEADS)
 def test_a_head_that_is_not_a_plain_product_is_honoured_or_refused(family):
     """HyperCLOVA X multiplies by logits_scaling, RecurrentGemma caps with logits_soft_cap, ModernBERT
@@ -440,7 +418,6 @@ def test_sharing_can_be_switched_off_and_on_and_off():
         assert_close(model(layout), shared.rewards, shared.logps)
 
 
-@pytest.mark.xfail(strict=True, reason="sharing=False does not restore the stock attention")
 def test_a_backbone_that_shares_already_can_be_wrapped_again():
     """A policy, then a reward model over the same backbone: the second must not take the first one's
     attention for the stock one."""
@@ -529,16 +506,7 @@ def test_the_check_catches_a_sliding_window_that_is_ignored(layout, monkeypatch)
         self_check(model, layout)
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        "reward_head",
-        pytest.param(
-            "policy_head",
-            marks=pytest.mark.xfail(strict=True, reason="max(finite, nan) is the finite one"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("head", ["reward_head", "policy_head"])
 def test_the_check_catches_either_heads_numbers_when_they_are_not_numbers(head, layout):
     model = tiny_hybrid("llama")
     getattr(model, head).weight.data[0, 0] = float("nan")

@@ -4,12 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from models_for_tests import token_groups
 
 from hafrm.data.encoding import EncodedGroup
 from hafrm.data.groups import Comparison
 from hafrm.errors import DataError
 from hafrm.training.batches import ComparisonOrder, Pick, References, build, plan_step
+from models_for_tests import token_groups
 
 
 def groups_of(*comparisons: int) -> list[EncodedGroup]:
@@ -31,7 +31,9 @@ def groups_of(*comparisons: int) -> list[EncodedGroup]:
 def test_an_epoch_holds_every_comparison_once_and_windows_run_on_into_the_next():
     order = ComparisonOrder(groups_of(1, 5, 2, 1), per_prompt=2, seed=3)
     assert order.num_comparisons == 9
-    assert Counter(order.epoch(0)) == Counter(Pick(g, c) for g, n in enumerate((1, 5, 2, 1)) for c in range(n))
+    assert Counter(order.epoch(0)) == Counter(
+        Pick(g, c) for g, n in enumerate((1, 5, 2, 1)) for c in range(n)
+    )
     windows = [order.window(4 * step, 4) for step in range(9)]
     assert all(len(window) == 4 for window in windows)
     assert [p for w in windows for p in w] == [p for e in range(4) for p in order.epoch(e)]
@@ -99,4 +101,8 @@ def test_indices_margins_weights_and_references_point_at_the_right_responses():
                 int(batch.layout.lengths[rejected]),
             )
         )
-    assert seen == {("g1", 2.0, 20.0, 50.0, 5), ("g1", 0.0, 20.0, 30.0, 3), ("g0", 0.0, 0.0, 10.0, 3)}
+    assert seen == {
+        ("g1", 2.0, 20.0, 50.0, 5),
+        ("g1", 0.0, 20.0, 30.0, 3),
+        ("g0", 0.0, 0.0, 10.0, 3),
+    }

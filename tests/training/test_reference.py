@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models_for_tests import tiny_hybrid, token_groups
 from peft import LoraConfig, inject_adapter_in_model
 
 from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.layout import lay_out
 from hafrm.training import reference
 from hafrm.training.reference import cache_folder, reference_key, reference_logps
+from models_for_tests import tiny_hybrid, token_groups
 
 
 def groups(seed: int = 0) -> list[EncodedGroup]:

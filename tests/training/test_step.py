@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from models_for_tests import tiny_hybrid, token_groups
 from torch import Tensor
 
 from hafrm.data.encoding import EncodedGroup
@@ -15,6 +14,7 @@ from hafrm.training.batches import MicroBatch, Pick, References, build, plan_ste
 from hafrm.training.methods import get_method
 from hafrm.training.reference import reference_logps
 from hafrm.training.step import MEASURES, build_optimizer, losses_of, take_step
+from models_for_tests import tiny_hybrid, token_groups
 
 SHAPES = [(3 + i % 7, (2 + i % 5, 3 + i % 4)) for i in range(16)]
 
@@ -22,7 +22,9 @@ SHAPES = [(3 + i % 7, (2 + i % 5, 3 + i % 4)) for i in range(16)]
 def pairs(margin: float = 0.0) -> list[EncodedGroup]:
     """Sixteen pairs of unequal lengths."""
     return [
-        EncodedGroup(f"g{i}", t.prompt_ids, t.response_ids, (Comparison(0, 1, margin=margin),), "", {})
+        EncodedGroup(
+            f"g{i}", t.prompt_ids, t.response_ids, (Comparison(0, 1, margin=margin),), "", {}
+        )
         for i, t in enumerate(token_groups(SHAPES))
     ]
 
@@ -112,7 +114,12 @@ def test_measures_are_what_a_slow_computation_gives():
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_groups():
     groups = pairs()
     groups[3] = EncodedGroup(
-        "broken", groups[3].prompt_ids, groups[3].response_ids, (Comparison(0, 1, margin=math.inf),), "", {}
+        "broken",
+        groups[3].prompt_ids,
+        groups[3].response_ids,
+        (Comparison(0, 1, margin=math.inf),),
+        "",
+        {},
     )
     model = tiny_hybrid()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -51,6 +51,10 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
         )
     if unused.get("s_aux") is not None:
         raise ValueError("attention sinks cannot share prefixes; set training.sharing: off")
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary factors in float32 have made the query and key so; the kernels want half precision.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window or getattr(module, "sliding_window", None)
     if _varlen_fits(query, softcap):
         output = _varlen(query, key, value, branch_layout, scaling, window)
@@ -123,7 +127,7 @@ def _segments(  # noqa: PLR0913
             mask = _mask(layout, queries[segment].shape[2], k.shape[2], window)
             outputs.append(attend(queries[segment], k, v, mask, scaling))
             segment += 1
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 def _mask(layout: Layout, queries: int, keys: int, window: int | None) -> Tensor | None:

@@ -18,6 +18,8 @@ from hafrm.engine.layout import Layout, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
 from hafrm.errors import ModelError, NumericsError
 
+_STOCK_ATTENTION = "_hafrm_stock_attention"
+"""Where a backbone remembers the attention it came with; it may be wrapped more than once."""
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -57,11 +59,11 @@ class HybridModel(nn.Module):
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
         self.transform = logit_transform(backbone.config)
-        self.stock_attention = str(backbone.config._attn_implementation)
+        if not hasattr(backbone, _STOCK_ATTENTION):
+            setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
         self.sharing = False
         switch_off_dropout(self)
-        if sharing:
-            self.share(True)
+        self.share(sharing)
 
     def share(self, sharing: bool) -> None:
         """Lay prompts out once (True) or once per response (False)."""
@@ -69,7 +71,8 @@ class HybridModel(nn.Module):
             raise ModelError(
                 f"this model cannot share prompts: {obstacle}; set training.sharing: off"
             )
-        self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else self.stock_attention)
+        stock = str(getattr(self.backbone, _STOCK_ATTENTION))
+        self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
 
     def checkpoint_activations(self) -> None:
@@ -142,7 +145,9 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    softcap = next((cap for name in names if (cap := getattr(text, name, None))), None)
+    return LogitTransform(scale=scale, softcap=softcap)
 
 
 def switch_off_dropout(module: nn.Module) -> None:
@@ -150,9 +155,11 @@ def switch_off_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
+        # Some layers keep the rate as a number, some read it from their config (Falcon).
+        for owner in (part, getattr(part, "config", None)):
+            for name, value in vars(owner).items() if owner is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(owner, name, 0.0)
 
 
 def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
@@ -204,7 +211,7 @@ def self_check(model: HybridModel, layout: Layout, tolerance: float | None = Non
         _difference(shared.logps, plain.logps),
         tolerance,
     )
-    if not max(found.reward, found.logp) <= tolerance:
+    if not (found.reward <= tolerance and found.logp <= tolerance):  # a NaN is no agreement
         raise NumericsError(
             "with shared prompts this model gives other numbers than one response at a time: rewards "
             f"differ by {found.reward:.2g}, log-probs by {found.logp:.2g} (relative; tolerated "
@@ -227,4 +234,26 @@ def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:
             f"{type(model).__name__} is not a causal LM with a backbone and an LM head; "
             "give model.path a checkpoint that AutoModelForCausalLM loads"
         )
+    _check_head(model, backbone, head)
     return backbone, head
+
+
+@torch.no_grad()
+def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
+    """Compare log-probs with the model's own on three tokens: heads do more than we can know of."""
+    ids = torch.arange(3, device=head.weight.device)[None] + 1
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+    model.train(training)
+    found = logit_transform(backbone.config).apply_(head(hidden).float()).log_softmax(-1)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
+    if not float((found - expected).abs().max()) <= tolerance * max(
+        1.0, float(expected.abs().max())
+    ):
+        raise ModelError(
+            f"{type(model).__name__} computes its logits in a way that hafrm does not know (a dense "
+            "layer before the head, or an unknown factor), so log-probs would be wrong; train it with "
+            "method bt on a checkpoint of another kind, or report the model"
+        )

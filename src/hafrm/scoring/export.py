@@ -133,11 +133,14 @@ def _write(
     prefix, dtype = stock.base_model_prefix, stock.dtype
     state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
     state |= {name: value.to(dtype) for name, value in head.items()}
-    stock.load_state_dict(state, strict=False, assign=True)
+    surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
     stock.tie_weights()
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
-    if left:
-        raise ModelError(f"{type(stock).__name__} needs weights that the training lacks: {left}")
+    if left or surplus:
+        raise ModelError(
+            f"{type(stock).__name__} cannot hold this model: it needs weights that the training lacks "
+            f"({left}) or has no place for others ({surplus})"
+        )
     with atomic_directory(directory) as aside:
         stock.save_pretrained(aside)
         encoder.export_tokenizer(aside)
