@@ -75,7 +75,11 @@ PROMPTS = (
 )
 RESPONSES = (
     ("Mix flour, water, salt and yeast, then wait.", "No."),
-    ("Once upon a time there was a little boat. It is a good idea to ask again.", "I think so", "a"),
+    (
+        "Once upon a time there was a little boat. It is a good idea to ask again.",
+        "I think so",
+        "a",
+    ),
     ("42", "43, I think that it is 43."),
     ("You are welcome :-)",),
 )

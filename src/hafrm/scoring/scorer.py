@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class RewardModel(_Scorer):
         device: str | torch.device | None = None,
         max_length: int | None = None,
         max_tokens: int = MAX_TOKENS,
-    ) -> Self:
+    ) -> "RewardModel":
         """Load a `...ForSequenceClassification` directory or hub id with one label.
 
         Inputs longer than `max_length` tokens (by default what the model can take) are refused by
@@ -207,7 +207,7 @@ class ImplicitRewardModel(_Scorer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         max_length: int | None = None,
-    ) -> Self:
+    ) -> "ImplicitRewardModel":
         """Load a `...ForCausalLM` directory, and the reference that its rule names or that is given.
 
         Raises ModelError when the reference cannot be found or has another vocabulary.

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -45,7 +45,7 @@ class Watch:
         )
         self._task = self._bar.add_task("training", total=num_steps, completed=done, note="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watch":
         self._bar.start()
         return self
 

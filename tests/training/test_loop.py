@@ -1,0 +1,267 @@
+"""Whole runs on tiny data: every method trains, exports what stock transformers loads, and resumes."""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hafrm.config import dump_recipe
+from hafrm.data.groups import Message
+from hafrm.errors import CheckpointError, ConfigError, DataError
+from hafrm.runs import read_metrics
+from hafrm.scoring import golden_check
+from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.training import finish, loop
+from hafrm.training.loop import StoppedError, train
+from runs_for_tests import tiny_recipe, write_preferences
+
+
+@pytest.fixture(autouse=True)
+def _replay_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The golden scores are replayed by the same code, but importing torch again takes seconds; the
+    killed and resumed runs, whose first process is a real one, keep the real check."""
+    if "killed" not in request.node.name:
+        monkeypatch.setattr(
+            finish, "check_golden", lambda path: golden_check.replay(path)["differences"]
+        )
+
+
+CLOCKED = {"comparisons_per_second", "tokens_per_second"}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """metrics.jsonl without what the clock says."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in CLOCKED} for record in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{kind}/{name}": value
+        for kind in ("reward", "policy")
+        if (folder / "model" / kind).is_dir()
+        for name, value in load_file(folder / "model" / kind / "model.safetensors").items()
+    }
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The same losses and the same weights, to the bit."""
+    assert metrics(first) == metrics(second)
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("method", ["haf", "bt", "dpo", "grm-sft", "simpo"])
+def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path, method):
+    recipe = tiny_recipe(tmp_path, method={"name": method})
+    result = train(recipe, tmp_path / "run")
+    assert result.num_steps == 6
+    assert result.best.keys() >= {"accuracy", "loss"}
+    model = tmp_path / "run/model"
+    assert (model / "reward").is_dir() == (method in ("haf", "bt", "grm-sft"))
+    assert (model / "policy").is_dir() == (method != "bt")
+    if (model / "reward").is_dir():
+        stock, info = AutoModelForSequenceClassification.from_pretrained(
+            model / "reward", output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert stock.config.problem_type == "regression"
+        assert stock.config.id2label == {0: "LABEL_0"}
+        assert stock.score.weight.shape == (1, 32)
+        assert stock.score.bias is None
+        assert (model / "reward/golden_scores.jsonl").read_text().count("\n") > 2
+    if (model / "policy").is_dir():
+        _, info = AutoModelForCausalLM.from_pretrained(model / "policy", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        ImplicitRewardModel.from_pretrained(model / "policy").score("Say sun.", "sun")
+
+
+def test_training_learns_the_rule_of_the_data(tmp_path):
+    """Chosen responses say "Here you are", so thirty steps are plenty."""
+    recipe = tiny_recipe(tmp_path, training={"steps": 30, "batch_size": 8})
+    result = train(recipe, tmp_path / "run")
+    assert result.best["accuracy"] == 1.0
+    rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
+    assert rm.compare("Say moon.", "Here you are: moon.", "I would say hill and so on") > 0.7
+
+
+def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_path, monkeypatch):
+    """In memory against exported and merged: float32, 1e-5."""
+    seen = {}
+
+    def keep(run, recipe, method, data, model):
+        seen.update(model=model, data=data)
+        return export(run, recipe, method, data, model)
+
+    export = loop.export_run
+    monkeypatch.setattr(loop, "export_run", keep)
+    recipe = tiny_recipe(tmp_path, lora={"rank": 4, "alpha": 8.0}, evaluation={"every": 0})
+    train(recipe, tmp_path / "run")
+    model, data = seen["model"], seen["data"]
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert "reward_head.weight" in trainable
+    assert all("lora_" in name or name == "reward_head.weight" for name in trainable)
+    rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
+    ours = RewardModel(model, data.encoder)
+    prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
+    assert rm.score(prompt, responses) == pytest.approx(ours.score(prompt, responses), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "training", [{"gradient_checkpointing": True}, {"sharing": "off"}, {"max_tokens": 128}]
+)
+def test_how_a_step_is_run_changes_no_loss(tmp_path, training):
+    train(tiny_recipe(tmp_path), tmp_path / "plain")
+    train(tiny_recipe(tmp_path, training=training), tmp_path / "other")
+    for ours, theirs in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "other"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_bf16_trains_and_exports_bf16(tmp_path):
+    train(tiny_recipe(tmp_path, training={"precision": "bf16"}), tmp_path / "run")
+    assert all(value.dtype == torch.bfloat16 for value in weights(tmp_path / "run").values())
+
+
+def test_what_is_exported_is_the_best_validated_step(tmp_path, monkeypatch):
+    """Accuracies 0.5, 0.9, 0.7 at steps 2, 4, 6: step 4, whose weights its checkpoint holds."""
+    told = iter([0.5, 0.9, 0.7])
+    monkeypatch.setattr(
+        loop, "validate", lambda *_, **__: {"accuracy": next(told), "loss": 0.5, "margin": 0.0}
+    )
+    recipe = tiny_recipe(tmp_path, evaluation={"every": 2}, checkpoint={"every": 0, "keep": 1})
+    result = train(recipe, tmp_path / "run")
+    assert (result.best_step, result.best["accuracy"]) == (4, 0.9)
+    saved = load_file(tmp_path / "run/checkpoints/step-4/model.safetensors")
+    exported = load_file(tmp_path / "run/model/reward/model.safetensors")
+    assert torch.equal(exported["score.weight"], saved["reward_head.weight"])
+
+
+def test_prompts_of_the_test_set_may_not_be_trained_on(tmp_path):
+    leaking = write_preferences(tmp_path / "test.jsonl", num=3)
+    with pytest.raises(DataError, match=r"data\.test"):
+        train(tiny_recipe(tmp_path, data={"test": [str(leaking)]}), tmp_path / "run")
+
+
+def test_an_unknown_method_and_a_length_that_the_model_lacks_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'haf'"):
+        train(tiny_recipe(tmp_path, method={"name": "hafr"}), tmp_path / "a")
+    with pytest.raises(ConfigError, match="256 tokens"):
+        long = {"data": {"max_length": 500}, "training": {"max_tokens": 1000}}
+        train(tiny_recipe(tmp_path, **long), tmp_path / "b")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    train(recipe, tmp_path / "run")
+    with pytest.raises(CheckpointError):
+        train(recipe, tmp_path / "run")
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("pickle was used")
+
+    for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
+        monkeypatch.setattr(owner, name, refuse)
+    recipe = tiny_recipe(tmp_path, evaluation={"every": 0})
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: True)
+    with pytest.raises(StoppedError, match="--resume"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: False)
+    train(recipe, tmp_path / "run", resume=True)
+
+
+def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    train(recipe, tmp_path / "whole")
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: True)
+    for step in range(1, 6):
+        with pytest.raises(StoppedError, match=f"after step {step} of 6"):
+            train(recipe, tmp_path / "parts", resume=step > 1)
+    train(recipe, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 0})
+    train(recipe, tmp_path / "whole")
+    told = iter([False, False, True])
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: next(told))
+    with pytest.raises(StoppedError):
+        train(recipe, tmp_path / "run")
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: False)
+    broken = tmp_path / "run/checkpoints/step-3/model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-10])
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    first = train(recipe, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    again = train(recipe, tmp_path / "run", resume=True)
+    assert (first.best_step, first.best) == (again.best_step, again.best)
+    assert all(
+        torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items()
+    )
+
+
+def test_another_recipe_may_not_resume_a_run(tmp_path):
+    train(tiny_recipe(tmp_path), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="recipe differs"):
+        train(tiny_recipe(tmp_path, training={"seed": 1}), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
+    """A real process, killed once a checkpoint stands; SIGTERM saves and exits with 143."""
+    steps = {"training": {"steps": 40}, "checkpoint": {"every": 5}, "evaluation": {"every": 20}}
+    recipe = tiny_recipe(tmp_path, **steps)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "hafrm", "train", str(file), "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.Signals[name])
+    code = process.wait(timeout=60)
+    assert code == (143 if name == "SIGTERM" else -signal.SIGKILL)
+    assert not (tmp_path / "killed/model").exists()
+    train(recipe, tmp_path / "killed", resume=True)
+    train(recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_metrics_are_json_lines_with_step_and_kind(tmp_path):
+    train(tiny_recipe(tmp_path), tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [3, 6]
+    assert {"loss", "reward_loss", "policy_loss", "grad_norm", "learning_rate"} <= records[0].keys()
+
+
+def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"pip install 'hafrm\[mlflow\]'"):
+        train(tiny_recipe(tmp_path, tracking={"report_to": ["mlflow"]}), tmp_path / "a")
+    pytest.importorskip("tensorboard")
+    train(tiny_recipe(tmp_path, tracking={"report_to": ["tensorboard"]}), tmp_path / "b")
+    assert list((tmp_path / "b").rglob("events.out.tfevents*"))
