@@ -159,9 +159,9 @@ def test_prompts_of_the_test_set_may_not_be_trained_on(tmp_path):
 def test_an_unknown_method_and_a_length_that_the_model_lacks_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'haf'"):
         train(tiny_recipe(tmp_path, method={"name": "hafr"}), tmp_path / "a")
+    long = tiny_recipe(tmp_path, data={"max_length": 500}, training={"max_tokens": 1000})
     with pytest.raises(ConfigError, match="256 tokens"):
-        long = {"data": {"max_length": 500}, "training": {"max_tokens": 1000}}
-        train(tiny_recipe(tmp_path, **long), tmp_path / "b")
+        train(long, tmp_path / "b")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
@@ -178,17 +178,17 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
         monkeypatch.setattr(owner, name, refuse)
     recipe = tiny_recipe(tmp_path, evaluation={"every": 0})
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: True)
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: True)
     with pytest.raises(StoppedError, match="--resume"):
         train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: False)
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: False)
     train(recipe, tmp_path / "run", resume=True)
 
 
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path)
     train(recipe, tmp_path / "whole")
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: True)
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: True)
     for step in range(1, 6):
         with pytest.raises(StoppedError, match=f"after step {step} of 6"):
             train(recipe, tmp_path / "parts", resume=step > 1)
@@ -200,10 +200,10 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 0})
     train(recipe, tmp_path / "whole")
     told = iter([False, False, True])
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: next(told))
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: next(told))
     with pytest.raises(StoppedError):
         train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda self, _: False)
+    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: False)
     broken = tmp_path / "run/checkpoints/step-3/model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
     train(recipe, tmp_path / "run", resume=True)
