@@ -7,6 +7,7 @@ output, progress and log to standard error. Exit codes: 0 done, 1 refused or fai
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("hafrm").setLevel(logging.INFO)
+    # transformers shows a bar for every shard that it loads or writes; ours say enough.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except HafrmError as error:
@@ -189,6 +192,27 @@ def data(
 
 
 @app.command()
+def split(
+    sources: Sources,
+    *,
+    to: Annotated[Path, typer.Option(help="The folder for train.jsonl and test.jsonl.")],
+    fraction: Annotated[float, typer.Option(help="Of the prompts, for the test part.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+) -> None:
+    """Split preference data by prompt, so that no prompt is on both sides."""
+    from hafrm.data.mixing import split_by_prompt  # noqa: PLC0415
+    from hafrm.data.readers import read  # noqa: PLC0415
+    from hafrm.data.writing import write_groups  # noqa: PLC0415
+
+    reading = read(sources, bad_rows_file=to / "bad_rows.jsonl")
+    for name, part in zip(
+        ("train", "test"), split_by_prompt(reading.groups, fraction, seed), strict=True
+    ):
+        rows = write_groups(part, to / f"{name}.jsonl")
+        typer.echo(f"{to / name}.jsonl: {rows} comparisons of {len(part)} groups")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where its runs go.")] = Path("demo-run"),
 ) -> None:
@@ -201,7 +225,8 @@ def demo(
 def _show(renderables: Iterable["RenderableType"]) -> None:
     from rich.console import Console  # noqa: PLC0415
 
-    console = Console(soft_wrap=True)
+    # A file or a pipe has no width of its own; 80 columns would cut the tables.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for renderable in renderables:
         console.print(renderable)
 

@@ -17,13 +17,14 @@ from hafrm.config import build_recipe
 from hafrm.demo.pretrain import Progress, pretrain
 from hafrm.demo.world import TEST_SETS, make_world, pretraining_texts, write_world
 from hafrm.evaluation.evaluate import Evaluation, evaluate
+from hafrm.evaluation.metrics import Accuracy
 from hafrm.recipe import Recipe
 from hafrm.training.loop import train
 
 METHODS = {"haf": 1e-3, "bt": 1e-3, "dpo": 5e-4}
 """Peak learning rates: the best of 3e-4, 5e-4, 1e-3 and 2e-3 on the validation part."""
 NUM_PRETRAINING = 16_000
-LABELS = {"haf": "HAF (both heads)", "bt": "BT (reward head)", "dpo": "DPO (policy head)"}
+LABELS = {"haf": "HAF, both heads", "bt": "BT, reward head", "dpo": "DPO, policy head"}
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,10 @@ def tables(result: DemoResult) -> Iterator[RenderableType]:
     for name in (*TEST_SETS, "all"):
         table.add_column(name, justify="right", no_wrap=True)
     for method, evaluation in result.evaluations.items():
-        cells = [str(each.metrics.accuracy.estimate) for each in evaluation.sets]
-        table.add_row(LABELS[method], *cells)
+        table.add_row(LABELS[method], *(_cell(each.metrics.accuracy) for each in evaluation.sets))
     first = next(iter(result.evaluations.values()))
-    baseline = [each.metrics.length.pick_longer.estimate for each in first.sets]
-    table.add_row("pick the longer one", *map(str, baseline))
+    baseline = [each.metrics.length.pick_longer for each in first.sets]
+    table.add_row("the longer one", *map(_cell, baseline))
     yield table
     yield (
         "\nOn your own data (a base model, and preferences with prompt, chosen, rejected):\n"
@@ -116,3 +116,9 @@ def tables(result: DemoResult) -> Iterator[RenderableType]:
         "  hafrm train recipes/tiny-cpu.yaml model.path=MODEL data.train=preferences.jsonl --out run\n"
         "  hafrm evaluate run held-out.jsonl"
     )
+
+
+def _cell(accuracy: Accuracy) -> str:
+    """Value over interval, so that the table fits into 80 columns."""
+    value, _, interval = str(accuracy.estimate).partition(" [")
+    return f"{value}\n[{interval}"
