@@ -1,0 +1,129 @@
+"""The command line, as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from exports_for_tests import export_both
+from hafrm.cli import app, main
+from hafrm.data.readers import read
+from hafrm.errors import DataError, ModelError
+from hafrm.evaluation.evaluate import evaluate, find_heads
+from runs_for_tests import write_preferences
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "model"
+    export_both(folder)
+    return folder
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["hafrm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "score", "data", "split", "demo"])
+def test_every_verb_explains_itself(verb):
+    assert "Usage" in invoke(verb, "--help")
+
+
+def test_wrong_usage_exits_with_2_and_refused_input_with_1_and_no_traceback(
+    monkeypatch, capsys, tmp_path
+):
+    assert failing(monkeypatch, capsys, "trian")[0] == 2
+    code, error = failing(monkeypatch, capsys, "evaluate", tmp_path, "missing.jsonl")
+    assert code == 1
+    assert "missing.jsonl" in error
+    assert "Traceback" not in error
+    code, error = failing(monkeypatch, capsys, "train")
+    assert (code, "needs a recipe" in error) == (1, True)
+
+
+def test_the_module_form_works_for_launchers():
+    command = [sys.executable, "-m", "hafrm", "--help"]
+    assert "train" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_scores_of_the_command_equal_plain_transformers_alone_and_in_a_batch(model, tmp_path):
+    """float32, 1e-5; rows of every shape, in their order, the bad one in its place."""
+    rows = [
+        {"prompt": "Say sun.", "response": "sun", "id": 7},
+        {"prompt": "Say sea.", "responses": ["sea", "no", "sea"]},
+        {"prompt": "Say sun.", "chosen": "sun sun", "rejected": "I would say sea"},
+        {"prompt": "Say sun.", "response": "   "},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    output = invoke("score", model / "reward", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert "6 responses in 4 rows, 1 of them not scored" in output
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found[3]["reward"] is None
+    assert "empty response" in found[3]["error"]
+    assert found[0]["id"] == 7
+    ours = [found[0]["reward"], *found[1]["rewards"]]
+    ours += [found[2]["chosen_reward"], found[2]["rejected_reward"]]
+    pairs = [("Say sun.", "sun"), ("Say sea.", "sea"), ("Say sea.", "no"), ("Say sea.", "sea")]
+    pairs += [("Say sun.", "sun sun"), ("Say sun.", "I would say sea")]
+    tokenizer = AutoTokenizer.from_pretrained(model / "reward")
+    stock = AutoModelForSequenceClassification.from_pretrained(model / "reward").eval()
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}, {"role": "assistant", "content": r}], tokenize=False
+        )
+        for p, r in pairs
+    ]
+    with torch.no_grad():
+        alone = [stock(**tokenizer(t, return_tensors="pt")).logits.item() for t in texts]
+        batch = stock(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, 0].tolist()
+    assert ours == pytest.approx(alone, abs=1e-5)
+    assert ours == pytest.approx(batch, abs=1e-5)
+
+
+def test_evaluate_measures_every_source_and_both_heads(model, tmp_path):
+    one = write_preferences(tmp_path / "one.jsonl", num=8)
+    two = write_preferences(tmp_path / "two.jsonl", num=5, start=100)
+    output = invoke("evaluate", model, one, two, "--json", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [s["name"] for s in result["sets"]] == ["one", "two", "all"]
+    assert result["sets"][2]["accuracy"]["num"] == 13
+    assert result["sets"][0]["implicit"]["accuracy"]["num"] == 8
+    assert "pick longer" in output
+    correct = [s["accuracy"]["num_correct"] for s in result["sets"]]
+    assert correct[0] + correct[1] == correct[2]
+
+
+def test_a_run_its_model_folder_and_its_heads_are_all_understood(model, tmp_path):
+    assert find_heads(model.parent) == find_heads(model)
+    assert find_heads(model / "reward").policy is None
+    assert find_heads(model / "policy").reward is None
+    with pytest.raises(ModelError, match="holds no model"):
+        find_heads(tmp_path)
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(DataError):
+        evaluate(model, [str(tmp_path / "plain.jsonl")])
+
+
+def test_data_describes_and_split_parts_by_prompt(tmp_path):
+    file = write_preferences(tmp_path / "all.jsonl", num=30)
+    output = invoke("data", file, "--json", tmp_path / "data.json")
+    assert "longer is chosen" in output
+    assert json.loads((tmp_path / "data.json").read_text())["num_comparisons"] == 30
+    invoke("split", file, "--to", tmp_path / "parts", "--fraction", "0.3")
+    parts = [read([tmp_path / f"parts/{name}.jsonl"]).groups for name in ("train", "test")]
+    assert sum(map(len, parts)) == 30
+    assert not {g.prompt for g in parts[0]} & {g.prompt for g in parts[1]}
