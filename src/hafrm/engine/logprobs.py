@@ -78,14 +78,20 @@ class _TokenLogProbs(torch.autograd.Function):
         normaliser = torch.empty(len(h), dtype=torch.float32, device=h.device)
         logprobs = torch.empty_like(normaliser)
         slope = torch.empty_like(hidden) if gradient_now else None
+        buffer = _buffer(chunk, h, w)
         for rows in _chunks(len(h), chunk):
-            logits = _logits(h[rows], w, bias, transform)
+            logits = _logits(h[rows], w, bias, transform, buffer)
             target = targets[rows, None]
-            normaliser[rows] = torch.logsumexp(logits, dim=1)
-            logprobs[rows] = logits.gather(1, target)[:, 0] - normaliser[rows]
-            if slope is not None:
+            picked = logits.gather(1, target)[:, 0]
+            kept = logits.clone() if slope is not None else None
+            # log-sum-exp written over the logits: a fresh matrix per operation costs more than it does
+            highest = logits.amax(dim=1)
+            total = logits.sub_(highest[:, None]).exp_().sum(dim=1)
+            normaliser[rows] = highest + total.log()
+            logprobs[rows] = picked - normaliser[rows]
+            if slope is not None and kept is not None:
                 ones = torch.ones_like(normaliser[rows])
-                grad = _grad_z(logits, normaliser[rows], target, ones, transform)
+                grad = _grad_z(kept, normaliser[rows], target, ones, transform)
                 slope[rows] = _matmul(grad.to(w.dtype), w).to(slope.dtype)
         ctx.transform, ctx.chunk, ctx.frozen = transform, chunk, frozen
         ctx.dtype = h.dtype  # backward runs outside autocast, yet must recompute the same logits
@@ -107,8 +113,9 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_h = torch.empty_like(hidden) if need_hidden else None
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if need_weight else None
         grad_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if need_bias else None
+        buffer = _buffer(ctx.chunk, h, w)
         for rows in _chunks(len(h), ctx.chunk):
-            logits = _logits(h[rows], w, bias, ctx.transform)
+            logits = _logits(h[rows], w, bias, ctx.transform, buffer)
             target = targets[rows, None]
             grad = _grad_z(logits, normaliser[rows], target, upstream[rows], ctx.transform)
             if grad_b is not None:
@@ -148,8 +155,23 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    z = _matmul(h, w.t())
+def _buffer(chunk: int, h: Tensor, w: Tensor) -> Tensor | None:
+    """Room for one chunk of float32 logits, used again by every chunk."""
+    if h.dtype != torch.float32:
+        return None  # half-precision products with a float32 result bring their own
+    return torch.empty(min(chunk, len(h)), len(w), dtype=torch.float32, device=h.device)
+
+
+def _logits(
+    h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform, buffer: Tensor | None
+) -> Tensor:
+    """The chunk's final logits, in `buffer` where there is one."""
+    if buffer is None:
+        z = _matmul(h, w.t())
+    else:
+        z = buffer[: len(h)]
+        with torch.autocast(h.device.type, enabled=False):
+            torch.mm(h, w.t(), out=z)
     if bias is not None:
         z += bias.float()
     return transform.apply_(z)
