@@ -24,7 +24,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group
@@ -51,9 +57,12 @@ class Setting:
 
 
 def setting(args: argparse.Namespace, folder: Path) -> Setting:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(args.tokenizer), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    if args.tokenizer.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    else:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(args.tokenizer), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
     encoder = Encoder(tokenizer, max_length=1024)
     groups = [g for g in read([args.data]).groups if len(g.comparisons) == 1]
     groups = groups[: BATCH * STEPS]
@@ -130,7 +139,11 @@ def trl_arguments(steps: int, *, tuned: bool) -> dict[str, Any]:
         "max_length": 1024,
     }
     if tuned:
-        arguments |= {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+        arguments |= {
+            "gradient_checkpointing": False,
+            "train_sampling_strategy": "group_by_length",
+            "remove_unused_columns": False,  # the sampler needs the column of lengths
+        }
     return arguments
 
 
@@ -219,7 +232,12 @@ def measure_memory(name: str, argv: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="preference pairs, as hafrm reads them")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="a tokenizer.json")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=Path,
+        help="a model directory, or a tokenizer.json with <s>, </s>, <unk>",
+    )
     parser.add_argument("--max-tokens", type=int, default=2048, help="of one of our micro-batches")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="*", help="contenders whose name contains one of these")
