@@ -15,7 +15,7 @@ from hafrm.cli import app, main
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.evaluate import evaluate, find_heads
-from runs_for_tests import write_preferences
+from tiny_runs import write_preferences
 
 
 @pytest.fixture(scope="module")

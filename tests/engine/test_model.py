@@ -283,6 +283,18 @@ def test_two_forwards_in_training_mode_agree_whatever_dropout_the_config_asks_fo
         assert torch.equal(outputs[0].logps, other.logps)
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "Phimoe"])
+def test_two_forwards_in_training_mode_agree_whatever_router_jitter_the_config_asks_for(family):
+    """Mixtures of experts multiply what the router reads by noise in training (Phi-3.5-MoE: 0.01)."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}
+    config = getattr(transformers, f"{family}Config")(**GROUPED, **experts)
+    model = hybrid(build(config)).train()
+    layout = lay_out(token_groups(SHAPES))
+    with torch.no_grad():
+        outputs = [model(layout) for _ in range(2)]
+    assert torch.equal(outputs[0].rewards, outputs[1].rewards)
+
+
 # Models that cannot share
 
 LINEAR = {
@@ -426,6 +438,13 @@ def test_a_backbone_that_shares_already_can_be_wrapped_again():
     expected = HybridModel(backbone, policy_head=head)(layout).logps
     again = HybridModel(backbone, policy_head=head, sharing=False)
     assert_close(again(layout), None, expected)
+
+
+def test_a_model_whose_backbone_shares_already_can_be_split_again():
+    model = tiny_causal_lm("llama")
+    backbone, head = split_causal_lm(model)
+    HybridModel(backbone, policy_head=head)
+    assert split_causal_lm(model) == (backbone, head)
 
 
 # The first-batch check

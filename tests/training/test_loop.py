@@ -21,7 +21,7 @@ from hafrm.scoring import golden_check
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 from hafrm.training import finish, loop
 from hafrm.training.loop import StoppedError, train
-from runs_for_tests import tiny_recipe, write_preferences
+from tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture(autouse=True)
@@ -250,8 +250,12 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_metrics_are_json_lines_with_step_and_kind(tmp_path):
+def test_provenance_and_metrics_say_what_was_run(tmp_path):
     train(tiny_recipe(tmp_path), tmp_path / "run")
+    (session,) = json.loads((tmp_path / "run/provenance.json").read_text())["sessions"]
+    assert session["seed"] == 0
+    assert session["counts"]["train_comparisons"] > 20
+    assert [digest[:7] for digest in session["data"].values()] == ["sha256:"]
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

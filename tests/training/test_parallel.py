@@ -14,7 +14,7 @@ from hafrm.config import dump_recipe
 from hafrm.recipe import Recipe
 from hafrm.runs import read_metrics
 from hafrm.training.loop import train
-from runs_for_tests import tiny_recipe
+from tiny_runs import tiny_recipe
 
 WORKER = Path(__file__).resolve().parents[1] / "parallel_worker.py"
 

@@ -4,7 +4,6 @@
 the golden scores, so its presence means that the run is complete.
 """
 
-import json
 import logging
 
 import torch
@@ -41,7 +40,6 @@ def export_run(
             if model.policy_head is not None:
                 export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
                 write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
-            (aside / "counts.json").write_text(json.dumps(data.counts, indent=1) + "\n")
     parallel.wait()
 
 

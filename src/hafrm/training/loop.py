@@ -22,7 +22,7 @@ from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
 from hafrm.errors import CheckpointError, HafrmError
 from hafrm.recipe import Recipe
-from hafrm.runs import RunFolder
+from hafrm.runs import RunFolder, fingerprint
 from hafrm.training import parallel
 from hafrm.training.batches import ComparisonOrder, MicroBatch, References, build, plan_step
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -66,6 +66,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
     run = open_run(recipe, folder, resume=resume)
     with run.lock() if ranks.is_main else _nothing():
         data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
+        if ranks.is_main:
+            _record_provenance(run, recipe, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
         job = Job(recipe, method, run, data, model)
         return job.train(ranks, resume=resume)
@@ -92,6 +94,15 @@ def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
         RunFolder.create(folder, text)
     parallel.wait()
     return RunFolder.open(folder)
+
+
+def _record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
+    """Versions, seed, digests of local data files, and what became of the rows."""
+    sources = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
+    files = {source: Path(source.partition("#")[0]) for source in sources}
+    digests = {source: fingerprint(file) for source, file in files.items() if file.is_file()}
+    details = {"counts": data.counts, "template_sha256": data.encoder.template_sha256}
+    run.record_provenance(seed=recipe.training.seed, data=digests, details=details)
 
 
 class Job:
