@@ -7,6 +7,7 @@ also the reference. No `[tokens, tokens]` mask is ever built, and no model code 
 arrives as a keyword argument that transformers hands down to the attention function.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,11 @@ try:  # CUDA only; private in older releases of torch
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover - torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
+
+# Releases before 2.12 lack grouped heads, a scale or a window: there the segments run, slower and right.
+_VARLEN_COMPLETE = varlen_attn is not None and {"scale", "window_size", "enable_gqa"} <= set(
+    inspect.signature(varlen_attn).parameters
+)
 
 
 def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
@@ -68,7 +74,7 @@ AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 def _varlen_fits(query: Tensor, softcap: float | None) -> bool:
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return varlen_attn is not None and query.is_cuda and half and softcap is None
+    return _VARLEN_COMPLETE and query.is_cuda and half and softcap is None
 
 
 def _varlen(
