@@ -71,9 +71,10 @@ def train(
     from hafrm.errors import ConfigError  # noqa: PLC0415
 
     if resume is not None:
-        if recipe is None:
-            recipe = str(resume / "recipe.yaml")
-        folder = resume
+        if recipe is not None and "=" in recipe:  # the first override stands where a recipe would
+            overrides = [recipe, *(overrides or ())]
+            recipe = None
+        recipe, folder = recipe or str(resume / "recipe.yaml"), resume
     elif recipe is None:
         raise ConfigError("hafrm train needs a recipe, or --resume with a run folder")
     else:

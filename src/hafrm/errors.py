@@ -5,7 +5,8 @@
     |-- DataError (ValueError)         preference data that cannot be used
     |-- ModelError (ValueError)        a model or tokenizer that cannot do what was asked of it
     |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
-    `-- NumericsError (RuntimeError)   numbers that must not be built upon
+    |-- NumericsError (RuntimeError)   numbers that must not be built upon
+    `-- MemoryBudgetError (MemoryError) a pass that does not fit, however it is cut
 
 Every message says what is wrong, the value got, what is allowed, and the fix.
 """
@@ -33,3 +34,7 @@ class CheckpointError(HafrmError, RuntimeError):
 
 class NumericsError(HafrmError, RuntimeError):
     """A number that must not be built upon: non-finite, or two paths that disagree."""
+
+
+class MemoryBudgetError(HafrmError, MemoryError):
+    """A pass does not fit into the device's memory, however it is cut."""

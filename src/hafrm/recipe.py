@@ -160,6 +160,8 @@ class TrainingSection(Section):
     """bf16: autocast over fp32 master weights, frozen weights in bf16 (paper: bf16 over fp16 weights)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each layer with torch.compile: a minute at the start, then fewer passes over memory."""
     max_tokens: int = Field(default=8192, ge=1)
     """Token budget of one micro-batch; changes memory and speed, never the gradient."""
     comparisons_per_prompt: int = Field(default=4, ge=1)

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hafrm.engine import attention
 from hafrm.engine.attention import shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.padded_groups import attend_by_group
+from hafrm.engine.segments import Rule, attend_by_segment
 from models_for_tests import SHAPES, tiny_hybrid, token_groups
 
 MODULE = torch.nn.Module()
@@ -201,11 +203,11 @@ def test_under_autocast_the_query_is_in_half_precision_when_the_backend_is_chose
     their product."""
     seen = []
 
-    def watched(query: Tensor, softcap: float | None) -> bool:
+    def watched(query: Tensor, *rest: Any) -> Tensor:
         seen.append(query.dtype)
-        return False
+        return attend_by_segment(query, *rest)
 
-    monkeypatch.setattr(attention, "_varlen_fits", watched)
+    monkeypatch.setattr(attention, "_attend", watched)
     with torch.autocast("cpu", torch.bfloat16):
         tiny_hybrid("llama")(lay_out(token_groups(SHAPES)))
     assert seen == [torch.bfloat16] * 2
@@ -244,6 +246,7 @@ def slow_varlen(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """What flash attention's varlen call does, a segment at a time: query i of n over m keys sees
     key j where  i + m - n - left <= j <= i + m - n + right  (bottom-right aligned), -1 = no bound."""
@@ -265,7 +268,7 @@ def slow_varlen(
         allowed = (keys <= last + right) if right >= 0 else torch.ones_like(keys <= last)
         if left >= 0:
             allowed &= keys >= last - left
-        outputs.append(slow_attention(q, k, v, allowed, scale, None)[0])
+        outputs.append(slow_attention(q, k, v, allowed, scale, softcap)[0])
     return torch.cat(outputs)
 
 
@@ -280,7 +283,7 @@ def varlen_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[inspect.Bound
         return slow_varlen(*args, **options)
 
     monkeypatch.setattr(attention, "varlen_attn", call)
-    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: True)
+    monkeypatch.setattr(attention, "_attend", attention._varlen)
     return calls
 
 
@@ -293,7 +296,7 @@ def test_the_varlen_call_equals_the_segments(heads, window, varlen_calls):
     found, _ = shared_prefix_attention(
         MODULE, q, k, v, branch_layout=layout, sliding_window=window, scaling=0.2
     )
-    segments = attention._segments(q, k, v, layout, 0.2, window, None)
+    segments = attend_by_segment(q, k, v, layout, Rule(scaling=0.2, window=window))
     compare(found, segments, (q, k, v))
     assert len(varlen_calls) == 1
 
@@ -310,9 +313,60 @@ def test_a_model_makes_one_varlen_call_per_layer_and_gives_the_same_numbers(fami
     torch.testing.assert_close(through_varlen.logps, plain.logps, atol=1e-5, rtol=1e-5)
 
 
-def test_on_cpu_the_segments_run_whatever_the_dtype():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert not attention._varlen_fits(torch.zeros(1, 1, 1, 8, dtype=dtype), None)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_padded_groups_attend_as_the_full_mask_says(heads, window, softcap):
+    layout = lay_out(token_groups(SHAPES))
+    q, k, v = tensors(layout, heads)
+    found = attend_by_group(q, k, v, layout, Rule(scaling=0.2, window=window, softcap=softcap))
+    compare(found, slow_attention(q, k, v, full_mask(layout, window), 0.2, softcap), (q, k, v))
+
+
+def test_padded_groups_are_batched_by_length_so_that_one_long_group_does_not_pad_the_others():
+    """Sixteen groups of 21 tokens and one of 230: two calls, of 16 x 21 x 21 and 1 x 230 x 230."""
+    layout = lay_out(token_groups((*MANY, (200, (10, 20)))))
+    q, k, v = tensors(layout, (2, 2))
+    attend_by_group(q, k, v, layout, Rule())
+    masks = [m for name, m in layout.masks.items() if name[0] == "allowed"]
+    assert [tuple(mask.shape) for mask in masks] == [(16, 1, 21, 21), (1, 1, 230, 230)]
+
+
+def test_the_flash_attn_call_is_the_varlen_call_with_soft_capping(monkeypatch):
+    """Its argument names, from the package's documentation (2.6 and later), and the same numbers."""
+
+    def slow_flash(
+        *args: Any,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int],
+        softcap: float,
+    ) -> Tensor:
+        assert causal and softcap == 2.0
+        return slow_varlen(
+            *args,
+            scale=softmax_scale,
+            window_size=window_size,
+            enable_gqa=args[0].shape[1] != args[1].shape[1],
+            softcap=softcap,
+        )
+
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", slow_flash)
+    layout, rule = lay_out(token_groups(SHAPES)), Rule(scaling=0.2, window=5, softcap=2.0)
+    q, k, v = tensors(layout, (4, 2))
+    found = attention._flash(q, k, v, layout, rule)
+    compare(found, attend_by_segment(q, k, v, layout, rule), (q, k, v))
+
+
+def on_cuda(heads: tuple[int, int], dim: int = 64) -> tuple[Layout, list[Tensor], list[Tensor]]:
+    """A layout, bfloat16 inputs, and the same in float32."""
+    layout = lay_out(token_groups(SHAPES)).to("cuda")
+    torch.manual_seed(0)
+    rounded = [
+        torch.randn(1, h, layout.num_tokens, dim, device="cuda").bfloat16().requires_grad_()
+        for h in (heads[0], heads[1], heads[1])
+    ]
+    return layout, rounded, [x.detach().float().requires_grad_() for x in rounded]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -321,18 +375,9 @@ def test_on_cpu_the_segments_run_whatever_the_dtype():
 def test_on_cuda_the_varlen_kernel_equals_float32_segments_in_bfloat16_tolerance(heads, window):
     """bfloat16 keeps 8 bits (0.4 %): values and gradients of order 1 may differ by a few 1e-2, a wrong
     mask by 0.1 and more on average."""
-    layout = lay_out(token_groups(SHAPES)).to("cuda")
-    torch.manual_seed(0)
-    rounded = [
-        torch.randn(1, h, layout.num_tokens, 64, device="cuda").bfloat16().requires_grad_()
-        for h in (heads[0], heads[1], heads[1])
-    ]
-    assert attention._varlen_fits(rounded[0], None)
-    exact = [x.detach().float().requires_grad_() for x in rounded]
-    found, _ = shared_prefix_attention(
-        MODULE, *rounded, branch_layout=layout, sliding_window=window
-    )
-    expected = attention._segments(*exact, layout, None, window, None)
+    layout, rounded, exact = on_cuda(heads)
+    found = attention._varlen(*rounded, layout, Rule(window=window))
+    expected = attend_by_segment(*exact, layout, Rule(window=window))
     upstream = torch.randn_like(expected)
     found.backward(upstream.bfloat16())
     expected.backward(upstream)
@@ -340,3 +385,13 @@ def test_on_cuda_the_varlen_kernel_equals_float32_segments_in_bfloat16_tolerance
     for x, y in zip(rounded, exact, strict=True):
         torch.testing.assert_close(x.grad.float(), y.grad, atol=6e-2, rtol=3e-2)
         assert (x.grad.float() - y.grad).abs().mean() < 6e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_on_cuda_padded_groups_equal_segments_in_float32(softcap):
+    layout, _, exact = on_cuda((8, 2))
+    rule = Rule(window=7, softcap=softcap)
+    compare(
+        attend_by_group(*exact, layout, rule), attend_by_segment(*exact, layout, rule), tuple(exact)
+    )

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hafrm.config import dump_recipe
 from hafrm.data.groups import Message
-from hafrm.errors import CheckpointError, ConfigError, DataError
+from hafrm.engine.layout import Layout
+from hafrm.engine.model import HybridModel, Outputs
+from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.runs import read_metrics
 from hafrm.scoring import golden_check
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
@@ -99,6 +101,49 @@ def test_training_learns_the_rule_of_the_data(tmp_path):
     assert rm.compare("Say moon.", "Here you are: moon.", "I would say hill and so on") > 0.7
 
 
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Every training forward of more than `limit` tokens fails as CUDA's allocator fails."""
+    forward = HybridModel.forward
+
+    def limited(self: HybridModel, layout: Layout) -> Outputs:
+        if torch.is_grad_enabled() and layout.num_tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, layout)
+
+    monkeypatch.setattr(HybridModel, "forward", limited)
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_with_half_the_budget(
+    tmp_path, monkeypatch, caplog
+):
+    """The run equals one that had the smaller budget from the start, to the bit."""
+    train(tiny_recipe(tmp_path, training={"max_tokens": 128}), tmp_path / "small")
+    short_of_memory(monkeypatch, limit=128)
+    with caplog.at_level("WARNING", "hafrm"):
+        train(tiny_recipe(tmp_path, training={"max_tokens": 256}), tmp_path / "halved")
+    assert caplog.text.count("repeating it with 128") == 1
+    assert_same_run(tmp_path / "small", tmp_path / "halved")
+
+
+def test_a_group_that_cannot_fit_ends_the_run_and_the_error_says_how_to_go_on(
+    tmp_path, monkeypatch
+):
+    recipe = tiny_recipe(tmp_path)
+    with monkeypatch.context() as context:
+        short_of_memory(context, limit=10)
+        with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens="):
+            train(recipe, tmp_path / "run")
+    smaller = tiny_recipe(tmp_path, training={"max_tokens": 128})
+    assert train(smaller, tmp_path / "run", resume=True).num_steps == 6
+
+
+def test_a_resumed_run_may_change_what_changes_no_gradient_and_nothing_else(tmp_path):
+    train(tiny_recipe(tmp_path), tmp_path / "run")
+    other = tiny_recipe(tmp_path, training={"learning_rate": 1e-4})
+    with pytest.raises(CheckpointError, match=r"recipe differs.*only change training\.max_tokens"):
+        train(other, tmp_path / "run", resume=True)
+
+
 def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_path, monkeypatch):
     """In memory against exported and merged: float32, 1e-5."""
     seen = {}
@@ -178,17 +223,17 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
         monkeypatch.setattr(owner, name, refuse)
     recipe = tiny_recipe(tmp_path, evaluation={"every": 0})
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: True)
+    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
     with pytest.raises(StoppedError, match="--resume"):
         train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: False)
+    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: False)
     train(recipe, tmp_path / "run", resume=True)
 
 
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path)
     train(recipe, tmp_path / "whole")
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: True)
+    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
     for step in range(1, 6):
         with pytest.raises(StoppedError, match=f"after step {step} of 6"):
             train(recipe, tmp_path / "parts", resume=step > 1)
@@ -200,10 +245,10 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 0})
     train(recipe, tmp_path / "whole")
     told = iter([False, False, True])
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: next(told))
+    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: next(told))
     with pytest.raises(StoppedError):
         train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop._StopSignal, "agreed", lambda *_: False)
+    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: False)
     broken = tmp_path / "run/checkpoints/step-3/model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
     train(recipe, tmp_path / "run", resume=True)

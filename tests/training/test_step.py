@@ -10,29 +10,12 @@ from hafrm.data.encoding import EncodedGroup
 from hafrm.data.groups import Comparison
 from hafrm.engine.model import HybridModel
 from hafrm.errors import NumericsError
-from hafrm.training.batches import MicroBatch, Pick, References, build, plan_step
+from hafrm.training.batches import MicroBatch, References
 from hafrm.training.methods import get_method
 from hafrm.training.reference import reference_logps
 from hafrm.training.step import MEASURES, build_optimizer, losses_of, take_step
-from models_for_tests import tiny_hybrid, token_groups
-
-SHAPES = [(3 + i % 7, (2 + i % 5, 3 + i % 4)) for i in range(16)]
-
-
-def pairs(margin: float = 0.0) -> list[EncodedGroup]:
-    """Sixteen pairs of unequal lengths."""
-    return [
-        EncodedGroup(
-            f"g{i}", t.prompt_ids, t.response_ids, (Comparison(0, 1, margin=margin),), "", {}
-        )
-        for i, t in enumerate(token_groups(SHAPES))
-    ]
-
-
-def micro_batches(groups: list[EncodedGroup], max_tokens: int, references=None) -> list[MicroBatch]:
-    picks = [Pick(i, 0) for i in range(len(groups))]
-    ((*parts,),) = plan_step(groups, picks, max_tokens)
-    return [build(part, references) for part in parts]
+from models_for_tests import tiny_hybrid
+from training_for_tests import micro_batches, pairs
 
 
 def stepped(

@@ -15,7 +15,7 @@ tokens (each has a log-prob), responses = branches = segments.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,8 +55,8 @@ class Layout:
     """Rows of every segment's keys: a prompt appears once per branch."""
     cu_queries: Int[Tensor, " bounds"]
     cu_keys: Int[Tensor, " bounds"]
-    masks: dict[Any, Tensor] = dataclasses.field(default_factory=dict, compare=False)
-    """Attention masks by (queries, keys, window), built once and shared by all layers."""
+    masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False)
+    """What attention builds once for all layers, such as masks by (queries, keys, window)."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,8 +82,15 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout on another device; asynchronous where the memory is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Layout":
+        """The same layout in page-locked memory, from which copies to a GPU do not wait."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "Layout":
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: move(value)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }

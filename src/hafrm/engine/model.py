@@ -81,6 +81,14 @@ class HybridModel(nn.Module):
         (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
         self.backbone.train()
 
+    def compile_layers(self) -> None:
+        """Compile every decoder layer with torch.compile, once for all packed lengths.
+
+        Lengths are symbolic, and attention stays outside the graph, so no row compiles anything anew.
+        """
+        for layer in decoder_layers(self.backbone):
+            layer.compile(dynamic=True)
+
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""
         if self.sharing:
@@ -132,6 +140,12 @@ def new_reward_head(hidden_size: int, generator: torch.Generator | None = None) 
     head = nn.Linear(hidden_size, 1, bias=False)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
     return head
+
+
+def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The repeated layers, by the names under which transformers keeps them whole."""
+    names = set(getattr(backbone, "_no_split_modules", None) or ())
+    return [module for module in backbone.modules() if type(module).__name__ in names]
 
 
 def hidden_size(config: PretrainedConfig) -> int:

@@ -7,8 +7,9 @@ distinct responses once.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,16 +37,22 @@ class MicroBatch:
     ids: tuple[str, ...]
     """The group of every comparison, for messages."""
 
+    def pinned(self) -> "MicroBatch":
+        """The same micro-batch in page-locked memory, from which copies to a GPU do not wait."""
+        return self._with(self.layout.pinned(), lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on `device`."""
+        """The same micro-batch on `device`; asynchronous when it is pinned."""
         if device.type == "cpu":
             return self
-        tensors = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            for name in ("chosen", "rejected", "margins", "weights", "reference_logps")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, layout=self.layout.to(device), **tensors)
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        return self._with(self.layout.to(device), move)
+
+    def _with(self, layout: Layout, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        names = ("chosen", "rejected", "margins", "weights", "reference_logps")
+        values = {name: getattr(self, name) for name in names}
+        moved: dict[str, Any] = {n: move(v) for n, v in values.items() if v is not None}
+        return replace(self, layout=layout, **moved)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,19 @@ def plan_step(
     groups: Sequence[EncodedGroup], picks: Sequence[Pick], max_tokens: int, num_ranks: int = 1
 ) -> list[list[list[Chosen]]]:
     """`plan[rank][micro_batch]` -> the parts of groups to run; equal in number on every rank."""
+    parts = _chosen(groups, picks)
+    plan = plan_micro_batches([part.num_tokens for part in parts], max_tokens, num_ranks)
+    filler = min(parts, key=lambda part: part.num_tokens)
+    empty = replace(filler, comparisons=())
+    return [[[parts[i] for i in batch] or [empty] for batch in rank] for rank in plan]
+
+
+def num_tokens_of(groups: Sequence[EncodedGroup], picks: Sequence[Pick]) -> list[int]:
+    """Packed tokens of each group that a step uses, only the responses that are compared."""
+    return [part.num_tokens for part in _chosen(groups, picks)]
+
+
+def _chosen(groups: Sequence[EncodedGroup], picks: Sequence[Pick]) -> list[Chosen]:
     by_group: dict[int, list[int]] = {}
     for pick in picks:
         by_group.setdefault(pick.group, []).append(pick.comparison)
@@ -138,10 +158,7 @@ def plan_step(
         sides = (groups[index].comparisons[c] for c in comparisons)
         used = sorted({side for c in sides for side in (c.chosen, c.rejected)})
         parts.append(Chosen(groups[index], tuple(used), tuple(comparisons), index))
-    plan = plan_micro_batches([part.num_tokens for part in parts], max_tokens, num_ranks)
-    filler = min(parts, key=lambda part: part.num_tokens)
-    empty = replace(filler, comparisons=())
-    return [[[parts[i] for i in batch] or [empty] for batch in rank] for rank in plan]
+    return parts
 
 
 def build(parts: Sequence[Chosen], references: References | None = None) -> MicroBatch:

@@ -5,10 +5,7 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from hafrm.config import dump_recipe
 from hafrm.engine.layout import lay_out
+from hafrm.engine.memory import give_back, is_out_of_memory
 from hafrm.engine.model import HybridModel, self_check
-from hafrm.errors import CheckpointError, HafrmError
+from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
-from hafrm.runs import RunFolder, fingerprint
+from hafrm.runs import RunFolder
 from hafrm.training import parallel
-from hafrm.training.batches import ComparisonOrder, MicroBatch, References, build, plan_step
+from hafrm.training.batches import ComparisonOrder, References, plan_step
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from hafrm.training.feed import Feed
 from hafrm.training.finish import export_run
+from hafrm.training.guard import Guard
 from hafrm.training.methods import Method, get_method
 from hafrm.training.prepare import PreparedData, build_model, prepare_data
 from hafrm.training.reference import reference_logps
 from hafrm.training.schedule import count_steps, learning_rate
-from hafrm.training.step import build_optimizer, take_step
+from hafrm.training.signals import StopSignal
+from hafrm.training.start import open_run, record_provenance
+from hafrm.training.step import StepResult, build_optimizer, take_step
 from hafrm.training.validation import validate
 from hafrm.training.watch import Watch
 
@@ -67,7 +68,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
     with run.lock() if ranks.is_main else _nothing():
         data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
-            _record_provenance(run, recipe, data)
+            record_provenance(run, recipe, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
         job = Job(recipe, method, run, data, model)
         return job.train(ranks, resume=resume)
@@ -77,32 +78,6 @@ def resolve_method(recipe: Recipe) -> Method:
     """The recipe's method with its overrides; raises ConfigError for one that is not understood."""
     section = recipe.method.model_dump()
     return get_method(section.pop("name"), **section)
-
-
-def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder: made by the main rank, or opened; raises CheckpointError where that is unsafe."""
-    text = dump_recipe(recipe)
-    if resume:
-        run = RunFolder.open(folder)
-        if run.recipe_text() != text:
-            raise CheckpointError(
-                f"the recipe differs from the one that {folder} was started with; resume with "
-                f"{folder / 'recipe.yaml'}, or start a new folder"
-            )
-        return run
-    if parallel.is_main():
-        RunFolder.create(folder, text)
-    parallel.wait()
-    return RunFolder.open(folder)
-
-
-def _record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
-    """Versions, seed, digests of local data files, and what became of the rows."""
-    sources = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
-    files = {source: Path(source.partition("#")[0]) for source in sources}
-    digests = {source: fingerprint(file) for source, file in files.items() if file.is_file()}
-    details = {"counts": data.counts, "template_sha256": data.encoder.template_sha256}
-    run.record_provenance(seed=recipe.training.seed, data=digests, details=details)
 
 
 class Job:
@@ -136,35 +111,25 @@ class Job:
             self.model, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
         )
         start = self._resume(wrapped, optimizer) if resume else 0
-        stop = _StopSignal()
+        guard, stop = Guard(ranks.device), StopSignal()
         with (
             stop,
             Watch(self.run, self.recipe, self.num_steps, start) as watch,
-            ThreadPoolExecutor(1) as ahead,
+            self._feed(ranks) as feed,
         ):
-            upcoming = ahead.submit(self.batches, start, ranks)
             for step in range(start, self.num_steps):
-                batches = upcoming.result()
-                upcoming = ahead.submit(self.batches, step + 1, ranks)
                 rate = learning_rate(training, step, self.num_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                result = take_step(
-                    wrapped,
-                    optimizer,
-                    batches,
-                    self.method,
-                    num_comparisons=training.batch_size,
-                    max_grad_norm=training.max_grad_norm,
-                    autocast=self.autocast,
-                )
-                watch.step(step + 1, rate, result)
+                result = self._step(step, feed, wrapped, optimizer, guard)
+                watch.step(step + 1, rate, result, guard)
                 improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
-                    step + 1, wrapped, watch
+                    step + 1, wrapped, watch, guard
                 )
                 stopping = stop.agreed(ranks)
                 due = self._is_due(step + 1, self.recipe.checkpoint.every)
                 if due or improved or stopping:
+                    guard.check()
                     self._save(step + 1, wrapped, optimizer)
                 if stopping and step + 1 < self.num_steps:
                     raise StoppedError(
@@ -173,14 +138,62 @@ class Job:
                     )
         return self._finish(wrapped)
 
-    def batches(self, step: int, ranks: parallel.Ranks) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; empty past the end."""
-        if step >= self.num_steps:
-            return []
+    def _feed(self, ranks: parallel.Ranks) -> Feed:
         training = self.recipe.training
-        picks = self.order.window(step * training.batch_size, training.batch_size)
-        plan = plan_step(self.data.train, picks, training.max_tokens, ranks.size)
-        return [build(parts, self.train_references) for parts in plan[ranks.rank]]
+        return Feed(
+            self.data.train,
+            self.order,
+            self.train_references,
+            batch_size=training.batch_size,
+            max_tokens=training.max_tokens,
+            ranks=ranks,
+        )
+
+    def _step(
+        self,
+        step: int,
+        feed: Feed,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+    ) -> StepResult:
+        """One optimiser step; where it runs out of memory, the same step in smaller micro-batches."""
+        training = self.recipe.training
+        while True:
+            try:
+                return take_step(
+                    wrapped,
+                    optimizer,
+                    feed.take(step),
+                    self.method,
+                    num_comparisons=training.batch_size,
+                    max_grad_norm=training.max_grad_norm,
+                    autocast=self.autocast,
+                    guard=guard,
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                what = str(error).split("\n", 1)[0]
+            # Out here the exception is gone, and with it the tensors of the pass that failed.
+            optimizer.zero_grad(set_to_none=True)
+            give_back()
+            before = feed.max_tokens
+            if parallel.num_ranks() > 1 or not feed.halve(step):
+                # Other ranks wait in an exchange that this one has left: they cannot be told to repeat.
+                raise MemoryBudgetError(
+                    f"step {step + 1} ran out of memory with training.max_tokens {before} ({what}). "
+                    f"Go on from the last checkpoint with: hafrm train --resume {self.run.path} "
+                    f"training.max_tokens={before // 2}; if a single group is too large, set "
+                    "training.gradient_checkpointing: true or lower data.max_length"
+                )
+            log.warning(
+                "step %d ran out of memory with micro-batches of %d tokens (%s); repeating it with %d",
+                step + 1,
+                before,
+                what,
+                feed.max_tokens,
+            )
 
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step, a few thousand tokens."""
@@ -213,8 +226,9 @@ class Job:
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
-    def _evaluate(self, step: int, wrapped: nn.Module, watch: Watch) -> bool:
+    def _evaluate(self, step: int, wrapped: nn.Module, watch: Watch, guard: Guard) -> bool:
         """Validate; True where this step is the best so far."""
+        guard.check()
         metrics = validate(
             parallel.unwrap(wrapped),
             self.data.validation,
@@ -256,33 +270,6 @@ class Job:
             load_weights(self.run.checkpoint_path(self.best_step), wrapped)
         export_run(self.run, self.recipe, self.method, self.data, parallel.unwrap(wrapped))
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
-
-
-class _StopSignal:
-    """Remembers SIGTERM and SIGINT instead of dying in the middle of a step; a second one kills."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Ray Train runs us in a thread, where Python delivers no signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])
-
-    def agreed(self, ranks: parallel.Ranks) -> bool:
-        """Whether any rank was told to stop, so that all stop after the same step."""
-        flag = torch.tensor(float(bool(self.received)), device=ranks.device)
-        return bool(self.received) if ranks.size == 1 else float(parallel.add_up(flag)) > 0
 
 
 @contextmanager

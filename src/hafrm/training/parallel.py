@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hafrm.engine.model import HybridModel
+from hafrm.engine.model import HybridModel, decoder_layers
 
 Mode = Literal["auto", "ddp", "fsdp"]
 
@@ -44,7 +44,8 @@ def start() -> Ranks:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo beside nccl: what hosts tell each other must not wait for the devices.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank, size, device)
 
 
@@ -74,10 +75,8 @@ def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Mo
     if mode == "ddp" or (mode == "auto" and model.device.type == "cpu"):
         return DistributedDataParallel(model)
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
-    layers = set(getattr(model.backbone, "_no_split_modules", None) or ())
-    for module in model.backbone.modules():
-        if type(module).__name__ in layers:
-            fully_shard(module, mp_policy=policy)
+    for layer in decoder_layers(model.backbone):
+        fully_shard(layer, mp_policy=policy)
     if model.reward_head is not None:
         fully_shard(model.reward_head)
     fully_shard(model, mp_policy=policy)

@@ -157,7 +157,7 @@ def build_model(
     _check_fits(backbone, encoder, recipe)
     if lora is not None:
         causal.requires_grad_(False)
-        _inject(lora, backbone)
+        inject_lora(lora, backbone)
     generator = torch.Generator().manual_seed(training.seed)
     head = (
         new_reward_head(hidden_size(backbone.config), generator) if method.trains_reward else None
@@ -171,6 +171,8 @@ def build_model(
     )
     if training.gradient_checkpointing:
         model.checkpoint_activations()
+    if training.compile:
+        model.compile_layers()
     return model.to(device)
 
 
@@ -190,8 +192,11 @@ def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> 
         )
 
 
-def _inject(lora: LoraSection, backbone: PreTrainedModel) -> None:
-    """Put float32 adapters into the backbone's linear layers; the heads are not adapted."""
+def inject_lora(lora: LoraSection, backbone: PreTrainedModel) -> None:
+    """Put float32 adapters into the backbone's linear layers; the heads are not adapted.
+
+    Raises ConfigError when lora.targets matches no linear layer.
+    """
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     scale: Any = lora.alpha  # typed int upstream, used as a factor
     config = LoraConfig(

@@ -1,8 +1,8 @@
 """One optimiser step, exactly: sums over micro-batches, divided by the step's global count.
 
 Neither packing nor the number of ranks changes the gradient, because every comparison's loss enters as
-loss / (comparisons of the step over all ranks). A non-finite loss or gradient stops before the update.
-Nothing here logs, schedules or reads data.
+loss / (comparisons of the step over all ranks). A non-finite loss or gradient never reaches the weights.
+Nothing here logs, schedules, reads data, or waits for the device.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hafrm.engine.model import HybridModel, Outputs
-from hafrm.errors import NumericsError
 from hafrm.training import parallel
 from hafrm.training.batches import MicroBatch
+from hafrm.training.guard import Guard
 from hafrm.training.losses import PolicyLogps
 from hafrm.training.methods import JointLoss, Method, joint_loss
 
@@ -85,10 +85,12 @@ def take_step(  # noqa: PLR0913
     num_comparisons: int,
     max_grad_norm: float,
     autocast: torch.dtype | None = None,
+    guard: Guard | None = None,
 ) -> StepResult:
-    """Run the step's micro-batches, clip, check and update; `num_comparisons` counts all ranks.
+    """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks.
 
-    Raises NumericsError before the update if a loss or the gradient is not finite.
+    A loss or gradient that is not finite updates nothing: NumericsError is raised here without a `guard`
+    and on a CPU, and else by the guard's next `check`.
     """
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES), device=device)
@@ -105,8 +107,10 @@ def take_step(  # noqa: PLR0913
         finite.append(torch.isfinite(loss.total.detach()).all())
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = parallel.clip(parameters, max_grad_norm)
-    if not bool(parallel.all_finite(torch.stack([*finite, torch.isfinite(grad_norm)]))):
-        raise NumericsError(_non_finite(batches, finite))
+    watching = guard or Guard(device)
+    watching.protect(optimizer, batches, torch.stack([*finite, torch.isfinite(grad_norm)]))
+    if guard is None:
+        watching.check()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(sums, grad_norm, sum(batch.layout.num_tokens for batch in batches))
@@ -155,18 +159,6 @@ def _autocast(
     device: torch.device, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _non_finite(batches: Sequence[MicroBatch], finite: Sequence[Tensor]) -> str:
-    """The message: which groups to look at."""
-    broken = [batch for batch, good in zip(batches, finite, strict=True) if not bool(good)]
-    what = "loss" if broken else "gradient"
-    ids = sorted({name for batch in broken or batches for name in batch.ids})
-    shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
-    return (
-        f"the {what} of this step is not finite; stopped before the update. Groups in it: {shown}. "
-        "Look at their texts and margins, lower training.learning_rate, or set training.precision: fp32"
-    )
 
 
 def build_optimizer(

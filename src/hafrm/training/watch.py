@@ -19,6 +19,7 @@ from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder
 from hafrm.training import parallel
+from hafrm.training.guard import Guard
 from hafrm.training.step import MEASURES, StepResult
 
 log = logging.getLogger("hafrm")
@@ -59,11 +60,12 @@ class Watch:
         for tracker in self._trackers:
             tracker.finish()
 
-    def step(self, number: int, rate: float, result: StepResult) -> None:
-        """Note update `number` (from 1); write a line of metrics when the interval is full."""
+    def step(self, number: int, rate: float, result: StepResult, guard: Guard) -> None:
+        """Note update `number` (from 1); check and write a line of metrics when the interval is full."""
         self._steps.append(result)
         self._bar.update(self._task, completed=number)
         if number % self._recipe.tracking.log_every == 0 or number == self._num_steps:
+            guard.check()
             self._flush(number, rate)
 
     def _flush(self, number: int, rate: float) -> None:

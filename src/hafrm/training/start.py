@@ -1,0 +1,47 @@
+"""The start of a run: its folder, made or opened again, and the record of what it came from."""
+
+from pathlib import Path
+
+from hafrm.config import dump_recipe, load_recipe
+from hafrm.errors import CheckpointError
+from hafrm.recipe import Recipe
+from hafrm.runs import RunFolder, fingerprint
+from hafrm.training import parallel
+from hafrm.training.prepare import PreparedData
+
+MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
+"""Keys of `training` that a resumed run may set anew: they change memory and speed, and no gradient but
+in its rounding."""
+
+
+def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
+    """The run's folder: made by the main rank, or opened; raises CheckpointError where that is unsafe."""
+    if resume:
+        run = RunFolder.open(folder)
+        began = load_recipe(run.recipe_path)
+        kept = {name: getattr(began.training, name) for name in MAY_CHANGE}
+        training = recipe.training.model_copy(update=kept)
+        if recipe.model_copy(update={"training": training}) != began:
+            raise CheckpointError(
+                f"the recipe differs from the one that {folder} was started with; resume with "
+                f"{run.recipe_path}, or start a new folder (a resumed run may only change "
+                f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
+            )
+        return run
+    if parallel.is_main():
+        RunFolder.create(folder, dump_recipe(recipe))
+    parallel.wait()
+    return RunFolder.open(folder)
+
+
+def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
+    """Versions, seed, digests of local data files, and what became of the rows."""
+    sources = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
+    files = {source: Path(source.partition("#")[0]) for source in sources}
+    digests = {source: fingerprint(file) for source, file in files.items() if file.is_file()}
+    details = {
+        "counts": data.counts,
+        "template_sha256": data.encoder.template_sha256,
+        **{f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE},
+    }
+    run.record_provenance(seed=recipe.training.seed, data=digests, details=details)
