@@ -4,10 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from hafrm.cache import cache_folder
 from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.layout import lay_out
 from hafrm.training import reference
-from hafrm.training.reference import cache_folder, reference_key, reference_logps
+from hafrm.training.reference import reference_key, reference_logps
 from models_for_tests import tiny_hybrid, token_groups
 
 
@@ -37,7 +38,7 @@ def test_cached_equals_live_and_runs_the_model_once(monkeypatch):
 
 def test_a_damaged_cache_file_is_computed_again():
     first = reference_logps(tiny_hybrid(), groups(), max_tokens=100)
-    (file,) = cache_folder().iterdir()
+    (file,) = cache_folder("reference").iterdir()
     file.write_bytes(b"torn")
     assert (reference_logps(tiny_hybrid(), groups(), max_tokens=100).logps == first.logps).all()
 

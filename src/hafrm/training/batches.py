@@ -2,8 +2,8 @@
 
 The order of comparisons is a pure function of (seed, epoch), and a step is a window of exactly
 `batch_size` comparisons on that endless order, so resuming needs only the step's number and no packing
-changes what is learnt. Comparisons of one prompt travel in blocks, because a step lays out each of its
-distinct responses once.
+changes what is learnt. Comparisons of one prompt travel in blocks that have few distinct responses, because
+a step lays out each of those once.
 """
 
 import functools
@@ -72,7 +72,7 @@ class ComparisonOrder:
             [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
             for group in groups
         ]
-        self._per_prompt, self._seed = per_prompt, seed
+        self._groups, self._per_prompt, self._seed = groups, per_prompt, seed
         self.num_comparisons = sum(len(block) for block in self._blocks_of)
         if self.num_comparisons == 0:
             raise DataError(
@@ -86,12 +86,33 @@ class ComparisonOrder:
         draw = np.random.default_rng([self._seed, number])
         blocks: list[list[Pick]] = []
         for group, comparisons in enumerate(self._blocks_of):
-            shuffled = [Pick(group, int(c)) for c in draw.permutation(comparisons)]
+            ordered = [Pick(group, c) for c in self._tiled(group, comparisons, draw)]
             blocks += [
-                shuffled[i : i + self._per_prompt]
-                for i in range(0, len(shuffled), self._per_prompt)
+                ordered[i : i + self._per_prompt] for i in range(0, len(ordered), self._per_prompt)
             ]
         return [pick for block in draw.permutation(len(blocks)) for pick in blocks[block]]
+
+    def _tiled(
+        self, group: int, comparisons: Sequence[int], draw: np.random.Generator
+    ) -> list[int]:
+        """A prompt's comparisons in random order, but neighbours share responses.
+
+        Responses get random ranks, and the table of comparisons is read tile by tile, s x s ranks each
+        with s^2 = per_prompt: up to s^2 comparisons then have 2 s responses, not 2 s^2.
+        """
+        shuffled = [int(c) for c in draw.permutation(comparisons)]
+        if len(shuffled) <= 1:
+            return shuffled
+        side = max(1, round(self._per_prompt**0.5))
+        pairs = self._groups[group].comparisons
+        rank = draw.permutation(len(self._groups[group].response_ids)) // side
+
+        def tile(comparison: int) -> tuple[bool, int, int]:
+            ranks = (int(rank[pairs[comparison].chosen]), int(rank[pairs[comparison].rejected]))
+            # Tiles on the diagonal are half empty and would shift the others out of step with blocks.
+            return ranks[0] == ranks[1], min(ranks), max(ranks)
+
+        return sorted(shuffled, key=tile)
 
     def window(self, start: int, length: int) -> list[Pick]:
         """`length` comparisons from position `start` of the endless order, across epochs."""

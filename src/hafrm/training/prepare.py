@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.encoding_cache import encode_cached
 from hafrm.data.groups import Group
 from hafrm.data.mixing import check_leakage, split_by_prompt
 from hafrm.data.readers import read
@@ -80,8 +81,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         test = read(data.test, max_bad_fraction=data.max_bad_fraction).groups
         check_leakage([*train, *validation], test, names=("data.train", "data.test"))
     check_leakage(train, validation, names=("data.train", "data.validation"))
-    encoded_train, report = encoder.encode(train)
-    encoded_validation, _ = encoder.encode(validation)
+    encoded_train, report = encode_cached(encoder, train)
+    encoded_validation, _ = encode_cached(encoder, validation)
     for name, part in (("data.train", encoded_train), ("data.validation", encoded_validation)):
         if not any(not c.tie for group in part for c in group.comparisons):
             raise DataError(

@@ -6,7 +6,6 @@ dtype. A changed key is another file, so nothing stale is ever read.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,18 +15,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from hafrm.cache import cache_folder
 from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel
 from hafrm.runs import atomic_write
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training import parallel
 from hafrm.training.batches import References
-
-
-def cache_folder() -> Path:
-    """$HAFRM_CACHE, or hafrm under the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("HAFRM_CACHE", home / "hafrm")) / "reference"
 
 
 def reference_key(
@@ -60,7 +54,7 @@ def reference_logps(
     Call it before the first step and before wrapping the model; every rank calls it and computes its
     share. The reward head takes no part.
     """
-    file = cache_folder() / f"{reference_key(model, groups, autocast)}.safetensors"
+    file = cache_folder("reference") / f"{reference_key(model, groups, autocast)}.safetensors"
     first = first_responses(groups)
     counts = np.array([len(ids) for group in groups for ids in group.response_ids])
     if (cached := _read(file, counts)) is not None:
