@@ -35,7 +35,7 @@ format: $(STAMP)  ## put the code in the house style
 
 bench: $(STAMP)  ## time a training step against TRL (installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl
-	$(BIN)/python benchmarks/train_step.py --data $(DATA) --tokenizer $(TOKENIZER)
+	$(BIN)/python benchmarks/train_step.py --data $(DATA) --tokenizer $(TOKENIZER) $(OPTIONS)
 
 clean:  ## remove the environment and what runs wrote
 	rm -rf $(VENV) runs demo-run .pytest_cache .mypy_cache .ruff_cache
