@@ -1,10 +1,10 @@
 """All that a GPU has to prove, in one command of under ten minutes; the tables go to a folder.
 
-    python benchmarks/gpu.py --data preferences.jsonl --phi PHI_TOKENIZER --mistral MISTRAL_TOKENIZER --out DIR
+    python benchmarks/gpu.py --data preferences.jsonl --phi TOKENIZER --mistral TOKENIZER --out DIR
 
-Checks varlen against masks, gradients included (tests/engine), then times full fine-tuning of a Phi-2-shaped
-and LoRA of a Mistral-7B-shaped model with random weights in bfloat16 beside TRL, then shows how much of a
-step the device is busy. A part that fails or runs out of time is reported, and the others still run.
+Checks varlen against masks, gradients included (tests/engine), then times full fine-tuning of a Phi-2 shape
+and LoRA of a Mistral-7B shape with random weights in bfloat16 beside TRL, then shows how much of a step the
+device is busy. A part that fails or runs out of time is reported, and the others still run.
 """
 
 import argparse

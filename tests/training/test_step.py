@@ -1,16 +1,19 @@
 """One optimiser step: packing changes nothing, alpha 0 is Bradley-Terry, and bad numbers stop it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hafrm.data.encoding import EncodedGroup
 from hafrm.data.groups import Comparison
 from hafrm.engine.model import HybridModel
 from hafrm.errors import NumericsError
 from hafrm.training.batches import MicroBatch, References
+from hafrm.training.guard import Guard
 from hafrm.training.methods import get_method
 from hafrm.training.reference import reference_logps
 from hafrm.training.step import MEASURES, build_optimizer, losses_of, take_step
@@ -120,6 +123,48 @@ def test_a_non_finite_gradient_stops_before_the_update():
     with pytest.raises(NumericsError, match="gradient of this step is not finite"):
         stepped(model, micro_batches(pairs(), 10_000), "bt")
     assert torch.equal(parameter, before)
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations, those of the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["haf", "bt", "grm-sft"])
+def test_no_operation_of_a_step_makes_the_host_wait_for_a_device(method):
+    """Each of these needs a value or a size from the device: `.item()`, `if tensor`, boolean indexing."""
+
+    class Unwatched(Guard):
+        def check_now(self) -> None:
+            pass
+
+    model, groups = tiny_hybrid(), pairs()
+    batches = micro_batches(groups, 40, frozen(groups))
+    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    guard = Unwatched(torch.device("cpu"))
+    with Operations() as seen:
+        take_step(
+            model,
+            optimizer,
+            batches,
+            get_method(method),
+            num_comparisons=16,
+            max_grad_norm=1.0,
+            guard=guard,
+        )
+    assert "_fused_adamw_" in seen.names
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero"}
+    assert not seen.names & waiting
+    with Operations() as seen:
+        guard.check()
+    assert "_local_scalar_dense" in seen.names
 
 
 def test_norms_and_biases_do_not_decay():

@@ -17,6 +17,7 @@ tokens (each has a log-prob), responses = branches = segments.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -66,7 +67,7 @@ class Layout:
     def num_responses(self) -> int:
         return len(self.last)
 
-    @property
+    @cached_property
     def query_lengths(self) -> list[int]:
         """Queries of each segment; they sum to the row's tokens."""
         return [
@@ -75,7 +76,7 @@ class Layout:
             for branch, length in enumerate(branches)
         ]
 
-    @property
+    @cached_property
     def key_lengths(self) -> list[int]:
         """Keys of each segment: the tokens of prompt and response."""
         return [prompt + length for prompt, branches in self.shape for length in branches]
