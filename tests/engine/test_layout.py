@@ -151,7 +151,7 @@ def test_to_moves_every_tensor_and_forgets_masks_of_the_old_device():
     layout.masks["a mask of the old device"] = torch.ones(1)
     moved = layout.to("meta")
     tensors = {name: t for name, t in vars(layout).items() if isinstance(t, Tensor)}
-    assert len(tensors) == 10
+    assert len(tensors) == 11
     for name, tensor in tensors.items():
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(moved, name).shape == tensor.shape

@@ -52,6 +52,8 @@ class Layout:
     last: Int[Tensor, " responses"]
     """Row of each response's last real token, where its reward is read."""
     lengths: Int[Tensor, " responses"]
+    read: Int[Tensor, " read"]
+    """Rows that a head may read: each prompt's last token, and all branches."""
     key_index: Int[Tensor, " keys"]
     """Rows of every segment's keys: a prompt appears once per branch."""
     cu_queries: Int[Tensor, " bounds"]
@@ -116,6 +118,7 @@ def lay_out(groups: Sequence[Branches]) -> Layout:
         prompt_rows = np.arange(row, row + prompt)
         parts["input_ids"].append(np.asarray(group.prompt_ids, np.int64))
         parts["position_ids"].append(np.arange(prompt))
+        parts["read"].append(prompt_rows[-1:])
         row += prompt
         for ids in group.response_ids:
             rows = np.arange(row, row + len(ids))
@@ -123,6 +126,7 @@ def lay_out(groups: Sequence[Branches]) -> Layout:
             parts["position_ids"].append(np.arange(prompt, prompt + len(ids)))
             parts["predictor"].append(np.concatenate([prompt_rows[-1:], rows[:-1]]))
             parts["targets"].append(np.asarray(ids, np.int64))
+            parts["read"].append(rows)
             parts["response_of"].append(np.full(len(ids), responses))
             parts["key_index"].append(np.concatenate([prompt_rows, rows]))
             parts["last"].append(rows[-1:])
@@ -138,6 +142,7 @@ _PARTS = (
     "predictor",
     "targets",
     "response_of",
+    "read",
     "key_index",
     "last",
 )

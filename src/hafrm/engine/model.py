@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hafrm.engine import last_layer
 from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
@@ -74,6 +75,8 @@ class HybridModel(nn.Module):
         stock = str(getattr(self.backbone, _STOCK_ATTENTION))
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
+        if layers := decoder_layers(self.backbone):
+            last_layer.narrow(layers[-1])
 
     def checkpoint_activations(self) -> None:
         """Keep only layer inputs and recompute the rest in backward: less memory, a third more work."""
@@ -86,18 +89,22 @@ class HybridModel(nn.Module):
 
         Lengths are symbolic, and attention stays outside the graph, so no row compiles anything anew.
         """
-        for layer in decoder_layers(self.backbone):
+        layers = decoder_layers(self.backbone)
+        last_layer.widen(layers[-1])  # a graph has no room for hooks that depend on the row
+        for layer in layers:
             layer.compile(dynamic=True)
 
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""
         if self.sharing:
+            read = layout.last if self.policy_head is None else layout.read
             hidden = self.backbone(
                 input_ids=layout.input_ids[None],
                 position_ids=layout.position_ids[None],
                 attention_mask=None,
                 use_cache=False,
                 branch_layout=layout,
+                **{last_layer.READ_ROWS: read},
             ).last_hidden_state[0]
             predictor, last = layout.predictor, layout.last
         else:

@@ -1,0 +1,99 @@
+"""The last layer runs what heads read and no more, and nobody can tell by the numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hafrm.engine import last_layer
+from hafrm.engine.layout import lay_out
+from hafrm.engine.model import HybridModel, decoder_layers, new_reward_head
+from models_for_tests import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
+
+
+def reward_model(family: str) -> HybridModel:
+    """The family's backbone with a reward head alone."""
+    causal = tiny_causal_lm(family)
+    head = new_reward_head(32, torch.Generator().manual_seed(0))
+    return HybridModel(causal.base_model, reward_head=head)
+
+
+def rewards_and_gradients(model: HybridModel) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    rewards = model(lay_out(token_groups(SHAPES))).rewards
+    (rewards * torch.arange(1.0, 1 + len(rewards))).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return rewards.detach(), grads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reward_model_that_runs_last_tokens_only_equals_a_whole_run(family):
+    """Rewards to 1e-5; gradients to 1e-5 of the largest entry: sums over fewer zeros, reassociated."""
+    model = reward_model(family)
+    found, grads = rewards_and_gradients(model)
+    last_layer.widen(decoder_layers(model.backbone)[-1])
+    whole, whole_grads = rewards_and_gradients(model)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    assert grads.keys() == whole_grads.keys()
+    for name, grad in grads.items():
+        scale = max(1.0, whole_grads[name].abs().max().item())
+        torch.testing.assert_close(grad, whole_grads[name], atol=1e-5 * scale, rtol=0), name
+
+
+def widths_seen(model: HybridModel, name: str) -> list[int]:
+    """Tokens that a module of each layer runs in one forward."""
+    seen: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seen.append(inputs[0].shape[-2])
+
+    for layer in decoder_layers(model.backbone):
+        inner = next(m for m in layer.get_submodule(name).modules() if isinstance(m, nn.Linear))
+        inner.register_forward_hook(note)
+    model(lay_out(token_groups(SHAPES)))
+    return seen
+
+
+@pytest.mark.parametrize("module", ["mlp", "self_attn.o_proj", "self_attn.q_proj"])
+def test_only_the_last_layer_is_narrowed_to_what_is_read(module):
+    """SHAPES: 95 tokens, of them 11 + 1 + 4 + 7 + 20 in prompts, 10 responses of 52 tokens."""
+    layout = lay_out(token_groups(SHAPES))
+    assert len(layout.read) == len(layout.targets) + 5
+    if module == "mlp":
+        assert widths_seen(tiny_hybrid(), module) == [layout.num_tokens, len(layout.read)]
+        assert widths_seen(reward_model("llama"), module) == [layout.num_tokens, 10]
+    else:
+        model = tiny_hybrid()
+        assert module in last_layer.narrow(decoder_layers(model.backbone)[-1])
+
+
+def test_two_models_over_one_backbone_read_each_what_it_needs():
+    """A reward model put over a policy's backbone spares what the policy's log-probs need."""
+    both = tiny_hybrid()
+    layout = lay_out(token_groups(SHAPES))
+    expected = both(layout).logps
+    rewards_only = HybridModel(both.backbone, reward_head=both.reward_head)
+    torch.testing.assert_close(rewards_only(layout).rewards, both(layout).rewards)
+    assert torch.equal(both(layout).logps, expected)
+
+
+def test_experts_are_left_whole():
+    """Routing may look at all tokens at once."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(2, 2)])
+
+    layer = nn.Module()
+    layer.mlp = Experts()
+    layer.self_attn = nn.Module()
+    layer.self_attn.q_proj = nn.Linear(2, 2)
+    assert last_layer.narrow(layer) == ["self_attn.q_proj"]
+
+
+def test_a_layer_of_another_build_is_left_alone():
+    layer = nn.Module()
+    layer.something = nn.Linear(2, 2)
+    assert last_layer.narrow(layer) == []

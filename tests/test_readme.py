@@ -1,0 +1,53 @@
+"""The README's eight lines of Python run as they stand, and print what they say they print."""
+
+import contextlib
+import io
+import re
+from ast import literal_eval
+from pathlib import Path
+
+import pytest
+
+from hafrm.training.loop import train
+from tiny_runs import tiny_recipe
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+(CODE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MODEL = "demo-run/haf/model/reward"
+PROMISED = re.findall(r"print\(.*\)  # (.*)", CODE)
+
+
+def printed(model: Path) -> list[str]:
+    """What the README's code prints with another model directory."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(CODE.replace(MODEL, str(model)), {})  # noqa: S102 - our own README
+    return out.getvalue().splitlines()
+
+
+def test_it_is_eight_lines_of_code():
+    lines = [line for line in CODE.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 8
+    assert MODEL in CODE
+    assert len(PROMISED) == 3
+
+
+def test_it_runs_on_any_reward_model_and_prints_what_it_promises_in_kind(tmp_path):
+    train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+    rewards, preference, best = printed(tmp_path / "run/model/reward")
+    assert len(literal_eval(rewards)) == len(literal_eval(PROMISED[0])) == 2
+    assert 0 < float(preference) < 1
+    assert 0 < float(PROMISED[1]) < 1
+    assert len(best) > 5
+
+
+@pytest.mark.slow
+def test_on_the_demo_it_prints_these_numbers(tmp_path):
+    """Training on another processor rounds otherwise: rewards to 1, what is preferred exactly."""
+    from hafrm.demo.demo import run
+
+    run(tmp_path / "demo-run", tell=lambda _: None)
+    rewards, preference, best = printed(tmp_path / MODEL)
+    assert literal_eval(rewards) == pytest.approx(literal_eval(PROMISED[0]), abs=1.0)
+    assert float(preference) == pytest.approx(float(PROMISED[1]), abs=0.1)
+    assert best == PROMISED[2]
