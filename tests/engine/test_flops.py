@@ -1,13 +1,4 @@
-"""The work of a step, counted in floating-point operations: a speed test that needs no timer.
-
-FlopCounterMode knows neither the CPU's attention kernels nor the in-place `addmm_` that sums the head's
-weight gradient, so both get a formula here. Attention is counted as the causal part of every call
-that is really made, 4 * width * (q * (k - q) + q^2 / 2) for q queries over k keys; the shapes come
-from the calls, so attention over a whole row would be seen.
-"""
-
-from collections.abc import Callable
-from typing import Any
+"""The work of a step, counted in floating-point operations: a speed test that needs no timer."""
 
 import pytest
 import torch
@@ -15,6 +6,7 @@ import transformers
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from flops_for_tests import COUNTED
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, new_reward_head, split_causal_lm
 from models_for_tests import token_groups
@@ -25,34 +17,6 @@ GROUPS = ((67, (31, 22)), (41, (13, 29)), (52, (18, 18, 9)))
 """The shape of HH-RLHF at 2/5 of its size: prompts longer than responses; one prompt with three."""
 TOLERANCE = 0.001
 """Left out of the formulas: the reward head, 5e-7 of a step. Not counted at all: what is no product."""
-
-
-def causal_flops(query: Any, key: Any) -> int:
-    """One attention call forward, from [batch, heads, queries, dim] and keys alike."""
-    batch, heads, q, dim = query
-    k = key[2]
-    return int(4 * batch * heads * dim * (q * (k - q) + q * q / 2))
-
-
-def attention_forward(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    return causal_flops(query, key)
-
-
-def attention_backward(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """Twice forward, as for any product (recomputed scores are not counted as useful)."""
-    return 2 * causal_flops(query, key)
-
-
-def addmm(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
-    return int(2 * left[0] * left[1] * right[1])
-
-
-aten = torch.ops.aten
-COUNTED: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    aten.addmm_: addmm,
-}
 
 
 def small_llama(*, policy_head: bool = True) -> HybridModel:

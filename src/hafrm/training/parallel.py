@@ -127,6 +127,14 @@ def add_up(values: Tensor) -> Tensor:
     return values
 
 
+def smallest(value: int, device: torch.device) -> int:
+    """The smallest of all ranks' values, so that all go on with the same."""
+    found = torch.tensor(value, device=device)
+    if num_ranks() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
 def wait() -> None:
     """Let all ranks arrive."""
     if num_ranks() > 1:

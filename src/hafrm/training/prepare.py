@@ -151,13 +151,28 @@ def build_model(
 
     A head that the method does not train is left out, so it costs neither memory nor time.
     """
-    lora, training = recipe.lora, recipe.training
-    frozen_half = lora is not None and training.precision == "bf16"
-    causal = load_base(recipe, torch.bfloat16 if frozen_half else torch.float32)
-    backbone, policy_head = split_causal_lm(causal)
+    backbone, policy_head = split_causal_lm(load_base(recipe, starting_dtype(recipe)))
     _check_fits(backbone, encoder, recipe)
+    model = assemble(backbone, policy_head, recipe, method)
+    if recipe.training.compile:
+        model.compile_layers()
+    return model.to(device)
+
+
+def starting_dtype(recipe: Recipe) -> torch.dtype:
+    """What the base model is loaded in: bfloat16 where it is frozen and computes in it."""
+    frozen_half = recipe.lora is not None and recipe.training.precision == "bf16"
+    return torch.bfloat16 if frozen_half else torch.float32
+
+
+def assemble(
+    backbone: PreTrainedModel, policy_head: nn.Linear, recipe: Recipe, method: Method
+) -> HybridModel:
+    """The recipe's HybridModel around a loaded base model, or around one without contents."""
+    lora, training = recipe.lora, recipe.training
     if lora is not None:
-        causal.requires_grad_(False)
+        backbone.requires_grad_(False)
+        policy_head.requires_grad_(False)
         inject_lora(lora, backbone)
     generator = torch.Generator().manual_seed(training.seed)
     head = (
@@ -172,9 +187,7 @@ def build_model(
     )
     if training.gradient_checkpointing:
         model.checkpoint_activations()
-    if training.compile:
-        model.compile_layers()
-    return model.to(device)
+    return model
 
 
 def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> None:

@@ -1,0 +1,43 @@
+"""Recipes and models for tests of plans: a family's config, its real model and its shadow."""
+
+from typing import Any
+
+import transformers
+
+from hafrm.config import build_recipe
+from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.recipe import Recipe
+from hafrm.training.methods import get_method
+from hafrm.training.prepare import assemble
+from hafrm.training.shadow import shadow_model
+from models_for_tests import FAMILIES, tiny_causal_lm
+
+
+def config_of(family: str) -> transformers.PretrainedConfig:
+    """The tiny config of a family."""
+    name, sizes = FAMILIES[family]
+    config: transformers.PretrainedConfig = getattr(transformers, f"{name}Config")(**sizes)
+    return config
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    """A recipe whose model and data nobody reads."""
+    values: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": "x", "max_length": 64}}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return build_recipe(values)
+
+
+def real_model(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
+    """The model that a run with this recipe would train, with random weights."""
+    return assemble(*split_causal_lm(tiny_causal_lm(family)), recipe, get_method(method))
+
+
+def shadow_of(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
+    """The same without contents."""
+    return shadow_model(config_of(family), recipe, get_method(method))
+
+
+def adapted(family: str, **lora: Any) -> HybridModel:
+    """The family's real model with LoRA."""
+    return real_model(family, recipe_of(lora={"rank": 4, **lora}))
