@@ -99,6 +99,9 @@ def test_a_whole_number_serves_as_a_number_but_not_the_reverse(tmp_path: Path):
         ("training.gradient_checkpointing", "yes", "true or false"),
         ("training.betas", "[0.9]", "list of 2 x number"),
         ("training.seed", "-1", "whole number >= 0 and < 4294967296"),
+        ("training.max_tokens", "0", "whole number > 0 or auto"),
+        ("training.max_tokens", "true", "whole number > 0 or auto"),
+        ("training.max_tokens", "automatic", "whole number > 0 or auto"),
         ("training.precision", "fp16", "fp32 or bf16"),
         ("data.train", "[]", "list of text"),
         ("data.train", "[a, 1]", "list of text"),
@@ -286,6 +289,14 @@ def test_keys_that_contradict_each_other_are_refused_with_the_way_out(
     with pytest.raises(ConfigError, match="the recipe has a problem") as caught:
         build_recipe(values(**sections))
     assert fix in str(caught.value)
+
+
+def test_an_automatic_token_budget_may_be_any_size_and_is_written_as_it_was_given(tmp_path: Path):
+    recipe = recipe_of(tmp_path, SMALLEST, "training.max_tokens=auto", "data.max_length=9000")
+    assert recipe.training.max_tokens == "auto"
+    assert "max_tokens: auto" in dump_recipe(recipe)
+    with pytest.raises(AssertionError, match="planned"):
+        _ = recipe.training.token_budget
 
 
 def test_naming_a_validation_set_holds_nothing_out_of_the_training_data():

@@ -99,6 +99,30 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of each GPU (default: this machine's GPU, or its share of RAM)."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share a step.", min=1)] = 1,
+) -> None:
+    """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
+    from hafrm.config import load_recipe  # noqa: PLC0415
+
+    loaded = load_recipe(recipe, overrides or ())
+    from hafrm.tables import plan_tables  # noqa: PLC0415
+    from hafrm.training.budget import plan_recipe  # noqa: PLC0415
+    from hafrm.training.loop import resolve_method  # noqa: PLC0415
+
+    found, remedies = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
+    _show(plan_tables(found, remedies))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, or a reward or policy directory.")],
     data: Sources,

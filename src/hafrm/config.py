@@ -8,7 +8,7 @@ paths stay as written and mean the current directory, as in a shell; `~` is expa
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -92,16 +92,15 @@ def _sections() -> dict[str, type[Section]]:
 
 def _allowed(info: FieldInfo) -> str:
     """What a field takes, such as "whole number >= 1 or null"."""
-    words = _words(info.annotation)
-    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-    bounds = [
-        f"{sign} {getattr(rule, name)}"
-        for rule in info.metadata
-        for name, sign in signs
-        if hasattr(rule, name)
-    ]
-    kind, null, _ = words.partition(" or null")
-    return f"{kind} {' and '.join(bounds)}{null}" if bounds else words
+    kind, null, _ = _words(info.annotation).partition(" or null")
+    return _bounded(kind, info.metadata) + null
+
+
+def _bounded(words: str, rules: Iterable[Any]) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [(sign, getattr(rule, name, None)) for rule in rules for name, sign in signs.items()]
+    bounds = [f"{sign} {bound}" for sign, bound in found if bound is not None]
+    return f"{words} {' and '.join(bounds)}" if bounds else words
 
 
 def _words(kind: Any) -> str:
@@ -112,7 +111,7 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(arguments)
     if get_origin(kind) is Annotated:
-        return _words(arguments[0])
+        return _bounded(_words(arguments[0]), arguments[1:])
     if get_origin(kind) is tuple and arguments[-1] is Ellipsis:
         return f"list of {_words(arguments[0])}"
     if get_origin(kind) is tuple:

@@ -10,7 +10,15 @@ import os
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    model_validator,
+)
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -162,14 +170,20 @@ class TrainingSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile each layer with torch.compile: a minute at the start, then fewer passes over memory."""
-    max_tokens: int = Field(default=8192, ge=1)
-    """Token budget of one micro-batch; changes memory and speed, never the gradient."""
+    max_tokens: PositiveInt | Literal["auto"] = 8192
+    """Token budget of one micro-batch; auto: what memory allows. Never changes the gradient."""
     comparisons_per_prompt: int = Field(default=4, ge=1)
     """Most comparisons of one prompt in one optimiser step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work: copies (ddp), shards (fsdp), or chosen (auto)."""
+
+    @property
+    def token_budget(self) -> int:
+        """max_tokens as a number: what auto means, a run finds out before it starts."""
+        assert isinstance(self.max_tokens, int), "only a planned recipe has a token budget"
+        return self.max_tokens
 
     @model_validator(mode="after")
     def _has_betas_below_one(self) -> "TrainingSection":
@@ -244,6 +258,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_a_comparison_into_a_micro_batch(self) -> "Recipe":
         budget, longest = self.training.max_tokens, 2 * self.data.max_length
+        if budget == "auto":
+            return self
         message = (
             f"training.max_tokens is {budget}, and a comparison may take 2 x data.max_length = "
             f"{longest} tokens: raise it to {longest}, or lower data.max_length to {budget // 2}"

@@ -59,6 +59,8 @@ class HybridModel(nn.Module):
         self.backbone = backbone
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
+        self.reads_scored = policy_head is not None
+        """Whether hidden states of all response tokens are read, and not of their last ones alone."""
         self.transform = logit_transform(backbone.config)
         if not hasattr(backbone, _STOCK_ATTENTION):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
@@ -97,7 +99,7 @@ class HybridModel(nn.Module):
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""
         if self.sharing:
-            read = layout.last if self.policy_head is None else layout.read
+            read = layout.read if self.reads_scored else layout.last
             hidden = self.backbone(
                 input_ids=layout.input_ids[None],
                 position_ids=layout.position_ids[None],

@@ -22,6 +22,7 @@ from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder
 from hafrm.training import parallel
 from hafrm.training.batches import ComparisonOrder, References, plan_step
+from hafrm.training.budget import with_token_budget
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from hafrm.training.feed import Feed
 from hafrm.training.finish import export_run
@@ -64,13 +65,14 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
     ranks = parallel.start()
     torch.manual_seed(recipe.training.seed)
     method = resolve_method(recipe)
+    planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
     with run.lock() if ranks.is_main else _nothing():
         data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
-            record_provenance(run, recipe, data)
+            record_provenance(run, planned, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
-        job = Job(recipe, method, run, data, model)
+        job = Job(planned, method, run, data, model)
         return job.train(ranks, resume=resume)
 
 
@@ -145,7 +147,7 @@ class Job:
             self.order,
             self.train_references,
             batch_size=training.batch_size,
-            max_tokens=training.max_tokens,
+            max_tokens=training.token_budget,
             ranks=ranks,
         )
 
@@ -198,7 +200,7 @@ class Job:
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step, a few thousand tokens."""
         picks = self.order.window(0, self.recipe.training.batch_size)
-        plan = plan_step(self.data.train, picks, self.recipe.training.max_tokens)
+        plan = plan_step(self.data.train, picks, self.recipe.training.token_budget)
         parts = sorted((part for batch in plan[0] for part in batch), key=lambda p: p.num_tokens)
         layout = lay_out(parts[:4]).to(self.model.device)
         with torch.autocast(
@@ -214,7 +216,7 @@ class Job:
         log.info("reference log-probs of %d groups", len(groups))
         self.model.eval()
         both = reference_logps(
-            self.model, groups, max_tokens=4 * training.max_tokens, autocast=self.autocast
+            self.model, groups, max_tokens=4 * training.token_budget, autocast=self.autocast
         )
         if training.gradient_checkpointing:
             self.model.train()
@@ -234,7 +236,7 @@ class Job:
             self.data.validation,
             self.validation_references,
             self.method,
-            max_tokens=2 * self.recipe.training.max_tokens,
+            max_tokens=2 * self.recipe.training.token_budget,
             autocast=self.autocast,
         )
         watch.report("validation", step, metrics)

@@ -1,0 +1,233 @@
+"""What a run will need, told before it starts, and the token budget that fits.
+
+A plan is arithmetic over the shadow of the run's model: nothing is loaded and no data is read, so
+lengths are taken from `data.max_length`. It is an estimate: what a device's allocator wastes, and what
+else lives on the machine, is left to the spare part.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from hafrm.engine.model import HybridModel
+from hafrm.recipe import Recipe
+from hafrm.training.costs import (
+    FLOAT32,
+    HALF,
+    Bytes,
+    Counts,
+    Flops,
+    copies_bytes,
+    logprob_bytes,
+    shards_bytes,
+    step_flops,
+    work_of,
+)
+from hafrm.training.methods import Method
+from hafrm.training.shadow import Footprint, count, layout_of, makes_scores, shadow_model, trace
+
+LARGEST = 2**15
+"""Tokens beyond which a micro-batch gains nothing: products are long done being small."""
+GRAIN = 256
+"""Token budgets are multiples of this, so that a few bytes more or less do not change one."""
+SPARE = {"cuda": 0.1, "cpu": 0.5}
+"""Fraction of the memory left alone: on a GPU for the allocator's gaps, on a CPU for the rest of the
+machine."""
+MOST_GROUPS = {False: 4, True: 16}
+"""Groups of a traced micro-batch: memory follows its tokens, however many groups they are cut into. More
+where attention scores are made, which grow with the square of a group; fewer than there are then plan
+too much."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run is to fit: the device of one rank, and how many ranks there are."""
+
+    device: Literal["cuda", "cpu"]
+    memory: int
+    """Bytes that a rank may count on before anything is loaded."""
+    ranks: int = 1
+
+    @property
+    def usable(self) -> int:
+        """Bytes without the spare part."""
+        return int(self.memory * (1 - SPARE[self.device]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank of a run needs, and whether it is there."""
+
+    target: Target
+    counts: Counts
+    sharded: bool
+    max_tokens: int
+    """The budget, as given or, for auto, as found."""
+    tokens: int
+    """Of the largest micro-batch: the budget, or all of a step where that is less."""
+    bytes: Bytes
+    flops: Flops
+    """Of the largest micro-batch."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the need stays within the usable part."""
+        return self.bytes.total <= self.target.usable
+
+    def __str__(self) -> str:
+        parts = self.bytes
+        shown = {
+            "weights": parts.weights,
+            "gradients": parts.gradients,
+            "optimiser": parts.optimiser,
+            "exchange": parts.exchange,
+            f"activations of {self.tokens} tokens": parts.activations,
+            "working memory": max(parts.logprobs, parts.temporaries),
+        }
+        words = ", ".join(f"{name} {gib(size)}" for name, size in shown.items() if size)
+        return (
+            f"about {gib(parts.total)} of {gib(self.target.memory)} GiB"
+            f"{'' if self.fits else ', which is too much'}: {words}; "
+            f"training.max_tokens {self.max_tokens}"
+        )
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, as people compare them."""
+    return f"{size / 2**30:.0f}" if size >= 100 * 2**30 else f"{size / 2**30:.2f}"
+
+
+class Planner:
+    """Plans one recipe for any target; what a micro-batch keeps is traced once for each size."""
+
+    def __init__(self, recipe: Recipe, method: Method, config: PretrainedConfig) -> None:
+        """Raises ModelError for a config that is no causal LM's."""
+        self.recipe, self._method, self._config = recipe, method, config
+        self._half = recipe.training.precision == "bf16"
+        self._shadows: dict[bool, HybridModel] = {}
+        self._found: dict[tuple[int, bool, str], Footprint] = {}
+        self.counts = count(self._shadow(sharded=False))
+
+    def plan(self, target: Target) -> Plan:
+        """The need at the recipe's token budget, or at the largest that fits, for auto the least that
+        there may be if none does. Raises ModelError where the model cannot be traced."""
+        training, longest = self.recipe.training, 2 * self.recipe.data.max_length
+        step = max(longest, training.batch_size * longest)
+        budget = (
+            self._largest(target, longest, min(max(LARGEST, longest), step))
+            if training.max_tokens == "auto"
+            else training.max_tokens
+        )
+        tokens = min(budget, step)
+        return Plan(
+            target=target,
+            counts=self.counts,
+            sharded=self._sharded(target),
+            max_tokens=budget,
+            tokens=tokens,
+            bytes=self.bytes(target, tokens),
+            flops=step_flops(
+                self.counts,
+                work_of(self._shape(tokens, target.device)),
+                checkpointing=training.gradient_checkpointing,
+            ),
+        )
+
+    def bytes(self, target: Target, tokens: int) -> Bytes:
+        """The need with micro-batches of this many tokens."""
+        sharded = self._sharded(target)
+        footprint = self._footprint(tokens, sharded, target.device)
+        stored_half = self._half and (sharded or bool(self.counts.adapters))
+        logprobs = logprob_bytes(
+            self.counts,
+            work_of(self._shape(tokens, target.device)),
+            product=HALF if self._half and target.device == "cuda" else FLOAT32,
+            stored=HALF if stored_half else FLOAT32,
+        )
+        return Bytes(
+            *self.states(target, tokens),
+            activations=footprint.kept,
+            logprobs=logprobs,
+            temporaries=footprint.temporaries,
+        )
+
+    def states(self, target: Target, tokens: int) -> tuple[int, int, int, int]:
+        """(weights, gradients, optimiser, exchange) in bytes, which no trace is needed for."""
+        if not self._sharded(target):
+            return copies_bytes(self.counts, target.ranks)
+        return shards_bytes(
+            self.counts,
+            target.ranks,
+            gathered=HALF if self._half else FLOAT32,
+            accumulates=tokens < self._one_micro_batch(target),
+        )
+
+    def _largest(self, target: Target, least: int, most: int) -> int:
+        """The largest budget that fits; `least` where none does."""
+        one = self._one_micro_batch(target)
+        ends = [(least, most)]
+        if self._sharded(target) and least < one <= most:
+            ends = [(one, most), (least, one - 1)]  # below, the need jumps by whole gradients
+        for low, high in ends:
+            if self.bytes(target, high).total <= target.usable:
+                return high
+            if self.bytes(target, low).total <= target.usable:
+                return self._between(target, low, high)
+        return least
+
+    def _between(self, target: Target, low: int, high: int) -> int:
+        """The largest budget that fits, of which `low` does and `high` does not. The need grows with the
+        tokens, and ever faster, so that what fits by the straight line between two sizes does fit."""
+        need = self.bytes(target, high).total
+        while True:
+            start = self.bytes(target, low).total
+            more = int((high - low) * (target.usable - start) / (need - start))
+            found = (low + more) // GRAIN * GRAIN
+            if found <= low:
+                return low
+            enough = found - low <= low // 8
+            low = found
+            if enough:
+                return low
+
+    def _footprint(self, tokens: int, sharded: bool, device: str) -> Footprint:
+        key = (tokens, sharded, device)
+        if key not in self._found:
+            self._found[key] = trace(
+                self._shadow(sharded),
+                layout_of(self._shape(tokens, device)),
+                half=self._half,
+                cuda=device == "cuda",
+            )
+        return self._found[key]
+
+    def _shadow(self, sharded: bool) -> HybridModel:
+        if sharded not in self._shadows:
+            model = shadow_model(self._config, self.recipe, self._method)
+            if (
+                sharded and self._half
+            ):  # FSDP2 gathers in bfloat16, so that autocast copies no weights
+                nn.Module.to(model.backbone, torch.bfloat16)
+            self._shadows[sharded] = model
+        return self._shadows[sharded]
+
+    def _shape(self, tokens: int, device: str) -> list[tuple[int, tuple[int, int]]]:
+        """Comparisons whose prompt is half of the limit, with a response that fills it and one half as
+        long: they make up `tokens`, as even as they go."""
+        group = 5 * max(4, self.recipe.data.max_length) // 4  # at least one token to each part
+        scores = makes_scores(self._config, half=self._half, cuda=device == "cuda")
+        groups = max(1, min(MOST_GROUPS[scores], tokens // group))
+        shares = [tokens * (i + 1) // groups - tokens * i // groups for i in range(groups)]
+        return [(2 * n // 5, (n - 2 * n // 5 - n // 5, n // 5)) for n in shares]
+
+    def _one_micro_batch(self, target: Target) -> int:
+        """Tokens that hold a rank's part of any step at once."""
+        training, length = self.recipe.training, self.recipe.data.max_length
+        return -(-training.batch_size * 5 * length // (4 * target.ranks))
+
+    def _sharded(self, target: Target) -> bool:
+        mode = self.recipe.training.parallel
+        return target.ranks > 1 and (mode == "fsdp" or (mode == "auto" and target.device == "cuda"))
