@@ -93,6 +93,17 @@ def mix(
     return mixed
 
 
+def uniform_weights(sets: Sequence[Sequence[Group]], cap: int | None = None) -> list[float]:
+    """The weights with which every set counts as much as any other; 1 on average over comparisons.
+
+    `cap` is that of `mix`. Ties, which are not trained on, do not count.
+    """
+    sizes = [sum(not c.tie for group in groups for c in group.comparisons) for groups in sets]
+    sizes = [size if cap is None else min(size, cap) for size in sizes]
+    share = sum(sizes) / max(1, sum(size > 0 for size in sizes))
+    return [share / size if size else 1.0 for size in sizes]
+
+
 def _uniform(key: str, seed: int) -> float:
     """A number in [0, 1) that depends on nothing else than the key and the seed."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()

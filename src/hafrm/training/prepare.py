@@ -4,6 +4,7 @@ Everything here happens before the first step. Nothing is trained, and the test 
 to prove that no prompt of it is trained on.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from transformers import (
 
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group
-from hafrm.data.mixing import check_leakage, split_by_prompt
-from hafrm.data.readers import read
+from hafrm.data.mixing import check_leakage, mix, split_by_prompt, uniform_weights
+from hafrm.data.readers import Reading, read
+from hafrm.data.sources import parse_sources
 from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
     HybridModel,
@@ -33,7 +35,7 @@ from hafrm.engine.model import (
     split_causal_lm,
 )
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.recipe import LoraSection, Recipe
+from hafrm.recipe import DataSection, LoraSection, Recipe
 from hafrm.training.methods import Method
 
 NUM_GOLDEN = 16
@@ -67,7 +69,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         too_long=data.too_long,
     )
     reading = read(data.train, max_bad_fraction=data.max_bad_fraction, bad_rows_file=bad_rows_file)
-    train: Sequence[Group] = reading.groups
+    train: Sequence[Group] = _mixed(reading, data, recipe.training.seed)
     if data.validation:
         validation: Sequence[Group] = read(
             data.validation, max_bad_fraction=data.max_bad_fraction
@@ -90,6 +92,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     counts = {
         "rows": reading.num_rows,
         "bad_rows": len(reading.bad),
+        "left_out": reading.left_out,
         "train_groups": len(encoded_train),
         "validation_groups": len(encoded_validation),
         "train_comparisons": sum(len(group.comparisons) for group in encoded_train),
@@ -99,6 +102,23 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     return PreparedData(
         encoder, encoded_train, encoded_validation, list(validation[:NUM_GOLDEN]), counts
     )
+
+
+def _mixed(reading: Reading, data: DataSection, seed: int) -> list[Group]:
+    """The training groups, capped and weighted set by set."""
+    ends = list(itertools.accumulate(reading.num_groups))
+    sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]
+    if data.weights == "uniform":
+        weights: list[float] | None = uniform_weights(sets, data.cap)
+    elif data.weights is None:
+        weights = None
+    else:  # the members of a group of sets share the weight of its entry
+        weights = [
+            weight
+            for entry, weight in zip(data.train, data.weights, strict=True)
+            for _ in parse_sources(entry)
+        ]
+    return mix(sets, weights=weights, cap=data.cap, seed=seed)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
