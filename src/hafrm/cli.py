@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hafrm.errors import HafrmError
+from hafrm.intervals import in_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,8 +89,7 @@ def train(
         typer.echo(
             f"trained {result.num_steps} steps; exported step {result.best_step} of {folder}"
         )
-        for name, value in result.best.items():
-            typer.echo(f"  validation {name}: {value:.4f}")
+        typer.echo(f"  validation: {in_words(result.best)}")
         if loaded.data.test:
             _evaluate(folder, list(loaded.data.test), json_file=folder / "test.json")
         typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")

@@ -15,8 +15,8 @@ def evaluation_tables(result: Evaluation) -> Iterator[RenderableType]:
     main = Table(
         title=f"{result.model}, scored with the {result.scored_with}", title_justify="left"
     )
-    columns = ("set", "comparisons", "accuracy [95 %]", "pick longer", "mean margin", "log-loss")
-    for name in (*columns, "ECE", "equal", "ties"):
+    columns = ("set", "comparisons", "accuracy [95 %]", "pick longer [95 %]")
+    for name in (*columns, "mean margin", "log-loss", "ECE", "equal", "ties"):
         main.add_column(name, justify="left" if name == "set" else "right")
     for each in result.sets:
         m = each.metrics
@@ -24,7 +24,7 @@ def evaluation_tables(result: Evaluation) -> Iterator[RenderableType]:
             each.name,
             str(m.accuracy.num),
             str(m.accuracy.estimate),
-            percent(m.length.pick_longer),
+            str(m.length.pick_longer.estimate),
             f"{m.mean_margin:.3f}",
             f"{m.calibration.log_loss:.3f}",
             f"{m.calibration.ece:.3f}",
@@ -43,13 +43,14 @@ def evaluation_tables(result: Evaluation) -> Iterator[RenderableType]:
 
 
 def _by_length(sets: tuple[SetResult, ...]) -> Table:
-    table = Table(title="accuracy by length of the chosen response", title_justify="left")
+    title = "accuracy by length of the chosen response [95 %]"
+    table = Table(title=title, title_justify="left")
     table.add_column("set")
     for name in sets[0].metrics.length.slices:
         table.add_column(name, justify="right")
     for each in sets:
         slices = each.metrics.length.slices.values()
-        table.add_row(each.name, *(f"{percent(part)} of {part.num}" for part in slices))
+        table.add_row(each.name, *map(_of, slices))
     return table
 
 
@@ -87,6 +88,8 @@ def data_tables(found: Description) -> Iterator[RenderableType]:
 
 def _contents(found: Description) -> Iterator[tuple[str, str]]:
     yield "rows", f"{found.num_rows} ({sum(found.bad_rows.values())} bad)"
+    for reason, number in found.left_out.items():
+        yield f"left out: {reason}", str(number)
     yield "groups, prompts", f"{found.num_groups}, {found.num_prompts} distinct"
     yield "responses", str(found.num_responses)
     yield "comparisons", f"{found.num_comparisons} ({found.num_ties} ties)"
@@ -127,6 +130,6 @@ def _lengths(rows: dict[str, Lengths]) -> Table:
     return table
 
 
-def percent(accuracy: Accuracy) -> str:
-    """An accuracy without its interval."""
-    return f"{100 * accuracy.num_correct / accuracy.num:.1f} %" if accuracy.num else "n/a"
+def _of(accuracy: Accuracy) -> str:
+    """An accuracy over the number of comparisons that it is of."""
+    return f"{accuracy.estimate}\nof {accuracy.num}"
