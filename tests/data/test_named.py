@@ -11,7 +11,7 @@ import pytest
 
 from hafrm.data.catalogue import GROUPS, SETS
 from hafrm.data.readers import Reading, read
-from hafrm.data.sources import parse_source
+from hafrm.data.sources import local_files, parse_source
 from hafrm.errors import DataError
 from published_rows import PUBLISHED
 
@@ -95,6 +95,15 @@ def test_a_folder_is_a_copy_of_the_repository_and_no_part_leaks_into_a_later_one
     assert questions(test) == ["B", "z"]
     assert {group.tags["split"] for group in test.groups} == {"test"}
     assert questions(read([f"set:hh-harmless={tmp_path}/harmless-base#split=test"])) == ["B", "z"]
+
+
+def test_all_files_that_an_entry_may_read_are_known_for_their_digests(tmp_path: Path):
+    train = write(tmp_path / "hh/harmless-base/train.jsonl", transcripts("a"))
+    test = write(tmp_path / "hh/harmless-base/test.jsonl", transcripts("b"))
+    assert local_files(f"set:hh-harmless={tmp_path / 'hh'}#split=train") == [test, train]
+    assert local_files(f"set:hh-harmless={train}") == [train]
+    assert local_files(f"{train}#limit=3") == [train]
+    assert local_files("set:hh-harmless#split=train") == local_files("hub:org/pairs:train") == []
 
 
 def test_alpacas_first_tenth_is_the_test_part_as_in_the_paper(tmp_path: Path):

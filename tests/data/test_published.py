@@ -154,6 +154,7 @@ def test_pandalm_gives_its_three_votes_and_leaves_empty_answers_out() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("hh-helpful", {"chosen": "just an answer"}, "does not start with a human turn: 'just an"),
         ("beaver-safe", {"safer_response_id": True}, "safer_response_id.*one of 0, 1; got True"),
         ("alpaca-human", {"preference": 3}, "preference.*one of 1, 2; got 3"),
         ("alpaca-human", {"instruction": None}, "instruction.*must be text, got None"),

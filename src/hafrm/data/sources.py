@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.data.catalogue import NamedSet, members, named_set
-from hafrm.data.files import Numbered, read_file, stem
+from hafrm.data.files import Numbered, find_files, read_file, stem
 from hafrm.data.hub import parse_hub, read_hub
 from hafrm.data.named import check_part, read_set
 from hafrm.data.rows import TAGS
@@ -86,6 +86,14 @@ def _named_sources(location: str, where: dict[str, str], limit: int | None) -> l
         shown = f"set:{member}" if place is None else f"set:{member}={place}"
         sources.append(Source(shown, member, where, limit, named=named, path=place))
     return sources
+
+
+def local_files(entry: str) -> list[Path]:
+    """The files on this machine that an entry reads, or may read: all of a folder."""
+    paths = [Path(source.path) for source in parse_sources(entry) if source.path is not None]
+    return [
+        file for path in paths for file in (find_files(path, ["*"]) if path.is_dir() else [path])
+    ]
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> Numbered:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hafrm.config import dump_recipe
-from hafrm.data.sources import parse_sources
+from hafrm.data.sources import local_files
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
 from hafrm.errors import CheckpointError, HafrmError
@@ -100,8 +100,8 @@ def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
 def _record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
     """Versions, seed, digests of local data files, and what became of the rows."""
     entries = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
-    paths = {source.path for entry in entries for source in parse_sources(entry)}
-    digests = {path: fingerprint(Path(path)) for path in paths if path and Path(path).is_file()}
+    files = {file for entry in entries for file in local_files(entry)}
+    digests = {str(file): fingerprint(file) for file in sorted(files) if file.is_file()}
     details = {"counts": data.counts, "template_sha256": data.encoder.template_sha256}
     run.record_provenance(seed=recipe.training.seed, data=digests, details=details)
 
