@@ -57,6 +57,8 @@ class ModelSection(Section):
     """Directory or hub id of a causal language model (paper: Phi-2, Mistral-7B)."""
     revision: Text | None = None
     """Commit, tag or branch when `path` is a hub id; a commit makes the run repeatable."""
+    chat_template: Location | None = None
+    """A Jinja file, paper-phi-2 or paper-mistral; null: the model's own template, or a plain one."""
 
 
 class DataSection(Section):
@@ -80,6 +82,8 @@ class DataSection(Section):
     """Most tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
     too_long: Literal["cut", "drop"] = "cut"
     """What happens to longer examples; each is counted (paper: cut)."""
+    shared_prompts: Literal["refuse", "drop"] = "refuse"
+    """Prompts to train on that `validation` or `test` has too: an error, or left out and counted."""
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of unusable rows above which the run stops."""
 

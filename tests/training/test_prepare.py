@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, DataError
 from hafrm.training.prepare import prepare_data
 from published_rows import PUBLISHED
 from tiny_runs import tiny_recipe, write_preferences
@@ -83,3 +83,40 @@ def test_what_named_sets_leave_out_is_recorded(tmp_path):
 def test_wrong_weights_are_refused(tmp_path, two_files, given):
     with pytest.raises(ConfigError, match=r"data\.weights"):
         tiny_recipe(tmp_path, data={"train": two_files, "weights": given})
+
+
+def test_the_recipes_template_is_the_one_that_is_trained_on(tmp_path):
+    plain = prepare_data(tiny_recipe(tmp_path)).encoder
+    recipe = tiny_recipe(tmp_path, model={"chat_template": "paper-phi-2"})
+    encoder = prepare_data(recipe).encoder
+    assert encoder.template.startswith(
+        "{% for message in messages %}{% if message['role'] == 'user'"
+    )
+    assert encoder.template_sha256 != plain.template_sha256
+
+
+def shared(folder: Path) -> dict[str, Any]:
+    """20 prompts to train on, of which the test file has three."""
+    test = write_preferences(folder / "test.jsonl", num=5, start=17)
+    train = write_preferences(folder / "twenty.jsonl", num=20)
+    return {"train": [str(train)], "test": [str(test)]}
+
+
+def test_prompts_shared_with_the_test_set_are_an_error_or_left_out_as_the_recipe_says(tmp_path):
+    with pytest.raises(
+        DataError, match=r"(?s)3 of 5 prompts of data.test are in data.train.*=drop"
+    ):
+        prepare_data(tiny_recipe(tmp_path, data=shared(tmp_path)))
+    prepared = prepare_data(
+        tiny_recipe(tmp_path, data=shared(tmp_path) | {"shared_prompts": "drop"})
+    )
+    assert len(prepared.train) + len(prepared.validation) == 17
+    assert prepared.counts["groups_with_shared_prompts_dropped"] == 3
+
+
+def test_prompts_shared_with_the_validation_set_are_left_out_of_training(tmp_path):
+    data = shared(tmp_path)
+    data = {"train": data["train"], "validation": data["test"], "shared_prompts": "drop"}
+    recipe = tiny_recipe(tmp_path, data=data | {"validation_fraction": 0.0})
+    prepared = prepare_data(recipe)
+    assert (len(prepared.train), len(prepared.validation)) == (17, 5)

@@ -45,6 +45,12 @@ def split_by_prompt(
     return rest, held_out
 
 
+def without_prompts(groups: Sequence[Group], held: Sequence[Group]) -> list[Group]:
+    """The groups whose prompts are not among those of `held`, in their order."""
+    keys = {normalised_key(group.prompt) for group in held}
+    return [group for group in groups if normalised_key(group.prompt) not in keys]
+
+
 def check_leakage(
     train: Sequence[Group], test: Sequence[Group], *, names: tuple[str, str] = ("train", "test")
 ) -> None:
@@ -63,7 +69,8 @@ def check_leakage(
     )
     raise DataError(
         f"{len(shared):,} of {total:,} prompts of {names[1]} are in {names[0]} too, such as\n"
-        f"{examples}\nTake them out of one of the two, or split one set by prompt."
+        f"{examples}\nTake them out of one of the two, split one set by prompt, or leave them out of "
+        "training with data.shared_prompts=drop."
     )
 
 

@@ -23,9 +23,16 @@ from transformers import (
 
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group
-from hafrm.data.mixing import check_leakage, mix, split_by_prompt, uniform_weights
+from hafrm.data.mixing import (
+    check_leakage,
+    mix,
+    split_by_prompt,
+    uniform_weights,
+    without_prompts,
+)
 from hafrm.data.readers import Reading, read
 from hafrm.data.sources import parse_sources
+from hafrm.data.template import read_template
 from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
     HybridModel,
@@ -78,10 +85,16 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         train, validation = split_by_prompt(
             train, fraction=data.validation_fraction, seed=VALIDATION_SEED + recipe.training.seed
         )
-    if data.test:
-        test = read(data.test, max_bad_fraction=data.max_bad_fraction).groups
-        check_leakage([*train, *validation], test, names=("data.train", "data.test"))
+    test: Sequence[Group] = (
+        read(data.test, max_bad_fraction=data.max_bad_fraction).groups if data.test else ()
+    )
+    num_groups = len(train) + len(validation)
+    if data.shared_prompts == "drop":
+        validation = without_prompts(validation, test)
+        train = without_prompts(train, [*validation, *test])
+    check_leakage([*train, *validation], test, names=("data.train", "data.test"))
     check_leakage(train, validation, names=("data.train", "data.validation"))
+    num_dropped = num_groups - len(train) - len(validation)
     encoded_train, report = encoder.encode(train)
     encoded_validation, _ = encoder.encode(validation)
     for name, part in (("data.train", encoded_train), ("data.validation", encoded_validation)):
@@ -93,6 +106,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         "rows": reading.num_rows,
         "bad_rows": len(reading.bad),
         "left_out": reading.left_out,
+        "groups_with_shared_prompts_dropped": num_dropped,
         "train_groups": len(encoded_train),
         "validation_groups": len(encoded_validation),
         "train_comparisons": sum(len(group.comparisons) for group in encoded_train),
@@ -122,7 +136,10 @@ def _mixed(reading: Reading, data: DataSection, seed: int) -> list[Group]:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The base model's tokenizer, with a pad of its own; raises ModelError when there is none."""
+    """The base model's tokenizer, with the recipe's template and a pad of its own.
+
+    Raises ModelError when there is no fast tokenizer or no pad, ConfigError for an unknown template.
+    """
     path, revision = recipe.model.path, recipe.model.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -134,6 +151,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
             f"model.path {path!r} has a slow tokenizer ({type(tokenizer).__name__}); convert it to a "
             "tokenizer.json, which every current checkpoint ships"
         )
+    if recipe.model.chat_template is not None:
+        tokenizer.chat_template = read_template(recipe.model.chat_template)
     try:
         choose_pad(tokenizer)
     except ModelError:
