@@ -29,7 +29,7 @@ class Estimate:
     num: int
     """Items behind the value (not clusters)."""
     method: str
-    """How the interval was made: wilson, or cluster-bootstrap."""
+    """How the interval was made, such as wilson or cluster-bootstrap."""
     confidence: float = 0.95
     proportion: bool = True
     """Whether the value is a share (or a difference of shares), and so printed in per cent."""
