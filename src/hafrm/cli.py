@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hafrm.errors import HafrmError
+from hafrm.intervals import in_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,12 +49,11 @@ def main() -> None:
         sys.exit(STOPPED if type(error).__name__ == "StoppedError" else 1)
 
 
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split."
-    ),
-]
+_SOURCES = typer.Argument(
+    help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split, set:name."
+)
+Sources = Annotated[list[str], _SOURCES]
+OptionalSources = Annotated[list[str] | None, _SOURCES]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file.")
 ]
@@ -89,8 +89,7 @@ def train(
         typer.echo(
             f"trained {result.num_steps} steps; exported step {result.best_step} of {folder}"
         )
-        for name, value in result.best.items():
-            typer.echo(f"  validation {name}: {value:.4f}")
+        typer.echo(f"  validation: {in_words(result.best)}")
         if loaded.data.test:
             _evaluate(folder, list(loaded.data.test), json_file=folder / "test.json")
         typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
@@ -123,10 +122,20 @@ def plan(
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0913
     model: Annotated[str, typer.Argument(help="Run folder, or a reward or policy directory.")],
-    data: Sources,
+    data: OptionalSources = None,
     *,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="A published benchmark, such as rewardbench2; or all.")
+    ] = None,
+    benchmark_data: Annotated[
+        Path | None, typer.Option(help="The folder with its files, if not from the hub.")
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="Another seed of MODEL.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A model to compare MODEL with, pair by pair.")
+    ] = None,
     json_file: JsonFile = None,
     policy: Annotated[Path | None, typer.Option(help="Also judge by this policy.")] = None,
     reference: Annotated[
@@ -137,11 +146,18 @@ def evaluate(
         typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
     ] = None,
 ) -> None:
-    """Pairwise accuracy with 95 % intervals, calibration, length bias, and the baselines beside them."""
+    """Pairwise accuracy with 95 % intervals, calibration, length bias, and the baselines beside them.
+
+    On preferences (DATA) or on published benchmarks; alone, or compared with other models.
+    """
     _evaluate(
         model,
-        data,
+        data or [],
         json_file=json_file,
+        benchmark=benchmark or (),
+        benchmark_data=benchmark_data,
+        also=also or (),
+        against=against or (),
         policy=policy,
         reference=reference,
         max_length=max_length,
@@ -151,12 +167,12 @@ def evaluate(
 def _evaluate(
     model: str | Path, data: list[str], *, json_file: Path | None, **options: Any
 ) -> None:
-    from hafrm.evaluation.evaluate import evaluate as run  # noqa: PLC0415
-    from hafrm.tables import evaluation_tables  # noqa: PLC0415
+    from hafrm.evaluation.verb import run_evaluation  # noqa: PLC0415
+    from hafrm.tables import result_tables  # noqa: PLC0415
 
     with _progress("scoring groups") as done:
-        result = run(model, data, done=done, **options)
-    _show(evaluation_tables(result))
+        result = run_evaluation(model, data, done=done, **options)
+    _show(result_tables(result))
     _write_json(json_file, result.to_dict())
 
 

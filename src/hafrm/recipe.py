@@ -41,6 +41,8 @@ def _unless(problems: list[str], section: SectionT) -> SectionT:
 Text = Annotated[str, Field(min_length=1)]
 Location = Annotated[Text, AfterValidator(os.path.expanduser)]
 Sources = Annotated[tuple[Location, ...], BeforeValidator(_tuple_of_one_or_many)]
+Weight = Annotated[float, Field(ge=0)]
+Weights = Annotated[Literal["uniform"] | tuple[Weight, ...], BeforeValidator(_tuple_if_list)]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -63,13 +65,19 @@ class ModelSection(Section):
     """Directory or hub id of a causal language model (paper: Phi-2, Mistral-7B)."""
     revision: Text | None = None
     """Commit, tag or branch when `path` is a hub id; a commit makes the run repeatable."""
+    chat_template: Location | None = None
+    """A Jinja file, paper-phi-2 or paper-mistral; null: the model's own template, or a plain one."""
 
 
 class DataSection(Section):
     """The preference data and how long an example may be."""
 
     train: Sources = Field(min_length=1)
-    """Sources to train on: `file`, `file#split=train&limit=1000`, `hub:name[:config]:split`."""
+    """Sources to train on: `file`, `file#split=train&limit=1000`, `hub:name[:config]:split`, `set:name`."""
+    cap: int | None = Field(default=None, ge=1)
+    """Most comparisons taken from each set of `train`; null: all (paper: 10,000 when it mixes sets)."""
+    weights: Weights | None = None
+    """Factors on the losses, one for each entry of `train`; uniform: every set counts alike; null: 1."""
     validation: Sources = ()
     """Sources that select the best checkpoint; empty: hold out part of `train` by prompt."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -82,6 +90,8 @@ class DataSection(Section):
     """Most tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
     too_long: Literal["cut", "drop"] = "cut"
     """What happens to longer examples; each is counted (paper: cut)."""
+    shared_prompts: Literal["refuse", "drop"] = "refuse"
+    """Prompts to train on that `validation` or `test` has too: an error, or left out and counted."""
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of unusable rows above which the run stops."""
 
@@ -108,6 +118,11 @@ class DataSection(Section):
             problems.append(
                 "data.validation is empty and data.validation_fraction is 0: nothing to select "
                 "the best checkpoint by; give sources, or a fraction such as 0.05"
+            )
+        if isinstance(self.weights, tuple) and len(self.weights) != len(self.train):
+            problems.append(
+                f"data.weights has {len(self.weights)} numbers and data.train {len(self.train)} "
+                "entries: give one for each of them"
             )
         for other in ("validation", "test"):
             problems += [

@@ -2,11 +2,18 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from hafrm.data.groups import Comparison, Group, Message, num_comparisons
-from hafrm.data.mixing import check_leakage, mix, normalised_key, split_by_prompt
+from hafrm.data.mixing import (
+    check_leakage,
+    mix,
+    normalised_key,
+    split_by_prompt,
+    uniform_weights,
+)
 from hafrm.errors import ConfigError, DataError
 
 
@@ -135,3 +142,23 @@ def test_wrong_mixing_options_are_errors() -> None:
             mix([GROUPS, GROUPS], weights=weights, seed=0)
     with pytest.raises(ConfigError, match="cap"):
         mix([GROUPS], cap=0, seed=0)
+
+
+def test_uniform_weights_give_every_set_the_same_say_and_a_mean_of_one() -> None:
+    """Of 6 and 2 comparisons: 8 / 2 sets = 4 for each, so 4/6 and 4/2."""
+    sets = [[group("a", 4), group("b", 2)], [group("c", 2)]]
+    assert uniform_weights(sets) == pytest.approx([4 / 6, 2.0])
+    mixed = mix(sets, weights=uniform_weights(sets))
+    totals = Counter(
+        {g.id: sum(pair.weight / 2.0 for pair in g.comparisons) for g in mixed}
+    )  # the pairs came with a weight of 2
+    assert totals["id-a"] + totals["id-b"] == pytest.approx(totals["id-c"])
+    assert totals.total() == pytest.approx(8)
+
+
+def test_uniform_weights_know_the_cap_and_count_no_ties_and_no_empty_set() -> None:
+    """Capped at 3 the sets have 3 and 2; a set of ties has no say, and gets the weight of nobody."""
+    tied = replace(group("d"), comparisons=(Comparison(0, 1, tie=True),))
+    sets = [[group("a", 4), group("b", 2)], [group("c", 2)], [tied]]
+    assert uniform_weights(sets, cap=3) == pytest.approx([2.5 / 3, 2.5 / 2, 1.0])
+    assert uniform_weights([[]]) == [1.0]

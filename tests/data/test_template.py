@@ -5,9 +5,18 @@ from datetime import date
 import pytest
 from transformers import ByT5Tokenizer
 
-from hafrm.data.template import FROZEN_DATE, close_template, freeze_date, render
+from hafrm.data.encoding import Encoder
+from hafrm.data.groups import Group, Message
+from hafrm.data.template import (
+    FROZEN_DATE,
+    PAPER_TEMPLATES,
+    close_template,
+    freeze_date,
+    read_template,
+    render,
+)
 from hafrm.data.tokenizer import choose_pad, prepare
-from hafrm.errors import ModelError
+from hafrm.errors import ConfigError, ModelError
 from tokenizers_for_tests import (
     CHATML,
     GEMMA_LIKE,
@@ -214,3 +223,39 @@ def test_a_tokenizer_that_splits_special_tokens_or_pads_is_cured_of_it() -> None
     assert len(ids) == 4
     assert ids[1::2] == own.convert_tokens_to_ids(["<|im_end|>", "<|sep|>"])
     assert own("a<|im_end|>b<|sep|>").input_ids == ids
+
+
+# -- the paper's templates -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("paper-phi-2", "Instruct: How?\nOutput: So.<|im_end|>"),
+        ("paper-mistral", "[INST] How? [/INST]So.<|im_end|>"),
+    ],
+)
+def test_the_papers_templates_write_what_its_code_trains_on(name: str, text: str) -> None:
+    """The text of its collator for a question and an answer, with the EOS and without a BOS."""
+    encoder = Encoder(chat_tokenizer(read_template(name)))
+    assert encoder.render([Message("user", "How?")], "So.") == text
+    assert encoder.template == PAPER_TEMPLATES[name]  # it ends at the EOS as it is
+
+
+@pytest.mark.parametrize("name", PAPER_TEMPLATES)
+def test_under_the_papers_templates_no_response_merges_with_its_prompt(name: str) -> None:
+    encoder = Encoder(chat_tokenizer(read_template(name)))
+    talk = (Message("user", "a b"), Message("assistant", "c"), Message("user", "d e"))
+    groups = [Group("g", talk, ("f g", "h")), Group("h", talk[:1], ("so it is", "no"))]
+    encoded, report = encoder.encode(groups)
+    assert report.seam_merges == 0
+    assert all(ids[-1] == encoder.eos_id for group in encoded for ids in group.response_ids)
+
+
+def test_a_template_may_come_from_a_file_and_an_unknown_one_tells_the_known(tmp_path) -> None:
+    (tmp_path / "own.jinja").write_text(CHATML)
+    assert read_template(str(tmp_path / "own.jinja")) == CHATML
+    with pytest.raises(
+        ConfigError, match=r"'phi-2', which is neither paper-phi-2 nor paper-mistral"
+    ):
+        read_template("phi-2")

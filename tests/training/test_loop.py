@@ -306,6 +306,10 @@ def test_provenance_and_metrics_say_what_was_run(tmp_path):
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [3, 6]
     assert {"loss", "reward_loss", "policy_loss", "grad_norm", "learning_rate"} <= records[0].keys()
+    for record in records:
+        for name in ("accuracy", "implicit_accuracy"):
+            assert record[f"{name}_low"] <= record[name] <= record[f"{name}_high"]
+            assert record[f"{name}_low"] < record[f"{name}_high"]
 
 
 def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):

@@ -7,14 +7,13 @@ read, written or printed here. Lengths are in words, split at white space, until
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, is_dataclass
-from math import ceil, sqrt
+from math import ceil
 from typing import Any, Protocol, runtime_checkable
 
 from hafrm.data.groups import Comparison, Group
 from hafrm.data.mixing import normalised_key
 from hafrm.data.readers import Reading
-
-_Z95 = 1.959964  # two-sided 95 % point of the normal distribution
+from hafrm.intervals import wilson
 
 
 @runtime_checkable
@@ -81,6 +80,8 @@ class Description:
 
     num_rows: int
     bad_rows: dict[str, int]
+    left_out: dict[str, int]
+    """Rows of named sets that these do not use, by reason."""
     num_repeated: int
     unread_columns: tuple[str, ...]
     num_groups: int
@@ -128,6 +129,7 @@ def describe(
     return Description(
         num_rows=reading.num_rows,
         bad_rows=dict(Counter(row.reason for row in reading.bad).most_common()),
+        left_out=reading.left_out,
         num_repeated=reading.num_repeated,
         unread_columns=reading.unread_columns,
         num_groups=len(groups),
@@ -214,15 +216,6 @@ def _lengths(values: Iterable[int]) -> Lengths:
 def _length_bias(sides: Sequence[tuple[int, int]]) -> LengthBias:
     longer = sum(chosen > rejected for chosen, rejected in sides)
     shorter = sum(chosen < rejected for chosen, rejected in sides)
-    share, low, high = _wilson(longer, len(sides))
+    share = longer / len(sides) if sides else 0.0
+    low, high = wilson(share, len(sides))
     return LengthBias(longer, shorter, len(sides) - longer - shorter, share, low, high)
-
-
-def _wilson(hits: int, total: int) -> tuple[float, float, float]:
-    """(share, low, high): Wilson's score interval, 95 % (Wilson 1927); all unknown is [0, 1]."""
-    if not total:
-        return 0.0, 0.0, 1.0
-    share, z2 = hits / total, _Z95**2
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = sqrt(share * (1 - share) / total + z2 / (4 * total**2)) * _Z95 / (1 + z2 / total)
-    return share, max(0.0, middle - half), min(1.0, middle + half)

@@ -45,6 +45,12 @@ def split_by_prompt(
     return rest, held_out
 
 
+def without_prompts(groups: Sequence[Group], held: Sequence[Group]) -> list[Group]:
+    """The groups whose prompts are not among those of `held`, in their order."""
+    keys = {normalised_key(group.prompt) for group in held}
+    return [group for group in groups if normalised_key(group.prompt) not in keys]
+
+
 def check_leakage(
     train: Sequence[Group], test: Sequence[Group], *, names: tuple[str, str] = ("train", "test")
 ) -> None:
@@ -63,7 +69,8 @@ def check_leakage(
     )
     raise DataError(
         f"{len(shared):,} of {total:,} prompts of {names[1]} are in {names[0]} too, such as\n"
-        f"{examples}\nTake them out of one of the two, or split one set by prompt."
+        f"{examples}\nTake them out of one of the two, split one set by prompt, or leave them out of "
+        "training with data.shared_prompts=drop."
     )
 
 
@@ -91,6 +98,17 @@ def mix(
         kept = list(groups) if cap is None else _cap(groups, cap, seed)
         mixed += [_weigh(group, factor) for group in kept]
     return mixed
+
+
+def uniform_weights(sets: Sequence[Sequence[Group]], cap: int | None = None) -> list[float]:
+    """The weights with which every set counts as much as any other; 1 on average over comparisons.
+
+    `cap` is that of `mix`. Ties, which are not trained on, do not count.
+    """
+    sizes = [sum(not c.tie for group in groups for c in group.comparisons) for groups in sets]
+    sizes = [size if cap is None else min(size, cap) for size in sizes]
+    share = sum(sizes) / max(1, sum(size > 0 for size in sizes))
+    return [share / size if size else 1.0 for size in sizes]
 
 
 def _uniform(key: str, seed: int) -> float:

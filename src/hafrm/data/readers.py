@@ -14,7 +14,7 @@ from pathlib import Path
 from hafrm.data.groups import Comparison, Group, Message
 from hafrm.data.mixing import normalised_key
 from hafrm.data.rows import COLUMNS, SHAPES, ParsedRow, parse_row
-from hafrm.data.sources import Rows, Source, iter_rows, parse_source
+from hafrm.data.sources import Rows, Source, iter_rows, parse_sources
 from hafrm.data.values import MAX_CHARS, Refusal, show
 from hafrm.errors import ConfigError, DataError
 
@@ -44,6 +44,10 @@ class Reading:
     """Comparisons left out of good rows because an earlier row of the same group made them."""
     unread_columns: tuple[str, ...] = ()
     """Columns that no shape understands."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows of named sets that these do not use, by reason; they are not among `num_rows`."""
+    num_groups: tuple[int, ...] = ()
+    """Of each source in its order (a group of sets counts as its members); together all `groups`."""
 
 
 def read(
@@ -56,11 +60,12 @@ def read(
 ) -> Reading:
     """All groups of all sources, in the order in which their prompts first appear.
 
-    Sources are paths, "hub:name[:config]:split" strings and lists of rows; `parse_source` tells how
-    "#split=train" picks rows of one. A group's id is its first row's, else "<source name>-<row>";
+    Sources are paths, "hub:name[:config]:split", "set:name" and lists of rows; `parse_sources` tells
+    how "#split=train" picks rows of one. A group's id is its first row's, else "<source name>-<row>";
     its tags are those on which its rows agree.
-    A row that only repeats earlier rows is bad ("duplicate"); the opposite order of a pair is not:
-    it is disagreement, and kept. Several judges' equal votes belong into `votes` or `weight`.
+    A row that only repeats earlier rows is bad ("duplicate"), but left out of a named set, whose
+    repetitions are not the reader's; the opposite order of a pair is disagreement, and kept. Several
+    judges' equal votes belong into `votes` or `weight`.
 
     Raises `DataError` when a source cannot be read, has no usable row or more than
     `max_bad_fraction` bad ones, and when rows of one prompt disagree about their `split`.
@@ -70,7 +75,7 @@ def read(
         raise ConfigError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
     tallies = [_Tally(source) for source in _distinct_names(sources)]
     for tally in tallies:
-        for number, row in iter_rows(tally.source):
+        for number, row in iter_rows(tally.source, tally.left_out):
             known = row if isinstance(row, Refusal) else _parse(row, need_comparisons, max_chars)
             tally.count(number, row, known)
     bad = tuple(row for tally in tallies for row in tally.bad)
@@ -80,7 +85,8 @@ def read(
         bad_rows_file.write_text("".join(lines), encoding="utf-8")
     for tally in tallies:
         _check_tally(tally, max_bad_fraction, bad_rows_file)
-    groups = tuple(group for tally in tallies for group in tally.groups())
+    parts = [tally.groups() for tally in tallies]
+    groups = tuple(group for part in parts for group in part)
     _check_splits(groups)
     return Reading(
         groups,
@@ -88,6 +94,8 @@ def read(
         num_rows=sum(tally.num_rows for tally in tallies),
         num_repeated=sum(tally.num_repeated for tally in tallies),
         unread_columns=tuple(sorted({c for tally in tallies for c in tally.columns} - COLUMNS)),
+        left_out=dict(sum((tally.left_out for tally in tallies), Counter())),
+        num_groups=tuple(map(len, parts)),
     )
 
 
@@ -103,16 +111,19 @@ def _distinct_names(given: Sequence[str | Path | Rows]) -> list[Source]:
         raise DataError("no sources are given; name a file, a hub data set or a list of rows")
     sources: list[Source] = []
     names: dict[str, str] = {}  # name -> location
-    texts = [str(item) for item in given if isinstance(item, str | Path)]
     for index, item in enumerate(given):
-        if isinstance(item, str | Path) and texts.count(str(item)) > 1:
-            raise DataError(f"{item} is given twice")
-        source = parse_source(item)
-        place = source.location if source.rows is None else f"list {index}"
-        name, copy = source.name, 2
-        while names.setdefault(name, place) != place:
-            name, copy = f"{source.name}~{copy}", copy + 1
-        sources.append(replace(source, name=name))
+        for source in parse_sources(item):
+            if source.rows is None and any(
+                (source.location, source.where, source.limit)
+                == (other.location, other.where, other.limit)
+                for other in sources
+            ):
+                raise DataError(f"{item} is given twice")
+            place = source.location if source.rows is None else f"list {index}"
+            name, copy = source.name, 2
+            while names.setdefault(name, place) != place:
+                name, copy = f"{source.name}~{copy}", copy + 1
+            sources.append(replace(source, name=name))
     return sources
 
 
@@ -154,6 +165,7 @@ class _Tally:
     num_repeated: int = 0
     bad: list[BadRow] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)
     drafts: dict[tuple[object, ...], _Draft] = field(default_factory=dict)
 
     def count(self, number: int, row: object, parsed: ParsedRow | Refusal) -> None:
@@ -162,7 +174,10 @@ class _Tally:
         if isinstance(row, Mapping):
             self.columns.update(map(str, row))
         outcome = parsed if isinstance(parsed, Refusal) else self._add(number, parsed)
-        if isinstance(outcome, Refusal):
+        if self.source.named and isinstance(outcome, Refusal) and outcome.reason == "duplicate":
+            self.num_rows -= 1
+            self.left_out["repeats an earlier row"] += 1
+        elif isinstance(outcome, Refusal):
             self.bad.append(BadRow(self.source.location, number, *outcome))
         else:
             self.num_repeated += outcome
@@ -194,9 +209,16 @@ def _check_tally(tally: _Tally, max_bad_fraction: float, bad_rows_file: Path | N
     place, num_bad = tally.source.location, len(tally.bad)
     if not tally.num_rows:
         wanted = "&".join(f"{tag}={value}" for tag, value in tally.source.where.items())
-        raise DataError(f"{place} has no row with {wanted}" if wanted else f"{place} has no rows")
+        unused = ", ".join(f"{reason}: {n:,}" for reason, n in tally.left_out.items())
+        why = f"; left out are {unused}" if unused else ""
+        raise DataError(f"{place} has no row{f' with {wanted}' if wanted else 's'}{why}")
     reasons = Counter(row.reason for row in tally.bad)
     if reasons["missing column"] == tally.num_rows:
+        if tally.source.named is not None:
+            raise DataError(
+                f"{place} is not in the published form of {tally.source.named.name} "
+                f"({tally.bad[0].detail}), which has columns {', '.join(tally.source.named.columns)}"
+            )
         shapes = "".join(f"\n  {shape}" for shape in SHAPES)
         raise DataError(
             f"{place} has no usable columns: found {str(sorted(tally.columns))[:300]} "

@@ -1,42 +1,25 @@
-"""Where rows come from: files, hub data sets and lists, as numbered raw rows.
+"""Where rows come from: files, hub data sets, named sets and lists, as numbered raw rows.
 
-Nothing here knows what a row means. A line that cannot be decoded becomes a `Refusal` in its place,
-so that it is counted; a file that cannot be read at all is a `DataError`. Row numbers start at 0 and
-are line numbers for JSON lines, record numbers (without the header) otherwise. pyarrow and datasets
-are imported only when a source needs them.
+A source is written as one line of text, which says where it lies and which of its rows are wanted.
+Nothing here knows what a row means; how files and hub data sets are read is in `files` and `hub`, what
+named sets are in `catalogue` and `named`.
 """
 
-import csv
-import gzip
-import io
-import json
-import lzma
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hafrm.data.catalogue import NamedSet, members, named_set
+from hafrm.data.files import Numbered, find_files, read_file, stem
+from hafrm.data.hub import parse_hub, read_hub
+from hafrm.data.named import check_part, read_set
 from hafrm.data.rows import TAGS
-from hafrm.data.values import Refusal, show
 from hafrm.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]
-Numbered = Iterator[tuple[int, object]]
-
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-_HUB = re.compile(
-    r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
-    r":(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)"
-)
-_TEXT_CELLS = frozenset({"prompt", "chosen", "rejected", "response"})
-_NUMBER_CELLS = frozenset({"margin", "weight"})
-_JSON_CELLS = frozenset(
-    {"context", "responses", "completions", "ranks", "ranking", "scores", "ratings", "votes"}
-)
-_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,38 +33,77 @@ class Source:
     where: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
     rows: Rows | None = None
+    named: NamedSet | None = None
+    """The published set whose form the rows have."""
+    path: str | None = None
+    """The file or folder on this machine, where it is one."""
 
 
 def parse_source(given: str | Path | Rows) -> Source:
-    """The source that a path, a "hub:name[@revision][:config]:split" or a list of rows stands for.
+    """The one source that a path, a hub name, a named set or a list of rows stands for.
 
-    A "#" picks rows: "pairs.jsonl.gz#split=train" those whose column `split` (or another tag) has
-    that value, "#limit=1000" the first of them, "#split=train&limit=1000" both.
+    Raises `DataError` for a group of sets, and as `parse_sources` does.
+    """
+    sources = parse_sources(given)
+    if len(sources) > 1:
+        names = ", ".join(source.name for source in sources)
+        raise DataError(f"{given} stands for several sets ({names}); name one of them")
+    return sources[0]
+
+
+def parse_sources(given: str | Path | Rows) -> list[Source]:
+    """The sources that one entry stands for: one, or the members of a group of named sets.
+
+    An entry is a path, "hub:name[@revision][:config]:split", "set:name" (from the hub) or
+    "set:name=path" (a published set from a file or folder), or a list of rows. A "#" picks rows:
+    "pairs.jsonl.gz#split=train" those whose column `split` (or another tag) has that value,
+    "#limit=1000" the first of them, "#split=train&limit=1000" both.
     """
     if not isinstance(given, str | Path):
-        return Source("memory", "memory", rows=given)
+        return [Source("memory", "memory", rows=given)]
     location, mark, selection = str(given).rpartition("#")
-    if not mark or (not str(given).startswith("hub:") and Path(given).exists()):
+    remote = str(given).startswith(("hub:", "set:"))
+    if not mark or (not remote and Path(given).exists()):
         location, selection = str(given), ""  # "#" may be part of a file's name
     where, limit = _parse_selection(selection, str(given))
+    if location.startswith("set:"):
+        return _named_sources(location, where, limit)
     if not location.startswith("hub:"):
-        name = Path(location).name
-        while Path(name).suffix.lower() in {*_OPENERS, *_READERS}:
-            name = Path(name).stem
-        return Source(location, name, where, limit)
-    hub = _HUB.fullmatch(location)
-    if hub is None:
-        raise DataError(f"{location!r} is not of the form hub:name[@revision][:config]:split")
-    name = hub["name"].rstrip("/").rpartition("/")[2]
-    return Source(location, f"{name}-{hub['config']}" if hub["config"] else name, where, limit)
+        return [Source(location, stem(Path(location)), where, limit, path=location)]
+    hub = parse_hub(location)
+    name = hub.name.rstrip("/").rpartition("/")[2]
+    return [Source(location, f"{name}-{hub.config}" if hub.config else name, where, limit)]
 
 
-def iter_rows(source: Source) -> Numbered:
+def _named_sources(location: str, where: dict[str, str], limit: int | None) -> list[Source]:
+    name, equals, path = location.removeprefix("set:").partition("=")
+    if equals and not path:
+        raise DataError(f"{location!r} names no file; write set:{name}=path, or set:{name} alone")
+    sources = []
+    for member, place in members(name, str(Path(path).expanduser()) if equals else None):
+        named = named_set(member)
+        check_part(named, place, where.get("split"))
+        shown = f"set:{member}" if place is None else f"set:{member}={place}"
+        sources.append(Source(shown, member, where, limit, named=named, path=place))
+    return sources
+
+
+def local_files(entry: str) -> list[Path]:
+    """The files on this machine that an entry reads, or may read: all of a folder."""
+    paths = [Path(source.path) for source in parse_sources(entry) if source.path is not None]
+    return [
+        file for path in paths for file in (find_files(path, ["*"]) if path.is_dir() else [path])
+    ]
+
+
+def iter_rows(source: Source, left_out: Counter[str] | None = None) -> Numbered:
     """(row number, row or `Refusal`) for every wanted row, in order, without interpreting them.
 
+    Rows that a named set does not use are not among them; `left_out` counts those by reason.
     Raises `DataError` when the source is missing, of an unknown kind, damaged or not UTF-8.
     """
-    chosen = ((number, row) for number, row in _open_rows(source) if _wanted(row, source.where))
+    opened = _open_rows(source, Counter() if left_out is None else left_out)
+    chosen = ((number, row) for number, row in opened if _wanted(row, source.where))
     return islice(chosen, source.limit)
 
 
@@ -108,165 +130,11 @@ def _parse_selection(selection: str, given: str) -> tuple[dict[str, str], int | 
     return where, None if limit is None else int(limit)
 
 
-def _open_rows(source: Source) -> Numbered:
+def _open_rows(source: Source, left_out: Counter[str]) -> Numbered:
     if source.rows is not None:
         return enumerate(source.rows)
+    if source.named is not None:
+        return read_set(source.named, source.path, source.where.get("split"), left_out)
     if source.location.startswith("hub:"):
-        return _read_hub(source.location)
-    return _read_file(Path(source.location))
-
-
-def _read_file(path: Path) -> Numbered:
-    if not path.exists():
-        raise DataError(f"{path}: no such file; a hub data set is written hub:name[:config]:split")
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; name the files in it one by one")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in _READERS or (packed and kind == ".parquet"):
-        raise DataError(
-            f"{path}: unknown kind of file; allowed are {', '.join(_READERS)}, "
-            f"and the text ones with {' or '.join(_OPENERS)}"
-        )
-    number = -1
-    try:
-        for number, row in _READERS[kind](path, packed):
-            yield number, row
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} near row {number + 1}); save it as UTF-8"
-        ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read after row {number}: {error}") from error
-
-
-def _open_text(path: Path, packed: str, newline: str) -> io.TextIOWrapper:
-    stream = _OPENERS[packed](path, "rb") if packed else path.open("rb")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
-
-
-def _read_jsonl(path: Path, packed: str) -> Numbered:
-    with _open_text(path, packed, "\n") as lines:
-        for number, line in enumerate(lines):
-            if line.strip():
-                yield number, _decode(line)
-
-
-def _decode(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Refusal("unreadable row", f"not JSON: {error}: {show(text)}")
-
-
-def _read_json(path: Path, packed: str) -> Numbered:
-    with _open_text(path, packed, "\n") as stream:
-        text = stream.read()
-    try:
-        content = json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}; name it .jsonl if it has one object per line"
-        ) from error
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path} must hold a list of rows or {{'data': [...]}}, got {show(content)}"
-        )
-    yield from enumerate(rows)
-
-
-def _read_csv(path: Path, packed: str) -> Numbered:
-    old_limit = csv.field_size_limit(2**31 - 1)  # rows have their own limit, not csv's 128 KiB
-    try:
-        with _open_text(path, packed, "") as stream:
-            records = _read_records(csv.reader(stream, strict=True), path)
-            header = next(records, [])
-            if isinstance(header, Refusal) or len(set(header)) < len(header):
-                raise DataError(f"{path} needs a first line of distinct column names: {header}")
-            for number, cells in enumerate(records):
-                yield number, cells if isinstance(cells, Refusal) else _csv_row(header, cells)
-    finally:
-        csv.field_size_limit(old_limit)
-
-
-def _read_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str] | Refusal]:
-    last: list[str] = []
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "end of data" in str(error):  # all rows behind the open quote are in this one cell
-                raise DataError(
-                    f"{path} has a quote that never closes, after {show(last)}"
-                ) from error
-            yield Refusal("unreadable row", f"not CSV: {error}")
-        else:
-            if cells:  # not an empty line
-                last = cells
-                yield cells
-
-
-def _csv_row(header: list[str], cells: list[str]) -> object:
-    if len(cells) != len(header):
-        return Refusal("unreadable row", f"{len(cells)} cells, but the header has {len(header)}")
-    row: dict[str, object] = {}
-    for column, cell in zip(header, cells, strict=True):
-        # text columns keep an empty cell, so that it is reported as empty and not as missing
-        if cell or column in _TEXT_CELLS:
-            row[column] = _csv_value(column, cell)
-    return next((value for value in row.values() if isinstance(value, Refusal)), row)
-
-
-def _csv_value(column: str, cell: str) -> object:
-    """The cell as its column wants it: a number, JSON, or text unless it clearly is messages."""
-    if column in _NUMBER_CELLS:
-        try:
-            return float(cell)
-        except ValueError:
-            return cell
-    if column == "tie":
-        return {"true": True, "1": True, "false": False, "0": False}.get(cell.lower(), cell)
-    return _decode(cell) if column in _JSON_CELLS or _MESSAGES.match(cell) else cell
-
-
-def _read_parquet(path: Path, packed: str) -> Numbered:
-    import pyarrow as pa  # noqa: PLC0415  (0.2 s, and only for this kind of file)
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    assert not packed
-    number = 0
-    try:
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not readable as Parquet: {error}") from error
-
-
-def _read_hub(location: str) -> Numbered:
-    import datasets  # noqa: PLC0415  (1.4 s)
-
-    hub = _HUB.fullmatch(location)
-    assert hub is not None
-    try:
-        table = datasets.load_dataset(
-            hub["name"], hub["config"], split=hub["split"], revision=hub["revision"]
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(f"{location} cannot be loaded: {error}") from error
-    yield from enumerate(table)
-
-
-_READERS: dict[str, Callable[[Path, str], Numbered]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+        return read_hub(parse_hub(source.location))
+    return read_file(Path(source.location))

@@ -8,11 +8,12 @@ get; a changed template is tried on probe conversations before it is given back.
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
+from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from hafrm.errors import ModelError
+from hafrm.errors import ConfigError, ModelError
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -26,6 +27,26 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
+
+# What the paper (HAF-RM, arXiv 2407.04185) trains its two models on. Its code knows single turns only; an
+# earlier answer ends at the EOS here, as the last one does. Blanks are where PLAIN_TEMPLATE has them.
+PAPER_TEMPLATES = {
+    "paper-phi-2": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ 'Instruct: ' ~ message['content'] ~ '\\nOutput:' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' ~ message['content'] ~ eos_token }}"
+        "{% if not loop.last %}{{ '\\n' }}{% endif %}"
+        "{% else %}{{ message['content'] ~ '\\n' }}{% endif %}"
+        "{% endfor %}"
+    ),
+    "paper-mistral": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ '[INST] ' ~ message['content'] ~ ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] ~ eos_token }}"
+        "{% else %}{{ message['content'] ~ '\\n' }}{% endif %}"
+        "{% endfor %}"
+    ),
+}
 
 # Any fixed day serves; this is the one that Llama 3.1's own template falls back to.
 FROZEN_DATE = date(2024, 7, 26)
@@ -86,6 +107,19 @@ def found_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -
     first = tokenizer("a").input_ids[:1]
     adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+
+
+def read_template(given: str) -> str:
+    """The template of that name in PAPER_TEMPLATES, or in that file; raises ConfigError otherwise."""
+    if given in PAPER_TEMPLATES:
+        return PAPER_TEMPLATES[given]
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"model.chat_template is {given!r}, which is neither {' nor '.join(PAPER_TEMPLATES)} nor a "
+            f"readable file with a Jinja template: {error}"
+        ) from error
 
 
 def freeze_date(template: str) -> str:

@@ -7,7 +7,7 @@ a bad value is short and safe to print. Standard library only.
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
@@ -140,3 +140,26 @@ def as_votes(value: object) -> Votes | None:
     if any(number < 0 or number % 1 for number in numbers.values()):
         refuse("bad number", f"`votes` must be whole and not negative, got {show(value)}")
     return Votes(**{name: int(number) for name, number in numbers.items()})
+
+
+def text_of(row: Mapping[Any, Any], column: str) -> str:
+    """The text in a column that the row has."""
+    value = row[column]
+    if not isinstance(value, str):
+        refuse("not a string", f"`{column}` must be text, got {show(value)}")
+    return value
+
+
+def number_of(row: Mapping[Any, Any], column: str) -> float:
+    """The finite number in a column that the row has."""
+    return as_number(row[column], column)
+
+
+def choice_of(row: Mapping[Any, Any], column: str, allowed: Sequence[Any]) -> Any:
+    """The value of a column that the row has, which must be one of those allowed, type included."""
+    value = row[column]
+    # 1 == True, and neither stands for the other here
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
+        choices = ", ".join(map(str, allowed))
+        refuse("bad number", f"`{column}` must be one of {choices}; got {show(value)}")
+    return value

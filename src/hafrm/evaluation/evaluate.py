@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodedGroup, EncodingReport
 from hafrm.data.groups import Group, prompt_key
-from hafrm.data.readers import read
+from hafrm.data.readers import Reading, read
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.metrics import (
     Agreement,
@@ -62,6 +62,8 @@ class Evaluation:
     """"reward" or "implicit reward"."""
     sets: tuple[SetResult, ...]
     num_bad_rows: int
+    left_out: dict[str, int]
+    """Rows of named sets that these do not use, by reason."""
     encoding: EncodingReport
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class Evaluation:
             "scored_with": self.scored_with,
             "sets": [result.to_dict() for result in self.sets],
             "num_bad_rows": self.num_bad_rows,
+            "left_out": self.left_out,
             "responses_cut": report.responses_cut,
             "prompts_cut": report.prompts_cut,
             "seam_merges": report.seam_merges,
@@ -119,10 +122,7 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
     `policy` adds a policy's implicit reward; `reference` overrides the checkpoint that the policy names.
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """
-    reading = read(sources, max_bad_fraction=max_bad_fraction)
-    groups = [group for group in reading.groups if group.comparisons]
-    if not any(not c.tie for group in groups for c in group.comparisons):
-        raise DataError(f"{', '.join(map(str, sources))} hold no comparison to evaluate on")
+    reading, groups = read_comparisons(sources, max_bad_fraction)
     heads = find_heads(path)
     if policy is not None:
         heads = Heads(heads.reward, Path(policy))
@@ -145,8 +145,30 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
         scored_with="implicit reward" if rewards is None else "reward",
         sets=_measure_sets(groups, encoded, rewards, implicit),
         num_bad_rows=len(reading.bad),
+        left_out=reading.left_out,
         encoding=report,
     )
+
+
+def read_comparisons(
+    sources: Sequence[str], max_bad_fraction: float
+) -> tuple[Reading, list[Group]]:
+    """What the sources hold, and their groups that have comparisons.
+
+    Raises DataError where no comparison is decided.
+    """
+    reading = read(sources, max_bad_fraction=max_bad_fraction)
+    groups = [group for group in reading.groups if group.comparisons]
+    if not any(not c.tie for group in groups for c in group.comparisons):
+        raise DataError(f"{', '.join(map(str, sources))} hold no comparison to evaluate on")
+    return reading, groups
+
+
+def sets_of(groups: Sequence[Group]) -> dict[str, list[int]]:
+    """The indices of each source's groups, and of "all" where there are several sources."""
+    names = list(dict.fromkeys(group.source for group in groups))
+    parts = {name: [i for i, g in enumerate(groups) if g.source == name] for name in names}
+    return parts | {"all": list(range(len(groups)))} if len(parts) > 1 else parts
 
 
 def _measure_sets(
@@ -156,15 +178,10 @@ def _measure_sets(
     implicit: NDArray[np.float32] | None,
 ) -> tuple[SetResult, ...]:
     """One result for each source, and one for all when there are several."""
-    names = list(dict.fromkeys(group.source for group in groups))
-    parts = {name: [i for i, g in enumerate(groups) if g.source == name] for name in names}
-    if len(parts) > 1:
-        parts["all"] = list(range(len(groups)))
-    first = first_responses(encoded)
     results = []
-    for name, part in parts.items():
+    for name, part in sets_of(groups).items():
         main, other = (
-            None if scores is None else _comparisons(groups, encoded, part, scores, first)
+            None if scores is None else scored_comparisons(groups, encoded, part, scores)
             for scores in (rewards, implicit)
         )
         if main is None:
@@ -187,13 +204,14 @@ def _measure_sets(
     return tuple(results)
 
 
-def _comparisons(
+def scored_comparisons(
     groups: Sequence[Group],
     encoded: Sequence[EncodedGroup],
     part: Sequence[int],
     scores: NDArray[np.float32],
-    first: NDArray[np.int64],
 ) -> ScoredComparisons:
+    """The comparisons of the groups in `part` (indices) with the scores of all groups' responses."""
+    first = first_responses(encoded)
     lengths = [[len(ids) for ids in encoded[i].response_ids] for i in part]
     rows = [(k, i, c) for k, i in enumerate(part) for c in groups[i].comparisons]
     return ScoredComparisons(

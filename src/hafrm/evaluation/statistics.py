@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Num, Shaped
 from numpy.typing import NDArray
 from scipy import special
 
+from hafrm.intervals import wilson
+
 NUM_RESAMPLES = 2000
 """Enough for the 2.5 % and 97.5 % quantiles to move by less than a tenth of the interval's width."""
 
@@ -27,7 +29,7 @@ class Estimate:
     num: int
     """Items behind the value (not clusters)."""
     method: str
-    """How the interval was made: wilson, or cluster-bootstrap."""
+    """How the interval was made, such as wilson or cluster-bootstrap."""
     confidence: float = 0.95
     proportion: bool = True
     """Whether the value is a share (or a difference of shares), and so printed in per cent."""
@@ -57,23 +59,20 @@ class McNemar:
 def wilson_interval(num_correct: int, num: int, *, confidence: float = 0.95) -> Estimate:
     """Share num_correct / num of independent items with Wilson's score interval.
 
-    Unlike p +- z * se it stays inside [0, 1] and has a width at 0 and at 1. For num = 0 the value is NaN
-    and the interval is all of [0, 1].
+    For num = 0 the value is NaN and the interval is all of [0, 1].
     """
     if not 0 <= num_correct <= num:
         raise ValueError(f"num_correct must lie in 0..num, got {num_correct} of {num}")
     if num == 0:
         return Estimate(math.nan, 0.0, 1.0, 0, "wilson", confidence)
-    z = float(special.ndtri((1 + confidence) / 2))
     share = num_correct / num
-    # Wilson 1927: centre and half-width of the score interval.
-    shrink = 1 + z**2 / num
-    centre = (share + z**2 / (2 * num)) / shrink
-    half = z * math.sqrt(share * (1 - share) / num + z**2 / (4 * num**2)) / shrink
-    # The two exact ends, which rounding would miss by 1e-17.
-    low = 0.0 if num_correct == 0 else centre - half
-    high = 1.0 if num_correct == num else centre + half
+    low, high = wilson(share, num, normal_point(confidence))
     return Estimate(share, low, high, num, "wilson", confidence)
+
+
+def normal_point(confidence: float) -> float:
+    """The two-sided point of the normal distribution, such as 1.96 for 0.95."""
+    return float(special.ndtri((1 + confidence) / 2))
 
 
 def accuracy_interval(

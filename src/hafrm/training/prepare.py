@@ -4,6 +4,7 @@ Everything here happens before the first step. Nothing is trained, and the test 
 to prove that no prompt of it is trained on.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +24,16 @@ from transformers import (
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.encoding_cache import encode_cached
 from hafrm.data.groups import Group
-from hafrm.data.mixing import check_leakage, split_by_prompt
-from hafrm.data.readers import read
+from hafrm.data.mixing import (
+    check_leakage,
+    mix,
+    split_by_prompt,
+    uniform_weights,
+    without_prompts,
+)
+from hafrm.data.readers import Reading, read
+from hafrm.data.sources import parse_sources
+from hafrm.data.template import read_template
 from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
     HybridModel,
@@ -34,7 +43,7 @@ from hafrm.engine.model import (
     split_causal_lm,
 )
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.recipe import LoraSection, Recipe
+from hafrm.recipe import DataSection, LoraSection, Recipe
 from hafrm.training.methods import Method
 
 NUM_GOLDEN = 16
@@ -68,7 +77,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         too_long=data.too_long,
     )
     reading = read(data.train, max_bad_fraction=data.max_bad_fraction, bad_rows_file=bad_rows_file)
-    train: Sequence[Group] = reading.groups
+    train: Sequence[Group] = _mixed(reading, data, recipe.training.seed)
     if data.validation:
         validation: Sequence[Group] = read(
             data.validation, max_bad_fraction=data.max_bad_fraction
@@ -77,10 +86,16 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         train, validation = split_by_prompt(
             train, fraction=data.validation_fraction, seed=VALIDATION_SEED + recipe.training.seed
         )
-    if data.test:
-        test = read(data.test, max_bad_fraction=data.max_bad_fraction).groups
-        check_leakage([*train, *validation], test, names=("data.train", "data.test"))
+    test: Sequence[Group] = (
+        read(data.test, max_bad_fraction=data.max_bad_fraction).groups if data.test else ()
+    )
+    num_groups = len(train) + len(validation)
+    if data.shared_prompts == "drop":
+        validation = without_prompts(validation, test)
+        train = without_prompts(train, [*validation, *test])
+    check_leakage([*train, *validation], test, names=("data.train", "data.test"))
     check_leakage(train, validation, names=("data.train", "data.validation"))
+    num_dropped = num_groups - len(train) - len(validation)
     encoded_train, report = encode_cached(encoder, train)
     encoded_validation, _ = encode_cached(encoder, validation)
     for name, part in (("data.train", encoded_train), ("data.validation", encoded_validation)):
@@ -91,6 +106,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     counts = {
         "rows": reading.num_rows,
         "bad_rows": len(reading.bad),
+        "left_out": reading.left_out,
+        "groups_with_shared_prompts_dropped": num_dropped,
         "train_groups": len(encoded_train),
         "validation_groups": len(encoded_validation),
         "train_comparisons": sum(len(group.comparisons) for group in encoded_train),
@@ -102,8 +119,28 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     )
 
 
+def _mixed(reading: Reading, data: DataSection, seed: int) -> list[Group]:
+    """The training groups, capped and weighted set by set."""
+    ends = list(itertools.accumulate(reading.num_groups))
+    sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]
+    if data.weights == "uniform":
+        weights: list[float] | None = uniform_weights(sets, data.cap)
+    elif data.weights is None:
+        weights = None
+    else:  # the members of a group of sets share the weight of its entry
+        weights = [
+            weight
+            for entry, weight in zip(data.train, data.weights, strict=True)
+            for _ in parse_sources(entry)
+        ]
+    return mix(sets, weights=weights, cap=data.cap, seed=seed)
+
+
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The base model's tokenizer, with a pad of its own; raises ModelError when there is none."""
+    """The base model's tokenizer, with the recipe's template and a pad of its own.
+
+    Raises ModelError when there is no fast tokenizer or no pad, ConfigError for an unknown template.
+    """
     path, revision = recipe.model.path, recipe.model.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -115,6 +152,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
             f"model.path {path!r} has a slow tokenizer ({type(tokenizer).__name__}); convert it to a "
             "tokenizer.json, which every current checkpoint ships"
         )
+    if recipe.model.chat_template is not None:
+        tokenizer.chat_template = read_template(recipe.model.chat_template)
     try:
         choose_pad(tokenizer)
     except ModelError:

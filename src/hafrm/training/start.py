@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hafrm.config import dump_recipe, load_recipe
+from hafrm.data.sources import local_files
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder, fingerprint
@@ -36,9 +37,9 @@ def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
 
 def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
     """Versions, seed, digests of local data files, and what became of the rows."""
-    sources = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
-    files = {source: Path(source.partition("#")[0]) for source in sources}
-    digests = {source: fingerprint(file) for source, file in files.items() if file.is_file()}
+    entries = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
+    files = {file for entry in entries for file in local_files(entry)}
+    digests = {str(file): fingerprint(file) for file in sorted(files) if file.is_file()}
     details = {
         "counts": data.counts,
         "template_sha256": data.encoder.template_sha256,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel
+from hafrm.intervals import with_bounds
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
@@ -27,7 +28,8 @@ def validate(
 ) -> dict[str, float]:
     """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of what the method scores with.
 
-    Ties are left out. A method that trains both heads also gets `implicit_accuracy`.
+    Ties are left out. A method that trains both heads also gets `implicit_accuracy`. Accuracies come with
+    `_low` and `_high`, a 95 % interval that takes the comparisons of one prompt as one trial.
     """
     training = model.training
     model.eval()
@@ -40,13 +42,15 @@ def validate(
         implicit = _implicit(scores, references, method)
         margins["implicit"] = _margins(groups, implicit, scores.first)
     ranked = margins[method.scores_with]
+    num_prompts = sum(any(not c.tie for c in group.comparisons) for group in groups)
     result = {
-        "accuracy": float((ranked > 0).mean()),
+        **with_bounds("accuracy", float((ranked > 0).mean()), num_prompts),
         "loss": float(np.logaddexp(0.0, -ranked).mean()),
         "margin": float(ranked.mean()),
     }
     if len(margins) == 2:
-        result["implicit_accuracy"] = float((margins["implicit"] > 0).mean())
+        implicit_accuracy = float((margins["implicit"] > 0).mean())
+        result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
     return result
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hafrm.config import dump_recipe
 from hafrm.errors import ConfigError
+from hafrm.intervals import in_words, with_bounds
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder
 from hafrm.training import parallel
@@ -77,6 +78,9 @@ class Watch:
         norm = float(torch.stack([step.grad_norm for step in self._steps]).mean())
         seconds = time.perf_counter() - self._since
         values = {name: v for name, v in zip(MEASURES, means, strict=True) if v == v}  # noqa: PLR0124
+        for name in ("accuracy", "implicit_accuracy"):
+            if name in values:
+                values |= with_bounds(name, values[name], comparisons)
         values |= {
             "grad_norm": norm,
             "learning_rate": rate,
@@ -98,8 +102,7 @@ class Watch:
         self._run.append_metrics({"step": number, "kind": kind, **values})
         for tracker in self._trackers:
             tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=number)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        log.info("step %d/%d %s: %s", number, self._num_steps, kind, shown)
+        log.info("step %d/%d %s: %s", number, self._num_steps, kind, in_words(values))
 
 
 def _start_trackers(run: RunFolder, recipe: Recipe) -> list[Any]:

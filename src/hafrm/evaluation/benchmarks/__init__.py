@@ -1,0 +1,1 @@
+"""Published benchmarks of reward models: their data, their rules, their scores."""

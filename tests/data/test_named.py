@@ -1,0 +1,316 @@
+"""Named sets: from the hub or from files, part by part, filtered, kept apart by prompt, and counted."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hafrm.data.catalogue import GROUPS, SETS
+from hafrm.data.readers import Reading, read
+from hafrm.data.sources import local_files, parse_source
+from hafrm.errors import DataError
+from published_rows import PUBLISHED
+
+Rows = list[dict[str, Any]]
+
+
+def transcripts(*questions: str, turns: int = 1) -> Rows:
+    """hh rows with these questions; with more turns, the last one is the one that is judged."""
+    before = [
+        f"\n\nHuman: {q}" + "\n\nAssistant: oh?\n\nHuman: yes" * (turns - 1) for q in questions
+    ]
+    return [
+        {"chosen": f"{text}\n\nAssistant: good", "rejected": f"{text}\n\nAssistant: bad"}
+        for text in before
+    ]
+
+
+def alpaca(num: int, *, start: int = 0) -> Rows:
+    return [PUBLISHED["alpaca-human"] | {"instruction": f"task {start + i}"} for i in range(num)]
+
+
+def battles(num: int, **changes: Any) -> Rows:
+    rows = []
+    for i in range(num):
+        talk = [
+            [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": a}]
+            for a in "xy"
+        ]
+        row = PUBLISHED["chatbot-arena"] | {"conversation_a": talk[0], "conversation_b": talk[1]}
+        rows.append(row | changes)
+    return rows
+
+
+def write(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
+    fake = ModuleType("datasets")
+    monkeypatch.setattr(fake, "load_dataset", load, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+
+def questions(reading: Reading) -> list[str]:
+    return [group.prompt[0].content for group in reading.groups]
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def test_a_file_of_one_part_is_read_in_the_published_form_and_named_after_the_set(tmp_path: Path):
+    rows = transcripts("a", "b") + transcripts("c", turns=2)
+    file = write(tmp_path / "train.jsonl", rows)
+    reading = read([f"set:hh-helpful={file}"])
+    assert [group.source for group in reading.groups] == ["hh-helpful", "hh-helpful"]
+    assert [group.id for group in reading.groups] == ["hh-helpful-0", "hh-helpful-1"]
+    assert reading.left_out == {"more than one turn": 1}
+    assert reading.num_rows == 2
+    assert reading.num_groups == (2,)
+
+
+def test_the_limit_counts_rows_that_are_used_and_bad_rows_keep_their_line(tmp_path: Path):
+    rows = transcripts("a", turns=2) + transcripts("b", "c", "d")
+    rows[2]["chosen"] = rows[2]["rejected"]
+    file = write(tmp_path / "train.jsonl", rows)
+    reading = read([f"set:hh-helpful={file}#limit=2"], max_bad_fraction=0.5)
+    assert questions(reading) == ["b"]
+    assert [(bad.row, bad.reason) for bad in reading.bad] == [(2, "chosen equals rejected")]
+
+
+def test_a_folder_is_a_copy_of_the_repository_and_no_part_leaks_into_a_later_one(tmp_path: Path):
+    write(tmp_path / "harmless-base/train.jsonl", transcripts("a", "b", "c"))
+    write(tmp_path / "harmless-base/test.jsonl", transcripts("B ", "z"))
+    write(tmp_path / "helpful-base/train.jsonl", transcripts("not this"))
+    train = read([f"set:hh-harmless={tmp_path}#split=train"])
+    assert questions(train) == ["a", "c"]  # "b" is asked in the test part, in other case
+    assert train.left_out == {"prompt is in a held-out part": 1}
+    test = read([f"set:hh-harmless={tmp_path}#split=test"])
+    assert questions(test) == ["B", "z"]
+    assert {group.tags["split"] for group in test.groups} == {"test"}
+    assert questions(read([f"set:hh-harmless={tmp_path}/harmless-base#split=test"])) == ["B", "z"]
+
+
+def test_all_files_that_an_entry_may_read_are_known_for_their_digests(tmp_path: Path):
+    train = write(tmp_path / "hh/harmless-base/train.jsonl", transcripts("a"))
+    test = write(tmp_path / "hh/harmless-base/test.jsonl", transcripts("b"))
+    assert local_files(f"set:hh-harmless={tmp_path / 'hh'}#split=train") == [test, train]
+    assert local_files(f"set:hh-harmless={train}") == [train]
+    assert local_files(f"{train}#limit=3") == [train]
+    assert local_files("set:hh-harmless#split=train") == local_files("hub:org/pairs:train") == []
+
+
+def test_alpacas_first_tenth_is_the_test_part_as_in_the_paper(tmp_path: Path):
+    """25 rows: int(0.1 * 25) = 2 test rows. Row 20 repeats the prompt of row 1 and is left out."""
+    rows = alpaca(25)
+    rows[20] = rows[1] | {"output_2": "another worse one"}
+    file = write(tmp_path / "alpaca_human_preference.jsonl", rows)
+    test = read([f"set:alpaca-human={file}#split=test"])
+    train = read([f"set:alpaca-human={file}#split=train"])
+    assert questions(test) == ["task 0\n1, 2", "task 1\n1, 2"]
+    assert len(train.groups) == 22
+    assert train.left_out == {"prompt is in a held-out part": 1}
+    assert not set(questions(train)) & set(questions(test))
+
+
+def test_the_arena_is_split_after_its_filter(tmp_path: Path):
+    """Of 60 battles 20 are ties; the first int(0.05 * 40) = 2 of the others are the test part."""
+    rows = battles(60)
+    for row in rows[:20]:
+        row["winner"] = "tie"
+    folder = tmp_path / "arena"
+    write(folder / "data/train-00000-of-00001.jsonl", rows)
+    test = read([f"set:chatbot-arena={folder}#split=test"])
+    assert questions(test) == ["q 20", "q 21"]
+    assert test.left_out == {"tie": 20}
+    assert len(read([f"set:chatbot-arena={folder}#split=train"]).groups) == 38
+
+
+def test_the_papers_sizes_follow_from_its_totals(tmp_path: Path):
+    """9,691 Alpaca rows give 8,722 to train on, 20,490 battles with a winner give 19,466 (facts: §3)."""
+    for name, rows, train in (("alpaca-human", 9691, 8722), ("chatbot-arena", 20_490, 19_466)):
+        assert rows - int(SETS[name].test_share * rows) == train
+
+
+def test_helpsteer2_is_split_by_its_own_column(tmp_path: Path):
+    row = PUBLISHED["helpsteer2"]
+    rows = [row | {"prompt": "a"}, row | {"prompt": "b", "split": "val"}]
+    write(tmp_path / "preference/preference.jsonl", rows)
+    write(tmp_path / "train.jsonl", [{"prompt": "ratings", "response": "of another kind"}])
+    assert questions(read([f"set:helpsteer2={tmp_path}#split=train"])) == ["a"]
+    assert questions(read([f"set:helpsteer2={tmp_path}#split=validation"])) == ["b"]
+
+
+def test_repetitions_of_a_published_set_are_left_out_and_are_no_bad_rows(tmp_path: Path):
+    row = PUBLISHED["pandalm"]
+    rows = [row, row | {"idx": 1}, row | {"response1": ""}]
+    file = tmp_path / "testset-v1.json"
+    file.write_text(json.dumps(rows))
+    reading = read([f"set:pandalm={file}"])
+    assert (len(reading.groups), reading.bad, reading.num_rows) == (1, (), 1)
+    assert reading.left_out == {"empty response": 1, "repeats an earlier row": 1}
+    assert {group.tags["split"] for group in reading.groups} == {"test"}
+
+
+def test_tags_pick_rows_of_a_named_set(tmp_path: Path):
+    row = PUBLISHED["shp"]
+    rows = [row, row | {"history": "why?", "domain": "askphysics"}]
+    file = write(tmp_path / "test.jsonl", rows)
+    assert questions(read([f"set:shp={file}#subset=askphysics"])) == ["why?"]
+    with pytest.raises(DataError, match="has no row with subset=cooking"):
+        read([f"set:shp={file}#subset=cooking"])
+
+
+# -- groups of sets --------------------------------------------------------------------------
+
+
+def test_the_papers_groups_hold_its_five_sets() -> None:
+    assert sorted(name for group in GROUPS.values() for name in group) == sorted([*SETS][:5])
+
+
+def test_a_group_is_read_from_a_folder_with_a_file_or_folder_for_each_member(tmp_path: Path):
+    write(tmp_path / "hh-harmless.jsonl", transcripts("a"))
+    write(tmp_path / "beaver-safe/train.jsonl", [PUBLISHED["beaver-safe"]])
+    reading = read([f"set:safety={tmp_path}#split=train"])
+    assert [group.source for group in reading.groups] == ["beaver-safe", "hh-harmless"]
+    assert reading.num_groups == (1, 1)
+    with pytest.raises(DataError, match=r"no file or folder called .*chatbot-arena"):
+        read([f"set:chat={tmp_path}#split=train"])
+    with pytest.raises(DataError, match="is no folder; set:chat needs one with alpaca-human"):
+        read([f"set:chat={tmp_path / 'hh-harmless.jsonl'}#split=train"])
+
+
+def test_a_member_beside_its_group_is_the_same_set_twice(tmp_path: Path):
+    write(tmp_path / "hh-harmless.jsonl", transcripts("a"))
+    write(tmp_path / "beaver-safe/train.jsonl", [PUBLISHED["beaver-safe"]])
+    member = f"set:hh-harmless={tmp_path / 'hh-harmless.jsonl'}#split=train"
+    with pytest.raises(DataError, match="given twice"):
+        read([f"set:safety={tmp_path}#split=train", member])
+    with pytest.raises(DataError, match=r"several sets \(beaver-safe, hh-harmless\)"):
+        parse_source(f"set:safety={tmp_path}#split=train")
+
+
+# -- the hub ---------------------------------------------------------------------------------
+
+
+def test_parts_come_from_the_hub_and_the_later_ones_are_kept_apart(monkeypatch) -> None:
+    calls = []
+
+    def load(name: str, config: str | None, *, split: str, revision: object, data_dir: str) -> Rows:
+        calls.append((name, config, split, data_dir))
+        return transcripts("a", "b") if split == "train" else transcripts("b")
+
+    fake_hub(monkeypatch, load)
+    reading = read(["set:hh-harmless#split=train"])
+    assert questions(reading) == ["a"]
+    assert calls == [
+        ("Anthropic/hh-rlhf", None, part, "harmless-base") for part in ("train", "test")
+    ]
+    calls.clear()
+    read(["set:hh-helpful#split=test"])
+    assert calls == [("Anthropic/hh-rlhf", None, "test", "helpful-base")]
+
+
+def test_sets_that_a_script_used_to_load_are_read_as_the_files_they_are(monkeypatch) -> None:
+    """`datasets` runs no scripts any more: webgpt is read from the hub's own Parquet copy."""
+    calls = []
+
+    def load(builder: str, *, data_files: str, split: str) -> Rows:
+        calls.append((builder, data_files, split))
+        return [PUBLISHED["webgpt"]] if builder == "parquet" else alpaca(10)
+
+    fake_hub(monkeypatch, load)
+    assert len(read(["set:webgpt"]).groups) == 1
+    assert len(read(["set:alpaca-human#split=train"]).groups) == 9
+    webgpt = "hf://datasets/openai/webgpt_comparisons@refs/convert/parquet/default/train/*.parquet"
+    farm = "hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json"
+    assert calls == [("parquet", webgpt, "train"), ("json", farm, "train")]
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if SETS[name].hub])
+def test_every_set_on_the_hub_can_be_asked_for_each_of_its_parts(monkeypatch, name: str) -> None:
+    """Thirty rows with prompts of their own stand for whatever the hub would send."""
+
+    def load(*_: object, **options: object) -> Rows:
+        kind = {"helpsteer2": {"split": "val"}}.get(name, {})
+        half = [renamed(name, f"{options.get('split')} {i}", **kind) for i in range(15)]
+        return half + [renamed(name, f"{options.get('split')} {i + 15}") for i in range(15)]
+
+    fake_hub(monkeypatch, load)
+    for part in SETS[name].parts:
+        reading = read([f"set:{name}#split={part}"])
+        assert reading.groups
+        assert {group.tags["split"] for group in reading.groups} == {part}
+
+
+def renamed(name: str, question: str, **changes: Any) -> dict[str, Any]:
+    """The published row of a set with another question."""
+    known = ("How do I pick a lock?", "What is two plus two?", "Add them.")
+    text = json.dumps(PUBLISHED[name])
+    for old in known:
+        text = text.replace(old, question)
+    return json.loads(text) | changes
+
+
+def test_a_script_on_the_hub_is_a_clear_error(monkeypatch) -> None:
+    def load(*args: object, **options: object) -> Rows:
+        raise RuntimeError("Dataset scripts are no longer supported, but found pairs.py")
+
+    fake_hub(monkeypatch, load)
+    with pytest.raises(DataError, match="hub:org/pairs:train cannot be loaded: Dataset scripts"):
+        read(["hub:org/pairs:train"])
+
+
+# -- what is wrong with it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("set:hh-helpfull#split=test", "unknown set 'hh-helpfull'; did you mean set:hh-helpful"),
+        ("set:chats#split=test", "did you mean set:chat"),
+        ("set:zzz", "unknown set 'zzz'; known are hh-harmless, .*groups of sets are safety, chat"),
+        ("set:hh-helpful", "several parts; write '#split=train' or '#split=test'"),
+        ("set:chat", "set:alpaca-human has several parts"),
+        (
+            "set:helpsteer3#split=test",
+            "no part 'test'; write '#split=train' or '#split=validation'",
+        ),
+        (
+            "set:pandalm",
+            r"not on the hub; get it from github.com/WeOpenML.* write set:pandalm=path",
+        ),
+        ("set:hh-helpful=", "names no file"),
+        ("set:hh-helpful=missing.jsonl#split=test", "missing.jsonl: no such file"),
+    ],
+)
+def test_a_wrong_name_tells_the_right_ones(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read([source])
+
+
+def test_a_set_without_test_rows_says_so(tmp_path: Path) -> None:
+    """Five rows have no first tenth, and a folder may lack a part."""
+    file = write(tmp_path / "few/rows.jsonl", alpaca(5))
+    with pytest.raises(DataError, match="has no row with split=test"):
+        read([f"set:alpaca-human={file}#split=test"])
+    folder = write(tmp_path / "hh/train.jsonl", transcripts("a")).parent
+    with pytest.raises(DataError, match="no file called like test in it"):
+        read([f"set:hh-helpful={folder}#split=test"])
+    many = write(tmp_path / "many.jsonl", transcripts("a", turns=2))
+    with pytest.raises(DataError, match="has no rows; left out are more than one turn: 1"):
+        read([f"set:hh-helpful={many}"])
+
+
+def test_a_file_of_another_form_names_the_columns_of_the_published_one(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(
+        DataError, match=r"not in the published form of shp .*columns history, human_r"
+    ):
+        read([f"set:shp={file}"])
