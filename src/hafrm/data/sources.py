@@ -85,6 +85,12 @@ def iter_rows(source: Source) -> Numbered:
     return islice(chosen, source.limit)
 
 
+def is_known_kind(path: Path) -> bool:
+    """Whether the name is one of a file that rows can be read from."""
+    *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
+    return last in _READERS or (last in _OPENERS and before in _READERS and before != ".parquet")
+
+
 def _wanted(row: object, where: dict[str, str]) -> bool:
     # what is no row at all has no tags, and must be counted rather than skipped
     if not where or not isinstance(row, Mapping):
