@@ -18,7 +18,7 @@ FLOORS = (
     {"scoring"},
     {"training"},
     {"evaluation"},
-    {"demo", "tables"},
+    {"demo", "tables", "terminal"},
     {"cli", "__main__", "__init__"},
 )
 """From the ground up: a room imports from its own floor or from floors below."""

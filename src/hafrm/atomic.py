@@ -13,9 +13,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hafrm.errors import CheckpointError
 
@@ -26,19 +26,28 @@ HASHED_BYTES = 16 * 2**20
 """Files up to this size are hashed; hashing tens of gigabytes of weights would stall a resume."""
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when the block ends without an error.
+
+    After any kill `path` is the old file or the new one, never a mix.
+    """
     aside = _aside(path)
     try:
         with aside.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
+    with atomic_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -93,9 +102,14 @@ def is_leftover(path: Path) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
-def clear_leftovers(directory: Path) -> None:
-    """Remove what killed writers left in `directory`; nobody may be writing there meanwhile."""
+def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
+    """Remove what killed writers left in `directory` (of the files `names` only, where given).
+
+    Nobody may be writing them meanwhile.
+    """
     for leftover in [path for path in directory.glob(".*.tmp") if is_leftover(path)]:
+        if names is not None and leftover.name[1:].rsplit(".", 2)[0] not in names:
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:

@@ -5,23 +5,19 @@ output, progress and log to standard error. Exit codes: 0 done, 1 refused or fai
 143 stopped by a signal with its state saved.
 """
 
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hafrm.errors import HafrmError
 from hafrm.intervals import in_words
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from hafrm.scoring.inputs import ROWS_PER_SHARD
+from hafrm.terminal import show_count, show_pace, show_tables, write_json
 
 STOPPED = 143
 
@@ -116,7 +112,7 @@ def plan(
     from hafrm.training.loop import resolve_method  # noqa: PLC0415
 
     found, remedies = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
-    _show(plan_tables(found, remedies))
+    show_tables(plan_tables(found, remedies))
     if not found.fits:
         raise typer.Exit(1)
 
@@ -170,38 +166,65 @@ def _evaluate(
     from hafrm.evaluation.verb import run_evaluation  # noqa: PLC0415
     from hafrm.tables import result_tables  # noqa: PLC0415
 
-    with _progress("scoring groups") as done:
+    with show_count("scoring responses") as done:
         result = run_evaluation(model, data, done=done, **options)
-    _show(result_tables(result))
-    _write_json(json_file, result.to_dict())
+    show_tables(result_tables(result))
+    write_json(json_file, result.to_dict())
 
 
 @app.command()
-def score(
+def score(  # noqa: PLR0913 - the verb and its options
     model: Annotated[str, typer.Argument(help="Run folder or reward directory.")],
-    source: Annotated[str, typer.Argument(help="Rows with prompt and response(s).")],
-    out: Annotated[Path, typer.Argument(help="The same rows with scores (.jsonl or .jsonl.gz).")],
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Rows with prompt and response(s): files (.jsonl .parquet .json .csv, .gz), folders "
+            "of them, file#split=test, hub:name:split."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
+    ],
+    *,
+    rows_per_shard: Annotated[
+        int, typer.Option(help="Rows that a kill can cost; more become several shards.")
+    ] = ROWS_PER_SHARD,
+    processes: Annotated[
+        int | None, typer.Option(help="On this machine (default: one for each GPU, or one).")
     ] = None,
+    shard: Annotated[
+        str, typer.Option(help="Of a job array: score only part i of n, i from 0 to n - 1.")
+    ] = "0/1",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and response (default: the model's limit).")
+    ] = None,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut longer inputs instead of leaving them unscored.")
+    ] = False,
 ) -> None:
-    """Add the model's reward to every row of a file, order kept."""
+    """Add the model's reward to every row, order kept. Called again, it goes on where it was ended."""
     from hafrm.errors import ModelError  # noqa: PLC0415
     from hafrm.evaluation.evaluate import find_heads  # noqa: PLC0415
-    from hafrm.scoring.bulk import score_file  # noqa: PLC0415
-    from hafrm.scoring.scorer import RewardModel  # noqa: PLC0415
+    from hafrm.scoring.bulk import BulkOptions, parse_part, score_files  # noqa: PLC0415
 
+    options = BulkOptions(rows_per_shard, max_length, cut, dtype, processes, parse_part(shard))
     reward = find_heads(model).reward
     if reward is None:
         raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
-    with _progress("scoring rows") as done:
-        loaded = RewardModel.from_pretrained(reward, max_length=max_length)
-        result = score_file(loaded, source, out, done)
+    with show_pace() as watch:
+        result = score_files(reward, sources, out, options, watch)
     typer.echo(
         f"scored {result.num_responses} responses in {result.num_rows} rows, "
         f"{result.num_bad} of them not scored (see their `error`): {out}"
     )
+    if result.num_kept:
+        typer.echo(f"{result.num_kept} shards were finished before and are kept")
+    if result.num_cut:
+        typer.echo(f"{result.num_cut} prompts and responses were cut")
+    if result.bad_rows is not None:
+        typer.echo(f"rows without a score are listed with reasons: {result.bad_rows}")
 
 
 @app.command()
@@ -228,8 +251,8 @@ def data(
 
         encoder = Encoder(AutoTokenizer.from_pretrained(model), max_length=max_length)
     description = describe(reading, None if encoder is None else encoder.encode)
-    _show(data_tables(description))
-    _write_json(json_file, description.to_dict())
+    show_tables(data_tables(description))
+    write_json(json_file, description.to_dict())
 
 
 @app.command()
@@ -260,40 +283,7 @@ def demo(
     """Train HAF, BT and DPO on a made-up preference world and compare them, in a few minutes."""
     from hafrm.demo.demo import run, tables  # noqa: PLC0415
 
-    _show(tables(run(out, tell=lambda text: typer.echo(text, err=True))))
-
-
-def _show(renderables: Iterable["RenderableType"]) -> None:
-    from rich.console import Console  # noqa: PLC0415
-
-    # A file or a pipe has no width of its own; 80 columns would cut the tables.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for renderable in renderables:
-        console.print(renderable)
-
-
-def _write_json(file: Path | None, result: dict[str, Any]) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A counter on standard error while something long runs; silent where it is no terminal."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description} {task.completed}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda n: bar.update(task, advance=n)
+    show_tables(tables(run(out, tell=lambda text: typer.echo(text, err=True))))
 
 
 if __name__ == "__main__":

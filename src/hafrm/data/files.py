@@ -40,6 +40,12 @@ def stem(path: Path) -> str:
     return name
 
 
+def is_known_kind(path: Path) -> bool:
+    """Whether the name is one of a file that rows can be read from."""
+    *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
+    return last in _READERS or (last in _OPENERS and before in _READERS and before != ".parquet")
+
+
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """The readable files below a folder that match the first pattern for which there are any.
 

@@ -155,6 +155,8 @@ def _read_responses(row: Row) -> Parts:
 
 
 def _join_list(row: Row, column: str, responses: list[Any]) -> tuple[Prompt, tuple[str, ...]]:
+    if not responses:
+        refuse("missing column", "the list of responses is empty")
     prompt = read_prompt(row.get(column), column)
     return join(prompt, [(f"response {index}", value) for index, value in enumerate(responses)])
 

@@ -27,10 +27,12 @@ Reason = Literal[
     "duplicate",
     "missing column",
     "unreadable row",
+    "not encodable",
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 """Every reason for which a row can be refused. A margin or weight that is no usable number is a
-"non-finite margin"; votes, ranks and scores are a "bad number"; NUL counts as "lone surrogate"."""
+"non-finite margin"; votes, ranks and scores are a "bad number"; NUL counts as "lone surrogate"; what
+a chat template or a tokenizer refuses is "not encodable"."""
 
 MAX_CHARS = 200_000
 """Default bound on a prompt or response in characters, set before any tokenizer sees them."""

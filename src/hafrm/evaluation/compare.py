@@ -74,7 +74,7 @@ def compare(
     *,
     max_length: int | None = None,
     max_bad_fraction: float = 0.02,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, int], None] | None = None,
 ) -> ModelComparison:
     """Accuracy of each side on each source, and their difference; several models of a side are its seeds.
 
@@ -103,7 +103,7 @@ def _score(
     path: str | Path,
     groups: Sequence[Group],
     max_length: int | None,
-    done: Callable[[int], None] | None,
+    done: Callable[[int, int], None] | None,
 ) -> dict[str, ScoredComparisons]:
     """The scored comparisons of each set, by the model's main head."""
     heads = find_heads(path)

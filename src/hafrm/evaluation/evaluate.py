@@ -115,7 +115,7 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
     reference: str | Path | None = None,
     max_length: int | None = None,
     max_bad_fraction: float = 0.02,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Metrics of the model at `path` on each source and, for several, on all together.
 

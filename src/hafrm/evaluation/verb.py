@@ -24,7 +24,7 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
     policy: Path | None = None,
     reference: str | None = None,
     max_length: int | None = None,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, int], None] | None = None,
 ) -> Evaluation | ModelComparison | Benchmarks:
     """The model's metrics on `data`, its comparison with other models there, or its benchmarks.
 

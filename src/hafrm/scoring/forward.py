@@ -1,22 +1,28 @@
 """Run a model over many groups without gradients: rewards and log-probs of every response.
 
 The one bulk path: reference log-probs, validation, evaluation and scoring all come through here, laid
-out and packed as in training. Groups are taken longest first within windows, so that rows are full and
-memory peaks at the start; results come back in the order given.
+out and packed as in training. Groups with the same prompt ids share one layout, whichever rows they
+came from, and one too large for a row is cut into several. Longest first, so that memory peaks at the
+start; results come back in the order given.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hafrm.engine.layout import Branches, lay_out
-from hafrm.engine.model import HybridModel
+from hafrm.engine.model import HybridModel, Outputs
 from hafrm.engine.packing import first_fit_decreasing
 from hafrm.errors import NumericsError
+
+_WINDOW = 512
+"""Pieces packed together; first fit over all of them would take time with their square."""
 
 
 @dataclass(frozen=True)
@@ -30,48 +36,64 @@ class Scores:
     """Index of each group's first response."""
 
 
+class _Piece(NamedTuple):
+    """A prompt and some of the responses to it: what is laid out as one group."""
+
+    prompt_ids: NDArray[np.int32]
+    response_ids: list[NDArray[np.int32]]
+    where: list[int]
+    """Index of each response when all are counted through."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
+
+
 def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
     """Index of each group's first response when all responses are counted through."""
     counts = [len(group.response_ids) for group in groups]
     return np.cumsum([0, *counts])[:-1].astype(np.int64)
 
 
-@torch.no_grad()
 def run_forward(
     model: HybridModel,
     groups: Sequence[Branches],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
-    done: Callable[[int], None] | None = None,
+    threads: int = 1,
+    done: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Scores of all responses of `groups`, `max_tokens` to a row; `done(n)` hears of finished groups.
+    """Scores of all responses of `groups`, up to `max_tokens` to a row, `threads` rows at a time.
 
+    `done(responses, tokens)` hears of every finished row. Several threads are for a model on the CPU
+    that this process has to itself: there they beat one row on all cores (see docs/scoring.md).
     Raises NumericsError for a score that is not finite, naming such groups by index.
     """
     first = first_responses(groups)
-    total = sum(len(group.response_ids) for group in groups)
-    rewards = np.full(total, np.nan, np.float32)
-    logps = np.full(total, np.nan, np.float32)
-    lengths = np.zeros(total, np.int64)
-    device = model.device
-    context = (
-        contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
-    )
-    for row in plan_rows(groups, max_tokens):
-        with context:
-            outputs = model(lay_out([groups[i] for i in row]).to(device))
-        owner = np.repeat(row, [len(groups[i].response_ids) for i in row])
-        where = np.concatenate(
-            [np.arange(first[i], first[i] + len(groups[i].response_ids)) for i in row]
-        )
+    owner = np.repeat(np.arange(len(groups)), [len(group.response_ids) for group in groups])
+    rewards, logps = (np.full(len(owner), np.nan, np.float32) for _ in range(2))
+    lengths = np.zeros(len(owner), np.int64)
+    pieces = _pieces(groups, max_tokens)
+    rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
+
+    def run(row: list[_Piece]) -> Outputs:
+        device = model.device
+        layout = lay_out(row).to(device)
+        half = contextlib.nullcontext()
+        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
+            outputs: Outputs = model(layout)
+        return outputs
+
+    for row, outputs in zip(rows, _map(run, rows, threads), strict=True):
+        where = np.concatenate([piece.where for piece in row])
         lengths[where] = outputs.lengths.cpu().numpy()
         for values, output in ((rewards, outputs.rewards), (logps, outputs.logps)):
             if output is not None:
                 values[where] = output.float().cpu().numpy()
-                _check_finite(values[where], owner)
+                _check_finite(values[where], owner[where])
         if done is not None:
-            done(len(row))
+            done(len(where), sum(piece.num_tokens for piece in row))
     return Scores(
         rewards=None if model.reward_head is None else rewards,
         logps=None if model.policy_head is None else logps,
@@ -80,16 +102,62 @@ def run_forward(
     )
 
 
-def plan_rows(groups: Sequence[Branches], max_tokens: int, window: int = 512) -> list[list[int]]:
+def plan_rows(groups: Sequence[Branches], max_tokens: int) -> list[list[int]]:
     """Indices of the groups of each row, longest rows first; only neighbours in length share a row."""
     sizes = [len(g.prompt_ids) + sum(len(r) for r in g.response_ids) for g in groups]
     order = sorted(range(len(groups)), key=lambda i: -sizes[i])
     rows = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
+    for start in range(0, len(order), _WINDOW):
+        part = order[start : start + _WINDOW]
         bins = first_fit_decreasing([sizes[i] for i in part], max_tokens)
         rows += [[part[i] for i in b] for b in bins]
     return rows
+
+
+def _pieces(groups: Sequence[Branches], max_tokens: int) -> list[_Piece]:
+    """All responses by their prompts' ids, in pieces that fit into a row where a response does."""
+    whole: dict[bytes, _Piece] = {}
+    counter = 0
+    for group in groups:
+        prompt = np.asarray(group.prompt_ids, np.int32)
+        piece = whole.setdefault(prompt.tobytes(), _Piece(prompt, [], []))
+        for ids in group.response_ids:
+            piece.response_ids.append(ids)
+            piece.where.append(counter)
+            counter += 1
+    return [part for piece in whole.values() for part in _split(piece, max_tokens)]
+
+
+def _split(piece: _Piece, max_tokens: int) -> Iterator[_Piece]:
+    part = _Piece(piece.prompt_ids, [], [])
+    size = len(piece.prompt_ids)
+    for ids, where in zip(piece.response_ids, piece.where, strict=True):
+        if part.where and size + len(ids) > max_tokens:
+            yield part
+            part, size = _Piece(piece.prompt_ids, [], []), len(piece.prompt_ids)
+        part.response_ids.append(ids)
+        part.where.append(where)
+        size += len(ids)
+    yield part
+
+
+def _map(
+    run: Callable[[list[_Piece]], Outputs], rows: list[list[_Piece]], threads: int
+) -> Iterable[Outputs]:
+    """`run` of every row, in order, over as many threads as there are rows for."""
+    workers = min(threads, len(rows))
+    if workers <= 1:
+        yield from map(run, rows)
+        return
+    before = torch.get_num_threads()
+    share = max(1, threads // workers)
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            yield from pool.map(run, rows)
+    finally:
+        torch.set_num_threads(before)  # the setting of threads that are yet to come is global
 
 
 def _check_finite(values: NDArray[np.float32], owner: NDArray[np.int64]) -> None:

@@ -5,9 +5,10 @@ head is worse than none. Only safetensors are read, never a pickle, and no code 
 run. Nothing here scores.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
 )
 
+from hafrm.atomic import fingerprint
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.errors import ModelError
@@ -72,13 +75,18 @@ def load_policy(
     return model.to(device or _default_device())
 
 
-def load_encoder(path: str | Path, model: HybridModel, max_length: int | None) -> Encoder:
+def load_encoder(
+    path: str | Path,
+    config: PretrainedConfig,
+    max_length: int | None,
+    too_long: Literal["cut", "drop"] = "cut",
+) -> Encoder:
     """The directory's tokenizer and template, taken literally, for inputs of up to `max_length` tokens.
 
     Raises ModelError for no usable tokenizer or template, or more length than the model has positions.
     """
-    config = model.backbone.config.get_text_config()
-    longest = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = int(positions or _UNBOUNDED)
     if max_length is not None and max_length > longest:
         raise ModelError(
             f"max_length is {max_length}, but {path} takes at most {longest} tokens; lower it"
@@ -87,7 +95,8 @@ def load_encoder(path: str | Path, model: HybridModel, max_length: int | None) -
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
-    return Encoder(tokenizer, max_length=longest if max_length is None else max_length, close=False)
+    limit = longest if max_length is None else max_length
+    return Encoder(tokenizer, max_length=limit, too_long=too_long, close=False)
 
 
 def is_reward_directory(path: str | Path) -> bool:
@@ -95,12 +104,27 @@ def is_reward_directory(path: str | Path) -> bool:
 
     Raises ModelError when there is no model.
     """
+    architectures = getattr(load_config(path), "architectures", None) or [""]
+    return str(architectures[0]).endswith("ForSequenceClassification")
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The config of a directory or hub id; raises ModelError when there is no model."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no model directory and no known hub id: {error}") from error
-    architectures = getattr(config, "architectures", None) or [""]
-    return str(architectures[0]).endswith("ForSequenceClassification")
+    return config
+
+
+def model_digest(path: str | Path) -> str:
+    """What tells one model's weights from another's: a digest of a directory, a hub id's commit."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return f"{path}@{getattr(load_config(path), '_commit_hash', None)}"
+    files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
+    known = [f"{file.name} {fingerprint(file)}" for file in files if file.is_file()]
+    return "sha256:" + hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -24,14 +24,17 @@ from hafrm.data.values import MAX_CHARS, RefusedError, check_text
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
-from hafrm.scoring.forward import run_forward
+from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import load_encoder, load_policy, load_reward
+from hafrm.scoring.pooling import without_pad_at_the_end
 
 Prompt = str | Sequence[Mapping[str, Any] | Message]
 """A user's text, or chat messages up to and without the response."""
 IMPLICIT_RULE = "implicit_reward.json"
 MAX_TOKENS = 8192
 """Default token budget of one packed row."""
+MAX_TOKENS_CPU = 1024
+"""The same on a CPU, where a row's activations should stay in its caches (docs/scoring.md)."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,28 @@ class Best:
 class _Scorer(ABC):
     """The verbs that follow from a score per response."""
 
-    def __init__(self, encoder: Encoder, max_tokens: int) -> None:
-        self.encoder, self.max_tokens = encoder, max_tokens
+    def __init__(self, model: HybridModel, encoder: Encoder, max_tokens: int | None) -> None:
+        on_cpu = model.device.type == "cpu"
+        self.encoder = encoder
+        self.max_tokens = max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS)
+        self._threads = torch.get_num_threads() if on_cpu else 1
 
     @abstractmethod
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
-        """The score of every response of encoded groups, in their order.
+        """The score of every response of encoded groups, in order; `done(responses, tokens)` hears of
+        every finished row. Raises NumericsError for a score that is not finite."""
 
-        `done(n)` hears of finished groups. Raises NumericsError for a score that is not finite.
-        """
+    def _run(
+        self,
+        model: HybridModel,
+        groups: Sequence[Branches],
+        done: Callable[[int, int], None] | None = None,
+    ) -> Scores:
+        return run_forward(
+            model, groups, max_tokens=self.max_tokens, threads=self._threads, done=done
+        )
 
     @overload
     def score(self, prompt: Prompt, responses: str) -> float: ...  # type: ignore[overload-overlap]
@@ -138,9 +152,9 @@ class RewardModel(_Scorer):
     """
 
     def __init__(
-        self, model: HybridModel, encoder: Encoder, *, max_tokens: int = MAX_TOKENS
+        self, model: HybridModel, encoder: Encoder, *, max_tokens: int | None = None
     ) -> None:
-        super().__init__(encoder, max_tokens)
+        super().__init__(model, encoder, max_tokens)
         self.model = model.eval()
 
     @classmethod
@@ -151,29 +165,33 @@ class RewardModel(_Scorer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         max_length: int | None = None,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
+        too_long: Literal["cut", "drop"] = "cut",
     ) -> "RewardModel":
         """Load a `...ForSequenceClassification` directory or hub id with one label.
 
         Inputs longer than `max_length` tokens (by default what the model can take) are refused by
-        `score`; `encoder.encode` cuts and counts them. Rows are packed up to `max_tokens` tokens.
+        `score`; `encoder.encode` cuts or drops them, as `too_long` says, and counts them. Rows are
+        packed up to `max_tokens` tokens (by default what suits the device).
 
         Raises ModelError for more than one label, a missing or untrained head, or a head that is not
         linear.
         """
         model = load_reward(path, dtype=dtype, device=device)
-        return cls(model, load_encoder(path, model, max_length), max_tokens=max_tokens)
+        encoder = load_encoder(path, model.backbone.config, max_length, too_long)
+        return cls(model, encoder, max_tokens=max_tokens)
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The reward of every response of encoded groups, in their order.
 
-        `done(n)` hears of finished groups. Raises NumericsError for a reward that is not finite.
+        `done(responses, tokens)` hears of every finished row. Raises NumericsError for a reward that
+        is not finite.
         """
         pad = self.model.backbone.config.get_text_config().pad_token_id
-        groups = [_without_pad_at_the_end(group, pad) for group in encoded]
-        scores = run_forward(self.model, groups, max_tokens=self.max_tokens, done=done)
+        groups = [without_pad_at_the_end(group, pad) for group in encoded]
+        scores = self._run(self.model, groups, done)
         assert scores.rewards is not None
         return scores.rewards
 
@@ -191,9 +209,9 @@ class ImplicitRewardModel(_Scorer):
         *,
         reference: HybridModel | None,
         rule: ImplicitRule,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> None:
-        super().__init__(encoder, max_tokens)
+        super().__init__(policy, encoder, max_tokens)
         self.policy = policy.eval()
         self.reference = None if reference is None else reference.eval()
         self.rule = rule
@@ -230,20 +248,22 @@ class ImplicitRewardModel(_Scorer):
                     f"{sizes[1]}: give the checkpoint that the policy was trained from"
                 )
         rule = replace(rule, reference=None if name is None else str(name))
-        return cls(policy, load_encoder(path, policy, max_length), reference=frozen, rule=rule)
+        encoder = load_encoder(path, policy.backbone.config, max_length)
+        return cls(policy, encoder, reference=frozen, rule=rule)
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The implicit reward of every response of encoded groups, in their order.
 
-        `done(n)` hears of finished groups. Raises NumericsError for a score that is not finite.
+        `done(responses, tokens)` hears of every finished row. Raises NumericsError for a score that
+        is not finite.
         """
-        scores = run_forward(self.policy, encoded, max_tokens=self.max_tokens, done=done)
+        scores = self._run(self.policy, encoded, done)
         assert scores.logps is not None
         implicit: NDArray[Any] = scores.logps
         if self.reference is not None:
-            frozen = run_forward(self.reference, encoded, max_tokens=self.max_tokens).logps
+            frozen = self._run(self.reference, encoded).logps
             assert frozen is not None
             implicit = implicit - frozen
         if self.rule.per_token:
@@ -275,24 +295,3 @@ def _checked(responses: tuple[str, ...]) -> tuple[str, ...]:
     except RefusedError as error:
         raise DataError(f"a response cannot be used: {': '.join(error.refusal)}") from error
     return responses
-
-
-class _Ids(NamedTuple):
-    prompt_ids: NDArray[np.int32]
-    response_ids: tuple[NDArray[np.int32], ...]
-
-
-def _without_pad_at_the_end(group: EncodedGroup, pad: int | None) -> Branches:
-    """The group as the stock classifier pools it: at the last token that is not pad.
-
-    Nothing changes unless pad is the EOS, as in some models of others; those were trained so.
-    """
-    if pad is None or all(ids[-1] != pad for ids in group.response_ids):
-        return group
-    kept = tuple(ids[: np.flatnonzero(np.append(-1, ids) != pad)[-1]] for ids in group.response_ids)
-    if any(len(ids) == 0 for ids in kept):
-        raise DataError(
-            f"a response of group {group.id!r} holds nothing but the pad token, behind which this "
-            "model reads no reward; leave the response out"
-        )
-    return _Ids(group.prompt_ids, kept)

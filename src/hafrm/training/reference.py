@@ -47,7 +47,7 @@ def reference_logps(
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, int], None] | None = None,
 ) -> References:
     """The model's own log-probs of every response, from the cache or from one packed pass.
 

@@ -45,7 +45,7 @@ class Judge(Protocol):
     encoder: Encoder
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The score of every response of encoded groups, in their order."""
 
@@ -117,7 +117,7 @@ def run_benchmarks(  # noqa: PLR0913 - the verb and its options
     policy: str | Path | None = None,
     reference: str | Path | None = None,
     max_length: int | None = None,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, int], None] | None = None,
 ) -> Benchmarks:
     """The named benchmarks for the model at `path`, from the hub or from local files in `folder`.
 
@@ -154,11 +154,12 @@ def run_benchmarks(  # noqa: PLR0913 - the verb and its options
 def score_items(
     judge: Judge,
     items: Sequence[Item],
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Scores], EncodingReport]:
     """One score for each candidate of each item, and what had to be cut.
 
-    `done(n)` hears of finished prompts. Raises NumericsError for a score that is not finite.
+    `done(responses, tokens)` hears of every finished row. Raises NumericsError for a score that is not
+    finite.
     """
     groups, places = group_by_prompt(items)
     encoded, report = judge.encoder.encode(groups)

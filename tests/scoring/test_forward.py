@@ -1,0 +1,79 @@
+"""The bulk path: what is shared, cut and run side by side changes no score, only the work."""
+
+import numpy as np
+import pytest
+import torch
+
+from hafrm.engine.layout import lay_out
+from hafrm.errors import NumericsError
+from hafrm.scoring.forward import plan_rows, run_forward
+from models_for_tests import SHAPES, TokenGroup, tiny_hybrid, token_groups
+
+GROUPS = token_groups(SHAPES)
+NUM_RESPONSES = sum(len(group.response_ids) for group in GROUPS)
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
+"""float32 sums in another order; log-probs are sums of up to 13 tokens."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_hybrid().eval()
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Rewards and log-probs of every response, one forward each."""
+    single = [TokenGroup(g.prompt_ids, (ids,)) for g in GROUPS for ids in g.response_ids]
+    with torch.no_grad():
+        outputs = [model(lay_out([group])) for group in single]
+    return [np.array([float(getattr(o, name)) for o in outputs]) for name in ("rewards", "logps")]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 15, 40, 10_000])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_scores_depend_on_neither_the_row_size_nor_the_threads(model, alone, max_tokens, threads):
+    before = torch.get_num_threads()
+    scores = run_forward(model, GROUPS, max_tokens=max_tokens, threads=threads)
+    np.testing.assert_allclose(scores.rewards, alone[0], **TOLERANCE)
+    np.testing.assert_allclose(scores.logps, alone[1], **TOLERANCE)
+    assert scores.lengths.tolist() == [len(ids) for g in GROUPS for ids in g.response_ids]
+    assert torch.get_num_threads() == before
+
+
+def test_rows_that_share_a_prompt_are_laid_out_once_and_keep_their_places(model, alone):
+    """Every response as a row of its own, shuffled: the prompts are found again by their ids."""
+    single = [TokenGroup(g.prompt_ids.copy(), (ids,)) for g in GROUPS for ids in g.response_ids]
+    order = np.random.default_rng(0).permutation(len(single))
+    heard = []
+    scores = run_forward(
+        model, [single[i] for i in order], max_tokens=10_000, done=lambda *n: heard.append(n)
+    )
+    np.testing.assert_allclose(scores.rewards, alone[0][order], **TOLERANCE)
+    tokens = sum(len(g.prompt_ids) + sum(map(len, g.response_ids)) for g in GROUPS)
+    assert heard == [(NUM_RESPONSES, tokens)]
+
+
+def test_a_group_that_is_too_large_for_a_row_is_cut_and_repeats_its_prompt(model, alone):
+    """Prompts of 11, 1, 4, 7, 20 and rows of 24: the second and last pair's branches fit together,
+    as does the single one; 11 + 5 + 9 and the three branches behind 4 do not: 4 + 13 + 3, 4 + 6."""
+    heard = []
+    scores = run_forward(model, GROUPS, max_tokens=24, done=lambda *n: heard.append(n))
+    np.testing.assert_allclose(scores.rewards, alone[0], **TOLERANCE)
+    assert sum(n for n, _ in heard) == NUM_RESPONSES
+    tokens = sum(len(g.prompt_ids) + sum(map(len, g.response_ids)) for g in GROUPS)
+    assert sum(n for _, n in heard) == tokens + 11 + 4 + 20
+    assert max(n for _, n in heard) == 24
+
+
+def test_rows_come_longest_first_and_none_exceeds_its_budget_but_for_a_single_group():
+    """Sizes 25, 4, 26, 15, 26 in rows of 30: one of 26 and the 4, one of 26, 25, 15."""
+    rows = plan_rows(GROUPS, max_tokens=30)
+    assert rows == [[2, 1], [4], [0], [3]]
+    assert plan_rows(GROUPS, max_tokens=10) == [[2], [4], [0], [3], [1]]
+
+
+def test_a_score_that_is_no_number_is_an_error_in_every_thread(model):
+    broken = tiny_hybrid()
+    broken.reward_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="not finite"):
+        run_forward(broken, GROUPS, max_tokens=15, threads=2)
