@@ -10,6 +10,7 @@ memory is the growth of each contender's own process over its loaded model, in a
 """
 
 import argparse
+import copy
 import gc
 import json
 import subprocess
@@ -25,6 +26,12 @@ import torch
 import transformers
 from contenders import CONTENDERS, LADDER, Marks, peak_growth
 from workload import BATCH, SHAPES, Workload, load
+
+from hafrm.engine.model import HybridModel, new_reward_head
+from hafrm.recipe import LoraSection
+from hafrm.training.costs import step_flops, work_of
+from hafrm.training.prepare import inject_lora
+from hafrm.training.shadow import count
 
 MEMORY_STEPS = 8
 GIB = 2**30
@@ -132,28 +139,25 @@ def timed(
             seconds = contender(w, marks)
         except torch.OutOfMemoryError:
             seconds = float("nan")
-        floor = floor_of(w, marks.tokens, peak) if name == "hafrm joint (haf)" else None
+        floor = floor_of(w, peak) if name == "hafrm joint (haf)" else None
         say(f"{w.name:12} {name:32} {seconds:8.2f} s   {marks.tokens} tokens")
         yield Row(name, seconds, w.num_comparisons, marks.tokens, marks.reference, None, floor)
 
 
-def floor_of(w: Workload, tokens: int, peak: peaks.Peaks) -> float:
-    """Seconds of the joint steps at the peaks: 6 N_b T + 8 H y FLOPs, with LoRA 4 N_b T + 4 H y."""
+def floor_of(w: Workload, peak: peaks.Peaks) -> float:
+    """Seconds of the joint steps at the peaks: useful FLOPs, and weights, gradients and moments moved."""
     with torch.device("meta"):
-        causal = transformers.AutoModelForCausalLM.from_config(w.config)
-    head = causal.get_output_embeddings().weight.numel()
-    embeddings = sum(
-        m.weight.numel() for m in causal.modules() if isinstance(m, torch.nn.Embedding)
-    )
-    backbone = sum(p.numel() for p in causal.parameters() if p.dim() > 1) - head - embeddings
-    scored = sum(len(ids) for group in w.encoded for ids in group.response_ids)
-    body, top = (4, 4) if w.lora_rank else (6, 8)
-    flops = body * backbone * tokens + top * head * scored
-    weights = 4 * (backbone + head)
-    moved = (
-        w.steps * 10 * weights
-    )  # read in forward and backward, gradient, AdamW's two moments, twice each
-    return peak.floor(flops, moved)
+        causal = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(w.config))
+        backbone, head = causal.base_model, causal.get_output_embeddings()
+        if w.lora_rank:
+            causal.requires_grad_(False)
+            inject_lora(LoraSection(rank=w.lora_rank), backbone)
+        model = HybridModel(backbone, reward_head=new_reward_head(1), policy_head=head)
+    counts = count(model)
+    work = work_of([(len(g.prompt_ids), [len(r) for r in g.response_ids]) for g in w.encoded])
+    # Read in forward and backward, the gradient written and read, two moments and the weight likewise.
+    moved = w.steps * 4 * (2 * counts.total + 8 * counts.trainable)
+    return peak.floor(step_flops(counts, work).total, moved)
 
 
 def measure_memory(name: str) -> float | None:

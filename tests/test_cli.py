@@ -15,7 +15,9 @@ from hafrm.cli import app, main
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.evaluate import evaluate, find_heads
-from tiny_runs import write_preferences
+from hafrm.training import finish
+from hafrm.training.loop import train
+from tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,19 @@ def test_scores_of_the_command_equal_plain_transformers_alone_and_in_a_batch(mod
         batch = stock(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, 0].tolist()
     assert ours == pytest.approx(alone, abs=1e-5)
     assert ours == pytest.approx(batch, abs=1e-5)
+
+
+def test_a_resumed_run_takes_a_smaller_token_budget_from_the_command_line(
+    tmp_path, monkeypatch, capsys
+):
+    """The run is finished, so nothing is trained any more: what counts is what may be said."""
+    monkeypatch.setattr(finish, "check_golden", lambda _: {})
+    train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+    output = invoke("train", "--resume", tmp_path / "run", "training.max_tokens=128")
+    assert "trained 6 steps" in output
+    given = ("train", "--resume", tmp_path / "run", "training.max_tokens=128", "training.seed=5")
+    code, error = failing(monkeypatch, capsys, *given)
+    assert (code, "recipe differs" in error) == (1, True)
 
 
 def test_evaluate_measures_every_source_and_both_heads(model, tmp_path):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm.engine.layout import lay_out
-from hafrm.errors import NumericsError
+from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.model import HybridModel, Outputs
+from hafrm.errors import MemoryBudgetError, NumericsError
 from hafrm.scoring.forward import plan_rows, run_forward
 from models_for_tests import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
@@ -77,3 +78,42 @@ def test_a_score_that_is_no_number_is_an_error_in_every_thread(model):
     broken.reward_head.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="not finite"):
         run_forward(broken, GROUPS, max_tokens=15, threads=2)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Every forward of more than `limit` tokens fails as CUDA's allocator fails."""
+    forward = HybridModel.forward
+
+    def limited(self: HybridModel, layout: Layout) -> Outputs:
+        if layout.num_tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, layout)
+
+    monkeypatch.setattr(HybridModel, "forward", limited)
+
+
+def test_a_row_that_runs_out_of_memory_is_run_in_halves_with_the_same_scores(
+    model, alone, monkeypatch, caplog
+):
+    """26 tokens hold the largest response and its prompt (20 + 4), but few rows as planned."""
+    short_of_memory(monkeypatch, 26)
+    with caplog.at_level("WARNING", "hafrm"):
+        scores = run_forward(model, GROUPS, max_tokens=10_000)
+    assert "running it in two halves" in caplog.text
+    np.testing.assert_allclose(scores.rewards, alone[0], **TOLERANCE)
+    np.testing.assert_allclose(scores.logps, alone[1], **TOLERANCE)
+
+
+def test_a_single_response_that_does_not_fit_is_an_error_that_says_what_helps(model, monkeypatch):
+    short_of_memory(monkeypatch, 10)
+    with pytest.raises(MemoryBudgetError, match=r"single response of .* bfloat16"):
+        run_forward(model, GROUPS, max_tokens=10_000)
+
+
+def test_other_errors_of_a_forward_are_not_taken_for_want_of_memory(model, monkeypatch):
+    def broken(self: HybridModel, layout: Layout) -> Outputs:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(HybridModel, "forward", broken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run_forward(model, GROUPS, max_tokens=10_000)

@@ -7,6 +7,7 @@ start; results come back in the order given.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from hafrm.engine.layout import Branches, lay_out
+from hafrm.engine.memory import give_back, is_out_of_memory
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.engine.packing import first_fit_decreasing
-from hafrm.errors import NumericsError
+from hafrm.errors import MemoryBudgetError, NumericsError
+
+log = logging.getLogger("hafrm")
 
 _WINDOW = 512
 """Pieces packed together; first fit over all of them would take time with their square."""
@@ -78,12 +82,7 @@ def run_forward(
     rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
 
     def run(row: list[_Piece]) -> Outputs:
-        device = model.device
-        layout = lay_out(row).to(device)
-        half = contextlib.nullcontext()
-        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
-            outputs: Outputs = model(layout)
-        return outputs
+        return _run_row(model, row, autocast)
 
     for row, outputs in zip(rows, _map(run, rows, threads), strict=True):
         where = np.concatenate([piece.where for piece in row])
@@ -100,6 +99,47 @@ def run_forward(
         lengths=lengths,
         first=first,
     )
+
+
+def _run_row(model: HybridModel, row: list[_Piece], autocast: torch.dtype | None) -> Outputs:
+    """One forward; where memory is short, two of half the responses, as often as it takes.
+
+    Raises MemoryBudgetError for a single response that does not fit.
+    """
+    device = model.device
+    half = contextlib.nullcontext()
+    try:
+        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
+            outputs: Outputs = model(lay_out(row).to(device))
+            return outputs
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).split("\n", 1)[0]
+    # Out here the exception is gone, and with it the tensors of the pass that failed.
+    give_back()
+    tokens = sum(piece.num_tokens for piece in row)
+    if len(row) == 1 and len(row[0].where) == 1:
+        raise MemoryBudgetError(
+            f"a single response of {tokens} tokens (with its prompt) does not fit into memory ({what}); "
+            "load the model in bfloat16, or set a smaller max_length"
+        )
+    log.warning("a row of %d tokens ran out of memory (%s); running it in two halves", tokens, what)
+    first, second = (_run_row(model, part, autocast) for part in _halves(row))
+    return Outputs(
+        *(None if a is None else torch.cat([a, b]) for a, b in zip(first, second, strict=True))
+    )
+
+
+def _halves(row: list[_Piece]) -> tuple[list[_Piece], list[_Piece]]:
+    """The same responses in the same order, cut between two prompts, or between two of one's responses."""
+    if len(row) > 1:
+        return row[: len(row) // 2], row[len(row) // 2 :]
+    prompt, responses, where = row[0]
+    cut = len(where) // 2
+    parts = (_Piece(prompt, responses[s], where[s]) for s in (slice(cut), slice(cut, None)))
+    first, second = parts
+    return [first], [second]
 
 
 def plan_rows(groups: Sequence[Branches], max_tokens: int) -> list[list[int]]:
