@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format bench bench-score clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ format: $(STAMP)  ## put the code in the house style
 bench: $(STAMP)  ## time a training step against TRL (installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl
 	$(BIN)/python benchmarks/train_step.py --data $(DATA) --tokenizer $(TOKENIZER) $(OPTIONS)
+
+bench-score: $(STAMP)  ## time scoring against plain transformers
+	$(BIN)/python benchmarks/score.py --data $(DATA) --tokenizer $(TOKENIZER)
 
 clean:  ## remove the environment and what runs wrote
 	rm -rf $(VENV) runs demo-run .pytest_cache .mypy_cache .ruff_cache

@@ -105,9 +105,10 @@ class Job:
         files = [*self.out.glob("part-*"), *(self.out / RECORDS).glob("*.bad.jsonl")]
         return {file.name: file.read_bytes() for file in files}
 
-    def seconds_of_shards(self) -> list[float]:
+    def of_shards(self, name: str) -> list[float]:
+        """One number of every finished shard's record."""
         records = (self.out / RECORDS).glob("part-*.json")
-        return [json.loads(record.read_bytes())["seconds"] for record in records]
+        return [json.loads(record.read_bytes())[name] for record in records]
 
 
 def wait_for_scoring(job: Job, process: "subprocess.Popen[bytes]", before: int) -> float:
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, type=Path, help="a causal LM's directory")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument(
-        "--words", type=int, default=16, help="of a response; twice as many of a prompt"
+        "--words", type=int, default=8, help="of a response; twice as many of a prompt"
     )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rows-per-shard", type=int, default=4096)
@@ -170,9 +171,10 @@ def prove(folder: Path, args: argparse.Namespace) -> None:
     if plain.start().wait():
         raise SystemExit("the job failed")
     undisturbed = time.perf_counter() - start
-    shards = plain.seconds_of_shards()
-    candidates = sum(min(16, len(g.responses)) for g in groups) / len(groups)
-    print(f"{args.rows:,} rows, {candidates:.1f} candidates on average, {len(shards)} shards")
+    shards = plain.of_shards("seconds")
+    print(
+        f"{args.rows:,} rows, {sum(plain.of_shards('num_responses')):,} responses, {len(shards)} shards"
+    )
     print(f"undisturbed: {undisturbed:.1f} s; the longest shard took {max(shards):.1f} s")
     draw = random.Random(args.seed)
     window = sum(shards) / args.processes / (args.kills + 1)

@@ -109,6 +109,35 @@ def test_a_resumed_run_takes_a_smaller_token_budget_from_the_command_line(
     assert (code, "recipe differs" in error) == (1, True)
 
 
+def test_score_takes_folders_in_parts_and_says_what_is_kept_cut_and_listed(model, tmp_path):
+    rows = [
+        {"prompt": "Say sun.", "response": "sun"},
+        {"prompt": "Say sea.", "response": "sea " * 200},
+        {"prompt": "Say sea."},
+    ]
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "in" / f"{name}.jsonl").write_text(text)
+    command = ("score", model / "reward", tmp_path / "in", tmp_path / "out", "--cut", "--shard")
+    assert "2 responses in 3 rows, 1 of them not scored" in invoke(*command, "1/2")
+    assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["b.jsonl"]
+    output = invoke(*command, "0/1")
+    assert "4 responses in 6 rows, 2 of them not scored" in output
+    assert "1 shards were finished before and are kept" in output
+    assert "2 prompts and responses were cut" in output
+    assert f"listed with reasons: {tmp_path / 'out' / '_score'}" in output.replace("\n", "")
+
+
+@pytest.mark.parametrize("option", [("--shard", "2/2"), ("--dtype", "int8"), ("--processes", "0")])
+def test_score_refuses_options_that_make_no_sense(monkeypatch, capsys, model, tmp_path, option):
+    source = write_preferences(tmp_path / "in.jsonl", num=2)
+    out = tmp_path / "out"
+    code, error = failing(monkeypatch, capsys, "score", model, source, out, *option)
+    assert (code, "ConfigError" in error) == (1, True)
+    assert not out.exists()
+
+
 def test_evaluate_measures_every_source_and_both_heads(model, tmp_path):
     one = write_preferences(tmp_path / "one.jsonl", num=8)
     two = write_preferences(tmp_path / "two.jsonl", num=5, start=100)

@@ -1,7 +1,9 @@
 """The last layer runs what heads read and no more, and nobody can tell by the numbers."""
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from hafrm.engine import last_layer
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, decoder_layers, new_reward_head
+from hafrm.scoring.forward import run_forward
 from models_for_tests import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
 
 
@@ -76,6 +79,20 @@ def test_two_models_over_one_backbone_read_each_what_it_needs():
     rewards_only = HybridModel(both.backbone, reward_head=both.reward_head)
     torch.testing.assert_close(rewards_only(layout).rewards, both(layout).rewards)
     assert torch.equal(both(layout).logps, expected)
+
+
+def test_a_copied_model_narrows_its_own_layer_and_threads_their_own_rows():
+    model = reward_model("llama").eval()
+    groups = token_groups(SHAPES * 4)
+    expected = run_forward(model, groups, max_tokens=1000).rewards
+    for _ in range(3):
+        copied = copy.deepcopy(model)
+        found = run_forward(copied, groups, max_tokens=30, threads=3).rewards
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+    last = decoder_layers(copied.backbone)[-1]
+    last_layer.widen(last)
+    assert not last.mlp._forward_hooks
+    assert decoder_layers(model.backbone)[-1].mlp._forward_hooks
 
 
 def test_experts_are_left_whole():

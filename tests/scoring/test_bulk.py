@@ -266,7 +266,7 @@ def test_a_row_that_the_chat_template_refuses_costs_no_other_row(model, tmp_path
     result = score_files(folder, [str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl")
     found = read_lines(tmp_path / "out.jsonl")
     assert result.num_bad == 1
-    assert "not encodable" in found[2]["error"]
+    assert "not encodable: The chat template refuses group 'row 2'" in found[2]["error"]
     assert all(row["reward"] is not None for row in found[:2] + found[3:])
 
 
@@ -284,7 +284,7 @@ def test_a_model_that_gives_no_numbers_or_cannot_share_stops_the_job(model, tmp_
         raise NumericsError("differ")
 
     monkeypatch.setattr(worker, "self_check", broken)
-    with pytest.raises(NumericsError, match="cannot be scored with shared prompts"):
+    with pytest.raises(NumericsError, match="score it with plain transformers"):
         score_files(model, [source], tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -44,35 +44,48 @@ def widen(layer: nn.Module) -> None:
 
 
 class _Narrowed:
-    """The hooks of one layer, and the rows that each thread's forward reads."""
+    """What was hooked into one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self._now = threading.local()
         modules = dict(layer.named_modules())
         self.hooked = [name for name in TOKENWISE if _is_tokenwise(modules.get(name))]
-        self._handles = [layer.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._handles = [layer.register_forward_pre_hook(_begin, with_kwargs=True)]
         for name in self.hooked:
-            self._handles.append(modules[name].register_forward_pre_hook(self._take))
-            self._handles.append(modules[name].register_forward_hook(self._put_back))
+            self._handles.append(modules[name].register_forward_pre_hook(_take))
+            self._handles.append(modules[name].register_forward_hook(_put_back))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, _: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
-        self._now.rows = kwargs.get(READ_ROWS)
 
-    def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._now.rows is None:
-            return None
-        self._now.tokens = inputs[0].shape[1]
-        return _take_rows(inputs[0][0], self._now.rows)[None], *inputs[1:]
+class _Forward(threading.local):
+    """The rows that the last layer of this thread's forward runs, of how many tokens."""
 
-    def _put_back(self, module: nn.Module, _: Any, output: Any) -> Tensor | None:
-        if self._now.rows is None:
-            return None
-        assert isinstance(output, Tensor), f"{type(module).__name__} gives more than a tensor"
-        return _put_rows(output[0], self._now.rows, self._now.tokens)[None]
+    rows: Tensor | None = None
+    tokens = 0
+
+
+_forward = _Forward()
+# Functions and not methods, so that a model with these hooks can be copied.
+
+
+def _begin(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+    _forward.rows = kwargs.get(READ_ROWS)
+
+
+def _take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    if _forward.rows is None:
+        return None
+    _forward.tokens = inputs[0].shape[1]
+    return _take_rows(inputs[0][0], _forward.rows)[None], *inputs[1:]
+
+
+def _put_back(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+    if _forward.rows is None:
+        return None
+    assert isinstance(output, Tensor), f"{type(module).__name__} gives more than a tensor"
+    return _put_rows(output[0], _forward.rows, _forward.tokens)[None]
 
 
 def _is_tokenwise(module: nn.Module | None) -> bool:

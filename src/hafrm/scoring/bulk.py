@@ -133,7 +133,8 @@ def _run(
     watch: Callable[[Pace], None] | None,
 ) -> BulkResult:
     """Score what is not finished of the shards; the sum over all of them."""
-    todo = [shard for shard in shards if job.record(shard) is None]
+    known = {shard: job.record(shard) for shard in shards}
+    todo = [shard for shard, record in known.items() if record is None]
     pace = Pace(sum(shard.stop - shard.start for shard in todo))
 
     def tell(rows: int, tokens: int) -> None:
@@ -144,8 +145,8 @@ def _run(
     work = Work(model, job, options.dtype, options.max_length, options.cut)
     if todo:
         score_in_processes(work, todo, options.processes or default_processes(), tell)
-    records = [job.record(shard) for shard in shards]
-    done = [record for record in records if record is not None]
+    known |= {shard: job.record(shard) for shard in todo}
+    done = [record for record in known.values() if record is not None]
     if len(done) < len(shards):
         raise CheckpointError(f"another job writes into {job.path}; give each an output of its own")
     bad = any(record.num_bad for record in done)

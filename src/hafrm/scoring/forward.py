@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hafrm.engine.layout import Branches, lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
@@ -127,8 +128,14 @@ def _run_row(model: HybridModel, row: list[_Piece], autocast: torch.dtype | None
     log.warning("a row of %d tokens ran out of memory (%s); running it in two halves", tokens, what)
     first, second = (_run_row(model, part, autocast) for part in _halves(row))
     return Outputs(
-        *(None if a is None else torch.cat([a, b]) for a, b in zip(first, second, strict=True))
+        rewards=_joined(first.rewards, second.rewards),
+        logps=_joined(first.logps, second.logps),
+        lengths=torch.cat([first.lengths, second.lengths]),
     )
+
+
+def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])
 
 
 def _halves(row: list[_Piece]) -> tuple[list[_Piece], list[_Piece]]:

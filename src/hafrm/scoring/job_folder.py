@@ -12,7 +12,7 @@ folders (Spark, pyarrow, hafrm) pass over names that begin with an underscore.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,9 @@ class JobFolder:
         with writing(place):
             place.mkdir(exist_ok=True)
         with lock_directory(place):
-            for shard in shards:
-                listed = self.bad_rows(shard).name
-                clear_leftovers(self.path, {shard.file})
-                clear_leftovers(self.records, {f"{shard.file}.json", listed})
+            clear_leftovers(self.path, {shard.file for shard in shards})
+            written = {(self._record(shard), self.bad_rows(shard)) for shard in shards}
+            clear_leftovers(self.records, {file.name for files in written for file in files})
             yield
 
     def record(self, shard: Shard) -> ShardRecord | None:
@@ -110,7 +109,7 @@ class JobFolder:
 
         A file that is missing, shorter than it was or changed since is not finished.
         """
-        file, place = self.path / shard.file, self.records / f"{shard.file}.json"
+        file, place = self.path / shard.file, self._record(shard)
         if not place.exists() or not file.exists():
             return None
         try:
@@ -142,23 +141,20 @@ class JobFolder:
             atomic_write(file, content)
             self.bad_rows(shard).unlink(missing_ok=True)
             if bad:
-                atomic_write(self.bad_rows(shard), bad_lines(bad))
-            atomic_write(
-                self.records / f"{shard.file}.json", json.dumps(asdict(record), indent=1) + "\n"
-            )
+                lines = "".join(json.dumps(asdict(row)) + "\n" for row in bad)
+                atomic_write(self.bad_rows(shard), lines)
+            atomic_write(self._record(shard), json.dumps(asdict(record), indent=1) + "\n")
         return record
-
-    def _has_records(self) -> bool:
-        return any(file.name != "manifest.json" for file in self.records.glob("*.json"))
 
     def bad_rows(self, shard: Shard) -> Path:
         """Where a shard's bad rows are listed, if it has any."""
         return self.records / f"{shard.file}.bad.jsonl"
 
+    def _record(self, shard: Shard) -> Path:
+        return self.records / f"{shard.file}.json"
 
-def bad_lines(bad: Iterable[BadRow]) -> str:
-    """Bad rows as JSON lines, in ASCII: what was shown of them may be no text."""
-    return "".join(json.dumps(asdict(row)) + "\n" for row in bad)
+    def _has_records(self) -> bool:
+        return any(file.name != "manifest.json" for file in self.records.glob("*.json"))
 
 
 @contextlib.contextmanager

@@ -39,24 +39,25 @@ class EncodedRows:
         return sum(len(group.response_ids) for group in self.groups)
 
 
-def encode_rows(encoder: Encoder, rows: Sequence[object]) -> EncodedRows:
+def encode_rows(encoder: Encoder, rows: Sequence[object], numbers: Sequence[int]) -> EncodedRows:
     """The rows as ids; what cannot be read, rendered or fitted becomes a refusal in its place.
 
-    Raises ModelError for a chat template that drops every response.
+    `numbers` are what the rows are called in refusals. Raises ModelError for a chat template that drops
+    every response.
     """
     known = [
         row if isinstance(row, Refusal) else parse_row(row, need_comparisons=False) for row in rows
     ]
     groups = [
-        Group(id=str(i), prompt=row.prompt, responses=tuple(dict.fromkeys(row.responses)))
-        for i, row in enumerate(known)
+        Group(f"row {number}", row.prompt, tuple(dict.fromkeys(row.responses)))
+        for number, row in zip(numbers, known, strict=True)
         if not isinstance(row, Refusal)
     ]
     encoded, refused, num_cut = _encode(encoder, groups)
     return EncodedRows(
         rows=tuple(
-            row if isinstance(row, Refusal) else refused.get(str(i), row.responses)
-            for i, row in enumerate(known)
+            row if isinstance(row, Refusal) else refused.get(f"row {number}", row.responses)
+            for number, row in zip(numbers, known, strict=True)
         ),
         groups=tuple(encoded),
         num_cut=num_cut,

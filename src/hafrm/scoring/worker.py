@@ -115,7 +115,7 @@ def _encoded_ahead(
 
     def prepare() -> tuple[Shard, Rows, EncodedRows]:
         shard, rows = next(read)
-        return shard, rows, encode_rows(encoder, rows.values)
+        return shard, rows, encode_rows(encoder, rows.values, rows.numbers)
 
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
         ahead = pool.submit(prepare)
@@ -134,5 +134,5 @@ def _check_sharing(model: RewardModel, groups: Sequence[EncodedGroup]) -> None:
         self_check(model.model, lay_out(few).to(model.model.device))
     except NumericsError as error:
         raise NumericsError(
-            f"this model cannot be scored with shared prompts, and hafrm scores no other way: {error}"
+            f"{error}. hafrm did not know this of it: score it with plain transformers, and report it"
         ) from error
