@@ -253,10 +253,11 @@ def plan_tables(plan: Plan, remedies: list[tuple[str, Plan]]) -> Iterator[Render
         ),
         ("activations", need.activations, f"a micro-batch of {plan.tokens:,} tokens"),
         ("working memory", held, what),
+        ("a step in all", need.step, f"{gib(target.usable)} of {gib(target.memory)} may be used"),
         (
-            "all",
-            need.total,
-            f"of {gib(target.memory)}, {gib(target.memory - target.usable)} left free",
+            "passes without gradients",
+            need.passes,
+            "the reference's over whole weights, validation's",
         ),
     )
     for name, size, note in rows:

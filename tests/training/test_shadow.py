@@ -177,6 +177,14 @@ def test_on_a_gpu_autocast_keeps_powers_and_layer_norms_in_float32(family, more)
     assert gpu >= cpu
 
 
+def test_on_a_gpu_layers_are_computed_again_as_they_were_at_first():
+    """Casting holds in backward too; checkpointing compares what it keeps with what it recomputes."""
+    training = {"precision": "bf16", "gradient_checkpointing": True}
+    model = shadow_of("phi", recipe_of(training=training))
+    whole = trace(shadow_of("phi", recipe_of()), layout_of(SHAPE), half=True, cuda=True)
+    assert trace(model, layout_of(SHAPE), half=True, cuda=True).kept < whole.kept / 3
+
+
 def test_on_a_gpu_grouped_heads_in_float32_make_their_scores():
     """4 heads x (35 x 35 + 10 x 30 + ...) scores in either layer, less what the fused kernel keeps."""
     recipe = recipe_of()
@@ -185,6 +193,16 @@ def test_on_a_gpu_grouped_heads_in_float32_make_their_scores():
         for cuda in (False, True)
     )
     assert gpu - cpu > 0.9 * 2 * 4 * 4 * (35 * 35 + 10 * 30 + 15 * 15 + 4 * 13 + 3 * 12)
+
+
+def test_a_recurrent_model_which_shares_nothing_is_counted_and_traced_too():
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)
+    model = shadow_model(config, recipe_of(), get_method("haf"))
+    counts = count(model)
+    assert (counts.layers, counts.attention_width) == (2, 0)
+    assert trace(model, layout_of(SHAPE), half=False, cuda=False).kept > 0
 
 
 def test_a_model_that_asks_for_contents_is_told_apart():

@@ -15,7 +15,7 @@ from hafrm.errors import ConfigError, ModelError
 from hafrm.recipe import LoraSection, Recipe
 from hafrm.training import parallel
 from hafrm.training.methods import Method
-from hafrm.training.plan import LARGEST, Plan, Planner, Target
+from hafrm.training.plan import Plan, Planner, Target
 from hafrm.training.shadow import load_config
 
 MOST_RANKS = 64
@@ -42,8 +42,8 @@ def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> 
     budget = parallel.smallest(plan.max_tokens if plan.fits else 0, ranks.device)
     if given == "auto" and budget == 0:
         raise ConfigError(
-            f"training.max_tokens is auto, but not even 2 x data.max_length = {plan.max_tokens} tokens "
-            f"fit: {plan}. `hafrm plan` says what to change; a number is taken unchecked"
+            f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan}. "
+            "`hafrm plan` says what to change; a number is taken unchecked"
         )
     if parallel.is_main():
         log.log(logging.INFO if budget else logging.WARNING, "plan: %s", plan)
@@ -89,7 +89,7 @@ def _remedies(
     recipe: Recipe, method: Method, config: PretrainedConfig, target: Target
 ) -> Iterator[tuple[str, Plan]]:
     """Changes to a recipe that does not fit, from the harmless to the far-reaching, each with its plan
-    at the largest token budget that fits; at last the ranks that could hold their shards."""
+    at the largest token budget that fits; at last ranks, where they could hold their shards."""
     changes: dict[str, Any] = {"training.max_tokens": "auto"}
     done = recipe.model_dump()
     for key, value in (
@@ -109,7 +109,7 @@ def _remedies(
     ranks = target.ranks
     while (ranks := 2 * ranks) <= MOST_RANKS:
         place = replace(target, ranks=ranks)
-        if sum(planner.states(place, LARGEST)) < place.usable:
+        if planner.least(place) <= place.usable:
             plan = planner.plan(place)
             yield f"{ranks} ranks {_words(changes)}", plan
             if plan.fits:

@@ -135,7 +135,7 @@ def attention_flops(counts: Counts, work: Work) -> float:
 
 @dataclass(frozen=True)
 class Bytes:
-    """What one rank holds at its fullest moment, early in the backward pass of a micro-batch."""
+    """What one rank holds at its fullest moments: in a step's backward pass, and in passes without one."""
 
     weights: int
     gradients: int
@@ -148,6 +148,9 @@ class Bytes:
     """A chunk of logits with its copies, and the head's gradient on its way."""
     temporaries: int
     """What else the backward pass holds at once; never at the same time as `logprobs`."""
+    passes: int
+    """The fullest pass without gradients: the reference's, before the first step and over whole weights
+    under FSDP2 too, or validation's beside the optimiser's state."""
 
     @property
     def states(self) -> int:
@@ -155,9 +158,14 @@ class Bytes:
         return self.weights + self.gradients + self.optimiser + self.exchange
 
     @property
-    def total(self) -> int:
-        """The fullest moment."""
+    def step(self) -> int:
+        """The fullest moment of a step."""
         return self.states + self.activations + max(self.logprobs, self.temporaries)
+
+    @property
+    def total(self) -> int:
+        """The fullest moment of all."""
+        return max(self.passes, self.step)
 
 
 def logprob_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> int:
@@ -170,19 +178,30 @@ def logprob_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> i
     """
     if not counts.head:
         return 0
-    chunk = min(work.scored, max(1, CHUNK_ELEMENTS // counts.vocab)) * counts.vocab
-    several = work.scored * counts.vocab > chunk
+    rows = min(work.scored, max(1, CHUNK_ELEMENTS // counts.vocab))
+    chunk, following = (n * counts.vocab for n in (rows, min(rows, work.scored - rows)))
     copied = product * (counts.head if product != stored else 0)
     if counts.adapters:
-        logits, gradient = FLOAT32 * (3 if several else 2) * chunk, 0
+        logits, gradient = FLOAT32 * (2 * chunk + following), 0
     elif product == FLOAT32:
         logits, gradient = FLOAT32 * chunk, FLOAT32 * counts.head
     else:
-        logits = (2 * FLOAT32 + product if several else FLOAT32 + product) * chunk
+        logits = (FLOAT32 + product) * chunk + FLOAT32 * following
         gradient = 2 * FLOAT32 * counts.head
     # Hidden states that predict a response token: kept, their gradient, and that spread over all tokens.
-    rows = FLOAT32 * counts.width * (2 * work.scored + work.tokens)
-    return logits + gradient + copied + rows
+    predicting = FLOAT32 * counts.width * (2 * work.scored + work.tokens)
+    return logits + gradient + copied + predicting
+
+
+def reading_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> int:
+    """The same for a pass without gradients, such as the reference's: logits, the rows they are of, and all
+    last hidden states."""
+    if not counts.head:
+        return 0
+    chunks = 1 if product == FLOAT32 else 2
+    logits = chunks * FLOAT32 * min(work.scored * counts.vocab, CHUNK_ELEMENTS)
+    copied = product * (counts.head if product != stored else 0)
+    return logits + copied + FLOAT32 * counts.width * (work.scored + work.tokens)
 
 
 def copies_bytes(counts: Counts, ranks: int) -> tuple[int, int, int, int]:

@@ -29,7 +29,7 @@ from hafrm.training.finish import export_run
 from hafrm.training.guard import Guard
 from hafrm.training.methods import Method, get_method
 from hafrm.training.prepare import PreparedData, build_model, prepare_data
-from hafrm.training.reference import reference_logps
+from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
 from hafrm.training.start import open_run, record_provenance
@@ -216,7 +216,10 @@ class Job:
         log.info("reference log-probs of %d groups", len(groups))
         self.model.eval()
         both = reference_logps(
-            self.model, groups, max_tokens=4 * training.token_budget, autocast=self.autocast
+            self.model,
+            groups,
+            max_tokens=REFERENCE_TOKENS * training.token_budget,
+            autocast=self.autocast,
         )
         if training.gradient_checkpointing:
             self.model.train()

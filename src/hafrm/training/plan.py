@@ -22,20 +22,22 @@ from hafrm.training.costs import (
     Flops,
     copies_bytes,
     logprob_bytes,
+    reading_bytes,
     shards_bytes,
     step_flops,
     work_of,
 )
 from hafrm.training.methods import Method
+from hafrm.training.reference import REFERENCE_TOKENS
 from hafrm.training.shadow import Footprint, count, layout_of, makes_scores, shadow_model, trace
 
 LARGEST = 2**15
-"""Tokens beyond which a micro-batch gains nothing: products are long done being small."""
+"""Tokens beyond which a micro-batch gains nothing: its matrix products cannot become more efficient."""
 GRAIN = 256
 """Token budgets are multiples of this, so that a few bytes more or less do not change one."""
-SPARE = {"cuda": 0.1, "cpu": 0.5}
-"""Fraction of the memory left alone: on a GPU for the allocator's gaps, on a CPU for the rest of the
-machine."""
+SPARE = {"cuda": 0.1, "cpu": 0.6}
+"""Fraction of the memory left alone: on a GPU for the allocator's gaps; on a CPU, where glibc's heap has
+been measured to hold up to 2.4 times what is alive (docs/scale.md)."""
 MOST_GROUPS = {False: 4, True: 16}
 """Groups of a traced micro-batch: memory follows its tokens, however many groups they are cut into. More
 where attention scores are made, which grow with the square of a group; fewer than there are then plan
@@ -88,10 +90,11 @@ class Plan:
             "working memory": max(parts.logprobs, parts.temporaries),
         }
         words = ", ".join(f"{name} {gib(size)}" for name, size in shown.items() if size)
+        verdict = "fits" if self.fits else "does not fit"
         return (
-            f"about {gib(parts.total)} of {gib(self.target.memory)} GiB"
-            f"{'' if self.fits else ', which is too much'}: {words}; "
-            f"training.max_tokens {self.max_tokens}"
+            f"a step takes about {gib(parts.step)} GiB ({words}), passes without gradients "
+            f"{gib(parts.passes)}; {verdict} into the {gib(self.target.usable)} that may be used of "
+            f"{gib(self.target.memory)}; training.max_tokens {self.max_tokens}"
         )
 
 
@@ -108,27 +111,26 @@ class Planner:
         self.recipe, self._method, self._config = recipe, method, config
         self._half = recipe.training.precision == "bf16"
         self._shadows: dict[bool, HybridModel] = {}
-        self._found: dict[tuple[int, bool, str], Footprint] = {}
+        self._found: dict[tuple[int, bool, str, bool], Footprint] = {}
         self.counts = count(self._shadow(sharded=False))
 
     def plan(self, target: Target) -> Plan:
         """The need at the recipe's token budget, or at the largest that fits, for auto the least that
         there may be if none does. Raises ModelError where the model cannot be traced."""
         training, longest = self.recipe.training, 2 * self.recipe.data.max_length
-        step = max(longest, training.batch_size * longest)
         budget = (
-            self._largest(target, longest, min(max(LARGEST, longest), step))
+            self._largest(target, longest, self._tokens(max(LARGEST, longest)))
             if training.max_tokens == "auto"
             else training.max_tokens
         )
-        tokens = min(budget, step)
+        tokens = self._tokens(budget)
         return Plan(
             target=target,
             counts=self.counts,
             sharded=self._sharded(target),
             max_tokens=budget,
             tokens=tokens,
-            bytes=self.bytes(target, tokens),
+            bytes=self.bytes(target, budget),
             flops=step_flops(
                 self.counts,
                 work_of(self._shape(tokens, target.device)),
@@ -136,23 +138,44 @@ class Planner:
             ),
         )
 
-    def bytes(self, target: Target, tokens: int) -> Bytes:
-        """The need with micro-batches of this many tokens."""
-        sharded = self._sharded(target)
+    def bytes(self, target: Target, budget: int) -> Bytes:
+        """The need with micro-batches of up to this many tokens."""
+        sharded, tokens = self._sharded(target), self._tokens(budget)
         footprint = self._footprint(tokens, sharded, target.device)
-        stored_half = self._half and (sharded or bool(self.counts.adapters))
+        states = self.states(target, tokens)
+        frozen_half = self._half and bool(self.counts.adapters)
         logprobs = logprob_bytes(
             self.counts,
             work_of(self._shape(tokens, target.device)),
-            product=HALF if self._half and target.device == "cuda" else FLOAT32,
-            stored=HALF if stored_half else FLOAT32,
+            product=self._product(target),
+            stored=HALF if frozen_half or (self._half and sharded) else FLOAT32,
         )
+        weights, _, optimiser, _ = states
+        whole, *_ = copies_bytes(self.counts, ranks=1)
         return Bytes(
-            *self.states(target, tokens),
+            *states,
             activations=footprint.kept,
             logprobs=logprobs,
             temporaries=footprint.temporaries,
+            passes=max(whole, weights + optimiser) + self._reading(target, budget),
         )
+
+    def _reading(self, target: Target, budget: int) -> int:
+        """Bytes of a pass without gradients over as many tokens as the reference's takes at once."""
+        tokens = REFERENCE_TOKENS * budget
+        held = self._footprint(tokens, False, target.device, train=False).temporaries
+        logprobs = reading_bytes(
+            self.counts,
+            work_of(self._shape(tokens, target.device)),
+            product=self._product(target),
+            stored=HALF if self._half and self.counts.adapters else FLOAT32,
+        )
+        return max(held, logprobs)
+
+    def least(self, target: Target) -> int:
+        """Bytes that no token budget gets below."""
+        weights, *_ = copies_bytes(self.counts, ranks=1)
+        return max(weights, sum(self.states(target, LARGEST)))
 
     def states(self, target: Target, tokens: int) -> tuple[int, int, int, int]:
         """(weights, gradients, optimiser, exchange) in bytes, which no trace is needed for."""
@@ -193,26 +216,36 @@ class Planner:
             if enough:
                 return low
 
-    def _footprint(self, tokens: int, sharded: bool, device: str) -> Footprint:
-        key = (tokens, sharded, device)
+    def _footprint(
+        self, tokens: int, sharded: bool, device: str, *, train: bool = True
+    ) -> Footprint:
+        key = (tokens, sharded, device, train)
         if key not in self._found:
             self._found[key] = trace(
                 self._shadow(sharded),
                 layout_of(self._shape(tokens, device)),
                 half=self._half,
                 cuda=device == "cuda",
+                train=train,
             )
         return self._found[key]
 
     def _shadow(self, sharded: bool) -> HybridModel:
         if sharded not in self._shadows:
             model = shadow_model(self._config, self.recipe, self._method)
-            if (
-                sharded and self._half
-            ):  # FSDP2 gathers in bfloat16, so that autocast copies no weights
+            if sharded and self._half:
+                # FSDP2 gathers in bfloat16, so that autocast copies no weights.
                 nn.Module.to(model.backbone, torch.bfloat16)
             self._shadows[sharded] = model
         return self._shadows[sharded]
+
+    def _tokens(self, budget: int) -> int:
+        """Of the largest micro-batch that a step can fill."""
+        return min(budget, self.recipe.training.batch_size * 2 * self.recipe.data.max_length)
+
+    def _product(self, target: Target) -> int:
+        """Bytes of a number in the log-probs' products, which a CPU always takes in float32."""
+        return HALF if self._half and target.device == "cuda" else FLOAT32
 
     def _shape(self, tokens: int, device: str) -> list[tuple[int, tuple[int, int]]]:
         """Comparisons whose prompt is half of the limit, with a response that fills it and one half as
@@ -224,7 +257,7 @@ class Planner:
         return [(2 * n // 5, (n - 2 * n // 5 - n // 5, n // 5)) for n in shares]
 
     def _one_micro_batch(self, target: Target) -> int:
-        """Tokens that hold a rank's part of any step at once."""
+        """Tokens that hold a rank's part of a step at once, were all its comparisons as in `_shape`."""
         training, length = self.recipe.training, self.recipe.data.max_length
         return -(-training.batch_size * 5 * length // (4 * target.ranks))
 

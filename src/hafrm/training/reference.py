@@ -23,6 +23,9 @@ from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training import parallel
 from hafrm.training.batches import References
 
+REFERENCE_TOKENS = 4
+"""Times the token budget that this pass, which keeps nothing for a backward pass, takes at once."""
+
 
 def reference_key(
     model: HybridModel, groups: Sequence[EncodedGroup], autocast: torch.dtype | None

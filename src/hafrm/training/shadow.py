@@ -10,6 +10,7 @@ the varlen kernel.
 
 import contextlib
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +40,8 @@ from hafrm.training.prepare import assemble, starting_dtype
 
 CAST_TO_FLOAT32 = {"exp", "layer_norm", "log_softmax", "pow", "rsqrt", "softmax", "softplus", "sum"}
 """What CUDA's autocast computes in float32 and a CPU's does not, as far as language models use it."""
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ def count(model: HybridModel) -> Counts:
     """The weights of a model, or of its shadow, by what they cost."""
     backbone, head = model.backbone, model.policy_head
     config = backbone.config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # a recurrent model has none
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     embeddings = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Embedding)}
     named = [(n, p) for n, p in backbone.named_parameters() if id(p) not in embeddings]
     everything = list(model.parameters())
@@ -184,21 +188,27 @@ def makes_scores(config: PretrainedConfig, *, half: bool, cuda: bool) -> bool:
     where scores are soft-capped, and in float32 on a GPU for grouped heads, for which torch has no fused
     kernel there."""
     text = config.get_text_config()
-    grouped = getattr(text, "num_key_value_heads", None) not in (None, text.num_attention_heads)
+    heads = getattr(text, "num_attention_heads", None)
+    grouped = getattr(text, "num_key_value_heads", None) not in (None, heads)
     capped = getattr(text, "attn_logit_softcapping", None) is not None
     return capped or (cuda and not half and grouped)
 
 
-def trace(model: HybridModel, layout: Layout, *, half: bool, cuda: bool) -> Footprint:
-    """What one micro-batch of this layout keeps and holds; the shadow can be traced again after.
+def trace(
+    model: HybridModel, layout: Layout, *, half: bool, cuda: bool, train: bool = True
+) -> Footprint:
+    """What one micro-batch of this layout keeps and holds, or with `train` False a pass without gradients;
+    the shadow can be traced again after.
 
     `half` is autocast to bfloat16, `cuda` a GPU's way of it. Log-probs are left out, because their
     kernel works otherwise on a GPU: `costs.logprob_bytes` knows both. Raises ModelError for a model
-    whose forward asks for contents (experts in a loop, say).
+    whose forward asks for contents.
     """
     policy, reward = model.policy_head, model.reward_head
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
+        stack.callback(_FAKE_LOG.setLevel, _FAKE_LOG.level)
+        _FAKE_LOG.setLevel(logging.CRITICAL)  # what fails is raised, and told in a line
         stack.callback(setattr, model, "policy_head", policy)
         stack.callback(setattr, model, "reward_head", reward)
         model.policy_head = None
@@ -208,18 +218,29 @@ def trace(model: HybridModel, layout: Layout, *, half: bool, cuda: bool) -> Foot
         tensors: dict[str, Any] = {n: _hollow(t) for n, t in _tensors_of(layout).items()}
         emptied = dataclasses.replace(layout, masks={}, **tensors)
         live = stack.enter_context(LiveBytes([*_empty(model), *tensors.values()]))
+        stack.enter_context(torch.set_grad_enabled(train))
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 outputs = model(emptied)
-            kept = live.alive
-            outputs.rewards.sum().backward()
+            kept = live.alive if train else 0
+            if train:
+                _run_backward(outputs.rewards.sum())
         except (RuntimeError, NotImplementedError) as error:
             raise ModelError(
-                f"{type(model.backbone).__name__} asks for the contents of its tensors, so its memory "
+                f"{type(model.backbone).__name__} cannot be run on tensors without contents, so its memory "
                 f"cannot be told before a run ({str(error).splitlines()[0]}); give training.max_tokens "
                 "as a number"
             ) from error
         return Footprint(kept, live.peak - kept)
+
+
+def _run_backward(total: Tensor) -> None:
+    """`total.backward()`, but under the function modes that are on: layers that are computed again in
+    backward must be cast as they were in forward, and torch's method leaves the modes out."""
+    ones = torch.ones_like(total)
+    _engine_run_backward(
+        (total,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _like_cuda(model: HybridModel, *, half: bool) -> contextlib.AbstractContextManager[object]:

@@ -1,0 +1,123 @@
+"""benchmarks/scale.py: its traffic and times by hand, its command line, and (slow) its check."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "scale.py"
+
+
+@pytest.fixture(scope="module")
+def scale():
+    spec = importlib.util.spec_from_file_location("scale", FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scale"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["scale"]
+
+
+def tiny_config() -> transformers.PretrainedConfig:
+    return transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+
+
+def scenario(scale, *, lora: bool = False, checkpointing: bool = True):
+    training = {"precision": "bf16", "gradient_checkpointing": checkpointing, "batch_size": 8}
+    recipe = scale.recipe_of(training=training, **({"lora": {"rank": 4}} if lora else {}))
+    return scale.Scenario(tiny_config(), recipe, (30, 20, 10))
+
+
+def machine(scale, memory: float = 1.0):
+    return scale.Machine(peak=1e12, mfu=0.5, node=4e9, network=1e9, memory=memory)
+
+
+def test_traffic_is_two_gathers_of_the_layers_one_of_the_outside_and_one_scatter(scale):
+    """4 ranks move 3/4 of it: layers 2 + 2 bytes a weight, outside 2, gradients 4, once a step."""
+    ours = scenario(scale)
+    counts = ours.counts
+    layers = counts.total - counts.outside
+    once = 0.75 * (4 * layers + 2 * counts.outside + 4 * counts.trainable)
+    assert ours.traffic(4, 1) == pytest.approx(once)
+    assert ours.traffic(4, 2) - once == pytest.approx(0.75 * (4 * layers + 2 * counts.outside))
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "times"),
+    [(False, True, 1.0), (False, False, 1.5), (True, True, 1.0), (True, False, 1.0)],
+)
+def test_traffic_hides_from_where_a_layer_computes_as_long_as_the_next_is_moved(
+    scale, lora, checkpointing, times
+):
+    """Forward: 2 FLOP a weight and token against 2 bytes. Backward, all weights trained: 6 bytes against
+    4 FLOP, with checkpointing 6. Adapters' gradients weigh nothing. At 5e11 FLOP/s and 4e9 B/s: 125."""
+    ours = scenario(scale, lora=lora, checkpointing=checkpointing)
+    assert ours.hiding_tokens(machine(scale), 4e9) == pytest.approx(125 * times)
+
+
+def test_a_row_divides_the_step_among_gpus_and_takes_the_slow_links_beyond_a_node(scale):
+    """8 comparisons of 60 tokens: 60 each on 8 GPUs, 30 on 16."""
+    ours = scenario(scale)
+    near, far = (ours.row(gpus, machine(scale)) for gpus in (8, 16))
+    assert (near.micro_batches, near.tokens, near.fits) == (1, 60, True)
+    assert (far.micro_batches, far.tokens) == (1, 30)
+    assert near.compute_seconds == pytest.approx(ours.flops.total / 8 / 5e11)
+    assert near.traffic_seconds == pytest.approx(near.traffic / 4e9)
+    assert far.traffic_seconds == pytest.approx(far.traffic / 1e9)
+
+
+def test_what_does_not_fit_whole_is_cut_into_micro_batches(scale):
+    """LoRA, whose gradients are small: one GPU with room for the states and some of the activations."""
+    ours = scenario(scale, lora=True, checkpointing=False)
+    whole = ours.row(1, machine(scale))
+    states = whole.bytes.states / 2**30
+    cut = ours.row(
+        1, machine(scale, memory=(states + 0.4 * (whole.bytes.step / 2**30 - states)) / 0.9)
+    )
+    assert cut.fits
+    assert cut.micro_batches > 1
+    assert cut.tokens == -(-480 // cut.micro_batches)
+    nothing = ours.row(1, machine(scale, memory=states / 2))
+    assert not nothing.fits
+
+
+def test_the_script_prints_its_tables_for_a_config_file(scale, tmp_path, capsys):
+    tiny_config().save_pretrained(tmp_path)
+    scale.main(["--config", str(tmp_path), "--lora", "--lengths", "hh", "--gpus", "2", "8"])
+    output = capsys.readouterr().out
+    rows = [
+        line.split("|")[1:-1] for line in output.splitlines() if line.startswith(("| 2 ", "| 8 "))
+    ]
+    assert [len(row) for row in rows] == [9, 9, 7, 7]
+    assert "38,400 tokens" in output
+    with pytest.raises(SystemExit, match="llama-70b"):
+        scale.main(["--config", str(tmp_path / "nowhere")])
+
+
+def test_the_built_in_shapes_are_the_models_they_are_named_after(scale):
+    """Published sizes: Llama-3-70B 70.6 G, Mistral-7B-v0.3 7.25 G, Phi-2 2.78 G."""
+    sizes = {"llama-70b": 70.55, "mistral-7b": 7.248, "phi-2": 2.780}
+    for name, billions in sizes.items():
+        recipe = scale.recipe_of(training={"precision": "bf16"})
+        counts = scale.Scenario(scale.config_of(name), recipe, (1, 1, 1)).counts
+        assert counts.total / 1e9 == pytest.approx(billions, rel=0.001)
+
+
+@pytest.mark.slow
+def test_a_small_run_is_predicted(scale):
+    """FLOPs and saved bytes within 1 %, the growth of a real process within 5 %."""
+    name = "GPT-2, 7 M"
+    predicted = scale.predict(scale.CHECKS[name])
+    measured = scale.measure_apart(name, scale.GIVEN_BACK)
+    assert predicted["flops"] == pytest.approx(measured["flops"], rel=0.01)
+    assert predicted["saved"] == pytest.approx(measured["saved"], rel=0.01)
+    assert predicted["grown"] == pytest.approx(measured["grown"], rel=0.05)
