@@ -10,7 +10,7 @@ from rich.console import Console
 from benchmark_rows import write_all
 from exports_for_tests import export_both
 from hafrm.evaluation.verb import run_evaluation
-from hafrm.tables import result_tables
+from hafrm.tables.results import result_tables
 from tiny_runs import write_preferences
 
 

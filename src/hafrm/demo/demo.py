@@ -17,8 +17,8 @@ from hafrm.config import build_recipe
 from hafrm.demo.pretrain import Progress, pretrain
 from hafrm.demo.world import TEST_SETS, make_world, pretraining_texts, write_world
 from hafrm.evaluation.evaluate import Evaluation, evaluate
-from hafrm.evaluation.metrics import Accuracy
 from hafrm.recipe import Recipe
+from hafrm.tables.cells import stacked
 from hafrm.training.loop import train
 
 METHODS = {"haf": 1e-3, "bt": 1e-3, "dpo": 5e-4}
@@ -105,10 +105,12 @@ def tables(result: DemoResult) -> Iterator[RenderableType]:
     for name in (*TEST_SETS, "all"):
         table.add_column(name, justify="right", no_wrap=True)
     for method, evaluation in result.evaluations.items():
-        table.add_row(LABELS[method], *(_cell(each.metrics.accuracy) for each in evaluation.sets))
+        table.add_row(
+            LABELS[method], *(stacked(each.metrics.accuracy.estimate) for each in evaluation.sets)
+        )
     first = next(iter(result.evaluations.values()))
-    baseline = [each.metrics.length.pick_longer for each in first.sets]
-    table.add_row("the longer one", *map(_cell, baseline))
+    baseline = [each.metrics.length.pick_longer.estimate for each in first.sets]
+    table.add_row("the longer one", *map(stacked, baseline))
     yield table
     yield (
         "\nOn your own data (a base model, and preferences with prompt, chosen, rejected):\n"
@@ -116,9 +118,3 @@ def tables(result: DemoResult) -> Iterator[RenderableType]:
         "  hafrm train recipes/tiny-cpu.yaml model.path=MODEL data.train=preferences.jsonl --out run\n"
         "  hafrm evaluate run held-out.jsonl"
     )
-
-
-def _cell(accuracy: Accuracy) -> str:
-    """Value over interval, so that the table fits into 80 columns."""
-    value, _, interval = str(accuracy.estimate).partition(" [")
-    return f"{value}\n[{interval}"

@@ -1,4 +1,4 @@
-"""What the command line shows, as rich tables and lines; nothing is computed or printed here."""
+"""Tables of what `hafrm evaluate` finds: metrics, benchmarks, comparisons of models."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from hafrm.data.describe import Description, Lengths
 from hafrm.evaluation.benchmarks.run import BenchmarkResult, Benchmarks
 from hafrm.evaluation.compare import ModelComparison
 from hafrm.evaluation.evaluate import Evaluation, SetResult
-from hafrm.evaluation.metrics import Accuracy
-from hafrm.evaluation.statistics import Estimate
-from hafrm.training.plan import Plan, gib
+from hafrm.tables.cells import stacked, with_count
 
 
 def result_tables(
@@ -69,7 +66,7 @@ def _by_length(sets: tuple[SetResult, ...]) -> Table:
         table.add_column(name, justify="right")
     for each in sets:
         slices = each.metrics.length.slices.values()
-        table.add_row(each.name, *map(_of, slices))
+        table.add_row(each.name, *map(with_count, slices))
     return table
 
 
@@ -98,19 +95,13 @@ def benchmark_tables(found: Benchmarks) -> Iterator[RenderableType]:
         line.add_column("Avg.", justify="right", no_wrap=True)
     for scorer in found.results[0].scores:
         numbers = [result.scores[scorer].overall for result in found.results]
-        cells = map(_over, [*numbers, *([averages[scorer]] if averages else [])])
+        cells = map(stacked, [*numbers, *([averages[scorer]] if averages else [])])
         # eight columns of these leave no room for a blank
         line.add_row(scorer.replace(" ", "\n"), *(cell.replace(", ", ",") for cell in cells))
     yield line
     for result in found.results:
         yield _sections(result)
         yield from _notes(result)
-
-
-def _over(estimate: Estimate) -> str:
-    """An estimate in per cent over its interval, which fits into a narrow column."""
-    value, _, interval = str(estimate).partition(" [")
-    return f"{value}\n[{interval}" if interval else value
 
 
 def _sections(result: BenchmarkResult) -> Table:
@@ -163,123 +154,3 @@ def comparison_tables(found: ModelComparison) -> Iterator[RenderableType]:
             cells += [f"{each.difference.p_value:.3g}", adjusted]
         table.add_row(*cells)
     yield table
-
-
-def data_tables(found: Description) -> Iterator[RenderableType]:
-    """What a reading holds, what is wrong with it, and its lengths."""
-    yield _pairs("what is in it", dict(_contents(found)))
-    if found.bad_rows:
-        yield _pairs("bad rows", {k: str(v) for k, v in found.bad_rows.items()})
-    lengths = {
-        "user turns": found.user_turns,
-        "prompt words": found.prompt_words,
-        "chosen words": found.chosen_words,
-        "rejected words": found.rejected_words,
-    }
-    if found.tokens is not None:
-        lengths |= {
-            "prompt tokens": found.tokens.prompt,
-            "response tokens": found.tokens.response,
-            "sequence tokens": found.tokens.sequence,
-        }
-    yield _lengths(lengths)
-
-
-def _contents(found: Description) -> Iterator[tuple[str, str]]:
-    yield "rows", f"{found.num_rows} ({sum(found.bad_rows.values())} bad)"
-    for reason, number in found.left_out.items():
-        yield f"left out: {reason}", str(number)
-    yield "groups, prompts", f"{found.num_groups}, {found.num_prompts} distinct"
-    yield "responses", str(found.num_responses)
-    yield "comparisons", f"{found.num_comparisons} ({found.num_ties} ties)"
-    yield "with margin, votes", f"{found.num_with_margin}, {found.num_with_votes}"
-    if found.num_with_votes:
-        yield "contested votes", str(found.num_contested)
-    for name, number in found.sources.items():
-        yield f"from {name}", f"{number} comparisons"
-    for tag, values in found.tags.items():
-        shown = ", ".join(f"{value or '(none)'}: {n}" for value, n in list(values.items())[:8])
-        yield f"by {tag}", shown
-    bias = found.length_bias
-    interval = f"[{100 * bias.low:.1f}, {100 * bias.high:.1f}]"
-    yield "longer is chosen", f"{100 * bias.share:.1f} % {interval}"
-    if found.unread_columns:
-        yield "columns not read", ", ".join(found.unread_columns[:12])
-    if found.tokens is not None:
-        yield "shared prompts save", f"{100 * found.tokens.shared:.1f} % of all tokens"
-        for name, value in found.tokens.encoding.items():
-            if value:
-                yield f"encoding: {name.replace('_', ' ')}", str(value)
-
-
-def _pairs(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def _lengths(rows: dict[str, Lengths]) -> Table:
-    table = Table(title="lengths", title_justify="left")
-    for name in ("", "mean", "p50", "p95", "max"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, lengths in rows.items():
-        numbers = (lengths.p50, lengths.p95, lengths.max)
-        table.add_row(name, f"{lengths.mean:.1f}", *map(str, numbers))
-    return table
-
-
-def plan_tables(plan: Plan, remedies: list[tuple[str, Plan]]) -> Iterator[RenderableType]:
-    """What a run needs, where it does not fit what would, and the work of a micro-batch."""
-    target, need, counts = plan.target, plan.bytes, plan.counts
-    place = "a GPU" if target.device == "cuda" else "a CPU"
-    share = f"each of {target.ranks} ranks" if target.ranks > 1 else "one process"
-    table = Table(title=f"memory of {share} on {place}", title_justify="left")
-    table.add_column("what")
-    table.add_column("GiB", justify="right")
-    table.add_column("made of")
-    trained, frozen = f"{counts.trainable:,} weights trained", f"{counts.frozen:,} frozen"
-    shards = "in shards" if plan.sharded else "whole"
-    held = max(need.logprobs, need.temporaries)
-    what = "logits, the head's gradient" if held == need.logprobs else "of the backward pass"
-    rows = (
-        ("weights", need.weights, f"{trained}, {frozen}, {shards}"),
-        ("gradients", need.gradients, "float32"),
-        ("optimiser", need.optimiser, "AdamW's two moments, float32"),
-        (
-            "exchange between ranks",
-            need.exchange,
-            "gathered layers" if plan.sharded else "DDP's buckets",
-        ),
-        ("activations", need.activations, f"a micro-batch of {plan.tokens:,} tokens"),
-        ("working memory", held, what),
-        ("a step in all", need.step, f"{gib(target.usable)} of {gib(target.memory)} may be used"),
-        (
-            "passes without gradients",
-            need.passes,
-            "the reference's over whole weights, validation's",
-        ),
-    )
-    for name, size, note in rows:
-        if size:
-            table.add_row(name, gib(size), note)
-    yield table
-    budget = f"training.max_tokens {plan.max_tokens}"
-    yield f"{'fits' if plan.fits else 'does NOT fit'} with {budget}; {plan.flops.total:.3g} FLOP each"
-    if remedies:
-        yield _remedies(remedies)
-
-
-def _remedies(remedies: list[tuple[str, Plan]]) -> Table:
-    table = Table(title="what would fit", title_justify="left")
-    for name in ("with", "fits", "GiB", "tokens"):
-        table.add_column(name, justify="left" if name == "with" else "right")
-    for words, plan in remedies:
-        fits = "yes" if plan.fits else "no"
-        table.add_row(words, fits, gib(plan.bytes.total), str(plan.max_tokens))
-    return table
-
-
-def _of(accuracy: Accuracy) -> str:
-    """An accuracy over its interval, over the number of comparisons that it is of."""
-    return f"{_over(accuracy.estimate)}\nof {accuracy.num}" if accuracy.num else "n/a"

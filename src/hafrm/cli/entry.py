@@ -1,0 +1,46 @@
+"""The entry of the command line: the app that verbs join, how errors end it, arguments they share."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hafrm.errors import HafrmError
+
+STOPPED = 143
+
+app = typer.Typer(
+    name="hafrm",
+    help="Train, evaluate and use reward models that keep their language-model head.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; hafrm's own errors become one message and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("hafrm").setLevel(logging.INFO)
+    # transformers shows a bar for every shard that it loads or writes; ours say enough.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except HafrmError as error:
+        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        sys.exit(STOPPED if type(error).__name__ == "StoppedError" else 1)
+
+
+_SOURCES = typer.Argument(
+    help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split, set:name."
+)
+Sources = Annotated[list[str], _SOURCES]
+OptionalSources = Annotated[list[str] | None, _SOURCES]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.")
+]

@@ -1,0 +1,65 @@
+"""The verb `score`: files of conversations in, the same with rewards out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hafrm.cli.entry import app
+from hafrm.scoring.inputs import ROWS_PER_SHARD
+from hafrm.terminal import show_pace
+
+
+@app.command()
+def score(  # noqa: PLR0913 - the verb and its options
+    model: Annotated[str, typer.Argument(help="Run folder or reward directory.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Rows with prompt and response(s): files (.jsonl .parquet .json .csv, .gz), folders "
+            "of them, file#split=test, hub:name:split."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
+    ],
+    *,
+    rows_per_shard: Annotated[
+        int, typer.Option(help="Rows that a kill can cost; more become several shards.")
+    ] = ROWS_PER_SHARD,
+    processes: Annotated[
+        int | None, typer.Option(help="On this machine (default: one for each GPU, or one).")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="Of a job array: score only part i of n, i from 0 to n - 1.")
+    ] = "0/1",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and response (default: the model's limit).")
+    ] = None,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut longer inputs instead of leaving them unscored.")
+    ] = False,
+) -> None:
+    """Add the model's reward to every row, order kept. Called again, it goes on where it was ended."""
+    from hafrm.errors import ModelError  # noqa: PLC0415
+    from hafrm.evaluation.evaluate import find_heads  # noqa: PLC0415
+    from hafrm.scoring.bulk import BulkOptions, parse_part, score_files  # noqa: PLC0415
+
+    options = BulkOptions(rows_per_shard, max_length, cut, dtype, processes, parse_part(shard))
+    reward = find_heads(model).reward
+    if reward is None:
+        raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
+    with show_pace() as watch:
+        result = score_files(reward, sources, out, options, watch)
+    typer.echo(
+        f"scored {result.num_responses} responses in {result.num_rows} rows, "
+        f"{result.num_bad} of them not scored (see their `error`): {out}"
+    )
+    if result.num_kept:
+        typer.echo(f"{result.num_kept} shards were finished before and are kept")
+    if result.num_cut:
+        typer.echo(f"{result.num_cut} prompts and responses were cut")
+    if result.bad_rows is not None:
+        typer.echo(f"rows without a score are listed with reasons: {result.bad_rows}")

@@ -1,0 +1,74 @@
+"""The verbs `train` and `plan`: what a recipe does, and what it will need."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hafrm.cli.entry import app
+from hafrm.cli.evaluate import show_evaluation
+from hafrm.intervals import in_words
+from hafrm.terminal import show_tables
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+) -> None:
+    """Train a reward model as a recipe says, and export it once others can load it."""
+    from hafrm.config import load_recipe  # noqa: PLC0415
+    from hafrm.errors import ConfigError  # noqa: PLC0415
+
+    if resume is not None:
+        if recipe is not None and "=" in recipe:  # the first override stands where a recipe would
+            overrides = [recipe, *(overrides or ())]
+            recipe = None
+        recipe, folder = recipe or str(resume / "recipe.yaml"), resume
+    elif recipe is None:
+        raise ConfigError("hafrm train needs a recipe, or --resume with a run folder")
+    else:
+        folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    loaded = load_recipe(recipe, overrides or ())
+    from hafrm.training import loop, parallel  # noqa: PLC0415
+
+    try:
+        result = loop.train(loaded, folder, resume=resume is not None)
+        if not parallel.is_main():
+            return
+        typer.echo(
+            f"trained {result.num_steps} steps; exported step {result.best_step} of {folder}"
+        )
+        typer.echo(f"  validation: {in_words(result.best)}")
+        if loaded.data.test:
+            show_evaluation(folder, list(loaded.data.test), json_file=folder / "test.json")
+        typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
+    finally:
+        parallel.stop()
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of each GPU (default: this machine's GPU, or its share of RAM)."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share a step.", min=1)] = 1,
+) -> None:
+    """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
+    from hafrm.config import load_recipe  # noqa: PLC0415
+
+    loaded = load_recipe(recipe, overrides or ())
+    from hafrm.tables.memory import plan_tables  # noqa: PLC0415
+    from hafrm.training.budget import plan_recipe  # noqa: PLC0415
+    from hafrm.training.loop import resolve_method  # noqa: PLC0415
+
+    found, remedies = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
+    show_tables(plan_tables(found, remedies))
+    if not found.fits:
+        raise typer.Exit(1)
