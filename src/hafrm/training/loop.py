@@ -5,7 +5,7 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +55,18 @@ class TrainResult:
     """Validation metrics of the exported step."""
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    data: PreparedData | None = None,
+    finish: "Callable[[Job], None] | None" = None,
+) -> TrainResult:
     """Train as the recipe says, in a run folder; returns once the exported models have been verified.
+
+    `data` is what `prepare_data` makes of the recipe, for who has it already; `finish`, given the job with
+    its best weights, does what is to be done with them instead of exporting them.
 
     Raises ConfigError, DataError or ModelError before the first step; NumericsError for numbers that
     must not be built upon; CheckpointError for a folder that cannot be resumed; StoppedError after a
@@ -68,12 +78,17 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
     with run.lock() if ranks.is_main else _nothing():
-        data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
+        if data is None:
+            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
             record_provenance(run, planned, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
-        job = Job(planned, method, run, data, model)
-        return job.train(ranks, resume=resume)
+        return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
+
+
+def export_job(job: "Job") -> None:
+    """What a run ends with: its models exported, and verified by others' eyes."""
+    export_run(job.run, job.recipe, job.method, job.data, job.model)
 
 
 def resolve_method(recipe: Recipe) -> Method:
@@ -102,8 +117,10 @@ class Job:
         self.best: dict[str, float] = {}
         self.best_step = -1
 
-    def train(self, ranks: parallel.Ranks, *, resume: bool) -> TrainResult:
-        """The run from wherever it stands to its exported models."""
+    def train(
+        self, ranks: parallel.Ranks, resume: bool, finish: "Callable[[Job], None]"
+    ) -> TrainResult:
+        """The run from wherever it stands to the end, and `finish` with the best weights."""
         training = self.recipe.training
         self._check_first_batch()
         if self.method.needs_reference:
@@ -138,7 +155,11 @@ class Job:
                         f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
                         f"go on with: hafrm train --resume {self.run.path}"
                     )
-        return self._finish(wrapped)
+        # A resumed run that had finished comes straight here.
+        if self.best_step != self.num_steps:
+            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
+        finish(self)
+        return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
     def _feed(self, ranks: parallel.Ranks) -> Feed:
         training = self.recipe.training
@@ -268,13 +289,6 @@ class Job:
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-    def _finish(self, wrapped: nn.Module) -> TrainResult:
-        """Export and verify the best step, once; a resumed run that had finished finds it done."""
-        if self.best_step != self.num_steps:
-            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
-        export_run(self.run, self.recipe, self.method, self.data, parallel.unwrap(wrapped))
-        return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
 
 @contextmanager
