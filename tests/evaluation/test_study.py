@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmark_rows import write_all
 from hafrm.config import build_recipe
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
+from hafrm.evaluation.benchmarks.run import run_benchmarks
 from hafrm.evaluation.evaluate import evaluate
+from hafrm.evaluation.seeds import over_seeds
+from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study import cell as cell_module
-from hafrm.evaluation.study.cell import read_result
+from hafrm.evaluation.study.cell import Setting, read_result
 from hafrm.evaluation.study.outcomes import Outcome, rows_of, stacked
 from hafrm.evaluation.study.plan import (
     MIXED,
@@ -247,7 +251,7 @@ def test_a_finished_cell_keeps_its_metrics_and_no_checkpoints(finished):
 
 def test_a_cell_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     plan = small_plan(tmp_path, methods="bt")
-    runner = cell_module.CellRunner(plan.recipe, tmp_path / "out")
+    runner = cell_module.CellRunner(Setting(plan.recipe, tmp_path / "out"))
     cell = plan.tuning_cells()[0]
     folder = cell.folder(tmp_path / "out")
 
@@ -278,6 +282,33 @@ def test_a_rate_at_which_every_run_diverges_is_an_error_that_says_so(tmp_path, m
     monkeypatch.setattr(cell_module, "train", diverge)
     with pytest.raises(NumericsError, match="bt diverges at every learning rate"):
         compare_methods(small_plan(tmp_path, methods="bt"), tmp_path / "out")
+
+
+def test_benchmarks_are_scored_in_the_same_pass_as_the_evaluation_verb_scores_them(tmp_path):
+    data = write_all(tmp_path / "files")
+    plan = small_plan(tmp_path, methods="bt")
+    out = tmp_path / "out"
+    study = compare_methods(
+        plan, out, keep_models=True, benchmarks=["rewardbench2"], benchmark_data=data
+    )
+    for cell, found in zip(plan.cells({"bt": 1e-3}), study.benchmarks, strict=True):
+        verb = run_benchmarks(cell.folder(out), ["rewardbench2"], folder=data, max_length=64)
+        known = verb.results[0].scores["reward"].overall
+        assert found.train == cell.train.name
+        assert found.score.value == pytest.approx(known.value)
+        assert found.per_seed == (found.score.value,)
+
+
+def test_a_mean_over_seeds_adds_the_spread_of_items_and_of_seeds_in_squares():
+    """Values 0.4 and 0.6, each +- 0.1 over items: t(1) 12.706 x 0.1414 / 1.414 = 1.2706 over seeds."""
+    both = [
+        Estimate(value, value - 0.1, value + 0.1, 10, "wilson", proportion=False)
+        for value in (0.4, 0.6)
+    ]
+    found = over_seeds(both)
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.value == pytest.approx(np.hypot(0.1, 1.27062), rel=1e-4)
+    assert over_seeds(both[:1]) == both[0]
 
 
 @pytest.mark.slow

@@ -31,6 +31,13 @@ def compare(  # noqa: PLR0913 - the verb and its options
     processes: Annotated[
         int | None, typer.Option(help="Runs at a time (default: one for each GPU, or one).")
     ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(help="Also score a published benchmark, such as rewardbench2; or all."),
+    ] = None,
+    benchmark_data: Annotated[
+        Path | None, typer.Option(help="The folder with its files, if not from the hub.")
+    ] = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Export every run's models, not only its scores.")
     ] = False,
@@ -54,7 +61,12 @@ def compare(  # noqa: PLR0913 - the verb and its options
         mixed=mixed,
     )
     study = compare_methods(
-        plan, out, processes=processes or default_processes(), keep_models=keep_models
+        plan,
+        out,
+        processes=processes or default_processes(),
+        keep_models=keep_models,
+        benchmarks=benchmark or (),
+        benchmark_data=benchmark_data,
     )
     show_tables(study_tables(study))
     typer.echo(f"all numbers: {out / RESULT}")

@@ -16,6 +16,8 @@ def study_tables(study: Study) -> Iterator[RenderableType]:
     yield _averages(summary)
     for train in summary.train_sets:
         yield _matrix(study, train)
+    if study.benchmarks:
+        yield _benchmarks(study)
     yield _rates(study)
     yield _findings(summary)
 
@@ -57,6 +59,20 @@ def _matrix(study: Study, train: str) -> Table:
             row.append(stacked(found[method, test]).replace("\n", f"{mark}\n"))
         table.add_row(method, *row)
     table.add_row("pick longer", *(stacked(study.pick_longer[test]) for test in summary.test_sets))
+    return table
+
+
+def _benchmarks(study: Study) -> Table:
+    table = Table(title="published benchmarks [95 %]", title_justify="left")
+    table.add_column("trained on")
+    table.add_column("method")
+    names = list(dict.fromkeys(each.benchmark for each in study.benchmarks))
+    for name in names:
+        table.add_column(name, justify="right")
+    found = {(each.train, each.method, each.benchmark): each.score for each in study.benchmarks}
+    for train in study.summary.train_sets:
+        for method in study.summary.methods:
+            table.add_row(train, method, *(stacked(found[train, method, name]) for name in names))
     return table
 
 

@@ -23,6 +23,7 @@ from hafrm.data.encoding_cache import encode_cached
 from hafrm.data.groups import Group
 from hafrm.errors import NumericsError
 from hafrm.evaluation.evaluate import read_comparisons
+from hafrm.evaluation.study.benchmarks import Placed, place_benchmarks
 from hafrm.evaluation.study.plan import Cell
 from hafrm.recipe import Recipe
 from hafrm.training import parallel
@@ -53,25 +54,47 @@ class CellResult:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What all cells of a study have in common."""
+
+    recipe: Recipe
+    root: Path
+    benchmarks: tuple[str, ...] = ()
+    """Published benchmarks to score besides the recipe's test sets."""
+    benchmark_data: Path | None = None
+    """The folder with their files; None: from the hub."""
+    keep_models: bool = False
+    """Export every cell's models."""
+
+
+@dataclass(frozen=True)
 class TestSets:
-    """The held-out comparisons of a study, encoded as its models see them."""
+    """The held-out data of a study, encoded as its models see them."""
 
     groups: list[Group]
+    """Those with comparisons, then the candidates of benchmarks."""
     encoded: list[EncodedGroup]
+    benchmarks: tuple[Placed, ...] = ()
 
 
-def read_test_sets(recipe: Recipe) -> TestSets:
-    """The study's test sets, the same for all its cells; raises DataError for one without comparisons."""
-    data = recipe.data
+def read_test_sets(setting: Setting) -> TestSets:
+    """The study's test sets and benchmarks, the same for all its cells.
+
+    Raises DataError for a set without comparisons, and what `place_benchmarks` raises.
+    """
+    data = setting.recipe.data
     _, groups = read_comparisons(data.test, data.max_bad_fraction)
+    candidates, placed = place_benchmarks(
+        setting.benchmarks, setting.benchmark_data, first=len(groups)
+    )
     encoder = Encoder(
-        load_tokenizer(recipe),
+        load_tokenizer(setting.recipe),
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         too_long="cut",
     )
-    encoded, _ = encode_cached(encoder, groups)
-    return TestSets(groups, encoded)
+    groups += candidates
+    return TestSets(groups, encode_cached(encoder, groups)[0], placed)
 
 
 def read_result(folder: Path) -> CellResult | None:
@@ -88,9 +111,9 @@ def read_scores(folder: Path) -> dict[str, NDArray[np.float32]]:
 class CellRunner:
     """Runs cells of one study in this process; what several cells need is prepared once."""
 
-    def __init__(self, base: Recipe, root: Path, *, keep_models: bool = False) -> None:
-        self.base, self.root, self.keep_models = base, root, keep_models
-        self.sets = read_test_sets(base)
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.sets = read_test_sets(setting)
         self._references: NDArray[np.float32] | None = None
         self._prepared: tuple[str, PreparedData] | None = None
 
@@ -100,7 +123,7 @@ class CellRunner:
         A run that diverges is a result, of its learning rate. Raises what else `train` raises, such as
         CheckpointError for a folder that another recipe was run in.
         """
-        folder, recipe = cell.folder(self.root), cell.recipe(self.base)
+        folder, recipe = cell.folder(self.setting.root), cell.recipe(self.setting.recipe)
         if (result := read_result(folder)) is not None:
             return result
         began = time.monotonic()
@@ -108,7 +131,7 @@ class CellRunner:
 
         def finish(job: Job) -> None:
             self._score(job, references, folder)
-            if self.keep_models:
+            if self.setting.keep_models:
                 export_job(job)
 
         resume = (folder / "recipe.yaml").is_file()
@@ -137,7 +160,7 @@ class CellRunner:
         if self._references is None:
             method = get_method("dpo")
             ranks = parallel.start()
-            recipe = with_token_budget(self.base, method, ranks)
+            recipe = with_token_budget(self.setting.recipe, method, ranks)
             encoder = Encoder(load_tokenizer(recipe), max_length=recipe.data.max_length)
             self._references = reference_logps(
                 build_model(recipe, method, encoder, ranks.device).eval(),

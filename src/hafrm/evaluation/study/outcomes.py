@@ -4,6 +4,7 @@ A *row* is a way to judge: a method by its own score, and where both heads were 
 implicit reward and by the fused score of both.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,42 +37,46 @@ Outcomes = Mapping[tuple[str, str, str], Outcome]
 def rows_of(entrant: Entrant) -> dict[str, str]:
     """The rows of a method, and the head that each is scored with; its own score comes first."""
     method = method_of(entrant)
-    rows = {entrant.name: method.scores_with}
+    rows: dict[str, str] = {entrant.name: method.scores_with}
     if method.trains_reward and method.trains_policy:
         rows |= {f"{entrant.name} (implicit)": "implicit", f"{entrant.name} (fused)": "fused"}
-    return {name: str(head) for name, head in rows.items()}
+    return rows
 
 
-def collect(
+def row_scores(
     plan: StudyPlan, rates: Mapping[str, float], sets: TestSets, root: Path
-) -> dict[tuple[str, str, str], Outcome]:
-    """The outcomes of all finished cells.
+) -> dict[tuple[str, str], list[NDArray[np.float32]]]:
+    """The scores of all finished cells: by (training set, row), an array for each seed.
 
     Raises CheckpointError where scores do not fit the test sets: these have changed since.
     """
-    parts = _parts(sets)
     lengths = np.array([len(ids) for group in sets.encoded for ids in group.response_ids])
-    num = len(lengths)
-    scores = {}
+    scores: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
     for cell in plan.cells(rates):
         found = read_scores(cell.folder(root))
         margins = [found.pop(name, None) for name in (REWARD_MARGINS, TOKEN_MARGINS)]
-        if any(len(values) != num for values in found.values()):
+        if any(len(values) != len(lengths) for values in found.values()):
             raise CheckpointError(
-                f"{cell.folder(root)} holds scores of other test sets; give another --out"
+                f"{cell.folder(root)} holds scores of other test sets or benchmarks; give another --out"
             )
-        if margins[0] is not None:
-            rule = fit_fused(*margins)
+        if margins[0] is not None and margins[1] is not None:
+            rule = fit_fused(margins[0], margins[1])
             found["fused"] = fused_scores(found["reward"], found["implicit"] / lengths, rule)
-        scores[cell.train.name, cell.entrant.name, cell.seed] = found
-    outcomes = {}
-    for train in plan.train_sets:
-        for entrant in plan.entrants:
-            for row, head in rows_of(entrant).items():
-                by_seed = [scores[train.name, entrant.name, seed][head] for seed in plan.seeds]
-                for test, part in parts.items():
-                    outcomes[train.name, row, test] = _outcome(sets, part, by_seed)
-    return outcomes
+        for row, head in rows_of(cell.entrant).items():
+            scores[cell.train.name, row].append(found[head])
+    return scores
+
+
+def outcomes_of(
+    scores: Mapping[tuple[str, str], Sequence[NDArray[np.float32]]], sets: TestSets
+) -> dict[tuple[str, str, str], Outcome]:
+    """What every row got right on every test set, training sets and rows in their order."""
+    parts = _parts(sets)
+    return {
+        (train, row, test): _outcome(sets, part, by_seed)
+        for (train, row), by_seed in scores.items()
+        for test, part in parts.items()
+    }
 
 
 def pick_longer(sets: TestSets) -> dict[str, ScoredComparisons]:
@@ -85,7 +90,7 @@ def pick_longer(sets: TestSets) -> dict[str, ScoredComparisons]:
 
 def _parts(sets: TestSets) -> dict[str, list[int]]:
     """The indices of each test set's groups."""
-    names = dict.fromkeys(group.source for group in sets.groups)
+    names = dict.fromkeys(group.source for group in sets.groups if group.comparisons)
     return {name: [i for i, g in enumerate(sets.groups) if g.source == name] for name in names}
 
 

@@ -13,14 +13,12 @@ import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import torch
 
 from hafrm.errors import CheckpointError, HafrmError
-from hafrm.evaluation.study.cell import CellResult, CellRunner
+from hafrm.evaluation.study.cell import CellResult, CellRunner, Setting
 from hafrm.evaluation.study.plan import Cell
-from hafrm.recipe import Recipe
 
 Done = Callable[[Cell, CellResult], None]
 
@@ -28,9 +26,8 @@ Done = Callable[[Cell, CellResult], None]
 class Crew:
     """Processes that run cells; a `with` block ends them, and with them whatever they were at."""
 
-    def __init__(self, base: Recipe, root: Path, num: int, *, keep_models: bool) -> None:
-        self._setting = (base, root, keep_models)
-        self._num = num
+    def __init__(self, setting: Setting, num: int) -> None:
+        self._setting, self._num = setting, num
         self._here: CellRunner | None = None
         self._crew: dict[Connection, SpawnProcess] = {}
 
@@ -49,8 +46,7 @@ class Crew:
         Raises what `CellRunner.run` raises, and CheckpointError for a process that was killed.
         """
         if self._num <= 1:
-            base, root, keep = self._setting
-            self._here = self._here or CellRunner(base, root, keep_models=keep)
+            self._here = self._here or CellRunner(self._setting)
             for cell in cells:
                 done(cell, self._here.run(cell))
             return
@@ -99,20 +95,17 @@ class Crew:
         return message
 
 
-def _work(
-    setting: tuple[Recipe, Path, bool], rank: int, threads: int, connection: Connection
-) -> None:
+def _work(setting: Setting, rank: int, threads: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its children
     torch.set_num_threads(threads)
     logging.getLogger("hafrm").setLevel(logging.WARNING)
     os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    base, root, keep_models = setting
     runner: CellRunner | None = None
     try:
         while True:
             cell = connection.recv()
-            runner = runner or CellRunner(base, root, keep_models=keep_models)
+            runner = runner or CellRunner(setting)
             connection.send(runner.run(cell))
     except HafrmError as error:
         connection.send(error)

@@ -10,7 +10,7 @@ where it was; further methods, sets or seeds in the same folder run only what is
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from typing import Any
 from hafrm.atomic import atomic_write
 from hafrm.config import dump_recipe, load_recipe
 from hafrm.errors import CheckpointError, NumericsError
-from hafrm.evaluation.metrics import pairwise_accuracy, plain
+from hafrm.evaluation.metrics import ScoredComparisons, pairwise_accuracy, plain
 from hafrm.evaluation.statistics import Estimate
-from hafrm.evaluation.study.cell import CellResult, read_result, read_test_sets
-from hafrm.evaluation.study.outcomes import collect, pick_longer
+from hafrm.evaluation.study.benchmarks import BenchmarkCell, benchmark_cells
+from hafrm.evaluation.study.cell import CellResult, Setting, read_result, read_test_sets
+from hafrm.evaluation.study.outcomes import outcomes_of, pick_longer, row_scores
 from hafrm.evaluation.study.plan import Cell, StudyPlan
 from hafrm.evaluation.study.processes import Crew
 from hafrm.evaluation.study.summary import Summary, summarise
 from hafrm.intervals import in_words
 from hafrm.recipe import Recipe
+from hafrm.scoring.forward import first_responses
 
 log = logging.getLogger("hafrm")
 
@@ -53,6 +55,7 @@ class Study:
     plan: StudyPlan
     tunings: tuple[Tuning, ...]
     summary: Summary
+    benchmarks: tuple[BenchmarkCell, ...]
     pick_longer: dict[str, Estimate]
     """Accuracy of the longer response on each test set."""
     seconds: float
@@ -70,6 +73,7 @@ class Study:
                 "recipe": str(self.folder / "recipe.yaml"),
                 "seeds": list(self.plan.seeds),
                 **self.summary.to_dict(),
+                "benchmarks": [asdict(each) for each in self.benchmarks],
                 "baselines": baselines,
                 "learning_rates": tunings,
                 "seconds": self.seconds,
@@ -79,7 +83,13 @@ class Study:
 
 
 def compare_methods(
-    plan: StudyPlan, out: Path, *, processes: int = 1, keep_models: bool = False
+    plan: StudyPlan,
+    out: Path,
+    *,
+    processes: int = 1,
+    keep_models: bool = False,
+    benchmarks: Sequence[str] = (),
+    benchmark_data: Path | None = None,
 ) -> Study:
     """Run what of the plan has not been run, and summarise all of it.
 
@@ -87,10 +97,9 @@ def compare_methods(
     every learning rate or later at the chosen one, and what `train` raises.
     """
     _open(out, plan.recipe)
-    sets = read_test_sets(
-        plan.recipe
-    )  # what is wrong with them should be known before hours of training
-    with Crew(plan.recipe, out, processes, keep_models=keep_models) as crew:
+    setting = Setting(plan.recipe, out, tuple(benchmarks), benchmark_data, keep_models)
+    sets = read_test_sets(setting)  # what is wrong there should be known before hours of training
+    with Crew(setting, processes) as crew:
         tuning = plan.tuning_cells()
         total = len(tuning) + len(set(plan.cells(_first_rates(plan))) - set(tuning))
         progress = _Progress(total, out, processes)
@@ -102,17 +111,15 @@ def compare_methods(
         cells = plan.cells(rates)
         crew.run([cell for cell in cells if cell not in tuning], progress)
     _refuse_diverged(cells, out)
-    longer = {
-        k: pairwise_accuracy(v.margins[~v.ties], v.prompts[~v.ties]).estimate
-        for k, v in pick_longer(sets).items()
-    }
     results = [read_result(cell.folder(out)) for cell in {*tuning, *cells}]
+    scores = row_scores(plan, rates, sets, out)
     study = Study(
         out,
         plan,
         tunings,
-        summarise(collect(plan, rates, sets, out)),
-        longer,
+        summarise(outcomes_of(scores, sets)),
+        benchmark_cells(sets.benchmarks, scores, first_responses(sets.encoded)),
+        {name: _pick_longer(each) for name, each in pick_longer(sets).items()},
         sum(each.seconds for each in results if each is not None),
     )
     atomic_write(out / RESULT, json.dumps(study.to_dict(), indent=1) + "\n")
@@ -132,6 +139,11 @@ def _open(out: Path, recipe: Recipe) -> None:
             f"{out} holds a comparison with another recipe ({file}); give another --out, or go on with "
             "that recipe (methods, seeds and learning rates may be added)"
         )
+
+
+def _pick_longer(scored: ScoredComparisons) -> Estimate:
+    decided = ~scored.ties
+    return pairwise_accuracy(scored.margins[decided], scored.prompts[decided]).estimate
 
 
 def _first_rates(plan: StudyPlan) -> Mapping[str, float]:
