@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hafrm.config import dump_recipe
 from hafrm.data.groups import Message
 from hafrm.engine.layout import Layout
-from hafrm.engine.model import HybridModel, Outputs
+from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.runs import read_metrics
 from hafrm.scoring import golden_check
@@ -105,10 +105,10 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every training forward of more than `limit` tokens fails as CUDA's allocator fails."""
     forward = HybridModel.forward
 
-    def limited(self: HybridModel, layout: Layout) -> Outputs:
+    def limited(self: HybridModel, layout: Layout, watch: Watch | None = None) -> Outputs:
         if torch.is_grad_enabled() and layout.num_tokens > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, layout)
+        return forward(self, layout, watch)
 
     monkeypatch.setattr(HybridModel, "forward", limited)
 
@@ -230,8 +230,9 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", resume=True)
 
 
-def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path)
+@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}])
+def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
+    recipe = tiny_recipe(tmp_path, method=method)
     train(recipe, tmp_path / "whole")
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
     for step in range(1, 6):
@@ -310,6 +311,16 @@ def test_provenance_and_metrics_say_what_was_run(tmp_path):
         for name in ("accuracy", "implicit_accuracy"):
             assert record[f"{name}_low"] <= record[name] <= record[f"{name}_high"]
             assert record[f"{name}_low"] < record[f"{name}_high"]
+
+
+def test_alpha_auto_is_logged_and_moves(tmp_path):
+    """It starts at the method's 0.2; a constant alpha is in the recipe and needs no line."""
+    train(tiny_recipe(tmp_path, method={"alpha": "auto"}), tmp_path / "auto")
+    alphas = [r["alpha"] for r in metrics(tmp_path / "auto") if r["kind"] == "train"]
+    assert alphas[0] == pytest.approx(0.2)
+    assert len(set(alphas)) == 6
+    train(tiny_recipe(tmp_path), tmp_path / "constant")
+    assert not any("alpha" in record for record in metrics(tmp_path / "constant"))
 
 
 def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):

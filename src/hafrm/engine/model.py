@@ -6,7 +6,8 @@ Rewards are read at the last real token, found by position, in float32. Dropout 
 """
 
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,10 @@ from hafrm.errors import ModelError, NumericsError
 _STOCK_ATTENTION = "_hafrm_stock_attention"
 """Where a backbone remembers the attention it came with; it may be wrapped more than once."""
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+Watch = Callable[[Literal["reward", "policy"], Tensor], None]
+"""Is shown each head's name and the hidden states that it reads, a row for each reading."""
 
 
 class Outputs(NamedTuple):
@@ -96,8 +101,11 @@ class HybridModel(nn.Module):
         for layer in layers:
             layer.compile(dynamic=True)
 
-    def forward(self, layout: Layout) -> Outputs:
-        """Rewards and log-probs of the layout's responses, in the layout's order."""
+    def forward(self, layout: Layout, watch: Watch | None = None) -> Outputs:
+        """Rewards and log-probs of the layout's responses, in the layout's order.
+
+        What `watch` is shown gets the gradient of one head alone, the same with and without sharing.
+        """
         if self.sharing:
             read = layout.read if self.reads_scored else layout.last
             hidden = self.backbone(
@@ -115,20 +123,26 @@ class HybridModel(nn.Module):
                 input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
             ).last_hidden_state.flatten(0, 1)
             predictor, last = padded.predictor, padded.last
-        rewards = None if self.reward_head is None else self._rewards(hidden[last])
-        logps = None if self.policy_head is None else self._logps(hidden[predictor], layout)
+        rewards = None if self.reward_head is None else self._rewards(hidden[last], watch)
+        logps = None if self.policy_head is None else self._logps(hidden[predictor], layout, watch)
         return Outputs(rewards, logps, layout.lengths)
 
-    def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
+    def _rewards(
+        self, hidden: Float[Tensor, "responses hidden"], watch: Watch | None
+    ) -> Float[Tensor, " responses"]:
         assert self.reward_head is not None
+        if watch is not None:
+            watch("reward", hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: Tensor = self.reward_head(hidden.float())
         return rewards[:, 0]
 
     def _logps(
-        self, hidden: Float[Tensor, "scored hidden"], layout: Layout
+        self, hidden: Float[Tensor, "scored hidden"], layout: Layout, watch: Watch | None
     ) -> Float[Tensor, " responses"]:
         assert self.policy_head is not None
+        if watch is not None:
+            watch("policy", hidden)
         tokens = token_logprobs(
             hidden,
             self.policy_head.weight,

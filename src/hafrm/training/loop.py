@@ -21,6 +21,7 @@ from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder
 from hafrm.training import parallel
+from hafrm.training.balance import new_balance
 from hafrm.training.batches import ComparisonOrder, References, plan_step
 from hafrm.training.budget import with_token_budget
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -114,6 +115,7 @@ class Job:
         self.train_references: References | None = None
         self.validation_references: References | None = None
         self.model = model
+        self.balance = new_balance(method, model.device)
         self.best: dict[str, float] = {}
         self.best_step = -1
 
@@ -141,6 +143,7 @@ class Job:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 result = self._step(step, feed, wrapped, optimizer, guard)
+                self.balance = result.balance
                 watch.step(step + 1, rate, result, guard)
                 improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
                     step + 1, wrapped, watch, guard
@@ -193,6 +196,7 @@ class Job:
                     max_grad_norm=training.max_grad_norm,
                     autocast=self.autocast,
                     guard=guard,
+                    balance=self.balance,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -274,7 +278,9 @@ class Job:
         return True
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        state = {"best_step": self.best_step, "best": self.best}
+        state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        if self.balance is not None:
+            state["balance"] = self.balance.averages.tolist()
         save_checkpoint(self.run, step, wrapped, optimizer, state)
         if parallel.is_main():
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
@@ -285,6 +291,8 @@ class Job:
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+            if self.balance is not None:
+                self.balance = new_balance(self.method, self.model.device, state["balance"])
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
