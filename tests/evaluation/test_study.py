@@ -68,10 +68,10 @@ def small_plan(folder: Path, methods: str = "bt,haf", num_seeds: int = 1) -> Stu
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study of two methods with one seed that has kept its models."""
+    """A study of two methods with one seed."""
     folder = tmp_path_factory.mktemp("study")
     plan = small_plan(folder)
-    return folder, plan, compare_methods(plan, folder / "out", keep_models=True)
+    return folder, plan, compare_methods(plan, folder / "out")
 
 
 def test_a_method_is_written_with_its_options_after_colons():
@@ -188,21 +188,6 @@ def test_the_summary_sets_every_row_against_the_first():
     assert average.p_adjusted == pytest.approx(average.p_value)
 
 
-def test_the_scores_are_those_of_the_exported_models(finished):
-    folder, plan, study = finished
-    for cell in plan.cells({"bt": 1e-3, "haf": 1e-3}):
-        if cell.train.name != MIXED:
-            continue
-        found = evaluate(cell.folder(folder / "out"), plan.recipe.data.test, max_length=64)
-        for part in found.sets[:-1]:
-            (known,) = [
-                c.accuracy.value
-                for c in study.summary.cells
-                if (c.train, c.method, c.test) == (MIXED, cell.entrant.name, part.name)
-            ]
-            assert known == pytest.approx(part.metrics.accuracy.estimate.value)
-
-
 def test_the_result_on_disk_holds_the_whole_matrix_with_intervals(finished):
     folder, _, _ = finished
     found = json.loads((folder / "out" / RESULT).read_text())
@@ -284,19 +269,25 @@ def test_a_rate_at_which_every_run_diverges_is_an_error_that_says_so(tmp_path, m
         compare_methods(small_plan(tmp_path, methods="bt"), tmp_path / "out")
 
 
-def test_benchmarks_are_scored_in_the_same_pass_as_the_evaluation_verb_scores_them(tmp_path):
+@pytest.mark.slow
+def test_scores_and_benchmarks_are_those_of_the_exported_models(tmp_path):
     data = write_all(tmp_path / "files")
-    plan = small_plan(tmp_path, methods="bt")
+    recipe = study_recipe(tmp_path)
+    plan = plan_study(recipe, ["bt", "haf"], num_seeds=1, rates=[1e-3], mixed=False)
     out = tmp_path / "out"
     study = compare_methods(
         plan, out, keep_models=True, benchmarks=["rewardbench2"], benchmark_data=data
     )
-    for cell, found in zip(plan.cells({"bt": 1e-3}), study.benchmarks, strict=True):
-        verb = run_benchmarks(cell.folder(out), ["rewardbench2"], folder=data, max_length=64)
-        known = verb.results[0].scores["reward"].overall
-        assert found.train == cell.train.name
-        assert found.score.value == pytest.approx(known.value)
-        assert found.per_seed == (found.score.value,)
+    known = {(c.train, c.method, c.test): c.accuracy.value for c in study.summary.cells}
+    scores = {(c.train, c.method): c.score.value for c in study.benchmarks}
+    for cell in plan.cells({"bt": 1e-3, "haf": 1e-3}):
+        train, method, folder = cell.train.name, cell.entrant.name, cell.folder(out)
+        for part in evaluate(folder, recipe.data.test, max_length=64).sets[:-1]:
+            value = part.metrics.accuracy.estimate.value
+            assert known[train, method, part.name] == pytest.approx(value)
+        verb = run_benchmarks(folder, ["rewardbench2"], folder=data, max_length=64)
+        value = verb.results[0].scores["reward"].overall.value
+        assert scores[train, method] == pytest.approx(value)
 
 
 def test_a_mean_over_seeds_adds_the_spread_of_items_and_of_seeds_in_squares():

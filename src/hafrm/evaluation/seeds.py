@@ -75,7 +75,7 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
         return estimates[0]
     values = np.array([each.value for each in estimates])
     some, mean = estimates[0], float(values.mean())
-    point = _t_point(some.confidence, len(values) - 1)
+    point = _t_point(some.confidence, float(len(values) - 1))
     spread = point * float(values.std(ddof=1)) / math.sqrt(len(values))
     low = mean - math.hypot(float(np.mean([each.value - each.low for each in estimates])), spread)
     high = mean + math.hypot(float(np.mean([each.high - each.value for each in estimates])), spread)
