@@ -128,14 +128,14 @@ def test_prompts_that_somebody_cannot_score_are_left_out_for_all_and_counted(tmp
     models = [GoldScorer("some", some), GoldScorer("all", by_length)]
     result = best_of_n(from_files([candidates], 4), models, tmp_path / "out")
     assert result.num_prompts == 5
-    assert result.counts.left_out == {"not scored by some": 1}
+    assert result.counts.left_out == {"not scored by some: unknown prompt": 1}
     assert result.wins == ()
     assert result.models[0].curve[0].gold is None
 
     def nobody(*_):
         raise DataError("unknown")
 
-    with pytest.raises(DataError, match="nobody refused the first: unknown"):
+    with pytest.raises(DataError, match="nobody refused the first as unknown prompt"):
         best_of_n(from_files([candidates], 4), [GoldScorer("nobody", nobody)], tmp_path / "none")
 
 

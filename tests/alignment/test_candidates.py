@@ -29,6 +29,7 @@ def test_prompts_come_from_rows_of_any_shape_once_each(tmp_path):
         {"prompt": "c", "chosen": "x", "rejected": "y"},
         {"chosen": "\n\nHuman: d\n\nAssistant: x", "rejected": "\n\nHuman: d\n\nAssistant: y"},
         {"prompt": "a", "response": "z"},
+        {"prompt": "e", "responses": []},
     ]
     found = read_prompts([write(tmp_path / "p.jsonl", rows)])
     assert [(g.id, g.prompt[-1].content) for g in found] == [
@@ -36,6 +37,7 @@ def test_prompts_come_from_rows_of_any_shape_once_each(tmp_path):
         ("mine", "b"),
         ("p-2", "c"),
         ("p-3", "d"),
+        ("p-5", "e"),
     ]
     assert {g.source for g in found} == {"p"}
     assert all(g.responses == () for g in found)

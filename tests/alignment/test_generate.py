@@ -30,6 +30,9 @@ class Scripted:
     def decides(self):
         return {"policy": "scripted"}
 
+    def close(self):
+        pass
+
     def write(self, prompts, num, turn, done):
         self.asked.append((len(prompts), num, turn))
         return [self.texts(prompt.id, turn.before, num) for prompt in prompts]

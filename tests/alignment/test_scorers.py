@@ -56,7 +56,7 @@ def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
 
     first = score_all(GoldScorer("g", gold), GROUPS[:2], Journal(tmp_path / "g.jsonl"))
     assert first[0].tolist() == [10.0, 3.0, 13.0]
-    assert first[1] == "no such prompt"
+    assert first[1] == "unknown prompt: no such prompt"
     asked.clear()
     again = score_all(GoldScorer("g", gold), GROUPS, Journal(tmp_path / "g.jsonl"))
     assert again[0].tolist() == first[0].tolist()

@@ -52,7 +52,9 @@ def from_policy(policy: Policy, prompts: Sequence[Group], drawing: Drawing) -> G
     def gather(folder: JobFolder, done: Done) -> list[Candidates]:
         decides = drawing_decides(policy, prompts, drawing)
         journal = folder.journal("candidates.jsonl", decides)
-        return draw_candidates(policy, prompts, drawing, journal, done)
+        found = draw_candidates(policy, prompts, drawing, journal, done)
+        policy.close()  # the models that score need the memory
+        return found
 
     return gather
 
@@ -152,12 +154,14 @@ def _score(
         scorer.close()  # the next one needs the memory
     keep = []
     for i in range(len(candidates)):
-        refused = [role for role, scores in found.items() if isinstance(scores[i], str)]
+        refused = [(r, s[i]) for r, s in found.items() if isinstance(s[i], str)]
         keep += [] if refused else [i]
-        left_out.update(f"not scored by {role.removeprefix('model ')}" for role in refused[:1])
+        for role, why in refused[:1]:
+            name = role.removeprefix("model ")
+            left_out[f"not scored by {name}: {str(why).partition(':')[0]}"] += 1
     if not keep:
         role, why = next((r, s[0]) for r, s in found.items() if isinstance(s[0], str))
-        raise DataError(f"no prompt was scored by all; {role} refused the first: {why}")
+        raise DataError(f"no prompt was scored by all: {role} refused the first as {why}")
     known = {role: [_array(scores[i]) for i in keep] for role, scores in found.items()}
     golden = known.pop("gold", None)
     return Scored(

@@ -109,12 +109,13 @@ def _parsed_prompts(given: str) -> Iterator[tuple[str, int, ParsedRow | Refusal]
 
 
 def _parse(row: object) -> ParsedRow | Refusal:
-    """A row of any shape; one that has a prompt only is given a response, which nobody looks at."""
-    if isinstance(row, Mapping):
-        present = {name for name, value in row.items() if value is not None}
-        if not present & _RESPONSES:
-            row = {**row, "response": "?"}
-    return parse_row(row, need_comparisons=False)
+    """A row of any shape; where its responses cannot be used, or there are none, its prompt alone."""
+    parsed = parse_row(row, need_comparisons=False)
+    if isinstance(parsed, Refusal) and isinstance(row, Mapping):
+        alone = {name: value for name, value in row.items() if name not in _RESPONSES}
+        again = parse_row({**alone, "response": "?"}, need_comparisons=False)
+        return parsed if isinstance(again, Refusal) and _RESPONSES & set(row) else again
+    return parsed
 
 
 def _check_rows(given: str, num_rows: int, bad: Sequence[tuple[int, Refusal]]) -> None:

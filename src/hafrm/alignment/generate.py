@@ -72,6 +72,9 @@ class Policy(Protocol):
     ) -> list[list[Draft] | Refusal]:
         """For each prompt `num` draws, or why there are none."""
 
+    def close(self) -> None:
+        """Let go of memory; the next `write` may need it again."""
+
 
 @dataclass
 class _Drafts:

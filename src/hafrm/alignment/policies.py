@@ -112,6 +112,10 @@ class LocalPolicy:
             for each in ids
         ]
 
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        self._model = None
+
     def _prompt_ids(self, prompt: Group) -> list[int] | Refusal:
         try:
             (encoded,), _ = self.encoder.encode([replace(prompt, responses=("x",))])
@@ -214,6 +218,9 @@ class EndpointPolicy:
             else [Draft(choice.text.strip(), choice.ended) for choice in each[:num]]
             for reply, each in zip(replies, choices, strict=True)
         ]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def _ask(
         self, prompts: Sequence[Group], num: int, turn: Round, done: Done | None

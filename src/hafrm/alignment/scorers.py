@@ -26,7 +26,7 @@ from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, read_implicit
 Gold = Callable[[Sequence[Message], str], float]
 """The true reward of a response, where it is known."""
 Scores = NDArray[np.float64] | str
-"""One score for each response of a group, or why there are none."""
+"""One score for each response of a group, or why there are none, as "reason: detail"."""
 
 
 @runtime_checkable
@@ -116,10 +116,10 @@ def _encoded(model: RewardModel | ImplicitRewardModel, group: Group) -> EncodedG
     try:
         encoded, report = model.encoder.encode([group])
     except DataError as error:
-        return str(error)
+        return f"not encodable: {error}"
     if report.prompts_cut or report.responses_cut or not encoded:
         return (
-            f"prompt and candidate are longer than {model.encoder.lengths.max_length} tokens, "
+            f"too long: prompt and candidate are longer than {model.encoder.lengths.max_length} tokens, "
             "which is what the model takes"
         )
     return encoded[0]
@@ -144,7 +144,7 @@ class GoldScorer:
                     np.array([self._gold(group.prompt, r) for r in group.responses], float)
                 )
             except DataError as error:
-                scores.append(str(error))
+                scores.append(f"unknown prompt: {error}")
             if done is not None:
                 done(len(group.responses), 0)
         return scores

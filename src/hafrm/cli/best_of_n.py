@@ -19,7 +19,7 @@ Models = Annotated[
 ]
 Num = Annotated[int, typer.Option("-n", "--num", help="Candidates for each prompt.")]
 Out = Annotated[Path, _text("The folder for all results; a killed job goes on.")]
-Prompts = Annotated[list[str] | None, _text("Rows with prompts, for --policy or --endpoint.")]
+Prompts = Annotated[list[str] | None, _text("Rows with prompts (for a policy); may be repeated.")]
 Policy = Annotated[str | None, _text("Write candidates with this causal LM (directory).")]
 Url = Annotated[str | None, _text("Or with this OpenAI-compatible endpoint (http://.../v1).")]
 Files = Annotated[list[str] | None, _text("Or read them: rows with prompt and responses.")]

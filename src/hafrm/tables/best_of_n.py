@@ -8,6 +8,7 @@ from rich.table import Table
 
 from hafrm.alignment.results import BestOfN, ModelResult
 from hafrm.evaluation.statistics import Estimate
+from hafrm.tables.cells import stacked
 
 
 def best_of_n_tables(found: BestOfN) -> Iterator[RenderableType]:
@@ -22,7 +23,7 @@ def best_of_n_tables(found: BestOfN) -> Iterator[RenderableType]:
 def _picks(found: BestOfN) -> Table:
     """One row for each model: its own score and the gold score of what it picks."""
     table = Table(
-        title=f"the best of {found.num_candidates} candidates, {found.num_prompts} prompts [95 %]",
+        title=f"best of {found.num_candidates} on {found.num_prompts} prompts [95 %]",
         title_justify="left",
     )
     table.add_column("picked by", no_wrap=True)
@@ -50,8 +51,8 @@ def _cells(model: ModelResult, *, golden: bool, ranked: bool) -> list[str]:
     last = model.curve[-1]
     cells = [_number(last.proxy)]
     if golden:
-        cells += [_number(last.gold), _number(model.gain), str(model.top1_agreement)]
-    return [*cells, str(model.top1_agreement_judge)] if ranked else cells
+        cells += [_number(last.gold), _number(model.gain), _number(model.top1_agreement)]
+    return [*cells, _number(model.top1_agreement_judge)] if ranked else cells
 
 
 def _curves(found: BestOfN) -> Iterator[Table]:
@@ -85,8 +86,8 @@ def _wins(found: BestOfN) -> Table:
     for name in (*names, *(("position bias", "not judged") if asked else ())):
         table.add_column(name, justify="left" if name in ("first", "second") else "right")
     for each in found.wins:
-        cells = [each.first, each.second, str(each.win), str(each.tie), str(each.lose)]
-        cells += [str(each.difference), _share(each.same)]
+        shares = (each.win, each.tie, each.lose, each.difference)
+        cells = [each.first, each.second, *map(_number, shares), _share(each.same)]
         if asked:
             bias = None if each.conduct is None else each.conduct.position_bias
             cells += [_share(bias), str(each.num_not_judged)]
@@ -117,10 +118,7 @@ def _notes(found: BestOfN) -> Iterator[str]:
 
 
 def _number(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    value, _, interval = f"{estimate}".partition(" [")
-    return f"{value} [{interval}" if interval else value
+    return "" if estimate is None else stacked(estimate)
 
 
 def _share(share: float | None) -> str:
