@@ -28,7 +28,7 @@ _TRANSIENT = {408, 409, 425, 429}
 """Tried again, as are all from 500."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 LONGEST_WAIT = 900.0
-"""Seconds that a `Retry-After` may ask for before the job is ended instead."""
+"""Seconds that `Retry-After` may ask of one request, all in all, before the job is ended instead."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EndpointOptions:
     timeout: float = 120.0
     """Seconds for one request."""
     retries: int = 6
-    """Of one request after its first try."""
+    """Of one request after its first try; what `Retry-After` asks for does not count."""
     key_variables: tuple[str, ...] = ("OPENAI_API_KEY",)
     """Environment variables of which the first that is set is the API key."""
 
@@ -63,11 +63,12 @@ class EndpointOptions:
 
 
 class _TransientError(Exception):
-    """Worth another try, after `wait` seconds where the endpoint said so."""
+    """Worth another try, after `wait` seconds where the endpoint said so; `astray` where it may not be the
+    endpoint that was meant."""
 
-    def __init__(self, what: str, wait: float | None = None) -> None:
+    def __init__(self, what: str, wait: float | None = None, *, astray: bool = False) -> None:
         super().__init__(what)
-        self.wait = wait
+        self.wait, self.astray = wait, astray
 
 
 class _RejectedError(Exception):
@@ -181,20 +182,22 @@ class Endpoint:
         self, key: str, call: Callable[[], Any], check: Callable[[Any], object] = dict
     ) -> dict[str, Any]:
         """The body of a response that `check` accepts, after as many tries as it takes."""
-        attempt = 0
+        attempt, waited = 0, 0.0
         while True:
             self._wait()
             try:
-                body = self._called(call)
-                check(body)
-            except (_TransientError, KeyError, TypeError, ValueError, AttributeError) as failure:
-                self._after(attempt, key, failure)
+                body = self._called(call, check)
+            except _TransientError as failure:
+                if failure.wait is None:
+                    self._pause(attempt, key, failure)
+                    attempt += 1
+                else:
+                    waited += self._hold(failure, failure.wait, waited)
             else:
                 self._answered = True
                 return body
-            attempt += 1
 
-    def _called(self, call: Callable[[], Any]) -> dict[str, Any]:
+    def _called(self, call: Callable[[], Any], check: Callable[[Any], object]) -> dict[str, Any]:
         """One request; raises what is to be done about a failure."""
         try:
             response = call().http_response
@@ -207,36 +210,36 @@ class Endpoint:
                 raise _TransientError(what, retry_after(error.response.headers)) from error
             raise self._useless(what) from error
         except self._openai.APITimeoutError as error:
-            raise _TransientError(f"no answer within {self.options.timeout:g} s") from error
-        except self._openai.APIConnectionError as error:
-            what = f"{error} ({error.__cause__})"
+            what = f"no answer within {self.options.timeout:g} s (--timeout)"
             raise _TransientError(what) from error
+        except self._openai.APIConnectionError as error:
+            raise _TransientError(f"{error} ({error.__cause__})", astray=True) from error
         try:
             body: dict[str, Any] = json.loads(response.content)
-        except ValueError as error:
-            raise _TransientError(f"no JSON: {shortened(response.text)}") from error
+            check(body)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"an answer in no known form: {shortened(response.text)}"
+            raise _TransientError(what, astray=True) from error
         return body
 
-    def _after(self, attempt: int, key: str, failure: Exception) -> None:
-        """Set the pause that follows a failed try; raises EndpointError instead after the last one."""
-        what, wait = str(failure), getattr(failure, "wait", None)
-        if not isinstance(failure, _TransientError):
-            what = f"not the form of a chat completion ({failure!r})"
+    def _pause(self, attempt: int, key: str, failure: _TransientError) -> None:
+        """Let time pass after a failed try; raises EndpointError instead after the last one."""
         # An address at which nobody has answered yet is more likely wrong than busy.
-        tries = self.options.retries if self._answered else min(self.options.retries, 2)
-        if isinstance(failure.__cause__, self._openai.APIStatusError):
-            tries = self.options.retries
-        if attempt >= tries:
-            raise self._useless(f"{what}, {attempt + 1} times") from failure
-        if wait is None:
-            # Spread by the request's own digest, so that workers do not come back all at once.
-            spread = 1 + int(request_key({"key": key})[:4], 16) / 0xFFFF / 4
-            self._sleep(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * spread)
-        elif wait > LONGEST_WAIT:
-            raise self._useless(f"{what}; it asks to wait {wait:.0f} s") from failure
-        else:
-            with self._lock:
-                self._not_before = max(self._not_before, time.monotonic() + wait)
+        few = failure.astray and not self._answered
+        if attempt >= min(self.options.retries, 2 if few else self.options.retries):
+            raise self._useless(f"{failure}, {attempt + 1} times") from failure
+        # Spread by the request's own digest, so that workers do not come back all at once.
+        spread = 1 + int(request_key({"key": key})[:4], 16) / 0xFFFF / 4
+        self._sleep(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * spread)
+
+    def _hold(self, failure: _TransientError, wait: float, waited: float) -> float:
+        """Keep all workers back for what the endpoint asks; the seconds, at least a short pause."""
+        wait = max(wait, _FIRST_PAUSE)
+        if waited + wait > LONGEST_WAIT:
+            raise self._useless(f"{failure}; it asks to wait {wait:.0f} s more") from failure
+        with self._lock:
+            self._not_before = max(self._not_before, time.monotonic() + wait)
+        return wait
 
     def _wait(self) -> None:
         """Keep the pause that a rate limit asked for."""
