@@ -57,22 +57,27 @@ def load_reward(
         )
     backbone = loaded.base_model
     model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    return model.to(device or default_device())
 
 
 def load_policy(
     path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
 ) -> HybridModel:
-    """A `...ForCausalLM`; raises ModelError for anything else."""
+    """A `...ForCausalLM` as a model that gives log-probs; raises ModelError for anything else."""
+    backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype))
+    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
+    return model.to(device or default_device())
+
+
+def load_causal_lm(path: str | Path, *, dtype: torch.dtype) -> Any:
+    """A `...ForCausalLM` as transformers loads it; raises ModelError for anything else."""
     loaded, missing = _load(AutoModelForCausalLM, path, dtype)
     if missing:
         raise ModelError(
             f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
             "LM (of a hafrm run: <run>/model/policy)"
         )
-    backbone, head = split_causal_lm(loaded)
-    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    return loaded
 
 
 def load_encoder(
@@ -138,5 +143,6 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[st
     return loaded[0], sorted(loaded[1]["missing_keys"])
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
