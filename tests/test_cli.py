@@ -41,7 +41,19 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "plan", "evaluate", "score", "best-of-n", "data", "split", "demo"]
+    "verb",
+    [
+        "train",
+        "plan",
+        "evaluate",
+        "compare",
+        "diagnose",
+        "score",
+        "best-of-n",
+        "data",
+        "split",
+        "demo",
+    ],
 )
 def test_every_verb_explains_itself(verb):
     assert "Usage" in invoke(verb, "--help")

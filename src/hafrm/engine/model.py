@@ -107,8 +107,25 @@ class HybridModel(nn.Module):
 
         What `watch` is shown gets the gradient of one head alone, the same with and without sharing.
         """
+        read = layout.read if self.reads_scored else layout.last
+        hidden, predictor, last = self._hidden(layout, read)
+        rewards = None if self.reward_head is None else self._rewards(hidden[last], watch)
+        logps = None if self.policy_head is None else self._logps(hidden[predictor], layout, watch)
+        return Outputs(rewards, logps, layout.lengths)
+
+    def last_states(self, layout: Layout) -> Float[Tensor, "responses hidden"]:
+        """The hidden state of each response's last real token, float32: what a reward is read from.
+
+        No head runs. For a model that is whole on its device: DDP and FSDP2 see `forward` only.
+        """
+        hidden, _, last = self._hidden(layout, layout.last)
+        return hidden[last].float()
+
+    def _hidden(
+        self, layout: Layout, read: Int[Tensor, " read"]
+    ) -> tuple[Float[Tensor, "rows hidden"], Int[Tensor, " scored"], Int[Tensor, " responses"]]:
+        """Hidden states, true of the rows in `read` at least, and where predictors and last tokens are."""
         if self.sharing:
-            read = layout.read if self.reads_scored else layout.last
             hidden = self.backbone(
                 input_ids=layout.input_ids[None],
                 position_ids=layout.position_ids[None],
@@ -117,16 +134,12 @@ class HybridModel(nn.Module):
                 branch_layout=layout,
                 **{last_layer.READ_ROWS: read},
             ).last_hidden_state[0]
-            predictor, last = layout.predictor, layout.last
-        else:
-            padded = unshare(layout)
-            hidden = self.backbone(
-                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-            ).last_hidden_state.flatten(0, 1)
-            predictor, last = padded.predictor, padded.last
-        rewards = None if self.reward_head is None else self._rewards(hidden[last], watch)
-        logps = None if self.policy_head is None else self._logps(hidden[predictor], layout, watch)
-        return Outputs(rewards, logps, layout.lengths)
+            return hidden, layout.predictor, layout.last
+        padded = unshare(layout)
+        hidden = self.backbone(
+            input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+        ).last_hidden_state.flatten(0, 1)
+        return hidden, padded.predictor, padded.last
 
     def _rewards(
         self, hidden: Float[Tensor, "responses hidden"], watch: Watch | None

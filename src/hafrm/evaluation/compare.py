@@ -15,7 +15,7 @@ from jaxtyping import Bool, Shaped
 from hafrm.data.groups import Group
 from hafrm.errors import ConfigError
 from hafrm.evaluation.evaluate import (
-    find_heads,
+    load_judge,
     read_comparisons,
     scored_comparisons,
     sets_of,
@@ -31,7 +31,6 @@ from hafrm.evaluation.statistics import (
     mcnemar,
     paired_bootstrap,
 )
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,7 @@ def _score(
     done: Callable[[int, int], None] | None,
 ) -> dict[str, ScoredComparisons]:
     """The scored comparisons of each set, by the model's main head."""
-    heads = find_heads(path)
-    model: RewardModel | ImplicitRewardModel
-    if heads.reward is not None:
-        model = RewardModel.from_pretrained(heads.reward, max_length=max_length)
-    else:
-        assert heads.policy is not None
-        model = ImplicitRewardModel.from_pretrained(heads.policy, max_length=max_length)
+    model = load_judge(path, max_length=max_length)
     encoded, _ = model.encoder.encode(groups)
     scores = model.score_encoded(encoded, done)
     parts = sets_of(groups)

@@ -107,6 +107,17 @@ def find_heads(path: str | Path) -> Heads:
     return Heads(root, None) if is_reward_directory(path) else Heads(None, root)
 
 
+def load_judge(
+    path: str | Path, *, max_length: int | None = None
+) -> RewardModel | ImplicitRewardModel:
+    """The main head of the model at `path`: its reward; of a policy alone, its implicit reward."""
+    heads = find_heads(path)
+    if heads.reward is not None:
+        return RewardModel.from_pretrained(heads.reward, max_length=max_length)
+    assert heads.policy is not None
+    return ImplicitRewardModel.from_pretrained(heads.policy, max_length=max_length)
+
+
 def evaluate(  # noqa: PLR0913 - the verb and its options
     path: str | Path,
     sources: Sequence[str],

@@ -58,7 +58,7 @@ def load_reward(
         )
     backbone = loaded.base_model
     model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    return model.to(device or default_device())
 
 
 def load_policy(
@@ -67,11 +67,11 @@ def load_policy(
     """A `...ForCausalLM` that scores; raises ModelError for anything else."""
     backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device="cpu"))
     model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    return model.to(device or default_device())
 
 
 def load_causal_lm(
-    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` that writes; raises ModelError for anything else."""
     loaded, missing = _load(AutoModelForCausalLM, path, dtype)
@@ -80,7 +80,7 @@ def load_causal_lm(
             f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
             "LM (of a hafrm run: <run>/model/policy)"
         )
-    model: PreTrainedModel = loaded.to(device or _default_device())
+    model: PreTrainedModel = loaded.to(device or default_device())
     return model
 
 
@@ -147,5 +147,6 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[st
     return loaded[0], sorted(loaded[1]["missing_keys"])
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
