@@ -18,6 +18,7 @@ FLOORS = (
     {"scoring"},
     {"training"},
     {"evaluation"},
+    {"alignment"},
     {"demo", "tables", "terminal"},
     {"cli", "__main__", "__init__"},
 )

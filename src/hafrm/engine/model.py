@@ -5,7 +5,9 @@ forward is the only entry, so that DDP and FSDP2 see it; it knows nothing of los
 Rewards are read at the last real token, found by position, in float32. Dropout is off.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +144,19 @@ class HybridModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+@contextlib.contextmanager
+def stock_attention(backbone: PreTrainedModel) -> Iterator[None]:
+    """The attention that the backbone came with for a while, for what knows no layout (generation)."""
+    shared = backbone.config._attn_implementation == SHARED_PREFIX
+    if shared:
+        backbone.set_attn_implementation(str(getattr(backbone, _STOCK_ATTENTION)))
+    try:
+        yield
+    finally:
+        if shared:
+            backbone.set_attn_implementation(SHARED_PREFIX)
 
 
 def new_reward_head(hidden_size: int, generator: torch.Generator | None = None) -> nn.Linear:

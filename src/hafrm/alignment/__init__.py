@@ -1,0 +1,1 @@
+"""What reward models are for: candidates, judges, best of n."""

@@ -1,0 +1,168 @@
+"""Responses of a causal LM to prompts, as token ids: the one place where hafrm lets a model write.
+
+What is sampled is what `Sampling` says and nothing else: a model directory's own generation defaults (a
+top-k of 50, a repetition penalty) never enter unseen. The same call gives the same responses. It works on
+a model in training and leaves it as it was found: modes, cache, attention, random state.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from hafrm.engine.model import stock_attention
+from hafrm.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int
+    """Tokens of a response at most, its EOS included."""
+    temperature: float = 1.0
+    """Divides the logits; 0: always the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and how to run it
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num: int,
+    options: Sampling,
+    *,
+    eos: int,
+    pad: int,
+    seed: int,
+    batch_size: int = 32,
+    done: Callable[[int, int], None] | None = None,
+) -> list[list[list[int]]]:
+    """For each prompt `num` responses of token ids: with the EOS where the model ended, without it where
+    it ran into the limit.
+
+    Prompts of like length share a batch of `batch_size` responses, longest first; `done(responses,
+    tokens)` hears of each batch. The same arguments give the same responses; another batch size others.
+
+    Raises ConfigError for an empty prompt, ModelError when prompt and response exceed the model's length.
+    """
+    _check(model, prompts, options)
+    copies = num if options.temperature > 0 else min(num, 1)
+    owners = sorted(
+        (i for i in range(len(prompts)) for _ in range(copies)), key=lambda i: -len(prompts[i])
+    )
+    config = _generation_config(options, eos, pad)
+    responses: list[list[list[int]]] = [[] for _ in prompts]
+    with _as_it_was(model), _seeded(seed, model.device), torch.no_grad():
+        for start in range(0, len(owners), batch_size):
+            batch = owners[start : start + batch_size]
+            written = _run(model, [prompts[i] for i in batch], config)
+            for i, ids in zip(batch, written, strict=True):
+                responses[i].append(_until(eos, ids))
+            if done is not None:
+                done(len(batch), sum(len(responses[i][-1]) for i in batch))
+    return responses if copies == num else [[*each] * num for each in responses]
+
+
+def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sampling) -> None:
+    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ConfigError(f"prompts {empty[:8]} (by index) are empty; each needs a token or more")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + options.max_new_tokens > limit:
+        raise ModelError(
+            f"a prompt of {longest} tokens and {options.max_new_tokens} new ones exceed the model's "
+            f"{limit} positions; lower max_new_tokens or cut the prompts"
+        )
+
+
+def _generation_config(options: Sampling, eos: int, pad: int) -> GenerationConfig:
+    how = {"do_sample": False}
+    if options.temperature > 0:
+        how = {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": 0,  # transformers' own default is 50
+        }
+    return GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        use_cache=True,
+        **how,
+    )
+
+
+def _run(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[list[int]]:
+    """What the model writes behind each prompt, filled up with pad to the longest."""
+    ids, mask = _padded_left(prompts, int(config.pad_token_id))
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+    )
+    written: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    return written
+
+
+def _padded_left(
+    prompts: Sequence[Sequence[int]], pad: int
+) -> tuple[Int[Tensor, "prompts tokens"], Int[Tensor, "prompts tokens"]]:
+    """The prompts as one tensor that ends where each of them ends, and its mask."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor([int(token) for token in prompt])
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def _until(eos: int, ids: list[int]) -> list[int]:
+    """The ids up to the first EOS, which stays; what follows is padding."""
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, stock attention and neutral generation defaults for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    use_cache = getattr(model.config, "use_cache", None)
+    defaults = model.generation_config
+    # transformers fills whatever an explicit config leaves open from the model's own.
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        with stock_attention(model.base_model):
+            yield
+    finally:
+        model.generation_config = defaults
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed`, and give the global random state back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
