@@ -17,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hafrm.engine import last_layer
 from hafrm.engine.attention import SHARED_PREFIX
-from hafrm.engine.layout import Layout, unshare
+from hafrm.engine.layout import Layout
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
+from hafrm.engine.states import States, TokenOutputs, run_plain, run_shared
 from hafrm.errors import ModelError, NumericsError
 
 _STOCK_ATTENTION = "_hafrm_stock_attention"
@@ -100,26 +101,26 @@ class HybridModel(nn.Module):
 
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""
-        if self.sharing:
-            read = layout.read if self.reads_scored else layout.last
-            hidden = self.backbone(
-                input_ids=layout.input_ids[None],
-                position_ids=layout.position_ids[None],
-                attention_mask=None,
-                use_cache=False,
-                branch_layout=layout,
-                **{last_layer.READ_ROWS: read},
-            ).last_hidden_state[0]
-            predictor, last = layout.predictor, layout.last
-        else:
-            padded = unshare(layout)
-            hidden = self.backbone(
-                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-            ).last_hidden_state.flatten(0, 1)
-            predictor, last = padded.predictor, padded.last
-        rewards = None if self.reward_head is None else self._rewards(hidden[last])
-        logps = None if self.policy_head is None else self._logps(hidden[predictor], layout)
+        states = self._states(layout)
+        rewards = logps = None
+        if self.reward_head is not None:
+            rewards = self._rewards(states.hidden[states.last])
+        if self.policy_head is not None:
+            tokens = self._token_logps(states.hidden[states.predictor], layout)
+            sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
+            logps = sums.index_add(0, layout.response_of, tokens)
         return Outputs(rewards, logps, layout.lengths)
+
+    def tokens(self, layout: Layout) -> TokenOutputs:
+        """What predicts each response token, and its log-prob, from one forward; needs a policy head."""
+        states = self._states(layout)
+        hidden = states.hidden[states.predictor]
+        return TokenOutputs(hidden, self._token_logps(hidden, layout))
+
+    def _states(self, layout: Layout) -> States:
+        if not self.sharing:
+            return run_plain(self.backbone, layout)
+        return run_shared(self.backbone, layout, layout.read if self.reads_scored else layout.last)
 
     def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
         assert self.reward_head is not None
@@ -127,19 +128,14 @@ class HybridModel(nn.Module):
             rewards: Tensor = self.reward_head(hidden.float())
         return rewards[:, 0]
 
-    def _logps(
+    def _token_logps(
         self, hidden: Float[Tensor, "scored hidden"], layout: Layout
-    ) -> Float[Tensor, " responses"]:
-        assert self.policy_head is not None
-        tokens = token_logprobs(
-            hidden,
-            self.policy_head.weight,
-            layout.targets,
-            bias=self.policy_head.bias,
-            transform=self.transform,
+    ) -> Float[Tensor, " scored"]:
+        head = self.policy_head
+        assert head is not None
+        return token_logprobs(
+            hidden, head.weight, layout.targets, bias=head.bias, transform=self.transform
         )
-        sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
-        return sums.index_add(0, layout.response_of, tokens)
 
     @property
     def device(self) -> torch.device:
