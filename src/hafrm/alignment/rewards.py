@@ -7,7 +7,7 @@ is an error, never a number. A new kind of reward model is one entry in KINDS.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,7 @@ Gold = Callable[[Conversation, str], float]
 """The known truth about a response, where there is one: prompt and response to reward."""
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """What every kind of reward model offers."""
 

@@ -7,12 +7,14 @@ TRL's checkpoints are pickles, so none are written: the best weights wait in mem
 import importlib
 import importlib.util
 import logging
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from hafrm.alignment.adapters import by_prompt
 from hafrm.alignment.job import Job, RlhfResult
@@ -44,9 +46,12 @@ def run_trl(job: Job, *, resume: bool) -> RlhfResult:
     watcher = _Watcher(job)
     prompts = usable_prompts(job)
     rows = [{"prompt": [m._asdict() for m in p.messages]} for p in prompts]
-    trainer_kind, config = trainer_of(job.recipe, str(job.run.path / "trl"))
-    with job.journal:
-        trainer = trainer_kind(
+    with job.journal, tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # what TRL and transformers rename among them
+        kind, config = trainer_of(job.recipe, scratch)
+        trainer = kind(
             model=job.actor.causal,
             reward_funcs=watcher.reward,
             args=config,
@@ -54,6 +59,7 @@ def run_trl(job: Job, *, resume: bool) -> RlhfResult:
             processing_class=job.actor.encoder.tokenizer,
             callbacks=[watcher],
         )
+        trainer.remove_callback(PrinterCallback)  # the journal says it already
         trainer.train()
     watcher.restore_best()
     return job.finish(watcher.step)

@@ -1,11 +1,12 @@
 """Learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from hafrm.recipe import TrainingSection
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What a section must say of the learning rate."""
 

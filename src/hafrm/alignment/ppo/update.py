@@ -24,6 +24,7 @@ from hafrm.alignment.ppo.terms import (
 )
 from hafrm.alignment.rlhf_recipe import AlgorithmSection
 from hafrm.errors import NumericsError
+from hafrm.training import parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
         for chosen in np.array_split(shuffled, algorithm.mini_batches):
             rows = pack(experience.written, np.sort(chosen), actor.max_tokens, policy.device)
             sums += _accumulate(policy, rows, experience, algorithm, actor)
-            norms.append(_clip(policy, max_grad_norm))
+            trained = [p for p in policy.parameters() if p.grad is not None]
+            norms.append(float(parallel.clip(trained, max_grad_norm)))
             if not np.isfinite(norms[-1]) or not bool(torch.isfinite(sums).all()):
                 raise NumericsError(_message(experience, chosen, norms[-1]))
             optimizer.step()
@@ -126,13 +128,6 @@ def losses_of(
             seen.values, experience.values[where], experience.returns[where], algorithm.value_clip
         ),
     )
-
-
-def _clip(policy: PolicyWithValue, max_grad_norm: float) -> float:
-    """2-norm of the whole gradient, which is scaled down to `max_grad_norm` unless that is 0."""
-    limit = max_grad_norm or float("inf")
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(trained, limit))
 
 
 def _message(experience: Experience, chosen: np.ndarray, norm: float) -> str:
