@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hafrm.alignment.rlhf_recipe import RlhfRecipe
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.config import build_as
 from tiny_runs import WORDS, write_base
 from tokenizers_for_tests import chat_tokenizer

@@ -8,6 +8,7 @@ a model in training and leaves it as it was found: modes, cache, attention, rand
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -94,7 +95,7 @@ def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sa
 
 
 def _generation_config(options: Sampling, eos: int, pad: int) -> GenerationConfig:
-    how = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         how = {
             "do_sample": True,
@@ -117,7 +118,8 @@ def _run(
 ) -> list[list[int]]:
     """What the model writes behind each prompt, filled up with pad to the longest."""
     ids, mask = _padded_left(prompts, int(config.pad_token_id))
-    output = model.generate(
+    generate: Any = model.generate  # typed as a tensor by torch's `__getattr__`
+    output = generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=config,
@@ -154,7 +156,8 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     model.generation_config = GenerationConfig()
     model.eval()
     try:
-        with stock_attention(model.base_model):
+        backbone: Any = model.base_model
+        with stock_attention(backbone):
             yield
     finally:
         model.generation_config = defaults

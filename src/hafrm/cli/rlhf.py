@@ -21,7 +21,7 @@ def rlhf(
 
     Exit code 1 where the run was stopped for its own good; its best step is exported all the same.
     """
-    from hafrm.alignment.rlhf_recipe import RlhfRecipe  # noqa: PLC0415
+    from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
     from hafrm.config import load_as  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
 
@@ -35,7 +35,7 @@ def rlhf(
     else:
         folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     loaded = load_as(RlhfRecipe, recipe, overrides or ())
-    from hafrm.alignment.rlhf import rlhf as run  # noqa: PLC0415
+    from hafrm.alignment.rlhf.run import rlhf as run  # noqa: PLC0415
 
     result = run(loaded, folder, resume=resume is not None)
     typer.echo(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hafrm.alignment.ppo import terms
+from hafrm.alignment.rlhf.ppo import terms
 
 LENGTHS = torch.tensor([3, 1, 2])
 

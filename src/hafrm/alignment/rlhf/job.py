@@ -15,20 +15,20 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from hafrm.alignment.actor import Actor, Reference, Written
-from hafrm.alignment.heldout import (
+from hafrm.alignment.rlhf.actor import Actor, Reference, Written
+from hafrm.alignment.rlhf.heldout import (
     Examination,
     HeldOut,
     gold_rewards,
     length_matched,
     length_slope,
 )
-from hafrm.alignment.journal import Journal
-from hafrm.alignment.prompts import Prompt, Prompts, load_prompts, prompts_of_step
-from hafrm.alignment.rewards import Gold, Rewards, Scale, load_scorer
-from hafrm.alignment.rlhf_recipe import RlhfRecipe
+from hafrm.alignment.rlhf.journal import Journal
+from hafrm.alignment.rlhf.prompts import Prompt, Prompts, load_prompts, prompts_of_step
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
+from hafrm.alignment.rlhf.rewards import Gold, Rewards, Scale, load_scorer
+from hafrm.alignment.rlhf.watchdog import Watchdog
 from hafrm.alignment.sampling import Sampling
-from hafrm.alignment.watchdog import Watchdog
 from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from hafrm.alignment.ppo.control import KlControl, Moments, ScoreRules
+from hafrm.alignment.rlhf.ppo.control import KlControl, Moments, ScoreRules
 
 
 def test_a_fixed_coefficient_stays_whatever_is_measured():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.alignment.rewards import Conversation, Rewards, Scorer, score_texts
+from hafrm.alignment.rlhf.rewards import Conversation, Rewards, Scorer, score_texts
 from hafrm.data.encoding import EncodedGroup
 from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError

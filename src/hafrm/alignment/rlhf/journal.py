@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.alignment.heldout import HeldOut
-from hafrm.alignment.rlhf_recipe import RlhfRecipe
+from hafrm.alignment.rlhf.heldout import HeldOut
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.config import dump_recipe
 from hafrm.intervals import in_words
 from hafrm.runs import RunFolder

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.alignment.rlhf_recipe import WatchSection
+from hafrm.alignment.rlhf.recipe import WatchSection
 
 Z = 2.0
 """Standard errors of the paired difference that a fall must exceed."""

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm.alignment.actor import Actor, Reference, Written
-from hafrm.alignment.ppo.experience import measure, pack, to_experience
-from hafrm.alignment.ppo.policy import PolicyWithValue
-from hafrm.alignment.ppo.update import update
-from hafrm.alignment.prompts import Prompt
-from hafrm.alignment.rlhf_recipe import AlgorithmSection
+from hafrm.alignment.rlhf.actor import Actor, Reference, Written
+from hafrm.alignment.rlhf.ppo.experience import measure, pack, to_experience
+from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
+from hafrm.alignment.rlhf.ppo.update import update
+from hafrm.alignment.rlhf.prompts import Prompt
+from hafrm.alignment.rlhf.recipe import AlgorithmSection
 from hafrm.alignment.sampling import Sampling
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm

@@ -14,16 +14,16 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hafrm.alignment.actor import Actor, Written
-from hafrm.alignment.ppo.policy import PolicyWithValue
-from hafrm.alignment.ppo.terms import (
+from hafrm.alignment.rlhf.actor import Actor, Written
+from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
+from hafrm.alignment.rlhf.ppo.terms import (
     estimate_advantages,
     log_ratios,
     sums_by_response,
     token_rewards,
     whiten,
 )
-from hafrm.alignment.rlhf_recipe import AlgorithmSection
+from hafrm.alignment.rlhf.recipe import AlgorithmSection
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.scoring.forward import first_responses, plan_rows, split_into_pieces
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hafrm.alignment import job as job_module
-from hafrm.alignment import rewards as rewards_module
-from hafrm.alignment.job import Job
-from hafrm.alignment.ppo.loop import Ppo
-from hafrm.alignment.rlhf import rlhf
+from hafrm.alignment.rlhf import job as job_module
+from hafrm.alignment.rlhf import rewards as rewards_module
+from hafrm.alignment.rlhf.job import Job
+from hafrm.alignment.rlhf.ppo.loop import Ppo
+from hafrm.alignment.rlhf.run import rlhf
 from hafrm.config import dump_recipe
 from hafrm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from hafrm.runs import RunFolder, read_metrics

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from hafrm.alignment.adapters import by_prompt
-from hafrm.alignment.job import Job, RlhfResult
-from hafrm.alignment.prompts import Prompt
-from hafrm.alignment.rewards import Conversation
-from hafrm.alignment.rlhf_recipe import RlhfRecipe
+from hafrm.alignment.rlhf.adapters import by_prompt
+from hafrm.alignment.rlhf.job import Job, RlhfResult
+from hafrm.alignment.rlhf.prompts import Prompt
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
+from hafrm.alignment.rlhf.rewards import Conversation
 from hafrm.errors import ConfigError, DataError
 from hafrm.scoring.scorer import as_messages
 from hafrm.training.checkpoint import trainable_weights

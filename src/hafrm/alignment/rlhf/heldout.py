@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from hafrm.alignment.actor import Actor, Written
-from hafrm.alignment.prompts import Prompt
-from hafrm.alignment.rewards import Gold, Rewards, Scorer, score_texts
+from hafrm.alignment.rlhf.actor import Actor, Written
+from hafrm.alignment.rlhf.prompts import Prompt
+from hafrm.alignment.rlhf.rewards import Gold, Rewards, Scorer, score_texts
 from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
 
 Responses = Float[np.ndarray, " responses"]

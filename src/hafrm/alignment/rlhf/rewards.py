@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from hafrm.alignment.rlhf_recipe import RewardSection, Rule
+from hafrm.alignment.rlhf.recipe import RewardSection, Rule
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError, NumericsError

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from hafrm.alignment.prompts import Prompt
+from hafrm.alignment.rlhf.prompts import Prompt
 from hafrm.alignment.sampling import Sampling, sample
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel

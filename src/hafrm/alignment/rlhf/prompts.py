@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.alignment.rlhf_recipe import PromptSection
+from hafrm.alignment.rlhf.recipe import PromptSection
 from hafrm.data.encoding import Encoder
 from hafrm.data.groups import Group, Message
 from hafrm.data.mixing import split_by_prompt, without_prompts

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from hafrm.alignment.actor import Written
-from hafrm.alignment.job import Job, RlhfResult
-from hafrm.alignment.ppo.control import KlControl, Moments, ScoreRules
-from hafrm.alignment.ppo.experience import Measured, measure, to_experience
-from hafrm.alignment.ppo.policy import PolicyWithValue
-from hafrm.alignment.ppo.terms import missing_eos_scores
-from hafrm.alignment.ppo.update import UpdateStats, update
+from hafrm.alignment.rlhf.actor import Written
+from hafrm.alignment.rlhf.job import Job, RlhfResult
+from hafrm.alignment.rlhf.ppo.control import KlControl, Moments, ScoreRules
+from hafrm.alignment.rlhf.ppo.experience import Measured, measure, to_experience
+from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
+from hafrm.alignment.rlhf.ppo.terms import missing_eos_scores
+from hafrm.alignment.rlhf.ppo.update import UpdateStats, update
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from hafrm.training.loop import StoppedError
 from hafrm.training.schedule import learning_rate

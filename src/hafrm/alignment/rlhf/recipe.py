@@ -20,7 +20,7 @@ from hafrm.recipe import (
 )
 
 Kind = Literal["auto", "reward", "implicit"]
-"""How a reward model scores: keys of `hafrm.alignment.rewards.KINDS`, or found out."""
+"""How a reward model scores: keys of `hafrm.alignment.rlhf.rewards.KINDS`, or found out."""
 Rule = Literal["mean", "min", "lower_bound"]
 
 

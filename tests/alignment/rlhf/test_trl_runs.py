@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hafrm.alignment.rlhf import rlhf
-from hafrm.alignment.trl_runs import micro_batch, trl_options
+from hafrm.alignment.rlhf.run import rlhf
+from hafrm.alignment.rlhf.trl_runs import micro_batch, trl_options
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
 from hafrm.runs import read_metrics
 from tiny_rlhf import tiny_rlhf
@@ -65,7 +65,7 @@ def test_a_run_writes_the_same_things_as_ours(tmp_path, name):
 
 @pytest.mark.slow
 def test_a_reward_that_is_not_finite_stops_the_run_that_trl_would_go_on_with(tmp_path, monkeypatch):
-    from hafrm.alignment import rewards
+    from hafrm.alignment.rlhf import rewards
 
     score, calls = rewards.score_texts, []
 

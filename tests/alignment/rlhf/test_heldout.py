@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hafrm.alignment.heldout import HeldOut, length_matched, length_slope
-from hafrm.alignment.rewards import Rewards, Scale, combine
-from hafrm.alignment.rlhf_recipe import RewardSection
+from hafrm.alignment.rlhf.heldout import HeldOut, length_matched, length_slope
+from hafrm.alignment.rlhf.recipe import RewardSection
+from hafrm.alignment.rlhf.rewards import Rewards, Scale, combine
 
 
 def held_out(**measures) -> HeldOut:

@@ -2,8 +2,8 @@
 
 import json
 
-from hafrm.alignment.rlhf_recipe import WatchSection
-from hafrm.alignment.watchdog import Watchdog
+from hafrm.alignment.rlhf.recipe import WatchSection
+from hafrm.alignment.rlhf.watchdog import Watchdog
 
 RULES = WatchSection(max_kl=10.0, min_entropy_fraction=0.2, patience=2, hacking_window=3)
 

@@ -12,17 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hafrm.alignment.actor import Actor
-from hafrm.alignment.ppo.experience import Experience, Row, pack
-from hafrm.alignment.ppo.policy import PolicyWithValue, TokenValues
-from hafrm.alignment.ppo.terms import (
+from hafrm.alignment.rlhf.actor import Actor
+from hafrm.alignment.rlhf.ppo.experience import Experience, Row, pack
+from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue, TokenValues
+from hafrm.alignment.rlhf.ppo.terms import (
     clipped_tokens,
     explained_variance,
     policy_losses,
     squared_log_ratios,
     value_losses,
 )
-from hafrm.alignment.rlhf_recipe import AlgorithmSection
+from hafrm.alignment.rlhf.recipe import AlgorithmSection
 from hafrm.errors import NumericsError
 from hafrm.training import parallel
 
