@@ -1,6 +1,6 @@
 """Run folders: the recipe, provenance, metrics and checkpoints of one run, safe against any kill.
 
-    recipe.yaml  provenance.json  metrics.jsonl  checkpoints/step-N/  model/
+    recipe.yaml  provenance.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/
 
 Whatever carries its final name is complete (see `hafrm.atomic`, whose functions are offered here
 too). One process at a time writes into a folder; the kernel drops its lock when it dies, however it
@@ -69,6 +69,13 @@ def _metric_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return pairs
 
 
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    assert isinstance(record["step"], int), "a resume drops records by their step"
+    line = json.dumps(_plain(record), allow_nan=False) + "\n"
+    with path.open("ab") as file:
+        file.write(line.encode("utf-8"))
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON has it: numbers of numpy and torch unpacked, nan and infinities as null."""
     if isinstance(value, Mapping):
@@ -86,6 +93,7 @@ class RunFolder:
         self.path = path
         self.recipe_path = path / "recipe.yaml"
         self.metrics_path = path / "metrics.jsonl"
+        self.samples_path = path / "samples.jsonl"
         self.provenance_path = path / "provenance.json"
         self.checkpoints_path = path / "checkpoints"
         self.model_path = path / "model"
@@ -154,19 +162,19 @@ class RunFolder:
 
         nan and infinities become null, as JSON has no other word for them.
         """
-        assert isinstance(record["step"], int), "a resume drops records by their step"
-        line = json.dumps(_plain(record), allow_nan=False) + "\n"
-        with self.metrics_path.open("ab") as file:
-            file.write(line.encode("utf-8"))
+        _append(self.metrics_path, record)
+
+    def append_sample(self, record: Mapping[str, Any]) -> None:
+        """The same for samples.jsonl, which holds what a policy wrote at a "step"."""
+        _append(self.samples_path, record)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records of later steps, and a torn last line, before a resume writes them anew."""
-        if not self.metrics_path.exists():
-            return
-        lines = _metric_lines(self.metrics_path)
-        kept = b"".join(line + b"\n" for line, record in lines if record.get("step", step) <= step)
-        if kept != self.metrics_path.read_bytes():
-            atomic_write(self.metrics_path, kept)
+        """Drop the records of later steps, and torn last lines, before a resume writes them anew."""
+        for path in (self.metrics_path, self.samples_path):
+            lines = _metric_lines(path)
+            kept = b"".join(line + b"\n" for line, r in lines if r.get("step", step) <= step)
+            if path.exists() and kept != path.read_bytes():
+                atomic_write(path, kept)
 
     def record_provenance(
         self, *, seed: int, data: Mapping[str, str], details: Mapping[str, Any] | None = None

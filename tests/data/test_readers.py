@@ -545,3 +545,22 @@ def test_original_transcripts_read_into_sensible_dialogues() -> None:
 def test_votes_of_the_shared_data_are_taken_along() -> None:
     reading = read([f"{SHARED}/data/convarg.jsonl.gz#limit=200"])
     assert all(c.votes is not None for group in reading.groups for c in group.comparisons)
+
+
+def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:
+    rows = [
+        {"prompt": "q1"},
+        {"prompt": "q2", "chosen": "a", "rejected": "b"},
+        {"prompt": "q1"},
+        {"prompt": [{"role": "user", "content": "q3"}]},
+        {"question": "q4"},
+    ]
+    reading = read([rows], need_responses=False, max_bad_fraction=0.5)
+    assert [group.prompt[-1].content for group in reading.groups] == ["q1", "q2", "q3"]
+    assert [len(group.responses) for group in reading.groups] == [0, 2, 0]
+    assert [(bad.row, bad.reason) for bad in reading.bad] == [
+        (2, "duplicate"),
+        (4, "missing column"),
+    ]
+    with pytest.raises(DataError, match="no responses that could be compared"):
+        read([rows[:1]])

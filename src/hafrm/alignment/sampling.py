@@ -29,6 +29,8 @@ class Sampling:
     """Divides the logits; 0: always the likeliest token."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that are there already (arXiv 1909.05858); 1: none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -37,6 +39,8 @@ class Sampling:
             raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
 
 def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and how to run it
@@ -103,6 +107,7 @@ def _generation_config(options: Sampling, eos: int, pad: int) -> GenerationConfi
         max_new_tokens=options.max_new_tokens,
         eos_token_id=eos,
         pad_token_id=pad,
+        repetition_penalty=options.repetition_penalty,
         use_cache=True,
         **how,
     )

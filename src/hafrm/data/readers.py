@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from hafrm.data.groups import Comparison, Group, Message
@@ -57,12 +58,14 @@ def read(
     bad_rows_file: Path | None = None,
     max_chars: int = MAX_CHARS,
     need_comparisons: bool = True,
+    need_responses: bool = True,
 ) -> Reading:
     """All groups of all sources, in the order in which their prompts first appear.
 
     Sources are paths, "hub:name[:config]:split", "set:name" and lists of rows; `parse_sources` tells
     how "#split=train" picks rows of one. A group's id is its first row's, else "<source name>-<row>";
     its tags are those on which its rows agree.
+    `need_responses` False takes every row for its prompt: responses and labels are then optional.
     A row that only repeats earlier rows is bad ("duplicate"), but left out of a named set, whose
     repetitions are not the reader's; the opposite order of a pair is disagreement, and kept. Several
     judges' equal votes belong into `votes` or `weight`.
@@ -73,10 +76,16 @@ def read(
     """
     if not 0 <= max_bad_fraction <= 1:
         raise ConfigError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
+    parse = partial(
+        parse_row,
+        need_comparisons=need_comparisons and need_responses,
+        need_responses=need_responses,
+        max_chars=max_chars,
+    )
     tallies = [_Tally(source) for source in _distinct_names(sources)]
     for tally in tallies:
         for number, row in iter_rows(tally.source, tally.left_out):
-            known = row if isinstance(row, Refusal) else _parse(row, need_comparisons, max_chars)
+            known = row if isinstance(row, Refusal) else parse(row)
             tally.count(number, row, known)
     bad = tuple(row for tally in tallies for row in tally.bad)
     if bad_rows_file is not None:
@@ -97,10 +106,6 @@ def read(
         left_out=dict(sum((tally.left_out for tally in tallies), Counter())),
         num_groups=tuple(map(len, parts)),
     )
-
-
-def _parse(row: object, need_comparisons: bool, max_chars: int) -> ParsedRow | Refusal:
-    return parse_row(row, need_comparisons=need_comparisons, max_chars=max_chars)
 
 
 def _distinct_names(given: Sequence[str | Path | Rows]) -> list[Source]:
@@ -137,6 +142,7 @@ class _Draft:
     responses: dict[str, int] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     known: set[tuple[int, int, bool]] = field(default_factory=set)
+    rows: int = 0
 
     def add(self, parsed: ParsedRow) -> int | Refusal:
         """Take in what the row says; the number of its comparisons that were there already."""
@@ -150,8 +156,10 @@ class _Draft:
                 continue
             self.known.add(key)
             self.comparisons.append(replace(pair, chosen=ends[0], rejected=ends[1]))
-        if num_known == len(parsed.comparisons) and len(self.responses) == old_size:
+        nothing_new = num_known == len(parsed.comparisons) and len(self.responses) == old_size
+        if nothing_new and self.rows:
             return Refusal("duplicate", f"an earlier row of group {self.id!r} says all of it")
+        self.rows += 1
         self.tags = {tag: text for tag, text in self.tags.items() if parsed.tags.get(tag) == text}
         return num_known
 

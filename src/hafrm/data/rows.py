@@ -34,6 +34,7 @@ SHAPES = (
     "prompt, responses, and ranks or ranking (low is good) or scores or ratings (high is good)",
     "context, completions: [{rank, completion}, ...] (low is good)",
     "prompt, and response or responses: unlabelled, to be scored but not trained on",
+    "prompt: alone, for a model to respond to",
 )
 TAGS = ("split", "subset", "source", "label")
 """Columns that become a group's tags."""
@@ -66,7 +67,11 @@ class ParsedRow:
 
 
 def parse_row(
-    row: object, *, need_comparisons: bool = True, max_chars: int = MAX_CHARS
+    row: object,
+    *,
+    need_comparisons: bool = True,
+    need_responses: bool = True,
+    max_chars: int = MAX_CHARS,
 ) -> ParsedRow | Refusal:
     """What the row says, or the first rule that it breaks.
 
@@ -74,12 +79,13 @@ def parse_row(
     Optional are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a
     pair, `votes`. Rated rows have margin 0 unless they give a number, or `margin: "difference"`
     for the difference of the two scores. With `need_comparisons=False` rows without labels are
-    understood too. `max_chars` bounds the prompt and each response.
+    understood too, with `need_responses=False` those with a prompt alone. `max_chars` bounds the prompt
+    and each response.
     """
     try:
         if not isinstance(row, Mapping):
             refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
-        prompt, responses, comparisons = _read_shape(row)
+        prompt, responses, comparisons = _read_shape(row, need_responses)
         check_prompt(prompt, max_chars)
         for response in responses:
             check_text(response, "a response", max_chars)
@@ -92,13 +98,15 @@ def parse_row(
         return refused.refusal
 
 
-def _read_shape(row: Row) -> Parts:
+def _read_shape(row: Row, need_responses: bool) -> Parts:
     if row.get("chosen") is not None or row.get("rejected") is not None:
         return _read_pair(row)
     if row.get("completions") is not None:
         return _read_completions(row)
     if row.get("responses") is not None:
         return _read_responses(row)
+    if row.get("response") is None and not need_responses and row.get("prompt") is not None:
+        return read_prompt(row["prompt"], "prompt"), (), ()
     if row.get("response") is None:
         columns = show([str(column)[:40] for column in row])
         refuse("missing column", f"no responses that could be compared; columns: {columns}")

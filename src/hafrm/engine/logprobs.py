@@ -20,10 +20,12 @@ CHUNK_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to `W h + b` before its softmax: `cap * tanh(scale * z / cap)`."""
+    """What happens to `W h + b` before the softmax: `cap * tanh(scale * z / cap) / temperature`."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
+    """Not the model's own: the one that responses are sampled at, where their log-probs are wanted."""
 
     def apply_(self, z: Tensor) -> Tensor:
         """The final logits, written over `z`."""
@@ -31,14 +33,15 @@ class LogitTransform:
             z.mul_(self.scale)
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
+        return z.div_(self.temperature) if self.temperature != 1.0 else z
 
     def chain_(self, grad: Tensor, logits: Tensor | None) -> Tensor:
         """d/dz from d/dlogits, written over `grad`; tanh' = 1 - tanh^2."""
         if self.softcap is not None:
             assert logits is not None
-            grad.mul_(1.0 - (logits / self.softcap).square())
-        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+            grad.mul_(1.0 - (logits * (self.temperature / self.softcap)).square())
+        factor = self.scale / self.temperature
+        return grad.mul_(factor) if factor != 1.0 else grad
 
 
 def token_logprobs(
@@ -59,6 +62,27 @@ def token_logprobs(
     apply: Any = _TokenLogProbs.apply
     logprobs: Tensor = apply(hidden, weight, bias, targets, transform, chunk)
     return logprobs
+
+
+@torch.no_grad()
+def token_entropies(
+    hidden: Float[Tensor, "scored hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    transform: LogitTransform | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, " scored"]:
+    """Entropy (nat, float32) of the distribution that each row predicts, chunk by chunk, no gradient."""
+    chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    transform = transform or LogitTransform()
+    h, w = _operands(hidden, weight)
+    entropies = torch.empty(len(h), dtype=torch.float32, device=h.device)
+    buffer = _buffer(chunk, h, w)
+    for rows in _chunks(len(h), chunk):
+        logps = _logits(h[rows], w, bias, transform, buffer).log_softmax(-1)
+        entropies[rows] = -(logps.exp() * logps).sum(-1)
+    return entropies
 
 
 class _TokenLogProbs(torch.autograd.Function):

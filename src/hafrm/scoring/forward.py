@@ -45,7 +45,7 @@ PerResponse = tuple[Tensor | None, ...]
 """What a forward gives, each with one entry per response of its layout; `Outputs` is one."""
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A prompt and some of the responses to it: what is laid out as one group."""
 
     prompt_ids: NDArray[np.int32]
@@ -120,7 +120,7 @@ def run_rows(
 
     Raises MemoryBudgetError for a single response that does not fit.
     """
-    pieces = _pieces(groups, max_tokens)
+    pieces = split_into_pieces(groups, max_tokens)
     rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
     found = _map(lambda row: _run_row(run, row), rows, threads)
     for row, outputs in zip(rows, found, strict=True):
@@ -128,7 +128,7 @@ def run_rows(
         yield where, sum(piece.num_tokens for piece in row), outputs
 
 
-def _run_row(run: Callable[[Layout], PerResponse], row: list[_Piece]) -> PerResponse:
+def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece]) -> PerResponse:
     """One forward; where memory is short, two of half the responses, as often as it takes."""
     try:
         return run(lay_out(row))
@@ -153,13 +153,13 @@ def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return None if first is None or second is None else torch.cat([first, second])
 
 
-def _halves(row: list[_Piece]) -> tuple[list[_Piece], list[_Piece]]:
+def _halves(row: list[Piece]) -> tuple[list[Piece], list[Piece]]:
     """The same responses in the same order, cut between two prompts, or between two of one's responses."""
     if len(row) > 1:
         return row[: len(row) // 2], row[len(row) // 2 :]
     prompt, responses, where = row[0]
     cut = len(where) // 2
-    parts = (_Piece(prompt, responses[s], where[s]) for s in (slice(cut), slice(cut, None)))
+    parts = (Piece(prompt, responses[s], where[s]) for s in (slice(cut), slice(cut, None)))
     first, second = parts
     return [first], [second]
 
@@ -176,13 +176,13 @@ def plan_rows(groups: Sequence[Branches], max_tokens: int) -> list[list[int]]:
     return rows
 
 
-def _pieces(groups: Sequence[Branches], max_tokens: int) -> list[_Piece]:
+def split_into_pieces(groups: Sequence[Branches], max_tokens: int) -> list[Piece]:
     """All responses by their prompts' ids, in pieces that fit into a row where a response does."""
-    whole: dict[bytes, _Piece] = {}
+    whole: dict[bytes, Piece] = {}
     counter = 0
     for group in groups:
         prompt = np.asarray(group.prompt_ids, np.int32)
-        piece = whole.setdefault(prompt.tobytes(), _Piece(prompt, [], []))
+        piece = whole.setdefault(prompt.tobytes(), Piece(prompt, [], []))
         for ids in group.response_ids:
             piece.response_ids.append(ids)
             piece.where.append(counter)
@@ -190,13 +190,13 @@ def _pieces(groups: Sequence[Branches], max_tokens: int) -> list[_Piece]:
     return [part for piece in whole.values() for part in _split(piece, max_tokens)]
 
 
-def _split(piece: _Piece, max_tokens: int) -> Iterator[_Piece]:
-    part = _Piece(piece.prompt_ids, [], [])
+def _split(piece: Piece, max_tokens: int) -> Iterator[Piece]:
+    part = Piece(piece.prompt_ids, [], [])
     size = len(piece.prompt_ids)
     for ids, where in zip(piece.response_ids, piece.where, strict=True):
         if part.where and size + len(ids) > max_tokens:
             yield part
-            part, size = _Piece(piece.prompt_ids, [], []), len(piece.prompt_ids)
+            part, size = Piece(piece.prompt_ids, [], []), len(piece.prompt_ids)
         part.response_ids.append(ids)
         part.where.append(where)
         size += len(ids)
@@ -204,7 +204,7 @@ def _split(piece: _Piece, max_tokens: int) -> Iterator[_Piece]:
 
 
 def _map(
-    run: Callable[[list[_Piece]], PerResponse], rows: list[list[_Piece]], threads: int
+    run: Callable[[list[Piece]], PerResponse], rows: list[list[Piece]], threads: int
 ) -> Iterable[PerResponse]:
     """`run` of every row, in order, over as many threads as there are rows for."""
     workers = min(threads, len(rows))

@@ -54,7 +54,7 @@ def load_checkpoint(
     load_weights(folder, model)
     moments = load_file(folder / OPTIMIZER)
     torch.set_rng_state(moments.pop("rng"))
-    parameters = dict(parallel.unwrap(model).named_parameters())
+    parameters = dict(parallel.inside(model).named_parameters())
     for key, value in moments.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
@@ -86,7 +86,7 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in parallel.unwrap(model).named_parameters() if p.requires_grad}
+    return {n: p for n, p in parallel.inside(model).named_parameters() if p.requires_grad}
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

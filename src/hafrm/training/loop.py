@@ -16,7 +16,8 @@ from torch import nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
-from hafrm.engine.model import HybridModel, self_check
+from hafrm.engine.model import HybridModel
+from hafrm.engine.selfcheck import self_check
 from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder

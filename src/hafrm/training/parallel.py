@@ -83,9 +83,14 @@ def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Mo
     return model
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """The module that DDP wraps, or the module itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def unwrap(model: nn.Module) -> HybridModel:
     """The HybridModel inside."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = inside(model)
     assert isinstance(inner, HybridModel)
     return inner
 

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -43,7 +43,7 @@ from hafrm.engine.model import (
     split_causal_lm,
 )
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.recipe import DataSection, LoraSection, Recipe
+from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe
 from hafrm.training.methods import Method
 
 NUM_GOLDEN = 16
@@ -71,7 +71,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     """
     data = recipe.data
     encoder = Encoder(
-        load_tokenizer(recipe),
+        load_tokenizer(recipe.model),
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         too_long=data.too_long,
@@ -136,12 +136,12 @@ def _mixed(reading: Reading, data: DataSection, seed: int) -> list[Group]:
     return mix(sets, weights=weights, cap=data.cap, seed=seed)
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The base model's tokenizer, with the recipe's template and a pad of its own.
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
+    """The base model's tokenizer, with its section's template and a pad of its own.
 
     Raises ModelError when there is no fast tokenizer or no pad, ConfigError for an unknown template.
     """
-    path, revision = recipe.model.path, recipe.model.revision
+    path, revision = model.path, model.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         spare = AutoConfig.from_pretrained(path, revision=revision).get_text_config().vocab_size
@@ -152,8 +152,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
             f"model.path {path!r} has a slow tokenizer ({type(tokenizer).__name__}); convert it to a "
             "tokenizer.json, which every current checkpoint ships"
         )
-    if recipe.model.chat_template is not None:
-        tokenizer.chat_template = read_template(recipe.model.chat_template)
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_template(model.chat_template)
     try:
         choose_pad(tokenizer)
     except ModelError:
@@ -164,23 +164,22 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+def load_base(model: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM to start from; raises ModelError when it cannot be loaded whole."""
-    path, revision = recipe.model.path, recipe.model.revision
+    path, revision = model.path, model.revision
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a causal LM from model.path {path!r}: {error}") from error
-    model, info = loaded
+    causal, info = loaded
     if info["missing_keys"]:
         raise ModelError(
             f"model.path {path!r} lacks weights for {sorted(info['missing_keys'])}, which would start "
             "random; give the checkpoint of a causal LM with its LM head"
         )
-    causal: PreTrainedModel = model
-    return causal
+    return cast("PreTrainedModel", causal)
 
 
 def build_model(
@@ -190,7 +189,7 @@ def build_model(
 
     A head that the method does not train is left out, so it costs neither memory nor time.
     """
-    backbone, policy_head = split_causal_lm(load_base(recipe, starting_dtype(recipe)))
+    backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe)))
     _check_fits(backbone, encoder, recipe)
     model = assemble(backbone, policy_head, recipe, method)
     if recipe.training.compile:

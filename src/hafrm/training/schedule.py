@@ -1,11 +1,24 @@
 """Learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 import math
+from typing import Literal, Protocol, runtime_checkable
 
 from hafrm.recipe import TrainingSection
 
 
-def learning_rate(training: TrainingSection, step: int, num_steps: int) -> float:
+@runtime_checkable
+class Schedule(Protocol):
+    """What a section must say of the learning rate."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def schedule(self) -> Literal["cosine", "linear", "constant"]: ...
+    @property
+    def warmup_fraction(self) -> float: ...
+
+
+def learning_rate(training: Schedule, step: int, num_steps: int) -> float:
     """The rate of update `step` (from 0): linear warm-up from above 0 to the peak, then the schedule,
     whose last update is one step short of 0."""
     warmup = round(training.warmup_fraction * num_steps)

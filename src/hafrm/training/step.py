@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hafrm.engine.model import HybridModel, Outputs
+from hafrm.engine.model import Outputs
 from hafrm.training import parallel
 from hafrm.training.balance import Balance, Weighing
 from hafrm.training.batches import MicroBatch
@@ -178,7 +178,7 @@ def _autocast(
 
 
 def build_optimizer(
-    model: HybridModel, *, weight_decay: float, betas: tuple[float, float], eps: float
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices decay, norms and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]

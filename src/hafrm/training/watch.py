@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hafrm.config import dump_recipe
 from hafrm.errors import ConfigError
 from hafrm.intervals import in_words, with_bounds
-from hafrm.recipe import Recipe
+from hafrm.recipe import Recipe, TrackingSection
 from hafrm.runs import RunFolder
 from hafrm.training import parallel
 from hafrm.training.guard import Guard
@@ -34,7 +35,11 @@ class Watch:
         self._num_steps = num_steps
         self._steps: list[StepResult] = []
         self._since = time.perf_counter()
-        self._trackers = _start_trackers(run, recipe) if parallel.is_main() else []
+        self._trackers = (
+            start_trackers(run.path, recipe.tracking, dump_recipe(recipe))
+            if parallel.is_main()
+            else []
+        )
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -108,27 +113,25 @@ class Watch:
         log.info("step %d/%d %s: %s", number, self._num_steps, kind, in_words(values))
 
 
-def _start_trackers(run: RunFolder, recipe: Recipe) -> list[Any]:
-    """accelerate's trackers by name; raises ConfigError for one whose package is missing."""
-    if not recipe.tracking.report_to:
+def start_trackers(folder: Path, tracking: TrackingSection, recipe_text: str) -> list[Any]:
+    """accelerate's trackers by name, told the recipe; raises ConfigError for one that is not installed."""
+    if not tracking.report_to:
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # noqa: PLC0415
 
     trackers = []
     available = {str(name) for name in get_available_trackers()}
-    for name in recipe.tracking.report_to:
+    for name in tracking.report_to:
         if name not in available:
             raise ConfigError(
                 f"tracking.report_to names {name}, which is not installed: pip install 'hafrm[{name}]'"
             )
         kind = LOGGER_TYPE_TO_CLASS[name]
-        project = recipe.tracking.project
+        project = tracking.project
         tracker = (
-            kind(project, logging_dir=run.path)
-            if kind.requires_logging_directory
-            else kind(project)
+            kind(project, logging_dir=folder) if kind.requires_logging_directory else kind(project)
         )
         tracker.start()
-        tracker.store_init_configuration({"recipe": dump_recipe(recipe)})
+        tracker.store_init_configuration({"recipe": recipe_text})
         trackers.append(tracker)
     return trackers

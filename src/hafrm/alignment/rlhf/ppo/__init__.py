@@ -1,0 +1,1 @@
+"""Proximal policy optimisation against reward models, from its terms to its loop."""

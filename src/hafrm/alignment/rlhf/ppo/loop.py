@@ -1,0 +1,153 @@
+"""PPO, top to bottom: write, reward, measure, learn; then look, and save.
+
+Every number of a run follows from its recipe and data: a resumed run repeats the batches that an
+uninterrupted one would have taken, bit for bit on a CPU, since prompts, samples and the order of updates
+follow from (seed, step) alone.
+"""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hafrm.alignment.rlhf.actor import Written
+from hafrm.alignment.rlhf.job import Job, RlhfResult
+from hafrm.alignment.rlhf.ppo.control import KlControl, Moments, ScoreRules
+from hafrm.alignment.rlhf.ppo.experience import Measured, measure, to_experience
+from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
+from hafrm.alignment.rlhf.ppo.terms import missing_eos_scores
+from hafrm.alignment.rlhf.ppo.update import UpdateStats, update
+from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from hafrm.training.loop import StoppedError
+from hafrm.training.schedule import learning_rate
+from hafrm.training.signals import StopSignal
+from hafrm.training.step import build_optimizer
+
+log = logging.getLogger("hafrm")
+_SAMPLES = 2**16
+"""Batches have sampling seeds of their own: seed * this + step."""
+
+
+class Ppo:
+    """One PPO run: the job, what is trained, and what is remembered between batches."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.recipe = job, job.recipe
+        self.policy = PolicyWithValue(job.actor.model)
+        training = self.recipe.training
+        self.optimizer = build_optimizer(
+            self.policy, weight_decay=0.0, betas=training.betas, eps=training.eps
+        )
+        algorithm, reward = self.recipe.algorithm, self.recipe.reward
+        self.control = KlControl(
+            algorithm.kl_coefficient, algorithm.kl_target, algorithm.kl_horizon
+        )
+        self.moments = Moments()
+        self.rules = ScoreRules(scale=reward.scale, center=reward.center, clip=reward.clip)
+
+    def run(self, *, resume: bool) -> RlhfResult:
+        """The run from wherever it stands to its exported policy.
+
+        Raises NumericsError before an update that would follow a number that is not finite, StoppedError
+        after a signal, when the state has been saved.
+        """
+        job, num_steps = self.job, self.recipe.training.steps
+        step = self._resume() if resume else None
+        stop = StopSignal()
+        with stop, job.journal:
+            if step is None:
+                job.evaluate(0)
+                self._save(step := 0)
+            while step < num_steps and job.stopped is None:
+                self._batch(step)
+                step += 1
+                improved = job.is_due(step, self.recipe.evaluation.every) and job.evaluate(step)
+                stopping = bool(stop.received)
+                if improved or stopping or job.is_due(step, self.recipe.checkpoint.every):
+                    self._save(step)
+                if stopping and step < num_steps and job.stopped is None:
+                    raise StoppedError(
+                        f"stopped by signal {stop.received} after step {step} of {num_steps}; go on "
+                        f"with: hafrm rlhf --resume {job.run.path}"
+                    )
+        if job.best.step != step:
+            load_weights(job.run.checkpoint_path(job.best.step), self.policy)
+        return job.finish(step)
+
+    def _batch(self, step: int) -> None:
+        """One batch of responses and the updates that it is good for."""
+        training, algorithm = self.recipe.training, self.recipe.algorithm
+        rate = learning_rate(training, step, training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        written = self.job.actor.write(
+            self.job.prompts_of_step(step),
+            training.responses_per_prompt,
+            seed=training.seed * _SAMPLES + step,
+        )
+        rewards = torch.from_numpy(self.job.reward(written)).to(self.policy.device)
+        measured = measure(self.policy, self.job.actor, written)
+        scores = self._scores(rewards, measured)
+        coefficient = self.control.coefficient
+        experience = to_experience(measured, scores, algorithm, coefficient)
+        stats = update(
+            self.policy,
+            self.optimizer,
+            experience,
+            algorithm,
+            self.job.actor,
+            seed=(training.seed, step),
+            max_grad_norm=training.max_grad_norm,
+        )
+        kl = float(measured.kls.mean())
+        self.control = self.control.after(kl, training.batch_size)
+        values = self._values(written, measured, rewards, stats)
+        values |= {"score": float(scores.mean()), "kl": kl}
+        values |= {"kl_coefficient": coefficient, "learning_rate": rate}
+        self.job.batch(step + 1, values)
+
+    def _scores(self, rewards: torch.Tensor, measured: Measured) -> torch.Tensor:
+        """Rewards as the recipe scales and clips them, less the price of an unended response."""
+        self.moments = self.moments.including(rewards)
+        scores = self.rules.apply(rewards, self.moments)
+        return missing_eos_scores(scores, measured.ended, self.recipe.reward.missing_eos_penalty)
+
+    def _values(
+        self, written: list[Written], measured: Measured, rewards: torch.Tensor, stats: UpdateStats
+    ) -> dict[str, float | None]:
+        """What a line of metrics.jsonl says of a batch."""
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(unbiased=False)),
+            "gold": self.job.gold_mean(written),
+            "length": float(measured.lengths.float().mean()),
+            "ended": float(measured.ended.float().mean()),
+            "entropy": float(measured.entropies.mean()),
+            **asdict(stats),
+        }
+
+    def _save(self, step: int) -> None:
+        state: dict[str, Any] = self.job.state()
+        state |= {"control": asdict(self.control), "moments": self.moments.to_dict()}
+        save_checkpoint(self.job.run, step, self.policy, self.optimizer, state)
+        self.job.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.job.best.step])
+
+    def _resume(self) -> int | None:
+        """The step of the last checkpoint, its state in place; None where there is none."""
+        folder = self.job.run.latest_checkpoint()
+        if folder is None:
+            self.job.run.truncate_after(-1)
+            return None
+        state = load_checkpoint(folder, self.policy, self.optimizer)
+        self.job.restore(state)
+        self.control = KlControl(**state["control"])
+        self.moments = Moments.from_dict(state["moments"])
+        self.job.run.truncate_after(state["step"])
+        log.info("resuming after step %d of %d", state["step"], self.recipe.training.steps)
+        return int(state["step"])
+
+
+def run_ppo(job: Job, *, resume: bool) -> RlhfResult:
+    """Train with PPO as the job's recipe says."""
+    return Ppo(job).run(resume=resume)

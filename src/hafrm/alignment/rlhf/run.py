@@ -1,0 +1,73 @@
+"""`rlhf`: a policy trained against reward models, in a run folder, by the algorithm that a recipe names."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from hafrm.alignment.rlhf.job import Job, RlhfResult
+from hafrm.alignment.rlhf.ppo.loop import run_ppo
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
+from hafrm.alignment.rlhf.rewards import Gold
+from hafrm.alignment.rlhf.trl_runs import check_trl, run_trl
+from hafrm.config import dump_recipe, load_as
+from hafrm.errors import CheckpointError, ConfigError
+from hafrm.runs import RunFolder
+from hafrm.training import parallel
+
+ALGORITHMS: Mapping[str, Callable[..., RlhfResult]] = {
+    "ppo": run_ppo,
+    "rloo": run_trl,
+    "grpo": run_trl,
+}
+MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
+"""Keys of `training` that a resumed run may set anew: they change memory and speed, and no gradient but
+in its rounding."""
+
+
+def rlhf(
+    recipe: RlhfRecipe, folder: Path, *, resume: bool = False, gold: Gold | None = None
+) -> RlhfResult:
+    """Train a policy as the recipe says; returns once the best step is exported to `model/policy`.
+
+    `gold` is the known truth, where there is one: it is logged, picks the best step, and never trained on.
+    Raises ConfigError, DataError or ModelError before the first batch; NumericsError before an update
+    that would follow a number that is not finite; CheckpointError for a folder that cannot be resumed;
+    StoppedError after a signal.
+    """
+    native = recipe.algorithm.name == "ppo"
+    if not native:
+        check_trl(recipe)
+    if resume and not native:
+        raise CheckpointError(
+            f"algorithm {recipe.algorithm.name} runs on TRL, whose checkpoints are pickles, so it keeps "
+            "none: start it anew with another --out, or take algorithm ppo, which resumes"
+        )
+    if parallel.start().size > 1:
+        raise ConfigError(
+            "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
+            "reward model from OpenRLHF, verl or TRL on several GPUs"
+        )
+    run = _open(recipe, folder, resume=resume)
+    with run.lock():
+        torch.manual_seed(recipe.training.seed)
+        job = Job(recipe, run, gold, share=native)
+        job.record_provenance()
+        return ALGORITHMS[recipe.algorithm.name](job, resume=resume)
+
+
+def _open(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
+    """The run's folder, made or opened; raises CheckpointError where that is unsafe."""
+    if not resume:
+        return RunFolder.create(folder, dump_recipe(recipe))
+    run = RunFolder.open(folder)
+    began = load_as(RlhfRecipe, run.recipe_path)
+    kept = {name: getattr(began.training, name) for name in MAY_CHANGE}
+    training = recipe.training.model_copy(update=kept)
+    if recipe.model_copy(update={"training": training}) != began:
+        raise CheckpointError(
+            f"the recipe differs from the one that {folder} was started with; resume with "
+            f"{run.recipe_path}, or start a new folder (a resumed run may only change "
+            f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
+        )
+    return run
