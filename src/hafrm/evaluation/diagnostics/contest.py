@@ -109,7 +109,7 @@ class _Writer:
         log.info("generating with %s", self.path)
         eos, pad = self.encoder.eos_id, self.encoder.pad_id
         return generate(
-            load_causal_lm(self.path, dtype=torch.float32).to(default_device()),
+            load_causal_lm(self.path, dtype=torch.float32),
             self.prompt_ids(groups),
             sampling,
             eos=eos,

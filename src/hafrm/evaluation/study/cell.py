@@ -88,7 +88,7 @@ def read_test_sets(setting: Setting) -> TestSets:
         setting.benchmarks, setting.benchmark_data, first=len(groups)
     )
     encoder = Encoder(
-        load_tokenizer(setting.recipe),
+        load_tokenizer(setting.recipe.model),
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         too_long="cut",
@@ -161,7 +161,7 @@ class CellRunner:
             method = get_method("dpo")
             ranks = parallel.start()
             recipe = with_token_budget(self.setting.recipe, method, ranks)
-            encoder = Encoder(load_tokenizer(recipe), max_length=recipe.data.max_length)
+            encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
             self._references = reference_logps(
                 build_model(recipe, method, encoder, ranks.device).eval(),
                 self.sets.encoded,
