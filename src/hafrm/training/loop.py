@@ -281,7 +281,9 @@ class Job:
         """Export and verify the best step, once; a resumed run that had finished finds it done."""
         if self.best_step != self.num_steps:
             load_weights(self.run.checkpoint_path(self.best_step), wrapped)
-        export_run(self.run, self.recipe, self.method, self.data, parallel.unwrap(wrapped))
+        model = parallel.unwrap(wrapped)
+        references = self.validation_references
+        export_run(self.run, self.recipe, self.method, self.data, model, references)
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
 

@@ -13,6 +13,8 @@ from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel
 from hafrm.intervals import with_bounds
 from hafrm.scoring.forward import Scores, run_forward
+from hafrm.scoring.fused import FusedRule, fit_fused, per_token
+from hafrm.scoring.scorer import ImplicitRule
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
 
@@ -31,10 +33,7 @@ def validate(
     Ties are left out. A method that trains both heads also gets `implicit_accuracy`. Accuracies come with
     `_low` and `_high`, a 95 % interval that takes the comparisons of one prompt as one trial.
     """
-    training = model.training
-    model.eval()
-    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast)
-    model.train(training)
+    scores = _run(model, groups, max_tokens, autocast)
     margins = {}
     if scores.rewards is not None:
         margins["reward"] = _margins(groups, scores.rewards, scores.first)
@@ -52,6 +51,43 @@ def validate(
         implicit_accuracy = float((margins["implicit"] > 0).mean())
         result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
     return result
+
+
+def fit_on_validation(
+    model: HybridModel,
+    groups: Sequence[EncodedGroup],
+    references: References | None,
+    method: Method,
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+) -> FusedRule:
+    """How much the implicit reward per token counts beside the reward, for a model with both heads."""
+    scores = _run(model, groups, max_tokens, autocast)
+    assert scores.rewards is not None
+    rule = ImplicitRule(None, method.beta, method.scores_per_token)
+    implicit = per_token(_implicit(scores, references, method), scores.lengths, rule)
+    prompts = [
+        prompt for prompt, group in enumerate(groups) for c in group.comparisons if not c.tie
+    ]
+    return fit_fused(
+        _margins(groups, scores.rewards, scores.first),
+        _margins(groups, implicit, scores.first),
+        np.array(prompts),
+    )
+
+
+def _run(
+    model: HybridModel,
+    groups: Sequence[EncodedGroup],
+    max_tokens: int,
+    autocast: torch.dtype | None,
+) -> Scores:
+    training = model.training
+    model.eval()
+    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast)
+    model.train(training)
+    return scores
 
 
 def _implicit(scores: Scores, references: References | None, method: Method) -> NDArray[np.float32]:
