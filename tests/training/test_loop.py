@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,9 +21,11 @@ from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.runs import read_metrics
 from hafrm.scoring import golden_check
+from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
-from hafrm.training import finish, loop
+from hafrm.training import finish, loop, validation
 from hafrm.training.loop import StoppedError, train
+from hafrm.training.prepare import prepare_data
 from tiny_runs import tiny_recipe, write_preferences
 
 
@@ -74,6 +77,7 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
     model = tmp_path / "run/model"
     assert (model / "reward").is_dir() == (method in ("haf", "bt", "grm-sft"))
     assert (model / "policy").is_dir() == (method != "bt")
+    assert (model / "fused.json").is_file() == (method in ("haf", "grm-sft"))
     if (model / "reward").is_dir():
         stock, info = AutoModelForSequenceClassification.from_pretrained(
             model / "reward", output_loading_info=True
@@ -90,6 +94,30 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         ImplicitRewardModel.from_pretrained(model / "policy").score("Say sun.", "sun")
+
+
+def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_path, monkeypatch):
+    """Each exported head scores the validation data by itself: float32, 1e-4."""
+    seen = {}
+
+    def fit(reward, implicit, prompts):
+        seen.update(reward=reward, implicit=implicit, prompts=prompts)
+        return FusedRule(0.25)
+
+    monkeypatch.setattr(validation, "fit_fused", fit)
+    recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5})
+    train(recipe, tmp_path / "run")
+    model = tmp_path / "run/model"
+    assert read_fused_rule(model) == FusedRule(0.25)
+    groups = prepare_data(recipe).validation
+    assert len(set(seen["prompts"])) == len(groups) > 4
+    ends = np.cumsum([len(group.response_ids) for group in groups])
+    chosen, rejected = ends - 2, ends - 1  # pairs, in this order
+    rewards = RewardModel.from_pretrained(model / "reward").score_encoded(groups)
+    implicit = ImplicitRewardModel.from_pretrained(model / "policy").score_encoded(groups)
+    implicit = implicit / [len(ids) for group in groups for ids in group.response_ids]
+    assert seen["reward"] == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-4)
+    assert seen["implicit"] == pytest.approx(implicit[chosen] - implicit[rejected], abs=1e-4)
 
 
 def test_training_learns_the_rule_of_the_data(tmp_path):
@@ -148,9 +176,9 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     """In memory against exported and merged: float32, 1e-5."""
     seen = {}
 
-    def keep(run, recipe, method, data, model):
+    def keep(run, recipe, method, data, model, references):
         seen.update(model=model, data=data)
-        return export(run, recipe, method, data, model)
+        return export(run, recipe, method, data, model, references)
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)

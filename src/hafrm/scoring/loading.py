@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -59,6 +60,18 @@ def load_reward(
     backbone = loaded.base_model
     model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
     return model.to(device or default_device())
+
+
+def load_reward_head(directory: str | Path) -> nn.Linear:
+    """The `score` head of an exported reward model alone; raises ModelError where there is none."""
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if "score.weight" in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                weight = tensors.get_tensor("score.weight").float()
+                head = nn.Linear(weight.shape[1], 1, bias=False)
+                head.weight = nn.Parameter(weight)
+                return head
+    raise ModelError(f"{directory} holds no score.weight; give the export of a run's reward model")
 
 
 def load_policy(

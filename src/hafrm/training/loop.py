@@ -31,7 +31,7 @@ from hafrm.training.finish import export_run
 from hafrm.training.guard import Guard
 from hafrm.training.methods import Method, get_method
 from hafrm.training.prepare import PreparedData, build_model, prepare_data
-from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
+from hafrm.training.reference import REFERENCE_TOKENS, references_of
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
 from hafrm.training.start import open_run, record_provenance
@@ -90,7 +90,7 @@ def train(
 
 def export_job(job: "Job") -> None:
     """What a run ends with: its models exported, and verified by others' eyes."""
-    export_run(job.run, job.recipe, job.method, job.data, job.model)
+    export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
 
 
 def resolve_method(recipe: Recipe) -> Method:
@@ -237,22 +237,16 @@ class Job:
             log.info("shared prompts agree with plain runs: %s", found)
 
     def _load_references(self) -> None:
-        groups = [*self.data.train, *self.data.validation]
-        training = self.recipe.training
-        log.info("reference log-probs of %d groups", len(groups))
         self.model.eval()
-        both = reference_logps(
+        self.train_references, self.validation_references = references_of(
             self.model,
-            groups,
-            max_tokens=REFERENCE_TOKENS * training.token_budget,
+            self.data.train,
+            self.data.validation,
+            max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
             autocast=self.autocast,
         )
-        if training.gradient_checkpointing:
+        if self.recipe.training.gradient_checkpointing:
             self.model.train()
-        cut = len(self.data.train)
-        split = both.first[cut]
-        self.train_references = References(both.logps[:split], both.first[:cut])
-        self.validation_references = References(both.logps[split:], both.first[cut:] - split)
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)

@@ -135,6 +135,11 @@ class Method:
         """Whether the implicit reward subtracts the reference's log-probs."""
         return self.policy_loss is None or POLICY_LOSSES[self.policy_loss].needs_reference
 
+    @property
+    def scores_per_token(self) -> bool:
+        """Whether the implicit reward is per token already."""
+        return self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
+
     def implicit_rewards(
         self,
         logps: Float[Tensor, " responses"],
@@ -152,12 +157,11 @@ class Method:
                 f"the implicit reward of method {self.name!r} compares with the reference, whose "
                 "log-probs are missing: compute them with the starting checkpoint"
             )
-        per_token = self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
         return losses.implicit_rewards(
             logps,
             reference_logps if self.scores_against_reference else None,
             self.beta,
-            counts if per_token else None,
+            counts if self.scores_per_token else None,
         )
 
 

@@ -15,6 +15,7 @@ from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel
 from hafrm.intervals import with_bounds
 from hafrm.scoring.forward import run_forward
+from hafrm.scoring.fused import FusedRule, fit_fused
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
 
@@ -26,7 +27,8 @@ class HeadScores:
     rewards: NDArray[np.float32] | None
     implicit: NDArray[np.float32] | None
     """The policy's implicit reward, as the method defines it."""
-    lengths: NDArray[np.int64]
+    implicit_per_token: NDArray[np.float32] | None
+    """The same by the response's tokens, EOS included."""
     first: NDArray[np.int64]
     """Index of each group's first response."""
 
@@ -45,14 +47,17 @@ def score_heads(
     model.eval()
     scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast)
     model.train(training)
-    implicit = None
+    implicit = per_token = None
     if scores.logps is not None:
         implicit = method.implicit_rewards(
             torch.from_numpy(scores.logps),
             torch.from_numpy(scores.lengths),
             None if references is None else torch.from_numpy(references),
         ).numpy()
-    return HeadScores(scores.rewards, implicit, scores.lengths, scores.first)
+        per_token = implicit
+        if not method.scores_per_token:
+            per_token = (implicit / scores.lengths).astype(np.float32)
+    return HeadScores(scores.rewards, implicit, per_token, scores.first)
 
 
 def validate(
@@ -88,6 +93,30 @@ def validate(
         implicit_accuracy = float((margins["implicit"] > 0).mean())
         result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
     return result
+
+
+def fit_on_validation(
+    model: HybridModel,
+    groups: Sequence[EncodedGroup],
+    references: References | None,
+    method: Method,
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+) -> FusedRule:
+    """How much the implicit reward per token counts beside the reward, for a model with both heads."""
+    logps = None if references is None else references.logps
+    scores = score_heads(model, groups, logps, method, max_tokens=max_tokens, autocast=autocast)
+    assert scores.rewards is not None
+    assert scores.implicit_per_token is not None
+    prompts = [
+        prompt for prompt, group in enumerate(groups) for c in group.comparisons if not c.tie
+    ]
+    return fit_fused(
+        decided_margins(groups, scores.rewards, scores.first),
+        decided_margins(groups, scores.implicit_per_token, scores.first),
+        np.array(prompts),
+    )
 
 
 def decided_margins(

@@ -15,7 +15,7 @@ from hafrm.evaluation.diagnostics.consistency import Consistency, policy_text, w
 from hafrm.evaluation.diagnostics.generations import Generation, Sampling, generate
 from hafrm.evaluation.diagnostics.worst import cut_text, shown_prompt
 from hafrm.evaluation.evaluate import Heads
-from hafrm.scoring.loading import default_device, load_causal_lm, load_config, load_encoder
+from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder
 from hafrm.scoring.scorer import RewardModel
 
 log = logging.getLogger("hafrm")

@@ -178,9 +178,12 @@ class CellRunner:
             groups, known = job.data.validation, job.validation_references
             held_out = _heads(job, groups, None if known is None else known.logps)
             assert held_out.rewards is not None
-            assert held_out.implicit is not None
-            per_token = held_out.implicit / held_out.lengths
-            for name, values in ((REWARD_MARGINS, held_out.rewards), (TOKEN_MARGINS, per_token)):
+            assert held_out.implicit_per_token is not None
+            kept = {
+                REWARD_MARGINS: held_out.rewards,
+                TOKEN_MARGINS: held_out.implicit_per_token,
+            }
+            for name, values in kept.items():
                 found[name] = decided_margins(groups, values, held_out.first).astype(np.float32)
         atomic_write(folder / SCORES, save({k: v for k, v in found.items() if v is not None}))
 

@@ -18,7 +18,8 @@ from hafrm.evaluation.evaluate import scored_comparisons
 from hafrm.evaluation.metrics import ScoredComparisons
 from hafrm.evaluation.study.cell import REWARD_MARGINS, TOKEN_MARGINS, TestSets, read_scores
 from hafrm.evaluation.study.plan import Entrant, StudyPlan, method_of
-from hafrm.scoring.fused import fit_fused, fused_scores
+from hafrm.scoring.fused import fit_fused, fused_scores, per_token
+from hafrm.scoring.scorer import ImplicitRule
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ def row_scores(
             )
         if margins[0] is not None and margins[1] is not None:
             rule = fit_fused(margins[0], margins[1])
-            found["fused"] = fused_scores(found["reward"], found["implicit"] / lengths, rule)
+            method = method_of(cell.entrant)
+            implicit_rule = ImplicitRule(None, method.beta, method.scores_per_token)
+            by_token = per_token(found["implicit"], lengths, implicit_rule)
+            found["fused"] = fused_scores(found["reward"], by_token, rule)
         for row, head in rows_of(cell.entrant).items():
             scores[cell.train.name, row].append(found[head])
     return scores
