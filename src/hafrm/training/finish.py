@@ -12,6 +12,7 @@ from hafrm.engine.model import HybridModel
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder, atomic_directory
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
+from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.scorer import ImplicitRule, write_implicit_rule
 from hafrm.scoring.verify import check_golden, write_golden
 from hafrm.training import parallel
@@ -40,6 +41,7 @@ def export_run(
             if model.policy_head is not None:
                 export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
                 write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
+            write_cards(run.path, aside)
     parallel.wait()
 
 
