@@ -13,6 +13,7 @@ from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder, atomic_directory
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
 from hafrm.scoring.fused import write_fused_rule
+from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.scorer import ImplicitRule, write_implicit_rule
 from hafrm.scoring.verify import check_golden, write_golden
 from hafrm.training import parallel
@@ -62,6 +63,7 @@ def export_run(
                 write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
             if rule is not None:
                 write_fused_rule(aside, rule)
+            write_cards(run.path, aside)
     parallel.wait()
 
 
