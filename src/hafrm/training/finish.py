@@ -28,7 +28,7 @@ def export_run(
     folder = run.path / "model"
     if folder.is_dir():
         return
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    dtype = export_dtype(recipe)
     weights = gather_weights(model)
     if parallel.is_main():
         with atomic_directory(folder) as aside:
@@ -41,6 +41,11 @@ def export_run(
                 export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
                 write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
     parallel.wait()
+
+
+def export_dtype(recipe: Recipe) -> torch.dtype:
+    """What a run's models are stored in: what it computed in."""
+    return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 
 def implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
