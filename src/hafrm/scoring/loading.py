@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -155,7 +155,7 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[st
         loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a model from {path}: {error}") from error
     return loaded[0], sorted(loaded[1]["missing_keys"])
 

@@ -38,7 +38,7 @@ def export_run(
     folder = run.path / "model"
     if folder.is_dir():
         return
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    dtype = export_dtype(recipe)
     rule = None
     if method.trains_reward and method.trains_policy:
         rule = fit_on_validation(
@@ -65,6 +65,11 @@ def export_run(
                 write_fused_rule(aside, rule)
             write_cards(run.path, aside)
     parallel.wait()
+
+
+def export_dtype(recipe: Recipe) -> torch.dtype:
+    """What a run's models are stored in: what it computed in."""
+    return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 
 def implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
