@@ -20,7 +20,7 @@ def diagnose(  # noqa: PLR0913
     json_file: JsonFile = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="Another seed, checkpoint or method, to audit labels and compare with."),
+        typer.Option(help="Another seed or method, to audit labels and to compare with."),
     ] = None,
     base: Annotated[
         Path | None,
@@ -39,6 +39,9 @@ def diagnose(  # noqa: PLR0913
         int | None,
         typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
     ] = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
+    ] = 0.02,
 ) -> None:
     """Calibration, style bias, slices, label noise, representations, and the comparisons to read.
 
@@ -58,6 +61,7 @@ def diagnose(  # noqa: PLR0913
             base=base,
             num_generations=generate,
             max_length=max_length,
+            max_bad_fraction=max_bad_fraction,
             done=done,
         )
     show_tables(diagnosis_tables(found))
@@ -66,4 +70,6 @@ def diagnose(  # noqa: PLR0913
         return
     import json  # noqa: PLC0415
 
-    atomic_write(Path(model) / FILE, json.dumps(found.to_dict(), indent=1) + "\n")
+    file = Path(model) / FILE
+    atomic_write(file, json.dumps(found.to_dict(), indent=1) + "\n")
+    typer.echo(f"everything is in {file}")

@@ -128,14 +128,19 @@ def find_heads(path: str | Path) -> Heads:
 
 
 def load_judge(
-    path: str | Path, *, max_length: int | None = None
+    path: str | Path, *, reference: str | Path | None = None, max_length: int | None = None
 ) -> RewardModel | ImplicitRewardModel:
-    """The main head of the model at `path`: its reward; of a policy alone, its implicit reward."""
+    """The main head of the model at `path`: its reward; of a policy alone, its implicit reward.
+
+    `reference` overrides the checkpoint that such a policy names.
+    """
     heads = find_heads(path)
     if heads.reward is not None:
         return RewardModel.from_pretrained(heads.reward, max_length=max_length)
     assert heads.policy is not None
-    return ImplicitRewardModel.from_pretrained(heads.policy, max_length=max_length)
+    return ImplicitRewardModel.from_pretrained(
+        heads.policy, reference=reference, max_length=max_length
+    )
 
 
 def evaluate(  # noqa: PLR0913 - the verb and its options

@@ -18,10 +18,18 @@ from hafrm.tables.cells import bare, bars
 
 EXAMPLES = 3
 """Of each kind; the JSON file has more."""
+FEWEST = 10
+"""Comparisons that a feature's row is of; the JSON file has the others."""
 
 
 def diagnosis_tables(found: Diagnosis) -> Iterator[RenderableType]:
     """Calibration, margins, style, slices, label noise, representations, consistency, examples."""
+    for each in _tables(found):
+        yield each
+        yield ""
+
+
+def _tables(found: Diagnosis) -> Iterator[RenderableType]:
     yield _calibration(found)
     yield _margins(found.sets)
     for each in found.sets:
@@ -34,18 +42,20 @@ def diagnosis_tables(found: Diagnosis) -> Iterator[RenderableType]:
     yield _representation(found)
     if found.consistency is not None:
         yield from _consistency(found.consistency)
-    for why in dict.fromkeys(_kind(example) for example in found.worst):
-        examples = [example for example in found.worst if _kind(example) == why]
-        yield _examples(why, examples[:EXAMPLES])
+    wrong = [example for example in found.worst if example.why.startswith(WRONG)]
+    doubtful = [example for example in found.worst if not example.why.startswith(WRONG)]
+    for title, examples in (("largest wrong margins", wrong), ("doubtful labels", doubtful)):
+        if examples:
+            yield _examples(title, examples[:EXAMPLES])
 
 
 def _table(title: str, *columns: str) -> Table:
-    """The first column holds names, which may be folded, the others numbers, which never are."""
+    """The first column holds names, the others numbers; where there is no room an interval is wrapped."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     for index, name in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index else "left"
-        table.add_column(name, justify=justify, no_wrap=index > 0, overflow="fold")
+        table.add_column(name, justify=justify, no_wrap=not index, overflow="fold")
     return table
 
 
@@ -84,6 +94,8 @@ def _style(found: SetDiagnosis) -> Table:
     columns = ("differ", "model: more", "people: more", "excess", "right if more", "if less")
     table = _table(title, "feature", *columns)
     for each in found.style:
+        if each.num < FEWEST:
+            continue
         shares = (each.picks_more, each.people_pick_more, each.excess)
         mark = "*" if each.excess.low > 0 or each.excess.high < 0 else ""
         accuracies = map(bare, (each.accuracy_more, each.accuracy_less))
@@ -120,16 +132,22 @@ def _agreement(sets: Sequence[SetDiagnosis]) -> Table:
 
 def _label_noise(found: LabelNoise) -> Iterator[RenderableType]:
     audit = found.all
-    yield f"label audit by {len(found.models)} models: {', '.join(found.models)}"
-    columns = ("comparisons", "accuracy of the mean margin", "people split")
+    yield f"label audit by {', '.join(found.models)}"
+    votes = ("people split",) if audit.num_with_votes else ()
+    columns = ("comparisons", "accuracy of the mean margin", *votes)
     table = _table("models and people, % [95 %]", "comparisons with", *columns)
+
+    def add(name: str, *cells: str) -> None:
+        table.add_row(name, *cells[: len(columns)])
+
     for each in audit.by_disagreement:
-        table.add_row(f"disagreement {each.low:.2f}", *_band(each))
+        add(f"disagreement {each.low:.2f}", *_band(each))
     for each in audit.by_margin:
-        table.add_row(f"|mean margin| {each.low:.2f} to {each.high:.2f}", *_band(each))
+        add(f"|mean margin| {each.low:.2f} to {each.high:.2f}", *_band(each))
     against = audit.against
-    table.add_row("all against the label", f"{bare(against.share)} of all", "", bare(against.split))
-    table.add_row("the others", "", "", bare(against.split_others))
+    add("all against the label", f"{bare(against.share)} of all", "", bare(against.split))
+    if votes:
+        add("the others", "", "", bare(against.split_others))
     yield table
     if audit.num_with_votes:
         yield _predictors(found)
@@ -184,7 +202,7 @@ def _consistency(found: Consistency) -> Iterator[RenderableType]:
         mark = " (own)" if win.own else ""
         table.add_row(win.judge, win.policy + mark, win.against, *map(_counted, shares))
     for column in table.columns[:3]:
-        column.justify, column.no_wrap, column.overflow = "left", False, "fold"
+        column.justify, column.no_wrap = "left", False
     yield table
 
 
@@ -192,27 +210,25 @@ def _counted(share: Estimate) -> str:
     return f"{bare(share)}\nof {share.num}" if share.num else "n/a"
 
 
-def _kind(example: Example) -> str:
-    return WRONG if example.why == WRONG else "most doubtful labels"
-
-
 def _examples(title: str, examples: Sequence[Example]) -> Table:
-    table = Table(title=title, title_justify="left", show_lines=True, show_header=False)
-    table.add_column(width=14)
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
     table.add_column(overflow="fold")
     for each in examples:
-        table.add_row(f"{each.set}\nmargin", f"\n{each.margin:.2f}; {each.why}{_votes(each)}")
+        table.add_row(escape(each.set), _remarks(each))
         for name in ("prompt", "chosen", "rejected"):
             table.add_row(name, escape(getattr(each, name)))
         table.add_section()
     return table
 
 
-def _votes(example: Example) -> str:
-    if example.votes is None:
-        return ""
-    chosen, rejected, tie = example.votes
-    return f"; votes {chosen} for chosen, {rejected} for rejected, {tie} for neither"
+def _remarks(example: Example) -> str:
+    doubt = example.why.removeprefix(WRONG).removeprefix("; ")
+    remarks = [f"margin {example.margin:.2f}", *([doubt] if doubt else [])]
+    if example.votes is not None:
+        chosen, rejected, tie = example.votes
+        remarks.append(f"votes {chosen} for chosen, {rejected} for rejected, {tie} for neither")
+    return "; ".join(remarks)
 
 
 def _number(value: float) -> str:

@@ -17,7 +17,7 @@ from hafrm.errors import ConfigError, DataError, ModelError, NumericsError
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.diagnostics.diagnose import Diagnosis, diagnose
 from hafrm.evaluation.diagnostics.generations import Sampling
-from hafrm.evaluation.diagnostics.worst import MAX_CHARS, cut_text, shown_prompt, worst
+from hafrm.evaluation.diagnostics.worst import MAX_CHARS, WRONG, cut_text, shown_prompt, worst
 from hafrm.tables.diagnostics import diagnosis_tables
 from tiny_runs import WORDS
 
@@ -166,10 +166,14 @@ def test_a_source_without_a_decided_comparison_is_named(folder, tmp_path) -> Non
         diagnose(folder / "run", sources)
 
 
-def test_a_model_given_twice_and_a_base_of_another_shape_are_refused(folder) -> None:
-    data = [str(folder / "plain.jsonl")]
+def test_options_that_would_do_nothing_are_refused(folder) -> None:
+    data, model = [str(folder / "plain.jsonl")], folder / "run" / "model"
     with pytest.raises(ConfigError, match="given twice"):
-        diagnose(folder / "run", data, also=[str(folder / "run")])
+        diagnose(model, data, also=[str(model)])
+    with pytest.raises(ConfigError, match="is a policy itself"):
+        diagnose(model / "policy", data, policy=model / "policy")
+    with pytest.raises(ConfigError, match="give --policy too"):
+        diagnose(model / "reward", data, reference=model / "policy")
 
 
 def test_generations_need_both_heads_and_another_policy(folder) -> None:
@@ -236,10 +240,17 @@ def test_examples_are_the_clearest_mistakes_each_rejected_response_once() -> Non
 
 
 def test_doubtful_labels_need_all_models_and_say_so() -> None:
-    decided = Decided.of([group("a", ["r", "c"]), group("b", ["r", "c"])])
-    found = worst(decided, np.array([[-1.0, -2.0], [2.0, -2.0]]))
-    assert [each.set for each in found] == ["b", "a", "b"]
-    assert found[-1].why.startswith("all 2 models are against the label")
+    """Margins of four comparisons by two models, which divide them by 1 and 2: wrong in the first's eyes
+    are a, b, d, all models are against a, b and d, most clearly d; each is shown once."""
+    decided = Decided.of([group(name, ["r", "c"]) for name in "abcd"])
+    margins = np.array([[-1.2, -1.1, 0.9, -0.7], [-1.0, -1.0, -1.0, -3.6055]])
+    assert np.sqrt((margins**2).mean(1)) == pytest.approx([0.9937, 2.0], abs=1e-3)
+    found = worst(decided, margins, num=2)
+    assert [each.set for each in found] == ["a", "b", "d"]
+    assert found[0].why.startswith(f"{WRONG}; all models are against the label, 0.9 times")
+    assert found[2].why.startswith("all models are against the label, 1.3 times as clearly")
+    alone = worst(decided, np.array([[-1.0, 1, 1, 1], [1.0, 1, 1, 1]]))
+    assert [each.why for each in alone] == [WRONG]
 
 
 def test_texts_are_cut_and_say_how_much_is_missing() -> None:
@@ -259,7 +270,7 @@ def test_a_base_that_does_not_fit_is_refused(folder, tmp_path) -> None:
     assert config["hidden_size"] == 32  # the same size, so it is a base for all we know
     found = diagnose(folder / "run", [str(folder / "plain.jsonl")], base=other)
     assert found.base is not None
-    with pytest.raises(ModelError, match="cannot load a model"):
+    with pytest.raises(ModelError, match="no model directory"):
         diagnose(folder / "run", [str(folder / "plain.jsonl")], base=tmp_path / "none")
 
 

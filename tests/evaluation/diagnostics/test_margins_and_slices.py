@@ -48,14 +48,15 @@ def test_equal_numbers_are_never_torn_apart() -> None:
 
 
 def test_labels_stand_in_the_order_of_their_numbers_then_by_name() -> None:
-    assert in_order(["b", "10 to 12", "9", "-1", "a", "2 of 5 votes"]) == [
-        *("-1", "2 of 5 votes", "9", "10 to 12", "a", "b")
+    assert in_order(["b", "10 to 12", "9", "-1", "a", "40 % of votes"]) == [
+        *("-1", "9", "10 to 12", "40 % of votes", "a", "b")
     ]
 
 
 def test_votes_name_the_chosen_share() -> None:
-    assert vote_label(Votes(3, 1, 1)) == "3 of 5 votes"
-    assert vote_label(None) == "no votes"
+    assert vote_label(Votes(3, 1, 1)) == "60 % of votes"
+    assert vote_label(Votes(2, 1)) == "67 % of votes"
+    assert vote_label(None) == vote_label(Votes(0, 0)) == "no votes"
 
 
 def test_each_label_gets_its_accuracy_and_a_division_with_one_label_is_left_out() -> None:

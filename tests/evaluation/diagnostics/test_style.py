@@ -30,9 +30,9 @@ I’m sorry, but I can't! Can you? Really?
         ("bold spans", 2),
         ("code blocks", 1),
         ("digits", 6),
-        ("question marks", 2),
+        ("questions", 2),
         ("exclamations", 1),
-        ("refusal phrases", 2),
+        ("refusals", 2),
     ],
 )
 def test_features_are_counted(feature: str, count: int) -> None:

@@ -24,19 +24,10 @@ BASE = "base model"
 NUM_EXAMPLES = 3
 
 
-def consistency(
-    models: Mapping[str, Heads],
-    base: Path | None,
-    groups: Sequence[Group],
-    num: int,
-    *,
-    max_length: int | None = None,
-    done: Callable[[int, int], None] | None = None,
-) -> Consistency:
-    """The generations of all models' policies and of the base model in the eyes of all reward heads.
+def writing_policies(models: Mapping[str, Heads], base: Path | None) -> dict[str, Path]:
+    """The policies that would write, by name; `models` are heads by name, the model in question first.
 
-    `models` are heads by name, the model in question first. Raises ConfigError where it lacks a head or
-    there is no other policy to compare with, DataError for prompts that leave no room to write.
+    Raises ConfigError where that one lacks a head, or there is no other policy to compare with.
     """
     own, *_ = models.values()
     policies = {name: heads.policy for name, heads in models.items() if heads.policy is not None}
@@ -51,8 +42,26 @@ def consistency(
             "--generate needs a second policy to compare with: give the base model (--base), or "
             "another run with a policy (--also)"
         )
+    return policies
+
+
+def consistency(
+    models: Mapping[str, Heads],
+    base: Path | None,
+    groups: Sequence[Group],
+    num: int,
+    *,
+    max_length: int | None = None,
+    done: Callable[[int, int], None] | None = None,
+) -> Consistency:
+    """The generations of all models' policies and of the base model in the eyes of all reward heads.
+
+    Raises ConfigError as `writing_policies` does, DataError for prompts that leave no room to write.
+    """
+    policies = writing_policies(models, base)
+    own = next(iter(policies.values()))
     writers = {
-        name: _Writer(path, own.policy if name == BASE else path, max_length)
+        name: _Writer(path, own if name == BASE else path, max_length)
         for name, path in policies.items()
     }
     limit = min(writer.encoder.lengths.max_length for writer in writers.values())
@@ -141,12 +150,17 @@ def _draw(groups: Sequence[Group], num: int, writer: _Writer, room: int) -> list
 def _rewards(
     path: Path, prompts: Sequence[Group], texts: Mapping[str, list[str]], max_length: int | None
 ) -> dict[str, NDArray[np.float64]]:
-    """Each policy's rewards; all continuations of a prompt are laid out together."""
+    """Each policy's rewards; all continuations of a prompt are laid out together, equal ones once."""
     log.info("judging generations with %s", path)
     model = RewardModel.from_pretrained(path, max_length=max_length)
+    written = [dict.fromkeys(each) for each in zip(*texts.values(), strict=True)]
     groups = [
-        Group(group.id, group.prompt, tuple(each[i] for each in texts.values()))
-        for i, group in enumerate(prompts)
+        Group(group.id, group.prompt, tuple(each))
+        for group, each in zip(prompts, written, strict=True)
     ]
-    scores = model.score_encoded(model.encoder.encode(groups)[0]).reshape(len(prompts), -1)
-    return {name: scores[:, k].astype(np.float64) for k, name in enumerate(texts)}
+    scores = iter(model.score_encoded(model.encoder.encode(groups)[0]).tolist())
+    known = [{text: next(scores) for text in each} for each in written]
+    return {
+        name: np.array([rewards[text] for rewards, text in zip(known, each, strict=True)])
+        for name, each in texts.items()
+    }

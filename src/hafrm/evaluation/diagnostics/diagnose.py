@@ -17,7 +17,7 @@ from hafrm.config import load_recipe
 from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation.diagnostics import label_noise
 from hafrm.evaluation.diagnostics.consistency import Consistency
-from hafrm.evaluation.diagnostics.contest import consistency
+from hafrm.evaluation.diagnostics.contest import consistency, writing_policies
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.diagnostics.judges import Judged, base_states, implicit_margins, judge
 from hafrm.evaluation.diagnostics.label_noise import LabelNoise
@@ -42,6 +42,7 @@ from hafrm.evaluation.metrics import (
     calibration,
     pairwise_accuracy,
 )
+from hafrm.scoring.loading import load_config
 
 Margins = Float[np.ndarray, " comparisons"]
 
@@ -122,41 +123,34 @@ def diagnose(  # noqa: PLR0913 - the verb and its options
     base: str | Path | None = None,
     num_generations: int = 0,
     max_length: int | None = None,
+    max_bad_fraction: float = 0.02,
     done: Callable[[int, int], None] | None = None,
 ) -> Diagnosis:
     """Every diagnostic of the model at `path` on the sources' comparisons.
 
-    `also` are further models (seeds, checkpoints, methods), for the label audit and to compare states with.
+    `also` are further models (seeds, methods), for the label audit and to compare states with.
     `base` is the checkpoint that training began with; a run folder's is its recipe's. With
     `num_generations` policies write on so many prompts.
 
     Raises DataError for a source without a decided comparison, NumericsError for scores that are not
     finite, and what `evaluate` raises.
     """
-    if len({str(path), *also}) < 1 + len(also):
-        raise ConfigError("a model is given twice; --also takes other models than MODEL")
+    heads = _heads(path, also, policy, reference)
     base = _base_of(path) if base is None else Path(base)
-    decided = _read(sources)
-    heads = find_heads(path)
-    if policy is not None:
-        heads = Heads(heads.reward, Path(policy))
-    own, encoded = judge(path, decided, max_length=max_length, done=done)
-    implicit = implicit_margins(
-        heads, decided, reference=reference, max_length=max_length, done=done
-    )
+    if base is not None:
+        load_config(base)  # here, and not after minutes of scoring
+    if num_generations:
+        writing_policies(heads, base)
+    decided = _read(sources, max_bad_fraction)
+    options: dict[str, Any] = {"max_length": max_length, "done": done}
+    own, encoded = judge(path, decided, reference=reference, **options)
+    implicit = implicit_margins(heads[own.name], decided, reference=reference, **options)
     start = None if base is None else base_states(base, encoded, own)
-    models = [own, *(judge(p, decided, max_length=max_length, done=done)[0] for p in also)]
+    models = [own, *(judge(other, decided, **options)[0] for other in also)]
     margins = np.stack([model.margins for model in models])
     contest = None
     if num_generations:
-        contest = consistency(
-            {own.name: heads} | {str(p): find_heads(p) for p in also},
-            base,
-            decided.groups,
-            num_generations,
-            max_length=max_length,
-            done=done,
-        )
+        contest = consistency(heads, base, decided.groups, num_generations, **options)
     return Diagnosis(
         model=own.name,
         scored_with=own.scored_with,
@@ -170,9 +164,31 @@ def diagnose(  # noqa: PLR0913 - the verb and its options
     )
 
 
-def _read(sources: Sequence[str]) -> Decided:
+def _heads(
+    path: str | Path,
+    also: Sequence[str],
+    policy: str | Path | None,
+    reference: str | Path | None,
+) -> dict[str, Heads]:
+    """The heads of every model by its name, the first one's policy replaced by the one given.
+
+    Raises ConfigError for a model given twice, and for options that would be ignored.
+    """
+    if len({str(path), *also}) < 1 + len(also):
+        raise ConfigError("a model is given twice; --also takes other models than MODEL")
+    own = find_heads(path)
+    if policy is not None:
+        if own.reward is None:
+            raise ConfigError(f"--policy goes with a reward model, and {path} is a policy itself")
+        own = Heads(own.reward, Path(policy))
+    if reference is not None and own.policy is None:
+        raise ConfigError(f"--reference is of a policy, and {path} has none; give --policy too")
+    return {str(path): own} | {other: find_heads(other) for other in also}
+
+
+def _read(sources: Sequence[str], max_bad_fraction: float) -> Decided:
     """The decided comparisons; raises DataError for a source that has none."""
-    reading, groups = read_comparisons(sources, max_bad_fraction=0.02)
+    reading, groups = read_comparisons(sources, max_bad_fraction)
     decided = Decided.of(groups)
     known = {groups[i].source for i in decided.owner}
     for name in dict.fromkeys(group.source for group in reading.groups):

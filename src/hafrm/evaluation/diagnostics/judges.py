@@ -40,20 +40,23 @@ class Judged:
 
 
 def judge(
-    path: str | Path, decided: Decided, *, max_length: int | None = None, done: Done | None = None
+    path: str | Path,
+    decided: Decided,
+    *,
+    reference: str | Path | None = None,
+    max_length: int | None = None,
+    done: Done | None = None,
 ) -> tuple[Judged, list[EncodedGroup]]:
     """The model's main head on the comparisons, and their ids as it sees them."""
     log.info("scoring with %s", path)
-    model = load_judge(path, max_length=max_length)
+    model = load_judge(path, reference=reference, max_length=max_length)
     encoded, _ = model.encoder.encode(decided.groups)
-    is_reward = isinstance(model, RewardModel)
-    judged = Judged(
-        name=str(path),
-        scored_with="reward" if is_reward else "implicit reward",
-        margins=decided.margins(model.score_encoded(encoded, done)),
-        states=_states(model.model if isinstance(model, RewardModel) else model.policy, encoded),
-    )
-    return judged, encoded
+    margins = decided.margins(model.score_encoded(encoded, done))
+    if isinstance(model, RewardModel):
+        head, network = "reward", model.model
+    else:
+        head, network = "implicit reward", model.policy
+    return Judged(str(path), head, margins, _states(network, encoded)), encoded
 
 
 def implicit_margins(
@@ -82,15 +85,13 @@ def base_states(
     log.info("hidden states of %s", path)
     model = load_policy(path, dtype=torch.float32, device=None)
     config = model.backbone.config
+    size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
     largest = max(int(ids.max()) for g in encoded for ids in (g.prompt_ids, *g.response_ids))
-    if (
-        hidden_size(config) != judged.states.shape[1]
-        or largest >= config.get_text_config().vocab_size
-    ):
+    if size != judged.states.shape[1] or largest >= vocabulary:
         raise ModelError(
-            f"the base model {path} has hidden size {hidden_size(config)} and a vocabulary of "
-            f"{config.get_text_config().vocab_size}, which do not fit {judged.name} (hidden size "
-            f"{judged.states.shape[1]}); give the checkpoint that it was trained from (--base)"
+            f"the base model {path} has hidden size {size} and a vocabulary of {vocabulary}, which do not "
+            f"fit {judged.name} (hidden size {judged.states.shape[1]}, ids up to {largest}); give the "
+            "checkpoint that it was trained from (--base)"
         )
     return _states(model, encoded)
 

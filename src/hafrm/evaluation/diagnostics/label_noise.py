@@ -1,6 +1,6 @@
 """Where labels may be wrong: what several models say of the same comparisons, and what people's votes say.
 
-Several seeds, checkpoints or methods vote, with the mean and the spread of their margins as in arXiv
+Several seeds or methods vote, with the mean and the spread of their margins as in arXiv
 2401.06080. Models that disagree point at comparisons that are hard to tell; models that agree against the
 label point at labels to look at again. Where people's votes are known, both are put to the test: do they
 predict that people were split? Margins are divided by each model's root mean square, which makes models

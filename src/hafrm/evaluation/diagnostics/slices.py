@@ -76,8 +76,10 @@ def bands(values: Num[np.ndarray, " comparisons"], unit: str = "") -> list[str]:
 
 
 def vote_label(votes: Votes | None) -> str:
-    """How many of the judges preferred the chosen response, such as "4 of 5 votes"."""
-    return "no votes" if votes is None else f"{votes.chosen} of {sum(votes)} votes"
+    """The chosen response's share of the judges, such as "80 % of votes"."""
+    if votes is None or sum(votes) == 0:
+        return "no votes"
+    return f"{100 * votes.chosen / sum(votes):.0f} % of votes"
 
 
 def _named(low: int | float, high: int | float, unit: str) -> str:

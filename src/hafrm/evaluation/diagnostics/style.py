@@ -56,9 +56,9 @@ FEATURES: Mapping[str, Callable[[str], int]] = {
     "bold spans": lambda text: len(_BOLD.findall(text)),
     "code blocks": num_code_blocks,
     "digits": lambda text: len(_DIGIT.findall(text)),
-    "question marks": lambda text: text.count("?"),
+    "questions": lambda text: text.count("?"),
     "exclamations": lambda text: text.count("!"),
-    "refusal phrases": num_refusals,
+    "refusals": num_refusals,
 }
 """What is counted in a response; length is in characters."""
 

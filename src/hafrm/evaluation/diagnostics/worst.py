@@ -35,20 +35,23 @@ class Example(Result):
 def worst(
     decided: Decided, margins: Float[np.ndarray, "models comparisons"], *, num: int = 10
 ) -> tuple[Example, ...]:
-    """The first model's `num` largest wrong margins; with several models, `num` doubtful labels too.
+    """The first model's `num` largest wrong margins; with several models, `num` more doubtful labels.
 
     No two examples share prompt and rejected response, which one bad response would otherwise fill.
     """
-    own = margins[0]
+    own, several = margins[0], len(margins) > 1
+    mean, against = mean_margin(margins), suspicious(margins, len(own)) if several else []
+    all_against = set(against)
+
+    def doubt(row: int) -> str:
+        return f"all models are against the label, {-mean[row]:.1f} times as clearly as usual"
+
     wrong = [int(row) for row in np.argsort(own, kind="stable") if own[row] < 0]
-    found = [_example(decided, own, row, WRONG) for row in _distinct(decided, wrong, num)]
-    if len(margins) > 1:
-        mean = mean_margin(margins)
-        for row in _distinct(decided, suspicious(margins, len(own)), num):
-            clarity = f"{-mean[row]:.1f} times as clearly as usual"
-            why = f"all {len(margins)} models are against the label, {clarity}"
-            found.append(_example(decided, own, row, why))
-    return tuple(found)
+    rows = _distinct(decided, wrong, num)
+    why = {row: f"{WRONG}; {doubt(row)}" if row in all_against else WRONG for row in rows}
+    known = _distinct(decided, [*rows, *against], num + len(rows))
+    why |= {row: doubt(row) for row in known[len(rows) :]}
+    return tuple(_example(decided, own, row, each) for row, each in why.items())
 
 
 def cut_text(text: str, *, end: bool = False, max_chars: int = MAX_CHARS) -> str:
