@@ -48,10 +48,9 @@ def load_prompts(
 
     Raises DataError where nothing is left of a part, and for a long prompt where those are refused.
     """
-    reading = _read(data.train, data, bad_rows_file)
-    train: Sequence[Group] = reading
+    train: Sequence[Group] = read_prompts(data.train, data, bad_rows_file)
     if data.validation:
-        held: Sequence[Group] = _read(data.validation, data, None)
+        held: Sequence[Group] = read_prompts(data.validation, data)
     else:
         train, held = split_by_prompt(
             train, fraction=data.validation_fraction, seed=_HELD_OUT_SEED + seed
@@ -74,7 +73,10 @@ def load_prompts(
     return Prompts(fitting["data.train"], fitting["data.validation"], counts)
 
 
-def _read(sources: Sequence[str], data: PromptSection, bad_rows_file: Path | None) -> list[Group]:
+def read_prompts(
+    sources: Sequence[str], data: PromptSection, bad_rows_file: Path | None = None
+) -> list[Group]:
+    """The distinct prompts of sources, in their order, by the section's rules for bad rows."""
     reading = read(
         sources,
         max_bad_fraction=data.max_bad_fraction,

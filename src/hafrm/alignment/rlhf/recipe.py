@@ -182,7 +182,7 @@ class RlhfTrackingSection(TrackingSection):
     """Held-out responses written to samples.jsonl at each evaluation."""
 
 
-def _ppo_only(section: type[Section]) -> list[str]:
+def ppo_only(section: type[Section]) -> list[str]:
     """Keys that say of themselves that they are for ppo."""
     fields = section.model_fields.items()
     return [name for name, info in fields if (info.description or "").startswith("ppo: ")]
@@ -222,7 +222,7 @@ class RlhfRecipe(Section):
         problems = []
         for section, kind in (("algorithm", AlgorithmSection), ("reward", RewardSection)):
             values = getattr(self, section)
-            for name in _ppo_only(kind):
+            for name in ppo_only(kind):
                 default = type(values).model_fields[name].default
                 if getattr(values, name) != default:
                     problems.append(
