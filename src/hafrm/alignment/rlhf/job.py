@@ -206,8 +206,8 @@ class Job:
     def finish(self, num_steps: int) -> RlhfResult:
         """Export the policy as it is now, which must be the best step's; a finished run finds it done."""
         dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
-        assert self.best.means is not None
         best = self.best
+        assert best.means is not None
         result = RlhfResult(
             self.run.path, num_steps, best.step, best.means, best.kept_by, self.stopped
         )

@@ -35,11 +35,16 @@ class Ppo:
     def __init__(self, job: Job) -> None:
         self.job, self.recipe = job, job.recipe
         self.policy = PolicyWithValue(job.actor.model)
-        training = self.recipe.training
-        self.optimizer = build_optimizer(
-            self.policy, weight_decay=0.0, betas=training.betas, eps=training.eps
+        training, algorithm, reward = (
+            self.recipe.training,
+            self.recipe.algorithm,
+            self.recipe.reward,
         )
-        algorithm, reward = self.recipe.algorithm, self.recipe.reward
+        self.optimizer = build_optimizer(
+            self.policy.model, weight_decay=0.0, betas=training.betas, eps=training.eps
+        )
+        head = {"params": [self.policy.value_head.weight], "weight_decay": 0.0}
+        self.optimizer.add_param_group(head | {"rate": algorithm.value_rate})
         self.control = KlControl(
             algorithm.kl_coefficient, algorithm.kl_target, algorithm.kl_horizon
         )
@@ -80,7 +85,7 @@ class Ppo:
         training, algorithm = self.recipe.training, self.recipe.algorithm
         rate = learning_rate(training, step, training.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
         written = self.job.actor.write(
             self.job.prompts_of_step(step),
             training.responses_per_prompt,
