@@ -121,10 +121,9 @@ def prompts_of_step(num_prompts: int, step: int, per_step: int, seed: int) -> ND
 
     A pure function, so that a resumed run asks what the uninterrupted one would have asked.
     """
-    start = step * per_step
-    picks = []
-    for place in range(start, start + per_step):
-        epoch, within = divmod(place, num_prompts)
-        order = np.random.default_rng([seed, epoch]).permutation(num_prompts)
-        picks.append(order[within])
-    return np.array(picks, np.int64)
+    epochs, within = np.divmod(np.arange(step * per_step, (step + 1) * per_step), num_prompts)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts)
+        for epoch in np.unique(epochs).tolist()
+    }
+    return np.array([orders[e][i] for e, i in zip(epochs.tolist(), within, strict=True)], np.int64)
