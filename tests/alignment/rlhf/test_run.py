@@ -19,9 +19,16 @@ from hafrm.alignment.rlhf import job as job_module
 from hafrm.alignment.rlhf import rewards as rewards_module
 from hafrm.alignment.rlhf.job import Job
 from hafrm.alignment.rlhf.ppo.loop import Ppo
+from hafrm.alignment.rlhf.prompts import prompts_of_step
 from hafrm.alignment.rlhf.run import rlhf
 from hafrm.config import dump_recipe
-from hafrm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from hafrm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MemoryBudgetError,
+    NumericsError,
+)
 from hafrm.runs import RunFolder, read_metrics
 from hafrm.scoring.scorer import RewardModel
 from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
@@ -265,3 +272,40 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     asked = {prompt.messages for step in range(20) for prompt in job.prompts_of_step(step)}
     assert not held & asked
     assert len(asked) == len(job.prompts.train)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
+def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, lora):
+    training = {"steps": 2, "precision": "bf16", "gradient_checkpointing": True}
+    sections = {"training": training} | ({} if lora is None else {"lora": lora})
+    rlhf(tiny_rlhf(tmp_path, **sections), tmp_path / "run")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model/policy")
+    assert stock.dtype == torch.bfloat16
+    batches = [r for r in numbers(tmp_path / "run/metrics.jsonl") if r["phase"] == "rlhf"]
+    assert abs(batches[0]["kl"]) < 0.1  # before the first update policy and reference are one
+    assert all(np.isfinite(r["policy_loss"]) for r in batches)
+
+
+def test_a_batch_that_does_not_fit_says_how_to_go_on(tmp_path, monkeypatch):
+    recipe = tiny_rlhf(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as context:
+        context.setattr(Ppo, "_take_batch", full)
+        with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens=64"):
+            rlhf(recipe, tmp_path / "run")
+    smaller = tiny_rlhf(tmp_path, training={"max_tokens": 64})
+    assert rlhf(smaller, tmp_path / "run", resume=True).num_steps == 4
+
+
+def test_every_prompt_is_asked_once_a_pass_and_each_pass_has_an_order_of_its_own():
+    passes = [
+        [int(i) for step in range(5 * e, 5 * e + 5) for i in prompts_of_step(10, step, 2, seed=3)]
+        for e in range(3)
+    ]
+    assert all(sorted(order) == list(range(10)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert prompts_of_step(3, 0, 7, seed=0).tolist() == prompts_of_step(3, 0, 7, seed=0).tolist()
+    assert sorted(prompts_of_step(3, 0, 6, seed=0).tolist()) == [0, 0, 1, 1, 2, 2]

@@ -108,11 +108,8 @@ class Actor:
         )
 
     def text(self, ids: Sequence[int]) -> str:
-        """What a reader sees of a response: no EOS; control tokens that the policy wrote stay visible."""
-        own = [token for token in ids if token != self.encoder.eos_id]
-        text = self.encoder.tokenizer.decode(own, skip_special_tokens=False)
-        # A template's blank before the answer is the response's first token, and no part of its text.
-        return str(text).lstrip(" ")
+        """What a reader sees of a response."""
+        return decode(self.encoder, ids)
 
     def logps(self, written: Sequence[Written]) -> tuple[Scores, Scores]:
         """Log-prob sums of every response under the policy and under its reference."""
@@ -128,3 +125,11 @@ class Actor:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, self.autocast)
+
+
+def decode(encoder: Encoder, ids: Sequence[int]) -> str:
+    """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
+    own = [token for token in ids if token != encoder.eos_id]
+    text = encoder.tokenizer.decode(own, skip_special_tokens=False)
+    # A template's blank before the answer is the response's first token, and no part of its text.
+    return str(text).lstrip(" ")

@@ -4,9 +4,10 @@ An algorithm asks for a batch's rewards, hands its numbers to `batch`, and lets 
 step is worth keeping and when to stop. Nothing here computes a gradient.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.errors import ConfigError
-from hafrm.runs import RunFolder, atomic_directory, fingerprint
+from hafrm.runs import RunFolder, atomic_directory, atomic_write, fingerprint
 from hafrm.scoring.export import export_policy, gather_weights
 from hafrm.training.prepare import inject_lora, load_base, load_tokenizer
 
@@ -58,6 +59,11 @@ class RlhfResult:
     """The measure that picked it: gold, judge or penalised."""
     stopped: str | None
     """Why the run ended early, or None."""
+
+    def to_json(self) -> str:
+        """The text of result.json, which names no folder: it lies in it."""
+        values = {name: value for name, value in asdict(self).items() if name != "folder"}
+        return json.dumps(values, indent=1) + "\n"
 
 
 @dataclass
@@ -200,19 +206,17 @@ class Job:
     def finish(self, num_steps: int) -> RlhfResult:
         """Export the policy as it is now, which must be the best step's; a finished run finds it done."""
         dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
+        best = self.best
+        assert best.means is not None
+        result = RlhfResult(
+            self.run.path, num_steps, best.step, best.means, best.kept_by, self.stopped
+        )
+        atomic_write(self.run.path / "result.json", result.to_json())
         if not self.run.model_path.is_dir():
             with atomic_directory(self.run.model_path) as aside:
                 weights = gather_weights(self.actor.model)
                 export_policy(weights, self.actor.encoder, aside / "policy", dtype=dtype)
-        assert self.best.means is not None
-        return RlhfResult(
-            self.run.path,
-            num_steps,
-            self.best.step,
-            self.best.means,
-            self.best.kept_by,
-            self.stopped,
-        )
+        return result
 
 
 def load_actor(recipe: RlhfRecipe, encoder: Encoder, *, share: bool = True) -> Actor:

@@ -48,10 +48,9 @@ def load_prompts(
 
     Raises DataError where nothing is left of a part, and for a long prompt where those are refused.
     """
-    reading = _read(data.train, data, bad_rows_file)
-    train: Sequence[Group] = reading
+    train: Sequence[Group] = read_prompts(data.train, data, bad_rows_file)
     if data.validation:
-        held: Sequence[Group] = _read(data.validation, data, None)
+        held: Sequence[Group] = read_prompts(data.validation, data)
     else:
         train, held = split_by_prompt(
             train, fraction=data.validation_fraction, seed=_HELD_OUT_SEED + seed
@@ -74,7 +73,10 @@ def load_prompts(
     return Prompts(fitting["data.train"], fitting["data.validation"], counts)
 
 
-def _read(sources: Sequence[str], data: PromptSection, bad_rows_file: Path | None) -> list[Group]:
+def read_prompts(
+    sources: Sequence[str], data: PromptSection, bad_rows_file: Path | None = None
+) -> list[Group]:
+    """The distinct prompts of sources, in their order, by the section's rules for bad rows."""
     reading = read(
         sources,
         max_bad_fraction=data.max_bad_fraction,
@@ -119,10 +121,9 @@ def prompts_of_step(num_prompts: int, step: int, per_step: int, seed: int) -> ND
 
     A pure function, so that a resumed run asks what the uninterrupted one would have asked.
     """
-    start = step * per_step
-    picks = []
-    for place in range(start, start + per_step):
-        epoch, within = divmod(place, num_prompts)
-        order = np.random.default_rng([seed, epoch]).permutation(num_prompts)
-        picks.append(order[within])
-    return np.array(picks, np.int64)
+    epochs, within = np.divmod(np.arange(step * per_step, (step + 1) * per_step), num_prompts)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts)
+        for epoch in np.unique(epochs).tolist()
+    }
+    return np.array([orders[e][i] for e, i in zip(epochs.tolist(), within, strict=True)], np.int64)

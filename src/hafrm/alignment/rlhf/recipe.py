@@ -69,7 +69,7 @@ class RewardSection(Section):
     clip: float | None = Field(default=None, gt=0)
     """ppo: bound on the reward after that (paper: 3.0)."""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
-    """ppo: subtracted from the reward of a response that ran into the length limit (paper: 0)."""
+    """Subtracted, after scaling, for a response that ran into the length limit (paper: 0)."""
 
 
 class SamplingSection(Section):
@@ -110,6 +110,8 @@ class AlgorithmSection(Section):
     """ppo: lambda of the advantage estimates (paper: 0.95)."""
     value_weight: float = Field(default=0.1, ge=0)
     """ppo: factor on the value loss (paper: 0.1)."""
+    value_rate: float = Field(default=1.0, gt=0)
+    """ppo: the value head's learning rate, in multiples of training.learning_rate (paper: 1)."""
     value_clip: float = Field(default=0.2, gt=0)
     """ppo: values beyond the old ones -+ value_clip earn nothing (paper: 0.2)."""
     whiten_rewards: bool = False
@@ -182,7 +184,7 @@ class RlhfTrackingSection(TrackingSection):
     """Held-out responses written to samples.jsonl at each evaluation."""
 
 
-def _ppo_only(section: type[Section]) -> list[str]:
+def ppo_only(section: type[Section]) -> list[str]:
     """Keys that say of themselves that they are for ppo."""
     fields = section.model_fields.items()
     return [name for name, info in fields if (info.description or "").startswith("ppo: ")]
@@ -222,7 +224,7 @@ class RlhfRecipe(Section):
         problems = []
         for section, kind in (("algorithm", AlgorithmSection), ("reward", RewardSection)):
             values = getattr(self, section)
-            for name in _ppo_only(kind):
+            for name in ppo_only(kind):
                 default = type(values).model_fields[name].default
                 if getattr(values, name) != default:
                     problems.append(

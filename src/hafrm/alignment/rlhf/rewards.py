@@ -6,7 +6,6 @@ is an error, never a number. A new kind of reward model is one entry in KINDS.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -35,11 +34,16 @@ class Scorer(Protocol):
     def score_encoded(self, encoded: Sequence[EncodedGroup]) -> NDArray[np.float32]: ...
 
 
-KINDS: Mapping[str, Callable[[Path], Scorer]] = {
-    "reward": RewardModel.from_pretrained,
-    "implicit": ImplicitRewardModel.from_pretrained,
-}
-"""How a directory becomes a scorer."""
+def _reward_head(path: str) -> Scorer:
+    return RewardModel.from_pretrained(find_heads(path).reward or path)
+
+
+def _implicit(path: str) -> Scorer:
+    return ImplicitRewardModel.from_pretrained(find_heads(path).policy or path)
+
+
+KINDS: Mapping[str, Callable[[str], Scorer]] = {"reward": _reward_head, "implicit": _implicit}
+"""How a run folder, exported directory or hub id becomes a scorer; the recipe's `Kind` lists the names."""
 
 
 def load_scorer(path: str, kind: str = "auto") -> Scorer:
@@ -48,11 +52,9 @@ def load_scorer(path: str, kind: str = "auto") -> Scorer:
     `auto` takes the reward head where there is one, else the policy's implicit reward. Raises ModelError
     where the kind asked for is not there.
     """
-    heads = find_heads(path)
     if kind == "auto":
-        kind = "reward" if heads.reward is not None else "implicit"
-    place = heads.policy if kind == "implicit" else heads.reward
-    return KINDS[kind](place or Path(path))
+        kind = "reward" if find_heads(path).reward is not None else "implicit"
+    return KINDS[kind](path)
 
 
 def score_texts(

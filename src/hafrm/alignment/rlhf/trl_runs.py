@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
@@ -156,19 +157,27 @@ class _Watcher(TrainerCallback):
     def __init__(self, job: Job) -> None:
         self.job, self.step = job, 0
         self._best: dict[str, Tensor] = trainable_weights(job.actor.model)
+        self._rewards: list[float] = []
         self._gold: list[float] = []
         self._kl = 0.0
 
     def reward(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """One reward per completion; NumericsError for one that is not finite, which TRL would skip."""
+        """One reward per completion, less the price of an unended one.
+
+        Raises NumericsError for a reward that is not finite, which TRL would skip.
+        """
         asked: list[Conversation] = [as_messages(prompt) for prompt in prompts]
         texts = [self.job.actor.text(ids) for ids in completion_ids]
         if self.job.gold is not None:
             gold = self.job.gold
             self._gold += [gold(p, text) for p, text in zip(asked, texts, strict=True)]
-        return by_prompt(self.job.rewards, asked, texts)
+        rewards = by_prompt(self.job.rewards, asked, texts)
+        self._rewards += rewards
+        eos, penalty = self.job.actor.encoder.eos_id, self.job.recipe.reward.missing_eos_penalty
+        ended = [ids[-1] == eos for ids in completion_ids]
+        return [r - penalty * (not end) for r, end in zip(rewards, ended, strict=True)]
 
     def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:  # noqa: ARG002
         """A batch's numbers, as transformers' Trainer tells them."""
@@ -187,10 +196,11 @@ class _Watcher(TrainerCallback):
         """TRL's numbers under our names; its KL is per token, ours per response."""
         length = float(logs["completions/mean_length"])
         gold = sum(self._gold) / len(self._gold) if self._gold else None
-        self._gold = []
+        rewards = np.array(self._rewards)
+        self._gold, self._rewards = [], []
         return {
-            "reward": float(logs["reward"]),
-            "reward_std": float(logs["reward_std"]),
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
             "gold": gold,
             "kl": float(logs["kl"]) * length if "kl" in logs else self._kl,
             "length": length,

@@ -18,6 +18,8 @@ from hafrm.alignment.rlhf.ppo.experience import Measured, measure, to_experience
 from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
 from hafrm.alignment.rlhf.ppo.terms import missing_eos_scores
 from hafrm.alignment.rlhf.ppo.update import UpdateStats, update
+from hafrm.engine.memory import is_out_of_memory
+from hafrm.errors import MemoryBudgetError
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from hafrm.training.loop import StoppedError
 from hafrm.training.schedule import learning_rate
@@ -35,11 +37,16 @@ class Ppo:
     def __init__(self, job: Job) -> None:
         self.job, self.recipe = job, job.recipe
         self.policy = PolicyWithValue(job.actor.model)
-        training = self.recipe.training
-        self.optimizer = build_optimizer(
-            self.policy, weight_decay=0.0, betas=training.betas, eps=training.eps
+        training, algorithm, reward = (
+            self.recipe.training,
+            self.recipe.algorithm,
+            self.recipe.reward,
         )
-        algorithm, reward = self.recipe.algorithm, self.recipe.reward
+        self.optimizer = build_optimizer(
+            self.policy.model, weight_decay=0.0, betas=training.betas, eps=training.eps
+        )
+        head = {"params": [self.policy.value_head.weight], "weight_decay": 0.0}
+        self.optimizer.add_param_group(head | {"rate": algorithm.value_rate})
         self.control = KlControl(
             algorithm.kl_coefficient, algorithm.kl_target, algorithm.kl_horizon
         )
@@ -76,11 +83,27 @@ class Ppo:
         return job.finish(step)
 
     def _batch(self, step: int) -> None:
+        """One batch; raises MemoryBudgetError where it does not fit, which a resumed run may mend."""
+        try:
+            self._take_batch(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            what = str(error).split("\n", 1)[0]
+            budget = self.recipe.training.max_tokens
+            raise MemoryBudgetError(
+                f"batch {step + 1} ran out of memory ({what}). Go on from the last checkpoint with: hafrm "
+                f"rlhf --resume {self.job.run.path} training.max_tokens={budget // 2}; or set "
+                "training.gradient_checkpointing: true, or write fewer responses at a time "
+                "(sampling.batch_size)"
+            ) from error
+
+    def _take_batch(self, step: int) -> None:
         """One batch of responses and the updates that it is good for."""
         training, algorithm = self.recipe.training, self.recipe.algorithm
         rate = learning_rate(training, step, training.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
         written = self.job.actor.write(
             self.job.prompts_of_step(step),
             training.responses_per_prompt,

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# GRPO with verl (0.7 and later) on one machine of 8 GPUs, the reward computed by hafrm.
+#   HAFRM_REWARD=runs/haf examples/rlhf/verl.sh POLICY train.parquet test.parquet OUT
+# A reward model too large for that: reward.reward_model.enable=True and
+# reward.reward_model.model_path=runs/haf/model/reward let verl serve the stock directory itself.
+set -euo pipefail
+
+policy=${1:?a causal LM} train=${2:?Parquet from verl_reward.py} test=${3:?Parquet} out=${4:?a folder}
+here=$(cd "$(dirname "$0")" && pwd)
+
+exec python -m verl.trainer.main_ppo \
+  algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False \
+  data.train_files="$train" data.val_files="$test" data.train_batch_size=128 \
+  data.max_prompt_length=512 data.max_response_length=512 data.filter_overlong_prompts=True \
+  actor_rollout_ref.model.path="$policy" \
+  actor_rollout_ref.actor.optim.lr=1e-6 actor_rollout_ref.actor.ppo_mini_batch_size=64 \
+  actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 \
+  actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.01 \
+  actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
+  actor_rollout_ref.rollout.gpu_memory_utilization=0.5 \
+  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8 \
+  actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8 \
+  reward.custom_reward_function.path="$here/verl_reward.py" \
+  reward.custom_reward_function.name=compute_score \
+  trainer.n_gpus_per_node=8 trainer.nnodes=1 trainer.save_freq=50 trainer.test_freq=10 \
+  trainer.default_local_dir="$out"

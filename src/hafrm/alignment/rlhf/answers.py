@@ -1,0 +1,76 @@
+"""What a finished policy answers to test prompts, and what each answer scores; kept in a file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hafrm.alignment.rlhf.actor import decode
+from hafrm.alignment.rlhf.job import sampling_of
+from hafrm.alignment.rlhf.prompts import fit_prompts, read_prompts
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
+from hafrm.alignment.rlhf.rewards import Gold, load_scorer, score_texts
+from hafrm.alignment.sampling import sample
+from hafrm.atomic import atomic_write
+from hafrm.data.encoding import Encoder
+from hafrm.recipe import ModelSection
+from hafrm.training.prepare import load_base, load_tokenizer
+
+_TEST_SEED = 2**61
+"""Apart from the seeds of training and of held-out prompts."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer to each test prompt that fits, in the order of the prompts."""
+
+    prompts: list[str]
+    """Their ids."""
+    texts: list[str]
+    scores: list[float]
+    """Gold rewards, or a judge's."""
+
+
+def answer(
+    recipe: RlhfRecipe,
+    policy: str,
+    file: Path,
+    *,
+    test: Sequence[str],
+    seed: int,
+    gold: Gold | None,
+) -> Answers:
+    """The policy's answers, sampled as the recipe says; from `file` where they are there already."""
+    if file.is_file():
+        return Answers(**json.loads(file.read_text(encoding="utf-8")))
+    model = recipe.model
+    if policy != model.path:  # an exported policy brings its template along
+        model = ModelSection(path=policy)
+    encoder = Encoder(load_tokenizer(model), max_length=2**20)
+    prompts = fit_prompts(read_prompts(test, recipe.data), encoder, recipe.data)
+    causal = load_base(model, torch.float32)
+    causal.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    drawn = sample(
+        causal,
+        [prompt.ids.tolist() for prompt in prompts],
+        1,
+        sampling_of(recipe),
+        eos=encoder.eos_id,
+        pad=encoder.pad_id,
+        seed=_TEST_SEED + seed,
+        batch_size=recipe.sampling.batch_size,
+    )
+    texts = [decode(encoder, ids) for (ids,) in drawn]
+    asked = [prompt.messages for prompt in prompts]
+    if gold is not None:
+        scores = [gold(messages, text) for messages, text in zip(asked, texts, strict=True)]
+    else:
+        assert recipe.evaluation.judge is not None
+        judge = load_scorer(recipe.evaluation.judge)
+        scores = score_texts(judge, asked, [[text] for text in texts]).tolist()
+    found = Answers([prompt.id for prompt in prompts], texts, [float(score) for score in scores])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
+    return found

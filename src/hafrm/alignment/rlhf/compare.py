@@ -1,0 +1,276 @@
+"""`hafrm rlhf-compare`: one start policy, one recipe, several reward models; whose policy is better.
+
+Contenders differ in the reward model (or the algorithm) alone: same prompts, budgets and seeds. Each is
+one cell, an ordinary RLHF run folder; a comparison that was killed goes on with the cells that are left.
+The exported policies are judged on prompts that neither trained nor picked anything.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hafrm.alignment.rlhf.answers import Answers, answer
+from hafrm.alignment.rlhf.recipe import AlgorithmSection, RewardSection, RlhfRecipe, ppo_only
+from hafrm.alignment.rlhf.rewards import Gold
+from hafrm.alignment.rlhf.run import rlhf
+from hafrm.atomic import atomic_write
+from hafrm.errors import ConfigError
+from hafrm.evaluation.metrics import plain
+from hafrm.evaluation.statistics import Estimate, clustered_bootstrap, paired_bootstrap
+from hafrm.runs import read_metrics
+
+START = "start"
+"""The contender that was not trained."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison."""
+
+    model: str
+    """The reward model's name."""
+    path: str
+    algorithm: str
+    seed: int
+    contender: str
+    """What its seeds have in common: the model, and the algorithm where there are several."""
+
+    @property
+    def folder(self) -> str:
+        return f"{self.model}-{self.algorithm}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Wins:
+    """Two contenders' answers to the same prompts, over all seeds; equal scores tie."""
+
+    first: str
+    second: str
+    win: float
+    tie: float
+    lose: float
+    difference: Estimate
+    """win - lose, prompts resampled."""
+    position_bias: float | None = None
+    """Of a judge that is asked in two orders; a score has none."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one contender's answers were judged, over all seeds and prompts."""
+
+    name: str
+    score: Estimate
+    gain: Estimate | None
+    """Over the start policy's answers to the same prompts."""
+    length: float
+    """Characters per answer."""
+    kl: float
+    """From the start, nat per response, at the exported steps; 0 for the start."""
+    stopped: int
+    """Seeds that the watchdog stopped."""
+
+
+@dataclass(frozen=True)
+class RlhfComparison:
+    """What `hafrm rlhf-compare` found."""
+
+    models: list[str]
+    seeds: list[int]
+    judged_by: str
+    """gold, or the judge's path."""
+    standings: list[Standing]
+    curves: list[dict[str, Any]]
+    """{"model", "seed", "points": [{"step", "kl", "proxy", "gold"}]}, from held-out prompts."""
+    wins: list[Wins]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        found: dict[str, Any] = plain(_lists(asdict(self)))
+        return found
+
+
+def _lists(value: Any) -> Any:
+    """Dictionaries and lists all the way down, for `plain`, which leaves lists alone."""
+    if isinstance(value, dict):
+        return {key: _lists(each) for key, each in value.items()}
+    return tuple(_lists(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def cells_of(
+    models: Mapping[str, str], algorithms: Sequence[str], seeds: Sequence[int]
+) -> list[Cell]:
+    """All cells, seed by seed, so that a comparison that is stopped has something of every contender."""
+    several = len(algorithms) > 1
+    return [
+        Cell(name, path, algorithm, seed, f"{name} {algorithm}" if several else name)
+        for seed in seeds
+        for algorithm in algorithms
+        for name, path in models.items()
+    ]
+
+
+def compare(  # noqa: PLR0913 - what is compared, how, and who judges
+    recipe: RlhfRecipe,
+    models: Mapping[str, str],
+    folder: Path,
+    *,
+    seeds: Sequence[int],
+    algorithms: Sequence[str],
+    test: Sequence[str],
+    gold: Gold | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> RlhfComparison:
+    """Run what is not yet there, judge the policies on the prompts of `test`, write rlhf_comparison.json.
+
+    Raises ConfigError where nothing could judge: no gold reward, and no evaluation.judge in the recipe.
+    """
+    judge = recipe.evaluation.judge
+    if gold is None and judge is None:
+        raise ConfigError(
+            "nothing judges the policies: give --gold where the truth is known, or name a reward model "
+            "that is not compared in evaluation.judge"
+        )
+    began = time.perf_counter()
+    cells = cells_of(models, algorithms, seeds)
+    for number, cell in enumerate(cells, start=1):
+        tell(f"{number}/{len(cells)} {cell.folder}")
+        run_cell(recipe, cell, folder / "cells" / cell.folder, gold)
+    answers: dict[tuple[str, int], Answers] = {}
+    start = recipe.model.path
+    for seed in seeds:
+        place = folder / "cells" / f"{START}-{seed}.json"
+        answers[START, seed] = answer(recipe, start, place, test=test, seed=seed, gold=gold)
+    for cell in cells:
+        where = folder / "cells" / cell.folder
+        policy = str(where / "model" / "policy")
+        answers[cell.contender, cell.seed] = answer(
+            recipe, policy, where / "answers.json", test=test, seed=cell.seed, gold=gold
+        )
+    found = RlhfComparison(
+        list(dict.fromkeys(cell.contender for cell in cells)),
+        list(seeds),
+        "gold" if gold is not None else str(judge),
+        standings(answers, cells, folder, seeds),
+        [curve(cell, folder) for cell in cells],
+        wins(answers, seeds),
+        time.perf_counter() - began,
+    )
+    atomic_write(folder / "rlhf_comparison.json", json.dumps(found.to_dict(), indent=1) + "\n")
+    return found
+
+
+def run_cell(recipe: RlhfRecipe, cell: Cell, folder: Path, gold: Gold | None) -> None:
+    """The cell's run, started, resumed, or found done; TRL's runs are started anew."""
+    if (folder / "model").is_dir():
+        return
+    resume = (folder / "recipe.yaml").is_file()
+    if resume and cell.algorithm != "ppo":
+        shutil.rmtree(folder)
+        resume = False
+    rlhf(recipe_of(recipe, cell), folder, resume=resume, gold=gold)
+
+
+def recipe_of(recipe: RlhfRecipe, cell: Cell) -> RlhfRecipe:
+    """The shared recipe with the cell's reward model, algorithm and seed."""
+    values = recipe.model_dump()
+    values["reward"] |= {"models": (cell.path,), "kinds": ("auto",), "rule": "mean"}
+    values["reward"] |= {"weights": None}
+    values["algorithm"]["name"] = cell.algorithm
+    values["training"]["seed"] = cell.seed
+    if cell.algorithm != "ppo":
+        reset_ppo_only(values)
+    return RlhfRecipe.model_validate(values)
+
+
+def reset_ppo_only(values: dict[str, Any]) -> None:
+    """Put what only ppo looks at back to its default, so that one recipe serves all algorithms."""
+    for section, kind in (("algorithm", AlgorithmSection), ("reward", RewardSection)):
+        for name in ppo_only(kind):
+            values[section][name] = kind.model_fields[name].default
+
+
+def curve(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Proxy and gold reward of held-out prompts against the KL from the start, evaluation by evaluation."""
+    records = read_metrics(folder / "cells" / cell.folder / "metrics.jsonl")
+    points = [
+        {"step": r["step"], "kl": r["kl"], "proxy": r["reward"], "gold": r.get("gold")}
+        for r in records
+        if r.get("phase") == "held-out"
+    ]
+    return {"model": cell.contender, "seed": cell.seed, "points": points}
+
+
+def standings(
+    answers: Mapping[tuple[str, int], Answers],
+    cells: Sequence[Cell],
+    folder: Path,
+    seeds: Sequence[int],
+) -> list[Standing]:
+    """Every contender, the start first."""
+    found = []
+    for name in dict.fromkeys(name for name, _ in answers):
+        mine = [cell for cell in cells if cell.contender == name]
+        results = [_result(folder / "cells" / cell.folder) for cell in mine]
+        scores, clusters = _pooled(answers, name, seeds)
+        base, _ = _pooled(answers, START, seeds)
+        texts = [text for seed in seeds for text in answers[name, seed].texts]
+        found.append(
+            Standing(
+                name,
+                clustered_bootstrap(scores, clusters, proportion=False),
+                None if name == START else _difference(scores, base, clusters),
+                float(np.mean([len(text) for text in texts])),
+                float(np.mean([result["best"]["kl"] for result in results])) if results else 0.0,
+                sum(result["stopped"] is not None for result in results),
+            )
+        )
+    return found
+
+
+def _difference(
+    scores: NDArray[np.float64], base: NDArray[np.float64], clusters: NDArray[np.int64]
+) -> Estimate:
+    return clustered_bootstrap(scores - base, clusters, proportion=False)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _pooled(
+    answers: Mapping[tuple[str, int], Answers], name: str, seeds: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scores of a contender over all seeds, and the prompt that each belongs to."""
+    parts = [np.array(answers[name, seed].scores) for seed in seeds]
+    return np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts])
+
+
+def wins(answers: Mapping[tuple[str, int], Answers], seeds: Sequence[int]) -> list[Wins]:
+    """Every two contenders, answer against answer."""
+    names = list(dict.fromkeys(name for name, _ in answers))
+    found = []
+    for first, second in combinations(names, 2):
+        a, clusters = _pooled(answers, first, seeds)
+        b, _ = _pooled(answers, second, seeds)
+        found.append(
+            Wins(
+                first,
+                second,
+                float((a > b).mean()),
+                float((a == b).mean()),
+                float((a < b).mean()),
+                paired_bootstrap(a > b, a < b, clusters),
+            )
+        )
+    return found

@@ -1,0 +1,65 @@
+"""The verb `rlhf-compare`: which reward model makes the better policy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hafrm.cli.entry import app
+from hafrm.terminal import show_tables
+
+
+@app.command("rlhf-compare")
+def rlhf_compare(  # noqa: PLR0913 - the verb and its options
+    recipe: Annotated[str, typer.Argument(help="An RLHF recipe; its reward.models is not used.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The comparison's folder; the same one goes on.")],
+    model: Annotated[list[str], typer.Option(help="A reward model, as NAME=PATH; repeat.")],
+    test: Annotated[list[str], typer.Option(help="Prompts to judge the policies on; repeat.")],
+    seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...", min=1)] = 3,
+    algorithm: Annotated[
+        list[str] | None, typer.Option(help="ppo, rloo or grpo; repeat (default: the recipe's).")
+    ] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="demo: judge by the demo world's known reward.")
+    ] = None,
+) -> None:
+    """One start policy and one recipe against several reward models: whose policy is better, at what KL.
+
+    Cells are run folders under OUT/cells; the result is OUT/rlhf_comparison.json. Policies are judged by
+    the gold reward where --gold says it is known, else by the reward model that evaluation.judge names.
+    """
+    from hafrm.alignment.rlhf.compare import compare  # noqa: PLC0415
+    from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
+    from hafrm.config import load_as  # noqa: PLC0415
+    from hafrm.demo.gold import gold_reward  # noqa: PLC0415
+    from hafrm.errors import ConfigError  # noqa: PLC0415
+    from hafrm.tables.rlhf import rlhf_tables  # noqa: PLC0415
+
+    models = dict(_named(given) for given in model)
+    first = next(iter(models.values()))
+    loaded = load_as(RlhfRecipe, recipe, [f"reward.models={first}", *(overrides or ())])
+    if gold not in (None, "demo"):
+        raise ConfigError(f"--gold is {gold!r}; the only reward that is known is that of demo")
+    found = compare(
+        loaded,
+        models,
+        out,
+        seeds=range(seeds),
+        algorithms=algorithm or [loaded.algorithm.name],
+        test=test,
+        gold=gold_reward if gold else None,
+        tell=lambda text: typer.echo(text, err=True),
+    )
+    show_tables(rlhf_tables(found))
+    typer.echo(f"written to {out / 'rlhf_comparison.json'}")
+
+
+def _named(given: str) -> tuple[str, str]:
+    from hafrm.errors import ConfigError  # noqa: PLC0415
+
+    name, equals, path = given.partition("=")
+    if not equals or not name or not path or "/" in name:
+        raise ConfigError(f"--model {given!r} is not of the form NAME=PATH, such as haf=runs/haf")
+    return name, path

@@ -1,0 +1,116 @@
+"""Comparisons of reward models: equal budgets, resumable cells, and the JSON that others read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hafrm.alignment.rlhf import compare as compare_module
+from hafrm.alignment.rlhf.answers import Answers
+from hafrm.alignment.rlhf.compare import Cell, cells_of, compare, recipe_of, wins
+from hafrm.alignment.rlhf.run import rlhf
+from hafrm.errors import ConfigError
+from hafrm.tables.rlhf import rlhf_tables
+from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
+
+
+def gold(_, text: str) -> float:
+    return float(len(text))
+
+
+def take(folder: Path, **options):
+    recipe = tiny_rlhf(folder, training={"steps": 2}, evaluation={"every": 1})
+    models = {"one": str(folder / "reward"), "two": str(write_reward(folder, "other", seed=5))}
+    test = [str(write_prompts(folder / "test.jsonl", 6))]
+    values = {"seeds": [0], "algorithms": ["ppo"], "test": test, "gold": gold} | options
+    return compare(recipe, models, folder / "out", **values)
+
+
+def test_a_comparison_writes_its_contract_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    found = take(tmp_path)
+    said = json.loads((tmp_path / "out/rlhf_comparison.json").read_text())
+    assert said["models"] == ["one", "two"]
+    assert said["seeds"] == [0]
+    assert [curve["model"] for curve in said["curves"]] == ["one", "two"]
+    assert said["curves"][0]["points"][0].keys() == {"step", "kl", "proxy", "gold"}
+    assert [point["step"] for point in said["curves"][0]["points"]] == [0, 1, 2]
+    pairs = [(win["first"], win["second"]) for win in said["wins"]]
+    assert pairs == [("start", "one"), ("start", "two"), ("one", "two")]
+    for win in said["wins"]:
+        assert win["win"] + win["tie"] + win["lose"] == pytest.approx(1.0)
+        assert win["difference"]["value"] == pytest.approx(win["win"] - win["lose"])
+    assert said["wins"][0]["position_bias"] is None
+    assert len(list(rlhf_tables(found))) == 2
+    monkeypatch.setattr(compare_module, "rlhf", None)  # nothing is left to be run
+    again = take(tmp_path)
+    assert (again.standings, again.wins, again.curves) == (
+        found.standings,
+        found.wins,
+        found.curves,
+    )
+
+
+def test_cells_differ_in_reward_model_algorithm_and_seed_alone(tmp_path):
+    recipe = tiny_rlhf(tmp_path, reward={"clip": 2.0}, algorithm={"gamma": 0.9})
+    cells = cells_of({"a": "A", "b": "B"}, ["ppo", "rloo"], [0, 1])
+    assert [cell.folder for cell in cells[:3]] == ["a-ppo-0", "b-ppo-0", "a-rloo-0"]
+    assert [cell.contender for cell in cells[:3]] == ["a ppo", "b ppo", "a rloo"]
+    ours = recipe_of(recipe, Cell("b", "B", "ppo", 1, "b"))
+    assert (ours.reward.models, ours.training.seed, ours.reward.clip) == (("B",), 1, 2.0)
+    same = ours.model_copy(
+        update={
+            "reward": recipe.reward,
+            "training": recipe.training,
+        }
+    )
+    assert same == recipe
+    theirs = recipe_of(recipe, Cell("b", "B", "rloo", 1, "b"))
+    assert (theirs.algorithm.name, theirs.reward.clip, theirs.algorithm.gamma) == (
+        "rloo",
+        None,
+        1.0,
+    )
+    assert theirs.algorithm.clip == recipe.algorithm.clip
+
+
+def test_wins_are_counted_answer_by_answer_over_all_seeds():
+    """a beats b on 2 of 4, ties on 1, loses 1: 50 %, 25 %, 25 %."""
+
+    def answers(*scores: float) -> Answers:
+        return Answers(["p", "q"], ["x", "y"], list(scores))
+
+    known = {
+        ("a", 0): answers(1.0, 2.0),
+        ("b", 0): answers(0.0, 2.0),
+        ("a", 1): answers(3.0, 0.0),
+        ("b", 1): answers(1.0, 1.0),
+    }
+    (found,) = wins(known, [0, 1])
+    assert (found.win, found.tie, found.lose) == (0.5, 0.25, 0.25)
+    assert found.difference.value == 0.25
+
+
+def test_without_gold_or_judge_nothing_is_run(tmp_path):
+    with pytest.raises(ConfigError, match="nothing judges the policies"):
+        take(tmp_path, gold=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_was_started_is_resumed(tmp_path, monkeypatch):
+    calls = []
+
+    def recorded(recipe, folder, *, resume, gold):
+        calls.append(resume)
+        return rlhf(recipe, folder, resume=resume, gold=gold)
+
+    monkeypatch.setattr(compare_module, "rlhf", recorded)
+    monkeypatch.setattr(
+        compare_module, "answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        take(tmp_path)
+    model = tmp_path / "out/cells/two-ppo-0/model"
+    model.rename(model.with_name("gone"))
+    with pytest.raises(KeyboardInterrupt):
+        take(tmp_path)
+    assert calls == [False, False, True]
