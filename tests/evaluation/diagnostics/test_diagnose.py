@@ -16,7 +16,6 @@ from hafrm.data.groups import Comparison, Group, Message, Votes
 from hafrm.errors import ConfigError, DataError, ModelError, NumericsError
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.diagnostics.diagnose import Diagnosis, diagnose
-from hafrm.evaluation.diagnostics.generations import Sampling
 from hafrm.evaluation.diagnostics.worst import MAX_CHARS, WRONG, cut_text, shown_prompt, worst
 from hafrm.tables.diagnostics import diagnosis_tables
 from tiny_runs import WORDS
@@ -272,7 +271,3 @@ def test_a_base_that_does_not_fit_is_refused(folder, tmp_path) -> None:
     assert found.base is not None
     with pytest.raises(ModelError, match="no model directory"):
         diagnose(folder / "run", [str(folder / "plain.jsonl")], base=tmp_path / "none")
-
-
-def test_sampling_starts_from_the_policy_itself() -> None:
-    assert Sampling().temperature == 1.0

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
 from hafrm.data.groups import Group, prompt_key
+from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.evaluation.diagnostics.consistency import Consistency, policy_text, wins
-from hafrm.evaluation.diagnostics.generations import Generation, Sampling, generate
+from hafrm.evaluation.diagnostics.generations import SEED, Generation, generate
 from hafrm.evaluation.diagnostics.worst import cut_text, shown_prompt
 from hafrm.evaluation.evaluate import Heads
 from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder
@@ -21,6 +22,8 @@ from hafrm.scoring.scorer import RewardModel
 log = logging.getLogger("hafrm")
 
 BASE = "base model"
+MAX_NEW_TOKENS = 128
+"""Of a continuation, where the models take as many."""
 NUM_EXAMPLES = 3
 
 
@@ -65,7 +68,7 @@ def consistency(
         for name, path in policies.items()
     }
     limit = min(writer.encoder.lengths.max_length for writer in writers.values())
-    sampling = Sampling(max_new_tokens=min(Sampling().max_new_tokens, limit // 2))
+    sampling = Sampling(max_new_tokens=min(MAX_NEW_TOKENS, limit // 2))
     prompts = _draw(groups, num, next(iter(writers.values())), limit - sampling.max_new_tokens)
     written = {name: writer.write(prompts, sampling, done) for name, writer in writers.items()}
     texts = {name: writers[name].texts(each) for name, each in written.items()}
@@ -74,7 +77,7 @@ def consistency(
         num_prompts=len(prompts),
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
-        seed=sampling.seed,
+        seed=SEED,
         policies=tuple(policy_text(name, each) for name, each in written.items()),
         wins=tuple(
             win
@@ -143,7 +146,7 @@ def _draw(groups: Sequence[Group], num: int, writer: _Writer, room: int) -> list
         )
     if len(fitting) < num:
         log.warning("only %d different prompts leave room to write; all are used", len(fitting))
-    order = np.random.default_rng(Sampling().seed).permutation(len(fitting))[:num]
+    order = np.random.default_rng(SEED).permutation(len(fitting))[:num]
     return [fitting[i] for i in sorted(order)]
 
 
