@@ -162,9 +162,10 @@ def session() -> dict[str, Any]:
 
 def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") -> Path:
     """Everything that `hafrm diagnose` finds."""
-    edges = [-3 + 0.25 * i for i in range(25)]
-    right = [round(60 * math.exp(-((e - 0.6) ** 2))) if e >= 0 else 0 for e in edges[:-1]]
-    wrong = [round(40 * math.exp(-((e + 0.2) ** 2))) if e < 0 else 0 for e in edges[:-1]]
+    # of |margin|, as they are written
+    edges = [0.25 * i for i in range(13)]
+    right = [round(60 * math.exp(-((e - 0.6) ** 2))) for e in edges[:-1]]
+    wrong = [round(40 * math.exp(-((e + 0.2) ** 2))) for e in edges[:-1]]
     features = ("length", "lists", "bold", "exclamation marks", "first person")
     style = [
         {
@@ -184,6 +185,7 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
     diagnosed = {
         "name": "data/test-helpful.jsonl",
         "num": 400,
+        "accuracy": accuracy(0.64, 400),
         "temperature": {"value": 1.62, "log_loss": [0.664, 0.641], "ece": [0.071, 0.031]},
         "calibration": calibration(400),
         "margins": {"edges": edges, "right": right, "wrong": wrong},
@@ -200,9 +202,16 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
                 "num": 80,
                 "vote_split": 0.08 + 0.07 * i,
                 "accuracy": estimate(0.82 - 0.08 * i, 80),
+                "split": estimate(0.08 + 0.07 * i, 80),
             }
             for i in range(5)
         ],
+        "predictors": [{"name": "disagreement", "auc": estimate(0.71, 400, half=0.04)}],
+        "against": {
+            "share": estimate(0.12, 400),
+            "split": estimate(0.5, 48),
+            "split_others": estimate(0.25, 352),
+        },
         "auc": 0.71,
     }
     spectrum = [0.22 * 0.88**i for i in range(64)]
@@ -235,7 +244,21 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
         "sets": [diagnosed],
         "label_noise": noise,
         "representation": representation,
-        "consistency": {"swapped": estimate(0.97, 400), "largest difference": 1.2e-6},
+        "consistency": {
+            "num_prompts": 100,
+            "wins": [
+                {
+                    "judge": judge,
+                    "policy": "haf",
+                    "against": "dpo",
+                    "own": judge == "haf",
+                    "win": estimate(0.62 if judge == "haf" else 0.55, 100),
+                    "length_matched": estimate(0.56, 40),
+                    "longer": estimate(0.58, 100),
+                }
+                for judge in ("haf", "bt")
+            ],
+        },
         "worst": worst,
     }
     write_json(folder / "diagnostics.json", found)
@@ -310,6 +333,22 @@ def write_comparison(folder: Path) -> Path:
             {"test": t, "pick_longer": estimate(0.5 + 0.03 * i, 1000)} for i, t in enumerate(SETS)
         ],
         "differences": differences,
+        "averages": [
+            {"kind": kind, "method": m, "accuracy": estimate(v + bonus[m], 3000), "num_sets": n}
+            for kind, v, n in (("in domain", 0.68, 3), ("other domain", 0.48, 6))
+            for m in METHODS
+        ],
+        "average_differences": [
+            {
+                "train": "",
+                "test": "in domain",
+                "first": "haf",
+                "second": "bt",
+                "difference": estimate(0.04, 3000, half=0.02),
+                "p_value": 0.0003,
+                "p_adjusted": 0.0006,
+            }
+        ],
         "learning_rates": rates,
         "alphas": alphas,
         "seconds": 4321.0,
@@ -382,6 +421,15 @@ def write_rlhf_run(folder: Path, *, text: str = "Write a haiku.") -> Path:
                 "gold": 0.1 + 1.3 * part - 1.2 * part**2 if step % 5 == 0 else None,
             }
         )
+    for step in range(0, 61, 12):
+        part = step / 60
+        held = {"step": step, "phase": "held-out", "kl": 12 * part**1.4, "length": 60 + 50 * part}
+        for name, value in (
+            ("reward", 2.2 * part - 0.4),
+            ("gold", 0.1 + 1.3 * part - 1.2 * part**2),
+        ):
+            held |= {name: value, f"{name}_low": value - 0.06, f"{name}_high": value + 0.06}
+        records.append({**held, "ended": 0.97})
     write_lines(folder / "metrics.jsonl", records)
     samples = [
         {
@@ -424,7 +472,19 @@ def write_rlhf_comparison(folder: Path) -> Path:
             "position_bias": None,
         }
     ]
+    standings = [
+        {
+            "name": name,
+            "score": estimate(score, 100, half=0.1),
+            "gain": None if name == "start" else estimate(score - 0.1, 100, half=0.12),
+            "length": 210.0,
+            "kl": kl,
+            "stopped": 0,
+        }
+        for name, score, kl in (("start", 0.1, 0.0), ("haf", 0.9, 11.2), ("bt", 0.5, 12.1))
+    ]
     found = {"models": ["haf", "bt"], "seeds": [0, 1], "curves": curves, "wins": wins}
+    found |= {"judged_by": "gold", "standings": standings}
     write_json(folder / "rlhf_comparison.json", found)
     return folder
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -19,9 +19,10 @@ DODGE = 4.0
 STEPS = (1, 2, 5, 10)
 """Ticks are these numbers apart, times a power of ten."""
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TENTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-Style = Literal["line", "dashed", "faint", "dots", "dotted"]
-_LINES = {"line": "-", "dashed": (0, (4, 2)), "faint": "-", "dots": "-", "dotted": (0, (1, 2))}
+Style = Literal["line", "dashed", "faint", "dots"]
+_LINES = {"line": "-", "dashed": (0, (4, 2)), "faint": "-", "dots": "-"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Scale:
     reference: float | None = None
     """A level to compare with."""
     diagonal: bool = False
+    """Stated against observed probabilities, from one half up."""
     ticks: Sequence[str] = ()
     """Names of 0, 1, 2, ... on the horizontal axis."""
-    marks: Sequence[tuple[float, int]] = field(default=())
+    marks: Sequence[tuple[float, int]] = ()
     """Places on the horizontal axis, each with the colour of the run that they are of."""
 
 
@@ -88,17 +90,15 @@ def set_scale(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
     if scale.reference is not None:
         axes.axhline(scale.reference, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
     if scale.diagonal:
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
     for x, colour in scale.marks:
         axes.axvline(x, color=line_colour(colour), linewidth=0.8, alpha=0.7)
     _set_x(axes, scale, shown)
     if scale.diagonal:
         axes.set_yticks(QUARTERS, [f"{100 * q:.0f} %" for q in QUARTERS])
-    elif scale.y_log:
+    elif scale.y_log and _is_wide(shown):
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        subs = STEPS[:3] if high < 50 * low else STEPS[:1]
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: significant(v)))
     else:
@@ -107,13 +107,19 @@ def set_scale(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(form))
 
 
+def _is_wide(shown: Sequence[Series]) -> bool:
+    """Whether values span so much that only a logarithm shows the small ones."""
+    values = [y for each in shown for y in each.y]
+    return min(values) > 0 and max(values) > 30 * min(values)
+
+
 def _set_x(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
     axes.set_xlabel(scale.x_name)
     if scale.ticks:
         axes.set_xticks(range(len(scale.ticks)), scale.ticks)
         axes.set_xlim(-0.5, len(scale.ticks) - 0.5)
     elif scale.diagonal:
-        axes.set_xticks(QUARTERS, [f"{100 * q:.0f} %" for q in QUARTERS])
+        axes.set_xticks(TENTHS, [f"{100 * t:.0f} %" for t in TENTHS])
     elif scale.x_log and all(x > 0 for each in shown for x in each.x):
         axes.set_xscale("log", base=scale.x_log)
         places = sorted({x for each in shown for x in each.x})
@@ -150,12 +156,17 @@ def label_ends(axes: Axes, shown: Sequence[Series]) -> None:
     places = spread([place for place, _ in ends], LABEL_GAP)
     for place, (_, each) in zip(places, ends, strict=True):
         axes.text(
-            *(1.02, place, each.label),
+            *(1.02, place, printable(each.label)),
             color=text_colour(each.colour),
             transform=axes.transAxes,
             va="center",
             clip_on=False,
         )
+
+
+def printable(name: str) -> str:
+    """The name without what XML forbids, such as control characters and halves of a pair."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

@@ -4,16 +4,22 @@ import math
 from collections.abc import Callable, Iterator
 
 from hafrm.reporting.folders import Material, dig, parts
-from hafrm.reporting.numbers import Number, count, decimal, finite, number, share
+from hafrm.reporting.numbers import count, counted, decimal, finite, number, share
 from hafrm.reporting.sections.accuracy import measured_sets
 from hafrm.reporting.sections.bias import BANDS
 from hafrm.reporting.sections.training import best_record
+from hafrm.reporting.turning import peak_before_fall, turning_point
 from hafrm.reporting.verdicts import is_above, listed, overall
 
 COIN_LOSS = math.log(2)
 WIDE = 0.04
 """Half an interval's width from which on a report says that it is wide."""
 POSITION = 0.1
+"""Position bias of a judge from which on a report mentions it."""
+MUCH_CUT = 0.05
+"""The same, of the share of training prompts or responses that were cut."""
+LOSS_ROSE = 1.02
+"""The same, of the last validation loss over the best one."""
 
 
 def cautions(material: Material) -> Iterator[str]:
@@ -29,7 +35,8 @@ def _unfinished(material: Material) -> Iterator[str]:
 
 
 def _untested(material: Material) -> Iterator[str]:
-    runs = [run.name for run in material.runs if "test" not in run.results]
+    tested = {each.run for each in overall(material)}
+    runs = [run.name for run in material.runs if run.name not in tested]
     if runs:
         was = "was" if len(runs) == 1 else "were"
         yield (
@@ -47,13 +54,12 @@ def _wrong(material: Material) -> Iterator[str]:
 
 def _wide(material: Material) -> Iterator[str]:
     halves = [
-        (half, each.accuracy.num)
+        ((each.accuracy.high - each.accuracy.low) / 2, each.accuracy.num or 0)
         for each in overall(material)
-        if each.accuracy is not None
-        and (half := (each.accuracy.high - each.accuracy.low) / 2) > WIDE
+        if each.accuracy is not None and each.accuracy.has_interval
     ]
-    if halves:
-        half, num = max(halves)
+    half, num = max(halves, default=(0.0, 0))
+    if half > WIDE:
         yield (
             f"{count(num)} test comparisons leave \N{PLUS-MINUS SIGN}{100 * half:.1f} points of doubt: "
             "smaller differences cannot be seen."
@@ -70,22 +76,24 @@ def _one_seed(material: Material) -> Iterator[str]:
 
 
 def _poor_probabilities(material: Material) -> Iterator[str]:
-    for each in overall(material):
-        loss = finite(dig(each.data, "calibration", "log_loss"))
-        if loss > COIN_LOSS:
-            yield (
-                f"The probabilities of {each.run} are worse than a coin's (log-loss {decimal(loss)}, a "
-                "coin 0.693): rank with it, and fit a temperature before reading sigmoid(margin) as one."
-            )
+    told = [
+        f"{each.run} {decimal(loss)}"
+        for each in overall(material)
+        if (loss := finite(dig(each.data, "calibration", "log_loss"))) > COIN_LOSS
+    ]
+    if told:
+        yield (
+            f"Probabilities worse than a coin's (log-loss: {listed(told)}; a coin 0.693): rank with it, "
+            "and fit a temperature before reading sigmoid(margin) as a probability."
+        )
 
 
 def _leaning_on_length(material: Material) -> Iterator[str]:
     told = []
     for each in overall(material):
-        slices = [
+        short, long = (
             number(dig(each.data, "length", "slices", band)) for band in (BANDS[0], BANDS[-1])
-        ]
-        short, long = slices
+        )
         if short is None or long is None or not (short.num and long.num):
             continue
         if is_above(long, short) or is_above(short, long):
@@ -102,27 +110,45 @@ def _overfitting(material: Material) -> Iterator[str]:
     for run in material.runs:
         records = [r for r in run.metrics if r.get("kind") == "validation"]
         best = best_record(run)
-        if best is None or len(records) < 2 or best is records[-1]:
+        if best is None or best is records[-1]:
             continue
         then, end = finite(best.get("loss")), finite(records[-1].get("loss"))
-        if end > then * 1.02:
+        if end > LOSS_ROSE * then:
+            step = best.get("step")
             told.append(
-                f"{run.name} from {decimal(then)} at step {best.get('step')}, which was exported, to "
-                f"{decimal(end)}"
+                f"{run.name} from {decimal(then)} at step {step}, which was exported, to {decimal(end)}"
             )
     if told:
         yield f"Training went on into overfitting; validation loss rose: {'; '.join(told)}."
 
 
 def _cut(material: Material) -> Iterator[str]:
-    nouns = {"responses_cut": "responses", "prompts_cut": "prompts", "num_bad_rows": "bad rows"}
+    nouns = {"responses_cut": "response", "prompts_cut": "prompt", "num_bad_rows": "unusable row"}
     found: dict[str, list[str]] = {}
     for run, test in material.having("test"):
-        told = [f"{count(test[key])} {noun}" for key, noun in nouns.items() if test.get(key)]
+        told = [counted(test[key], noun) for key, noun in nouns.items() if test.get(key)]
         if told:
             found.setdefault(listed(told), []).append(run.name)
     for what, runs in found.items():
-        yield f"Cut as too long, or left out as unusable, in the test sets of {listed(runs)}: {what}."
+        yield f"Cut as too long, or left out, in the test sets of {listed(runs)}: {what}."
+
+
+def _cut_in_training(material: Material) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
+    for run in material.runs:
+        encoding = dig(run.sessions[-1], "counts", "encoding") if run.sessions else None
+        told = []
+        for cut, whole, noun in (
+            ("prompts_cut", "groups", "prompts"),
+            ("responses_cut", "responses", "responses"),
+        ):
+            num, of = (finite(dig(encoding, key)) for key in (cut, whole))
+            if num > MUCH_CUT * of:
+                told.append(f"{count(int(num))} of {count(int(of))} {noun}")
+        if told:
+            found.setdefault(listed(told), []).append(run.name)
+    for what, runs in found.items():
+        yield f"Cut as too long in training ({listed(runs)}): {what}; data.max_length says how long."
 
 
 def _at_the_edge(material: Material) -> Iterator[str]:
@@ -147,31 +173,19 @@ def _over_optimised(material: Material) -> Iterator[str]:
     for _, found in material.having("best_of_n"):
         for model in parts(found, "models"):
             golds = [(p.get("n"), g) for p in parts(model, "curve") if (g := number(p.get("gold")))]
-            fall = _fall([g for _, g in golds])
+            fall = peak_before_fall([g for _, g in golds])
             if fall is not None:
                 yield (
                     f"Beyond n = {golds[fall][0]} the gold reward of what {model.get('name')} picks falls: "
                     "its own reward is over-optimised."
                 )
     for folder in material.folders:
-        known = [
-            r for r in folder.rlhf if r.get("gold") is not None and r.get("reward") is not None
-        ]
-        if len(known) > 2:
-            peak = max(known, key=lambda r: r["gold"])
-            if peak["gold"] > known[-1]["gold"] and known[-1]["reward"] >= peak["reward"]:
-                yield (
-                    f"The gold reward of {folder.name} was highest at step {peak['step']} and fell while "
-                    "the reward rose: stop there, or hold it closer to its start."
-                )
-
-
-def _fall(golds: list[Number]) -> int | None:
-    """The place of the peak, where what comes last is surely below it."""
-    if len(golds) < 3:
-        return None
-    peak = max(range(len(golds)), key=lambda i: golds[i].value)
-    return peak if is_above(golds[peak], golds[-1]) else None
+        step = turning_point(folder)
+        if step is not None:
+            yield (
+                f"The gold reward of {folder.name} was highest about step {step} and fell while the reward "
+                "rose: stop there, or hold it closer to its start."
+            )
 
 
 def _biased_judge(material: Material) -> Iterator[str]:
@@ -195,5 +209,6 @@ def _uncommitted(material: Material) -> Iterator[str]:
 
 RULES: tuple[Callable[[Material], Iterator[str]], ...] = (
     *(_unfinished, _untested, _wrong, _over_optimised, _leaning_on_length, _poor_probabilities),
-    *(_wide, _one_seed, _overfitting, _at_the_edge, _biased_judge, _cut, _uncommitted),
+    *(_wide, _one_seed, _overfitting, _at_the_edge, _biased_judge, _cut_in_training, _cut),
+    _uncommitted,
 )

@@ -79,7 +79,7 @@ def text_colour(number: int) -> str:
 
 
 def draw(
-    name: str, fill: Callable[[Axes], None], *, width: float = WIDTH, height: float = HEIGHT
+    name: str, fill: Callable[[Axes], None], *, height: float = HEIGHT
 ) -> tuple[Markup, tuple[float, float]]:
     """What is inside the svg element of a panel that `fill` draws, and its size in pixels.
 
@@ -88,14 +88,14 @@ def draw(
     with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that only the browser has
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
-        figure = Figure(figsize=(width / 72, height / 72), layout=layout)
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
         fill(figure.add_subplot())
         file = io.BytesIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=nothing)
     drawn = file.getvalue()
     digest = hashlib.sha256(name.encode("utf-8", "replace") + drawn).hexdigest()[:8]
-    return _cleaned(drawn, f"p{digest}-"), (width, height)
+    return _cleaned(drawn, f"p{digest}-"), (WIDTH, height)
 
 
 def _cleaned(svg: bytes, prefix: str) -> Markup:

@@ -39,7 +39,7 @@ class Folder:
     metrics: list[Json]
     """Of reward-model training."""
     rlhf: list[Json]
-    """The same of RLHF."""
+    """The same of RLHF, told by their "phase"."""
     samples: list[Json]
     results: dict[str, Json] = field(default_factory=dict)
     """By name, those of RESULTS that are there."""
@@ -62,7 +62,7 @@ class Material:
 
     folders: tuple[Folder, ...]
     colours: dict[str, int]
-    """A colour for each run, method and model, the same in every plot."""
+    """A colour for each run and model, the same in every plot."""
 
     @property
     def runs(self) -> tuple[Folder, ...]:
@@ -95,7 +95,6 @@ def _coloured(folders: Iterable[Folder]) -> Iterator[str]:
             yield folder.name
     for folder in folders:
         found = folder.results
-        yield from map(str, dig(found, "comparison", "methods") or ())
         yield from (str(model.get("name")) for model in parts(found, "best_of_n", "models"))
         yield from map(str, dig(found, "rlhf_comparison", "models") or ())
 
@@ -116,8 +115,8 @@ def _read(path: Path, name: str) -> Folder:
         recipe_text=text,
         recipe=_yaml(text, path / RECIPE),
         sessions=sessions or [],
-        metrics=[record for record in metrics if record.get("phase") != "rlhf"],
-        rlhf=[record for record in metrics if record.get("phase") == "rlhf"],
+        metrics=[record for record in metrics if "phase" not in record],
+        rlhf=[record for record in metrics if "phase" in record],
         samples=samples,
         results=results,
         is_exported=(path / "model").is_dir(),

@@ -107,6 +107,11 @@ def count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else NONE
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of a thing: "1 row", "1,200 rows"."""
+    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+
+
 def p_value(value: Any) -> str:
     """A p-value with two significant digits, or that it is below 0.001."""
     value = finite(value)

@@ -38,7 +38,7 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
         raise ConfigError(
             f"hafrm report needs {' and '.join(missing)}: pip install 'hafrm[report]'"
         )
-    page = render(read_folders(folders)).encode("utf-8")
+    page = render(read_folders(folders)).encode("utf-8", "replace")
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, page)
     return len(page)
@@ -104,20 +104,22 @@ def _makers() -> tuple[Callable[[Material], object], ...]:
     """The sections in their order; they are loaded late, because they need the extra."""
     from hafrm.reporting.sections import (  # noqa: PLC0415
         accuracy,
-        alignment,
+        agreement,
+        best_of_n,
         bias,
         calibration,
         comparison,
-        insides,
+        noise,
         provenance,
         reading,
+        representation,
+        rlhf,
         summary,
         training,
     )
 
     return (
-        *(summary.section, accuracy.section, comparison.section, alignment.best_of_n),
-        *(alignment.rlhf, training.section, calibration.section, bias.section),
-        *(insides.agreement, insides.noise, insides.representation),
-        *(reading.section, provenance.section),
+        *(summary.section, accuracy.section, comparison.section, best_of_n.section, rlhf.section),
+        *(training.section, calibration.section, bias.section, agreement.section, noise.section),
+        *(representation.section, reading.section, provenance.section),
     )

@@ -24,8 +24,8 @@ from hafrm.reporting.blocks import Figure
 from hafrm.reporting.drawing import BAD, GOOD, HEIGHT, INK, PAPER, draw
 from hafrm.reporting.numbers import finite, significant
 
-SQUARE = 270.0
-"""The height at which a panel's axes are about as high as wide."""
+TALL = 230.0
+"""Of a panel whose slope is what one looks at."""
 MOST_LABEL = 12
 """Characters of a name at the end of a line; longer ones are in the key alone."""
 MOST_POINTS = 300
@@ -41,12 +41,13 @@ def chart(title: str, series: Sequence[Series], scale: Scale, unit: str = "") ->
     def fill(axes: Axes) -> None:
         dots = [each for each in shown if each.style == "dots"]
         for each in shown:
-            place = dots.index(each) - (len(dots) - 1) / 2 if each in dots else 0.0
+            is_dodged = each in dots and not scale.diagonal
+            place = dots.index(each) - (len(dots) - 1) / 2 if is_dodged else 0.0
             draw_series(axes, each, DODGE * place)
         set_scale(axes, scale, shown)
         label_ends(axes, shown)
 
-    svg, size = draw(title, fill, height=SQUARE if scale.diagonal else HEIGHT)
+    svg, size = draw(title, fill, height=TALL if scale.diagonal else HEIGHT)
     return Figure(title, svg, size, _in_words(title, shown, scale), unit)
 
 

@@ -14,6 +14,8 @@ from hafrm.reporting.numbers import MINUS, Number
 
 HEIGHT = 26
 """About that of a row."""
+APART = 9
+"""Pixels between two marks of a row."""
 NUM_COLOURS = 7
 """As many as the style sheet has for runs, methods and models."""
 
@@ -75,22 +77,22 @@ def heading(axis: Axis, *, sign: bool = False) -> Markup:
 
 
 def whiskers(axis: Axis, marks: Sequence[Mark]) -> Markup:
-    """Dots with their intervals on one line, those given last on top."""
+    """Dots with their intervals, one under the other."""
     parts = [_line("reference", axis.reference, axis.reference, axis, -4, HEIGHT + 4)]
-    for mark in marks:
+    for i, mark in enumerate(marks):
         if mark.number is None:
             continue
+        middle = HEIGHT // 2 + round(APART * (i - (len(marks) - 1) / 2))
         found, kind = (
             mark.number,
             "base" if mark.colour is None else f"c{mark.colour % NUM_COLOURS}",
         )
         if found.has_interval:
-            middle = HEIGHT // 2
             parts.append(_line(f"whisker {kind}", found.low, found.high, axis, middle, middle))
         hollow = " hollow" if mark.is_hollow else ""
         parts.append(
             Markup('<circle class="dot {}{}" cx="{}" cy="{}" r="3.5"/>').format(
-                kind, hollow, axis.place(found.value), HEIGHT // 2
+                kind, hollow, axis.place(found.value), middle
             )
         )
     return _svg(parts, "strip")

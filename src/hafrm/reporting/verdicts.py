@@ -3,9 +3,19 @@
 from collections.abc import Iterator, Sequence
 
 from hafrm.reporting.folders import Json, Material, parts, source_names
-from hafrm.reporting.numbers import Number, count, decimal, difference, number, share, with_bounds
-from hafrm.reporting.sections.accuracy import Measured
+from hafrm.reporting.numbers import (
+    Number,
+    count,
+    decimal,
+    difference,
+    finite,
+    number,
+    share,
+    with_bounds,
+)
+from hafrm.reporting.sections.accuracy import Measured, measured_sets
 from hafrm.reporting.sections.comparison import better_and_worse, is_real
+from hafrm.reporting.sections.rlhf import HELD_OUT, TRAINED, records
 
 MOST_NAMED = 3
 """Real differences that are named in the summary; all stand in their table."""
@@ -13,13 +23,16 @@ MOST_NAMED = 3
 
 def overall(material: Material) -> list[Measured]:
     """Each run's number that matters: of all test sets together, or of its only one."""
-    found = []
-    for run, test in material.having("test"):
-        sets = parts(test, "sets")
-        together = [each for each in sets if each.get("name") == "all"]
-        if together or sets:
-            found.append(Measured(run.name, (together or sets)[0]))
-    return found
+    found: dict[str, list[Measured]] = {}
+    for measured in measured_sets(material).values():
+        for each in measured:
+            found.setdefault(each.run, []).append(each)
+    order = [folder.name for folder in material.folders if folder.name in found]
+    return [_together(found[run]) for run in order]
+
+
+def _together(measured: Sequence[Measured]) -> Measured:
+    return next((each for each in measured if each.data.get("name") == "all"), measured[0])
 
 
 def length_baseline(each: Measured) -> tuple[str, Number | None]:
@@ -41,7 +54,10 @@ def verdicts(material: Material) -> Iterator[str]:
     """A sentence or two about the runs, and about each comparison, best-of-n and RLHF output."""
     measured = overall(material)
     yield from _of_runs(measured)
-    if len(measured) > 1 and not list(material.having("comparison")):
+    same = {
+        (each.data.get("name"), each.accuracy.num if each.accuracy else None) for each in measured
+    }
+    if len(measured) > 1 and len(same) == 1 and not list(material.having("comparison")):
         yield _among(measured)
     for _, found in material.having("comparison"):
         yield from _of_comparison(found)
@@ -70,6 +86,8 @@ def _against_rules(each: Measured, accuracy: Number) -> str:
     name, rule = length_baseline(each)
     if rule is None:
         return said
+    if _against(accuracy, rule) == 0 and said.startswith("not"):
+        return f"told apart neither from a coin nor from length alone ({name}: {share(rule)})"
     known = {1: "better than", 0: "not told apart from", -1: "worse than"}
     compared = f"{known[_against(accuracy, rule)]} length alone ({name}: {share(rule)})"
     return f"{said}, and {compared}"
@@ -122,6 +140,10 @@ def _of_comparison(found: Json) -> Iterator[str]:
         f"{count(len(real))} of {count(len(every))} differences between methods {are} real. "
         f"The largest: {'; '.join(told)}."
     )
+    for each in parts(found, "average_differences"):
+        if is_real(each):
+            winner, loser = better_and_worse(each)
+            yield f"On average, {each.get('test')}: {winner} over {loser} by {_size(each)}."
 
 
 def _size(each: Json) -> str:
@@ -150,16 +172,25 @@ def _of_best_of_n(found: Json) -> Iterator[str]:
 
 def _of_rlhf(material: Material) -> Iterator[str]:
     for folder in material.folders:
-        known = [r for r in folder.rlhf if r.get("reward") is not None]
-        if len(known) > 1:
-            first, last = known[0], known[-1]
-            sentence = (
-                f"{folder.name}: in {count(last.get('step'))} steps of RLHF the reward went from "
-                f"{decimal(first['reward'], 2)} to {decimal(last['reward'], 2)}"
-            )
-            golds = [r["gold"] for r in known if r.get("gold") is not None]
-            if len(golds) > 1:
-                sentence += (
-                    f" and the gold reward from {decimal(golds[0], 2)} to {decimal(golds[-1], 2)}"
-                )
-            yield f"{sentence}, at a KL of {decimal(last.get('kl'), 2)} nat."
+        known = records(folder, HELD_OUT) or records(folder, TRAINED)
+        told = [
+            f"the {noun} went from {_at(known[0], key)} to {_at(known[-1], key)}"
+            for key, noun in (("reward", "reward"), ("gold", "gold reward"))
+            if len(known) > 1 and all(known[i].get(key) is not None for i in (0, -1))
+        ]
+        if told:
+            steps, kl = count(known[-1].get("step")), decimal(known[-1].get("kl"), 2)
+            yield f"{folder.name}: in {steps} steps of RLHF {' and '.join(told)}, at a KL of {kl} nat."
+    for _, found in material.having("rlhf_comparison"):
+        for each in parts(found, "wins"):
+            gap = number(each.get("difference"))
+            if gap is not None and (gap.low > 0 or gap.high < 0):
+                first, second = str(each.get("first")), str(each.get("second"))
+                winner, loser = (first, second) if gap.value > 0 else (second, first)
+                yield f"The policy of {winner} is judged better than that of {loser} ({difference(gap)})."
+
+
+def _at(record: Json, key: str) -> str:
+    """A logged value, with its interval where it has one."""
+    low, high = (finite(record.get(f"{key}_{end}")) for end in ("low", "high"))
+    return with_bounds(Number(finite(record.get(key)), low, high))

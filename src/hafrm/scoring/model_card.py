@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 path = "."  # where this file lies
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForSequenceClassification.from_pretrained(path)
+model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
 messages = {messages}
 text = tokenizer.apply_chat_template(messages, tokenize=False)
 ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
@@ -187,11 +187,14 @@ def _share(estimate: Mapping[str, Any]) -> str:
 
 
 def _example(golden: Path) -> tuple[str, str]:
-    """A golden conversation as Python code, and its reward: the last one that is short, a plain one."""
+    """A golden conversation as Python code, and its reward: of the last short prompt the first response."""
     lines = [json.loads(line) for line in golden.read_text(encoding="utf-8").splitlines()]
     short = [line for line in lines if len(str(line["messages"])) <= MOST_EXAMPLE]
-    line = short[-1] if short else min(lines, key=lambda each: len(str(each["messages"])))
-    messages = ",\n".join(f"    {message!r}" for message in line["messages"])
+    last = short[-1] if short else min(lines, key=lambda each: len(str(each["messages"])))
+    line = next(each for each in lines if each["messages"][:-1] == last["messages"][:-1])
+    messages = ",\n".join(
+        f"    {json.dumps(message, ensure_ascii=False)}" for message in line["messages"]
+    )
     # a fence inside the text would end the code block
     return f"[\n{messages},\n]".replace("```", "` ` `"), f"{line['reward']:.3f}"
 

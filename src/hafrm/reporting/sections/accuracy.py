@@ -15,7 +15,7 @@ class Measured:
 
     run: str
     data: Json
-    """As `hafrm evaluate` writes it."""
+    """As `hafrm evaluate` or `hafrm diagnose` writes it."""
 
     @property
     def accuracy(self) -> Number | None:
@@ -33,8 +33,18 @@ class Measured:
 
 
 def measured_sets(material: Material) -> dict[str, list[Measured]]:
-    """Test sets by the name that the page gives them, each with the runs that were measured on it."""
+    """Test sets by the name that the page gives them, each with the runs that were measured on it.
+
+    `hafrm diagnose` measures accuracy too; where a run has both, its test results count.
+    """
     found = [(f.name, s) for f, test in material.having("test") for s in parts(test, "sets")]
+    tested = {(run, each.get("name")) for run, each in found}
+    found += [
+        (f.name, s)
+        for f, diagnosed in material.having("diagnostics")
+        for s in parts(diagnosed, "sets")
+        if number(s.get("accuracy")) is not None and (f.name, s.get("name")) not in tested
+    ]
     names = source_names(list(dict.fromkeys(str(each.get("name")) for _, each in found)))
     result: dict[str, list[Measured]] = {name: [] for name in names.values()}
     for run, each in found:

@@ -15,15 +15,16 @@ from hafrm.reporting.blocks import (
     Table,
     words,
 )
-from hafrm.reporting.folders import Json, Material, dig, parts
-from hafrm.reporting.numbers import bounds, count, decimal, finite, number, per_cent, share
+from hafrm.reporting.folders import Json, Material, dig, parts, source_names
+from hafrm.reporting.numbers import bounds, count, decimal, number, per_cent, share
 from hafrm.reporting.plots import chart
 from hafrm.reporting.sections.accuracy import measured_sets
-from hafrm.reporting.sections.calibration import diagnosed_sets
 from hafrm.reporting.strips import Mark, axis_of, heading, whiskers
 
 BANDS = ("much shorter", "shorter", "about equal", "longer", "much longer")
 """As `hafrm evaluate` slices the chosen response against the rejected one."""
+MOST_ROWS = 24
+"""Of a table that is shown without being asked for."""
 TICKS = ("much\nshorter", "shorter", "equal", "longer", "much\nlonger")
 
 
@@ -94,61 +95,62 @@ def _correlations(material: Material) -> Table | None:
     return Table("Margin and length", columns, (Rows(rows),), note)
 
 
-def _styles(material: Material) -> Iterator[Table]:
-    for run, name, each in diagnosed_sets(material):
-        found = parts(each, "style")
-        if not found:
-            continue
-        keys = ("picks_more", "people_pick_more")
-        axis = axis_of([number(row.get(key)) for row in found for key in keys], 0.5)
-        rows = tuple(
+def _main_and_others(material: Material, key: str) -> Iterator[tuple[str, str, list[Json], bool]]:
+    """(run, set, rows, whether it is the run's main set) of what diagnostics has under a key."""
+    for folder, found in material.having("diagnostics"):
+        sets = [each for each in parts(found, "sets") if parts(each, key)]
+        main = next((each for each in sets if each.get("name") == "all"), sets[0] if sets else None)
+        names = source_names([str(each.get("name")) for each in sets])
+        for each in sorted(sets, key=lambda each: each is not main):
+            yield folder.name, names[str(each.get("name"))], parts(each, key), each is main
+
+
+def _styles(material: Material) -> Iterator[Block]:
+    for run, name, found, is_main in _main_and_others(material, "style"):
+        rows = [row for row in found if number(row.get("picks_more")) is not None]
+        if rows:
+            table = _style_table(rows, material.colour(run), f"Style on {name}, {run}")
+            yield table if is_main else More(table.caption, (table,))
+
+
+def _style_table(found: Sequence[Json], colour: int, caption: str) -> Table:
+    keys = ("picks_more", "people_pick_more", "accuracy_more", "accuracy_less")
+    axis = axis_of([number(row.get(key)) for row in found for key in keys[:2]], 0.5)
+    rows = []
+    for row in found:
+        model, people, more, less = (number(row.get(key)) for key in keys)
+        rows.append(
             (
                 words(str(row.get("feature"))),
-                Cell(share(number(row.get("picks_more"))), is_strong=True),
-                Cell(share(number(row.get("people_pick_more")))),
-                Cell(
-                    strip=whiskers(
-                        axis,
-                        [
-                            Mark(number(row.get("people_pick_more"))),
-                            Mark(number(row.get("picks_more")), material.colour(run)),
-                        ],
-                    )
-                ),
-                Cell(share(number(row.get("accuracy_more")))),
-                Cell(share(number(row.get("accuracy_less")))),
+                Cell(share(model), is_strong=True),
+                Cell(share(people)),
+                Cell(strip=whiskers(axis, [Mark(model, colour), Mark(people)])),
+                Cell(share(more)),
+                Cell(share(less)),
             )
-            for row in found
         )
-        columns = (
-            Column("feature", "word"),
-            Column("the model picks more of it"),
-            Column("people do"),
-            Column("", "strip", heading(axis)),
-            Column("accuracy, chosen has more"),
-            Column("accuracy, chosen has less"),
-        )
-        note = "Only comparisons whose responses differ in the feature. Grey: people; in colour: the model."
-        yield Table(f"Style on {name}, {run}", columns, (Rows(rows),), note)
+    columns = (
+        *(Column("feature", "word"), Column("the model picks more of it"), Column("people do")),
+        *(Column("", "strip", heading(axis)), Column("accuracy, chosen has more")),
+        Column("accuracy, chosen has less"),
+    )
+    note = (
+        "Of comparisons whose responses differ in the feature. In colour the model, in grey people."
+    )
+    return Table(caption, columns, (Rows(tuple(rows)),), note)
 
 
 def _slices(material: Material) -> Iterator[Block]:
-    for run, name, each in diagnosed_sets(material):
-        found = parts(each, "slices")
-        if not found:
-            continue
-        table = _slice_table(
-            found, material.colour(run), f"Accuracy by kind of row on {name}, {run}"
-        )
-        many = len(found) > 12
-        yield More(f"{len(found)} kinds of rows on {name}, {run}", (table,)) if many else table
+    for run, name, found, is_main in _main_and_others(material, "slices"):
+        caption = f"Accuracy by kind of row on {name}, {run}"
+        table = _slice_table(found, material.colour(run), caption)
+        yield table if is_main and len(found) <= MOST_ROWS else More(caption, (table,))
 
 
 def _slice_table(found: Sequence[Json], colour: int, caption: str) -> Table:
     axis = axis_of([number(row.get("accuracy")) for row in found], 0.5)
     groups: dict[str, list[tuple[Cell, ...]]] = {}
-    ordered = sorted(found, key=lambda r: -finite(dig(r, "accuracy", "num")))
-    for row in ordered:
+    for row in found:
         accuracy = number(row.get("accuracy"))
         groups.setdefault(str(row.get("tag")), []).append(
             (
@@ -160,7 +162,7 @@ def _slice_table(found: Sequence[Json], colour: int, caption: str) -> Table:
             )
         )
     columns = (
-        *(Column("value", "word"), Column("accuracy"), Column("95 % interval")),
+        *(Column("rows", "word"), Column("accuracy"), Column("95 % interval")),
         *(Column("", "strip", heading(axis)), Column("comparisons")),
     )
     return Table(caption, columns, tuple(Rows(tuple(r), t) for t, r in groups.items()))

@@ -26,9 +26,8 @@ def section(material: Material) -> Section | None:
     if not blocks:
         return None
     lead = (
-        "Points on the dashed line mean what they say: of the comparisons given 80 %, 80 % come true. "
-        "Each comparison is looked at from both sides, so the diagram is point-symmetric; below the line "
-        "on the right is overconfident."
+        "Points on the dashed line mean what they say: of the comparisons in which a model gives one side "
+        "80 %, that side is preferred in 80 %. Below the line a model is surer than it should be."
     )
     return Section("calibration", "Calibration", lead, tuple(blocks))
 
@@ -64,7 +63,8 @@ def diagnosed_sets(material: Material) -> Iterator[tuple[str, str, Json]]:
 def _diagrams(material: Material) -> Iterator[Figure]:
     by_set: dict[str, list[Series]] = {}
     for name, run, calibration in _calibrations(material):
-        bins = parts(calibration, "bins")
+        # the other half mirrors this one
+        bins = [b for b in parts(calibration, "bins") if finite(b.get("confidence")) >= 0.5]
         accuracies = [finite(b.get("accuracy")) for b in bins]
         intervals = [
             share_of(a, int(b.get("num") or 0)) for a, b in zip(accuracies, bins, strict=True)
@@ -119,6 +119,13 @@ def _margins(material: Material) -> Iterator[Figure]:
         title = f"Margins on {name}" + (f", {run}" if several else "")
         edges = [finite(edge) for edge in found.get("edges") or ()]
         right, wrong = (list(found.get(key) or ()) for key in ("right", "wrong"))
+        if edges and edges[0] == 0:
+            # bins of |margin|: what is wrong lies on the other side of zero
+            edges, right, wrong = (
+                [-edge for edge in edges[:0:-1]] + edges,
+                [0] * len(right) + right,
+                wrong[::-1] + [0] * len(wrong),
+            )
         figure = histogram(title, edges, right, wrong, unit="comparisons")
         if figure is not None:
             yield figure

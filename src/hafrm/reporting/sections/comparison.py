@@ -21,6 +21,7 @@ from hafrm.reporting.numbers import (
     MINUS,
     Number,
     bounds,
+    counted,
     decimal,
     finite,
     number,
@@ -30,17 +31,19 @@ from hafrm.reporting.numbers import (
     significant,
 )
 from hafrm.reporting.plots import chart
-from hafrm.reporting.strips import Mark, axis_of, heading, whiskers
+from hafrm.reporting.strips import Axis, Mark, axis_of, heading, whiskers
 
-ALPHA = 0.05
+REAL_BELOW = 0.05
 """Adjusted p-values below it are called real."""
+MOST_ROWS = 24
+"""Of a table that is shown without being asked for."""
 
 
 def section(material: Material) -> Section | None:
     """Heat maps, differences, the alpha sweep and the learning rates of every comparison."""
     blocks: list[Block] = []
     for _, found in material.having("comparison"):
-        blocks += [*_heat_maps(found), *_differences(found)]
+        blocks += [*_heat_maps(found), *_averages(found), *_differences(found)]
         alphas = tuple(_alphas(found))
         if alphas:
             note = "Accuracy over the weight of the policy loss, with 95 % intervals."
@@ -53,14 +56,14 @@ def section(material: Material) -> Section | None:
     lead = (
         "Rows are what a model was trained on, columns what it was tested on; framed cells are in domain. "
         "A difference is called real when its p-value, adjusted for the number of differences (Holm), is "
-        f"below {ALPHA}."
+        f"below {REAL_BELOW}."
     )
     return Section("comparison", "Methods compared", lead, tuple(blocks))
 
 
 def is_real(difference: Json) -> bool:
     """Whether chance is a poor explanation of a difference."""
-    return finite(difference.get("p_adjusted")) < ALPHA
+    return finite(difference.get("p_adjusted")) < REAL_BELOW
 
 
 def better_and_worse(difference: Json) -> tuple[str, str]:
@@ -142,35 +145,86 @@ def _same_set(train: object, test: object) -> bool:
     return str(train).partition("#")[0] == str(test).partition("#")[0]
 
 
-def _differences(found: Json) -> Iterator[Block]:
-    every = parts(found, "differences")
+def _averages(found: Json) -> Iterator[Table]:
+    """Means over test sets: in domain, in other domains, and so on."""
+    every = parts(found, "averages")
     if not every:
         return
-    names = _names(found)
-    axis = axis_of([number(each.get("difference")) for each in every], 0.0)
+    axis = axis_of([number(each.get("accuracy")) for each in every], 0.5)
     groups: dict[str, list[tuple[Cell, ...]]] = {}
     for each in every:
-        value = number(each.get("difference"))
-        train, test = (names.get(str(each.get(k)), str(each.get(k))) for k in ("train", "test"))
-        groups.setdefault(f"trained on {train}", []).append(
-            (
-                words(test),
-                Cell(f"{each.get('first')} {MINUS} {each.get('second')}"),
-                Cell(points(value), is_strong=is_real(each)),
-                Cell(bounds(value)),
-                Cell(strip=whiskers(axis, [Mark(value, 0 if is_real(each) else None)])),
-                Cell(p_value(each.get("p_value"))),
-                Cell(p_value(each.get("p_adjusted")), is_strong=is_real(each)),
-            )
+        mean = number(each.get("accuracy"))
+        sets = each.get("num_sets")
+        title = (
+            f"{each.get('kind')} ({counted(sets, 'pair')} of sets)" if sets else each.get("kind")
         )
+        strip = whiskers(axis, [Mark(mean, 0)])
+        cells = (words(str(each.get("method"))), Cell(per_cent(mean), is_strong=True))
+        groups.setdefault(str(title), []).append((*cells, Cell(bounds(mean)), Cell(strip=strip)))
     columns = (
-        *(Column("tested on", "word"), Column("methods", "word"), Column("points")),
-        *(Column("95 % interval"), Column("", "strip", heading(axis, sign=True))),
-        *(Column("p"), Column("p (Holm)")),
+        *(Column("method", "word"), Column("mean accuracy"), Column("95 % interval")),
+        Column("", "strip", heading(axis)),
     )
     rows = tuple(Rows(tuple(each), title) for title, each in groups.items())
-    table = Table("Differences of methods, in points of accuracy", columns, rows, "Bold: real.")
-    yield More(f"All {len(every)} differences", (table,)) if len(every) > 24 else table
+    yield Table("Accuracy averaged over test sets, each counting alike", columns, rows)
+
+
+def _differences(found: Json) -> Iterator[Block]:
+    names = _names(found)
+    averages = parts(found, "average_differences")
+    if averages:
+        groups = {"": _difference_rows(averages, names)}
+        yield _difference_table("Differences of averages, in points", "average", averages, groups)
+    every = parts(found, "differences")
+    if every:
+        trains = list(dict.fromkeys(str(each.get("train")) for each in every))
+        rows = _difference_rows(every, names)
+        groups = {
+            f"trained on {names.get(train, train)}": [
+                row
+                for row, each in zip(rows, every, strict=True)
+                if str(each.get("train")) == train
+            ]
+            for train in trains
+        }
+        caption = "Differences of methods, in points of accuracy"
+        table = _difference_table(caption, "tested on", every, groups)
+        yield More(f"All {len(every)} differences", (table,)) if len(every) > MOST_ROWS else table
+
+
+def _difference_rows(every: Sequence[Json], names: dict[str, str]) -> list[tuple[Cell, ...]]:
+    axis = _difference_axis(every)
+    rows: list[tuple[Cell, ...]] = []
+    for each in every:
+        value, real = number(each.get("difference")), is_real(each)
+        rows.append(
+            (
+                words(names.get(str(each.get("test")), str(each.get("test")))),
+                Cell(f"{each.get('first')} {MINUS} {each.get('second')}"),
+                Cell(points(value), is_strong=real),
+                Cell(bounds(value)),
+                Cell(strip=whiskers(axis, [Mark(value, 0 if real else None)])),
+                Cell(p_value(each.get("p_value"))),
+                Cell(p_value(each.get("p_adjusted")), is_strong=real),
+            )
+        )
+    return rows
+
+
+def _difference_axis(every: Sequence[Json]) -> Axis:
+    return axis_of([number(each.get("difference")) for each in every], 0.0)
+
+
+def _difference_table(
+    caption: str, first: str, every: Sequence[Json], groups: dict[str, list[tuple[Cell, ...]]]
+) -> Table:
+    axis = heading(_difference_axis(every), sign=True)
+    columns = (
+        *(Column(first, "word"), Column("methods", "word"), Column("points")),
+        *(Column("95 % interval"), Column("", "strip", axis), Column("p"), Column("p (Holm)")),
+    )
+    rows = tuple(Rows(tuple(each), title) for title, each in groups.items())
+    return Table(caption, columns, rows, "In bold and in colour: real.")
 
 
 def _alphas(found: Json) -> Iterator[Figure]:

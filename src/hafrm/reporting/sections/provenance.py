@@ -39,7 +39,6 @@ def _of_folder(folder: Folder) -> Iterator[Block]:
     for session in folder.sessions:
         facts += list(_of_session(session))
     last = folder.sessions[-1] if folder.sessions else {}
-    facts += [(key.replace("_", " "), text) for key, text in _counts(last.get("counts") or {})]
     if last.get("template_sha256"):
         facts.append(("chat template, SHA-256", str(last["template_sha256"])))
     yield Facts(tuple((term, text) for term, text in facts if text))
@@ -49,6 +48,9 @@ def _of_folder(folder: Folder) -> Iterator[Block]:
         rows = tuple((words(names[str(f)]), Cell(str(d))) for f, d in digests.items())
         columns = (Column("data file", "word"), Column("SHA-256", "word"))
         yield Table("Digests of the data", columns, (Rows(rows),))
+    counts = [(key.replace("_", " "), text) for key, text in _counts(last.get("counts") or {})]
+    if counts:
+        yield More("Rows and tokens", (Facts(tuple(counts)),))
     if folder.recipe_text:
         yield More("Recipe", (Listing(folder.recipe_text),))
 

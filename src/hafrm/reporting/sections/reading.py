@@ -40,19 +40,24 @@ def first_line(text: object, most: int = 90) -> str:
 
 
 def _worst(folder: Folder) -> Iterator[Passages]:
-    found = parts(folder.results.get("diagnostics", {}), "worst")
+    """A comparison that is suspicious in several ways is shown once, with all of them."""
+    found: dict[tuple[str, ...], list[Json]] = {}
+    for each in parts(folder.results.get("diagnostics", {}), "worst"):
+        key = tuple(str(each.get(name)) for name in ("prompt", "chosen", "rejected"))
+        found.setdefault(key, []).append(each)
     if found:
-        passages = tuple(map(_comparison, found[:MOST_PASSAGES]))
+        passages = tuple(map(_comparison, list(found.values())[:MOST_PASSAGES]))
         yield Passages(f"{folder.name}: comparisons that look wrong", passages)
 
 
-def _comparison(each: Json) -> Passage:
-    votes = each.get("votes")
-    name = str(each.get("set") or "")
-    told = [str(each["why"])] if each.get("why") else []
+def _comparison(found: list[Json]) -> Passage:
+    each = found[0]
+    told = list(dict.fromkeys(str(one["why"]) for one in found if one.get("why")))
     told.append(f"margin {decimal(each.get('margin'), 2)}")
+    votes = each.get("votes")
     if isinstance(votes, list) and votes:
         told.append("votes " + " to ".join(str(v) for v in votes))
+    name = str(each.get("set") or "")
     told += [source_names([name])[name]] if name else []
     texts = tuple((key, shortened(each.get(key))) for key in ("prompt", "chosen", "rejected"))
     return Passage(first_line(each.get("prompt")), ", ".join(told), texts)

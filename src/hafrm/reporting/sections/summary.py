@@ -16,7 +16,7 @@ from hafrm.reporting.blocks import (
 )
 from hafrm.reporting.cautions import cautions
 from hafrm.reporting.folders import Folder, Material, dig, source_names
-from hafrm.reporting.numbers import bounds, count, per_cent, significant
+from hafrm.reporting.numbers import bounds, count, counted, per_cent, significant
 from hafrm.reporting.sections.accuracy import Measured
 from hafrm.reporting.strips import Mark, axis_of, heading, whiskers
 from hafrm.reporting.verdicts import length_baseline, overall, verdicts
@@ -43,7 +43,7 @@ def _numbers(measured: Sequence[Measured], material: Material) -> Iterator[Block
         (each,) = measured
         found = each.accuracy
         if found is not None:
-            label = f"right of {count(found.num)} held-out comparisons ({_set_name(each)})"
+            label = f"of {count(found.num)} held-out comparisons judged right, {_set_name(each)}"
             yield Headline(per_cent(found), bounds(found), label)
     elif measured:
         yield _table(measured, material)
@@ -98,8 +98,8 @@ def _what_was_trained(material: Material) -> Iterator[str]:
         trains, tests = (len(found.get(key) or ()) for key in ("train_sets", "test_sets"))
         seeds = len(found.get("seeds") or ())
         yield (
-            f"{folder.name}: {methods}, trained on {_counted(trains, 'set')} and tested on {tests}, "
-            f"with {_counted(seeds, 'seed')}."
+            f"{folder.name}: {methods}, trained on {counted(trains, 'set')} and tested on {tests}, "
+            f"with {counted(seeds, 'seed')}."
         )
 
 
@@ -123,7 +123,3 @@ def _trained(run: Folder) -> str:
         f"{run.name}: method {named}, from {base}, on {many}; {how}{count(steps)} steps of "
         f"{run.get('training', 'batch_size')} comparisons, peak learning rate {rate}."
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -32,7 +32,7 @@ CURVES = (
     Curve("Validation loss", (), ("loss",), unit="nat", reference=0.6931),
     Curve("Accuracy", ("accuracy",), ("accuracy",), "of the head that judges", True, 0.5),
     Curve(
-        "Accuracy of the implicit reward",
+        "Implicit accuracy",
         *(("implicit_accuracy",), ("implicit_accuracy",), "policy head", True, 0.5),
         heads=2,
     ),
