@@ -82,6 +82,7 @@ def test_curves_wins_and_agreement_by_hand(tmp_path):
     assert [point.proxy.value for point in length.curve] == [1.75, 2.5]
     assert [point.kl for point in length.curve] == [kl_of_best(1), kl_of_best(2)]
     assert (letter.top1_agreement.value, length.top1_agreement.value) == (0.5, 1.0)
+    assert (letter.peak, letter.since_peak.value) == (2, 0.0)
     assert result.top1_chance == 0.5
     (wins,) = result.wins
     assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.0, 0.5, 0.5)
@@ -89,6 +90,24 @@ def test_curves_wins_and_agreement_by_hand(tmp_path):
     assert [baseline.gold[-1].value for baseline in result.baselines] == [2.5, 2.5]
     assert [each.picked for each in letter.examples] == ["a", "ccc"]
     assert letter.examples[0].gold == 1.0
+
+
+def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
+    """Candidates of lengths 1, 2 and 3 with gold 0, 3 and 0. Of two random ones the longer is the second
+    once and the third twice: gold 1. So n = 1 gives 1, n = 2 gives 1, n = 3 gives 0: the peak is at 1, and
+    1 is lost since."""
+    rows = [{"prompt": str(i), "responses": ["a", "bb", "ccc"]} for i in range(3)]
+    result = best_of_n(
+        from_files([str(write(tmp_path / "c.jsonl", rows))], 3),
+        [GoldScorer("length", by_length)],
+        tmp_path / "out",
+        judging=Judging(gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2))),
+    )
+    (model,) = result.models
+    assert [point.gold.value for point in model.curve] == pytest.approx([1, 1, 0])
+    assert [point.proxy.value for point in model.curve] == pytest.approx([2, 8 / 3, 3])
+    assert (model.peak, model.since_peak.value, model.gain.value) == (1, -1.0, -1.0)
+    assert model.beta > 0
 
 
 def test_the_file_keeps_the_contract(tmp_path, candidates):

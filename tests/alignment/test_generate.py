@@ -83,7 +83,7 @@ def test_tries_may_be_fewer_than_a_full_round(tmp_path):
     (found,) = draw_candidates(policy, PROMPTS[:1], Drawing(4, tries=6), Journal(tmp_path / "c"))
     assert found.tries == 6
     assert [num for _, num, _ in policy.asked] == [4, 2]
-    for wrong in ({"num": 1}, {"num": 4, "tries": 3}):
+    for wrong in ({"num": 1}, {"num": 4, "tries": 3}, {"num": 4, "seed": -1}):
         with pytest.raises(ConfigError):
             Drawing(**wrong)
 

@@ -36,6 +36,8 @@ class Drawing:
         check_num(self.num)
         if self.tries is not None and self.tries < self.num:
             raise ConfigError(f"--tries must be {self.num} (-n) or more, got {self.tries}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be 0 or more, got {self.seed}")
 
     @property
     def most(self) -> int:

@@ -4,6 +4,7 @@ Plain arrays in. Every mean is over prompts, and so is every interval: candidate
 independent witnesses.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -59,6 +60,11 @@ class ModelResult:
     curve: tuple[CurvePoint, ...]
     gain: Estimate | None
     """Gold score of the pick among all above that of a random candidate."""
+    peak: int | None
+    """The n at which the mean gold score is highest."""
+    since_peak: Estimate | None
+    """Gold score of the pick among all above that of the pick at the peak, prompt by prompt; the peak is
+    chosen on the same prompts, which makes a fall look larger than it is."""
     alpha: float
     """Of the fit gold(n) - gold(1) = d (alpha - beta d), d = sqrt(KL)."""
     beta: float
@@ -179,12 +185,14 @@ def measure_model(
     kl = [kl_of_best(n) for n in range(1, num + 1)]
     proxy = bootstrap_columns(curve_values(candidates, scores, scores, num))
     golden: Sequence[Estimate | None] = [None] * num
-    gain, alpha, beta, best = None, float("nan"), float("nan"), None
+    gain, peak, since, alpha, beta, best = None, None, None, math.nan, math.nan, None
     if gold is not None:
         values = curve_values(candidates, scores, gold, num)
         golden = bootstrap_columns(values)
         gain = clustered_bootstrap(values[:, -1] - values[:, 0], proportion=False)
         means = values.mean(0)
+        peak = int(np.argmax(means)) + 1
+        since = clustered_bootstrap(values[:, -1] - values[:, peak - 1], proportion=False)
         alpha, beta = fit_gold(np.array(kl), means - means[0])
         best = _agreement(picks(scores), gold)
     return ModelResult(
@@ -194,6 +202,8 @@ def measure_model(
             for n, (k, p, g) in enumerate(zip(kl, proxy, golden, strict=True), 1)
         ),
         gain=gain,
+        peak=peak,
+        since_peak=since,
         alpha=alpha,
         beta=beta,
         top1_agreement=best,
@@ -218,7 +228,7 @@ def _ranked_agreement(picked: NDArray[np.int64], ranks: Sequence[Ranks]) -> Esti
 def chance_of_best(values: Sequence[Ranks]) -> float:
     """How often a random candidate has its prompt's highest value."""
     shares = [float(np.mean(v == v.max())) for v in values if v is not None]
-    return float(np.mean(shares)) if shares else float("nan")
+    return float(np.mean(shares)) if shares else math.nan
 
 
 def measure_wins(

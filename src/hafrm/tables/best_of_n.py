@@ -109,7 +109,8 @@ def _notes(found: BestOfN) -> Iterator[str]:
         if found.gold is not None:
             yield (
                 f"{model.name}: gold(n) - gold(1) = d ({model.alpha:.3f} - {model.beta:.3f} d), "
-                "d = sqrt(KL)"
+                f"d = sqrt(KL); highest at n = {model.peak}"
+                + (f", since then {model.since_peak}" if model.peak != found.num_candidates else "")
             )
     said = [each.conduct for each in found.wins if each.conduct is not None]
     if said:
