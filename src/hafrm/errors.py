@@ -6,6 +6,7 @@
     |-- ModelError (ValueError)        a model or tokenizer that cannot do what was asked of it
     |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
     |-- NumericsError (RuntimeError)   numbers that must not be built upon
+    |-- EndpointError (RuntimeError)   a server that cannot be reached or used
     `-- MemoryBudgetError (MemoryError) a pass that does not fit, however it is cut
 
 Every message says what is wrong, the value got, what is allowed, and the fix.
@@ -34,6 +35,10 @@ class CheckpointError(HafrmError, RuntimeError):
 
 class NumericsError(HafrmError, RuntimeError):
     """A number that must not be built upon: non-finite, or two paths that disagree."""
+
+
+class EndpointError(HafrmError, RuntimeError):
+    """A server that was asked to write or to judge cannot be reached or used."""
 
 
 class MemoryBudgetError(HafrmError, MemoryError):

@@ -6,7 +6,7 @@ output, progress and log to standard error. Exit codes: 0 done, 1 refused or fai
 they stand in the help in the order in which they are imported here.
 """
 
-from hafrm.cli import train, evaluate, score, rlhf, rlhf_compare, data, demo  # noqa: F401, I001 - verbs register themselves
+from hafrm.cli import train, evaluate, score, best_of_n, rlhf, rlhf_compare, data, demo  # noqa: F401, I001 - verbs register themselves
 from hafrm.cli.entry import app, main
 
 __all__ = ["app", "main"]

@@ -130,6 +130,34 @@ def clustered_bootstrap(
     )
 
 
+def bootstrap_columns(
+    values: Float[np.ndarray, "items columns"], *, confidence: float = 0.95, seed: int = 0
+) -> tuple[Estimate, ...]:
+    """The mean of every column of quantities, with the interval that `clustered_bootstrap` gives it.
+
+    All columns share their resamples, so a curve of many points costs little more than one of them. Every
+    item is its own cluster.
+    """
+    num, columns = values.shape
+    if num < 2:
+        return tuple(clustered_bootstrap(values[:, k], proportion=False) for k in range(columns))
+    draw = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // num)
+    means = []
+    for start in range(0, NUM_RESAMPLES, block):
+        rows = min(block, NUM_RESAMPLES - start)
+        picked = draw.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
+        counts = np.bincount(picked.ravel(), minlength=rows * num).reshape(rows, num)
+        means.append(counts @ values / num)
+    bounds = np.quantile(
+        np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0
+    )
+    return tuple(
+        _bootstrapped(float(mean), (float(low), float(high)), num, confidence, proportion=False)
+        for mean, low, high in zip(values.mean(0), *bounds, strict=True)
+    )
+
+
 def paired_bootstrap(
     first: Shaped[np.ndarray, " items"],
     second: Shaped[np.ndarray, " items"],

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from hafrm.atomic import fingerprint
@@ -63,16 +64,24 @@ def load_reward(
 def load_policy(
     path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
 ) -> HybridModel:
-    """A `...ForCausalLM`; raises ModelError for anything else."""
+    """A `...ForCausalLM` that scores; raises ModelError for anything else."""
+    backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device="cpu"))
+    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
+    return model.to(device or _default_device())
+
+
+def load_causal_lm(
+    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+) -> PreTrainedModel:
+    """A stock `...ForCausalLM` that writes; raises ModelError for anything else."""
     loaded, missing = _load(AutoModelForCausalLM, path, dtype)
     if missing:
         raise ModelError(
             f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
             "LM (of a hafrm run: <run>/model/policy)"
         )
-    backbone, head = split_causal_lm(loaded)
-    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    model: PreTrainedModel = loaded.to(device or _default_device())
+    return model
 
 
 def load_encoder(

@@ -1,0 +1,320 @@
+"""Best of n from the command line on: files, numbers, kills, and what is refused."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from endpoint_for_tests import fails, says, serving
+from exports_for_tests import export_both
+from hafrm.alignment import scorers
+from hafrm.alignment.best_of_n import best_of_n, from_files
+from hafrm.alignment.curves import kl_of_best
+from hafrm.alignment.judging import Judging
+from hafrm.alignment.scorers import GoldScorer
+from hafrm.cli import app, main
+from hafrm.errors import DataError
+from tiny_runs import write_base
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+ROWS = [
+    {"prompt": f"Say {i}.", "responses": [f"{c * (1 + (i + k) % 4)}" for k, c in enumerate("abcd")]}
+    for i in range(6)
+]
+
+
+def by_length(_, response):
+    return float(len(response))
+
+
+def by_letter(_, response):
+    return -float(ord(response[0]))
+
+
+@pytest.fixture
+def candidates(tmp_path):
+    return str(write(tmp_path / "candidates.jsonl", ROWS))
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, ["best-of-n", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["hafrm", "best-of-n", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        main()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_curves_wins_and_agreement_by_hand(tmp_path):
+    """Two prompts with candidates "a", "bb" and "ccc", "d".
+
+    By letter the picks are "a" and "ccc", by length "bb" and "ccc". With length as gold: the letter's
+    gold curve is (1.5 + 2) / 2 = 1.75, then (1 + 3) / 2 = 2; the length's ends in 2.5. Top-1: 1 of 2 and 2
+    of 2. Letter against length: a loss and a tie (the same pick)."""
+    rows = [{"prompt": "x", "responses": ["a", "bb"]}, {"prompt": "y", "responses": ["ccc", "d"]}]
+    result = best_of_n(
+        from_files([str(write(tmp_path / "c.jsonl", rows))], 4),
+        [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
+        tmp_path / "out",
+        judging=Judging(gold=GoldScorer("truth", by_length)),
+    )
+    letter, length = result.models
+    assert [point.gold.value for point in letter.curve] == [1.75, 2.0]
+    assert [point.gold.value for point in length.curve] == [1.75, 2.5]
+    assert [point.proxy.value for point in length.curve] == [1.75, 2.5]
+    assert [point.kl for point in length.curve] == [kl_of_best(1), kl_of_best(2)]
+    assert (letter.top1_agreement.value, length.top1_agreement.value) == (0.5, 1.0)
+    assert (letter.peak, letter.since_peak.value) == (2, 0.0)
+    assert result.top1_chance == 0.5
+    (wins,) = result.wins
+    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.0, 0.5, 0.5)
+    assert (wins.difference.value, wins.same, wins.judge) == (-0.5, 0.5, "truth")
+    assert [baseline.gold[-1].value for baseline in result.baselines] == [2.5, 2.5]
+    assert [each.picked for each in letter.examples] == ["a", "ccc"]
+    assert letter.examples[0].gold == 1.0
+
+
+def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
+    """Candidates of lengths 1, 2 and 3 with gold 0, 3 and 0. Of two random ones the longer is the second
+    once and the third twice: gold 1. So n = 1 gives 1, n = 2 gives 1, n = 3 gives 0: the peak is at 1, and
+    1 is lost since."""
+    rows = [{"prompt": str(i), "responses": ["a", "bb", "ccc"]} for i in range(3)]
+    result = best_of_n(
+        from_files([str(write(tmp_path / "c.jsonl", rows))], 3),
+        [GoldScorer("length", by_length)],
+        tmp_path / "out",
+        judging=Judging(gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2))),
+    )
+    (model,) = result.models
+    assert [point.gold.value for point in model.curve] == pytest.approx([1, 1, 0])
+    assert [point.proxy.value for point in model.curve] == pytest.approx([2, 8 / 3, 3])
+    assert (model.peak, model.since_peak.value, model.gain.value) == (1, -1.0, -1.0)
+    assert model.beta > 0
+
+
+def test_the_file_keeps_the_contract(tmp_path, candidates):
+    best_of_n(
+        from_files([candidates], 3),
+        [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
+        tmp_path / "out",
+        judging=Judging(gold=GoldScorer("truth", by_length), sample=True),
+    )
+    found = read_json(tmp_path / "out" / "best_of_n.json")
+    assert (found["num_prompts"], found["num_candidates"]) == (6, 3)
+    estimate = {"value", "low", "high", "num", "method", "confidence"}
+    for model in found["models"]:
+        assert {"name", "curve", "top1_agreement", "examples"} <= model.keys()
+        assert [point["n"] for point in model["curve"]] == [1, 2, 3]
+        assert all(estimate <= p[k].keys() for p in model["curve"] for k in ("proxy", "gold"))
+        assert {"prompt", "picked", "reward"} <= model["examples"][0].keys()
+    pairs = [(w["first"], w["second"]) for w in found["wins"]]
+    assert pairs == [("letter", "length"), ("letter", "one sample"), ("length", "one sample")]
+    for wins in found["wins"]:
+        assert wins["win"] + wins["tie"] + wins["lose"] == pytest.approx(1)
+        assert estimate <= wins["difference"].keys()
+        assert wins["position_bias"] is None
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 12
+    assert {"id", "model", "prompt", "response", "reward", "gold"} == rows[0].keys()
+
+
+def test_prompts_that_somebody_cannot_score_are_left_out_for_all_and_counted(tmp_path, candidates):
+    def some(prompt, response):
+        if prompt[-1].content == "Say 3.":
+            raise DataError("unknown")
+        return by_length(prompt, response)
+
+    models = [GoldScorer("some", some), GoldScorer("all", by_length)]
+    result = best_of_n(from_files([candidates], 4), models, tmp_path / "out")
+    assert result.num_prompts == 5
+    assert result.counts.left_out == {"not scored by some: unknown prompt": 1}
+    assert result.wins == ()
+    assert result.models[0].curve[0].gold is None
+
+    def nobody(*_):
+        raise DataError("unknown")
+
+    with pytest.raises(DataError, match="nobody refused the first as unknown prompt"):
+        best_of_n(from_files([candidates], 4), [GoldScorer("nobody", nobody)], tmp_path / "none")
+
+
+def test_the_command_draws_scores_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    export_both(tmp_path / "rm" / "model")
+    base = write_base(tmp_path)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(5)])
+    models = (f"rm={tmp_path / 'rm'}", f"own={tmp_path / 'rm' / 'model' / 'policy'}")
+    command = (*models, "--prompts", prompts, "--policy", base, "-n", 4, "--max-new-tokens", 6)
+    out = tmp_path / "out"
+    output = invoke(*command, "--out", out)
+    assert "own score of the best of n" in output
+    assert "candidates: 4.0 a prompt; prompts with fewer than 4: 0" in output
+    first = read_json(out / "best_of_n.json")
+    assert [model["name"] for model in first["models"]] == ["rm", "own"]
+    drawn = [json.loads(line) for line in (out / "candidates.jsonl").read_text().splitlines()]
+    assert [len(set(row["responses"])) for row in drawn] == [4] * 5
+    scores = {p.name: p.read_text() for p in (out / "scores").iterdir()}
+    assert sorted(scores) == ["own.jsonl", "rm.jsonl"]
+
+    # A kill while the second model scored: nothing is drawn again, and only what is missing is scored.
+    (out / "best_of_n.json").unlink()
+    lines = scores["own.jsonl"].splitlines(keepends=True)
+    (out / "scores" / "own.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    loaded = []
+    whole = scorers.RewardModel.from_pretrained
+    monkeypatch.setattr(
+        scorers.RewardModel, "from_pretrained", lambda *a, **k: loaded.append(a) or whole(*a, **k)
+    )
+    invoke(*command, "--out", out)
+    assert read_json(out / "best_of_n.json") == first
+    assert loaded == []
+
+    # The same candidates once more, read from the file.
+    invoke(
+        models[0], "--candidates", out / "candidates.jsonl", "-n", 4, "--out", tmp_path / "again"
+    )
+    again = read_json(tmp_path / "again" / "best_of_n.json")
+    values = [point["proxy"]["value"] for point in again["models"][0]["curve"]]
+    assert values == pytest.approx([p["proxy"]["value"] for p in first["models"][0]["curve"]])
+
+
+def test_an_endpoint_writes_and_another_judges_and_ranks(tmp_path):
+    def policy(body):
+        texts = {"0": ["a", "bb", "cc"], "1": ["x", "yyy", "z"], "2": ["same", "same", "same"]}
+        return says(*texts[body["messages"][0]["content"]])
+
+    def judge(body):
+        text = body["messages"][0]["content"]
+        replies = re.findall(r"\[Reply \w+\]\n(.*?)\n\[End", text, re.DOTALL)
+        order = sorted(range(len(replies)), key=lambda k: -len(replies[k]))
+        if "Ranking:" in text:
+            return says("Ranking: " + " > ".join(str(k + 1) for k in order))
+        same = len(replies[0]) == len(replies[1])
+        return says("Verdict: " + ("tie" if same else "AB"[order[0]]))
+
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(3)])
+    export_both(tmp_path / "rm" / "model")
+    out = tmp_path / "out"
+    with serving(policy) as writer, serving(judge) as reader:
+        output = invoke(
+            *(tmp_path / "rm", "--prompts", prompts, "--endpoint", writer.url, "-n", 3),
+            *("--judge", reader.url, "--rank", "--out", out, "--request", "seed=5"),
+        )
+        assert all(body["seed"] == 5 for body in writer.asked)
+        asked = len(reader.asked)
+        (out / "best_of_n.json").unlink()
+        invoke(
+            *(tmp_path / "rm", "--prompts", prompts, "--endpoint", writer.url, "-n", 3),
+            *("--judge", reader.url, "--rank", "--out", out, "--request", "seed=5"),
+        )
+        assert len(reader.asked) == asked
+    found = read_json(out / "best_of_n.json")
+    assert found["judge"] == "m"
+    assert found["counts"]["left_out"] == {"fewer than two different candidates": 1}
+    (wins,) = found["wins"]
+    assert (wins["first"], wins["second"]) == ("rm", "one sample")
+    assert found["models"][0]["top1_agreement_judge"]["num"] == 2
+    assert "picks the judge's best" in output
+    assert 0.3 <= found["top1_chance_judge"] <= 0.7
+
+
+def test_a_reward_model_can_be_the_gold_score_and_the_judge(tmp_path, candidates):
+    """Judged by itself a model never loses and picks the gold best always."""
+    export_both(tmp_path / "rm" / "model")
+    rm = tmp_path / "rm"
+    out = tmp_path / "out"
+    invoke(f"a={rm}", "--candidates", candidates, "--gold", rm, "--judge", rm, "--out", out)
+    found = read_json(out / "best_of_n.json")
+    (model,) = found["models"]
+    assert model["top1_agreement"]["value"] == 1.0
+    assert [p["gold"]["value"] for p in model["curve"]] == pytest.approx(
+        [p["proxy"]["value"] for p in model["curve"]]
+    )
+    (wins,) = found["wins"]
+    assert wins["lose"] == 0.0
+    assert np.isfinite(model["alpha"])
+
+
+def test_a_judge_that_fails_half_way_goes_on_and_pays_once(tmp_path, candidates):
+    export_both(tmp_path / "rm" / "model")
+    command = (f"a={tmp_path / 'rm'}", f"b={tmp_path / 'rm' / 'model' / 'policy'}")
+    down = [True]
+
+    def judge(body):
+        broken = down and "Say 4." in body["messages"][0]["content"]
+        return fails(500, "down") if broken else says("Verdict: A")
+
+    with serving(judge) as fake:
+        options = ("--candidates", candidates, "--out", tmp_path / "out", "--sample")
+        options += ("--judge", fake.url, "--retries", "0")
+        result = CliRunner().invoke(app, ["best-of-n", *map(str, (*command, *options))])
+        assert result.exit_code != 0
+        assert not (tmp_path / "out" / "best_of_n.json").exists()
+        down.clear()
+        before = {json.dumps(body) for body in fake.asked}
+        fake.asked.clear()
+        invoke(*command, *options)
+        assert len(fake.asked) < len(before) + 4
+        assert sum("Say 4." not in json.dumps(body) for body in fake.asked) < len(before)
+    found = read_json(tmp_path / "out" / "best_of_n.json")
+    assert all(wins["position_bias"] in (1.0, None) for wins in found["wins"])
+    assert all(wins["difference"]["value"] == 0.0 for wins in found["wins"])
+
+
+def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
+    monkeypatch, capsys, tmp_path, candidates
+):
+    export_both(tmp_path / "rm" / "model")
+    rm, out = tmp_path / "rm", ("--out", tmp_path / "out")
+    prompts = ("--prompts", candidates)
+    from_file = ("--candidates", candidates)
+    for options, message in (
+        ((rm, *out), "candidates come from one place"),
+        ((rm, *out, *from_file, "--policy", rm), "candidates come from one place"),
+        ((rm, *out, *prompts, *from_file), "leave it out with --candidates"),
+        ((rm, *out, "--policy", rm), "give it with --policy"),
+        ((rm, *out, *from_file, "--judge-model", "x"), "need --judge URL"),
+        ((rm, *out, *from_file, "--judge", rm, "--rank"), "--rank needs --judge URL"),
+        ((rm, *out, *from_file, "--endpoint-model", "x"), "belong to --endpoint"),
+        (
+            (rm, *out, *prompts, "--endpoint", "http://x", "--chat-template", "t"),
+            "belongs to --policy",
+        ),
+        ((rm, *out, *from_file, "-n", 1), "needs 2 candidates or more"),
+        ((rm, *out, *from_file, "--dtype", "int8"), "--dtype must be one of"),
+        ((f"gold={rm}", *out, *from_file), "cannot be called 'gold'"),
+        ((rm, *out, *prompts, "--endpoint", "http://x", "--request", "seed"), "name=value"),
+        ((tmp_path / "nothing", *out, *from_file), "no model directory"),
+        ((rm, *out, *from_file, "--gold", "moon"), "moon"),
+    ):
+        assert message in " ".join(refused(monkeypatch, capsys, *options).split()), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_candidates_made_otherwise_are_refused(tmp_path, candidates, monkeypatch, capsys):
+    export_both(tmp_path / "rm" / "model")
+    out = tmp_path / "out"
+    invoke(tmp_path / "rm", "--candidates", candidates, "--out", out)
+    error = refused(
+        *(monkeypatch, capsys, tmp_path / "rm"), "--candidates", candidates, "-n", 2, "--out", out
+    )
+    assert "was made otherwise (different: read)" in " ".join(error.split())

@@ -1,0 +1,139 @@
+"""Sampling: what is drawn, that nothing else decides, and that a model in training is left as it was."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hafrm.alignment.sampling import Sampling, sample
+from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.errors import ConfigError, ModelError
+from models_for_tests import VOCAB, tiny_causal_lm
+
+EOS, PAD = 2, 0
+PROMPTS = [[5, 9, 11, 30], [7], [8, 8, 21, 3, 4, 50, 60], [12, 13]]
+
+
+def draw(model, num=2, seed=0, prompts=PROMPTS, batch_size=32, **options):
+    sampling = Sampling(**{"max_new_tokens": 6, **options})
+    return sample(model, prompts, num, sampling, eos=EOS, pad=PAD, seed=seed, batch_size=batch_size)
+
+
+def greedy_by_hand(model, prompt, limit=6):
+    """One prompt at a time, no cache, no padding: the obvious loop."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + limit:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == EOS:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_temperature_0_in_padded_batches_is_the_likeliest_token_of_each_prompt_alone(family):
+    model = tiny_causal_lm(family)
+    found = draw(model, num=2, temperature=0.0, batch_size=3)
+    for prompt, responses in zip(PROMPTS, found, strict=True):
+        assert responses == [greedy_by_hand(model, prompt)] * 2
+
+
+def test_the_same_call_gives_the_same_responses_and_another_seed_others():
+    model = tiny_causal_lm("llama")
+    assert draw(model) == draw(model)
+    assert draw(model, seed=1) != draw(model)
+    assert [len(responses) for responses in draw(model, num=3)] == [3, 3, 3, 3]
+
+
+def test_tokens_come_as_often_as_the_tempered_softmax_says():
+    """2,000 draws of one token: each frequency within 5 standard errors, sqrt(p (1 - p) / 2000)."""
+    model, num = tiny_causal_lm("llama"), 2000
+    found = draw(model, num, prompts=[[5, 9]], max_new_tokens=1, temperature=2.0, batch_size=num)
+    counts = torch.bincount(torch.tensor([r[0] for r in found[0]]), minlength=VOCAB) / num
+    with torch.no_grad():
+        p = (model(torch.tensor([[5, 9]])).logits[0, -1] / 2.0).softmax(-1)
+    assert ((counts - p).abs() <= 5 * (p * (1 - p) / num).sqrt() + 1e-3).all()
+    assert (counts > 0).sum() > 50  # a top-k of 50, transformers' default, is not applied
+
+
+def test_top_p_draws_from_the_likeliest_tokens_only():
+    model = tiny_causal_lm("llama")
+    with torch.no_grad():
+        p = model(torch.tensor([[5, 9]])).logits[0, -1].softmax(-1)
+    order = p.argsort(descending=True)
+    inside = order[: int((p[order].cumsum(0) < 0.5).sum()) + 1].tolist()
+    found = draw(model, 200, prompts=[[5, 9]], max_new_tokens=1, top_p=0.5)
+    assert {r[0] for r in found[0]} <= set(inside)
+
+
+def test_a_model_directorys_own_generation_defaults_do_not_enter():
+    """Left to themselves these would draw the likeliest token always, and never one twice."""
+    model = tiny_causal_lm("llama")
+    expected = draw(model, num=4)
+    own = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=50.0, eos_token_id=[3, 4, 5], max_length=9
+    )
+    model.generation_config = own
+    assert draw(model, num=4) == expected
+    assert model.generation_config is own
+
+
+def test_a_response_ends_in_its_first_eos_or_at_the_limit():
+    model = tiny_causal_lm("llama")
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 3  # some end at once, others never
+    found = [r for responses in draw(model, num=40) for r in responses]
+    ended = [r for r in found if r[-1] == EOS]
+    assert 0 < len(ended) < len(found)
+    assert all(EOS not in r[:-1] for r in found)
+    assert all(len(r) == 6 for r in found if r[-1] != EOS)
+
+
+def test_a_model_in_training_is_left_as_it_was():
+    model = tiny_causal_lm("llama").train()
+    model.model.layers[0].eval()
+    model.config.use_cache = False
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    draw(model)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache is False
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_backbone_that_shares_prompts_writes_with_its_stock_attention():
+    model = tiny_causal_lm("llama")
+    expected = draw(model)
+    backbone, head = split_causal_lm(model)
+    hybrid = HybridModel(backbone, policy_head=head)
+    shared = backbone.config._attn_implementation
+    assert draw(model) == expected
+    assert backbone.config._attn_implementation == shared
+    assert hybrid.sharing
+
+
+def test_progress_counts_responses_and_their_tokens():
+    heard = []
+    found = sample(
+        *(tiny_causal_lm("llama"), PROMPTS, 2, Sampling(4)),
+        eos=EOS,
+        pad=PAD,
+        seed=0,
+        batch_size=3,
+        done=lambda more, tokens: heard.append((more, tokens)),
+    )
+    assert [more for more, _ in heard] == [3, 3, 2]
+    assert sum(tokens for _, tokens in heard) == sum(len(r) for each in found for r in each)
+
+
+def test_what_cannot_be_drawn_is_refused_with_the_fix():
+    model = tiny_causal_lm("llama")
+    with pytest.raises(ModelError, match="lower max_new_tokens"):
+        draw(model, max_new_tokens=125)
+    with pytest.raises(ConfigError, match=r"prompts \[1\]"):
+        draw(model, prompts=[[5], []])
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
+        with pytest.raises(ConfigError):
+            Sampling(**{"max_new_tokens": 1, **wrong})
+    assert draw(model, prompts=[]) == []

@@ -1,0 +1,93 @@
+"""Scorers: the reward of every candidate, kept, and who is called what."""
+
+import numpy as np
+import pytest
+
+from exports_for_tests import export_both
+from hafrm.alignment.journal import Journal
+from hafrm.alignment.scorers import GoldScorer, ModelScorer, file_name, score_all, short_names
+from hafrm.data.groups import Group, Message
+from hafrm.errors import ConfigError, DataError, NumericsError
+from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+
+GROUPS = [
+    Group("a", (Message("user", "How do I bake bread?"),), ("Mix flour.", "No.", "Wait and see.")),
+    Group("b", (Message("user", "Tell me."),), ("A story.", "No.")),
+    Group("long", (Message("user", "word " * 200),), ("A story.", "No.")),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    export_both(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("", RewardModel), ("reward", RewardModel), ("policy", ImplicitRewardModel)]
+)
+def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(folder, path, kind):
+    scorer = ModelScorer(folder / path, "m")
+    found = scorer.score(GROUPS)
+    plain = kind.from_pretrained(folder / (path or "reward"))
+    for group, scores in zip(GROUPS[:2], found, strict=False):
+        assert scores == pytest.approx(
+            plain.score(group.prompt[0].content, list(group.responses)), abs=1e-5
+        )
+    assert "longer than 128 tokens" in found[2]
+    scorer.close()
+    assert ModelScorer(folder / path, "m").decides() == scorer.decides()
+
+
+def test_reward_and_implicit_reward_of_one_run_are_different_scorers(folder):
+    assert ModelScorer(folder).decides() != ModelScorer(folder / "policy").decides()
+    assert ModelScorer(folder).decides() != ModelScorer(folder, max_length=64).decides()
+
+
+def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
+    asked = []
+
+    def gold(prompt, response):
+        asked.append(response)
+        if prompt[-1].content == "Tell me.":
+            raise DataError("no such prompt")
+        return float(len(response))
+
+    first = score_all(GoldScorer("g", gold), GROUPS[:2], Journal(tmp_path / "g.jsonl"))
+    assert first[0].tolist() == [10.0, 3.0, 13.0]
+    assert first[1] == "unknown prompt: no such prompt"
+    asked.clear()
+    again = score_all(GoldScorer("g", gold), GROUPS, Journal(tmp_path / "g.jsonl"))
+    assert again[0].tolist() == first[0].tolist()
+    assert again[1] == first[1]
+    assert asked == ["A story.", "No."]
+
+
+def test_a_score_that_is_not_finite_stops_the_job(tmp_path):
+    scorer = GoldScorer("g", lambda *_: float("nan"))
+    with pytest.raises(NumericsError, match="g gives a a score that is not finite"):
+        score_all(scorer, GROUPS, Journal(tmp_path / "g.jsonl"))
+    assert not (tmp_path / "g.jsonl").exists()
+
+
+def test_models_are_called_by_their_runs_or_as_they_are_named():
+    assert short_names(["runs/haf", "runs/bt/model/reward", "runs/dpo/model/policy"]) == {
+        "haf": "runs/haf",
+        "bt": "runs/bt/model/reward",
+        "dpo-policy": "runs/dpo/model/policy",
+    }
+    assert short_names(["mine=runs/haf", "other=runs/haf"]) == {
+        "mine": "runs/haf",
+        "other": "runs/haf",
+    }
+    assert list(short_names(["a/run", "b/run"])) == ["a/run", "b/run"]
+    with pytest.raises(ConfigError, match="two models are called a/run"):
+        short_names(["a/run", "a/run"])
+    assert file_name("a/run") == "a_run"
+    assert file_name("..") == "model"
+
+
+def test_no_candidates_no_scores(folder):
+    assert ModelScorer(folder).score([]) == []
+    assert np.array(GoldScorer("g", lambda *_: 1.0).score([])).size == 0
