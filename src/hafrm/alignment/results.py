@@ -232,19 +232,29 @@ def chance_of_best(values: Sequence[Ranks]) -> float:
 
 
 def measure_wins(
-    first: str, second: str, judge: str, same: NDArray[np.bool_], verdicts: Sequence[Verdict]
+    first: str,
+    second: str,
+    judge: str,
+    same: NDArray[np.bool_],
+    verdicts: Sequence[Verdict],
+    prompts: NDArray[np.int64] | None = None,
 ) -> Wins:
-    """Shares of wins, ties and losses of the first method; `same` tells where both picked one candidate."""
-    judged = np.array([v.preferred for v in verdicts if v.preferred is not None], np.int64)
+    """Shares of wins, ties and losses of the first method; `same` tells where both picked one candidate.
+
+    `prompts` says which verdicts go together, where there are several on one prompt.
+    """
+    known = [i for i, v in enumerate(verdicts) if v.preferred is not None]
+    judged = np.array([verdicts[i].preferred for i in known], np.int64)
+    clusters = None if prompts is None else prompts[known]
     asked = conduct(verdicts)
     return Wins(
         first=first,
         second=second,
         judge=judge,
-        win=accuracy_interval(judged == 1),
-        tie=accuracy_interval(judged == 0),
-        lose=accuracy_interval(judged == -1),
-        difference=clustered_bootstrap(judged),
+        win=accuracy_interval(judged == 1, clusters),
+        tie=accuracy_interval(judged == 0, clusters),
+        lose=accuracy_interval(judged == -1, clusters),
+        difference=clustered_bootstrap(judged, clusters),
         same=float(np.mean(same)),
         num_not_judged=len(verdicts) - len(judged),
         conduct=asked if asked.num_pairs else None,

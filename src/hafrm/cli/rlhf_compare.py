@@ -1,12 +1,15 @@
 """The verb `rlhf-compare`: which reward model makes the better policy."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hafrm.cli.entry import app
 from hafrm.terminal import show_tables
+
+if TYPE_CHECKING:
+    from hafrm.alignment.judge import PairJudge
 
 
 @app.command("rlhf-compare")
@@ -24,11 +27,19 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     gold: Annotated[
         str | None, typer.Option(help="demo: judge by the demo world's known reward.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible endpoint (http://.../v1) that is asked."),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Its model (default: the only one it lists).")
+    ] = None,
 ) -> None:
     """One start policy and one recipe against several reward models: whose policy is better, at what KL.
 
-    Cells are run folders under OUT/cells; the result is OUT/rlhf_comparison.json. Policies are judged by
-    the gold reward where --gold says it is known, else by the reward model that evaluation.judge names.
+    Cells are run folders under OUT/cells; the result is OUT/rlhf_comparison.json. Answers are compared by
+    --judge in both orders, else by the gold reward where --gold says it is known, else by the reward model
+    that evaluation.judge names.
     """
     from hafrm.alignment.rlhf.compare import compare  # noqa: PLC0415
     from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
@@ -50,10 +61,22 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
         algorithms=algorithm or [loaded.algorithm.name],
         test=test,
         gold=gold_reward if gold else None,
+        judge=None if judge is None else _asked(judge, judge_model),
         tell=lambda text: typer.echo(text, err=True),
     )
     show_tables(rlhf_tables(found))
     typer.echo(f"written to {out / 'rlhf_comparison.json'}")
+
+
+def _asked(url: str, model: str | None) -> "PairJudge":
+    from hafrm.alignment.endpoint import Endpoint, EndpointOptions  # noqa: PLC0415
+    from hafrm.alignment.judge import EndpointJudge  # noqa: PLC0415
+    from hafrm.alignment.reply_cache import ReplyCache  # noqa: PLC0415
+    from hafrm.cache import cache_folder  # noqa: PLC0415
+
+    keys = ("HAFRM_JUDGE_KEY", "OPENAI_API_KEY")
+    options = EndpointOptions(url=url, model=model, key_variables=keys)
+    return EndpointJudge(Endpoint(options, ReplyCache(cache_folder("replies") / "replies.sqlite")))
 
 
 def _named(given: str) -> tuple[str, str]:

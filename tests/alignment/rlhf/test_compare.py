@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hafrm.alignment.judge import Verdict
 from hafrm.alignment.rlhf import compare as compare_module
 from hafrm.alignment.rlhf.answers import Answers
 from hafrm.alignment.rlhf.compare import Cell, cells_of, compare, recipe_of, wins
@@ -73,21 +75,50 @@ def test_cells_differ_in_reward_model_algorithm_and_seed_alone(tmp_path):
     assert theirs.algorithm.clip == recipe.algorithm.clip
 
 
+def answers(texts: list[str], scores: list[float]) -> Answers:
+    return Answers([[["user", "p"]], [["user", "q"]]], texts, scores)
+
+
+KNOWN = {
+    ("a", 0): answers(["x", "yy"], [1.0, 2.0]),
+    ("b", 0): answers(["xx", "yy"], [0.0, 2.0]),
+    ("a", 1): answers(["xxx", "y"], [3.0, 0.0]),
+    ("b", 1): answers(["x", "yy"], [1.0, 1.0]),
+}
+
+
 def test_wins_are_counted_answer_by_answer_over_all_seeds():
     """a beats b on 2 of 4, ties on 1, loses 1: 50 %, 25 %, 25 %."""
-
-    def answers(*scores: float) -> Answers:
-        return Answers(["p", "q"], ["x", "y"], list(scores))
-
-    known = {
-        ("a", 0): answers(1.0, 2.0),
-        ("b", 0): answers(0.0, 2.0),
-        ("a", 1): answers(3.0, 0.0),
-        ("b", 1): answers(1.0, 1.0),
-    }
-    (found,) = wins(known, [0, 1])
-    assert (found.win, found.tie, found.lose) == (0.5, 0.25, 0.25)
+    (found,) = wins(KNOWN, [0, 1], None, "gold")
+    assert (found.win.value, found.tie.value, found.lose.value) == (0.5, 0.25, 0.25)
     assert found.difference.value == 0.25
+    assert (found.judge, found.same) == ("gold", 0.25)
+
+
+class Longer:
+    """A judge of pairs that prefers the longer text."""
+
+    name = "longer"
+
+    def decides(self):
+        return {}
+
+    def compare(self, pairs, done=None):
+        return [Verdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
+
+
+def test_a_judge_of_pairs_sees_both_answers_and_overrules_the_scores():
+    """Lengths: 1 < 2, 2 = 2, 3 > 1, 1 < 2."""
+    (found,) = wins(KNOWN, [0, 1], Longer(), "gold")
+    assert (found.win.value, found.tie.value, found.lose.value) == (0.25, 0.25, 0.5)
+    assert found.judge == "longer"
+
+
+def test_with_a_judge_of_pairs_alone_there_are_wins_and_no_scores(tmp_path):
+    found = take(tmp_path, gold=None, judge=Longer())
+    assert found.scored_by == "nothing"
+    assert [each.score for each in found.standings] == [None] * 3
+    assert len(list(rlhf_tables(found))) == 2
 
 
 def test_without_gold_or_judge_nothing_is_run(tmp_path):

@@ -14,6 +14,7 @@ from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.rewards import Gold, load_scorer, score_texts
 from hafrm.atomic import atomic_write
 from hafrm.data.encoding import Encoder
+from hafrm.data.groups import Message
 from hafrm.engine.sampling import sample
 from hafrm.recipe import ModelSection
 from hafrm.training.prepare import load_base, load_tokenizer
@@ -26,11 +27,15 @@ _TEST_SEED = 2**61
 class Answers:
     """One answer to each test prompt that fits, in the order of the prompts."""
 
-    prompts: list[str]
-    """Their ids."""
+    prompts: list[list[list[str]]]
+    """Each as its turns, [role, content]."""
     texts: list[str]
     scores: list[float]
-    """Gold rewards, or a judge's."""
+    """Gold rewards, or the rewards of evaluation.judge; empty where there is neither."""
+
+    def messages(self, number: int) -> tuple[Message, ...]:
+        """The prompt of an answer."""
+        return tuple(Message(*turn) for turn in self.prompts[number])
 
 
 def answer(
@@ -64,13 +69,14 @@ def answer(
     )
     texts = [decode(encoder, ids) for (ids,) in drawn]
     asked = [prompt.messages for prompt in prompts]
+    scores: list[float] = []
     if gold is not None:
-        scores = [gold(messages, text) for messages, text in zip(asked, texts, strict=True)]
-    else:
-        assert recipe.evaluation.judge is not None
+        scores = [float(gold(*each)) for each in zip(asked, texts, strict=True)]
+    elif recipe.evaluation.judge is not None:
         judge = load_scorer(recipe.evaluation.judge)
         scores = score_texts(judge, asked, [[text] for text in texts]).tolist()
-    found = Answers([prompt.id for prompt in prompts], texts, [float(score) for score in scores])
+    turns = [[list(message) for message in messages] for messages in asked]
+    found = Answers(turns, texts, scores)
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
     return found

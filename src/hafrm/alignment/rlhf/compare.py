@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hafrm.alignment.judge import Pair, PairJudge, Verdict
+from hafrm.alignment.results import Wins, measure_wins
 from hafrm.alignment.rlhf.answers import Answers, answer
 from hafrm.alignment.rlhf.recipe import AlgorithmSection, RewardSection, RlhfRecipe, ppo_only
 from hafrm.alignment.rlhf.rewards import Gold
@@ -24,7 +26,7 @@ from hafrm.alignment.rlhf.run import rlhf
 from hafrm.atomic import atomic_write
 from hafrm.errors import ConfigError
 from hafrm.evaluation.metrics import plain
-from hafrm.evaluation.statistics import Estimate, clustered_bootstrap, paired_bootstrap
+from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
 from hafrm.runs import read_metrics
 
 START = "start"
@@ -49,26 +51,12 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Wins:
-    """Two contenders' answers to the same prompts, over all seeds; equal scores tie."""
-
-    first: str
-    second: str
-    win: float
-    tie: float
-    lose: float
-    difference: Estimate
-    """win - lose, prompts resampled."""
-    position_bias: float | None = None
-    """Of a judge that is asked in two orders; a score has none."""
-
-
-@dataclass(frozen=True)
 class Standing:
     """How one contender's answers were judged, over all seeds and prompts."""
 
     name: str
-    score: Estimate
+    score: Estimate | None
+    """Mean gold reward or reward of evaluation.judge; None where there is neither."""
     gain: Estimate | None
     """Over the start policy's answers to the same prompts."""
     length: float
@@ -85,8 +73,8 @@ class RlhfComparison:
 
     models: list[str]
     seeds: list[int]
-    judged_by: str
-    """gold, or the judge's path."""
+    scored_by: str
+    """What gives the standings' scores: gold, evaluation.judge's path, or nothing."""
     standings: list[Standing]
     curves: list[dict[str, Any]]
     """{"model", "seed", "points": [{"step", "kl", "proxy", "gold"}]}, from held-out prompts."""
@@ -95,7 +83,8 @@ class RlhfComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        found: dict[str, Any] = plain(_lists(asdict(self)))
+        values = asdict(self) | {"wins": [each.to_dict() for each in self.wins]}
+        found: dict[str, Any] = plain(_lists(values))
         return found
 
 
@@ -128,17 +117,19 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     algorithms: Sequence[str],
     test: Sequence[str],
     gold: Gold | None = None,
+    judge: PairJudge | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> RlhfComparison:
     """Run what is not yet there, judge the policies on the prompts of `test`, write rlhf_comparison.json.
 
-    Raises ConfigError where nothing could judge: no gold reward, and no evaluation.judge in the recipe.
+    Wins are `judge`'s verdicts where there is one, else follow from the scores. Raises ConfigError where
+    nothing could judge: no gold reward, no judge, and no evaluation.judge in the recipe.
     """
-    judge = recipe.evaluation.judge
-    if gold is None and judge is None:
+    scored_by = "gold" if gold is not None else recipe.evaluation.judge
+    if scored_by is None and judge is None:
         raise ConfigError(
-            "nothing judges the policies: give --gold where the truth is known, or name a reward model "
-            "that is not compared in evaluation.judge"
+            "nothing judges the policies: give --gold where the truth is known, --judge for a model that "
+            "is asked, or name a reward model that is not compared in evaluation.judge"
         )
     began = time.perf_counter()
     cells = cells_of(models, algorithms, seeds)
@@ -159,10 +150,10 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     found = RlhfComparison(
         list(dict.fromkeys(cell.contender for cell in cells)),
         list(seeds),
-        "gold" if gold is not None else str(judge),
+        scored_by or "nothing",
         standings(answers, cells, folder, seeds),
         [curve(cell, folder) for cell in cells],
-        wins(answers, seeds),
+        wins(answers, seeds, judge, scored_by or ""),
         time.perf_counter() - began,
     )
     atomic_write(folder / "rlhf_comparison.json", json.dumps(found.to_dict(), indent=1) + "\n")
@@ -221,26 +212,24 @@ def standings(
     for name in dict.fromkeys(name for name, _ in answers):
         mine = [cell for cell in cells if cell.contender == name]
         results = [_result(folder / "cells" / cell.folder) for cell in mine]
-        scores, clusters = _pooled(answers, name, seeds)
-        base, _ = _pooled(answers, START, seeds)
+        score = gain = None
+        if answers[START, seeds[0]].scores:
+            scores, clusters = _pooled(answers, name, seeds)
+            base, _ = _pooled(answers, START, seeds)
+            score = clustered_bootstrap(scores, clusters, proportion=False)
+            gain = clustered_bootstrap(scores - base, clusters, proportion=False)
         texts = [text for seed in seeds for text in answers[name, seed].texts]
         found.append(
             Standing(
                 name,
-                clustered_bootstrap(scores, clusters, proportion=False),
-                None if name == START else _difference(scores, base, clusters),
+                score,
+                None if name == START else gain,
                 float(np.mean([len(text) for text in texts])),
                 float(np.mean([result["best"]["kl"] for result in results])) if results else 0.0,
                 sum(result["stopped"] is not None for result in results),
             )
         )
     return found
-
-
-def _difference(
-    scores: NDArray[np.float64], base: NDArray[np.float64], clusters: NDArray[np.int64]
-) -> Estimate:
-    return clustered_bootstrap(scores - base, clusters, proportion=False)
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -256,21 +245,30 @@ def _pooled(
     return np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts])
 
 
-def wins(answers: Mapping[tuple[str, int], Answers], seeds: Sequence[int]) -> list[Wins]:
-    """Every two contenders, answer against answer."""
+def wins(
+    answers: Mapping[tuple[str, int], Answers],
+    seeds: Sequence[int],
+    judge: PairJudge | None,
+    scored_by: str,
+) -> list[Wins]:
+    """Every two contenders, answer against answer, over all seeds; verdicts on one prompt go together."""
     names = list(dict.fromkeys(name for name, _ in answers))
     found = []
     for first, second in combinations(names, 2):
-        a, clusters = _pooled(answers, first, seeds)
-        b, _ = _pooled(answers, second, seeds)
-        found.append(
-            Wins(
-                first,
-                second,
-                float((a > b).mean()),
-                float((a == b).mean()),
-                float((a < b).mean()),
-                paired_bootstrap(a > b, a < b, clusters),
-            )
-        )
+        sides = [(answers[first, seed], answers[second, seed]) for seed in seeds]
+        pairs = [
+            Pair(one.messages(i), one.texts[i], other.texts[i])
+            for one, other in sides
+            for i in range(len(one.texts))
+        ]
+        if judge is None:
+            scores = [np.array([a.scores, b.scores]) for a, b in sides]
+            signs = np.sign(np.concatenate([a - b for a, b in scores])).astype(int)
+            verdicts = [Verdict(int(sign)) for sign in signs]
+        else:
+            verdicts = judge.compare(pairs)
+        prompts = np.concatenate([np.arange(len(one.texts)) for one, _ in sides])
+        same = np.array([pair.first == pair.second for pair in pairs])
+        name = scored_by if judge is None else judge.name
+        found.append(measure_wins(first, second, name, same, verdicts, prompts))
     return found
