@@ -39,10 +39,9 @@ def chart(title: str, series: Sequence[Series], scale: Scale, unit: str = "") ->
         return None
 
     def fill(axes: Axes) -> None:
-        dots = [each for each in shown if each.style == "dots"]
+        dots = [each for each in shown if each.style == "dots" and each.low and not scale.diagonal]
         for each in shown:
-            is_dodged = each in dots and not scale.diagonal
-            place = dots.index(each) - (len(dots) - 1) / 2 if is_dodged else 0.0
+            place = dots.index(each) - (len(dots) - 1) / 2 if each in dots else 0.0
             draw_series(axes, each, DODGE * place)
         set_scale(axes, scale, shown)
         label_ends(axes, shown)
