@@ -82,6 +82,7 @@ def test_a_finished_run_is_exported_again_in_another_dtype(finished, tmp_path, n
     assert done.num_golden > 5
     assert verify_directory(tmp_path / "out").ok
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert "reward model" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_unfinished_run_gives_its_best_or_latest_checkpoint(unfinished, finished, tmp_path):

@@ -26,6 +26,7 @@ from hafrm.scoring.checklist.table import verify_directory
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
 from hafrm.scoring.golden_file import GOLDEN, GoldenLine, read_golden
 from hafrm.scoring.loading import load_config, load_encoder, load_policy, load_reward
+from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.scorer import write_implicit_rule
 from hafrm.scoring.verify import PLAIN, check_golden, check_policy, write_golden
 from hafrm.training.checkpoint import STATE, load_weights
@@ -121,6 +122,9 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
         else:
             num, difference = _write_policy(source, made, dtype)
             write_implicit_rule(made, implicit_rule(recipe, method))
+        # A card of an adapter would tell to load it as a whole model; test results are of `model/` alone.
+        if merged is not False and (checkpoint is None or not (run.path / "test.json").is_file()):
+            write_cards(run.path, aside)
         for file in list(made.iterdir()):
             file.rename(aside / file.name)
         made.rmdir()
