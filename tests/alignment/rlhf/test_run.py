@@ -109,7 +109,7 @@ def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch, sect
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
-    recipe = tiny_rlhf(tmp_path)
+    recipe = tiny_rlhf(tmp_path, training={"steps": 1})
     rlhf(recipe, tmp_path / "whole")
     with monkeypatch.context() as context:
         context.setattr(Ppo, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -276,7 +276,7 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
 def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, lora):
-    training = {"steps": 2, "precision": "bf16", "gradient_checkpointing": True}
+    training = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True}
     sections = {"training": training} | ({} if lora is None else {"lora": lora})
     rlhf(tiny_rlhf(tmp_path, **sections), tmp_path / "run")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model/policy")
@@ -287,7 +287,7 @@ def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, lora):
 
 
 def test_a_batch_that_does_not_fit_says_how_to_go_on(tmp_path, monkeypatch):
-    recipe = tiny_rlhf(tmp_path)
+    recipe = tiny_rlhf(tmp_path, training={"steps": 1})
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -296,8 +296,8 @@ def test_a_batch_that_does_not_fit_says_how_to_go_on(tmp_path, monkeypatch):
         context.setattr(Ppo, "_take_batch", full)
         with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens=64"):
             rlhf(recipe, tmp_path / "run")
-    smaller = tiny_rlhf(tmp_path, training={"max_tokens": 64})
-    assert rlhf(smaller, tmp_path / "run", resume=True).num_steps == 4
+    smaller = tiny_rlhf(tmp_path, training={"steps": 1, "max_tokens": 64})
+    assert rlhf(smaller, tmp_path / "run", resume=True).num_steps == 1
 
 
 def test_every_prompt_is_asked_once_a_pass_and_each_pass_has_an_order_of_its_own():

@@ -20,7 +20,7 @@ GOOD, BAD = 7, 11
 PROMPT = Prompt("arms", (), np.array([3, 4], np.int32))
 
 
-def play(kl_coefficient: float, num_batches: int = 12) -> tuple[float, float]:
+def play(kl_coefficient: float, num_batches: int = 8) -> tuple[float, float]:
     """(share of the good arm, of the bad one) after training on reward 1, 0 and -1 for any other token."""
     causal = tiny_causal_lm("llama")
     with torch.no_grad():  # start with two arms of like probability, and little else
@@ -67,5 +67,5 @@ def test_the_better_arm_is_found():
 
 def test_a_dear_distance_keeps_the_policy_near_its_start():
     """At beta = 20 the best policy, pi_0 exp(r / beta), hardly differs from the even start."""
-    good, bad = play(kl_coefficient=20.0, num_batches=6)
+    good, bad = play(kl_coefficient=20.0, num_batches=4)
     assert abs(good - bad) < 0.35
