@@ -40,9 +40,10 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     return int(stopped.value.code or 0), capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "verb", ["train", "plan", "evaluate", "score", "best-of-n", "data", "split", "demo"]
-)
+VERBS = ("train", "plan", "evaluate", "score", "best-of-n", "rlhf", "rlhf-compare")
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "data", "split", "demo"])
 def test_every_verb_explains_itself(verb):
     assert "Usage" in invoke(verb, "--help")
 
