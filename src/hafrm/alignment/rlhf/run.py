@@ -36,13 +36,13 @@ def rlhf(
     StoppedError after a signal.
     """
     native = recipe.algorithm.name == "ppo"
-    if not native:
-        check_trl(recipe)
     if resume and not native:
         raise CheckpointError(
             f"algorithm {recipe.algorithm.name} runs on TRL, whose checkpoints are pickles, so it keeps "
             "none: start it anew with another --out, or take algorithm ppo, which resumes"
         )
+    if not native:
+        check_trl(recipe)
     if parallel.start().size > 1:
         raise ConfigError(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
