@@ -42,7 +42,6 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     return int(stopped.value.code or 0), capsys.readouterr().err
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     "verb",
     [
@@ -63,12 +62,6 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
         "demo",
     ],
 )
-=======
-VERBS = ("train", "plan", "evaluate", "score", "best-of-n", "rlhf", "rlhf-compare")
-
-
-@pytest.mark.parametrize("verb", [*VERBS, "data", "split", "demo"])
->>>>>>> rlhf
 def test_every_verb_explains_itself(verb):
     assert "Usage" in invoke(verb, "--help")
 
