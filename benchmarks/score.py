@@ -109,8 +109,8 @@ class Plain:
             folder, dtype=torch.float32
         ).eval()
 
-    @torch.inference_mode()
-    def score(self, groups: Sequence[Group], batch_size: int) -> Scores:
+    def encode(self, groups: Sequence[Group]) -> list[list[int]]:
+        """Token ids of each conversation, rendered and tokenised whole."""
         texts = [
             self.tokenizer.apply_chat_template(
                 [
@@ -122,7 +122,12 @@ class Plain:
             for group in groups
             for response in group.responses
         ]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @torch.inference_mode()
+    def score(self, groups: Sequence[Group], batch_size: int) -> Scores:
+        ids = self.encode(groups)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         scores = np.empty(len(ids), np.float32)
         for start in range(0, len(order), batch_size):
@@ -162,6 +167,7 @@ def measure(
         took, expected = timed(lambda: plain.score(task.groups, batch))
         plain_seconds = min(plain_seconds, took)
         peak = max(peak, peaks.measure(CPU, torch.float32).flops)
+    same = same_ids(task, plain)
     return {
         "task": task.name,
         "responses": task.num_responses,
@@ -172,8 +178,19 @@ def measure(
         "seconds": seconds,
         "plain_floor": forward_flops(task.encoded, shared=False) / peak,
         "floor": forward_flops(task.encoded, shared=True) / peak,
-        "difference": float(np.abs(scores - expected).max()),
+        "difference": float(np.abs(scores - expected)[same].max()),
+        "merged": int((~same).sum()),
     }
+
+
+def same_ids(task: Task, plain: Plain) -> NDArray[np.bool_]:
+    """Which conversations have the same ids when the response is tokenised apart from the prompt.
+
+    The others begin with a line break that merges with the template's: two inputs, not one scored twice.
+    """
+    apart = [[*g.prompt_ids, *ids] for g in task.encoded for ids in g.response_ids]
+    whole = plain.encode(task.groups)
+    return np.array([list(a) == b for a, b in zip(apart, whole, strict=True)])
 
 
 def time_command(task: Task, directory: Path, processes: int) -> float:
@@ -246,7 +263,11 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
         for processes, seconds in r["command"].items():
             name = f"`hafrm score --processes {processes}`, start-up included"
             print(f"| | {name} | {seconds:.2f} | {n / seconds:.1f} | {plain / seconds:.2f} | | |")
-    print(f"\nfloat32 peak: {max(r['peak'] for r in results) / 1e9:.0f} GFLOP/s")
+    merged = sum(r["merged"] for r in results)
+    print(
+        f"\n{merged} responses merge with the template when tokenised with it, and are not compared"
+    )
+    print(f"float32 peak: {max(r['peak'] for r in results) / 1e9:.0f} GFLOP/s")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

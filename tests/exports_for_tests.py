@@ -6,8 +6,10 @@ import torch
 import transformers
 
 from hafrm.data.encoding import Encoder
+from hafrm.data.groups import Group, Message
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
+from hafrm.scoring.verify import write_golden
 from models_for_tests import FAMILIES
 from tokenizers_for_tests import chat_tokenizer
 
@@ -38,3 +40,18 @@ def export_both(folder: Path, family: str = "llama") -> tuple[HybridModel, Encod
     export_reward(weights, encoder, folder / "reward")
     export_policy(weights, encoder, folder / "policy")
     return model, encoder
+
+
+GOLDEN_GROUP = Group(
+    "g",
+    (Message("user", "How do I bake bread?"),),
+    ("Mix flour and water, then wait.", "No.", "I think that it is a good idea to ask."),
+)
+
+
+def export_with_golden(folder: Path, family: str = "llama") -> Path:
+    """A reward directory as `hafrm export` leaves it, golden scores of five conversations included."""
+    model, encoder = hybrid_with_encoder(family)
+    export_reward(gather_weights(model), encoder, folder)
+    assert write_golden(folder, [GOLDEN_GROUP]) == 5
+    return folder

@@ -29,6 +29,7 @@ FLOORS = (
     {"training"},
     {"evaluation"},
     {"alignment"},
+    {"reporting"},
     {"demo", "tables", "terminal"},
     {"cli", "__main__", "__init__"},
 )
@@ -138,6 +139,7 @@ def run(code: str) -> str:
 def test_the_surface_and_the_ground_floor_load_no_torch():
     heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'pandas'} & set(sys.modules)"
     light = ["hafrm", "hafrm.cli", "hafrm.config", "hafrm.runs", "hafrm.data.readers"]
+    light += ["hafrm.reporting.page", "hafrm.reporting.sections.summary"]
     for name in light:
         assert run(f"import sys, {name}; print({heavy} or '')") == "", name
 
@@ -151,6 +153,7 @@ def test_the_public_names_are_these():
         "ConfigError",
         "DataError",
         "Encoder",
+        "FusedRewardModel",
         "Group",
         "HafrmError",
         "HybridModel",

@@ -1,6 +1,7 @@
 """The command line, as a user meets it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hafrm.cli import app, main
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.evaluate import evaluate, find_heads
+from hafrm.scoring.fused import FusedRule, write_fused_rule
 from hafrm.training import finish
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe, write_preferences
@@ -40,10 +42,26 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     return int(stopped.value.code or 0), capsys.readouterr().err
 
 
-VERBS = ("train", "plan", "evaluate", "score", "best-of-n", "rlhf", "rlhf-compare")
-
-
-@pytest.mark.parametrize("verb", [*VERBS, "data", "split", "demo"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "train",
+        "plan",
+        "evaluate",
+        "compare",
+        "diagnose",
+        "score",
+        "export",
+        "verify",
+        "rlhf",
+        "rlhf-compare",
+        "report",
+        "best-of-n",
+        "data",
+        "split",
+        "demo",
+    ],
+)
 def test_every_verb_explains_itself(verb):
     assert "Usage" in invoke(verb, "--help")
 
@@ -152,6 +170,23 @@ def test_evaluate_measures_every_source_and_both_heads(model, tmp_path):
     assert "pick longer" in output
     correct = [s["accuracy"]["num_correct"] for s in result["sets"]]
     assert correct[0] + correct[1] == correct[2]
+
+
+def test_evaluate_shows_the_fused_score_beside_both_heads(tmp_path):
+    """A factor of 0 is the reward itself, so that it gains nothing, and a huge one the policy alone."""
+    export_both(tmp_path / "model")
+    data = write_preferences(tmp_path / "one.jsonl", num=12)
+    for factor in (0.0, 1e6):
+        write_fused_rule(tmp_path / "model", FusedRule(factor))
+        output = invoke("evaluate", tmp_path, data, "--json", tmp_path / "out.json")
+        result = json.loads((tmp_path / "out.json").read_text())
+        (found,) = result["sets"]
+        same = found if factor == 0 else found["implicit"]
+        assert found["fused"]["accuracy"] == same["accuracy"]
+        assert found["fused_gain"]["num"] == 12
+        assert result["fused"]["factor"] == factor
+        assert re.search(r"fused +│ +\d+\.\d % \[", output)
+        assert "fused score, fitted on the run's validation data: reward + " in output
 
 
 def test_a_run_its_model_folder_and_its_heads_are_all_understood(model, tmp_path):

@@ -44,7 +44,7 @@ def test_a_model_and_data_are_enough_and_give_the_documented_defaults(tmp_path: 
 
 def test_a_recipe_has_few_enough_keys_to_be_read_and_each_says_what_it_means():
     keys = describe()
-    assert len(keys) <= 50
+    assert len(keys) <= 51
     for key in keys:
         assert key.meaning, f"{key.name} has no line of explanation"
         assert key.allowed
@@ -111,6 +111,8 @@ def test_a_whole_number_serves_as_a_number_but_not_the_reverse(tmp_path: Path):
         ("model.revision", "12345", "text or null (as text it needs quotes)"),
         ("tracking.report_to", "tensorbord", "list of tensorboard or wandb or trackio or mlflow"),
         ("method.label_smoothing", "0.5", "number >= 0 and < 0.5 or null"),
+        ("method.alpha", "automatic", "number >= 0 or auto or null"),
+        ("method.gradient_ratio", "0", "number > 0 or null"),
         ("lora.targets", "[1]", "text or list of text"),
         ("checkpoint.keep", "0", "whole number >= 1"),
     ],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ModelError,
         NumericsError,
     )
+    from hafrm.scoring.fused import FusedRewardModel
     from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Encoder": "data.encoding",
+    "FusedRewardModel": "scoring.fused",
     "Group": "data.groups",
     "HafrmError": "errors",
     "HybridModel": "engine.model",
@@ -46,6 +48,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Encoder",
+    "FusedRewardModel",
     "Group",
     "HafrmError",
     "HybridModel",

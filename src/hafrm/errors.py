@@ -6,7 +6,7 @@
     |-- ModelError (ValueError)        a model or tokenizer that cannot do what was asked of it
     |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
     |-- NumericsError (RuntimeError)   numbers that must not be built upon
-    |-- EndpointError (RuntimeError)   a server that cannot be reached or used
+    |-- ServerError (ConnectionError)  a server that cannot be reached, or answers otherwise than it should
     `-- MemoryBudgetError (MemoryError) a pass that does not fit, however it is cut
 
 Every message says what is wrong, the value got, what is allowed, and the fix.
@@ -37,8 +37,8 @@ class NumericsError(HafrmError, RuntimeError):
     """A number that must not be built upon: non-finite, or two paths that disagree."""
 
 
-class EndpointError(HafrmError, RuntimeError):
-    """A server that was asked to write or to judge cannot be reached or used."""
+class ServerError(HafrmError, ConnectionError):
+    """A server cannot be reached, refuses, or answers in another form than its protocol has."""
 
 
 class MemoryBudgetError(HafrmError, MemoryError):

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveInt,
     model_validator,
 )
@@ -140,8 +141,10 @@ class MethodSection(Section):
     """Name of a method: haf (the paper's), bt, dpo, grm-sft, ..."""
     reward_weight: float | None = Field(default=None, ge=0)
     """Weight of the reward loss (paper: 1)."""
-    alpha: float | None = Field(default=None, ge=0)
-    """Weight of the policy loss (paper: 0.2)."""
+    alpha: NonNegativeFloat | Literal["auto"] | None = None
+    """Weight of the policy loss (paper: 0.2); auto: whatever keeps `gradient_ratio`."""
+    gradient_ratio: float | None = Field(default=None, gt=0)
+    """With alpha auto: norm of the policy loss's gradient, in norms of the reward loss's."""
     policy_loss: Text | None = None
     """Name of a policy loss: dpo (paper), ipo, simpo, orpo, kto, sft, ..."""
     beta: float | None = Field(default=None, gt=0)
@@ -152,6 +155,15 @@ class MethodSection(Section):
     """Assumed fraction of flipped preferences (paper: 0)."""
     centering: float | None = Field(default=None, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around zero (paper: 0)."""
+
+    @model_validator(mode="after")
+    def _balances_gradients_with_alpha_auto_only(self) -> "MethodSection":
+        alone = self.gradient_ratio is not None and self.alpha != "auto"
+        message = (
+            f"method.gradient_ratio is {self.gradient_ratio}, which only method.alpha auto uses: set "
+            "method.alpha: auto, or remove method.gradient_ratio"
+        )
+        return _unless([message] if alone else [], self)
 
 
 class TrainingSection(Section):

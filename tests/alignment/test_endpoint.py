@@ -13,7 +13,7 @@ from hafrm.alignment.endpoint import Endpoint, EndpointOptions, require_some
 from hafrm.alignment.replies import Reply, retry_after
 from hafrm.alignment.reply_cache import ReplyCache
 from hafrm.data.groups import Message
-from hafrm.errors import CheckpointError, ConfigError, EndpointError
+from hafrm.errors import CheckpointError, ConfigError, ServerError
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_retry_after_may_be_a_date_and_may_ask_too_much():
     assert retry_after({}) is None
     with (
         serving(lambda _: fails(429, retry_after="100000")) as fake,
-        pytest.raises(EndpointError, match="asks to wait 100000 s"),
+        pytest.raises(ServerError, match="asks to wait 100000 s"),
     ):
         connect(fake).ask([conversation("a")], {})
 
@@ -120,11 +120,11 @@ def test_a_request_that_takes_too_long_is_asked_again():
 def test_what_never_works_ends_the_job_and_says_what_was_seen():
     with (
         serving(lambda _: fails(500, "out of cheese")) as fake,
-        pytest.raises(EndpointError, match=r"out of cheese.*3 times"),
+        pytest.raises(ServerError, match=r"out of cheese.*3 times"),
     ):
         connect(fake, retries=2).ask([conversation("a"), conversation("b")], {})
     with serving(lambda _: fails(401, "who are you")) as fake:
-        with pytest.raises(EndpointError, match=r"status 401: .*who are you.*key"):
+        with pytest.raises(ServerError, match=r"status 401: .*who are you.*key"):
             connect(fake).ask([conversation("a")], {})
         assert len(fake.asked) == 1
 
@@ -133,7 +133,7 @@ def test_an_address_where_nobody_answers_is_given_up_soon():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(EndpointError, match=r"cannot be used: Connection error.*3 times.*/v1"):
+    with pytest.raises(ServerError, match=r"cannot be used: Connection error.*3 times.*/v1"):
         Endpoint(EndpointOptions(url, "m", retries=50)).ask([conversation("a")], {})
 
 
@@ -146,7 +146,7 @@ def test_a_single_rejected_request_is_a_reply_and_all_of_them_an_error():
         assert "too long" in (found[0].error or "")
         assert found[1].choices[0].text == "ok"
         require_some(found, fake.url)
-        with pytest.raises(EndpointError, match=r"rejects every request.*too long"):
+        with pytest.raises(ServerError, match=r"rejects every request.*too long"):
             require_some(found[:1], fake.url)
 
 
@@ -177,7 +177,7 @@ def test_a_job_that_fails_half_way_has_kept_what_was_answered(tmp_path):
 
     with serving(answer) as fake:
         asked = [conversation(text) for text in "abc"]
-        with pytest.raises(EndpointError):
+        with pytest.raises(ServerError):
             connect(fake, cache, retries=0, concurrency=1).ask(asked, {})
         broken.clear()
         fake.asked.clear()
@@ -195,7 +195,7 @@ def test_the_only_model_is_found_and_several_must_be_named():
     with serving(lambda _: says("ok")) as fake:
         assert connect(fake).model == "m"
         fake.models = ["one", "two"]
-        with pytest.raises(EndpointError, match=r"2 models \(one, two\); name one"):
+        with pytest.raises(ServerError, match=r"2 models \(one, two\); name one"):
             _ = connect(fake).model
         assert connect(fake, model="two").model == "two"
 

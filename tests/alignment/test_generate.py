@@ -11,10 +11,10 @@ from hafrm.alignment.endpoint import Endpoint, EndpointOptions
 from hafrm.alignment.generate import Draft, Drawing, Round, draw_candidates, drawing_decides
 from hafrm.alignment.journal import Journal
 from hafrm.alignment.policies import EndpointPolicy, LocalPolicy
-from hafrm.alignment.sampling import Sampling
 from hafrm.data.groups import Group, Message
 from hafrm.data.values import Refusal
-from hafrm.errors import ConfigError, EndpointError, ModelError
+from hafrm.engine.sampling import Sampling
+from hafrm.errors import ConfigError, ModelError, ServerError
 from tiny_runs import write_base
 from tokenizers_for_tests import plain_tokenizer
 
@@ -196,5 +196,5 @@ def test_a_prompt_that_an_endpoint_rejects_is_refused_in_its_place():
         found = connect(fake).write(PROMPTS[:2], 2, Round(0, 0, 0), None)
         assert "too long" in found[0].detail
         assert [draft.text for draft in found[1]] == ["x", "y"]
-        with pytest.raises(EndpointError, match=r"rejects every request.*--request"):
+        with pytest.raises(ServerError, match=r"rejects every request.*--request"):
             connect(fake).write(PROMPTS[:1], 2, Round(0, 0, 0), None)

@@ -20,7 +20,7 @@ from hafrm.alignment.judge import (
 )
 from hafrm.alignment.scorers import GoldScorer
 from hafrm.data.groups import Group, Message
-from hafrm.errors import DataError, EndpointError
+from hafrm.errors import DataError, ServerError
 
 PROMPT = (Message("user", "Say it."),)
 
@@ -118,7 +118,7 @@ def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted():
     assert seen.said["refused"] == 6
     assert seen.said["unparsable"] == 2
     require_judged(found, "m")
-    with pytest.raises(EndpointError, match=r"decided none of 4 pairs.*judge-template"):
+    with pytest.raises(ServerError, match=r"decided none of 4 pairs.*judge-template"):
         require_judged(found[:4], "m")
 
 

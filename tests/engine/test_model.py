@@ -19,10 +19,10 @@ from hafrm.engine.model import (
     hidden_size,
     logit_transform,
     new_reward_head,
-    self_check,
     sharing_obstacle,
     split_causal_lm,
 )
+from hafrm.engine.selfcheck import self_check
 from hafrm.errors import ModelError, NumericsError
 from models_for_tests import (
     FAMILIES,

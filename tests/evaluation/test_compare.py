@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from exports_for_tests import export_both
 from hafrm.cli import app
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation.compare import _adjusted, compare, compare_correct
 from hafrm.evaluation.evaluate import evaluate
 from hafrm.evaluation.seeds import Difference, seeded_difference
 from hafrm.evaluation.statistics import Estimate, paired_bootstrap
+from hafrm.evaluation.verb import run_evaluation
 from tiny_runs import write_preferences
 
 
@@ -136,3 +137,11 @@ def test_the_command_prints_the_difference_and_its_p_values(model, files, tmp_pa
         app, ["evaluate", str(model), *files, "--also", str(model / "reward")]
     )
     assert "over seeds" in result.output
+
+
+def test_rows_that_cannot_be_used_may_be_allowed_for(model, tmp_path):
+    file = write_preferences(tmp_path / "some.jsonl", num=8)
+    file.write_text(file.read_text() + '{"prompt": "hm", "chosen": "", "rejected": "no"}\n')
+    with pytest.raises(DataError, match="--max-bad-fraction"):
+        run_evaluation(model, [str(file)])
+    assert run_evaluation(model, [str(file)], max_bad_fraction=0.2).num_bad_rows == 1

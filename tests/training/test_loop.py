@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hafrm.config import dump_recipe
 from hafrm.data.groups import Message
 from hafrm.engine.layout import Layout
-from hafrm.engine.model import HybridModel, Outputs
+from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.runs import read_metrics
 from hafrm.scoring import golden_check
+from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
-from hafrm.training import finish, loop
+from hafrm.training import finish, loop, validation
 from hafrm.training.loop import StoppedError, train
+from hafrm.training.prepare import prepare_data
 from tiny_runs import tiny_recipe, write_preferences
 
 
@@ -74,6 +77,7 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
     model = tmp_path / "run/model"
     assert (model / "reward").is_dir() == (method in ("haf", "bt", "grm-sft"))
     assert (model / "policy").is_dir() == (method != "bt")
+    assert (model / "fused.json").is_file() == (method in ("haf", "grm-sft"))
     if (model / "reward").is_dir():
         stock, info = AutoModelForSequenceClassification.from_pretrained(
             model / "reward", output_loading_info=True
@@ -92,6 +96,30 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
         ImplicitRewardModel.from_pretrained(model / "policy").score("Say sun.", "sun")
 
 
+def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_path, monkeypatch):
+    """Each exported head scores the validation data by itself: float32, 1e-4."""
+    seen = {}
+
+    def fit(reward, implicit, prompts):
+        seen.update(reward=reward, implicit=implicit, prompts=prompts)
+        return FusedRule(0.25)
+
+    monkeypatch.setattr(validation, "fit_fused", fit)
+    recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5})
+    train(recipe, tmp_path / "run")
+    model = tmp_path / "run/model"
+    assert read_fused_rule(model) == FusedRule(0.25)
+    groups = prepare_data(recipe).validation
+    assert len(set(seen["prompts"])) == len(groups) > 4
+    ends = np.cumsum([len(group.response_ids) for group in groups])
+    chosen, rejected = ends - 2, ends - 1  # pairs, in this order
+    rewards = RewardModel.from_pretrained(model / "reward").score_encoded(groups)
+    implicit = ImplicitRewardModel.from_pretrained(model / "policy").score_encoded(groups)
+    implicit = implicit / [len(ids) for group in groups for ids in group.response_ids]
+    assert seen["reward"] == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-4)
+    assert seen["implicit"] == pytest.approx(implicit[chosen] - implicit[rejected], abs=1e-4)
+
+
 def test_training_learns_the_rule_of_the_data(tmp_path):
     """Chosen responses say "Here you are", so thirty steps are plenty."""
     recipe = tiny_recipe(tmp_path, training={"steps": 30, "batch_size": 8})
@@ -105,10 +133,10 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every training forward of more than `limit` tokens fails as CUDA's allocator fails."""
     forward = HybridModel.forward
 
-    def limited(self: HybridModel, layout: Layout) -> Outputs:
+    def limited(self: HybridModel, layout: Layout, watch: Watch | None = None) -> Outputs:
         if torch.is_grad_enabled() and layout.num_tokens > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, layout)
+        return forward(self, layout, watch)
 
     monkeypatch.setattr(HybridModel, "forward", limited)
 
@@ -148,9 +176,9 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     """In memory against exported and merged: float32, 1e-5."""
     seen = {}
 
-    def keep(run, recipe, method, data, model):
+    def keep(run, recipe, method, data, model, references):
         seen.update(model=model, data=data)
-        return export(run, recipe, method, data, model)
+        return export(run, recipe, method, data, model, references)
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)
@@ -230,8 +258,9 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", resume=True)
 
 
-def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path)
+@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}])
+def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
+    recipe = tiny_recipe(tmp_path, method=method)
     train(recipe, tmp_path / "whole")
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
     for step in range(1, 6):
@@ -310,6 +339,16 @@ def test_provenance_and_metrics_say_what_was_run(tmp_path):
         for name in ("accuracy", "implicit_accuracy"):
             assert record[f"{name}_low"] <= record[name] <= record[f"{name}_high"]
             assert record[f"{name}_low"] < record[f"{name}_high"]
+
+
+def test_alpha_auto_is_logged_and_moves(tmp_path):
+    """It starts at the method's 0.2; a constant alpha is in the recipe and needs no line."""
+    train(tiny_recipe(tmp_path, method={"alpha": "auto"}), tmp_path / "auto")
+    alphas = [r["alpha"] for r in metrics(tmp_path / "auto") if r["kind"] == "train"]
+    assert alphas[0] == pytest.approx(0.2)
+    assert len(set(alphas)) == 6
+    train(tiny_recipe(tmp_path), tmp_path / "constant")
+    assert not any("alpha" in record for record in metrics(tmp_path / "constant"))
 
 
 def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ def assert_same_training(one: Path, two: Path) -> None:
         read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True
     ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours.get("alpha", 1.0) == pytest.approx(theirs.get("alpha", 1.0), rel=1e-3)
     for kind in ("reward", "policy"):
         first, second = (load_file(f / "model" / kind / "model.safetensors") for f in (one, two))
         assert first.keys() == second.keys()
@@ -54,10 +56,10 @@ def assert_same_training(one: Path, two: Path) -> None:
             assert torch.allclose(value, second[name], atol=1e-5), name
 
 
-def recipe_for(folder: Path, mode: str, lora: bool) -> Recipe:
+def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | None = None) -> Recipe:
     """Groups of 20 to 60 tokens in micro-batches of 128, so ranks hold different numbers of tokens."""
     training = {"max_tokens": 128, "eps": 1e-4, "parallel": mode}
-    sections = {"training": training, "evaluation": {"every": 0}}
+    sections = {"training": training, "evaluation": {"every": 0}, "method": method or {}}
     if lora:
         sections["lora"] = {"rank": 4, "alpha": 8.0}
     return tiny_recipe(folder, **sections)
@@ -74,6 +76,15 @@ def recipe_for(folder: Path, mode: str, lora: bool) -> Recipe:
 )
 def test_two_processes_train_as_one(tmp_path, mode, lora):
     recipe = recipe_for(tmp_path, mode, lora)
+    train(recipe, tmp_path / "one")
+    launch(recipe, tmp_path / "two")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_balance_gradients_as_one(tmp_path, mode):
+    """Squared norms of both ranks are added, or alpha would follow the rank's own tokens."""
+    recipe = recipe_for(tmp_path, mode, lora=mode == "fsdp", method={"alpha": "auto"})
     train(recipe, tmp_path / "one")
     launch(recipe, tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")

@@ -12,6 +12,7 @@ from hafrm.data.encoding import EncodedGroup
 from hafrm.data.groups import Comparison
 from hafrm.engine.model import HybridModel
 from hafrm.errors import NumericsError
+from hafrm.training.balance import new_balance
 from hafrm.training.batches import MicroBatch, References
 from hafrm.training.guard import Guard
 from hafrm.training.methods import get_method
@@ -137,7 +138,16 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["haf", "bt", "grm-sft"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        get_method("haf"),
+        get_method("bt"),
+        get_method("grm-sft"),
+        pytest.param(get_method("haf", alpha="auto"), id="alpha-auto"),
+    ],
+    ids=lambda method: method.name,
+)
 def test_no_operation_of_a_step_makes_the_host_wait_for_a_device(method):
     """Each of these needs a value or a size from the device: `.item()`, `if tensor`, boolean indexing."""
 
@@ -154,10 +164,11 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_a_device(method):
             model,
             optimizer,
             batches,
-            get_method(method),
+            method,
             num_comparisons=16,
             max_grad_norm=1.0,
             guard=guard,
+            balance=new_balance(method, torch.device("cpu")),
         )
     assert "_fused_adamw_" in seen.names
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero"}

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from hafrm.alignment.replies import Reply, choices_of, retry_after, shortened
 from hafrm.alignment.reply_cache import ReplyCache, request_key
 from hafrm.data.groups import Message
-from hafrm.errors import ConfigError, EndpointError
+from hafrm.errors import ConfigError, ServerError
 
 Result = TypeVar("Result")
 
@@ -106,7 +106,7 @@ class Endpoint:
     def model(self) -> str:
         """The model's name; asked for where none was given.
 
-        Raises EndpointError when there is not exactly one.
+        Raises ServerError when there is not exactly one.
         """
         if self._model is None:
             try:
@@ -115,7 +115,7 @@ class Endpoint:
                 raise self._useless(str(rejected)) from rejected
             names = [str(each["id"]) for each in listed.get("data", ())]
             if len(names) != 1:
-                raise EndpointError(
+                raise ServerError(
                     f"{self.options.url} has {len(names)} models ({', '.join(names[:8])}); name one of "
                     "them (--endpoint-model, --judge-model)"
                 )
@@ -133,7 +133,7 @@ class Endpoint:
         """A reply to each conversation, in order, all asked for with the same settings.
 
         `repetition` tells repeated requests apart, which the cache would answer alike otherwise;
-        `done(replies, 0)` hears of each. Raises EndpointError when the endpoint cannot be used.
+        `done(replies, 0)` hears of each. Raises ServerError when the endpoint cannot be used.
         """
         bodies = [self._body(messages, settings) for messages in conversations]
         replies = []
@@ -223,7 +223,7 @@ class Endpoint:
         return body
 
     def _pause(self, attempt: int, key: str, failure: _TransientError) -> None:
-        """Let time pass after a failed try; raises EndpointError instead after the last one."""
+        """Let time pass after a failed try; raises ServerError instead after the last one."""
         # An address at which nobody has answered yet is more likely wrong than busy.
         few = failure.astray and not self._answered
         if attempt >= min(self.options.retries, 2 if few else self.options.retries):
@@ -248,10 +248,10 @@ class Endpoint:
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
-            raise EndpointError("another request has failed")
+            raise ServerError("another request has failed")
 
-    def _useless(self, what: str) -> EndpointError:
-        return EndpointError(
+    def _useless(self, what: str) -> ServerError:
+        return ServerError(
             f"{self.options.url} cannot be used: {what}. See that the address (it usually ends in /v1), "
             f"the model and the key ({' or '.join(self.options.key_variables)}) are right and the server "
             "is up; what it has answered is kept, and the same command asks for the rest"
@@ -259,9 +259,9 @@ class Endpoint:
 
 
 def require_some(replies: Sequence[Reply], url: str) -> None:
-    """Raises EndpointError when every one of several requests was rejected: then they are at fault."""
+    """Raises ServerError when every one of several requests was rejected: then they are at fault."""
     if replies and all(reply.error is not None for reply in replies):
-        raise EndpointError(
+        raise ServerError(
             f"{url} rejects every request, such as with {replies[0].error}; change what is asked for "
             "(--request name=value, or name=null to leave a setting out)"
         )

@@ -27,7 +27,7 @@ from hafrm.alignment.judge_prompts import (
 from hafrm.alignment.replies import Reply
 from hafrm.alignment.scorers import Scorer
 from hafrm.data.groups import Group, Message, prompt_key
-from hafrm.errors import EndpointError
+from hafrm.errors import ServerError
 
 SETTINGS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 512}
 """What a judge is asked with, unless its endpoint's options say otherwise."""
@@ -71,7 +71,7 @@ class EndpointJudge:
     """A chat model behind an endpoint, asked about each pair in both orders."""
 
     def __init__(self, endpoint: Endpoint, template: str = PAIRWISE) -> None:
-        """Asks the endpoint for its model's name where none was given, which may raise EndpointError."""
+        """Asks the endpoint for its model's name where none was given, which may raise ServerError."""
         self.endpoint, self.template = endpoint, template
         self.name = endpoint.model
 
@@ -90,7 +90,7 @@ class EndpointJudge:
     ) -> list[Verdict]:
         """A verdict on each pair; of two equal replies neither is better, and nobody is asked.
 
-        Raises EndpointError when the endpoint cannot be used.
+        Raises ServerError when the endpoint cannot be used.
         """
         asked = [i for i, pair in enumerate(pairs) if pair.first != pair.second]
         questions = []
@@ -170,7 +170,7 @@ class RankingJudge:
         """For each group the mean rank of its responses over both orders, 0 the best; None where either
         answer is no ranking.
 
-        The first order is drawn, the second is its reverse. Raises EndpointError when the endpoint cannot
+        The first order is drawn, the second is its reverse. Raises ServerError when the endpoint cannot
         be used.
         """
         orders = [
@@ -238,11 +238,11 @@ def conduct(verdicts: Sequence[Verdict]) -> Conduct:
 
 
 def require_judged(verdicts: Sequence[Verdict], name: str) -> None:
-    """Raises EndpointError when a judge was asked and not one of its answers can be used."""
+    """Raises ServerError when a judge was asked and not one of its answers can be used."""
     asked = [verdict for verdict in verdicts if verdict.said]
     if asked and all(verdict.preferred is None for verdict in asked):
         said = Counter(each for verdict in asked for each in verdict.said)
-        raise EndpointError(
+        raise ServerError(
             f"the judge {name} decided none of {len(asked)} pairs ({dict(said)}); ask it in other words "
             '(--judge-template; the answer must end in a line "Verdict: A", "Verdict: B" or '
             '"Verdict: tie"), give it more tokens (--judge-request max_tokens=2048), or take another model'

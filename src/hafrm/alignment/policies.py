@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hafrm.alignment.endpoint import Endpoint, require_some
 from hafrm.alignment.generate import Done, Draft, Round
 from hafrm.alignment.replies import Reply
-from hafrm.alignment.sampling import Sampling, sample
 from hafrm.data.encoding import Encoder
 from hafrm.data.groups import Group, Message
 from hafrm.data.template import read_template
 from hafrm.data.values import Refusal
+from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.evaluate import find_heads
 from hafrm.scoring.loading import load_causal_lm, load_config, model_digest
@@ -191,7 +191,7 @@ class EndpointPolicy:
     ) -> list[list[Draft] | Refusal]:
         """For each prompt `num` draws; a refusal where the endpoint rejects it.
 
-        Raises EndpointError when it rejects every one, or cannot be used.
+        Raises ServerError when it rejects every one, or cannot be used.
         """
         replies: list[Reply] = []
         if self._several:

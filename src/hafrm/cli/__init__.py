@@ -6,7 +6,10 @@ output, progress and log to standard error. Exit codes: 0 done, 1 refused or fai
 they stand in the help in the order in which they are imported here.
 """
 
-from hafrm.cli import train, evaluate, score, best_of_n, rlhf, rlhf_compare, data, demo  # noqa: F401, I001 - verbs register themselves
+# ruff: noqa: F401, I001 - verbs register themselves
+from hafrm.cli import train, evaluate, compare, diagnose
+from hafrm.cli import score, export, verify, best_of_n, rlhf, rlhf_compare
+from hafrm.cli import report, data, demo
 from hafrm.cli.entry import app, main
 
 __all__ = ["app", "main"]

@@ -33,6 +33,9 @@ def evaluate(  # noqa: PLR0913
         int | None,
         typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
     ] = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
+    ] = 0.02,
 ) -> None:
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and the baselines beside them.
 
@@ -49,6 +52,7 @@ def evaluate(  # noqa: PLR0913
         policy=policy,
         reference=reference,
         max_length=max_length,
+        max_bad_fraction=max_bad_fraction,
     )
 
 

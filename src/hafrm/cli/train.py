@@ -33,6 +33,7 @@ def train(
     else:
         folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     loaded = load_recipe(recipe, overrides or ())
+    from hafrm.scoring.model_card import write_cards  # noqa: PLC0415
     from hafrm.training import loop, parallel  # noqa: PLC0415
 
     try:
@@ -45,6 +46,7 @@ def train(
         typer.echo(f"  validation: {in_words(result.best)}")
         if loaded.data.test:
             show_evaluation(folder, list(loaded.data.test), json_file=folder / "test.json")
+            write_cards(folder)
         typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
     finally:
         parallel.stop()

@@ -243,7 +243,7 @@ def _check_tally(tally: _Tally, max_bad_fraction: float, bad_rows_file: Path | N
     raise DataError(
         f"{num_bad:,} of {tally.num_rows:,} rows of {place} are bad ({num_bad / tally.num_rows:.1%}; "
         f"allowed: {max_bad_fraction:.1%}):{table}\n{listed}Correct them, or leave them out by "
-        "raising data.max_bad_fraction."
+        "raising data.max_bad_fraction (--max-bad-fraction)."
     )
 
 

@@ -5,6 +5,7 @@ that real data takes: files, recipes, run folders, evaluation. A second run find
 finished and goes on where it was.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
-from hafrm.atomic import atomic_directory
+from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.config import build_recipe
 from hafrm.demo.pretrain import Progress, pretrain
 from hafrm.demo.world import TEST_SETS, make_world, pretraining_texts, write_world
 from hafrm.evaluation.evaluate import Evaluation, evaluate
 from hafrm.recipe import Recipe
+from hafrm.reporting.page import missing_packages, write_report
+from hafrm.scoring.model_card import write_cards
 from hafrm.tables.cells import stacked
 from hafrm.training.loop import train
 
@@ -33,6 +36,8 @@ class DemoResult:
 
     folder: Path
     evaluations: dict[str, Evaluation]
+    report: Path | None
+    """The page about all three; None without the extra that it takes."""
 
 
 def run(folder: Path, *, tell: Callable[[str], None]) -> DemoResult:
@@ -55,8 +60,20 @@ def run(folder: Path, *, tell: Callable[[str], None]) -> DemoResult:
     tell("5/5 evaluating on four test sets, labelled by the gold preference")
     for method in METHODS:
         sources = [str(files[f"test-{name}"]) for name in TEST_SETS]
-        evaluations[method] = evaluate(folder / method, sources)
-    return DemoResult(folder, evaluations)
+        found = evaluations[method] = evaluate(folder / method, sources)
+        # as `hafrm train` leaves them, where it evaluates the recipe's test sets itself
+        atomic_write(folder / method / "test.json", json.dumps(found.to_dict(), indent=1) + "\n")
+        write_cards(folder / method)
+    return DemoResult(folder, evaluations, _report(folder))
+
+
+def _report(folder: Path) -> Path | None:
+    """One page about the three runs, where the extra for it is installed."""
+    if missing_packages():
+        return None
+    page = folder / "report.html"
+    write_report([folder / method for method in METHODS], page)
+    return page
 
 
 def recipe(method: str, base: Path, files: dict[str, Path]) -> Recipe:
@@ -112,6 +129,10 @@ def tables(result: DemoResult) -> Iterator[RenderableType]:
     baseline = [each.metrics.length.pick_longer.estimate for each in first.sets]
     table.add_row("the longer one", *map(stacked, baseline))
     yield table
+    if result.report is None:
+        yield "\nCurves, calibration and texts on one page: pip install 'hafrm\\[report]'"
+    else:
+        yield f"\nCurves, calibration and more on one page: {result.report}"
     yield (
         "\nOn your own data (a base model, and preferences with prompt, chosen, rejected):\n"
         "  hafrm data preferences.jsonl\n"

@@ -7,8 +7,8 @@ Rewards are read at the last real token, found by position, in float32. Dropout 
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,11 +20,15 @@ from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
 from hafrm.engine.states import States, TokenOutputs, run_plain, run_shared
-from hafrm.errors import ModelError, NumericsError
+from hafrm.errors import ModelError
 
 _STOCK_ATTENTION = "_hafrm_stock_attention"
 """Where a backbone remembers the attention it came with; it may be wrapped more than once."""
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+Watch = Callable[[Literal["reward", "policy"], Tensor], None]
+"""Is shown each head's name and the hidden states that it reads, a row for each reading."""
 
 
 class Outputs(NamedTuple):
@@ -99,14 +103,17 @@ class HybridModel(nn.Module):
         for layer in layers:
             layer.compile(dynamic=True)
 
-    def forward(self, layout: Layout) -> Outputs:
-        """Rewards and log-probs of the layout's responses, in the layout's order."""
+    def forward(self, layout: Layout, watch: Watch | None = None) -> Outputs:
+        """Rewards and log-probs of the layout's responses, in the layout's order.
+
+        What `watch` is shown gets the gradient of one head alone, the same with and without sharing.
+        """
         states = self._states(layout)
         rewards = logps = None
         if self.reward_head is not None:
-            rewards = self._rewards(states.hidden[states.last])
+            rewards = self._rewards(states.hidden[states.last], watch)
         if self.policy_head is not None:
-            tokens = self._token_logps(states.hidden[states.predictor], layout)
+            tokens = self._token_logps(states.hidden[states.predictor], layout, watch)
             sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
             logps = sums.index_add(0, layout.response_of, tokens)
         return Outputs(rewards, logps, layout.lengths)
@@ -117,22 +124,39 @@ class HybridModel(nn.Module):
         hidden = states.hidden[states.predictor]
         return TokenOutputs(hidden, self._token_logps(hidden, layout))
 
-    def _states(self, layout: Layout) -> States:
+    def last_states(self, layout: Layout) -> Float[Tensor, "responses hidden"]:
+        """The hidden state of each response's last real token, float32: what a reward is read from.
+
+        No head runs. For a model that is whole on its device: DDP and FSDP2 see `forward` only.
+        """
+        states = self._states(layout, layout.last)
+        return states.hidden[states.last].float()
+
+    def _states(self, layout: Layout, read: Int[Tensor, " read"] | None = None) -> States:
+        """Hidden states, true of the rows in `read` at least: by default those that the heads read."""
         if not self.sharing:
             return run_plain(self.backbone, layout)
-        return run_shared(self.backbone, layout, layout.read if self.reads_scored else layout.last)
+        if read is None:
+            read = layout.read if self.reads_scored else layout.last
+        return run_shared(self.backbone, layout, read)
 
-    def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
+    def _rewards(
+        self, hidden: Float[Tensor, "responses hidden"], watch: Watch | None
+    ) -> Float[Tensor, " responses"]:
         assert self.reward_head is not None
+        if watch is not None:
+            watch("reward", hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: Tensor = self.reward_head(hidden.float())
         return rewards[:, 0]
 
     def _token_logps(
-        self, hidden: Float[Tensor, "scored hidden"], layout: Layout
+        self, hidden: Float[Tensor, "scored hidden"], layout: Layout, watch: Watch | None = None
     ) -> Float[Tensor, " scored"]:
         head = self.policy_head
         assert head is not None
+        if watch is not None:
+            watch("policy", hidden)
         return token_logprobs(
             hidden, head.weight, layout.targets, bias=head.bias, transform=self.transform
         )
@@ -210,54 +234,6 @@ def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position_ids, so a second branch cannot restart at the prompt's end"
     return None
-
-
-class Disagreement(NamedTuple):
-    """Largest difference between shared and plain outputs, and what is tolerated."""
-
-    reward: float
-    logp: float
-    tolerance: float
-
-
-@torch.no_grad()
-def self_check(model: HybridModel, layout: Layout, tolerance: float | None = None) -> Disagreement:
-    """Compare shared with plain on one small layout; no-op numbers for an unshared model.
-
-    Differences are relative to max(1, |value|). Tolerances: 1e-3 in float32 (a wrong mask is off by
-    0.1 and more), 0.1 with half-precision weights or autocast.
-
-    Raises NumericsError when they disagree.
-    """
-    if not model.sharing:
-        return Disagreement(0.0, 0.0, 0.0)
-    half = torch.is_autocast_enabled(model.device.type)
-    half = half or next(model.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
-    tolerance = tolerance if tolerance is not None else (0.1 if half else 1e-3)
-    shared = model(layout)
-    model.share(False)
-    try:
-        plain = model(layout)
-    finally:
-        model.share(True)
-    found = Disagreement(
-        _difference(shared.rewards, plain.rewards),
-        _difference(shared.logps, plain.logps),
-        tolerance,
-    )
-    if not (found.reward <= tolerance and found.logp <= tolerance):  # a NaN is no agreement
-        raise NumericsError(
-            "with shared prompts this model gives other numbers than one response at a time: rewards "
-            f"differ by {found.reward:.2g}, log-probs by {found.logp:.2g} (relative; tolerated "
-            f"{tolerance:g}). Its layers cannot share a prefix; set training.sharing: off"
-        )
-    return found
-
-
-def _difference(a: Tensor | None, b: Tensor | None) -> float:
-    if a is None or b is None:
-        return 0.0
-    return float(((a - b).abs() / b.abs().clamp(min=1.0)).max())
 
 
 def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:

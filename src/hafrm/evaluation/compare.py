@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Shaped
-from scipy import special
 
 from hafrm.data.groups import Group
 from hafrm.errors import ConfigError
 from hafrm.evaluation.evaluate import (
-    find_heads,
+    load_judge,
     read_comparisons,
     scored_comparisons,
     sets_of,
@@ -27,12 +26,11 @@ from hafrm.evaluation.statistics import (
     Estimate,
     McNemar,
     accuracy_interval,
-    cluster_standard_error,
+    cluster_p_value,
     holm,
     mcnemar,
     paired_bootstrap,
 )
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,7 @@ def _score(
     done: Callable[[int, int], None] | None,
 ) -> dict[str, ScoredComparisons]:
     """The scored comparisons of each set, by the model's main head."""
-    heads = find_heads(path)
-    model: RewardModel | ImplicitRewardModel
-    if heads.reward is not None:
-        model = RewardModel.from_pretrained(heads.reward, max_length=max_length)
-    else:
-        assert heads.policy is not None
-        model = ImplicitRewardModel.from_pretrained(heads.policy, max_length=max_length)
+    model = load_judge(path, max_length=max_length)
     encoded, _ = model.encoder.encode(groups)
     scores = model.score_encoded(encoded, done)
     parts = sets_of(groups)
@@ -149,7 +141,8 @@ def compare_correct(
     estimate = paired_bootstrap(first[0], second[0], prompts)
     if len(np.unique(prompts)) == len(prompts):
         return Difference(estimate, counts.p_value), counts
-    return Difference(estimate, _cluster_p_value(first[0], second[0], prompts)), counts
+    gaps = first[0].astype(np.float64) - second[0]
+    return Difference(estimate, cluster_p_value(gaps, prompts)), counts
 
 
 def _accuracy(
@@ -158,19 +151,6 @@ def _accuracy(
     if len(correct) > 1:
         return seeded_mean(correct, prompts)
     return accuracy_interval(correct[0], prompts)
-
-
-def _cluster_p_value(
-    first: Bool[np.ndarray, " comparisons"],
-    second: Bool[np.ndarray, " comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"],
-) -> float:
-    """Two-sided p-value of no difference, from the standard error by prompt and Student's t."""
-    gaps = first.astype(np.float64) - second
-    error, degrees = cluster_standard_error(gaps, prompts), len(np.unique(prompts)) - 1
-    if error == 0:
-        return 1.0 if degrees == 0 or gaps.mean() == 0 else 0.0
-    return float(2 * special.stdtr(degrees, -abs(gaps.mean()) / error))
 
 
 def _adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:

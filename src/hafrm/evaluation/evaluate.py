@@ -6,9 +6,9 @@ Nothing is trained or selected here, and the model is not changed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,17 @@ from hafrm.evaluation.metrics import (
     ScoredComparisons,
     agreement,
     measure,
+    plain,
 )
+from hafrm.evaluation.statistics import Estimate, paired_bootstrap
 from hafrm.scoring.forward import first_responses
+from hafrm.scoring.fused import (
+    FusedRule,
+    find_fused,
+    fused_scores,
+    per_token,
+    read_fused_rule,
+)
 from hafrm.scoring.loading import is_reward_directory
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
@@ -41,6 +50,10 @@ class SetResult:
     """Of the implicit reward, where both heads were given."""
     agreement: Agreement | None
     """Of reward and implicit reward."""
+    fused: PairwiseMetrics | None = None
+    """Of the fused score, where the run left a rule for it."""
+    fused_gain: Estimate | None = None
+    """Accuracy of the fused score minus that of the reward, paired."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -50,6 +63,8 @@ class SetResult:
             **self.metrics.to_dict(),
             "implicit": None if self.implicit is None else self.implicit.to_dict(),
             "agreement": None if self.agreement is None else self.agreement.to_dict(),
+            "fused": None if self.fused is None else self.fused.to_dict(),
+            "fused_gain": None if self.fused_gain is None else plain(asdict(self.fused_gain)),
         }
 
 
@@ -65,6 +80,8 @@ class Evaluation:
     left_out: dict[str, int]
     """Rows of named sets that these do not use, by reason."""
     encoding: EncodingReport
+    fused: FusedRule | None = None
+    """By what the fused score was made."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -78,6 +95,7 @@ class Evaluation:
             "responses_cut": report.responses_cut,
             "prompts_cut": report.prompts_cut,
             "seam_merges": report.seam_merges,
+            "fused": None if self.fused is None else plain(asdict(self.fused)),
         }
 
 
@@ -87,6 +105,8 @@ class Heads:
 
     reward: Path | None
     policy: Path | None
+    fused: Path | None = None
+    """The folder with both and the rule of their fused score."""
 
 
 def find_heads(path: str | Path) -> Heads:
@@ -96,15 +116,31 @@ def find_heads(path: str | Path) -> Heads:
     """
     root = Path(path)
     for folder in (root / "model", root):
-        heads = Heads(*(p if p.is_dir() else None for p in (folder / "reward", folder / "policy")))
-        if heads.reward or heads.policy:
-            return heads
+        reward, policy = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
+        if reward or policy:
+            return Heads(reward, policy, find_fused(folder) if reward and policy else None)
     if root.is_dir() and not (root / "config.json").is_file():
         raise ModelError(
             f"{path} holds no model: neither model/reward nor model/policy nor a config.json; a run "
             "that has not finished has none yet"
         )
     return Heads(root, None) if is_reward_directory(path) else Heads(None, root)
+
+
+def load_judge(
+    path: str | Path, *, reference: str | Path | None = None, max_length: int | None = None
+) -> RewardModel | ImplicitRewardModel:
+    """The main head of the model at `path`: its reward; of a policy alone, its implicit reward.
+
+    `reference` overrides the checkpoint that such a policy names.
+    """
+    heads = find_heads(path)
+    if heads.reward is not None:
+        return RewardModel.from_pretrained(heads.reward, max_length=max_length)
+    assert heads.policy is not None
+    return ImplicitRewardModel.from_pretrained(
+        heads.policy, reference=reference, max_length=max_length
+    )
 
 
 def evaluate(  # noqa: PLR0913 - the verb and its options
@@ -126,28 +162,58 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
     heads = find_heads(path)
     if policy is not None:
         heads = Heads(heads.reward, Path(policy))
-    rewards = implicit = None
-    encoded: Sequence[EncodedGroup] = ()
-    report = EncodingReport()
+    scores = _score_heads(heads, groups, reference, max_length, done)
+    return Evaluation(
+        model=str(path),
+        scored_with="implicit reward" if scores.rewards is None else "reward",
+        sets=_measure_sets(groups, scores),
+        num_bad_rows=len(reading.bad),
+        left_out=reading.left_out,
+        encoding=scores.report,
+        fused=scores.rule,
+    )
+
+
+class _HeadScores(NamedTuple):
+    """One score per response from each of the model's heads, and from both together."""
+
+    encoded: Sequence[EncodedGroup]
+    report: EncodingReport
+    rewards: NDArray[np.float32] | None = None
+    implicit: NDArray[np.float32] | None = None
+    fused: NDArray[np.float32] | None = None
+    rule: FusedRule | None = None
+
+
+def _score_heads(
+    heads: Heads,
+    groups: Sequence[Group],
+    reference: str | Path | None,
+    max_length: int | None,
+    done: Callable[[int, int], None] | None,
+) -> _HeadScores:
+    """The heads one after another, with one model in memory at a time."""
+    scores = _HeadScores((), EncodingReport())
+    share: NDArray[np.float32] | None = None
     if heads.policy is not None:
         judge = ImplicitRewardModel.from_pretrained(
             heads.policy, reference=reference, max_length=max_length
         )
         encoded, report = judge.encoder.encode(groups)
-        implicit = judge.score_encoded(encoded)
+        scores = _HeadScores(encoded, report, implicit=judge.score_encoded(encoded))
+        if heads.fused is not None and scores.implicit is not None:
+            lengths = np.array([len(ids) for group in encoded for ids in group.response_ids])
+            share = per_token(scores.implicit, lengths, judge.rule)
         del judge
     if heads.reward is not None:
         model = RewardModel.from_pretrained(heads.reward, max_length=max_length)
         encoded, report = model.encoder.encode(groups)
         rewards = model.score_encoded(encoded, done)
-    return Evaluation(
-        model=str(path),
-        scored_with="implicit reward" if rewards is None else "reward",
-        sets=_measure_sets(groups, encoded, rewards, implicit),
-        num_bad_rows=len(reading.bad),
-        left_out=reading.left_out,
-        encoding=report,
-    )
+        scores = scores._replace(encoded=encoded, report=report, rewards=rewards)
+        if heads.fused is not None and share is not None:
+            rule = read_fused_rule(heads.fused)
+            scores = scores._replace(fused=fused_scores(rewards, share, rule), rule=rule)
+    return scores
 
 
 def read_comparisons(
@@ -171,37 +237,41 @@ def sets_of(groups: Sequence[Group]) -> dict[str, list[int]]:
     return parts | {"all": list(range(len(groups)))} if len(parts) > 1 else parts
 
 
-def _measure_sets(
-    groups: Sequence[Group],
-    encoded: Sequence[EncodedGroup],
-    rewards: NDArray[np.float32] | None,
-    implicit: NDArray[np.float32] | None,
-) -> tuple[SetResult, ...]:
+def _measure_sets(groups: Sequence[Group], scores: _HeadScores) -> tuple[SetResult, ...]:
     """One result for each source, and one for all when there are several."""
     results = []
     for name, part in sets_of(groups).items():
-        main, other = (
-            None if scores is None else scored_comparisons(groups, encoded, part, scores)
-            for scores in (rewards, implicit)
+        main, other, fused = (
+            None if each is None else scored_comparisons(groups, scores.encoded, part, each)
+            for each in (scores.rewards, scores.implicit, scores.fused)
         )
         if main is None:
             main, other = other, None
         assert main is not None
-        decided = ~main.ties
-        results.append(
-            SetResult(
-                name=name,
-                num_groups=len(part),
-                metrics=measure(main),
-                implicit=None if other is None else measure(other),
-                agreement=None
-                if other is None
-                else agreement(
-                    main.margins[decided], other.margins[decided], main.prompts[decided]
-                ),
-            )
-        )
+        results.append(_measure_set(name, len(part), main, other, fused))
     return tuple(results)
+
+
+def _measure_set(
+    name: str,
+    num_groups: int,
+    main: ScoredComparisons,
+    other: ScoredComparisons | None,
+    fused: ScoredComparisons | None,
+) -> SetResult:
+    decided = ~main.ties
+    margins, prompts = main.margins[decided], main.prompts[decided]
+    result = SetResult(name, num_groups, measure(main), None, None)
+    if other is not None:
+        result = replace(
+            result,
+            implicit=measure(other),
+            agreement=agreement(margins, other.margins[decided], prompts),
+        )
+    if fused is not None:
+        gain = paired_bootstrap(fused.margins[decided] > 0, margins > 0, prompts)
+        result = replace(result, fused=measure(fused), fused_gain=gain)
+    return result
 
 
 def scored_comparisons(

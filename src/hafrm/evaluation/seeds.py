@@ -6,6 +6,7 @@ are. Arrays of [seeds, items] in; knows nothing of models.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,26 @@ def seeded_difference(
     if error == 0:
         return Difference(estimate, 1.0 if mean == 0 else 0.0)
     return Difference(estimate, float(2 * special.stdtr(degrees, -abs(mean) / error)))
+
+
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of one number over seeds, each with its interval over the same items.
+
+    For numbers that are no plain means, such as a benchmark's score: how far the items leave the number
+    open is taken as the mean over seeds, how far the seeds do from their spread (Student's t), and the two
+    are added in squares. One estimate is its own.
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    values = np.array([each.value for each in estimates])
+    some, mean = estimates[0], float(values.mean())
+    point = _t_point(some.confidence, float(len(values) - 1))
+    spread = point * float(values.std(ddof=1)) / math.sqrt(len(values))
+    low = mean - math.hypot(float(np.mean([each.value - each.low for each in estimates])), spread)
+    high = mean + math.hypot(float(np.mean([each.high - each.value for each in estimates])), spread)
+    if some.proportion:
+        low, high = max(0.0, low), min(1.0, high)
+    return Estimate(mean, low, high, some.num, METHOD, some.confidence, some.proportion)
 
 
 def _moments(

@@ -190,6 +190,16 @@ def cluster_standard_error(
     return float(np.sqrt(np.sum(deviations**2)) / len(items))
 
 
+def cluster_p_value(
+    gaps: Float[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"]
+) -> float:
+    """Two-sided p-value of a mean of 0, from the standard error by cluster and Student's t."""
+    error, degrees = cluster_standard_error(gaps, clusters), len(np.unique(clusters)) - 1
+    if error == 0:
+        return 1.0 if degrees == 0 or gaps.mean() == 0 else 0.0
+    return float(2 * special.stdtr(degrees, -abs(gaps.mean()) / error))
+
+
 def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"]) -> McNemar:
     """Exact McNemar test on the correctness of two models on the same items.
 

@@ -24,6 +24,7 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
     policy: Path | None = None,
     reference: str | None = None,
     max_length: int | None = None,
+    max_bad_fraction: float = 0.02,
     done: Callable[[int, int], None] | None = None,
 ) -> Evaluation | ModelComparison | Benchmarks:
     """The model's metrics on `data`, its comparison with other models there, or its benchmarks.
@@ -48,9 +49,22 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
     _refuse(not data, "hafrm evaluate needs DATA, or --benchmark with a name")
     if also or against:
         _refuse(policy or reference, "--also and --against judge each model by its own main head")
-        return compare([model, *also], against, data, max_length=max_length, done=done)
+        return compare(
+            [model, *also],
+            against,
+            data,
+            max_length=max_length,
+            max_bad_fraction=max_bad_fraction,
+            done=done,
+        )
     return evaluate(
-        model, data, policy=policy, reference=reference, max_length=max_length, done=done
+        model,
+        data,
+        policy=policy,
+        reference=reference,
+        max_length=max_length,
+        max_bad_fraction=max_bad_fraction,
+        done=done,
     )
 
 

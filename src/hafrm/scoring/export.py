@@ -27,6 +27,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
 from hafrm.runs import atomic_directory
+from hafrm.scoring.older_readers import write_for_older_readers
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _write(
     prefix, dtype = stock.base_model_prefix, stock.dtype
     state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
     state |= {name: value.to(dtype) for name, value in head.items()}
+    if dtype == torch.float16:
+        _check_range(state)
     surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
     stock.tie_weights()
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
@@ -144,3 +147,11 @@ def _write(
     with atomic_directory(directory) as aside:
         stock.save_pretrained(aside)
         encoder.export_tokenizer(aside)
+        write_for_older_readers(aside)
+
+
+def _check_range(state: Mapping[str, Tensor]) -> None:
+    """float16 ends at 65,504: raises ModelError when a weight has become infinite."""
+    over = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if over:
+        raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32 instead")

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hafrm.engine.layout import Branches, lay_out
+from hafrm.engine.layout import Branches, Layout, lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.engine.packing import first_fit_decreasing
@@ -39,6 +39,10 @@ class Scores:
     lengths: NDArray[np.int64]
     first: NDArray[np.int64]
     """Index of each group's first response."""
+
+
+PerResponse = tuple[Tensor | None, ...]
+"""What a forward gives, each with one entry per response of its layout; `Outputs` is one."""
 
 
 class Piece(NamedTuple):
@@ -79,21 +83,24 @@ def run_forward(
     owner = np.repeat(np.arange(len(groups)), [len(group.response_ids) for group in groups])
     rewards, logps = (np.full(len(owner), np.nan, np.float32) for _ in range(2))
     lengths = np.zeros(len(owner), np.int64)
-    pieces = split_into_pieces(groups, max_tokens)
-    rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
 
-    def run(row: list[Piece]) -> Outputs:
-        return _run_row(model, row, autocast)
+    def run(layout: Layout) -> Outputs:
+        half = contextlib.nullcontext()
+        device = model.device
+        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
+            outputs: Outputs = model(layout.to(device))
+        return outputs
 
-    for row, outputs in zip(rows, _map(run, rows, threads), strict=True):
-        where = np.concatenate([piece.where for piece in row])
-        lengths[where] = outputs.lengths.cpu().numpy()
-        for values, output in ((rewards, outputs.rewards), (logps, outputs.logps)):
+    for where, tokens, outputs in run_rows(run, groups, max_tokens=max_tokens, threads=threads):
+        some_rewards, some_logps, some_lengths = outputs
+        assert some_lengths is not None
+        lengths[where] = some_lengths.cpu().numpy()
+        for values, output in ((rewards, some_rewards), (logps, some_logps)):
             if output is not None:
                 values[where] = output.float().cpu().numpy()
                 _check_finite(values[where], owner[where])
         if done is not None:
-            done(len(where), sum(piece.num_tokens for piece in row))
+            done(len(where), tokens)
     return Scores(
         rewards=None if model.reward_head is None else rewards,
         logps=None if model.policy_head is None else logps,
@@ -102,17 +109,29 @@ def run_forward(
     )
 
 
-def _run_row(model: HybridModel, row: list[Piece], autocast: torch.dtype | None) -> Outputs:
-    """One forward; where memory is short, two of half the responses, as often as it takes.
+def run_rows(
+    run: Callable[[Layout], PerResponse],
+    groups: Sequence[Branches],
+    *,
+    max_tokens: int,
+    threads: int = 1,
+) -> Iterator[tuple[NDArray[np.int64], int, PerResponse]]:
+    """(indices of responses, tokens run, what `run` gives per response) of every packed row.
 
     Raises MemoryBudgetError for a single response that does not fit.
     """
-    device = model.device
-    half = contextlib.nullcontext()
+    pieces = split_into_pieces(groups, max_tokens)
+    rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
+    found = _map(lambda row: _run_row(run, row), rows, threads)
+    for row, outputs in zip(rows, found, strict=True):
+        where = np.concatenate([np.asarray(piece.where, np.int64) for piece in row])
+        yield where, sum(piece.num_tokens for piece in row), outputs
+
+
+def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece]) -> PerResponse:
+    """One forward; where memory is short, two of half the responses, as often as it takes."""
     try:
-        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
-            outputs: Outputs = model(lay_out(row).to(device))
-            return outputs
+        return run(lay_out(row))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -126,12 +145,8 @@ def _run_row(model: HybridModel, row: list[Piece], autocast: torch.dtype | None)
             "load the model in bfloat16, or set a smaller max_length"
         )
     log.warning("a row of %d tokens ran out of memory (%s); running it in two halves", tokens, what)
-    first, second = (_run_row(model, part, autocast) for part in _halves(row))
-    return Outputs(
-        rewards=_joined(first.rewards, second.rewards),
-        logps=_joined(first.logps, second.logps),
-        lengths=torch.cat([first.lengths, second.lengths]),
-    )
+    first, second = (_run_row(run, part) for part in _halves(row))
+    return tuple(_joined(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -189,8 +204,8 @@ def _split(piece: Piece, max_tokens: int) -> Iterator[Piece]:
 
 
 def _map(
-    run: Callable[[list[Piece]], Outputs], rows: list[list[Piece]], threads: int
-) -> Iterable[Outputs]:
+    run: Callable[[list[Piece]], PerResponse], rows: list[list[Piece]], threads: int
+) -> Iterable[PerResponse]:
     """`run` of every row, in order, over as many threads as there are rows for."""
     workers = min(threads, len(rows))
     if workers <= 1:

@@ -22,12 +22,15 @@ def replay(directory: Path) -> dict[str, Any]:
     lines = (directory / "golden_scores.jsonl").read_text(encoding="utf-8").splitlines()
     golden = [json.loads(line) for line in lines]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
+    if (directory / "adapter_config.json").is_file():
+        model, faults = _with_adapter(directory, tokenizer), []
+    else:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True
+        )
+        faults = [f"freshly initialised: {name}" for name in loading["missing_keys"]]
+        faults += _wrong_settings(model.config, tokenizer)
     model.eval()
-    faults = [f"freshly initialised: {name}" for name in loading["missing_keys"]]
-    faults += _wrong_settings(model.config, tokenizer)
     texts = [str(tokenizer.apply_chat_template(g["messages"], tokenize=False)) for g in golden]
     for text, row in zip(texts, golden, strict=True):
         for special in (True, False):
@@ -46,6 +49,18 @@ def replay(directory: Path) -> dict[str, Any]:
             for name, s in scores.items()
         }
     return {"differences": differences, "faults": faults, "num_golden": len(golden)}
+
+
+def _with_adapter(directory: Path, tokenizer: Any) -> Any:
+    """The base checkpoint under the adapter, told what an adapter cannot tell: one label, and the pad."""
+    from peft import PeftConfig, PeftModel  # noqa: PLC0415 - heavy, and only for adapters
+
+    known = PeftConfig.from_pretrained(str(directory))
+    base = AutoModelForSequenceClassification.from_pretrained(
+        known.base_model_name_or_path, revision=known.revision, num_labels=1, dtype=torch.float32
+    )
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return PeftModel.from_pretrained(base, str(directory))
 
 
 def _wrong_settings(config: Any, tokenizer: Any) -> list[str]:
@@ -70,7 +85,8 @@ def _scores(model: Any, tokenizer: Any, texts: list[str], side: str) -> torch.Te
         texts, return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False
     )
     kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if side == "left" and "position_ids" in inspect.signature(model.forward).parameters:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if side == "left" and "position_ids" in inspect.signature(inner.forward).parameters:
         kept["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     scores: torch.Tensor = model(**kept).logits[:, 0]
     return scores

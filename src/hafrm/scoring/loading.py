@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -58,7 +59,19 @@ def load_reward(
         )
     backbone = loaded.base_model
     model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    return model.to(device or default_device())
+
+
+def load_reward_head(directory: str | Path) -> nn.Linear:
+    """The `score` head of an exported reward model alone; raises ModelError where there is none."""
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if "score.weight" in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                weight = tensors.get_tensor("score.weight").float()
+                head = nn.Linear(weight.shape[1], 1, bias=False)
+                head.weight = nn.Parameter(weight)
+                return head
+    raise ModelError(f"{directory} holds no score.weight; give the export of a run's reward model")
 
 
 def load_policy(
@@ -67,11 +80,11 @@ def load_policy(
     """A `...ForCausalLM` that scores; raises ModelError for anything else."""
     backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device="cpu"))
     model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or _default_device())
+    return model.to(device or default_device())
 
 
 def load_causal_lm(
-    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` that writes; raises ModelError for anything else."""
     loaded, missing = _load(AutoModelForCausalLM, path, dtype)
@@ -80,7 +93,7 @@ def load_causal_lm(
             f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
             "LM (of a hafrm run: <run>/model/policy)"
         )
-    model: PreTrainedModel = loaded.to(device or _default_device())
+    model: PreTrainedModel = loaded.to(device or default_device())
     return model
 
 
@@ -142,10 +155,11 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[st
         loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a model from {path}: {error}") from error
     return loaded[0], sorted(loaded[1]["missing_keys"])
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -73,7 +73,7 @@ class Best:
     rewards: list[float]
 
 
-class _Scorer(ABC):
+class Scorer(ABC):
     """The verbs that follow from a score per response."""
 
     def __init__(self, model: HybridModel, encoder: Encoder, max_tokens: int | None) -> None:
@@ -142,7 +142,7 @@ class _Scorer(ABC):
         return [scores[response] for response in responses]
 
 
-class RewardModel(_Scorer):
+class RewardModel(Scorer):
     """A scalar reward model, ready to score.
 
     >>> rm = RewardModel.from_pretrained("run/model/reward")
@@ -196,7 +196,7 @@ class RewardModel(_Scorer):
         return scores.rewards
 
 
-class ImplicitRewardModel(_Scorer):
+class ImplicitRewardModel(Scorer):
     """A policy as judge: beta * (log pi - log pi_ref), what DPO scores with (arXiv 2305.18290).
 
     The directory's rule says whether there is a reference and whether it counts per token.
@@ -259,7 +259,10 @@ class ImplicitRewardModel(_Scorer):
         `done(responses, tokens)` hears of every finished row. Raises NumericsError for a score that
         is not finite.
         """
-        scores = self._run(self.policy, encoded, done)
+        return self.judge(self._run(self.policy, encoded, done), encoded)
+
+    def judge(self, scores: Scores, encoded: Sequence[EncodedGroup]) -> NDArray[np.float32]:
+        """The implicit rewards of the policy's log-probs of these groups."""
         assert scores.logps is not None
         implicit: NDArray[Any] = scores.logps
         if self.reference is not None:

@@ -134,15 +134,15 @@ def _line(row: object, scores: RowScores) -> str:
     return line + "\n"
 
 
-def _render_table(rows: Rows, scores: Sequence[RowScores]) -> bytes:
+def add_scores(
+    table: "pa.Table", values: Sequence[object], scores: Sequence[RowScores]
+) -> "pa.Table":
+    """The table with its score columns and `error`; `values` are its rows as mappings."""
     import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
 
-    assert rows.table is not None
-    table = rows.table
     columns = [
         score_columns(row, given)
-        for row, given in zip(rows.values, scores, strict=True)
+        for row, given in zip(values, scores, strict=True)
         if isinstance(row, Mapping)
     ]
     added: dict[str, Any] = {
@@ -152,12 +152,20 @@ def _render_table(rows: Rows, scores: Sequence[RowScores]) -> bytes:
     added[ERROR] = pa.array(
         [f"{s.reason}: {s.detail}" if isinstance(s, Refusal) else None for s in scores], pa.string()
     )
-    for name, values in added.items():
+    for name, column in added.items():
         if name in table.column_names:  # of an earlier scoring of these rows
             table = table.drop_columns([name])
-        table = table.append_column(name, values)
+        table = table.append_column(name, column)
+    return table
+
+
+def _render_table(rows: Rows, scores: Sequence[RowScores]) -> bytes:
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    assert rows.table is not None
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(add_scores(rows.table, rows.values, scores), sink)
     return bytes(sink.getvalue())
 
 

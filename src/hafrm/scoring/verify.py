@@ -1,7 +1,8 @@
-"""Proof that an exported reward directory gives every consumer our scores: the golden file.
+"""Proof that exported directories give every consumer our numbers.
 
-`write_golden` records conversations, ids and float32 rewards; `check_golden` replays them in a fresh
-process with plain transformers (golden_check.py) and says what differs.
+Of a reward model, `write_golden` records conversations, ids and float32 rewards, and `check_golden`
+replays them in a fresh process with plain transformers (golden_check.py). Of a policy, `check_policy`
+compares log-probs with plain transformers in this process.
 """
 
 import json
@@ -10,13 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
 from hafrm.data.groups import Group, Message
 from hafrm.errors import NumericsError
 from hafrm.scoring import golden_check
-from hafrm.scoring.forward import first_responses
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.forward import first_responses, run_forward
+from hafrm.scoring.golden_file import GOLDEN
+from hafrm.scoring.loading import load_encoder, load_policy
+from hafrm.scoring.scorer import MAX_TOKENS_CPU, RewardModel
 
-GOLDEN = "golden_scores.jsonl"
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: padded against packed sums of a deep model."""
 PLAIN = Group(
@@ -50,7 +56,8 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
             if tokenizer(text, add_special_tokens=False)["input_ids"] != ours:
                 continue
             reward = float(rewards[start + k])
-            lines.append(json.dumps({"messages": messages, "input_ids": ours, "reward": reward}))
+            line = {"messages": messages, "text": text, "input_ids": ours, "reward": reward}
+            lines.append(json.dumps(line))
     if not lines:
         raise NumericsError(
             f"{directory}: whoever renders its chat template and tokenises the text gets other ids than "
@@ -82,3 +89,35 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
         )
     differences: dict[str, float] = found["differences"]
     return differences
+
+
+@torch.no_grad()
+def check_policy(
+    directory: Path, groups: Sequence[Group], tolerance: float = TOLERANCE
+) -> tuple[int, float]:
+    """How many responses' log-probs were compared with plain transformers', and the largest difference.
+
+    Relative to max(1, |log-prob|), float32, whatever the weights are stored in. Raises NumericsError
+    where they disagree, ModelError for a directory that is not a whole causal LM.
+    """
+    model = load_policy(directory, dtype=torch.float32, device="cpu")
+    encoder = load_encoder(directory, model.backbone.config, None)
+    encoded, _ = encoder.encode([*groups, PLAIN])
+    found = run_forward(model.eval(), encoded, max_tokens=MAX_TOKENS_CPU).logps
+    assert found is not None
+    stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    expected = []
+    for group in encoded:
+        for response in group.response_ids:
+            ids = torch.tensor(np.concatenate([group.prompt_ids, response]), dtype=torch.int64)
+            logps = stock(ids[None]).logits[0, :-1].log_softmax(-1)
+            tokens = logps.gather(1, ids[1:, None])[len(group.prompt_ids) - 1 :]
+            expected.append(float(tokens.sum()))
+    plain = np.array(expected)
+    difference = float((np.abs(found - plain) / np.maximum(1.0, np.abs(plain))).max())
+    if not difference <= tolerance:  # a NaN is no agreement
+        raise NumericsError(
+            f"{directory} gives plain transformers other log-probs than hafrm: they differ by "
+            f"{difference:.2g} (tolerated {tolerance:g})"
+        )
+    return len(expected), difference

@@ -15,7 +15,7 @@ from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.readers import BadRow
 from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
-from hafrm.engine.model import self_check
+from hafrm.engine.selfcheck import self_check
 from hafrm.errors import NumericsError
 from hafrm.provenance import describe_process
 from hafrm.scoring.inputs import Shard, file_suffix

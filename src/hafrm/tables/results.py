@@ -48,7 +48,9 @@ def evaluation_tables(result: Evaluation) -> Iterator[RenderableType]:
     yield main
     yield _by_length(result.sets)
     if any(each.implicit for each in result.sets):
-        yield _implicit(result.sets)
+        yield _heads(result.sets)
+    if result.fused is not None:
+        yield f"fused score, fitted on the run's validation data: {result.fused}"
     report = result.encoding
     for reason, number in result.left_out.items():
         yield f"left out: {reason}: {number} rows"
@@ -70,15 +72,23 @@ def _by_length(sets: tuple[SetResult, ...]) -> Table:
     return table
 
 
-def _implicit(sets: tuple[SetResult, ...]) -> Table:
-    table = Table(title="the policy's implicit reward", title_justify="left")
-    for name in ("set", "accuracy [95 %]", "same sign as the reward", "Spearman"):
-        table.add_column(name, justify="left" if name == "set" else "right")
+def _heads(sets: tuple[SetResult, ...]) -> Table:
+    """Each head's accuracy, and that of both together, one below the other."""
+    table = Table(title="both heads", title_justify="left")
+    headings = ("accuracy [95 %]", "less the reward's [95 %]", "same sign [95 %]", "Spearman")
+    table.add_column("set")
+    table.add_column("scorer", no_wrap=True)
+    for name in headings:
+        table.add_column(name, justify="right")
     for each in sets:
+        table.add_row(each.name, "reward", str(each.metrics.accuracy.estimate))
         if each.implicit is not None and each.agreement is not None:
             agree = each.agreement
-            estimate = str(each.implicit.accuracy.estimate)
-            table.add_row(each.name, estimate, str(agree.same_sign), f"{agree.spearman:.3f}")
+            cells = (str(agree.same_sign), f"{agree.spearman:.3f}")
+            table.add_row("", "implicit reward", str(each.implicit.accuracy.estimate), "", *cells)
+        if each.fused is not None:
+            accuracy = each.fused.accuracy.estimate
+            table.add_row("", "fused", str(accuracy), str(each.fused_gain))
     return table
 
 

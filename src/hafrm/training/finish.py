@@ -12,23 +12,44 @@ from hafrm.engine.model import HybridModel
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder, atomic_directory
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
+from hafrm.scoring.fused import write_fused_rule
+from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.scorer import ImplicitRule, write_implicit_rule
 from hafrm.scoring.verify import check_golden, write_golden
 from hafrm.training import parallel
-from hafrm.training.methods import POLICY_LOSSES, Method
+from hafrm.training.batches import References
+from hafrm.training.methods import Method
 from hafrm.training.prepare import PreparedData
+from hafrm.training.validation import fit_on_validation
 
 log = logging.getLogger("hafrm")
 
 
 def export_run(
-    run: RunFolder, recipe: Recipe, method: Method, data: PreparedData, model: HybridModel
+    run: RunFolder,
+    recipe: Recipe,
+    method: Method,
+    data: PreparedData,
+    model: HybridModel,
+    references: References | None = None,
 ) -> None:
-    """Write `model/reward` and `model/policy`, as far as the method trained them; all ranks call."""
+    """Write `model/reward` and `model/policy`, as far as the method trained them, and where it trained
+    both the rule of their fused score, fitted on validation with its `references`; all ranks call."""
     folder = run.path / "model"
     if folder.is_dir():
         return
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    dtype = export_dtype(recipe)
+    rule = None
+    if method.trains_reward and method.trains_policy:
+        rule = fit_on_validation(
+            model,
+            data.validation,
+            references,
+            method,
+            max_tokens=2 * recipe.training.token_budget,
+            autocast=torch.bfloat16 if dtype == torch.bfloat16 else None,
+        )
+        log.info("fitted on validation: %s", rule)
     weights = gather_weights(model)
     if parallel.is_main():
         with atomic_directory(folder) as aside:
@@ -40,15 +61,22 @@ def export_run(
             if model.policy_head is not None:
                 export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
                 write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
+            if rule is not None:
+                write_fused_rule(aside, rule)
+            write_cards(run.path, aside)
     parallel.wait()
+
+
+def export_dtype(recipe: Recipe) -> torch.dtype:
+    """What a run's models are stored in: what it computed in."""
+    return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 
 def implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
     """How the trained policy scores a response by itself."""
     assert method.policy_loss is not None
-    loss = POLICY_LOSSES[method.policy_loss]
     return ImplicitRule(
-        reference=recipe.model.path if loss.needs_reference else None,
+        reference=recipe.model.path if method.scores_against_reference else None,
         beta=method.beta,
-        per_token=loss.per_token,
+        per_token=method.scores_per_token,
     )

@@ -5,7 +5,7 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ from torch import nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
-from hafrm.engine.model import HybridModel, self_check
+from hafrm.engine.model import HybridModel
+from hafrm.engine.selfcheck import self_check
 from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder
 from hafrm.training import parallel
+from hafrm.training.balance import new_balance
 from hafrm.training.batches import ComparisonOrder, References, plan_step
 from hafrm.training.budget import with_token_budget
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -29,7 +31,7 @@ from hafrm.training.finish import export_run
 from hafrm.training.guard import Guard
 from hafrm.training.methods import Method, get_method
 from hafrm.training.prepare import PreparedData, build_model, prepare_data
-from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
+from hafrm.training.reference import REFERENCE_TOKENS, references_of
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
 from hafrm.training.start import open_run, record_provenance
@@ -55,8 +57,18 @@ class TrainResult:
     """Validation metrics of the exported step."""
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    data: PreparedData | None = None,
+    finish: "Callable[[Job], None] | None" = None,
+) -> TrainResult:
     """Train as the recipe says, in a run folder; returns once the exported models have been verified.
+
+    `data` is what `prepare_data` makes of the recipe, for who has it already; `finish`, given the job with
+    its best weights, does what is to be done with them instead of exporting them.
 
     Raises ConfigError, DataError or ModelError before the first step; NumericsError for numbers that
     must not be built upon; CheckpointError for a folder that cannot be resumed; StoppedError after a
@@ -68,12 +80,17 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
     with run.lock() if ranks.is_main else _nothing():
-        data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
+        if data is None:
+            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
             record_provenance(run, planned, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
-        job = Job(planned, method, run, data, model)
-        return job.train(ranks, resume=resume)
+        return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
+
+
+def export_job(job: "Job") -> None:
+    """What a run ends with: its models exported, and verified by others' eyes."""
+    export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
 
 
 def resolve_method(recipe: Recipe) -> Method:
@@ -99,11 +116,14 @@ class Job:
         self.train_references: References | None = None
         self.validation_references: References | None = None
         self.model = model
+        self.balance = new_balance(method, model.device)
         self.best: dict[str, float] = {}
         self.best_step = -1
 
-    def train(self, ranks: parallel.Ranks, *, resume: bool) -> TrainResult:
-        """The run from wherever it stands to its exported models."""
+    def train(
+        self, ranks: parallel.Ranks, resume: bool, finish: "Callable[[Job], None]"
+    ) -> TrainResult:
+        """The run from wherever it stands to the end, and `finish` with the best weights."""
         training = self.recipe.training
         self._check_first_batch()
         if self.method.needs_reference:
@@ -124,6 +144,7 @@ class Job:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 result = self._step(step, feed, wrapped, optimizer, guard)
+                self.balance = result.balance
                 watch.step(step + 1, rate, result, guard)
                 improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
                     step + 1, wrapped, watch, guard
@@ -138,7 +159,11 @@ class Job:
                         f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
                         f"go on with: hafrm train --resume {self.run.path}"
                     )
-        return self._finish(wrapped)
+        # A resumed run that had finished comes straight here.
+        if self.best_step != self.num_steps:
+            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
+        finish(self)
+        return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
     def _feed(self, ranks: parallel.Ranks) -> Feed:
         training = self.recipe.training
@@ -172,6 +197,7 @@ class Job:
                     max_grad_norm=training.max_grad_norm,
                     autocast=self.autocast,
                     guard=guard,
+                    balance=self.balance,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -211,22 +237,16 @@ class Job:
             log.info("shared prompts agree with plain runs: %s", found)
 
     def _load_references(self) -> None:
-        groups = [*self.data.train, *self.data.validation]
-        training = self.recipe.training
-        log.info("reference log-probs of %d groups", len(groups))
         self.model.eval()
-        both = reference_logps(
+        self.train_references, self.validation_references = references_of(
             self.model,
-            groups,
-            max_tokens=REFERENCE_TOKENS * training.token_budget,
+            self.data.train,
+            self.data.validation,
+            max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
             autocast=self.autocast,
         )
-        if training.gradient_checkpointing:
+        if self.recipe.training.gradient_checkpointing:
             self.model.train()
-        cut = len(self.data.train)
-        split = both.first[cut]
-        self.train_references = References(both.logps[:split], both.first[:cut])
-        self.validation_references = References(both.logps[split:], both.first[cut:] - split)
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)
@@ -253,7 +273,9 @@ class Job:
         return True
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        state = {"best_step": self.best_step, "best": self.best}
+        state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        if self.balance is not None:
+            state["balance"] = self.balance.averages.tolist()
         save_checkpoint(self.run, step, wrapped, optimizer, state)
         if parallel.is_main():
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
@@ -264,17 +286,12 @@ class Job:
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+            if self.balance is not None:
+                self.balance = new_balance(self.method, self.model.device, state["balance"])
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-    def _finish(self, wrapped: nn.Module) -> TrainResult:
-        """Export and verify the best step, once; a resumed run that had finished finds it done."""
-        if self.best_step != self.num_steps:
-            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
-        export_run(self.run, self.recipe, self.method, self.data, parallel.unwrap(wrapped))
-        return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
 
 @contextmanager

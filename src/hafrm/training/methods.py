@@ -9,14 +9,13 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hafrm.errors import ConfigError
 from hafrm.training import losses
-from hafrm.training.losses import PolicyLogps
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,11 @@ class Method:
     """Factor on the Bradley-Terry loss; 0 trains the policy only. It does not follow alpha: for GRM's
     convex sum with another alpha, give reward_weight = 1 - alpha too."""
     alpha: float = 0.0
-    """Factor on the policy loss; 0 trains the reward only. The paper's code takes 0.2."""
+    """Factor on the policy loss; 0 trains the reward only. The paper's code takes 0.2. With a
+    `gradient_ratio`, what the first step takes."""
+    gradient_ratio: float | None = None
+    """Keeps alpha at ||alpha * g_policy|| = gradient_ratio * ||reward_weight * g_reward||, g being the
+    gradients of the two losses by the hidden states that their heads read; None: alpha stays."""
     policy_loss: str | None = None
     """A key of POLICY_LOSSES."""
     beta: float = 1.0
@@ -80,6 +83,8 @@ class Method:
         self._require("label_smoothing", lambda value: 0 <= value < 0.5, "at least 0, under 0.5")
         if self.policy_loss is not None and self.policy_loss not in POLICY_LOSSES:
             raise ConfigError(_unknown("method.policy_loss", self.policy_loss, POLICY_LOSSES))
+        if self.gradient_ratio is not None:
+            self._check_balance()
         if self.alpha > 0 and self.policy_loss is None:
             raise ConfigError(
                 f"method.alpha is {self.alpha}, but method {self.name!r} has no policy loss to weigh: "
@@ -89,6 +94,15 @@ class Method:
             raise ConfigError(
                 f"method {self.name!r} would train nothing: method.reward_weight and method.alpha are "
                 "both 0; set one of them above 0"
+            )
+
+    def _check_balance(self) -> None:
+        self._require("gradient_ratio", lambda ratio: 0 < ratio < math.inf, "a finite number > 0")
+        if not (self.trains_reward and self.trains_policy):
+            trained = "reward" if self.trains_reward else "policy"
+            raise ConfigError(
+                f"method.alpha auto weighs the gradients of two heads, but method {self.name!r} trains "
+                f"the {trained} head only: give method.alpha a number, or take method haf"
             )
 
     def _require(self, name: str, allowed: Callable[[float], bool], words: str) -> None:
@@ -121,6 +135,11 @@ class Method:
         """Whether the implicit reward subtracts the reference's log-probs."""
         return self.policy_loss is None or POLICY_LOSSES[self.policy_loss].needs_reference
 
+    @property
+    def scores_per_token(self) -> bool:
+        """Whether the implicit reward is per token already."""
+        return self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
+
     def implicit_rewards(
         self,
         logps: Float[Tensor, " responses"],
@@ -138,12 +157,11 @@ class Method:
                 f"the implicit reward of method {self.name!r} compares with the reference, whose "
                 "log-probs are missing: compute them with the starting checkpoint"
             )
-        per_token = self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
         return losses.implicit_rewards(
             logps,
             reference_logps if self.scores_against_reference else None,
             self.beta,
-            counts if per_token else None,
+            counts if self.scores_per_token else None,
         )
 
 
@@ -172,12 +190,17 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+GRADIENT_RATIO = 0.2
+"""What `alpha: auto` keeps where nothing else is said; docs/methods.md has the study."""
+
+
 def get_method(name: str, **overrides: Any) -> Method:
     """The preset `name` with some values replaced; an override of None keeps the preset's value.
 
     Another `policy_loss` brings its own beta and gamma unless they are given too: SimPO's beta is not
-    DPO's. Raises ConfigError for an unknown name, an unknown option, a value that is not allowed, and an
-    option that this method would not use.
+    DPO's. An `alpha` of "auto" starts at the preset's and then follows `gradient_ratio`. Raises
+    ConfigError for an unknown name, an unknown option, a value that is not allowed, and an option that
+    this method would not use.
     """
     if name not in METHODS:
         raise ConfigError(_unknown("method.name", name, METHODS))
@@ -189,6 +212,15 @@ def get_method(name: str, **overrides: Any) -> Method:
     for key in given:
         if key not in allowed:
             raise ConfigError(_unknown("option of method", key, allowed))
+    balanced = given.get("alpha") == "auto"
+    if balanced:
+        given["alpha"] = preset.alpha or METHODS["haf"].alpha
+        given.setdefault("gradient_ratio", GRADIENT_RATIO)
+    elif "gradient_ratio" in given:
+        raise ConfigError(
+            f"method.gradient_ratio is {given['gradient_ratio']!r}, which only method.alpha auto uses: "
+            "set method.alpha: auto, or remove method.gradient_ratio"
+        )
     method = replace(preset, **given)
     used = _options_in_use(method)
     for key, value in given.items():
@@ -219,7 +251,7 @@ def _options_in_use(method: Method) -> set[str]:
     if method.trains_reward:
         used |= {"label_smoothing", "centering"}
     if method.policy_loss is not None:
-        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
+        used |= {"alpha", "gradient_ratio", *POLICY_LOSSES[method.policy_loss].options}
     return used
 
 
@@ -228,59 +260,3 @@ def _unknown(what: str, value: str, allowed: Collection[str]) -> str:
     close = difflib.get_close_matches(value, allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {value!r}{hint} (one of: {', '.join(allowed)})"
-
-
-class JointLoss(NamedTuple):
-    """The loss of each comparison and its parts."""
-
-    total: Float[Tensor, " comparisons"]
-    """What is trained on: both parts in the method's proportions, times the comparison's weight."""
-    reward: Float[Tensor, " comparisons"] | None
-    """The reward part as it is, unweighted, for logging; None where the method has none."""
-    policy: Float[Tensor, " comparisons"] | None
-    """The policy part as it is, unweighted, for logging; None where the method has none."""
-
-
-def joint_loss(
-    method: Method,
-    *,
-    rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None = None,
-    logps: PolicyLogps | None = None,
-    margins: Float[Tensor, " comparisons"] | None = None,
-    weights: Float[Tensor, " comparisons"] | None = None,
-) -> JointLoss:
-    """The method's loss per comparison (nat), not reduced; `rewards` are (chosen, rejected).
-
-    Rewards or log-probs that the method does not train on may be None, and are not looked at.
-    """
-    reward = _reward_part(method, rewards, margins) if method.trains_reward else None
-    policy = _policy_part(method, logps) if method.trains_policy else None
-    # arXiv 2407.04185: L = L_reward + alpha * L_policy
-    total = method.reward_weight * _or_zero(reward) + method.alpha * _or_zero(policy)
-    assert isinstance(total, Tensor), "a method trains at least one of the two"
-    return JointLoss(total if weights is None else weights * total, reward, policy)
-
-
-def _reward_part(
-    method: Method,
-    rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None,
-    margins: Float[Tensor, " comparisons"] | None,
-) -> Float[Tensor, " comparisons"]:
-    assert rewards is not None, f"method {method.name} trains rewards, but got none"
-    return losses.reward_loss(
-        *rewards,
-        margin=margins,
-        label_smoothing=method.label_smoothing,
-        centering=method.centering,
-    )
-
-
-def _policy_part(method: Method, logps: PolicyLogps | None) -> Float[Tensor, " comparisons"]:
-    assert method.policy_loss is not None
-    assert logps is not None, f"method {method.name} trains the policy, but got no log-probs"
-    loss = POLICY_LOSSES[method.policy_loss]
-    return loss.function(logps, **{option: getattr(method, option) for option in loss.options})
-
-
-def _or_zero(part: Float[Tensor, " comparisons"] | None) -> Float[Tensor, " comparisons"] | float:
-    return 0.0 if part is None else part

@@ -4,8 +4,6 @@ Everything here happens before the first step. Nothing is trained, and the test 
 to prove that no prompt of it is trained on.
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +22,6 @@ from transformers import (
 from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.encoding_cache import encode_cached
 from hafrm.data.groups import Group
-from hafrm.data.mixing import (
-    check_leakage,
-    mix,
-    split_by_prompt,
-    uniform_weights,
-    without_prompts,
-)
-from hafrm.data.readers import Reading, read
-from hafrm.data.sources import parse_sources
 from hafrm.data.template import read_template
 from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
@@ -43,13 +32,9 @@ from hafrm.engine.model import (
     split_causal_lm,
 )
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe
+from hafrm.recipe import LoraSection, ModelSection, Recipe
 from hafrm.training.methods import Method
-
-NUM_GOLDEN = 16
-VALIDATION_SEED = 2**32
-"""Apart from the seeds that people split with: cut by the same hash, the rest of a test split would
-have nothing left to validate on."""
+from hafrm.training.parts import NUM_GOLDEN, read_parts
 
 
 @dataclass(frozen=True)
@@ -69,33 +54,9 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
 
     Raises DataError for unusable data, for prompts shared between parts, and for an empty part.
     """
-    data = recipe.data
-    encoder = Encoder(
-        load_tokenizer(recipe.model),
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        too_long=data.too_long,
-    )
-    reading = read(data.train, max_bad_fraction=data.max_bad_fraction, bad_rows_file=bad_rows_file)
-    train: Sequence[Group] = _mixed(reading, data, recipe.training.seed)
-    if data.validation:
-        validation: Sequence[Group] = read(
-            data.validation, max_bad_fraction=data.max_bad_fraction
-        ).groups
-    else:
-        train, validation = split_by_prompt(
-            train, fraction=data.validation_fraction, seed=VALIDATION_SEED + recipe.training.seed
-        )
-    test: Sequence[Group] = (
-        read(data.test, max_bad_fraction=data.max_bad_fraction).groups if data.test else ()
-    )
-    num_groups = len(train) + len(validation)
-    if data.shared_prompts == "drop":
-        validation = without_prompts(validation, test)
-        train = without_prompts(train, [*validation, *test])
-    check_leakage([*train, *validation], test, names=("data.train", "data.test"))
-    check_leakage(train, validation, names=("data.train", "data.validation"))
-    num_dropped = num_groups - len(train) - len(validation)
+    encoder = build_encoder(recipe)
+    parts = read_parts(recipe, bad_rows_file)
+    reading, train, validation = parts.reading, parts.train, parts.validation
     encoded_train, report = encode_cached(encoder, train)
     encoded_validation, _ = encode_cached(encoder, validation)
     for name, part in (("data.train", encoded_train), ("data.validation", encoded_validation)):
@@ -107,7 +68,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         "rows": reading.num_rows,
         "bad_rows": len(reading.bad),
         "left_out": reading.left_out,
-        "groups_with_shared_prompts_dropped": num_dropped,
+        "groups_with_shared_prompts_dropped": parts.num_dropped,
         "train_groups": len(encoded_train),
         "validation_groups": len(encoded_validation),
         "train_comparisons": sum(len(group.comparisons) for group in encoded_train),
@@ -119,21 +80,15 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     )
 
 
-def _mixed(reading: Reading, data: DataSection, seed: int) -> list[Group]:
-    """The training groups, capped and weighted set by set."""
-    ends = list(itertools.accumulate(reading.num_groups))
-    sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]
-    if data.weights == "uniform":
-        weights: list[float] | None = uniform_weights(sets, data.cap)
-    elif data.weights is None:
-        weights = None
-    else:  # the members of a group of sets share the weight of its entry
-        weights = [
-            weight
-            for entry, weight in zip(data.train, data.weights, strict=True)
-            for _ in parse_sources(entry)
-        ]
-    return mix(sets, weights=weights, cap=data.cap, seed=seed)
+def build_encoder(recipe: Recipe) -> Encoder:
+    """The encoder that the recipe trains with; raises as `load_tokenizer` does."""
+    data = recipe.data
+    return Encoder(
+        load_tokenizer(recipe.model),
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        too_long=data.too_long,
+    )
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:

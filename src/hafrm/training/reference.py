@@ -6,6 +6,7 @@ dtype. A changed key is another file, so nothing stale is ever read.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from hafrm.runs import atomic_write
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training import parallel
 from hafrm.training.batches import References
+
+log = logging.getLogger("hafrm")
 
 REFERENCE_TOKENS = 4
 """Times the token budget that this pass, which keeps nothing for a backward pass, takes at once."""
@@ -78,6 +81,25 @@ def reference_logps(
         atomic_write(file, save({"logps": logps, "counts": counts}))
     parallel.wait()
     return References(logps, first)
+
+
+def references_of(
+    model: HybridModel,
+    train: Sequence[EncodedGroup],
+    validation: Sequence[EncodedGroup],
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+) -> tuple[References, References]:
+    """`reference_logps` of the training and the validation groups, from one pass or one file."""
+    log.info("reference log-probs of %d groups", len(train) + len(validation))
+    both = reference_logps(model, [*train, *validation], max_tokens=max_tokens, autocast=autocast)
+    cut = len(train)
+    split = both.first[cut]
+    return (
+        References(both.logps[:split], both.first[:cut]),
+        References(both.logps[split:], both.first[cut:] - split),
+    )
 
 
 def _read(file: Path, counts: NDArray[np.int64]) -> NDArray[np.float32] | None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from hafrm.engine.model import Outputs
 from hafrm.training import parallel
+from hafrm.training.balance import Balance, Weighing
 from hafrm.training.batches import MicroBatch
 from hafrm.training.guard import Guard
 from hafrm.training.losses import PolicyLogps
-from hafrm.training.methods import JointLoss, Method, joint_loss
+from hafrm.training.methods import Method
+from hafrm.training.objective import JointLoss, joint_loss
 
 MEASURES = (
     "loss",
@@ -44,10 +46,19 @@ class StepResult:
     """2-norm of the whole gradient before clipping."""
     num_tokens: int
     """Packed tokens that this rank ran."""
+    alpha: Float[Tensor, ""] | None = None
+    """The policy loss's weight in this step, where it is balanced."""
+    balance: Balance | None = None
+    """What the next step's alpha follows from."""
 
 
-def losses_of(outputs: Outputs, batch: MicroBatch, method: Method) -> JointLoss:
-    """The method's losses for every comparison of a micro-batch."""
+def losses_of(
+    outputs: Outputs,
+    batch: MicroBatch,
+    method: Method,
+    alpha: Float[Tensor, ""] | None = None,
+) -> JointLoss:
+    """The method's losses for every comparison of a micro-batch; `alpha` stands in for its own."""
     rewards = (
         None
         if outputs.rewards is None
@@ -59,6 +70,7 @@ def losses_of(outputs: Outputs, batch: MicroBatch, method: Method) -> JointLoss:
         logps=None if outputs.logps is None else policy_logps(outputs, batch),
         margins=batch.margins,
         weights=batch.weights,
+        alpha=alpha,
     )
 
 
@@ -86,21 +98,24 @@ def take_step(  # noqa: PLR0913
     max_grad_norm: float,
     autocast: torch.dtype | None = None,
     guard: Guard | None = None,
+    balance: Balance | None = None,
 ) -> StepResult:
     """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks.
 
     A loss or gradient that is not finite updates nothing: NumericsError is raised here without a `guard`
-    and on a CPU, and else by the guard's next `check`.
+    and on a CPU, and else by the guard's next `check`. With a `balance`, alpha follows from it.
     """
+    assert (balance is None) == (method.gradient_ratio is None), "alpha auto needs its balance"
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES), device=device)
     finite: list[Tensor] = []
+    weighing = Weighing(balance, device)
     for number, batch in enumerate(batches):
         moved = batch.to(device)
         with parallel.synchronise(model, last=number == len(batches) - 1):
             with _autocast(device, autocast):
-                outputs = model(moved.layout)
-            loss = losses_of(outputs, moved, method)
+                outputs = model(moved.layout, weighing.watch)
+            loss = losses_of(outputs, moved, method, weighing.alpha)
             # Gradients are averaged over ranks; the loss is a sum over the step's comparisons.
             (loss.total.sum() * (parallel.num_ranks() / num_comparisons)).backward()
         sums += measure(outputs, moved, loss, method)
@@ -113,7 +128,8 @@ def take_step(  # noqa: PLR0913
         watching.check()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums, grad_norm, sum(batch.layout.num_tokens for batch in batches))
+    num_tokens = sum(batch.layout.num_tokens for batch in batches)
+    return StepResult(sums, grad_norm, num_tokens, weighing.alpha, weighing.done())
 
 
 @torch.no_grad()

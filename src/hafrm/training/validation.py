@@ -4,6 +4,8 @@ Only ever given validation data. Full metrics with intervals are the verb `evalu
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,50 @@ from numpy.typing import NDArray
 from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel
 from hafrm.intervals import with_bounds
-from hafrm.scoring.forward import Scores, run_forward
+from hafrm.scoring.forward import run_forward
+from hafrm.scoring.fused import FusedRule, fit_fused
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What each head says of every response; None where the method does not train it."""
+
+    rewards: NDArray[np.float32] | None
+    implicit: NDArray[np.float32] | None
+    """The policy's implicit reward, as the method defines it."""
+    implicit_per_token: NDArray[np.float32] | None
+    """The same by the response's tokens, EOS included."""
+    first: NDArray[np.int64]
+    """Index of each group's first response."""
+
+
+def score_heads(
+    model: HybridModel,
+    groups: Sequence[EncodedGroup],
+    references: NDArray[np.float32] | None,
+    method: Method,
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+) -> HeadScores:
+    """Both heads' scores from one pass; `references` are the responses' reference log-probs."""
+    training = model.training
+    model.eval()
+    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast)
+    model.train(training)
+    implicit = per_token = None
+    if scores.logps is not None:
+        implicit = method.implicit_rewards(
+            torch.from_numpy(scores.logps),
+            torch.from_numpy(scores.lengths),
+            None if references is None else torch.from_numpy(references),
+        ).numpy()
+        per_token = implicit
+        if not method.scores_per_token:
+            per_token = (implicit / scores.lengths).astype(np.float32)
+    return HeadScores(scores.rewards, implicit, per_token, scores.first)
 
 
 def validate(
@@ -31,16 +74,14 @@ def validate(
     Ties are left out. A method that trains both heads also gets `implicit_accuracy`. Accuracies come with
     `_low` and `_high`, a 95 % interval that takes the comparisons of one prompt as one trial.
     """
-    training = model.training
-    model.eval()
-    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast)
-    model.train(training)
-    margins = {}
-    if scores.rewards is not None:
-        margins["reward"] = _margins(groups, scores.rewards, scores.first)
-    if scores.logps is not None:
-        implicit = _implicit(scores, references, method)
-        margins["implicit"] = _margins(groups, implicit, scores.first)
+    logps = None if references is None else references.logps
+    scores = score_heads(model, groups, logps, method, max_tokens=max_tokens, autocast=autocast)
+    heads = {"reward": scores.rewards, "implicit": scores.implicit}
+    margins = {
+        name: decided_margins(groups, values, scores.first)
+        for name, values in heads.items()
+        if values is not None
+    }
     ranked = margins[method.scores_with]
     num_prompts = sum(any(not c.tie for c in group.comparisons) for group in groups)
     result = {
@@ -54,17 +95,34 @@ def validate(
     return result
 
 
-def _implicit(scores: Scores, references: References | None, method: Method) -> NDArray[np.float32]:
-    assert scores.logps is not None
-    reference = None if references is None else torch.from_numpy(references.logps)
-    lengths = torch.from_numpy(scores.lengths)
-    implicit = method.implicit_rewards(torch.from_numpy(scores.logps), lengths, reference)
-    return implicit.numpy()
+def fit_on_validation(
+    model: HybridModel,
+    groups: Sequence[EncodedGroup],
+    references: References | None,
+    method: Method,
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+) -> FusedRule:
+    """How much the implicit reward per token counts beside the reward, for a model with both heads."""
+    logps = None if references is None else references.logps
+    scores = score_heads(model, groups, logps, method, max_tokens=max_tokens, autocast=autocast)
+    assert scores.rewards is not None
+    assert scores.implicit_per_token is not None
+    prompts = [
+        prompt for prompt, group in enumerate(groups) for c in group.comparisons if not c.tie
+    ]
+    return fit_fused(
+        decided_margins(groups, scores.rewards, scores.first),
+        decided_margins(groups, scores.implicit_per_token, scores.first),
+        np.array(prompts),
+    )
 
 
-def _margins(
-    groups: Sequence[EncodedGroup], values: NDArray[np.float32], first: NDArray[np.int64]
+def decided_margins(
+    groups: Sequence[EncodedGroup], values: NDArray[np.floating[Any]], first: NDArray[np.int64]
 ) -> NDArray[np.float64]:
+    """value(chosen) - value(rejected) of every comparison that is not a tie."""
     sides = [
         (start + c.chosen, start + c.rejected)
         for group, start in zip(groups, first, strict=True)

@@ -92,6 +92,9 @@ class Watch:
             "comparisons_per_second": comparisons / seconds,
             "tokens_per_second": total_tokens / seconds,
         }
+        alphas = [step.alpha for step in self._steps if step.alpha is not None]
+        if alphas:
+            values["alpha"] = float(torch.stack(alphas).mean())
         self._steps, self._since = [], time.perf_counter()
         self._bar.update(
             self._task,

@@ -9,9 +9,9 @@ from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
 from hafrm.alignment.rlhf.ppo.update import update
 from hafrm.alignment.rlhf.prompts import Prompt
 from hafrm.alignment.rlhf.recipe import AlgorithmSection
-from hafrm.alignment.sampling import Sampling
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.engine.sampling import Sampling
 from hafrm.training.step import build_optimizer
 from models_for_tests import tiny_causal_lm
 from tokenizers_for_tests import chat_tokenizer

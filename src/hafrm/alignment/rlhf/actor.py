@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from hafrm.alignment.rlhf.prompts import Prompt
-from hafrm.alignment.sampling import Sampling, sample
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
+from hafrm.engine.sampling import Sampling, sample
 from hafrm.scoring.forward import Scores, run_forward
 
 

@@ -12,10 +12,10 @@ from hafrm.alignment.rlhf.job import sampling_of
 from hafrm.alignment.rlhf.prompts import fit_prompts, read_prompts
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.rewards import Gold, load_scorer, score_texts
-from hafrm.alignment.sampling import sample
 from hafrm.atomic import atomic_write
 from hafrm.data.encoding import Encoder
 from hafrm.data.groups import Message
+from hafrm.engine.sampling import sample
 from hafrm.recipe import ModelSection
 from hafrm.training.prepare import load_base, load_tokenizer
 

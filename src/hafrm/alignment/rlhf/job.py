@@ -29,10 +29,10 @@ from hafrm.alignment.rlhf.prompts import Prompt, Prompts, load_prompts, prompts_
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.rewards import Gold, Rewards, Scale, load_scorer
 from hafrm.alignment.rlhf.watchdog import Watchdog
-from hafrm.alignment.sampling import Sampling
 from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
+from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError
 from hafrm.runs import RunFolder, atomic_directory, atomic_write, fingerprint
 from hafrm.scoring.export import export_policy, gather_weights

@@ -32,6 +32,7 @@ from hafrm.evaluation.evaluate import Heads, find_heads
 from hafrm.evaluation.metrics import plain
 from hafrm.evaluation.statistics import Estimate
 from hafrm.scoring.forward import first_responses
+from hafrm.scoring.fused import FusedRewardModel
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 MAX_CANDIDATES = 64
@@ -200,5 +201,12 @@ def _judges(
             "implicit reward",
             ImplicitRewardModel.from_pretrained(
                 heads.policy, reference=reference, max_length=max_length
+            ),
+        )
+    if heads.fused is not None:
+        yield (
+            "fused",
+            FusedRewardModel.from_pretrained(
+                heads.fused, reference=reference, max_length=max_length
             ),
         )

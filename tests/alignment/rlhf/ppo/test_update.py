@@ -12,9 +12,9 @@ from hafrm.alignment.rlhf.ppo.policy import PolicyWithValue
 from hafrm.alignment.rlhf.ppo.update import update
 from hafrm.alignment.rlhf.prompts import Prompt
 from hafrm.alignment.rlhf.recipe import AlgorithmSection
-from hafrm.alignment.sampling import Sampling
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.engine.sampling import Sampling
 from hafrm.errors import NumericsError
 from hafrm.recipe import LoraSection
 from hafrm.training.prepare import inject_lora

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hafrm.alignment.sampling import Sampling, sample
 from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError, ModelError
 from models_for_tests import VOCAB, tiny_causal_lm
 

@@ -1,0 +1,72 @@
+"""The verb `compare`: methods against each other, trained under one budget."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hafrm.cli.entry import app
+from hafrm.terminal import show_tables
+
+
+@app.command()
+def compare(  # noqa: PLR0913 - the verb and its options
+    recipe: Annotated[str, typer.Argument(help="A recipe in YAML, with data.test.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    *,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="With commas, the baseline first; options after colons, as haf:alpha=0.05."
+        ),
+    ] = "bt,dpo,haf,grm-sft",
+    seeds: Annotated[int, typer.Option(help="Runs of each method on each set.")] = 3,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="With commas; tried for every method (default: recipe's / 3, x 1, x 3)."),
+    ] = None,
+    mixed: Annotated[
+        bool, typer.Option(help="Also train on all sets together, and tune there.")
+    ] = True,
+    processes: Annotated[
+        int | None, typer.Option(help="Runs at a time (default: one for each GPU, or one).")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(help="Also score a published benchmark, such as rewardbench2; or all."),
+    ] = None,
+    benchmark_data: Annotated[
+        Path | None, typer.Option(help="The folder with its files, if not from the hub.")
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Export every run's models, not only its scores.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="The comparison's folder.")] = Path("comparison"),
+) -> None:
+    """Train methods on each set of a recipe with several seeds, test on all, and tell which differ.
+
+    Each entry of data.train is a training set. Called again, it goes on where it was ended.
+    """
+    from hafrm.config import load_recipe  # noqa: PLC0415
+    from hafrm.evaluation.study.plan import parse_rates, plan_study  # noqa: PLC0415
+    from hafrm.evaluation.study.study import RESULT, compare_methods  # noqa: PLC0415
+    from hafrm.scoring.processes import default_processes  # noqa: PLC0415
+    from hafrm.tables.study import study_tables  # noqa: PLC0415
+
+    plan = plan_study(
+        load_recipe(recipe, overrides or ()),
+        methods.split(","),
+        num_seeds=seeds,
+        rates=parse_rates(learning_rates),
+        mixed=mixed,
+    )
+    study = compare_methods(
+        plan,
+        out,
+        processes=processes or default_processes(),
+        keep_models=keep_models,
+        benchmarks=benchmark or (),
+        benchmark_data=benchmark_data,
+    )
+    show_tables(study_tables(study))
+    typer.echo(f"all numbers: {out / RESULT}")

@@ -1,0 +1,46 @@
+"""The verb `export`: a model out of a run folder, as others load it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hafrm.cli.entry import app
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    *,
+    to: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
+    policy: Annotated[
+        bool, typer.Option("--policy", help="The policy (a causal LM) instead of the reward model.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp32 or fp16 (default: what the run computed in).")
+    ] = None,
+    merge_lora: Annotated[
+        bool | None,
+        typer.Option(
+            help="Of a LoRA run: whole weights (the default), or a PEFT adapter for its base model."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="best, latest or a step (default: the finished model, else the best)."),
+    ] = None,
+) -> None:
+    """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
+    from hafrm.training.extract import ExportOptions, export_from_run  # noqa: PLC0415
+
+    options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
+    done = export_from_run(run, to, options)
+    lora = {None: "", True: ", LoRA merged", False: ", as an adapter"}[done.merged]
+    typer.echo(f"exported the {done.head} model from {done.source} in {done.dtype}{lora}: {to}")
+    what = "golden scores" if done.head == "reward" else "log-probs"
+    typer.echo(
+        f"plain transformers gives the same {done.num_golden} {what} (largest difference "
+        f"{done.difference:.2g})"
+    )
+    if done.moved is not None:
+        typer.echo(f"rewards are within {done.moved:.2g} of those of {run / 'model' / 'reward'}")

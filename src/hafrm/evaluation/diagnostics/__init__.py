@@ -1,0 +1,1 @@
+"""What is behind an accuracy: calibration, bias, slices, label noise, representations, consistency."""

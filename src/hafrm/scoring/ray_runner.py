@@ -1,0 +1,72 @@
+"""Bulk scoring inside a Ray Data pipeline: `score_dataset` adds rewards to the rows of a Ray dataset.
+
+For those who have a Ray cluster already; `hafrm score` needs none. Rows, columns, refusals and scores are
+those of `hafrm score`; restarts and placement are Ray's. Needs the extra `ray`.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from hafrm.errors import ConfigError
+from hafrm.scoring.bulk import DTYPES
+from hafrm.scoring.row_scores import encode_rows, score_rows
+from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.shard_files import add_scores
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS_AT_ONCE = 1024
+"""Rows of a batch: enough to fill packed rows with conversations of like length."""
+
+
+def score_dataset(  # noqa: PLR0913 - how a cluster is used
+    dataset: Any,
+    model: str,
+    *,
+    actors: int = 1,
+    gpus_per_actor: float = 0,
+    batch_size: int = ROWS_AT_ONCE,
+    dtype: str = "float32",
+    max_length: int | None = None,
+    cut: bool = False,
+) -> Any:
+    """A Ray dataset with the same rows, their rewards and, where there is none, an `error`.
+
+    Each actor holds the model, and takes `batch_size` rows at a time; a prompt is laid out once for all
+    its responses in such a batch. The model's directory must be readable on every node. Ray Data is lazy:
+    what is wrong with the model or its scores is raised when the rows are taken.
+
+    Raises ConfigError for an unknown dtype or no actor.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if actors < 1 or batch_size < 1:
+        raise ConfigError(f"actors and batch_size must be 1 or more, got {actors} and {batch_size}")
+    return dataset.map_batches(
+        RayScorer,
+        fn_constructor_args=(model, dtype, max_length, "cut" if cut else "drop"),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        concurrency=actors,
+        num_gpus=gpus_per_actor or None,
+    )
+
+
+class RayScorer:
+    """What an actor holds: a loaded reward model. Called with a table of rows, it gives it with scores."""
+
+    def __init__(
+        self, model: str, dtype: str, max_length: int | None, too_long: Literal["cut", "drop"]
+    ) -> None:
+        """Raises ModelError for a directory without a reward model."""
+        self.model = RewardModel.from_pretrained(
+            model, dtype=getattr(torch, dtype), max_length=max_length, too_long=too_long
+        )
+
+    def __call__(self, table: "pa.Table") -> "pa.Table":
+        """The table with its score columns; raises NumericsError for a score that is not finite."""
+        rows = table.to_pylist()
+        encoded = encode_rows(self.model.encoder, rows, range(len(rows)))
+        return add_scores(table, rows, score_rows(self.model, encoded))

@@ -1,0 +1,96 @@
+"""The verbs `export` and `verify`, as a user meets them."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from export_faults import FAULTS
+from exports_for_tests import export_with_golden
+from hafrm.cli import app, main
+from hafrm.scoring import golden_check
+from hafrm.training import extract, finish
+from hafrm.training.loop import train
+from reward_servers import openrlhf, serving
+from tiny_runs import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    return export_with_golden(tmp_path_factory.mktemp("good") / "reward")
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def refused(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["hafrm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_verify_shows_every_clause_and_exits_with_0(reward, tmp_path):
+    output = invoke("verify", reward, "--json", tmp_path / "out.json")
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["ok"]
+    assert all(clause["name"] in output for clause in told["clauses"])
+    assert f"{len(told['clauses'])} of {len(told['clauses'])} clauses hold" in output
+    assert "mend" not in output
+
+
+def test_verify_exits_with_1_and_says_how_to_mend_what_does_not_hold(reward, tmp_path):
+    broken = shutil.copytree(reward, tmp_path / "run" / "model" / "reward")
+    FAULTS["no problem type"][1](broken)
+    output = invoke("verify", tmp_path / "run", code=1)
+    assert "FAIL" in output
+    assert '"problem_type": "regression"' in output
+    assert "1 do not" in output
+
+
+def test_verify_replays_golden_scores_on_a_server(reward, tmp_path):
+    lines = (reward / "golden_scores.jsonl").read_text().splitlines()
+    known = {row["text"]: row["reward"] for row in map(json.loads, lines)}
+    with serving(openrlhf(lambda texts: [known[t] for t in texts])) as url:
+        output = invoke("verify", url, "--golden", reward, "--json", tmp_path / "out.json")
+        assert "speaks openrlhf" in output
+        assert "the server gives the exported scores" in output
+    assert json.loads((tmp_path / "out.json").read_text())["num"] == 5
+    with serving(openrlhf(lambda texts: [known[t] + 1 for t in texts])) as url:
+        output = invoke("verify", url, "--golden", reward / "golden_scores.jsonl", code=1)
+        assert "does NOT give the exported scores" in output
+        assert "furthest off" in output
+
+
+def test_verify_refuses_what_cannot_be_meant(reward, monkeypatch, capsys):
+    url = "http://127.0.0.1:9"
+    assert "give --golden" in refused(monkeypatch, capsys, "verify", url)
+    error = refused(monkeypatch, capsys, "verify", url, "--golden", reward)
+    assert "ServerError" in error
+    assert "cannot be reached" in error
+    for option in (("--protocol", "openrlhf"), ("--timeout", "3")):
+        assert "are for a server" in refused(monkeypatch, capsys, "verify", reward, *option)
+    assert "no config.json" in refused(monkeypatch, capsys, "verify", reward.parent)
+
+
+def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, capsys):
+    for module in (extract, finish):
+        monkeypatch.setattr(
+            module, "check_golden", lambda path: golden_check.replay(path)["differences"]
+        )
+    train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+    output = invoke("export", tmp_path / "run", "--to", tmp_path / "out", "--dtype", "bf16")
+    assert "exported the reward model from model in bf16" in output
+    assert "plain transformers gives the same" in output
+    assert "rewards are within" in output
+    assert "clauses hold" in invoke("verify", tmp_path / "out")
+    error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--to", tmp_path / "out")
+    assert "exists already" in error
+    given = ("export", tmp_path / "run", "--to", tmp_path / "p", "--policy")
+    assert "trains no policy head" in refused(monkeypatch, capsys, *given)

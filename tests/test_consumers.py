@@ -1,0 +1,59 @@
+"""Other people's software on an exported directory gives its golden scores: TRL, transformers' pipeline.
+
+What needs an environment of its own (rewardbench, vLLM) is in examples/consumers; see docs/consumers.md.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from exports_for_tests import GOLDEN_GROUP, export_both
+from hafrm.scoring.verify import write_golden
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "consumers"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    export_both(folder)
+    write_golden(folder / "reward", [GOLDEN_GROUP])
+    return folder
+
+
+def example(name):
+    """The example as a module, as its reader would run it."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pipeline_gives_the_golden_scores_one_by_one_and_in_batches(model):
+    """float32; 1e-5 relative to max(1, |reward|), as between padded and single sums of a shallow model."""
+    assert example("text_classification").run(str(model / "reward")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["grpo", "rloo"])
+def test_trl_rewards_its_completions_with_our_scores(model, tmp_path, trainer):
+    """Two steps of a random policy: the mean reward that TRL logs is the mean that hafrm gives its texts.
+
+    float32 on both sides; TRL logs means, padded on the right, hence 1e-4.
+    """
+    pytest.importorskip("trl")
+    pairs = example("trl_online").run(
+        trainer, str(model / "reward"), str(model / "policy"), steps=2
+    )
+    assert len(pairs) == 2
+    for theirs, ours in pairs:
+        assert theirs == pytest.approx(ours, abs=1e-4)
+    assert pairs[0] != pairs[1]
+
+
+def test_a_golden_line_is_enough_for_any_consumer(model):
+    """Messages, the rendered text, its ids and the reward."""
+    lines = (model / "reward" / "golden_scores.jsonl").read_text().splitlines()
+    assert set(json.loads(lines[0])) == {"messages", "text", "input_ids", "reward"}

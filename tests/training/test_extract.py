@@ -1,0 +1,235 @@
+"""Models out of run folders: from `model/` or a checkpoint, in any dtype, proved before they appear."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError
+from hafrm.scoring import golden_check
+from hafrm.scoring.checklist.table import verify_directory
+from hafrm.scoring.scorer import RewardModel, read_implicit_rule
+from hafrm.training import extract, finish
+from hafrm.training.extract import ExportOptions, export_from_run
+from hafrm.training.loop import train
+from tiny_runs import tiny_recipe
+
+LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def _replay_in_this_process(monkeypatch, request):
+    """The same code as in the fresh process, without importing torch again for seconds."""
+    if "fresh_process" not in request.node.name:
+        for module in (extract, finish):
+            monkeypatch.setattr(module, "check_golden", replay)
+
+
+def replay(folder):
+    found = golden_check.replay(folder)
+    assert not found["faults"]
+    assert max(found["differences"].values()) < 1e-4
+    return found["differences"]
+
+
+def trained(folder, **sections):
+    """A finished run of six steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "check_golden", lambda _: {})
+        train(tiny_recipe(folder, **sections), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("haf"))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("lora"), lora=LORA, method={"name": "bt"})
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """The same run before its end: checkpoints, no models."""
+    run = shutil.copytree(finished, tmp_path / "unfinished")
+    shutil.rmtree(run / "model")
+    return run
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def steps(run):
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_a_finished_run_is_exported_again_in_another_dtype(finished, tmp_path, name):
+    """Every weight is the run's own, rounded once; what the rounding moves is said."""
+    done = export_from_run(finished, tmp_path / "out", ExportOptions(dtype=name))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    before, after = weights(finished / "model/reward"), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value.to(dtype)) for key, value in before.items())
+    assert (done.source, done.dtype, done.merged) == ("model", name, None)
+    assert done.moved == 0.0 if name == "fp32" else 0.0 < done.moved < 0.1
+    assert done.num_golden > 5
+    assert verify_directory(tmp_path / "out").ok
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_unfinished_run_gives_its_best_or_latest_checkpoint(unfinished, finished, tmp_path):
+    """Saved at 2, 4 and 6, validated at 3 and 6: by itself the best is taken, which the run exported."""
+    best = json.loads((unfinished / "checkpoints/step-6/state.json").read_text())["best_step"]
+    by_itself = export_from_run(unfinished, tmp_path / "best")
+    assert by_itself.source == f"step-{best}"
+    assert by_itself.moved is None
+    expected = weights(finished / "model/reward")
+    found = weights(tmp_path / "best")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for wanted, step in (("latest", 6), ("best", best), ("4", 4)):
+        out = tmp_path / f"out-{wanted}"
+        done = export_from_run(unfinished, out, ExportOptions(checkpoint=wanted))
+        assert done.source == f"step-{step}"
+        assert verify_directory(out).ok
+        trained_head = load_file(unfinished / f"checkpoints/step-{step}/model.safetensors")
+        assert torch.equal(weights(out)["score.weight"], trained_head["reward_head.weight"])
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(unfinished, tmp_path):
+    kept = str(steps(unfinished)).replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises(CheckpointError, match=f"step 1 is not kept.*{kept}"):
+        export_from_run(unfinished, tmp_path / "out", ExportOptions(checkpoint="1"))
+    with pytest.raises(ConfigError, match="best, latest or a step"):
+        export_from_run(unfinished, tmp_path / "out", ExportOptions(checkpoint="newest"))
+    shutil.rmtree(unfinished / "checkpoints")
+    with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
+        export_from_run(unfinished, tmp_path / "out")
+
+
+def test_merged_lora_scores_as_the_trained_model_and_keeps_its_head(lora, tmp_path):
+    """TRL#368, TRL#398, peft#1836, peft#2502: adapters merged, head neither lost nor left random."""
+    done = export_from_run(lora, tmp_path / "out", ExportOptions(checkpoint="latest"))
+    assert (done.merged, done.source) == (True, "step-6")
+    stored = load_file(lora / "checkpoints/step-6/model.safetensors")
+    found = weights(tmp_path / "out")
+    assert torch.equal(found["score.weight"], stored["reward_head.weight"])
+    name = "layers.0.mlp.up_proj"
+    a = stored[f"backbone.{name}.lora_A.default.weight"]
+    b = stored[f"backbone.{name}.lora_B.default.weight"]
+    base = weights(lora.parent / "base")[f"model.{name}.weight"]
+    assert torch.allclose(found[f"model.{name}.weight"], base + 8 / 2 * (b @ a), atol=1e-6)
+    assert verify_directory(tmp_path / "out").ok
+
+
+def test_an_adapter_is_written_with_its_head_and_gives_the_merged_scores(lora, tmp_path):
+    """Replayed by PEFT on the base checkpoint: OpenRLHF#1342 lost the head here."""
+    done = export_from_run(lora, tmp_path / "out", ExportOptions(merge_lora=False))
+    assert (done.merged, done.dtype) == (False, "fp32")
+    assert done.difference < 1e-4
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "golden_scores.jsonl"} <= names
+    assert "model.safetensors" not in names
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["score"]
+    assert config["target_modules"] == LORA["targets"]
+    replay(tmp_path / "out")
+    with pytest.raises(ModelError, match="LoRA adapter"):
+        verify_directory(tmp_path / "out")
+
+
+def test_the_policy_comes_out_with_its_rule_and_the_same_log_probs(finished, tmp_path):
+    done = export_from_run(finished, tmp_path / "out", ExportOptions("policy", "bf16"))
+    assert (done.head, done.moved) == ("policy", None)
+    assert done.num_golden > 5
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert read_implicit_rule(tmp_path / "out").beta == 0.1
+    assert weights(tmp_path / "out")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_what_a_run_cannot_give_is_refused_with_the_reason(finished, lora, tmp_path):
+    def refused(run, said, **options):
+        with pytest.raises(ConfigError, match=said):
+            export_from_run(run, tmp_path / "out", ExportOptions(**options))
+
+    refused(finished, "has no adapters", merge_lora=True)
+    refused(finished, "has no adapters", merge_lora=False)
+    refused(lora, "trains no policy head", head="policy")
+    refused(finished, "one of fp32, bf16, fp16", dtype="int8")
+    refused(lora, "adapters stay in fp32", dtype="bf16", merge_lora=False)
+    refused(finished, "only reward models", head="policy", merge_lora=False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_from_run(finished, tmp_path / "out")
+
+
+def test_a_policy_only_run_says_that_it_has_no_reward_head(tmp_path):
+    run = trained(tmp_path, method={"name": "dpo"})
+    with pytest.raises(ConfigError, match="no reward head; export its --policy"):
+        export_from_run(run, tmp_path / "out")
+
+
+def test_rounding_is_not_taken_back_but_the_checkpoint_is_taken(finished, tmp_path):
+    """model/ in bfloat16 and fp32 asked for: the float32 checkpoint is the source, or it is refused."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "model/reward")
+    coarse = ExportOptions(dtype="bf16", checkpoint="best")
+    export_from_run(run, run / "model/reward", coarse)
+    done = export_from_run(run, tmp_path / "fine", ExportOptions(dtype="fp32"))
+    assert done.source.startswith("step-")
+    expected, found = weights(finished / "model/reward"), weights(tmp_path / "fine")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="whose rounding no other dtype takes back"):
+        export_from_run(run, tmp_path / "again", ExportOptions(dtype="fp32"))
+
+
+def test_nothing_appears_when_the_proof_fails(unfinished, tmp_path, monkeypatch):
+    def disagree(_):
+        raise NumericsError("differ")
+
+    monkeypatch.setattr(extract, "check_golden", disagree)
+    with pytest.raises(NumericsError, match="differ"):
+        export_from_run(unfinished, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["unfinished"]
+
+
+def test_weights_beyond_float16_are_refused(unfinished, tmp_path, monkeypatch):
+    gather = extract.gather_weights
+
+    def large(model):
+        found = gather(model)
+        found.reward_head["weight"][0, 0] = 1e5
+        return found
+
+    monkeypatch.setattr(extract, "gather_weights", large)
+    with pytest.raises(ModelError, match=r"score\.weight.*do not fit into float16"):
+        export_from_run(unfinished, tmp_path / "out", ExportOptions(dtype="fp16"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_is_gone_costs_conversations_only(finished, tmp_path, caplog):
+    """The recipe's file lies beside the run; a copy of the run elsewhere, its file moved, still exports."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("train.jsonl", "moved.jsonl"))
+    done = export_from_run(run, tmp_path / "out")
+    assert done.num_golden == 2
+    assert "fewer conversations are replayed" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_proof_runs_in_a_fresh_process(unfinished, lora, tmp_path):
+    assert export_from_run(unfinished, tmp_path / "whole").difference < 1e-4
+    adapter = ExportOptions(merge_lora=False)
+    assert export_from_run(lora, tmp_path / "adapter", adapter).difference < 1e-4
+    rewards = RewardModel.from_pretrained(tmp_path / "whole").score("Say sun.", ["sun", "no"])
+    assert len(rewards) == 2
