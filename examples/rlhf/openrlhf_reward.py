@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from hafrm.alignment.rlhf.adapters import openrlhf_rewards
-from hafrm.alignment.rlhf.rewards import Scorer, load_scorer
+from hafrm.alignment.rlhf.rewards import load_scorer
 from hafrm.errors import HafrmError
+from hafrm.scoring.scorer import Scorer
 
 
 @cache

@@ -6,6 +6,7 @@ import pytest
 from hafrm.alignment.rlhf.heldout import HeldOut, length_matched, length_slope
 from hafrm.alignment.rlhf.recipe import RewardSection
 from hafrm.alignment.rlhf.rewards import Rewards, Scale, combine
+from hafrm.scoring.scorer import Scorer
 
 
 def held_out(**measures) -> HeldOut:
@@ -64,7 +65,7 @@ def test_rewards_of_several_models_are_joined_by_the_rule(rule, expected):
     assert combine(rewards, rule, 0.5).tolist() == expected
 
 
-class Fixed:
+class Fixed(Scorer):
     """A scorer whose rewards are the lengths of the responses in characters, times a factor."""
 
     def __init__(self, factor: float, offset: float) -> None:
@@ -80,7 +81,7 @@ class Fixed:
 
         return groups, Report()
 
-    def score_encoded(self, encoded):
+    def score_encoded(self, encoded, done=None):
         values = [self.factor * len(t) + self.offset for g in encoded for t in g.responses]
         return np.array(values, np.float32)
 

@@ -221,15 +221,15 @@ def test_a_retained_policy_head_can_be_the_policy_and_its_reward_head_the_reward
     recipe = tiny_rlhf(
         tmp_path,
         model={"path": str(tmp_path / "haf/model/policy")},
-        reward={"models": [str(tmp_path / "haf"), str(tmp_path / "haf")], "rule": "min"}
-        | {"kinds": ["reward", "implicit"]},
+        reward={"models": [str(tmp_path / "haf")] * 3, "rule": "min"}
+        | {"kinds": ["reward", "implicit", "fused"]},
         evaluation={"judge": str(tmp_path / "reward")},
         training={"steps": 1},
     )
     result = rlhf(recipe, tmp_path / "run")
     assert result.kept_by == "judge"
     state = json.loads((tmp_path / "run/checkpoints/step-1/state.json").read_text())
-    assert len(state["scales"]) == 2
+    assert len(state["scales"]) == 3
 
 
 def test_prompts_that_are_too_long_are_left_out_or_refused(tmp_path):

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.alignment.rlhf.rewards import Conversation, Rewards, Scorer, score_texts
+from hafrm.alignment.rlhf.rewards import Conversation, Rewards, score_texts
 from hafrm.data.encoding import EncodedGroup
 from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError
-from hafrm.scoring.scorer import as_messages
+from hafrm.scoring.scorer import Scorer, as_messages
 
 TrlReward = Callable[..., list[float]]
 _PROBE = "probe"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from hafrm.alignment.rlhf.actor import Actor, Written
 from hafrm.alignment.rlhf.prompts import Prompt
-from hafrm.alignment.rlhf.rewards import Gold, Rewards, Scorer, score_texts
+from hafrm.alignment.rlhf.rewards import Gold, Rewards, score_texts
 from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
+from hafrm.scoring.scorer import Scorer
 
 Responses = Float[np.ndarray, " responses"]
 

@@ -19,7 +19,7 @@ from hafrm.recipe import (
     TrackingSection,
 )
 
-Kind = Literal["auto", "reward", "implicit"]
+Kind = Literal["auto", "reward", "implicit", "fused"]
 """How a reward model scores: keys of `hafrm.alignment.rlhf.rewards.KINDS`, or found out."""
 Rule = Literal["mean", "min", "lower_bound"]
 
@@ -55,7 +55,7 @@ class RewardSection(Section):
     models: Sources = Field(min_length=1)
     """One or several reward models: run folders, exported directories or hub ids."""
     kinds: Annotated[tuple[Kind, ...], BeforeValidator(_tuple_of_one_or_many)] = ("auto",)
-    """How each scores: reward (its head), implicit (its policy), or auto; one for each, or one for all."""
+    """reward: its head; implicit: its policy; fused: both; auto: the first it has. One for each or all."""
     weights: Annotated[tuple[float, ...] | None, BeforeValidator(_tuple_of_one_or_many)] = None
     """Factors on the rewards, one for each model; null: 1."""
     rule: Rule = "mean"

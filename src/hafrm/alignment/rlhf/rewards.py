@@ -6,32 +6,21 @@ is an error, never a number. A new kind of reward model is one entry in KINDS.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.alignment.rlhf.recipe import RewardSection, Rule
-from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.evaluate import find_heads
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.scoring.fused import FusedRewardModel
+from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
 
 Conversation = Sequence[Message]
 Gold = Callable[[Conversation, str], float]
 """The known truth about a response, where there is one: prompt and response to reward."""
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """What every kind of reward model offers."""
-
-    @property
-    def encoder(self) -> Encoder: ...
-
-    def score_encoded(self, encoded: Sequence[EncodedGroup]) -> NDArray[np.float32]: ...
 
 
 def _reward_head(path: str) -> Scorer:
@@ -42,7 +31,11 @@ def _implicit(path: str) -> Scorer:
     return ImplicitRewardModel.from_pretrained(find_heads(path).policy or path)
 
 
-KINDS: Mapping[str, Callable[[str], Scorer]] = {"reward": _reward_head, "implicit": _implicit}
+KINDS: Mapping[str, Callable[[str], Scorer]] = {
+    "reward": _reward_head,
+    "implicit": _implicit,
+    "fused": FusedRewardModel.from_pretrained,
+}
 """How a run folder, exported directory or hub id becomes a scorer; the recipe's `Kind` lists the names."""
 
 
