@@ -130,6 +130,8 @@ class Actor:
 def decode(encoder: Encoder, ids: Sequence[int]) -> str:
     """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
     own = [token for token in ids if token != encoder.eos_id]
-    text = encoder.tokenizer.decode(own, skip_special_tokens=False)
+    text = encoder.tokenizer.decode(
+        own, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     # A template's blank before the answer is the response's first token, and no part of its text.
     return str(text).lstrip(" ")

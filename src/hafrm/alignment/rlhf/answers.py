@@ -11,7 +11,8 @@ from hafrm.alignment.rlhf.actor import decode
 from hafrm.alignment.rlhf.job import sampling_of
 from hafrm.alignment.rlhf.prompts import fit_prompts, read_prompts
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
-from hafrm.alignment.rlhf.rewards import Gold, load_scorer, score_texts
+from hafrm.alignment.rlhf.rewards import load_scorer, score_texts
+from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
 from hafrm.data.encoding import Encoder
 from hafrm.data.groups import Message

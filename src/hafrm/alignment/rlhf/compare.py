@@ -21,8 +21,8 @@ from hafrm.alignment.judge import Pair, PairJudge, Verdict
 from hafrm.alignment.results import Wins, measure_wins
 from hafrm.alignment.rlhf.answers import Answers, answer
 from hafrm.alignment.rlhf.recipe import AlgorithmSection, RewardSection, RlhfRecipe, ppo_only
-from hafrm.alignment.rlhf.rewards import Gold
 from hafrm.alignment.rlhf.run import rlhf
+from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
 from hafrm.errors import ConfigError
 from hafrm.evaluation.metrics import plain

@@ -24,11 +24,12 @@ from hafrm.alignment.rlhf.heldout import (
     length_matched,
     length_slope,
 )
-from hafrm.alignment.rlhf.journal import Journal
+from hafrm.alignment.rlhf.journal import RunJournal
 from hafrm.alignment.rlhf.prompts import Prompt, Prompts, load_prompts, prompts_of_step
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
-from hafrm.alignment.rlhf.rewards import Gold, Rewards, Scale, load_scorer
+from hafrm.alignment.rlhf.rewards import Rewards, Scale, load_scorer
 from hafrm.alignment.rlhf.watchdog import Watchdog
+from hafrm.alignment.scorers import Gold
 from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
@@ -102,7 +103,7 @@ class Job:
             seed=_HELD_OUT_SEED + recipe.training.seed,
         )
         self.watchdog = Watchdog(recipe.watch)
-        self.journal = Journal(run, recipe)
+        self.journal = RunJournal(run, recipe)
         self.best = Best()
         self.lengths: tuple[float, float] | None = None
         """(reward per token, tokens) of the start policy's held-out responses."""

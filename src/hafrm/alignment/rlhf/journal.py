@@ -21,7 +21,7 @@ SHOWN = ("reward", "gold", "kl", "length", "entropy", "clip_fraction", "value_lo
 """What a line of log says of a batch; metrics.jsonl has it all."""
 
 
-class Journal:
+class RunJournal:
     """Collects batches and writes them every `log_every`; use as a context manager."""
 
     def __init__(self, run: RunFolder, recipe: RlhfRecipe) -> None:
@@ -30,7 +30,7 @@ class Journal:
         self._since = time.perf_counter()
         self._trackers = start_trackers(run.path, recipe.tracking, dump_recipe(recipe))
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunJournal":
         return self
 
     def __exit__(

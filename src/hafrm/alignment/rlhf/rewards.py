@@ -19,8 +19,6 @@ from hafrm.scoring.fused import FusedRewardModel
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
 
 Conversation = Sequence[Message]
-Gold = Callable[[Conversation, str], float]
-"""The known truth about a response, where there is one: prompt and response to reward."""
 
 
 def _reward_head(path: str) -> Scorer:

@@ -8,8 +8,8 @@ import torch
 from hafrm.alignment.rlhf.job import Job, RlhfResult
 from hafrm.alignment.rlhf.ppo.loop import run_ppo
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
-from hafrm.alignment.rlhf.rewards import Gold
 from hafrm.alignment.rlhf.trl_runs import check_trl, run_trl
+from hafrm.alignment.scorers import Gold
 from hafrm.config import dump_recipe, load_as
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.runs import RunFolder
