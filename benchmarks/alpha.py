@@ -67,16 +67,23 @@ class Setting:
         return get_method("haf", policy_loss=self.policy_loss, **weight)
 
 
+VALUES = {
+    "alpha": [Setting("dpo", "alpha", value) for value in ALPHAS],
+    "ratio": [Setting("dpo", "ratio", value) for value in RATIOS],
+}
+"""Both grids, with DPO."""
+DEFAULTS = {
+    "alpha": [Setting(loss, "alpha", 0.2) for loss in LOSSES],
+    "ratio": [Setting(loss, "ratio", GRADIENT_RATIO) for loss in LOSSES],
+}
+"""Every policy loss, with what stands where nobody says anything."""
+
+
 def settings() -> list[Setting]:
-    """Both grids with DPO, and every policy loss at the defaults."""
-    grid = [Setting("dpo", "alpha", value) for value in ALPHAS]
-    grid += [Setting("dpo", "ratio", value) for value in RATIOS]
-    others = [
-        Setting(loss, kind, value)
-        for loss in LOSSES
-        for kind, value in (("alpha", 0.2), ("ratio", GRADIENT_RATIO))
-    ]
-    return list(dict.fromkeys(grid + others))
+    """All of them once."""
+    return list(
+        dict.fromkeys(s for grid in (VALUES, DEFAULTS) for each in grid.values() for s in each)
+    )
 
 
 class Parts(NamedTuple):
@@ -237,7 +244,7 @@ def score(model: HybridModel, method: Method, parts: Parts) -> dict[str, list[fl
 
 
 def summary(args: argparse.Namespace, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row for each setting, and how far accuracy and log-loss spread over the two grids."""
+    """A row for each setting, and how far accuracy and log-loss spread over values and over losses."""
     rows, margins = [], {}
     for setting in settings():
         mine = [cell for cell in cells if cell["setting"] == asdict(setting)]
@@ -254,9 +261,14 @@ def summary(args: argparse.Namespace, cells: Sequence[dict[str, Any]]) -> dict[s
                 "implicit_accuracy": asdict(share(implicit > 0, prompts)),
             }
         )
+    measures = {"accuracy": lambda m: m > 0, "log_loss": lambda m: np.logaddexp(0.0, -m)}
     spreads = {
-        "accuracy": spread_of(margins, prompts, lambda m: (m > 0).mean(1)),
-        "log_loss": spread_of(margins, prompts, lambda m: np.logaddexp(0.0, -m).mean(1)),
+        f"{name} over {over}": spread_of(
+            {k: np.stack([of(margins[s]).mean(0) for s in each]) for k, each in grid.items()},
+            prompts,
+        )
+        for over, grid in (("values, with dpo", VALUES), ("policy losses", DEFAULTS))
+        for name, of in measures.items()
     }
     return {
         "num_test": len(prompts),
@@ -273,19 +285,14 @@ def share(right: NDArray[np.bool_], prompts: NDArray[Any]) -> Estimate:
     return seeded_mean(right, prompts) if len(right) > 1 else accuracy_interval(right[0], prompts)
 
 
-def spread_of(margins: dict[Setting, NDArray[Any]], prompts: NDArray[Any], of: Any) -> Any:
-    """Largest less smallest value over each grid, and by how much the fixed alphas' is larger.
+def spread_of(grids: dict[str, NDArray[Any]], prompts: NDArray[Any]) -> dict[str, list[float]]:
+    """Largest less smallest mean of [settings, comparisons], for each grid, and the difference of the two.
 
-    The 95 % intervals draw prompts, the same for all settings. Noise alone gives every grid of five a
-    spread above 0, the same for both; the seeds are not drawn.
+    The 95 % intervals draw prompts, the same for all settings. Noise alone gives any grid a spread above
+    0, the same for grids of one size; the seeds are not drawn.
     """
     _, index = np.unique(prompts, return_inverse=True)
     draw = np.random.default_rng(0)
-    grids: dict[str, Any] = {}
-    for kind in ("alpha", "ratio"):
-        mine = [m for s, m in margins.items() if (s.policy_loss, s.kind) == ("dpo", kind)]
-        # [settings, comparisons]: the mean over seeds of what each comparison adds.
-        grids[kind] = np.stack([np.stack([of(row[:, None]) for row in m]).mean(0) for m in mine])
     drawn: dict[str, list[float]] = {"alpha": [], "ratio": [], "difference": []}
     for resample in range(2001):
         counts = np.ones(index.max() + 1)
@@ -323,8 +330,8 @@ def table(args: argparse.Namespace, report: dict[str, Any]) -> str:
             kind: "{:.3f} [{:.3f}, {:.3f}]".format(*values) for kind, values in spreads.items()
         }
         lines.append(
-            f"\nspread of {name} with dpo [95 %]: over the alphas {shown['alpha']}, over the ratios "
-            f"{shown['ratio']}, difference {shown['difference']}"
+            f"\nspread of {name} [95 %]: with a fixed alpha {shown['alpha']}, with auto {shown['ratio']}, "
+            f"difference {shown['difference']}"
         )
     return "\n".join(lines)
 

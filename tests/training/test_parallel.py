@@ -66,25 +66,17 @@ def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | Non
 
 
 @pytest.mark.parametrize(
-    ("mode", "lora"),
+    ("mode", "lora", "alpha"),
     [
-        ("ddp", False),
-        ("fsdp", False),
-        pytest.param("fsdp", True, marks=pytest.mark.slow),
-        pytest.param("ddp", True, marks=pytest.mark.slow),
+        ("ddp", False, "auto"),
+        ("fsdp", False, None),
+        pytest.param("fsdp", True, "auto", marks=pytest.mark.slow),
+        pytest.param("ddp", True, None, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one(tmp_path, mode, lora):
-    recipe = recipe_for(tmp_path, mode, lora)
-    train(recipe, tmp_path / "one")
-    launch(recipe, tmp_path / "two")
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_balance_gradients_as_one(tmp_path, mode):
-    """Squared norms of both ranks are added, or alpha would follow the rank's own tokens."""
-    recipe = recipe_for(tmp_path, mode, lora=mode == "fsdp", method={"alpha": "auto"})
+def test_two_processes_train_as_one(tmp_path, mode, lora, alpha):
+    """Squared norms are added over ranks, or alpha auto would follow each rank's own tokens."""
+    recipe = recipe_for(tmp_path, mode, lora, {"alpha": alpha})
     train(recipe, tmp_path / "one")
     launch(recipe, tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")

@@ -56,7 +56,11 @@ def new_balance(
     """The balance at a run's start, or with the `averages` of a checkpoint; None where alpha stays."""
     if method.gradient_ratio is None:
         return None
-    return Balance(method.gradient_ratio, method.alpha, torch.tensor(averages, device=device))
+    return Balance(
+        method.gradient_ratio,
+        method.alpha,
+        torch.tensor(averages, dtype=torch.float32, device=device),
+    )
 
 
 class Weighing:

@@ -190,7 +190,7 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-GRADIENT_RATIO = 0.2
+GRADIENT_RATIO = 0.05
 """What `alpha: auto` keeps where nothing else is said; docs/methods.md has the study."""
 
 
