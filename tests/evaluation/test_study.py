@@ -23,7 +23,7 @@ from hafrm.evaluation.study.plan import (
     parse_rates,
     plan_study,
 )
-from hafrm.evaluation.study.study import RESULT, compare_methods
+from hafrm.evaluation.study.study import RESULT, Tuning, compare_methods
 from hafrm.evaluation.study.summary import domains, summarise
 from hafrm.recipe import Recipe
 from hafrm.tables.study import study_tables
@@ -138,6 +138,27 @@ def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):
     assert [cell.rate for cell in plan.tuning_cells()] == list(plan.rates)
 
 
+def test_a_rate_that_is_best_at_an_end_has_one_beyond_it_to_try():
+    def beyond(chosen: float, *tried: float) -> float | None:
+        return Tuning("bt", MIXED, chosen, dict.fromkeys(tried)).beyond()
+
+    assert beyond(4.0, 1.0, 2.0, 4.0) == 8.0
+    assert beyond(1.0, 4.0, 1.0, 2.0) == 0.5
+    assert beyond(2.0, 1.0, 2.0, 4.0) is None
+    assert beyond(1.0, 1.0) is None  # one rate has no spacing
+
+
+def test_rates_are_continued_until_the_best_is_inside_unless_they_were_given(tmp_path):
+    """A run of two steps learns more the higher its rate, so the search goes up, three times at most."""
+    low = study_recipe(tmp_path, learning_rate=1e-7)
+    plan = plan_study(low, ["bt"], num_seeds=1, mixed=False)
+    (tuning,) = compare_methods(plan, tmp_path / "out").tunings
+    np.testing.assert_allclose(list(tuning.tried), 1e-7 * 3.0 ** np.arange(-1, 5), rtol=1e-6)
+    given = plan_study(low, ["bt"], num_seeds=1, mixed=False, rates=[1e-7, 3e-7])
+    (tuning,) = compare_methods(given, tmp_path / "out").tunings
+    assert list(tuning.tried) == [1e-7, 3e-7]
+
+
 def test_a_method_with_two_heads_has_three_rows():
     haf, dpo = parse_entrants(["haf", "dpo"])
     assert rows_of(haf) == {"haf": "reward", "haf (implicit)": "implicit", "haf (fused)": "fused"}
@@ -246,10 +267,10 @@ def test_a_cell_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runner, "_score", broken)
         with pytest.raises(KeyboardInterrupt):
-            runner.run(cell)
+            runner(cell)
     assert read_result(folder) is None
     lines = (folder / "metrics.jsonl").read_text()
-    assert runner.run(cell).num_steps == 2
+    assert runner(cell).num_steps == 2
     assert (folder / "metrics.jsonl").read_text() == lines  # no step was run twice
 
 

@@ -23,7 +23,9 @@ def compare(  # noqa: PLR0913 - the verb and its options
     seeds: Annotated[int, typer.Option(help="Runs of each method on each set.")] = 3,
     learning_rates: Annotated[
         str | None,
-        typer.Option(help="With commas; tried for every method (default: recipe's / 3, x 1, x 3)."),
+        typer.Option(
+            help="With commas (default: recipe's / 3, x 1, x 3, and on where an end is best)."
+        ),
     ] = None,
     mixed: Annotated[
         bool, typer.Option(help="Also train on all sets together, and tune there.")
@@ -48,9 +50,9 @@ def compare(  # noqa: PLR0913 - the verb and its options
     Each entry of data.train is a training set. Called again, it goes on where it was ended.
     """
     from hafrm.config import load_recipe  # noqa: PLC0415
+    from hafrm.crew import default_processes  # noqa: PLC0415
     from hafrm.evaluation.study.plan import parse_rates, plan_study  # noqa: PLC0415
     from hafrm.evaluation.study.study import RESULT, compare_methods  # noqa: PLC0415
-    from hafrm.scoring.processes import default_processes  # noqa: PLC0415
     from hafrm.tables.study import study_tables  # noqa: PLC0415
 
     plan = plan_study(

@@ -24,6 +24,9 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     algorithm: Annotated[
         list[str] | None, typer.Option(help="ppo, rloo or grpo; repeat (default: the recipe's).")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Runs at a time (default: one for each GPU, or one).")
+    ] = None,
     gold: Annotated[
         str | None, typer.Option(help="demo: judge by the demo world's known reward.")
     ] = None,
@@ -44,6 +47,7 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     from hafrm.alignment.rlhf.compare import compare  # noqa: PLC0415
     from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
     from hafrm.config import load_as  # noqa: PLC0415
+    from hafrm.crew import default_processes  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
     from hafrm.tables.rlhf import rlhf_tables  # noqa: PLC0415
@@ -62,6 +66,7 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
         test=test,
         gold=gold_reward if gold else None,
         judge=None if judge is None else _asked(judge, judge_model),
+        processes=processes or default_processes(),
         tell=lambda text: typer.echo(text, err=True),
     )
     show_tables(rlhf_tables(found))

@@ -19,6 +19,7 @@ from hafrm.atomic import (
     fingerprint,
     remove_directory,
 )
+from hafrm.crew import default_processes
 from hafrm.data.files import is_known_kind
 from hafrm.data.sources import parse_source
 from hafrm.errors import CheckpointError, ConfigError, DataError
@@ -33,7 +34,7 @@ from hafrm.scoring.inputs import (
 from hafrm.scoring.job_folder import JobFolder, ShardRecord, writing
 from hafrm.scoring.loading import load_config, load_encoder, model_digest
 from hafrm.scoring.pace import Pace
-from hafrm.scoring.processes import default_processes, score_in_processes
+from hafrm.scoring.processes import score_in_processes
 from hafrm.scoring.shard_files import join
 from hafrm.scoring.worker import Work
 

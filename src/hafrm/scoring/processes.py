@@ -18,11 +18,6 @@ from hafrm.scoring.inputs import Shard
 from hafrm.scoring.worker import Tell, Work, score_shards
 
 
-def default_processes() -> int:
-    """One for each GPU; one where there is none."""
-    return max(1, torch.cuda.device_count())
-
-
 def score_in_processes(work: Work, shards: Sequence[Shard], num: int, tell: Tell) -> None:
     """Score the shards with `num` processes, or in this one for `num` 1.
 

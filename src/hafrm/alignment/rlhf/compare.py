@@ -5,12 +5,13 @@ one cell, an ordinary RLHF run folder; a comparison that was killed goes on with
 The exported policies are judged on prompts that neither trained nor picked anything.
 """
 
+import itertools
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hafrm.alignment.rlhf.recipe import AlgorithmSection, RewardSection, RlhfRec
 from hafrm.alignment.rlhf.run import rlhf
 from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
+from hafrm.crew import Crew
 from hafrm.errors import ConfigError
 from hafrm.evaluation.metrics import plain
 from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
@@ -118,12 +120,14 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     test: Sequence[str],
     gold: Gold | None = None,
     judge: PairJudge | None = None,
+    processes: int = 1,
     tell: Callable[[str], None] = lambda _: None,
 ) -> RlhfComparison:
     """Run what is not yet there, judge the policies on the prompts of `test`, write rlhf_comparison.json.
 
-    Wins are `judge`'s verdicts where there is one, else follow from the scores. Raises ConfigError where
-    nothing could judge: no gold reward, no judge, and no evaluation.judge in the recipe.
+    `processes` cells run at a time. Wins are `judge`'s verdicts where there is one, else follow from the
+    scores. Raises ConfigError where nothing could judge: no gold reward, no judge, and no
+    evaluation.judge in the recipe.
     """
     scored_by = "gold" if gold is not None else recipe.evaluation.judge
     if scored_by is None and judge is None:
@@ -133,20 +137,13 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
         )
     began = time.perf_counter()
     cells = cells_of(models, algorithms, seeds)
-    for number, cell in enumerate(cells, start=1):
-        tell(f"{number}/{len(cells)} {cell.folder}")
-        run_cell(recipe, cell, folder / "cells" / cell.folder, gold)
-    answers: dict[tuple[str, int], Answers] = {}
-    start = recipe.model.path
-    for seed in seeds:
-        place = folder / "cells" / f"{START}-{seed}.json"
-        answers[START, seed] = answer(recipe, start, place, test=test, seed=seed, gold=gold)
-    for cell in cells:
-        where = folder / "cells" / cell.folder
-        policy = str(where / "model" / "policy")
-        answers[cell.contender, cell.seed] = answer(
-            recipe, policy, where / "answers.json", test=test, seed=cell.seed, gold=gold
-        )
+    enlist = partial(CellRunner, recipe, folder, tuple(test), gold)
+    with Crew(enlist, processes) as crew:
+        count = itertools.count(1)
+        crew.run(cells, lambda cell, _: tell(f"{next(count)}/{len(cells)} {cell.folder} is done"))
+    runner = enlist()
+    answers = {(START, seed): runner.answers_of_start(seed) for seed in seeds}
+    answers |= {(cell.contender, cell.seed): runner.answers(cell) for cell in cells}
     found = RlhfComparison(
         list(dict.fromkeys(cell.contender for cell in cells)),
         list(seeds),
@@ -160,15 +157,38 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     return found
 
 
-def run_cell(recipe: RlhfRecipe, cell: Cell, folder: Path, gold: Gold | None) -> None:
-    """The cell's run, started, resumed, or found done; TRL's runs are started anew."""
-    if (folder / "model").is_dir():
-        return
-    resume = (folder / "recipe.yaml").is_file()
-    if resume and cell.algorithm != "ppo":
-        shutil.rmtree(folder)
-        resume = False
-    rlhf(recipe_of(recipe, cell), folder, resume=resume, gold=gold)
+@dataclass(frozen=True)
+class CellRunner:
+    """Trains the policies of a comparison and lets them answer; what is there already is not done again."""
+
+    recipe: RlhfRecipe
+    folder: Path
+    test: tuple[str, ...]
+    gold: Gold | None
+
+    def __call__(self, cell: Cell) -> None:
+        """The cell's run, started, resumed, or found done, and its answers; TRL's runs are started anew."""
+        folder = self.folder / "cells" / cell.folder
+        if not (folder / "model").is_dir():
+            resume = (folder / "recipe.yaml").is_file()
+            if resume and cell.algorithm != "ppo":
+                shutil.rmtree(folder)
+                resume = False
+            rlhf(recipe_of(self.recipe, cell), folder, resume=resume, gold=self.gold)
+        self.answers(cell)
+
+    def answers(self, cell: Cell) -> Answers:
+        """What the cell's exported policy answers to the test prompts."""
+        folder = self.folder / "cells" / cell.folder
+        return self._ask(str(folder / "model" / "policy"), folder / "answers.json", cell.seed)
+
+    def answers_of_start(self, seed: int) -> Answers:
+        """What the untrained policy answers with a seed."""
+        file = self.folder / "cells" / f"{START}-{seed}.json"
+        return self._ask(self.recipe.model.path, file, seed)
+
+    def _ask(self, policy: str, file: Path, seed: int) -> Answers:
+        return answer(self.recipe, policy, file, test=self.test, seed=seed, gold=self.gold)
 
 
 def recipe_of(recipe: RlhfRecipe, cell: Cell) -> RlhfRecipe:
@@ -254,7 +274,7 @@ def wins(
     """Every two contenders, answer against answer, over all seeds; verdicts on one prompt go together."""
     names = list(dict.fromkeys(name for name, _ in answers))
     found = []
-    for first, second in combinations(names, 2):
+    for first, second in itertools.combinations(names, 2):
         sides = [(answers[first, seed], answers[second, seed]) for seed in seeds]
         pairs = [
             Pair(one.messages(i), one.texts[i], other.texts[i])

@@ -117,7 +117,7 @@ class CellRunner:
         self._references: NDArray[np.float32] | None = None
         self._prepared: tuple[str, PreparedData] | None = None
 
-    def run(self, cell: Cell) -> CellResult:
+    def __call__(self, cell: Cell) -> CellResult:
         """Train and score a cell, go on with it where it was killed, or read what it found before.
 
         A run that diverges is a result, of its learning rate. Raises what else `train` raises, such as

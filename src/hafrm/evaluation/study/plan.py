@@ -22,7 +22,9 @@ from hafrm.training.methods import Method, get_method
 MIXED = "mixed"
 """The training set that is all of them together."""
 RATE_FACTORS = (1 / 3, 1.0, 3.0)
-"""Learning rates tried, as multiples of the recipe's, unless others are given."""
+"""Learning rates tried first, as multiples of the recipe's, unless others are given."""
+MAX_WIDENINGS = 3
+"""How often the rates are continued for a method that does best at the end of those tried."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class StudyPlan:
     train_sets: tuple[TrainSet, ...]
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
+    widenings: int = 0
+    """How many rates beyond the ends of `rates` a method may try, as long as the last is its best."""
 
     @property
     def tuning_set(self) -> TrainSet:
@@ -85,11 +89,11 @@ class StudyPlan:
 
     def tuning_cells(self) -> list[Cell]:
         """One run for each entrant and learning rate, with the first seed."""
-        return [
-            Cell(self.tuning_set, entrant, rate, self.seeds[0])
-            for entrant in self.entrants
-            for rate in self.rates
-        ]
+        return [self.tuning_cell(entrant, rate) for entrant in self.entrants for rate in self.rates]
+
+    def tuning_cell(self, entrant: Entrant, rate: float) -> Cell:
+        """The run that says how well an entrant does at a learning rate."""
+        return Cell(self.tuning_set, entrant, rate, self.seeds[0])
 
     def cells(self, rates: Mapping[str, float]) -> list[Cell]:
         """All runs that the result rests on, given each entrant's learning rate.
@@ -139,6 +143,7 @@ def plan_study(
         tuple(sets),
         seeds=tuple(range(first, first + num_seeds)),
         rates=tuple(rates) or tuple(recipe.training.learning_rate * f for f in RATE_FACTORS),
+        widenings=0 if rates else MAX_WIDENINGS,
     )
 
 

@@ -12,19 +12,20 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
 from hafrm.config import dump_recipe, load_recipe
+from hafrm.crew import Crew
 from hafrm.errors import CheckpointError, NumericsError
 from hafrm.evaluation.metrics import ScoredComparisons, pairwise_accuracy, plain
 from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study.benchmarks import BenchmarkCell, benchmark_cells
-from hafrm.evaluation.study.cell import CellResult, Setting, read_result, read_test_sets
+from hafrm.evaluation.study.cell import CellResult, CellRunner, Setting, read_result, read_test_sets
 from hafrm.evaluation.study.outcomes import outcomes_of, pick_longer, row_scores
 from hafrm.evaluation.study.plan import Cell, StudyPlan
-from hafrm.evaluation.study.processes import Crew
 from hafrm.evaluation.study.summary import Summary, summarise
 from hafrm.intervals import in_words
 from hafrm.recipe import Recipe
@@ -45,6 +46,15 @@ class Tuning:
     chosen: float
     tried: dict[float, float | None]
     """The deciding validation metric of each rate; None where the run diverged."""
+
+    def beyond(self) -> float | None:
+        """The rate to try next where the best lies at the end of those tried, which is no optimum."""
+        rates = sorted(self.tried)
+        if len(rates) < 2 or self.chosen not in (rates[0], rates[-1]):
+            return None
+        if self.chosen == rates[0]:
+            return rates[0] ** 2 / rates[1]
+        return rates[-1] ** 2 / rates[-2]
 
 
 @dataclass(frozen=True)
@@ -99,12 +109,17 @@ def compare_methods(
     _open(out, plan.recipe)
     setting = Setting(plan.recipe, out, tuple(benchmarks), benchmark_data, keep_models)
     sets = read_test_sets(setting)  # what is wrong there should be known before hours of training
-    with Crew(setting, processes) as crew:
+    with Crew(partial(CellRunner, setting), processes) as crew:
         tuning = plan.tuning_cells()
         total = len(tuning) + len(set(plan.cells(_first_rates(plan))) - set(tuning))
-        progress = _Progress(total, out, processes)
+        progress = _Progress(total, processes)
         crew.run(tuning, progress)
-        tunings = tuple(_choose(plan, entrant.name, tuning, out) for entrant in plan.entrants)
+        for _ in range(plan.widenings):
+            wider = _beyond(plan, tuning, out)
+            progress.total += len(wider)
+            crew.run(wider, progress)
+            tuning += wider
+        tunings = _choices(plan, tuning, out)
         rates = {each.method: each.chosen for each in tunings}
         for each in tunings:
             log.info("learning rate of %s: %.3g", each.method, each.chosen)
@@ -150,6 +165,20 @@ def _first_rates(plan: StudyPlan) -> Mapping[str, float]:
     return {entrant.name: plan.rates[0] for entrant in plan.entrants}
 
 
+def _choices(plan: StudyPlan, tuning: list[Cell], out: Path) -> tuple[Tuning, ...]:
+    return tuple(_choose(plan, entrant.name, tuning, out) for entrant in plan.entrants)
+
+
+def _beyond(plan: StudyPlan, tuning: list[Cell], out: Path) -> list[Cell]:
+    """Runs at rates beyond those tried, of the methods that did best at an end of them."""
+    found = zip(plan.entrants, _choices(plan, tuning, out), strict=True)
+    return [
+        plan.tuning_cell(entrant, rate)
+        for entrant, each in found
+        if (rate := each.beyond()) is not None
+    ]
+
+
 def _choose(plan: StudyPlan, method: str, cells: list[Cell], out: Path) -> Tuning:
     """The learning rate whose best step validates best."""
     metric = plan.recipe.evaluation.metric
@@ -166,7 +195,8 @@ def _choose(plan: StudyPlan, method: str, cells: list[Cell], out: Path) -> Tunin
             f"{method} diverges at every learning rate tried ({', '.join(f'{r:.3g}' for r in tried)}): "
             "give smaller ones with --learning-rates"
         )
-    return Tuning(method, plan.tuning_set.name, max(known, key=known.__getitem__), tried)
+    best = max(known, key=known.__getitem__)
+    return Tuning(method, plan.tuning_set.name, best, dict(sorted(tried.items())))
 
 
 def _refuse_diverged(cells: list[Cell], out: Path) -> None:
@@ -181,8 +211,8 @@ def _refuse_diverged(cells: list[Cell], out: Path) -> None:
 class _Progress:
     """Tells of every finished cell, and how long the rest may take."""
 
-    def __init__(self, total: int, out: Path, processes: int) -> None:
-        self.total, self.out, self.processes = total, out, processes
+    def __init__(self, total: int, processes: int) -> None:
+        self.total, self.processes = total, processes
         self.done = 0
         self.began = time.monotonic()
         self.ran: list[float] = []

@@ -1,4 +1,4 @@
-"""The cells of a study on the processes of one machine, each of which runs one cell at a time.
+"""Tasks on several processes of one machine, one at a time each: the cells of a comparison, say.
 
 A process has a GPU of its own where there are several; on a CPU the processes share its cores: two
 small models with one core each train faster than one with two.
@@ -13,25 +13,34 @@ import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Generic, TypeVar
 
 import torch
 
 from hafrm.errors import CheckpointError, HafrmError
-from hafrm.evaluation.study.cell import CellResult, CellRunner, Setting
-from hafrm.evaluation.study.plan import Cell
 
-Done = Callable[[Cell, CellResult], None]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-class Crew:
-    """Processes that run cells; a `with` block ends them, and with them whatever they were at."""
+def default_processes() -> int:
+    """One for each GPU; one where there is none."""
+    return max(1, torch.cuda.device_count())
 
-    def __init__(self, setting: Setting, num: int) -> None:
-        self._setting, self._num = setting, num
-        self._here: CellRunner | None = None
+
+class Crew(Generic[Task, Result]):
+    """Processes that do tasks; a `with` block ends them, and with them whatever they were at.
+
+    `enlist` makes, in each process, what does its tasks; it, tasks and results are pickled. With `num` 1
+    all is done in this process.
+    """
+
+    def __init__(self, enlist: Callable[[], Callable[[Task], Result]], num: int) -> None:
+        self._enlist, self._num = enlist, num
+        self._here: Callable[[Task], Result] | None = None
         self._crew: dict[Connection, SpawnProcess] = {}
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "Crew[Task, Result]":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,19 +49,19 @@ class Crew:
             process.join()
             connection.close()
 
-    def run(self, cells: Sequence[Cell], done: Done) -> None:
-        """Run all cells; `done` hears of each. The first error ends the others.
+    def run(self, tasks: Sequence[Task], done: Callable[[Task, Result], None]) -> None:
+        """Do all tasks; `done` hears of each. The first error ends the others.
 
-        Raises what `CellRunner.run` raises, and CheckpointError for a process that was killed.
+        Raises what a task raises, and CheckpointError for a process that was killed.
         """
         if self._num <= 1:
-            self._here = self._here or CellRunner(self._setting)
-            for cell in cells:
-                done(cell, self._here.run(cell))
+            self._here = self._here or self._enlist()
+            for task in tasks:
+                done(task, self._here(task))
             return
         if not self._crew:
             self._start()
-        left = list(reversed(cells))
+        left = list(reversed(tasks))
         busy = {}
         for connection in self._crew:
             if left:
@@ -73,44 +82,53 @@ class Crew:
         for rank in range(self._num):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(self._setting, rank, threads, theirs), daemon=True
+                target=_work, args=(self._enlist, rank, threads, theirs), daemon=True
             )
             process.start()
             theirs.close()  # so that the child's end is the only one, and its death is heard
             self._crew[ours] = process
 
-    def _receive(self, connection: Connection) -> CellResult:
+    def _receive(self, connection: Connection) -> Result:
         try:
-            message = connection.recv()
+            result, error = connection.recv()
         except EOFError:
             process = self._crew[connection]
             process.join()
             raise CheckpointError(
-                f"process {process.pid} of the comparison died (exit code {process.exitcode}; memory "
-                "may have run out): the same command goes on where it was"
+                f"process {process.pid} died (exit code {process.exitcode}; memory may have run out): "
+                "the same command goes on where it was"
             ) from None
-        if isinstance(message, HafrmError):
-            raise message
-        assert isinstance(message, CellResult)
-        return message
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
 
 
-def _work(setting: Setting, rank: int, threads: int, connection: Connection) -> None:
+def _work(
+    enlist: Callable[[], Callable[[Task], Result]], rank: int, threads: int, connection: Connection
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its children
     torch.set_num_threads(threads)
     logging.getLogger("hafrm").setLevel(logging.WARNING)
-    os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
+    _take_gpu(rank)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    runner: CellRunner | None = None
+    act: Callable[[Task], Result] | None = None
     try:
         while True:
-            cell = connection.recv()
-            runner = runner or CellRunner(setting)
-            connection.send(runner.run(cell))
+            task = connection.recv()
+            act = act or enlist()
+            connection.send((act(task), None))
     except HafrmError as error:
-        connection.send(error)
+        connection.send((None, error))
     except (EOFError, BrokenPipeError):  # the parent is gone: nobody waits for this
         sys.exit(1)
+
+
+def _take_gpu(rank: int) -> None:
+    """See one of several GPUs alone, which every library that a task uses then takes."""
+    num = torch.cuda.device_count()
+    if num > 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[rank % num]
 
 
 def _die_with_parent() -> None:
