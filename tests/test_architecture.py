@@ -24,7 +24,7 @@ FLOORS = (
         "provenance",
         "runs",
     },
-    {"data", "engine"},
+    {"data", "engine", "crew"},
     {"scoring"},
     {"training"},
     {"evaluation"},

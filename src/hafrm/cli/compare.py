@@ -23,9 +23,7 @@ def compare(  # noqa: PLR0913 - the verb and its options
     seeds: Annotated[int, typer.Option(help="Runs of each method on each set.")] = 3,
     learning_rates: Annotated[
         str | None,
-        typer.Option(
-            help="With commas (default: recipe's / 3, x 1, x 3, and on where an end is best)."
-        ),
+        typer.Option(help="With commas (default: recipe's / 3, x 1, x 3; on beyond a best end)."),
     ] = None,
     mixed: Annotated[
         bool, typer.Option(help="Also train on all sets together, and tune there.")
