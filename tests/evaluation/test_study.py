@@ -8,14 +8,17 @@ import pytest
 
 from benchmark_rows import write_all
 from hafrm.config import build_recipe
+from hafrm.data.encoding import EncodedGroup
+from hafrm.data.groups import Comparison, Group, Message
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
 from hafrm.evaluation.benchmarks.run import run_benchmarks
 from hafrm.evaluation.evaluate import evaluate
+from hafrm.evaluation.metrics import length_bias
 from hafrm.evaluation.seeds import over_seeds
 from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study import cell as cell_module
 from hafrm.evaluation.study.cell import Setting, read_result
-from hafrm.evaluation.study.outcomes import Outcome, rows_of, stacked
+from hafrm.evaluation.study.outcomes import Outcome, pick_longer, rows_of, stacked
 from hafrm.evaluation.study.plan import (
     MIXED,
     StudyPlan,
@@ -136,6 +139,19 @@ def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):
     np.testing.assert_allclose(plan.rates, [1e-3 / 3, 1e-3, 3e-3])
     assert plan.tuning_set.name == MIXED
     assert [cell.rate for cell in plan.tuning_cells()] == list(plan.rates)
+
+
+def test_the_longer_response_is_the_longer_text_though_both_are_cut_to_one_length():
+    ids = np.zeros(3, np.int32)
+    comparisons = (Comparison(1, 0), Comparison(0, 1))
+    group = Group(
+        "a", (Message("user", "hm"),), ("short and cut", "longer and cut too"), comparisons
+    )
+    encoded = EncodedGroup("a", ids, (ids, ids), comparisons, "", {})
+    (scored,) = pick_longer(cell_module.TestSets([group], [encoded])).values()
+    np.testing.assert_array_equal(scored.margins, [5, -5])
+    bias = length_bias(scored.margins, scored.chosen_lengths, scored.rejected_lengths)
+    assert (bias.pick_longer.num_correct, bias.pick_longer.num_equal) == (1, 0)
 
 
 def test_a_rate_that_is_best_at_an_end_has_one_beyond_it_to_try():

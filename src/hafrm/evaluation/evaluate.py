@@ -280,15 +280,19 @@ def scored_comparisons(
     part: Sequence[int],
     scores: NDArray[np.float32],
 ) -> ScoredComparisons:
-    """The comparisons of the groups in `part` (indices) with the scores of all groups' responses."""
+    """The comparisons of the groups in `part` (indices) with the scores of all groups' responses.
+
+    Lengths are in characters, as in benchmarks: tokens would be cut where the model's input is, and two
+    long responses would seem equally long.
+    """
     first = first_responses(encoded)
-    lengths = [[len(ids) for ids in encoded[i].response_ids] for i in part]
-    rows = [(k, i, c) for k, i in enumerate(part) for c in groups[i].comparisons]
+    lengths = {i: [len(text) for text in groups[i].responses] for i in part}
+    rows = [(i, c) for i in part for c in groups[i].comparisons]
     return ScoredComparisons(
-        chosen_scores=np.array([scores[first[i] + c.chosen] for _, i, c in rows]),
-        rejected_scores=np.array([scores[first[i] + c.rejected] for _, i, c in rows]),
-        chosen_lengths=np.array([lengths[k][c.chosen] for k, _, c in rows]),
-        rejected_lengths=np.array([lengths[k][c.rejected] for k, _, c in rows]),
-        prompts=np.array([prompt_key(groups[i].prompt) for _, i, _ in rows]),
-        ties=np.array([c.tie for _, _, c in rows]),
+        chosen_scores=np.array([scores[first[i] + c.chosen] for i, c in rows]),
+        rejected_scores=np.array([scores[first[i] + c.rejected] for i, c in rows]),
+        chosen_lengths=np.array([lengths[i][c.chosen] for i, c in rows]),
+        rejected_lengths=np.array([lengths[i][c.rejected] for i, c in rows]),
+        prompts=np.array([prompt_key(groups[i].prompt) for i, _ in rows]),
+        ties=np.array([c.tie for _, c in rows]),
     )

@@ -108,7 +108,7 @@ class ScoredComparisons:
     chosen_scores: Float[np.ndarray, " comparisons"]
     rejected_scores: Float[np.ndarray, " comparisons"]
     chosen_lengths: Num[np.ndarray, " comparisons"]
-    """In tokens or characters, the same for both sides."""
+    """In characters, say; the same unit for both sides."""
     rejected_lengths: Num[np.ndarray, " comparisons"]
     prompts: Shaped[np.ndarray, " comparisons"]
     """Which prompt (any key): the clusters of the intervals."""

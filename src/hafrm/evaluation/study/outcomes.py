@@ -84,8 +84,8 @@ def outcomes_of(
 
 
 def pick_longer(sets: TestSets) -> dict[str, ScoredComparisons]:
-    """The comparisons of each test set, scored by the length of the response in tokens."""
-    lengths = np.array([len(ids) for g in sets.encoded for ids in g.response_ids], np.float32)
+    """The comparisons of each test set, scored by the length of the response in characters."""
+    lengths = np.array([len(text) for group in sets.groups for text in group.responses], np.float32)
     return {
         name: scored_comparisons(sets.groups, sets.encoded, part, lengths)
         for name, part in _parts(sets).items()
