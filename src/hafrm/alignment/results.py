@@ -16,6 +16,7 @@ from hafrm.alignment.candidates import Candidates
 from hafrm.alignment.curves import expected_picks, filled_up, fit_gold, kl_of_best
 from hafrm.alignment.judge import Conduct, Verdict, conduct
 from hafrm.evaluation.metrics import plain
+from hafrm.evaluation.seeds import seeded_difference, seeded_mean
 from hafrm.evaluation.statistics import (
     Estimate,
     accuracy_interval,
@@ -237,26 +238,36 @@ def measure_wins(
     judge: str,
     same: NDArray[np.bool_],
     verdicts: Sequence[Verdict],
-    prompts: NDArray[np.int64] | None = None,
+    *,
+    num_seeds: int = 1,
 ) -> Wins:
     """Shares of wins, ties and losses of the first method; `same` tells where both picked one candidate.
 
-    `prompts` says which verdicts go together, where there are several on one prompt.
+    With several seeds their verdicts stand one after the other, on the same prompts, and the intervals are
+    over prompts and seeds; a prompt that is not judged for one seed is then left out for all.
     """
-    known = [i for i, v in enumerate(verdicts) if v.preferred is not None]
-    judged = np.array([verdicts[i].preferred for i in known], np.int64)
-    clusters = None if prompts is None else prompts[known]
+    preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
+    signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
+    judged = signs[:, ~np.isnan(signs).any(0)]
+    several = num_seeds > 1 and judged.size > 0
+
+    def share(which: int) -> Estimate:
+        hits = judged == which
+        return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
+
     asked = conduct(verdicts)
     return Wins(
         first=first,
         second=second,
         judge=judge,
-        win=accuracy_interval(judged == 1, clusters),
-        tie=accuracy_interval(judged == 0, clusters),
-        lose=accuracy_interval(judged == -1, clusters),
-        difference=clustered_bootstrap(judged, clusters),
+        win=share(1),
+        tie=share(0),
+        lose=share(-1),
+        difference=seeded_difference(judged, np.zeros_like(judged)).estimate
+        if several
+        else clustered_bootstrap(judged.ravel()),
         same=float(np.mean(same)),
-        num_not_judged=len(verdicts) - len(judged),
+        num_not_judged=signs.size - judged.size,
         conduct=asked if asked.num_pairs else None,
     )
 

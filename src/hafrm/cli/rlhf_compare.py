@@ -1,5 +1,6 @@
 """The verb `rlhf-compare`: which reward model makes the better policy."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,10 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     *,
     out: Annotated[Path, typer.Option(help="The comparison's folder; the same one goes on.")],
-    model: Annotated[list[str], typer.Option(help="A reward model, as NAME=PATH; repeat.")],
+    model: Annotated[
+        list[str],
+        typer.Option(help="A reward model, NAME=PATH; one NAME again: for the next seed."),
+    ],
     test: Annotated[list[str], typer.Option(help="Prompts to judge the policies on; repeat.")],
     seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...", min=1)] = 3,
     algorithm: Annotated[
@@ -52,11 +56,10 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     from hafrm.errors import ConfigError  # noqa: PLC0415
     from hafrm.tables.rlhf import rlhf_tables  # noqa: PLC0415
 
-    models = dict(_named(given) for given in model)
-    first = next(iter(models.values()))
-    loaded = load_as(RlhfRecipe, recipe, [f"reward.models={first}", *(overrides or ())])
+    models = _by_name(model)
+    loaded = load_as(RlhfRecipe, recipe, [f"reward.models={model[0]}", *(overrides or ())])
     if gold not in (None, "demo"):
-        raise ConfigError(f"--gold is {gold!r}; the only reward that is known is that of demo")
+        raise ConfigError(f"--gold is {gold!r}; only demo's reward is known")
     found = compare(
         loaded,
         models,
@@ -67,7 +70,7 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
         gold=gold_reward if gold else None,
         judge=None if judge is None else _asked(judge, judge_model),
         processes=processes or default_processes(),
-        tell=lambda text: typer.echo(text, err=True),
+        tell=partial(typer.echo, err=True),
     )
     show_tables(rlhf_tables(found))
     typer.echo(f"written to {out / 'rlhf_comparison.json'}")
@@ -84,10 +87,16 @@ def _asked(url: str, model: str | None) -> "PairJudge":
     return EndpointJudge(Endpoint(options, ReplyCache(cache_folder("replies") / "replies.sqlite")))
 
 
-def _named(given: str) -> tuple[str, str]:
+def _by_name(models: list[str]) -> dict[str, list[str]]:
+    """The paths of each name; raises ConfigError for what is not NAME=PATH."""
     from hafrm.errors import ConfigError  # noqa: PLC0415
 
-    name, equals, path = given.partition("=")
-    if not equals or not name or not path or "/" in name:
-        raise ConfigError(f"--model {given!r} is not of the form NAME=PATH, such as haf=runs/haf")
-    return name, path
+    found: dict[str, list[str]] = {}
+    for given in models:
+        name, _, path = given.partition("=")
+        if not name or not path or "/" in name:
+            raise ConfigError(
+                f"--model {given!r} is not of the form NAME=PATH, such as haf=runs/haf"
+            )
+        found.setdefault(name, []).append(path)
+    return found

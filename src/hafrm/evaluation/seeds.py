@@ -33,15 +33,19 @@ def seeded_mean(
     clusters: Shaped[np.ndarray, " items"] | None = None,
     *,
     confidence: float = 0.95,
+    proportion: bool = True,
 ) -> Estimate:
     """The mean over seeds and items, with an interval for another seed on other prompts.
 
-    Raises ValueError for fewer than two seeds, which say nothing about a third.
+    `proportion`: the values are 0 or 1, so the interval ends there. Raises ValueError for fewer than two
+    seeds, which say nothing about a third.
     """
     mean, variance, degrees = _moments([values], [1.0], clusters)
     half = _t_point(confidence, degrees) * math.sqrt(variance)
-    num = values.shape[1]
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half), num, METHOD, confidence)
+    low, high = mean - half, mean + half
+    if proportion:
+        low, high = max(0.0, low), min(1.0, high)
+    return Estimate(mean, low, high, values.shape[1], METHOD, confidence, proportion)
 
 
 def seeded_difference(
@@ -50,15 +54,18 @@ def seeded_difference(
     clusters: Shaped[np.ndarray, " items"] | None = None,
     *,
     confidence: float = 0.95,
+    proportion: bool = True,
 ) -> Difference:
     """mean(first) - mean(second) on the same items; the seeds of the two sides are not paired.
 
-    Raises ValueError for fewer than two seeds on either side.
+    `proportion`: of shares, and so printed in per cent. Raises ValueError for fewer than two seeds on
+    either side.
     """
     mean, variance, degrees = _moments([first, second], [1.0, -1.0], clusters)
     error = math.sqrt(variance)
     half = _t_point(confidence, degrees) * error
-    estimate = Estimate(mean, mean - half, mean + half, first.shape[1], METHOD, confidence)
+    ends = mean - half, mean + half
+    estimate = Estimate(mean, *ends, first.shape[1], METHOD, confidence, proportion)
     if error == 0:
         return Difference(estimate, 1.0 if mean == 0 else 0.0)
     return Difference(estimate, float(2 * special.stdtr(degrees, -abs(mean) / error)))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from hafrm.alignment.judge import Verdict
-from hafrm.alignment.rlhf import compare as compare_module
+from hafrm.alignment.rlhf import cells as cells_module
 from hafrm.alignment.rlhf.answers import Answers
-from hafrm.alignment.rlhf.compare import Cell, cells_of, compare, recipe_of, wins
+from hafrm.alignment.rlhf.cells import Cell, cells_of, recipe_of
+from hafrm.alignment.rlhf.compare import compare, wins
 from hafrm.alignment.rlhf.run import rlhf
-from hafrm.errors import ConfigError
+from hafrm.errors import CheckpointError, ConfigError
 from hafrm.tables.rlhf import rlhf_tables
 from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
@@ -22,7 +23,7 @@ def gold(_, text: str) -> float:
 
 def take(folder: Path, **options):
     recipe = tiny_rlhf(folder, training={"steps": 1}, evaluation={"every": 1})
-    models = {"one": str(folder / "reward"), "two": str(write_reward(folder, "other", seed=5))}
+    models = {"one": [str(folder / "reward")], "two": [str(write_reward(folder, "other", seed=5))]}
     models = options.pop("models", models)
     test = [str(write_prompts(folder / "test.jsonl", 6))]
     values = {"seeds": [0], "algorithms": ["ppo"], "test": test, "gold": gold} | options
@@ -44,7 +45,7 @@ def test_a_comparison_writes_its_contract_and_goes_on_where_it_was(tmp_path, mon
         assert win["difference"]["value"] == pytest.approx(win["win"] - win["lose"])
     assert said["wins"][0]["position_bias"] is None
     assert len(list(rlhf_tables(found))) == 2
-    monkeypatch.setattr(compare_module, "rlhf", None)  # nothing is left to be run
+    monkeypatch.setattr(cells_module, "rlhf", None)  # nothing is left to be run
     again = take(tmp_path)
     assert (again.standings, again.wins, again.curves) == (
         found.standings,
@@ -62,9 +63,10 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 def test_cells_differ_in_reward_model_algorithm_and_seed_alone(tmp_path):
     recipe = tiny_rlhf(tmp_path, reward={"clip": 2.0}, algorithm={"gamma": 0.9})
-    cells = cells_of({"a": "A", "b": "B"}, ["ppo", "rloo"], [0, 1])
+    cells = cells_of({"a": ["A"], "b": ["B", "C"]}, ["ppo", "rloo"], [0, 1])
     assert [cell.folder for cell in cells[:3]] == ["a-ppo-0", "b-ppo-0", "a-rloo-0"]
     assert [cell.contender for cell in cells[:3]] == ["a ppo", "b ppo", "a rloo"]
+    assert [cell.path for cell in cells if cell.model == "b"] == ["B", "B", "C", "C"]
     ours = recipe_of(recipe, Cell("b", "B", "ppo", 1, "b"))
     assert (ours.reward.models, ours.training.seed, ours.reward.clip) == (("B",), 1, 2.0)
     same = ours.model_copy(
@@ -103,6 +105,28 @@ def test_wins_are_counted_answer_by_answer_over_all_seeds():
     assert (found.judge, found.same) == ("gold", 0.25)
 
 
+def test_intervals_are_over_seeds_too():
+    """One seed wins both, the other loses both: so two seeds say nothing of a third."""
+    known = {
+        ("a", 0): answers(["x", "y"], [1.0, 1.0]),
+        ("b", 0): answers(["z", "z"], [0.0, 0.0]),
+        ("a", 1): answers(["x", "y"], [0.0, 0.0]),
+        ("b", 1): answers(["z", "z"], [1.0, 1.0]),
+    }
+    (found,) = wins(known, [0, 1], None, "gold")
+    assert found.difference.value == 0
+    assert found.difference.high > 1  # Student's t with one degree of freedom
+    (single,) = wins({key: known[key] for key in list(known)[:2]}, [0], None, "gold")
+    assert single.difference.value == 1
+
+
+def test_a_finished_cell_of_another_reward_model_is_refused(tmp_path):
+    take(tmp_path)
+    models = {"one": [str(tmp_path / "other")], "two": [str(tmp_path / "other")]}
+    with pytest.raises(CheckpointError, match="the recipe differs"):
+        take(tmp_path, models=models)
+
+
 class Longer:
     """A judge of pairs that prefers the longer text."""
 
@@ -123,7 +147,7 @@ def test_a_judge_of_pairs_sees_both_answers_and_overrules_the_scores():
 
 
 def test_with_a_judge_of_pairs_alone_there_are_wins_and_no_scores(tmp_path):
-    found = take(tmp_path, gold=None, judge=Longer(), models={"one": str(tmp_path / "reward")})
+    found = take(tmp_path, gold=None, judge=Longer(), models={"one": [str(tmp_path / "reward")]})
     assert found.scored_by == "nothing"
     assert [each.score for each in found.standings] == [None] * 2
     assert len(list(rlhf_tables(found))) == 2
@@ -142,9 +166,9 @@ def test_a_cell_that_was_started_is_resumed(tmp_path, monkeypatch):
         calls.append(resume)
         return rlhf(recipe, folder, resume=resume, gold=gold)
 
-    monkeypatch.setattr(compare_module, "rlhf", recorded)
+    monkeypatch.setattr(cells_module, "rlhf", recorded)
     monkeypatch.setattr(
-        compare_module, "answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        cells_module, "answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         take(tmp_path)

@@ -7,7 +7,6 @@ The exported policies are judged on prompts that neither trained nor picked anyt
 
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,40 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Float
 
 from hafrm.alignment.judge import Pair, PairJudge, Verdict
 from hafrm.alignment.results import Wins, measure_wins
-from hafrm.alignment.rlhf.answers import Answers, answer
-from hafrm.alignment.rlhf.recipe import AlgorithmSection, RewardSection, RlhfRecipe, ppo_only
-from hafrm.alignment.rlhf.run import rlhf
+from hafrm.alignment.rlhf.answers import Answers
+from hafrm.alignment.rlhf.cells import START, Cell, CellRunner, cells_of
+from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
 from hafrm.crew import Crew
 from hafrm.errors import ConfigError
 from hafrm.evaluation.metrics import plain
+from hafrm.evaluation.seeds import seeded_difference, seeded_mean
 from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
 from hafrm.runs import read_metrics
-
-START = "start"
-"""The contender that was not trained."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the comparison."""
-
-    model: str
-    """The reward model's name."""
-    path: str
-    algorithm: str
-    seed: int
-    contender: str
-    """What its seeds have in common: the model, and the algorithm where there are several."""
-
-    @property
-    def folder(self) -> str:
-        return f"{self.model}-{self.algorithm}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -97,22 +77,9 @@ def _lists(value: Any) -> Any:
     return tuple(_lists(each) for each in value) if isinstance(value, list | tuple) else value
 
 
-def cells_of(
-    models: Mapping[str, str], algorithms: Sequence[str], seeds: Sequence[int]
-) -> list[Cell]:
-    """All cells, seed by seed, so that a comparison that is stopped has something of every contender."""
-    several = len(algorithms) > 1
-    return [
-        Cell(name, path, algorithm, seed, f"{name} {algorithm}" if several else name)
-        for seed in seeds
-        for algorithm in algorithms
-        for name, path in models.items()
-    ]
-
-
 def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     recipe: RlhfRecipe,
-    models: Mapping[str, str],
+    models: Mapping[str, Sequence[str]],
     folder: Path,
     *,
     seeds: Sequence[int],
@@ -157,59 +124,6 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     return found
 
 
-@dataclass(frozen=True)
-class CellRunner:
-    """Trains the policies of a comparison and lets them answer; what is there already is not done again."""
-
-    recipe: RlhfRecipe
-    folder: Path
-    test: tuple[str, ...]
-    gold: Gold | None
-
-    def __call__(self, cell: Cell) -> None:
-        """The cell's run, started, resumed, or found done, and its answers; TRL's runs are started anew."""
-        folder = self.folder / "cells" / cell.folder
-        if not (folder / "model").is_dir():
-            resume = (folder / "recipe.yaml").is_file()
-            if resume and cell.algorithm != "ppo":
-                shutil.rmtree(folder)
-                resume = False
-            rlhf(recipe_of(self.recipe, cell), folder, resume=resume, gold=self.gold)
-        self.answers(cell)
-
-    def answers(self, cell: Cell) -> Answers:
-        """What the cell's exported policy answers to the test prompts."""
-        folder = self.folder / "cells" / cell.folder
-        return self._ask(str(folder / "model" / "policy"), folder / "answers.json", cell.seed)
-
-    def answers_of_start(self, seed: int) -> Answers:
-        """What the untrained policy answers with a seed."""
-        file = self.folder / "cells" / f"{START}-{seed}.json"
-        return self._ask(self.recipe.model.path, file, seed)
-
-    def _ask(self, policy: str, file: Path, seed: int) -> Answers:
-        return answer(self.recipe, policy, file, test=self.test, seed=seed, gold=self.gold)
-
-
-def recipe_of(recipe: RlhfRecipe, cell: Cell) -> RlhfRecipe:
-    """The shared recipe with the cell's reward model, algorithm and seed."""
-    values = recipe.model_dump()
-    values["reward"] |= {"models": (cell.path,), "kinds": ("auto",), "rule": "mean"}
-    values["reward"] |= {"weights": None}
-    values["algorithm"]["name"] = cell.algorithm
-    values["training"]["seed"] = cell.seed
-    if cell.algorithm != "ppo":
-        reset_ppo_only(values)
-    return RlhfRecipe.model_validate(values)
-
-
-def reset_ppo_only(values: dict[str, Any]) -> None:
-    """Put what only ppo looks at back to its default, so that one recipe serves all algorithms."""
-    for section, kind in (("algorithm", AlgorithmSection), ("reward", RewardSection)):
-        for name in ppo_only(kind):
-            values[section][name] = kind.model_fields[name].default
-
-
 def curve(cell: Cell, folder: Path) -> dict[str, Any]:
     """Proxy and gold reward of held-out prompts against the KL from the start, evaluation by evaluation."""
     records = read_metrics(folder / "cells" / cell.folder / "metrics.jsonl")
@@ -234,10 +148,9 @@ def standings(
         results = [_result(folder / "cells" / cell.folder) for cell in mine]
         score = gain = None
         if answers[START, seeds[0]].scores:
-            scores, clusters = _pooled(answers, name, seeds)
-            base, _ = _pooled(answers, START, seeds)
-            score = clustered_bootstrap(scores, clusters, proportion=False)
-            gain = clustered_bootstrap(scores - base, clusters, proportion=False)
+            score, gain = _score_and_gain(
+                *(np.array([answers[who, s].scores for s in seeds]) for who in (name, START))
+            )
         texts = [text for seed in seeds for text in answers[name, seed].texts]
         found.append(
             Standing(
@@ -257,12 +170,17 @@ def _result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _pooled(
-    answers: Mapping[tuple[str, int], Answers], name: str, seeds: Sequence[int]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Scores of a contender over all seeds, and the prompt that each belongs to."""
-    parts = [np.array(answers[name, seed].scores) for seed in seeds]
-    return np.concatenate(parts), np.concatenate([np.arange(len(part)) for part in parts])
+def _score_and_gain(
+    scores: Float[np.ndarray, "seeds prompts"], base: Float[np.ndarray, "seeds prompts"]
+) -> tuple[Estimate, Estimate]:
+    """The mean score and its gain over `base`: over prompts, and over seeds where there are several."""
+    if len(scores) == 1:
+        return (
+            clustered_bootstrap(scores[0], proportion=False),
+            clustered_bootstrap(scores[0] - base[0], proportion=False),
+        )
+    gain = seeded_difference(scores, base, proportion=False)
+    return seeded_mean(scores, proportion=False), gain.estimate
 
 
 def wins(
@@ -271,7 +189,7 @@ def wins(
     judge: PairJudge | None,
     scored_by: str,
 ) -> list[Wins]:
-    """Every two contenders, answer against answer, over all seeds; verdicts on one prompt go together."""
+    """Every two contenders, answer against answer, over all prompts and seeds."""
     names = list(dict.fromkeys(name for name, _ in answers))
     found = []
     for first, second in itertools.combinations(names, 2):
@@ -287,8 +205,7 @@ def wins(
             verdicts = [Verdict(int(sign)) for sign in signs]
         else:
             verdicts = judge.compare(pairs)
-        prompts = np.concatenate([np.arange(len(one.texts)) for one, _ in sides])
         same = np.array([pair.first == pair.second for pair in pairs])
         name = scored_by if judge is None else judge.name
-        found.append(measure_wins(first, second, name, same, verdicts, prompts))
+        found.append(measure_wins(first, second, name, same, verdicts, num_seeds=len(seeds)))
     return found

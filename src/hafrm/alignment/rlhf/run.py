@@ -48,7 +48,7 @@ def rlhf(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
-    run = _open(recipe, folder, resume=resume)
+    run = open_run(recipe, folder, resume=resume)
     with run.lock():
         torch.manual_seed(recipe.training.seed)
         job = Job(recipe, run, gold, share=native)
@@ -56,7 +56,7 @@ def rlhf(
         return ALGORITHMS[recipe.algorithm.name](job, resume=resume)
 
 
-def _open(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
+def open_run(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
     """The run's folder, made or opened; raises CheckpointError where that is unsafe."""
     if not resume:
         return RunFolder.create(folder, dump_recipe(recipe))
