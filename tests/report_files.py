@@ -484,7 +484,7 @@ def write_rlhf_comparison(folder: Path) -> Path:
         for name, score, kl in (("start", 0.1, 0.0), ("haf", 0.9, 11.2), ("bt", 0.5, 12.1))
     ]
     found = {"models": ["haf", "bt"], "seeds": [0, 1], "curves": curves, "wins": wins}
-    found |= {"judged_by": "gold", "standings": standings}
+    found |= {"scored_by": "gold", "standings": standings}
     write_json(folder / "rlhf_comparison.json", found)
     return folder
 

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
 from hafrm.reporting.axes import Series, spread
-from hafrm.reporting.folders import short_names, source_names
+from hafrm.reporting.folders import Folder, Material, short_names, source_names
 from hafrm.reporting.numbers import (
     Number,
     decimal,
@@ -20,6 +21,7 @@ from hafrm.reporting.numbers import (
 )
 from hafrm.reporting.plots import thinned
 from hafrm.reporting.strips import Mark, axis_of, bar, whiskers
+from hafrm.reporting.verdicts import verdicts
 
 
 def test_a_share_is_written_as_evaluate_prints_it():
@@ -98,3 +100,13 @@ def test_sources_lose_folder_and_ending_unless_two_would_be_called_the_same():
         "a/t.jsonl": "a/t.jsonl",
         "b/t.jsonl": "b/t.jsonl",
     }
+
+
+def test_the_better_policy_comes_first_and_is_better_by_a_positive_difference():
+    gap = {"value": -0.2, "low": -0.3, "high": -0.1, "num": 9}
+    found = {"wins": [{"first": "bt", "second": "haf", "difference": gap}]}
+    folder = Folder("it", Path("it"), "", {}, [], [], [], [], {"rlhf_comparison": found})
+    (verdict,) = verdicts(Material((folder,), {}))
+    assert verdict == (
+        "The policy of haf is judged better than that of bt (+20.0 points [10.0, 30.0])."
+    )

@@ -185,8 +185,10 @@ def _of_rlhf(material: Material) -> Iterator[str]:
         for each in parts(found, "wins"):
             gap = number(each.get("difference"))
             if gap is not None and (gap.low > 0 or gap.high < 0):
-                first, second = str(each.get("first")), str(each.get("second"))
-                winner, loser = (first, second) if gap.value > 0 else (second, first)
+                winner, loser = str(each.get("first")), str(each.get("second"))
+                if gap.value < 0:
+                    winner, loser = loser, winner
+                    gap = Number(-gap.value, -gap.high, -gap.low)
                 yield f"The policy of {winner} is judged better than that of {loser} ({difference(gap)})."
 
 

@@ -52,8 +52,11 @@ def section(material: Material) -> Section | None:
         note = "Lines are training batches; dots are held-out prompts, with 95 % intervals."
         has_held_out = any(records(run, HELD_OUT) for run in runs)
         blocks.append(Panels(shown, key if len(key) > 1 else (), note if has_held_out else ""))
-    for _, found in material.having("rlhf_comparison"):
-        blocks += [*_standings(found, material), *_compared(found, material), *win_tables(found)]
+    comparisons = list(material.having("rlhf_comparison"))
+    for folder, found in comparisons:
+        which = f": {folder.name}" if len(comparisons) > 1 else ""
+        blocks += [*_standings(found, material, which), *_compared(found, material)]
+        blocks += win_tables(found)
     if not blocks:
         return None
     lead = (
@@ -121,7 +124,7 @@ def _series(run: Folder, phase: str, x: str, name: str, material: Material) -> S
     )
 
 
-def _standings(found: Json, material: Material) -> Iterator[Table]:
+def _standings(found: Json, material: Material, which: str) -> Iterator[Table]:
     """How each reward model's policy was judged."""
     standings = parts(found, "standings")
     if not standings:
@@ -146,10 +149,9 @@ def _standings(found: Json, material: Material) -> Iterator[Table]:
         ),
         *(Column("KL"), Column("characters"), Column("stopped seeds")),
     )
-    note = f"Scores of answers to held-out prompts, judged by: {found.get('judged_by')}."
-    yield Table(
-        "Policies by the reward model that they were trained on", columns, (Rows(rows),), note
-    )
+    note = f"Scores of answers to held-out prompts, scored by: {found.get('scored_by')}."
+    title = f"Policies by the reward model that they were trained on{which}"
+    yield Table(title, columns, (Rows(rows),), note)
 
 
 def _compared(found: Json, material: Material) -> Iterator[Block]:
