@@ -62,6 +62,7 @@ class RlhfComparison:
     """{"model", "seed", "points": [{"step", "kl", "proxy", "gold"}]}, from held-out prompts."""
     wins: list[Wins]
     seconds: float
+    """Of this call, to which cells that were there already are free."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
