@@ -59,8 +59,7 @@ class Crew(Generic[Task, Result]):
             for task in tasks:
                 done(task, self._here(task))
             return
-        if not self._crew:
-            self._start()
+        self._start(min(self._num, len(tasks)))
         left = list(reversed(tasks))
         busy = {}
         for connection in self._crew:
@@ -75,11 +74,12 @@ class Crew(Generic[Task, Result]):
                     busy[ready] = left.pop()
                     ready.send(busy[ready])
 
-    def _start(self) -> None:
+    def _start(self, num: int) -> None:
+        """Have `num` processes at least; those that there is no task for are never started."""
         # spawn: a forked child inherits locks that threads of torch or tokenizers hold
         context = multiprocessing.get_context("spawn")
         threads = max(1, torch.get_num_threads() // self._num)
-        for rank in range(self._num):
+        for rank in range(len(self._crew), num):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work, args=(self._enlist, rank, threads, theirs), daemon=True

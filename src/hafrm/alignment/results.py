@@ -256,6 +256,12 @@ def measure_wins(
         return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
 
     asked = conduct(verdicts)
+    # against nothing at all: wins - losses lie between -1 and 1, where seeded_mean would cut at 0
+    mean_sign = (
+        seeded_difference(judged, np.zeros_like(judged)).estimate
+        if several
+        else clustered_bootstrap(judged.ravel())
+    )
     return Wins(
         first=first,
         second=second,
@@ -263,9 +269,7 @@ def measure_wins(
         win=share(1),
         tie=share(0),
         lose=share(-1),
-        difference=seeded_difference(judged, np.zeros_like(judged)).estimate
-        if several
-        else clustered_bootstrap(judged.ravel()),
+        difference=mean_sign,
         same=float(np.mean(same)),
         num_not_judged=signs.size - judged.size,
         conduct=asked if asked.num_pairs else None,

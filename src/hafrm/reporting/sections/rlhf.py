@@ -149,7 +149,7 @@ def _standings(found: Json, material: Material, which: str) -> Iterator[Table]:
         ),
         *(Column("KL"), Column("characters"), Column("stopped seeds")),
     )
-    note = f"Scores of answers to held-out prompts, scored by: {found.get('scored_by')}."
+    note = f"Answers to test prompts, scored by: {found.get('scored_by')}."
     title = f"Policies by the reward model that they were trained on{which}"
     yield Table(title, columns, (Rows(rows),), note)
 
