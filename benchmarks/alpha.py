@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_write
 from hafrm.config import build_recipe
-from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.encoding import Encoder
 from hafrm.data.mixing import split_by_prompt
 from hafrm.data.readers import read
 from hafrm.engine.model import HybridModel
-from hafrm.evaluation.seeds import seeded_mean
-from hafrm.evaluation.statistics import Estimate, accuracy_interval
+from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.scoring.forward import run_forward
+from hafrm.statistics import Estimate, accuracy_interval, seeded_mean
 from hafrm.training.balance import Balance, Weighing, new_balance
 from hafrm.training.batches import ComparisonOrder, References, build, plan_step
 from hafrm.training.methods import GRADIENT_RATIO, Method, get_method
@@ -89,8 +89,8 @@ def settings() -> list[Setting]:
 class Parts(NamedTuple):
     """Encoded data and what the reference says of it."""
 
-    train: list[EncodedGroup]
-    test: list[EncodedGroup]
+    train: list[TokenizedGroup]
+    test: list[TokenizedGroup]
     train_references: References
     test_references: References
 

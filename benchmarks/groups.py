@@ -22,13 +22,13 @@ import torch
 import transformers
 
 from hafrm.config import build_recipe
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Comparison
+from hafrm.data.encoding import Encoder
 from hafrm.data.mixing import split_by_prompt
 from hafrm.data.readers import read
 from hafrm.engine.model import HybridModel
-from hafrm.evaluation.statistics import Estimate, accuracy_interval
+from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.scoring.forward import run_forward
+from hafrm.statistics import Estimate, accuracy_interval
 from hafrm.training.batches import ComparisonOrder, Pick, build, plan_step
 from hafrm.training.guard import Guard
 from hafrm.training.methods import get_method
@@ -105,7 +105,7 @@ def compare(args: argparse.Namespace, data: str) -> list[str]:
     return rows
 
 
-def all_picks(groups: Sequence[EncodedGroup]) -> list[Pick]:
+def all_picks(groups: Sequence[TokenizedGroup]) -> list[Pick]:
     """Every comparison that can be trained on."""
     return [
         Pick(i, c)
@@ -115,7 +115,7 @@ def all_picks(groups: Sequence[EncodedGroup]) -> list[Pick]:
     ]
 
 
-def apart(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
+def apart(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
     """Each comparison as a pair of its own."""
     pairs = []
     for pick in all_picks(groups):
@@ -133,9 +133,9 @@ def apart(groups: Sequence[EncodedGroup]) -> list[EncodedGroup]:
 
 def train_on(
     args: argparse.Namespace,
-    groups: Sequence[EncodedGroup],
+    groups: Sequence[TokenizedGroup],
     picks: Sequence[Pick],
-    held_out: Sequence[EncodedGroup],
+    held_out: Sequence[TokenizedGroup],
     encoder: Encoder,
 ) -> Run:
     """Train on the picks in order, BATCH to a step; the clock runs over the steps alone."""
@@ -178,7 +178,7 @@ def train_on(
     return Run(seconds, tokens, last, held_out_accuracy(model, held_out))
 
 
-def held_out_accuracy(model: HybridModel, groups: Sequence[EncodedGroup]) -> Estimate:
+def held_out_accuracy(model: HybridModel, groups: Sequence[TokenizedGroup]) -> Estimate:
     """Comparisons whose chosen response gets the higher reward."""
     scores = run_forward(model.eval(), groups, max_tokens=8192)
     assert scores.rewards is not None

@@ -34,9 +34,9 @@ from setting import POSITIONS, forward_flops, write_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workload import load_tokenizer
 
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Group
+from hafrm.data.encoding import Encoder
 from hafrm.data.readers import read
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.scoring.scorer import RewardModel
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -51,7 +51,7 @@ class Task:
 
     name: str
     groups: list[Group]
-    encoded: list[EncodedGroup]
+    encoded: list[TokenizedGroup]
 
     @property
     def num_responses(self) -> int:

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 from workload import load_tokenizer
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Group
 from hafrm.data.readers import read
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
+from hafrm.preferences import Group
 from hafrm.scoring.export import export_reward, gather_weights
 from hafrm.scoring.job_folder import RECORDS
 

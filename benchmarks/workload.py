@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Group
+from hafrm.data.encoding import Encoder
 from hafrm.data.readers import read
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.training.batches import ComparisonOrder
 
 BATCH = 16
@@ -83,7 +83,7 @@ class Workload:
     name: str
     encoder: Encoder
     groups: list[Group]
-    encoded: list[EncodedGroup]
+    encoded: list[TokenizedGroup]
     """Groups that hold the window's comparisons and no others."""
     config: PretrainedConfig
     steps: int

@@ -6,8 +6,8 @@ import torch
 import transformers
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Group, Message
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
+from hafrm.preferences import Group, Message
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
 from hafrm.scoring.verify import write_golden
 from models_for_tests import FAMILIES

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hafrm.intervals import wilson, with_bounds
+from hafrm.statistics import wilson, with_bounds
 
 HOSTILE = (
     "<script>alert('x')</script> & \"quoted\" $\\alpha$ </style><img src=https://evil.example/x>"

@@ -1,4 +1,4 @@
-"""The house keeps its budgets, its floors and its manners; this test is where they are enforced."""
+"""The layout of the code: sizes, directions of imports, docstrings, and the public names."""
 
 import ast
 import subprocess
@@ -12,32 +12,37 @@ MODULES = sorted(SRC.rglob("*.py"))
 NAMES = {p: ".".join(p.relative_to(SRC.parent).with_suffix("").parts) for p in MODULES}
 TREES = {p: ast.parse(p.read_text(encoding="utf-8")) for p in MODULES}
 
-FLOORS = (
-    {
+CORE = {
+    *(
         "errors",
-        "intervals",
-        "recipe",
-        "config",
-        "drafts",
         "atomic",
-        "cache",
         "provenance",
-        "runs",
-    },
-    {"data", "engine", "crew"},
+        "results",
+        "statistics",
+        "table",
+        "preferences",
+        "progress",
+    ),
+    *("recipe", "recipe_file", "config", "drafts", "run_folder", "resumable", "process_pool"),
+}
+"""The modules directly under hafrm: what a run is, on disk and in YAML, and nouns that all rooms use."""
+FLOORS = (
+    CORE,
+    {"data", "engine"},
     {"scoring"},
+    {"export", "bulk"},
     {"training"},
     {"evaluation"},
-    {"alignment"},
-    {"reporting"},
+    {"benchmarks", "diagnostics"},
+    {"study", "best_of_n", "alignment"},
+    {"rlhf"},
+    {"report", "reporting"},
     {"demo", "tables", "terminal"},
     {"cli", "__main__", "__init__"},
 )
 """From the ground up: a room imports from its own floor or from floors below."""
 APART = {("data", "engine"), ("engine", "data")}
 """Two rooms of one floor that do not know each other."""
-
-every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
 
 
 def room_of(name: str) -> str:
@@ -57,48 +62,55 @@ def imports_of(tree: ast.Module) -> set[str]:
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
     }
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if id(node) in inside:
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name in set(NAMES.values())}
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name in set(NAMES.values())}
 
 
 def functions_of(tree: ast.Module) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
-@every_module
-def test_a_module_is_at_most_300_lines_and_says_what_it_is_for(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
-    assert ast.get_docstring(TREES[path])
+def test_a_module_is_at_most_400_lines_and_says_what_it_is_for():
+    long = [n for p, n in NAMES.items() if len(p.read_text("utf-8").splitlines()) > 400]
+    silent = [NAMES[p] for p, tree in TREES.items() if not ast.get_docstring(tree)]
+    assert long == [] and silent == []
 
 
-@every_module
-def test_a_function_is_at_most_60_lines_with_6_parameters(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for function in functions_of(TREES[path]):
-        assert function.end_lineno - function.lineno + 1 <= 60, function.name
-        arguments = function.args
-        count = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
-        count -= bool(arguments.args and arguments.args[0].arg in ("self", "cls", "ctx"))
-        header = " ".join(lines[function.lineno - 2 : function.body[0].lineno])
-        assert count <= 6 or "PLR0913" in header or "forward" in function.name, function.name
+def test_a_function_is_at_most_60_lines_with_6_parameters():
+    offenders = []
+    for path, tree in TREES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for function in functions_of(tree):
+            name = f"{NAMES[path]}.{function.name}"
+            if function.end_lineno - function.lineno + 1 > 60:
+                offenders.append(f"{name} is long")
+            arguments = function.args
+            count = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
+            count -= bool(arguments.args and arguments.args[0].arg in ("self", "cls", "ctx"))
+            header = " ".join(lines[function.lineno - 2 : function.body[0].lineno])
+            if count > 6 and "PLR0913" not in header and "forward" not in function.name:
+                offenders.append(f"{name} has {count} parameters")
+    assert offenders == []
 
 
-@every_module
-def test_a_room_imports_only_from_its_floor_and_below(path):
-    room = room_of(NAMES[path])
-    for imported in imports_of(TREES[path]):
-        other = room_of(imported)
-        if other == "__init__" or (room == "__init__"):
-            continue
-        assert floor_of(other) <= floor_of(room), f"{NAMES[path]} imports {imported}"
-        assert (room, other) not in APART, f"{NAMES[path]} imports {imported}"
+def test_a_room_imports_only_from_its_floor_and_below():
+    offenders = []
+    for path, tree in TREES.items():
+        room = room_of(NAMES[path])
+        for imported in imports_of(tree):
+            other = room_of(imported)
+            if "__init__" in (other, room):
+                continue
+            if floor_of(other) > floor_of(room) or (room, other) in APART:
+                offenders.append(f"{NAMES[path]} imports {imported}")
+    assert offenders == []
 
 
 def test_no_two_modules_import_each_other_by_any_way_round():
@@ -116,19 +128,23 @@ def test_no_two_modules_import_each_other_by_any_way_round():
         visit(name, ())
 
 
-@every_module
-def test_what_is_public_has_a_docstring(path):
-    public = (ast.FunctionDef, ast.ClassDef)
-    for node in TREES[path].body:
-        if isinstance(node, public) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), node.name
+def test_what_is_public_has_a_docstring():
+    silent = [
+        f"{NAMES[path]}.{node.name}"
+        for path, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert silent == []
 
 
-@every_module
-def test_no_future_annotations_and_no_paths_of_a_machine(path):
-    text = path.read_text(encoding="utf-8")
-    assert "from __future__ import annotations" not in text  # it disables the shape checks
-    assert "/home/" not in text
+def test_no_future_annotations_and_no_paths_of_a_machine():
+    texts = {NAMES[path]: path.read_text(encoding="utf-8") for path in MODULES}
+    # future annotations disable the shape checks
+    banned = ("from __future__ import annotations", "/home/")
+    assert [name for name, text in texts.items() if any(word in text for word in banned)] == []
 
 
 def run(code: str) -> str:
@@ -137,8 +153,8 @@ def run(code: str) -> str:
 
 
 def test_the_surface_and_the_ground_floor_load_no_torch():
-    heavy = "{'torch', 'transformers', 'datasets', 'scipy', 'pandas'} & set(sys.modules)"
-    light = ["hafrm", "hafrm.cli", "hafrm.config", "hafrm.runs", "hafrm.data.readers"]
+    heavy = "{'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)"
+    light = ["hafrm", "hafrm.cli", "hafrm.config", "hafrm.run_folder", "hafrm.data.readers"]
     light += ["hafrm.reporting.page", "hafrm.reporting.sections.summary"]
     for name in light:
         assert run(f"import sys, {name}; print({heavy} or '')") == "", name

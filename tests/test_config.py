@@ -404,7 +404,7 @@ def test_garbage_in_any_place_is_a_config_error_and_nothing_else():
 
 def test_reading_a_recipe_loads_neither_torch_nor_transformers():
     code = (
-        "import sys, hafrm.config, hafrm.runs\n"
+        "import sys, hafrm.config, hafrm.run_folder\n"
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'numpy', 'pyarrow'}\n"
         "print(', '.join(sorted(heavy & set(sys.modules))))"
     )

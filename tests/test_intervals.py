@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from hafrm.intervals import in_words, wilson, with_bounds
+from hafrm.statistics import in_words, wilson, with_bounds
 
 
 @pytest.mark.parametrize(("correct", "num"), [(0, 7), (3, 7), (7, 7), (632, 1000)])

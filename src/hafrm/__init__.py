@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hafrm.config import Recipe, load_recipe
     from hafrm.data.encoding import Encoder
-    from hafrm.data.groups import Comparison, Group, Message
     from hafrm.engine.model import HybridModel
     from hafrm.errors import (
         CheckpointError,
@@ -20,21 +19,22 @@ if TYPE_CHECKING:
         ModelError,
         NumericsError,
     )
+    from hafrm.preferences import Comparison, Group, Message
     from hafrm.scoring.fused import FusedRewardModel
     from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 _HOME = {
     "CheckpointError": "errors",
-    "Comparison": "data.groups",
+    "Comparison": "preferences",
     "ConfigError": "errors",
     "DataError": "errors",
     "Encoder": "data.encoding",
     "FusedRewardModel": "scoring.fused",
-    "Group": "data.groups",
+    "Group": "preferences",
     "HafrmError": "errors",
     "HybridModel": "engine.model",
     "ImplicitRewardModel": "scoring.scorer",
-    "Message": "data.groups",
+    "Message": "preferences",
     "ModelError": "errors",
     "NumericsError": "errors",
     "Recipe": "config",

@@ -12,9 +12,9 @@ from hafrm.alignment.candidates import (
     read_candidates,
     read_prompts,
 )
-from hafrm.data.groups import Group, Message
 from hafrm.data.readers import read
 from hafrm.errors import DataError
+from hafrm.preferences import Group, Message
 
 
 def write(file, rows):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hafrm.alignment.curves import expected_picks, filled_up, fit_gold, kl_of_best
-from hafrm.evaluation.statistics import bootstrap_columns, clustered_bootstrap
+from hafrm.statistics import bootstrap_columns, clustered_bootstrap
 
 
 def by_all_subsets(scores, values):

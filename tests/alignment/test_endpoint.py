@@ -12,8 +12,8 @@ from hafrm.alignment import endpoint as module
 from hafrm.alignment.endpoint import Endpoint, EndpointOptions, require_some
 from hafrm.alignment.replies import Reply, retry_after
 from hafrm.alignment.reply_cache import ReplyCache
-from hafrm.data.groups import Message
 from hafrm.errors import CheckpointError, ConfigError, ServerError
+from hafrm.preferences import Message
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from hafrm.alignment.endpoint import Endpoint, EndpointOptions
 from hafrm.alignment.generate import Draft, Drawing, Round, draw_candidates, drawing_decides
 from hafrm.alignment.journal import Journal
 from hafrm.alignment.policies import EndpointPolicy, LocalPolicy
-from hafrm.data.groups import Group, Message
 from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError, ModelError, ServerError
+from hafrm.preferences import Group, Message
 from tiny_runs import write_base
 from tokenizers_for_tests import plain_tokenizer
 

@@ -19,8 +19,8 @@ from hafrm.alignment.judge import (
     require_judged,
 )
 from hafrm.alignment.scorers import GoldScorer
-from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError, ServerError
+from hafrm.preferences import Group, Message
 
 PROMPT = (Message("user", "Say it."),)
 

@@ -11,8 +11,8 @@ from hafrm.alignment.judge_prompts import (
     read_ranking,
     read_verdict,
 )
-from hafrm.data.groups import Message
 from hafrm.errors import ConfigError
+from hafrm.preferences import Message
 
 PROMPT = (Message("user", "Say {first}."),)
 

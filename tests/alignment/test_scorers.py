@@ -6,8 +6,8 @@ import pytest
 from exports_for_tests import export_both
 from hafrm.alignment.journal import Journal
 from hafrm.alignment.scorers import GoldScorer, ModelScorer, file_name, score_all, short_names
-from hafrm.data.groups import Group, Message
 from hafrm.errors import ConfigError, DataError, NumericsError
+from hafrm.preferences import Group, Message
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 GROUPS = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hafrm.data.describe import Lengths, describe, shared_prefix_share
-from hafrm.data.groups import Comparison, Group
 from hafrm.data.readers import read
+from hafrm.preferences import Comparison, Group
 
 TURNS = [
     {"role": "system", "content": "be kind"},

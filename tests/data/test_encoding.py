@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Comparison, Group, Message
+from hafrm.data.encoding import Encoder
 from hafrm.data.lengths import LengthPolicy
 from hafrm.errors import ConfigError, DataError, ModelError
+from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from helpers import SHARED, needs_shared
 from tokenizers_for_tests import (
     CHATML,
@@ -71,11 +71,11 @@ def consumer_ids(encoder: Encoder, prompt: tuple[Message, ...], response: str) -
     return ids
 
 
-def joined(encoded: EncodedGroup, k: int) -> list[int]:
+def joined(encoded: TokenizedGroup, k: int) -> list[int]:
     return [*encoded.prompt_ids.tolist(), *encoded.response_ids[k].tolist()]
 
 
-def num_differing(encoder: Encoder, groups: list[Group], encoded: list[EncodedGroup]) -> int:
+def num_differing(encoder: Encoder, groups: list[Group], encoded: list[TokenizedGroup]) -> int:
     return sum(
         joined(e, k) != consumer_ids(encoder, g.prompt, response)
         for g, e in zip(groups, encoded, strict=True)

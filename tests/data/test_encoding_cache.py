@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from hafrm.cache import cache_folder
 from hafrm.data.encoding import Encoder
 from hafrm.data.encoding_cache import encode_cached
-from hafrm.data.groups import Comparison, Group, Message
+from hafrm.preferences import Comparison, Group, Message
+from hafrm.resumable import cache_folder
 from tokenizers_for_tests import chat_tokenizer
 
 

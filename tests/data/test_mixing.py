@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from hafrm.data.groups import Comparison, Group, Message, num_comparisons
 from hafrm.data.mixing import (
     check_leakage,
     mix,
@@ -15,6 +14,7 @@ from hafrm.data.mixing import (
     uniform_weights,
 )
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Comparison, Group, Message, num_comparisons
 
 
 def group(text: str, num_pairs: int = 1, name: str = "") -> Group:

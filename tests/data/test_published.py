@@ -7,10 +7,10 @@ import pytest
 
 from hafrm.data import published
 from hafrm.data.catalogue import SETS
-from hafrm.data.groups import Message, Votes
 from hafrm.data.published import LeftOut
 from hafrm.data.rows import ParsedRow, parse_row
 from hafrm.data.values import RefusedError
+from hafrm.preferences import Message, Votes
 from published_rows import PUBLISHED
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from hafrm.data.groups import Comparison, Group, Message
 from hafrm.data.readers import read
 from hafrm.data.sources import iter_rows, parse_source
 from hafrm.data.values import Refusal
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Comparison, Group, Message
 from helpers import SHARED, needs_shared
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from hafrm.data.groups import Comparison, Message, Votes
 from hafrm.data.rows import MAX_RANKED, ParsedRow, parse_row
 from hafrm.data.values import REASONS, Refusal
+from hafrm.preferences import Comparison, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
 ASKED = {"role": "user", "content": "Why is the sky blue?"}

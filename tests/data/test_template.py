@@ -6,7 +6,6 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Group, Message
 from hafrm.data.template import (
     FROZEN_DATE,
     PAPER_TEMPLATES,
@@ -17,6 +16,7 @@ from hafrm.data.template import (
 )
 from hafrm.data.tokenizer import choose_pad, prepare
 from hafrm.errors import ConfigError, ModelError
+from hafrm.preferences import Group, Message
 from tokenizers_for_tests import (
     CHATML,
     GEMMA_LIKE,

@@ -1,8 +1,8 @@
 """Groups written and read back are the same groups."""
 
-from hafrm.data.groups import Comparison, Group, Message, Votes
 from hafrm.data.readers import read
 from hafrm.data.writing import write_groups
+from hafrm.preferences import Comparison, Group, Message, Votes
 
 
 def test_written_groups_read_back_with_margins_weights_votes_and_ties(tmp_path):

@@ -13,9 +13,8 @@ from hafrm.cli import app
 from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation.compare import _adjusted, compare, compare_correct
 from hafrm.evaluation.evaluate import evaluate
-from hafrm.evaluation.seeds import Difference, seeded_difference
-from hafrm.evaluation.statistics import Estimate, paired_bootstrap
 from hafrm.evaluation.verb import run_evaluation
+from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
 from tiny_runs import write_preferences
 
 

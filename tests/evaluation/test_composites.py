@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hafrm.evaluation.composites import Term, TermMeans, mean_of
-from hafrm.evaluation.statistics import accuracy_interval, wilson_interval
+from hafrm.statistics import accuracy_interval, wilson_interval
 
 
 def term(values: object, clusters: object = None) -> Term:

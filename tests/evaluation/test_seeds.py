@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hafrm.evaluation.seeds import seeded_difference, seeded_mean
+from hafrm.statistics import seeded_difference, seeded_mean
 
 
 def drawn(seed: int, num_seeds: int = 4, num_items: int = 200, seed_sd: float = 0.05) -> np.ndarray:

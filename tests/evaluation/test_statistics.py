@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hafrm.evaluation.statistics import (
+from hafrm.statistics import (
     Estimate,
     accuracy_interval,
     cluster_standard_error,

@@ -8,14 +8,10 @@ import pytest
 
 from benchmark_rows import write_all
 from hafrm.config import build_recipe
-from hafrm.data.encoding import EncodedGroup
-from hafrm.data.groups import Comparison, Group, Message
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
 from hafrm.evaluation.benchmarks.run import run_benchmarks
 from hafrm.evaluation.evaluate import evaluate
 from hafrm.evaluation.metrics import length_bias
-from hafrm.evaluation.seeds import over_seeds
-from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study import cell as cell_module
 from hafrm.evaluation.study.cell import Setting, read_result
 from hafrm.evaluation.study.outcomes import Outcome, pick_longer, rows_of, stacked
@@ -28,7 +24,9 @@ from hafrm.evaluation.study.plan import (
 )
 from hafrm.evaluation.study.study import RESULT, Tuning, compare_methods
 from hafrm.evaluation.study.summary import domains, summarise
+from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from hafrm.recipe import Recipe
+from hafrm.statistics import Estimate, over_seeds
 from hafrm.tables.study import study_tables
 from tiny_runs import write_base, write_preferences
 
@@ -147,7 +145,7 @@ def test_the_longer_response_is_the_longer_text_though_both_are_cut_to_one_lengt
     group = Group(
         "a", (Message("user", "hm"),), ("short and cut", "longer and cut too"), comparisons
     )
-    encoded = EncodedGroup("a", ids, (ids, ids), comparisons, "", {})
+    encoded = TokenizedGroup(ids, (ids, ids), comparisons, "a")
     (scored,) = pick_longer(cell_module.TestSets([group], [encoded])).values()
     np.testing.assert_array_equal(scored.margins, [5, -5])
     bias = length_bias(scored.margins, scored.chosen_lengths, scored.rejected_lengths)

@@ -25,7 +25,7 @@ from hafrm.reporting.verdicts import verdicts
 
 
 def test_a_share_is_written_as_evaluate_prints_it():
-    from hafrm.evaluation.statistics import Estimate
+    from hafrm.statistics import Estimate
 
     for value, low, high in ((0.632, 0.591, 0.672), (0.5, math.nan, math.nan), (1.0, 0.9, 1.0)):
         ours = share(Number(value, low, high))

@@ -12,9 +12,9 @@ from transformers import (
 )
 
 from exports_for_tests import export_both, hybrid_with_encoder
-from hafrm.data.groups import Group, Message
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
+from hafrm.preferences import Group, Message
 from hafrm.scoring import golden_check
 from hafrm.scoring.export import StockWeights, export_reward
 from hafrm.scoring.scorer import RewardModel

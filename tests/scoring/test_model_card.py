@@ -11,7 +11,7 @@ import yaml
 
 from exports_for_tests import export_both
 from hafrm.config import dump_recipe
-from hafrm.data.groups import Group, Message
+from hafrm.preferences import Group, Message
 from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.verify import write_golden
 from report_files import session, set_result, write_json

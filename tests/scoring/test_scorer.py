@@ -78,7 +78,7 @@ def test_control_tokens_in_a_response_are_text(rm):
 
 
 def group_of(prompt, response):
-    from hafrm.data.groups import Group, Message
+    from hafrm.preferences import Group, Message
 
     return Group("g", (Message("user", prompt),), (response,))
 

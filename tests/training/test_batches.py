@@ -5,18 +5,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hafrm.data.encoding import EncodedGroup
-from hafrm.data.groups import Comparison
 from hafrm.errors import DataError
+from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.batches import ComparisonOrder, Pick, References, build, plan_step
 from models_for_tests import token_groups
 
 
-def groups_of(*comparisons: int) -> list[EncodedGroup]:
+def groups_of(*comparisons: int) -> list[TokenizedGroup]:
     """Groups of as many responses as they need, the first preferred over each of the others."""
     shapes = [(3 + i, tuple(2 + k for k in range(n + 1))) for i, n in enumerate(comparisons)]
     return [
-        EncodedGroup(
+        TokenizedGroup(
             id=f"g{i}",
             prompt_ids=tokens.prompt_ids,
             response_ids=tokens.response_ids,
@@ -58,7 +57,7 @@ def test_blocks_of_a_prompt_hold_few_distinct_responses():
     each, 8 tiles on the diagonal one pair of 2; at random a block has about 7 of the 16."""
     tokens = token_groups([(5, (3,) * 16)])[0]
     pairs = tuple(Comparison(i, j) for i in range(16) for j in range(i))
-    group = EncodedGroup("g", tokens.prompt_ids, tokens.response_ids, pairs, "", {})
+    group = TokenizedGroup(tokens.prompt_ids, tokens.response_ids, pairs, "g")
     order = ComparisonOrder([group], per_prompt=4, seed=0)
     for epoch in range(3):
         picked = [pick.comparison for pick in order.epoch(epoch)]
@@ -72,9 +71,9 @@ def test_blocks_of_a_prompt_hold_few_distinct_responses():
 def test_ties_are_left_out_and_nothing_but_ties_is_refused():
     (group,) = groups_of(2)
     tie = Comparison(0, 1, tie=True)
-    mixed = EncodedGroup("t", group.prompt_ids, group.response_ids, (tie, Comparison(0, 2)), "", {})
+    mixed = TokenizedGroup(group.prompt_ids, group.response_ids, (tie, Comparison(0, 2)), "t")
     assert ComparisonOrder([mixed], per_prompt=1, seed=0).epoch(0) == [Pick(0, 1)]
-    only = EncodedGroup("t", group.prompt_ids, group.response_ids, (tie,), "", {})
+    only = TokenizedGroup(group.prompt_ids, group.response_ids, (tie,), "t")
     with pytest.raises(DataError, match="only ties"):
         ComparisonOrder([only], per_prompt=1, seed=0)
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hafrm.config import dump_recipe
-from hafrm.data.groups import Message
 from hafrm.engine.layout import Layout
 from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
-from hafrm.runs import read_metrics
+from hafrm.preferences import Message
+from hafrm.run_folder import read_json_lines
 from hafrm.scoring import golden_check
 from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
@@ -46,7 +46,7 @@ CLOCKED = {"comparisons_per_second", "tokens_per_second"}
 
 def metrics(folder: Path) -> list[dict]:
     """metrics.jsonl without what the clock says."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in CLOCKED} for record in records]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hafrm.config import dump_recipe
 from hafrm.recipe import Recipe
-from hafrm.runs import read_metrics
+from hafrm.run_folder import read_json_lines
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe
 
@@ -45,7 +45,7 @@ def launch(recipe: Recipe, folder: Path, *options: str) -> None:
 def assert_same_training(one: Path, two: Path) -> None:
     """Losses to 1e-4, exported weights to 1e-5: sums in another order, through Adam (eps 1e-4)."""
     for ours, theirs in zip(
-        read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True
+        read_json_lines(one / "metrics.jsonl"), read_json_lines(two / "metrics.jsonl"), strict=True
     ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours.get("alpha", 1.0) == pytest.approx(theirs.get("alpha", 1.0), rel=1e-3)

@@ -12,7 +12,7 @@ from hafrm.cli import app
 from hafrm.config import dump_recipe
 from hafrm.engine import logprobs
 from hafrm.errors import ConfigError, ModelError
-from hafrm.runs import read_metrics
+from hafrm.run_folder import read_json_lines
 from hafrm.training import budget, costs, finish, prepare
 from hafrm.training.batches import MicroBatch
 from hafrm.training.budget import plan_recipe, target_here, with_token_budget
@@ -217,8 +217,8 @@ def test_an_automatic_budget_is_used_logged_and_recorded_and_changes_no_loss(
     assert "max_tokens: auto" in (tmp_path / "auto/recipe.yaml").read_text()
     train(fixed, tmp_path / "fixed")
     for ours, theirs in zip(
-        read_metrics(tmp_path / "auto/metrics.jsonl"),
-        read_metrics(tmp_path / "fixed/metrics.jsonl"),
+        read_json_lines(tmp_path / "auto/metrics.jsonl"),
+        read_json_lines(tmp_path / "fixed/metrics.jsonl"),
         strict=True,
     ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)

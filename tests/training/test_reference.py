@@ -4,18 +4,18 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from hafrm.cache import cache_folder
-from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.layout import lay_out
+from hafrm.preferences import TokenizedGroup
+from hafrm.resumable import cache_folder
 from hafrm.training import reference
 from hafrm.training.reference import reference_key, reference_logps
 from models_for_tests import tiny_hybrid, token_groups
 
 
-def groups(seed: int = 0) -> list[EncodedGroup]:
+def groups(seed: int = 0) -> list[TokenizedGroup]:
     shapes = [(5, (3, 4)), (2, (6,)), (9, (1, 2, 3))]
     return [
-        EncodedGroup(str(i), t.prompt_ids, t.response_ids, (), "", {})
+        TokenizedGroup(t.prompt_ids, t.response_ids, id=str(i))
         for i, t in enumerate(token_groups(shapes, seed))
     ]
 

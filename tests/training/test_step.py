@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hafrm.data.encoding import EncodedGroup
-from hafrm.data.groups import Comparison
 from hafrm.engine.model import HybridModel
 from hafrm.errors import NumericsError
+from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.balance import new_balance
 from hafrm.training.batches import MicroBatch, References
 from hafrm.training.guard import Guard
@@ -40,7 +39,7 @@ def stepped(
     return result.sums, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def frozen(groups: list[EncodedGroup]) -> References:
+def frozen(groups: list[TokenizedGroup]) -> References:
     return reference_logps(tiny_hybrid(), groups, max_tokens=500)
 
 
@@ -100,13 +99,11 @@ def test_measures_are_what_a_slow_computation_gives():
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_groups():
     groups = pairs()
-    groups[3] = EncodedGroup(
-        "broken",
+    groups[3] = TokenizedGroup(
         groups[3].prompt_ids,
         groups[3].response_ids,
         (Comparison(0, 1, margin=math.inf),),
-        "",
-        {},
+        "broken",
     )
     model = tiny_hybrid()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

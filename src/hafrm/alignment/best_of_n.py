@@ -37,8 +37,8 @@ from hafrm.alignment.results import (
 )
 from hafrm.alignment.scorers import Scorer, Scores, file_name, score_all
 from hafrm.atomic import atomic_write
-from hafrm.data.groups import Group
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Group
 
 KIND = "best-of-n"
 NUM_EXAMPLES = 5

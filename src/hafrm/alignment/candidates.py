@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hafrm.data.groups import Group, Message, prompt_key
 from hafrm.data.readers import read
 from hafrm.data.rows import ParsedRow, parse_row
 from hafrm.data.sources import iter_rows, parse_sources
 from hafrm.data.values import Refusal, RefusedError, check_text
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Group, Message, prompt_key
 
 log = logging.getLogger("hafrm")
 MAX_BAD = 0.02

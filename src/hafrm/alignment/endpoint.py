@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from hafrm.alignment.replies import Reply, choices_of, retry_after, shortened
 from hafrm.alignment.reply_cache import ReplyCache, request_key
-from hafrm.data.groups import Message
 from hafrm.errors import ConfigError, ServerError
+from hafrm.preferences import Message
 
 Result = TypeVar("Result")
 

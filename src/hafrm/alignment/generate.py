@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from hafrm.alignment.candidates import Candidates, candidates_of, check_num, is_usable
 from hafrm.alignment.journal import Journal
-from hafrm.data.groups import Group, prompt_key
 from hafrm.data.values import Refusal
 from hafrm.errors import ConfigError
+from hafrm.preferences import Group, prompt_key
 
 CHUNK = 64
 """Prompts that a kill can cost."""

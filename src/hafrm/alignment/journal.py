@@ -17,7 +17,7 @@ from typing import Any
 from hafrm.atomic import LOCK, atomic_write, clear_leftovers, is_leftover, lock_directory
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
-from hafrm.runs import read_metrics
+from hafrm.run_folder import read_json_lines
 
 MANIFEST = "manifest.json"
 
@@ -28,7 +28,7 @@ class Journal:
     def __init__(self, file: Path) -> None:
         """Reads what is there; a last line that a kill cut short is taken away."""
         self.file = file
-        self.records: dict[str, dict[str, Any]] = {r["id"]: r for r in read_metrics(file)}
+        self.records: dict[str, dict[str, Any]] = {r["id"]: r for r in read_json_lines(file)}
         content = file.read_bytes() if file.exists() else b""
         if content and not content.endswith(b"\n"):
             atomic_write(file, content[: content.rfind(b"\n") + 1])

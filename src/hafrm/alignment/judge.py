@@ -26,8 +26,8 @@ from hafrm.alignment.judge_prompts import (
 )
 from hafrm.alignment.replies import Reply
 from hafrm.alignment.scorers import Scorer
-from hafrm.data.groups import Group, Message, prompt_key
 from hafrm.errors import ServerError
+from hafrm.preferences import Group, Message, prompt_key
 
 SETTINGS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 512}
 """What a judge is asked with, unless its endpoint's options say otherwise."""

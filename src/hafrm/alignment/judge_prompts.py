@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from hafrm.data.groups import Message
 from hafrm.errors import ConfigError
+from hafrm.preferences import Message
 
 Said = Literal["first", "second", "tie", "refused", "unparsable"]
 """What one answer of a judge comes to."""

@@ -17,12 +17,12 @@ from hafrm.alignment.endpoint import Endpoint, require_some
 from hafrm.alignment.generate import Done, Draft, Round
 from hafrm.alignment.replies import Reply
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Group, Message
 from hafrm.data.template import read_template
 from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.evaluate import find_heads
+from hafrm.preferences import Group, Message
 from hafrm.scoring.loading import load_causal_lm, load_config, model_digest
 
 _NO_LIMIT = 2**20

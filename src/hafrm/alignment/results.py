@@ -16,12 +16,13 @@ from hafrm.alignment.candidates import Candidates
 from hafrm.alignment.curves import expected_picks, filled_up, fit_gold, kl_of_best
 from hafrm.alignment.judge import Conduct, Verdict, conduct
 from hafrm.evaluation.metrics import plain
-from hafrm.evaluation.seeds import seeded_difference, seeded_mean
-from hafrm.evaluation.statistics import (
+from hafrm.statistics import (
     Estimate,
     accuracy_interval,
     bootstrap_columns,
     clustered_bootstrap,
+    seeded_difference,
+    seeded_mean,
 )
 
 PerPrompt = Sequence[NDArray[np.float64]]

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from hafrm.alignment.generate import CHUNK, Done
 from hafrm.alignment.journal import Journal
-from hafrm.data.encoding import EncodedGroup
-from hafrm.data.groups import Group, Message
 from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.evaluation.evaluate import find_heads
+from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, read_implicit_rule
@@ -111,7 +110,7 @@ class ModelScorer:
         return self._model
 
 
-def _encoded(model: RewardModel | ImplicitRewardModel, group: Group) -> EncodedGroup | str:
+def _encoded(model: RewardModel | ImplicitRewardModel, group: Group) -> TokenizedGroup | str:
     """The group as ids, uncut, or why it cannot be scored."""
     try:
         encoded, report = model.encoder.encode([group])

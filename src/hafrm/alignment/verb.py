@@ -22,9 +22,9 @@ from hafrm.alignment.policies import EndpointPolicy, LocalPolicy
 from hafrm.alignment.reply_cache import ReplyCache
 from hafrm.alignment.results import BestOfN
 from hafrm.alignment.scorers import Gold, GoldScorer, ModelScorer, Scorer, short_names
-from hafrm.cache import cache_folder
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError
+from hafrm.resumable import cache_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

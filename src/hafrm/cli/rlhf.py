@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hafrm.cli.entry import app
-from hafrm.intervals import in_words
+from hafrm.statistics import in_words
 
 
 @app.command()

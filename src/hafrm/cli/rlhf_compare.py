@@ -51,9 +51,9 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     from hafrm.alignment.rlhf.compare import compare  # noqa: PLC0415
     from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
     from hafrm.config import load_as  # noqa: PLC0415
-    from hafrm.crew import default_processes  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
+    from hafrm.process_pool import default_num_processes  # noqa: PLC0415
     from hafrm.tables.rlhf import rlhf_tables  # noqa: PLC0415
 
     models = _by_name(model)
@@ -69,7 +69,7 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
         test=test,
         gold=gold_reward if gold else None,
         judge=None if judge is None else _asked(judge, judge_model),
-        processes=processes or default_processes(),
+        processes=processes or default_num_processes(),
         tell=partial(typer.echo, err=True),
     )
     show_tables(rlhf_tables(found))
@@ -80,7 +80,7 @@ def _asked(url: str, model: str | None) -> "PairJudge":
     from hafrm.alignment.endpoint import Endpoint, EndpointOptions  # noqa: PLC0415
     from hafrm.alignment.judge import EndpointJudge  # noqa: PLC0415
     from hafrm.alignment.reply_cache import ReplyCache  # noqa: PLC0415
-    from hafrm.cache import cache_folder  # noqa: PLC0415
+    from hafrm.resumable import cache_folder  # noqa: PLC0415
 
     keys = ("HAFRM_JUDGE_KEY", "OPENAI_API_KEY")
     options = EndpointOptions(url=url, model=model, key_variables=keys)

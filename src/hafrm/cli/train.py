@@ -8,7 +8,7 @@ import typer
 
 from hafrm.cli.entry import app
 from hafrm.cli.evaluate import show_evaluation
-from hafrm.intervals import in_words
+from hafrm.statistics import in_words
 from hafrm.terminal import show_tables
 
 

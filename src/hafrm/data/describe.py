@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, is_dataclass
 from math import ceil
 from typing import Any, Protocol, runtime_checkable
 
-from hafrm.data.groups import Comparison, Group
 from hafrm.data.mixing import normalised_key
 from hafrm.data.readers import Reading
-from hafrm.intervals import wilson
+from hafrm.preferences import Comparison, Group
+from hafrm.statistics import wilson
 
 
 @runtime_checkable

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from hafrm.data.groups import Message
 from hafrm.data.values import check_text, refuse, show
+from hafrm.preferences import Message
 
 Prompt = tuple[Message, ...]
 

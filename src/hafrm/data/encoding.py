@@ -17,36 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from hafrm.data.groups import Comparison, Group, Message
 from hafrm.data.lengths import LengthPolicy
 from hafrm.data.rendering import Renderer
 from hafrm.data.special_tokens import SpecialTokens
 from hafrm.data.template import written_around_turns
 from hafrm.data.tokenizer import prepare, write_no_habits
 from hafrm.errors import ModelError
+from hafrm.preferences import Group, Message, TokenizedGroup
 
 # Enough for the tokenizer to work on many texts at once, little enough to hold all their text.
 _RESPONSES_AT_ONCE = 2048
 # Part of the fingerprint: raise it when the same input comes to give other ids.
 _SCHEME = "hafrm-encoding-1"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedGroup:
-    """A group as token ids (read-only arrays); prompt_ids + response_ids[k] is the k-th conversation."""
-
-    id: str
-    prompt_ids: NDArray[np.int32]
-    response_ids: tuple[NDArray[np.int32], ...]
-    """Each ends in the EOS that the reward is read at."""
-    comparisons: tuple[Comparison, ...]
-    source: str
-    tags: dict[str, str]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in a packed row: the prompt once and every response."""
-        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
 
 
 @dataclass(slots=True)
@@ -68,7 +50,7 @@ class EncodingReport:
     neutralised: int = 0
     """Special tokens that people had typed, encoded as plain text."""
 
-    def add(self, group: EncodedGroup) -> None:
+    def add(self, group: TokenizedGroup) -> None:
         """Count a finished group."""
         self.groups += 1
         self.responses += len(group.response_ids)
@@ -125,7 +107,7 @@ class Encoder:
         """The text that a consumer of the exported template renders."""
         return self._renderer.render(prompt, response)
 
-    def encode(self, groups: Sequence[Group]) -> tuple[list[EncodedGroup], EncodingReport]:
+    def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
         """The groups as ids, in the order given, and counts of what was done to them.
 
         Comparisons may be absent: scoring encodes groups too. One group is given back for each one
@@ -136,7 +118,7 @@ class Encoder:
                 template refuses.
         """
         report = EncodingReport()
-        encoded: list[EncodedGroup] = []
+        encoded: list[TokenizedGroup] = []
         for chunk in _chunks(groups):
             for group in self._encode_chunk(chunk, report):
                 report.add(group)
@@ -148,7 +130,9 @@ class Encoder:
         self.tokenizer.save_pretrained(directory)
         write_no_habits(directory)
 
-    def _encode_chunk(self, groups: list[Group], report: EncodingReport) -> Iterator[EncodedGroup]:
+    def _encode_chunk(
+        self, groups: list[Group], report: EncodingReport
+    ) -> Iterator[TokenizedGroup]:
         texts, marker = self._renderer.render_groups(groups)
         prompts = self._ids(marker.to_encode(t.prompt) for t in texts)
         seams = [
@@ -178,8 +162,8 @@ class Encoder:
             report.prompts_cut += fitted.prompt_cut
             report.responses_cut += fitted.responses_cut
             kept = tuple(_array(ids) for ids in fitted.responses)
-            yield EncodedGroup(
-                group.id, _array(fitted.prompt), kept, group.comparisons, group.source, group.tags
+            yield TokenizedGroup(
+                _array(fitted.prompt), kept, group.comparisons, group.id, group.source, group.tags
             )
         report.neutralised += marker.num_marked
 

@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hafrm.atomic import atomic_write
-from hafrm.cache import cache_folder
-from hafrm.data.encoding import EncodedGroup, Encoder, EncodingReport
-from hafrm.data.groups import Group
+from hafrm.data.encoding import Encoder, EncodingReport
+from hafrm.preferences import Group, TokenizedGroup
+from hafrm.resumable import cache_folder
 
 
 def encode_cached(
     encoder: Encoder, groups: Sequence[Group]
-) -> tuple[list[EncodedGroup], EncodingReport]:
+) -> tuple[list[TokenizedGroup], EncodingReport]:
     """As encoder.encode, from the cache where the same texts were encoded before.
 
     Raises what encoder.encode raises. A damaged file is made again; its content is no loss.
@@ -49,7 +49,7 @@ def _key(encoder: Encoder, groups: Sequence[Group]) -> str:
 
 
 def _pack(
-    groups: Sequence[Group], encoded: Sequence[EncodedGroup], report: EncodingReport
+    groups: Sequence[Group], encoded: Sequence[TokenizedGroup], report: EncodingReport
 ) -> bytes:
     """All ids end to end, the lengths to cut them by, and which groups were not dropped."""
     ids = [part for group in encoded for part in (group.prompt_ids, *group.response_ids)]
@@ -61,7 +61,7 @@ def _pack(
     return save(arrays, metadata={"report": json.dumps(asdict(report))})
 
 
-def _kept(groups: Sequence[Group], encoded: Sequence[EncodedGroup]) -> list[int]:
+def _kept(groups: Sequence[Group], encoded: Sequence[TokenizedGroup]) -> list[int]:
     """Index of each encoded group among the groups; encoding keeps their order."""
     kept, left = [], iter(enumerate(groups))
     for group in encoded:
@@ -69,7 +69,9 @@ def _kept(groups: Sequence[Group], encoded: Sequence[EncodedGroup]) -> list[int]
     return kept
 
 
-def _read(file: Path, groups: Sequence[Group]) -> tuple[list[EncodedGroup], EncodingReport] | None:
+def _read(
+    file: Path, groups: Sequence[Group]
+) -> tuple[list[TokenizedGroup], EncodingReport] | None:
     """What was kept, put together with the groups it belongs to; None if there is nothing usable."""
     try:
         with safe_open(file, framework="numpy") as content:
@@ -84,8 +86,8 @@ def _read(file: Path, groups: Sequence[Group]) -> tuple[list[EncodedGroup], Enco
         group = groups[index]
         prompt, *responses = (next(parts) for _ in range(1 + len(group.responses)))
         encoded.append(
-            EncodedGroup(
-                group.id, prompt, tuple(responses), group.comparisons, group.source, group.tags
+            TokenizedGroup(
+                prompt, tuple(responses), group.comparisons, group.id, group.source, group.tags
             )
         )
     return encoded, report

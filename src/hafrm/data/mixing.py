@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hafrm.data.groups import Group, Message, prompt_key
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Group, Message, prompt_key
 
 
 def normalised_key(prompt: Sequence[Message]) -> str:

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from hafrm.data.groups import Comparison, Group, Message
 from hafrm.data.mixing import normalised_key
 from hafrm.data.rows import COLUMNS, SHAPES, ParsedRow, parse_row
 from hafrm.data.sources import Rows, Source, iter_rows, parse_sources
 from hafrm.data.values import MAX_CHARS, Refusal, show
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Comparison, Group, Message
 
 
 @dataclass(frozen=True, slots=True)

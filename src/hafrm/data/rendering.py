@@ -12,10 +12,10 @@ from typing import NamedTuple
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from hafrm.data.groups import Group, Message
 from hafrm.data.special_tokens import Marker, SpecialTokens
 from hafrm.data.template import render
 from hafrm.errors import DataError, ModelError
+from hafrm.preferences import Group, Message
 
 
 class Texts(NamedTuple):

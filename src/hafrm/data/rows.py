@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Any
 
 from hafrm.data.dialogues import Prompt, check_prompt, join, read_prompt, split_texts
-from hafrm.data.groups import Comparison
 from hafrm.data.values import (
     MAX_CHARS,
     Refusal,
@@ -27,6 +26,7 @@ from hafrm.data.values import (
     refuse,
     show,
 )
+from hafrm.preferences import Comparison
 
 SHAPES = (
     "prompt, chosen, rejected: text or messages",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
-from hafrm.data.groups import Votes
+from hafrm.preferences import Votes
 
 Reason = Literal[
     "empty response",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hafrm.data.groups import Comparison, Group
+from hafrm.preferences import Comparison, Group
 
 
 def write_groups(groups: Sequence[Group], file: Path) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from hafrm.data.groups import Message
 from hafrm.demo import answers, tasks
 from hafrm.demo.tasks import Task, harmful, parse
 from hafrm.demo.words import (
@@ -28,6 +27,7 @@ from hafrm.demo.words import (
     TIP_OF,
 )
 from hafrm.errors import DataError
+from hafrm.preferences import Message
 
 EMPTY_REWARD = -3.0
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")

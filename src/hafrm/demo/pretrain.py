@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hafrm.data.groups import Message
 from hafrm.errors import ConfigError, NumericsError
+from hafrm.preferences import Message
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, "<|user|>", "<|assistant|>", "<|system|>", END)

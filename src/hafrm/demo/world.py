@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
-from hafrm.data.groups import Comparison, Group, Message, prompt_key
 from hafrm.demo.answers import write_response
 from hafrm.demo.gold import gold_reward, words_of
 from hafrm.demo.tasks import FAMILIES, ask, parse
 from hafrm.errors import ConfigError, DataError
+from hafrm.preferences import Comparison, Group, Message, prompt_key
 
 Part = Literal["train", "validation", "test"]
 TEST_SETS = ("chat", "safety", "chat-ood", "safety-ood")

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from hafrm.data.groups import Group
 from hafrm.errors import ConfigError
 from hafrm.evaluation.evaluate import (
     load_judge,
@@ -21,8 +20,9 @@ from hafrm.evaluation.evaluate import (
     sets_of,
 )
 from hafrm.evaluation.metrics import ScoredComparisons, plain
-from hafrm.evaluation.seeds import Difference, seeded_difference, seeded_mean
-from hafrm.evaluation.statistics import (
+from hafrm.preferences import Group
+from hafrm.statistics import (
+    Difference,
     Estimate,
     McNemar,
     accuracy_interval,
@@ -30,6 +30,8 @@ from hafrm.evaluation.statistics import (
     holm,
     mcnemar,
     paired_bootstrap,
+    seeded_difference,
+    seeded_mean,
 )
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
-from hafrm.evaluation.statistics import (
+from hafrm.statistics import (
     NUM_RESAMPLES,
     Estimate,
     accuracy_interval,
     normal_point,
+    wilson,
 )
-from hafrm.intervals import wilson
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.data.encoding import EncodedGroup, EncodingReport
-from hafrm.data.groups import Group, prompt_key
+from hafrm.data.encoding import EncodingReport
 from hafrm.data.readers import Reading, read
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.metrics import (
@@ -25,7 +24,7 @@ from hafrm.evaluation.metrics import (
     measure,
     plain,
 )
-from hafrm.evaluation.statistics import Estimate, paired_bootstrap
+from hafrm.preferences import Group, TokenizedGroup, prompt_key
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.fused import (
     FusedRule,
@@ -36,6 +35,7 @@ from hafrm.scoring.fused import (
 )
 from hafrm.scoring.loading import is_reward_directory
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.statistics import Estimate, paired_bootstrap
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
 class _HeadScores(NamedTuple):
     """One score per response from each of the model's heads, and from both together."""
 
-    encoded: Sequence[EncodedGroup]
+    encoded: Sequence[TokenizedGroup]
     report: EncodingReport
     rewards: NDArray[np.float32] | None = None
     implicit: NDArray[np.float32] | None = None
@@ -276,7 +276,7 @@ def _measure_set(
 
 def scored_comparisons(
     groups: Sequence[Group],
-    encoded: Sequence[EncodedGroup],
+    encoded: Sequence[TokenizedGroup],
     part: Sequence[int],
     scores: NDArray[np.float32],
 ) -> ScoredComparisons:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 from numpy.typing import NDArray
 
-from hafrm.evaluation.statistics import Estimate, accuracy_interval
+from hafrm.statistics import Estimate, accuracy_interval
 
 LENGTH_BANDS = (1.1, 2.0)
 """Longer over shorter: up to the first is about equal, above the second is much longer or shorter."""

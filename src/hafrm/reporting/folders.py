@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hafrm.errors import CheckpointError
-from hafrm.runs import read_metrics
+from hafrm.run_folder import read_json_lines
 
 RECIPE, PROVENANCE, METRICS, SAMPLES = (
     *("recipe.yaml", "provenance.json"),
@@ -103,8 +103,8 @@ def _read(path: Path, name: str) -> Folder:
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}: give the folder of a run or of a result")
     results = {n: _json(path / f"{n}.json") for n in RESULTS if (path / f"{n}.json").is_file()}
-    metrics = read_metrics(path / METRICS)
-    samples = read_metrics(path / SAMPLES)
+    metrics = read_json_lines(path / METRICS)
+    samples = read_json_lines(path / SAMPLES)
     if not (results or metrics or samples):
         raise CheckpointError(_nothing_in(path))
     text = _text(path / RECIPE)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hafrm.intervals import wilson
+from hafrm.statistics import wilson
 
 NONE = "n/a"
 MINUS = "\N{MINUS SIGN}"

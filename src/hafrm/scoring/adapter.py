@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
-from hafrm.runs import atomic_directory
 from hafrm.scoring.older_readers import write_for_older_readers
 
 _ADAPTER = "default"

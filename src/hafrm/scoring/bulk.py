@@ -19,10 +19,10 @@ from hafrm.atomic import (
     fingerprint,
     remove_directory,
 )
-from hafrm.crew import default_processes
 from hafrm.data.files import is_known_kind
 from hafrm.data.sources import parse_source
 from hafrm.errors import CheckpointError, ConfigError, DataError
+from hafrm.process_pool import default_num_processes
 from hafrm.scoring.inputs import (
     ROWS_PER_SHARD,
     Input,
@@ -145,7 +145,7 @@ def _run(
 
     work = Work(model, job, options.dtype, options.max_length, options.cut)
     if todo:
-        score_in_processes(work, todo, options.processes or default_processes(), tell)
+        score_in_processes(work, todo, options.processes or default_num_processes(), tell)
     known |= {shard: job.record(shard) for shard in todo}
     done = [record for record in known.values() if record is not None]
     if len(done) < len(shards):

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
-from hafrm.runs import atomic_directory
 from hafrm.scoring.older_readers import write_for_older_readers
 
 

@@ -18,12 +18,13 @@ from jaxtyping import Float, Num, Shaped
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
-from hafrm.intervals import Z95
+from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.loading import load_reward_head
 from hafrm.scoring.scorer import ImplicitRewardModel, ImplicitRule, Scorer
+from hafrm.statistics import Z95
 
 FUSED_RULE = "fused.json"
 
@@ -246,7 +247,7 @@ class FusedRewardModel(Scorer):
         )
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The fused score of every response of encoded groups, in their order.
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hafrm.atomic import atomic_write
-from hafrm.runs import RunFolder
+from hafrm.run_folder import RunFolder
 
 CARD = "README.md"
 MOST_EXAMPLE = 400

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.layout import Branches
 from hafrm.errors import DataError
+from hafrm.preferences import TokenizedGroup
 
 
 class _Ids(NamedTuple):
@@ -15,7 +15,7 @@ class _Ids(NamedTuple):
     response_ids: tuple[NDArray[np.int32], ...]
 
 
-def without_pad_at_the_end(group: EncodedGroup, pad: int | None) -> Branches:
+def without_pad_at_the_end(group: TokenizedGroup, pad: int | None) -> Branches:
     """The group as the stock classifier pools it: at the last token that is not pad.
 
     Nothing changes unless pad is the EOS, as in some models of others; those were trained so.

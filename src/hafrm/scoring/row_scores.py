@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Group
+from hafrm.data.encoding import Encoder
 from hafrm.data.rows import parse_row
 from hafrm.data.values import Refusal
 from hafrm.errors import DataError
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.scorer import RewardModel
 
@@ -28,7 +28,7 @@ class EncodedRows:
 
     rows: tuple[tuple[str, ...] | Refusal, ...]
     """The responses of each row in its order, or why it cannot be scored."""
-    groups: tuple[EncodedGroup, ...]
+    groups: tuple[TokenizedGroup, ...]
     """One for each row that can be, with its distinct responses."""
     num_cut: int
     """Prompts and responses that were cut to fit."""
@@ -101,7 +101,7 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _encode(
     encoder: Encoder, groups: Sequence[Group]
-) -> tuple[list[EncodedGroup], dict[str, Refusal], int]:
+) -> tuple[list[TokenizedGroup], dict[str, Refusal], int]:
     """Groups as ids, refusals by id, and how many prompts and responses were cut.
 
     The encoder refuses a whole list for one of its groups, so the list is halved until that one is alone.

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from hafrm.data.dialogues import check_prompt, read_prompt
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Group, Message
+from hafrm.data.encoding import Encoder
 from hafrm.data.values import MAX_CHARS, RefusedError, check_text
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
+from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import load_encoder, load_policy, load_reward
 from hafrm.scoring.pooling import without_pad_at_the_end
@@ -84,7 +84,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The score of every response of encoded groups, in order; `done(responses, tokens)` hears of
         every finished row. Raises NumericsError for a score that is not finite."""
@@ -182,7 +182,7 @@ class RewardModel(Scorer):
         return cls(model, encoder, max_tokens=max_tokens)
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The reward of every response of encoded groups, in their order.
 
@@ -252,7 +252,7 @@ class ImplicitRewardModel(Scorer):
         return cls(policy, encoder, reference=frozen, rule=rule)
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The implicit reward of every response of encoded groups, in their order.
 
@@ -261,7 +261,7 @@ class ImplicitRewardModel(Scorer):
         """
         return self.judge(self._run(self.policy, encoded, done), encoded)
 
-    def judge(self, scores: Scores, encoded: Sequence[EncodedGroup]) -> NDArray[np.float32]:
+    def judge(self, scores: Scores, encoded: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
         """The implicit rewards of the policy's log-probs of these groups."""
         assert scores.logps is not None
         implicit: NDArray[Any] = scores.logps

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from hafrm.data.groups import Group, Message
 from hafrm.errors import NumericsError
+from hafrm.preferences import Group, Message
 from hafrm.scoring import golden_check
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.scoring.golden_file import GOLDEN

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.encoding import Encoder
 from hafrm.data.readers import BadRow
 from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
 from hafrm.engine.selfcheck import self_check
 from hafrm.errors import NumericsError
+from hafrm.preferences import TokenizedGroup
 from hafrm.provenance import describe_process
 from hafrm.scoring.inputs import Shard, file_suffix
 from hafrm.scoring.job_folder import JobFolder
@@ -126,7 +127,7 @@ def _encoded_ahead(
             yield ready
 
 
-def _check_sharing(model: RewardModel, groups: Sequence[EncodedGroup]) -> None:
+def _check_sharing(model: RewardModel, groups: Sequence[TokenizedGroup]) -> None:
     """Compare a few short groups with one response at a time, as any consumer would run them."""
     shortest = sorted(groups, key=lambda group: group.num_tokens)[:_CHECKED]
     few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from hafrm.alignment.results import BestOfN, ModelResult
-from hafrm.evaluation.statistics import Estimate
+from hafrm.statistics import Estimate
 from hafrm.tables.cells import stacked
 
 

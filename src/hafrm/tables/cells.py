@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from hafrm.evaluation.metrics import Accuracy
-from hafrm.evaluation.statistics import Estimate
+from hafrm.statistics import Estimate
 
 
 def stacked(estimate: Estimate) -> str:

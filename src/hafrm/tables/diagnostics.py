@@ -13,7 +13,7 @@ from hafrm.evaluation.diagnostics.consistency import Consistency
 from hafrm.evaluation.diagnostics.diagnose import Diagnosis, SeenModel, SetDiagnosis
 from hafrm.evaluation.diagnostics.label_noise import LabelNoise, NoiseBand
 from hafrm.evaluation.diagnostics.worst import WRONG, Example
-from hafrm.evaluation.statistics import Estimate
+from hafrm.statistics import Estimate
 from hafrm.tables.cells import bare, bars
 
 EXAMPLES = 3

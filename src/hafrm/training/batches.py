@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.packing import plan_micro_batches
 from hafrm.errors import DataError
+from hafrm.preferences import TokenizedGroup
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Pick:
 class ComparisonOrder:
     """The endless, seeded order in which comparisons are trained on; ties are left out."""
 
-    def __init__(self, groups: Sequence[EncodedGroup], *, per_prompt: int, seed: int) -> None:
+    def __init__(self, groups: Sequence[TokenizedGroup], *, per_prompt: int, seed: int) -> None:
         """Raises DataError when there is nothing to train on."""
         self._blocks_of = [
             [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
@@ -136,7 +136,7 @@ class References:
 class Chosen:
     """The part of one group that a step uses: its distinct responses, its comparisons re-indexed."""
 
-    group: EncodedGroup
+    group: TokenizedGroup
     used: tuple[int, ...]
     comparisons: tuple[int, ...]
     index: int
@@ -155,7 +155,7 @@ class Chosen:
 
 
 def plan_step(
-    groups: Sequence[EncodedGroup], picks: Sequence[Pick], max_tokens: int, num_ranks: int = 1
+    groups: Sequence[TokenizedGroup], picks: Sequence[Pick], max_tokens: int, num_ranks: int = 1
 ) -> list[list[list[Chosen]]]:
     """`plan[rank][micro_batch]` -> the parts of groups to run; equal in number on every rank."""
     parts = _chosen(groups, picks)
@@ -165,12 +165,12 @@ def plan_step(
     return [[[parts[i] for i in batch] or [empty] for batch in rank] for rank in plan]
 
 
-def num_tokens_of(groups: Sequence[EncodedGroup], picks: Sequence[Pick]) -> list[int]:
+def num_tokens_of(groups: Sequence[TokenizedGroup], picks: Sequence[Pick]) -> list[int]:
     """Packed tokens of each group that a step uses, only the responses that are compared."""
     return [part.num_tokens for part in _chosen(groups, picks)]
 
 
-def _chosen(groups: Sequence[EncodedGroup], picks: Sequence[Pick]) -> list[Chosen]:
+def _chosen(groups: Sequence[TokenizedGroup], picks: Sequence[Pick]) -> list[Chosen]:
     by_group: dict[int, list[int]] = {}
     for pick in picks:
         by_group.setdefault(pick.group, []).append(pick.comparison)

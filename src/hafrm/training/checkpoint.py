@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hafrm.atomic import atomic_directory, check_manifest, write_manifest
 from hafrm.errors import CheckpointError
-from hafrm.runs import RunFolder, atomic_directory, check_manifest, write_manifest
+from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

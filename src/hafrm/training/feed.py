@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from hafrm.data.encoding import EncodedGroup
+from hafrm.preferences import TokenizedGroup
 from hafrm.training.batches import (
     ComparisonOrder,
     MicroBatch,
@@ -25,7 +25,7 @@ class Feed:
 
     def __init__(
         self,
-        groups: Sequence[EncodedGroup],
+        groups: Sequence[TokenizedGroup],
         order: ComparisonOrder,
         references: References | None,
         *,

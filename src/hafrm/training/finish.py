@@ -8,9 +8,10 @@ import logging
 
 import torch
 
+from hafrm.atomic import atomic_directory
 from hafrm.engine.model import HybridModel
 from hafrm.recipe import Recipe
-from hafrm.runs import RunFolder, atomic_directory
+from hafrm.run_folder import RunFolder
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
 from hafrm.scoring.fused import write_fused_rule
 from hafrm.scoring.model_card import write_cards

@@ -20,7 +20,7 @@ from hafrm.engine.model import HybridModel
 from hafrm.engine.selfcheck import self_check
 from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
-from hafrm.runs import RunFolder
+from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 from hafrm.training.balance import new_balance
 from hafrm.training.batches import ComparisonOrder, References, plan_step

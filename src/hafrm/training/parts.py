@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hafrm.data.groups import Group
 from hafrm.data.mixing import (
     check_leakage,
     mix,
@@ -18,6 +17,7 @@ from hafrm.data.mixing import (
 )
 from hafrm.data.readers import Reading, read
 from hafrm.data.sources import parse_sources
+from hafrm.preferences import Group
 from hafrm.recipe import DataSection, Recipe
 
 NUM_GOLDEN = 16

@@ -19,9 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.encoding import Encoder
 from hafrm.data.encoding_cache import encode_cached
-from hafrm.data.groups import Group
 from hafrm.data.template import read_template
 from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
@@ -32,6 +31,7 @@ from hafrm.engine.model import (
     split_causal_lm,
 )
 from hafrm.errors import ConfigError, DataError, ModelError
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import LoraSection, ModelSection, Recipe
 from hafrm.training.methods import Method
 from hafrm.training.parts import NUM_GOLDEN, read_parts
@@ -42,8 +42,8 @@ class PreparedData:
     """Encoded groups, and what became of the rows."""
 
     encoder: Encoder
-    train: list[EncodedGroup]
-    validation: list[EncodedGroup]
+    train: list[TokenizedGroup]
+    validation: list[TokenizedGroup]
     golden: list[Group]
     """Held-out conversations whose scores are exported for consumers to replay."""
     counts: dict[str, Any]

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from hafrm.cache import cache_folder
-from hafrm.data.encoding import EncodedGroup
+from hafrm.atomic import atomic_write
 from hafrm.engine.model import HybridModel
-from hafrm.runs import atomic_write
+from hafrm.preferences import TokenizedGroup
+from hafrm.resumable import cache_folder
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training import parallel
 from hafrm.training.batches import References
@@ -31,7 +31,7 @@ REFERENCE_TOKENS = 4
 
 
 def reference_key(
-    model: HybridModel, groups: Sequence[EncodedGroup], autocast: torch.dtype | None
+    model: HybridModel, groups: Sequence[TokenizedGroup], autocast: torch.dtype | None
 ) -> str:
     """Content key over the backbone's and policy head's weights, all token ids, and the dtype."""
     digest = hashlib.sha256(repr((1, str(autocast), model.transform)).encode())
@@ -49,7 +49,7 @@ def reference_key(
 
 def reference_logps(
     model: HybridModel,
-    groups: Sequence[EncodedGroup],
+    groups: Sequence[TokenizedGroup],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
@@ -85,8 +85,8 @@ def reference_logps(
 
 def references_of(
     model: HybridModel,
-    train: Sequence[EncodedGroup],
-    validation: Sequence[EncodedGroup],
+    train: Sequence[TokenizedGroup],
+    validation: Sequence[TokenizedGroup],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,

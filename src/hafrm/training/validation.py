@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel
-from hafrm.intervals import with_bounds
+from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import run_forward
 from hafrm.scoring.fused import FusedRule, fit_fused
+from hafrm.statistics import with_bounds
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
 
@@ -35,7 +35,7 @@ class HeadScores:
 
 def score_heads(
     model: HybridModel,
-    groups: Sequence[EncodedGroup],
+    groups: Sequence[TokenizedGroup],
     references: NDArray[np.float32] | None,
     method: Method,
     *,
@@ -62,7 +62,7 @@ def score_heads(
 
 def validate(
     model: HybridModel,
-    groups: Sequence[EncodedGroup],
+    groups: Sequence[TokenizedGroup],
     references: References | None,
     method: Method,
     *,
@@ -97,7 +97,7 @@ def validate(
 
 def fit_on_validation(
     model: HybridModel,
-    groups: Sequence[EncodedGroup],
+    groups: Sequence[TokenizedGroup],
     references: References | None,
     method: Method,
     *,
@@ -120,7 +120,7 @@ def fit_on_validation(
 
 
 def decided_margins(
-    groups: Sequence[EncodedGroup], values: NDArray[np.floating[Any]], first: NDArray[np.int64]
+    groups: Sequence[TokenizedGroup], values: NDArray[np.floating[Any]], first: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """value(chosen) - value(rejected) of every comparison that is not a tie."""
     sides = [

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hafrm.config import dump_recipe
 from hafrm.errors import ConfigError
-from hafrm.intervals import in_words, with_bounds
 from hafrm.recipe import Recipe, TrackingSection
-from hafrm.runs import RunFolder
+from hafrm.run_folder import RunFolder
+from hafrm.statistics import in_words, with_bounds
 from hafrm.training import parallel
 from hafrm.training.guard import Guard
 from hafrm.training.step import MEASURES, StepResult

@@ -15,8 +15,8 @@ import pytest
 from hafrm.alignment.rlhf.adapters import openrlhf_rewards, trl_reward, verl_score
 from hafrm.alignment.rlhf.recipe import RewardSection
 from hafrm.alignment.rlhf.rewards import Rewards
-from hafrm.data.groups import Message
 from hafrm.errors import DataError
+from hafrm.preferences import Message
 from hafrm.scoring.scorer import RewardModel
 from tiny_rlhf import write_prompts, write_reward
 

@@ -29,7 +29,7 @@ from hafrm.errors import (
     MemoryBudgetError,
     NumericsError,
 )
-from hafrm.runs import RunFolder, read_metrics
+from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.scorer import RewardModel
 from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 from tokenizers_for_tests import llama_like_tokenizer
@@ -44,7 +44,7 @@ RICH: dict[str, dict[str, Any]] = {
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(folder)]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_json_lines(folder)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -61,7 +61,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 def test_a_run_writes_what_others_read_and_exports_a_stock_policy(tmp_path):
     result = rlhf(tiny_rlhf(tmp_path), tmp_path / "run", gold=lambda _, text: float(len(text)))
-    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    records = read_json_lines(tmp_path / "run/metrics.jsonl")
     batches = [r for r in records if r["phase"] == "rlhf"]
     assert [r["step"] for r in batches] == [1, 2, 3, 4]
     contract = ("reward", "kl", "length", "entropy", "clip_fraction", "value_loss", "policy_loss")
@@ -207,7 +207,7 @@ def test_a_reward_model_with_another_tokenizer_is_asked_through_text(tmp_path):
 
 
 def _group(written: Any, text: str) -> Any:
-    from hafrm.data.groups import Group
+    from hafrm.preferences import Group
 
     return Group("g", written.prompt.messages, (text,))
 

@@ -7,7 +7,7 @@ import pytest
 from hafrm.alignment.rlhf.run import rlhf
 from hafrm.alignment.rlhf.trl_runs import micro_batch, trl_options
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
-from hafrm.runs import read_metrics
+from hafrm.run_folder import read_json_lines
 from tiny_rlhf import tiny_rlhf
 
 RLOO = {"name": "rloo", "mini_batches": 1, "epochs": 2, "clip": 0.3, "kl_coefficient": 0.02}
@@ -50,7 +50,7 @@ def test_options_of_ppo_are_refused_by_others(tmp_path):
 def test_a_run_writes_the_same_things_as_ours(tmp_path, name):
     recipe = tiny_rlhf(tmp_path, algorithm=RLOO | {"name": name})
     result = rlhf(recipe, tmp_path / "run", gold=lambda _, text: float(len(text)))
-    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    records = read_json_lines(tmp_path / "run/metrics.jsonl")
     batches = [r for r in records if r["phase"] == "rlhf"]
     assert [r["step"] for r in batches] == [1, 2, 3, 4]
     for key in ("reward", "kl", "length", "entropy", "clip_fraction", "policy_loss", "gold"):

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
 from exports_for_tests import export_both
 from hafrm.cli import app
-from hafrm.data.encoding import EncodedGroup, Encoder
-from hafrm.data.groups import Message
+from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, NumericsError
 from hafrm.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm.evaluation.benchmarks.items import Item
@@ -24,6 +23,7 @@ from hafrm.evaluation.benchmarks.run import (
 )
 from hafrm.evaluation.benchmarks.scores import score_benchmark
 from hafrm.evaluation.verb import run_evaluation
+from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.scorer import RewardModel
 from tokenizers_for_tests import chat_tokenizer
 
@@ -46,10 +46,10 @@ class CountingJudge:
     def __init__(self, max_length: int = 200, rule: Callable[[int], float] = float) -> None:
         self.encoder = Encoder(chat_tokenizer(), max_length=max_length)
         self.rule = rule
-        self.seen: list[EncodedGroup] = []
+        self.seen: list[TokenizedGroup] = []
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int], None] | None = None
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int], None] | None = None
     ) -> np.ndarray:
         self.seen += encoded
         if done is not None:

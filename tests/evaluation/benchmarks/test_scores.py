@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.data.groups import Message
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm.evaluation.benchmarks.items import Item
@@ -16,6 +15,7 @@ from hafrm.evaluation.benchmarks.scores import (
     missing_terms,
     score_benchmark,
 )
+from hafrm.preferences import Message
 
 COUNTS = {
     "Chat": {

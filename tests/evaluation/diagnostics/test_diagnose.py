@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from exports_for_tests import export_both
 from hafrm.cli import app
-from hafrm.data.groups import Comparison, Group, Message, Votes
 from hafrm.errors import ConfigError, DataError, ModelError, NumericsError
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.diagnostics.diagnose import Diagnosis, diagnose
 from hafrm.evaluation.diagnostics.worst import MAX_CHARS, WRONG, cut_text, shown_prompt, worst
+from hafrm.preferences import Comparison, Group, Message, Votes
 from hafrm.tables.diagnostics import diagnosis_tables
 from tiny_runs import WORDS
 

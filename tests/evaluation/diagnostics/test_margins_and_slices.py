@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from hafrm.data.groups import Votes
 from hafrm.evaluation.diagnostics.margins import margin_histogram
 from hafrm.evaluation.diagnostics.slices import (
     MAX_VALUES,
@@ -12,6 +11,7 @@ from hafrm.evaluation.diagnostics.slices import (
     slice_accuracies,
     vote_label,
 )
+from hafrm.preferences import Votes
 
 
 def test_right_and_wrong_share_their_edges_and_equal_scores_are_wrong() -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from hafrm.alignment.rlhf.rewards import Conversation, Rewards, score_texts
-from hafrm.data.encoding import EncodedGroup
-from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError
+from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.scorer import Scorer, as_messages
 
 TrlReward = Callable[..., list[float]]
@@ -128,7 +127,7 @@ def _messages_of(label: str) -> tuple[Message, ...] | None:
     return as_messages(value) if turns else None
 
 
-def _rendered(scorer: Scorer, prompt: str, response: str) -> EncodedGroup:
+def _rendered(scorer: Scorer, prompt: str, response: str) -> TokenizedGroup:
     """Ids of a prompt that the reward model's template wrote, and of a response behind it."""
     encoder = scorer.encoder
     question = (Message("user", _PROBE),)
@@ -143,4 +142,4 @@ def _rendered(scorer: Scorer, prompt: str, response: str) -> EncodedGroup:
     ids = encoder.tokenizer.backend_tokenizer.encode(
         prompt.rstrip(" ") if header.endswith(" ") else prompt, add_special_tokens=False
     ).ids
-    return EncodedGroup("query", np.array(ids, np.int32), asked.response_ids, (), "", {})
+    return TokenizedGroup(np.array(ids, np.int32), asked.response_ids, id="query")

@@ -15,8 +15,8 @@ from hafrm.alignment.rlhf.rewards import load_scorer, score_texts
 from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Message
 from hafrm.engine.sampling import sample
+from hafrm.preferences import Message
 from hafrm.recipe import ModelSection
 from hafrm.training.prepare import load_base, load_tokenizer
 

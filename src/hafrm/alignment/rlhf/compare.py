@@ -24,12 +24,11 @@ from hafrm.alignment.rlhf.cells import START, Cell, CellRunner, cells_of
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
-from hafrm.crew import Crew
 from hafrm.errors import ConfigError
 from hafrm.evaluation.metrics import plain
-from hafrm.evaluation.seeds import seeded_difference, seeded_mean
-from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
-from hafrm.runs import read_metrics
+from hafrm.process_pool import ProcessPool
+from hafrm.run_folder import read_json_lines
+from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,11 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
         )
     began = time.perf_counter()
     cells = cells_of(models, algorithms, seeds)
-    enlist = partial(CellRunner, recipe, folder, tuple(test), gold)
-    with Crew(enlist, processes) as crew:
+    make_worker = partial(CellRunner, recipe, folder, tuple(test), gold)
+    with ProcessPool(make_worker, processes) as pool:
         count = itertools.count(1)
-        crew.run(cells, lambda cell, _: tell(f"{next(count)}/{len(cells)} {cell.folder} is done"))
-    runner = enlist()
+        pool.run(cells, lambda cell, _: tell(f"{next(count)}/{len(cells)} {cell.folder} is done"))
+    runner = make_worker()
     answers = {(START, seed): runner.answers_of_start(seed) for seed in seeds}
     answers |= {(cell.contender, cell.seed): runner.answers(cell) for cell in cells}
     found = RlhfComparison(
@@ -127,7 +126,7 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
 
 def curve(cell: Cell, folder: Path) -> dict[str, Any]:
     """Proxy and gold reward of held-out prompts against the KL from the start, evaluation by evaluation."""
-    records = read_metrics(folder / "cells" / cell.folder / "metrics.jsonl")
+    records = read_json_lines(folder / "cells" / cell.folder / "metrics.jsonl")
     points = [
         {"step": r["step"], "kl": r["kl"], "proxy": r["reward"], "gold": r.get("gold")}
         for r in records

@@ -16,8 +16,8 @@ from hafrm.alignment.rlhf.actor import Actor, Written
 from hafrm.alignment.rlhf.prompts import Prompt
 from hafrm.alignment.rlhf.rewards import Rewards, score_texts
 from hafrm.alignment.scorers import Gold
-from hafrm.evaluation.statistics import Estimate, clustered_bootstrap
 from hafrm.scoring.scorer import Scorer
+from hafrm.statistics import Estimate, clustered_bootstrap
 
 Responses = Float[np.ndarray, " responses"]
 

@@ -30,12 +30,13 @@ from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.rewards import Rewards, Scale, load_scorer
 from hafrm.alignment.rlhf.watchdog import Watchdog
 from hafrm.alignment.scorers import Gold
+from hafrm.atomic import atomic_directory, atomic_write, fingerprint
 from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError
-from hafrm.runs import RunFolder, atomic_directory, atomic_write, fingerprint
+from hafrm.run_folder import RunFolder
 from hafrm.scoring.export import export_policy, gather_weights
 from hafrm.training.prepare import inject_lora, load_base, load_tokenizer
 

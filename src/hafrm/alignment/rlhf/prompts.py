@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from hafrm.alignment.rlhf.recipe import PromptSection
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Group, Message
 from hafrm.data.mixing import split_by_prompt, without_prompts
 from hafrm.data.readers import read
 from hafrm.errors import DataError
+from hafrm.preferences import Group, Message
 
 log = logging.getLogger("hafrm")
 _HELD_OUT_SEED = 2**33

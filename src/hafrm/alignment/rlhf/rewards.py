@@ -12,9 +12,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.alignment.rlhf.recipe import RewardSection, Rule
-from hafrm.data.groups import Group, Message
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.evaluate import find_heads
+from hafrm.preferences import Group, Message
 from hafrm.scoring.fused import FusedRewardModel
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
 

@@ -12,7 +12,7 @@ from hafrm.alignment.rlhf.trl_runs import check_trl, run_trl
 from hafrm.alignment.scorers import Gold
 from hafrm.config import dump_recipe, load_as
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.runs import RunFolder
+from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 
 ALGORITHMS: Mapping[str, Callable[..., RlhfResult]] = {

@@ -8,7 +8,7 @@ verdicts, and its score is a weighted sum of the verdicts' means.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hafrm.data.groups import Message, prompt_key
+from hafrm.preferences import Message, prompt_key
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hafrm.data.dialogues import read_messages
-from hafrm.data.groups import Message
 from hafrm.data.published import LeftOut
 from hafrm.data.values import choice_of, refuse, show, text_of
 from hafrm.evaluation.benchmarks.items import Item
 from hafrm.evaluation.benchmarks.rules import TIES
+from hafrm.preferences import Message
 
 Row = Mapping[str, Any]
 

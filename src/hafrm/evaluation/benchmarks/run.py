@@ -13,8 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.data.encoding import EncodedGroup, Encoder, EncodingReport
-from hafrm.data.groups import Group, Message
+from hafrm.data.encoding import Encoder, EncodingReport
 from hafrm.evaluation.benchmarks.catalogue import QUOTED, find_benchmarks
 from hafrm.evaluation.benchmarks.items import Item
 from hafrm.evaluation.benchmarks.loading import Loaded, folder_of, load_benchmark
@@ -30,10 +29,11 @@ from hafrm.evaluation.benchmarks.scores import (
 from hafrm.evaluation.composites import mean_of
 from hafrm.evaluation.evaluate import Heads, find_heads
 from hafrm.evaluation.metrics import plain
-from hafrm.evaluation.statistics import Estimate
+from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.fused import FusedRewardModel
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.statistics import Estimate
 
 MAX_CANDIDATES = 64
 """Most responses of one layout: a prompt with more of them is laid out again, never within an item."""
@@ -46,7 +46,7 @@ class Judge(Protocol):
     encoder: Encoder
 
     def score_encoded(
-        self, encoded: Sequence[EncodedGroup], done: Callable[[int, int], None] | None = None
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
         """The score of every response of encoded groups, in their order."""
 

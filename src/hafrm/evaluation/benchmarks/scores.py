@@ -17,7 +17,7 @@ from hafrm.evaluation.benchmarks.items import Item, Verdict
 from hafrm.evaluation.benchmarks.rules import Scores
 from hafrm.evaluation.composites import Term, TermMeans
 from hafrm.evaluation.metrics import plain
-from hafrm.evaluation.statistics import Estimate
+from hafrm.statistics import Estimate
 
 PICK_LONGER, PICK_SHORTER = "pick longer", "pick shorter"
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from hafrm.evaluation.diagnostics.generations import Generation
 from hafrm.evaluation.metrics import Result, mean
-from hafrm.evaluation.statistics import Estimate, accuracy_interval, clustered_bootstrap
+from hafrm.statistics import Estimate, accuracy_interval, clustered_bootstrap
 
 LIKE_LENGTH = 1.25
 """Longer over shorter, in tokens, up to which two continuations are of like length."""

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.groups import Group, prompt_key
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.evaluation.diagnostics.consistency import Consistency, policy_text, wins
 from hafrm.evaluation.diagnostics.generations import SEED, Generation, generate
 from hafrm.evaluation.diagnostics.worst import cut_text, shown_prompt
 from hafrm.evaluation.evaluate import Heads
+from hafrm.preferences import Group, prompt_key
 from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder
 from hafrm.scoring.scorer import RewardModel
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
-from hafrm.data.groups import Comparison, Group, prompt_key
 from hafrm.errors import NumericsError
 from hafrm.evaluation.diagnostics.slices import bands, vote_label
 from hafrm.evaluation.evaluate import sets_of
+from hafrm.preferences import Comparison, Group, prompt_key
 
 
 @dataclass(frozen=True)

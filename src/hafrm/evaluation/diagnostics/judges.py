@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import ModelError
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.evaluate import Heads, load_judge
+from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.loading import load_policy
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 from hafrm.scoring.states import last_states, some_responses
@@ -46,7 +46,7 @@ def judge(
     reference: str | Path | None = None,
     max_length: int | None = None,
     done: Done | None = None,
-) -> tuple[Judged, list[EncodedGroup]]:
+) -> tuple[Judged, list[TokenizedGroup]]:
     """The model's main head on the comparisons, and their ids as it sees them."""
     log.info("scoring with %s", path)
     model = load_judge(path, reference=reference, max_length=max_length)
@@ -79,7 +79,7 @@ def implicit_margins(
 
 
 def base_states(
-    path: str | Path, encoded: Sequence[EncodedGroup], judged: Judged
+    path: str | Path, encoded: Sequence[TokenizedGroup], judged: Judged
 ) -> Float[ndarray, "responses hidden"]:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     log.info("hidden states of %s", path)
@@ -97,6 +97,6 @@ def base_states(
 
 
 def _states(
-    model: HybridModel, encoded: Sequence[EncodedGroup]
+    model: HybridModel, encoded: Sequence[TokenizedGroup]
 ) -> Float[ndarray, "responses hidden"]:
     return last_states(model, some_responses(encoded, NUM_STATES, seed=STATES_SEED))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hafrm.evaluation.diagnostics.ranking import area_under_curve
 from hafrm.evaluation.metrics import Result
-from hafrm.evaluation.statistics import Estimate, accuracy_interval
+from hafrm.statistics import Estimate, accuracy_interval
 
 NUM_BANDS = 5
 """Of |mean margin|, with equally many comparisons."""

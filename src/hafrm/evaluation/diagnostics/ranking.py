@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 
-from hafrm.evaluation.statistics import Estimate
+from hafrm.statistics import Estimate
 
 NUM_RESAMPLES = 1000
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Num, Shaped
 
-from hafrm.data.groups import Votes
 from hafrm.evaluation.metrics import Result
-from hafrm.evaluation.statistics import Estimate, accuracy_interval
+from hafrm.preferences import Votes
+from hafrm.statistics import Estimate, accuracy_interval
 
 MAX_VALUES = 24
 """Of a division; rarer labels are put together. RewardBench's 23 subsets stay apart."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from hafrm.evaluation.metrics import Result
-from hafrm.evaluation.statistics import Estimate, accuracy_interval, paired_bootstrap
+from hafrm.statistics import Estimate, accuracy_interval, paired_bootstrap
 
 _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)
 _HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]+\S", re.MULTILINE)

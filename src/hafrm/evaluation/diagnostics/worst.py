@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from hafrm.data.groups import Message
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.diagnostics.label_noise import mean_margin, suspicious
 from hafrm.evaluation.metrics import Result
+from hafrm.preferences import Message
 
 MAX_CHARS = 400
 """Of each text; what is longer is cut, and says so."""

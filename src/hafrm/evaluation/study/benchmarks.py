@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.data.groups import Group
 from hafrm.evaluation.benchmarks.catalogue import find_benchmarks
 from hafrm.evaluation.benchmarks.loading import Loaded, folder_of, load_benchmark
 from hafrm.evaluation.benchmarks.run import group_by_prompt
 from hafrm.evaluation.benchmarks.scores import score_benchmark
-from hafrm.evaluation.seeds import over_seeds
-from hafrm.evaluation.statistics import Estimate
+from hafrm.preferences import Group
+from hafrm.statistics import Estimate, over_seeds
 
 RowScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, row), an array for each seed."""

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import atomic_write
-from hafrm.data.encoding import EncodedGroup, Encoder
+from hafrm.data.encoding import Encoder
 from hafrm.data.encoding_cache import encode_cached
-from hafrm.data.groups import Group
 from hafrm.errors import NumericsError
 from hafrm.evaluation.evaluate import read_comparisons
 from hafrm.evaluation.study.benchmarks import Placed, place_benchmarks
 from hafrm.evaluation.study.plan import Cell
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.training import parallel
 from hafrm.training.budget import with_token_budget
@@ -73,7 +73,7 @@ class TestSets:
 
     groups: list[Group]
     """Those with comparisons, then the candidates of benchmarks."""
-    encoded: list[EncodedGroup]
+    encoded: list[TokenizedGroup]
     benchmarks: tuple[Placed, ...] = ()
 
 
@@ -189,7 +189,7 @@ class CellRunner:
 
 
 def _heads(
-    job: Job, groups: Sequence[EncodedGroup], references: NDArray[np.float32] | None
+    job: Job, groups: Sequence[TokenizedGroup], references: NDArray[np.float32] | None
 ) -> HeadScores:
     return score_heads(
         job.model,

@@ -18,18 +18,17 @@ from typing import Any
 
 from hafrm.atomic import atomic_write
 from hafrm.config import dump_recipe, load_recipe
-from hafrm.crew import Crew
 from hafrm.errors import CheckpointError, NumericsError
 from hafrm.evaluation.metrics import ScoredComparisons, pairwise_accuracy, plain
-from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study.benchmarks import BenchmarkCell, benchmark_cells
 from hafrm.evaluation.study.cell import CellResult, CellRunner, Setting, read_result, read_test_sets
 from hafrm.evaluation.study.outcomes import outcomes_of, pick_longer, row_scores
 from hafrm.evaluation.study.plan import Cell, StudyPlan
 from hafrm.evaluation.study.summary import Summary, summarise
-from hafrm.intervals import in_words
+from hafrm.process_pool import ProcessPool
 from hafrm.recipe import Recipe
 from hafrm.scoring.forward import first_responses
+from hafrm.statistics import Estimate, in_words
 
 log = logging.getLogger("hafrm")
 
@@ -109,22 +108,22 @@ def compare_methods(
     _open(out, plan.recipe)
     setting = Setting(plan.recipe, out, tuple(benchmarks), benchmark_data, keep_models)
     sets = read_test_sets(setting)  # what is wrong there should be known before hours of training
-    with Crew(partial(CellRunner, setting), processes) as crew:
+    with ProcessPool(partial(CellRunner, setting), processes) as pool:
         tuning = plan.tuning_cells()
         total = len(tuning) + len(set(plan.cells(_first_rates(plan))) - set(tuning))
         progress = _Progress(total, processes)
-        crew.run(tuning, progress)
+        pool.run(tuning, progress)
         for _ in range(plan.widenings):
             wider = _beyond(plan, tuning, out)
             progress.total += len(wider)
-            crew.run(wider, progress)
+            pool.run(wider, progress)
             tuning += wider
         tunings = _choices(plan, tuning, out)
         rates = {each.method: each.chosen for each in tunings}
         for each in tunings:
             log.info("learning rate of %s: %.3g", each.method, each.chosen)
         cells = plan.cells(rates)
-        crew.run([cell for cell in cells if cell not in tuning], progress)
+        pool.run([cell for cell in cells if cell not in tuning], progress)
     _refuse_diverged(cells, out)
     results = [read_result(cell.folder(out)) for cell in {*tuning, *cells}]
     scores = row_scores(plan, rates, sets, out)

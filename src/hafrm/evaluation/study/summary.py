@@ -13,17 +13,19 @@ import numpy as np
 
 from hafrm.evaluation.compare import compare_correct
 from hafrm.evaluation.metrics import calibration, plain
-from hafrm.evaluation.seeds import Difference, seeded_difference, seeded_mean
-from hafrm.evaluation.statistics import (
+from hafrm.evaluation.study.outcomes import Outcome, Outcomes, stacked
+from hafrm.evaluation.study.plan import MIXED
+from hafrm.statistics import (
+    Difference,
     Estimate,
     accuracy_interval,
     cluster_p_value,
     clustered_bootstrap,
     holm,
     paired_bootstrap,
+    seeded_difference,
+    seeded_mean,
 )
-from hafrm.evaluation.study.outcomes import Outcome, Outcomes, stacked
-from hafrm.evaluation.study.plan import MIXED
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 
 from hafrm import atomic, runs
+from hafrm.atomic import atomic_directory, atomic_write, check_manifest, fingerprint, write_manifest
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
-from hafrm.runs import (
-    RunFolder,
-    atomic_directory,
-    atomic_write,
-    check_manifest,
-    fingerprint,
-    read_metrics,
-    write_manifest,
-)
+from hafrm.run_folder import RunFolder, read_json_lines
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
@@ -179,7 +172,7 @@ def test_every_file_and_directory_is_synced_before_the_rename(
 
 KILLED_WHILE_SAVING = """
 import sys, pathlib
-from hafrm.runs import RunFolder, atomic_directory, write_manifest
+from hafrm.run_folder import RunFolder, atomic_directory, write_manifest
 run = RunFolder.open(sys.argv[1])
 with run.lock():
     print("ready", flush=True)
@@ -215,7 +208,7 @@ def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
     with run.lock():
         assert all(re.fullmatch(r"step-\d+", name) for name in names(run.checkpoints_path))
         run.truncate_after(step)
-        logged = [record["step"] for record in read_metrics(run.metrics_path)]
+        logged = [record["step"] for record in read_json_lines(run.metrics_path)]
         # the metrics of a step are written after its checkpoint, so the last may be missing
         assert logged in (list(range(2, step + 1)), list(range(2, step)))
         save(run, step + 1)
@@ -298,7 +291,7 @@ def test_a_new_run_folder_holds_its_recipe_and_can_be_opened(tmp_path: Path):
     assert RunFolder.open(str(run.path)).recipe_text() == "seed: 0\n"
     assert run.checkpoints() == []
     assert run.latest_checkpoint() is None
-    assert read_metrics(run.metrics_path) == []
+    assert read_json_lines(run.metrics_path) == []
 
 
 def test_a_folder_that_holds_something_is_never_overwritten_unasked(tmp_path: Path):
@@ -359,7 +352,7 @@ def test_opening_what_is_no_run_folder_says_what_would_be_one(tmp_path: Path):
 
 HOLDS_THE_LOCK = """
 import sys
-from hafrm.runs import RunFolder
+from hafrm.run_folder import RunFolder
 with RunFolder.open(sys.argv[1]).lock():
     print("locked", flush=True)
     sys.stdin.readline()
@@ -424,7 +417,7 @@ def test_metrics_are_read_back_as_they_were_written(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     run.append_metrics({"step": 1, "kind": "train", "loss": 0.5})
     run.append_metrics({"step": 2, "kind": "validation", "by_source": {"\u00e9": [1, 2.5]}})
-    assert read_metrics(run.metrics_path) == [
+    assert read_json_lines(run.metrics_path) == [
         {"step": 1, "kind": "train", "loss": 0.5},
         {"step": 2, "kind": "validation", "by_source": {"\u00e9": [1, 2.5]}},
     ]
@@ -435,20 +428,20 @@ def test_numbers_that_json_lacks_become_null_and_those_of_numpy_plain(tmp_path: 
     run.append_metrics(
         {"step": 1, "a": math.nan, "b": [math.inf, np.float32(0.5)], "c": np.int64(3)}
     )
-    assert read_metrics(run.metrics_path) == [{"step": 1, "a": None, "b": [None, 0.5], "c": 3}]
+    assert read_json_lines(run.metrics_path) == [{"step": 1, "a": None, "b": [None, 0.5], "c": 3}]
 
 
 def test_a_line_is_with_the_system_when_the_call_returns(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     code = (
         "import sys, os, signal\n"
-        "from hafrm.runs import RunFolder\n"
+        "from hafrm.run_folder import RunFolder\n"
         "RunFolder.open(sys.argv[1]).append_metrics({'step': 1, 'loss': 2.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     process = python(code, str(run.path))
     kill(process)
-    assert read_metrics(run.metrics_path) == [{"step": 1, "loss": 2.0}]
+    assert read_json_lines(run.metrics_path) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize("cut", range(1, 22))
@@ -462,10 +455,10 @@ def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
     whole = run.metrics_path.read_bytes()
     assert len(whole) == 44
     run.metrics_path.write_bytes(whole[: 22 + cut])
-    assert read_metrics(run.metrics_path) == [{"step": 1, "x": 2.5}]
+    assert read_json_lines(run.metrics_path) == [{"step": 1, "x": 2.5}]
     with run.lock():
         run.append_metrics({"step": 2, "x": 3.5})
-    assert read_metrics(run.metrics_path) == [{"step": 1, "x": 2.5}, {"step": 2, "x": 3.5}]
+    assert read_json_lines(run.metrics_path) == [{"step": 1, "x": 2.5}, {"step": 2, "x": 3.5}]
 
 
 def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_rest(tmp_path: Path):
@@ -485,7 +478,7 @@ def test_a_damaged_line_in_the_middle_is_told_by_its_number(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     run.metrics_path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object"):
-        read_metrics(run.metrics_path)
+        read_json_lines(run.metrics_path)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The nouns of preference data: messages, comparisons and groups.
+"""The nouns of preference data: messages, comparisons, groups of text and groups of token ids.
 
 A group is a prompt, its distinct responses and the comparisons among them; a preference pair is
-the smallest group. Everything downstream (packing, training, scoring, evaluation) speaks of groups.
-Nothing here reads a file or knows a tokenizer.
+the smallest group. Packing, training, scoring and evaluation all work on groups. Nothing here reads a
+file or knows a tokenizer.
 """
 
 import hashlib
@@ -10,6 +10,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Message(NamedTuple):
@@ -20,7 +23,7 @@ class Message(NamedTuple):
 
 
 class Votes(NamedTuple):
-    """How many judges preferred each side, and how many called it a tie."""
+    """How many annotators preferred each side, and how many called it a tie."""
 
     chosen: int
     rejected: int
@@ -54,6 +57,24 @@ class Group:
     """Where it came from (a file's stem or a data set's name); evaluation slices by it."""
     tags: dict[str, str] = field(default_factory=dict)
     """Further slices, such as subset or split, as the source named them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedGroup:
+    """A group as token ids; prompt_ids + response_ids[k] is the k-th conversation."""
+
+    prompt_ids: NDArray[np.int32]
+    response_ids: tuple[NDArray[np.int32], ...]
+    """Each ends in the EOS that the reward is read at."""
+    comparisons: tuple[Comparison, ...] = ()
+    id: str = ""
+    source: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in a packed sequence: the prompt once and every response."""
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:

@@ -2,15 +2,14 @@
 
     recipe.yaml  provenance.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/
 
-Whatever carries its final name is complete (see `hafrm.atomic`, whose functions are offered here
-too). One process at a time writes into a folder; the kernel drops its lock when it dies, however it
-dies. Only text and JSON are read here, never a pickle; torch is never imported.
+A file or folder under its final name is complete (see `hafrm.atomic`). One process at a time writes
+into a folder; the kernel drops its lock when it dies, however it dies. Only text and JSON are read here,
+never a pickle; torch is never imported.
 """
 
 import contextlib
 import json
 import logging
-import math
 import re
 import shutil
 import sys
@@ -20,35 +19,23 @@ from typing import Any, Literal
 
 from hafrm.atomic import (
     LOCK,
-    atomic_directory,
     atomic_write,
     check_manifest,
     clear_leftovers,
-    fingerprint,
     is_leftover,
     lock_directory,
     remove_directory,
-    write_manifest,
 )
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
-
-__all__ = [
-    "RunFolder",
-    "atomic_directory",
-    "atomic_write",
-    "check_manifest",
-    "fingerprint",
-    "read_metrics",
-    "write_manifest",
-]
+from hafrm.results import to_plain
 
 log = logging.getLogger("hafrm")
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, oldest first; a last line cut by a kill is left out.
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, oldest first; a last line cut by a kill is left out.
 
     Raises CheckpointError naming the line when any other line is no JSON object.
     """
@@ -71,19 +58,9 @@ def _metric_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     assert isinstance(record["step"], int), "a resume drops records by their step"
-    line = json.dumps(_plain(record), allow_nan=False) + "\n"
+    line = json.dumps(to_plain(record), allow_nan=False) + "\n"
     with path.open("ab") as file:
         file.write(line.encode("utf-8"))
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: numbers of numpy and torch unpacked, nan and infinities as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunFolder:
@@ -185,7 +162,7 @@ class RunFolder:
         """
         path = self.provenance_path
         sessions = json.loads(path.read_bytes())["sessions"] if path.exists() else []
-        known = {"seed": seed, "data": dict(data), **_plain(details or {})}
+        known = {"seed": seed, "data": dict(data), **to_plain(details or {})}
         sessions.append(describe_process() | known)
         atomic_write(path, json.dumps({"sessions": sessions}, indent=1) + "\n")
 

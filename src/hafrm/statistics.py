@@ -1,38 +1,45 @@
-"""How sure a number is: intervals and paired tests for accuracies and means.
+"""How sure a number is: `Estimate` with its interval, and paired tests for accuracies and means.
 
 Comparisons of one prompt are not independent, so intervals resample *prompts* (clusters), and models are
-compared on the same comparisons. Arrays in, small frozen results out; every random draw is seeded, so
-that the same numbers give the same interval. Knows nothing of models, data or files.
+compared on the same comparisons. With several seeds two things vary, the prompts and the seed of
+training; a difference smaller than that between two seeds of one method is no result. Arrays in, small
+frozen results out; every random draw is seeded. Knows nothing of models, data or files.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 from numpy.typing import NDArray
 from scipy import special
 
-from hafrm.intervals import wilson
+from hafrm.results import Real
 
 NUM_RESAMPLES = 2000
 """Enough for the 2.5 % and 97.5 % quantiles to move by less than a tenth of the interval's width."""
+
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % point of the normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A value with its confidence interval; NaN where there is nothing to estimate from."""
 
-    value: float
-    low: float
-    high: float
+    value: Real
+    low: Real
+    high: Real
     num: int
     """Items behind the value (not clusters)."""
     method: str
     """How the interval was made, such as wilson or cluster-bootstrap."""
     confidence: float = 0.95
     proportion: bool = True
-    """Whether the value is a share (or a difference of shares), and so printed in per cent."""
+    """Whether the value is a fraction (or a difference of fractions), and so printed in per cent."""
 
     def __str__(self) -> str:
         """The value and its bounds, such as "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
@@ -57,7 +64,7 @@ class McNemar:
 
 
 def wilson_interval(num_correct: int, num: int, *, confidence: float = 0.95) -> Estimate:
-    """Share num_correct / num of independent items with Wilson's score interval.
+    """Fraction num_correct / num of independent items with Wilson's score interval.
 
     For num = 0 the value is NaN and the interval is all of [0, 1].
     """
@@ -65,9 +72,9 @@ def wilson_interval(num_correct: int, num: int, *, confidence: float = 0.95) -> 
         raise ValueError(f"num_correct must lie in 0..num, got {num_correct} of {num}")
     if num == 0:
         return Estimate(math.nan, 0.0, 1.0, 0, "wilson", confidence)
-    share = num_correct / num
-    low, high = wilson(share, num, normal_point(confidence))
-    return Estimate(share, low, high, num, "wilson", confidence)
+    fraction = num_correct / num
+    low, high = wilson(fraction, num, normal_point(confidence))
+    return Estimate(fraction, low, high, num, "wilson", confidence)
 
 
 def normal_point(confidence: float) -> float:
@@ -82,7 +89,7 @@ def accuracy_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Share of correct items, with the interval that suits how they are clustered.
+    """Fraction of correct items, with the interval that suits how they are clustered.
 
     Wilson's where every cluster is one item (or none are given), else the bootstrap over clusters. Where
     all items agree, resampling would give a width of zero: then Wilson's over clusters, each one trial.
@@ -256,3 +263,145 @@ def _resampled_means(
         picked = draw.integers(0, len(sums), (min(block, num_resamples - start), len(sums)))
         means.append(sums[picked].sum(1) / sizes[picked].sum(1))
     return np.concatenate(means)
+
+
+def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, float]:
+    """(low, high) of a fraction observed in `num` independent trials (Wilson 1927); [0, 1] for none.
+
+    Unlike p +- z * se it stays inside [0, 1] and has a width at 0 and at 1. `num` need not be whole:
+    trials that go together count as fewer.
+    """
+    if num <= 0:
+        return 0.0, 1.0
+    # Centre and half-width of the score interval.
+    shrink = 1 + z**2 / num
+    centre = (fraction + z**2 / (2 * num)) / shrink
+    half = z * math.sqrt(fraction * (1 - fraction) / num + z**2 / (4 * num**2)) / shrink
+    # The two exact ends, which rounding would miss by 1e-17.
+    return (0.0 if fraction == 0 else centre - half), (1.0 if fraction == 1 else centre + half)
+
+
+def with_bounds(name: str, fraction: float, num: int | float) -> dict[str, float]:
+    """A fraction as it is logged: `name`, and its 95 % interval as `name`_low and `name`_high."""
+    low, high = wilson(fraction, num)
+    return {name: fraction, f"{name}_low": low, f"{name}_high": high}
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """Logged values as one line, an interval behind its fraction: "loss 0.5  accuracy 0.8 [0.7, 0.87]"."""
+    parts = []
+    for name, value in values.items():
+        if name.removesuffix("_low") in values and name.endswith("_low"):
+            continue
+        if name.removesuffix("_high") in values and name.endswith("_high"):
+            continue
+        low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+        bounds = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+        parts.append(f"{name} {value:.4g}{bounds}")
+    return "  ".join(parts)
+
+
+SEEDS_METHOD = "t over prompts and seeds"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A difference of two means, and how surprising it is if there is none."""
+
+    estimate: Estimate
+    p_value: float
+    """Two-sided."""
+
+
+def seeded_mean(
+    values: Shaped[np.ndarray, "seeds items"],
+    clusters: Shaped[np.ndarray, " items"] | None = None,
+    *,
+    confidence: float = 0.95,
+    proportion: bool = True,
+) -> Estimate:
+    """The mean over seeds and items, with an interval for another seed on other prompts.
+
+    `proportion`: the values are 0 or 1, so the interval ends there. Raises ValueError for fewer than two
+    seeds, which say nothing about a third.
+    """
+    mean, variance, degrees = _moments([values], [1.0], clusters)
+    half = _t_point(confidence, degrees) * math.sqrt(variance)
+    low, high = mean - half, mean + half
+    if proportion:
+        low, high = max(0.0, low), min(1.0, high)
+    return Estimate(mean, low, high, values.shape[1], SEEDS_METHOD, confidence, proportion)
+
+
+def seeded_difference(
+    first: Shaped[np.ndarray, "first_seeds items"],
+    second: Shaped[np.ndarray, "second_seeds items"],
+    clusters: Shaped[np.ndarray, " items"] | None = None,
+    *,
+    confidence: float = 0.95,
+    proportion: bool = True,
+) -> Difference:
+    """mean(first) - mean(second) on the same items; the seeds of the two sides are not paired.
+
+    `proportion`: of shares, and so printed in per cent. Raises ValueError for fewer than two seeds on
+    either side.
+    """
+    mean, variance, degrees = _moments([first, second], [1.0, -1.0], clusters)
+    error = math.sqrt(variance)
+    half = _t_point(confidence, degrees) * error
+    ends = mean - half, mean + half
+    estimate = Estimate(mean, *ends, first.shape[1], SEEDS_METHOD, confidence, proportion)
+    if error == 0:
+        return Difference(estimate, 1.0 if mean == 0 else 0.0)
+    return Difference(estimate, float(2 * special.stdtr(degrees, -abs(mean) / error)))
+
+
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of one number over seeds, each with its interval over the same items.
+
+    For numbers that are no plain means, such as a benchmark's score: how far the items leave the number
+    open is taken as the mean over seeds, how far the seeds do from their spread (Student's t), and the two
+    are added in squares. One estimate is its own.
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    values = np.array([e.value for e in estimates])
+    some, mean = estimates[0], float(values.mean())
+    point = _t_point(some.confidence, float(len(values) - 1))
+    spread = point * float(values.std(ddof=1)) / math.sqrt(len(values))
+    low = mean - math.hypot(float(np.mean([e.value - e.low for e in estimates])), spread)
+    high = mean + math.hypot(float(np.mean([e.high - e.value for e in estimates])), spread)
+    if some.proportion:
+        low, high = max(0.0, low), min(1.0, high)
+    return Estimate(mean, low, high, some.num, SEEDS_METHOD, some.confidence, some.proportion)
+
+
+def _moments(
+    sides: list[Any], signs: list[float], clusters: Shaped[np.ndarray, " items"] | None
+) -> tuple[float, float, float]:
+    """The signed sum of the sides' means, its variance, and its degrees of freedom.
+
+    Variance over prompts (by cluster) of the items' means over seeds, plus that over each side's seeds
+    of the seeds' means. What seed and prompt do together is in both, so it errs on the wide side. The
+    degrees of freedom are Welch's and Satterthwaite's.
+    """
+    if any(len(side) < 2 for side in sides):
+        raise ValueError("an interval over seeds needs at least two seeds on each side")
+    values = [np.asarray(side, np.float64) for side in sides]
+    signed = list(zip(signs, values, strict=True))
+    items = np.sum([sign * side.mean(0) for sign, side in signed], axis=0)
+    num_clusters = len(items) if clusters is None else len(np.unique(clusters))
+    parts = [(cluster_standard_error(items, clusters) ** 2, num_clusters - 1)]
+    if num_clusters > 1:  # from n to n - 1 in the denominator
+        parts[0] = (parts[0][0] * num_clusters / (num_clusters - 1), num_clusters - 1)
+    parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in values]
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / free for part, free in parts if part)
+    return float(items.mean()), variance, variance**2 / spread if spread else math.inf
+
+
+def _t_point(confidence: float, degrees: float) -> float:
+    """The two-sided point of Student's t."""
+    if math.isinf(degrees):
+        return float(special.ndtri((1 + confidence) / 2))
+    return float(special.stdtrit(degrees, (1 + confidence) / 2))

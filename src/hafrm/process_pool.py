@@ -1,0 +1,138 @@
+"""`ProcessPool`: tasks on several processes of one machine, such as the runs of a comparison.
+
+A process has a GPU of its own where there are several; on a CPU the processes share its cores: two small
+models with one core each train faster than one with two.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from hafrm.errors import CheckpointError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def default_num_processes() -> int:
+    """One for each GPU; one where there is none."""
+    return max(1, torch.cuda.device_count())
+
+
+class ProcessPool(Generic[Task, Result]):
+    """Processes that run tasks; leaving the `with` block ends them, whatever they are doing.
+
+    `make_worker` runs once in each process and returns the function that runs a task; it, tasks and results
+    must be picklable. With `num_processes` 1 everything runs in this process.
+    """
+
+    def __init__(
+        self, make_worker: Callable[[], Callable[[Task], Result]], num_processes: int
+    ) -> None:
+        self._make_worker, self._num = make_worker, num_processes
+        self._here: Callable[[Task], Result] | None = None
+        self._executor: ProcessPoolExecutor | None = None
+        # spawn: a forked child inherits locks that threads of torch or tokenizers hold
+        self._context = multiprocessing.get_context("spawn")
+        # workers hold the other end: they end when this one closes, also by this process being killed
+        self._lifeline: Connection | None = None
+
+    def __enter__(self) -> "ProcessPool[Task, Result]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None and self._lifeline is not None:
+            self._lifeline.close()
+            self._executor.shutdown(cancel_futures=True)
+
+    def run(self, tasks: Sequence[Task], on_done: Callable[[Task, Result], None]) -> None:
+        """Run all tasks; `on_done` is called in this process as each one ends.
+
+        Raises the first error of a task, and CheckpointError for a process that was killed.
+        """
+        if self._num <= 1:
+            self._here = self._here or self._make_worker()
+            for task in tasks:
+                on_done(task, self._here(task))
+            return
+        executor = self._executor or self._start()
+        futures: dict[Future[Any], Task] = {
+            executor.submit(_run_task, task): task for task in tasks
+        }
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                raise CheckpointError(
+                    "a worker process died (memory may have run out): run the same command again to "
+                    "resume, with fewer --processes if memory is short"
+                ) from None
+            on_done(futures[future], result)
+
+    def _start(self) -> ProcessPoolExecutor:
+        ranks: Queue[int] = self._context.Queue()
+        for rank in range(self._num):
+            ranks.put(rank)
+        lifeline, self._lifeline = self._context.Pipe(duplex=False)
+        threads = max(1, torch.get_num_threads() // self._num)
+        self._executor = ProcessPoolExecutor(
+            self._num,
+            mp_context=self._context,
+            initializer=_start_worker,
+            initargs=(self._make_worker, ranks, threads, lifeline),
+        )
+        return self._executor
+
+
+class _Worker:
+    """What a worker process keeps between tasks."""
+
+    make: Callable[[], Callable[[Any], Any]]
+    function: Callable[[Any], Any] | None = None
+
+
+def _start_worker(
+    make_worker: Callable[[], Callable[[Any], Any]],
+    ranks: "Queue[int]",
+    threads: int,
+    lifeline: Connection,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its workers
+    torch.set_num_threads(threads)
+    logging.getLogger("hafrm").setLevel(logging.WARNING)
+    _take_gpu(ranks.get())
+    threading.Thread(target=_die_with_pool, args=(lifeline,), daemon=True).start()
+    _Worker.make = make_worker
+
+
+def _run_task(task: Any) -> Any:
+    # made at the first task, not in the initializer: an error there would only break the pool
+    if _Worker.function is None:
+        _Worker.function = _Worker.make()
+    return _Worker.function(task)
+
+
+def _take_gpu(rank: int) -> None:
+    """Leave one of several GPUs visible, which every library that a task uses then takes."""
+    num = torch.cuda.device_count()
+    if num > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank % num]
+
+
+def _die_with_pool(lifeline: Connection) -> None:
+    """End this process when the pool ends or its parent is killed, so that its work can run again."""
+    with contextlib.suppress(EOFError):
+        lifeline.recv()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,55 @@
+"""Progress of long work: the one callback that reports it, and the line on a terminal that shows it.
+
+Library code calls `OnProgress`; only the command line shows anything. rich is loaded when it is used.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("hafrm")
+
+OnProgress = Callable[[int, int], None]
+"""Called as on_progress(done, total), both counted from the start; a total of 0 is not known."""
+
+LOG_SECONDS = 30.0
+"""Between two lines of progress in a log."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """The callback that shows nothing."""
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[OnProgress]:
+    """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left".
+
+    On a terminal the line is rewritten; elsewhere it is logged, at most every LOG_SECONDS.
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    start = last = time.monotonic()
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(what) as status:
+            yield lambda done, total: status.update(_line(what, done, total, start))
+        return
+
+    def log_line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            log.info("%s", _line(what, done, total, start))
+
+    yield log_line
+
+
+def _line(what: str, done: int, total: int, start: float) -> str:
+    rate = done / max(time.monotonic() - start, 1e-9)
+    if not total:
+        return f"{what}: {done:,}, {rate:,.1f}/s"
+    minutes, seconds = divmod(round((total - done) / rate) if rate else 0, 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f", {hours}:{minutes:02d}:{seconds:02d} left" if rate else ""
+    return f"{what}: {done:,} of {total:,}, {rate:,.1f}/s{left}"

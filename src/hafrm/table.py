@@ -1,0 +1,75 @@
+"""`Table`: what every result is shown as, on the terminal, on the report page and in model cards.
+
+A result has `tables()`, which returns these; `hafrm.report` renders them. How a number or an interval is
+written is decided here and nowhere else. Nothing here computes, prints or knows a renderer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from hafrm.statistics import Estimate
+
+Cell = str | int | float | Estimate | None
+Kind = Literal["text", "count", "percent", "points", "decimal", "p", "general"]
+"""How the plain numbers of a column are written; an Estimate knows by itself whether it is a fraction."""
+
+
+_WRITE: dict[Kind, Callable[[int | float], str]] = {
+    "text": str,
+    "count": str,
+    "percent": lambda x: f"{100 * x:.1f} %",
+    "points": lambda x: f"{100 * x:+.1f}",
+    "decimal": lambda x: f"{x:.3f}",
+    "p": lambda x: f"{x:.3g}",
+    "general": lambda x: f"{x:.4g}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its heading, and how its numbers are written."""
+
+    name: str
+    kind: Kind = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under columns, with a title above and notes below."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+    """Sentences a reader needs beside the numbers."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table {self.title!r}: a row has {len(row)} cells, there are "
+                    f"{len(self.columns)} columns"
+                )
+
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """Every cell as text, row by row."""
+        return tuple(
+            tuple(
+                format_cell(cell, column.kind)
+                for cell, column in zip(row, self.columns, strict=True)
+            )
+            for row in self.rows
+        )
+
+
+def format_cell(cell: Cell, kind: Kind = "text") -> str:
+    """A cell as text: "" for None, "n/a" for NaN, an Estimate with its interval."""
+    if cell is None:
+        return ""
+    if isinstance(cell, str | Estimate):
+        return str(cell)
+    if math.isnan(cell):
+        return "n/a"
+    return _WRITE[kind](cell)
