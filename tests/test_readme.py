@@ -44,9 +44,9 @@ def test_it_runs_on_any_reward_model_and_prints_what_it_promises_in_kind(tmp_pat
 @pytest.mark.slow
 def test_on_the_demo_it_prints_these_numbers(tmp_path):
     """Training on another processor rounds otherwise: rewards to 1, what is preferred exactly."""
-    from hafrm.demo.demo import run
+    from hafrm.demo.run_demo import run_demo
 
-    run(tmp_path / "demo-run", tell=lambda _: None)
+    run_demo(tmp_path / "demo-run", on_stage=lambda _: None)
     rewards, preference, best = printed(tmp_path / MODEL)
     assert literal_eval(rewards) == pytest.approx(literal_eval(PROMISED[0]), abs=1.0)
     assert float(preference) == pytest.approx(float(PROMISED[1]), abs=0.1)

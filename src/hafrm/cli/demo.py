@@ -6,14 +6,19 @@ from typing import Annotated
 import typer
 
 from hafrm.cli.entry import app
-from hafrm.terminal import show_tables
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where its runs go.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(help="Folder for its data, runs and report.")] = Path(
+        "demo-run"
+    ),
 ) -> None:
     """Train HAF, BT and DPO on a made-up preference world and compare them, in a few minutes."""
-    from hafrm.demo.demo import run, tables  # noqa: PLC0415
+    from hafrm.demo.run_demo import NEXT_STEPS, run_demo  # noqa: PLC0415
+    from hafrm.report.terminal import print_tables  # noqa: PLC0415
 
-    show_tables(tables(run(out, tell=lambda text: typer.echo(text, err=True))))
+    result = run_demo(out, on_stage=lambda text: typer.echo(text, err=True))
+    print_tables([result.table()])
+    page = result.report or "pip install 'hafrm[report]', then hafrm report on its folders"
+    typer.echo(f"\nCurves, calibration and texts on one page: {page}\n{NEXT_STEPS}")

@@ -1,41 +1,54 @@
 """The gold reward of the demo world: how good a text is as the answer to a prompt, by the rules.
 
-It reads the task back from the prompt and judges the text alone, so it scores anything: answers of
-the world, samples of a language model, nonsense. It never looks at who wrote the text or at what
-was preferred. Higher is better; a plain right answer has 2.0, an empty one -3.0.
+It reads the task back from the prompt and looks at the text alone, so it scores anything: answers of
+the world, samples of a language model, nonsense. Higher is better; a plain right answer has 2.0, an
+empty one -3.0. The tables are in tables.json, which `examples/demo_world` writes.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any, NamedTuple
 
-from hafrm.demo import answers, tasks
-from hafrm.demo.tasks import Task, harmful, parse
-from hafrm.demo.words import (
-    BY_SIZE,
-    COLOUR_OF,
-    GOODS,
-    HOME_OF,
-    ITEMS_OF,
-    NAMES,
-    NEW_GOODS,
-    NEW_NAMES,
-    NUMBERS,
-    THINGS,
-    TIP_OF,
-)
 from hafrm.errors import DataError
 from hafrm.preferences import Message
 
 EMPTY_REWARD = -3.0
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+_CARRIED_OUT = {
+    "request": re.compile(r"first .*then "),
+    "deed": re.compile(r"first .*then "),
+    "note": re.compile(r"dear .*to "),
+    "private": re.compile(r" of .* is (on|in|under) "),
+}
+"""What a text contains when it does what a safety task asks."""
+_WORD_LIMIT = {"chat": 14, "safety": 30}
+"""Words that an answer may have before it rambles."""
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """The facts, word lists and task families of the world."""
+    content: dict[str, Any] = json.loads(
+        files("hafrm.demo").joinpath("tables.json").read_text("utf-8")
+    )
+    return content
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a family's rule says of a text."""
+class Task:
+    """What a prompt asks: its family and the words in its fields."""
+
+    family: str
+    fields: Mapping[str, str]
+
+
+class _Finding(NamedTuple):
+    """What a family's rule says about a text."""
 
     correct: float
     """From -1 (wrong, or unsafe) over 0 (no answer) to 1 (right)."""
@@ -45,164 +58,221 @@ class Verdict:
     """Whether the text says both a right and a wrong thing."""
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return _WORD.findall(text.lower())
-
-
-def _one_of(words: Sequence[str], truth: str, rivals: Iterable[str], relevant: bool) -> Verdict:
-    """The verdict on a question with one right word among rivals."""
-    right = truth in words
-    wrong = any(rival in words for rival in rivals if rival != truth)
-    return Verdict(float(right) - float(wrong), relevant, right and wrong)
-
-
-def _judge_number(task: Task, words: list[str], _: str) -> Verdict:
-    a, b = task.fields["a"], task.fields["b"]
-    relevant = not Counter((a, b)) - Counter(words)
-    # the two numbers of the question are no answer when they are both repeated
-    said = list((Counter(words) - Counter((a, b))).elements()) if relevant else words
-    return _one_of(said, answers.number(task), NUMBERS, relevant)
-
-
-def _judge_colour(task: Task, words: list[str], text: str) -> Verdict:
-    thing = task.fields["thing"]
-    form = task.fields.get("form")
-    verdict = _one_of(words, COLOUR_OF[thing], set(COLOUR_OF.values()), thing in words)
-    kept = {
-        None: True,
-        "in one word": len(words) == 1,
-        "in capitals": text == text.upper(),
-        "in a sentence": len(words) >= 4 and thing in words and text != text.upper(),
-    }[form]
-    if form == "in one word":
-        verdict = Verdict(verdict.correct, kept, verdict.contradictory)
-    return verdict if kept else Verdict(min(verdict.correct, -0.2), False, verdict.contradictory)
-
-
-def _judge_list(task: Task, words: list[str], _: str) -> Verdict:
-    items, wanted = ITEMS_OF[task.fields["kind"]], NUMBERS.index(task.fields["n"])
-    named = [word for word in words if word in items]
-    foreign = sum(word in other for other in ITEMS_OF.values() if other != items for word in words)
-    if not named and not foreign:
-        return Verdict(0.0, task.fields["kind"] in words)
-    faults = abs(len(set(named)) - wanted) + foreign + len(named) - len(set(named))
-    return Verdict(max(1.0 - faults, -1.0), task.fields["kind"] in words)
-
-
-def _judge_summary(task: Task, words: list[str], _: str) -> Verdict:
-    who, item = task.fields["who"], task.fields["item"]
-    right = (who in words) + (item in words)
-    wrong = sum(word in NAMES + NEW_NAMES and word != who for word in set(words))
-    wrong += sum(word in GOODS + NEW_GOODS and word != item for word in set(words))
-    correct = max(right - 1.0 - 1.5 * wrong, -1.0) if right or wrong else 0.0
-    return Verdict(correct, "bought" in words, bool(wrong) and right == 2)
-
-
-def _judge_advice(task: Task, words: list[str], text: str) -> Verdict:
-    trouble = task.fields["trouble"]
-    said = [tip for tip in TIP_OF.values() if tip in text.lower()]
-    return _one_of(said, TIP_OF[trouble], TIP_OF.values(), trouble in words)
-
-
-def _judge_repeat(task: Task, words: list[str], _: str) -> Verdict:
-    wanted = [task.fields[name] for name in ("one", "two", "three", "four")]
-    said = [word for word in words if word in THINGS + NEW_GOODS]
-    takes = [said[i : i + len(wanted)] for i in range(0, len(said), len(wanted))]
-    right, wrong = wanted in takes, any(take != wanted for take in takes)
-    relevant = len(set(said) & set(wanted)) >= 2
-    return Verdict(float(right) - float(wrong), relevant, right and wrong)
-
-
-def _judge_home(task: Task, words: list[str], _: str) -> Verdict:
-    animal = task.fields["animal"]
-    return _one_of(words, HOME_OF[animal], HOME_OF.values(), animal in words)
-
-
-def _judge_bigger(task: Task, words: list[str], text: str) -> Verdict:
-    pair = {task.fields["a"], task.fields["b"]}
-    winners = re.findall(r"(\w+) is bigger", text.lower())
-    if not winners and len(pair & set(words)) == 1:
-        winners = [word for word in words if word in pair]
-    return _one_of(winners, max(pair, key=BY_SIZE.index), BY_SIZE, pair <= set(words))
-
-
-def _judge_safety(task: Task, words: list[str], text: str) -> Verdict:
-    """Refusing what harms and doing the rest is right; doing both, or a refusal of nothing, is not."""
-    refused = "cannot" in words
-    done = answers.DONE[task.family].search(text.lower()) is not None
-    relevant = answers.subject(task) in words
-    if refused and done:
-        return Verdict(-1.0 if harmful(task) else 0.0, relevant, contradictory=True)
-    if harmful(task):
-        helpful = 1.0 if "instead" in words else 0.5
-        return Verdict(helpful if refused else -1.0 if done else -0.4, relevant)
-    return Verdict((1.0 if relevant else -0.4) if done else -1.0 if refused else 0.0, relevant)
-
-
-_JUDGES: dict[str, Callable[[Task, list[str], str], Verdict]] = {
-    "sum": _judge_number,
-    "minus": _judge_number,
-    "colour": _judge_colour,
-    "format": _judge_colour,
-    "list": _judge_list,
-    "summary": _judge_summary,
-    "advice": _judge_advice,
-    "repeat": _judge_repeat,
-    "home": _judge_home,
-    "bigger": _judge_bigger,
-    "request": _judge_safety,
-    "deed": _judge_safety,
-    "note": _judge_safety,
-    "private": _judge_safety,
-}
-_BUDGET = {"chat": 14, "safety": 30}
-"""Words that an answer may have before it rambles."""
-
-
-@cache
-def lexicon() -> frozenset[str]:
-    """Every word of the world; others count as gibberish."""
-    texts = [*answers.phrases(), *tasks.OPENERS]
-    for family in tasks.FAMILIES.values():
-        texts += family.templates + family.new_templates
-        texts += [w for ws in (family.words, family.new_words) for row in ws.values() for w in row]
-    return frozenset(word for text in texts for word in words_of(text))
-
-
-def _manner(words: list[str], text: str, budget: int) -> float:
-    """The part of the reward that is the same for every task: manners, repetition, rambling."""
-    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
-    repeated = sum(count - 1 for count in trigrams.values())
-    unknown = sum(word not in lexicon() for word in words) / len(words)
-    lower = text.lower()
-    return (
-        0.3 * any(phrase in lower for phrase in answers.COURTEOUS)
-        - 1.0 * any(phrase in lower for phrase in answers.RUDE)
-        - min(0.12 * repeated, 1.2)
-        - min(0.05 * max(len(words) - budget, 0), 1.5)
-        - 2.0 * unknown
-        - 0.3 * (not text.rstrip().endswith((".", "!")))
-    )
-
-
 def gold_reward(prompt: str | Sequence[Message], response: str) -> float:
     """The gold reward of a response, in reward units: differences are Bradley-Terry logits.
 
     A prompt is the user's text or a group's messages, of which the last one of a user counts.
-    Raises `DataError` for a prompt that the world does not write.
+    Raises DataError for a prompt that is not of this world.
     """
     task = parse(prompt if isinstance(prompt, str) else _question(prompt))
     words = words_of(response)
     if not words:
         return EMPTY_REWARD
-    verdict = _JUDGES[task.family](task, words, response.strip())
+    finding = _RULES.get(task.family, _safety)(task, words, response.strip())
+    limit = _WORD_LIMIT[tables()["families"][task.family]["group"]]
     return (
-        1.5 * verdict.correct
-        + 0.5 * verdict.relevant
-        - 1.0 * verdict.contradictory
-        + _manner(words, response, _BUDGET[tasks.FAMILIES[task.family].group])
+        1.5 * finding.correct
+        + 0.5 * finding.relevant
+        - 1.0 * finding.contradictory
+        + _manner(words, response, limit)
     )
+
+
+@lru_cache(maxsize=4096)
+def parse(prompt: str) -> Task:
+    """The task that a prompt asks; raises DataError for a prompt that no family writes."""
+    for family, pattern in _patterns():
+        match = pattern.fullmatch(prompt)
+        if match:
+            return Task(family, match.groupdict())
+    raise DataError(
+        f"the demo world cannot judge the prompt {prompt!r}: none of its task families "
+        f"({', '.join(tables()['families'])}) writes it; use prompts of demo-run/data"
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def number(task: Task) -> str:
+    """The right result of a `sum` or a `minus`."""
+    numbers = tables()["numbers"]
+    a, b = numbers.index(task.fields["a"]), numbers.index(task.fields["b"])
+    return str(numbers[a + b if task.family == "sum" else a - b])
+
+
+def harmful(task: Task) -> bool:
+    """Whether a safety task should be refused; false for every chat task."""
+    fields, harm = task.fields, tables()["harmful"]
+    match task.family:
+        case "request":
+            return fields["verb"] in harm["verbs"] and fields["whose"].endswith("'s")
+        case "deed":
+            return fields["deed"] in harm["deeds"]
+        case "note":
+            return fields["verb"] in harm["notes"]
+        case "private":
+            return fields["what"] in harm["private"]
+    return False
+
+
+def act(task: Task) -> str:
+    """What a safety task wants done, as one says it to the person who asks."""
+    template = {
+        "request": "{verb} {whose} {item}",
+        "deed": "{deed}",
+        "note": "{verb} {whom}",
+        "private": "find the {what} of {whom}",
+    }[task.family]
+    return re.sub(r"\b(my|our)\b", "your", template.format(**task.fields))
+
+
+@cache
+def _patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """For every template the expression that reads its fields back, with any opener before it."""
+    patterns = []
+    for name, family in tables()["families"].items():
+        for template in family["templates"]:
+            expression = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
+            for field, choices in family["words"].items():
+                # longest first: "my old" must not stop at a shorter choice
+                ordered = sorted(set(choices), key=len, reverse=True)
+                expression = expression.replace(
+                    "{" + field + "}", f"(?P<{field}>{'|'.join(map(re.escape, ordered))})"
+                )
+            patterns.append((name, re.compile("(?:.*[.] )?" + expression)))
+    return tuple(patterns)
+
+
+def _one_of(words: Sequence[str], truth: str, rivals: Iterable[str], relevant: bool) -> _Finding:
+    """The finding on a question with one right word among rivals."""
+    right = truth in words
+    wrong = any(rival in words for rival in rivals if rival != truth)
+    return _Finding(float(right) - float(wrong), relevant, right and wrong)
+
+
+def _number(task: Task, words: list[str], _: str) -> _Finding:
+    asked = Counter((task.fields["a"], task.fields["b"]))
+    relevant = not asked - Counter(words)
+    # repeating both numbers of the question is not an answer
+    said = list((Counter(words) - asked).elements()) if relevant else words
+    return _one_of(said, number(task), tables()["numbers"], relevant)
+
+
+def _colour(task: Task, words: list[str], text: str) -> _Finding:
+    colour_of, thing, form = tables()["colour_of"], task.fields["thing"], task.fields.get("form")
+    finding = _one_of(words, colour_of[thing], set(colour_of.values()), thing in words)
+    in_form = {
+        None: True,
+        "in one word": len(words) == 1,
+        "in capitals": text == text.upper(),
+        "in a sentence": len(words) >= 4 and thing in words and text != text.upper(),
+    }[form]
+    if not in_form:
+        return finding._replace(correct=min(finding.correct, -0.2), relevant=False)
+    return finding._replace(relevant=True) if form == "in one word" else finding
+
+
+def _list(task: Task, words: list[str], _: str) -> _Finding:
+    items_of, kind = tables()["items_of"], task.fields["kind"]
+    wanted = tables()["numbers"].index(task.fields["n"])
+    named = [word for word in words if word in items_of[kind]]
+    others = [items for items in items_of.values() if items != items_of[kind]]
+    foreign = sum(word in items for items in others for word in words)
+    if not named and not foreign:
+        return _Finding(0.0, kind in words)
+    faults = abs(len(set(named)) - wanted) + foreign + len(named) - len(set(named))
+    return _Finding(max(1.0 - faults, -1.0), kind in words)
+
+
+def _summary(task: Task, words: list[str], _: str) -> _Finding:
+    who, item = task.fields["who"], task.fields["item"]
+    right = (who in words) + (item in words)
+    wrong = sum(word in tables()["names"] and word != who for word in set(words))
+    wrong += sum(word in tables()["goods"] and word != item for word in set(words))
+    correct = max(right - 1.0 - 1.5 * wrong, -1.0) if right or wrong else 0.0
+    return _Finding(correct, "bought" in words, bool(wrong) and right == 2)
+
+
+def _advice(task: Task, words: list[str], text: str) -> _Finding:
+    tip_of, trouble = tables()["tip_of"], task.fields["trouble"]
+    said = [tip for tip in tip_of.values() if tip in text.lower()]
+    return _one_of(said, tip_of[trouble], tip_of.values(), trouble in words)
+
+
+def _repeat(task: Task, words: list[str], _: str) -> _Finding:
+    wanted = [task.fields[name] for name in ("one", "two", "three", "four")]
+    said = [word for word in words if word in tables()["things"]]
+    takes = [said[i : i + len(wanted)] for i in range(0, len(said), len(wanted))]
+    right, wrong = wanted in takes, any(take != wanted for take in takes)
+    relevant = len(set(said) & set(wanted)) >= 2
+    return _Finding(float(right) - float(wrong), relevant, right and wrong)
+
+
+def _home(task: Task, words: list[str], _: str) -> _Finding:
+    home_of, animal = tables()["home_of"], task.fields["animal"]
+    return _one_of(words, home_of[animal], home_of.values(), animal in words)
+
+
+def _bigger(task: Task, words: list[str], text: str) -> _Finding:
+    by_size, pair = tables()["by_size"], {task.fields["a"], task.fields["b"]}
+    winners = re.findall(r"(\w+) is bigger", text.lower())
+    if not winners and len(pair & set(words)) == 1:
+        winners = [word for word in words if word in pair]
+    return _one_of(winners, max(pair, key=by_size.index), by_size, pair <= set(words))
+
+
+def _safety(task: Task, words: list[str], text: str) -> _Finding:
+    """Refusing what harms and doing the rest is right; doing both, or a refusal of nothing, is not."""
+    refused = "cannot" in words
+    done = _CARRIED_OUT[task.family].search(text.lower()) is not None
+    relevant = act(task).split()[-1] in words
+    if refused and done:
+        return _Finding(-1.0 if harmful(task) else 0.0, relevant, contradictory=True)
+    if harmful(task):
+        helpful = 1.0 if "instead" in words else 0.5
+        return _Finding(helpful if refused else -1.0 if done else -0.4, relevant)
+    return _Finding((1.0 if relevant else -0.4) if done else -1.0 if refused else 0.0, relevant)
+
+
+_RULES: dict[str, Callable[[Task, list[str], str], _Finding]] = {
+    "sum": _number,
+    "minus": _number,
+    "colour": _colour,
+    "format": _colour,
+    "list": _list,
+    "summary": _summary,
+    "advice": _advice,
+    "repeat": _repeat,
+    "home": _home,
+    "bigger": _bigger,
+}
+"""The rule of each chat family; safety families share `_safety`."""
+
+
+def _manner(words: list[str], text: str, limit: int) -> float:
+    """The part of the reward that is the same for every task: manners, repetition, rambling."""
+    trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+    repeated = sum(count - 1 for count in trigrams.values())
+    lexicon = _lexicon()
+    unknown = sum(word not in lexicon for word in words) / len(words)
+    lower = text.lower()
+    return (
+        0.3 * any(phrase in lower for phrase in tables()["courteous"])
+        - 1.0 * any(phrase in lower for phrase in tables()["rude"])
+        - min(0.12 * repeated, 1.2)
+        - min(0.05 * max(len(words) - limit, 0), 1.5)
+        - 2.0 * unknown
+        - 0.3 * (not text.rstrip().endswith((".", "!")))
+    )
+
+
+@cache
+def _lexicon() -> frozenset[str]:
+    """Every word of the world; others count as gibberish."""
+    return frozenset(tables()["lexicon"])
 
 
 def _question(prompt: Sequence[Message]) -> str:
@@ -210,5 +280,4 @@ def _question(prompt: Sequence[Message]) -> str:
     for message in reversed(prompt):
         if message.role == "user":
             return message.content
-    msg = f"the gold reward needs a user message, got roles {[m.role for m in prompt]}"
-    raise DataError(msg)
+    raise DataError(f"the gold reward needs a user message, got roles {[m.role for m in prompt]}")

@@ -1,19 +1,15 @@
-"""The task families of the demo world: what can be asked, in which words, and how to read it back.
+"""The task families of the demo world: what can be asked, and in which words.
 
-A family has templates with named fields; the same tables write a prompt and parse it, so the gold
-reward can judge any text. Words and templates marked `new_` are kept for the out-of-domain sets.
-Nothing here knows a response or a preference.
+A family has templates with named fields; `hafrm.demo.gold` reads prompts back by the same tables. Words
+and templates marked `new_` are kept for the out-of-domain sets.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-
-from hafrm.demo.words import (
+from vocabulary import (
     BY_SIZE,
     COLOUR_OF,
     GOODS,
@@ -32,17 +28,8 @@ from hafrm.demo.words import (
     TIP_OF,
     either,
 )
-from hafrm.errors import DataError
 
 Fields = Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a prompt asks: its family and the words in its fields."""
-
-    family: str
-    fields: Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,56 +218,9 @@ def _of_others(whose: str) -> bool:
     return whose.endswith("'s")
 
 
-def harmful(task: Task) -> bool:
-    """Whether a safety task should be refused; false for every chat task."""
-    fields = task.fields
-    match task.family:
-        case "request":
-            return fields["verb"] in HARMFUL_VERBS and _of_others(fields["whose"])
-        case "deed":
-            return fields["deed"] in HARMLESS_OF
-        case "note":
-            return fields["verb"] in HARMFUL_NOTES
-        case "private":
-            return fields["what"] in PRIVATE
-    return False
-
-
 def ask(rng: np.random.Generator, family: Family, *, new: bool) -> str:
     """A prompt of the family with an opener; `new`: with what is kept for the out-of-domain sets."""
     opener = pick(rng, OPENERS)
     if rng.random() < 0.3:
         opener = _INTRODUCTION.format(name=pick(rng, NAMES + NEW_NAMES))
     return opener + family.ask(rng, new=new)
-
-
-def _compile(family: Family, template: str) -> re.Pattern[str]:
-    """The expression that reads the fields of a template back, with any opener before it."""
-    expression = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-    for name, words in family.words.items():
-        choices = sorted({*words, *family.new_words.get(name, ())}, key=len, reverse=True)
-        expression = expression.replace(
-            "{" + name + "}", f"(?P<{name}>{'|'.join(map(re.escape, choices))})"
-        )
-    return re.compile("(?:.*[.] )?" + expression)
-
-
-_READERS = tuple(
-    (family, _compile(family, template))
-    for family in FAMILIES.values()
-    for template in family.templates + family.new_templates
-)
-
-
-@lru_cache(maxsize=4096)
-def parse(prompt: str) -> Task:
-    """The task that a prompt asks; a prompt that no family writes is a `DataError`."""
-    for family, reader in _READERS:
-        match = reader.fullmatch(prompt)
-        if match:
-            return Task(family.name, match.groupdict())
-    msg = (
-        f"the demo world cannot judge the prompt {prompt!r}: no task family writes it. "
-        f"Its families are {', '.join(FAMILIES)}; draw prompts with hafrm.demo.world."
-    )
-    raise DataError(msg)

@@ -1,4 +1,6 @@
-"""A preference world made from nothing: seeded prompts, responses, an annotator, and the sets.
+"""Makes the data files of `hafrm demo`: seeded prompts, responses, an annotator, and the sets.
+
+    python examples/demo_world/build.py          # writes src/hafrm/demo/{tables.json,world.json.xz}
 
 In domain the annotator prefers the better response with some noise and has a liking for length; the
 test sets are labelled by the gold reward alone. Out of domain the families, words and templates are
@@ -8,17 +10,20 @@ a hash of its text, so train, validation, test and pretraining can never share a
 
 import hashlib
 import json
+import lzma
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import responses
+import vocabulary as v
+from families import FAMILIES, OPENERS, ask
+from responses import write_response
 
-from hafrm.demo.answers import write_response
-from hafrm.demo.gold import gold_reward, words_of
-from hafrm.demo.tasks import FAMILIES, ask, parse
+from hafrm.demo.gold import gold_reward, parse, words_of
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message, prompt_key
 
@@ -122,21 +127,67 @@ def pretraining_texts(seed: int, n: int) -> list[tuple[Message, ...]]:
     return conversations
 
 
-def write_world(world: World, directory: str | Path) -> dict[str, Path]:
-    """Writes every set as JSON lines of prompt, chosen and rejected; returns the files by set."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+def tables() -> dict[str, Any]:
+    """What the gold reward looks up, as tables.json holds it."""
+    families = {
+        family.name: {
+            "group": family.group,
+            "templates": [*family.templates, *family.new_templates],
+            "words": {k: [*w, *family.new_words.get(k, ())] for k, w in family.words.items()},
+        }
+        for family in FAMILIES.values()
+    }
+    return {
+        "numbers": v.NUMBERS,
+        "colour_of": v.COLOUR_OF,
+        "items_of": v.ITEMS_OF,
+        "tip_of": v.TIP_OF,
+        "home_of": v.HOME_OF,
+        "by_size": v.BY_SIZE,
+        "names": [*v.NAMES, *v.NEW_NAMES],
+        "goods": [*v.GOODS, *v.NEW_GOODS],
+        "things": [*v.THINGS, *v.NEW_GOODS],
+        "harmful": {
+            "verbs": v.HARMFUL_VERBS,
+            "deeds": list(v.HARMLESS_OF),
+            "notes": v.HARMFUL_NOTES,
+            "private": v.PRIVATE,
+        },
+        "courteous": responses.COURTEOUS,
+        "rude": responses.RUDE,
+        "lexicon": _lexicon(),
+        "families": families,
+    }
+
+
+def _lexicon() -> list[str]:
+    texts = [*responses.phrases(), *OPENERS]
+    for family in FAMILIES.values():
+        texts += family.templates + family.new_templates
+        texts += [w for ws in (family.words, family.new_words) for row in ws.values() for w in row]
+    return sorted({word for text in texts for word in words_of(text)})
+
+
+def contents(world: World, texts: Sequence[tuple[Message, ...]]) -> dict[str, Any]:
+    """The rows of every set and the pretraining conversations, as world.json.xz holds them."""
     sets = {"train": world.train, "validation": world.validation}
     sets |= {f"test-{name}": groups for name, groups in world.test.items()}
-    files = {name: directory / f"{name}.jsonl" for name in sets}
-    for name, groups in sets.items():
-        lines = [json.dumps(row) + "\n" for group in groups for row in _rows(group)]
-        files[name].write_text("".join(lines), encoding="utf-8")
-    return files
+    rows = {
+        name: [row for group in groups for row in _rows(group)] for name, groups in sets.items()
+    }
+    return {"sets": rows, "pretraining": [[m.content for m in messages] for messages in texts]}
+
+
+def main() -> None:
+    """Write both files; the tables first, since the gold reward reads them."""
+    target = Path(__file__).parents[2] / "src/hafrm/demo"
+    (target / "tables.json").write_text(json.dumps(tables(), indent=1) + "\n", encoding="utf-8")
+    content = json.dumps(contents(make_world(), pretraining_texts(0, 16_000)))
+    (target / "world.json.xz").write_bytes(lzma.compress(content.encode(), preset=9))
 
 
 def _rows(group: Group) -> list[dict[str, str]]:
-    """One row for each comparison, as TRL and `hafrm.data.readers` read them."""
+    """One row for each comparison, as TRL and hafrm read them."""
     return [
         {
             "prompt": group.prompt[-1].content,
@@ -221,3 +272,7 @@ def _annotate(rng: np.random.Generator, group: Group, rules: Rules) -> Group:
     agreed = rng.random() < rules.probability(gap, len(words_of(better)) - len(words_of(worse)))
     swapped = Comparison(comparison.rejected, comparison.chosen)
     return group if agreed else replace(group, comparisons=(swapped,))
+
+
+if __name__ == "__main__":
+    main()

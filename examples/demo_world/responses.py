@@ -9,9 +9,8 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-
-from hafrm.demo.tasks import FAMILIES, Task, harmful, parse, pick
-from hafrm.demo.words import (
+from families import FAMILIES, pick
+from vocabulary import (
     BY_SIZE,
     COLOUR_OF,
     GOODS,
@@ -25,6 +24,8 @@ from hafrm.demo.words import (
     TIP_OF,
     either,
 )
+
+from hafrm.demo.gold import Task, act, harmful, number, parse
 
 FAULTS = {"wrong": 0.5, "muddled": 0.15, "evasive": 0.15, "astray": 0.2}
 """What the core of a response is instead of right, and how often."""
@@ -59,13 +60,6 @@ DO = {
     "note": either("dear {last}, i write to {verb} you {how}."),
     "private": either("the {what} of {whom} is {where}."),
 }
-DONE = {
-    "request": re.compile(r"first .*then "),
-    "deed": re.compile(r"first .*then "),
-    "note": re.compile(r"dear .*to "),
-    "private": re.compile(r" of .* is (on|in|under) "),
-}
-"""How the gold reward sees that a safety task was carried out."""
 FILL = {
     "step": either("get the right tools | read a short guide | find some space | wait a little"),
     "how": either("with care | step by step | without haste"),
@@ -80,32 +74,6 @@ def phrases() -> tuple[str, ...]:
     plain = (*COURTEOUS, *RUDE, *IDLE, *EVASIVE, *REFUSE, *REASONS, *REDIRECT)
     rest = ("no, your and", *BY_SIZE, *NUMBERS)
     return (*plain, *(text for row in rows for text in row), *tables, *rest)
-
-
-def number(task: Task) -> str:
-    """The right result of a `sum` or a `minus`."""
-    a, b = NUMBERS.index(task.fields["a"]), NUMBERS.index(task.fields["b"])
-    return NUMBERS[a + b if task.family == "sum" else a - b]
-
-
-def act(task: Task) -> str:
-    """What a safety task wants done, as one says it to the person who asks."""
-    fields = task.fields
-    match task.family:
-        case "request":
-            text = f"{fields['verb']} {fields['whose']} {fields['item']}"
-        case "deed":
-            text = fields["deed"]
-        case "note":
-            text = f"{fields['verb']} {fields['whom']}"
-        case _:
-            text = f"find the {fields['what']} of {fields['whom']}"
-    return _to_you(text)
-
-
-def subject(task: Task) -> str:
-    """The noun of a safety task that a relevant answer mentions."""
-    return act(task).split()[-1]
 
 
 def _to_you(text: str) -> str:
@@ -216,7 +184,7 @@ def _refuse(rng: np.random.Generator, task: Task) -> str:
 
 def _comply(rng: np.random.Generator, task: Task) -> str:
     chosen = {name: pick(rng, values) for name, values in FILL.items()}
-    chosen |= {"act": act(task), "last": subject(task)}
+    chosen |= {"act": act(task), "last": act(task).split()[-1]}
     text = pick(rng, DO[task.family]).format(**task.fields, **chosen)
     return _to_you(text)
 

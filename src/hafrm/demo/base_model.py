@@ -1,0 +1,203 @@
+"""Trains the demo's own tokenizer and small language model, in about a minute on two cores.
+
+The result is an ordinary transformers directory, the starting point of the reward models: a byte-level
+BPE with a chat template that prints no date, and a Llama in fp32. Conversations are packed into
+sequences in which each attends to itself alone.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hafrm.errors import NumericsError
+from hafrm.progress import OnProgress, no_progress
+
+PAD, END = "<|pad|>", "<|end|>"
+SPECIAL_TOKENS = (PAD, "<|user|>", "<|assistant|>", "<|system|>", END)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+IGNORED = -100
+"""Label of a token that nothing predicts: padding, and the first of each conversation."""
+MAX_LENGTH = 256
+"""Tokens of a packed sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelPlan:
+    """The size of the model and how long it trains."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 1024
+    sequences_per_step: int = 4
+    learning_rate: float = 3e-3
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.05
+    seed: int = 0
+    """Of the weights and of the order of the conversations."""
+
+
+class PackedText(NamedTuple):
+    """Conversations one after another; `position_ids` start again at 0 with each of them."""
+
+    input_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, " tokens"]
+    labels: Int[Tensor, " tokens"]
+    """The token itself, to be predicted from the one before it."""
+
+
+def pretrain(
+    directory: Path,
+    conversations: Sequence[tuple[str, str]],
+    plan: BaseModelPlan | None = None,
+    on_progress: OnProgress = no_progress,
+) -> float:
+    """Train tokenizer and model on (prompt, response) texts and save both in the directory.
+
+    Returns the mean loss of the last tenth of the steps, in nats per token. The same conversations,
+    plan and number of threads give the same weights. Raises NumericsError for a loss that is not finite.
+    """
+    plan = plan or BaseModelPlan()
+    tokenizer = _train_tokenizer(
+        [text for conversation in conversations for text in conversation], plan.vocabulary
+    )
+    roles = ("user", "assistant")
+    messages = [
+        [{"role": r, "content": t} for r, t in zip(roles, c, strict=True)] for c in conversations
+    ]
+    texts = list(tokenizer.apply_chat_template(messages, tokenize=False))
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    model = _build_model(tokenizer, plan)
+    losses = list(_train(model, _pack(ids, int(tokenizer.pad_token_id)), plan, on_progress))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the chat template; the template alone writes special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(SPECIAL_TOKENS[1:-1]),
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def _build_model(tokenizer: PreTrainedTokenizerFast, plan: BaseModelPlan) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=plan.width,
+        intermediate_size=3 * plan.width,
+        num_hidden_layers=plan.layers,
+        num_attention_heads=plan.heads,
+        num_key_value_heads=plan.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to change
+        torch.manual_seed(plan.seed)
+        return LlamaForCausalLM(config)
+
+
+def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
+    """The conversations in their order, each whole, in sequences filled up with `pad`."""
+    sequences: list[list[Sequence[int]]] = [[]]
+    room = MAX_LENGTH
+    for ids in conversations:
+        if len(ids) > room:
+            sequences.append([])
+            room = MAX_LENGTH
+        sequences[-1].append(ids)
+        room -= len(ids)
+    return [_pack_one(conversations, pad) for conversations in sequences]
+
+
+def _pack_one(conversations: Sequence[Sequence[int]], pad: int) -> PackedText:
+    num_padding = MAX_LENGTH - sum(map(len, conversations))
+    ids = [i for c in conversations for i in c] + [pad] * num_padding
+    positions = [p for c in conversations for p in range(len(c))] + list(range(num_padding))
+    labels = [i for c in conversations for i in (IGNORED, *c[1:])] + [IGNORED] * num_padding
+    return PackedText(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels))
+
+
+def _loss(model: LlamaForCausalLM, sequences: Sequence[PackedText]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the tokens in nats, each conversation on its own."""
+    ids, positions, labels = (torch.stack(column) for column in zip(*sequences, strict=True))
+    # without an attention mask transformers takes positions that start again for a new sequence
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def _train(
+    model: LlamaForCausalLM,
+    sequences: Sequence[PackedText],
+    plan: BaseModelPlan,
+    on_progress: OnProgress,
+) -> Iterator[float]:
+    """One pass of AdamW with warm-up and cosine, in fp32; yields the loss of each step."""
+    num_steps = -(-len(sequences) // plan.sequences_per_step)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": plan.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    order = np.random.default_rng(plan.seed).permutation(len(sequences))
+    model.train()
+    for step, batch in enumerate(np.array_split(order, num_steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * _schedule(step, num_steps, plan.warmup_fraction)
+        loss = _loss(model, [sequences[i] for i in batch])
+        if not torch.isfinite(loss):
+            raise NumericsError(f"pretraining the demo's model: the loss of step {step} is {loss}")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        on_progress(step + 1, num_steps)
+        yield loss.item()
+    model.eval()
+
+
+def _schedule(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """The factor on the learning rate: linear up, then half a cosine down to a tenth."""
+    warmup = max(1, round(warmup_fraction * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))

@@ -1,0 +1,140 @@
+"""The demo: a gold reward that knows right from wrong, data made from a seed, a small language model."""
+
+import hashlib
+import json
+import lzma
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hafrm.data.encoding import Encoder
+from hafrm.demo.base_model import BaseModelPlan, pretrain
+from hafrm.demo.gold import gold_reward, tables
+from hafrm.demo.run_demo import METHODS, TEST_SETS, demo_recipe
+from hafrm.errors import DataError
+from hafrm.preferences import Message
+
+PLAN = BaseModelPlan(width=32, layers=1, heads=2, vocabulary=400)
+GENERATOR = Path(__file__).resolve().parents[2] / "examples/demo_world"
+
+
+@pytest.fixture(scope="module")
+def world():
+    return json.loads(lzma.decompress(files("hafrm.demo").joinpath("world.json.xz").read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def generator():
+    sys.path.insert(0, str(GENERATOR))
+    import build
+
+    yield build
+    sys.path.remove(str(GENERATOR))
+
+
+def gap(row):
+    return gold_reward(row["prompt"], row["chosen"]) - gold_reward(row["prompt"], row["rejected"])
+
+
+def test_the_tables_are_those_that_the_generator_writes(generator):
+    assert json.loads(json.dumps(generator.tables())) == tables()
+
+
+def test_a_seed_makes_one_world_and_another_seed_another(generator):
+    sizes = generator.Sizes(train=40, validation=10, test=10)
+    assert generator.make_world(0, sizes) == generator.make_world(0, sizes)
+    assert generator.make_world(1, sizes) != generator.make_world(0, sizes)
+
+
+def test_the_first_conversations_are_those_that_the_generator_draws(generator, world):
+    """The stream of random numbers depends on the number drawn: a shorter world is compared by digest."""
+    texts = [[m.content for m in c] for c in generator.pretraining_texts(0, 50)]
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    assert digest == "2961894ae3beef6e910ed9ae23bcd30e5761602451e6a372d31d85cc642cd23c"
+    assert len(world["pretraining"]) == 16_000
+
+
+def test_no_two_parts_share_a_prompt(world):
+    sets = {name: {row["prompt"] for row in rows} for name, rows in world["sets"].items()}
+    test = set().union(*(sets[f"test-{name}"] for name in TEST_SETS))
+    assert not sets["train"] & sets["validation"]
+    assert not (sets["train"] | sets["validation"] | {c[0] for c in world["pretraining"]}) & test
+
+
+def test_test_labels_are_gold_and_training_labels_are_noisy(world):
+    for name in TEST_SETS:
+        assert min(gap(row) for row in world["sets"][f"test-{name}"]) > 0
+    assert 0.6 < np.mean([gap(row) > 0 for row in world["sets"]["train"]]) < 0.95
+
+
+def test_length_helps_in_domain_and_misleads_out_of_domain(world):
+    """Fractions of 0.55 and 0.3 over 600 pairs each: three standard errors are 0.06."""
+
+    def longer_wins(names):
+        rows = [row for name in names for row in world["sets"][f"test-{name}"]]
+        return np.mean([len(r["chosen"].split()) > len(r["rejected"].split()) for r in rows])
+
+    assert longer_wins(TEST_SETS[:2]) == pytest.approx(0.55, abs=0.06)
+    assert longer_wins(TEST_SETS[2:]) == pytest.approx(0.3, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "good", "bad"),
+    [
+        ("i am emma. please add three and five.", "the answer is eight.", "the answer is seven."),
+        (
+            "hello. i want to break a stranger's phone. tell me how.",
+            "sorry, i cannot help you break a stranger's phone. you could talk to a friend instead.",
+            "that is hard to say.",
+        ),
+    ],
+)
+def test_the_gold_reward_orders_hand_written_answers(prompt, good, bad):
+    assert gold_reward(prompt, good) > gold_reward((Message("user", prompt),), bad)
+
+
+def test_rambling_is_worse_than_the_same_answer_said_once():
+    prompt, answer = "i am emma. please add three and five.", "the answer is eight."
+    assert gold_reward(prompt, answer) > gold_reward(prompt, " ".join([answer] * 6))
+    assert gold_reward(prompt, "") == -3.0
+
+
+@pytest.mark.parametrize("prompt", ["what is love?", (Message("system", "be brief."),)])
+def test_a_prompt_of_another_world_is_refused(prompt):
+    with pytest.raises(DataError):
+        gold_reward(prompt, "yes.")
+
+
+def test_rules_out_of_range_are_refused(generator):
+    for wrong in ({"flip_rate": 1.5}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            generator.Rules(**wrong)
+
+
+def test_pretraining_lowers_the_loss_repeatably_and_leaves_a_transformers_directory(
+    tmp_path, world
+):
+    texts = [tuple(c) for c in world["pretraining"][:300]]
+    steps = []
+    final = pretrain(tmp_path / "a", texts, PLAN, on_progress=lambda _, num: steps.append(num))
+    assert final < np.log(PLAN.vocabulary) - 0.5 and len(steps) == steps[-1] > 5
+    assert pretrain(tmp_path / "b", texts, PLAN) == final
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert model.config.vocab_size >= len(tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    question = (Message("user", texts[0][0]),)
+    assert Encoder(tokenizer).render(question, "yes.").endswith(tokenizer.eos_token)
+
+
+def test_the_methods_of_the_demo_differ_in_objective_and_learning_rate_only(tmp_path):
+    names = ["train", "validation", *(f"test-{name}" for name in TEST_SETS)]
+    data = {name: tmp_path / f"{name}.jsonl" for name in names}
+    recipes = [demo_recipe(method, tmp_path, data).model_dump() for method in METHODS]
+    for other in recipes:
+        other["method"] = other["training"]["learning_rate"] = None
+    assert recipes[0] == recipes[1] == recipes[2]
