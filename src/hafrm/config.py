@@ -66,10 +66,17 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     return _checked(root, draft, str(path))
 
 
-def build_as(root: type[Root], values: Mapping[str, Any], name: str = "the recipe") -> Root:
-    """As `build_recipe`, for a recipe of another kind."""
+def build_as(
+    root: type[Root],
+    values: Mapping[str, Any],
+    name: str = "the recipe",
+    overrides: Sequence[str] = (),
+) -> Root:
+    """As `build_recipe`, for a recipe of another kind, with overrides applied in their order."""
     draft = Draft()
-    draft.values = dict(values)
+    draft.values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for assignment in overrides:
+        draft.override(assignment)
     return _checked(root, draft, name)
 
 

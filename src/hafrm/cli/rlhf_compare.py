@@ -10,7 +10,7 @@ from hafrm.cli.entry import app
 from hafrm.terminal import show_tables
 
 if TYPE_CHECKING:
-    from hafrm.alignment.judge import PairJudge
+    from hafrm.best_of_n.judges import PairJudge
 
 
 @app.command("rlhf-compare")
@@ -77,14 +77,12 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
 
 
 def _asked(url: str, model: str | None) -> "PairJudge":
-    from hafrm.alignment.endpoint import Endpoint, EndpointOptions  # noqa: PLC0415
-    from hafrm.alignment.judge import EndpointJudge  # noqa: PLC0415
-    from hafrm.alignment.reply_cache import ReplyCache  # noqa: PLC0415
-    from hafrm.resumable import cache_folder  # noqa: PLC0415
+    from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions  # noqa: PLC0415
+    from hafrm.best_of_n.judges import EndpointJudge  # noqa: PLC0415
 
     keys = ("HAFRM_JUDGE_KEY", "OPENAI_API_KEY")
     options = EndpointOptions(url=url, model=model, key_variables=keys)
-    return EndpointJudge(Endpoint(options, ReplyCache(cache_folder("replies") / "replies.sqlite")))
+    return EndpointJudge(Endpoint(options))
 
 
 def _by_name(models: list[str]) -> dict[str, list[str]]:

@@ -19,8 +19,7 @@ from hafrm.evaluation.evaluate import Evaluation, evaluate
 from hafrm.recipe import Recipe
 from hafrm.reporting.page import missing_packages, write_report
 from hafrm.scoring.model_card import write_cards
-from hafrm.statistics import Estimate
-from hafrm.table import Column, Table
+from hafrm.table import Cell, Column, Table
 from hafrm.training.loop import train
 
 METHODS = {"haf": 1e-3, "bt": 1e-3, "dpo": 5e-4}
@@ -46,12 +45,12 @@ class DemoResult:
 
     def table(self) -> Table:
         """Agreement with the gold preference, in and out of domain, for every method."""
-        rows = [
+        rows: list[tuple[Cell, ...]] = [
             (LABELS[method], *(s.metrics.accuracy.estimate for s in evaluation.sets))
             for method, evaluation in self.evaluations.items()
         ]
         first = next(iter(self.evaluations.values()))
-        baseline: list[Estimate] = [s.metrics.length.pick_longer.estimate for s in first.sets]
+        baseline = [s.metrics.length.pick_longer.estimate for s in first.sets]
         return Table(
             "agreement with the gold preference [95 %]",
             tuple(Column(name) for name in ("method", *TEST_SETS, "all")),

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hafrm.alignment.judge import Verdict
 from hafrm.alignment.rlhf import cells as cells_module
 from hafrm.alignment.rlhf.answers import Answers
 from hafrm.alignment.rlhf.cells import Cell, cells_of, recipe_of
@@ -136,7 +135,7 @@ class Longer:
         return {}
 
     def compare(self, pairs, done=None):
-        return [Verdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
+        return [PairVerdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
 
 
 def test_a_judge_of_pairs_sees_both_answers_and_overrules_the_scores():

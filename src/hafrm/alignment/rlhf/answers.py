@@ -12,8 +12,8 @@ from hafrm.alignment.rlhf.job import sampling_of
 from hafrm.alignment.rlhf.prompts import fit_prompts, read_prompts
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.rewards import load_scorer, score_texts
-from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
+from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.data.encoding import Encoder
 from hafrm.engine.sampling import sample
 from hafrm.preferences import Message
@@ -32,7 +32,7 @@ class Answers:
     """Each as its turns, [role, content]."""
     texts: list[str]
     scores: list[float]
-    """Gold rewards, or the rewards of evaluation.judge; empty where there is neither."""
+    """GoldReward rewards, or the rewards of evaluation.judge; empty where there is neither."""
 
     def messages(self, number: int) -> tuple[Message, ...]:
         """The prompt of an answer."""
@@ -46,7 +46,7 @@ def answer(
     *,
     test: Sequence[str],
     seed: int,
-    gold: Gold | None,
+    gold: GoldReward | None,
 ) -> Answers:
     """The policy's answers, sampled as the recipe says; from `file` where they are there already."""
     if file.is_file():

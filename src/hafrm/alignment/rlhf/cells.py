@@ -13,7 +13,7 @@ from typing import Any
 from hafrm.alignment.rlhf.answers import Answers, answer
 from hafrm.alignment.rlhf.recipe import AlgorithmSection, RewardSection, RlhfRecipe, ppo_only
 from hafrm.alignment.rlhf.run import open_run, rlhf
-from hafrm.alignment.scorers import Gold
+from hafrm.best_of_n.candidate_scores import GoldReward
 
 START = "start"
 """The contender that was not trained."""
@@ -61,7 +61,7 @@ class CellRunner:
     recipe: RlhfRecipe
     folder: Path
     test: tuple[str, ...]
-    gold: Gold | None
+    gold: GoldReward | None
 
     def __call__(self, cell: Cell) -> None:
         """The cell's run, started, resumed, or found done, and its answers; TRL's runs are started anew.

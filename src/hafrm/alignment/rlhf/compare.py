@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hafrm.alignment.judge import Pair, PairJudge, Verdict
-from hafrm.alignment.results import Wins, measure_wins
 from hafrm.alignment.rlhf.answers import Answers
 from hafrm.alignment.rlhf.cells import START, Cell, CellRunner, cells_of
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
-from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
+from hafrm.best_of_n.candidate_scores import GoldReward
+from hafrm.best_of_n.judges import PairJudge, PairVerdict, ReplyPair
+from hafrm.best_of_n.picks import Wins, measure_wins
 from hafrm.errors import ConfigError
 from hafrm.evaluation.metrics import plain
 from hafrm.process_pool import ProcessPool
+from hafrm.results import to_plain
 from hafrm.run_folder import read_json_lines
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 
@@ -65,7 +66,7 @@ class RlhfComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        values = asdict(self) | {"wins": [each.to_dict() for each in self.wins]}
+        values = asdict(self) | {"wins": [to_plain(each) for each in self.wins]}
         found: dict[str, Any] = plain(_lists(values))
         return found
 
@@ -85,7 +86,7 @@ def compare(  # noqa: PLR0913 - what is compared, how, and who judges
     seeds: Sequence[int],
     algorithms: Sequence[str],
     test: Sequence[str],
-    gold: Gold | None = None,
+    gold: GoldReward | None = None,
     judge: PairJudge | None = None,
     processes: int = 1,
     tell: Callable[[str], None] = lambda _: None,
@@ -195,14 +196,14 @@ def wins(
     for first, second in itertools.combinations(names, 2):
         sides = [(answers[first, seed], answers[second, seed]) for seed in seeds]
         pairs = [
-            Pair(one.messages(i), one.texts[i], other.texts[i])
+            ReplyPair(one.messages(i), one.texts[i], other.texts[i])
             for one, other in sides
             for i in range(len(one.texts))
         ]
         if judge is None:
             scores = [np.array([a.scores, b.scores]) for a, b in sides]
             signs = np.sign(np.concatenate([a - b for a, b in scores])).astype(int)
-            verdicts = [Verdict(int(sign)) for sign in signs]
+            verdicts = [PairVerdict(int(sign)) for sign in signs]
         else:
             verdicts = judge.compare(pairs)
         same = np.array([pair.first == pair.second for pair in pairs])

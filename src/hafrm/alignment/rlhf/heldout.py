@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hafrm.alignment.rlhf.actor import Actor, Written
 from hafrm.alignment.rlhf.prompts import Prompt
 from hafrm.alignment.rlhf.rewards import Rewards, score_texts
-from hafrm.alignment.scorers import Gold
+from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.scoring.scorer import Scorer
 from hafrm.statistics import Estimate, clustered_bootstrap
 
@@ -70,7 +70,7 @@ class Examination:
         rewards: Rewards,
         *,
         judge: Scorer | None = None,
-        gold: Gold | None = None,
+        gold: GoldReward | None = None,
         seed: int = 0,
     ) -> None:
         self.prompts, self.rewards = list(prompts), rewards
@@ -101,7 +101,7 @@ class Examination:
         )
 
 
-def gold_rewards(gold: Gold | None, written: Sequence[Written]) -> Responses | None:
+def gold_rewards(gold: GoldReward | None, written: Sequence[Written]) -> Responses | None:
     """The gold reward of every response, where it is known."""
     if gold is None:
         return None

@@ -29,8 +29,8 @@ from hafrm.alignment.rlhf.prompts import Prompt, Prompts, load_prompts, prompts_
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.rewards import Rewards, Scale, load_scorer
 from hafrm.alignment.rlhf.watchdog import Watchdog
-from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_directory, atomic_write, fingerprint
+from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
@@ -82,7 +82,7 @@ class Job:
     """One run in one process; the state that a checkpoint must hold is in `state` and `restore`."""
 
     def __init__(
-        self, recipe: RlhfRecipe, run: RunFolder, gold: Gold | None, *, share: bool = True
+        self, recipe: RlhfRecipe, run: RunFolder, gold: GoldReward | None, *, share: bool = True
     ) -> None:
         """Load everything that the recipe names; `share` False leaves the policy's attention alone."""
         self.recipe, self.run, self.gold = recipe, run, gold

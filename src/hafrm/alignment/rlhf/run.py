@@ -9,7 +9,7 @@ from hafrm.alignment.rlhf.job import Job, RlhfResult
 from hafrm.alignment.rlhf.ppo.loop import run_ppo
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.trl_runs import check_trl, run_trl
-from hafrm.alignment.scorers import Gold
+from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.config import dump_recipe, load_as
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.run_folder import RunFolder
@@ -26,7 +26,7 @@ in its rounding."""
 
 
 def rlhf(
-    recipe: RlhfRecipe, folder: Path, *, resume: bool = False, gold: Gold | None = None
+    recipe: RlhfRecipe, folder: Path, *, resume: bool = False, gold: GoldReward | None = None
 ) -> RlhfResult:
     """Train a policy as the recipe says; returns once the best step is exported to `model/policy`.
 

@@ -1,7 +1,7 @@
 """Policies that write candidates: a model directory on this machine, or a chat model behind an endpoint.
 
-Both take prompts as messages and give text back, without the blanks around it. A prompt that a policy
-cannot be asked is refused in its place; nobody else's draws are lost.
+Both take prompts as messages and return text without the blanks around it. A prompt that a policy cannot
+answer is refused in its place, and costs no other prompt its draws.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hafrm.alignment.endpoint import Endpoint, require_some
-from hafrm.alignment.generate import Done, Draft, Round
-from hafrm.alignment.replies import Reply
+from hafrm.best_of_n.drawing import Draw, DrawRound
+from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
 from hafrm.data.encoding import Encoder
 from hafrm.data.template import read_template
 from hafrm.data.values import Refusal
@@ -42,10 +41,10 @@ class LocalPolicy:
         batch_size: int = 32,
     ) -> None:
         """`load` is called when the model is first needed; it takes up to `positions` tokens, and `name`
-        tells its weights from others."""
+        distinguishes its weights from others."""
         self.encoder, self.options, self.positions = encoder, options, positions
         self.name, self.batch_size = name, batch_size
-        self.end = _end_of_turn(encoder)
+        self.end_of_turn = _end_of_turn(encoder)
         self._load = load
         self._model: PreTrainedModel | None = None
 
@@ -60,7 +59,7 @@ class LocalPolicy:
         batch_size: int = 32,
     ) -> "LocalPolicy":
         """A `...ForCausalLM` directory or hub id, or a run folder with a policy; `chat_template` (a name or
-        a file) stands in for its own.
+        a file) replaces its own.
 
         Raises ModelError for anything else, and for a tokenizer without a template.
         """
@@ -70,50 +69,48 @@ class LocalPolicy:
                 f"{path} is a reward model and cannot write; give --policy the directory of a causal LM"
             )
         encoder = _policy_encoder(policy, chat_template)
-        text = load_config(policy).get_text_config()
+        text_config = load_config(policy).get_text_config()
         return cls(
             lambda: load_causal_lm(policy, dtype=dtype, device=None),
             encoder,
             options,
-            positions=getattr(text, "max_position_embeddings", None),
+            positions=getattr(text_config, "max_position_embeddings", None),
             name=f"{model_digest(policy)} {encoder.fingerprint} {dtype}",
             batch_size=batch_size,
         )
 
-    def decides(self) -> dict[str, Any]:
-        """All that its responses depend on; rows of a batch are drawn together, so its size too."""
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its responses depend on; a batch is drawn together, so its size is part of it."""
         return {"policy": self.name, **asdict(self.options), "batch_size": self.batch_size}
 
     def write(
-        self, prompts: Sequence[Group], num: int, turn: Round, done: Done | None
-    ) -> list[list[Draft] | Refusal]:
-        """For each prompt `num` draws; a refusal where the template or the model's length forbids."""
+        self, prompts: Sequence[Group], num: int, draw_round: DrawRound
+    ) -> list[list[Draw] | Refusal]:
+        """For each prompt `num` draws; a refusal where the template or the model's length forbids it."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         if self._model is None:
             self._model = self._load()
-        seed = int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1)
-        written = iter(
-            sample(
-                self._model,
-                [each for each in ids if not isinstance(each, Refusal)],
-                num,
-                self.options,
-                eos=self.end,
-                pad=self.end if self.encoder.pad_id is None else self.encoder.pad_id,
-                seed=seed,
-                batch_size=self.batch_size,
-                done=done,
-            )
+        seed = int(np.random.SeedSequence(draw_round).generate_state(1, np.uint64)[0] >> 1)
+        responses = sample(
+            self._model,
+            [prompt for prompt in ids if not isinstance(prompt, Refusal)],
+            num,
+            self.options,
+            eos=self.end_of_turn,
+            pad=self.end_of_turn if self.encoder.pad_id is None else self.encoder.pad_id,
+            seed=seed,
+            batch_size=self.batch_size,
         )
+        remaining = iter(responses)
         return [
-            each
-            if isinstance(each, Refusal)
-            else [self._draft(response) for response in next(written)]
-            for each in ids
+            prompt
+            if isinstance(prompt, Refusal)
+            else [self._decode(response) for response in next(remaining)]
+            for prompt in ids
         ]
 
     def close(self) -> None:
-        """Let go of the model's memory."""
+        """Free the model's memory."""
         self._model = None
 
     def _prompt_ids(self, prompt: Group) -> list[int] | Refusal:
@@ -122,20 +119,20 @@ class LocalPolicy:
         except DataError as error:
             return Refusal("not encodable", str(error))
         room = (self.positions or _NO_LIMIT) - self.options.max_new_tokens
-        if len(encoded.prompt_ids) > room:
-            size = len(encoded.prompt_ids)
+        size = len(encoded.prompt_ids)
+        if size > room:
             return Refusal(
                 "too long", f"the prompt has {size} tokens, the policy has room for {room}"
             )
         ids: list[int] = encoded.prompt_ids.tolist()
         return ids
 
-    def _draft(self, ids: list[int]) -> Draft:
-        ended = bool(ids) and ids[-1] == self.end
+    def _decode(self, ids: list[int]) -> Draw:
+        ended = bool(ids) and ids[-1] == self.end_of_turn
         text = self.encoder.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return Draft(str(text).strip(), ended)
+        return Draw(str(text).strip(), ended)
 
 
 def _policy_encoder(path: str | Path, chat_template: str | None) -> Encoder:
@@ -147,8 +144,8 @@ def _policy_encoder(path: str | Path, chat_template: str | None) -> Encoder:
         tokenizer.chat_template = read_template(chat_template)
     if tokenizer.chat_template is None:
         raise ModelError(
-            f"the policy {path} has no chat template, so nobody knows how it is asked; give one with "
-            "--chat-template (a file with a Jinja template), or take a policy that was trained on chats"
+            f"the policy {path} has no chat template, so it is unknown how prompts are put to it; give one "
+            "(--set draw.chat_template=FILE, a Jinja template), or take a policy trained on chats"
         )
     return Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
 
@@ -158,8 +155,8 @@ def _end_of_turn(encoder: Encoder) -> int:
 
     Raises ModelError when there is neither.
     """
-    probe = Group("probe", (Message("user", "x"),), ("x",))
-    (encoded,), _ = encoder.encode([probe])
+    example = Group("example", (Message("user", "x"),), ("x",))
+    (encoded,), _ = encoder.encode([example])
     special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in encoded.response_ids[0].tolist() if token in special]
     if not ends and encoder.eos_id is None:
@@ -171,14 +168,14 @@ def _end_of_turn(encoder: Encoder) -> int:
 
 
 class EndpointPolicy:
-    """A chat model behind an endpoint; several draws come from one request where it knows how to."""
+    """A chat model behind an endpoint; several draws come from one request where it supports `n`."""
 
     def __init__(self, endpoint: Endpoint, options: Sampling) -> None:
         self.endpoint, self.options = endpoint, options
-        self._several = True
+        self._supports_n = True
 
-    def decides(self) -> dict[str, Any]:
-        """All that its responses depend on."""
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its responses depend on."""
         return {
             "policy": self.endpoint.options.url,
             "model": self.endpoint.model,
@@ -187,44 +184,40 @@ class EndpointPolicy:
         }
 
     def write(
-        self, prompts: Sequence[Group], num: int, turn: Round, done: Done | None
-    ) -> list[list[Draft] | Refusal]:
+        self, prompts: Sequence[Group], num: int, draw_round: DrawRound
+    ) -> list[list[Draw] | Refusal]:
         """For each prompt `num` draws; a refusal where the endpoint rejects it.
 
         Raises ServerError when it rejects every one, or cannot be used.
         """
         replies: list[Reply] = []
-        if self._several:
-            replies = self._ask(prompts, num, turn, done)
+        if self._supports_n:
+            replies = self._ask(prompts, num, draw_round)
             if num > 1 and all(reply.error is not None for reply in replies):
-                self._several = False  # some servers reject `n`
-        if not self._several:
-            replies = self._ask(prompts, 1, turn, done)
+                self._supports_n = False  # some servers reject `n`
+        if not self._supports_n:
+            replies = self._ask(prompts, 1, draw_round)
         require_some(replies, self.endpoint.options.url)
         choices = [list(reply.choices) for reply in replies]
         for k in range(1, num):  # others answer once, whatever `n` says
-            lacking = [
-                i for i, each in enumerate(choices) if 0 < len(each) < num and len(each) <= k
-            ]
+            lacking = [i for i, c in enumerate(choices) if 0 < len(c) < num and len(c) <= k]
             if not lacking:
                 break
-            later = turn._replace(before=turn.before + k)
-            more = self._ask([prompts[i] for i in lacking], 1, later, done)
+            later = draw_round._replace(num_before=draw_round.num_before + k)
+            more = self._ask([prompts[i] for i in lacking], 1, later)
             for i, reply in zip(lacking, more, strict=True):
                 choices[i] += reply.choices
         return [
             Refusal("not encodable", reply.error)
             if reply.error is not None
-            else [Draft(choice.text.strip(), choice.ended) for choice in each[:num]]
-            for reply, each in zip(replies, choices, strict=True)
+            else [Draw(choice.text.strip(), choice.ended) for choice in answers[:num]]
+            for reply, answers in zip(replies, choices, strict=True)
         ]
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to free."""
 
-    def _ask(
-        self, prompts: Sequence[Group], num: int, turn: Round, done: Done | None
-    ) -> list[Reply]:
+    def _ask(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[Reply]:
         settings = {
             "temperature": self.options.temperature,
             "top_p": self.options.top_p,
@@ -232,5 +225,5 @@ class EndpointPolicy:
             "n": num if num > 1 else None,
         }
         conversations = [prompt.prompt for prompt in prompts]
-        repetition = (turn.seed, turn.before)
-        return self.endpoint.ask(conversations, settings, repetition=repetition, done=done)
+        repetition = (draw_round.seed, draw_round.num_before)
+        return self.endpoint.ask(conversations, settings, repetition=repetition)

@@ -1,4 +1,4 @@
-"""The best-of-n estimator beside its obvious twin, and numbers derived by hand."""
+"""The best-of-n estimator against all subsets, and numbers derived by hand."""
 
 import math
 from itertools import combinations
@@ -6,7 +6,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from hafrm.alignment.curves import expected_picks, filled_up, fit_gold, kl_of_best
+from hafrm.best_of_n.candidates import candidates_of
+from hafrm.best_of_n.picks import curve_values, expected_picks, fit_gold, kl_of_best
+from hafrm.preferences import Group
 from hafrm.statistics import bootstrap_columns, clustered_bootstrap
 
 
@@ -52,7 +54,9 @@ def test_many_candidates_neither_overflow_nor_vanish():
 
 
 def test_a_prompt_with_fewer_candidates_keeps_its_best():
-    assert filled_up(np.array([1.0, 2.0]), 4).tolist() == [1.0, 2.0, 2.0, 2.0]
+    candidates = candidates_of(Group("g", (), ()), ["a", "b"])
+    scores = [np.array([1.0, 2.0])]
+    assert curve_values([candidates], scores, scores, 4).tolist() == [[1.5, 2.0, 2.0, 2.0]]
 
 
 def test_kl_by_hand():

@@ -10,11 +10,10 @@ from typer.testing import CliRunner
 
 from endpoint_for_tests import fails, says, serving
 from exports_for_tests import export_both
-from hafrm.alignment import scorers
-from hafrm.alignment.best_of_n import best_of_n, from_files
-from hafrm.alignment.curves import kl_of_best
-from hafrm.alignment.judging import Judging
-from hafrm.alignment.scorers import GoldScorer
+from hafrm.best_of_n import candidate_scores
+from hafrm.best_of_n.candidate_scores import GoldScorer
+from hafrm.best_of_n.picks import kl_of_best
+from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n, from_files
 from hafrm.cli import app, main
 from hafrm.errors import DataError
 from tiny_runs import write_base
@@ -74,7 +73,7 @@ def test_curves_wins_and_agreement_by_hand(tmp_path):
         from_files([str(write(tmp_path / "c.jsonl", rows))], 4),
         [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
         tmp_path / "out",
-        judging=Judging(gold=GoldScorer("truth", by_length)),
+        comparing=Comparing(gold=GoldScorer("truth", by_length)),
     )
     letter, length = result.models
     assert [point.gold.value for point in letter.curve] == [1.75, 2.0]
@@ -101,7 +100,7 @@ def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
         from_files([str(write(tmp_path / "c.jsonl", rows))], 3),
         [GoldScorer("length", by_length)],
         tmp_path / "out",
-        judging=Judging(gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2))),
+        comparing=Comparing(gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2))),
     )
     (model,) = result.models
     assert [point.gold.value for point in model.curve] == pytest.approx([1, 1, 0])
@@ -115,7 +114,7 @@ def test_the_file_keeps_the_contract(tmp_path, candidates):
         from_files([candidates], 3),
         [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
         tmp_path / "out",
-        judging=Judging(gold=GoldScorer("truth", by_length), sample=True),
+        comparing=Comparing(gold=GoldScorer("truth", by_length), sample=True),
     )
     found = read_json(tmp_path / "out" / "best_of_n.json")
     assert (found["num_prompts"], found["num_candidates"]) == (6, 3)
@@ -128,9 +127,9 @@ def test_the_file_keeps_the_contract(tmp_path, candidates):
     pairs = [(w["first"], w["second"]) for w in found["wins"]]
     assert pairs == [("letter", "length"), ("letter", "one sample"), ("length", "one sample")]
     for wins in found["wins"]:
-        assert wins["win"] + wins["tie"] + wins["lose"] == pytest.approx(1)
+        assert sum(wins[k]["value"] for k in ("win", "tie", "lose")) == pytest.approx(1)
         assert estimate <= wins["difference"].keys()
-        assert wins["position_bias"] is None
+        assert wins["reliability"] is None
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
     ]
@@ -158,12 +157,22 @@ def test_prompts_that_somebody_cannot_score_are_left_out_for_all_and_counted(tmp
         best_of_n(from_files([candidates], 4), [GoldScorer("nobody", nobody)], tmp_path / "none")
 
 
-def test_the_command_draws_scores_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, monkeypatch):
     export_both(tmp_path / "rm" / "model")
     base = write_base(tmp_path)
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(5)])
     models = (f"rm={tmp_path / 'rm'}", f"own={tmp_path / 'rm' / 'model' / 'policy'}")
-    command = (*models, "--prompts", prompts, "--policy", base, "-n", 4, "--max-new-tokens", 6)
+    command = (
+        *models,
+        "--prompts",
+        prompts,
+        "--policy",
+        base,
+        "-n",
+        4,
+        "--set",
+        "draw.max_new_tokens=6",
+    )
     out = tmp_path / "out"
     output = invoke(*command, "--out", out)
     assert "own score of the best of n" in output
@@ -180,9 +189,11 @@ def test_the_command_draws_scores_and_goes_on_after_a_kill(tmp_path, monkeypatch
     lines = scores["own.jsonl"].splitlines(keepends=True)
     (out / "scores" / "own.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
     loaded = []
-    whole = scorers.RewardModel.from_pretrained
+    whole = candidate_scores.RewardModel.from_pretrained
     monkeypatch.setattr(
-        scorers.RewardModel, "from_pretrained", lambda *a, **k: loaded.append(a) or whole(*a, **k)
+        candidate_scores.RewardModel,
+        "from_pretrained",
+        lambda *a, **k: loaded.append(a) or whole(*a, **k),
     )
     invoke(*command, "--out", out)
     assert read_json(out / "best_of_n.json") == first
@@ -216,15 +227,33 @@ def test_an_endpoint_writes_and_another_judges_and_ranks(tmp_path):
     out = tmp_path / "out"
     with serving(policy) as writer, serving(judge) as reader:
         output = invoke(
-            *(tmp_path / "rm", "--prompts", prompts, "--endpoint", writer.url, "-n", 3),
-            *("--judge", reader.url, "--rank", "--out", out, "--request", "seed=5"),
+            *(tmp_path / "rm", "--prompts", prompts, "--policy", writer.url, "-n", 3),
+            *(
+                "--judge",
+                reader.url,
+                "--set",
+                "judge.rank=true",
+                "--out",
+                out,
+                "--set",
+                "policy.request={seed: 5}",
+            ),
         )
         assert all(body["seed"] == 5 for body in writer.asked)
         asked = len(reader.asked)
         (out / "best_of_n.json").unlink()
         invoke(
-            *(tmp_path / "rm", "--prompts", prompts, "--endpoint", writer.url, "-n", 3),
-            *("--judge", reader.url, "--rank", "--out", out, "--request", "seed=5"),
+            *(tmp_path / "rm", "--prompts", prompts, "--policy", writer.url, "-n", 3),
+            *(
+                "--judge",
+                reader.url,
+                "--set",
+                "judge.rank=true",
+                "--out",
+                out,
+                "--set",
+                "policy.request={seed: 5}",
+            ),
         )
         assert len(reader.asked) == asked
     found = read_json(out / "best_of_n.json")
@@ -250,11 +279,11 @@ def test_a_reward_model_can_be_the_gold_score_and_the_judge(tmp_path, candidates
         [p["proxy"]["value"] for p in model["curve"]]
     )
     (wins,) = found["wins"]
-    assert wins["lose"] == 0.0
+    assert wins["lose"]["value"] == 0.0
     assert np.isfinite(model["alpha"])
 
 
-def test_a_judge_that_fails_half_way_goes_on_and_pays_once(tmp_path, candidates):
+def test_a_judge_that_fails_half_way_resumes_and_pays_once(tmp_path, candidates):
     export_both(tmp_path / "rm" / "model")
     command = (f"a={tmp_path / 'rm'}", f"b={tmp_path / 'rm' / 'model' / 'policy'}")
     down = [True]
@@ -264,8 +293,15 @@ def test_a_judge_that_fails_half_way_goes_on_and_pays_once(tmp_path, candidates)
         return fails(500, "down") if broken else says("Verdict: A")
 
     with serving(judge) as fake:
-        options = ("--candidates", candidates, "--out", tmp_path / "out", "--sample")
-        options += ("--judge", fake.url, "--retries", "0")
+        options = (
+            "--candidates",
+            candidates,
+            "--out",
+            tmp_path / "out",
+            "--set",
+            "pick.sample=true",
+        )
+        options += ("--judge", fake.url, "--set", "endpoint.retries=0")
         result = CliRunner().invoke(app, ["best-of-n", *map(str, (*command, *options))])
         assert result.exit_code != 0
         assert not (tmp_path / "out" / "best_of_n.json").exists()
@@ -276,7 +312,10 @@ def test_a_judge_that_fails_half_way_goes_on_and_pays_once(tmp_path, candidates)
         assert len(fake.asked) < len(before) + 4
         assert sum("Say 4." not in json.dumps(body) for body in fake.asked) < len(before)
     found = read_json(tmp_path / "out" / "best_of_n.json")
-    assert all(wins["position_bias"] in (1.0, None) for wins in found["wins"])
+    assert all(
+        (wins["reliability"] or {"position_bias": None})["position_bias"] in (1.0, None)
+        for wins in found["wins"]
+    )
     assert all(wins["difference"]["value"] == 0.0 for wins in found["wins"])
 
 
@@ -292,17 +331,17 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
         ((rm, *out, *from_file, "--policy", rm), "candidates come from one place"),
         ((rm, *out, *prompts, *from_file), "leave it out with --candidates"),
         ((rm, *out, "--policy", rm), "give it with --policy"),
-        ((rm, *out, *from_file, "--judge-model", "x"), "need --judge URL"),
-        ((rm, *out, *from_file, "--judge", rm, "--rank"), "--rank needs --judge URL"),
-        ((rm, *out, *from_file, "--endpoint-model", "x"), "belong to --endpoint"),
+        ((rm, *out, *from_file, "--set", "judge.model=x"), "need --judge URL"),
+        ((rm, *out, *from_file, "--judge", rm, "--set", "judge.rank=true"), "need --judge URL"),
+        ((rm, *out, *from_file, "--set", "policy.model=x"), "need --policy URL"),
         (
-            (rm, *out, *prompts, "--endpoint", "http://x", "--chat-template", "t"),
-            "belongs to --policy",
+            (rm, *out, *prompts, "--policy", "http://x", "--set", "draw.chat_template=t"),
+            "belongs to a policy on this machine",
         ),
         ((rm, *out, *from_file, "-n", 1), "needs 2 candidates or more"),
         ((rm, *out, *from_file, "--dtype", "int8"), "--dtype must be one of"),
         ((f"gold={rm}", *out, *from_file), "cannot be called 'gold'"),
-        ((rm, *out, *prompts, "--endpoint", "http://x", "--request", "seed"), "name=value"),
+        ((rm, *out, *from_file, "--set", "draw.temprature=1"), "did you mean draw.temperature"),
         ((tmp_path / "nothing", *out, *from_file), "no model directory"),
         ((rm, *out, *from_file, "--gold", "moon"), "moon"),
     ):
@@ -317,4 +356,4 @@ def test_candidates_made_otherwise_are_refused(tmp_path, candidates, monkeypatch
     error = refused(
         *(monkeypatch, capsys, tmp_path / "rm"), "--candidates", candidates, "-n", 2, "--out", out
     )
-    assert "was made otherwise (different: read)" in " ".join(error.split())
+    assert "was made with other settings (different: candidates read)" in " ".join(error.split())

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 
 from exports_for_tests import export_both
-from hafrm.alignment.journal import Journal
-from hafrm.alignment.scorers import GoldScorer, ModelScorer, file_name, score_all, short_names
+from hafrm.best_of_n.candidate_scores import (
+    GoldScorer,
+    ModelScorer,
+    file_name,
+    score_all,
+    short_names,
+)
 from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.preferences import Group, Message
+from hafrm.resumable import RecordFile
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 GROUPS = [
@@ -37,12 +43,12 @@ def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(folder, path
         )
     assert "longer than 128 tokens" in found[2]
     scorer.close()
-    assert ModelScorer(folder / path, "m").decides() == scorer.decides()
+    assert ModelScorer(folder / path, "m").cache_key() == scorer.cache_key()
 
 
 def test_reward_and_implicit_reward_of_one_run_are_different_scorers(folder):
-    assert ModelScorer(folder).decides() != ModelScorer(folder / "policy").decides()
-    assert ModelScorer(folder).decides() != ModelScorer(folder, max_length=64).decides()
+    assert ModelScorer(folder).cache_key() != ModelScorer(folder / "policy").cache_key()
+    assert ModelScorer(folder).cache_key() != ModelScorer(folder, max_length=64).cache_key()
 
 
 def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
@@ -54,11 +60,11 @@ def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
             raise DataError("no such prompt")
         return float(len(response))
 
-    first = score_all(GoldScorer("g", gold), GROUPS[:2], Journal(tmp_path / "g.jsonl"))
+    first = score_all(GoldScorer("g", gold), GROUPS[:2], RecordFile(tmp_path / "g.jsonl"))
     assert first[0].tolist() == [10.0, 3.0, 13.0]
     assert first[1] == "unknown prompt: no such prompt"
     asked.clear()
-    again = score_all(GoldScorer("g", gold), GROUPS, Journal(tmp_path / "g.jsonl"))
+    again = score_all(GoldScorer("g", gold), GROUPS, RecordFile(tmp_path / "g.jsonl"))
     assert again[0].tolist() == first[0].tolist()
     assert again[1] == first[1]
     assert asked == ["A story.", "No."]
@@ -67,7 +73,7 @@ def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
 def test_a_score_that_is_not_finite_stops_the_job(tmp_path):
     scorer = GoldScorer("g", lambda *_: float("nan"))
     with pytest.raises(NumericsError, match="g gives a a score that is not finite"):
-        score_all(scorer, GROUPS, Journal(tmp_path / "g.jsonl"))
+        score_all(scorer, GROUPS, RecordFile(tmp_path / "g.jsonl"))
     assert not (tmp_path / "g.jsonl").exists()
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from hafrm.alignment.judge_prompts import (
+from hafrm.best_of_n.judge_prompts import (
     PAIRWISE,
-    RANKING,
     pairwise_question,
     ranking_question,
     read_judge_template,
@@ -32,6 +31,21 @@ PROMPT = (Message("user", "Say {first}."),)
         ("I'm sorry, but I can't compare these.", "refused"),
         ("", "refused"),
         ("\n ", "refused"),
+        ("Both do.\nVerdict: A tie", "tie"),
+        ("My final verdict is: [[B]]", "second"),
+        ("Verdict: Response B", "second"),
+        ("Verdict: Reply B is better than Reply A", "second"),
+        ("Verdict: A and B are equally good", "tie"),
+        ("Verdict: A=B", "tie"),
+        ("Verdict: B>A", "second"),
+        ("Verdict: A or B: hard to say", "unparsable"),
+        ("Verdict:\n\nB", "second"),
+        ("Verdict: $\\boxed{\\text{B}}$", "second"),
+        ("Verdict: draw", "tie"),
+        ("Verdict: A.\n\nNote: asked for Verdict: A, Verdict: B or Verdict: tie.", "first"),
+        ("<think>I must end with Verdict: A, Verdict: B or Verdict: tie. Reply A", "unparsable"),
+        ("<think>Verdict: A seems right</think>\n\nI can't compare these.", "refused"),
+        ("<think>Verdict: A?</think>Verdict: B", "second"),
     ],
 )
 def test_a_verdict_is_the_last_one_named(text, said):
@@ -48,6 +62,9 @@ def test_a_verdict_is_the_last_one_named(text, said):
         ("Ranking: 2 > 2 > 1", "unparsable"),
         ("Ranking: 1 > 2 > 4", "unparsable"),
         ("I cannot rank them.", "refused"),
+        ("Ranking: [2] > [1] > [3]", [1, 0, 2]),
+        ("Ranking: Reply 2 > Reply 1 > Reply 3", [1, 0, 2]),
+        ("Ranking: 2 > 1 = 3", "unparsable"),
     ],
 )
 def test_a_ranking_names_every_reply_once(text, found):
@@ -64,7 +81,7 @@ def test_texts_are_put_in_as_they_are_braces_and_all():
 
 def test_replies_to_rank_are_numbered_and_conversations_name_their_speakers():
     prompt = (Message("system", "Be brief."), Message("user", "Hi"))
-    (message,) = ranking_question(RANKING, prompt, ["x", "y"])
+    (message,) = ranking_question(prompt, ["x", "y"])
     assert message.content.startswith("2 assistants")
     assert "system: Be brief.\n\nuser: Hi" in message.content
     assert "[Reply 1]\nx" in message.content
@@ -74,10 +91,9 @@ def test_replies_to_rank_are_numbered_and_conversations_name_their_speakers():
 def test_a_template_of_ones_own_must_have_its_names(tmp_path):
     file = tmp_path / "t.txt"
     file.write_text("{prompt}: {first} or {second}?")
-    names = ("prompt", "first", "second")
-    assert read_judge_template(file, names) == "{prompt}: {first} or {second}?"
+    assert read_judge_template(file) == "{prompt}: {first} or {second}?"
     file.write_text("{prompt} {first}")
     with pytest.raises(ConfigError, match=r"lacks \{second\}"):
-        read_judge_template(file, names)
+        read_judge_template(file)
     with pytest.raises(ConfigError, match="cannot read"):
-        read_judge_template(tmp_path / "missing.txt", names)
+        read_judge_template(tmp_path / "missing.txt")

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from endpoint_for_tests import fails, says, serving
-from hafrm.alignment import generate
-from hafrm.alignment.endpoint import Endpoint, EndpointOptions
-from hafrm.alignment.generate import Draft, Drawing, Round, draw_candidates, drawing_decides
-from hafrm.alignment.journal import Journal
-from hafrm.alignment.policies import EndpointPolicy, LocalPolicy
+from hafrm.best_of_n import drawing
+from hafrm.best_of_n.drawing import Draw, Drawing, DrawRound, draw_candidates, drawing_key
+from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions
+from hafrm.best_of_n.policies import EndpointPolicy, LocalPolicy
 from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError, ModelError, ServerError
 from hafrm.preferences import Group, Message
+from hafrm.resumable import RecordFile
 from tiny_runs import write_base
 from tokenizers_for_tests import plain_tokenizer
 
@@ -27,19 +27,19 @@ class Scripted:
     def __init__(self, texts):
         self.texts, self.asked = texts, []
 
-    def decides(self):
+    def cache_key(self):
         return {"policy": "scripted"}
 
     def close(self):
         pass
 
-    def write(self, prompts, num, turn, done):
-        self.asked.append((len(prompts), num, turn))
-        return [self.texts(prompt.id, turn.before, num) for prompt in prompts]
+    def write(self, prompts, num, draw_round):
+        self.asked.append((len(prompts), num, draw_round))
+        return [self.texts(prompt.id, draw_round.num_before, num) for prompt in prompts]
 
 
 def drafts(*texts):
-    return [Draft(text, text != "half") for text in texts]
+    return [Draw(text, text != "half") for text in texts]
 
 
 def test_distinct_candidates_are_asked_for_until_there_are_enough_or_tries_run_out(tmp_path):
@@ -56,7 +56,7 @@ def test_distinct_candidates_are_asked_for_until_there_are_enough_or_tries_run_o
         ("p-4", 3): drafts("y", "z", "w"),
     }
     policy = Scripted(lambda name, before, _: script[name, before])
-    journal = Journal(tmp_path / "c.jsonl")
+    journal = RecordFile(tmp_path / "c.jsonl")
     found = draw_candidates(policy, PROMPTS, Drawing(3), journal)
     assert [each.group.responses for each in found] == [
         ("a", "b", "c"),
@@ -65,57 +65,61 @@ def test_distinct_candidates_are_asked_for_until_there_are_enough_or_tries_run_o
         (),
         ("x", "y", "z"),
     ]
-    assert [each.tries for each in found] == [3, 6, 6, 0, 6]
-    assert [each.blank for each in found] == [0, 0, 0, 0, 2]
-    assert found[2].unended == 1
+    assert [each.num_draws for each in found] == [3, 6, 6, 0, 6]
+    assert [each.num_blank for each in found] == [0, 0, 0, 0, 2]
+    assert found[2].num_cut == 1
     assert found[3].error == "too long: far"
-    assert policy.asked == [(5, 3, Round(0, 0, 0)), (3, 3, Round(0, 0, 3))]
+    assert policy.asked == [(5, 3, DrawRound(0, 0, 0)), (3, 3, DrawRound(0, 0, 3))]
 
 
 def test_repeats_are_kept_where_samples_must_be_independent(tmp_path):
     policy = Scripted(lambda *_: drafts("a", "b", "a"))
-    found = draw_candidates(policy, PROMPTS[:1], Drawing(3, repeats=True), Journal(tmp_path / "c"))
+    found = draw_candidates(
+        policy, PROMPTS[:1], Drawing(3, repeats=True), RecordFile(tmp_path / "c")
+    )
     assert (found[0].group.responses, found[0].drawn) == (("a", "b"), (0, 1, 0))
 
 
 def test_tries_may_be_fewer_than_a_full_round(tmp_path):
     policy = Scripted(lambda _n, before, num: drafts(*[f"{before}"] * num))
-    (found,) = draw_candidates(policy, PROMPTS[:1], Drawing(4, tries=6), Journal(tmp_path / "c"))
-    assert found.tries == 6
+    (found,) = draw_candidates(
+        policy, PROMPTS[:1], Drawing(4, max_draws=6), RecordFile(tmp_path / "c")
+    )
+    assert found.num_draws == 6
     assert [num for _, num, _ in policy.asked] == [4, 2]
-    for wrong in ({"num": 1}, {"num": 4, "tries": 3}, {"num": 4, "seed": -1}):
+    for wrong in ({"num": 1}, {"num": 4, "max_draws": 3}, {"num": 4, "seed": -1}):
         with pytest.raises(ConfigError):
             Drawing(**wrong)
 
 
-def test_a_killed_job_goes_on_to_the_candidates_that_it_would_have_got(tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "CHUNK", 2)
+def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_got(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "CHUNK", 2)
     base = write_base(tmp_path)
 
     def policy():
         return LocalPolicy.from_pretrained(base, Sampling(5), batch_size=4)
 
-    whole = draw_candidates(policy(), PROMPTS, Drawing(3), Journal(tmp_path / "whole.jsonl"))
+    whole = draw_candidates(policy(), PROMPTS, Drawing(3), RecordFile(tmp_path / "whole.jsonl"))
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     # Killed in the middle of the second chunk's third line.
     (tmp_path / "part.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    again = draw_candidates(policy(), PROMPTS, Drawing(3), Journal(tmp_path / "part.jsonl"))
+    again = draw_candidates(policy(), PROMPTS, Drawing(3), RecordFile(tmp_path / "part.jsonl"))
     assert again == whole
     assert (tmp_path / "part.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_what_decides_about_candidates_is_told_apart(tmp_path):
+def test_the_cache_key_changes_with_whatever_changes_candidates(tmp_path):
     base = write_base(tmp_path)
     policy = LocalPolicy.from_pretrained(base, Sampling(5))
     same = [
-        drawing_decides(policy, PROMPTS, Drawing(3)),
-        drawing_decides(policy, PROMPTS, Drawing(3, 6)),
+        drawing_key(policy, PROMPTS, Drawing(3)),
+        drawing_key(policy, PROMPTS, Drawing(3, 6)),
     ]
     assert same[0] == same[1]
     others = [
-        drawing_decides(policy, PROMPTS[:2], Drawing(3)),
-        drawing_decides(policy, PROMPTS, Drawing(3, seed=1)),
-        drawing_decides(LocalPolicy.from_pretrained(base, Sampling(6)), PROMPTS, Drawing(3)),
+        drawing_key(policy, PROMPTS[:2], Drawing(3)),
+        drawing_key(policy, PROMPTS, Drawing(3, seed=1)),
+        drawing_key(LocalPolicy.from_pretrained(base, Sampling(6)), PROMPTS, Drawing(3)),
     ]
     assert len({json.dumps(each) for each in [same[0], *others]}) == 4
 
@@ -125,18 +129,18 @@ def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp
     base = write_base(tmp_path)
     policy = LocalPolicy.from_pretrained(base, Sampling(5, temperature=0.0))
     tokenizer = policy.encoder.tokenizer
-    assert policy.end == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert policy.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
     seen = []
     model = policy._load()
 
     def spy(input_ids=None, **options):
         seen.append(input_ids.tolist())
-        return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.end)], 1)
+        return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.end_of_turn)], 1)
 
     model.generate = spy
     policy._model = model
-    (found,) = policy.write(PROMPTS[:1], 2, Round(0, 0, 0), None)
-    assert found == [Draft("", ended=True)] * 2
+    (found,) = policy.write(PROMPTS[:1], 2, DrawRound(0, 0, 0))
+    assert found == [Draw("", ended=True)] * 2
     messages = [{"role": "user", "content": "Say 0."}]
     asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(seen[0][0]).strip() == asked.strip()
@@ -145,7 +149,7 @@ def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp
 def test_prompts_that_leave_no_room_are_refused_in_their_place(tmp_path):
     policy = LocalPolicy.from_pretrained(write_base(tmp_path), Sampling(200))
     long = Group("long", (Message("user", "word " * 80),), ())
-    found = policy.write([long, PROMPTS[0]], 2, Round(0, 0, 0), None)
+    found = policy.write([long, PROMPTS[0]], 2, DrawRound(0, 0, 0))
     assert isinstance(found[0], Refusal)
     assert "room for 56" in found[0].detail
     assert len(found[1]) == 2
@@ -155,22 +159,23 @@ def test_policies_without_template_and_reward_models_are_refused_with_the_fix(tm
     base = write_base(tmp_path)
     plain_tokenizer().save_pretrained(base)
     (base / "chat_template.jinja").unlink()
-    with pytest.raises(ModelError, match=r"no chat template.*--chat-template"):
+    with pytest.raises(ModelError, match=r"no chat template.*chat_template"):
         LocalPolicy.from_pretrained(base, Sampling(5))
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     given = LocalPolicy.from_pretrained(base, Sampling(5), chat_template=str(template))
-    assert given.end == given.encoder.eos_id
+    assert given.end_of_turn == given.encoder.eos_id
     with pytest.raises(ModelError, match="no model"):
         LocalPolicy.from_pretrained(tmp_path / "nowhere", Sampling(5))
 
 
-def connect(fake) -> EndpointPolicy:
-    return EndpointPolicy(Endpoint(EndpointOptions(fake.url, retries=0)), Sampling(7, 0.5, 0.9))
+def connect(fake, cache) -> EndpointPolicy:
+    endpoint = Endpoint(EndpointOptions(fake.url, retries=0), cache)
+    return EndpointPolicy(endpoint, Sampling(7, 0.5, 0.9))
 
 
 @pytest.mark.parametrize("kind", ["knows n", "ignores n", "rejects n"])
-def test_an_endpoint_gives_as_many_draws_as_asked_whatever_it_makes_of_n(kind):
+def test_an_endpoint_gives_as_many_draws_as_asked_whatever_it_makes_of_n(kind, tmp_path):
     counter = iter(range(1000))
 
     def answer(body):
@@ -180,7 +185,7 @@ def test_an_endpoint_gives_as_many_draws_as_asked_whatever_it_makes_of_n(kind):
         return says(*(f" draw {next(counter)} " for _ in range(n if kind == "knows n" else 1)))
 
     with serving(answer) as fake:
-        found = connect(fake).write(PROMPTS[:2], 3, Round(0, 0, 0), None)
+        found = connect(fake, tmp_path).write(PROMPTS[:2], 3, DrawRound(0, 0, 0))
         body = fake.asked[0]
     assert [len(each) for each in found] == [3, 3]
     assert len({draft.text for each in found for draft in each}) == 6
@@ -188,13 +193,13 @@ def test_an_endpoint_gives_as_many_draws_as_asked_whatever_it_makes_of_n(kind):
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.5, 0.9, 7)
 
 
-def test_a_prompt_that_an_endpoint_rejects_is_refused_in_its_place():
+def test_a_prompt_that_an_endpoint_rejects_is_refused_in_its_place(tmp_path):
     def answer(body):
         return fails(400, "too long") if "0" in body["messages"][0]["content"] else says("x", "y")
 
     with serving(answer) as fake:
-        found = connect(fake).write(PROMPTS[:2], 2, Round(0, 0, 0), None)
+        found = connect(fake, tmp_path).write(PROMPTS[:2], 2, DrawRound(0, 0, 0))
         assert "too long" in found[0].detail
         assert [draft.text for draft in found[1]] == ["x", "y"]
-        with pytest.raises(ServerError, match=r"rejects every request.*--request"):
-            connect(fake).write(PROMPTS[:1], 2, Round(0, 0, 0), None)
+        with pytest.raises(ServerError, match=r"rejects every request.*request"):
+            connect(fake, tmp_path).write(PROMPTS[:1], 2, DrawRound(0, 0, 0))

@@ -1,7 +1,7 @@
 """Scores for every candidate: by a reward model, by a policy's implicit reward, or by a known gold reward.
 
-All candidates of a prompt are scored once, from one layout in which the prompt stands once. A model is
-loaded when it is first needed, so a job that was finished before loads none.
+All candidates of a prompt are scored in one layout that holds the prompt once. A model is loaded when it is
+first needed, so a finished job loads none.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,39 +13,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hafrm.alignment.generate import CHUNK, Done
-from hafrm.alignment.journal import Journal
+from hafrm.best_of_n.drawing import CHUNK
 from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.evaluation.evaluate import find_heads
 from hafrm.preferences import Group, Message, TokenizedGroup
+from hafrm.progress import OnProgress, no_progress
+from hafrm.resumable import RecordFile
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, read_implicit_rule
 
-Gold = Callable[[Sequence[Message], str], float]
+GoldReward = Callable[[Sequence[Message], str], float]
 """The true reward of a response, where it is known."""
-Scores = NDArray[np.float64] | str
+GroupScores = NDArray[np.float64] | str
 """One score for each response of a group, or why there are none, as "reason: detail"."""
 
 
 @runtime_checkable
-class Scorer(Protocol):
+class CandidateScorer(Protocol):
     """Anything that scores responses."""
 
     name: str
 
-    def decides(self) -> dict[str, Any]:
-        """All that its scores depend on, but for what is scored."""
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its scores depend on, except what is scored."""
 
-    def score(self, groups: Sequence[Group], done: Done | None = None) -> list[Scores]:
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """The scores of each group's responses, in order, or why it has none."""
 
     def close(self) -> None:
-        """Let go of memory; the next `score` may need it again."""
+        """Free memory; the next `score` may need it again."""
 
 
 class ModelScorer:
-    """A model directory or run folder, by its reward head, or by its implicit reward where it has none."""
+    """A model directory or run folder, by its reward head, or by its implicit reward if it has none."""
 
     def __init__(
         self,
@@ -63,36 +64,35 @@ class ModelScorer:
         self._reference = reference
         self._model: RewardModel | ImplicitRewardModel | None = None
 
-    def decides(self) -> dict[str, Any]:
-        """All that its scores depend on."""
-        known: dict[str, Any] = {"max_length": self._max_length, "dtype": str(self._dtype)}
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its scores depend on."""
+        options: dict[str, Any] = {"max_length": self._max_length, "dtype": str(self._dtype)}
         if self.heads.reward is not None:
-            return {**known, "reward": model_digest(self.heads.reward)}
+            return {**options, "reward": model_digest(self.heads.reward)}
         assert self.heads.policy is not None
         rule = read_implicit_rule(self.heads.policy)
         reference = self._reference or rule.reference
         return {
-            **known,
+            **options,
             "policy": model_digest(self.heads.policy),
             "rule": {**asdict(rule), "reference": None},
             "reference": None if reference is None else model_digest(reference),
         }
 
-    def score(self, groups: Sequence[Group], done: Done | None = None) -> list[Scores]:
-        """The scores of each group's responses; a group that the model's template or length refuses has
-        none.
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """The scores of each group's responses; none for a group that the template or length refuses.
 
         Raises NumericsError for a score that is not finite.
         """
         model = self._loaded()
-        encoded = [_encoded(model, group) for group in groups]
-        kept = [each for each in encoded if not isinstance(each, str)]
-        scores = np.asarray(model.score_encoded(kept, done), np.float64)
-        parts = iter(np.split(scores, first_responses(kept)[1:]))
-        return [each if isinstance(each, str) else next(parts) for each in encoded]
+        encoded = [_encode(model, group) for group in groups]
+        usable = [group for group in encoded if not isinstance(group, str)]
+        scores = np.asarray(model.score_encoded(usable), np.float64)
+        parts = iter(np.split(scores, first_responses(usable)[1:]))
+        return [group if isinstance(group, str) else next(parts) for group in encoded]
 
     def close(self) -> None:
-        """Let go of the model's memory."""
+        """Free the model's memory."""
         self._model = None
 
     def _loaded(self) -> RewardModel | ImplicitRewardModel:
@@ -110,7 +110,7 @@ class ModelScorer:
         return self._model
 
 
-def _encoded(model: RewardModel | ImplicitRewardModel, group: Group) -> TokenizedGroup | str:
+def _encode(model: RewardModel | ImplicitRewardModel, group: Group) -> TokenizedGroup | str:
     """The group as ids, uncut, or why it cannot be scored."""
     try:
         encoded, report = model.encoder.encode([group])
@@ -127,48 +127,49 @@ def _encoded(model: RewardModel | ImplicitRewardModel, group: Group) -> Tokenize
 class GoldScorer:
     """A reward that is known, such as that of a made-up world."""
 
-    def __init__(self, name: str, gold: Gold) -> None:
+    def __init__(self, name: str, gold: GoldReward) -> None:
         self.name, self._gold = name, gold
 
-    def decides(self) -> dict[str, Any]:
-        """All that its scores depend on."""
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its scores depend on."""
         return {"gold": self.name}
 
-    def score(self, groups: Sequence[Group], done: Done | None = None) -> list[Scores]:
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """The gold reward of each group's responses; none where the gold reward knows no such prompt."""
-        scores: list[Scores] = []
+        scores: list[GroupScores] = []
         for group in groups:
             try:
-                scores.append(
-                    np.array([self._gold(group.prompt, r) for r in group.responses], float)
-                )
+                rewards = [self._gold(group.prompt, response) for response in group.responses]
+                scores.append(np.array(rewards, float))
             except DataError as error:
                 scores.append(f"unknown prompt: {error}")
-            if done is not None:
-                done(len(group.responses), 0)
         return scores
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to free."""
 
 
 def score_all(
-    scorer: Scorer, groups: Sequence[Group], journal: Journal, done: Done | None = None
-) -> list[Scores]:
-    """The scores of all groups, in order; `journal` gets those of every chunk, and keeps them.
+    scorer: CandidateScorer,
+    groups: Sequence[Group],
+    file: RecordFile,
+    on_progress: OnProgress = no_progress,
+) -> list[GroupScores]:
+    """The scores of all groups, in order; each chunk is added to `file` when it is scored.
 
     Raises NumericsError for a score that is not finite.
     """
-    left = [group for group in groups if group.id not in journal.records]
-    for start in range(0, len(left), CHUNK):
-        chunk = left[start : start + CHUNK]
-        scores = scorer.score(chunk, done)
-        journal.add([_record(scorer, group, s) for group, s in zip(chunk, scores, strict=True)])
-    found = (journal.records[group.id] for group in groups)
-    return [r["error"] if "error" in r else np.array(r["scores"], np.float64) for r in found]
+    missing = [group for group in groups if group.id not in file.records]
+    for start in range(0, len(missing), CHUNK):
+        chunk = missing[start : start + CHUNK]
+        scores = scorer.score(chunk)
+        file.add([_record(scorer, group, s) for group, s in zip(chunk, scores, strict=True)])
+        on_progress(start + len(chunk), len(missing))
+    records = (file.records[group.id] for group in groups)
+    return [r["error"] if "error" in r else np.array(r["scores"], np.float64) for r in records]
 
 
-def _record(scorer: Scorer, group: Group, scores: Scores) -> dict[str, Any]:
+def _record(scorer: CandidateScorer, group: Group, scores: GroupScores) -> dict[str, Any]:
     if isinstance(scores, str):
         return {"id": group.id, "error": scores}
     if not np.isfinite(scores).all():
@@ -177,25 +178,25 @@ def _record(scorer: Scorer, group: Group, scores: Scores) -> dict[str, Any]:
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each model: what was given as name=path, else the folder that its run is called by.
+    """A name for each model: that of name=path, else the folder that its run is called by.
 
     Raises ConfigError for two models of one name.
     """
-    named = [_split_name(given) for given in paths]
+    named = [_split_name(path) for path in paths]
     names = [name or _run_name(path) for name, path in named]
     if len(set(names)) < len(names):
         names = [name or path.strip("/") for name, path in named]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise ConfigError(
-            f"two models are called {double[0]}; name them apart: first={double[0]} ..."
+            f"two models are called {double[0]}; give them names: first={double[0]} ..."
         )
     return dict(zip(names, (path for _, path in named), strict=True))
 
 
-def _split_name(given: str) -> tuple[str, str]:
-    name, equals, path = given.partition("=")
-    return (name, path) if equals and name and path and "/" not in name else ("", given)
+def _split_name(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and name and path and "/" not in name else ("", text)
 
 
 def _run_name(path: str) -> str:

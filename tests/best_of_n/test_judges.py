@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 
 from endpoint_for_tests import fails, says, serving
-from hafrm.alignment.endpoint import Endpoint, EndpointOptions
-from hafrm.alignment.judge import (
+from hafrm.best_of_n.candidate_scores import GoldScorer
+from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions
+from hafrm.best_of_n.judges import (
     EndpointJudge,
-    Pair,
+    PairVerdict,
     RankingJudge,
+    ReplyPair,
     ScoreJudge,
-    Verdict,
-    both_orders,
-    conduct,
+    combine_orders,
+    judge_reliability,
     require_judged,
 )
-from hafrm.alignment.scorers import GoldScorer
 from hafrm.errors import DataError, ServerError
 from hafrm.preferences import Group, Message
 
 PROMPT = (Message("user", "Say it."),)
 
 
-def pair(first: str, second: str) -> Pair:
-    return Pair(PROMPT, first, second)
+def pair(first: str, second: str) -> ReplyPair:
+    return ReplyPair(PROMPT, first, second)
 
 
 def replies_of(body) -> tuple[str, str]:
@@ -40,11 +40,12 @@ def prefers_longer(body):
     return says("Verdict: " + ("tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"))
 
 
-def connect(fake) -> Endpoint:
-    return Endpoint(EndpointOptions(fake.url, retries=0))
+@pytest.fixture
+def connect(tmp_path):
+    return lambda fake: Endpoint(EndpointOptions(fake.url, retries=0), tmp_path)
 
 
-def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all():
+def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all(connect):
     with serving(prefers_longer) as fake:
         judge = EndpointJudge(connect(fake))
         pairs = [
@@ -62,11 +63,11 @@ def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all()
         assert judge.name == "m"
 
 
-def test_a_judge_that_goes_by_place_makes_ties_and_is_found_out():
+def test_a_judge_that_goes_by_place_makes_ties_and_is_found_out(connect):
     with serving(lambda _: says("Verdict: A")) as fake:
         found = EndpointJudge(connect(fake)).compare([pair("a", "b"), pair("c", "d")])
     assert [verdict.preferred for verdict in found] == [0, 0]
-    seen = conduct(found)
+    seen = judge_reliability(found)
     assert (seen.position_bias, seen.first_place, seen.num_pairs) == (1.0, 1.0, 2)
 
 
@@ -83,23 +84,23 @@ def test_a_judge_that_goes_by_place_makes_ties_and_is_found_out():
     ],
 )
 def test_two_answers_decide_only_where_they_agree(forward, backward, preferred):
-    assert both_orders(forward, backward).preferred == preferred
+    assert combine_orders(forward, backward).preferred == preferred
 
 
 def test_conduct_counts_by_hand():
     """Judged pairs: 3; of these one has the same place twice: 1/3. Preferences: first place 3 (one in the
     pair that is not judged), second place 2: 3/5."""
     said = [("first", "second"), ("first", "tie"), ("second", "second"), ("first", "refused")]
-    seen = conduct([*(both_orders(*each) for each in said[:3]), both_orders(*said[3]), Verdict(0)])
+    seen = judge_reliability([*(combine_orders(*answers) for answers in said), PairVerdict(0)])
     assert seen.num_pairs == 4
     assert seen.num_not_judged == 1
     assert seen.position_bias == pytest.approx(1 / 3)
     assert seen.first_place == pytest.approx(3 / 6)
-    assert seen.said == {"first": 3, "second": 3, "tie": 1, "refused": 1, "unparsable": 0}
-    assert np.isnan(conduct([Verdict(0)]).position_bias)
+    assert seen.answers == {"first": 3, "second": 3, "tie": 1, "refused": 1, "unparsable": 0}
+    assert np.isnan(judge_reliability([PairVerdict(0)]).position_bias)
 
 
-def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted():
+def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted(connect):
     def answer(body):
         a, b = replies_of(body)
         if "rejected" in (a, b):
@@ -114,15 +115,15 @@ def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted():
         names = ("rejected", "refused", "sorry", "vague", "x")
         found = EndpointJudge(connect(fake)).compare([pair(n, "plain reply") for n in names])
     assert [verdict.preferred for verdict in found] == [None, None, None, None, -1]
-    seen = conduct(found)
-    assert seen.said["refused"] == 6
-    assert seen.said["unparsable"] == 2
+    seen = judge_reliability(found)
+    assert seen.answers["refused"] == 6
+    assert seen.answers["unparsable"] == 2
     require_judged(found, "m")
-    with pytest.raises(ServerError, match=r"decided none of 4 pairs.*judge-template"):
+    with pytest.raises(ServerError, match=r"decided none of 4 pairs.*judge.template"):
         require_judged(found[:4], "m")
 
 
-def test_a_template_of_ones_own_is_what_is_asked():
+def test_a_template_of_ones_own_is_what_is_asked(connect):
     with serving(lambda _: says("B")) as fake:
         EndpointJudge(connect(fake), "{first}|{second}|{prompt}").compare([pair("a", "b")])
         asked = sorted(body["messages"][0]["content"] for body in fake.asked)
@@ -136,12 +137,12 @@ def test_scores_judge_by_sign_and_a_prompt_without_scores_is_not_judged():
         return float(len(response))
 
     judge = ScoreJudge(GoldScorer("length", gold))
-    strange = Pair((Message("user", "Nobody knows."),), "a", "b")
+    strange = ReplyPair((Message("user", "Nobody knows."),), "a", "b")
     found = judge.compare(
         [pair("aa", "b"), pair("a", "bb"), pair("a", "b"), pair("s", "s"), strange]
     )
     assert [verdict.preferred for verdict in found] == [1, -1, 0, 0, None]
-    assert json.dumps(judge.decides())
+    assert json.dumps(judge.cache_key())
 
 
 def ranks_by_length(body):
@@ -151,7 +152,7 @@ def ranks_by_length(body):
     return says("Ranking: " + " > ".join(str(k + 1) for k in order))
 
 
-def test_a_ranking_is_the_mean_over_an_order_and_its_reverse():
+def test_a_ranking_is_the_mean_over_an_order_and_its_reverse(connect):
     group = Group("g", PROMPT, ("aa", "aaaa", "a", "aaa"))
     with serving(ranks_by_length) as fake:
         (found,) = RankingJudge(connect(fake)).rank([group])
@@ -165,3 +166,12 @@ def test_a_ranking_is_the_mean_over_an_order_and_its_reverse():
     assert by_place.tolist() == [1.5] * 4
     with serving(lambda _: says("Hm.")) as fake:
         assert RankingJudge(connect(fake)).rank([group]) == [None]
+
+
+def test_an_answer_cut_at_the_token_limit_decides_nothing(connect):
+    """A reasoning judge that runs into max_tokens may be quoting the instructions."""
+    with serving(
+        lambda _: says("<think>End with Verdict: A or Verdict: B", finish="length")
+    ) as fake:
+        (verdict,) = EndpointJudge(connect(fake)).compare([pair("a", "b")])
+    assert verdict == PairVerdict(None, ("unparsable", "unparsable"))

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 
-from hafrm.alignment.candidates import (
+from hafrm.best_of_n.candidates import (
     Candidates,
     candidates_of,
-    is_usable,
+    is_usable_text,
     read_candidates,
     read_prompts,
 )
@@ -91,4 +91,4 @@ def test_a_record_gives_back_what_was_drawn_and_is_a_row_of_data(tmp_path):
 
 @pytest.mark.parametrize("text", ["", " \n", "a\0b", "\ud800"])
 def test_what_is_no_text_is_no_candidate(text):
-    assert not is_usable(text)
+    assert not is_usable_text(text)

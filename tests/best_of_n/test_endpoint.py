@@ -1,0 +1,181 @@
+"""Endpoints that are busy, broken, slow, wrong or absent; against a server on this machine."""
+
+import socket
+import sys
+import time
+
+import pytest
+
+from endpoint_for_tests import fails, says, serving
+from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions, Reply, require_some
+from hafrm.errors import ConfigError, ServerError
+from hafrm.preferences import Message
+
+
+def conversation(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
+
+
+@pytest.fixture
+def connect(tmp_path):
+    """Endpoints that share one cache."""
+
+    def make(fake, **options):
+        return Endpoint(EndpointOptions(**{"url": fake.url, "timeout": 5.0, **options}), tmp_path)
+
+    return make
+
+
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.choices[0].text for reply in replies]
+
+
+def content(body) -> str:
+    return body["messages"][-1]["content"]
+
+
+def test_replies_come_in_the_order_asked_with_settings_and_several_at_a_time(connect):
+    def answer(body):
+        time.sleep(0.05 if content(body) == "0" else 0.01)
+        return says(f"re {content(body)}", "other")
+
+    with serving(answer) as fake:
+        asked = [conversation(str(i)) for i in range(8)]
+        replies = connect(fake, concurrency=4, request={"top_p": None, "seed": 3}).ask(
+            asked, {"temperature": 0.0, "top_p": 1.0}
+        )
+        assert texts(replies) == [f"re {i}" for i in range(8)]
+        assert [len(reply.choices) for reply in replies] == [2] * 8
+        assert 2 <= fake.most_at_once <= 4
+        body = dict(fake.asked[0], messages=None)
+        assert body == {"model": "m", "messages": None, "temperature": 0.0, "seed": 3}
+
+
+def test_a_single_rejected_request_is_a_reply_and_all_of_them_an_error(connect):
+    def answer(body):
+        return fails(400, "too long") if content(body) == "long" else says("ok")
+
+    with serving(answer) as fake:
+        found = connect(fake).ask([conversation("long"), conversation("a")], {})
+        assert "too long" in (found[0].error or "")
+        assert found[1].choices[0].text == "ok"
+        require_some(found, fake.url)
+        with pytest.raises(ServerError, match=r"rejects every request.*too long"):
+            require_some(found[:1], fake.url)
+
+
+def test_the_only_model_is_found_and_several_must_be_named(connect):
+    with serving(lambda _: says("ok")) as fake:
+        assert connect(fake).model == "m"
+        fake.models = ["one", "two"]
+        with pytest.raises(ServerError, match=r"2 models \(one, two\); name one"):
+            _ = connect(fake).model
+        assert connect(fake, model="two").model == "two"
+
+
+def test_a_key_is_sent_to_the_endpoint_it_is_for(monkeypatch, connect):
+    monkeypatch.setenv("OPENAI_API_KEY", "general")
+    monkeypatch.setenv("HAFRM_JUDGE_KEY", "judge")
+    with serving(lambda _: says("ok")) as fake:
+        for names in (
+            ("HAFRM_JUDGE_KEY", "OPENAI_API_KEY"),
+            ("HAFRM_ENDPOINT_KEY", "OPENAI_API_KEY"),
+        ):
+            connect(fake, key_variables=names).ask([conversation(names[0])], {})
+        assert fake.keys == ["Bearer judge", "Bearer general"]
+
+
+def test_refusals_and_limits_are_told_from_answers(connect):
+    answers = [says("", refusal="I will not"), says("x", finish="content_filter")]
+    answers += [says("half", finish="length"), says("whole")]
+    with serving(lambda _: answers.pop(0)) as fake:
+        found = connect(fake, concurrency=1).ask([conversation(c) for c in "abcd"], {})
+    choices = [reply.choices[0] for reply in found]
+    assert [choice.refused for choice in choices] == [True, True, False, False]
+    assert [choice.ended for choice in choices] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("broken", [fails(500), fails(503, retry_after="0"), fails(429)])
+def test_errors_of_the_server_are_repeated(broken, connect):
+    left = [broken, broken]
+    with serving(lambda _: left.pop() if left else says("ok")) as fake:
+        assert texts(connect(fake, retries=2).ask([conversation("a")], {})) == ["ok"]
+        assert len(fake.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"<html>welcome</html>",
+        b'{"choices": []}',
+        b'{"choices": [{"message": {"content": 5}}]}',
+        b'["x"]',
+    ],
+)
+def test_what_is_no_chat_completion_ends_the_job_and_is_shown(nonsense, connect):
+    with serving(lambda _: (200, {}, nonsense)) as fake, pytest.raises(ServerError, match="/v1"):
+        connect(fake).ask([conversation("a")], {})
+
+
+def test_a_wrong_key_ends_the_job_at_once_and_a_lasting_error_after_its_retries(connect):
+    with serving(lambda _: fails(401, "who are you")) as fake:
+        with pytest.raises(ServerError, match=r"who are you.*key"):
+            connect(fake).ask([conversation("a")], {})
+        assert len(fake.asked) == 1
+    with (
+        serving(lambda _: fails(500, "out of cheese")) as fake,
+        pytest.raises(ServerError, match="out of cheese"),
+    ):
+        connect(fake, retries=0).ask([conversation("a"), conversation("b")], {})
+
+
+def test_an_address_where_nobody_answers_is_an_error():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(ServerError, match=r"cannot be used: Connection error.*/v1"):
+        Endpoint(EndpointOptions(url, "m", retries=0)).ask([conversation("a")], {})
+
+
+def test_what_was_answered_is_not_asked_again_even_with_the_server_gone(connect):
+    with serving(lambda body: says(content(body))) as fake:
+        connect(fake).ask([conversation("a")], {"temperature": 0.0})
+        second = connect(fake)
+        replies = second.ask([conversation("a"), conversation("b")], {"temperature": 0.0})
+        assert texts(replies) == ["a", "b"]
+        assert len(fake.asked) == 2
+        second.ask([conversation("a")], {"temperature": 1.0})
+        second.ask([conversation("a")], {"temperature": 0.0}, repetition=(1,))
+        assert len(fake.asked) == 4
+    assert texts(second.ask([conversation("b")], {"temperature": 0.0})) == ["b"]
+
+
+def test_a_job_that_fails_half_way_keeps_what_was_answered(connect):
+    broken = {"b"}
+
+    def answer(body):
+        return fails(500) if content(body) in broken else says("ok")
+
+    with serving(answer) as fake:
+        asked = [conversation(text) for text in "abc"]
+        with pytest.raises(ServerError):
+            connect(fake, retries=0, concurrency=1).ask(asked, {})
+        broken.clear()
+        fake.asked.clear()
+        assert texts(connect(fake).ask(asked, {})) == ["ok"] * 3
+        assert "a" not in [content(body) for body in fake.asked]
+
+
+def test_no_key_is_kept_in_the_cache(connect, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with serving(lambda _: says("ok")) as fake:
+        connect(fake).ask([conversation("a")], {})
+    assert not any(b"sk-secret" in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+def test_a_url_without_scheme_and_a_missing_client_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="localhost:8000"):
+        EndpointOptions("localhost:8000")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hafrm\[judge\]'"):
+        Endpoint(EndpointOptions("http://x/v1"))
