@@ -63,7 +63,7 @@ class EndpointSection(Section):
 
     model: Text | None = None
     """Its name there; null: the only one that the endpoint lists."""
-    request: dict[str, Any] = {}
+    request: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Settings added to every request; null removes one."""
 
 
