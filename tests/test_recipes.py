@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.config import describe, dump_recipe, load_as, load_recipe
 from hafrm.recipe import Recipe, Section
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_RECIPE = sorted((ROOT / "recipes").glob("*.yaml"))

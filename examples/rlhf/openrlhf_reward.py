@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from hafrm.alignment.rlhf.adapters import openrlhf_rewards
-from hafrm.alignment.rlhf.rewards import load_scorer
 from hafrm.errors import HafrmError
+from hafrm.rlhf.adapters import openrlhf_rewards
+from hafrm.rlhf.rewards import load_scorer
 from hafrm.scoring.scorer import Scorer
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from hafrm.alignment.rlhf.adapters import trl_reward
-from hafrm.alignment.rlhf.recipe import RewardSection
-from hafrm.alignment.rlhf.rewards import Rewards
 from hafrm.data.readers import read
+from hafrm.rlhf.adapters import trl_reward
+from hafrm.rlhf.rewards import Rewards
+from hafrm.rlhf.rlhf_recipe import RewardSection
 
 
 def options(out: str) -> dict[str, Any]:

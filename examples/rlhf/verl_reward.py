@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafrm.alignment.rlhf.adapters import verl_score
-from hafrm.alignment.rlhf.recipe import RewardSection
-from hafrm.alignment.rlhf.rewards import Rewards
 from hafrm.data.readers import read
+from hafrm.rlhf.adapters import verl_score
+from hafrm.rlhf.rewards import Rewards
+from hafrm.rlhf.rlhf_recipe import RewardSection
 
 
 @cache

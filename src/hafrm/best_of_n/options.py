@@ -112,14 +112,19 @@ class PickSection(Section):
     """Most tokens of prompt and candidate; null: what the reward model takes."""
 
 
-class BestOfNOptions(Section):
-    """Everything that decides about a best-of-n job."""
+class JudgeOptions(Section):
+    """How a judge is asked."""
+
+    judge: JudgeSection = JudgeSection()
+    endpoint: RequestSection = RequestSection()
+
+
+class BestOfNOptions(JudgeOptions):
+    """Everything that a best-of-n job depends on."""
 
     pick: PickSection
     draw: DrawSection = DrawSection()
     policy: EndpointSection = EndpointSection()
-    judge: JudgeSection = JudgeSection()
-    endpoint: RequestSection = RequestSection()
 
 
 def run_best_of_n(

@@ -207,7 +207,7 @@ class BestOfN:
         return notes
 
 
-def wins_table(wins: Sequence[Wins]) -> Table:
+def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
     """Who wins against whom; with the judge's reliability where an LLM was asked."""
     asked = any(w.reliability for w in wins)
     columns = [
@@ -230,7 +230,7 @@ def wins_table(wins: Sequence[Wins]) -> Table:
     if reports:
         totals = {name: sum(r.answers[name] for r in reports) for name in reports[0].answers}
         notes = ("the judge's answers: " + ", ".join(f"{k} {n}" for k, n in totals.items()),)
-    title = f"picks against each other, by {wins[0].judge} [95 %]"
+    title = f"{what} against each other, by {wins[0].judge} [95 %]"
     return Table(title, tuple(columns), tuple(rows), notes)
 
 

@@ -1,1 +1,0 @@
-"""What reward models are for: candidates, judges, best of n."""

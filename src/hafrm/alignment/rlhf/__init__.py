@@ -1,1 +1,0 @@
-"""Reinforcement learning from reward models: recipes, rewards, PPO of our own, RLOO and GRPO on TRL."""

@@ -1,1 +1,0 @@
-"""Proximal policy optimisation against reward models, from its terms to its loop."""

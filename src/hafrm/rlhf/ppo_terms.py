@@ -1,0 +1,237 @@
+"""The terms of PPO for language models, and what it remembers between batches; the equation at its line.
+
+Terms are pure functions on tensors. Tokens of all responses are concatenated ("flat"); `lengths` says how
+many belong to each. No term is reduced over tokens here unless its name says so: the update divides by the
+whole mini-batch's count. What is remembered are plain numbers that go through JSON unchanged.
+
+Legend: tokens = response tokens of all responses, time = steps of the longest response. Sources:
+PPO = arXiv 1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences),
+K = joschu.net/blog/kl-approx.html.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Tokens = Float[Tensor, " tokens"]
+Lengths = Int[Tensor, " responses"]
+_TINY = 1e-8
+
+
+def to_rows(flat: Tokens, lengths: Lengths) -> Float[Tensor, "responses time"]:
+    """One row for each response, filled up with zeros on the right."""
+    rows = flat.new_zeros(len(lengths), int(lengths.max()))
+    rows[_filled(lengths, rows.shape[1])] = flat
+    return rows
+
+
+def to_flat(rows: Float[Tensor, "responses time"], lengths: Lengths) -> Tokens:
+    """The tokens of `to_rows` again."""
+    return rows[_filled(lengths, rows.shape[1])]
+
+
+def _filled(lengths: Lengths, time: int) -> Bool[Tensor, "responses time"]:
+    return torch.arange(time, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def log_ratios(logps: Tokens, reference_logps: Tokens) -> Tokens:
+    """log pi - log pi_ref of every sampled token, nat: K's k1, whose mean is KL(pi || pi_ref)."""
+    return logps - reference_logps
+
+
+def sums_by_response(flat: Tokens, lengths: Lengths) -> Float[Tensor, " responses"]:
+    """The sum over each response's tokens."""
+    return to_rows(flat, lengths).sum(1)
+
+
+def missing_eos_scores(
+    scores: Float[Tensor, " responses"], ended: Bool[Tensor, " responses"], penalty: float
+) -> Float[Tensor, " responses"]:
+    """The scores, less `penalty` (reward units) for responses that were cut before their EOS."""
+    return torch.where(ended, scores, scores - penalty)
+
+
+def token_rewards(
+    scores: Float[Tensor, " responses"], ratios: Tokens, lengths: Lengths, kl_coefficient: float
+) -> Tokens:
+    """What every token earns: -beta * log(pi / pi_ref), and at the last token the score besides.
+
+    FT, Eq. 2: R(x, y) = r(x, y) - beta log(pi(y | x) / rho(y | x)), spread over the tokens that cause it.
+    """
+    rewards = -kl_coefficient * ratios
+    rewards[lengths.cumsum(0) - 1] += scores
+    return rewards
+
+
+class Advantages(NamedTuple):
+    """What the policy and the value head learn from, per token."""
+
+    advantages: Tokens
+    returns: Tokens
+    """advantages + values: the value head's targets."""
+
+
+def estimate_advantages(
+    rewards: Tokens, values: Tokens, lengths: Lengths, *, gamma: float, lam: float
+) -> Advantages:
+    """Generalised advantage estimates; a response ends with its last token, and nothing is worth after it.
+
+    GAE, Eq. 16: A_t = sum_l (gamma lam)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t.
+    """
+    r, v = to_rows(rewards, lengths), to_rows(values, lengths)
+    # Behind a response's end rewards and values are 0, hence deltas and advantages too: no mask is needed.
+    following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)
+    deltas = r + gamma * following - v
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    flat = to_flat(advantages, lengths)
+    return Advantages(flat, flat + values)
+
+
+def whiten(values: Tokens, *, keep_mean: bool = False) -> Tokens:
+    """The values at standard deviation 1 and mean 0 (or their old mean), over all tokens of the batch.
+
+    As TRL's masked_whiten: the variance is the unbiased one. A single token has none and becomes its mean.
+    """
+    mean = values.mean()
+    variance = values.var() if len(values) > 1 else torch.zeros_like(mean)
+    white = (values - mean) * torch.rsqrt(variance + _TINY)
+    return white + mean if keep_mean else white
+
+
+def policy_losses(logps: Tokens, old_logps: Tokens, advantages: Tokens, clip: float) -> Tokens:
+    """The negative clipped surrogate of every token.
+
+    PPO, Eq. 7: L = -min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi(a | s) / pi_old(a | s).
+    """
+    ratios = (logps - old_logps).exp()
+    clipped = ratios.clamp(1.0 - clip, 1.0 + clip)
+    return torch.maximum(-advantages * ratios, -advantages * clipped)
+
+
+def value_losses(values: Tokens, old_values: Tokens, returns: Tokens, clip: float) -> Tokens:
+    """Half the squared error of every token's value; a move beyond `clip` from the old value earns nothing.
+
+    L = max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2, as in OpenAI's baselines (ppo2) and
+    TRL; PPO's Eq. 9 without clipping is clip = inf.
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def entropies(logits: Float[Tensor, "tokens vocab"]) -> Tokens:
+    """-sum_a pi(a) log pi(a) of every token's distribution, nat."""
+    logps = logits.float().log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+@torch.no_grad()
+def clipped_tokens(logps: Tokens, old_logps: Tokens, clip: float) -> Float[Tensor, ""]:
+    """How many tokens' ratios lie outside 1 +- clip."""
+    return (((logps - old_logps).exp() - 1.0).abs() > clip).float().sum()
+
+
+@torch.no_grad()
+def squared_log_ratios(logps: Tokens, old_logps: Tokens) -> Float[Tensor, ""]:
+    """K's k2, sum over tokens of (log rho)^2 / 2: how far this update has moved the policy."""
+    return 0.5 * (logps - old_logps).square().sum()
+
+
+@torch.no_grad()
+def explained_variance(values: Tokens, returns: Tokens) -> float:
+    """1 - Var(R - V) / Var(R): 1 is a perfect value head, 0 a constant one; NaN where R is constant."""
+    variance = returns.var(unbiased=False)
+    if not variance > 0:
+        return float("nan")
+    return float(1.0 - (returns - values).var(unbiased=False) / variance)
+
+
+@dataclass(frozen=True, slots=True)
+class KlControl:
+    """The factor on the KL penalty, and how it follows what is measured.
+
+    `target` None keeps it fixed. Else arXiv 1909.08593, Sec. 2.2: beta <- beta (1 + K e) with
+    e = clip(KL / target - 1, -0.2, 0.2), where TRL takes K = responses / horizon.
+    """
+
+    coefficient: float
+    target: float | None = None
+    """KL per response, nat."""
+    horizon: int = 10_000
+    """Responses over which the coefficient may change by a fifth."""
+
+    def after(self, kl: float, num_responses: int) -> "KlControl":
+        """The control after a batch with this mean KL per response."""
+        if self.target is None:
+            return self
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        return replace(
+            self, coefficient=self.coefficient * (1.0 + error * num_responses / self.horizon)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and variance of all rewards seen so far, updated batch by batch (Chan et al. 1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of squared deviations from the mean."""
+
+    def including(self, values: Float[Tensor, " responses"]) -> "Moments":
+        """The moments with a batch added."""
+        num = len(values)
+        batch = values.double()
+        mean = float(batch.mean())
+        squares = float((batch - mean).square().sum())
+        total = self.count + num
+        delta = mean - self.mean
+        return Moments(
+            total,
+            self.mean + delta * num / total,
+            self.squares + squares + delta**2 * self.count * num / total,
+        )
+
+    @property
+    def std(self) -> float:
+        """The unbiased standard deviation; 1 before there are two rewards, or where all are equal."""
+        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> "Moments":
+        """What `to_dict` gave."""
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRules:
+    """How rewards become scores: scaled, centred, clipped; names and order as in TRL's PPO."""
+
+    scale: bool = False
+    """Divide by the running standard deviation (use_score_scaling)."""
+    center: bool = False
+    """Subtract the running mean first (use_score_norm, which TRL honours only with scaling)."""
+    clip: float | None = None
+    """Bound on the result (score_clip)."""
+
+    def apply(
+        self, rewards: Float[Tensor, " responses"], moments: Moments
+    ) -> Float[Tensor, " responses"]:
+        """The scores, given moments that include this batch."""
+        scores = rewards - moments.mean if self.center else rewards
+        scores = scores / moments.std if self.scale else scores
+        return scores if self.clip is None else scores.clamp(-self.clip, self.clip)

@@ -1,0 +1,300 @@
+"""What an RLHF recipe may say: every key, with its type, bounds, default, unit and the paper's value.
+
+The paper is HAF-RM (arXiv 2407.04185), its values those of its released PPO script. Read and rollouts as
+training recipes are (`hafrm.config.load_as`); sections that mean the same are the same. Nothing here
+touches a file or imports torch.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from hafrm.recipe import (
+    CheckpointSection,
+    Location,
+    LoraSection,
+    ModelSection,
+    Section,
+    Sources,
+    TrackingSection,
+)
+
+Kind = Literal["auto", "reward", "implicit", "fused"]
+"""How a reward model scores: keys of `hafrm.rlhf.rewards.KINDS`, or found out."""
+Rule = Literal["mean", "min", "lower_bound"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tuple_of_one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str | float | int) else _tuple(value)
+
+
+class PromptSection(Section):
+    """The prompts to answer; responses and labels in the same rows are not looked at."""
+
+    train: Sources = Field(min_length=1)
+    """Sources of prompts: `file`, `file#split=train&limit=1000`, `hub:name[:config]:split`, `set:name`."""
+    validation: Sources = ()
+    """Sources of held-out prompts; empty: hold out part of `train`."""
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the prompts of `train` held out where `validation` names no sources."""
+    max_prompt_length: int = Field(default=384, ge=1)
+    """Most tokens of a prompt (paper: 384)."""
+    too_long: Literal["drop", "refuse"] = "drop"
+    """Longer prompts are left out and counted, or an error; never cut (paper: drop)."""
+    max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
+    """Fraction of unusable rows above which the run stops."""
+
+
+class RewardSection(Section):
+    """What a response is worth."""
+
+    models: Sources = Field(min_length=1)
+    """One or several reward models: run folders, exported directories or hub ids."""
+    kinds: Annotated[tuple[Kind, ...], BeforeValidator(_tuple_of_one_or_many)] = ("auto",)
+    """reward: its head; implicit: its policy; fused: both; auto: the first it has. One for each or all."""
+    weights: Annotated[tuple[float, ...] | None, BeforeValidator(_tuple_of_one_or_many)] = None
+    """Factors on the rewards, one for each model; null: 1."""
+    rule: Rule = "mean"
+    """Of several models the mean, the min, or lower_bound: mean - spread * standard deviation."""
+    spread: float = Field(default=1.0, ge=0)
+    """Standard deviations that lower_bound subtracts."""
+    scale: bool = False
+    """ppo: divide by the running standard deviation of all rewards so far (paper: true)."""
+    center: bool = False
+    """ppo: subtract their running mean first (paper: true)."""
+    clip: float | None = Field(default=None, gt=0)
+    """ppo: bound on the reward after that (paper: 3.0)."""
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted, after scaling, for a response that ran into the length limit (paper: 0)."""
+
+
+class SamplingSection(Section):
+    """How the policy writes; log-probs and KL are those at this temperature."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of a response at most, its EOS included (paper: 128)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits (paper: 0.5)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the likeliest tokens of this probability; below 1 responses are off-policy (paper: 0.8)."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens already there; other than 1 is off-policy (paper: 1.2)."""
+    batch_size: int = Field(default=64, ge=1)
+    """Responses sampled at a time: memory and speed."""
+
+
+class AlgorithmSection(Section):
+    """The policy gradient and its leash to the start policy."""
+
+    name: Literal["ppo", "rloo", "grpo"] = "ppo"
+    """ppo is hafrm's own; rloo and grpo run on TRL's trainers (paper: ppo)."""
+    epochs: int = Field(default=4, ge=1)
+    """Passes over each batch of responses (paper: 4)."""
+    mini_batches: int = Field(default=1, ge=1)
+    """ppo: updates that each pass cuts the batch into (paper: 1, two samples by accumulation)."""
+    clip: float = Field(default=0.2, gt=0)
+    """Probability ratios beyond 1 -+ clip earn nothing (paper: 0.2)."""
+    kl_coefficient: float = Field(default=0.05, ge=0)
+    """Factor on the KL penalty, in reward units per nat (paper: 0.2, adaptive)."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """ppo: KL per response that the coefficient is steered to; null: it stays (paper: 6)."""
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """ppo: responses over which the coefficient changes by a fifth at most (paper: 10,000)."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """ppo: discount per token (paper: 1)."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """ppo: lambda of the advantage estimates (paper: 0.95)."""
+    value_weight: float = Field(default=0.1, ge=0)
+    """ppo: factor on the value loss (paper: 0.1)."""
+    value_rate: float = Field(default=1.0, gt=0)
+    """ppo: the value head's learning rate, in multiples of training.learning_rate (paper: 1)."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """ppo: values beyond the old ones -+ value_clip earn nothing (paper: 0.2)."""
+    whiten_rewards: bool = False
+    """ppo: token rewards at standard deviation 1 before advantages are estimated (paper: false)."""
+
+
+class RlhfTrainingSection(Section):
+    """The optimiser, its schedule, and how much is sampled for an update."""
+
+    steps: int = Field(default=200, ge=1)
+    """Batches of responses (paper: 15,000)."""
+    batch_size: int = Field(default=64, ge=1)
+    """Responses per batch (paper: 2)."""
+    responses_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt of a batch, which share it in one layout (paper: 1)."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak of AdamW's learning rate (paper: 1e-6)."""
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """Course of the learning rate after the warm-up (paper: constant)."""
+    warmup_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of the steps in which it rises from 0 (paper: 0)."""
+    betas: Annotated[tuple[float, float], BeforeValidator(_tuple)] = (0.9, 0.999)
+    """AdamW's averaging factors (paper: 0.9, 0.999)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's term against division by zero (paper: 1e-8)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """2-norm that the gradient is clipped to; 0: not clipped (paper: 0)."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the prompts' order, of sampling and of the held-out prompts."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast over fp32 master weights, frozen weights in bf16 (paper: bf16 over 4-bit weights)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_tokens: int = Field(default=8192, ge=1)
+    """Token budget of one micro-batch. Never changes the gradient."""
+
+
+class HeldOutSection(Section):
+    """What is measured on held-out prompts, and which step is kept; never the training reward alone."""
+
+    every: int = Field(default=25, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last (paper: 375)."""
+    prompts: int = Field(default=64, ge=2)
+    """Held-out prompts, one response each, always drawn from the same seed (paper: 64)."""
+    judge: Location | None = None
+    """A second reward model that takes no part in training and picks the best step."""
+    kl_penalty: float = Field(default=0.05, ge=0)
+    """Without a judge the best step has the highest held-out minimum over the models - this * KL."""
+
+
+class WatchdogSection(Section):
+    """When a run is stopped for its own good; the best step so far is exported all the same."""
+
+    max_kl: float = Field(default=50.0, gt=0)
+    """KL per response (nat, mean of a batch) that stops the run."""
+    min_entropy_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the first batch's entropy per token under which the policy has collapsed."""
+    patience: int = Field(default=3, ge=1)
+    """Batches in a row that must break one of the two rules above."""
+    hacking_window: int = Field(default=4, ge=2)
+    """Evaluations over which the training reward rises and the held-out measure falls: reward hacking."""
+
+
+class RlhfTrackingSection(TrackingSection):
+    """Where progress is shown; metrics.jsonl and samples.jsonl are always written."""
+
+    log_every: int = Field(default=1, ge=1)
+    """Steps between two lines of metrics."""
+    samples: int = Field(default=4, ge=0)
+    """Held-out responses written to samples.jsonl at each evaluation."""
+
+
+PPO_ONLY = {
+    "algorithm": (
+        "mini_batches",
+        "kl_target",
+        "kl_horizon",
+        "gamma",
+        "lam",
+        "value_weight",
+        "value_rate",
+        "value_clip",
+        "whiten_rewards",
+    ),
+    "reward": ("scale", "center", "clip"),
+}
+"""Keys that only ppo uses."""
+
+
+def without_ppo_only(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with keys that its algorithm does not use at their defaults.
+
+    So that one recipe serves all algorithms of a comparison.
+    """
+    if values["algorithm"]["name"] == "ppo":
+        return values
+    sections: dict[str, type[Section]] = {"algorithm": AlgorithmSection, "reward": RewardSection}
+    defaults = {
+        section: {name: kind.model_fields[name].default for name in PPO_ONLY[section]}
+        for section, kind in sections.items()
+    }
+    return values | {section: values[section] | defaults[section] for section in sections}
+
+
+class RlhfRecipe(Section):
+    """Everything that decides what an RLHF run computes, and how it is watched."""
+
+    model: ModelSection
+    data: PromptSection
+    reward: RewardSection
+    sampling: SamplingSection = SamplingSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    training: RlhfTrainingSection = RlhfTrainingSection()
+    lora: LoraSection | None = None
+    evaluation: HeldOutSection = HeldOutSection()
+    watch: WatchdogSection = WatchdogSection()
+    checkpoint: CheckpointSection = CheckpointSection(every=50)
+    tracking: RlhfTrackingSection = RlhfTrackingSection()
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "RlhfRecipe":
+        problems = [*self._unused(), *self._reward_lists(), *self._batch()]
+        if not self.data.validation and not self.data.validation_fraction:
+            problems.append(
+                "data.validation is empty and data.validation_fraction is 0: nothing to keep the best "
+                "step by; give sources, or a fraction such as 0.05"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _unused(self) -> list[str]:
+        """Options that the algorithm would not look at."""
+        if self.algorithm.name == "ppo":
+            return []
+        problems = []
+        for section, names in PPO_ONLY.items():
+            values = getattr(self, section)
+            for name in names:
+                value = getattr(values, name)
+                if value != type(values).model_fields[name].default:
+                    problems.append(
+                        f"{section}.{name} is {value!r}, which algorithm {self.algorithm.name!r} does not "
+                        "use: remove it, or take algorithm ppo"
+                    )
+        return problems
+
+    def _reward_lists(self) -> list[str]:
+        reward, num = self.reward, len(self.reward.models)
+        problems = []
+        if len(reward.kinds) not in (1, num):
+            problems.append(
+                f"reward.kinds has {len(reward.kinds)} entries and reward.models {num}: give one for "
+                "each of them, or one for all"
+            )
+        if reward.weights is not None and len(reward.weights) != num:
+            problems.append(
+                f"reward.weights has {len(reward.weights)} numbers and reward.models {num} entries: "
+                "give one for each of them"
+            )
+        if num == 1 and reward.rule != "mean":
+            problems.append(
+                f"reward.rule is {reward.rule!r} and reward.models names one model: a rule is for "
+                "several; remove it, or name more models"
+            )
+        return problems
+
+    def _batch(self) -> list[str]:
+        size, per_prompt = self.training.batch_size, self.training.responses_per_prompt
+        problems = []
+        if size % per_prompt:
+            problems.append(
+                f"training.batch_size is {size} and training.responses_per_prompt {per_prompt}: the first "
+                "must be a multiple of the second"
+            )
+        if self.algorithm.mini_batches > max(1, size // per_prompt):
+            problems.append(
+                f"algorithm.mini_batches is {self.algorithm.mini_batches}, but a batch has "
+                f"{size // per_prompt} prompts: lower it, or raise training.batch_size"
+            )
+        if self.algorithm.name != "ppo" and per_prompt < 2:
+            problems.append(
+                f"training.responses_per_prompt is {per_prompt}, and {self.algorithm.name} compares the "
+                "responses to a prompt with one another: set it to 2 or more (TRL's default: 8 for grpo)"
+            )
+        return problems

@@ -1,0 +1,72 @@
+"""`train_policy`: a policy trained against reward models, in a run folder, by the recipe's algorithm."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from hafrm.best_of_n.candidate_scores import GoldReward
+from hafrm.config import dump_recipe, load_as
+from hafrm.errors import CheckpointError, ConfigError
+from hafrm.rlhf.ppo import run_ppo
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
+from hafrm.rlhf.trl_runs import check_trl, run_trl
+from hafrm.run_folder import RunFolder
+from hafrm.training import parallel
+
+ALGORITHMS: Mapping[str, Callable[..., RlhfResult]] = {
+    "ppo": run_ppo,
+    "rloo": run_trl,
+    "grpo": run_trl,
+}
+MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
+"""Keys of `training` that a resumed run may change: memory and speed, and gradients by rounding only."""
+
+
+def train_policy(
+    recipe: RlhfRecipe, folder: Path, *, resume: bool = False, gold: GoldReward | None = None
+) -> RlhfResult:
+    """Train a policy as the recipe says; returns once the best step is exported to `model/policy`.
+
+    `gold` is the known truth, where there is one: it is logged and selects the best step, never trained on.
+    Raises ConfigError, DataError or ModelError before the first batch; NumericsError before an update
+    that would follow a number that is not finite; CheckpointError for a folder that cannot be resumed;
+    StoppedError after a signal.
+    """
+    native = recipe.algorithm.name == "ppo"
+    if resume and not native:
+        raise CheckpointError(
+            f"algorithm {recipe.algorithm.name} runs on TRL, whose checkpoints are pickles, so it keeps "
+            "none: start again with another --out, or take algorithm ppo, which resumes"
+        )
+    if not native:
+        check_trl(recipe)
+    if parallel.start().size > 1:
+        raise ConfigError(
+            "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
+            "reward model from OpenRLHF, verl or TRL on several GPUs"
+        )
+    run = open_run(recipe, folder, resume=resume)
+    with run.lock():
+        torch.manual_seed(recipe.training.seed)
+        rlhf = RlhfRun(recipe, run, gold, share=native)
+        rlhf.record_provenance()
+        return ALGORITHMS[recipe.algorithm.name](rlhf, resume=resume)
+
+
+def open_run(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
+    """The run's folder, made or opened; raises CheckpointError where that is unsafe."""
+    if not resume:
+        return RunFolder.create(folder, dump_recipe(recipe))
+    run = RunFolder.open(folder)
+    began = load_as(RlhfRecipe, run.recipe_path)
+    kept = {name: getattr(began.training, name) for name in MAY_CHANGE}
+    training = recipe.training.model_copy(update=kept)
+    if recipe.model_copy(update={"training": training}) != began:
+        raise CheckpointError(
+            f"the recipe differs from the one that {folder} was started with; resume with "
+            f"{run.recipe_path}, or start a new folder (a resumed run may only change "
+            f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
+        )
+    return run

@@ -1,0 +1,221 @@
+"""RLOO and GRPO on TRL's trainers, with our rewards, our held-out measures and our watchdog.
+
+TRL writes, computes the loss and steps; all completions of a prompt are scored in one shared layout.
+TRL's checkpoints are pickles, so none are rollouts: the best weights wait in memory and are exported.
+"""
+
+import importlib
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+
+from hafrm.errors import ConfigError, DataError
+from hafrm.rlhf.adapters import by_prompt
+from hafrm.rlhf.prompts import Prompt
+from hafrm.rlhf.rewards import Conversation
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
+from hafrm.scoring.scorer import as_messages
+from hafrm.training.checkpoint import trainable_weights
+
+log = logging.getLogger("hafrm")
+
+
+def check_trl(recipe: RlhfRecipe) -> None:
+    """Raise ConfigError where TRL is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError(
+            f"algorithm.name {recipe.algorithm.name} runs on TRL, which is not installed: "
+            "pip install 'hafrm[rlhf]', or take algorithm ppo"
+        )
+
+
+def run_trl(rlhf: RlhfRun, *, resume: bool) -> RlhfResult:
+    """Train with RLOO or GRPO as the run's recipe says."""
+    assert not resume, "a TRL run keeps no checkpoints"
+    from datasets import Dataset  # noqa: PLC0415 - TRL takes seconds to load
+
+    rlhf.evaluate(0)
+    watcher = _Watcher(rlhf)
+    prompts = usable_prompts(rlhf)
+    rows = [{"prompt": [m._asdict() for m in p.messages]} for p in prompts]
+    with rlhf.log, tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # what TRL and transformers rename among them
+        kind, config = trainer_of(rlhf.recipe, scratch)
+        trainer = kind(
+            model=rlhf.actor.causal,
+            reward_funcs=watcher.reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=rlhf.actor.encoder.tokenizer,
+            callbacks=[watcher],
+        )
+        trainer.remove_callback(PrinterCallback)  # our log says it already
+        trainer.train()
+    watcher.restore_best()
+    return rlhf.finish(watcher.step)
+
+
+def trainer_of(recipe: RlhfRecipe, folder: str) -> tuple[Any, Any]:
+    """TRL's trainer and its config for a recipe; what the recipe does not say keeps TRL's default."""
+    trl: Any = importlib.import_module("trl")
+    name = recipe.algorithm.name
+    trainer, config = {
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig),
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+    }[name]
+    return trainer, config(output_dir=folder, **trl_options(recipe))
+
+
+def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
+    """The recipe as TRL's options; several updates of a batch are one of our steps."""
+    training, algorithm, sampling = recipe.training, recipe.algorithm, recipe.sampling
+    micro = micro_batch(recipe)
+    return {
+        "max_steps": training.steps * algorithm.epochs,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.batch_size // micro,
+        "num_generations": training.responses_per_prompt,
+        "num_iterations": algorithm.epochs,
+        "epsilon": algorithm.clip,
+        "beta": algorithm.kl_coefficient,
+        "max_completion_length": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule
+        if training.schedule != "constant"
+        else "constant_with_warmup",
+        "warmup_steps": round(training.warmup_fraction * training.steps * algorithm.epochs),
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "adam_epsilon": training.eps,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "bf16": training.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "logging_steps": algorithm.epochs,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def micro_batch(recipe: RlhfRecipe) -> int:
+    """Responses of one forward: the most that divide the batch and fit into training.max_tokens padded."""
+    longest = recipe.data.max_prompt_length + recipe.sampling.max_new_tokens
+    most = max(1, recipe.training.max_tokens // longest)
+    size = recipe.training.batch_size
+    return next(n for n in range(min(most, size), 0, -1) if size % n == 0)
+
+
+def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
+    """The prompts that TRL's own rendering gives the ids that ours does.
+
+    TRL renders a conversation as one text, so a control token typed by a user would be one to the policy:
+    such prompts are left out and counted. Blanks before the answer may differ. Raises DataError where no
+    prompt is left.
+    """
+    tokenizer = rlhf.actor.encoder.tokenizer
+    kept = []
+    for prompt in rlhf.prompts.train:
+        messages = [message._asdict() for message in prompt.messages]
+        rendered: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        ours = prompt.ids.tolist()
+        rest = str(tokenizer.decode(rendered[len(ours) :]))
+        if rendered[: len(ours)] == ours and not rest.strip():
+            kept.append(prompt)
+    num_lost = len(rlhf.prompts.train) - len(kept)
+    if not kept:
+        raise DataError(
+            "TRL's rendering of every prompt differs from the one that held-out prompts get (control "
+            "tokens in the text, or a template whose generation prompt is not what it writes before an "
+            "answer): repair the chat template, or take algorithm ppo"
+        )
+    if num_lost:
+        log.warning("%d prompts hold control tokens and are left out under TRL", num_lost)
+    return kept
+
+
+class _Watcher(TrainerCallback):
+    """TRL's callback: logs, evaluates, keeps the best weights, and stops a run that diverges."""
+
+    def __init__(self, rlhf: RlhfRun) -> None:
+        self.rlhf, self.step = rlhf, 0
+        self._best: dict[str, Tensor] = trainable_weights(rlhf.actor.model)
+        self._rewards: list[float] = []
+        self._gold: list[float] = []
+        self._kl = 0.0
+
+    def reward(
+        self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
+    ) -> list[float]:
+        """One reward per completion, less the price of an unended one.
+
+        Raises NumericsError for a reward that is not finite, which TRL would skip.
+        """
+        asked: list[Conversation] = [as_messages(prompt) for prompt in prompts]
+        texts = [self.rlhf.actor.text(ids) for ids in completion_ids]
+        if self.rlhf.gold is not None:
+            gold = self.rlhf.gold
+            self._gold += [gold(p, text) for p, text in zip(asked, texts, strict=True)]
+        rewards = by_prompt(self.rlhf.rewards, asked, texts)
+        self._rewards += rewards
+        eos, penalty = self.rlhf.actor.encoder.eos_id, self.rlhf.recipe.reward.missing_eos_penalty
+        ended = [ids[-1] == eos for ids in completion_ids]
+        return [r - penalty * (not end) for r, end in zip(rewards, ended, strict=True)]
+
+    def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
+        """A batch's numbers, from transformers' Trainer."""
+        logs = values.get("logs") or {}
+        if "reward" not in logs:
+            return  # the summary at the end
+        self.step += 1
+        self.rlhf.log_batch(self.step, self._values(logs))
+        if self.rlhf.is_due(self.step, self.rlhf.recipe.evaluation.every):
+            if self.rlhf.evaluate(self.step):
+                self._best = trainable_weights(self.rlhf.actor.model)
+            self._kl = self.rlhf.last_kl
+        control.should_training_stop = control.should_training_stop or self.rlhf.stopped is not None
+
+    def _values(self, logs: Mapping[str, Any]) -> dict[str, float | None]:
+        """TRL's numbers under our names; its KL is per token, ours per response."""
+        length = float(logs["completions/mean_length"])
+        gold = sum(self._gold) / len(self._gold) if self._gold else None
+        rewards = np.array(self._rewards)
+        self._gold, self._rewards = [], []
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+            "gold": gold,
+            "kl": float(logs["kl"]) * length if "kl" in logs else self._kl,
+            "length": length,
+            "ended": 1.0 - float(logs["completions/clipped_ratio"]),
+            "entropy": float(logs["entropy"]),
+            "clip_fraction": float(logs["clip_ratio/region_mean"]),
+            "policy_loss": float(logs["loss"]) if "loss" in logs else None,
+            "value_loss": None,
+            "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
+            "learning_rate": float(logs["learning_rate"]),
+        }
+
+    def restore_best(self) -> None:
+        """Put the best step's weights back."""
+        parameters = dict(self.rlhf.actor.model.named_parameters())
+        with torch.no_grad():
+            for name, value in self._best.items():
+                parameters[name].copy_(value)

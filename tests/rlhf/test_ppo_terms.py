@@ -1,0 +1,148 @@
+"""Every term of PPO against numbers worked out by hand in the docstring."""
+
+import math
+
+import pytest
+import torch
+
+from hafrm.rlhf import ppo_terms as terms
+
+LENGTHS = torch.tensor([3, 1, 2])
+
+
+def close(found: torch.Tensor, expected: list[float], tolerance: float = 1e-6) -> None:
+    assert found.tolist() == pytest.approx(expected, abs=tolerance)
+
+
+def test_rows_and_flat_tokens_are_the_same_tokens():
+    flat = torch.tensor([1.0, 2, 3, 4, 5, 6])
+    rows = terms.to_rows(flat, LENGTHS)
+    assert rows.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+    assert torch.equal(terms.to_flat(rows, LENGTHS), flat)
+    close(terms.sums_by_response(flat, LENGTHS), [6, 4, 11])
+
+
+def test_the_kl_penalty_is_paid_at_every_token_and_the_score_at_the_last():
+    """beta = 0.5, log-ratios (0.2, -0.4, 0) | (1) | (0, 2), scores 3 | -1 | 0.5:
+    -0.1, 0.2, 0 + 3 | -0.5 - 1 | 0, -1 + 0.5."""
+    policy = torch.tensor([-1.0, -2.0, -0.5, -1.0, -3.0, -1.0])
+    reference = policy - torch.tensor([0.2, -0.4, 0.0, 1.0, 0.0, 2.0])
+    ratios = terms.log_ratios(policy, reference)
+    close(ratios, [0.2, -0.4, 0.0, 1.0, 0.0, 2.0])
+    rewards = terms.token_rewards(torch.tensor([3.0, -1.0, 0.5]), ratios, LENGTHS, 0.5)
+    close(rewards, [-0.1, 0.2, 3.0, -1.5, 0.0, -0.5])
+
+
+def test_a_response_without_eos_pays_its_penalty_once():
+    scores = torch.tensor([1.0, 2.0])
+    close(terms.missing_eos_scores(scores, torch.tensor([True, False]), 0.75), [1.0, 1.25])
+
+
+def test_advantages_are_those_of_a_hand_made_episode():
+    """gamma 0.5, lambda 0.5, r = (1, 0, 2), V = (0.5, 1, 0):
+    delta = (1 + 0.5 - 0.5, 0 + 0 - 1, 2 + 0 - 0) = (1, -1, 2);
+    A_2 = 2, A_1 = -1 + 0.25 * 2 = -0.5, A_0 = 1 + 0.25 * -0.5 = 0.875; returns = A + V.
+    The second response (r = 4, V = 1) is a single token: A = 3, whatever stands beside it."""
+    lengths = torch.tensor([3, 1])
+    found = terms.estimate_advantages(
+        torch.tensor([1.0, 0, 2, 4]),
+        torch.tensor([0.5, 1.0, 0, 1.0]),
+        lengths,
+        gamma=0.5,
+        lam=0.5,
+    )
+    close(found.advantages, [0.875, -0.5, 2.0, 3.0])
+    close(found.returns, [1.375, 0.5, 2.0, 4.0])
+
+
+def test_with_lambda_one_the_return_is_the_discounted_sum_of_rewards():
+    """gamma 0.9: 1 + 0.9 * 2 + 0.81 * 3 = 5.23, 2 + 0.9 * 3 = 4.7, 3; whatever the values are."""
+    values = torch.tensor([0.3, -2.0, 7.0])
+    found = terms.estimate_advantages(
+        torch.tensor([1.0, 2, 3]), values, torch.tensor([3]), gamma=0.9, lam=1.0
+    )
+    close(found.returns, [5.23, 4.7, 3.0], 1e-5)
+
+
+def test_advantages_equal_the_double_sum_of_their_definition():
+    """GAE, Eq. 16, rollouts out: A_t = sum_l (gamma lam)^l delta_{t+l}."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 7, 1])
+    rewards, values = torch.randn(12), torch.randn(12)
+    found = terms.estimate_advantages(rewards, values, lengths, gamma=0.9, lam=0.7)
+    expected = []
+    for r, v in zip(rewards.split([4, 7, 1]), values.split([4, 7, 1]), strict=True):
+        after = [*v.tolist()[1:], 0.0]
+        deltas = [float(r[t]) + 0.9 * after[t] - float(v[t]) for t in range(len(r))]
+        expected += [
+            sum((0.9 * 0.7) ** (k - t) * deltas[k] for k in range(t, len(r))) for t in range(len(r))
+        ]
+    close(found.advantages, expected, 1e-5)
+
+
+def test_whitened_values_have_mean_0_and_the_unbiased_variance_1():
+    """(1, 2, 3): mean 2, unbiased variance 1, so (-1, 0, 1); keeping the mean adds 2."""
+    values = torch.tensor([1.0, 2.0, 3.0])
+    close(terms.whiten(values), [-1.0, 0.0, 1.0])
+    close(terms.whiten(values, keep_mean=True), [1.0, 2.0, 3.0])
+    close(terms.whiten(torch.tensor([5.0])), [0.0])
+    close(terms.whiten(torch.tensor([5.0]), keep_mean=True), [5.0])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [
+        (1.0, 2.0, -2.0),  # nothing has moved
+        (1.5, 2.0, -2.4),  # a good token beyond 1.2 earns what 1.2 earns
+        (0.5, 2.0, -1.0),  # a good token that became rarer is not clipped
+        (0.5, -2.0, 1.6),  # a bad token under 0.8 costs what 0.8 costs
+        (1.5, -2.0, 3.0),  # a bad token that became likelier is not clipped
+    ],
+)
+def test_the_surrogate_is_clipped_where_it_would_reward_going_further(ratio, advantage, loss):
+    """PPO, Eq. 7, with eps 0.2."""
+    old = torch.tensor([-1.0])
+    new = (old + math.log(ratio)).requires_grad_()
+    found = terms.policy_losses(new, old, torch.tensor([advantage]), 0.2)
+    close(found.detach(), [loss])
+    found.sum().backward()
+    clipped = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)
+    # d(-rho A)/d(log pi) = -rho A where it is not clipped
+    close(new.grad, [0.0 if clipped else -ratio * advantage])
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss"),
+    [
+        (1.0, 1.0, 3.0, 2.0),  # (1 - 3)^2 / 2
+        (2.0, 1.0, 3.0, 1.62),  # as if at 1.2: (1.2 - 3)^2 / 2, more than (2 - 3)^2 / 2
+        (0.0, 1.0, 3.0, 4.5),  # moving away is charged in full: (0 - 3)^2 / 2 over (0.8 - 3)^2 / 2
+        (1.1, 1.0, 1.1, 0.0),
+    ],
+)
+def test_the_value_loss_takes_the_worse_of_value_and_clipped_value(value, old, target, loss):
+    tensors = (torch.tensor([x]) for x in (value, old, target))
+    close(terms.value_losses(*tensors, 0.2), [loss])
+
+
+def test_entropy_is_log_n_for_n_equal_tokens_and_0_for_a_certain_one():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [0.0, math.log(3), 0, 0]])
+    third = -(0.5 * math.log(0.5) + 3 * (1 / 6) * math.log(1 / 6))
+    close(terms.entropies(logits), [math.log(4), 0.0, third])
+
+
+def test_clipped_tokens_and_their_move_are_counted():
+    """Ratios 1, 1.5, 0.5, 1.1 with eps 0.2: two outside; k2 = (0 + .1644 + .4805 + .0091) / 2."""
+    old = torch.zeros(4)
+    new = torch.tensor([1.0, 1.5, 0.5, 1.1]).log()
+    assert float(terms.clipped_tokens(new, old, 0.2)) == 2
+    assert float(terms.squared_log_ratios(new, old)) == pytest.approx(0.32697, abs=1e-4)
+
+
+def test_explained_variance_is_1_for_the_returns_themselves_and_0_for_a_constant():
+    """Errors (0, 1) against returns (0, 2): 1 - 0.25 / 1 = 0.75."""
+    returns = torch.tensor([0.0, 2.0])
+    assert terms.explained_variance(returns, returns) == 1.0
+    assert terms.explained_variance(torch.ones(2), returns) == 0.0
+    assert terms.explained_variance(torch.tensor([0.0, 1.0]), returns) == pytest.approx(0.75)
+    assert math.isnan(terms.explained_variance(torch.ones(2), torch.ones(2)))

@@ -1,0 +1,178 @@
+"""PPO's update against its slow twin, step for step; and what must not change a gradient."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hafrm.data.encoding import Encoder
+from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.engine.sampling import Sampling
+from hafrm.errors import NumericsError
+from hafrm.recipe import LoraSection
+from hafrm.rlhf.actor import Actor, Reference, Rollout
+from hafrm.rlhf.ppo_update import PolicyWithValue, measure, pack, to_ppo_batch, update
+from hafrm.rlhf.prompts import Prompt
+from hafrm.rlhf.rlhf_recipe import AlgorithmSection
+from hafrm.training.prepare import inject_lora
+from hafrm.training.step import build_optimizer
+from models_for_tests import tiny_causal_lm, token_groups
+from slow_ppo import SlowPpo, SlowRules
+from tokenizers_for_tests import chat_tokenizer
+
+SHAPES = [(5, (4, 7)), (3, (1, 2)), (9, (6, 3)), (4, (5, 5))]
+SCORES = [1.0, -0.5, 2.0, 0.3, -1.2, 0.7, 0.0, 1.5]
+ALGORITHM = AlgorithmSection(
+    epochs=2, mini_batches=2, clip=0.1, kl_coefficient=0.3, gamma=0.9, lam=0.8, value_weight=0.5
+)
+RATE, EPS = 3e-3, 1e-4
+"""Adam divides by |gradient| + EPS: a smaller one would blow rounding up where gradients vanish."""
+
+
+def rollouts(seed: int = 0) -> list[Rollout]:
+    groups = token_groups(SHAPES, seed)
+    return [
+        Rollout(Prompt(f"p{i}", (), g.prompt_ids), g.response_ids, ("",) * 2, (True, True))
+        for i, g in enumerate(groups)
+    ]
+
+
+def build(*, lora: bool = False, max_tokens: int = 40, sharing: bool = True):
+    """A tiny policy with its value head, actor and optimiser, and a plain copy of its causal LM."""
+    causal, twin = tiny_causal_lm("llama"), tiny_causal_lm("llama")
+    for each in (causal, twin) if lora else ():
+        each.requires_grad_(False)
+        torch.manual_seed(7)
+        inject_lora(LoraSection(rank=2, alpha=4.0), split_causal_lm(each)[0])
+    backbone, head = split_causal_lm(causal)
+    model = HybridModel(backbone, policy_head=head, sharing=sharing)
+    actor = Actor(
+        causal,
+        model,
+        Reference(model, adapters=lora),
+        Encoder(chat_tokenizer()),
+        sampling=Sampling(max_new_tokens=8, temperature=0.8),
+        batch_size=8,
+        max_tokens=max_tokens,
+    )
+    policy = PolicyWithValue(model)
+    optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), eps=EPS)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    return policy, actor, optimizer, twin
+
+
+def take(policy, actor, optimizer, batch: list[Rollout], algorithm=ALGORITHM, step: int = 0):
+    measured = measure(policy, actor, batch)
+    batch = to_ppo_batch(measured, torch.tensor(SCORES), algorithm, algorithm.kl_coefficient)
+    return update(policy, optimizer, batch, algorithm, actor, seed=(0, step), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_two_batches_equal_those_of_the_slow_twin_in_losses_and_weights(lora):
+    """Two epochs of two mini-batches each; in float32 the two differ by rounding alone."""
+    policy, actor, optimizer, twin = build(lora=lora)
+    rules = SlowRules(
+        **{name: getattr(ALGORITHM, name) for name in ("epochs", "mini_batches", "clip")},
+        **{name: getattr(ALGORITHM, name) for name in ("value_clip", "value_weight", "gamma")},
+        lam=ALGORITHM.lam,
+        kl_coefficient=ALGORITHM.kl_coefficient,
+        temperature=0.8,
+        learning_rate=RATE,
+        max_grad_norm=1.0,
+        eps=EPS,
+    )
+    slow = SlowPpo(twin, rules)
+    for step in range(2):
+        batch = rollouts(step)
+        stats = take(policy, actor, optimizer, batch, step=step)
+        losses = slow.batch(
+            [each.prompt_ids.tolist() for each in batch],
+            [[ids.tolist() for ids in each.response_ids] for each in batch],
+            SCORES,
+            np.random.default_rng((0, step)),
+        )
+        # Mini-batches of two prompts have unequal token counts, so the means are weighed by them.
+        counts = minibatch_tokens(batch, step)
+        expected = np.average(np.array(losses), axis=0, weights=counts)
+        assert stats.policy_loss == pytest.approx(expected[0], abs=1e-6)
+        assert stats.value_loss == pytest.approx(expected[1], abs=1e-6)
+    mine = dict(actor.causal.named_parameters())
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(mine[name], parameter, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(policy.value_head.weight[0], slow.head, atol=1e-6, rtol=0.0)
+    moved = [p for n, p in twin.named_parameters() if p.requires_grad]
+    assert any(not torch.equal(p, q) for p, q in zip(moved, moved_before(lora), strict=True))
+
+
+def moved_before(lora: bool) -> list[torch.Tensor]:
+    _, actor, _, _ = build(lora=lora)
+    return [p for p in actor.causal.parameters() if p.requires_grad]
+
+
+def minibatch_tokens(batch: list[Rollout], step: int) -> list[int]:
+    order = np.random.default_rng((0, step))
+    counts = []
+    for _ in range(ALGORITHM.epochs):
+        for chosen in np.array_split(order.permutation(len(batch)), ALGORITHM.mini_batches):
+            counts.append(sum(len(ids) for i in chosen for ids in batch[i].response_ids))
+    return counts
+
+
+@pytest.mark.parametrize("change", [{"max_tokens": 12}, {"max_tokens": 10_000}, {"sharing": False}])
+def test_neither_packing_nor_accumulation_changes_the_weights(change):
+    """12 tokens hold a prompt and one response at most, so that prompts are cut apart."""
+    first, second = build(), build(**change)
+    for policy, actor, optimizer, _ in (first, second):
+        take(policy, actor, optimizer, rollouts())
+    for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0.0)
+
+
+def test_every_token_of_a_batch_is_in_exactly_one_row_whatever_the_budget():
+    batch = rollouts()
+    num = sum(len(ids) for each in batch for ids in each.response_ids)
+    for budget in (1, 12, 40, 10_000):
+        rows = pack(batch, np.arange(len(batch)), budget, torch.device("cpu"))
+        places = torch.cat([row.tokens for row in rows])
+        assert sorted(places.tolist()) == list(range(num))
+        flat = torch.from_numpy(np.concatenate([i for e in batch for i in e.response_ids]))
+        for row in rows:
+            assert torch.equal(row.layout.targets, flat[row.tokens].long())
+
+
+def test_without_adapters_a_lora_policy_is_its_own_reference():
+    policy, actor, optimizer, _ = build(lora=True)
+    take(policy, actor, optimizer, rollouts())
+    after = measure(policy, actor, rollouts())
+    assert float(after.ratios.abs().max()) > 1e-4
+    with actor.reference.model() as start:
+        row = pack(rollouts(), np.arange(4), 10_000, policy.device)[0]
+        found = start.tokens(row.layout).logps
+    start = Reference(build(lora=True)[1].model, adapters=False)
+    with start.model() as plain:
+        plain.transform = actor.model.transform
+        torch.testing.assert_close(found, plain.tokens(row.layout).logps, atol=1e-6, rtol=0.0)
+    assert all(p.requires_grad for n, p in actor.model.named_parameters() if "lora_" in n)
+
+
+def test_before_the_first_update_kl_is_zero_and_values_are_zero():
+    policy, actor, _, _ = build()
+    measured = measure(policy, actor, rollouts())
+    assert float(measured.kls.abs().max()) < 1e-4
+    assert float(measured.values.abs().max()) == 0.0
+    assert float(measured.entropies.min()) > 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_prompts():
+    policy, actor, optimizer, _ = build()
+    batch = rollouts()
+    measured = measure(policy, actor, batch)
+    scores = torch.tensor(SCORES)
+    batch = to_ppo_batch(measured, scores, ALGORITHM, 0.1)
+    broken = replace(batch, advantages=batch.advantages.clone().fill_(float("nan")))
+    before = [p.detach().clone() for p in policy.parameters()]
+    with pytest.raises(NumericsError, match=r"stopped before the update\. Prompts in it: p"):
+        update(policy, optimizer, broken, ALGORITHM, actor, seed=(0, 0), max_grad_norm=1.0)
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))

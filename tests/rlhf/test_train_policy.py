@@ -1,0 +1,313 @@
+"""Whole RLHF runs on tiny models: what they write, how they resume, when they stop, what they refuse."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hafrm.config import dump_recipe
+from hafrm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MemoryBudgetError,
+    NumericsError,
+)
+from hafrm.rlhf import rewards as rewards_module
+from hafrm.rlhf import rlhf_run
+from hafrm.rlhf.ppo import Ppo
+from hafrm.rlhf.prompts import prompts_of_step
+from hafrm.rlhf.rlhf_run import RlhfRun
+from hafrm.rlhf.train_policy import train_policy
+from hafrm.run_folder import RunFolder, read_json_lines
+from hafrm.scoring.scorer import RewardModel
+from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
+from tokenizers_for_tests import llama_like_tokenizer
+
+RICH: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2, "alpha": 4.0},
+    "reward": {"scale": True, "center": True, "clip": 2.0, "missing_eos_penalty": 0.5},
+    "algorithm": {"kl_target": 0.5, "kl_horizon": 100, "whiten_rewards": True},
+}
+"""Everything that is remembered between batches."""
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_json_lines(folder)]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert numbers(first / "metrics.jsonl") == numbers(second / "metrics.jsonl")
+    assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
+    last = RunFolder.open(first).latest_checkpoint()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, other = load_file(last / name), load_file(second / "checkpoints" / last.name / name)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    exported = "model/policy/model.safetensors"
+    assert (first / exported).read_bytes() == (second / exported).read_bytes()
+
+
+def test_a_run_writes_what_others_read_and_exports_a_stock_policy(tmp_path):
+    result = train_policy(
+        tiny_rlhf(tmp_path), tmp_path / "run", gold=lambda _, text: float(len(text))
+    )
+    records = read_json_lines(tmp_path / "run/metrics.jsonl")
+    batches = [r for r in records if r["phase"] == "rlhf"]
+    assert [r["step"] for r in batches] == [1, 2, 3, 4]
+    contract = ("reward", "kl", "length", "entropy", "clip_fraction", "value_loss", "policy_loss")
+    assert all(isinstance(r[name], float) for r in batches for name in (*contract, "gold"))
+    assert [r["step"] for r in records if r["phase"] == "held-out"] == [0, 2, 4]
+    lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 3 * 4
+    assert samples[0].keys() >= {"step", "prompt", "response", "reward", "kl"}
+    _, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run/model/policy", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert result.selected_by == "gold"
+    assert result.stopped is None
+    names = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert not names & {".pt", ".bin", ".pkl"}
+
+
+def stop_before_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As if the process died there: nothing of the batch is rollouts down."""
+    take = Ppo._batch
+
+    def dying(self: Ppo, step: int) -> None:
+        if step == number:
+            raise KeyboardInterrupt
+        take(self, step)
+
+    monkeypatch.setattr(Ppo, "_batch", dying)
+
+
+@pytest.mark.parametrize("sections", [{}, RICH], ids=["plain", "lora-and-all-state"])
+def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch, sections):
+    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third."""
+    extra = sections | {"checkpoint": {"every": 2}, "evaluation": {"every": 4}}
+    recipe = tiny_rlhf(tmp_path, **extra)
+    train_policy(recipe, tmp_path / "whole")
+    with monkeypatch.context() as context:
+        stop_before_batch(context, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(recipe, tmp_path / "killed")
+    assert len(numbers(tmp_path / "killed/metrics.jsonl")) == 4
+    train_policy(recipe, tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
+    recipe = tiny_rlhf(tmp_path, training={"steps": 1})
+    train_policy(recipe, tmp_path / "whole")
+    with monkeypatch.context() as context:
+        context.setattr(Ppo, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(recipe, tmp_path / "killed")
+    train_policy(recipe, tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
+    recipe = tiny_rlhf(tmp_path, training={"steps": 30}, evaluation={"every": 10})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "hafrm", "rlhf", str(file), "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "killed").glob("checkpoints/step-3")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.Signals[name])
+    assert process.wait(timeout=120) == (143 if name == "SIGTERM" else -signal.SIGKILL)
+    assert not (tmp_path / "killed/model").exists()
+    train_policy(recipe, tmp_path / "killed", resume=True)
+    train_policy(recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_resumed_run_may_not_change_what_it_computes(tmp_path):
+    train_policy(tiny_rlhf(tmp_path, training={"steps": 1}), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="recipe differs"):
+        train_policy(tiny_rlhf(tmp_path, training={"steps": 2}), tmp_path / "run", resume=True)
+    smaller = tiny_rlhf(tmp_path, training={"steps": 1, "max_tokens": 64})
+    assert train_policy(smaller, tmp_path / "run", resume=True).num_steps == 1
+
+
+def test_a_policy_that_runs_away_is_stopped_and_its_best_step_is_exported(tmp_path):
+    """A learning rate of 3 throws the policy far off in a batch or two."""
+    recipe = tiny_rlhf(
+        tmp_path,
+        training={"learning_rate": 3.0, "steps": 50},
+        watch={"max_kl": 1.0, "patience": 1, "min_entropy_fraction": 0.0},
+        algorithm={"kl_coefficient": 0.0},
+    )
+    result = train_policy(recipe, tmp_path / "run")
+    assert result.stopped is not None
+    assert "watch.max_kl" in result.stopped
+    assert result.num_steps < 50
+    assert (tmp_path / "run/model/policy/config.json").is_file()
+    again = train_policy(recipe, tmp_path / "run", resume=True)
+    assert again == result
+
+
+def test_a_reward_that_is_not_finite_stops_before_anything_is_learned(tmp_path, monkeypatch):
+    recipe = tiny_rlhf(tmp_path)
+    score, calls = rewards_module.score_texts, []
+
+    def broken(*args: Any) -> np.ndarray:
+        calls.append(1)
+        values = score(*args)
+        return values if len(calls) < 3 else values * np.float32("nan")
+
+    monkeypatch.setattr(rewards_module, "score_texts", broken)
+    run = RunFolder.create(tmp_path / "run", dump_recipe(recipe))
+    ppo = Ppo(RlhfRun(recipe, run, None))
+    with pytest.raises(NumericsError, match="not finite"):
+        ppo.train(resume=False)
+    saved = load_file(run.latest_checkpoint() / "model.safetensors")
+    assert run.latest_checkpoint().name == "step-1"
+    for name, parameter in ppo.policy.named_parameters():
+        assert torch.equal(parameter, saved[name])
+
+
+def test_a_reward_model_with_another_tokenizer_is_asked_through_text(tmp_path):
+    tokenizer = llama_like_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    other = write_reward(tmp_path, "other", tokenizer=tokenizer)
+    recipe = tiny_rlhf(tmp_path, reward={"models": [str(other)]})
+    rlhf = RlhfRun(recipe, RunFolder.create(tmp_path / "run", dump_recipe(recipe)), None)
+    rollouts = rlhf.actor.write(rlhf.prompts_of_step(0), 2, seed=3)
+    model = RewardModel.from_pretrained(other)
+    assert model.encoder.tokenizer.get_vocab() != rlhf.actor.encoder.tokenizer.get_vocab()
+    expected = [
+        model.score_encoded(model.encoder.encode([_group(each, text)])[0])[0]
+        for each in rollouts
+        for text in each.texts
+    ]
+    assert rlhf.reward(rollouts).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def _group(rollouts: Any, text: str) -> Any:
+    from hafrm.preferences import Group
+
+    return Group("g", rollouts.prompt.messages, (text,))
+
+
+@pytest.mark.slow
+def test_a_retained_policy_head_can_be_the_policy_and_its_reward_head_the_reward(tmp_path):
+    from hafrm.training.loop import train
+    from tiny_runs import tiny_recipe
+
+    train(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "haf")
+    recipe = tiny_rlhf(
+        tmp_path,
+        model={"path": str(tmp_path / "haf/model/policy")},
+        reward={"models": [str(tmp_path / "haf")] * 3, "rule": "min"}
+        | {"kinds": ["reward", "implicit", "fused"]},
+        evaluation={"judge": str(tmp_path / "reward")},
+        training={"steps": 1},
+    )
+    result = train_policy(recipe, tmp_path / "run")
+    assert result.selected_by == "judge"
+    state = json.loads((tmp_path / "run/checkpoints/step-1/state.json").read_text())
+    assert len(state["scales"]) == 3
+
+
+def test_prompts_that_are_too_long_are_left_out_or_refused(tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl")
+    lines = (tmp_path / "prompts.jsonl").read_text()
+    long = json.dumps({"prompt": "Say it. " * 40}) + "\n"
+    (tmp_path / "prompts.jsonl").write_text(long + lines)
+    recipe = tiny_rlhf(tmp_path)
+    rlhf = RlhfRun(recipe, RunFolder.create(tmp_path / "run", dump_recipe(recipe)), None)
+    assert rlhf.prompts.counts["prompts_too_long"] == 1
+    with pytest.raises(DataError, match=r"longer than data\.max_prompt_length 40"):
+        train_policy(tiny_rlhf(tmp_path, data={"too_long": "refuse"}), tmp_path / "refused")
+    with pytest.raises(DataError, match=r"no prompt of at most 3 tokens"):
+        train_policy(tiny_rlhf(tmp_path, data={"max_prompt_length": 3}), tmp_path / "none")
+    with pytest.raises(ConfigError, match="but the model takes 256"):
+        train_policy(tiny_rlhf(tmp_path, data={"max_prompt_length": 255}), tmp_path / "long")
+
+
+def test_an_empty_prompt_file_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"prompts\.jsonl"):
+        train_policy(tiny_rlhf(tmp_path), tmp_path / "run")
+
+
+def test_without_trl_its_algorithms_name_the_extra(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "trl" else find(name)
+    )
+    recipe = tiny_rlhf(tmp_path, algorithm={"name": "rloo", "mini_batches": 1})
+    with pytest.raises(ConfigError, match=r"pip install 'hafrm\[rlhf\]'"):
+        train_policy(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path):
+    recipe = tiny_rlhf(tmp_path)
+    rlhf = rlhf_run.RlhfRun(recipe, RunFolder.create(tmp_path / "run", dump_recipe(recipe)), None)
+    held = {prompt.messages for prompt in rlhf.prompts.held_out}
+    asked = {prompt.messages for step in range(20) for prompt in rlhf.prompts_of_step(step)}
+    assert not held & asked
+    assert len(asked) == len(rlhf.prompts.train)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
+def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, lora):
+    training = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True}
+    sections = {"training": training} | ({} if lora is None else {"lora": lora})
+    train_policy(tiny_rlhf(tmp_path, **sections), tmp_path / "run")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model/policy")
+    assert stock.dtype == torch.bfloat16
+    batches = [r for r in numbers(tmp_path / "run/metrics.jsonl") if r["phase"] == "rlhf"]
+    assert abs(batches[0]["kl"]) < 0.1  # before the first update policy and reference are one
+    assert all(np.isfinite(r["policy_loss"]) for r in batches)
+
+
+def test_a_batch_that_does_not_fit_says_how_to_go_on(tmp_path, monkeypatch):
+    recipe = tiny_rlhf(tmp_path, training={"steps": 1})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as context:
+        context.setattr(Ppo, "_take_batch", full)
+        with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens=64"):
+            train_policy(recipe, tmp_path / "run")
+    smaller = tiny_rlhf(tmp_path, training={"steps": 1, "max_tokens": 64})
+    assert train_policy(smaller, tmp_path / "run", resume=True).num_steps == 1
+
+
+def test_every_prompt_is_asked_once_a_pass_and_each_pass_has_an_order_of_its_own():
+    passes = [
+        [int(i) for step in range(5 * e, 5 * e + 5) for i in prompts_of_step(10, step, 2, seed=3)]
+        for e in range(3)
+    ]
+    assert all(sorted(order) == list(range(10)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert prompts_of_step(3, 0, 7, seed=0).tolist() == prompts_of_step(3, 0, 7, seed=0).tolist()
+    assert sorted(prompts_of_step(3, 0, 6, seed=0).tolist()) == [0, 0, 1, 1, 2, 2]
