@@ -15,7 +15,8 @@ from exports_for_tests import export_both
 from hafrm.cli import app, main
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
-from hafrm.evaluation.evaluate import evaluate, find_heads
+from hafrm.evaluation import evaluate
+from hafrm.evaluation.heads import find_heads
 from hafrm.scoring.fused import FusedRule, write_fused_rule
 from hafrm.training import finish
 from hafrm.training.loop import train

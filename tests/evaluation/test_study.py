@@ -9,8 +9,8 @@ import pytest
 from benchmark_rows import write_all
 from hafrm.config import build_recipe
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
-from hafrm.evaluation.benchmarks.run import run_benchmarks
-from hafrm.evaluation.evaluate import evaluate
+from hafrm.benchmarks.benchmark_run import run_benchmarks
+from hafrm.evaluation import evaluate
 from hafrm.evaluation.metrics import length_bias
 from hafrm.evaluation.study import cell as cell_module
 from hafrm.evaluation.study.cell import Setting, read_result

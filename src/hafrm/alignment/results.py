@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hafrm.alignment.candidates import Candidates
 from hafrm.alignment.curves import expected_picks, filled_up, fit_gold, kl_of_best
 from hafrm.alignment.judge import Conduct, Verdict, conduct
-from hafrm.evaluation.metrics import plain
+from hafrm.results import to_plain
 from hafrm.statistics import (
     Estimate,
     accuracy_interval,
@@ -156,7 +156,7 @@ class BestOfN:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         known = {name: value for name, value in asdict(self).items() if name != "wins"}
-        return {**plain(known), "wins": [plain(each.to_dict()) for each in self.wins]}
+        return {**to_plain(known), "wins": [to_plain(each.to_dict()) for each in self.wins]}
 
 
 def picks(scores: PerPrompt) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hafrm.alignment.generate import CHUNK, Done
 from hafrm.alignment.journal import Journal
 from hafrm.errors import ConfigError, DataError, NumericsError
-from hafrm.evaluation.evaluate import find_heads
+from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest

@@ -5,7 +5,6 @@ that real data takes: files, recipes, run folders, evaluation. A second run find
 finished and goes on where it was.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,15 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
-from hafrm.atomic import atomic_directory, atomic_write
+from hafrm.atomic import atomic_directory
 from hafrm.config import build_recipe
 from hafrm.demo.pretrain import Progress, pretrain
 from hafrm.demo.world import TEST_SETS, make_world, pretraining_texts, write_world
-from hafrm.evaluation.evaluate import Evaluation, evaluate
+from hafrm.evaluation import evaluate
+from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe import Recipe
 from hafrm.reporting.page import missing_packages, write_report
+from hafrm.results import write_result
 from hafrm.scoring.model_card import write_cards
 from hafrm.tables.cells import stacked
 from hafrm.training.loop import train
@@ -62,7 +63,7 @@ def run(folder: Path, *, tell: Callable[[str], None]) -> DemoResult:
         sources = [str(files[f"test-{name}"]) for name in TEST_SETS]
         found = evaluations[method] = evaluate(folder / method, sources)
         # as `hafrm train` leaves them, where it evaluates the recipe's test sets itself
-        atomic_write(folder / method / "test.json", json.dumps(found.to_dict(), indent=1) + "\n")
+        write_result(folder / method / "test.json", found)
         write_cards(folder / method)
     return DemoResult(folder, evaluations, _report(folder))
 
@@ -122,11 +123,9 @@ def tables(result: DemoResult) -> Iterator[RenderableType]:
     for name in (*TEST_SETS, "all"):
         table.add_column(name, justify="right", no_wrap=True)
     for method, evaluation in result.evaluations.items():
-        table.add_row(
-            LABELS[method], *(stacked(each.metrics.accuracy.estimate) for each in evaluation.sets)
-        )
+        table.add_row(LABELS[method], *(stacked(each.accuracy) for each in evaluation.sets))
     first = next(iter(result.evaluations.values()))
-    baseline = [each.metrics.length.pick_longer.estimate for each in first.sets]
+    baseline = [each.length.pick_longer for each in first.sets]
     table.add_row("the longer one", *map(stacked, baseline))
     yield table
     if result.report is None:

@@ -25,8 +25,8 @@ from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.scorers import Gold
 from hafrm.atomic import atomic_write
 from hafrm.errors import ConfigError
-from hafrm.evaluation.metrics import plain
 from hafrm.process_pool import ProcessPool
+from hafrm.results import to_plain
 from hafrm.run_folder import read_json_lines
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 
@@ -66,7 +66,7 @@ class RlhfComparison:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         values = asdict(self) | {"wins": [each.to_dict() for each in self.wins]}
-        found: dict[str, Any] = plain(_lists(values))
+        found: dict[str, Any] = to_plain(_lists(values))
         return found
 
 

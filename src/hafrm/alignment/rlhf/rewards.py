@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hafrm.alignment.rlhf.recipe import RewardSection, Rule
 from hafrm.errors import DataError, NumericsError
-from hafrm.evaluation.evaluate import find_heads
+from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message
 from hafrm.scoring.fused import FusedRewardModel
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
