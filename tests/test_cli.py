@@ -185,8 +185,8 @@ def test_evaluate_shows_the_fused_score_beside_both_heads(tmp_path):
         same = found if factor == 0 else found["implicit"]
         assert found["fused"]["accuracy"] == same["accuracy"]
         assert found["fused_gain"]["num"] == 12
-        assert result["fused"]["factor"] == factor
-        assert re.search(r"fused +│ +\d+\.\d % \[", output)
+        assert result["fused_rule"].startswith(f"reward + {factor:.3g} [")
+        assert re.search(r"fused +\d+\.\d % \[", output)
         assert "fused score, fitted on the run's validation data: reward + " in output
 
 

@@ -303,7 +303,7 @@ def _cluster_sums(
 
 
 def _moments(
-    sides: Sequence[Shaped[np.ndarray, "seeds items"]],
+    sides: Sequence[Shaped[np.ndarray, "_ items"]],
     clusters: Shaped[np.ndarray, " items"] | None,
 ) -> tuple[float, float, float]:
     """The first side's mean, less the second's if there is one; its variance and degrees of freedom.
@@ -327,12 +327,12 @@ def _moments(
     return float(items.mean()), variance, variance**2 / spread if spread else math.inf
 
 
-def _t_point(degrees: float) -> float:
+def _t_point(degrees: int | float) -> float:
     """The two-sided 95 % point of Student's t."""
     return Z95 if math.isinf(degrees) else float(special.stdtrit(degrees, 0.975))
 
 
-def _t_test(mean: float, error: float, degrees: float) -> float:
+def _t_test(mean: float, error: float, degrees: int | float) -> float:
     """Two-sided p-value of a mean of 0, given its standard error."""
     if error == 0:
         return 1.0 if mean == 0 else 0.0

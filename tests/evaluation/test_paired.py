@@ -11,10 +11,8 @@ from typer.testing import CliRunner
 from exports_for_tests import export_both
 from hafrm.cli import app
 from hafrm.errors import ConfigError, DataError
+from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
-from hafrm.evaluation import compare_models
-from hafrm.evaluation import evaluate
-from hafrm.evaluation.verb import run_evaluation
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
 from tiny_runs import write_preferences
 
@@ -80,7 +78,7 @@ def test_the_p_values_of_the_sets_are_adjusted_for_their_number_and_all_is_no_se
     model, files
 ) -> None:
     """0.01 and 0.04 of two sets: Holm doubles the first and keeps the second; their sum stays out."""
-    found = compare([model / "reward"], [model / "policy"], files)
+    found = compare_models([model / "reward"], [model / "policy"], files)
     estimate = Estimate(0.1, 0.0, 0.2, 8, "cluster-bootstrap")
     from dataclasses import replace
 
@@ -89,40 +87,40 @@ def test_the_p_values_of_the_sets_are_adjusted_for_their_number_and_all_is_no_se
         for each, p in zip(found.sets, (0.01, 0.04, 0.001), strict=True)
     ]
     assert [each.name for each in fixed] == ["one", "two", "all"]
-    assert [each.p_adjusted for each in _adjusted(fixed)] == [pytest.approx(0.02), 0.04, None]
+    assert [each.p_adjusted for each in adjusted(fixed)] == [pytest.approx(0.02), 0.04, None]
 
 
 def test_each_side_has_the_accuracy_that_evaluate_gives(model, files) -> None:
-    found = compare([model / "reward"], [model / "policy"], files)
+    found = compare_models([model / "reward"], [model / "policy"], files)
     for path, side in ((model / "reward", "first"), (model / "policy", "second")):
         sets = evaluate(path, files).sets
         assert [getattr(each, side) for each in found.sets] == [
-            each.metrics.accuracy.estimate for each in sets
+            Estimate(a.value, a.low, a.high, a.num, a.method) for a in (s.accuracy for s in sets)
         ]
     for each in found.sets:
         assert each.difference.estimate.value == pytest.approx(each.first.value - each.second.value)
 
 
 def test_a_model_against_itself_differs_in_nothing(model, files) -> None:
-    found = compare([model], [model / "reward"], files[:1])
+    found = compare_models([model], [model / "reward"], files[:1])
     (only,) = found.sets
     assert only.difference.estimate.value == 0
     assert (only.difference.p_value, only.p_adjusted) == (1.0, 1.0)
 
 
 def test_seeds_of_one_side_alone_give_their_mean(model, files) -> None:
-    found = compare([model / "reward", model / "policy"], [], files[:1])
+    found = compare_models([model / "reward", model / "policy"], [], files[:1])
     (only,) = found.sets
     assert only.second is only.difference is None
     both = [evaluate(path, files[:1]).sets[0] for path in (model / "reward", model / "policy")]
-    mean = np.mean([each.metrics.accuracy.estimate.value for each in both])
+    mean = np.mean([each.accuracy.value for each in both])
     assert only.first.value == pytest.approx(mean)
     assert only.first.method == "t over prompts and seeds"
 
 
 def test_one_seed_against_several_is_refused(model, files) -> None:
     with pytest.raises(ConfigError, match=r"2 models against 1.*several seeds on both sides"):
-        compare([model, model], [model], files)
+        compare_models([model, model], [model], files)
 
 
 def test_the_command_prints_the_difference_and_its_p_values(model, files, tmp_path) -> None:
@@ -143,5 +141,5 @@ def test_rows_that_cannot_be_used_may_be_allowed_for(model, tmp_path):
     file = write_preferences(tmp_path / "some.jsonl", num=8)
     file.write_text(file.read_text() + '{"prompt": "hm", "chosen": "", "rejected": "no"}\n')
     with pytest.raises(DataError, match="--max-bad-fraction"):
-        run_evaluation(model, [str(file)])
-    assert run_evaluation(model, [str(file)], max_bad_fraction=0.2).num_bad_rows == 1
+        evaluate(model, str(file))
+    assert evaluate(model, str(file), max_bad_fraction=0.2).num_bad_rows == 1

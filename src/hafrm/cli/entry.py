@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
@@ -47,6 +47,7 @@ JsonFile = Annotated[
 ]
 
 
+@runtime_checkable
 class HasTables(Protocol):
     """A result that people see."""
 

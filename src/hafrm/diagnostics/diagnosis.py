@@ -229,7 +229,9 @@ def _label_noise(noise: LabelNoise) -> Iterator[Table]:
         several = len(names) > 1
         headings = [Column("predictor"), *(Column(name, "decimal") for name in names)]
         headings += [Column("all", "decimal")] * several
-        title = "separates split votes from unanimous ones: area under the curve [95 %]; 0.5 is chance"
+        title = (
+            "separates split votes from unanimous ones: area under the curve [95 %]; 0.5 is chance"
+        )
         areas = tuple(
             (
                 predictor.name,

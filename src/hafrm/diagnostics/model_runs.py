@@ -22,6 +22,7 @@ from hafrm.diagnostics.label_noise import cut_text, label_noise, prompt_text, wo
 from hafrm.diagnostics.own_policy import (
     Continuation,
     OwnPolicyPreference,
+    RewardPreference,
     policy_text,
     reward_preferences,
 )
@@ -289,7 +290,7 @@ def prefer_own_policy(
     written = {name: writer.write(prompts, sampling, done) for name, writer in writers.items()}
     texts = {name: writers[name].texts(some) for name, some in written.items()}
     lengths = {n: np.array([len(text.ids) for text in some]) for n, some in written.items()}
-    preferences = []
+    preferences: list[RewardPreference] = []
     for name, heads in models.items():
         if heads.reward is not None:
             rewards = _rewards(heads, prompts, texts, options)

@@ -5,11 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.errors import DataError, NumericsError
+from hafrm.benchmarks.benchmark_scores import (
+    BenchmarkScore,
+    length_scores,
+    missing_terms,
+    score_benchmark,
+)
 from hafrm.benchmarks.definitions import BENCHMARKS
-from hafrm.benchmarks.rules import Item
-from hafrm.benchmarks.rules import CandidateScores
-from hafrm.benchmarks.benchmark_scores import BenchmarkScore, length_scores, missing_terms, score_benchmark
+from hafrm.benchmarks.rules import CandidateScores, Item
+from hafrm.errors import DataError, NumericsError
 from hafrm.preferences import Message
 
 COUNTS = {
@@ -30,7 +34,7 @@ COUNTS = {
         "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
-"""Typed anew from RewardBench's table."""
+"""Copied by hand from RewardBench's table."""
 
 
 def item(
@@ -42,11 +46,11 @@ def item(
     return Item(name, part, (Message("user", prompt or name),), texts, right, **more)
 
 
-def array(*values: float) -> Scores:
+def array(*values: float) -> CandidateScores:
     return np.array(values, np.float64)
 
 
-def score(name: str, items: list[Item], scores: list[Scores]) -> BenchmarkScore:
+def score(name: str, items: list[Item], scores: list[CandidateScores]) -> BenchmarkScore:
     return score_benchmark(BENCHMARKS[name], items, scores)
 
 
@@ -187,7 +191,7 @@ def slow_ties(rows: list[tuple[str, int, list[float]]]) -> float:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rewardbench_2_equals_a_slow_loop_on_random_scores(seed: int) -> None:
-    """Scores are rounded, so that ties at the top and answers without spread are there."""
+    """CandidateScores are rounded, so that ties at the top and answers without spread are there."""
     draw = np.random.default_rng(seed)
     parts = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
     items, scores, expected = [], [], []

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmark_rows import RMB_PAIR, ROWS, write_all, write_lines
-from hafrm.errors import ConfigError, DataError
-from hafrm.benchmarks.definitions import BENCHMARKS, QUOTED, find_benchmarks
 from hafrm.benchmarks.benchmark_files import find_benchmark_folder, load_benchmark
 from hafrm.benchmarks.benchmark_scores import missing_terms
+from hafrm.benchmarks.definitions import BENCHMARKS, QUOTED, find_benchmarks
+from hafrm.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -181,11 +181,11 @@ def test_a_folder_without_rows_says_so(tmp_path: Path) -> None:
 
 def test_a_benchmark_is_looked_for_in_the_folder_of_its_name_first(tmp_path: Path) -> None:
     benchmark = BENCHMARKS["rmb"]
-    assert folder_of(benchmark, None, alone=True) is None
-    assert folder_of(benchmark, tmp_path, alone=True) == tmp_path
+    assert find_benchmark_folder(benchmark, None, alone=True) is None
+    assert find_benchmark_folder(benchmark, tmp_path, alone=True) == tmp_path
     with pytest.raises(DataError, match="has no folder rmb with the files of RMB"):
-        folder_of(benchmark, tmp_path, alone=False)
+        find_benchmark_folder(benchmark, tmp_path, alone=False)
     (tmp_path / "rmb").mkdir()
-    assert folder_of(benchmark, tmp_path, alone=True) == tmp_path / "rmb"
+    assert find_benchmark_folder(benchmark, tmp_path, alone=True) == tmp_path / "rmb"
     with pytest.raises(DataError, match="is no folder; give one with the files of RMB"):
-        folder_of(benchmark, tmp_path / "missing", alone=True)
+        find_benchmark_folder(benchmark, tmp_path / "missing", alone=True)

@@ -1,22 +1,28 @@
-"""Disagreement, split votes and areas under the curve, by hand and against loops."""
+"""Disagreement, split votes, areas under the curve and the comparisons to read, by hand and in loops."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from hafrm.evaluation.diagnostics.label_noise import (
-    LabelNoise,
+from hafrm.diagnostics.label_noise import (
+    MAX_CHARS,
+    WRONG,
+    area_under_curve,
     audit,
+    cut_text,
     disagreement,
+    doubtful,
     has_votes,
     is_split,
+    label_noise,
     mean_margin,
-    suspicious,
+    prompt_text,
+    worst_errors,
 )
-from hafrm.evaluation.diagnostics.ranking import area_under_curve
+from hafrm.evaluation.comparisons import Comparisons
+from hafrm.preferences import Comparison, Group, Message, Votes
 
 NAN = math.nan
 NONE = [NAN, NAN, NAN]
@@ -92,10 +98,9 @@ def test_votes_are_split_where_more_than_one_outcome_has_some() -> None:
     assert has_votes(votes).tolist() == [True, True, True, False]
 
 
-def test_suspicious_are_those_that_all_models_are_against_the_clearest_first() -> None:
+def test_doubtful_labels_are_those_that_all_models_contradict_the_clearest_first() -> None:
     margins = np.array([[-1.0, -2.0, 3.0, -9.0], [-1.0, -2.0, -3.0, 1.0]])
-    assert suspicious(margins, 5) == [1, 0]
-    assert suspicious(margins, 1) == [1]
+    assert doubtful(margins) == [1, 0]
 
 
 # The audit.
@@ -139,25 +144,83 @@ def test_predictors_are_judged_on_the_comparisons_with_votes() -> None:
 def test_what_all_models_are_against_by_hand() -> None:
     """Comparisons 2 and 3 of six; of these one has votes, and is split; of the other four, two are."""
     against = found().against
-    assert against.share.value == pytest.approx(2 / 6)
+    assert against.fraction.value == pytest.approx(2 / 6)
     assert (against.split.value, against.split.num) == (1.0, 1)
     assert (against.split_others.value, against.split_others.num) == (0.5, 4)
 
 
-def test_without_votes_the_shares_are_null_and_the_rest_stands() -> None:
+def test_without_votes_the_fractions_are_nan_and_the_rest_stands() -> None:
     margins = np.array([[3.0, -1.0], [3.0, 1.0]])
-    noise = LabelNoise(("a", "b"), audit(margins, np.array([NONE, NONE]), np.arange(2)), {})
-    written = json.loads(json.dumps(noise.to_dict(), allow_nan=False))
-    assert written["auc"] is None
-    assert [band["vote_split"] for band in written["by_disagreement"]] == [None, None]
-    assert written["num_with_votes"] == 0
-    assert written["by_disagreement"][1]["disagreement"] == 0.5
+    got = audit(margins, np.array([NONE, NONE]), np.arange(2))
+    assert got.num_with_votes == 0
+    assert all(math.isnan(band.split.value) for band in got.by_disagreement)
+    assert math.isnan(got.predictors[0].auc.value)
+    assert got.by_disagreement[1].low == 0.5
 
 
-def test_one_model_has_no_disagreement_but_margins() -> None:
+def test_one_model_has_no_disagreement_but_margins_and_without_votes_nothing() -> None:
     margins = np.array([[3.0, -1.0, 0.5]])
-    votes = np.array([[5, 0, 0], [3, 2, 0], [4, 1, 0]], float)
-    noise = LabelNoise(("a",), audit(margins, votes, np.arange(3)), {})
-    assert noise.all.by_disagreement == ()
-    assert noise.to_dict()["auc"] == 1.0
-    assert noise.to_dict()["predictors"][0]["name"] == "low |mean margin|"
+    groups = [
+        group(name, ["r", "c"], votes=votes)
+        for name, votes in zip("abc", (Votes(5, 0), Votes(3, 2), Votes(4, 1)), strict=True)
+    ]
+    noise = label_noise(Comparisons.of(groups), margins, ["m"])
+    assert noise.by_disagreement == ()
+    assert (noise.predictors[0].name, noise.predictors[0].auc.value) == ("low |mean margin|", 1.0)
+    assert list(noise.by_set) == ["a", "b", "c"]
+    unvoted = Comparisons.of([group(name, ["r", "c"]) for name in "abc"])
+    assert label_noise(unvoted, margins, ["m"]) is None
+    assert label_noise(unvoted, np.repeat(margins, 2, 0), ["m", "n"]).by_set == {}
+
+
+# The comparisons to read.
+
+
+def group(name: str, responses: list[str], **comparison: object) -> Group:
+    pair = Comparison(1, 0, **comparison)  # type: ignore[arg-type]
+    return Group(
+        name, (Message("user", f"prompt {name}"),), tuple(responses), (pair,), source=name[0]
+    )
+
+
+def test_examples_are_the_clearest_mistakes_each_rejected_response_once() -> None:
+    """Margins -1, -3, -2, 1; the second and third differ in nothing but the chosen response."""
+    many = Group(
+        "m",
+        (Message("user", "prompt"),),
+        ("good", "better", "bad"),
+        (Comparison(0, 2), Comparison(1, 2)),
+        source="m",
+    )
+    voted = group("v", ["r", "c"], votes=Votes(2, 1, 0))
+    comparisons = Comparisons.of([voted, many, group("w", ["r", "c"])])
+    found = worst_errors(comparisons, np.array([[-1.0, -3.0, -2.0, 1.0]]))
+    assert [(each.set, each.margin, each.chosen) for each in found] == [
+        ("m", -3.0, "good"),
+        ("v", -1.0, "c"),
+    ]
+    assert found[1].votes == (2, 1, 0)
+    assert found[0].votes is None
+
+
+def test_examples_of_doubtful_labels_need_all_models_and_say_so() -> None:
+    """Margins of four comparisons by two models, which divide them by 1 and 2: wrong in the first's eyes
+    are a, b, d, all models contradict a, b and d, most clearly d; each is shown once."""
+    comparisons = Comparisons.of([group(name, ["r", "c"]) for name in "abcd"])
+    margins = np.array([[-1.2, -1.1, 0.9, -0.7], [-1.0, -1.0, -1.0, -3.6055]])
+    assert np.sqrt((margins**2).mean(1)) == pytest.approx([0.9937, 2.0], abs=1e-3)
+    found = worst_errors(comparisons, margins, num=2)
+    assert [each.set for each in found] == ["a", "b", "d"]
+    assert found[0].why.startswith(f"{WRONG}; all models contradict the label, 0.9 times")
+    assert found[2].why.startswith("all models contradict the label, 1.3 times as clearly")
+    alone = worst_errors(comparisons, np.array([[-1.0, 1, 1, 1], [1.0, 1, 1, 1]]))
+    assert [each.why for each in alone] == [WRONG]
+
+
+def test_texts_are_cut_and_say_how_much_is_missing() -> None:
+    text = "a" * MAX_CHARS + "bcd"
+    assert cut_text(text) == "a" * MAX_CHARS + " [3 more characters]"
+    assert cut_text(text, end=True) == "[3 more characters] " + text[3:]
+    assert cut_text(" short ") == "short"
+    turns = (Message("user", "hi"), Message("assistant", "yes?"), Message("user", "go"))
+    assert prompt_text(turns) == "user: hi\nassistant: yes?\nuser: go"

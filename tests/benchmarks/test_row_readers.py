@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
-from hafrm.data.published import LeftOut
-from hafrm.data.values import RefusedError
 from hafrm.benchmarks import row_readers
 from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import Item
+from hafrm.data.published import LeftOut
+from hafrm.data.values import RefusedError
 from hafrm.preferences import Message
 
 
@@ -67,7 +67,7 @@ def test_ppes_ties_are_left_out_and_named() -> None:
     assert read("ppe-preference").candidates == (GOOD, BAD)
     assert read("ppe-preference", winner="model_a").candidates == (BAD, GOOD)
     row = ROWS["ppe-preference"] | {"winner": "tie (bothbad)"}
-    assert rows.ppe_preference(row, "") == LeftOut("tie")
+    assert row_readers.ppe_preference(row, "") == LeftOut("tie")
 
 
 def test_ppes_pairs_count_from_0_and_its_columns_from_1() -> None:
@@ -77,7 +77,7 @@ def test_ppes_pairs_count_from_0_and_its_columns_from_1() -> None:
     assert item.pairs == ((1, 0), (1, 0), (2, 3))
     assert item.part == "MATH"
     row = ROWS["ppe-correctness"] | {"sampled_conflict_pairs": []}
-    assert isinstance(rows.ppe_correctness(row, "MATH"), LeftOut)
+    assert isinstance(row_readers.ppe_correctness(row, "MATH"), LeftOut)
 
 
 def test_rmb_keeps_the_conversation_and_puts_the_best_first() -> None:
@@ -86,11 +86,11 @@ def test_rmb_keeps_the_conversation_and_puts_the_best_first() -> None:
         {"role": "assistant", "content": "ho", "language": "English"},
         {"role": "user", "content": "hu", "language": "English"},
     ]
-    pair = rows.rmb_pairwise(RMB_PAIR | {"conversation_input": talk}, "Pairwise Helpfulness")
+    pair = row_readers.rmb_pairwise(RMB_PAIR | {"conversation_input": talk}, "Pairwise Helpfulness")
     assert isinstance(pair, Item)
     assert [m.role for m in pair.prompt] == ["user", "assistant", "user"]
     assert pair.candidates == (GOOD, BAD)
-    best = rows.rmb_best_of_n(RMB_LIST, "BoN Helpfulness")
+    best = row_readers.rmb_best_of_n(RMB_LIST, "BoN Helpfulness")
     assert isinstance(best, Item)
     assert best.candidates == (GOOD, BAD + "b", BAD + "c")
 
@@ -133,8 +133,8 @@ def test_a_row_that_breaks_the_form_says_where(
 
 def test_rmb_rows_without_answers_are_refused() -> None:
     with pytest.raises(RefusedError, match="`reject` must hold an `answer`"):
-        rows.rmb_pairwise(RMB_PAIR | {"reject": "no"}, "")
+        row_readers.rmb_pairwise(RMB_PAIR | {"reject": "no"}, "")
     with pytest.raises(RefusedError, match="`loser_list` is empty"):
-        rows.rmb_best_of_n(RMB_LIST | {"loser_list": []}, "")
+        row_readers.rmb_best_of_n(RMB_LIST | {"loser_list": []}, "")
     with pytest.raises(RefusedError, match="`conversation_input`"):
-        rows.rmb_pairwise(RMB_PAIR | {"conversation_input": [{"role": "user"}]}, "")
+        row_readers.rmb_pairwise(RMB_PAIR | {"conversation_input": [{"role": "user"}]}, "")
