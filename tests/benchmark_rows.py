@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hafrm.evaluation.benchmarks.catalogue import BENCHMARKS
-from hafrm.evaluation.benchmarks.weights import LANGUAGES
+from hafrm.benchmarks.definitions import BENCHMARKS, LANGUAGES
 
 GOOD, BAD = "two plus two is four.", "it is five, and so on and so on."
 QUESTION = "What is two plus two?"

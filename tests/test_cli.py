@@ -15,7 +15,8 @@ from exports_for_tests import export_both
 from hafrm.cli import app, main
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
-from hafrm.evaluation.evaluate import evaluate, find_heads
+from hafrm.evaluation import evaluate
+from hafrm.evaluation.heads import find_heads
 from hafrm.scoring.fused import FusedRule, write_fused_rule
 from hafrm.training import finish
 from hafrm.training.loop import train
@@ -184,8 +185,8 @@ def test_evaluate_shows_the_fused_score_beside_both_heads(tmp_path):
         same = found if factor == 0 else found["implicit"]
         assert found["fused"]["accuracy"] == same["accuracy"]
         assert found["fused_gain"]["num"] == 12
-        assert result["fused"]["factor"] == factor
-        assert re.search(r"fused +│ +\d+\.\d % \[", output)
+        assert result["fused_rule"].startswith(f"reward + {factor:.3g} [")
+        assert re.search(r"fused +\d+\.\d % \[", output)
         assert "fused score, fitted on the run's validation data: reward + " in output
 
 

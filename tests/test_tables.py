@@ -1,4 +1,4 @@
-"""What people read: no accuracy is printed without its interval, and nothing is cut off at 120 columns."""
+"""What people see: no accuracy without its interval, and nothing cut off at 120 columns."""
 
 import io
 import re
@@ -9,8 +9,11 @@ from rich.console import Console
 
 from benchmark_rows import write_all
 from exports_for_tests import export_both
-from hafrm.evaluation.verb import run_evaluation
-from hafrm.tables.results import result_tables
+from hafrm.benchmarks.benchmark_run import run_benchmarks
+from hafrm.evaluation import compare_models, evaluate
+from hafrm.report.terminal import print_tables
+from hafrm.statistics import Estimate
+from hafrm.table import Column, Table
 from tiny_runs import write_preferences
 
 
@@ -21,43 +24,52 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def printed(result: object) -> str:
+def printed(*tables: Table) -> str:
     console = Console(width=120, file=io.StringIO())
-    for renderable in result_tables(result):
-        console.print(renderable)
-    assert isinstance(console.file, io.StringIO)
+    print_tables(tables, console)
     return console.file.getvalue()
 
 
-def results(model: Path, tmp_path: Path, kind: str) -> object:
+@pytest.mark.parametrize("kind", ["evaluation", "comparison", "seeds", "benchmarks"])
+def test_every_fraction_is_printed_with_its_interval_and_no_cell_is_cut_off(
+    model, tmp_path, kind: str
+) -> None:
+    """As many fractions as brackets; headings say what the brackets are."""
     files = [
         str(write_preferences(tmp_path / f"{n}.jsonl", num=9, start=s))
         for n, s in (("one", 0), ("two", 50))
     ]
     if kind == "evaluation":
-        return run_evaluation(model, files)
-    if kind == "comparison":
-        return run_evaluation(model / "reward", files, against=[str(model / "policy")])
-    if kind == "seeds":
-        return run_evaluation(model, files, also=[str(model / "policy")])
-    return run_evaluation(model, [], benchmark=["all"], benchmark_data=write_all(tmp_path / "b"))
-
-
-@pytest.mark.parametrize("kind", ["evaluation", "comparison", "seeds", "benchmarks"])
-def test_every_share_is_printed_with_its_interval(model, tmp_path, kind: str) -> None:
-    """As many shares as brackets; headings say what the brackets are."""
-    text = printed(results(model, tmp_path, kind))
+        result = evaluate(model, files)
+    elif kind == "comparison":
+        result = compare_models([model / "reward"], [model / "policy"], files)
+    elif kind == "seeds":
+        result = compare_models([model, model / "policy"], [], files)
+    else:
+        result = run_benchmarks(model, ["all"], folder=write_all(tmp_path / "b"))
+    text = printed(*result.tables())
     body = text.replace("[95 %]", "")
-    shares = len(re.findall(r"\d %", body))
+    fractions = len(re.findall(r"\d %", body))
     brackets = len(re.findall(r"\[-?\d+\.\d, ?-?\d+\.\d\]", body))
-    assert shares == brackets > 0
+    assert fractions == brackets > 0
     assert "[95 %]" in text
-
-
-@pytest.mark.parametrize("kind", ["evaluation", "comparison", "seeds", "benchmarks"])
-def test_no_cell_is_cut_off(model, tmp_path, kind: str) -> None:
-    text = printed(results(model, tmp_path, kind))
-    assert "…" not in text
     if kind == "benchmarks":
         for word in ("scorer", "implicit", "pick", "longer", "Correctness", "JudgeBench", "Avg."):
             assert word in text.partition("section")[0]
+
+
+def test_a_table_that_is_too_wide_has_its_intervals_below_the_values() -> None:
+    estimate = Estimate(0.5, 0.4, 0.6, 10, "wilson")
+    few, many = (
+        Table("t", (Column("name"), *[Column("a [b]", "percent")] * n), (("x", *[estimate] * n),))
+        for n in (2, 8)
+    )
+    assert "50.0 % [40.0, 60.0]" in printed(few)
+    assert "50.0 % [" not in printed(many)
+    assert printed(many).count("[40.0,60.0]") == 8
+
+
+def test_text_is_printed_as_it_is_with_notes_below() -> None:
+    text = printed(Table("[t]", (Column(""), Column("")), (("[red]", "a [/b]"),), ("a note [1]",)))
+    for word in ("[t]", "[red]", "a [/b]", "a note [1]"):
+        assert word in text

@@ -60,7 +60,7 @@ def test_a_card_before_any_test_says_so_and_afterwards_has_the_numbers(run):
     write_json(run / "test.json", {"scored_with": "reward", "sets": sets})
     write_cards(run)
     head, text = card_of(run / "model" / "reward")
-    low, high = (100 * sets[0]["accuracy"]["estimate"][end] for end in ("low", "high"))
+    low, high = (100 * sets[0]["accuracy"][end] for end in ("low", "high"))
     assert f"| held-out | 40 | 62.5 % [{low:.1f}, {high:.1f}] | 52.5 %" in text
     (result,) = head["model-index"][0]["results"]
     assert result["dataset"]["name"] == "held-out"

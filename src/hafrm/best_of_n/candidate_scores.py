@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hafrm.best_of_n.drawing import CHUNK
 from hafrm.errors import ConfigError, DataError, NumericsError
-from hafrm.evaluation.evaluate import find_heads
+from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.resumable import RecordFile

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import app
-from hafrm.terminal import show_tables
+from hafrm.cli.entry import app, show_result
 
 
 @app.command()
@@ -23,7 +22,7 @@ def compare(  # noqa: PLR0913 - the verb and its options
     seeds: Annotated[int, typer.Option(help="Runs of each method on each set.")] = 3,
     learning_rates: Annotated[
         str | None,
-        typer.Option(help="With commas (default: recipe's / 3, x 1, x 3; on beyond a best end)."),
+        typer.Option(help="With commas (default: recipe's / 3, x 1, x 3, and beyond a best end)."),
     ] = None,
     mixed: Annotated[
         bool, typer.Option(help="Also train on all sets together, and tune there.")
@@ -43,15 +42,14 @@ def compare(  # noqa: PLR0913 - the verb and its options
     ] = False,
     out: Annotated[Path, typer.Option(help="The comparison's folder.")] = Path("comparison"),
 ) -> None:
-    """Train methods on each set of a recipe with several seeds, test on all, and tell which differ.
+    """Train methods on each set of a recipe with several seeds, and test which differ significantly.
 
-    Each entry of data.train is a training set. Called again, it goes on where it was ended.
+    Each entry of data.train is a training set. The same command resumes a comparison that was stopped.
     """
     from hafrm.config import load_recipe  # noqa: PLC0415
-    from hafrm.evaluation.study.plan import parse_rates, plan_study  # noqa: PLC0415
-    from hafrm.evaluation.study.study import RESULT, compare_methods  # noqa: PLC0415
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
-    from hafrm.tables.study import study_tables  # noqa: PLC0415
+    from hafrm.study.method_comparison import RESULT, compare_methods  # noqa: PLC0415
+    from hafrm.study.run_grid import parse_rates, plan_study  # noqa: PLC0415
 
     plan = plan_study(
         load_recipe(recipe, overrides or ()),
@@ -60,7 +58,7 @@ def compare(  # noqa: PLR0913 - the verb and its options
         rates=parse_rates(learning_rates),
         mixed=mixed,
     )
-    study = compare_methods(
+    result = compare_methods(
         plan,
         out,
         processes=processes or default_num_processes(),
@@ -68,5 +66,5 @@ def compare(  # noqa: PLR0913 - the verb and its options
         benchmarks=benchmark or (),
         benchmark_data=benchmark_data,
     )
-    show_tables(study_tables(study))
+    show_result(result)
     typer.echo(f"all numbers: {out / RESULT}")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import JsonFile, Sources, app
-from hafrm.terminal import show_count, show_tables, write_json
+from hafrm.cli.entry import JsonFile, Sources, app, show_result
+from hafrm.progress import show_progress
 
 FILE = "diagnostics.json"
 """In the run folder, where the report looks for it."""
@@ -39,20 +39,19 @@ def diagnose(  # noqa: PLR0913
         int | None,
         typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
     ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_bad_fraction: Annotated[
-        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
+        float, typer.Option(help="Fraction of a source's rows that may be bad.", min=0, max=1)
     ] = 0.02,
 ) -> None:
     """Calibration, style bias, slices, label noise, representations, and the comparisons to read.
 
-    Everything is written to MODEL/diagnostics.json where MODEL is a run folder, or to --json FILE.
+    All results are written to MODEL/diagnostics.json if MODEL is a run folder, or to --json FILE.
     """
-    from hafrm.atomic import atomic_write  # noqa: PLC0415
-    from hafrm.evaluation.diagnostics.diagnose import diagnose as run  # noqa: PLC0415
-    from hafrm.tables.diagnostics import diagnosis_tables  # noqa: PLC0415
+    from hafrm.diagnostics.model_runs import diagnose as run  # noqa: PLC0415
 
-    with show_count("responses") as done:
-        found = run(
+    with show_progress("scoring responses") as on_progress:
+        result = run(
             model,
             data,
             also=also or (),
@@ -61,15 +60,12 @@ def diagnose(  # noqa: PLR0913
             base=base,
             num_generations=generate,
             max_length=max_length,
+            dtype=dtype,
             max_bad_fraction=max_bad_fraction,
-            done=done,
+            on_progress=on_progress,
         )
-    show_tables(diagnosis_tables(found))
-    if json_file is not None or not (Path(model) / "recipe.yaml").is_file():
-        write_json(json_file, found.to_dict())
-        return
-    import json  # noqa: PLC0415
-
-    file = Path(model) / FILE
-    atomic_write(file, json.dumps(found.to_dict(), indent=1) + "\n")
-    typer.echo(f"everything is in {file}")
+    if json_file is None and (Path(model) / "recipe.yaml").is_file():
+        json_file = Path(model) / FILE
+    show_result(result, json_file)
+    if json_file is not None:
+        typer.echo(f"all results: {json_file}")

@@ -4,11 +4,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
 from hafrm.errors import HafrmError
+from hafrm.table import Table
 
 STOPPED = 143
 
@@ -44,3 +45,21 @@ OptionalSources = Annotated[list[str] | None, _SOURCES]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file.")
 ]
+
+
+@runtime_checkable
+class HasTables(Protocol):
+    """A result that people see."""
+
+    def tables(self) -> tuple[Table, ...]:
+        """What it shows."""
+
+
+def show_result(result: HasTables, json_file: Path | None = None) -> None:
+    """Print the result's tables, and write `json_file` if one is given."""
+    from hafrm.report.terminal import print_tables  # noqa: PLC0415
+    from hafrm.results import write_result  # noqa: PLC0415
+
+    print_tables(result.tables())
+    if json_file is not None:
+        write_result(json_file, result)

@@ -1,12 +1,13 @@
 """The verb `evaluate`: how good a model is."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import JsonFile, OptionalSources, app
-from hafrm.terminal import show_count, show_tables, write_json
+from hafrm.cli.entry import HasTables, JsonFile, OptionalSources, app, show_result
+from hafrm.errors import ConfigError
+from hafrm.progress import show_progress
 
 
 @app.command()
@@ -25,7 +26,7 @@ def evaluate(  # noqa: PLR0913
         list[str] | None, typer.Option(help="A model to compare MODEL with, pair by pair.")
     ] = None,
     json_file: JsonFile = None,
-    policy: Annotated[Path | None, typer.Option(help="Also judge by this policy.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Also score with this policy.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="The policy's reference, if not the one it names.")
     ] = None,
@@ -33,37 +34,66 @@ def evaluate(  # noqa: PLR0913
         int | None,
         typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
     ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_bad_fraction: Annotated[
-        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
+        float, typer.Option(help="Fraction of a source's rows that may be bad.", min=0, max=1)
     ] = 0.02,
 ) -> None:
-    """Pairwise accuracy with 95 % intervals, calibration, length bias, and the baselines beside them.
+    """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
-    On preferences (DATA) or on published benchmarks; alone, or compared with other models.
+    On preferences (DATA) or on published benchmarks; for one model, or compared with others.
     """
-    show_evaluation(
-        model,
-        data or [],
-        json_file=json_file,
-        benchmark=benchmark or (),
-        benchmark_data=benchmark_data,
-        also=also or (),
-        against=against or (),
-        policy=policy,
-        reference=reference,
-        max_length=max_length,
-        max_bad_fraction=max_bad_fraction,
-    )
+    _check_options(data, benchmark, benchmark_data, also or against, policy or reference)
+    from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
+    from hafrm.evaluation import compare_models  # noqa: PLC0415
+    from hafrm.evaluation import evaluate as evaluate_model  # noqa: PLC0415
+
+    result: HasTables
+    with show_progress("scoring responses") as on_progress:
+        if benchmark:
+            result = run_benchmarks(
+                model,
+                benchmark,
+                folder=benchmark_data,
+                policy=policy,
+                reference=reference,
+                max_length=max_length,
+                dtype=dtype,
+                on_progress=on_progress,
+            )
+        elif also or against:
+            result = compare_models(
+                [model, *(also or ())],
+                against or (),
+                data or (),
+                max_length=max_length,
+                dtype=dtype,
+                max_bad_fraction=max_bad_fraction,
+                on_progress=on_progress,
+            )
+        else:
+            result = evaluate_model(
+                model,
+                data or (),
+                policy=policy,
+                reference=reference,
+                max_length=max_length,
+                dtype=dtype,
+                max_bad_fraction=max_bad_fraction,
+                on_progress=on_progress,
+            )
+    show_result(result, json_file)
 
 
-def show_evaluation(
-    model: str | Path, data: list[str], *, json_file: Path | None, **options: Any
+def _check_options(
+    data: object, benchmark: object, benchmark_data: object, others: object, head: object
 ) -> None:
-    """Evaluate as the verb does, print the tables, and write `json_file` where one is given."""
-    from hafrm.evaluation.verb import run_evaluation  # noqa: PLC0415
-    from hafrm.tables.results import result_tables  # noqa: PLC0415
-
-    with show_count("scoring responses") as done:
-        result = run_evaluation(model, data, done=done, **options)
-    show_tables(result_tables(result))
-    write_json(json_file, result.to_dict())
+    """Refuse combinations in which an option would be ignored."""
+    for is_wrong, message in (
+        (benchmark and (data or others), "--benchmark has its own data: leave DATA and others out"),
+        (not benchmark and benchmark_data, "--benchmark-data needs --benchmark with a name"),
+        (not benchmark and not data, "hafrm evaluate needs DATA, or --benchmark with a name"),
+        (others and head, "--also and --against score each model by its own main head"),
+    ):
+        if is_wrong:
+            raise ConfigError(message)

@@ -44,7 +44,7 @@ def score(  # noqa: PLR0913 - the verb and its options
 ) -> None:
     """Add the model's reward to every row, order kept. Called again, it goes on where it was ended."""
     from hafrm.errors import ModelError  # noqa: PLC0415
-    from hafrm.evaluation.evaluate import find_heads  # noqa: PLC0415
+    from hafrm.evaluation.heads import find_heads  # noqa: PLC0415
     from hafrm.scoring.bulk import BulkOptions, parse_part, score_files  # noqa: PLC0415
 
     options = BulkOptions(rows_per_shard, max_length, cut, dtype, processes, parse_part(shard))

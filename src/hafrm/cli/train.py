@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import app
-from hafrm.cli.evaluate import show_evaluation
+from hafrm.cli.entry import app, show_result
+from hafrm.progress import show_progress
 from hafrm.statistics import in_words
 from hafrm.terminal import show_tables
 
@@ -33,6 +33,7 @@ def train(
     else:
         folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     loaded = load_recipe(recipe, overrides or ())
+    from hafrm.evaluation import evaluate  # noqa: PLC0415
     from hafrm.scoring.model_card import write_cards  # noqa: PLC0415
     from hafrm.training import loop, parallel  # noqa: PLC0415
 
@@ -45,7 +46,9 @@ def train(
         )
         typer.echo(f"  validation: {in_words(result.best)}")
         if loaded.data.test:
-            show_evaluation(folder, list(loaded.data.test), json_file=folder / "test.json")
+            with show_progress("scoring test sets") as on_progress:
+                tested = evaluate(folder, loaded.data.test, on_progress=on_progress)
+            show_result(tested, folder / "test.json")
             write_cards(folder)
         typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
     finally:

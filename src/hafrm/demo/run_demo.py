@@ -15,9 +15,11 @@ from typing import Any
 from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.config import build_recipe
 from hafrm.demo.base_model import pretrain
-from hafrm.evaluation.evaluate import Evaluation, evaluate
+from hafrm.evaluation import evaluate
+from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe import Recipe
 from hafrm.reporting.page import missing_packages, write_report
+from hafrm.results import write_result
 from hafrm.scoring.model_card import write_cards
 from hafrm.table import Cell, Column, Table
 from hafrm.training.loop import train
@@ -46,11 +48,11 @@ class DemoResult:
     def table(self) -> Table:
         """Agreement with the gold preference, in and out of domain, for every method."""
         rows: list[tuple[Cell, ...]] = [
-            (LABELS[method], *(s.metrics.accuracy.estimate for s in evaluation.sets))
+            (LABELS[method], *(s.accuracy for s in evaluation.sets))
             for method, evaluation in self.evaluations.items()
         ]
         first = next(iter(self.evaluations.values()))
-        baseline = [s.metrics.length.pick_longer.estimate for s in first.sets]
+        baseline = [s.length.pick_longer for s in first.sets]
         return Table(
             "agreement with the gold preference [95 %]",
             tuple(Column(name) for name in ("method", *TEST_SETS, "all")),
@@ -80,8 +82,7 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
         sources = [str(data[f"test-{name}"]) for name in TEST_SETS]
         evaluation = evaluations[method] = evaluate(folder / method, sources)
         # as `hafrm train` leaves them, where it evaluates the recipe's test sets itself
-        text = json.dumps(evaluation.to_dict(), indent=1) + "\n"
-        atomic_write(folder / method / "test.json", text)
+        write_result(folder / method / "test.json", evaluation)
         write_cards(folder / method)
     report = None
     if not missing_packages():

@@ -1,12 +1,10 @@
-"""What two scores per comparison say about a scorer: accuracy, calibration, length bias, agreement.
+"""What scores say about a model: accuracy, calibration, length bias, agreement of two scorers.
 
-Plain numpy arrays in, frozen results out. `margin` is always score(chosen) - score(rejected). A scorer is
-right only where the margin is above zero: equal scores are counted, and are not right. Comparisons that
-people called a tie have no right answer; they stay out of every figure but the one about ties. Nothing
-here runs a model or reads a file. NaN stands for "no data"; `to_dict` turns it into None for JSON.
+Arrays in, frozen results out; NaN means "no data". A scorer is right only if the margin is above zero:
+equal scores are counted, and are not right. Ties stay out of every number except their own. Nothing here
+runs a model or reads a file.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import rankdata
 
+from hafrm.evaluation.comparisons import ScoredComparisons
+from hafrm.results import Real
 from hafrm.statistics import Estimate, accuracy_interval
+from hafrm.table import Cell, Column, Table
 
 LENGTH_BANDS = (1.1, 2.0)
 """Longer over shorter: up to the first is about equal, above the second is much longer or shorter."""
@@ -24,130 +27,209 @@ LENGTH_SLICES = ("much shorter", "shorter", "about equal", "longer", "much longe
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """Base of the results: they turn into plain dictionaries."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries, lists and numbers, ready for JSON; None for NaN and infinity."""
-        return {name: plain(value) for name, value in dataclasses.asdict(self).items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy(Result):
+class Accuracy(Estimate):
     """How often a scorer put the chosen response first."""
 
-    num: int
-    num_correct: int
-    num_equal: int
+    num_correct: int = 0
+    num_equal: int = 0
     """Comparisons whose two scores are the same; not correct."""
-    estimate: Estimate
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationBin(Result):
+class CalibrationBin:
     """One point of a reliability diagram."""
 
     confidence: float
     """Mean predicted probability."""
     accuracy: float
-    """Share of these predictions that came true."""
+    """Fraction of these predictions that came true."""
     num: int
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration(Result):
-    """How well p = sigmoid(margin) fits as the probability that people prefer the chosen response."""
+class Calibration:
+    """How well p = sigmoid(margin) fits as the probability that the chosen response is preferred."""
 
-    log_loss: float
+    log_loss: Real
     """Mean -log p (nat); the label is always "chosen". ln 2 = 0.693 is what a coin gets."""
-    brier: float
+    brier: Real
     """Mean (1 - p)^2; a coin gets 0.25."""
-    ece: float
+    ece: Real
     """Expected calibration error: the mean gap between confidence and accuracy over `bins`."""
     bins: tuple[CalibrationBin, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class LengthBias(Result):
+class LengthBias:
     """What response length alone explains."""
 
     slices: dict[str, Accuracy]
     """Accuracy by how long the chosen response is against the rejected one: LENGTH_SLICES."""
     pick_longer: Accuracy
-    """A scorer that always takes the longer response; `num_equal` are of equal length."""
+    """A scorer that always prefers the longer response; `num_equal` are of equal length."""
     pick_shorter: Accuracy
-    pearson: float
+    pearson: Real
     """Correlation of the margin with length(chosen) - length(rejected)."""
-    spearman: float
+    spearman: Real
 
 
 @dataclass(frozen=True, slots=True)
-class Ties(Result):
-    """The comparisons that people called a tie: a good scorer puts them close together."""
+class Ties:
+    """The comparisons that annotators called a tie: a good scorer gives both responses close scores."""
 
     num: int
-    mean_abs_margin: float
-    mean_abs_margin_decided: float
-    """The same of the comparisons that were decided."""
+    mean_abs_margin: Real
+    mean_abs_margin_decided: Real
+    """The same of the other comparisons."""
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement(Result):
-    """How alike two scorers judge the same comparisons."""
+class Agreement:
+    """How alike two scorers rank the same comparisons; their margins may be on different scales."""
 
     same_sign: Estimate
-    """Share of comparisons on which both margins have the same sign (both zero included)."""
-    pearson: float
-    spearman: float
+    """Fraction of comparisons on which both margins have the same sign (both zero included)."""
+    pearson: Real
+    spearman: Real
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredComparisons:
-    """The scores of both sides of each comparison, and what slices and clusters them."""
-
-    chosen_scores: Float[np.ndarray, " comparisons"]
-    rejected_scores: Float[np.ndarray, " comparisons"]
-    chosen_lengths: Num[np.ndarray, " comparisons"]
-    """In characters, say; the same unit for both sides."""
-    rejected_lengths: Num[np.ndarray, " comparisons"]
-    prompts: Shaped[np.ndarray, " comparisons"]
-    """Which prompt (any key): the clusters of the intervals."""
-    ties: Bool[np.ndarray, " comparisons"]
-    """True where people preferred neither."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a score that is not finite, which would silently count as wrong."""
-        for name in ("chosen_scores", "rejected_scores"):
-            broken = np.flatnonzero(~np.isfinite(getattr(self, name)))
-            if len(broken):
-                raise ValueError(
-                    f"{len(broken)} of {len(self.ties)} {name} are not finite (first at index "
-                    f"{broken[0]}): look at the model or its precision before measuring it"
-                )
-
-    @property
-    def margins(self) -> NDArray[np.float64]:
-        """score(chosen) - score(rejected), in float64."""
-        return self.chosen_scores.astype(np.float64) - self.rejected_scores.astype(np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class PairwiseMetrics(Result):
-    """Everything that `measure` finds."""
+@dataclass(frozen=True)
+class PairwiseMetrics:
+    """Everything that is measured of one scorer."""
 
     accuracy: Accuracy
-    mean_margin: float
+    mean_margin: Real
     calibration: Calibration
     length: LengthBias
     ties: Ties
 
 
-def measure(scored: ScoredComparisons, *, seed: int = 0) -> PairwiseMetrics:
-    """All pairwise metrics of one scorer; `seed` is that of the intervals' resampling."""
+@dataclass(frozen=True)
+class SetResult(PairwiseMetrics):
+    """One source, or all of them together.
+
+    Measured of the reward, or of the implicit reward if the model is a policy only.
+    """
+
+    name: str
+    num_groups: int
+    implicit: PairwiseMetrics | None = None
+    """Of the implicit reward, if the model has both heads."""
+    agreement: Agreement | None = None
+    """Of reward and implicit reward."""
+    fused: PairwiseMetrics | None = None
+    """Of the fused score, if the run left a rule for it."""
+    fused_gain: Estimate | None = None
+    """Accuracy of the fused score minus that of the reward, paired."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A model on preference data."""
+
+    model: str
+    scored_with: str
+    """"reward" or "implicit reward"."""
+    sets: tuple[SetResult, ...]
+    """One for each source, then "all" if there are several."""
+    num_bad_rows: int
+    left_out: dict[str, int]
+    """Rows of named sets that these do not use, by reason."""
+    prompts_cut: int
+    responses_cut: int
+    seam_merges: int
+    """Responses whose first tokens would merge with the prompt's last for a consumer."""
+    fused_rule: str | None = None
+    """What the fused score is."""
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """On all comparisons together."""
+        return self.sets[-1].accuracy
+
+    def tables(self) -> tuple[Table, ...]:
+        """Accuracy of every set with the length baseline beside it, accuracy by length, both heads."""
+        tables = [self._accuracies(), _by_length(self.sets)]
+        if any(result.implicit for result in self.sets):
+            tables.append(_both_heads(self.sets))
+        return tuple(tables)
+
+    def _accuracies(self) -> Table:
+        columns = (
+            Column("set"),
+            Column("comparisons", "count"),
+            Column("accuracy [95 %]", "percent"),
+            Column("pick longer [95 %]", "percent"),
+            Column("mean margin", "decimal"),
+            Column("log-loss", "decimal"),
+            Column("ECE", "decimal"),
+            Column("equal", "count"),
+            Column("ties", "count"),
+        )
+        rows = tuple(
+            (
+                result.name,
+                result.accuracy.num,
+                result.accuracy,
+                result.length.pick_longer,
+                result.mean_margin,
+                result.calibration.log_loss,
+                result.calibration.ece,
+                result.accuracy.num_equal,
+                result.ties.num,
+            )
+            for result in self.sets
+        )
+        fused = f"fused score, fitted on the run's validation data: {self.fused_rule}"
+        notes = [fused] if self.fused_rule else []
+        notes += [f"left out: {reason}: {num} rows" for reason, num in self.left_out.items()]
+        notes.append(
+            f"bad rows {self.num_bad_rows}, responses cut {self.responses_cut}, "
+            f"prompts cut {self.prompts_cut}, seam merges {self.seam_merges}"
+        )
+        title = f"{self.model}, scored with the {self.scored_with}"
+        return Table(title, columns, rows, tuple(notes))
+
+
+def _by_length(sets: tuple[SetResult, ...]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for result in sets:
+        slices = [result.length.slices[name] for name in LENGTH_SLICES]
+        rows.append((result.name, *slices))
+        rows.append(("  comparisons", *(accuracy.num for accuracy in slices)))
+    columns = (Column("set"), *(Column(name, "count") for name in LENGTH_SLICES))
+    return Table("accuracy by length of the chosen response [95 %]", columns, tuple(rows))
+
+
+def _both_heads(sets: tuple[SetResult, ...]) -> Table:
+    """Each head's accuracy and that of both together, one below the other."""
+    rows: list[tuple[Cell, ...]] = []
+    for result in sets:
+        rows.append((result.name, "reward", result.accuracy, None, None, None))
+        if result.implicit is not None and result.agreement is not None:
+            alike = result.agreement
+            accuracy = result.implicit.accuracy
+            rows.append(("", "implicit reward", accuracy, None, alike.same_sign, alike.spearman))
+        if result.fused is not None:
+            accuracy = result.fused.accuracy
+            rows.append(("", "fused", accuracy, result.fused_gain, None, None))
+    columns = (
+        Column("set"),
+        Column("scorer"),
+        Column("accuracy [95 %]", "percent"),
+        Column("less the reward's [95 %]", "percent"),
+        Column("same sign [95 %]", "percent"),
+        Column("Spearman", "decimal"),
+    )
+    return Table("both heads", columns, tuple(rows))
+
+
+def measure(scored: ScoredComparisons) -> PairwiseMetrics:
+    """All metrics of one scorer."""
     margins, decided = scored.margins, ~scored.ties
     prompts = scored.prompts[decided]
     return PairwiseMetrics(
-        accuracy=pairwise_accuracy(margins[decided], prompts, seed=seed),
+        accuracy=pairwise_accuracy(margins[decided], prompts),
         mean_margin=mean(margins[decided]),
         calibration=calibration(margins[decided]),
         length=length_bias(
@@ -155,7 +237,6 @@ def measure(scored: ScoredComparisons, *, seed: int = 0) -> PairwiseMetrics:
             scored.chosen_lengths[decided],
             scored.rejected_lengths[decided],
             prompts,
-            seed=seed,
         ),
         ties=Ties(
             num=int(scored.ties.sum()),
@@ -168,30 +249,25 @@ def measure(scored: ScoredComparisons, *, seed: int = 0) -> PairwiseMetrics:
 def pairwise_accuracy(
     margins: Num[np.ndarray, " comparisons"],
     prompts: Shaped[np.ndarray, " comparisons"] | None = None,
-    *,
-    seed: int = 0,
 ) -> Accuracy:
-    """Share of margins above zero, with a 95 % interval that takes prompts as clusters."""
-    correct = margins > 0
-    return Accuracy(
-        num=len(margins),
-        num_correct=int(correct.sum()),
-        num_equal=int(np.sum(margins == 0)),
-        estimate=accuracy_interval(correct, prompts, seed=seed),
-    )
+    """Fraction of margins above zero, with a 95 % interval that takes prompts as clusters."""
+    correct: Bool[np.ndarray, " comparisons"] = margins > 0
+    e = accuracy_interval(correct, prompts)
+    counts = int(correct.sum()), int(np.sum(margins == 0))
+    return Accuracy(e.value, e.low, e.high, e.num, e.method, e.proportion, *counts)
 
 
 def calibration(margins: Float[np.ndarray, " comparisons"], *, num_bins: int = 15) -> Calibration:
     """Log loss, Brier score and expected calibration error of p = sigmoid(margin).
 
-    For the calibration error each comparison is looked at from both sides, (p, right) and (1 - p, wrong):
-    left as they are, all labels would be "chosen" and only p = 1 would be calibrated. The bins have equal
-    mass; points of equal p share their labels' mean, so that no order among them matters.
+    For the calibration error each comparison counts from both sides, (p, right) and (1 - p, wrong):
+    otherwise all labels would be "chosen" and only p = 1 would be calibrated. The bins have equal mass;
+    points of equal p share their labels' mean, so that no order among them matters.
     """
     margins = margins.astype(np.float64)
-    confidences = np.concatenate([_sigmoid(margins), _sigmoid(-margins)])
+    confidences = np.concatenate([expit(margins), expit(-margins)])
     labels = np.repeat([1.0, 0.0], len(margins))
-    # Each distinct p once, with the share of its points that were right.
+    # each distinct p once, with the fraction of its points that were right
     _, index = np.unique(confidences, return_inverse=True)
     labels = (np.bincount(index, weights=labels) / np.bincount(index))[index]
     order = np.argsort(confidences, kind="stable")
@@ -201,10 +277,10 @@ def calibration(margins: Float[np.ndarray, " comparisons"], *, num_bins: int = 1
         if len(part)
     )
     # ECE = sum over bins of n_b / n * |accuracy_b - confidence_b|
-    gaps = [each.num * abs(each.accuracy - each.confidence) for each in bins]
+    gaps = [b.num * abs(b.accuracy - b.confidence) for b in bins]
     return Calibration(
         log_loss=mean(np.logaddexp(0.0, -margins)),
-        brier=mean(_sigmoid(-margins) ** 2),
+        brier=mean(expit(-margins) ** 2),
         ece=sum(gaps) / len(order) if len(order) else math.nan,
         bins=bins,
     )
@@ -215,8 +291,6 @@ def length_bias(
     chosen_lengths: Num[np.ndarray, " comparisons"],
     rejected_lengths: Num[np.ndarray, " comparisons"],
     prompts: Shaped[np.ndarray, " comparisons"] | None = None,
-    *,
-    seed: int = 0,
 ) -> LengthBias:
     """Accuracy by length ratio, the two baselines that look at length only, and the correlations.
 
@@ -224,21 +298,21 @@ def length_bias(
     """
     chosen, rejected = chosen_lengths.astype(np.float64), rejected_lengths.astype(np.float64)
     difference = chosen - rejected
-    # Bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices.
+    # bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices
     ratio = np.maximum(chosen, rejected) / np.maximum(np.minimum(chosen, rejected), 1)
     band = np.sign(difference) * np.digitize(ratio, LENGTH_BANDS, right=True)
 
     def slice_accuracy(rows: NDArray[np.bool_]) -> Accuracy:
         clusters = None if prompts is None else prompts[rows]
-        return pairwise_accuracy(margins[rows], clusters, seed=seed)
+        return pairwise_accuracy(margins[rows], clusters)
 
     return LengthBias(
         slices={
             name: slice_accuracy(band == which)
             for which, name in enumerate(LENGTH_SLICES, -len(LENGTH_BANDS))
         },
-        pick_longer=pairwise_accuracy(difference, prompts, seed=seed),
-        pick_shorter=pairwise_accuracy(-difference, prompts, seed=seed),
+        pick_longer=pairwise_accuracy(difference, prompts),
+        pick_shorter=pairwise_accuracy(-difference, prompts),
         pearson=pearson(margins, difference),
         spearman=spearman(margins, difference),
     )
@@ -248,13 +322,11 @@ def agreement(
     first_margins: Float[np.ndarray, " comparisons"],
     second_margins: Float[np.ndarray, " comparisons"],
     prompts: Shaped[np.ndarray, " comparisons"] | None = None,
-    *,
-    seed: int = 0,
 ) -> Agreement:
-    """How alike two scorers judge; the margins may be on different scales."""
+    """How alike two scorers rank the same comparisons."""
     same = np.sign(first_margins) == np.sign(second_margins)
     return Agreement(
-        same_sign=accuracy_interval(same, prompts, seed=seed),
+        same_sign=accuracy_interval(same, prompts),
         pearson=pearson(first_margins, second_margins),
         spearman=spearman(first_margins, second_margins),
     )
@@ -273,28 +345,6 @@ def pearson(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"])
 
 
 def spearman(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"]) -> float:
-    """Rank correlation, equal values sharing their mean rank; NaN for fewer than two or a constant."""
-    return pearson(_ranks(first), _ranks(second))
-
-
-def _ranks(values: Num[np.ndarray, " items"]) -> NDArray[np.float64]:
-    """Ranks from 1, the mean rank for equal values."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[index], np.float64)
-
-
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    # exp(-log(1 + exp(-x))) cannot overflow.
-    return np.asarray(np.exp(-np.logaddexp(0.0, -x)), np.float64)
-
-
-def plain(value: Any) -> Any:
-    """NaN and infinity as None, tuples as lists, all the way down."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Rank correlation, equal values sharing their mean rank; NaN as for `pearson`."""
+    ranks: Any = rankdata
+    return pearson(ranks(first), ranks(second))

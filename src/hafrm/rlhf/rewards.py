@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.errors import DataError, NumericsError
-from hafrm.evaluation.evaluate import find_heads
+from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RewardSection, Rule
 from hafrm.scoring.fused import FusedRewardModel

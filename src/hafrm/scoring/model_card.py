@@ -114,7 +114,7 @@ class _Known:
                     {
                         "type": "accuracy",
                         "name": "pairwise accuracy",
-                        "value": each["accuracy"]["estimate"]["value"],
+                        "value": each["accuracy"]["value"],
                     }
                 ],
             }
@@ -159,10 +159,10 @@ class _Known:
             "|---|---|---|---|---|---|",
         ]
         for each, found in rows:
-            longer = each["length"]["pick_longer"]["estimate"]
+            longer = each["length"]["pick_longer"]
             numbers = [found["calibration"][key] for key in ("log_loss", "ece")]
             cells = [each["name"], str(found["accuracy"]["num"])]
-            cells += [_share(found["accuracy"]["estimate"]), _share(longer)]
+            cells += [_share(found["accuracy"]), _share(longer)]
             cells += ["n/a" if n is None else f"{n:.3f}" for n in numbers]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"

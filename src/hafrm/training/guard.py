@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from hafrm.errors import NumericsError
+from hafrm.errors import DivergedError
 from hafrm.training import parallel
 from hafrm.training.batches import MicroBatch
 
@@ -47,12 +47,12 @@ class Guard:
             self.check()
 
     def check(self) -> None:
-        """Raise NumericsError if a step since the last check was not finite, naming its groups."""
+        """Raise DivergedError if a step since the last check was not finite, naming its groups."""
         unseen, self._unseen = self._unseen, []
         if not unseen or not bool(self._broken):
             return
         ids, finite, _ = next(step for step in unseen if bool(step[2]))
-        raise NumericsError(_message(ids, finite.tolist()))
+        raise DivergedError(_message(ids, finite.tolist()))
 
 
 def _placed(flag: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -1,0 +1,111 @@
+"""Benchmarks from the hub or from a local folder -> items.
+
+A row that breaks the published form is an error, and not a bad row to skip: a benchmark that lacks rows is
+another benchmark. Subsets that a folder lacks are named in the result. Only rows that the benchmark itself
+does not count (ties, in PPE) are left out, and counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hafrm.benchmarks.definitions import Benchmark, Part
+from hafrm.benchmarks.rules import Item
+from hafrm.data.files import find_files, read_file
+from hafrm.data.hub import read_hub
+from hafrm.data.published import LeftOut
+from hafrm.data.values import Refusal, RefusedError
+from hafrm.errors import DataError
+
+
+@dataclass(frozen=True)
+class LoadedBenchmark:
+    """The items of a benchmark, and where they are from."""
+
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+    num_rows: int
+    left_out: dict[str, int]
+    """Rows that the benchmark does not count, by reason."""
+    data: str
+    """The folder, or the names on the hub."""
+
+
+def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBenchmark:
+    """All items of a benchmark, from a folder in the published form or from the hub.
+
+    Raises DataError for a folder without its files, an unreadable or unfit row, and no rows at all.
+    """
+    items: list[Item] = []
+    left_out: Counter[str] = Counter()
+    num_rows = 0
+    for part in benchmark.parts:
+        for place, row in _rows(benchmark, part, folder):
+            num_rows += 1
+            item = _read_row(benchmark, part, row, place)
+            if isinstance(item, LeftOut):
+                left_out[item.reason] += 1
+            else:
+                items.append(item)
+    if not items:
+        where = benchmark.title if folder is None else folder
+        raise DataError(f"{where} has no rows of {benchmark.title} to score")
+    hubs = dict.fromkeys(str(part.hub) for part in benchmark.parts)
+    data = ", ".join(hubs) if folder is None else str(folder)
+    return LoadedBenchmark(benchmark, tuple(items), num_rows, dict(left_out), data)
+
+
+def find_benchmark_folder(benchmark: Benchmark, root: Path | None, *, alone: bool) -> Path | None:
+    """Where a benchmark's files are: in the folder of its name below `root`, or in `root` itself.
+
+    Raises DataError if several benchmarks are asked for and this one has no folder of its own.
+    """
+    if root is None:
+        return None
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; give one with the files of {benchmark.title}")
+    own = root / benchmark.name
+    if own.is_dir():
+        return own
+    if not alone:
+        raise DataError(
+            f"{root} has no folder {benchmark.name} with the files of {benchmark.title}"
+        )
+    return root
+
+
+def _rows(benchmark: Benchmark, part: Part, folder: Path | None) -> Iterator[tuple[str, object]]:
+    """(its place in words, row) of every row of a part; a folder may lack a part."""
+    if folder is not None:
+        for file in find_files(folder, part.files):
+            yield from ((f"row {number} of {file}", row) for number, row in read_file(file))
+        return
+    if part.hub is None:
+        raise DataError(
+            f"{benchmark.title} is not on the hub; get it from {benchmark.home} and say where it is "
+            "with --benchmark-data"
+        )
+    try:
+        yield from ((f"row {number} of {part.hub}", row) for number, row in read_hub(part.hub))
+    except DataError as error:
+        raise DataError(f"{error}; files of your own: --benchmark-data FOLDER") from error
+
+
+def _read_row(benchmark: Benchmark, part: Part, row: object, place: str) -> Item | LeftOut:
+    if isinstance(row, Refusal):
+        raise DataError(f"{place}: {row.reason}: {row.detail}")
+    columns = (*benchmark.columns, *part.columns)
+    if not isinstance(row, Mapping) or any(column not in row for column in columns):
+        got = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else type(row).__name__
+        raise DataError(
+            f"{place} is not in the published form of {benchmark.title}, which has columns "
+            f"{', '.join(columns)}; got {got}"
+        )
+    try:
+        return benchmark.read_row(row, part.name)
+    except RefusedError as refused:
+        reason, detail = refused.refusal
+        raise DataError(
+            f"{place} breaks the form of {benchmark.title}: {reason}: {detail}"
+        ) from None

@@ -1,0 +1,136 @@
+"""Published benchmarks run for a model: load them, score their candidates with each head, compare.
+
+All candidates of a prompt, of whatever items, are one group and so one packed sequence: a text has one
+score, whatever it is compared with. The data is checked before a model is loaded.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hafrm.benchmarks.benchmark_files import find_benchmark_folder, load_benchmark
+from hafrm.benchmarks.benchmark_scores import (
+    PICK_LONGER,
+    PICK_SHORTER,
+    BenchmarkResult,
+    BenchmarkResults,
+    BenchmarkScore,
+    Cuts,
+    average_over_quoted,
+    length_scores,
+    missing_terms,
+    score_benchmark,
+)
+from hafrm.benchmarks.definitions import find_benchmarks
+from hafrm.benchmarks.rules import CandidateScores, Item
+from hafrm.data.encoding import EncodingReport
+from hafrm.evaluation.heads import (
+    LoadOptions,
+    count_responses,
+    find_heads,
+    load_scorer,
+    scorer_names,
+)
+from hafrm.preferences import Group, Message
+from hafrm.progress import OnProgress, no_progress
+from hafrm.scoring.scorer import Scorer
+
+MAX_CANDIDATES = 64
+"""Most responses of one group: a prompt with more has several groups; no item is split."""
+
+
+def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
+    model: str | Path,
+    names: Sequence[str],
+    *,
+    folder: Path | None = None,
+    policy: str | Path | None = None,
+    reference: str | Path | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+    on_progress: OnProgress = no_progress,
+) -> BenchmarkResults:
+    """The named benchmarks for the model, from the hub or from local files in `folder`.
+
+    Every head of the model is a scorer of its own, beside the two baselines that pick by length. Raises
+    ConfigError for an unknown name, DataError for unfit data, ModelError and NumericsError for the model.
+    """
+    benchmarks = find_benchmarks(names)
+    alone = len(benchmarks) == 1
+    folders = [find_benchmark_folder(b, folder, alone=alone) for b in benchmarks]
+    loaded = [load_benchmark(b, place) for b, place in zip(benchmarks, folders, strict=True)]
+    missing = [missing_terms(data.benchmark, data.items) for data in loaded]
+    heads = find_heads(model, policy)
+    scores: list[dict[str, BenchmarkScore]] = [{} for _ in loaded]
+    cuts: list[dict[str, Cuts]] = [{} for _ in loaded]
+    max_lengths, templates = {}, {}
+    grouped = [group_by_prompt(data.items)[0] for data in loaded]
+    num = sum(len(group.responses) for groups in grouped for group in groups)
+    done = count_responses(on_progress, num * len(scorer_names(heads)))
+    for name in scorer_names(heads):
+        scorer = load_scorer(heads, name, LoadOptions(reference, max_length, dtype))
+        max_lengths[name] = scorer.encoder.lengths.max_length
+        templates[name] = scorer.encoder.template_sha256
+        for i, data in enumerate(loaded):
+            values, report = score_items(scorer, data.items, done)
+            scores[i][name] = score_benchmark(data.benchmark, data.items, values)
+            cuts[i][name] = Cuts(report.prompts_cut, report.responses_cut)
+        del scorer  # before the next one is loaded
+    for i, data in enumerate(loaded):
+        for name, sign in ((PICK_LONGER, 1), (PICK_SHORTER, -1)):
+            lengths = length_scores(data.items, sign=sign)
+            scores[i][name] = score_benchmark(data.benchmark, data.items, lengths)
+    results = tuple(
+        BenchmarkResult(
+            data.benchmark.name,
+            data.benchmark.title,
+            data.data,
+            data.num_rows,
+            data.benchmark.num_rows,
+            data.left_out,
+            missing[i],
+            scores[i],
+            cuts[i],
+        )
+        for i, data in enumerate(loaded)
+    )
+    average = average_over_quoted(results)
+    return BenchmarkResults(str(model), max_lengths, templates, average, results)
+
+
+def score_items(
+    scorer: Scorer,
+    items: Sequence[Item],
+    done: Callable[[int, int], None] | None = None,
+) -> tuple[list[CandidateScores], EncodingReport]:
+    """One score for each candidate of each item, and what had to be cut.
+
+    Raises NumericsError for a score that is not finite.
+    """
+    groups, places = group_by_prompt(items)
+    tokenized, report = scorer.encoder.encode(groups)
+    scores = scorer.score_encoded(tokenized, done).astype(np.float64)
+    first = np.cumsum([0, *(len(group.responses) for group in groups)])
+    return [scores[first[group] + np.array(within)] for group, within in places], report
+
+
+def group_by_prompt(items: Sequence[Item]) -> tuple[list[Group], list[tuple[int, list[int]]]]:
+    """The groups of all items' prompts, and where each item's candidates are: (group, responses)."""
+    responses: list[dict[str, int]] = []
+    prompts: list[tuple[Message, ...]] = []
+    open_group: dict[tuple[Message, ...], int] = {}
+    places = []
+    for item in items:
+        group = open_group.get(item.prompt)
+        if group is None or len({*responses[group], *item.candidates}) > MAX_CANDIDATES:
+            group = open_group[item.prompt] = len(prompts)
+            prompts.append(item.prompt)
+            responses.append({})
+        texts = responses[group]
+        places.append((group, [texts.setdefault(text, len(texts)) for text in item.candidates]))
+    groups = [
+        Group(f"prompt {i}", prompt, tuple(texts))
+        for i, (prompt, texts) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    return groups, places

@@ -1,0 +1,200 @@
+"""Items and their scores -> what a benchmark publishes about a scorer, each number with its interval.
+
+A scorer is an array of scores for each item; no model is known here. The two baselines that look at
+nothing but length are scorers like any other.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hafrm.benchmarks.definitions import QUOTED, Benchmark, Weights, mean_weights
+from hafrm.benchmarks.rules import CandidateScores, Item, Verdict
+from hafrm.errors import DataError, NumericsError
+from hafrm.evaluation.weighted_means import Term, TermMeans, mean_of
+from hafrm.statistics import Estimate
+from hafrm.table import Cell, Column, Table
+
+PICK_LONGER, PICK_SHORTER = "pick longer", "pick shorter"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkScore:
+    """What a benchmark says about one scorer."""
+
+    overall: Estimate
+    sections: dict[str, Estimate]
+    extras: dict[str, Estimate]
+    num_equal: int
+    """Comparisons that were decided by two scores being the same; they count as the benchmark says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """What an encoder had to cut."""
+
+    prompts: int
+    responses: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResult:
+    """One benchmark, by scorer."""
+
+    name: str
+    title: str
+    data: str
+    """The folder, or the names on the hub."""
+    num_rows: int
+    num_rows_published: int | None
+    left_out: dict[str, int]
+    """Rows that the benchmark does not count, by reason."""
+    missing: tuple[str, ...]
+    """Terms of the whole benchmark that its data lacks: its score is not the published one then."""
+    scores: dict[str, BenchmarkScore]
+    """By scorer: the model's heads, then the two baselines."""
+    cuts: dict[str, Cuts]
+    """By head."""
+
+    def table(self) -> Table:
+        """Sections, extras and the score, a column for each scorer."""
+        scores = self.scores.values()
+        some = next(iter(scores))
+        rows: list[tuple[Cell, ...]] = []
+        if len(some.sections) > 1 or self.missing:
+            rows += [(name, *(s.sections[name] for s in scores)) for name in some.sections]
+        rows += [(name, *(s.extras[name] for s in scores)) for name in some.extras]
+        rows.append(("all", *(s.overall for s in scores)))
+        rows.append(("equal scores", *(s.num_equal for s in scores)))
+        columns = (Column("section"), *(Column(name, "count") for name in self.scores))
+        return Table(self.title, columns, tuple(rows), tuple(self._notes()))
+
+    def _notes(self) -> Iterator[str]:
+        published = self.num_rows_published
+        of_all = "" if published in (None, self.num_rows) else f" of {published} published"
+        yield f"{self.num_rows} rows{of_all} from {self.data}"
+        for reason, number in self.left_out.items():
+            yield f"not counted by the benchmark: {reason}: {number} rows"
+        for head, cuts in self.cuts.items():
+            yield f"{head}: responses cut {cuts.responses}, prompts cut {cuts.prompts}"
+        if self.missing:
+            named = ", ".join(self.missing[:6]) + (", ..." if len(self.missing) > 6 else "")
+            yield f"* not the published score: no rows of {named}"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResults:
+    """All benchmarks of one run, and what their scores depend on."""
+
+    model: str
+    max_lengths: dict[str, int]
+    """Tokens beyond which inputs were cut, by head."""
+    template_sha256: dict[str, str]
+    """Digest of each head's chat template."""
+    average: dict[str, Estimate]
+    """Each scorer's mean over the quoted table; empty unless all of that table was run."""
+    benchmarks: tuple[BenchmarkResult, ...]
+
+    def tables(self) -> tuple[Table, ...]:
+        """The line that papers quote, for the model's heads and the baselines; then each benchmark."""
+        columns = [Column("scorer")]
+        columns += [Column(b.title + "*" * bool(b.missing), "percent") for b in self.benchmarks]
+        columns += [Column("Avg.", "percent")] * bool(self.average)
+        rows: list[tuple[Cell, ...]] = []
+        for scorer in self.benchmarks[0].scores:
+            mean = [self.average[scorer]] if self.average else []
+            rows.append((scorer, *(b.scores[scorer].overall for b in self.benchmarks), *mean))
+        title = f"{self.model} on published benchmarks [95 %]"
+        line = Table(title, tuple(columns), tuple(rows))
+        return (line, *(b.table() for b in self.benchmarks))
+
+
+def average_over_quoted(results: Sequence[BenchmarkResult]) -> dict[str, Estimate]:
+    """Each scorer's mean over the quoted table; empty unless all of it is there."""
+    quoted = [result for result in results if result.name in QUOTED]
+    if len(quoted) < len(QUOTED):
+        return {}
+    return {name: mean_of([r.scores[name].overall for r in quoted]) for name in quoted[0].scores}
+
+
+def score_benchmark(
+    benchmark: Benchmark, items: Sequence[Item], scores: Sequence[CandidateScores]
+) -> BenchmarkScore:
+    """The published numbers from one array of scores for each item.
+
+    A section that lacks rows is the mean of what is there, weighted as published. Raises NumericsError for
+    a score that is not finite, DataError for a subset that the benchmark does not have.
+    """
+    broken = [item.id for item, s in zip(items, scores, strict=True) if not np.isfinite(s).all()]
+    if broken:
+        raise NumericsError(
+            f"{len(broken)} of {len(items)} items have a score that is not finite, such as "
+            f"{', '.join(broken[:3])}; check the model's weights, or run it in float32"
+        )
+    verdicts = list(benchmark.rule(items, scores))
+    terms = _terms(benchmark, verdicts)
+    means = TermMeans(terms)
+    sections = _present(benchmark.sections, terms)
+    if benchmark.pooled:
+        overall: Weights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
+    else:
+        overall = mean_weights(sections.values())
+    extras = _present(benchmark.extras, terms)
+    return BenchmarkScore(
+        overall=means.combine(overall),
+        sections={name: means.combine(weights) for name, weights in sections.items()},
+        extras={name: means.combine(weights) for name, weights in extras.items()},
+        num_equal=sum(verdict.num_equal for verdict in verdicts),
+    )
+
+
+def missing_terms(benchmark: Benchmark, items: Sequence[Item]) -> tuple[str, ...]:
+    """What the whole benchmark has and these items lack, as the names of its terms.
+
+    Raises DataError for a subset that the benchmark does not have.
+    """
+    terms = _terms(benchmark, list(benchmark.rule(items, length_scores(items))))
+    return tuple(term for term in benchmark.terms if term not in terms)
+
+
+def length_scores(items: Sequence[Item], *, sign: int = 1) -> list[CandidateScores]:
+    """What picks the longer candidate, or with sign -1 the shorter one: lengths in characters.
+
+    In tokens the baseline would depend on the model beside it.
+    """
+    return [sign * np.array([len(text) for text in item.candidates], np.float64) for item in items]
+
+
+def _terms(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> dict[str, Term]:
+    """The verdicts by term, in the benchmark's order."""
+    by_term: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        by_term[verdict.term].append(verdict)
+    unknown = sorted(by_term.keys() - set(benchmark.terms))
+    if unknown:
+        raise DataError(
+            f"{benchmark.title} has no subset {unknown[0]!r}; known are {', '.join(benchmark.terms)}"
+        )
+    return {
+        term: Term(
+            np.array([verdict.value for verdict in by_term[term]], np.float64),
+            np.array([verdict.cluster for verdict in by_term[term]]),
+        )
+        for term in benchmark.terms
+        if term in by_term
+    }
+
+
+def _present(sections: Mapping[str, Weights], terms: Mapping[str, Term]) -> dict[str, Weights]:
+    """The sections that have some of their terms, these weights scaled to the sum of all of them."""
+    result: dict[str, Weights] = {}
+    for section, weights in sections.items():
+        there = {name: weight for name, weight in weights.items() if name in terms}
+        if len(there) == len(weights):
+            result[section] = there
+        elif there:
+            scale = sum(weights.values()) / sum(there.values())
+            result[section] = {name: weight * scale for name, weight in there.items()}
+    return result

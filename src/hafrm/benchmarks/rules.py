@@ -1,0 +1,142 @@
+"""The rules of the benchmarks: items and their scores -> verdicts, exactly as the benchmarks decide.
+
+Whatever a benchmark asks (a pair, best of four, three styles against three), it asks about one prompt and
+several candidates, which are scored together. Comparisons are strict: equal scores are counted and are not
+right; only RewardBench 2 gives them a fraction. Pure functions.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hafrm.preferences import Message, prompt_key
+
+CandidateScores = NDArray[np.float64]
+"""One score for each candidate of an item."""
+
+TIES = "Ties"
+TIES_TERMS = {
+    "Ties: tied prompts": 0.30,
+    "Ties: reference prompts": 0.30,
+    "Ties: gap above spread": 0.20,
+    "Ties: both gaps above spread": 0.20,
+    "Ties: relative gap": 0.01,
+}
+"""The weights of the Ties score; they sum to 1.01, which is what a perfect scorer gets."""
+STYLES = ("hard", "normal", "easy")
+"""RM-Bench: the right answer is plainer than, written like, or fancier than the wrong one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt and its candidates, in the published order, repeated texts included."""
+
+    id: str
+    part: str
+    """The subset, domain or language that it counts for."""
+    prompt: tuple[Message, ...]
+    candidates: tuple[str, ...]
+    num_correct: int = 1
+    """So many of the first candidates are right."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """(better, worse), for a benchmark that compares selected pairs."""
+    origin: str = ""
+    """What it shares with items that depend on it; empty: its prompt."""
+
+    @property
+    def cluster(self) -> str:
+        """What is resampled together."""
+        return self.origin or prompt_key(self.prompt)
+
+
+class Verdict(NamedTuple):
+    """What the rule says about an item, or about one of the questions that it asks."""
+
+    term: str
+    """Which mean it enters."""
+    cluster: str
+    value: float
+    """1 right, 0 wrong, or between."""
+    num_equal: int = 0
+    """Comparisons that the scorer lost because two scores were the same."""
+
+
+def first_beats_all(items: Sequence[Item], scores: Iterable[CandidateScores]) -> Iterator[Verdict]:
+    """Right if the first candidate scores above every other one.
+
+    For two candidates it is the rule of RewardBench, of JudgeBench for reward models, of PPE's accuracy
+    and of RMB's pairs; for more it is RMB's best-of-n.
+    """
+    for item, s in zip(items, scores, strict=True):
+        rival = s[1:].max()
+        yield Verdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
+
+
+def selected_pairs(items: Sequence[Item], scores: Iterable[CandidateScores]) -> Iterator[Verdict]:
+    """A verdict for each of the item's pairs, right if the better one scores above the worse."""
+    for item, s in zip(items, scores, strict=True):
+        for better, worse in item.pairs:
+            right, equal = float(s[better] > s[worse]), int(s[better] == s[worse])
+            yield Verdict(item.part, item.cluster, right, equal)
+
+
+def best_of_four_and_ties(
+    items: Sequence[Item], scores: Iterable[CandidateScores]
+) -> Iterator[Verdict]:
+    """RewardBench 2 (arXiv 2506.01937): 1/k if the right candidate is one of k best, and Ties.
+
+    Ties asks prompts in two versions: with one right answer (reference) and with many (tied). A prompt is
+    right if the worst right answer scores above the best wrong one; the other terms ask whether that gap
+    is wider than the spread among equally right answers.
+    """
+    versions: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
+    for item, s in zip(items, scores, strict=True):
+        if item.part != TIES:
+            num_best = int((s == s.max()).sum())
+            value = 1.0 / num_best if s[0] == s.max() else 0.0
+            yield Verdict(item.part, item.cluster, value, int(value > 0 and num_best > 1))
+            continue
+        right, wrong = s[: item.num_correct], s[item.num_correct :]
+        version, _, prompt = item.id.partition(":")
+        gap, spread = float(right.min() - wrong.max()), float(right.max() - right.min())
+        versions[version][prompt] = gap, spread
+    yield from _ties(versions["ref"], versions["tied"])
+
+
+def _ties(
+    reference: dict[str, tuple[float, float]], tied: dict[str, tuple[float, float]]
+) -> Iterator[Verdict]:
+    """The verdicts on (gap, spread) of each prompt; a prompt in both versions is one cluster."""
+    on_tied, on_reference, above, both_above, relative = TIES_TERMS
+    for term, version in ((on_tied, tied), (on_reference, reference)):
+        for prompt, (gap, _) in version.items():
+            yield Verdict(term, prompt, float(gap > 0), int(gap == 0))
+    for prompt in sorted(tied.keys() & reference.keys()):
+        gap, spread = tied[prompt]
+        least = min(gap, reference[prompt][0])
+        yield Verdict(above, prompt, float(gap > spread))
+        yield Verdict(both_above, prompt, float(least > spread))
+        # tanh(gap / spread - 1), in its limits 1, 0 and -1 for no spread
+        value = np.tanh(least / spread - 1) if spread else np.sign(least)
+        yield Verdict(relative, prompt, float(value))
+
+
+def styles_against_styles(
+    items: Sequence[Item], scores: Iterable[CandidateScores]
+) -> Iterator[Verdict]:
+    """RM-Bench (arXiv 2410.16184): three right against three wrong answers, from plain to fancy.
+
+    matrix[i, j] says whether right answer i scores above wrong answer j. Above the diagonal the wrong one
+    is fancier (hard), on it both are written alike (normal), below it the right one is fancier (easy).
+    """
+    places = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3)}
+    places["easy"] = np.tril_indices(3, -1)
+    for item, s in zip(items, scores, strict=True):
+        above, equal = s[:3, None] > s[None, 3:], s[:3, None] == s[None, 3:]
+        for style in STYLES:
+            where = places[style]
+            value, num_equal = float(above[where].mean()), int(equal[where].sum())
+            yield Verdict(f"{item.part} {style}", item.cluster, value, num_equal)

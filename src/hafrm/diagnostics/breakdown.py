@@ -1,0 +1,217 @@
+"""Where a scorer is right: by style features of the texts, and by slices of the data.
+
+A style feature only tells something about comparisons in which one response has more of it than the other.
+A division is a label for each comparison (a tag, a band of prompt lengths); numbers become bands of about a
+quarter each. Features go together (a list makes a text longer), so none of these figures is a cause.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Num, Shaped
+
+from hafrm.evaluation.comparisons import Comparisons
+from hafrm.preferences import Votes
+from hafrm.statistics import Estimate, accuracy_interval, paired_bootstrap
+
+MAX_VALUES = 24
+"""Labels of a division; rarer ones are put together. RewardBench's 23 subsets stay apart."""
+_OWN_BAND = 5
+"""Up to so many distinct numbers, each is a band of its own."""
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
+_LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)
+_HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]+\S", re.MULTILINE)
+_BOLD = re.compile(r"\*\*(?=\S)[^*\n]+\*\*")
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
+_DIGIT = re.compile(r"[0-9]")
+REFUSALS = (
+    "i can't",
+    "i cannot",
+    "i can not",
+    "i won't",
+    "i will not",
+    "i'm sorry, but",
+    "i am sorry, but",
+    "i'm not able to",
+    "i am not able to",
+    "i'm unable to",
+    "i am unable to",
+    "i'm not comfortable",
+    "i must decline",
+    "as an ai",
+)
+"""Phrases of English refusals; compared in lower case with straight apostrophes."""
+
+
+def num_refusals(text: str) -> int:
+    """How often one of `REFUSALS` is in the text."""
+    plain = text.lower().replace("’", "'")
+    return sum(plain.count(phrase) for phrase in REFUSALS)
+
+
+FEATURES: Mapping[str, Callable[[str], int]] = {
+    "length": len,
+    "list items": lambda text: len(_LIST_ITEM.findall(text)),
+    "headers": lambda text: len(_HEADER.findall(text)),
+    "bold spans": lambda text: len(_BOLD.findall(text)),
+    # fences come in pairs; a block that is never closed counts
+    "code blocks": lambda text: -(-len(_FENCE.findall(text)) // 2),
+    "digits": lambda text: len(_DIGIT.findall(text)),
+    "questions": lambda text: text.count("?"),
+    "exclamations": lambda text: text.count("!"),
+    "refusals": num_refusals,
+}
+"""What is counted in a response; length is in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class StyleBias:
+    """One feature, on the comparisons of which one response has more of it."""
+
+    feature: str
+    num: int
+    """These comparisons."""
+    picks_more: Estimate
+    """Fraction in which the scorer prefers the response with more of it."""
+    annotators_pick_more: Estimate
+    """Fraction in which annotators did."""
+    excess: Estimate
+    """The scorer's fraction minus the annotators', on the same comparisons."""
+    accuracy_more: Estimate
+    """Accuracy if the chosen response has more of it."""
+    accuracy_less: Estimate
+    """Accuracy if it has less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The comparisons with one label."""
+
+    tag: str
+    value: str
+    accuracy: Estimate
+
+
+def style_biases(
+    margins: Float[np.ndarray, " comparisons"],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    prompts: Shaped[np.ndarray, " comparisons"],
+) -> tuple[StyleBias, ...]:
+    """The bias of every feature, from the texts of both sides."""
+    texts = dict.fromkeys([*chosen, *rejected])
+    result = []
+    for feature, count in FEATURES.items():
+        counts = {text: count(text) for text in texts}
+        more = np.array([counts[c] - counts[r] for c, r in zip(chosen, rejected, strict=True)], int)
+        result.append(style_bias(feature, margins, more, prompts))
+    return tuple(result)
+
+
+def style_bias(
+    feature: str,
+    margins: Float[np.ndarray, " comparisons"],
+    more: Int[np.ndarray, " comparisons"],
+    prompts: Shaped[np.ndarray, " comparisons"],
+) -> StyleBias:
+    """The bias of one feature, of which the chosen response has `more` than the rejected one.
+
+    A scorer with equal scores prefers neither, and so not the one with more.
+    """
+    differ = more != 0
+    margins, more, prompts = margins[differ], more[differ], prompts[differ]
+    picks, annotators = margins * more > 0, more > 0
+
+    def accuracy(rows: Shaped[np.ndarray, " comparisons"]) -> Estimate:
+        return accuracy_interval(margins[rows] > 0, prompts[rows])
+
+    return StyleBias(
+        feature=feature,
+        num=len(margins),
+        picks_more=accuracy_interval(picks, prompts),
+        annotators_pick_more=accuracy_interval(annotators, prompts),
+        excess=paired_bootstrap(picks, annotators, prompts),
+        accuracy_more=accuracy(annotators),
+        accuracy_less=accuracy(~annotators),
+    )
+
+
+def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
+    """What divides the comparisons: the tags of their data, and what can be counted."""
+    pairs = comparisons.with_groups()
+    tags = sorted({tag for group, _ in pairs for tag in group.tags})
+    result = {tag: [group.tags.get(tag, "(none)") for group, _ in pairs] for tag in tags}
+    words = [sum(len(message.content.split()) for message in g.prompt) for g, _ in pairs]
+    turns = [sum(message.role == "user" for message in g.prompt) for g, _ in pairs]
+    result["prompt length"] = bands(np.array(words), "words")
+    result["user turns"] = bands(np.array(turns))
+    result["annotated margin"] = bands(np.array([pair.margin for _, pair in pairs]))
+    result["votes"] = [vote_label(pair.votes) for _, pair in pairs]
+    return result
+
+
+def slice_accuracies(
+    margins: Float[np.ndarray, " comparisons"],
+    divisions: Mapping[str, Sequence[str]],
+    prompts: Shaped[np.ndarray, " comparisons"],
+) -> tuple[Slice, ...]:
+    """Accuracy of each label of each division that has several."""
+    result = []
+    for tag, all_labels in divisions.items():
+        labels = np.array(_without_rare(all_labels), dtype=object)
+        values = in_order(labels.tolist())
+        if len(values) > 1:
+            for value in values:
+                rows = labels == value
+                accuracy = accuracy_interval(margins[rows] > 0, prompts[rows])
+                result.append(Slice(tag, value, accuracy))
+    return tuple(result)
+
+
+def in_order(labels: Sequence[str]) -> list[str]:
+    """The distinct labels: those that start with a number by that number, then the others by name."""
+
+    def key(label: str) -> tuple[bool, float, str]:
+        number = _NUMBER.match(label)
+        return number is None, float(number[0]) if number else 0.0, label
+
+    return sorted(set(labels), key=key)
+
+
+def bands(values: Num[np.ndarray, " comparisons"], unit: str = "") -> list[str]:
+    """A label for each number: itself if there are few distinct ones, else the range of its quarter.
+
+    Quarters are cut at numbers that occur, so that equal numbers stay together.
+    """
+    if len(np.unique(values)) <= _OWN_BAND:
+        return [_band_name(value, value, unit) for value in values.tolist()]
+    uppers = np.unique(np.quantile(values, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf"))
+    which = np.searchsorted(uppers, values)
+    lowers = [values[which == k].min().item() for k in range(len(uppers))]
+    names = [_band_name(low, high, unit) for low, high in zip(lowers, uppers.tolist(), strict=True)]
+    return [names[k] for k in which]
+
+
+def vote_label(votes: Votes | None) -> str:
+    """The fraction of annotators for the chosen response, such as "80 % of votes"."""
+    if votes is None or sum(votes) == 0:
+        return "no votes"
+    return f"{100 * votes.chosen / sum(votes):.0f} % of votes"
+
+
+def _band_name(low: int | float, high: int | float, unit: str) -> str:
+    text = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"{text} {unit}".strip()
+
+
+def _without_rare(labels: Sequence[str]) -> list[str]:
+    """The labels; if there are more than MAX_VALUES, the rare ones under one name."""
+    counts = Counter(labels)
+    if len(counts) <= MAX_VALUES:
+        return list(labels)
+    common = {label for label, _ in counts.most_common(MAX_VALUES - 1)}
+    other = f"({len(counts) - len(common)} others)"
+    return [label if label in common else other for label in labels]

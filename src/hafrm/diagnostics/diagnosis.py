@@ -1,0 +1,256 @@
+"""What `hafrm diagnose` finds, and its tables. No model is run here."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hafrm.diagnostics.breakdown import Slice, StyleBias
+from hafrm.diagnostics.calibration import MarginHistogram, Temperature
+from hafrm.diagnostics.label_noise import WRONG, Example, LabelNoise, NoiseBand
+from hafrm.diagnostics.own_policy import OwnPolicyPreference
+from hafrm.diagnostics.representation import Representation
+from hafrm.evaluation.metrics import Accuracy, Agreement, Calibration
+from hafrm.table import Cell, Column, Table
+
+NUM_EXAMPLES = 3
+"""Shown of each kind; the result has more."""
+MIN_COMPARISONS = 10
+"""Comparisons that a style feature needs to be shown; the result has all features."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetDiagnosis:
+    """One source, or all of them together."""
+
+    name: str
+    num: int
+    """Comparisons that are no ties."""
+    accuracy: Accuracy
+    temperature: Temperature
+    calibration: Calibration
+    """As the model is, without a temperature."""
+    margins: MarginHistogram
+    style: tuple[StyleBias, ...]
+    slices: tuple[Slice, ...]
+    agreement: Agreement | None
+    """Of reward and implicit reward, if the model has both heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything that is diagnosed of one model."""
+
+    model: str
+    scored_with: str
+    """"reward" or "implicit reward"."""
+    sets: tuple[SetDiagnosis, ...]
+    label_noise: LabelNoise | None
+    """None for a single model on data without votes."""
+    representations: tuple[Representation, ...]
+    """Of the model, then of the others."""
+    base: Representation | None
+    num_states: int
+    """Responses that the representations are of."""
+    own_policy: OwnPolicyPreference | None
+    worst: tuple[Example, ...]
+
+    def tables(self) -> tuple[Table, ...]:
+        """Calibration, margins, style, slices, label noise, representations, policies, examples."""
+        return tuple(self._tables())
+
+    def _tables(self) -> Iterator[Table]:
+        yield self._calibration()
+        yield _margins(self.sets)
+        yield from map(_style, self.sets)
+        yield _slices(self.sets)
+        if any(result.agreement for result in self.sets):
+            yield _agreement(self.sets)
+        if self.label_noise is not None:
+            yield from _label_noise(self.label_noise)
+        yield self._representations()
+        if self.own_policy is not None:
+            yield from self.own_policy.tables()
+        wrong = [example for example in self.worst if example.why.startswith(WRONG)]
+        doubtful = [example for example in self.worst if not example.why.startswith(WRONG)]
+        for title, examples in (("largest wrong margins", wrong), ("doubtful labels", doubtful)):
+            if examples:
+                yield _examples(title, examples[:NUM_EXAMPLES])
+
+    def _calibration(self) -> Table:
+        rows = []
+        for result in self.sets:
+            fitted = result.temperature
+            rows.append(
+                (
+                    result.name,
+                    result.num,
+                    result.accuracy,
+                    result.calibration.ece,
+                    fitted.note or fitted.value,
+                    *fitted.log_loss,
+                    *fitted.ece,
+                )
+            )
+        columns = (
+            Column("set"),
+            Column("comparisons", "count"),
+            Column("accuracy", "percent"),
+            Column("ECE", "decimal"),
+            Column("T", "decimal"),
+            Column("log-loss", "decimal"),
+            Column("with T", "decimal"),
+            Column("ECE", "decimal"),
+            Column("with T", "decimal"),
+        )
+        title = f"{self.model}, scored with the {self.scored_with}: accuracy [95 %] and calibration"
+        note = "T is fitted on half of the prompts; the columns after it are of the other half"
+        return Table(title, columns, tuple(rows), (note,))
+
+    def _representations(self) -> Table:
+        columns = (
+            Column("model"),
+            Column("effective rank", "decimal"),
+            Column("top direction", "decimal"),
+            Column("mean cosine", "decimal"),
+            Column("CKA to base", "decimal"),
+            Column("cosine to base", "decimal"),
+        )
+        bases = [] if self.base is None else [self.base]
+        rows = tuple(
+            (
+                r.model + (" (base)" if r is self.base else ""),
+                f"{r.effective_rank:.1f}",
+                r.top_fraction,
+                r.mean_cosine,
+                *(None if math.isnan(x) else x for x in (r.cka_to_base, r.cosine_to_base)),
+            )
+            for r in (*self.representations, *bases)
+        )
+        return Table(f"last-token hidden states of {self.num_states} responses", columns, rows)
+
+
+def _margins(sets: Sequence[SetDiagnosis]) -> Table:
+    rows = []
+    for result in sets:
+        histogram = result.margins
+        top = max((*histogram.right, *histogram.wrong))
+        bars = (_bars(counts, top) for counts in (histogram.right, histogram.wrong))
+        rows.append((result.name, f"{histogram.edges[-1]:.2f}", *bars))
+    columns = (Column("set"), Column("largest", "decimal"), Column("right"), Column("wrong"))
+    return Table("comparisons by |margin|, from 0 on", columns, tuple(rows))
+
+
+def _bars(counts: Sequence[int], top: int) -> str:
+    """A histogram in one line; the highest bar is `top`, and only zero is blank."""
+    blocks = " ▁▂▃▄▅▆▇█"
+    return "".join(blocks[math.ceil(8 * count / max(top, 1))] for count in counts)
+
+
+def _style(result: SetDiagnosis) -> Table:
+    rows = []
+    for bias in result.style:
+        if bias.num >= MIN_COMPARISONS:
+            mark = "*" if bias.excess.low > 0 or bias.excess.high < 0 else ""
+            fractions = (bias.picks_more, bias.annotators_pick_more, bias.excess)
+            accuracies = (bias.accuracy_more, bias.accuracy_less)
+            rows.append((bias.feature + mark, bias.num, *fractions, *accuracies))
+    columns = (
+        Column("feature"),
+        Column("differ", "count"),
+        Column("model: more", "percent"),
+        Column("annotators: more", "percent"),
+        Column("excess", "percent"),
+        Column("right if more", "percent"),
+        Column("if less", "percent"),
+    )
+    title = f"{result.name}: which response is preferred, by what there is more of [95 %]"
+    note = "* the model differs from the annotators; features go together, above all with length"
+    return Table(title, columns, tuple(rows), (note,))
+
+
+def _slices(sets: Sequence[SetDiagnosis]) -> Table:
+    rows = []
+    for result in sets:
+        before = ""
+        for number, part in enumerate(result.slices):
+            tag = "" if part.tag == before else part.tag
+            before = part.tag
+            rows.append(
+                ("" if number else result.name, tag, part.value, part.accuracy.num, part.accuracy)
+            )
+    columns = (
+        *map(Column, ("set", "slice", "value")),
+        Column("comparisons", "count"),
+        Column("accuracy", "percent"),
+    )
+    return Table("accuracy by slice [95 %]", columns, tuple(rows))
+
+
+def _agreement(sets: Sequence[SetDiagnosis]) -> Table:
+    columns = (
+        Column("set"),
+        Column("same sign [95 %]", "percent"),
+        Column("Pearson", "decimal"),
+        Column("Spearman", "decimal"),
+    )
+    rows = tuple(
+        (r.name, r.agreement.same_sign, r.agreement.pearson, r.agreement.spearman)
+        for r in sets
+        if r.agreement is not None
+    )
+    return Table("reward and implicit reward", columns, rows)
+
+
+def _label_noise(noise: LabelNoise) -> Iterator[Table]:
+    rows: list[tuple[Cell, ...]] = []
+
+    def add(name: str, band: NoiseBand) -> None:
+        rows.append((name, band.num, band.accuracy, band.split))
+
+    for band in noise.by_disagreement:
+        add(f"disagreement {band.low:.2f}", band)
+    for band in noise.by_margin:
+        add(f"|mean margin| {band.low:.2f} to {band.high:.2f}", band)
+    against = noise.against
+    rows.append((f"all contradict the label: {against.fraction}", None, None, against.split))
+    if noise.num_with_votes:
+        rows.append(("the others", None, None, against.split_others))
+    columns = [
+        Column("comparisons with"),
+        Column("comparisons", "count"),
+        Column("accuracy of the mean margin", "percent"),
+    ]
+    columns += [Column("annotators split", "percent")] * bool(noise.num_with_votes)
+    cells = tuple(row[: len(columns)] for row in rows)
+    note = f"label audit by {', '.join(noise.models)}"
+    yield Table("models and annotators [95 %]", tuple(columns), cells, (note,))
+    if noise.num_with_votes:
+        names = list(noise.by_set)
+        several = len(names) > 1
+        headings = [Column("predictor"), *(Column(name, "decimal") for name in names)]
+        headings += [Column("all", "decimal")] * several
+        title = (
+            "separates split votes from unanimous ones: area under the curve [95 %]; 0.5 is chance"
+        )
+        areas = tuple(
+            (
+                predictor.name,
+                *(noise.by_set[name][index].auc for name in names),
+                *[predictor.auc] * several,
+            )
+            for index, predictor in enumerate(noise.predictors)
+        )
+        yield Table(title, tuple(headings), areas)
+
+
+def _examples(title: str, examples: Sequence[Example]) -> Table:
+    rows = []
+    for example in examples:
+        doubt = example.why.removeprefix(WRONG).removeprefix("; ")
+        remarks = [f"margin {example.margin:.2f}", *([doubt] if doubt else [])]
+        if example.votes is not None:
+            chosen, rejected, tie = example.votes
+            remarks.append(f"votes {chosen} for chosen, {rejected} for rejected, {tie} for neither")
+        texts = [(name, getattr(example, name)) for name in ("prompt", "chosen", "rejected")]
+        rows += [(example.set, "; ".join(remarks)), *texts, ("", "")]
+    return Table(title, (Column(""), Column("")), tuple(rows[:-1]))

@@ -1,0 +1,117 @@
+"""How rich last-token hidden states are, and how far training moved them from the base model's.
+
+The paper's second claim is that the policy loss keeps a reward model's representation from collapsing onto
+the one direction that its reward is read along. All figures are of the covariance of the states, so they
+do not depend on their scale; states are [responses, hidden] arrays.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from hafrm.errors import NumericsError
+from hafrm.results import Real
+
+MAX_SPECTRUM = 64
+"""Directions that are written out."""
+
+States = Float[np.ndarray, "responses hidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class Representation:
+    """One model's states, and how alike the base model's are."""
+
+    model: str
+    effective_rank: Real
+    """exp of the entropy of the spectrum: as many equal directions would be as spread out."""
+    top_fraction: Real
+    """Of the variance, along its first direction."""
+    mean_cosine: Real
+    """Between two different responses' states: near 1, all states point the same way."""
+    spectrum: tuple[float, ...]
+    """Fractions of the variance along its principal directions, largest first, at most MAX_SPECTRUM."""
+    cka_to_base: Real = math.nan
+    """Linear CKA, 1 for equal up to rotation and scale; NaN without a base model."""
+    cosine_to_base: Real = math.nan
+    """Mean cosine of the two states of a response; NaN for hidden sizes that differ."""
+
+
+def representation(
+    model: str, states: States, base: Float[np.ndarray, "responses base_hidden"] | None = None
+) -> Representation:
+    """What a model's states are like; raises NumericsError for states that are not finite."""
+    for array in (states, base):
+        if array is not None and not np.isfinite(array).all():
+            raise NumericsError(
+                "the model gives hidden states that are not finite; check its weights, or run it in "
+                "float32"
+            )
+    fractions = spectrum(states)
+    is_same_size = base is not None and base.shape[1] == states.shape[1]
+    return Representation(
+        model,
+        effective_rank=effective_rank(fractions),
+        top_fraction=float(fractions[0]) if len(fractions) else math.nan,
+        mean_cosine=mean_cosine(states),
+        spectrum=tuple(fractions[:MAX_SPECTRUM].tolist()),
+        cka_to_base=math.nan if base is None else linear_cka(states, base),
+        cosine_to_base=paired_cosine(states, base)
+        if is_same_size and base is not None
+        else math.nan,
+    )
+
+
+def spectrum(states: States) -> Float[np.ndarray, " directions"]:
+    """Eigenvalues of the covariance as fractions of their sum, largest first; empty for a constant."""
+    centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
+    values = np.linalg.svd(centred, compute_uv=False) ** 2
+    total = values.sum()
+    # equal states leave rounding around their mean, which is no variance
+    if total <= (1e-12 * np.abs(states).max(initial=0.0)) ** 2 * states.size:
+        return np.empty(0)
+    return np.asarray(values / total, np.float64)
+
+
+def effective_rank(fractions: Float[np.ndarray, " directions"]) -> float:
+    """exp(-sum p log p) of the spectrum; 1 for one direction, NaN for none.
+
+    Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower.
+    """
+    p = fractions[fractions > 0]
+    return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
+
+
+def mean_cosine(states: States) -> float:
+    """Mean cosine over all pairs of different responses (anisotropy, arXiv 1909.00512)."""
+    num = len(states)
+    if num < 2:
+        return math.nan
+    # |sum of unit vectors|^2 is the sum over all pairs, of which num are of a state with itself
+    total = np.sum(_unit(states).sum(axis=0) ** 2)
+    return float((total - num) / (num * (num - 1)))
+
+
+def paired_cosine(first: States, second: States) -> float:
+    """Mean over responses of the cosine between their two states."""
+    return float(np.mean(np.sum(_unit(first) * _unit(second), axis=1)))
+
+
+def linear_cka(
+    first: Float[np.ndarray, "responses first_hidden"],
+    second: Float[np.ndarray, "responses second_hidden"],
+) -> float:
+    """Linear centred kernel alignment, |Y'X|^2 / (|X'X| |Y'Y|) of centred states (arXiv 1905.00414).
+
+    NaN if one of the two is constant. With fewer responses than directions it is biased upwards.
+    """
+    x, y = (s.astype(np.float64) - s.mean(axis=0, dtype=np.float64) for s in (first, second))
+    cross, own, other = (np.linalg.norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))
+    return float(cross**2 / (own * other)) if own * other > 0 else math.nan
+
+
+def _unit(states: States) -> States:
+    exact = states.astype(np.float64)
+    return np.asarray(exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300))

@@ -1,1 +1,0 @@
-"""Published benchmarks of reward models: their data, their rules, their scores."""

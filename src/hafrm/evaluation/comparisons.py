@@ -1,0 +1,145 @@
+"""Comparisons of test data as flat arrays, and the margins that scores give them.
+
+A margin is score(chosen) - score(rejected). A comparison that annotators called a tie has no right answer:
+`decided` leaves it out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num, Shaped
+
+from hafrm.data.readers import Reading, read
+from hafrm.errors import DataError, NumericsError
+from hafrm.preferences import Comparison, Group, prompt_key
+
+Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
+"""One source or several, as `hafrm.data.readers.read` has them, or a list of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredComparisons:
+    """Margins and what they are measured by; one entry per comparison."""
+
+    margins: Float[np.ndarray, " comparisons"]
+    chosen_lengths: Num[np.ndarray, " comparisons"]
+    """In characters: in tokens, long responses that the model's limit cuts would seem equally long."""
+    rejected_lengths: Num[np.ndarray, " comparisons"]
+    prompts: Shaped[np.ndarray, " comparisons"]
+    """Which prompt (any key): the clusters of the intervals."""
+    ties: Bool[np.ndarray, " comparisons"]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Comparisons among the responses of `groups`; every array has one entry per comparison."""
+
+    groups: Sequence[Group]
+    owner: Int[np.ndarray, " comparisons"]
+    """Index of each comparison's group."""
+    pairs: tuple[Comparison, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "Comparisons":
+        """All comparisons of the groups, in their order."""
+        found = [(i, pair) for i, group in enumerate(groups) for pair in group.comparisons]
+        return cls(groups, np.array([i for i, _ in found], int), tuple(pair for _, pair in found))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def take(self, indices: Sequence[int] | Int[np.ndarray, " some"]) -> "Comparisons":
+        """Those at the given indices."""
+        where = np.asarray(indices, int)
+        return Comparisons(self.groups, self.owner[where], tuple(self.pairs[i] for i in where))
+
+    def decided(self) -> "Comparisons":
+        """Those that are no ties."""
+        return self.take(np.flatnonzero(~self.ties))
+
+    def by_source(self) -> dict[str, Int[np.ndarray, " some"]]:
+        """The indices of each source's comparisons, sources in their order."""
+        sources = [self.groups[i].source for i in self.owner]
+        names = dict.fromkeys(sources)
+        return {n: np.array([i for i, s in enumerate(sources) if s == n], int) for n in names}
+
+    def sets(self) -> dict[str, Int[np.ndarray, " some"]]:
+        """The same, and "all" if there are several sources."""
+        sources = self.by_source()
+        return sources | {"all": np.arange(len(self))} if len(sources) > 1 else sources
+
+    def margins(self, scores: Float[np.ndarray, " responses"]) -> Float[np.ndarray, " comparisons"]:
+        """score(chosen) - score(rejected) in float64, from one score for each response of all groups.
+
+        Raises NumericsError for a margin that is not finite, which would silently count as wrong.
+        """
+        first = np.cumsum([0, *(len(group.responses) for group in self.groups)])
+        assert len(scores) == first[-1], "one score for each response of each group"
+        start, exact = first[self.owner], scores.astype(np.float64)
+        chosen = start + np.array([pair.chosen for pair in self.pairs], int)
+        rejected = start + np.array([pair.rejected for pair in self.pairs], int)
+        with np.errstate(invalid="ignore"):
+            margins = exact[chosen] - exact[rejected]
+        broken = np.flatnonzero(~np.isfinite(margins))
+        if len(broken):
+            raise NumericsError(
+                f"{len(broken)} of {len(margins)} margins are not finite (first: a comparison of group "
+                f"{self.groups[self.owner[broken[0]]].id!r}); check the model's weights, or run it in "
+                "float32"
+            )
+        return np.asarray(margins, np.float64)
+
+    def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
+        """The comparisons as `measure` takes them."""
+        chosen, rejected = (
+            np.array([len(text) for text in texts], int)
+            for texts in (self.chosen_texts, self.rejected_texts)
+        )
+        return ScoredComparisons(self.margins(scores), chosen, rejected, self.prompts, self.ties)
+
+    @cached_property
+    def ties(self) -> Bool[np.ndarray, " comparisons"]:
+        """Whether annotators preferred neither response."""
+        return np.array([pair.tie for pair in self.pairs], bool)
+
+    @cached_property
+    def prompts(self) -> Shaped[np.ndarray, " comparisons"]:
+        """The prompt's key: the clusters of all intervals."""
+        keys = {i: prompt_key(self.groups[i].prompt) for i in set(self.owner.tolist())}
+        return np.array([keys[i] for i in self.owner.tolist()], str)
+
+    @cached_property
+    def chosen_texts(self) -> list[str]:
+        """The response that annotators preferred."""
+        return [g.responses[pair.chosen] for g, pair in self.with_groups()]
+
+    @cached_property
+    def rejected_texts(self) -> list[str]:
+        """The other one."""
+        return [g.responses[pair.rejected] for g, pair in self.with_groups()]
+
+    def with_groups(self) -> list[tuple[Group, Comparison]]:
+        """Each comparison with its group."""
+        return [(self.groups[i], pair) for i, pair in zip(self.owner, self.pairs, strict=True)]
+
+
+def read_comparisons(data: Data, max_bad_fraction: float = 0.02) -> tuple[Reading, Comparisons]:
+    """What the data holds, and the comparisons among the groups that have some.
+
+    Raises DataError if no comparison is decided, and what `read` raises.
+    """
+    if isinstance(data, str | Path):
+        sources: list[Any] = [data]
+    else:
+        # a list of rows is one source
+        sources = [data] if len(data) and isinstance(data[0], Mapping) else list(data)
+    reading = read(sources, max_bad_fraction=max_bad_fraction)
+    comparisons = Comparisons.of([group for group in reading.groups if group.comparisons])
+    if not len(comparisons.decided()):
+        names = ", ".join(dict.fromkeys(group.source for group in reading.groups))
+        raise DataError(f"{names} hold no comparison to evaluate on")
+    return reading, comparisons

@@ -1,1 +1,0 @@
-"""What is behind an accuracy: calibration, bias, slices, label noise, representations, consistency."""

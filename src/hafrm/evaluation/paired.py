@@ -1,0 +1,126 @@
+"""Two models, or two methods with several seeds each, on the same comparisons: which one is better.
+
+Comparisons that are hard for both cancel, so the difference is more certain than two accuracies side by
+side. If many sets are compared, some differ by chance: the p-values are adjusted for their number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Shaped
+
+from hafrm.evaluation.comparisons import ScoredComparisons
+from hafrm.statistics import (
+    Difference,
+    Estimate,
+    McNemar,
+    accuracy_interval,
+    cluster_p_value,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    seeded_difference,
+    seeded_mean,
+)
+from hafrm.table import Cell, Column, Table
+
+
+@dataclass(frozen=True, slots=True)
+class SetComparison:
+    """What two sides get right of one source, or of all of them together."""
+
+    name: str
+    num: int
+    """Comparisons that are no ties."""
+    first: Estimate
+    """Accuracy, over all seeds if there are several."""
+    second: Estimate | None = None
+    difference: Difference | None = None
+    """First minus second."""
+    counts: McNemar | None = None
+    """If each side is one model: how often only one of them was right."""
+    p_adjusted: float | None = None
+    """The difference's p-value, adjusted (Holm) for the number of sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelComparison:
+    """All sets, and the models on either side."""
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    sets: tuple[SetComparison, ...]
+
+    def tables(self) -> tuple[Table, ...]:
+        """Accuracy of both sides on every set, their difference, and its p-values."""
+        sides = (("first", self.first), ("second", self.second))
+        title = "accuracy [95 %]" + (" over seeds" if len(self.first) > 1 else "")
+        columns = [Column("set"), Column("comparisons", "count"), Column("first", "percent")]
+        if self.second:
+            columns += [Column("second", "percent"), Column("difference", "percent")]
+            columns += [Column("p", "p"), Column("p (Holm)", "p")]
+        rows = tuple(_cells(result)[: len(columns)] for result in self.sets)
+        notes = tuple(f"{side}: {', '.join(paths)}" for side, paths in sides if paths)
+        return (Table(title, tuple(columns), rows, notes),)
+
+
+def _cells(result: SetComparison) -> tuple[Cell, ...]:
+    difference = result.difference
+    tested = (None, None) if difference is None else (difference.estimate, difference.p_value)
+    return (result.name, result.num, result.first, result.second, *tested, result.p_adjusted)
+
+
+def compare_set(
+    name: str, first: Sequence[ScoredComparisons], second: Sequence[ScoredComparisons]
+) -> SetComparison:
+    """The same comparisons as scored by the models of each side; the second side may be empty."""
+    decided = ~first[0].ties
+    prompts = first[0].prompts[decided]
+    right, others = (np.array([s.margins[decided] > 0 for s in side]) for side in (first, second))
+    accuracy = accuracy_over_seeds(right, prompts)
+    if not second:
+        return SetComparison(name, len(prompts), accuracy)
+    difference, counts = compare_correct(right, others, prompts)
+    other = accuracy_over_seeds(others, prompts)
+    return SetComparison(name, len(prompts), accuracy, other, difference, counts)
+
+
+def compare_correct(
+    first: Bool[np.ndarray, "first_seeds comparisons"],
+    second: Bool[np.ndarray, "second_seeds comparisons"],
+    prompts: Shaped[np.ndarray, " comparisons"],
+) -> tuple[Difference, McNemar | None]:
+    """The difference of two [seeds, comparisons] arrays of right answers, and their discordant counts.
+
+    With several seeds on both sides the interval is over prompts and seeds. For one model on each side it
+    is the paired bootstrap's over prompts, and the p-value is McNemar's exact one, unless prompts have
+    several comparisons, which that test would take as independent.
+    """
+    if len(first) > 1:
+        return seeded_difference(first, second, prompts), None
+    counts = mcnemar(first[0], second[0])
+    estimate = paired_bootstrap(first[0], second[0], prompts)
+    if len(np.unique(prompts)) == len(prompts):
+        return Difference(estimate, counts.p_value), counts
+    gaps = first[0].astype(np.float64) - second[0]
+    return Difference(estimate, cluster_p_value(gaps, prompts)), counts
+
+
+def accuracy_over_seeds(
+    correct: Bool[np.ndarray, "seeds comparisons"], prompts: Shaped[np.ndarray, " comparisons"]
+) -> Estimate:
+    """The accuracy of one model, or the mean over several seeds."""
+    return (
+        seeded_mean(correct, prompts)
+        if len(correct) > 1
+        else accuracy_interval(correct[0], prompts)
+    )
+
+
+def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:
+    """The sets with Holm's p-values over the sources; "all" is their union and no test of its own."""
+    tested = [s for s in sets if s.difference and (s.name != "all" or len(sets) == 1)]
+    p_values = holm(np.array([s.difference.p_value for s in tested if s.difference])).tolist()
+    by_name = dict(zip([s.name for s in tested], p_values, strict=True))
+    return tuple(replace(s, p_adjusted=by_name.get(s.name)) for s in sets)

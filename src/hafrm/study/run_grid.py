@@ -1,0 +1,206 @@
+"""Which runs a study has: methods with options, training sets, seeds, learning rates.
+
+A run's recipe is the study's with its own training set, method, seed and learning rate, so that methods
+differ in nothing else: same steps, same comparisons, same order. Nothing is run here.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hafrm.config import build_recipe
+from hafrm.data.sources import parse_sources
+from hafrm.errors import ConfigError
+from hafrm.recipe import MethodSection, Recipe
+from hafrm.study.study_result import MIXED
+from hafrm.training.methods import Method, get_method
+
+RATE_FACTORS = (1 / 3, 1.0, 3.0)
+"""Learning rates tried first, as multiples of the recipe's, unless others are given."""
+MAX_EXTRA_RATES = 3
+"""How many further rates a method may try if its best one is at the end of those tried."""
+
+
+@dataclass(frozen=True)
+class StudyMethod:
+    """A method as it is written: "bt", "haf:alpha=0.05", "haf:policy_loss=ipo:alpha=1"."""
+
+    name: str
+    section: Mapping[str, Any] = field(compare=False)
+    """The `method` section of its recipes."""
+
+    @property
+    def method(self) -> Method:
+        """The objective."""
+        return get_method(**MethodSection.model_validate(self.section).model_dump())
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """What a run trains on."""
+
+    name: str
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    train: TrainSet
+    method: StudyMethod
+    rate: float
+    seed: int
+    is_scored: bool = field(default=True, compare=False)
+    """Whether the test sets are scored; a run that only helps to choose a learning rate does not."""
+
+    def folder(self, root: Path) -> Path:
+        """Its folder; the name has everything in which it differs from other runs."""
+        method = self.method.name.replace(":", ",").replace("/", "_")
+        return root / "runs" / self.train.name / method / f"rate-{self.rate:g}-seed-{self.seed}"
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The study's recipe, for this run."""
+        values = base.model_dump(mode="json")
+        values["data"] |= {"train": list(self.train.entries)}
+        values["method"] = dict(self.method.section)
+        values["training"] |= {"seed": self.seed, "learning_rate": self.rate}
+        return build_recipe(values, name=f"the recipe of {self}")
+
+    def __str__(self) -> str:
+        return f"{self.method.name} on {self.train.name}, rate {self.rate:.3g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Everything that a study will train."""
+
+    recipe: Recipe
+    methods: tuple[StudyMethod, ...]
+    train_sets: tuple[TrainSet, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    num_extra_rates: int = 0
+    """How many rates beyond the ends of `rates` a method may try, while the last one is its best."""
+
+    @property
+    def tuning_set(self) -> TrainSet:
+        """Where learning rates are chosen: the last set, which is the mixed one if there are several."""
+        return self.train_sets[-1]
+
+    def tuning_run(self, method: StudyMethod, rate: float) -> StudyRun:
+        """The run that says, by validation data, how well a method does at a learning rate."""
+        return StudyRun(self.tuning_set, method, rate, self.seeds[0], is_scored=False)
+
+    def tuning_runs(self) -> list[StudyRun]:
+        """One run for each method and learning rate, with the first seed."""
+        return [self.tuning_run(method, rate) for method in self.methods for rate in self.rates]
+
+    def runs(self, rates: Mapping[str, float]) -> list[StudyRun]:
+        """All runs that the result is made of, given each method's learning rate.
+
+        Runs on the same data follow each other, so that a process prepares it once.
+        """
+        return [
+            StudyRun(train, method, rates[method.name], seed)
+            for train in self.train_sets
+            for seed in self.seeds
+            for method in self.methods
+        ]
+
+
+def plan_study(
+    recipe: Recipe,
+    methods: Sequence[str],
+    *,
+    num_seeds: int,
+    rates: Sequence[float] = (),
+    mixed: bool = True,
+) -> StudyPlan:
+    """The plan for these methods; each entry of the recipe's `data.train` is a training set of its own.
+
+    Raises ConfigError for an unknown method or option, methods named twice, a recipe without test sets,
+    and one whose `data.weights` are numbers, which fit one list of sets only.
+    """
+    if not recipe.data.test:
+        raise ConfigError("data.test names no source: a comparison of methods needs held-out data")
+    if isinstance(recipe.data.weights, tuple):
+        raise ConfigError(
+            "data.weights lists numbers, which fit one list of sets; a comparison trains on each set "
+            "alone too: take uniform, or leave it out"
+        )
+    if num_seeds < 1:
+        raise ConfigError(f"--seeds is {num_seeds}; give 1 or more (2 tell how much seeds differ)")
+    if any(not rate > 0 for rate in rates):
+        raise ConfigError(f"learning rates must be above 0, got {list(rates)}")
+    sets = [TrainSet(set_name(entry), (entry,)) for entry in recipe.data.train]
+    if mixed and len(sets) > 1:
+        sets.append(TrainSet(MIXED, recipe.data.train))
+    _refuse_doubles([train.name for train in sets], "training sets")
+    first = recipe.training.seed
+    return StudyPlan(
+        recipe,
+        parse_methods(methods),
+        tuple(sets),
+        seeds=tuple(range(first, first + num_seeds)),
+        rates=tuple(rates) or tuple(recipe.training.learning_rate * f for f in RATE_FACTORS),
+        num_extra_rates=0 if rates else MAX_EXTRA_RATES,
+    )
+
+
+def parse_methods(written: Sequence[str]) -> tuple[StudyMethod, ...]:
+    """Methods from their names with options; raises ConfigError for an unknown one, and for doubles."""
+    methods = tuple(_parse_method(text.strip()) for text in written if text.strip())
+    if not methods:
+        raise ConfigError("no methods are given; name them, such as haf,bt,dpo")
+    _refuse_doubles([method.name for method in methods], "methods")
+    return methods
+
+
+def _parse_method(text: str) -> StudyMethod:
+    name, *options = text.split(":")
+    section: dict[str, Any] = {"name": name}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"method {text!r}: {option!r} is no option; write name:key=value, such as haf:alpha=0.05"
+            )
+        try:
+            section[key] = json.loads(value)
+        except ValueError:  # a name
+            section[key] = value
+    try:
+        checked = MethodSection.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"method {text!r}: {first['loc'][0]}: {first['msg']}") from error
+    result = StudyMethod(text, checked.model_dump(exclude_unset=True))
+    _ = result.method  # raises for an unknown method, and for an option that it does not use
+    return result
+
+
+def parse_rates(written: str | None) -> tuple[float, ...]:
+    """Learning rates with commas between them; raises ConfigError for what is no number."""
+    try:
+        return tuple(float(part) for part in (written or "").split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"--learning-rates {written!r}: {error}; write 1e-4,3e-4") from error
+
+
+def set_name(entry: str) -> str:
+    """The name of a source's results: the one that its groups carry."""
+    sources = parse_sources(entry)
+    name = sources[0].name if len(sources) == 1 else entry.partition("#")[0].removeprefix("set:")
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _refuse_doubles(names: Sequence[str], what: str) -> None:
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ConfigError(f"{what} must have different names; twice: {', '.join(doubles)}")

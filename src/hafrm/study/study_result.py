@@ -1,0 +1,337 @@
+"""What a study says: accuracies with intervals over prompts and seeds, and significant differences.
+
+A *scorer* is a method by its own score, and for a method with two heads also its implicit reward and the
+fused score of both. Every scorer is compared with the first one, the baseline. The averages (in domain,
+other domains, held out) are few and are the findings; the accuracies on single test sets are many. Each of
+the two families has its own adjustment for the number of its tests (Holm).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from hafrm.evaluation.metrics import calibration
+from hafrm.evaluation.paired import accuracy_over_seeds, compare_correct
+from hafrm.statistics import (
+    Difference,
+    Estimate,
+    cluster_p_value,
+    clustered_bootstrap,
+    holm,
+    paired_bootstrap,
+    seeded_difference,
+    seeded_mean,
+)
+from hafrm.table import Cell, Column, Table
+
+MIXED = "mixed"
+"""The training set that is all of them together."""
+SIGNIFICANT = 0.05
+"""Adjusted p-values below it are called significant."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One scorer on one test set, after training on one set: every seed's answers."""
+
+    correct: Bool[np.ndarray, "seeds comparisons"]
+    margins: Float[np.ndarray, "seeds comparisons"]
+    prompts: Shaped[np.ndarray, " comparisons"]
+
+
+Outcomes = Mapping[tuple[str, str, str], Outcome]
+"""By (training set, scorer, test set)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetAccuracy:
+    """A scorer's accuracy on one test set, after training on one set."""
+
+    train: str
+    method: str
+    """The scorer, such as "haf" or "haf (fused)"."""
+    test: str
+    accuracy: Estimate
+    per_seed: tuple[float, ...]
+    ece: float
+    """Expected calibration error of sigmoid(margin), mean over seeds."""
+    log_loss: float
+    """Mean -log sigmoid(margin), nat, mean over seeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """A scorer against the baseline, on one test set or one average of them."""
+
+    train: str
+    test: str
+    first: str
+    second: str
+    difference: Estimate
+    """Accuracy of `first` minus that of `second`."""
+    p_value: float
+    p_adjusted: float = 1.0
+    """Holm's, over the family of averages or that of single test sets."""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether it is, after the adjustment for the number of tests."""
+        return self.p_adjusted < SIGNIFICANT
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """A scorer's mean accuracy over several test sets, each of equal weight."""
+
+    kind: str
+    """Which: see `domains`."""
+    method: str
+    accuracy: Estimate
+    num_sets: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyBenchmark:
+    """A scorer's score on one published benchmark, after training on one set."""
+
+    train: str
+    method: str
+    benchmark: str
+    score: Estimate
+    per_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a method's learning rate was chosen."""
+
+    method: str
+    train: str
+    """The training set whose validation part decided."""
+    chosen: float
+    tried: tuple[tuple[float, float | None], ...]
+    """(rate, the deciding validation metric); None if the run diverged."""
+
+    def next_rate(self) -> float | None:
+        """The rate to try next if the best one is the lowest or the highest tried, which is no optimum."""
+        rates = sorted(rate for rate, _ in self.tried)
+        if len(rates) < 2 or self.chosen not in (rates[0], rates[-1]):
+            return None
+        if self.chosen == rates[0]:
+            return rates[0] ** 2 / rates[1]
+        return rates[-1] ** 2 / rates[-2]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The part of a `StudyResult` that follows from the outcomes alone."""
+
+    methods: tuple[str, ...]
+    """All scorers; the first is the baseline."""
+    train_sets: tuple[str, ...]
+    test_sets: tuple[str, ...]
+    accuracies: tuple[SetAccuracy, ...]
+    averages: tuple[Average, ...]
+    differences: tuple[Contrast, ...]
+    """On single test sets."""
+    average_differences: tuple[Contrast, ...]
+
+
+@dataclass(frozen=True)
+class StudyResult(Summary):
+    """A finished comparison of methods."""
+
+    recipe: str
+    """The file of the recipe that all runs share."""
+    metric: str
+    """Of validation data, by which learning rates and steps were chosen."""
+    seeds: tuple[int, ...]
+    benchmarks: tuple[StudyBenchmark, ...]
+    pick_longer: dict[str, Estimate]
+    """Accuracy of the longer response on each test set."""
+    learning_rates: tuple[Tuning, ...]
+    seconds: float
+    """Of all runs, as far as their last process ran them."""
+
+    def tables(self) -> tuple[Table, ...]:
+        """The averages, a table for each training set, benchmarks, and how learning rates were chosen."""
+        tables = [self._averages(), *(self._matrix(train) for train in self.train_sets)]
+        if self.benchmarks:
+            tables.append(self._benchmarks())
+        return (*tables, self._learning_rates())
+
+    def _averages(self) -> Table:
+        kinds = list(dict.fromkeys(average.kind for average in self.averages))
+        values = {(a.method, a.kind): a.accuracy for a in self.averages}
+        significant = [c for c in self.average_differences if c.is_significant]
+        notes = tuple(
+            f"{c.test}: {c.first} - {c.second} = {c.difference}, p {c.p_value:.2g} "
+            f"(Holm {c.p_adjusted:.2g})"
+            for c in significant
+        )
+        heading = "averages that differ significantly (Holm's p < 0.05):"
+        none = (
+            f"no average differs significantly from {self.methods[0]}'s (Holm's p >= 0.05 for all)"
+        )
+        title = f"mean accuracy [95 % over prompts and {len(self.seeds)} seeds]"
+        rows = self._method_rows(kinds, values, significant)
+        return Table(title, self._columns(kinds), rows, (heading, *notes) if notes else (none,))
+
+    def _matrix(self, train: str) -> Table:
+        values = {(a.method, a.test): a.accuracy for a in self.accuracies if a.train == train}
+        significant = [c for c in self.differences if c.train == train and c.is_significant]
+        rows = self._method_rows(self.test_sets, values, significant)
+        longer: tuple[Cell, ...] = tuple(self.pick_longer[test] for test in self.test_sets)
+        title = f"trained on {train}: accuracy [95 %]"
+        return Table(title, self._columns(self.test_sets), (*rows, ("pick longer", *longer, None)))
+
+    def _columns(self, names: Sequence[str]) -> tuple[Column, ...]:
+        estimates = (Column(name, "percent") for name in names)
+        return (Column("method"), *estimates, Column(f"differs from {self.methods[0]} in"))
+
+    def _method_rows(
+        self,
+        names: Sequence[str],
+        values: Mapping[tuple[str, str], Estimate],
+        significant: Sequence[Contrast],
+    ) -> tuple[tuple[Cell, ...], ...]:
+        return tuple(
+            (
+                method,
+                *(values[method, name] for name in names),
+                ", ".join(c.test for c in significant if c.first == method),
+            )
+            for method in self.methods
+        )
+
+    def _benchmarks(self) -> Table:
+        names = list(dict.fromkeys(b.benchmark for b in self.benchmarks))
+        scores = {(b.train, b.method, b.benchmark): b.score for b in self.benchmarks}
+        rows = tuple(
+            (train, method, *(scores[train, method, name] for name in names))
+            for train in self.train_sets
+            for method in self.methods
+        )
+        columns = (Column("trained on"), Column("method"), *(Column(n, "percent") for n in names))
+        return Table("published benchmarks [95 %]", columns, rows)
+
+    def _learning_rates(self) -> Table:
+        rows = []
+        for tuning in self.learning_rates:
+            tried = (
+                f"{rate:.3g}: {'diverged' if value is None else f'{value:.3f}'}"
+                for rate, value in tuning.tried
+            )
+            rows.append((tuning.method, f"{tuning.chosen:.3g}", "  ".join(tried)))
+        where = self.learning_rates[0].train
+        title = f"learning rates, chosen by validation {self.metric} on {where}"
+        return Table(title, (Column("method"), Column("chosen"), Column("tried")), tuple(rows))
+
+
+def domains(
+    train_sets: Sequence[str], test_sets: Sequence[str]
+) -> dict[str, list[tuple[str, str]]]:
+    """The (training set, test set) pairs that belong together; kinds without a pair are left out.
+
+    A model is tested on the set that it was trained on (its test part), on another training set's, or on a
+    set that nothing is trained on; the same for training on all sets together.
+    """
+    alone = [name for name in train_sets if name != MIXED]
+    held_out = [test for test in test_sets if test not in alone]
+    own = [test for test in test_sets if test in alone]
+    mixed = MIXED in train_sets
+    kinds = {
+        "in domain": [(test, test) for test in own],
+        "other domain": [(train, test) for train in alone for test in own if train != test],
+        "held out": [(train, test) for train in alone for test in held_out],
+        "mixed: in domain": [(MIXED, test) for test in own if mixed],
+        "mixed: held out": [(MIXED, test) for test in held_out if mixed],
+    }
+    return {kind: pairs for kind, pairs in kinds.items() if pairs}
+
+
+def summarise(outcomes: Outcomes) -> Summary:
+    """The summary of all outcomes, in their order; the first scorer is the baseline."""
+    trains, scorers, tests = (tuple(dict.fromkeys(key[i] for key in outcomes)) for i in range(3))
+    baseline = scorers[0]
+    single = [
+        _contrast(train, test, scorer, baseline, outcomes)
+        for train in trains
+        for test in tests
+        for scorer in scorers[1:]
+    ]
+    averages, contrasts = [], []
+    for kind, pairs in domains(trains, tests).items():
+        stacks = {
+            s: stacked([(test, outcomes[train, s, test]) for train, test in pairs]) for s in scorers
+        }
+        for scorer in scorers:
+            averages.append(Average(kind, scorer, _mean(*stacks[scorer]), len(pairs)))
+        for scorer in scorers[1:]:
+            (values, clusters), (others, _) = stacks[scorer], stacks[baseline]
+            found = _difference_of_means(values, others, clusters)
+            contrasts.append(Contrast("", kind, scorer, baseline, found.estimate, found.p_value))
+    accuracies = tuple(_set_accuracy(*key, outcome) for key, outcome in outcomes.items())
+    return Summary(
+        scorers, trains, tests, accuracies, tuple(averages), _adjusted(single), _adjusted(contrasts)
+    )
+
+
+def stacked(
+    outcomes: Sequence[tuple[str, Outcome]],
+) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
+    """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
+
+    A set's right answers are scaled so that each set has equal weight, whatever its size. Prompts of one
+    test set are one cluster each, also if models of several training sets answered them.
+    """
+    total = sum(outcome.correct.shape[1] for _, outcome in outcomes)
+    values = [o.correct * (total / (len(outcomes) * o.correct.shape[1])) for _, o in outcomes]
+    clusters = [np.char.add(f"{test} ", o.prompts.astype(str)) for test, o in outcomes]
+    return np.concatenate(values, axis=1), np.concatenate(clusters)
+
+
+def _set_accuracy(train: str, scorer: str, test: str, outcome: Outcome) -> SetAccuracy:
+    fits = [calibration(margins) for margins in outcome.margins]
+    return SetAccuracy(
+        train,
+        scorer,
+        test,
+        accuracy_over_seeds(outcome.correct, outcome.prompts),
+        tuple(outcome.correct.mean(1).tolist()),
+        ece=float(np.mean([fit.ece for fit in fits])),
+        log_loss=float(np.mean([fit.log_loss for fit in fits])),
+    )
+
+
+def _contrast(train: str, test: str, first: str, second: str, outcomes: Outcomes) -> Contrast:
+    one, other = (outcomes[train, scorer, test] for scorer in (first, second))
+    found, _ = compare_correct(one.correct, other.correct, one.prompts)
+    return Contrast(train, test, first, second, found.estimate, found.p_value)
+
+
+def _mean(
+    values: Float[np.ndarray, "seeds comparisons"], clusters: Shaped[np.ndarray, " comparisons"]
+) -> Estimate:
+    if len(values) > 1:
+        return seeded_mean(values, clusters)
+    found = clustered_bootstrap(values[0], clusters)
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+
+
+def _difference_of_means(
+    values: Float[np.ndarray, "seeds comparisons"],
+    others: Float[np.ndarray, "seeds comparisons"],
+    clusters: Shaped[np.ndarray, " comparisons"],
+) -> Difference:
+    if len(values) > 1:
+        return seeded_difference(values, others, clusters)
+    estimate = paired_bootstrap(values[0], others[0], clusters)
+    return Difference(estimate, cluster_p_value(values[0] - others[0], clusters))
+
+
+def _adjusted(contrasts: Sequence[Contrast]) -> tuple[Contrast, ...]:
+    adjusted = holm(np.array([c.p_value for c in contrasts])).tolist()
+    return tuple(replace(c, p_adjusted=p) for c, p in zip(contrasts, adjusted, strict=True))

@@ -1,0 +1,289 @@
+"""One run of a study: train it, score the test sets with its best weights, keep the scores.
+
+Scores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
+run's folder has its recipe and metrics, `scores.safetensors` and, written last, `result.json`: a run that
+has one is finished, and one that was killed is resumed. A run that only helps to choose a learning rate
+keeps its checkpoints until the choice is made, and scores nothing.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from hafrm.atomic import atomic_write
+from hafrm.benchmarks.benchmark_files import LoadedBenchmark, find_benchmark_folder, load_benchmark
+from hafrm.benchmarks.benchmark_run import group_by_prompt
+from hafrm.benchmarks.definitions import find_benchmarks
+from hafrm.data.encoding import Encoder
+from hafrm.data.encoding_cache import encode_cached
+from hafrm.diagnostics.representation import Representation, representation
+from hafrm.errors import DivergedError
+from hafrm.evaluation.comparisons import Comparisons, read_comparisons
+from hafrm.preferences import Group, TokenizedGroup
+from hafrm.recipe import Recipe
+from hafrm.results import Real, read_result, write_result
+from hafrm.scoring.states import last_states
+from hafrm.study.run_grid import StudyRun
+from hafrm.training import parallel
+from hafrm.training.budget import with_token_budget
+from hafrm.training.loop import Job, export_job, train
+from hafrm.training.methods import get_method
+from hafrm.training.prepare import PreparedData, build_model, load_tokenizer, prepare_data
+from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
+from hafrm.training.validation import HeadScores, decided_margins, score_heads
+
+RESULT, SCORES = "result.json", "scores.safetensors"
+REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
+"""Margins on validation data, which alone decide how the fused score weighs the two heads."""
+NUM_STATES = 256
+"""Responses whose last-token states are measured."""
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run found."""
+
+    validation: dict[str, float]
+    """Of the best step; empty if the run diverged."""
+    best_step: int
+    num_steps: int
+    seconds: float
+    """Of the process that finished it; a resumed run counts its last part only."""
+    diverged: str | None = None
+    """The error of a run whose loss or gradient was not finite."""
+    is_scored: bool = True
+    """Whether the test sets were scored."""
+    representation: Representation | None = None
+    """Of the last-token states of the first test responses."""
+    state_norm: tuple[Real, Real] | None = None
+    """Mean and standard deviation of these states' norms."""
+
+
+@dataclass(frozen=True)
+class StudySetup:
+    """What all runs of a study have in common."""
+
+    recipe: Recipe
+    root: Path
+    benchmarks: tuple[str, ...] = ()
+    """Published benchmarks to score in addition to the recipe's test sets."""
+    benchmark_data: Path | None = None
+    """The folder with their files; None: from the hub."""
+    keep_models: bool = False
+    """Export every run's models."""
+
+
+@dataclass(frozen=True)
+class PlacedBenchmark:
+    """A benchmark, and where its items' candidates are among a study's groups."""
+
+    loaded: LoadedBenchmark
+    places: list[tuple[int, list[int]]]
+    """Of each item: the index of its group, and its candidates' within it."""
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """The held-out data of a study."""
+
+    groups: list[Group]
+    """Those with comparisons, then the candidates of benchmarks."""
+    tokenized: list[TokenizedGroup]
+    benchmarks: tuple[PlacedBenchmark, ...] = ()
+
+    @property
+    def comparisons(self) -> Comparisons:
+        """Of the test sets."""
+        return Comparisons.of(self.groups)
+
+    @property
+    def digest(self) -> str:
+        """What stored scores depend on: all texts, comparisons and benchmark items, in their order."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            digest.update(json.dumps(asdict(group), sort_keys=True).encode())
+        for placed in self.benchmarks:
+            items = [asdict(item) for item in placed.loaded.items]
+            digest.update(json.dumps([placed.loaded.benchmark.name, items, placed.places]).encode())
+        return digest.hexdigest()
+
+
+def read_study_data(setup: StudySetup) -> StudyData:
+    """The study's test sets and benchmarks, the same for all its runs.
+
+    Raises DataError for a set without comparisons, ConfigError for an unknown benchmark.
+    """
+    data = setup.recipe.data
+    _, comparisons = read_comparisons(data.test, data.max_bad_fraction)
+    groups = list(comparisons.groups)
+    benchmarks = find_benchmarks(setup.benchmarks)
+    placed = []
+    for benchmark in benchmarks:
+        folder = find_benchmark_folder(benchmark, setup.benchmark_data, alone=len(benchmarks) == 1)
+        loaded = load_benchmark(benchmark, folder)
+        candidates, places = group_by_prompt(loaded.items)
+        shifted = [(len(groups) + group, within) for group, within in places]
+        placed.append(PlacedBenchmark(loaded, shifted))
+        groups += candidates
+    encoder = Encoder(
+        load_tokenizer(setup.recipe.model),
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        too_long="cut",
+    )
+    return StudyData(groups, encode_cached(encoder, groups)[0], tuple(placed))
+
+
+def read_run_result(folder: Path) -> RunResult | None:
+    """A run's result, or None if it has not finished."""
+    file = folder / RESULT
+    return read_result(file, RunResult) if file.is_file() else None
+
+
+def read_scores(folder: Path) -> Arrays:
+    """A finished run's scores of every response of the test sets, by head, and its validation margins."""
+    return load_file(folder / SCORES)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Free the space of a run whose weights are no longer needed."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+class RunWorker:
+    """Runs runs of one study in this process; what several of them need is prepared once."""
+
+    def __init__(self, setup: StudySetup) -> None:
+        self.setup = setup
+        self.data = read_study_data(setup)
+        self._references: NDArray[np.float32] | None = None
+        self._prepared: tuple[str, PreparedData] | None = None
+
+    def __call__(self, run: StudyRun) -> RunResult:
+        """Train a run and score it, resume it if it was killed, or read its result.
+
+        A run that diverges is a result, of its learning rate. Raises what else `train` raises, such as
+        CheckpointError for a folder of another recipe.
+        """
+        folder, recipe = run.folder(self.setup.root), run.recipe(self.setup.recipe)
+        before = read_run_result(folder)
+        if before is not None and (before.is_scored or before.diverged or not run.is_scored):
+            return before
+        began = time.monotonic() - (0.0 if before is None else before.seconds)
+        states: NDArray[np.float32] | None = None
+
+        def finish(job: Job) -> None:
+            nonlocal states
+            if not run.is_scored:
+                return
+            self._score(job, folder)
+            states = self._states(job)
+            if self.setup.keep_models:
+                export_job(job)
+
+        resume = (folder / "recipe.yaml").is_file()
+        data = self._data_of(run, recipe)
+        try:
+            trained = train(recipe, folder, resume=resume, data=data, finish=finish)
+        except DivergedError as error:
+            result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
+        else:
+            result = RunResult(
+                trained.best,
+                trained.best_step,
+                trained.num_steps,
+                time.monotonic() - began,
+                is_scored=run.is_scored,
+                representation=None if states is None else representation(str(folder), states),
+                state_norm=None if states is None else _mean_and_std(states),
+            )
+        if result.is_scored:
+            drop_checkpoints(folder)
+        write_result(folder / RESULT, result)
+        return result
+
+    def _data_of(self, run: StudyRun, recipe: Recipe) -> PreparedData:
+        """Methods with one seed on one set train on the very same data."""
+        key = f"{run.train.name} {run.seed}"
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = (key, prepare_data(recipe))
+        return self._prepared[1]
+
+    def _test_references(self) -> NDArray[np.float32]:
+        """The starting checkpoint's log-probs of the test sets, computed once."""
+        if self._references is None:
+            method = get_method("dpo")
+            ranks = parallel.start()
+            recipe = with_token_budget(self.setup.recipe, method, ranks)
+            encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
+            self._references = reference_logps(
+                build_model(recipe, method, encoder, ranks.device).eval(),
+                self.data.tokenized,
+                max_tokens=REFERENCE_TOKENS * recipe.training.token_budget,
+                autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
+            ).logps
+        return self._references
+
+    def _score(self, job: Job, folder: Path) -> None:
+        """Keep the scores of the test sets, and the validation margins that a fused score is fitted on.
+
+        The two heads of a fused score may be of one run, or of two runs with one head each.
+        """
+        references = self._test_references() if job.method.needs_reference else None
+        scores = _head_scores(job, self.data.tokenized, references)
+        stored = {"reward": scores.rewards, "implicit": scores.implicit}
+        groups, of_validation = job.data.validation, job.validation_references
+        validation = _head_scores(
+            job, groups, None if of_validation is None else of_validation.logps
+        )
+        for name, values in (
+            (REWARD_MARGINS, validation.rewards),
+            (TOKEN_MARGINS, validation.implicit_per_token),
+        ):
+            if values is not None:
+                margins = decided_margins(groups, values, validation.first)
+                stored[name] = margins.astype(np.float32)
+        arrays = {name: values for name, values in stored.items() if values is not None}
+        atomic_write(folder / SCORES, save(arrays))
+
+    def _states(self, job: Job) -> NDArray[np.float32]:
+        """The states that rewards are read from, of the same texts for all runs."""
+        first: list[TokenizedGroup] = []
+        for group in self.data.tokenized:
+            if sum(len(g.response_ids) for g in first) >= NUM_STATES:
+                break
+            first.append(group)
+        training = job.model.training
+        job.model.eval()
+        states = last_states(job.model, first)
+        job.model.train(training)
+        return states
+
+
+def _mean_and_std(states: NDArray[np.float32]) -> tuple[float, float]:
+    norms = np.linalg.norm(states, axis=1)
+    return float(norms.mean()), float(norms.std())
+
+
+def _head_scores(
+    job: Job, groups: Sequence[TokenizedGroup], references: NDArray[np.float32] | None
+) -> HeadScores:
+    return score_heads(
+        job.model,
+        groups,
+        references,
+        job.method,
+        max_tokens=2 * job.recipe.training.token_budget,
+        autocast=job.autocast,
+    )

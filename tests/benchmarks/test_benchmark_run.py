@@ -1,0 +1,218 @@
+"""Benchmarks from end to end: a prompt in one layout, cuts and ties counted, the table that is quoted."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
+from exports_for_tests import export_both
+from hafrm.benchmarks.benchmark_run import (
+    MAX_CANDIDATES,
+    group_by_prompt,
+    run_benchmarks,
+    score_items,
+)
+from hafrm.benchmarks.benchmark_scores import score_benchmark
+from hafrm.benchmarks.definitions import BENCHMARKS
+from hafrm.benchmarks.rules import Item
+from hafrm.cli import app
+from hafrm.data.encoding import Encoder
+from hafrm.errors import ConfigError, NumericsError
+from hafrm.preferences import Message, TokenizedGroup
+from hafrm.scoring.scorer import RewardModel, Scorer
+from tokenizers_for_tests import chat_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "model"
+    export_both(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Path:
+    return write_all(tmp_path_factory.mktemp("benchmarks"))
+
+
+class CountingScorer(Scorer):
+    """Scores a response by its number of tokens, or by what `rule` says."""
+
+    def __init__(self, max_length: int = 200, rule: Callable[[int], float] = float) -> None:
+        self.encoder = Encoder(chat_tokenizer(), max_length=max_length)
+        self.rule = rule
+        self.seen: list[TokenizedGroup] = []
+
+    def score_encoded(
+        self, encoded: Sequence[TokenizedGroup], done: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        self.seen += encoded
+        if done is not None:
+            done(len(encoded), 0)
+        lengths = [len(ids) for group in encoded for ids in group.response_ids]
+        return np.array([self.rule(n) for n in lengths], np.float32)
+
+
+def item(prompt: str, *candidates: str, name: str = "i") -> Item:
+    return Item(name, "PPE Preference", (Message("user", prompt),), candidates)
+
+
+# -- one prompt, one layout ------------------------------------------------------------------
+
+
+def test_all_candidates_of_a_prompt_are_one_group_in_whatever_items_they_stand() -> None:
+    items = [item("p", "a", "b"), item("q", "a", "c"), item("p", "b", "d", "b")]
+    groups, places = group_by_prompt(items)
+    assert [(g.prompt[0].content, g.responses) for g in groups] == [
+        ("p", ("a", "b", "d")),
+        ("q", ("a", "c")),
+    ]
+    assert places == [(0, [0, 1]), (1, [0, 1]), (0, [1, 2, 1])]
+
+
+def test_a_prompt_with_very_many_candidates_is_laid_out_again_but_no_item_is_torn() -> None:
+    items = [item("p", *(f"{k}-{n}" for n in range(10))) for k in range(8)]
+    groups, places = group_by_prompt([*items, items[-1], items[0]])
+    assert [len(group.responses) for group in groups] == [60, 30]
+    assert max(len(group.responses) for group in groups) <= MAX_CANDIDATES
+    for each, (group, where) in zip([*items, items[-1], items[0]], places, strict=True):
+        assert [groups[group].responses[i] for i in where] == list(each.candidates)
+
+
+def test_scores_come_back_to_the_candidates_they_belong_to() -> None:
+    scorer, calls = CountingScorer(), []
+    texts = ["one", "one two three", "one two", "one"]
+    items = [item("p", *texts), item("q", texts[1], texts[0])]
+    scores, _ = score_items(scorer, items, lambda *counts: calls.append(counts))
+    lengths = dict(zip(texts, scores[0].tolist(), strict=True))
+    assert scores[0].tolist() == [lengths[text] for text in texts]
+    assert lengths["one"] < lengths["one two"] < lengths["one two three"]
+    assert scores[1].tolist() == [lengths[texts[1]], lengths["one"]]
+    assert calls == [(2, 0)]
+    assert [len(group.response_ids) for group in scorer.seen] == [3, 2]
+
+
+def test_a_benchmark_scores_what_the_model_scores(model: Path, tmp_path: Path) -> None:
+    """float32 packed in another company: within 1e-5 of scoring each prompt by itself."""
+    items = [item(f"say sun {k}.", "sun", "the sea is wide", "no") for k in range(4)]
+    scorer = RewardModel.from_pretrained(model / "reward")
+    scores, _ = score_items(scorer, items)
+    for each, found in zip(items, scores, strict=True):
+        alone = scorer.score(each.prompt[0].content, list(each.candidates))
+        assert found == pytest.approx(alone, abs=1e-5)
+
+
+# -- what is counted, and what is wrong ------------------------------------------------------
+
+
+def test_what_was_cut_is_counted_for_each_benchmark() -> None:
+    short, long = "sun", "sun " * 60
+    items = [item("p", short, long), item("q", short, "sea"), item("the sea " * 60, short, "no")]
+    _, report = score_items(CountingScorer(max_length=40), items)
+    assert (report.responses_cut, report.prompts_cut) == (1, 1)
+    _, whole = score_items(CountingScorer(max_length=200), items)
+    assert (whole.responses_cut, whole.prompts_cut) == (0, 0)
+
+
+def test_answers_that_are_the_same_once_cut_tie_and_are_wrong() -> None:
+    long = "sun " * 60
+    items = [item("p", long + "sea", long + "no")]
+    scores, _ = score_items(CountingScorer(max_length=40), items)
+    got = score_benchmark(BENCHMARKS["ppe-preference"], items, scores)
+    assert (got.overall.value, got.num_equal) == (0.0, 1)
+
+
+def test_a_model_whose_scores_are_not_a_number_stops_with_its_item() -> None:
+    items = [item("p", "sun", "the sun", name="row-7")]
+    scores, _ = score_items(CountingScorer(rule=lambda _: float("nan")), items)
+    with pytest.raises(NumericsError, match="row-7"):
+        score_benchmark(BENCHMARKS["ppe-preference"], items, scores)
+
+
+def test_a_model_with_broken_weights_is_stopped_by_the_forward(model: Path, tmp_path: Path) -> None:
+    scorer = RewardModel.from_pretrained(model / "reward")
+    scorer.model.reward_head.weight.data.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="not finite"):
+        score_items(scorer, [item("p", "sun", "sea")])
+
+
+# -- the verb --------------------------------------------------------------------------------
+
+
+def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, everything) -> None:
+    found = run_benchmarks(model, ["all"], folder=everything)
+    assert [r.name for r in found.benchmarks] == [*BENCHMARKS][:7]
+    scorers = ["reward", "implicit reward", "pick longer", "pick shorter"]
+    for result in found.benchmarks:
+        assert list(result.scores) == scorers
+        assert result.missing == ()
+        for score in result.scores.values():
+            assert score.overall.low <= score.overall.value <= score.overall.high
+    mean = np.mean([r.scores["reward"].overall.value for r in found.benchmarks])
+    assert found.average["reward"].value == pytest.approx(mean)
+    # our right answers are the shorter ones
+    by_name = {r.name: r.scores for r in found.benchmarks}
+    assert by_name["judgebench"]["pick shorter"].overall.value == 1.0
+    assert by_name["rm-bench"]["pick longer"].overall.value < 0.5
+    assert found.max_lengths == {"reward": 128, "implicit reward": 128}
+
+
+def test_a_reward_directory_alone_has_no_implicit_reward(model, everything) -> None:
+    found = run_benchmarks(model / "reward", ["rewardbench2"], folder=everything)
+    assert list(found.benchmarks[0].scores) == ["reward", "pick longer", "pick shorter"]
+    assert found.average == {}
+
+
+def test_data_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
+    write_lines(tmp_path / "filtered.jsonl", [ROWS["rewardbench"] | {"subset": "alpacaeval"}])
+    with pytest.raises(ValueError, match="no subset 'alpacaeval'"):
+        run_benchmarks(tmp_path / "no-model", ["rewardbench"], folder=tmp_path)
+
+
+def test_the_command_prints_the_line_and_writes_all_numbers(model, tmp_path) -> None:
+    data = write_rewardbench2(tmp_path / "rb2")
+    command = ["evaluate", str(model), "--benchmark", "rewardbench2", "--benchmark-data", str(data)]
+    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "out.json")])
+    assert result.exit_code == 0, result.output
+    for word in ("RewardBench v2", "pick longer", "Precise IF", "Ties", "equal scores"):
+        assert word in result.output
+    assert "9 rows of 1865 published" in result.output
+    assert "responses cut 0, prompts cut 0" in result.output
+    saved = json.loads((tmp_path / "out.json").read_text())
+    (benchmark,) = saved["benchmarks"]
+    assert benchmark["scores"]["reward"]["sections"]["Focus"]["num"] == 1
+    assert len(saved["template_sha256"]["reward"]) == 64
+    assert saved["average"] == {}
+
+
+def test_a_benchmark_that_is_not_whole_is_marked_and_says_what_it_lacks(model, tmp_path) -> None:
+    write_lines(tmp_path / "data/filtered.jsonl", [ROWS["rewardbench"]])
+    command = ["evaluate", str(model / "reward"), "--benchmark", "rewardbench"]
+    result = CliRunner().invoke(app, [*command, "--benchmark-data", str(tmp_path / "data")])
+    assert result.exit_code == 0, result.output
+    assert "v1*" in result.output
+    assert "not the published score: no rows of alpacaeval-length" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs DATA, or --benchmark"),
+        (["x.jsonl", "--benchmark", "rmb"], "leave DATA"),
+        (["--benchmark", "rmb", "--against", "other"], "leave DATA"),
+        (["x.jsonl", "--benchmark-data", "folder"], "needs --benchmark"),
+        (["x.jsonl", "--against", "other", "--policy", "p"], "own main head"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message) -> None:
+    result = CliRunner().invoke(app, ["evaluate", "model", *options])
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
+def test_an_unknown_dtype_is_refused(model, everything) -> None:
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        run_benchmarks(model, ["rewardbench2"], folder=everything, dtype="fp8")

@@ -1,0 +1,360 @@
+"""Benchmark scores: by hand, and against slow loops that share no code with them, on random data."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hafrm.benchmarks.benchmark_scores import (
+    BenchmarkScore,
+    length_scores,
+    missing_terms,
+    score_benchmark,
+)
+from hafrm.benchmarks.definitions import BENCHMARKS
+from hafrm.benchmarks.rules import CandidateScores, Item
+from hafrm.errors import DataError, NumericsError
+from hafrm.preferences import Message
+
+COUNTS = {
+    "Chat": {
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+        "mt-bench-easy": 28, "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+        "hep-python": 164, "hep-rust": 164,
+    },
+}  # fmt: skip
+"""Copied by hand from RewardBench's table."""
+
+
+def item(
+    part: str, num: int = 2, *, name: str = "", right: int = 1, prompt: str = "", **more: object
+) -> Item:
+    """An item whose candidates are different texts of growing length."""
+    name = name or f"{part}-{np.random.default_rng(len(prompt)).integers(10**9)}"
+    texts = tuple("x" * (k + 1) for k in range(num))
+    return Item(name, part, (Message("user", prompt or name),), texts, right, **more)
+
+
+def array(*values: float) -> CandidateScores:
+    return np.array(values, np.float64)
+
+
+def score(name: str, items: list[Item], scores: list[CandidateScores]) -> BenchmarkScore:
+    return score_benchmark(BENCHMARKS[name], items, scores)
+
+
+# -- RewardBench 1 ---------------------------------------------------------------------------
+
+
+def test_rewardbench_by_hand() -> None:
+    """Reasoning: math-prm 1 of 2, hep-python 1 of 1, with weights 984 and 164 (of what is there).
+
+    (984 * 0.5 + 164 * 1) / 1148 = 656 / 1148. Chat: one row, lost to a tie: 0. Mean of the two sections.
+    """
+    items = [item("math-prm", prompt=p) for p in "ab"]
+    items += [item("hep-python", prompt="c"), item("alpacaeval-easy", prompt="d")]
+    scores = [array(1, 0), array(0, 1), array(2, 1), array(1, 1)]
+    got = score("rewardbench", items, scores)
+    assert got.sections["Reasoning"].value == pytest.approx(656 / 1148)
+    assert got.sections["Chat"].value == 0
+    assert got.overall.value == pytest.approx(656 / 1148 / 2)
+    assert got.num_equal == 1
+    assert list(got.sections) == ["Chat", "Reasoning"]
+
+
+def slow_rewardbench(rows: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Row by row, as its code counts: strict comparison, subset mean, weighted section, mean of four."""
+    won: dict[str, list[int]] = {}
+    for subset, chosen, rejected in rows:
+        won.setdefault(subset, []).append(1 if chosen > rejected else 0)
+    result = {}
+    for section, counts in COUNTS.items():
+        top = bottom = 0.0
+        for subset, count in counts.items():
+            if subset in won:
+                top += count * sum(won[subset]) / len(won[subset])
+                bottom += count
+        result[section] = top / bottom
+    result["overall"] = sum(result.values()) / 4
+    return result
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rewardbench_equals_a_slow_loop_on_random_scores_with_ties(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    subsets = [subset for counts in COUNTS.values() for subset in counts]
+    # now and then a subset is absent, but no section is
+    gone = {"hep-go", "donotanswer"} if seed % 2 else set()
+    rows = [
+        (subset, *np.round(draw.normal([0.3, 0.0]), 1).tolist())
+        for subset in subsets
+        if subset not in gone
+        for _ in range(draw.integers(1, 8))
+    ]
+    items = [item(subset, prompt=f"{k}") for k, (subset, _, _) in enumerate(rows)]
+    got = score("rewardbench", items, [array(c, r) for _, c, r in rows])
+    expected = slow_rewardbench(rows)
+    assert got.overall.value == pytest.approx(expected.pop("overall"))
+    assert {n: e.value for n, e in got.sections.items()} == pytest.approx(expected)
+    assert got.num_equal == sum(c == r for _, c, r in rows)
+    assert set(missing_terms(BENCHMARKS["rewardbench"], items)) == gone
+
+
+def test_the_weights_of_all_subsets_are_the_published_counts_and_sum_to_one() -> None:
+    sections = BENCHMARKS["rewardbench"].sections
+    for section, counts in COUNTS.items():
+        assert sections[section] == pytest.approx(
+            {subset: n / sum(counts.values()) for subset, n in counts.items()}
+        )
+        assert sum(sections[section].values()) == pytest.approx(1)
+    assert sum(sum(counts.values()) for counts in COUNTS.values()) == 2985 + 984 - 447
+
+
+# -- RewardBench 2 ---------------------------------------------------------------------------
+
+
+def test_best_of_four_by_hand() -> None:
+    """Alone at the top 1; one of two at the top 1/2; of four 1/4; beaten 0: mean 7/16."""
+    scores = [array(3, 1, 1, 0), array(2, 2, 1, 0), array(1, 1, 1, 1), array(0, 1, 0, 0)]
+    items = [item("Focus", 4, prompt=p) for p in "abcd"]
+    got = score("rewardbench2", items, scores)
+    assert got.sections["Focus"].value == pytest.approx(7 / 16)
+    assert got.num_equal == 2
+
+
+def ties(kind: str, prompt: int, num_right: int, num: int) -> Item:
+    return item("Ties", num, name=f"{kind}:{prompt}", right=num_right)
+
+
+def test_the_ties_score_by_hand() -> None:
+    """Prompt 1: reference 5 against 1 (gap 4); tied 3, 2 against 0 (gap 2, spread 1): all right.
+
+    Prompt 2: reference 1 against 1 (gap 0: wrong, equal); tied 4, 0 against 1 (gap -1, spread 4): wrong.
+    0.3 * 1/2 + 0.3 * 1/2 + 0.2 * 1/2 + 0.2 * 1/2 + 0.01 * (tanh(2/1 - 1) + tanh(-1/4 - 1)) / 2.
+    """
+    items = [
+        ties("ref", 1, 1, 2),
+        ties("tied", 1, 2, 3),
+        ties("ref", 2, 1, 2),
+        ties("tied", 2, 2, 3),
+    ]
+    scores = [array(5, 1), array(3, 2, 0), array(1, 1), array(4, 0, 1)]
+    got = score("rewardbench2", items, scores)
+    small = 0.01 * (math.tanh(1) + math.tanh(-1.25)) / 2
+    assert got.sections["Ties"].value == pytest.approx(0.5 + small)
+    assert got.num_equal == 1
+
+
+def test_a_perfect_scorer_gets_a_ties_score_of_1_01_and_no_spread_is_no_error() -> None:
+    items = [ties("ref", 7, 1, 2), ties("tied", 7, 3, 4)]
+    perfect = score("rewardbench2", items, [array(9, 0), array(9, 9, 9, 0)])
+    assert perfect.overall.value == pytest.approx(1.01)
+    flat = score("rewardbench2", items, [array(1, 1), array(1, 1, 1, 1)])
+    assert flat.overall.value == 0.0
+    worst = score("rewardbench2", items, [array(0, 9), array(1, 1, 1, 2)])
+    assert worst.overall.value == pytest.approx(-0.01)
+
+
+def slow_ties(rows: list[tuple[str, int, list[float]]]) -> float:
+    """The released rule in plain Python, prompt by prompt, with its limits written out."""
+    kinds: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
+    for name, num_right, values in rows:
+        kind, prompt = name.split(":")
+        right, wrong = values[:num_right], values[num_right:]
+        kinds[kind][prompt] = (min(right) - max(wrong), max(right) - min(right))
+    accuracies = [sum(g > 0 for g, _ in kinds[k].values()) / len(kinds[k]) for k in ("tied", "ref")]
+    both = [p for p in kinds["ref"] if p in kinds["tied"]]
+    first = second = third = 0.0
+    for prompt in both:
+        gap, spread = kinds["tied"][prompt]
+        least = min(gap, kinds["ref"][prompt][0])
+        first += gap > spread
+        second += least > spread
+        if spread:
+            third += math.tanh(least / spread - 1)
+        else:
+            third += (least > 0) - (least < 0)
+    n = len(both)
+    return 0.3 * sum(accuracies) + 0.2 * first / n + 0.2 * second / n + 0.01 * third / n
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rewardbench_2_equals_a_slow_loop_on_random_scores(seed: int) -> None:
+    """CandidateScores are rounded, so that ties at the top and answers without spread are there."""
+    draw = np.random.default_rng(seed)
+    parts = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
+    items, scores, expected = [], [], []
+    for part in parts:
+        total = 0.0
+        num = int(draw.integers(2, 12))
+        for k in range(num):
+            values = np.round(draw.normal([0.5, 0, 0, 0]), 1).tolist()
+            total += (values[0] == max(values)) / values.count(max(values))
+            items.append(item(part, 4, prompt=f"{part}{k}"))
+            scores.append(array(*values))
+        expected.append(total / num)
+    rows = []
+    for prompt in range(int(draw.integers(2, 8))):
+        for kind in ("ref", "tied"):
+            right = 1 if kind == "ref" else int(draw.integers(2, 5))
+            values = np.round(draw.normal([1.0] * right + [0.0] * 3, 0.4), 1).tolist()
+            rows.append((f"{kind}:{prompt}", right, values))
+            items.append(ties(kind, prompt, right, right + 3))
+            scores.append(array(*values))
+    got = score("rewardbench2", items, scores)
+    expected.append(slow_ties(rows))
+    assert [e.value for e in got.sections.values()] == pytest.approx(expected)
+    assert got.overall.value == pytest.approx(sum(expected) / 6)
+
+
+# -- RM-Bench --------------------------------------------------------------------------------
+
+
+def test_the_style_matrix_by_hand() -> None:
+    """Right answers score 1, 2, 3 from plain to fancy, wrong ones 0, 2, 2.
+
+    Hard (plain right, fancier wrong): 1 > 2, 1 > 2, 2 > 2: 0. Normal: 1 > 0, 2 > 2, 3 > 2: 2/3.
+    Easy: 2 > 0, 3 > 0, 3 > 2: 1. Two comparisons are equal. Mean 5/9.
+    """
+    got = score("rm-bench", [item("chat", 6, right=3)], [array(1, 2, 3, 0, 2, 2)])
+    assert [e.value for e in got.extras.values()] == pytest.approx([0, 2 / 3, 1])
+    assert list(got.extras) == ["hard", "normal", "easy"]
+    assert got.overall.value == got.sections["chat"].value == pytest.approx(5 / 9)
+    assert got.num_equal == 2
+
+
+def slow_rm_bench(rows: list[tuple[str, list[float], list[float]]]) -> dict[str, float]:
+    """Nine comparisons a row, counted into three piles by the two styles, one at a time."""
+    won: dict[tuple[str, str], list[int]] = {}
+    for domain, right, wrong in rows:
+        for i, mine in enumerate(right):
+            for j, other in enumerate(wrong):
+                pile = "hard" if i < j else "normal" if i == j else "easy"
+                won.setdefault((domain, pile), []).append(int(mine > other))
+    mean = {key: sum(each) / len(each) for key, each in won.items()}
+    piles, domains = ("hard", "normal", "easy"), ("chat", "code", "math", "safety")
+    result = {d: sum(mean[d, p] for p in piles) / 3 for d in domains}
+    result |= {p: sum(mean[d, p] for d in domains) / 4 for p in piles}
+    return result | {"overall": sum(result[d] for d in domains) / 4}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rm_bench_equals_a_slow_loop_on_random_scores(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    rows = [
+        (domain, *np.round(draw.normal([[0.4], [0.0]], 1, (2, 3)), 1).tolist())
+        for domain in ("chat", "code", "math", "safety")
+        for _ in range(draw.integers(1, 9))
+    ]
+    items = [item(domain, 6, right=3, prompt=f"{k}") for k, (domain, _, _) in enumerate(rows)]
+    got = score("rm-bench", items, [array(*right, *wrong) for _, right, wrong in rows])
+    found = {n: e.value for n, e in {**got.sections, **got.extras}.items()}
+    assert found | {"overall": got.overall.value} == pytest.approx(slow_rm_bench(rows))
+
+
+# -- the others ------------------------------------------------------------------------------
+
+
+def test_judgebench_counts_all_pairs_alike_by_hand() -> None:
+    """Knowledge 2 of 3, Coding 0 of 1: all 2 of 4, and not the mean of 2/3 and 0."""
+    items = [item("Knowledge", prompt=p) for p in "abc"] + [item("Coding", prompt="d")]
+    got = score("judgebench", items, [array(1, 0), array(1, 0), array(0, 0), array(0, 1)])
+    assert got.overall.value == pytest.approx(0.5)
+    assert got.sections["Knowledge"].value == pytest.approx(2 / 3)
+
+
+def test_ppe_correctness_counts_pairs_within_a_task_and_tasks_alike_by_hand() -> None:
+    """MATH: pairs (0, 1) right, (0, 1) again, (2, 1) equal, and (0, 1) wrong in a second row: 2 of 4.
+
+    GPQA: 1 of 1. Mean of the two tasks: 3/4.
+    """
+    items = [
+        item("MATH", 3, prompt="a", pairs=((0, 1), (0, 1), (2, 1))),
+        item("MATH", 2, prompt="b", pairs=((0, 1),)),
+        item("GPQA", 2, prompt="c", pairs=((1, 0),)),
+    ]
+    got = score("ppe-correctness", items, [array(2, 1, 1), array(0, 1), array(0, 1)])
+    assert got.sections["MATH"].value == pytest.approx(0.5)
+    assert got.overall.value == pytest.approx(0.75)
+    assert got.num_equal == 1
+
+
+def test_rmbs_best_must_beat_every_loser_by_hand() -> None:
+    """BoN: above both, equal to one, below one: 1 of 3. Pairwise 1 of 1: mean 2/3."""
+    best = [item("BoN Helpfulness", 3, prompt=p) for p in "abc"]
+    items = [*best, item("Pairwise Helpfulness", prompt="d")]
+    scores = [array(3, 1, 2), array(2, 1, 2), array(1, 0, 2), array(1, 0)]
+    got = score("rmb", items, scores)
+    assert got.sections["BoN Helpfulness"].value == pytest.approx(1 / 3)
+    assert got.overall.value == pytest.approx(2 / 3)
+    assert got.num_equal == 1
+
+
+def test_m_rewardbench_weighs_sections_alike_within_a_language_by_hand() -> None:
+    """German: math-prm 1, hep-python 0: (983 * 1) / (983 + 163); donotanswer 1 of 1 of Safety.
+
+    Two of four sections are there; weighted over what is there: each subset's share of its section and a
+    quarter, scaled: (983/1966 + 135/736) / (983/1966 + 163/1966 + 135/736). Then the mean with Turkish, 0.
+    """
+    names = [("deu_Latn", "math-prm"), ("deu_Latn", "hep-python"), ("deu_Latn", "donotanswer")]
+    items = [item(f"{a} {b}", prompt=b) for a, b in [*names, ("tur_Latn", "math-prm")]]
+    got = score("m-rewardbench", items, [array(1, 0), array(0, 1), array(1, 0), array(0, 1)])
+    german = (983 / 1966 + 135 / 736) / (983 / 1966 + 163 / 1966 + 135 / 736)
+    assert got.sections["deu_Latn"].value == pytest.approx(german)
+    assert got.overall.value == pytest.approx(german / 2)
+
+
+def test_a_whole_language_is_the_mean_of_its_four_weighted_sections() -> None:
+    weights = BENCHMARKS["m-rewardbench"].sections["fra_Latn"]
+    assert sum(weights.values()) == pytest.approx(1)
+    assert sum(w for n, w in weights.items() if "hep-" in n) == pytest.approx(983 / 1966 / 4)
+    assert len(BENCHMARKS["m-rewardbench"].sections) == 23
+
+
+# -- baselines, intervals and errors ---------------------------------------------------------
+
+
+def test_the_length_baselines_are_scorers_like_any_other() -> None:
+    """Lengths 1 to 6 in order: the three wrong answers of RM-Bench are the longer ones."""
+    items = [item("chat", 6, right=3)]
+    longer = score("rm-bench", items, length_scores(items))
+    shorter = score("rm-bench", items, length_scores(items, sign=-1))
+    assert (longer.overall.value, shorter.overall.value) == (0.0, 1.0)
+
+
+def test_every_number_has_an_interval_that_holds_it() -> None:
+    draw = np.random.default_rng(0)
+    items = [item(d, 6, right=3, prompt=f"{d}{k}") for d in ("chat", "math") for k in range(30)]
+    scores = [draw.normal([0.5] * 3 + [0.0] * 3) for _ in items]
+    got = score("rm-bench", items, scores)
+    for each in (got.overall, *got.sections.values(), *got.extras.values()):
+        assert each.low < each.value < each.high
+
+
+def test_a_plain_accuracy_has_wilsons_interval() -> None:
+    items = [item("PPE Preference", prompt=p) for p in "abcd"]
+    got = score("ppe-preference", items, [array(1, 0)] * 3 + [array(0, 1)])
+    assert (got.overall.method, got.overall.value) == ("wilson", 0.75)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_names_its_item(bad: float) -> None:
+    items = [item("chat", 6, right=3, name="row-1"), item("chat", 6, right=3, name="row-2")]
+    with pytest.raises(NumericsError, match=r"1 of 2 items .* not finite, such as row-2"):
+        score("rm-bench", items, [array(*range(6)), array(0, 1, 2, bad, 4, 5)])
+
+
+def test_an_unknown_subset_names_the_known_ones() -> None:
+    with pytest.raises(DataError, match=r"no subset 'alpacaeval'; known are alpacaeval-easy, "):
+        missing_terms(BENCHMARKS["rewardbench"], [item("alpacaeval")])

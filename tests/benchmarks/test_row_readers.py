@@ -1,0 +1,140 @@
+"""Published rows of benchmarks, exactly as they are, become items or say what is wrong with them."""
+
+from typing import Any
+
+import pytest
+
+from benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
+from hafrm.benchmarks import row_readers
+from hafrm.benchmarks.definitions import BENCHMARKS
+from hafrm.benchmarks.rules import Item
+from hafrm.data.published import LeftOut
+from hafrm.data.values import RefusedError
+from hafrm.preferences import Message
+
+
+def read(name: str, part: str = "", **changes: Any) -> Item:
+    found = BENCHMARKS[name].read_row(ROWS[name] | changes, part)
+    assert isinstance(found, Item), found
+    return found
+
+
+def test_rewardbench_puts_the_chosen_answer_first() -> None:
+    assert read("rewardbench") == Item(
+        "30", "alpacaeval-easy", (Message("user", QUESTION),), (GOOD, BAD)
+    )
+
+
+def test_a_prompt_that_looks_like_a_transcript_stays_one_user_message() -> None:
+    text = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: hu"
+    assert read("rewardbench", prompt=text).prompt == (Message("user", text),)
+
+
+def test_answers_that_are_empty_or_repeated_are_counted_like_any_other() -> None:
+    assert read("rewardbench", chosen="", rejected="").candidates == ("", "")
+    assert read("rewardbench2", rejected=[BAD, BAD, ""]).candidates == (GOOD, BAD, BAD, "")
+
+
+def test_rewardbench_2_holds_right_answers_first_and_how_many() -> None:
+    assert read("rewardbench2").candidates[0] == GOOD
+    tied = read("rewardbench2", subset="Ties", id="tied:3", chosen=["a", "b"])
+    assert (tied.num_correct, tied.id, len(tied.candidates)) == (2, "tied:3", 5)
+
+
+def test_rm_bench_keeps_its_order_of_styles_and_joins_the_halves_of_safety() -> None:
+    item = read("rm-bench")
+    assert item.candidates == (*ROWS["rm-bench"]["chosen"], *ROWS["rm-bench"]["rejected"])
+    assert (item.part, item.num_correct) == ("safety", 3)
+    assert read("rm-bench", domain="safety-response").part == "safety"
+
+
+@pytest.mark.parametrize(
+    ("source", "category"),
+    [
+        ("mmlu-pro-computer science", "Knowledge"),
+        ("livebench-reasoning", "Reasoning"),
+        ("livebench-math", "Math"),
+        ("livecodebench", "Coding"),
+    ],
+)
+def test_judgebench_orders_by_its_label_and_tells_categories_by_source(source, category) -> None:
+    assert read("judgebench", source=source).part == category
+    assert read("judgebench").candidates == (GOOD, BAD)
+    assert read("judgebench", label="A>B").candidates == (BAD, GOOD)
+
+
+def test_ppes_ties_are_left_out_and_named() -> None:
+    assert read("ppe-preference").candidates == (GOOD, BAD)
+    assert read("ppe-preference", winner="model_a").candidates == (BAD, GOOD)
+    row = ROWS["ppe-preference"] | {"winner": "tie (bothbad)"}
+    assert row_readers.ppe_preference(row, "") == LeftOut("tie")
+
+
+def test_ppes_pairs_count_from_0_and_its_columns_from_1() -> None:
+    """Pairs [0, 1], [1, 0], [5, 30]: response_2 beats response_1, twice, and response_6 response_31."""
+    item = read("ppe-correctness", "MATH")
+    assert item.candidates == (f"{BAD} (0)", f"{GOOD} (1)", f"{GOOD} (5)", f"{BAD} (30)")
+    assert item.pairs == ((1, 0), (1, 0), (2, 3))
+    assert item.part == "MATH"
+    row = ROWS["ppe-correctness"] | {"sampled_conflict_pairs": []}
+    assert isinstance(row_readers.ppe_correctness(row, "MATH"), LeftOut)
+
+
+def test_rmb_keeps_the_conversation_and_puts_the_best_first() -> None:
+    talk = [
+        {"role": "user", "content": "hi", "language": "English"},
+        {"role": "assistant", "content": "ho", "language": "English"},
+        {"role": "user", "content": "hu", "language": "English"},
+    ]
+    pair = row_readers.rmb_pairwise(RMB_PAIR | {"conversation_input": talk}, "Pairwise Helpfulness")
+    assert isinstance(pair, Item)
+    assert [m.role for m in pair.prompt] == ["user", "assistant", "user"]
+    assert pair.candidates == (GOOD, BAD)
+    best = row_readers.rmb_best_of_n(RMB_LIST, "BoN Helpfulness")
+    assert isinstance(best, Item)
+    assert best.candidates == (GOOD, BAD + "b", BAD + "c")
+
+
+def test_translations_share_a_cluster_and_prompts_of_other_benchmarks_do_by_their_text() -> None:
+    german, turkish = read("m-rewardbench", "deu_Latn"), read("m-rewardbench", "tur_Latn")
+    assert german.cluster == turkish.cluster == "30"
+    assert german.part == "deu_Latn alpacaeval-easy"
+    assert read("rewardbench", id=1).cluster == read("rewardbench", id=2).cluster
+    assert read("rewardbench", prompt="another").cluster != read("rewardbench").cluster
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("rewardbench", {"chosen": None}, "`chosen` must be text, got None"),
+        ("rewardbench", {"prompt": []}, "`prompt` has no messages"),
+        ("rewardbench2", {"chosen": GOOD}, "`chosen` must be a list, got"),
+        ("rewardbench2", {"rejected": []}, "`rejected` must be a list of answers"),
+        ("rewardbench2", {"subset": "Ties", "id": "3"}, "ref:<number> or tied:<number>, got '3'"),
+        ("rm-bench", {"chosen": [GOOD, GOOD]}, "three answers each"),
+        ("rm-bench", {"domain": "law"}, "must start with chat, code, math, safety; got 'law'"),
+        ("judgebench", {"label": "A=B"}, "`label` must be one of A>B, B>A; got 'A=B'"),
+        ("judgebench", {"source": "other"}, "`source` must start with mmlu-pro"),
+        ("ppe-preference", {"winner": "both"}, "model_a, model_b; got 'both'"),
+        ("ppe-correctness", {"sampled_conflict_pairs": [[0, 2]]}, "two answers of one label"),
+        ("ppe-correctness", {"sampled_conflict_pairs": [[0, 32]]}, "two of the 32 answers"),
+        ("ppe-correctness", {"sampled_conflict_pairs": [[0]]}, "two of the 32 answers"),
+        ("ppe-correctness", {"scores": "no"}, "`scores` must be a list"),
+        ("ppe-correctness", {"scores": [True, False] * 20, "sampled_conflict_pairs": [[0, 39]]},
+         "asks for `response_40`"),
+    ],
+)  # fmt: skip
+def test_a_row_that_breaks_the_form_says_where(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RefusedError, match=message):
+        BENCHMARKS[name].read_row(ROWS[name] | changes, "MATH" if "correct" in name else "")
+
+
+def test_rmb_rows_without_answers_are_refused() -> None:
+    with pytest.raises(RefusedError, match="`reject` must hold an `answer`"):
+        row_readers.rmb_pairwise(RMB_PAIR | {"reject": "no"}, "")
+    with pytest.raises(RefusedError, match="`loser_list` is empty"):
+        row_readers.rmb_best_of_n(RMB_LIST | {"loser_list": []}, "")
+    with pytest.raises(RefusedError, match="`conversation_input`"):
+        row_readers.rmb_pairwise(RMB_PAIR | {"conversation_input": [{"role": "user"}]}, "")

@@ -1,0 +1,96 @@
+"""The fitted temperature by hand and against a grid; histograms of margins counted by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hafrm.diagnostics.calibration import fit_temperature, margin_histogram, temperature
+
+
+def test_margins_of_one_size_get_the_temperature_that_gives_their_accuracy() -> None:
+    """Three of four right with |margin| 2: the loss is least where sigmoid(2 / T) = 3/4: 2 / T = ln 3."""
+    assert fit_temperature(np.array([2.0, 2.0, -2.0, 2.0])) == pytest.approx(2 / math.log(3))
+
+
+def test_it_scales_with_the_margins() -> None:
+    margins = np.random.default_rng(0).normal(0.5, 1.0, 300)
+    assert fit_temperature(1e4 * margins) == pytest.approx(1e4 * fit_temperature(margins))
+
+
+def test_no_temperature_of_a_fine_grid_does_better() -> None:
+    margins = np.random.default_rng(1).normal(0.3, 2.0, 500)
+    losses = {t: np.logaddexp(0, -margins / t).mean() for t in np.linspace(0.2, 60, 3000)}
+    best = min(losses, key=losses.__getitem__)
+    assert fit_temperature(margins) == pytest.approx(best, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("margins", "expected"),
+    [([1.0, -1.0], math.inf), ([1.0, -3.0, 1.0], math.inf), ([1.0, 2.0, 0.0], math.nan)],
+)
+def test_chance_has_an_infinite_temperature_and_perfection_none(margins, expected) -> None:
+    assert fit_temperature(np.array(margins)) == pytest.approx(expected, nan_ok=True)
+    assert math.isnan(fit_temperature(np.zeros(3)))
+    assert math.isnan(fit_temperature(np.empty(0)))
+
+
+def test_it_is_fitted_on_half_of_the_prompts_and_tested_on_the_other() -> None:
+    """Ten prompts of four comparisons, three right and one wrong of |margin| 2. Whatever half is fitted, T
+    is the golden value above: log-loss goes from (3 ln(1+e^-2) + ln(1+e^2)) / 4 to the entropy of
+    (3/4, 1/4). ECE goes from |sigmoid(2) - 3/4| to 0, but for the bin in the middle, which holds one
+    point of each side, of 40, and has no gap."""
+    margins = np.array([2.0, 2.0, 2.0, -2.0] * 10)
+    prompts = np.repeat([f"p{i}" for i in range(10)], 4)
+    found = temperature(margins, prompts)
+    assert (found.num_fitted, found.num_tested, found.note) == (20, 20, "")
+    assert found.value == pytest.approx(2 / math.log(3))
+    before = (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
+    after = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert found.log_loss == pytest.approx((before, after))
+    assert found.ece == pytest.approx((38 / 40 * (1 / (1 + math.exp(-2)) - 0.75), 0.0), abs=1e-9)
+
+
+def test_the_tested_half_is_not_fitted_on() -> None:
+    """All margins of the tested half are -5, those of the fitted half 5 and -1: ln(1 + e^5) = 5.0067."""
+    fitted = np.random.default_rng(0).permutation(8) < 4
+    margins = np.where(fitted, 5.0, -5.0)
+    margins[np.flatnonzero(fitted)[0]] = -1.0
+    found = temperature(margins, np.arange(8))
+    assert found.num_fitted == 4
+    assert found.log_loss[0] == pytest.approx(5.0067, abs=1e-4)
+    assert found.value == pytest.approx(fit_temperature(np.array([-1.0, 5.0, 5.0, 5.0])))
+
+
+def test_a_single_prompt_leaves_nothing_to_fit_on() -> None:
+    found = temperature(np.array([1.0, -0.5]), np.array(["p", "p"]))
+    assert math.isnan(found.value)
+    assert found.note == "cannot be fitted"
+    assert math.isnan(found.log_loss[1])
+
+
+def test_a_model_that_is_worse_than_chance_is_left_with_a_coin_s_log_loss() -> None:
+    found = temperature(np.full(20, -1.0), np.arange(20))
+    assert found.note == "no better than chance"
+    assert found.log_loss[1] == pytest.approx(math.log(2))
+    assert math.isinf(found.value)
+
+
+def test_right_and_wrong_share_their_edges_and_equal_scores_are_wrong() -> None:
+    """|margins| 0.1, 0.1, 0, 1, 0.6 in two bins from 0 to 1: the first holds three, one of them right."""
+    found = margin_histogram(np.array([0.1, -0.1, 0.0, 1.0, -0.6]), num_bins=2)
+    assert found.edges == (0.0, 0.5, 1.0)
+    assert (found.right, found.wrong) == ((1, 1), (2, 1))
+
+
+def test_every_comparison_is_in_one_bin() -> None:
+    margins = np.random.default_rng(0).normal(size=1000)
+    found = margin_histogram(margins)
+    assert sum(found.right) == (margins > 0).sum()
+    assert sum(found.wrong) == (margins <= 0).sum()
+    assert len(found.edges) == len(found.right) + 1
+
+
+def test_equal_scores_alone_have_a_histogram_too() -> None:
+    found = margin_histogram(np.zeros(3), num_bins=2)
+    assert (found.right, found.wrong) == ((0, 0), (3, 0))

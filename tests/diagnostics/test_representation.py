@@ -1,0 +1,95 @@
+"""Spectra and distances of hidden states, by hand and against loops."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hafrm.diagnostics.representation import (
+    MAX_SPECTRUM,
+    effective_rank,
+    linear_cka,
+    mean_cosine,
+    paired_cosine,
+    representation,
+    spectrum,
+)
+from hafrm.errors import NumericsError
+
+CROSS = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+"""Equal variance along two directions."""
+
+
+def random_states(num: int = 50, hidden: int = 7, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(1.0, 2.0, (num, hidden)).astype(np.float32)
+
+
+def test_two_equal_directions_have_rank_two_wherever_they_lie() -> None:
+    found = representation("m", 5 + 3 * CROSS)
+    assert found.effective_rank == pytest.approx(2.0)
+    assert found.top_fraction == pytest.approx(0.5)
+    assert found.spectrum == pytest.approx((0.5, 0.5))
+
+
+def test_three_parts_to_one_by_hand() -> None:
+    """Variances 3 and 1: rank exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4) = 1.7548."""
+    found = representation("m", CROSS * [math.sqrt(3), 1])
+    assert found.effective_rank == pytest.approx(4 / 3**0.75)
+    assert found.top_fraction == pytest.approx(0.75)
+
+
+def test_the_spectrum_is_that_of_the_covariance() -> None:
+    states = random_states()
+    values = np.linalg.eigvalsh(np.cov(states.astype(np.float64), rowvar=False))[::-1]
+    np.testing.assert_allclose(spectrum(states), values / values.sum(), atol=1e-12)
+
+
+def test_collapsed_states_have_rank_one_and_equal_ones_none() -> None:
+    line = np.outer(np.arange(5.0), [1, 2, 3])
+    assert representation("m", line).effective_rank == pytest.approx(1.0)
+    same = np.full((5, 3), 0.1, np.float32)
+    assert math.isnan(representation("m", same).effective_rank)
+    assert math.isnan(representation("m", same).top_fraction)
+    assert math.isnan(effective_rank(np.empty(0)))
+
+
+def test_no_more_of_the_spectrum_is_written_than_is_read() -> None:
+    assert len(representation("m", random_states(200, 100)).spectrum) == MAX_SPECTRUM
+
+
+def test_the_mean_cosine_equals_that_over_all_pairs() -> None:
+    states = random_states(9)
+    unit = states / np.linalg.norm(states, axis=1, keepdims=True)
+    pairs = [unit[i] @ unit[j] for i in range(9) for j in range(9) if i != j]
+    assert mean_cosine(states) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert math.isnan(mean_cosine(states[:1]))
+
+
+def test_cka_by_hand() -> None:
+    """X = (1,0), (-1,0), (0,1), (0,-1) and Y its first column: |Y'X|^2 = 4, |X'X| = sqrt 8, |Y'Y| = 2."""
+    assert linear_cka(CROSS, CROSS[:, :1]) == pytest.approx(4 / (math.sqrt(8) * 2))
+
+
+def test_cka_is_blind_to_rotation_scale_and_place_and_not_to_more() -> None:
+    states = random_states().astype(np.float64)
+    rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(7, 7)))
+    assert linear_cka(states, 3 * states @ rotation + 4) == pytest.approx(1.0)
+    assert linear_cka(states, random_states(seed=5)) < 0.5
+    assert math.isnan(linear_cka(states, np.ones((50, 3))))
+
+
+def test_a_model_is_like_itself_and_sizes_may_differ() -> None:
+    states = random_states()
+    same = representation("m", states, states)
+    assert (same.cka_to_base, same.cosine_to_base) == pytest.approx((1.0, 1.0))
+    assert paired_cosine(states, -states) == pytest.approx(-1.0)
+    narrower = representation("m", states, states[:, :3])
+    assert math.isnan(narrower.cosine_to_base) and not math.isnan(narrower.cka_to_base)
+    assert math.isnan(representation("m", states).cka_to_base)
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    broken = random_states()
+    broken[0, 0] = np.nan
+    with pytest.raises(NumericsError, match="not finite"):
+        representation("m", broken)

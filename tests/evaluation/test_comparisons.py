@@ -1,0 +1,72 @@
+"""Comparisons as flat arrays: margins by hand, ties, sources, and what is refused."""
+
+import numpy as np
+import pytest
+
+from hafrm.errors import DataError, NumericsError
+from hafrm.evaluation.comparisons import Comparisons, read_comparisons
+from hafrm.preferences import Comparison, Group, Message
+from tiny_runs import write_preferences
+
+
+def group(name: str, responses: list[str], **comparison: object) -> Group:
+    pair = Comparison(1, 0, **comparison)  # type: ignore[arg-type]
+    return Group(
+        name, (Message("user", f"prompt {name}"),), tuple(responses), (pair,), source=name[0]
+    )
+
+
+def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
+    """Scores 0..5 of three groups; the second is a tie; chosen is response 1."""
+    groups = [group("a", ["x", "y"]), group("b", ["x", "yy"], tie=True), group("c", ["p", "q"])]
+    comparisons = Comparisons.of(groups)
+    scores = np.array([0.0, 3, 2, 9, 7, 5])
+    assert comparisons.margins(scores).tolist() == [3.0, 7.0, -2.0]
+    assert comparisons.ties.tolist() == [False, True, False]
+    scored = comparisons.scored(scores)
+    assert (scored.chosen_lengths.tolist(), scored.rejected_lengths.tolist()) == (
+        [1, 2, 1],
+        [1] * 3,
+    )
+    decided = comparisons.decided()
+    assert len(decided) == 2
+    assert decided.margins(scores).tolist() == [3.0, -2.0]
+    assert (decided.chosen_texts, decided.rejected_texts) == (["y", "q"], ["x", "p"])
+    assert {name: where.tolist() for name, where in decided.sets().items()} == {
+        "a": [0],
+        "c": [1],
+        "all": [0, 1],
+    }
+
+
+def test_the_longer_response_is_the_longer_text() -> None:
+    pairs = (Comparison(1, 0), Comparison(0, 1))
+    texts = ("short and cut", "longer and cut too")
+    scored = Comparisons.of([Group("a", (Message("user", "hm"),), texts, pairs)]).scored(
+        np.zeros(2)
+    )
+    assert (scored.chosen_lengths - scored.rejected_lengths).tolist() == [5, -5]
+
+
+def test_float32_scores_are_subtracted_in_float64() -> None:
+    """1e8 - 0.5 is not a float32, both numbers are; rounded to float32 it would be 1e8."""
+    margins = Comparisons.of([group("a", ["x", "y"])]).margins(np.array([0.5, 1e8], np.float32))
+    assert margins.dtype == np.float64
+    assert margins.tolist() == [99_999_999.5]
+
+
+def test_margins_that_are_not_finite_are_an_error_that_names_a_group() -> None:
+    comparisons = Comparisons.of([group("g0", ["a", "b"]), group("g1", ["c", "d"])])
+    with pytest.raises(NumericsError, match=r"1 of 2 margins .* group 'g1'"):
+        comparisons.margins(np.array([1.0, 2.0, np.nan, 0.0]))
+    with pytest.raises(NumericsError, match="2 of 2"):
+        comparisons.margins(np.array([np.inf, np.inf, -np.inf, 0.0]))
+
+
+def test_data_is_a_file_several_or_a_list_of_rows(tmp_path) -> None:
+    one = write_preferences(tmp_path / "one.jsonl", num=3)
+    row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    assert len(read_comparisons(one)[1]) == len(read_comparisons([str(one)])[1]) == 3
+    assert len(read_comparisons([row])[1]) == 1
+    with pytest.raises(DataError, match="no comparison"):
+        read_comparisons([row | {"label": "tie"}])

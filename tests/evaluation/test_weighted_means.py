@@ -1,0 +1,194 @@
+"""Weighted means of means: values by hand, intervals against slow loops, theory and simulation."""
+
+import numpy as np
+import pytest
+
+from hafrm import statistics
+from hafrm.evaluation.weighted_means import Term, TermMeans, mean_of
+from hafrm.statistics import Estimate, accuracy_interval, wilson
+
+
+def wilson_interval(num_correct: int, num: int) -> Estimate:
+    return Estimate(num_correct / num, *wilson(num_correct / num, num), num, "wilson")
+
+
+def term(values: object, clusters: object = None) -> Term:
+    numbers = np.asarray(values, np.float64)
+    labels = np.arange(len(numbers)) if clusters is None else np.asarray(clusters)
+    return Term(numbers, np.array([str(label) for label in labels]))
+
+
+def apart(*terms: Term) -> dict[str, Term]:
+    """Terms that share no cluster."""
+    return {
+        f"t{k}": Term(each.values, np.array([f"{k}-{c}" for c in each.clusters]))
+        for k, each in enumerate(terms)
+    }
+
+
+def width(estimate: object) -> float:
+    return estimate.high - estimate.low
+
+
+def test_a_composite_by_hand() -> None:
+    """Means 3/4 and 1/2 with weights 2 and -1: 1."""
+    means = TermMeans(apart(term([1, 1, 1, 0]), term([0.25, 0.75])))
+    got = means.combine({"t0": 2.0, "t1": -1.0})
+    assert (got.value, got.num) == (pytest.approx(1.0), 6)
+    assert means.means.tolist() == [0.75, 0.5]
+
+
+def test_one_term_of_right_and_wrong_has_the_interval_of_an_accuracy() -> None:
+    draw = np.random.default_rng(0)
+    correct, clusters = draw.random(90) < 0.7, np.repeat(np.arange(30), 3)
+    got = TermMeans({"a": term(correct, clusters)}).combine({"a": 1.0})
+    expected = accuracy_interval(correct, np.array([str(c) for c in clusters]))
+    assert got == expected
+    single = TermMeans({"a": term([1, 1, 0, 1])}).combine({"a": 1.0})
+    assert single == wilson_interval(3, 4)
+
+
+def test_the_interval_of_separate_terms_is_that_of_independent_means() -> None:
+    """se^2 = (0.5^2 * var0 / n0 + 0.5^2 * var1 / n1); the bootstrap's half-width is 1.96 of it."""
+    draw = np.random.default_rng(1)
+    terms = [term(draw.normal(size=400)), term(2 * draw.normal(size=900))]
+    got = TermMeans(apart(*terms)).combine({"t0": 0.5, "t1": 0.5})
+    error = np.sqrt(sum(0.25 * t.values.var() / len(t.values) for t in terms))
+    assert width(got) / 2 == pytest.approx(1.96 * error, rel=0.06)
+
+
+def test_translations_of_one_prompt_are_drawn_together() -> None:
+    """The same answers in two languages are no more news than in one: the width stays. Taken for
+    independent, it would shrink by the square root of 2."""
+    values = np.random.default_rng(2).normal(size=500)
+    together = TermMeans({"a": term(values), "b": term(values)})
+    separate = TermMeans(apart(term(values), term(np.random.default_rng(3).permutation(values))))
+    halves = {"a": 0.5, "b": 0.5}
+    one = together.combine({"a": 1.0})
+    assert width(together.combine(halves)) == pytest.approx(width(one), rel=1e-9)
+    independent = width(separate.combine({"t0": 0.5, "t1": 0.5}))
+    assert independent == pytest.approx(width(one) / np.sqrt(2), rel=0.06)
+
+
+def test_small_terms_are_as_large_in_every_resample_as_they_are() -> None:
+    """A term of two items keeps two: its resampled means are 0, 1/2 and 1, in shares 1/4, 1/2, 1/4."""
+    means = TermMeans(apart(term([0, 1]), term(np.arange(300.0))))
+    found, counts = np.unique(means.resamples[:, 0], return_counts=True)
+    assert found.tolist() == [0.0, 0.5, 1.0]
+    assert (counts / 2000).tolist() == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    assert np.isfinite(means.resamples).all()
+
+
+def test_the_draws_equal_a_slow_loop_in_distribution() -> None:
+    """Clusters in one term or in both are drawn among their like, item by item, by another loop."""
+    draw = np.random.default_rng(4)
+    labels = {"a": [f"c{k}" for k in range(40) for _ in range(k % 3 + 1)]}
+    labels["b"] = [f"c{k}" for k in range(25, 60)]
+    terms = {name: term(draw.normal(size=len(each)), each) for name, each in labels.items()}
+    got = TermMeans(terms).combine({"a": 0.3, "b": 0.7})
+    kinds = (
+        [f"c{k}" for k in range(25)],
+        [f"c{k}" for k in range(25, 40)],
+        [f"c{k}" for k in range(40, 60)],
+    )
+    results = []
+    for _ in range(3000):
+        picked = [c for kind in kinds for c in draw.choice(kind, len(kind))]
+        sums = {
+            name: np.concatenate([t.values[t.clusters == c] for c in picked]).mean()
+            for name, t in terms.items()
+        }
+        results.append(0.3 * sums["a"] + 0.7 * sums["b"])
+    low, high = np.quantile(results, [0.025, 0.975])
+    assert got.low == pytest.approx(low, abs=0.05 * (high - low))
+    assert got.high == pytest.approx(high, abs=0.05 * (high - low))
+
+
+def test_blocks_of_resamples_give_the_same_kind_of_interval() -> None:
+    """3,000 clusters make three blocks of 2,000 resamples; the width is that of the normal theory."""
+    values = np.random.default_rng(5).normal(size=3000)
+    got = TermMeans({"a": term(values)}).combine({"a": 1.0})
+    assert width(got) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(3000), rel=0.06)
+
+
+def test_items_that_all_agree_keep_an_honest_width() -> None:
+    """Weights 1/4 and 3/4 over 4 and 36 clusters: deviations of Wilson's bounds, added in squares."""
+    means = TermMeans(apart(term(np.ones(8), np.repeat(range(4), 2)), term(np.ones(36))))
+    got = means.combine({"t0": 0.25, "t1": 0.75})
+    gaps = 1 - wilson_interval(4, 4).low, 1 - wilson_interval(36, 36).low
+    expected = np.hypot(gaps[0] / 4, 3 * gaps[1] / 4)
+    assert (got.value, got.low, got.high) == pytest.approx((1.0, 1 - expected, 1.0))
+    wrong = TermMeans(apart(term(np.zeros(4)), term(np.zeros(36)))).combine(
+        {"t0": 0.25, "t1": 0.75}
+    )
+    assert (wrong.value, wrong.low, wrong.high) == pytest.approx((0.0, 0.0, expected))
+
+
+def test_the_same_prompts_in_two_terms_are_no_more_certain_than_in_one() -> None:
+    """Two terms of the same 20 clusters, all right in one and all wrong in the other: the deviations add
+    up as they are, 0.3 and 0.2 of Wilson's."""
+    gap = 1 - wilson_interval(20, 20).low
+    means = TermMeans({"a": term(np.ones(20)), "b": term(np.zeros(20))})
+    got = means.combine({"a": 0.3, "b": 0.2})
+    assert (got.low, got.high) == pytest.approx((0.3 - 0.3 * gap, 0.3 + 0.2 * gap))
+    turned = means.combine({"a": 0.3, "b": -0.2})
+    assert (turned.low, turned.high) == pytest.approx((0.3 - 0.5 * gap, 0.3))
+
+
+def test_a_unanimous_subset_widens_the_interval_of_a_composite_that_varies() -> None:
+    draw = np.random.default_rng(6)
+    varied = term(draw.random(200) < 0.5)
+    means = TermMeans(apart(varied, term(np.ones(10))))
+    got = means.combine({"t0": 0.5, "t1": 0.5})
+    alone = np.quantile(means.resamples @ [0.5, 0.5], 0.025)
+    gap = (1 - wilson_interval(10, 10).low) / 2
+    assert got.value - got.low == pytest.approx(np.hypot(got.value - alone, gap))
+    assert got.high == pytest.approx(np.quantile(means.resamples @ [0.5, 0.5], 0.975))
+
+
+def test_averages_that_are_no_shares_have_no_width_where_they_do_not_vary() -> None:
+    got = TermMeans({"a": term([0.25, 0.25, 0.25])}).combine({"a": 1.0})
+    assert (got.value, got.low, got.high) == (0.25, 0.25, 0.25)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch) -> None:
+    """200 draws of three subsets: coverage of 0.95 within three standard errors of 1.5 points, and a
+    point for the few clusters. Where subsets are nearly always right, the bootstrap alone covers 70 %."""
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 400)
+    for shares, num in (((0.5, 0.7, 0.9), 60), ((0.98, 0.98, 0.98), 20)):
+        covered = 0
+        for seed in range(200):
+            draw = np.random.default_rng(seed)
+            terms = apart(*(term(draw.random(num) < share) for share in shares))
+            means = TermMeans(terms)
+            got = means.combine(dict.fromkeys(terms, 1 / 3))
+            covered += got.low <= sum(shares) / 3 <= got.high
+        assert covered / 200 >= 0.89
+
+
+def test_the_same_items_give_the_same_interval() -> None:
+    terms = apart(term([0, 1, 1, 0, 1]), term([1, 0, 0, 1]))
+    first, second = (TermMeans(terms).combine({"t0": 0.5, "t1": 0.5}) for _ in range(2))
+    assert first == second
+
+
+def test_a_term_without_items_is_refused() -> None:
+    with pytest.raises(ValueError, match="every term needs an item"):
+        TermMeans({"a": term([])})
+    with pytest.raises(ValueError, match="every term needs an item"):
+        TermMeans({})
+
+
+def test_the_mean_of_independent_estimates_by_hand() -> None:
+    """3 of 4 and 1 of 4: mean 1/2, deviations of Wilson's bounds halved and added in squares. The two
+    intervals mirror each other, so the mean's is symmetric."""
+    first, second = wilson_interval(3, 4), wilson_interval(1, 4)
+    got = mean_of([first, second])
+    half = np.hypot((0.75 - first.low) / 2, (0.25 - second.low) / 2)
+    assert (got.value, got.low, got.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert got.num == 8
+
+
+def test_the_mean_of_many_alike_is_surer_by_the_square_root_of_their_number() -> None:
+    one = wilson_interval(500, 1000)
+    assert width(mean_of([one] * 9)) == pytest.approx(width(one) / 3)

@@ -1,0 +1,422 @@
+"""A study: every method on every set with every seed, run once, and summed up by hand-checked rules."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmark_rows import write_all
+from hafrm.benchmarks.benchmark_run import run_benchmarks
+from hafrm.config import build_recipe
+from hafrm.errors import CheckpointError, ConfigError, DivergedError, NumericsError
+from hafrm.evaluation import evaluate
+from hafrm.recipe import Recipe
+from hafrm.results import read_result
+from hafrm.study import method_comparison, study_runs
+from hafrm.study.method_comparison import (
+    RESULT,
+    TWO_MODELS,
+    compare_methods,
+    scorers_of,
+    scores_of_runs,
+)
+from hafrm.study.run_grid import StudyPlan, parse_methods, parse_rates, plan_study
+from hafrm.study.study_result import (
+    MIXED,
+    Outcome,
+    StudyResult,
+    Tuning,
+    domains,
+    stacked,
+    summarise,
+)
+from hafrm.study.study_runs import RunWorker, StudySetup, read_run_result, read_scores
+from hafrm.training import loop
+from tiny_runs import write_base, write_preferences
+
+
+def study_recipe(folder: Path, **training: object) -> Recipe:
+    """Two training sets; test sets of one of them, and of a third that nothing is trained on."""
+    if not (folder / "base").is_dir():
+        write_base(folder)
+        for part in ("train", "test"):
+            (folder / part).mkdir()
+        write_preferences(folder / "train/sun.jsonl", 24)
+        write_preferences(folder / "train/sea.jsonl", 24, start=100)
+        write_preferences(folder / "test/sun.jsonl", 12, start=200)
+        write_preferences(folder / "test/other.jsonl", 8, start=300)
+    return build_recipe(
+        {
+            "model": {"path": str(folder / "base")},
+            "data": {
+                "train": [str(folder / "train/sun.jsonl"), str(folder / "train/sea.jsonl")],
+                "test": [str(folder / "test/sun.jsonl"), str(folder / "test/other.jsonl")],
+                "validation_fraction": 0.2,
+                "max_length": 64,
+            },
+            "training": {
+                "steps": 2,
+                "batch_size": 4,
+                "learning_rate": 1e-3,
+                "max_tokens": 256,
+                **training,
+            },
+            "evaluation": {"every": 1, "metric": "loss"},
+            "checkpoint": {"every": 0},
+        }
+    )
+
+
+def small_plan(folder: Path, methods: str = "bt,haf", num_seeds: int = 1) -> StudyPlan:
+    return plan_study(study_recipe(folder), methods.split(","), num_seeds=num_seeds, rates=[1e-3])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study of two methods with one seed."""
+    folder = tmp_path_factory.mktemp("study")
+    plan = small_plan(folder)
+    return folder, plan, compare_methods(plan, folder / "out")
+
+
+def test_a_method_is_written_with_its_options_after_colons():
+    bt, haf = parse_methods(["bt", "haf:alpha=0.05:policy_loss=ipo"])
+    assert bt.section == {"name": "bt"}
+    assert haf.section == {"name": "haf", "alpha": 0.05, "policy_loss": "ipo"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["haff"], "did you mean 'haf'"),
+        (["haf:alpha"], "write name:key=value"),
+        (["bt:alpha=1"], "no policy loss"),
+        (["bt", "bt"], "twice: bt"),
+        ([" "], "no methods"),
+    ],
+)
+def test_an_unknown_method_is_refused_before_anything_runs(methods, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_methods(methods)
+
+
+def test_learning_rates_are_written_with_commas():
+    assert parse_rates("1e-4, 3e-4") == (1e-4, 3e-4)
+    assert parse_rates(None) == ()
+    with pytest.raises(ConfigError, match="write 1e-4,3e-4"):
+        parse_rates("fast")
+
+
+def test_runs_differ_in_set_method_seed_and_rate_and_in_nothing_else(tmp_path):
+    plan = small_plan(tmp_path, num_seeds=2)
+    runs = plan.runs({"bt": 1e-3, "haf": 2e-3})
+    assert len(runs) == 3 * 2 * 2  # two sets and both together, two seeds, two methods
+    assert len({run.folder(tmp_path) for run in runs}) == len(runs)
+    recipes = [run.recipe(plan.recipe) for run in runs]
+    assert [r.data.train for r in recipes[-4:]] == [plan.recipe.data.train] * 4
+    for run, recipe in zip(runs, recipes, strict=True):
+        same = recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update={"train": plan.recipe.data.train}),
+                "method": plan.recipe.method,
+                "training": recipe.training.model_copy(update={"seed": 0, "learning_rate": 1e-3}),
+            }
+        )
+        assert same == plan.recipe
+        assert (recipe.training.seed, recipe.method.name) == (run.seed, run.method.name)
+
+
+def test_a_study_needs_test_sets_and_weights_that_fit_every_training_set(tmp_path):
+    recipe = study_recipe(tmp_path)
+    without = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": ()})})
+    with pytest.raises(ConfigError, match=r"data\.test names no source"):
+        plan_study(without, ["bt"], num_seeds=1)
+    weighed = recipe.data.model_copy(update={"weights": (1.0, 2.0)})
+    with pytest.raises(ConfigError, match="take uniform"):
+        plan_study(recipe.model_copy(update={"data": weighed}), ["bt"], num_seeds=1)
+
+
+def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):
+    plan = plan_study(study_recipe(tmp_path), ["bt"], num_seeds=1)
+    np.testing.assert_allclose(plan.rates, [1e-3 / 3, 1e-3, 3e-3])
+    assert plan.tuning_set.name == MIXED
+    assert [run.rate for run in plan.tuning_runs()] == list(plan.rates)
+
+
+def test_a_rate_that_is_best_at_an_end_has_one_beyond_it_to_try():
+    def beyond(chosen: float, *tried: float) -> float | None:
+        return Tuning("bt", MIXED, chosen, tuple((rate, 0.5) for rate in tried)).next_rate()
+
+    assert beyond(4.0, 1.0, 2.0, 4.0) == 8.0
+    assert beyond(1.0, 4.0, 1.0, 2.0) == 0.5
+    assert beyond(2.0, 1.0, 2.0, 4.0) is None
+    assert beyond(1.0, 1.0) is None  # one rate has no spacing
+
+
+def test_rates_are_continued_until_the_best_is_inside_unless_they_were_given(tmp_path):
+    """A run of two steps learns more the higher its rate, so the search goes up, three times at most."""
+    low = study_recipe(tmp_path, learning_rate=1e-7)
+    plan = plan_study(low, ["bt"], num_seeds=1, mixed=False)
+    (tuning,) = compare_methods(plan, tmp_path / "out").learning_rates
+    rates = [rate for rate, _ in tuning.tried]
+    np.testing.assert_allclose(rates, 1e-7 * 3.0 ** np.arange(-1, 5), rtol=1e-6)
+    fixed = plan_study(low, ["bt"], num_seeds=1, mixed=False, rates=[1e-7, 3e-7])
+    (tuning,) = compare_methods(fixed, tmp_path / "out").learning_rates
+    assert [rate for rate, _ in tuning.tried] == [1e-7, 3e-7]
+
+
+def test_a_method_with_two_heads_has_three_scorers():
+    haf, dpo = parse_methods(["haf", "dpo"])
+    assert scorers_of(haf) == {
+        "haf": "reward",
+        "haf (implicit)": "implicit",
+        "haf (fused)": "fused",
+    }
+    assert scorers_of(dpo) == {"dpo": "implicit"}
+
+
+def test_two_runs_fuse_as_one_run_with_two_heads_does(tmp_path, monkeypatch):
+    """The reward of one run and the policy of another, given one run's scores, make its fused score."""
+    plan = small_plan(tmp_path, methods="haf")
+    compare_methods(plan, tmp_path / "out")
+    data = RunWorker(StudySetup(plan.recipe, tmp_path / "out")).data
+    stored = read_scores(plan.runs({"haf": 1e-3})[0].folder(tmp_path / "out"))
+    reward = {k: stored[k] for k in ("reward", study_runs.REWARD_MARGINS)}
+    implicit = {k: stored[k] for k in ("implicit", study_runs.TOKEN_MARGINS)}
+    by_method = {"haf": stored, "bt": reward, "dpo": implicit}
+    monkeypatch.setattr(method_comparison, "read_scores", lambda f: dict(by_method[f.parent.name]))
+    three = small_plan(tmp_path, methods="haf,bt,dpo")
+    scores = scores_of_runs(three.runs(dict.fromkeys(by_method, 1e-3)), data, tmp_path / "out")
+    both = [key for key in scores if key[1] == TWO_MODELS]
+    assert len(both) == 3
+    for train, scorer in both:
+        np.testing.assert_array_equal(scores[train, scorer][0], scores[train, "haf (fused)"][0])
+
+
+def test_domains_pair_each_test_set_with_what_was_trained_on():
+    """Sets a, b are trained on; test sets a, b, c: 2 in domain, 2 other, and c after a or b."""
+    found = domains(["a", "b", MIXED], ["a", "b", "c"])
+    assert found == {
+        "in domain": [("a", "a"), ("b", "b")],
+        "other domain": [("a", "b"), ("b", "a")],
+        "held out": [("a", "c"), ("b", "c")],
+        "mixed: in domain": [(MIXED, "a"), (MIXED, "b")],
+        "mixed: held out": [(MIXED, "c")],
+    }
+    assert domains(["a"], ["a"]) == {"in domain": [("a", "a")]}
+
+
+def outcome(*seeds: str) -> Outcome:
+    """Each seed's answers as a string of 1 and 0, a prompt for each comparison."""
+    correct = np.array([[c == "1" for c in seed] for seed in seeds])
+    prompts = np.array([f"p{i}" for i in range(correct.shape[1])])
+    return Outcome(correct, np.where(correct, 1.0, -1.0), prompts)
+
+
+def test_an_average_counts_every_set_alike_whatever_its_size():
+    """4 of 4 and 0 of 1: the mean of the sets is 1/2, of the comparisons 4/5."""
+    values, clusters = stacked([("a", outcome("1111")), ("b", outcome("0"))])
+    assert values.mean() == pytest.approx(0.5)
+    assert list(clusters) == ["a p0", "a p1", "a p2", "a p3", "b p0"]
+
+
+def test_the_summary_compares_every_scorer_with_the_first():
+    """On a: 1 of 4 against 3 of 4; two seeds of each agree, so the difference is 1/2 exactly."""
+    outcomes = {
+        ("a", "bt", "a"): outcome("1000", "1000"),
+        ("a", "haf", "a"): outcome("1110", "1110"),
+    }
+    found = summarise(outcomes)
+    assert [(a.method, a.accuracy.value) for a in found.accuracies] == [("bt", 0.25), ("haf", 0.75)]
+    assert found.accuracies[1].per_seed == (0.75, 0.75)
+    (difference,) = found.differences
+    assert (difference.first, difference.second) == ("haf", "bt")
+    assert difference.difference.value == pytest.approx(0.5)
+    (average,) = found.average_differences
+    assert average.difference.value == pytest.approx(0.5)
+    assert average.p_adjusted == pytest.approx(average.p_value)
+
+
+def test_the_result_on_disk_holds_the_whole_matrix_with_intervals(finished):
+    folder, _, result = finished
+    found = read_result(folder / "out" / RESULT, StudyResult)
+    assert found == result
+    assert found.methods == ("bt", "haf", "haf (implicit)", "haf (fused)")
+    assert found.train_sets == ("sun", "sea", MIXED)
+    assert found.test_sets == ("sun", "other")
+    assert len(found.accuracies) == 3 * 4 * 2
+    assert all(0 <= a.accuracy.low <= a.accuracy.high <= 1 for a in found.accuracies)
+    assert {c.second for c in found.differences} == {"bt"}
+    assert list(found.pick_longer) == ["sun", "other"]
+    assert [tuning.chosen for tuning in found.learning_rates] == [1e-3, 1e-3]
+
+
+def test_the_tables_have_every_scorer_and_name_where_it_differs(finished):
+    _, _, result = finished
+    averages, *matrices, rates = result.tables()
+    assert [table.title for table in matrices] == [
+        f"trained on {train}: accuracy [95 %]" for train in result.train_sets
+    ]
+    assert [row[0] for row in averages.rows] == list(result.methods)
+    assert "no average differs significantly from bt's" in averages.notes[0]
+    assert matrices[0].rows[-1][0] == "pick longer"
+    assert rates.rows[0][:2] == ("bt", "0.001")
+    clear = [replace(c, p_adjusted=0.001) for c in result.average_differences[:1]]
+    marked = replace(result, average_differences=tuple(clear)).tables()[0]
+    assert marked.rows[1][-1] == clear[0].test
+    assert "differ significantly" in marked.notes[0]
+
+
+def test_finished_runs_are_not_run_again_and_more_seeds_run_only_what_is_new(finished, monkeypatch):
+    folder, plan, result = finished
+    ran = []
+
+    def watched(recipe, run_folder, **options):
+        ran.append(run_folder)
+        return real(recipe, run_folder, **options)
+
+    real = study_runs.train
+    monkeypatch.setattr(study_runs, "train", watched)
+    again = compare_methods(plan, folder / "out")
+    assert ran == []
+    assert again == result
+    compare_methods(small_plan(folder, methods="bt,haf", num_seeds=2), folder / "out")
+    assert len(ran) == 3 * 2
+    assert all(path.name.endswith("seed-1") for path in ran)
+
+
+def test_a_finished_run_keeps_its_metrics_and_no_checkpoints(finished):
+    folder, plan, _ = finished
+    run = plan.tuning_runs()[0].folder(folder / "out")
+    assert (run / "metrics.jsonl").is_file()
+    assert not (run / "checkpoints").exists()
+
+
+def test_only_the_chosen_learning_rate_is_scored_and_it_is_not_trained_twice(tmp_path, monkeypatch):
+    plan = plan_study(study_recipe(tmp_path), ["bt"], num_seeds=1, rates=[1e-4, 1e-3], mixed=False)
+    out, steps = tmp_path / "out", []
+    real = loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda *a, **k: steps.append(1) or real(*a, **k))
+    result = compare_methods(plan, out)
+    assert len(steps) == 2 * (2 + 1)  # two steps each: both rates on the last set, one on the first
+    for run in plan.tuning_runs():
+        folder = run.folder(out)
+        chosen = run.rate == result.learning_rates[0].chosen
+        assert (folder / study_runs.SCORES).is_file() == chosen
+        assert read_run_result(folder).is_scored == chosen
+        assert not (folder / "checkpoints").exists()
+
+
+def test_a_method_with_one_head_keeps_its_validation_margins_for_a_fusion_of_two_runs(tmp_path):
+    plan = small_plan(tmp_path, methods="bt,dpo")
+    result = compare_methods(plan, tmp_path / "out")
+    assert result.methods == ("bt", "dpo", TWO_MODELS)
+    stored = {
+        run.method.name: read_scores(run.folder(tmp_path / "out")).keys()
+        for run in plan.runs({"bt": 1e-3, "dpo": 1e-3})
+    }
+    assert stored["bt"] == {"reward", study_runs.REWARD_MARGINS}
+    assert stored["dpo"] == {"implicit", study_runs.TOKEN_MARGINS}
+
+
+def test_a_scored_run_says_how_spread_out_its_states_are(finished):
+    folder, plan, _ = finished
+    run = plan.runs({"bt": 1e-3, "haf": 1e-3})[0]
+    result = read_run_result(run.folder(folder / "out"))
+    assert 1 <= result.representation.effective_rank <= 32  # the width of the tiny model
+    assert result.state_norm[0] > 0
+
+
+def test_a_run_that_was_stopped_is_resumed(tmp_path, monkeypatch):
+    plan = small_plan(tmp_path, methods="bt")
+    worker = RunWorker(StudySetup(plan.recipe, tmp_path / "out"))
+    run = plan.runs({"bt": 1e-3})[0]
+    folder = run.folder(tmp_path / "out")
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_score", broken)
+        with pytest.raises(KeyboardInterrupt):
+            worker(run)
+    assert read_run_result(folder) is None
+    lines = (folder / "metrics.jsonl").read_text()
+    assert worker(run).num_steps == 2
+    assert (folder / "metrics.jsonl").read_text() == lines  # no step was run twice
+
+
+def test_a_folder_of_another_recipe_or_of_other_test_data_is_refused(tmp_path):
+    """The relabelled test file has as many responses as before."""
+    plan = small_plan(tmp_path, methods="bt")
+    compare_methods(plan, tmp_path / "out")
+    other = plan_study(study_recipe(tmp_path, steps=3), ["bt"], num_seeds=1, rates=[1e-3])
+    with pytest.raises(CheckpointError, match=r"different: recipe\.training"):
+        compare_methods(other, tmp_path / "out")
+    file = tmp_path / "test/other.jsonl"
+    text = file.read_text()
+    swapped = (
+        text.replace('"chosen"', '"x"')
+        .replace('"rejected"', '"chosen"')
+        .replace('"x"', '"rejected"')
+    )
+    file.write_text(swapped)
+    with pytest.raises(CheckpointError, match="different: test data"):
+        compare_methods(plan, tmp_path / "out")
+    file.write_text(text)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match="not empty"):
+        compare_methods(plan, tmp_path / "mine")
+
+
+def test_a_rate_at_which_every_run_diverges_is_an_error_that_says_so(tmp_path, monkeypatch):
+    def diverge(*_: object, **__: object) -> None:
+        raise DivergedError("the loss is nan")
+
+    monkeypatch.setattr(study_runs, "train", diverge)
+    with pytest.raises(NumericsError, match="bt diverges at every learning rate"):
+        compare_methods(small_plan(tmp_path, methods="bt"), tmp_path / "out")
+
+
+def test_a_failed_check_of_the_model_is_no_divergence(tmp_path, monkeypatch):
+    """The self-check of shared prompts, say, or the replay of an export: no rate would help."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise NumericsError("with shared prompts this model gives other numbers")
+
+    plan = small_plan(tmp_path, methods="bt")
+    monkeypatch.setattr(study_runs, "train", fail)
+    with pytest.raises(NumericsError, match="shared prompts"):
+        compare_methods(plan, tmp_path / "out")
+    assert read_run_result(plan.tuning_runs()[0].folder(tmp_path / "out")) is None
+
+
+@pytest.mark.slow
+def test_scores_and_benchmarks_are_those_of_the_exported_models(tmp_path):
+    data = write_all(tmp_path / "files")
+    recipe = study_recipe(tmp_path)
+    plan = plan_study(recipe, ["bt", "haf"], num_seeds=1, rates=[1e-3], mixed=False)
+    out = tmp_path / "out"
+    result = compare_methods(
+        plan, out, keep_models=True, benchmarks=["rewardbench2"], benchmark_data=data
+    )
+    accuracies = {(a.train, a.method, a.test): a.accuracy.value for a in result.accuracies}
+    scores = {(b.train, b.method): b.score.value for b in result.benchmarks}
+    for run in plan.runs({"bt": 1e-3, "haf": 1e-3}):
+        train, method, folder = run.train.name, run.method.name, run.folder(out)
+        for part in evaluate(folder, recipe.data.test, max_length=64).sets[:-1]:
+            assert accuracies[train, method, part.name] == pytest.approx(part.accuracy.value)
+        benchmarks = run_benchmarks(folder, ["rewardbench2"], folder=data, max_length=64)
+        value = benchmarks.benchmarks[0].scores["reward"].overall.value
+        assert scores[train, method] == pytest.approx(value)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(finished):
+    folder, plan, _ = finished
+    one = compare_methods(plan, folder / "out")
+    two = compare_methods(plan, folder / "two", processes=2)
+    assert two.accuracies == one.accuracies
+    assert two.average_differences == one.average_differences

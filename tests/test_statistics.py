@@ -1,0 +1,394 @@
+"""Intervals, tests and seeds as a factor: by hand, against SciPy, slow loops and simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hafrm.statistics import (
+    Estimate,
+    accuracy_interval,
+    cluster_standard_error,
+    clustered_bootstrap,
+    holm,
+    in_words,
+    mcnemar,
+    over_seeds,
+    paired_bootstrap,
+    seeded_difference,
+    seeded_mean,
+    wilson,
+    with_bounds,
+)
+
+# Printing.
+
+
+def test_a_fraction_is_printed_in_per_cent_and_a_mean_as_it_is() -> None:
+    assert str(Estimate(0.632, 0.591, 0.672, 500, "wilson")) == "63.2 % [59.1, 67.2]"
+    estimate = Estimate(0.632, 0.5, 0.7654, 9, "cluster-bootstrap", proportion=False)
+    assert str(estimate) == "0.632 [0.500, 0.765]"
+    assert str(accuracy_interval(np.zeros(0, bool))) == "n/a"
+    assert str(Estimate(0.5, math.nan, math.nan, 1, "cluster-bootstrap")) == "50.0 %"
+
+
+def test_a_logged_fraction_has_its_bounds_and_is_printed_with_them() -> None:
+    """80 of 100: Wilson's bounds are 0.7112 and 0.8666."""
+    values = {"loss": 0.51234, **with_bounds("accuracy", 0.8, 100), "margin": 2.0}
+    assert list(values) == ["loss", "accuracy", "accuracy_low", "accuracy_high", "margin"]
+    assert in_words(values) == "loss 0.5123  accuracy 0.8 [0.711, 0.867]  margin 2"
+    assert in_words({"fever_low": 36.5}) == "fever_low 36.5"
+
+
+# Wilson.
+
+
+@pytest.mark.parametrize(("correct", "num"), [(0, 7), (3, 7), (7, 7), (632, 1000), (1, 1)])
+def test_wilson_equals_scipy(correct: int, num: int) -> None:
+    got = accuracy_interval(np.arange(num) < correct)
+    expected = stats.binomtest(correct, num).proportion_ci(0.95, method="wilson")
+    assert got.value == correct / num
+    assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert (got.low, got.high) == wilson(correct / num, num)
+
+
+def test_wilson_by_hand() -> None:
+    """50 of 100, z = 1.959964: centre 0.5, half = z sqrt(0.0025 + z^2/40000) / (1 + z^2/100).
+
+    z^2 = 3.841459; sqrt(0.0025 + 0.0000960365) = 0.0509513; * z = 0.0998627; / 1.03841459 = 0.0961685.
+    """
+    assert wilson(0.5, 100) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
+
+
+def test_wilsons_ends_are_exact_and_no_trials_leave_everything_possible() -> None:
+    assert wilson(0.0, 0) == (0.0, 1.0)
+    assert wilson(0.0, 5)[0] == 0.0
+    assert wilson(1.0, 5)[1] == 1.0 and wilson(1.0, 10)[0] < 0.8
+
+
+def test_fewer_trials_than_items_widen_it_and_need_not_be_whole() -> None:
+    few, many = wilson(0.6, 12.5), wilson(0.6, 50)
+    assert few[0] < many[0] < 0.6 < many[1] < few[1]
+
+
+# The choice of interval.
+
+
+def test_unclustered_accuracy_takes_wilsons_interval() -> None:
+    correct = np.array([True] * 6 + [False] * 4)
+    expected = Estimate(0.6, *wilson(0.6, 10), 10, "wilson")
+    assert accuracy_interval(correct) == expected
+    assert accuracy_interval(correct, np.arange(10)) == expected
+
+
+def test_repeated_prompts_take_the_clustered_bootstrap() -> None:
+    correct = np.array([True, False] * 20)
+    got = accuracy_interval(correct, np.repeat(np.arange(20), 2))
+    assert got.method == "cluster-bootstrap"
+    # Every prompt is half right, so resampling prompts never moves the share.
+    assert (got.value, got.low, got.high) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_unanimous_items_keep_an_honest_width(right: bool) -> None:
+    """Eight items of four prompts all right: the bootstrap would say [1, 1]; four trials say less."""
+    got = accuracy_interval(np.full(8, right), np.repeat(np.arange(4), 2))
+    assert (got.value, got.low, got.high, got.num) == (right, *wilson(float(right), 4), 8)
+
+
+def test_no_items_are_not_an_error() -> None:
+    got = accuracy_interval(np.zeros(0, bool), np.zeros(0, int))
+    assert math.isnan(got.value)
+    assert (got.low, got.high) == (0.0, 1.0)
+
+
+# The bootstrap.
+
+
+def clusters_and_values(num_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items that share half their variance with the others of their cluster; sizes 1 to 6."""
+    draw = np.random.default_rng(seed)
+    clusters = np.repeat(np.arange(num_clusters), draw.integers(1, 7, num_clusters))
+    shared = draw.normal(size=num_clusters)[clusters]
+    return clusters, shared + draw.normal(size=len(clusters))
+
+
+def test_the_bootstrap_equals_a_slow_loop_in_distribution() -> None:
+    """A loop that rebuilds each resample item by item, with other draws, gives the same quantiles."""
+    clusters, values = clusters_and_values(60, seed=0)
+    got = clustered_bootstrap(values, clusters, proportion=False)
+    draw = np.random.default_rng(99)
+    means = []
+    for _ in range(4000):
+        picked = draw.choice(60, 60)
+        means.append(np.concatenate([values[clusters == c] for c in picked]).mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    width = high - low
+    assert got.value == pytest.approx(values.mean())
+    assert got.low == pytest.approx(low, abs=0.05 * width)
+    assert got.high == pytest.approx(high, abs=0.05 * width)
+
+
+def test_the_bootstrap_of_two_clusters_by_hand() -> None:
+    """Clusters {1, 1, 1} and {0}: resamples are AA (1), AB or BA (3/4), BB (0), with 1/4, 1/2, 1/4."""
+    got = clustered_bootstrap(np.array([1, 1, 1, 0]), np.array(["a", "a", "a", "b"]))
+    assert (got.value, got.low, got.high) == (0.75, 0.0, 1.0)
+
+
+def test_the_bootstrap_agrees_with_the_cluster_standard_error() -> None:
+    clusters, values = clusters_and_values(400, seed=1)
+    got = clustered_bootstrap(values, clusters, proportion=False)
+    error = cluster_standard_error(values, clusters)
+    assert (got.high - got.low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+
+
+def test_clustering_widens_the_interval_of_items_that_go_together() -> None:
+    clusters, values = clusters_and_values(300, seed=2)
+    together, apart = clustered_bootstrap(values, clusters), clustered_bootstrap(values)
+    assert together.high - together.low > 1.25 * (apart.high - apart.low)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """300 draws with true mean 0: 95 % coverage has a standard error of 1.3 points; 3 of them are 4."""
+    covered = 0
+    for seed in range(300):
+        clusters, values = clusters_and_values(80, seed=1000 + seed)
+        got = clustered_bootstrap(values, clusters)
+        covered += got.low <= 0 <= got.high
+    assert 0.90 <= covered / 300 <= 0.99
+
+
+def test_the_same_items_give_the_same_interval_and_the_labels_do_not_matter() -> None:
+    clusters, values = clusters_and_values(50, seed=3)
+    names = np.array([f"prompt {c:03d}" for c in clusters])
+    assert clustered_bootstrap(values, names) == clustered_bootstrap(values, clusters)
+
+
+def test_blocks_of_resamples_do_not_change_the_result() -> None:
+    """Six million draws make two blocks; one block of them all gives the same interval."""
+    values = np.random.default_rng(0).normal(size=3000)
+    first = clustered_bootstrap(values)
+    draw = np.random.default_rng(0)
+    means = values[draw.integers(0, 3000, (2000, 3000))].mean(1)
+    assert (first.low, first.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
+def test_one_cluster_has_a_value_and_no_interval() -> None:
+    got = clustered_bootstrap(np.array([1.0, 0.0]), np.array([7, 7]))
+    assert got.value == 0.5
+    assert math.isnan(got.low)
+    assert math.isnan(clustered_bootstrap(np.zeros(0)).value)
+
+
+# Pairs.
+
+
+def test_the_paired_difference_is_narrower_than_two_intervals() -> None:
+    draw = np.random.default_rng(0)
+    first = draw.random(600) < 0.7
+    second = np.where(draw.random(600) < 0.05, ~first, first)
+    got = paired_bootstrap(first, second)
+    assert got.value == pytest.approx(first.mean() - second.mean())
+    single = clustered_bootstrap(first)
+    assert got.high - got.low < 0.6 * (single.high - single.low)
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    correct = np.random.default_rng(0).random(50) < 0.5
+    got = paired_bootstrap(correct, correct, np.repeat(np.arange(25), 2))
+    assert (got.value, got.low, got.high) == (0.0, 0.0, 0.0)
+    assert mcnemar(correct, correct).p_value == 1.0
+
+
+def test_the_paired_bootstrap_swaps_sign_with_its_arguments() -> None:
+    draw = np.random.default_rng(1)
+    first, second = draw.random((2, 90)) < 0.6
+    there, back = paired_bootstrap(first, second), paired_bootstrap(second, first)
+    assert (there.value, there.low, there.high) == pytest.approx(
+        (-back.value, -back.high, -back.low)
+    )
+
+
+@pytest.mark.parametrize(("first_only", "second_only"), [(0, 0), (5, 5), (1, 9), (9, 1), (40, 61)])
+def test_mcnemar_equals_the_exact_binomial_test(first_only: int, second_only: int) -> None:
+    first = np.array([True] * first_only + [False] * second_only + [True] * 3 + [False] * 2)
+    second = np.array([False] * first_only + [True] * second_only + [True] * 3 + [False] * 2)
+    got = mcnemar(first, second)
+    assert (got.num_first_only, got.num_second_only) == (first_only, second_only)
+    discordant = first_only + second_only
+    expected = stats.binomtest(first_only, discordant).pvalue if discordant else 1.0
+    assert got.p_value == pytest.approx(expected, rel=1e-10)
+
+
+def test_mcnemar_by_hand() -> None:
+    """One against five: 2 * (C(6,0) + C(6,1)) / 2^6 = 14/64 = 0.21875."""
+    first = np.array([True] + [False] * 5)
+    assert mcnemar(first, ~first).p_value == pytest.approx(0.21875)
+
+
+# The cluster standard error.
+
+
+def test_the_cluster_standard_error_equals_a_double_loop() -> None:
+    """Sum of the products of deviations over all pairs of items in one cluster."""
+    clusters, values = clusters_and_values(12, seed=4)
+    deviations = values - values.mean()
+    total = sum(
+        deviations[i] * deviations[j]
+        for i, j in itertools.product(range(len(values)), repeat=2)
+        if clusters[i] == clusters[j]
+    )
+    got = cluster_standard_error(values, clusters)
+    assert got == pytest.approx(math.sqrt(total) / len(values))
+
+
+def test_without_clusters_it_is_the_usual_standard_error() -> None:
+    values = np.random.default_rng(5).normal(size=40)
+    expected = values.std() / math.sqrt(40)
+    assert cluster_standard_error(values) == pytest.approx(expected)
+    assert cluster_standard_error(values, np.arange(40)) == pytest.approx(expected)
+    assert math.isnan(cluster_standard_error(np.zeros(0)))
+
+
+# Holm.
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, 0.04; never below the one before: 0.06."""
+    got = holm(np.array([0.04, 0.01, 0.03]))
+    assert got.tolist() == pytest.approx([0.06, 0.03, 0.06])
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+    draw = np.random.default_rng(6)
+    for _ in range(50):
+        p = draw.random(8) ** 4
+        rejected = np.zeros(8, bool)
+        for step, which in enumerate(np.argsort(p)):
+            if p[which] > 0.05 / (8 - step):
+                break
+            rejected[which] = True
+        assert ((holm(p) <= 0.05) == rejected).all()
+
+
+def test_holm_never_exceeds_one_and_takes_nothing() -> None:
+    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+    assert holm(np.zeros(0)).shape == (0,)
+
+
+# Seeds.
+
+
+def drawn(seed: int, num_seeds: int = 4, num_items: int = 200, seed_sd: float = 0.05) -> np.ndarray:
+    """Right answers of several seeds around 0.7, whose skill differs by `seed_sd`."""
+    draw = np.random.default_rng(seed)
+    skill = 0.7 + seed_sd * draw.normal(size=(num_seeds, 1))
+    return draw.random((num_seeds, num_items)) < skill
+
+
+def test_the_mean_over_seeds_by_hand() -> None:
+    """Seeds of means 1/2 and 1 on two items: per-item means (1, 1/2), mean 3/4.
+
+    Prompts: deviations 1/4, var/n * n/(n-1) = (2/16)/4 * 2 = 1/16. Seeds: var 1/8 over 2 = 1/16.
+    Variance 1/8, degrees (1/8)^2 / (1/256 + 1/256) = 2; half-width t(2) * sqrt(1/8), cut to [0, 1].
+    """
+    got = seeded_mean(np.array([[True, False], [True, True]]))
+    half = stats.t.ppf(0.975, 2) * math.sqrt(1 / 8)
+    assert got.value == 0.75
+    assert (got.low, got.high) == pytest.approx((max(0.0, 0.75 - half), 1.0))
+    mean = seeded_mean(np.array([[True, False], [True, True]]), proportion=False)
+    assert (mean.low, mean.high) == pytest.approx((0.75 - half, 0.75 + half))
+
+
+def test_seeds_that_differ_widen_the_interval_however_many_prompts_there_are() -> None:
+    many = drawn(0, num_items=20_000, seed_sd=0.05)
+    got = seeded_mean(many)
+    of_seeds = stats.t.ppf(0.975, 3) * many.mean(1).std(ddof=1) / 2
+    assert (got.high - got.low) / 2 == pytest.approx(of_seeds, rel=0.1)
+    alike = drawn(0, num_items=20_000, seed_sd=0.0)
+    assert seeded_mean(alike).high - seeded_mean(alike).low < 0.3 * (got.high - got.low)
+
+
+def test_identical_seeds_leave_the_variation_over_prompts() -> None:
+    """Then it is the usual interval of a mean, with Student's t over the prompts."""
+    row = np.random.default_rng(1).random(50) < 0.6
+    got = seeded_mean(np.tile(row, (3, 1)))
+    expected = stats.t.interval(0.95, 49, row.mean(), stats.sem(row))
+    assert (got.low, got.high) == pytest.approx(expected)
+
+
+def test_prompts_with_several_comparisons_count_once() -> None:
+    row = np.repeat(np.random.default_rng(2).random(30) < 0.6, 4)
+    clusters = np.repeat(np.arange(30), 4)
+    got = seeded_mean(np.tile(row, (2, 1)), clusters)
+    expected = stats.t.interval(0.95, 29, row.mean(), stats.sem(row[::4]))
+    assert (got.low, got.high) == pytest.approx(expected)
+
+
+def test_the_interval_covers_another_seed_on_other_prompts_as_often_as_it_says() -> None:
+    """200 runs of 4 seeds: at least 0.95 less three standard errors; on the wide side by construction."""
+    covered = 0
+    for seed in range(200):
+        got = seeded_mean(drawn(seed, num_items=300))
+        covered += got.low <= 0.7 <= got.high
+    assert covered / 200 >= 0.905
+
+
+def test_ignoring_seeds_would_cover_far_less() -> None:
+    """The interval over prompts alone, of one seed, covers the method's 0.7 in little over half."""
+    covered = 0
+    for seed in range(200):
+        row = drawn(seed, num_seeds=1, num_items=3000)[0]
+        covered += abs(row.mean() - 0.7) <= 1.96 * row.std() / math.sqrt(3000)
+    assert covered / 200 < 0.6
+
+
+def test_no_difference_is_found_as_rarely_as_it_says() -> None:
+    """Two sides of the same skill: p below 0.05 in at most 5 % of 300 pairs, and 3 standard errors."""
+    found = 0
+    for seed in range(300):
+        first, second = drawn(2 * seed), drawn(2 * seed + 1)
+        found += seeded_difference(first, second).p_value < 0.05
+    assert found / 300 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+def test_a_difference_swaps_sign_with_its_arguments_and_is_that_of_the_means() -> None:
+    first, second = drawn(3), drawn(4, num_seeds=3)
+    there, back = seeded_difference(first, second), seeded_difference(second, first)
+    assert there.estimate.value == pytest.approx(first.mean() - second.mean())
+    assert there.estimate.low == pytest.approx(-back.estimate.high)
+    assert there.p_value == pytest.approx(back.p_value)
+    assert (there.p_value < 0.05) == (not there.estimate.low <= 0 <= there.estimate.high)
+
+
+def test_a_large_difference_is_found() -> None:
+    draw = np.random.default_rng(5)
+    got = seeded_difference(draw.random((3, 400)) < 0.8, draw.random((3, 400)) < 0.6)
+    assert got.p_value < 0.001
+
+
+def test_equal_sides_have_no_difference_and_p_one() -> None:
+    same = np.tile(np.array([True, False, True]), (2, 1))
+    got = seeded_difference(same, same)
+    assert (got.estimate.value, got.estimate.low, got.estimate.high, got.p_value) == (0, 0, 0, 1)
+
+
+def test_one_seed_says_nothing_about_another() -> None:
+    with pytest.raises(ValueError, match="at least two seeds"):
+        seeded_mean(drawn(0, num_seeds=1))
+    with pytest.raises(ValueError, match="at least two seeds"):
+        seeded_difference(drawn(0), drawn(0, num_seeds=1))
+
+
+def test_a_mean_over_seeds_adds_the_spread_of_items_and_of_seeds_in_squares() -> None:
+    """Values 0.4 and 0.6, each +- 0.1 over items: t(1) 12.706 x 0.1414 / 1.414 = 1.2706 over seeds."""
+    both = [
+        Estimate(value, value - 0.1, value + 0.1, 10, "wilson", proportion=False)
+        for value in (0.4, 0.6)
+    ]
+    got = over_seeds(both)
+    assert got.value == pytest.approx(0.5)
+    assert got.high - got.value == pytest.approx(np.hypot(0.1, 1.27062), rel=1e-4)
+    assert over_seeds(both[:1]) == both[0]
