@@ -13,7 +13,7 @@ from hafrm.config import dump_recipe
 from hafrm.engine import logprobs
 from hafrm.errors import ConfigError, ModelError
 from hafrm.runs import read_metrics
-from hafrm.training import budget, costs, finish, prepare
+from hafrm.training import budget, finish, prepare
 from hafrm.training.batches import MicroBatch
 from hafrm.training.budget import plan_recipe, target_here, with_token_budget
 from hafrm.training.loop import train
@@ -41,7 +41,7 @@ def measured_peak(family: str, plan: Plan, **sections: object) -> int:
     with LiveBytes([]) as live:
         optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
         for _ in range(2):
-            layout = layout_of(planner(family, **sections)._shape(plan.tokens, "cpu"))
+            layout = layout_of(planner(family, **sections)._shape(plan.tokens))
             count = layout.num_responses // 2
             chosen = torch.arange(count) * 2
             batch = MicroBatch(
@@ -71,8 +71,7 @@ def measured_peak(family: str, plan: Plan, **sections: object) -> int:
 def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections):
     """Weights, gradients, moments, activations, chunks of logits and what backward holds: within 5 %, at
     640 tokens in chunks of 100 rows of logits."""
-    for module in (logprobs, costs):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 100 * 61)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
     sections = {**sections, "training": {"max_tokens": 640, **sections.get("training", {})}}
     plan = planner(family, **sections).plan(Target("cpu", 2**30))
     assert plan.tokens == 640
@@ -83,12 +82,11 @@ def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_pass_without_gradients_is_planned_as_it_runs(monkeypatch, family):
     """Over four times the budget, as the reference's: within 10 %, beside weights and moments."""
-    for module in (logprobs, costs):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 100 * 61)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
     ours = planner(family, training={"max_tokens": 256})
     need = ours.plan(Target("cpu", 2**30)).bytes
     model = real_model(family, ours.recipe)
-    layout = layout_of(ours._shape(4 * 256, "cpu"))
+    layout = layout_of(ours._shape(4 * 256))
     known = [*model.parameters(), *model.buffers()]
     known += [value for value in vars(layout).values() if isinstance(value, torch.Tensor)]
     with LiveBytes(known) as live, torch.no_grad():

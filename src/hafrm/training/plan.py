@@ -133,7 +133,7 @@ class Planner:
             bytes=self.bytes(target, budget),
             flops=step_flops(
                 self.counts,
-                work_of(self._shape(tokens, target.device)),
+                work_of(self._shape(tokens)),
                 checkpointing=training.gradient_checkpointing,
             ),
         )
@@ -146,7 +146,8 @@ class Planner:
         frozen_half = self._half and bool(self.counts.adapters)
         logprobs = logprob_bytes(
             self.counts,
-            work_of(self._shape(tokens, target.device)),
+            work_of(self._shape(tokens)),
+            device=target.device,
             product=self._product(target),
             stored=HALF if frozen_half or (self._half and sharded) else FLOAT32,
         )
@@ -166,7 +167,8 @@ class Planner:
         held = self._footprint(tokens, False, target.device, train=False).temporaries
         logprobs = reading_bytes(
             self.counts,
-            work_of(self._shape(tokens, target.device)),
+            work_of(self._shape(tokens)),
+            device=target.device,
             product=self._product(target),
             stored=HALF if self._half and self.counts.adapters else FLOAT32,
         )
@@ -223,7 +225,7 @@ class Planner:
         if key not in self._found:
             self._found[key] = trace(
                 self._shadow(sharded),
-                layout_of(self._shape(tokens, device)),
+                layout_of(self._shape(tokens)),
                 half=self._half,
                 cuda=device == "cuda",
                 train=train,
@@ -247,12 +249,12 @@ class Planner:
         """Bytes of a number in the log-probs' products, which a CPU always takes in float32."""
         return HALF if self._half and target.device == "cuda" else FLOAT32
 
-    def _shape(self, tokens: int, device: str) -> list[tuple[int, tuple[int, int]]]:
+    def _shape(self, tokens: int) -> list[tuple[int, tuple[int, int]]]:
         """Comparisons whose prompt is half of the limit, with a response that fills it and one half as
         long: they make up `tokens`, as even as they go."""
         group = 5 * max(4, self.recipe.data.max_length) // 4  # at least one token to each part
-        scores = makes_scores(self._config, half=self._half, cuda=device == "cuda")
-        groups = max(1, min(MOST_GROUPS[scores], tokens // group))
+        most = MOST_GROUPS[makes_scores(self._config)]
+        groups = max(1, min(most, tokens // group))
         shares = [tokens * (i + 1) // groups - tokens * i // groups for i in range(groups)]
         return [(2 * n // 5, (n - 2 * n // 5 - n // 5, n // 5)) for n in shares]
 
