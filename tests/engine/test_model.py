@@ -483,7 +483,7 @@ def layout() -> Layout:
 def test_the_check_passes_for_every_family_and_leaves_the_model_sharing(family, layout):
     model = tiny_hybrid(family)
     found = self_check(model, layout)
-    assert max(found.reward, found.logp) < 1e-4
+    assert max(found.hidden, found.logp) < 1e-4
     assert found.tolerance == 1e-3
     assert model.sharing
     assert model.backbone.config._attn_implementation == SHARED_PREFIX
@@ -500,7 +500,7 @@ def test_the_check_passes_in_half_precision_and_under_autocast_with_a_wider_tole
 def test_the_check_catches_attention_that_ignores_the_layout(layout, monkeypatch):
     model = tiny_hybrid("llama")
     monkeypatch.setitem(AttentionInterface._global_mapping, SHARED_PREFIX, causal_over_the_row)
-    with pytest.raises(NumericsError, match=r"rewards differ by .*training\.sharing: off"):
+    with pytest.raises(NumericsError, match=r"hidden states differ by .*training\.sharing: off"):
         self_check(model, layout)
     assert model.sharing
 
@@ -525,12 +525,22 @@ def test_the_check_catches_a_sliding_window_that_is_ignored(layout, monkeypatch)
         self_check(model, layout)
 
 
-@pytest.mark.parametrize("head", ["reward_head", "policy_head"])
-def test_the_check_catches_either_heads_numbers_when_they_are_not_numbers(head, layout):
+@pytest.mark.parametrize("part", ["backbone.norm", "policy_head"])
+def test_the_check_catches_what_is_no_number(part, layout):
     model = tiny_hybrid("llama")
-    getattr(model, head).weight.data[0, 0] = float("nan")
+    model.get_submodule(part).weight.data.view(-1)[0] = float("nan")
     with pytest.raises(NumericsError):
         self_check(model, layout)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_the_check_asks_the_same_of_hidden_states_of_any_size(scale, layout):
+    """Half precision rounds in proportion: of states a hundred times as large, rewards differ a hundred
+    times as much, though nothing is wrong."""
+    model = tiny_hybrid("llama")
+    model.backbone.norm.weight.data.fill_(scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert self_check(model, layout).hidden < 0.01
 
 
 def test_the_check_of_an_unshared_model_has_nothing_to_compare(layout):
