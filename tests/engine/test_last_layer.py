@@ -120,6 +120,15 @@ def test_checkpointed_layers_are_repeated_alike_by_a_backward_pass_in_another_th
     assert [n for n, grad in found.items() if not torch.equal(grad, expected[n])] == []
 
 
+def test_compiled_layers_stay_whole_when_sharing_is_switched():
+    """As the first-batch check does: a graph has no room for hooks that depend on the row."""
+    model = tiny_hybrid()
+    model.compile_layers()
+    model.share(False)
+    model.share(True)
+    assert not decoder_layers(model.backbone)[-1].mlp._forward_hooks
+
+
 def test_experts_are_left_whole():
     """Routing may look at all tokens at once."""
 

@@ -6,9 +6,10 @@ Rewards are read at the last real token, found by position, in float32. Dropout 
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -74,6 +75,8 @@ class HybridModel(nn.Module):
         self.sharing = False
         switch_off_dropout(self)
         self.share(sharing)
+        if layers := decoder_layers(backbone):
+            last_layer.narrow(layers[-1])
 
     def share(self, sharing: bool) -> None:
         """Lay prompts out once (True) or once per response (False)."""
@@ -84,8 +87,6 @@ class HybridModel(nn.Module):
         stock = str(getattr(self.backbone, _STOCK_ATTENTION))
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
-        if layers := decoder_layers(self.backbone):
-            last_layer.narrow(layers[-1])
 
     def checkpoint_activations(self) -> None:
         """Keep only layer inputs and recompute the rest in backward: less memory, a third more work."""
@@ -101,6 +102,8 @@ class HybridModel(nn.Module):
         layers = decoder_layers(self.backbone)
         last_layer.widen(layers[-1])  # a graph has no room for hooks that depend on the row
         for layer in layers:
+            if checkpoint := getattr(layer, "_gradient_checkpointing_func", None):
+                layer._gradient_checkpointing_func = _around_compiled(checkpoint)  # type: ignore[assignment]
             layer.compile(dynamic=True)
 
     def forward(self, layout: Layout, watch: Watch | None = None) -> Outputs:
@@ -218,6 +221,19 @@ def switch_off_dropout(module: nn.Module) -> None:
             for name, value in vars(owner).items() if owner is not None else ():
                 if ("drop" in name or "jitter" in name) and isinstance(value, float):
                     setattr(owner, name, 0.0)
+
+
+def _around_compiled(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The same checkpointing, of a compiled layer: in a graph of its own it would not survive the break
+    around attention."""
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(layer: functools.partial[Any], *inputs: Any) -> Any:
+        again = functools.partial(compiled(layer.func), *layer.args, **layer.keywords)
+        return checkpoint(again, *inputs)
+
+    return cast("Callable[..., Any]", run)
 
 
 def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
