@@ -9,13 +9,15 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
 
 from hafrm.engine.attention import SHARED_PREFIX
-from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.layout import Layout, lay_out, unshare
 from hafrm.engine.logprobs import LogitTransform
 from hafrm.engine.model import (
     HybridModel,
     Outputs,
+    fuse_gelu,
     hidden_size,
     logit_transform,
     new_reward_head,
@@ -445,6 +447,38 @@ def test_a_model_whose_backbone_shares_already_can_be_split_again():
     backbone, head = split_causal_lm(model)
     HybridModel(backbone, policy_head=head)
     assert split_causal_lm(model) == (backbone, head)
+
+
+# What is changed and what is read of a backbone
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gpt2", "activation_function"), ("phi", "hidden_act")]
+)
+def test_a_gelu_of_nine_operations_is_replaced_by_the_fused_one(family, name):
+    """Log-probs agree with the stock model's to 1e-5; the config, which is exported, names its own."""
+    causal = tiny_causal_lm(family)
+    assert any(isinstance(module, NewGELUActivation) for module in causal.modules())
+    layout = lay_out(token_groups(SHAPES))
+    padded = unshare(layout)
+    logits = causal(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+    stock = logits.flatten(0, 1)[padded.predictor].log_softmax(-1)
+    model = hybrid(causal)
+    assert not any(isinstance(module, NewGELUActivation) for module in causal.modules())
+    expected = stock.gather(1, layout.targets[:, None])[:, 0]
+    torch.testing.assert_close(model.tokens(layout).logps, expected, atol=1e-5, rtol=1e-5)
+    assert getattr(causal.config, name) == "gelu_new"
+
+
+def test_the_fused_gelu_is_the_same_function():
+    """float32, between -10 and 10: to 1e-6, and the slopes to 2e-6."""
+    x = torch.linspace(-10, 10, 10001, requires_grad=True)
+    model = nn.Sequential(NewGELUActivation())
+    expected = model(x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    fuse_gelu(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], slope, atol=2e-6, rtol=0)
 
 
 # The first-batch check

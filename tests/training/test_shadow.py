@@ -190,15 +190,15 @@ def test_a_policy_without_reward_head_can_be_traced():
 
 
 @pytest.mark.parametrize(("family", "more"), [("gpt2", True), ("llama", False)])
-def test_on_a_gpu_autocast_keeps_powers_and_layer_norms_in_float32(family, more):
-    """CUDA's autocast computes `pow` (the GELU of GPT-2 and Phi) and `layer_norm` in float32, a CPU's in
-    bfloat16; a Llama has its own norms, which are float32 on both."""
+def test_on_a_gpu_autocast_keeps_layer_norms_in_float32(family, more):
+    """CUDA's autocast computes `layer_norm` in float32, a CPU's in bfloat16; a Llama has its own norms,
+    which are float32 on both."""
     recipe = recipe_of(training={"precision": "bf16"}, lora={"rank": 4})
     cpu, gpu = (
         trace(shadow_of(family, recipe), layout_of(SHAPE), half=True, cuda=cuda).kept
         for cuda in (False, True)
     )
-    assert (gpu > 1.2 * cpu) == more
+    assert (gpu > 1.1 * cpu) == more
     assert gpu >= cpu
 
 
