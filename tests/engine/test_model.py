@@ -20,6 +20,7 @@ from hafrm.engine.model import (
     fuse_gelu,
     hidden_size,
     logit_transform,
+    longest_sequence,
     new_reward_head,
     sharing_obstacle,
     split_causal_lm,
@@ -479,6 +480,28 @@ def test_the_fused_gelu_is_the_same_function():
     fuse_gelu(model)
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], slope, atol=2e-6, rtol=0)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+
+
+def test_a_model_whose_rotary_factors_follow_the_longest_sequence_is_limited_to_those_that_keep_them():
+    """Of 128 positions, longrope changes the factors of a whole row from 64 tokens on."""
+    limited = transformers.Phi3Config(
+        original_max_position_embeddings=64,
+        max_position_embeddings=128,
+        hidden_size=32,
+        num_attention_heads=4,
+        rope_parameters=LONGROPE,
+    )
+    assert longest_sequence(limited) == 64
+    assert longest_sequence(tiny_causal_lm("llama").config) == 128
+    assert longest_sequence(transformers.MambaConfig()) is None
 
 
 # The first-batch check

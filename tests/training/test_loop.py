@@ -237,6 +237,18 @@ def test_an_unknown_method_and_a_length_that_the_model_lacks_are_refused(tmp_pat
         train(long, tmp_path / "b")
 
 
+def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_refused(tmp_path):
+    """longrope takes its long factors for a whole row that holds one sequence of more than 32 tokens."""
+    recipe = tiny_recipe(tmp_path)  # of up to 64
+    file = tmp_path / "base/config.json"
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {**json.loads(file.read_text()), "rope_parameters": {**rope, **factors}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="32 tokens, because longer ones would change the rotary"):
+        train(recipe, tmp_path / "run")
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     recipe = tiny_recipe(tmp_path)
     train(recipe, tmp_path / "run")

@@ -103,7 +103,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     """One call for all segments. `(window - 1, 0)`: transformers lets a token see `window` keys,
     itself included, flash attention `left + 1`."""
     # Releases before 2.12 group heads without being asked to.
-    asked = "enable_gqa" in _PARAMETERS and query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
+    ask: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _PARAMETERS else {}
     output = varlen_attn(
         *_flat(query, key, value, layout),
         layout.cu_queries,
@@ -112,7 +113,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         max(layout.key_lengths),
         scale=rule.scaling,
         window_size=(-1 if rule.window is None else rule.window - 1, 0),
-        **({"enable_gqa": True} if asked else {}),
+        **ask,
     )
     assert isinstance(output, Tensor)
     return output[None, ..., : value.shape[-1]].contiguous()

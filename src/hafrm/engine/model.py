@@ -153,7 +153,7 @@ class HybridModel(nn.Module):
             watch("reward", hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: Tensor = self.reward_head(hidden.float())
-        return rewards[:, 0]
+        return rewards.sum(1)  # of one column; FSDP2 warns of a model that gives out a view
 
     def _token_logps(
         self, hidden: Float[Tensor, "scored hidden"], layout: Layout, watch: Watch | None = None
@@ -200,6 +200,22 @@ def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
 def hidden_size(config: PretrainedConfig) -> int:
     """Width of the last hidden state."""
     return int(config.get_text_config().hidden_size)
+
+
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """Tokens that a sequence may have; None: no limit.
+
+    The rotary factors of longrope (Phi-3 with 128k) change beyond a length, and with them those of every
+    shorter sequence of the same row or batch: there the limit is that length.
+    """
+    text = config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    for part in by_layer_type or [rope]:
+        if part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:

@@ -24,7 +24,7 @@ from transformers import (
 
 from hafrm.atomic import fingerprint
 from hafrm.data.encoding import Encoder
-from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
+from hafrm.engine.model import HybridModel, longest_sequence, sharing_obstacle, split_causal_lm
 from hafrm.errors import ModelError
 
 _UNBOUNDED = 2**20
@@ -107,8 +107,7 @@ def load_encoder(
 
     Raises ModelError for no usable tokenizer or template, or more length than the model has positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = int(positions or _UNBOUNDED)
+    longest = longest_sequence(config) or _UNBOUNDED
     if max_length is not None and max_length > longest:
         raise ModelError(
             f"max_length is {max_length}, but {path} takes at most {longest} tokens; lower it"

@@ -27,6 +27,7 @@ from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
     HybridModel,
     hidden_size,
+    longest_sequence,
     new_reward_head,
     sharing_obstacle,
     split_causal_lm,
@@ -186,10 +187,16 @@ def assemble(
 def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> None:
     """The lengths and ids that the data will bring must exist in the model."""
     config = backbone.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_sequence(backbone.config)
     if longest is not None and recipe.data.max_length > longest:
+        more = getattr(config, "max_position_embeddings", longest) > longest
+        why = (
+            ", because longer ones would change the rotary factors of others in a row"
+            if more
+            else ""
+        )
         raise ConfigError(
-            f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens; "
+            f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens{why}; "
             f"set data.max_length to {longest} or less"
         )
     if len(encoder.tokenizer) > config.vocab_size:
