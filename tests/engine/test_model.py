@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+from hafrm.engine.adjustments import fuse_gelu
 from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout, lay_out, unshare
 from hafrm.engine.logprobs import LogitTransform
 from hafrm.engine.model import (
     HybridModel,
     Outputs,
-    fuse_gelu,
     hidden_size,
     logit_transform,
     longest_sequence,

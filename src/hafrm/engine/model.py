@@ -6,18 +6,17 @@ Rewards are read at the last real token, found by position, in float32. Dropout 
 """
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.activations import NewGELUActivation
 
 from hafrm.engine import last_layer
+from hafrm.engine.adjustments import checkpoint_around_compiled, fuse_gelu, switch_off_dropout
 from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
@@ -104,8 +103,7 @@ class HybridModel(nn.Module):
         layers = decoder_layers(self.backbone)
         last_layer.widen(layers[-1])  # a graph has no room for hooks that depend on the row
         for layer in layers:
-            if checkpoint := getattr(layer, "_gradient_checkpointing_func", None):
-                layer._gradient_checkpointing_func = _around_compiled(checkpoint)  # type: ignore[assignment]
+            checkpoint_around_compiled(layer)
             layer.compile(dynamic=True)
 
     def forward(self, layout: Layout, watch: Watch | None = None) -> Outputs:
@@ -227,42 +225,6 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     names = ("final_logit_softcapping", "logits_soft_cap")
     softcap = next((cap for name in names if (cap := getattr(text, name, None))), None)
     return LogitTransform(scale=scale, softcap=softcap)
-
-
-def switch_off_dropout(module: nn.Module) -> None:
-    """Every dropout probability and router jitter to zero: two forwards of one batch must agree."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        # Some layers keep the rate as a number, some read it from their config (Falcon).
-        for owner in (part, getattr(part, "config", None)):
-            for name, value in vars(owner).items() if owner is not None else ():
-                if ("drop" in name or "jitter" in name) and isinstance(value, float):
-                    setattr(owner, name, 0.0)
-
-
-def fuse_gelu(module: nn.Module) -> None:
-    """Replace GPT-2's and Phi's GELU of nine operations by torch's single one of the same formula.
-
-    float32 outputs differ by up to 5e-7. The config, and so what is exported, names the model's own.
-    """
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, NewGELUActivation):
-                setattr(parent, name, nn.GELU(approximate="tanh"))
-
-
-def _around_compiled(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """The same checkpointing, of a compiled layer: in a graph of its own it would not survive the break
-    around attention."""
-    compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def run(layer: functools.partial[Any], *inputs: Any) -> Any:
-        again = functools.partial(compiled(layer.func), *layer.args, **layer.keywords)
-        return checkpoint(again, *inputs)
-
-    return cast("Callable[..., Any]", run)
 
 
 def sharing_obstacle(backbone: PreTrainedModel) -> str | None:

@@ -42,6 +42,8 @@ from hafrm.training.prepare import assemble, starting_dtype
 CAST_TO_FLOAT32 = {"exp", "layer_norm", "log_softmax", "pow", "rsqrt", "softmax", "softplus", "sum"}
 """What CUDA's autocast computes in float32 and a CPU's does not, as far as language models use it."""
 
+_fake_mode = functools.cache(FakeTensorMode)
+"""One for all traces: a model may keep a tensor of the last one, such as longrope's long factors."""
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
@@ -230,12 +232,6 @@ def trace(
         return Footprint(kept, live.peak - kept)
 
 
-@functools.cache
-def _fake_mode() -> FakeTensorMode:
-    """One for all traces: a model may keep a tensor of the last one, such as longrope's long factors."""
-    return FakeTensorMode()
-
-
 def _run_backward(total: Tensor) -> None:
     """`total.backward()`, but under the function modes that are on: layers that are computed again in
     backward must be cast as they were in forward, and torch's method leaves the modes out."""
@@ -295,9 +291,8 @@ class _RepeatLikeCuda(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].shape[1] != args[1].shape[1]:
-            query, key, value = args
-            repeat = query.shape[1] // key.shape[1]
-            args = query, key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+            repeat = args[0].shape[1] // args[1].shape[1]
+            args = (args[0], *(x.repeat_interleave(repeat, 1) for x in args[1:]))
         return func(*args, **kwargs)
 
 
