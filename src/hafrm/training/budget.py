@@ -39,7 +39,7 @@ def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> 
             raise
         log.warning("no plan: %s", error)
         return recipe
-    budget = parallel.smallest(plan.max_tokens if plan.fits else 0, ranks.device)
+    budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
     if given == "auto" and budget == 0:
         raise ConfigError(
             f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan}. "
