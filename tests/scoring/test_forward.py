@@ -7,7 +7,7 @@ import torch
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import MemoryBudgetError, NumericsError
-from hafrm.scoring.forward import one_behind, plan_rows, run_forward
+from hafrm.scoring.forward import plan_rows, run_forward
 from models_for_tests import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
@@ -117,16 +117,3 @@ def test_other_errors_of_a_forward_are_not_taken_for_want_of_memory(model, monke
     monkeypatch.setattr(HybridModel, "forward", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run_forward(model, GROUPS, max_tokens=10_000)
-
-
-def test_a_gpus_next_row_is_started_before_a_rows_scores_are_fetched():
-    events: list[str] = []
-
-    def rows():
-        for i in range(3):
-            events.append(f"start {i}")
-            yield i
-
-    for i in one_behind(rows()):
-        events.append(f"fetch {i}")
-    assert events == ["start 0", "start 1", "fetch 0", "start 2", "fetch 1", "fetch 2"]

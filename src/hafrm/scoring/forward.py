@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from hafrm.engine.packing import first_fit_decreasing
 from hafrm.errors import MemoryBudgetError, NumericsError
 
 log = logging.getLogger("hafrm")
-T = TypeVar("T")
 
 _WINDOW = 512
 """Pieces packed together; first fit over all of them would take time with their square."""
@@ -87,13 +86,10 @@ def run_forward(  # noqa: PLR0913
     """
     lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
     rewards, logps = (np.zeros(len(lengths), np.float32) for _ in range(2))
-    device = model.device
-    on_gpu = device.type == "cuda"
 
     def run(layout: Layout) -> Outputs:
         half = contextlib.nullcontext()
-        if on_gpu:
-            layout = layout.pinned()
+        device = model.device
         with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
             outputs: Outputs = model(layout.to(device))
         return outputs
@@ -107,7 +103,7 @@ def run_forward(  # noqa: PLR0913
         # One rank of a sharded model cannot run more forwards than the others.
         halve=not isinstance(model, FSDPModule),
     )
-    for where, tokens, outputs in one_behind(rows) if on_gpu else rows:
+    for where, tokens, outputs in rows:
         for values, output in ((rewards, outputs[0]), (logps, outputs[1])):
             if output is not None:
                 values[where] = output.float().cpu().numpy()
@@ -122,15 +118,6 @@ def run_forward(  # noqa: PLR0913
     if part == (0, 1):
         check_finite(scores)
     return scores
-
-
-def one_behind(items: Iterable[T]) -> Iterator[T]:
-    """Each item once the next has been made, so that a GPU computes while scores are fetched."""
-    waiting: list[T] = []
-    for item in items:
-        yield from waiting
-        waiting = [item]
-    yield from waiting
 
 
 def run_rows(
