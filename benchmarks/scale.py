@@ -184,7 +184,7 @@ class Scenario:
             activations=footprint.kept,
             logprobs=logprobs,
             temporaries=footprint.temporaries,
-            passes=copies_bytes(self.counts, ranks=1)[0],
+            passes=copies_bytes(self.counts)[0],
         )
 
     def traffic(self, gpus: int, micro_batches: int) -> float:
@@ -294,7 +294,7 @@ def predict(check: Check) -> dict[str, float]:
     work = work_of(check_shape())
     footprint = trace(shadow, layout_of(check_shape()), half=False, cuda=False)
     logprobs = logprob_bytes(counts, work, device="cpu", product=FLOAT32, stored=FLOAT32)
-    _, gradients, _, _ = copies_bytes(counts, ranks=1)
+    _, gradients, _, _ = copies_bytes(counts)
     checkpointing = bool(check.training.get("gradient_checkpointing"))
     kept_by_head = FLOAT32 * counts.width * work.scored  # the rows that predict, or their gradient
     return {

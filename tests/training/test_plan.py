@@ -146,7 +146,7 @@ def test_several_gpus_shard_and_several_cpus_copy_unless_told_otherwise():
     assert four.bytes.weights == -(-one.bytes.weights // 4)
     copies = planner(**few).plan(Target("cpu", 2**30, ranks=4))
     assert not copies.sharded
-    assert copies.bytes.exchange == copies.bytes.gradients
+    assert copies.bytes.exchange == 0
     told = planner(training={"parallel": "ddp", "max_tokens": 128}).plan(
         Target("cuda", 2**30, ranks=4)
     )
@@ -220,6 +220,23 @@ def test_an_automatic_budget_is_used_logged_and_recorded_and_changes_no_loss(
         strict=True,
     ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "memory", "mode"),
+    [({"rank": 4}, 2**30, "ddp"), ({"rank": 4}, MIB // 8, "auto"), (None, 2**30, "auto")],
+)
+def test_adapters_that_fit_on_every_gpu_are_copied_and_all_else_is_sharded(
+    tmp_path, monkeypatch, lora, memory, mode
+):
+    """Copies exchange the gradients of adapters alone; `auto` shards on GPUs."""
+    target = Target("cuda", memory, ranks=4)
+    monkeypatch.setattr(budget, "target_here", lambda _: target)
+    recipe = tiny_recipe(tmp_path, lora=lora or {}) if lora else tiny_recipe(tmp_path)
+    planned = with_token_budget(recipe, HAF, HERE)
+    assert planned.training.parallel == mode
+    shown, _ = plan_recipe(recipe, HAF, memory=memory / 2**30, ranks=4)
+    assert shown.sharded == (mode == "auto")
 
 
 def plan_of(recipe, target: Target) -> Plan:

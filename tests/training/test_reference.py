@@ -7,8 +7,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from hafrm.cache import cache_folder
 from hafrm.data.encoding import EncodedGroup
 from hafrm.engine.layout import lay_out
-from hafrm.training import reference
-from hafrm.training.reference import reference_key, reference_logps
+from hafrm.training import parallel, reference
+from hafrm.training.reference import reference_key, reference_logps, weights_digest
 from models_for_tests import tiny_hybrid, token_groups
 
 
@@ -30,7 +30,7 @@ def test_cached_equals_live_and_runs_the_model_once(monkeypatch):
     model = tiny_hybrid()
     live = model(lay_out(groups())).logps
     assert torch.allclose(torch.from_numpy(first.logps), live, atol=1e-4)
-    monkeypatch.setattr(reference, "run_forward", None)
+    monkeypatch.setattr(parallel, "score_on_all_ranks", None)
     again = reference_logps(tiny_hybrid(), groups(), max_tokens=500)
     assert (again.logps == first.logps).all()
     assert again.first.tolist() == [0, 2, 3]
@@ -60,3 +60,21 @@ def test_fresh_adapters_do_not_change_the_key():
     key = reference_key(model, groups(), None)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), model.backbone)
     assert key == reference_key(model, groups(), None)
+
+
+def test_a_checkpoints_files_stand_for_its_weights_and_these_are_not_hashed(tmp_path, monkeypatch):
+    """Files, the hub's commit, or, where neither says anything, the weights in memory."""
+    model = tiny_hybrid()
+    assert weights_digest(str(tmp_path), model) is None
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    digest = weights_digest(str(tmp_path), model)
+    monkeypatch.setattr(reference, "_bytes", None)
+    first = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
+    file.write_bytes(b"two")
+    assert weights_digest(str(tmp_path), model) != digest
+    again = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
+    assert (again.logps == first.logps).all()
+    assert len(list(cache_folder("reference").iterdir())) == 2
+    model.backbone.config._commit_hash = "abc"
+    assert weights_digest("some/model", model) == "some/model@abc"

@@ -31,8 +31,8 @@ from hafrm.scoring.pooling import without_pad_at_the_end
 Prompt = str | Sequence[Mapping[str, Any] | Message]
 """A user's text, or chat messages up to and without the response."""
 IMPLICIT_RULE = "implicit_reward.json"
-MAX_TOKENS = 8192
-"""Default token budget of one packed row."""
+MAX_TOKENS = 2**15
+"""Default token budget of one packed row: a prompt of 8k tokens and its responses fit into one."""
 MAX_TOKENS_CPU = 1024
 """The same on a CPU, where a row's activations should stay in its caches (docs/scoring.md)."""
 

@@ -205,11 +205,11 @@ def reading_bytes(counts: Counts, work: Work, *, device: str, product: int, stor
     return logits + copied + FLOAT32 * counts.width * (work.scored + work.tokens)
 
 
-def copies_bytes(counts: Counts, ranks: int) -> tuple[int, int, int, int]:
+def copies_bytes(counts: Counts) -> tuple[int, int, int, int]:
     """(weights, gradients, optimiser, exchange) of a rank that holds everything: alone, or under DDP,
-    whose buckets repeat the gradients."""
+    whose buckets the gradients are views of."""
     trained = FLOAT32 * counts.trainable
-    return trained + counts.frozen_bytes, trained, 2 * trained, trained if ranks > 1 else 0
+    return trained + counts.frozen_bytes, trained, 2 * trained, 0
 
 
 def shards_bytes(
@@ -223,7 +223,7 @@ def shards_bytes(
     of the outside. Where a step has several micro-batches (`accumulates`), gradients stay whole on every
     rank until the last.
     """
-    weights, gradients, optimiser, _ = (-(-part // ranks) for part in copies_bytes(counts, 1))
+    weights, gradients, optimiser, _ = (-(-part // ranks) for part in copies_bytes(counts))
     exchange = gathered * (2 * counts.layer + counts.outside)
     exchange += (gathered + FLOAT32) * counts.layer_trainable + gathered * counts.outside_trainable
     if accumulates:

@@ -5,8 +5,8 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hafrm.training.reference import REFERENCE_TOKENS, references_of
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
 from hafrm.training.start import open_run, record_provenance
-from hafrm.training.step import StepResult, build_optimizer, take_step
+from hafrm.training.step import StepResult, build_optimizer, drop_half_made, take_step
 from hafrm.training.validation import validate
 from hafrm.training.watch import Watch
 
@@ -79,7 +79,7 @@ def train(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
-    with run.lock() if ranks.is_main else _nothing():
+    with run.lock() if ranks.is_main else nullcontext():
         if data is None:
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
@@ -90,7 +90,8 @@ def train(
 
 def export_job(job: "Job") -> None:
     """What a run ends with: its models exported, and verified by others' eyes."""
-    export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
+    if not parallel.from_main(job.run.model_path.is_dir):
+        export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
 
 
 def resolve_method(recipe: Recipe) -> Method:
@@ -205,6 +206,7 @@ class Job:
                 what = str(error).split("\n", 1)[0]
             # Out here the exception is gone, and with it the tensors of the pass that failed.
             optimizer.zero_grad(set_to_none=True)
+            drop_half_made(optimizer)
             give_back()
             before = feed.max_tokens
             if parallel.num_ranks() > 1 or not feed.halve(step):
@@ -244,6 +246,7 @@ class Job:
             self.data.validation,
             max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
             autocast=self.autocast,
+            path=self.recipe.model.path,
         )
         if self.recipe.training.gradient_checkpointing:
             self.model.train()
@@ -281,7 +284,7 @@ class Job:
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
     def _resume(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        folder = self.run.latest_checkpoint()
+        folder = parallel.from_main(self.run.latest_checkpoint)
         step = 0
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
@@ -292,8 +295,3 @@ class Job:
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -152,7 +152,7 @@ class Planner:
             stored=HALF if frozen_half or (self._half and sharded) else FLOAT32,
         )
         weights, _, optimiser, _ = states
-        whole, *_ = copies_bytes(self.counts, ranks=1)
+        whole, *_ = copies_bytes(self.counts)
         return Bytes(
             *states,
             activations=footprint.kept,
@@ -176,13 +176,13 @@ class Planner:
 
     def least(self, target: Target) -> int:
         """Bytes that no token budget gets below."""
-        weights, *_ = copies_bytes(self.counts, ranks=1)
+        weights, *_ = copies_bytes(self.counts)
         return max(weights, sum(self.states(target, LARGEST)))
 
     def states(self, target: Target, tokens: int) -> tuple[int, int, int, int]:
         """(weights, gradients, optimiser, exchange) in bytes, which no trace is needed for."""
         if not self._sharded(target):
-            return copies_bytes(self.counts, target.ranks)
+            return copies_bytes(self.counts)
         return shards_bytes(
             self.counts,
             target.ranks,

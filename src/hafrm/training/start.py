@@ -16,23 +16,24 @@ in its rounding."""
 
 
 def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder: made by the main rank, or opened; raises CheckpointError where that is unsafe."""
-    if resume:
-        run = RunFolder.open(folder)
-        began = load_recipe(run.recipe_path)
-        kept = {name: getattr(began.training, name) for name in MAY_CHANGE}
-        training = recipe.training.model_copy(update=kept)
-        if recipe.model_copy(update={"training": training}) != began:
-            raise CheckpointError(
-                f"the recipe differs from the one that {folder} was started with; resume with "
-                f"{run.recipe_path}, or start a new folder (a resumed run may only change "
-                f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
-            )
-        return run
-    if parallel.is_main():
-        RunFolder.create(folder, dump_recipe(recipe))
-    parallel.wait()
-    return RunFolder.open(folder)
+    """The run's folder: made or opened by the main rank; raises CheckpointError where that is unsafe."""
+    return parallel.from_main(
+        lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
+    )
+
+
+def _reopen(recipe: Recipe, folder: Path) -> RunFolder:
+    run = RunFolder.open(folder)
+    began = load_recipe(run.recipe_path)
+    kept = {name: getattr(began.training, name) for name in MAY_CHANGE}
+    training = recipe.training.model_copy(update=kept)
+    if recipe.model_copy(update={"training": training}) != began:
+        raise CheckpointError(
+            f"the recipe differs from the one that {folder} was started with; resume with "
+            f"{run.recipe_path}, or start a new folder (a resumed run may only change "
+            f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
+        )
+    return run
 
 
 def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:

@@ -189,3 +189,11 @@ def build_optimizer(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True
     )
+
+
+def drop_half_made(optimizer: torch.optim.Optimizer) -> None:
+    """Forget state of which AdamW, running out of memory in its first step, has made a part only: it would
+    take the rest for made."""
+    for parameter, state in list(optimizer.state.items()):
+        if "exp_avg_sq" not in state:
+            del optimizer.state[parameter]

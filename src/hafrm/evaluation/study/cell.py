@@ -167,6 +167,7 @@ class CellRunner:
                 self.sets.encoded,
                 max_tokens=REFERENCE_TOKENS * recipe.training.token_budget,
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
+                path=recipe.model.path,
             ).logps
         return self._references
 
