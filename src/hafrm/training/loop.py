@@ -5,8 +5,8 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def train(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
-    with run.lock() if ranks.is_main else _nothing():
+    with run.lock() if ranks.is_main else nullcontext():
         if data is None:
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
@@ -162,6 +162,7 @@ class Job:
         # A resumed run that had finished comes straight here.
         if self.best_step != self.num_steps:
             load_weights(self.run.checkpoint_path(self.best_step), wrapped)
+        del wrapped, optimizer, feed  # their memory is free for what follows
         finish(self)
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
@@ -292,8 +293,3 @@ class Job:
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
