@@ -259,7 +259,7 @@ def test_a_model_that_cannot_be_traced_needs_a_number(tmp_path, monkeypatch, cap
 
 def test_what_would_fit_is_tried_from_the_harmless_to_more_ranks(monkeypatch, tmp_path):
     """A GPU of 2 MiB: every change is planned, and two or more ranks fit at last."""
-    recipe = tiny_recipe(tmp_path, training={"batch_size": 2})
+    recipe = tiny_recipe(tmp_path, training={"batch_size": 2, "precision": "fp32"})
     plan, remedies = plan_recipe(recipe, HAF, memory=0.002)
     assert not plan.fits
     words = [name for name, _ in remedies]

@@ -34,7 +34,7 @@ from hafrm.training.prepare import PreparedData, build_model, prepare_data
 from hafrm.training.reference import REFERENCE_TOKENS, references_of
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
-from hafrm.training.start import open_run, record_provenance
+from hafrm.training.start import open_run, record_provenance, with_precision
 from hafrm.training.step import StepResult, build_optimizer, take_step
 from hafrm.training.validation import validate
 from hafrm.training.watch import Watch
@@ -75,6 +75,7 @@ def train(
     SIGTERM or SIGINT, when the state has been saved.
     """
     ranks = parallel.start()
+    recipe = with_precision(recipe, ranks.device.type)
     torch.manual_seed(recipe.training.seed)
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
