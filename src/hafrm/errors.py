@@ -6,6 +6,7 @@
     |-- ModelError (ValueError)        a model or tokenizer that cannot do what was asked of it
     |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
     |-- NumericsError (RuntimeError)   numbers that must not be built upon
+    |-- VerificationError (RuntimeError) an export that is written, but not proved
     |-- ServerError (ConnectionError)  a server that cannot be reached, or answers otherwise than it should
     `-- MemoryBudgetError (MemoryError) a pass that does not fit, however it is cut
 
@@ -35,6 +36,10 @@ class CheckpointError(HafrmError, RuntimeError):
 
 class NumericsError(HafrmError, RuntimeError):
     """A number that must not be built upon: non-finite, or two paths that disagree."""
+
+
+class VerificationError(HafrmError, RuntimeError):
+    """An export is written and kept, but was not proved to give every consumer the trained scores."""
 
 
 class ServerError(HafrmError, ConnectionError):

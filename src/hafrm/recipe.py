@@ -191,8 +191,8 @@ class TrainingSection(Section):
     """2-norm that the gradient is clipped to; 0: not clipped (paper: 1.0)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the reward head, the held-out prompts and the order of the data (paper: 0)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast over fp32 master weights, frozen weights in bf16 (paper: bf16 over fp16 weights)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights, frozen in bf16 (paper: in fp16)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

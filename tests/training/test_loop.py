@@ -174,24 +174,22 @@ def test_a_resumed_run_may_change_what_changes_no_gradient_and_nothing_else(tmp_
 
 def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_path, monkeypatch):
     """In memory against exported and merged: float32, 1e-5."""
+    prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
     seen = {}
 
     def keep(run, recipe, method, data, model, references):
-        seen.update(model=model, data=data)
+        seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
+        seen["scores"] = RewardModel(model, data.encoder).score(prompt, responses)
         return export(run, recipe, method, data, model, references)
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)
     recipe = tiny_recipe(tmp_path, lora={"rank": 4, "alpha": 8.0}, evaluation={"every": 0})
     train(recipe, tmp_path / "run")
-    model, data = seen["model"], seen["data"]
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert "reward_head.weight" in trainable
-    assert all("lora_" in name or name == "reward_head.weight" for name in trainable)
+    assert "reward_head.weight" in seen["trainable"]
+    assert all("lora_" in n or n == "reward_head.weight" for n in seen["trainable"])
     rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
-    ours = RewardModel(model, data.encoder)
-    prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
-    assert rm.score(prompt, responses) == pytest.approx(ours.score(prompt, responses), abs=1e-5)
+    assert rm.score(prompt, responses) == pytest.approx(seen["scores"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

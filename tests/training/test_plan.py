@@ -13,6 +13,7 @@ from hafrm.config import dump_recipe
 from hafrm.engine import logprobs
 from hafrm.errors import ConfigError, ModelError
 from hafrm.runs import read_metrics
+from hafrm.tables.memory import plan_tables
 from hafrm.training import budget, finish, prepare
 from hafrm.training.batches import MicroBatch
 from hafrm.training.budget import plan_recipe, target_here, with_token_budget
@@ -274,7 +275,7 @@ def test_a_model_that_cannot_be_traced_needs_a_number(tmp_path, monkeypatch, cap
 
 def test_what_would_fit_is_tried_from_the_harmless_to_more_ranks(monkeypatch, tmp_path):
     """A GPU of 2 MiB: every change is planned, and two or more ranks fit at last."""
-    recipe = tiny_recipe(tmp_path, training={"batch_size": 2})
+    recipe = tiny_recipe(tmp_path, training={"batch_size": 2, "precision": "fp32"})
     plan, remedies = plan_recipe(recipe, HAF, memory=0.002)
     assert not plan.fits
     words = [name for name, _ in remedies]
@@ -285,6 +286,22 @@ def test_what_would_fit_is_tried_from_the_harmless_to_more_ranks(monkeypatch, tm
     assert "ranks" in words[4]
     assert all(other.bytes.total < plan.bytes.total for _, other in remedies)
     assert plan_recipe(recipe, HAF, memory=80.0)[1] == []
+
+
+def test_a_plan_counts_the_host_memory_and_where_the_export_is_proved():
+    """bf16 LoRA: gathered weights (2 bytes a frozen one), merged in float32, cast. Training all weights
+    in float32: a checkpoint of weights and two moments. A proof takes 5.2 bytes a weight and 2 GiB."""
+    adapted = planner(training={"precision": "bf16"}, lora={"rank": 4})
+    counts, plan = adapted.counts, adapted.plan(Target("cuda", 2**32))
+    gathered = 4 * counts.trainable + counts.frozen_bytes
+    assert plan.host == gathered + (4 + 2) * counts.total
+    assert plan.proof == int(5.2 * counts.total) + 2**31
+    whole = planner(training={"precision": "fp32"})
+    assert whole.plan(Target("cuda", 2**32)).host == 12 * whole.counts.trainable
+    shown = [str(each) for each in plan_tables(plan, [])]
+    assert not any("proved on the CPU" in text for text in shown)
+    small = [str(each) for each in plan_tables(adapted.plan(Target("cuda", 2**31)), [])]
+    assert any("proved on the CPU" in text for text in small)
 
 
 def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_whether_it_fits(

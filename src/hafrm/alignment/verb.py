@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hafrm.alignment.best_of_n import Gather, best_of_n, from_files, from_policy
 from hafrm.alignment.candidates import check_num, read_prompts
 from hafrm.alignment.endpoint import Endpoint, EndpointOptions
@@ -25,8 +23,7 @@ from hafrm.alignment.scorers import Gold, GoldScorer, ModelScorer, Scorer, short
 from hafrm.cache import cache_folder
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from hafrm.scoring.loading import Placement
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,13 @@ class BestOfNRequest:
     writing: Writing = field(default_factory=Writing)
     asking: Asking = field(default_factory=Asking)
     max_length: int | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
+    device: str | None = None
+
+    @property
+    def place(self) -> Placement:
+        """Where models run; raises ConfigError for a dtype or device that there is not."""
+        return Placement(self.dtype, self.device)
 
 
 def request_of(typed: Mapping[str, Any]) -> BestOfNRequest:
@@ -139,14 +142,12 @@ def _check(request: BestOfNRequest) -> None:
         raise ConfigError("--judge-model, --judge-template and --judge-request need --judge URL")
     if not asked and asking.rank:
         raise ConfigError("--rank needs --judge URL: a model that is asked to rank all candidates")
-    if request.dtype not in DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
+    request.place  # noqa: B018 - checked before anything is loaded
     check_num(writing.num)
 
 
 def _model(path: str, name: str, request: BestOfNRequest) -> ModelScorer:
-    dtype = DTYPES[request.dtype]
-    return ModelScorer(path, name, max_length=request.max_length, dtype=dtype)
+    return ModelScorer(path, name, max_length=request.max_length, place=request.place)
 
 
 def _gather(request: BestOfNRequest) -> Gather:
@@ -162,7 +163,7 @@ def _gather(request: BestOfNRequest) -> Gather:
             writing.policy,
             sampling,
             chat_template=writing.chat_template,
-            dtype=DTYPES[request.dtype],
+            place=request.place,
             batch_size=writing.batch_size,
         )
     else:

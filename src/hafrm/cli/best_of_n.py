@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hafrm.cli.entry import app
+from hafrm.cli.entry import Device, Dtype, app
 from hafrm.terminal import show_count, show_tables
 
 
@@ -42,7 +42,6 @@ Concurrency = Annotated[int, _text("Requests to an endpoint at a time.")]
 Timeout = Annotated[float, _text("Seconds for one request.")]
 Retries = Annotated[int, _text("Of a request that failed.")]
 Length = Annotated[int | None, _text("Tokens of prompt and candidate (default: the model's).")]
-Dtype = Annotated[str, _text("float32, bfloat16 or float16.")]
 
 
 @app.command(name="best-of-n")
@@ -76,7 +75,8 @@ def best_of_n(  # noqa: PLR0913 - the verb and its options
     timeout: Timeout = 120.0,
     retries: Retries = 6,
     max_length: Length = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Score candidates once with every model, and judge what each picks, for n = 1 to N.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import JsonFile, Sources, app
+from hafrm.cli.entry import Device, Dtype, JsonFile, MaxBadFraction, MaxLength, Sources, app
 from hafrm.terminal import show_count, show_tables, write_json
 
 FILE = "diagnostics.json"
@@ -35,13 +35,10 @@ def diagnose(  # noqa: PLR0913
     generate: Annotated[
         int, typer.Option(help="Let all policies write on so many prompts, and score it.", min=0)
     ] = 0,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
-    ] = None,
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
-    ] = 0.02,
+    max_length: MaxLength = None,
+    max_bad_fraction: MaxBadFraction = 0.02,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Calibration, style bias, slices, label noise, representations, and the comparisons to read.
 
@@ -49,8 +46,10 @@ def diagnose(  # noqa: PLR0913
     """
     from hafrm.atomic import atomic_write  # noqa: PLC0415
     from hafrm.evaluation.diagnostics.diagnose import diagnose as run  # noqa: PLC0415
+    from hafrm.scoring.loading import Placement  # noqa: PLC0415
     from hafrm.tables.diagnostics import diagnosis_tables  # noqa: PLC0415
 
+    place = Placement(dtype, device)
     with show_count("responses") as done:
         found = run(
             model,
@@ -62,6 +61,7 @@ def diagnose(  # noqa: PLR0913
             num_generations=generate,
             max_length=max_length,
             max_bad_fraction=max_bad_fraction,
+            place=place,
             done=done,
         )
     show_tables(diagnosis_tables(found))

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hafrm.cli.entry import JsonFile, OptionalSources, app
+from hafrm.cli.entry import Device, Dtype, JsonFile, MaxBadFraction, MaxLength, OptionalSources, app
 from hafrm.terminal import show_count, show_tables, write_json
 
 
@@ -29,18 +29,17 @@ def evaluate(  # noqa: PLR0913
     reference: Annotated[
         str | None, typer.Option(help="The policy's reference, if not the one it names.")
     ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
-    ] = None,
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
-    ] = 0.02,
+    max_length: MaxLength = None,
+    max_bad_fraction: MaxBadFraction = 0.02,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and the baselines beside them.
 
     On preferences (DATA) or on published benchmarks; alone, or compared with other models.
     """
+    from hafrm.scoring.loading import Placement  # noqa: PLC0415
+
     show_evaluation(
         model,
         data or [],
@@ -53,6 +52,7 @@ def evaluate(  # noqa: PLR0913
         reference=reference,
         max_length=max_length,
         max_bad_fraction=max_bad_fraction,
+        place=Placement(dtype, device),
     )
 
 

@@ -31,6 +31,7 @@ from hafrm.evaluation.statistics import (
     mcnemar,
     paired_bootstrap,
 )
+from hafrm.scoring.loading import AUTO, Placement
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ class ModelComparison:
         return result
 
 
-def compare(
+def compare(  # noqa: PLR0913 - the verb and its options
     first: Sequence[str | Path],
     second: Sequence[str | Path],
     sources: Sequence[str],
     *,
     max_length: int | None = None,
     max_bad_fraction: float = 0.02,
+    place: Placement = AUTO,
     done: Callable[[int, int], None] | None = None,
 ) -> ModelComparison:
     """Accuracy of each side on each source, and their difference; several models of a side are its seeds.
@@ -88,7 +90,8 @@ def compare(
         )
     _, groups = read_comparisons(sources, max_bad_fraction)
     sides = [
-        [_score(path, groups, max_length, done) for path in paths] for paths in (first, second)
+        [_score(path, groups, max_length, place, done) for path in paths]
+        for paths in (first, second)
     ]
     sets = [
         _compare_set(name, [[model[name] for model in side] for side in sides])
@@ -101,10 +104,11 @@ def _score(
     path: str | Path,
     groups: Sequence[Group],
     max_length: int | None,
+    place: Placement,
     done: Callable[[int, int], None] | None,
 ) -> dict[str, ScoredComparisons]:
     """The scored comparisons of each set, by the model's main head."""
-    model = load_judge(path, max_length=max_length)
+    model = load_judge(path, max_length=max_length, place=place)
     encoded, _ = model.encoder.encode(groups)
     scores = model.score_encoded(encoded, done)
     parts = sets_of(groups)

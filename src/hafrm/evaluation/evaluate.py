@@ -34,7 +34,7 @@ from hafrm.scoring.fused import (
     per_token,
     read_fused_rule,
 )
-from hafrm.scoring.loading import is_reward_directory
+from hafrm.scoring.loading import AUTO, Placement, is_reward_directory
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 
@@ -128,19 +128,21 @@ def find_heads(path: str | Path) -> Heads:
 
 
 def load_judge(
-    path: str | Path, *, reference: str | Path | None = None, max_length: int | None = None
+    path: str | Path,
+    *,
+    reference: str | Path | None = None,
+    max_length: int | None = None,
+    place: Placement = AUTO,
 ) -> RewardModel | ImplicitRewardModel:
     """The main head of the model at `path`: its reward; of a policy alone, its implicit reward.
 
     `reference` overrides the checkpoint that such a policy names.
     """
-    heads = find_heads(path)
+    heads, options = find_heads(path), place.options(max_length)
     if heads.reward is not None:
-        return RewardModel.from_pretrained(heads.reward, max_length=max_length)
+        return RewardModel.from_pretrained(heads.reward, **options)
     assert heads.policy is not None
-    return ImplicitRewardModel.from_pretrained(
-        heads.policy, reference=reference, max_length=max_length
-    )
+    return ImplicitRewardModel.from_pretrained(heads.policy, reference=reference, **options)
 
 
 def evaluate(  # noqa: PLR0913 - the verb and its options
@@ -151,6 +153,7 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
     reference: str | Path | None = None,
     max_length: int | None = None,
     max_bad_fraction: float = 0.02,
+    place: Placement = AUTO,
     done: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Metrics of the model at `path` on each source and, for several, on all together.
@@ -162,7 +165,7 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
     heads = find_heads(path)
     if policy is not None:
         heads = Heads(heads.reward, Path(policy))
-    scores = _score_heads(heads, groups, reference, max_length, done)
+    scores = _score_heads(heads, groups, reference, place.options(max_length), done)
     return Evaluation(
         model=str(path),
         scored_with="implicit reward" if scores.rewards is None else "reward",
@@ -189,16 +192,14 @@ def _score_heads(
     heads: Heads,
     groups: Sequence[Group],
     reference: str | Path | None,
-    max_length: int | None,
+    options: dict[str, Any],
     done: Callable[[int, int], None] | None,
 ) -> _HeadScores:
     """The heads one after another, with one model in memory at a time."""
     scores = _HeadScores((), EncodingReport())
     share: NDArray[np.float32] | None = None
     if heads.policy is not None:
-        judge = ImplicitRewardModel.from_pretrained(
-            heads.policy, reference=reference, max_length=max_length
-        )
+        judge = ImplicitRewardModel.from_pretrained(heads.policy, reference=reference, **options)
         encoded, report = judge.encoder.encode(groups)
         scores = _HeadScores(encoded, report, implicit=judge.score_encoded(encoded))
         if heads.fused is not None and scores.implicit is not None:
@@ -206,7 +207,7 @@ def _score_heads(
             share = per_token(scores.implicit, lengths, judge.rule)
         del judge
     if heads.reward is not None:
-        model = RewardModel.from_pretrained(heads.reward, max_length=max_length)
+        model = RewardModel.from_pretrained(heads.reward, **options)
         encoded, report = model.encoder.encode(groups)
         rewards = model.score_encoded(encoded, done)
         scores = scores._replace(encoded=encoded, report=report, rewards=rewards)

@@ -11,6 +11,7 @@ from hafrm.errors import ConfigError
 from hafrm.evaluation.benchmarks.run import Benchmarks, run_benchmarks
 from hafrm.evaluation.compare import ModelComparison, compare
 from hafrm.evaluation.evaluate import Evaluation, evaluate
+from hafrm.scoring.loading import AUTO, Placement
 
 
 def run_evaluation(  # noqa: PLR0913 - the verb and its options
@@ -25,6 +26,7 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
     reference: str | None = None,
     max_length: int | None = None,
     max_bad_fraction: float = 0.02,
+    place: Placement = AUTO,
     done: Callable[[int, int], None] | None = None,
 ) -> Evaluation | ModelComparison | Benchmarks:
     """The model's metrics on `data`, its comparison with other models there, or its benchmarks.
@@ -43,6 +45,7 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
             policy=policy,
             reference=reference,
             max_length=max_length,
+            place=place,
             done=done,
         )
     _refuse(benchmark_data, "--benchmark-data needs --benchmark with a name")
@@ -55,6 +58,7 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
             data,
             max_length=max_length,
             max_bad_fraction=max_bad_fraction,
+            place=place,
             done=done,
         )
     return evaluate(
@@ -64,6 +68,7 @@ def run_evaluation(  # noqa: PLR0913 - the verb and its options
         reference=reference,
         max_length=max_length,
         max_bad_fraction=max_bad_fraction,
+        place=place,
         done=done,
     )
 

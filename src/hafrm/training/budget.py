@@ -17,6 +17,7 @@ from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.plan import Plan, Planner, Target
 from hafrm.training.shadow import load_config
+from hafrm.training.start import with_precision
 
 MOST_RANKS = 64
 """As far as more ranks are tried to make a recipe fit."""
@@ -93,7 +94,7 @@ def plan_recipe(
         target = target_here(parallel.Ranks(0, ranks, device))
     else:
         target = Target("cuda", int(memory * 2**30), ranks)
-    config = load_config(recipe)
+    recipe, config = with_precision(recipe, target.device), load_config(recipe)
     plan = _plan(recipe, method, config, target)
     return plan, [] if plan.fits else list(_remedies(recipe, method, config, target))
 

@@ -212,6 +212,15 @@ def copies_bytes(counts: Counts) -> tuple[int, int, int, int]:
     return trained + counts.frozen_bytes, trained, 2 * trained, 0
 
 
+def host_bytes(counts: Counts, *, half: bool) -> int:
+    """Bytes of host memory that the main rank holds at its fullest: a checkpoint with AdamW's moments, or
+    an export, whose gathered weights are merged with adapters in float32 and cast to the dtype stored."""
+    checkpoint = 3 * FLOAT32 * counts.trainable
+    gathered = FLOAT32 * counts.trainable + counts.frozen_bytes
+    merged = FLOAT32 * counts.total if counts.adapters else 0
+    return max(checkpoint, gathered + merged + (HALF * counts.total if half else 0))
+
+
 def shards_bytes(
     counts: Counts, ranks: int, *, gathered: int, accumulates: bool
 ) -> tuple[int, int, int, int]:

@@ -34,7 +34,7 @@ from hafrm.training.prepare import PreparedData, build_model, prepare_data
 from hafrm.training.reference import REFERENCE_TOKENS, references_of
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
-from hafrm.training.start import open_run, record_provenance
+from hafrm.training.start import open_run, record_provenance, with_precision
 from hafrm.training.step import StepResult, build_optimizer, drop_half_made, take_step
 from hafrm.training.validation import validate
 from hafrm.training.watch import Watch
@@ -75,6 +75,7 @@ def train(
     SIGTERM or SIGINT, when the state has been saved.
     """
     ranks = parallel.start()
+    recipe = with_precision(recipe, ranks.device.type)
     torch.manual_seed(recipe.training.seed)
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
@@ -163,6 +164,7 @@ class Job:
         # A resumed run that had finished comes straight here.
         if self.best_step != self.num_steps:
             load_weights(self.run.checkpoint_path(self.best_step), wrapped)
+        del wrapped, optimizer, feed  # their memory is free for what follows
         finish(self)
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from hafrm.engine.model import HybridModel
 from hafrm.recipe import Recipe
+from hafrm.scoring.golden_check import room_for
 from hafrm.training.costs import (
     FLOAT32,
     HALF,
@@ -21,6 +22,7 @@ from hafrm.training.costs import (
     Counts,
     Flops,
     copies_bytes,
+    host_bytes,
     logprob_bytes,
     reading_bytes,
     shards_bytes,
@@ -73,6 +75,11 @@ class Plan:
     bytes: Bytes
     flops: Flops
     """Of the largest micro-batch."""
+    host: int
+    """Bytes of the host's memory that the main rank takes to write a checkpoint, or the export."""
+    proof: int
+    """Bytes that a GPU must have free, once training has let go of it, to replay the export's scores; a CPU
+    does it otherwise."""
 
     @property
     def fits(self) -> bool:
@@ -136,6 +143,8 @@ class Planner:
                 work_of(self._shape(tokens)),
                 checkpointing=training.gradient_checkpointing,
             ),
+            host=host_bytes(self.counts, half=self._half),
+            proof=room_for(self.counts.total),
         )
 
     def bytes(self, target: Target, budget: int) -> Bytes:

@@ -1,5 +1,6 @@
-"""The start of a run: its folder, made or opened again, and the record of what it came from."""
+"""The start of a run: its precision, its folder, made or opened again, and the record of its origin."""
 
+import logging
 from pathlib import Path
 
 from hafrm.config import dump_recipe, load_recipe
@@ -7,8 +8,11 @@ from hafrm.data.sources import local_files
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
 from hafrm.runs import RunFolder, fingerprint
+from hafrm.scoring.loading import has_bfloat16
 from hafrm.training import parallel
 from hafrm.training.prepare import PreparedData
+
+log = logging.getLogger("hafrm")
 
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 """Keys of `training` that a resumed run may set anew: they change memory and speed, and no gradient but
@@ -34,6 +38,18 @@ def _reopen(recipe: Recipe, folder: Path) -> RunFolder:
             f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
         )
     return run
+
+
+def with_precision(recipe: Recipe, device: str) -> Recipe:
+    """The recipe with training.precision decided for a device type, `cuda` or `cpu`: a run's own copy says
+    what it computed in, and no resume on another machine may change that."""
+    if recipe.training.precision != "auto":
+        return recipe
+    precision = "bf16" if has_bfloat16(device) else "fp32"
+    if parallel.is_main():
+        log.info("training.precision auto: %s on %s", precision, device)
+    training = recipe.training.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"training": training})
 
 
 def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:

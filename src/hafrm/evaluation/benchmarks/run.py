@@ -33,6 +33,7 @@ from hafrm.evaluation.metrics import plain
 from hafrm.evaluation.statistics import Estimate
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.fused import FusedRewardModel
+from hafrm.scoring.loading import AUTO, Placement
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
 MAX_CANDIDATES = 64
@@ -118,6 +119,7 @@ def run_benchmarks(  # noqa: PLR0913 - the verb and its options
     policy: str | Path | None = None,
     reference: str | Path | None = None,
     max_length: int | None = None,
+    place: Placement = AUTO,
     done: Callable[[int, int], None] | None = None,
 ) -> Benchmarks:
     """The named benchmarks for the model at `path`, from the hub or from local files in `folder`.
@@ -135,7 +137,7 @@ def run_benchmarks(  # noqa: PLR0913 - the verb and its options
     scores: list[dict[str, BenchmarkScore]] = [{} for _ in sets]
     reports: list[dict[str, EncodingReport]] = [{} for _ in sets]
     encoders: dict[str, Encoder] = {}
-    for name, judge in _judges(heads, reference, max_length):
+    for name, judge in _judges(heads, reference, place.options(max_length)):
         encoders[name] = judge.encoder
         for loaded, known, report in zip(sets, scores, reports, strict=True):
             found, report[name] = score_items(judge, loaded.items, done)
@@ -191,22 +193,18 @@ def group_by_prompt(items: Sequence[Item]) -> tuple[list[Group], list[tuple[int,
 
 
 def _judges(
-    heads: Heads, reference: str | Path | None, max_length: int | None
+    heads: Heads, reference: str | Path | None, options: dict[str, Any]
 ) -> Iterator[tuple[str, Judge]]:
     """The model's heads as scorers, one in memory at a time."""
     if heads.reward is not None:
-        yield "reward", RewardModel.from_pretrained(heads.reward, max_length=max_length)
+        yield "reward", RewardModel.from_pretrained(heads.reward, **options)
     if heads.policy is not None:
         yield (
             "implicit reward",
-            ImplicitRewardModel.from_pretrained(
-                heads.policy, reference=reference, max_length=max_length
-            ),
+            ImplicitRewardModel.from_pretrained(heads.policy, reference=reference, **options),
         )
     if heads.fused is not None:
         yield (
             "fused",
-            FusedRewardModel.from_pretrained(
-                heads.fused, reference=reference, max_length=max_length
-            ),
+            FusedRewardModel.from_pretrained(heads.fused, reference=reference, **options),
         )

@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
@@ -16,7 +16,7 @@ from hafrm.evaluation.diagnostics.consistency import Consistency, policy_text, w
 from hafrm.evaluation.diagnostics.generations import SEED, Generation, generate
 from hafrm.evaluation.diagnostics.worst import cut_text, shown_prompt
 from hafrm.evaluation.evaluate import Heads
-from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder
+from hafrm.scoring.loading import AUTO, Placement, load_causal_lm, load_config, load_encoder
 from hafrm.scoring.scorer import RewardModel
 
 log = logging.getLogger("hafrm")
@@ -48,13 +48,14 @@ def writing_policies(models: Mapping[str, Heads], base: Path | None) -> dict[str
     return policies
 
 
-def consistency(
+def consistency(  # noqa: PLR0913 - the verb and its options
     models: Mapping[str, Heads],
     base: Path | None,
     groups: Sequence[Group],
     num: int,
     *,
     max_length: int | None = None,
+    place: Placement = AUTO,
     done: Callable[[int, int], None] | None = None,
 ) -> Consistency:
     """The generations of all models' policies and of the base model in the eyes of all reward heads.
@@ -64,13 +65,14 @@ def consistency(
     policies = writing_policies(models, base)
     own = next(iter(policies.values()))
     writers = {
-        name: _Writer(path, own if name == BASE else path, max_length)
+        name: _Writer(path, own if name == BASE else path, max_length, place)
         for name, path in policies.items()
     }
     limit = min(writer.encoder.lengths.max_length for writer in writers.values())
     sampling = Sampling(max_new_tokens=min(MAX_NEW_TOKENS, limit // 2))
     prompts = _draw(groups, num, next(iter(writers.values())), limit - sampling.max_new_tokens)
     written = {name: writer.write(prompts, sampling, done) for name, writer in writers.items()}
+    options = place.options(max_length)
     texts = {name: writers[name].texts(each) for name, each in written.items()}
     lengths = {n: np.array([len(w.ids) for w in each]) for n, each in written.items()}
     return Consistency(
@@ -83,7 +85,7 @@ def consistency(
             win
             for name, heads in models.items()
             if heads.reward is not None
-            for win in wins(name, _rewards(heads.reward, prompts, texts, max_length), lengths)
+            for win in wins(name, _rewards(heads.reward, prompts, texts, options), lengths)
         ),
         examples=tuple(
             {"prompt": shown_prompt(group.prompt)} | {n: cut_text(t[i]) for n, t in texts.items()}
@@ -98,8 +100,10 @@ class _Writer:
     Its weights are in memory only while it writes.
     """
 
-    def __init__(self, path: Path, tokenizer: Path, max_length: int | None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, tokenizer: Path, max_length: int | None, place: Placement
+    ) -> None:
+        self.path, self.place = path, place
         config = load_config(path)
         self.encoder: Encoder = load_encoder(tokenizer, config, max_length)
         vocabulary = config.get_text_config().vocab_size
@@ -121,7 +125,7 @@ class _Writer:
         log.info("generating with %s", self.path)
         eos, pad = self.encoder.eos_id, self.encoder.pad_id
         return generate(
-            load_causal_lm(self.path, dtype=torch.float32),
+            load_causal_lm(self.path, dtype=self.place.dtype, device=self.place.device),
             self.prompt_ids(groups),
             sampling,
             eos=eos,
@@ -151,11 +155,14 @@ def _draw(groups: Sequence[Group], num: int, writer: _Writer, room: int) -> list
 
 
 def _rewards(
-    path: Path, prompts: Sequence[Group], texts: Mapping[str, list[str]], max_length: int | None
+    path: Path,
+    prompts: Sequence[Group],
+    texts: Mapping[str, list[str]],
+    options: dict[str, Any],
 ) -> dict[str, NDArray[np.float64]]:
     """Each policy's rewards; all continuations of a prompt are laid out together, equal ones once."""
     log.info("judging generations with %s", path)
-    model = RewardModel.from_pretrained(path, max_length=max_length)
+    model = RewardModel.from_pretrained(path, **options)
     written = [dict.fromkeys(each) for each in zip(*texts.values(), strict=True)]
     groups = [
         Group(group.id, group.prompt, tuple(each))

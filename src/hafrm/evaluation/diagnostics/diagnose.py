@@ -42,7 +42,7 @@ from hafrm.evaluation.metrics import (
     calibration,
     pairwise_accuracy,
 )
-from hafrm.scoring.loading import load_config
+from hafrm.scoring.loading import AUTO, Placement, load_config
 
 Margins = Float[np.ndarray, " comparisons"]
 
@@ -124,6 +124,7 @@ def diagnose(  # noqa: PLR0913 - the verb and its options
     num_generations: int = 0,
     max_length: int | None = None,
     max_bad_fraction: float = 0.02,
+    place: Placement = AUTO,
     done: Callable[[int, int], None] | None = None,
 ) -> Diagnosis:
     """Every diagnostic of the model at `path` on the sources' comparisons.
@@ -142,10 +143,10 @@ def diagnose(  # noqa: PLR0913 - the verb and its options
     if num_generations:
         writing_policies(heads, base)
     decided = _read(sources, max_bad_fraction)
-    options: dict[str, Any] = {"max_length": max_length, "done": done}
+    options: dict[str, Any] = {"max_length": max_length, "place": place, "done": done}
     own, encoded = judge(path, decided, reference=reference, **options)
     implicit = implicit_margins(heads[own.name], decided, reference=reference, **options)
-    start = None if base is None else base_states(base, encoded, own)
+    start = None if base is None else base_states(base, encoded, own, place=place)
     models = [own, *(judge(other, decided, **options)[0] for other in also)]
     margins = np.stack([model.margins for model in models])
     contest = None

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from numpy import ndarray
 
@@ -14,7 +13,7 @@ from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import ModelError
 from hafrm.evaluation.diagnostics.decided import Decided
 from hafrm.evaluation.evaluate import Heads, load_judge
-from hafrm.scoring.loading import load_policy
+from hafrm.scoring.loading import AUTO, Placement, load_policy
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 from hafrm.scoring.states import last_states, some_responses
 
@@ -45,11 +44,12 @@ def judge(
     *,
     reference: str | Path | None = None,
     max_length: int | None = None,
+    place: Placement = AUTO,
     done: Done | None = None,
 ) -> tuple[Judged, list[EncodedGroup]]:
     """The model's main head on the comparisons, and their ids as it sees them."""
     log.info("scoring with %s", path)
-    model = load_judge(path, reference=reference, max_length=max_length)
+    model = load_judge(path, reference=reference, max_length=max_length, place=place)
     encoded, _ = model.encoder.encode(decided.groups)
     margins = decided.margins(model.score_encoded(encoded, done))
     if isinstance(model, RewardModel):
@@ -65,25 +65,29 @@ def implicit_margins(
     *,
     reference: str | Path | None = None,
     max_length: int | None = None,
+    place: Placement = AUTO,
     done: Done | None = None,
 ) -> Float[ndarray, " comparisons"] | None:
     """Margins of the policy's implicit reward, where there is a policy beside a reward head."""
     if heads.reward is None or heads.policy is None:
         return None
     log.info("scoring with the policy %s", heads.policy)
-    model = ImplicitRewardModel.from_pretrained(
-        heads.policy, reference=reference, max_length=max_length
-    )
+    options = place.options(max_length)
+    model = ImplicitRewardModel.from_pretrained(heads.policy, reference=reference, **options)
     encoded, _ = model.encoder.encode(decided.groups)
     return decided.margins(model.score_encoded(encoded, done))
 
 
 def base_states(
-    path: str | Path, encoded: Sequence[EncodedGroup], judged: Judged
+    path: str | Path,
+    encoded: Sequence[EncodedGroup],
+    judged: Judged,
+    *,
+    place: Placement = AUTO,
 ) -> Float[ndarray, "responses hidden"]:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     log.info("hidden states of %s", path)
-    model = load_policy(path, dtype=torch.float32, device=None)
+    model = load_policy(path, dtype=place.dtype, device=place.device)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
     largest = max(int(ids.max()) for g in encoded for ids in (g.prompt_ids, *g.response_ids))

@@ -32,6 +32,7 @@ from hafrm.training.loop import Job, export_job, resolve_method, train
 from hafrm.training.methods import get_method
 from hafrm.training.prepare import PreparedData, build_model, load_tokenizer, prepare_data
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
+from hafrm.training.start import with_precision
 from hafrm.training.validation import HeadScores, decided_margins, score_heads
 
 RESULT, SCORES = "result.json", "scores.safetensors"
@@ -160,7 +161,8 @@ class CellRunner:
         if self._references is None:
             method = get_method("dpo")
             ranks = parallel.start()
-            recipe = with_token_budget(self.setting.recipe, method, ranks)
+            recipe = with_precision(self.setting.recipe, ranks.device.type)
+            recipe = with_token_budget(recipe, method, ranks)
             encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
             self._references = reference_logps(
                 build_model(recipe, method, encoder, ranks.device).eval(),
