@@ -11,7 +11,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 CUDA_TESTS_ON = os.environ.get("HAFRM_CUDA_TESTS_ON", "cuda")
-"""`cpu` runs the tests marked `cuda` on a CPU, which proves that their code runs and nothing about a GPU."""
+"""`cpu` runs the tests marked `cuda` on a CPU: it shows that their code runs, and nothing about a GPU."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
