@@ -18,6 +18,7 @@ from hafrm.runs import read_metrics
 from hafrm.scoring.scorer import RewardModel
 from hafrm.scoring.verify import check_golden
 from hafrm.training.loop import train
+from tiny_rlhf import tiny_rlhf
 from tiny_runs import tiny_recipe, write_preferences
 from tokenizers_for_tests import chat_tokenizer
 
@@ -140,3 +141,15 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_halves_to_the_same_losses
         trained("halved", 8192)
     assert "repeating it with 4096" in caplog.text
     assert losses(tmp_path / "halved") == pytest.approx(losses(tmp_path / "large"), abs=1e-3)
+
+
+def test_ppo_samples_scores_and_trains(device, tmp_path):
+    file, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(dump_recipe(tiny_rlhf(tmp_path)))
+    command = [sys.executable, "-m", "hafrm", "rlhf", str(file), "--out", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["phase"] == "rlhf"]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(np.isfinite(record["reward"]) and record["kl"] < 100 for record in records)
+    assert (folder / "model/policy/model.safetensors").is_file()
