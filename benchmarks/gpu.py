@@ -108,12 +108,12 @@ def busy(w: Workload) -> dict[str, Any]:
 
 
 def head(w: Workload, logits: int) -> dict[str, Any]:
-    """Log-probs of a micro-batch's response tokens, with a trained head in the run's dtype."""
+    """Log-probs of a micro-batch's response tokens; the head is trained, or frozen beside adapters."""
     layout, dtype = micro_batch(w), half(w)
     vocab, width = w.config.vocab_size, w.config.hidden_size
     hidden = torch.randn(len(layout.targets), width, device=w.device, dtype=dtype)
-    weight = torch.randn(vocab, width, device=w.device, dtype=torch.float32)
-    weight = weight.requires_grad_(not w.lora_rank)
+    weight = torch.randn(vocab, width, device=w.device, dtype=dtype if w.lora_rank else None)
+    weight.requires_grad_(not w.lora_rank)
     hidden.requires_grad_()
 
     def run() -> None:

@@ -6,14 +6,13 @@ On a CPU every contender trains a Llama of 6 layers and width 384 (random weight
 optimiser steps of 16 comparisons; on a GPU `--shape phi-2` or `--shape mistral-7b --lora-rank 16`, in
 bfloat16. The total time of the steps is compared, since a median would hide long batches. TRL runs as
 shipped and tuned (no checkpointing, length-grouped). `--ladder N` adds the ablation over N steps. Peak
-memory is the growth of each contender over its loaded model; on a CPU that takes a second pass, in a
-process of its own. With `--out` each row is in FOLDER/train-SHAPE.jsonl as soon as it is measured.
+memory is the growth of a contender over its loaded model; on a CPU only the first one's is known, since
+processes keep what they free: name one with `--only`. With `--out` each row is in FOLDER/train-SHAPE.jsonl
+as soon as it is measured.
 """
 
 import argparse
 import copy
-import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -31,7 +30,6 @@ from hafrm.training.prepare import inject_lora
 from hafrm.training.shadow import count
 
 JOINT = "hafrm joint (haf)"
-MEMORY_STEPS = 8
 GIB = 2**30
 TARGETS = {
     "cpu": {
@@ -56,9 +54,6 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.memory_of:
-        print(json.dumps(measure_memory_here(args, device)))
-        return
     peak = measure_peaks(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     rows = Rows(args.out, f"train-{args.shape}", seconds=args.seconds)
     print(describe(args, peak), file=sys.stderr)
@@ -89,10 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="contenders whose name contains one of these")
     parser.add_argument("--ladder", type=int, default=0, help="steps of the ablation (0: none)")
-    parser.add_argument("--no-memory", action="store_true", help="no second pass on a CPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
     parser.add_argument("--out", type=Path, help="folder for the rows")
-    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -123,11 +116,8 @@ def measure(
             marks = Marks()
             seconds = contender(w, marks)
             row = {"seconds": seconds, "tokens": marks.tokens, "reference": marks.reference}
-            if w.device.type == "cuda":
+            if w.device.type == "cuda" or not rows.rows:
                 row["peak_growth"] = peak_growth(marks, w)
-                row["peak"] = torch.cuda.max_memory_allocated(w.device)
-            elif not args.no_memory and contenders is CONTENDERS:
-                row["peak_growth"] = measure_memory(name)
             return row | (efficiency(w, peak, seconds) if name == JOINT else {})
 
         what = {
@@ -164,20 +154,6 @@ def efficiency(w: Workload, peak: Peaks, seconds: float) -> dict[str, float]:
         "of_measured_peak": flops / seconds / peak.flops,
         "floor": peak.floor(flops, moved),
     }
-
-
-def measure_memory(name: str) -> float | None:
-    """Bytes that the contender's own process grew over its loaded model."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(json.loads(run.stdout.splitlines()[-1])) if run.returncode == 0 else None
-
-
-def measure_memory_here(args: argparse.Namespace, device: torch.device) -> float:
-    w = workload(args, args.data[0], min(args.steps[0], MEMORY_STEPS), device)
-    marks = Marks()
-    CONTENDERS[args.memory_of](w, marks)
-    return peak_growth(marks, w)
 
 
 def machine(args: argparse.Namespace) -> str:

@@ -34,7 +34,7 @@ part() {  # NAME SECONDS COMMAND...
 }
 
 train() {
-    part "$1" "$2" $PYTHON benchmarks/train_step.py "${COMMON[@]}" --max-length $LENGTH --no-memory \
+    part "$1" "$2" $PYTHON benchmarks/train_step.py "${COMMON[@]}" --max-length $LENGTH \
         --seconds $(($2 - 60)) "${@:3}"
 }
 score() { part "$1" "$2" $PYTHON benchmarks/score.py "${COMMON[@]}" --seconds $(($2 - 30)) "${@:3}"; }
