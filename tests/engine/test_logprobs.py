@@ -243,13 +243,13 @@ def test_backward_recomputes_in_the_dtype_of_forward_though_autocast_has_ended(m
     assert dtypes == [torch.bfloat16] * 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_cuda_autocast_keeps_log_probs_in_float32():
+@pytest.mark.cuda
+def test_autocast_on_a_gpu_keeps_log_probs_in_float32(device):
     """bfloat16 products accumulated in float32: only the rounding of the inputs is left."""
-    hidden, weight, targets = (x.detach().cuda() for x in long_response(torch.float32))
+    hidden, weight, targets = (x.detach().to(device) for x in long_response(torch.float32))
     hidden.requires_grad_()
     weight.requires_grad_()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         found = token_logprobs(hidden, weight, targets, chunk=64)
     found.sum().backward()
     rounded = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
