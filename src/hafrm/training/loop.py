@@ -241,6 +241,7 @@ class Job:
         self.train_references, self.validation_references = references_of(
             self.model,
             self.data.train,
+            self.order.reached(self.num_steps * self.recipe.training.batch_size),
             self.data.validation,
             max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
             autocast=self.autocast,
