@@ -18,8 +18,9 @@ from hafrm.evaluation.metrics import length_bias
 from hafrm.evaluation.seeds import over_seeds
 from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study import cell as cell_module
+from hafrm.evaluation.study import outcomes
 from hafrm.evaluation.study.cell import Setting, read_result
-from hafrm.evaluation.study.outcomes import Outcome, pick_longer, rows_of, stacked
+from hafrm.evaluation.study.outcomes import APART, Outcome, pick_longer, rows_of, stacked
 from hafrm.evaluation.study.plan import (
     MIXED,
     StudyPlan,
@@ -183,6 +184,25 @@ def test_a_method_with_two_heads_has_three_rows():
     assert rows_of(dpo) == {"dpo": "implicit"}
 
 
+def test_two_runs_fuse_as_one_run_with_two_heads_does(tmp_path, monkeypatch):
+    """The reward of one run and the policy of another, given one run's scores, make its fused score."""
+    plan = small_plan(tmp_path, methods="haf")
+    compare_methods(plan, tmp_path / "out")
+    runner = cell_module.CellRunner(Setting(plan.recipe, tmp_path / "out"))
+    cell = plan.cells({"haf": 1e-3})[0]
+    stored = cell_module.read_scores(cell.folder(tmp_path / "out"))
+    reward = {k: stored[k] for k in ("reward", cell_module.REWARD_MARGINS)}
+    implicit = {k: stored[k] for k in ("implicit", cell_module.TOKEN_MARGINS)}
+    by_method = {"haf": stored, "bt": reward, "dpo": implicit}
+    monkeypatch.setattr(outcomes, "read_scores", lambda folder: dict(by_method[folder.parent.name]))
+    three = small_plan(tmp_path, methods="haf,bt,dpo")
+    rates = dict.fromkeys(by_method, 1e-3)
+    scores = outcomes.row_scores(three, rates, runner.sets, tmp_path / "out")
+    for (train, row), values in scores.items():
+        if row == APART:
+            np.testing.assert_array_equal(values[0], scores[train, "haf (fused)"][0])
+
+
 def test_domains_pair_each_test_set_with_what_was_trained_on():
     """Sets a, b are trained on; test sets a, b, c: 2 in domain, 2 other, and c after a or b."""
     found = domains(["a", "b", MIXED], ["a", "b", "c"])
@@ -292,7 +312,8 @@ def test_only_the_chosen_learning_rate_is_scored_and_it_is_not_trained_twice(tmp
 
 def test_a_method_with_one_head_keeps_its_validation_margins_for_a_fusion_of_two_runs(tmp_path):
     plan = small_plan(tmp_path, methods="bt,dpo")
-    compare_methods(plan, tmp_path / "out")
+    study = compare_methods(plan, tmp_path / "out")
+    assert study.summary.methods == ("bt", "dpo", APART)
     stored = {
         cell.entrant.name: cell_module.read_scores(cell.folder(tmp_path / "out")).keys()
         for cell in plan.cells({"bt": 1e-3, "dpo": 1e-3})

@@ -5,14 +5,14 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
@@ -79,7 +79,7 @@ def train(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
-    with run.lock() if ranks.is_main else _nothing():
+    with run.lock() if ranks.is_main else nullcontext():
         if data is None:
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
@@ -117,6 +117,7 @@ class Job:
         self.validation_references: References | None = None
         self.model = model
         self.balance = new_balance(method, model.device)
+        self.distance: Tensor | None = None
         self.best: dict[str, float] = {}
         self.best_step = -1
 
@@ -144,7 +145,7 @@ class Job:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 result = self._step(step, feed, wrapped, optimizer, guard)
-                self.balance = result.balance
+                self.balance, self.distance = result.balance, result.distance
                 watch.step(step + 1, rate, result, guard)
                 improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
                     step + 1, wrapped, watch, guard
@@ -198,6 +199,7 @@ class Job:
                     autocast=self.autocast,
                     guard=guard,
                     balance=self.balance,
+                    distance=self.distance,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -275,6 +277,8 @@ class Job:
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        if self.distance is not None:
+            state["distance"] = float(self.distance)
         if self.balance is not None:
             state["balance"] = self.balance.averages.tolist()
         save_checkpoint(self.run, step, wrapped, optimizer, state)
@@ -282,19 +286,15 @@ class Job:
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
     def _resume(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        folder = self.run.latest_checkpoint()
-        step = 0
+        folder, step = self.run.latest_checkpoint(), 0
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if self.balance is not None:
                 self.balance = new_balance(self.method, self.model.device, state["balance"])
+            if (distance := state.get("distance")) is not None:
+                self.distance = torch.tensor(distance, device=self.model.device)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
