@@ -90,4 +90,5 @@ class StepMeans:
     def _distances(self, batch: MicroBatch) -> Float[Tensor, " comparisons"]:
         assert self._states is not None, "the forward was not watched"
         difference = self._states[batch.chosen] - self._states[batch.rejected]
-        return torch.linalg.vector_norm(difference, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(difference, dim=1)
+        return norms
