@@ -155,6 +155,10 @@ class MethodSection(Section):
     """Assumed fraction of flipped preferences (paper: 0)."""
     centering: float | None = Field(default=None, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around zero (paper: 0)."""
+    reward_loss: Text | None = None
+    """Name of a reward loss: bt (paper), normbt."""
+    sum_to_zero: float | None = Field(default=None, ge=0)
+    """Weight of BSR's penalty: a step's comparisons times its mean reward squared (paper: 0)."""
 
     @model_validator(mode="after")
     def _balances_gradients_with_alpha_auto_only(self) -> "MethodSection":

@@ -1,6 +1,7 @@
 """A study: every method on every set with every seed, run once, and summed up by hand-checked rules."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from hafrm.evaluation.metrics import length_bias
 from hafrm.evaluation.seeds import over_seeds
 from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study import cell as cell_module
+from hafrm.evaluation.study import outcomes
 from hafrm.evaluation.study.cell import Setting, read_result
-from hafrm.evaluation.study.outcomes import Outcome, pick_longer, rows_of, stacked
+from hafrm.evaluation.study.outcomes import APART, Outcome, pick_longer, rows_of, stacked
 from hafrm.evaluation.study.plan import (
     MIXED,
     StudyPlan,
@@ -30,6 +32,7 @@ from hafrm.evaluation.study.study import RESULT, Tuning, compare_methods
 from hafrm.evaluation.study.summary import domains, summarise
 from hafrm.recipe import Recipe
 from hafrm.tables.study import study_tables
+from hafrm.training import loop
 from tiny_runs import write_base, write_preferences
 
 
@@ -181,6 +184,25 @@ def test_a_method_with_two_heads_has_three_rows():
     assert rows_of(dpo) == {"dpo": "implicit"}
 
 
+def test_two_runs_fuse_as_one_run_with_two_heads_does(tmp_path, monkeypatch):
+    """The reward of one run and the policy of another, given one run's scores, make its fused score."""
+    plan = small_plan(tmp_path, methods="haf")
+    compare_methods(plan, tmp_path / "out")
+    runner = cell_module.CellRunner(Setting(plan.recipe, tmp_path / "out"))
+    cell = plan.cells({"haf": 1e-3})[0]
+    stored = cell_module.read_scores(cell.folder(tmp_path / "out"))
+    reward = {k: stored[k] for k in ("reward", cell_module.REWARD_MARGINS)}
+    implicit = {k: stored[k] for k in ("implicit", cell_module.TOKEN_MARGINS)}
+    by_method = {"haf": stored, "bt": reward, "dpo": implicit}
+    monkeypatch.setattr(outcomes, "read_scores", lambda folder: dict(by_method[folder.parent.name]))
+    three = small_plan(tmp_path, methods="haf,bt,dpo")
+    rates = dict.fromkeys(by_method, 1e-3)
+    scores = outcomes.row_scores(three, rates, runner.sets, tmp_path / "out")
+    for (train, row), values in scores.items():
+        if row == APART:
+            np.testing.assert_array_equal(values[0], scores[train, "haf (fused)"][0])
+
+
 def test_domains_pair_each_test_set_with_what_was_trained_on():
     """Sets a, b are trained on; test sets a, b, c: 2 in domain, 2 other, and c after a or b."""
     found = domains(["a", "b", MIXED], ["a", "b", "c"])
@@ -271,10 +293,47 @@ def test_a_finished_cell_keeps_its_metrics_and_no_checkpoints(finished):
     assert not (cell / "checkpoints").exists()
 
 
+def test_only_the_chosen_learning_rate_is_scored_and_it_is_not_trained_twice(tmp_path, monkeypatch):
+    plan = plan_study(study_recipe(tmp_path), ["bt"], num_seeds=1, rates=[1e-4, 1e-3], mixed=False)
+    out, steps = tmp_path / "out", []
+    real = loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda *a, **k: steps.append(1) or real(*a, **k))
+    study = compare_methods(plan, out)
+    sun, sea = plan.train_sets
+    assert len(steps) == 2 * (2 + 1)  # two steps each: both rates on the last set, one on the first
+    for rate in plan.rates:
+        folder = replace(plan.tuning_cells()[0], rate=rate).folder(out)
+        chosen = rate == study.tunings[0].chosen
+        assert (folder / cell_module.SCORES).is_file() == chosen
+        assert read_result(folder).scored == chosen
+        assert not (folder / "checkpoints").exists()
+    assert (plan.tuning_set, sun.name) == (sea, "sun")
+
+
+def test_a_method_with_one_head_keeps_its_validation_margins_for_a_fusion_of_two_runs(tmp_path):
+    plan = small_plan(tmp_path, methods="bt,dpo")
+    study = compare_methods(plan, tmp_path / "out")
+    assert study.summary.methods == ("bt", "dpo", APART)
+    stored = {
+        cell.entrant.name: cell_module.read_scores(cell.folder(tmp_path / "out")).keys()
+        for cell in plan.cells({"bt": 1e-3, "dpo": 1e-3})
+    }
+    assert stored["bt"] == {"reward", cell_module.REWARD_MARGINS}
+    assert stored["dpo"] == {"implicit", cell_module.TOKEN_MARGINS}
+
+
+def test_a_scored_cell_says_how_spread_out_its_states_are(finished):
+    folder, plan, _ = finished
+    cell = plan.cells({"bt": 1e-3, "haf": 1e-3})[0]
+    states = read_result(cell.folder(folder / "out")).representation
+    assert 1 <= states["effective_rank"] <= 32  # the width of the tiny model
+    assert states["norm_mean"] > 0
+
+
 def test_a_cell_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     plan = small_plan(tmp_path, methods="bt")
     runner = cell_module.CellRunner(Setting(plan.recipe, tmp_path / "out"))
-    cell = plan.tuning_cells()[0]
+    cell = plan.cells({"bt": 1e-3})[0]
     folder = cell.folder(tmp_path / "out")
 
     def broken(*_: object) -> None:

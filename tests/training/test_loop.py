@@ -268,7 +268,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}])
+@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}, {"name": "normbt"}])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
     recipe = tiny_recipe(tmp_path, method=method)
     train(recipe, tmp_path / "whole")

@@ -17,6 +17,7 @@ from hafrm.runs import read_metrics
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe
 
+STEP_WIDE = {"reward_loss": "normbt", "sum_to_zero": 0.1}
 WORKER = Path(__file__).resolve().parents[1] / "parallel_worker.py"
 
 
@@ -75,17 +76,19 @@ def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | Non
 
 
 @pytest.mark.parametrize(
-    ("mode", "lora", "alpha"),
+    ("mode", "lora", "method"),
     [
-        ("ddp", False, "auto"),
-        ("fsdp", False, None),
-        pytest.param("fsdp", True, "auto", marks=pytest.mark.slow),
-        pytest.param("ddp", True, None, marks=pytest.mark.slow),
+        ("ddp", False, {"alpha": "auto"}),
+        ("fsdp", False, {}),
+        pytest.param("fsdp", True, {"alpha": "auto"}, marks=pytest.mark.slow),
+        pytest.param("ddp", True, {}, marks=pytest.mark.slow),
+        pytest.param("ddp", False, STEP_WIDE, marks=pytest.mark.slow),
+        pytest.param("fsdp", False, STEP_WIDE, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one(tmp_path, mode, lora, alpha):
-    """Squared norms are added over ranks, or alpha auto would follow each rank's own tokens."""
-    recipe = recipe_for(tmp_path, mode, lora, {"alpha": alpha})
+def test_two_processes_train_as_one(tmp_path, mode, lora, method):
+    """Squared norms, rewards and distances are added over ranks, or each would follow its own tokens."""
+    recipe = recipe_for(tmp_path, mode, lora, method)
     train(recipe, tmp_path / "one")
     launch(recipe, tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")

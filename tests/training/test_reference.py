@@ -1,14 +1,19 @@
 """The reference cache gives what a live reference gives, and never something stale."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from hafrm.cache import cache_folder
 from hafrm.data.encoding import EncodedGroup
+from hafrm.data.groups import Comparison
 from hafrm.engine.layout import lay_out
 from hafrm.training import parallel, reference
-from hafrm.training.reference import reference_key, reference_logps, weights_digest
+from hafrm.training.batches import Pick
+from hafrm.training.reference import reference_key, reference_logps, references_of, weights_digest
 from models_for_tests import tiny_hybrid, token_groups
 
 
@@ -34,6 +39,30 @@ def test_cached_equals_live_and_runs_the_model_once(monkeypatch):
     again = reference_logps(tiny_hybrid(), groups(), max_tokens=500)
     assert (again.logps == first.logps).all()
     assert again.first.tolist() == [0, 2, 3]
+
+
+def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not_a_number(
+    monkeypatch,
+):
+    """Groups of 2, 1 and 3 responses; the run compares the last two of the third group only."""
+    compared = replace(groups()[2], comparisons=(Comparison(0, 1), Comparison(2, 1)))
+    train, validation = [*groups()[:2], compared], groups(seed=1)[:1]
+    seen = []
+
+    def counted(model, some, **options):
+        seen.append(sum(len(group.response_ids) for group in some))
+        return run_forward(model, some, **options)
+
+    run_forward = reference.run_forward
+    monkeypatch.setattr(reference, "run_forward", counted)
+    ours, held_out = references_of(tiny_hybrid(), train, [Pick(2, 1)], validation, max_tokens=500)
+    assert seen == [2 + 2]
+    live = tiny_hybrid()(lay_out([*train, *validation])).logps
+    assert np.isnan(ours.logps[:4]).all()
+    assert torch.allclose(torch.from_numpy(ours.logps[4:]), live[4:6], atol=1e-4)
+    assert ours.first.tolist() == [0, 2, 3]
+    assert torch.allclose(torch.from_numpy(held_out.logps), live[6:], atol=1e-4)
+    assert held_out.first.tolist() == [0]
 
 
 def test_a_damaged_cache_file_is_computed_again():

@@ -144,6 +144,7 @@ class Operations(TorchDispatchMode):
         get_method("haf"),
         get_method("bt"),
         get_method("grm-sft"),
+        get_method("normbt", sum_to_zero=0.1),
         pytest.param(get_method("haf", alpha="auto"), id="alpha-auto"),
     ],
     ids=lambda method: method.name,

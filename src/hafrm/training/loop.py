@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
@@ -119,6 +119,7 @@ class Job:
         self.validation_references: References | None = None
         self.model = model
         self.balance = new_balance(method, model.device)
+        self.distance: Tensor | None = None
         self.best: dict[str, float] = {}
         self.best_step = -1
 
@@ -146,7 +147,7 @@ class Job:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 result = self._step(step, feed, wrapped, optimizer, guard)
-                self.balance = result.balance
+                self.balance, self.distance = result.balance, result.distance
                 watch.step(step + 1, rate, result, guard)
                 improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
                     step + 1, wrapped, watch, guard
@@ -201,6 +202,7 @@ class Job:
                     autocast=self.autocast,
                     guard=guard,
                     balance=self.balance,
+                    distance=self.distance,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -245,6 +247,7 @@ class Job:
         self.train_references, self.validation_references = references_of(
             self.model,
             self.data.train,
+            self.order.reached(self.num_steps * self.recipe.training.batch_size),
             self.data.validation,
             max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
             autocast=self.autocast,
@@ -279,6 +282,8 @@ class Job:
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        if self.distance is not None:
+            state["distance"] = float(self.distance)
         if self.balance is not None:
             state["balance"] = self.balance.averages.tolist()
         save_checkpoint(self.run, step, wrapped, optimizer, state)
@@ -286,13 +291,14 @@ class Job:
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
     def _resume(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        folder = parallel.from_main(self.run.latest_checkpoint)
-        step = 0
+        folder, step = parallel.from_main(self.run.latest_checkpoint), 0
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if self.balance is not None:
                 self.balance = new_balance(self.method, self.model.device, state["balance"])
+            if (distance := state.get("distance")) is not None:
+                self.distance = torch.tensor(distance, device=self.model.device)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)

@@ -8,6 +8,7 @@ dtype. A changed key is another file, so nothing stale is ever read.
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from hafrm.runs import atomic_write
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.training import parallel
-from hafrm.training.batches import References
+from hafrm.training.batches import Pick, References, used_responses
 
 log = logging.getLogger("hafrm")
 
@@ -103,22 +104,40 @@ def reference_logps(
 def references_of(
     model: HybridModel,
     train: Sequence[EncodedGroup],
+    picks: Sequence[Pick],
     validation: Sequence[EncodedGroup],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
     path: str | None = None,
 ) -> tuple[References, References]:
-    """`reference_logps` of the training and the validation groups, from one pass or one file."""
-    log.info("reference log-probs of %d groups", len(train) + len(validation))
+    """`reference_logps` of the training and the validation groups, from one pass or one file.
+
+    Of the training groups only the responses of `picks`, the comparisons that the run reaches, are
+    computed. The others are NaN, so that a loss which read one would stop the run.
+    """
+    used = used_responses(train, picks)
+    reached = [_part(train[index], responses) for index, responses in used.items()]
+    num_responses = sum(len(group.response_ids) for group in (*reached, *validation))
+    log.info("reference log-probs of %d responses", num_responses)
     both = reference_logps(
-        model, [*train, *validation], max_tokens=max_tokens, autocast=autocast, path=path
+        model, [*reached, *validation], max_tokens=max_tokens, autocast=autocast, path=path
     )
-    cut = len(train)
-    split = both.first[cut]
+    first = first_responses(train)
+    logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
+    place = [first[index] + response for index, responses in used.items() for response in responses]
+    cut = len(place)
+    logps[np.array(place, np.int64)] = both.logps[:cut]
     return (
-        References(both.logps[:split], both.first[:cut]),
-        References(both.logps[split:], both.first[cut:] - split),
+        References(logps, first),
+        References(both.logps[cut:], both.first[len(reached) :] - cut),
+    )
+
+
+def _part(group: EncodedGroup, responses: Sequence[int]) -> EncodedGroup:
+    """A group with some of its responses, and no comparisons among them."""
+    return replace(
+        group, response_ids=tuple(group.response_ids[r] for r in responses), comparisons=()
     )
 
 

@@ -2,14 +2,15 @@
 
 Scores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. What
 stays is a folder with the run's recipe and metrics, `scores.safetensors` and, last, `result.json`: a cell
-that has one is finished, and one that was killed is resumed.
+that has one is finished, and one that was killed is resumed. A run that only helps to choose a learning
+rate keeps its checkpoints until the choice is made, and scores nothing.
 """
 
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,15 @@ from hafrm.data.encoding import EncodedGroup, Encoder
 from hafrm.data.encoding_cache import encode_cached
 from hafrm.data.groups import Group
 from hafrm.errors import NumericsError
+from hafrm.evaluation.diagnostics.representation import representation
 from hafrm.evaluation.evaluate import read_comparisons
 from hafrm.evaluation.study.benchmarks import Placed, place_benchmarks
 from hafrm.evaluation.study.plan import Cell
 from hafrm.recipe import Recipe
+from hafrm.scoring.states import last_states
 from hafrm.training import parallel
 from hafrm.training.budget import with_token_budget
-from hafrm.training.loop import Job, export_job, resolve_method, train
+from hafrm.training.loop import Job, export_job, train
 from hafrm.training.methods import get_method
 from hafrm.training.prepare import PreparedData, build_model, load_tokenizer, prepare_data
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
@@ -38,6 +41,8 @@ from hafrm.training.validation import HeadScores, decided_margins, score_heads
 RESULT, SCORES = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
 """Margins on validation data, which alone decide how the fused score weighs the two heads."""
+NUM_STATES = 256
+"""Responses whose last-token states are looked at."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class CellResult:
     """Of the process that finished it; a resumed cell counts its last part only."""
     diverged: str | None = None
     """The error of a run whose loss or gradient was not finite."""
+    scored: bool = True
+    """Whether the test sets were scored."""
+    representation: dict[str, float] = field(default_factory=dict)
+    """Of the last-token states of the first test responses: `effective_rank`, `top_share`, `mean_cosine`,
+    and mean and standard deviation of their norms."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +129,23 @@ class CellRunner:
         self._prepared: tuple[str, PreparedData] | None = None
 
     def __call__(self, cell: Cell) -> CellResult:
-        """Train and score a cell, go on with it where it was killed, or read what it found before.
+        """Train a cell and score it, from wherever it stands, or read its result.
 
         A run that diverges is a result, of its learning rate. Raises what else `train` raises, such as
         CheckpointError for a folder that another recipe was run in.
         """
         folder, recipe = cell.folder(self.setting.root), cell.recipe(self.setting.recipe)
-        if (result := read_result(folder)) is not None:
-            return result
-        began = time.monotonic()
-        references = self._references_of_tests() if resolve_method(recipe).needs_reference else None
+        before = read_result(folder)
+        if before is not None and (before.scored or before.diverged or not cell.scored):
+            return before
+        began = time.monotonic() - (0.0 if before is None else before.seconds)
+        states: dict[str, float] = {}
 
         def finish(job: Job) -> None:
-            self._score(job, references, folder)
+            if not cell.scored:
+                return
+            self._score(job, folder)
+            states.update(self._representation(job))
             if self.setting.keep_models:
                 export_job(job)
 
@@ -141,10 +155,18 @@ class CellRunner:
                 recipe, folder, resume=resume, data=self._data_of(cell, recipe), finish=finish
             )
             seconds = time.monotonic() - began
-            result = CellResult(done.best, done.best_step, done.num_steps, seconds)
+            result = CellResult(
+                done.best,
+                done.best_step,
+                done.num_steps,
+                seconds,
+                scored=cell.scored,
+                representation=states,
+            )
         except NumericsError as error:
             result = CellResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if result.scored:
+            drop_checkpoints(folder)
         folder.mkdir(parents=True, exist_ok=True)  # a run may diverge before it has one
         atomic_write(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
         return result
@@ -173,22 +195,50 @@ class CellRunner:
             ).logps
         return self._references
 
-    def _score(self, job: Job, references: NDArray[np.float32] | None, folder: Path) -> None:
-        """Keep the scores of the test sets, and for the fused score the margins on validation data."""
-        scores = _heads(job, self.sets.encoded, references)
-        found = {"reward": scores.rewards, "implicit": scores.implicit}
-        if scores.rewards is not None and scores.implicit is not None:
-            groups, known = job.data.validation, job.validation_references
-            held_out = _heads(job, groups, None if known is None else known.logps)
-            assert held_out.rewards is not None
-            assert held_out.implicit_per_token is not None
-            kept = {
-                REWARD_MARGINS: held_out.rewards,
-                TOKEN_MARGINS: held_out.implicit_per_token,
-            }
-            for name, values in kept.items():
-                found[name] = decided_margins(groups, values, held_out.first).astype(np.float32)
-        atomic_write(folder / SCORES, save({k: v for k, v in found.items() if v is not None}))
+    def _score(self, job: Job, folder: Path) -> None:
+        """Keep the scores of the test sets, and the margins on validation data that a fused score is
+        fitted on: of both heads of one run, or of one head each of two runs."""
+        scores = _heads(
+            job,
+            self.sets.encoded,
+            self._references_of_tests() if job.method.needs_reference else None,
+        )
+        stored = {"reward": scores.rewards, "implicit": scores.implicit}
+        groups, references = job.data.validation, job.validation_references
+        held_out = _heads(job, groups, None if references is None else references.logps)
+        for name, values in (
+            (REWARD_MARGINS, held_out.rewards),
+            (TOKEN_MARGINS, held_out.implicit_per_token),
+        ):
+            if values is not None:
+                stored[name] = decided_margins(groups, values, held_out.first).astype(np.float32)
+        atomic_write(folder / SCORES, save({k: v for k, v in stored.items() if v is not None}))
+
+    def _representation(self, job: Job) -> dict[str, float]:
+        """How spread out the states are that rewards are read from, on the same texts for all cells."""
+        first: list[EncodedGroup] = []
+        for group in self.sets.encoded:
+            if sum(len(g.response_ids) for g in first) >= NUM_STATES:
+                break
+            first.append(group)
+        training = job.model.training
+        job.model.eval()
+        states = last_states(job.model, first)
+        job.model.train(training)
+        result = representation(states)
+        norms = np.linalg.norm(states, axis=1)
+        return {
+            "effective_rank": result.effective_rank,
+            "top_share": result.top_share,
+            "mean_cosine": result.mean_cosine,
+            "norm_mean": float(norms.mean()),
+            "norm_std": float(norms.std()),
+        }
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Free the space of a cell that needs its weights no longer."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _heads(

@@ -1,13 +1,15 @@
 """What a study's cells got right, as arrays: the step between stored scores and statistics.
 
 A *row* is a way to judge: a method by its own score, and where both heads were trained also by its
-implicit reward and by the fused score of both.
+implicit reward and by the fused score of both. Where `bt` and `dpo` take part, the two models fused are
+one more row.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -20,6 +22,7 @@ from hafrm.evaluation.study.cell import REWARD_MARGINS, TOKEN_MARGINS, TestSets,
 from hafrm.evaluation.study.plan import Entrant, StudyPlan, method_of
 from hafrm.scoring.fused import fit_fused, fused_scores, per_token
 from hafrm.scoring.scorer import ImplicitRule
+from hafrm.training.methods import Method, get_method
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,20 @@ class Outcome:
     correct: Bool[np.ndarray, "seeds comparisons"]
     margins: Float[np.ndarray, "seeds comparisons"]
     prompts: Shaped[np.ndarray, " comparisons"]
+
+
+APART = "bt + dpo (fused)"
+"""The row of two models trained apart and scored together: the control for one backbone with two heads."""
+
+
+class Parts(NamedTuple):
+    """What a finished cell stores of each head; None for a head that it did not train."""
+
+    reward: NDArray[np.float32] | None
+    implicit: NDArray[np.float32] | None
+    reward_margins: NDArray[np.float32] | None
+    token_margins: NDArray[np.float32] | None
+    """On validation data, per token."""
 
 
 Outcomes = Mapping[tuple[str, str, str], Outcome]
@@ -53,22 +70,48 @@ def row_scores(
     """
     lengths = np.array([len(ids) for group in sets.encoded for ids in group.response_ids])
     scores: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
+    single: dict[tuple[str, int], dict[str, Parts]] = defaultdict(dict)
     for cell in plan.cells(rates):
-        found = read_scores(cell.folder(root))
-        margins = [found.pop(name, None) for name in (REWARD_MARGINS, TOKEN_MARGINS)]
-        if any(len(values) != len(lengths) for values in found.values()):
+        stored = read_scores(cell.folder(root))
+        parts = Parts(
+            stored.get("reward"),
+            stored.get("implicit"),
+            stored.pop(REWARD_MARGINS, None),
+            stored.pop(TOKEN_MARGINS, None),
+        )
+        if any(len(values) != len(lengths) for values in stored.values()):
             raise CheckpointError(
                 f"{cell.folder(root)} holds scores of other test sets or benchmarks; give another --out"
             )
-        if margins[0] is not None and margins[1] is not None:
-            rule = fit_fused(margins[0], margins[1])
-            method = method_of(cell.entrant)
-            implicit_rule = ImplicitRule(None, method.beta, method.scores_per_token)
-            by_token = per_token(found["implicit"], lengths, implicit_rule)
-            found["fused"] = fused_scores(found["reward"], by_token, rule)
+        method = method_of(cell.entrant)
+        if (fused := _fused(parts, parts, method, lengths)) is not None:
+            stored["fused"] = fused
         for row, head in rows_of(cell.entrant).items():
-            scores[cell.train.name, row].append(found[head])
+            scores[cell.train.name, row].append(stored[head])
+        single[cell.train.name, cell.seed][cell.entrant.name] = parts
+    for (train, _), by_method in single.items():
+        if {"bt", "dpo"} <= by_method.keys():
+            fused = _fused(by_method["bt"], by_method["dpo"], get_method("dpo"), lengths)
+            if fused is not None:
+                scores[train, APART].append(fused)
     return scores
+
+
+def _fused(
+    reward: Parts, policy: Parts, method: Method, lengths: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """The reward of one run fused with the implicit reward of another or the same; None without both."""
+    if (
+        reward.reward is None
+        or policy.implicit is None
+        or reward.reward_margins is None
+        or policy.token_margins is None
+    ):
+        return None
+    rule = fit_fused(reward.reward_margins, policy.token_margins)
+    implicit_rule = ImplicitRule(None, method.beta, method.scores_per_token)
+    by_token = per_token(policy.implicit, lengths, implicit_rule)
+    return fused_scores(reward.reward, by_token, rule)
 
 
 def outcomes_of(

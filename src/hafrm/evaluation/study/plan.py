@@ -52,6 +52,8 @@ class Cell:
     entrant: Entrant
     rate: float
     seed: int
+    scored: bool = field(default=True, compare=False)
+    """Whether to score the test sets; a run that only helps to choose a learning rate never sees them."""
 
     def folder(self, root: Path) -> Path:
         """Where the cell's run lies; the names say everything that tells it from other cells."""
@@ -92,8 +94,8 @@ class StudyPlan:
         return [self.tuning_cell(entrant, rate) for entrant in self.entrants for rate in self.rates]
 
     def tuning_cell(self, entrant: Entrant, rate: float) -> Cell:
-        """The run that says how well an entrant does at a learning rate."""
-        return Cell(self.tuning_set, entrant, rate, self.seeds[0])
+        """The run that says how well an entrant does at a learning rate, by validation data alone."""
+        return Cell(self.tuning_set, entrant, rate, self.seeds[0], scored=False)
 
     def cells(self, rates: Mapping[str, float]) -> list[Cell]:
         """All runs that the result rests on, given each entrant's learning rate.

@@ -23,7 +23,14 @@ from hafrm.errors import CheckpointError, NumericsError
 from hafrm.evaluation.metrics import ScoredComparisons, pairwise_accuracy, plain
 from hafrm.evaluation.statistics import Estimate
 from hafrm.evaluation.study.benchmarks import BenchmarkCell, benchmark_cells
-from hafrm.evaluation.study.cell import CellResult, CellRunner, Setting, read_result, read_test_sets
+from hafrm.evaluation.study.cell import (
+    CellResult,
+    CellRunner,
+    Setting,
+    drop_checkpoints,
+    read_result,
+    read_test_sets,
+)
 from hafrm.evaluation.study.outcomes import outcomes_of, pick_longer, row_scores
 from hafrm.evaluation.study.plan import Cell, StudyPlan
 from hafrm.evaluation.study.summary import Summary, summarise
@@ -111,7 +118,7 @@ def compare_methods(
     sets = read_test_sets(setting)  # what is wrong there should be known before hours of training
     with Crew(partial(CellRunner, setting), processes) as crew:
         tuning = plan.tuning_cells()
-        total = len(tuning) + len(set(plan.cells(_first_rates(plan))) - set(tuning))
+        total = len(tuning) + len(plan.cells(_first_rates(plan)))
         progress = _Progress(total, processes)
         crew.run(tuning, progress)
         for _ in range(plan.widenings):
@@ -124,7 +131,9 @@ def compare_methods(
         for each in tunings:
             log.info("learning rate of %s: %.3g", each.method, each.chosen)
         cells = plan.cells(rates)
-        crew.run([cell for cell in cells if cell not in tuning], progress)
+        crew.run(cells, progress)
+    for cell in tuning:
+        drop_checkpoints(cell.folder(out))
     _refuse_diverged(cells, out)
     results = [read_result(cell.folder(out)) for cell in {*tuning, *cells}]
     scores = row_scores(plan, rates, sets, out)
