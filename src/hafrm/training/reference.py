@@ -101,7 +101,7 @@ def reference_logps(
     return References(logps, first_responses(groups))
 
 
-def references_of(
+def references_of(  # noqa: PLR0913 - the two sets, what is reached, and how the pass runs
     model: HybridModel,
     train: Sequence[EncodedGroup],
     picks: Sequence[Pick],
