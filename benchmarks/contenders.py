@@ -1,11 +1,12 @@
 """Who is timed: hafrm's own steps, TRL's trainers, and the naive hybrid with its ladder of techniques.
 
 Every contender takes a workload and returns the seconds of its optimiser steps over the same comparisons,
-with AdamW and the same learning rate; loading, tokenising and preparing stand outside the clock.
+with AdamW and the same learning rate; loading, tokenising, preparing and a first untimed step stand outside
+the clock.
 """
 
 import dataclasses
-import gc
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from naive import PAIRS, PaddedHybrid, Rung, padded_batches
-from peaks import synchronise
+from naive import PaddedHybrid, Rung, padded_batches, pairs_of
 from transformers import TrainerCallback
-from workload import BATCH, Workload
+from workload import BATCH, Workload, free_memory, synchronise
 
+from hafrm.config import build_recipe
 from hafrm.engine.layout import lay_out
-from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
-from hafrm.recipe import LoraSection
-from hafrm.training.batches import ComparisonOrder, MicroBatch, build, plan_step
+from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.scoring.forward import first_responses, run_forward
+from hafrm.training.batches import ComparisonOrder, MicroBatch, References, build, plan_step
 from hafrm.training.guard import Guard
-from hafrm.training.methods import get_method
-from hafrm.training.prepare import inject_lora
-from hafrm.training.reference import reference_logps
+from hafrm.training.methods import Method, get_method
+from hafrm.training.prepare import assemble, starting_dtype
 from hafrm.training.step import build_optimizer, take_step
 
 RATE = 1e-5
@@ -41,7 +41,7 @@ class Marks:
     reference: float = 0.0
     """Seconds of the reference pass, once per data set."""
     tokens: int = 0
-    """Tokens that its forwards ran."""
+    """Tokens that its forwards ran, padding included; 0 where the trainer does not say."""
 
 
 def resident(what: str) -> float:
@@ -51,13 +51,13 @@ def resident(what: str) -> float:
 
 
 def forget_peak() -> None:
-    """Start counting VmHWM anew."""
+    """Start counting VmHWM from zero."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def note_loaded(marks: Marks, w: Workload) -> None:
     """Memory from here on is the contender's own."""
-    gc.collect()
+    free_memory()
     if w.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(w.device)
         marks.loaded = torch.cuda.memory_allocated(w.device)
@@ -71,6 +71,17 @@ def peak_growth(marks: Marks, w: Workload) -> float:
     if w.device.type == "cuda":
         return torch.cuda.max_memory_allocated(w.device) - marks.loaded
     return resident("VmHWM") - marks.loaded
+
+
+def references_of(model: HybridModel, w: Workload, marks: Marks) -> References:
+    """The frozen model's log-probs; the seconds go to `marks`. Random weights are worth no cache."""
+    autocast = torch.bfloat16 if w.device.type == "cuda" else None
+    synchronise(w.device)
+    start = time.perf_counter()
+    scores = run_forward(model, w.encoded, max_tokens=4 * w.max_tokens, autocast=autocast)
+    marks.reference = time.perf_counter() - start
+    assert scores.logps is not None
+    return References(scores.logps, first_responses(w.encoded))
 
 
 @dataclass(frozen=True)
@@ -87,59 +98,51 @@ class Ours:
 
     def __call__(self, w: Workload, marks: Marks) -> float:
         """Seconds of the steps; the reference pass, once per data set, goes to marks."""
+        step, batches = self.prepared(w, marks)
+        step(batches[0])  # kernels are loaded, and layers compiled, once a run
+        synchronise(w.device)
+        start = time.perf_counter()
+        for step_batches in batches:
+            step(step_batches)
+        synchronise(w.device)
+        return time.perf_counter() - start
+
+    def prepared(
+        self, w: Workload, marks: Marks
+    ) -> tuple[Callable[[list[MicroBatch]], object], list[list[MicroBatch]]]:
+        """What takes one step, and the micro-batches of all steps."""
         method = get_method(self.method)
-        model = self._model(w, method)
-        autocast = torch.bfloat16 if self.bf16 or w.device.type == "cuda" else None
+        half = self.bf16 or w.device.type == "cuda"
+        model = self._model(w, method, "bf16" if half else "fp32")
         note_loaded(marks, w)
-        references = None
-        if method.needs_reference:
-            start = time.perf_counter()
-            references = reference_logps(
-                model, w.encoded, max_tokens=4 * w.max_tokens, autocast=autocast
-            )
-            marks.reference = time.perf_counter() - start
+        references = references_of(model, w, marks) if method.needs_reference else None
         optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
         for group in optimizer.param_groups:
             group["lr"] = RATE
-        guard = Guard(w.device)
         batches = [self._batches(w, references, step) for step in range(w.steps)]
         marks.tokens = sum(b.layout.num_tokens for step in batches for b in step)
-        if self.compiled:  # compiling is paid once a run, as the reference pass is
-            self._run(model, optimizer, batches[:1], method, autocast, guard)
-        synchronise(w.device)
-        start = time.perf_counter()
-        self._run(model, optimizer, batches, method, autocast, guard)
-        synchronise(w.device)
-        seconds = time.perf_counter() - start
-        guard.check()
-        return seconds
-
-    def _run(self, model: Any, optimizer: Any, steps: Any, method: Any, autocast: Any, guard: Any):
-        for batches in steps:
-            take_step(
-                model,
-                optimizer,
-                batches,
-                method,
-                num_comparisons=BATCH,
-                max_grad_norm=1.0,
-                autocast=autocast,
-                guard=guard,
-            )
-
-    def _model(self, w: Workload, method: Any) -> HybridModel:
-        causal = w.causal_lm(torch.bfloat16 if w.lora_rank else torch.float32)
-        backbone, head = split_causal_lm(causal)
-        if w.lora_rank:
-            causal.requires_grad_(False)
-            inject_lora(LoraSection(rank=w.lora_rank), backbone)
-        model = HybridModel(
-            backbone,
-            reward_head=new_reward_head(hidden_size(w.config)) if method.trains_reward else None,
-            policy_head=head if method.trains_policy else None,
+        step = functools.partial(
+            take_step,
+            model,
+            optimizer,
+            method=method,
+            num_comparisons=BATCH,
+            max_grad_norm=1.0,
+            autocast=torch.bfloat16 if half else None,
+            guard=Guard(w.device),
         )
-        if self.checkpointing:
-            model.checkpoint_activations()
+        return step, batches
+
+    def _model(self, w: Workload, method: Method, precision: str) -> HybridModel:
+        training = {
+            "precision": precision,
+            "compile": self.compiled,
+            "gradient_checkpointing": self.checkpointing,
+        }
+        sections = {"model": {"path": "-"}, "data": {"train": ["-"]}, "training": training}
+        recipe = build_recipe(sections | ({"lora": {"rank": w.lora_rank}} if w.lora_rank else {}))
+        backbone, head = split_causal_lm(w.causal_lm(starting_dtype(recipe)))
+        model = assemble(backbone, head, recipe, method)
         if self.compiled:
             model.compile_layers()
         return model.to(w.device)
@@ -147,9 +150,10 @@ class Ours:
     def _batches(self, w: Workload, references: Any, step: int) -> list[MicroBatch]:
         order = ComparisonOrder(w.encoded, per_prompt=self.per_prompt, seed=0)
         (plan,) = plan_step(w.encoded, order.window(step * BATCH, BATCH), w.max_tokens)
-        if self.sharing:
-            return [build(parts, references) for parts in plan]
-        return [self._apart(build(parts, references), parts) for parts in plan]
+        batches = [build(parts, references) for parts in plan]
+        if not self.sharing:
+            batches = [self._apart(b, parts) for b, parts in zip(batches, plan, strict=True)]
+        return [b.pinned() for b in batches] if w.device.type == "cuda" else batches
 
     @staticmethod
     def _apart(batch: MicroBatch, parts: Any) -> MicroBatch:
@@ -176,35 +180,47 @@ class Naive:
         if self.rung.cached_reference:
             backbone, head = split_causal_lm(w.causal_lm())
             policy = HybridModel(backbone, policy_head=head)
-            references = reference_logps(policy, w.encoded, max_tokens=4 * w.max_tokens)
+            references = references_of(policy, w, marks)
             del policy, backbone, head
-        model = PaddedHybrid(w, self.rung, torch.float32)
+        half = w.lora_rank is not None and w.device.type == "cuda"
+        model = PaddedHybrid(w, self.rung, torch.bfloat16 if half else torch.float32)
         note_loaded(marks, w)
         optimizer = torch.optim.AdamW(model.parameters, lr=RATE, fused=True)
-        batches = padded_batches(w, references)
+        size = pairs_of(w, self.rung.checkpointing)
+        batches = padded_batches(w, references, size)
         marks.tokens = sum(b.ids.numel() for b in batches)
+
+        def run(batches: list[Any]) -> None:
+            for number, batch in enumerate(batches):
+                for term in model.terms:
+                    with torch.autocast(w.device.type, torch.bfloat16, w.device.type == "cuda"):
+                        loss = term(batch).sum() / BATCH
+                    loss.backward()
+                if (number + 1) % (BATCH // size) == 0:
+                    torch.nn.utils.clip_grad_norm_(model.parameters, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        run(batches[: BATCH // size])
         synchronise(w.device)
         start = time.perf_counter()
-        for number, batch in enumerate(batches):
-            for term in model.terms:
-                with torch.autocast(w.device.type, torch.bfloat16, w.device.type == "cuda"):
-                    loss = term(batch).sum() / BATCH
-                loss.backward()
-            if (number + 1) % (BATCH // PAIRS) == 0:
-                torch.nn.utils.clip_grad_norm_(model.parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+        run(batches)
         synchronise(w.device)
         return time.perf_counter() - start
 
 
 class Clock(TrainerCallback):
-    """Time from the first step to the end of training."""
+    """Time from the first step to the end of training, after one micro-batch to warm up."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.trainer: Any = None
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, **objects: Any) -> None:
+        self.trainer.current_gradient_accumulation_steps = 1  # the loop sets it before each step
+        self.trainer.training_step(objects["model"], next(iter(objects["train_dataloader"])))
+        objects["optimizer"].step()
+        objects["optimizer"].zero_grad()
         synchronise(self.device)
         self.start = time.perf_counter()
 
@@ -215,7 +231,8 @@ class Clock(TrainerCallback):
 
 @dataclass(frozen=True)
 class Trl:
-    """A trainer of TRL: as shipped (float32 on a CPU), or tuned: no checkpointing, length-grouped."""
+    """A trainer of TRL: as shipped (float32 on a CPU), or tuned: no checkpointing, length-grouped, and
+    frozen weights in bfloat16 on a GPU."""
 
     kind: str
     tuned: bool
@@ -226,9 +243,11 @@ class Trl:
         from datasets import Dataset
 
         reward = self.kind == "reward"
-        model = w.classifier() if reward else w.causal_lm()
+        half = self.tuned and w.lora_rank is not None and w.device.type == "cuda"
+        dtype = torch.bfloat16 if half else torch.float32
+        model = w.classifier(dtype) if reward else w.causal_lm(dtype)
         rows = _reward_rows(w) if reward else _dpo_rows(w)
-        extra = {} if reward else {"ref_model": None if w.lora_rank else w.causal_lm()}
+        extra = {} if reward else {"ref_model": None if w.lora_rank else w.causal_lm(dtype)}
         note_loaded(marks, w)
         clock = Clock(w.device)
         config = trl.RewardConfig if reward else trl.DPOConfig
@@ -241,16 +260,17 @@ class Trl:
             peft_config=_peft(w, reward),
             **extra,
         )
+        clock.trainer = trainer
         trainer.train()
-        marks.tokens = int(trainer.state.num_input_tokens_seen)
         return clock.seconds
 
     def _arguments(self, w: Workload) -> dict[str, Any]:
+        size = pairs_of(w, checkpointing=not self.tuned)
         arguments: dict[str, Any] = {
             "output_dir": tempfile.mkdtemp(),
             "max_steps": w.steps,
-            "per_device_train_batch_size": PAIRS,
-            "gradient_accumulation_steps": BATCH // PAIRS,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": BATCH // size,
             "learning_rate": RATE,
             "bf16": w.device.type == "cuda",
             "report_to": "none",
@@ -316,6 +336,7 @@ def _dpo_rows(w: Workload) -> list[dict[str, Any]]:
 
 CONTENDERS: dict[str, Callable[[Workload, Marks], float]] = {
     "hafrm joint (haf)": Ours(),
+    "hafrm joint, checkpointed": Ours(checkpointing=True),
     "hafrm reward only (bt)": Ours("bt"),
     "TRL RewardTrainer, as shipped": Trl("reward", tuned=False),
     "TRL RewardTrainer, tuned": Trl("reward", tuned=True),

@@ -1,121 +1,174 @@
-"""All that a GPU has to prove, in one command of under ten minutes; the tables go to a folder.
+"""What a joint step spends on a GPU besides products: idle time, log-probs, attention, GELU.
 
-    python benchmarks/gpu.py --data preferences.jsonl --phi TOKENIZER --mistral TOKENIZER --out DIR
+    python benchmarks/gpu.py --data preferences.jsonl --tokenizer TOKENIZER --shape phi-2 --out FOLDER
 
-Checks varlen against masks, gradients included (tests/engine), then times full fine-tuning of a Phi-2 shape
-and LoRA of a Mistral-7B shape with random weights in bfloat16 beside TRL, then shows how much of a step the
-device is busy. A part that fails or runs out of time is reported, and the others still run.
+Every part has rows of its own in FOLDER/parts-SHAPE.jsonl. `busy` runs joint steps between events of the
+device; `head` takes the log-probs of response tokens in chunks of several sizes; `attention` runs one
+layer's attention over a micro-batch in each way that there is; `gelu` compares the GELU of GPT-2 and Phi,
+nine kernels, with torch's single one. Times are forward and backward.
 """
 
 import argparse
-import subprocess
-import sys
+import itertools
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import transformers
 from contenders import Marks, Ours
-from workload import BATCH, load
+from torch import Tensor
+from transformers.activations import NewGELUActivation
+from workload import SHAPES, Rows, Workload, best_time, load, synchronise
 
-HERE = Path(__file__).resolve().parent
+from hafrm.engine import attention
+from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.logprobs import token_logprobs
+from hafrm.engine.padded_groups import attend_by_group
+from hafrm.engine.segments import Rule, attend_by_segment
+
+WARM_STEPS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--phi", required=True, help="tokenizer for the Phi-2 shape")
-    parser.add_argument("--mistral", required=True, help="tokenizer for the Mistral shape")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--busy-of", choices=("phi-2", "mistral-7b"), help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", required=True, type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="phi-2")
+    parser.add_argument("--lora-rank", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.busy_of:
-        print(busy(args))
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    step = ["train_step.py", "--data", args.data, "--device", "cuda", "--no-memory"]
-    phi = [*step, "--shape", "phi-2", "--tokenizer", args.phi, "--steps", "6", "--ladder", "2"]
-    mistral = [*step, "--shape", "mistral-7b", "--tokenizer", args.mistral, "--steps", "4"]
-    budget = ["--max-tokens", "8192"]
-    again = [__file__, "--data", args.data, "--phi", args.phi, "--mistral", args.mistral]
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        str(HERE.parent / "tests/engine/test_attention.py"),
-        "-k",
-        "cuda",
-    ]
-    parts = {
-        "gradients": (tests, 90),
-        "phi-2-full": ([*phi, *budget], 210),
-        "mistral-7b-lora": ([*mistral, *budget, "--lora-rank", "16"], 180),
-        "busy-phi-2": ([*again, "--busy-of", "phi-2"], 50),
-        "busy-mistral": ([*again, "--busy-of", "mistral-7b"], 60),
-    }
-    for name, (command, seconds) in parts.items():
-        run_part(name, command, seconds, args.out)
-
-
-def run_part(name: str, command: list[str], seconds: float, out: Path) -> None:
-    """One part in a process of its own, so that its memory is its own."""
-    if command[0].endswith(".py"):
-        command = [str(HERE / Path(command[0]).name), *command[1:]]
-    start = time.perf_counter()
-    try:
-        run = subprocess.run(
-            [sys.executable, *command],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        verdict, text = f"exit code {run.returncode}", run.stdout + run.stderr[-4000:]
-    except subprocess.TimeoutExpired as error:
-        verdict = f"stopped after {seconds} s"
-        text = (error.stdout or b"").decode() + (error.stderr or b"").decode()[-4000:]
-    (out / f"{name}.txt").write_text(text)
-    print(f"== {name}: {verdict}, {time.perf_counter() - start:.0f} s\n{text[-3500:]}", flush=True)
-
-
-def busy(args: argparse.Namespace) -> str:
-    """Share of the wall time of four steps in which the device ran a kernel, after two to warm up."""
-    lora = args.busy_of == "mistral-7b"
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
     w = load(
         args.data,
-        Path(args.mistral if lora else args.phi),
-        shape=args.busy_of,
-        steps=4,
-        max_tokens=8192,
+        args.tokenizer,
+        shape=args.shape,
+        steps=args.steps,
+        max_tokens=args.max_tokens,
         max_length=1024,
-        device=torch.device("cuda"),
-        lora_rank=16 if lora else None,
+        device=torch.device(args.device),
+        lora_rank=args.lora_rank,
     )
-    contender = _Profiled()
-    contender(w, Marks())  # kernels are loaded and memory is allocated in the first run
-    contender(w, Marks())
-    kernels, seconds = contender.seen[-1]
-    return (
-        f"{args.busy_of}: {w.num_comparisons / seconds:.1f} comparisons/s ({w.steps} steps of {BATCH}), "
-        f"kernels {kernels:.2f} s of {seconds:.2f} s: busy {100 * kernels / seconds:.0f} %"
-    )
+    rows = Rows(args.out, f"parts-{args.shape}", seconds=args.seconds)
+    rows.add({"part": "busy"}, lambda: busy(w))
+    for exponent in (24, 26, 27):
+        rows.add({"part": "head", "logits": f"2^{exponent}"}, lambda e=exponent: head(w, 2**e))
+    ways = {
+        "varlen": attention._varlen,
+        "padded groups": attend_by_group,
+        "segments": attend_by_segment,
+    }
+    for name, attend in ways.items():
+        rows.add({"part": "attention", "way": name}, lambda a=attend: attention_of(w, a))
+    gelus = {"nine kernels": NewGELUActivation(), "fused": torch.nn.GELU(approximate="tanh")}
+    for name, gelu in gelus.items():
+        rows.add({"part": "gelu", "way": name}, lambda g=gelu: gelu_of(w, g))
 
 
-class _Profiled(Ours):
-    """Our joint steps under the profiler; kernels of one stream do not overlap, so their times add up."""
+def busy(w: Workload) -> dict[str, Any]:
+    """Seconds of the steps by the clock, and on the device between each step's first and last kernel.
 
-    seen: ClassVar[list[tuple[float, float]]] = []
-    """(seconds of kernels, seconds in all) of each run."""
+    Where the host has handed a step out long before the device is through with it, the device never waits
+    within a step; `between` is the time in which it waits from one step to the next.
+    """
+    step, batches = Ours().prepared(w, Marks())
+    for step_batches in batches[:WARM_STEPS]:
+        step(step_batches)
+    timed = batches[WARM_STEPS:]
+    on_gpu = w.device.type == "cuda"
+    events = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in (timed if on_gpu else ())
+    ]
+    synchronise(w.device)
+    start, host = time.perf_counter(), 0.0
+    for number, step_batches in enumerate(timed):
+        if on_gpu:
+            events[number][0].record()
+        began = time.perf_counter()
+        step(step_batches)
+        host += time.perf_counter() - began
+        if on_gpu:
+            events[number][1].record()
+    synchronise(w.device)
+    seconds = time.perf_counter() - start
+    row = {"steps": len(timed), "seconds": seconds, "host_seconds": host}
+    if on_gpu:
+        within = sum(first.elapsed_time(last) for first, last in events) / 1000
+        pairs = itertools.pairwise(events)
+        between = sum(before[1].elapsed_time(after[0]) for before, after in pairs) / 1000
+        row |= {"device_seconds": within, "between": between, "busy": within / seconds}
+    return row
 
-    def _run(self, *arguments: Any) -> None:
-        kinds = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=kinds) as profile:
-            start = time.perf_counter()
-            super()._run(*arguments)
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        kernels = sum(e.self_device_time_total for e in profile.key_averages()) / 1e6
-        self.seen.append((kernels, seconds))
+
+def head(w: Workload, logits: int) -> dict[str, Any]:
+    """Log-probs of a micro-batch's response tokens; the head is trained, or frozen beside adapters."""
+    layout, dtype = micro_batch(w), half(w)
+    vocab, width = w.config.vocab_size, w.config.hidden_size
+    hidden = torch.randn(len(layout.targets), width, device=w.device, dtype=dtype)
+    weight = torch.randn(vocab, width, device=w.device, dtype=dtype if w.lora_rank else None)
+    weight.requires_grad_(not w.lora_rank)
+    hidden.requires_grad_()
+
+    def run() -> None:
+        with torch.autocast(w.device.type, torch.bfloat16, enabled=w.device.type == "cuda"):
+            logps = token_logprobs(hidden, weight, layout.targets, chunk=max(1, logits // vocab))
+        logps.sum().backward()
+
+    return {"tokens": len(layout.targets), "vocab": vocab, "seconds": best_time(run, w.device)}
+
+
+def attention_of(
+    w: Workload, attend: Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
+) -> dict[str, Any]:
+    """One layer over one micro-batch."""
+    layout, heads = micro_batch(w), w.config.num_attention_heads
+    grouped = getattr(w.config, "num_key_value_heads", None) or heads
+    size = w.config.hidden_size // heads
+    inputs = [
+        torch.randn(1, n, layout.num_tokens, size, device=w.device, dtype=half(w)).requires_grad_()
+        for n in (heads, grouped, grouped)
+    ]
+
+    def run() -> None:
+        attend(*inputs, layout, Rule()).sum().backward()
+
+    return {"tokens": layout.num_tokens, "seconds": best_time(run, w.device)}
+
+
+def gelu_of(w: Workload, gelu: torch.nn.Module) -> dict[str, Any]:
+    """One layer's activation over one micro-batch, under autocast as in a step."""
+    tokens = micro_batch(w).num_tokens
+    inner = torch.randn(tokens, w.config.intermediate_size, device=w.device, dtype=half(w))
+    inner.requires_grad_()
+
+    def run() -> None:
+        with torch.autocast(w.device.type, torch.bfloat16, enabled=w.device.type == "cuda"):
+            output = gelu(inner)
+        output.sum().backward()
+
+    return {"tokens": tokens, "seconds": best_time(run, w.device)}
+
+
+def micro_batch(w: Workload) -> Layout:
+    """As many groups as fit into the token budget."""
+    groups, tokens = [], 0
+    for group in w.encoded:
+        tokens += len(group.prompt_ids) + sum(map(len, group.response_ids))
+        if tokens > w.max_tokens:
+            break
+        groups.append(group)
+    return lay_out(groups).to(w.device)
+
+
+def half(w: Workload) -> torch.dtype:
+    return torch.bfloat16 if w.device.type == "cuda" else torch.float32
 
 
 if __name__ == "__main__":

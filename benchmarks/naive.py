@@ -16,9 +16,16 @@ from workload import Workload
 
 from hafrm.engine.logprobs import token_logprobs
 from hafrm.engine.model import hidden_size, new_reward_head, split_causal_lm
+from hafrm.recipe import LoraSection
+from hafrm.training.prepare import inject_lora
 
-ALPHA, BETA, PAIRS = 0.2, 0.1, 8
-"""HAF's weights; pairs of a micro-batch, as many as TRL's default."""
+ALPHA, BETA = 0.2, 0.1
+"""HAF's weights."""
+
+
+def pairs_of(w: Workload, checkpointing: bool) -> int:
+    """Pairs of a padded micro-batch: TRL's default, and half as many where a GPU keeps all activations."""
+    return 4 if w.device.type == "cuda" and not checkpointing else 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class PaddedHybrid:
     def __init__(self, w: Workload, rung: Rung, dtype: torch.dtype) -> None:
         self.rung = rung
         causal = w.causal_lm(dtype)
+        if w.lora_rank:
+            causal.requires_grad_(False)
+            inject_lora(LoraSection(rank=w.lora_rank), causal.base_model)
         if rung.checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
             causal.train()
@@ -47,7 +57,8 @@ class PaddedHybrid:
         self.reference: Any = None
         if not rung.cached_reference:
             self.reference = w.causal_lm(dtype).eval().requires_grad_(False)
-        self.parameters = [*causal.parameters(), *self.reward_head.parameters()]
+        trained = [*causal.parameters(), *self.reward_head.parameters()]
+        self.parameters = [p for p in trained if p.requires_grad]
 
     @property
     def terms(self) -> list[Callable[["Padded"], Tensor]]:
@@ -101,7 +112,7 @@ class PaddedHybrid:
 
 @dataclass(frozen=True)
 class Padded:
-    """PAIRS pairs as 2 * PAIRS right-padded sequences, the chosen ones first."""
+    """Pairs as right-padded sequences, the chosen ones first."""
 
     ids: Tensor
     mask: Tensor
@@ -110,8 +121,8 @@ class Padded:
     reference: Tensor | None
 
 
-def padded_batches(w: Workload, references: Any) -> list[Padded]:
-    """The workload's comparisons in order, in micro-batches of PAIRS."""
+def padded_batches(w: Workload, references: Any, size: int) -> list[Padded]:
+    """The workload's comparisons in order, in micro-batches of `size` pairs."""
     sides: list[tuple[list[Any], list[Any]]] = [
         ([g.prompt_ids, g.response_ids[c.chosen]], [g.prompt_ids, g.response_ids[c.rejected]])
         for g in w.encoded
@@ -125,12 +136,12 @@ def padded_batches(w: Workload, references: Any) -> list[Padded]:
         for c in g.comparisons
     ]
     batches = []
-    for start in range(0, len(sides), PAIRS):
-        pairs = sides[start : start + PAIRS]
+    for start in range(0, len(sides), size):
+        pairs = sides[start : start + size]
         sequences = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
         reference = None
         if references is not None:
-            order = list(zip(*places[start : start + PAIRS], strict=True))
+            order = list(zip(*places[start : start + size], strict=True))
             reference = torch.from_numpy(references.logps[[*order[0], *order[1]]]).to(w.device)
         batches.append(_pad(sequences, reference, w))
     return batches

@@ -176,13 +176,15 @@ class Scenario:
         states = shards_bytes(self.counts, gpus, gathered=HALF, accumulates=accumulates)
         shape = shape_of(self.comparison, tokens, groups=4)  # memory follows tokens, not groups
         footprint = trace(self.shadow, layout_of(shape), half=True, cuda=True)
-        logprobs = logprob_bytes(self.counts, work_of(shape), product=HALF, stored=HALF)
+        logprobs = logprob_bytes(
+            self.counts, work_of(shape), device="cuda", product=HALF, stored=HALF
+        )
         return Bytes(
             *states,
             activations=footprint.kept,
             logprobs=logprobs,
             temporaries=footprint.temporaries,
-            passes=copies_bytes(self.counts, ranks=1)[0],
+            passes=copies_bytes(self.counts)[0],
         )
 
     def traffic(self, gpus: int, micro_batches: int) -> float:
@@ -291,8 +293,8 @@ def predict(check: Check) -> dict[str, float]:
     counts = count(shadow)
     work = work_of(check_shape())
     footprint = trace(shadow, layout_of(check_shape()), half=False, cuda=False)
-    logprobs = logprob_bytes(counts, work, product=FLOAT32, stored=FLOAT32)
-    _, gradients, _, _ = copies_bytes(counts, ranks=1)
+    logprobs = logprob_bytes(counts, work, device="cpu", product=FLOAT32, stored=FLOAT32)
+    _, gradients, _, _ = copies_bytes(counts)
     checkpointing = bool(check.training.get("gradient_checkpointing"))
     kept_by_head = FLOAT32 * counts.width * work.scored  # the rows that predict, or their gradient
     return {

@@ -9,13 +9,13 @@ Plain transformers renders the chat template, tokenises, sorts by length and run
 AutoModelForSequenceClassification; of several batch sizes the fastest on a fifth of the work runs all of
 it. Both sides start from text and end with scores in the order given; the best of `--repeats` counts, and
 they take turns, so that a noisy neighbour disturbs both.
-The floor is the time that useful FLOPs would take at the float32 peak measured in the same run.
+The floor is the time that useful FLOPs would take at the peak measured in the same run: float32 on a CPU,
+bfloat16 on a GPU, where vLLM is timed too if it is installed. With `--out` each row is in
+FOLDER/score-SHAPE.jsonl as soon as it is measured.
 """
 
 import argparse
-import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,23 +26,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peaks
 import torch
 import transformers
 from numpy.typing import NDArray
-from setting import POSITIONS, forward_flops, write_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from workload import load_tokenizer
+from workload import (
+    SHAPES,
+    Rows,
+    build_model,
+    config_of,
+    free_memory,
+    load_tokenizer,
+    measure_peaks,
+    synchronise,
+)
 
 from hafrm.data.encoding import Encoder
 from hafrm.data.readers import read
+from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.preferences import Group, TokenizedGroup
+from hafrm.scoring.loading import load_encoder
 from hafrm.scoring.scorer import RewardModel
+from hafrm.training.costs import reference_flops, work_of
+from hafrm.training.shadow import count
 
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (8, 16, 32, 64, 128)}
+TARGETS = {"best-of-16": 2.5, "single responses": 1.3}
+"""Speed-up over plain transformers."""
+POSITIONS = 2048
 Scores = NDArray[np.float32]
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -91,27 +103,36 @@ def tasks(data: str, encoder: Encoder, args: argparse.Namespace) -> list[Task]:
         for k, text in enumerate(g.responses)
     ]
     named = {f"best-of-{args.candidates}": best, "single responses": singles, "pairs as rows": rows}
-    found = []
+    all_tasks = []
     for name, groups in named.items():
         encoded, report = encoder.encode(groups)
         assert not report.prompts_cut
         assert not report.responses_cut
-        found.append(Task(name, groups, encoded))
-    return found
+        all_tasks.append(Task(name, groups, encoded))
+    return all_tasks
+
+
+def classifier(args: argparse.Namespace, encoder: Encoder, dtype: torch.dtype) -> Any:
+    """The shape as a stock reward model with random weights, the same every time."""
+    config = config_of(args.shape, encoder)
+    config.num_labels, config.problem_type = 1, "regression"
+    device = torch.device(args.device)
+    model = build_model(AutoModelForSequenceClassification, config, dtype, device)
+    fresh = new_reward_head(config.hidden_size, torch.Generator().manual_seed(0))
+    model.score.weight.data.copy_(fresh.weight)
+    return model.eval()
 
 
 class Plain:
     """Plain transformers: one padded row for each response."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: Any) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32
-        ).eval()
+        self.model = model
 
-    def encode(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Token ids of each conversation, rendered and tokenised whole."""
-        texts = [
+    def texts(self, groups: Sequence[Group]) -> list[str]:
+        """Each conversation, rendered."""
+        return [
             self.tokenizer.apply_chat_template(
                 [
                     *({"role": m.role, "content": m.content} for m in group.prompt),
@@ -122,19 +143,25 @@ class Plain:
             for group in groups
             for response in group.responses
         ]
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def encode(self, groups: Sequence[Group]) -> list[list[int]]:
+        """Token ids of each conversation, rendered and tokenised whole."""
+        ids: list[list[int]] = self.tokenizer(self.texts(groups), add_special_tokens=False)[
+            "input_ids"
+        ]
         return ids
 
     @torch.inference_mode()
     def score(self, groups: Sequence[Group], batch_size: int) -> Scores:
         ids = self.encode(groups)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        scores = np.empty(len(ids), np.float32)
+        scores = torch.empty(len(ids))
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             batch = self.tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt")
-            scores[part] = self.model(**batch, use_cache=False).logits[:, 0].numpy()
-        return scores
+            logits = self.model(**batch.to(self.model.device), use_cache=False).logits
+            scores[part] = logits[:, 0].float().cpu()
+        return scores.numpy()
 
 
 def timed(run: Callable[[], Scores]) -> tuple[float, Scores]:
@@ -143,44 +170,77 @@ def timed(run: Callable[[], Scores]) -> tuple[float, Scores]:
     return time.perf_counter() - start, scores
 
 
+def time_or_none(run: Callable[[], Scores]) -> float:
+    """Seconds; without end where a batch is too large for the GPU."""
+    try:
+        return timed(run)[0]
+    except torch.OutOfMemoryError:
+        free_memory()
+        return float("inf")
+
+
 def measure(
     task: Task, plain: Plain, ours: RewardModel, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of both, the batch sizes tried, and how far scores differ."""
+    device, dtype = ours.model.device, plain.model.dtype
     sample = task.groups[::5]
     plain.score(sample[:1], 1)
-    tried = {b: timed(lambda b=b: plain.score(sample, b))[0] for b in BATCHES}
+    tried = {b: time_or_none(lambda b=b: plain.score(sample, b)) for b in BATCHES[args.device[:4]]}
     batch = min(tried, key=tried.__getitem__)
 
     def run(groups: Sequence[Group]) -> Scores:
         return ours.score_encoded(ours.encoder.encode(groups)[0])
 
     run(sample)  # the sample has warmed the other side
-    peak, seconds, plain_seconds = (
-        peaks.measure(CPU, torch.float32).flops,
-        float("inf"),
-        float("inf"),
-    )
+    synchronise(device)
+    peak, seconds, plain_seconds = 0.0, float("inf"), float("inf")
     for _ in range(args.repeats):
         took, scores = timed(lambda: run(task.groups))
         seconds = min(seconds, took)
         took, expected = timed(lambda: plain.score(task.groups, batch))
         plain_seconds = min(plain_seconds, took)
-        peak = max(peak, peaks.measure(CPU, torch.float32).flops)
+        peak = max(peak, measure_peaks(device, dtype).flops)
     same = same_ids(task, plain)
     return {
-        "task": task.name,
-        "responses": task.num_responses,
         "batch_size": batch,
         "tried": tried,
         "peak": peak,
         "plain_seconds": plain_seconds,
         "seconds": seconds,
-        "plain_floor": forward_flops(task.encoded, shared=False) / peak,
-        "floor": forward_flops(task.encoded, shared=True) / peak,
+        "plain_floor": forward_flops(ours.model, task.encoded, shared=False) / peak,
+        "floor": forward_flops(ours.model, task.encoded, shared=True) / peak,
         "difference": float(np.abs(scores - expected)[same].max()),
         "merged": int((~same).sum()),
     }
+
+
+def forward_flops(model: HybridModel, groups: Sequence[TokenizedGroup], *, shared: bool) -> float:
+    """Useful FLOPs of a reward for every response; shared, a prompt counts once for all responses to it."""
+    by_prompt: dict[bytes, tuple[int, list[int]]] = {}
+    for group in groups:
+        entry = by_prompt.setdefault(group.prompt_ids.tobytes(), (len(group.prompt_ids), []))
+        entry[1].extend(map(len, group.response_ids))
+    shape = list(by_prompt.values())
+    if not shared:
+        shape = [(prompt, [length]) for prompt, lengths in shape for length in lengths]
+    return reference_flops(count(model), work_of(shape)).total
+
+
+def time_vllm(tasks: list[Task], plain: Plain, folder: Path) -> dict[str, Any]:
+    """Seconds of each task in vLLM's pooling of the same weights, loading left out."""
+    from vllm import LLM
+
+    plain.model.save_pretrained(folder)
+    llm = LLM(str(folder), runner="pooling", gpu_memory_utilization=0.4)
+    row = {}
+    for task in tasks:
+        prompts = [{"prompt_token_ids": ids} for ids in plain.encode(task.groups)]
+        llm.classify(prompts[:8], use_tqdm=False)
+        start = time.perf_counter()
+        llm.classify(prompts, use_tqdm=False)
+        row[task.name] = time.perf_counter() - start
+    return row
 
 
 def same_ids(task: Task, plain: Plain) -> NDArray[np.bool_]:
@@ -193,23 +253,6 @@ def same_ids(task: Task, plain: Plain) -> NDArray[np.bool_]:
     return np.array([list(a) == b for a, b in zip(apart, whole, strict=True)])
 
 
-def time_command(task: Task, directory: Path, processes: int) -> float:
-    """Seconds of the whole command over a file of the task's rows: imports, loading, reading, writing."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "rows.jsonl"
-        with source.open("w") as file:
-            for group in task.groups:
-                prompt = [message._asdict() for message in group.prompt]
-                file.write(json.dumps({"prompt": prompt, "responses": group.responses}) + "\n")
-        per_shard = -(-len(task.groups) // (2 * processes))
-        command = [sys.executable, "-m", "hafrm", "score", str(directory), str(source)]
-        command += [str(Path(folder) / "out.jsonl"), "--processes", str(processes)]
-        command += ["--rows-per-shard", str(per_shard)]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="preference pairs, as hafrm reads them")
@@ -219,57 +262,67 @@ def main() -> None:
         type=Path,
         help="a model directory, or a tokenizer.json with <s>, </s>, <unk>",
     )
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=64, help="of best-of-16")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--singles", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--max-tokens", type=int, help="of one of our rows (default: hafrm's)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--processes", type=int, nargs="*", default=[], help="also time the command with so many"
-    )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
+    parser.add_argument("--out", type=Path, help="folder for the rows")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
+    on_gpu = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rows = Rows(args.out, f"score-{args.shape}", seconds=args.seconds)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         encoder = Encoder(load_tokenizer(args.tokenizer), max_length=POSITIONS)
-        directory = write_reward_model(encoder, Path(folder) / "reward")
-        plain = Plain(directory)
-        ours = RewardModel.from_pretrained(directory, max_tokens=args.max_tokens)
-        results = []
-        for task in tasks(args.data, ours.encoder, args):
+        encoder.export_tokenizer(folder)
+        plain = Plain(folder, classifier(args, encoder, dtype))
+        same = classifier(args, encoder, dtype)
+        model = HybridModel(same.base_model, reward_head=same.score)
+        encoder = load_encoder(folder, config_of(args.shape, encoder), POSITIONS)
+        ours = RewardModel(model, encoder, max_tokens=args.max_tokens)
+        work = tasks(args.data, encoder, args)
+        for task in work:
             print(task.describe(), file=sys.stderr, flush=True)
-            result = measure(task, plain, ours, args)
-            result["command"] = {n: time_command(task, directory, n) for n in args.processes}
-            results.append(result)
-    report(results, args)
+            what = {"task": task.name, "shape": args.shape, "responses": task.num_responses}
+            rows.add(what, lambda task=task: measure(task, plain, ours, args))
+        if on_gpu:
+            rows.add({"task": "vLLM"}, lambda: time_vllm(work, plain, folder))
+    report(rows.rows, args)
 
 
-def report(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    print(f"\n{Path(args.data).name}, float32, {args.threads} threads, best of {args.repeats}")
+def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"\n{Path(args.data).name}, {args.shape}, {where}, best of {args.repeats}")
     print("| work | contender | seconds | candidates/s | speed-up | x its floor | max difference |")
     print("|---|---|---|---|---|---|---|")
-    for r in results:
+    for r in rows:
+        if "seconds" not in r:
+            print(f"| {r['task']} | {r} | | | | | |")
+            continue
         n, plain, ours = r["responses"], r["plain_seconds"], r["seconds"]
         name = f"plain transformers, batches of {r['batch_size']}"
         over = plain / r["plain_floor"], ours / r["floor"]
+        target = f" (target {TARGETS[r['task']]})" if r["task"] in TARGETS else ""
         print(f"| {r['task']} | {name} | {plain:.2f} | {n / plain:.1f} | 1 | {over[0]:.2f} | |")
         print(
-            f"| | hafrm | {ours:.2f} | {n / ours:.1f} | {plain / ours:.2f} | {over[1]:.2f} "
+            f"| | hafrm | {ours:.2f} | {n / ours:.1f} | {plain / ours:.2f}{target} | {over[1]:.2f} "
             f"| {r['difference']:.1e} |"
         )
-        for processes, seconds in r["command"].items():
-            name = f"`hafrm score --processes {processes}`, start-up included"
-            print(f"| | {name} | {seconds:.2f} | {n / seconds:.1f} | {plain / seconds:.2f} | | |")
-    merged = sum(r["merged"] for r in results)
+    measured = [r for r in rows if "seconds" in r]
     print(
-        f"\n{merged} responses merge with the template when tokenised with it, and are not compared"
+        f"\n{sum(r['merged'] for r in measured)} responses merge with the template when tokenised with "
+        "it, and are not compared"
     )
-    print(f"float32 peak: {max(r['peak'] for r in results) / 1e9:.0f} GFLOP/s")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    if measured:
+        print(f"peak of products: {max(r['peak'] for r in measured) / 1e9:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

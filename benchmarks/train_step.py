@@ -6,26 +6,22 @@ On a CPU every contender trains a Llama of 6 layers and width 384 (random weight
 optimiser steps of 16 comparisons; on a GPU `--shape phi-2` or `--shape mistral-7b --lora-rank 16`, in
 bfloat16. The total time of the steps is compared, since a median would hide long batches. TRL runs as
 shipped and tuned (no checkpointing, length-grouped). `--ladder N` adds the ablation over N steps. Peak
-memory is the growth of each contender's own process over its loaded model, in a second pass.
+memory is the growth of a contender over its loaded model; on a CPU only the first one's is known, since
+processes keep what they free: name one with `--only`. With `--out` each row is in FOLDER/train-SHAPE.jsonl
+as soon as it is measured.
 """
 
 import argparse
 import copy
-import gc
-import json
-import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peaks
 import torch
 import transformers
 from contenders import CONTENDERS, LADDER, Marks, peak_growth
-from workload import BATCH, SHAPES, Workload, load
+from workload import BATCH, SHAPES, Peaks, Rows, Workload, load, measure_peaks
 
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.recipe import LoraSection
@@ -33,21 +29,22 @@ from hafrm.training.costs import step_flops, work_of
 from hafrm.training.prepare import inject_lora
 from hafrm.training.shadow import count
 
-MEMORY_STEPS = 8
+JOINT = "hafrm joint (haf)"
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender's result."""
-
-    name: str
-    seconds: float
-    comparisons: int
-    tokens: int
-    reference: float
-    grown: float | None = None
-    floor: float | None = None
+TARGETS = {
+    "cpu": {
+        "TRL RewardTrainer, as shipped": 5.0,
+        "TRL RewardTrainer, tuned": 3.5,
+        "TRL DPOTrainer, as shipped": 6.0,
+        "naive hybrid": 8.0,
+    },
+    "cuda": {
+        "TRL RewardTrainer, as shipped": 2.8,
+        "TRL DPOTrainer, as shipped": 3.5,
+        "naive hybrid": 6.0,
+    },
+}
+"""Times the joint step's seconds that a contender should take at least."""
 
 
 def main() -> None:
@@ -57,36 +54,17 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.memory_of:
-        print(json.dumps(measure_memory_here(args, device)))
-        return
-    peak = peaks.measure(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    say(f"peaks: {peak.flops / 1e9:.0f} GFLOP/s, {peak.bandwidth / 1e9:.0f} GB/s")
-    results = []
+    peak = measure_peaks(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    rows = Rows(args.out, f"train-{args.shape}", seconds=args.seconds)
+    print(describe(args, peak), file=sys.stderr)
     for data, steps in zip(args.data, args.steps * len(args.data), strict=False):
-        w = workload(args, data, steps, device)
-        rows = list(timed(w, CONTENDERS, args.only, peak))
-        if not args.no_memory:
-            rows = [replace(row, grown=measure_memory(row.name)) for row in rows]
-        ladder = []
-        if args.ladder:
-            ladder = list(timed(workload(args, data, args.ladder, device), LADDER, args.only, peak))
-        results.append({"data": w.name, "rows": rows, "ladder": ladder, "workload": w})
+        for contenders, length in ((CONTENDERS, steps), (LADDER, args.ladder)):
+            if length:
+                w = workload(args, data, length, device)
+                measure(args, rows, w, contenders, peak)
     print(f"\n{describe(args, peak)}")
-    for result in results:
-        print(table(result["workload"], result["rows"], "x joint", base=0))
-        if result["ladder"]:
-            print(table(result["workload"], result["ladder"], "x faster than naive", base=None))
-    if args.json:
-        kept = [
-            {
-                k: [asdict(r) for r in v] if isinstance(v, list) else v
-                for k, v in r.items()
-                if k != "workload"
-            }
-            for r in results
-        ]
-        args.json.write_text(json.dumps({"peaks": asdict(peak), "results": kept}, indent=1))
+    for title in dict.fromkeys(row["table"] for row in rows.rows):
+        print(table([row for row in rows.rows if row["table"] == title], device.type))
 
 
 def parse() -> argparse.Namespace:
@@ -106,9 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="contenders whose name contains one of these")
     parser.add_argument("--ladder", type=int, default=0, help="steps of the ablation (0: none)")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
+    parser.add_argument("--out", type=Path, help="folder for the rows")
     return parser.parse_args()
 
 
@@ -125,27 +102,40 @@ def workload(args: argparse.Namespace, data: str, steps: int, device: torch.devi
     )
 
 
-def timed(
-    w: Workload, contenders: dict[str, Any], only: list[str] | None, peak: peaks.Peaks
-) -> Iterator[Row]:
+def measure(
+    args: argparse.Namespace, rows: Rows, w: Workload, contenders: dict[str, Any], peak: Peaks
+) -> None:
+    """A row for each contender, whatever becomes of the others."""
+    kind = "contenders" if contenders is CONTENDERS else "ladder"
     for name, contender in contenders.items():
-        if only and not any(part in name for part in only):
-            continue
-        gc.collect()
-        if w.device.type == "cuda":
-            torch.cuda.empty_cache()
-        marks = Marks()
-        try:
+        skipped = args.only and not any(part in name for part in args.only)
+        if skipped or (name == "+ bf16" and w.device.type == "cuda"):
+            continue  # on a GPU all are in bfloat16
+
+        def timed(name: str = name, contender: Any = contender) -> dict[str, Any]:
+            marks = Marks()
             seconds = contender(w, marks)
-        except torch.OutOfMemoryError:
-            seconds = float("nan")
-        floor = floor_of(w, peak) if name == "hafrm joint (haf)" else None
-        say(f"{w.name:12} {name:32} {seconds:8.2f} s   {marks.tokens} tokens")
-        yield Row(name, seconds, w.num_comparisons, marks.tokens, marks.reference, None, floor)
+            row = {"seconds": seconds, "tokens": marks.tokens, "reference": marks.reference}
+            if w.device.type == "cuda" or not rows.rows:
+                row["peak_growth"] = peak_growth(marks, w)
+            return row | (efficiency(w, peak, seconds) if name == JOINT else {})
+
+        what = {
+            "table": f"{w.name}, {w.num_comparisons} comparisons in {w.steps} steps, {kind}",
+            "contender": name,
+            "comparisons": w.num_comparisons,
+            "shape": args.shape,
+            "lora_rank": args.lora_rank,
+            "max_tokens": args.max_tokens,
+            "machine": machine(args),
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        }
+        rows.add(what, timed)
 
 
-def floor_of(w: Workload, peak: peaks.Peaks) -> float:
-    """Seconds of the joint steps at the peaks: useful FLOPs, and weights, gradients and moments moved."""
+def efficiency(w: Workload, peak: Peaks, seconds: float) -> dict[str, float]:
+    """MFU (useful FLOPs over the data sheet's peak) and the floor: at the measured peaks, the useful FLOPs,
+    and weights, gradients and moments moved once."""
     with torch.device("meta"):
         causal = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(w.config))
         backbone, head = causal.base_model, causal.get_output_embeddings()
@@ -155,60 +145,61 @@ def floor_of(w: Workload, peak: peaks.Peaks) -> float:
         model = HybridModel(backbone, reward_head=new_reward_head(1), policy_head=head)
     counts = count(model)
     work = work_of([(len(g.prompt_ids), [len(r) for r in g.response_ids]) for g in w.encoded])
+    flops = step_flops(counts, work).total
     # Read in forward and backward, the gradient written and read, two moments and the weight likewise.
     moved = w.steps * 4 * (2 * counts.total + 8 * counts.trainable)
-    return peak.floor(step_flops(counts, work).total, moved)
+    return {
+        "flops": flops,
+        "mfu": flops / seconds / peak.nominal,
+        "of_measured_peak": flops / seconds / peak.flops,
+        "floor": peak.floor(flops, moved),
+    }
 
 
-def measure_memory(name: str) -> float | None:
-    """Bytes that the contender's own process grew over its loaded model."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(json.loads(run.stdout.splitlines()[-1])) if run.returncode == 0 else None
+def machine(args: argparse.Namespace) -> str:
+    on_gpu = args.device.startswith("cuda")
+    return torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
 
 
-def measure_memory_here(args: argparse.Namespace, device: torch.device) -> float:
-    w = workload(args, args.data[0], min(args.steps[0], MEMORY_STEPS), device)
-    marks = Marks()
-    CONTENDERS[args.memory_of](w, marks)
-    return peak_growth(marks, w)
-
-
-def describe(args: argparse.Namespace, peak: peaks.Peaks) -> str:
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
-    )
+def describe(args: argparse.Namespace, peak: Peaks) -> str:
     lora = f", LoRA rank {args.lora_rank}" if args.lora_rank else ""
     return (
         f"{args.shape}{lora}, steps of {BATCH} comparisons, at most {args.max_length} tokens a sequence, "
-        f"{device}: {peak.flops / 1e9:.0f} GFLOP/s and {peak.bandwidth / 1e9:.0f} GB/s measured; "
+        f"{machine(args)}: {peak.flops / 1e9:.0f} GFLOP/s and {peak.bandwidth / 1e9:.0f} GB/s measured; "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
 
 
-def table(w: Workload, rows: list[Row], ratio: str, base: int | None) -> str:
+def table(rows: list[dict[str, Any]], device: str) -> str:
+    """Contenders relative to the joint step, with targets; rungs of the ladder to the naive hybrid."""
+    seconds = {row["contender"]: row["seconds"] for row in rows if "seconds" in row}
+    is_ladder = rows[0]["table"].endswith("ladder")
+    base = seconds.get("naive hybrid" if is_ladder else JOINT, float("nan"))
+    ratio = "x faster than naive" if is_ladder else "x joint"
     lines = [
-        f"\n{w.name}, {rows[0].comparisons} comparisons in {rows[0].comparisons // BATCH} steps\n",
-        f"| contender | seconds | comparisons/s | {ratio} | tokens run | reference pass, s "
+        f"\n{rows[0]['table']}\n",
+        f"| contender | seconds | comparisons/s | {ratio} | target | tokens run | reference pass, s "
         "| peak growth, GiB |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        factor = row.seconds / rows[0].seconds if base == 0 else rows[0].seconds / row.seconds
-        grown = "" if row.grown is None else f"{row.grown / GIB:.2f}"
+        name = row["contender"]
+        if "error" in row:
+            lines.append(f"| {name} | {row['error'].splitlines()[0][:100]} | | | | | | |")
+            continue
+        took, grown = row["seconds"], row.get("peak_growth")
+        factor = base / took if is_ladder else took / base
+        target = None if is_ladder else TARGETS[device].get(name)
         lines.append(
-            f"| {row.name} | {row.seconds:.1f} | {row.comparisons / row.seconds:.2f} | {factor:.2f} | "
-            f"{row.tokens or ''} | {row.reference or 0:.1f} | {grown} |"
+            f"| {name} | {took:.2f} | {row['comparisons'] / took:.2f} | {factor:.2f} | "
+            f"{'' if target is None else f'>= {target:g}'} | {row['tokens'] or ''} | "
+            f"{row['reference']:.1f} | {'' if grown is None else f'{grown / GIB:.2f}'} |"
         )
-        if row.floor:
-            lines.append(
-                f"| its floor on this machine | {row.floor:.1f} | | {row.floor / row.seconds:.2f} | | | |"
-            )
+        if "floor" in row:
+            over = took / row["floor"]
+            lines.append(f"| x its floor here | | | {over:.2f} | <= 1.15 | | | |")
+            lines.append(f"| its MFU | | | {row['mfu']:.2f} | >= 0.50 | | | |")
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""What all contenders of the training benchmark share: the same comparisons, ids and model.
+"""What all benchmarks share: the same comparisons, ids and model, the machine's peaks, and rows of results.
 
 A workload is a fixed window of comparisons of a data set, encoded once, and a model shape with random
-weights. Nothing here times anything.
+weights. Results are rows, written one by one as they come, so that what fails later loses nothing.
 """
 
 import copy
-from collections.abc import Sequence
+import gc
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,18 +103,20 @@ class Workload:
 
     def causal_lm(self, dtype: torch.dtype = torch.float32) -> Any:
         """The same random causal LM every time."""
-        return self._build(AutoModelForCausalLM, dtype)
+        return build_model(AutoModelForCausalLM, self.config, dtype, self.device)
 
     def classifier(self, dtype: torch.dtype = torch.float32) -> Any:
         """A random classifier with one label, of the same shape."""
         config = type(self.config).from_dict(self.config.to_dict() | {"num_labels": 1})
-        return self._build(AutoModelForSequenceClassification, dtype, config)
+        return build_model(AutoModelForSequenceClassification, config, dtype, self.device)
 
-    def _build(self, auto: Any, dtype: torch.dtype, config: Any = None) -> Any:
-        torch.manual_seed(0)
-        with self.device:
-            model = auto.from_config(copy.deepcopy(config or self.config), dtype=dtype)
-        return model.to(self.device)
+
+def build_model(auto: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The same random weights every time."""
+    torch.manual_seed(0)
+    with device:
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype)
+    return model.to(device)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -117,15 +124,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if path.is_dir():
         return AutoTokenizer.from_pretrained(path)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     for role, names in (
         ("eos_token", ("</s>", "<|endoftext|>")),
         ("bos_token", ("<s>",)),
         ("unk_token", ("<unk>",)),
     ):
-        found = next((name for name in names if name in known), None)
-        if found is not None:
-            setattr(tokenizer, role, found)
+        name = next((name for name in names if name in vocabulary), None)
+        if name is not None:
+            setattr(tokenizer, role, name)
     if tokenizer.unk_token is None:  # Phi-2's has one special token and room for a pad
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     return tokenizer
@@ -151,19 +158,12 @@ def load(  # noqa: PLR0913
         picked.setdefault(pick.group, []).append(pick.comparison)
     groups = [_only(everything[index], comparisons) for index, comparisons in picked.items()]
     encoded, _ = encoder.encode(groups)
-    kind, sizes = SHAPES[shape]
-    config = kind(
-        **{"vocab_size": len(encoder.tokenizer), "max_position_embeddings": 4096} | sizes,
-        pad_token_id=encoder.pad_id,
-        bos_token_id=encoder.tokenizer.bos_token_id,
-        eos_token_id=encoder.eos_id,
-    )
     return Workload(
         name=Path(data).name.split(".")[0],
         encoder=encoder,
         groups=groups,
         encoded=encoded,
-        config=config,
+        config=config_of(shape, encoder),
         steps=steps,
         max_tokens=max_tokens,
         device=device,
@@ -171,14 +171,114 @@ def load(  # noqa: PLR0913
     )
 
 
+def config_of(shape: str, encoder: Encoder) -> PretrainedConfig:
+    """The shape's config, with the vocabulary and special tokens of the encoder."""
+    kind, sizes = SHAPES[shape]
+    return kind(
+        **{"vocab_size": len(encoder.tokenizer), "max_position_embeddings": 4096} | sizes,
+        pad_token_id=encoder.pad_id,
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        eos_token_id=encoder.eos_id,
+    )
+
+
 def _only(group: Group, comparisons: Sequence[int]) -> Group:
-    kept = tuple(group.comparisons[c] for c in comparisons)
-    used = sorted({side for c in kept for side in (c.chosen, c.rejected)})
+    chosen = tuple(group.comparisons[c] for c in comparisons)
+    used = sorted({side for c in chosen for side in (c.chosen, c.rejected)})
     place = {old: new for new, old in enumerate(used)}
     return replace(
         group,
         responses=tuple(group.responses[i] for i in used),
         comparisons=tuple(
-            replace(c, chosen=place[c.chosen], rejected=place[c.rejected]) for c in kept
+            replace(c, chosen=place[c.chosen], rejected=place[c.rejected]) for c in chosen
         ),
     )
+
+
+NOMINAL = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 FLOP/s by part of a GPU's name, from NVIDIA's data sheets: what MFU is counted against."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine can do, best of several tries."""
+
+    flops: float
+    """FLOP/s of a square matrix product in the dtype of the run."""
+    bandwidth: float
+    """Bytes/s of a copy, read and write counted."""
+    nominal: float
+    """FLOP/s by the data sheet; measured where there is none."""
+
+    def floor(self, flops: float, moved: float) -> float:
+        """Seconds below which no code can do this much work here."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """In about a second."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    flops = 2 * size**3 / best_time(lambda: a @ b, device)
+    big = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    other = torch.empty_like(big)
+    bandwidth = 2 * big.numel() / best_time(lambda: other.copy_(big), device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    nominal = next((peak for part, peak in NOMINAL.items() if part in name), flops)
+    return Peaks(flops, bandwidth, nominal)
+
+
+def best_time(run: Callable[[], object], device: torch.device, tries: int = 6) -> float:
+    """Seconds of the fastest of several runs; the first one warms up."""
+    seconds = []
+    for _ in range(tries):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's work, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Rows:
+    """Rows of a benchmark, a line of JSON each in a file of `folder` as they come."""
+
+    def __init__(self, folder: Path | None, name: str, *, seconds: float = float("inf")) -> None:
+        """After `seconds` nothing more is started."""
+        self.rows: list[dict[str, Any]] = []
+        self._file = None if folder is None else folder / f"{name}.jsonl"
+        self._end = time.monotonic() + seconds
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """`what` with the numbers that `measure` returns, or with the error that it raises."""
+        free_memory()
+        try:
+            if time.monotonic() > self._end:
+                raise TimeoutError("not started: the time is up")
+            row = what | measure()
+        except Exception as error:  # noqa: BLE001 - whatever one row raises, the others are run
+            row = what | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+            if not isinstance(error, TimeoutError):
+                traceback.print_exc(limit=-4)
+        self.rows.append(row)
+        line = json.dumps(row)
+        print(line, file=sys.stderr, flush=True)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(line + "\n")
+        return row
+
+
+def free_memory() -> None:
+    """What an earlier row left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

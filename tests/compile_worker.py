@@ -1,6 +1,7 @@
 """Compiled layers against plain ones, in a process without the shape checks that dynamo cannot trace."""
 
 import sys
+import threading
 
 import torch
 
@@ -15,13 +16,17 @@ def run(model, shapes):
     """Outputs, and the gradients of the sum of everything."""
     model.zero_grad()
     outputs = model(lay_out(token_groups(shapes)))
-    (outputs.rewards.sum() + 0.1 * outputs.logps.sum()).backward()
+    thread = threading.Thread(target=(outputs.rewards.sum() + 0.1 * outputs.logps.sum()).backward)
+    thread.start()  # as on CUDA
+    thread.join()
     return outputs, [p.grad.clone() for p in model.parameters()]
 
 
-def main(family: str) -> None:
+def main(family: str, checkpointing: str) -> None:
     """Float32; fused sums run in another order: 1e-4 of gradients of order 1."""
     plain, compiled = tiny_hybrid(family), tiny_hybrid(family)
+    if checkpointing == "checkpointed":
+        compiled.checkpoint_activations()
     compiled.compile_layers()
     run(compiled, SHAPES)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -36,4 +41,4 @@ def main(family: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

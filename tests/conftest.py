@@ -1,5 +1,5 @@
 """For all tests: one thread (the models are tiny, two test processes share two cores), no hub, no
-progress bars, and a reference cache of their own."""
+progress bars, and a reference cache of their own. Tests marked `cuda` are skipped without a GPU."""
 
 import os
 
@@ -9,6 +9,28 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+CUDA_TESTS_ON = os.environ.get("HAFRM_CUDA_TESTS_ON", "cuda")
+"""`cpu` runs the tests marked `cuda` on a CPU: it shows that their code runs, and nothing about a GPU."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if not marked:
+        return
+    import torch
+
+    if CUDA_TESTS_ON == "cuda" and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device():
+    """Where a test marked `cuda` runs."""
+    import torch
+
+    return torch.device(CUDA_TESTS_ON)
 
 
 @pytest.fixture(autouse=True)

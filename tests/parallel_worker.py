@@ -1,15 +1,160 @@
-"""One rank of a run, started by test_parallel with the variables that torchrun would set."""
+"""One rank of a run, or of a check that takes two, with the variables that torchrun would set.
 
+parallel_worker.py train RECIPE FOLDER [--resume] [--own-cache] [--first-is-best] [--no-export]
+parallel_worker.py CHECK FOLDER
+"""
+
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+
+# Registers the backend "fake", whose exchanges do nothing, as nccl's do for tensors on the CPU at best.
+import torch.testing._internal.distributed.fake_pg
+
 from hafrm.config import load_recipe
-from hafrm.training import parallel
-from hafrm.training.loop import train
+from hafrm.engine import attention
+from hafrm.engine.layout import lay_out
+from hafrm.engine.model import HybridModel
+from hafrm.errors import CheckpointError, MemoryBudgetError, NumericsError
+from hafrm.run_folder import RunFolder
+from hafrm.scoring.export import gather_weights
+from hafrm.scoring.forward import run_forward
+from hafrm.training import checkpoint, loop, parallel
+from hafrm.training.step import build_optimizer
+from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from training_for_tests import pairs
+
+RANK = int(os.environ["RANK"])
+
+
+def run_training(recipe: str, folder: str, *options: str) -> None:
+    if "--own-cache" in options:
+        os.environ["HAFRM_CACHE"] = str(Path(folder).parent / f"cache-of-{RANK}")
+    if "--first-is-best" in options:
+        validate, seen = loop.validate, []
+
+        def falling(*args, **kwargs):
+            metrics = validate(*args, **kwargs)
+            seen.append(metrics)
+            return {**metrics, "accuracy": 1.0 / len(seen)}
+
+        loop.validate = falling
+    finish = (lambda _: None) if "--no-export" in options else None
+    loop.train(load_recipe(recipe), Path(folder), resume="--resume" in options, finish=finish)
+
+
+def hosts(_: str) -> None:
+    """Hosts exchange through a gloo group of their own, whatever the launcher gave the devices."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, 2, is_master=RANK == 0, wait_for_workers=False)
+    dist.init_process_group("fake", store=store, rank=RANK, world_size=2)
+    parallel.start()
+    assert parallel._hosts._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=12)
+    assert float(parallel.add_up(torch.tensor(1.0 + RANK))) == 3.0
+    assert parallel.smallest(7 - RANK) == 6
+    assert parallel.from_main(lambda: f"rank {RANK}") == "rank 0"
+
+    def refuse() -> None:
+        assert RANK == 0
+        raise CheckpointError("in use")
+
+    with pytest.raises(CheckpointError, match="in use"):
+        parallel.from_main(refuse)
+    value = torch.arange(3.0) if RANK == 0 else None
+    assert parallel.hand_out(value, torch.zeros(3)).tolist() == [0.0, 1.0, 2.0]
+    parallel.wait()
+
+
+def shards(folder: str) -> None:
+    """What a forward without a backward leaves gathered is neither saved nor loaded into."""
+    model = parallel.wrap(tiny_hybrid(), "fsdp", torch.bfloat16)
+    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    layout = lay_out(token_groups(SHAPES))
+
+    caches = []
+    attend = attention._attend
+    attention._attend = lambda q, k, v, layout, rule: (
+        caches.append(id(layout.masks)) or attend(q, k, v, layout, rule)
+    )
+    outputs = model(layout)
+    attention._attend = attend
+    assert caches == [id(layout.masks)] * 2, "the layers have layouts of their own"
+    (outputs.rewards.sum() + outputs.logps.sum()).backward()
+    optimizer.step()
+
+    before = checkpoint.trainable_weights(model)
+    assert bool(before) == (RANK == 0)
+    run = RunFolder(Path(folder))
+    model.set_reshard_after_forward(False)  # as FSDP2 treats a root by default
+    with torch.no_grad():
+        model(layout)
+    assert sum(p.dtype == torch.bfloat16 for p in model.parameters()) > 0
+    path = checkpoint.save_checkpoint(run, 1, model, optimizer, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model(layout)
+    optimizer.state.clear()
+    if RANK == 1:
+        checkpoint.safe_open = None  # the main rank reads for all
+    assert checkpoint.load_checkpoint(path, model, optimizer) == {"step": 1}
+    after = checkpoint.trainable_weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
+    weights = gather_weights(model)
+    assert bool(weights.backbone) == bool(weights.policy_head) == (RANK == 0)
+
+
+def scores() -> None:
+    """Rows dealt out to ranks: the bits of one process, equal forwards, no rank stops or halves alone."""
+    groups, alone = pairs(), tiny_hybrid().eval()
+    model = parallel.wrap(tiny_hybrid(), "fsdp", None).eval()
+    forward, rows = HybridModel.forward, []
+
+    def counted(self, layout, watch=None):
+        rows.append(layout.num_tokens)
+        return forward(self, layout, watch)
+
+    for max_tokens, num_forwards in ((80, 2), (10_000, 1)):
+        HybridModel.forward = forward
+        expected = run_forward(alone, groups, max_tokens=max_tokens)
+        HybridModel.forward = counted
+        rows.clear()
+        shared = parallel.score_on_all_ranks(model, groups, max_tokens=max_tokens)
+        assert (shared.rewards == expected.rewards).all()
+        assert (shared.logps == expected.logps).all()
+        assert len(rows) == num_forwards, rows
+
+    def short(self, layout, watch=None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    alone.reward_head.weight.data[0, 0] = float("nan")
+    HybridModel.forward = forward
+    with pytest.raises(NumericsError, match="not finite"):
+        parallel.score_on_all_ranks(alone, groups, max_tokens=10_000)
+    HybridModel.forward = short
+    with pytest.raises(MemoryBudgetError, match=r"lower training\.max_tokens"):
+        parallel.score_on_all_ranks(model, groups, max_tokens=10_000)
+
+
+def sharded_model(folder: str) -> None:
+    parallel.start()
+    shards(folder)
+    scores()
+
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
+    torch.set_num_threads(1)
+    command, *arguments = sys.argv[1:]
+    checks = {"train": run_training, "hosts": hosts, "sharded_model": sharded_model}
     try:
-        train(load_recipe(sys.argv[1]), folder, resume="--resume" in sys.argv)
+        checks[command](*arguments)
     finally:
         parallel.stop()

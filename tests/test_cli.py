@@ -18,6 +18,7 @@ from hafrm.errors import DataError, ModelError
 from hafrm.evaluation import evaluate
 from hafrm.evaluation.heads import find_heads
 from hafrm.scoring.fused import FusedRule, write_fused_rule
+from hafrm.scoring.scorer import RewardModel
 from hafrm.training import finish
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe, write_preferences
@@ -158,6 +159,34 @@ def test_score_refuses_options_that_make_no_sense(monkeypatch, capsys, model, tm
     code, error = failing(monkeypatch, capsys, "score", model, source, out, *option)
     assert (code, "ConfigError" in error) == (1, True)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["score", "evaluate", "against", "diagnose", "best-of-n"])
+def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
+    model, tmp_path, monkeypatch, verb
+):
+    loaded = []
+    load = RewardModel.from_pretrained
+
+    def spy(path, **options):
+        loaded.append((str(options["dtype"]).removeprefix("torch."), options["device"]))
+        return load(path, **options)
+
+    monkeypatch.setattr(RewardModel, "from_pretrained", spy)
+    reward, out = model / "reward", tmp_path / "out"
+    data = write_preferences(tmp_path / "data.jsonl", num=8)
+    rows = [{"prompt": f"Say {word}.", "responses": ["sun", "sea"]} for word in ("sun", "sea")]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = {
+        "score": ("score", reward, data, out),
+        "evaluate": ("evaluate", reward, data),
+        "against": ("evaluate", reward, data, "--against", model),
+        "diagnose": ("diagnose", reward, data, "--json", out),
+        "best-of-n": ("best-of-n", reward, "--candidates", answers, "-n", "2", "--out", out),
+    }[verb]
+    invoke(*arguments, "--dtype", "bfloat16", "--device", "cpu")
+    assert loaded == [("bfloat16", "cpu")] * (2 if verb == "against" else 1)
 
 
 def test_evaluate_measures_every_source_and_both_heads(model, tmp_path):

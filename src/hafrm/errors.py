@@ -7,6 +7,7 @@
     |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
     |-- NumericsError (RuntimeError)   numbers that must not be built upon
     |   `-- DivergedError              a loss or gradient of training that is not finite
+    |-- VerificationError (RuntimeError) an export that is written, but not proved
     |-- ServerError (ConnectionError)  a server that cannot be reached, or answers otherwise than it should
     `-- MemoryBudgetError (MemoryError) a pass that does not fit, however it is cut
 
@@ -40,6 +41,10 @@ class NumericsError(HafrmError, RuntimeError):
 
 class DivergedError(NumericsError):
     """A loss or gradient of training is not finite: this run cannot continue, another one may."""
+
+
+class VerificationError(HafrmError, RuntimeError):
+    """An export is written and kept, but was not proved to give every consumer the trained scores."""
 
 
 class ServerError(HafrmError, ConnectionError):

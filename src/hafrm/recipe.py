@@ -155,6 +155,10 @@ class MethodSection(Section):
     """Assumed fraction of flipped preferences (paper: 0)."""
     centering: float | None = Field(default=None, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around zero (paper: 0)."""
+    reward_loss: Text | None = None
+    """Name of a reward loss: bt (paper), normbt."""
+    sum_to_zero: float | None = Field(default=None, ge=0)
+    """Weight of BSR's penalty: a step's comparisons times its mean reward squared (paper: 0)."""
 
     @model_validator(mode="after")
     def _balances_gradients_with_alpha_auto_only(self) -> "MethodSection":
@@ -191,8 +195,8 @@ class TrainingSection(Section):
     """2-norm that the gradient is clipped to; 0: not clipped (paper: 1.0)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the reward head, the held-out prompts and the order of the data (paper: 0)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast over fp32 master weights, frozen weights in bf16 (paper: bf16 over fp16 weights)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights, frozen in bf16 (paper: in fp16)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -204,7 +208,8 @@ class TrainingSection(Section):
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work: copies (ddp), shards (fsdp), or chosen (auto)."""
+    """How processes share the work: copies (ddp) or shards (fsdp); auto shards on GPUs, except LoRA that
+    fits whole."""
 
     @property
     def token_budget(self) -> int:
@@ -229,7 +234,8 @@ class LoraSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     """Scale: the adapters' output is multiplied by alpha / rank (paper: 16)."""
     targets: Annotated[str | tuple[Text, ...], BeforeValidator(_tuple_if_list)] = "all-linear"
-    """Modules to adapt: all-linear, a list of name ends, or one regex (paper: the MLP's proj)."""
+    """Modules to adapt: all-linear (without experts stacked in 3-D weights), a list of name ends, or one
+    regex (paper: the MLP's proj)."""
 
     @model_validator(mode="after")
     def _names_targets(self) -> "LoraSection":

@@ -74,6 +74,7 @@ class RunFolder:
         self.provenance_path = path / "provenance.json"
         self.checkpoints_path = path / "checkpoints"
         self.model_path = path / "model"
+        self.unverified_path = path / "model.unverified"
 
     @classmethod
     def create(

@@ -11,11 +11,14 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["kept", "checkpointed"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_compiled_layers_equal_plain_ones_and_are_compiled_once_for_all_lengths(family):
+def test_compiled_layers_equal_plain_ones_and_are_compiled_once_for_all_lengths(
+    family, checkpointing
+):
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, str(TESTS / "compile_worker.py"), family],
+        [sys.executable, str(TESTS / "compile_worker.py"), family, checkpointing],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

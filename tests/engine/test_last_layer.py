@@ -1,6 +1,7 @@
 """The last layer runs what heads read and no more, and nobody can tell by the numbers."""
 
 import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,39 @@ def test_a_copied_model_narrows_its_own_layer_and_threads_their_own_rows():
     assert decoder_layers(model.backbone)[-1].mlp._forward_hooks
 
 
+def gradients(model: HybridModel, *, other_thread: bool) -> dict[str, Tensor]:
+    """Of both heads' sum, by a backward pass in this thread or in another, as autograd runs it on CUDA."""
+    outputs = model(lay_out(token_groups(SHAPES)))
+    loss = outputs.rewards.sum() + outputs.logps.sum()
+    if other_thread:
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    else:
+        loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_are_repeated_alike_by_a_backward_pass_in_another_thread(family):
+    """The same operations on the same numbers, so the same gradients to the bit."""
+    expected = gradients(tiny_hybrid(family), other_thread=False)
+    model = tiny_hybrid(family)
+    model.checkpoint_activations()
+    found = gradients(model, other_thread=True)
+    assert found.keys() == expected.keys()
+    assert [n for n, grad in found.items() if not torch.equal(grad, expected[n])] == []
+
+
+def test_compiled_layers_stay_whole_when_sharing_is_switched():
+    """As the first-batch check does: a graph has no room for hooks that depend on the row."""
+    model = tiny_hybrid()
+    model.compile_layers()
+    model.share(False)
+    model.share(True)
+    assert not decoder_layers(model.backbone)[-1].mlp._forward_hooks
+
+
 def test_experts_are_left_whole():
     """Routing may look at all tokens at once."""
 
@@ -112,5 +146,5 @@ def test_experts_are_left_whole():
 
 def test_a_layer_of_another_build_is_left_alone():
     layer = nn.Module()
-    layer.something = nn.Linear(2, 2)
+    layer.mlp = nn.Linear(2, 2)  # without an attention that would say which rows are read
     assert last_layer.narrow(layer) == []

@@ -9,15 +9,18 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
 
+from hafrm.engine.adjustments import fuse_gelu
 from hafrm.engine.attention import SHARED_PREFIX
-from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.layout import Layout, lay_out, unshare
 from hafrm.engine.logprobs import LogitTransform
 from hafrm.engine.model import (
     HybridModel,
     Outputs,
     hidden_size,
     logit_transform,
+    longest_sequence,
     new_reward_head,
     sharing_obstacle,
     split_causal_lm,
@@ -447,6 +450,60 @@ def test_a_model_whose_backbone_shares_already_can_be_split_again():
     assert split_causal_lm(model) == (backbone, head)
 
 
+# What is changed and what is read of a backbone
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gpt2", "activation_function"), ("phi", "hidden_act")]
+)
+def test_a_gelu_of_nine_operations_is_replaced_by_the_fused_one(family, name):
+    """Log-probs agree with the stock model's to 1e-5; the config, which is exported, names its own."""
+    causal = tiny_causal_lm(family)
+    assert any(isinstance(module, NewGELUActivation) for module in causal.modules())
+    layout = lay_out(token_groups(SHAPES))
+    padded = unshare(layout)
+    logits = causal(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+    stock = logits.flatten(0, 1)[padded.predictor].log_softmax(-1)
+    model = hybrid(causal)
+    assert not any(isinstance(module, NewGELUActivation) for module in causal.modules())
+    expected = stock.gather(1, layout.targets[:, None])[:, 0]
+    torch.testing.assert_close(model.tokens(layout).logps, expected, atol=1e-5, rtol=1e-5)
+    assert getattr(causal.config, name) == "gelu_new"
+
+
+def test_the_fused_gelu_is_the_same_function():
+    """float32, between -10 and 10: to 1e-6, and the slopes to 2e-6."""
+    x = torch.linspace(-10, 10, 10001, requires_grad=True)
+    model = nn.Sequential(NewGELUActivation())
+    expected = model(x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    fuse_gelu(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], slope, atol=2e-6, rtol=0)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+
+
+def test_a_model_whose_rotary_factors_follow_the_longest_sequence_is_limited_to_those_that_keep_them():
+    """Of 128 positions, longrope changes the factors of a whole row from 64 tokens on."""
+    limited = transformers.Phi3Config(
+        original_max_position_embeddings=64,
+        max_position_embeddings=128,
+        hidden_size=32,
+        num_attention_heads=4,
+        rope_parameters=LONGROPE,
+    )
+    assert longest_sequence(limited) == 64
+    assert longest_sequence(tiny_causal_lm("llama").config) == 128
+    assert longest_sequence(transformers.MambaConfig()) is None
+
+
 # The first-batch check
 
 
@@ -483,7 +540,7 @@ def layout() -> Layout:
 def test_the_check_passes_for_every_family_and_leaves_the_model_sharing(family, layout):
     model = tiny_hybrid(family)
     found = self_check(model, layout)
-    assert max(found.reward, found.logp) < 1e-4
+    assert max(found.hidden, found.logp) < 1e-4
     assert found.tolerance == 1e-3
     assert model.sharing
     assert model.backbone.config._attn_implementation == SHARED_PREFIX
@@ -500,7 +557,7 @@ def test_the_check_passes_in_half_precision_and_under_autocast_with_a_wider_tole
 def test_the_check_catches_attention_that_ignores_the_layout(layout, monkeypatch):
     model = tiny_hybrid("llama")
     monkeypatch.setitem(AttentionInterface._global_mapping, SHARED_PREFIX, causal_over_the_row)
-    with pytest.raises(NumericsError, match=r"rewards differ by .*training\.sharing: off"):
+    with pytest.raises(NumericsError, match=r"hidden states differ by .*training\.sharing: off"):
         self_check(model, layout)
     assert model.sharing
 
@@ -525,12 +582,22 @@ def test_the_check_catches_a_sliding_window_that_is_ignored(layout, monkeypatch)
         self_check(model, layout)
 
 
-@pytest.mark.parametrize("head", ["reward_head", "policy_head"])
-def test_the_check_catches_either_heads_numbers_when_they_are_not_numbers(head, layout):
+@pytest.mark.parametrize("part", ["backbone.norm", "policy_head"])
+def test_the_check_catches_what_is_no_number(part, layout):
     model = tiny_hybrid("llama")
-    getattr(model, head).weight.data[0, 0] = float("nan")
+    model.get_submodule(part).weight.data.view(-1)[0] = float("nan")
     with pytest.raises(NumericsError):
         self_check(model, layout)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_the_check_asks_the_same_of_hidden_states_of_any_size(scale, layout):
+    """Half precision rounds in proportion: of states a hundred times as large, rewards differ a hundred
+    times as much, though nothing is wrong."""
+    model = tiny_hybrid("llama")
+    model.backbone.norm.weight.data.fill_(scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert self_check(model, layout).hidden < 0.01
 
 
 def test_the_check_of_an_unshared_model_has_nothing_to_compare(layout):

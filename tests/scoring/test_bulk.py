@@ -305,7 +305,7 @@ def test_outputs_never_replace_inputs_and_several_inputs_need_a_folder(model, tm
     ("options", "said"),
     [
         ({"part": (2, 2)}, "i from 0 to n - 1"),
-        ({"dtype": "int8"}, "one of float32"),
+        ({"dtype": "int8"}, "one of auto, float32"),
         ({"processes": 0}, "1 or more"),
     ],
 )

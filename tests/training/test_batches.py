@@ -38,6 +38,12 @@ def test_an_epoch_holds_every_comparison_once_and_windows_run_on_into_the_next()
     assert [p for w in windows for p in w] == [p for e in range(4) for p in order.epoch(e)]
 
 
+def test_a_short_run_reaches_the_head_of_the_first_epoch_and_a_long_one_everything_once():
+    order = ComparisonOrder(groups_of(1, 5, 2, 1), per_prompt=2, seed=3)
+    assert order.reached(4) == order.window(0, 4)
+    assert order.reached(100) == order.epoch(0)
+
+
 def test_the_order_is_a_function_of_seed_and_epoch():
     groups = groups_of(1, 5, 2, 1)
     first, again, other = (ComparisonOrder(groups, per_prompt=2, seed=s) for s in (1, 1, 2))

@@ -9,7 +9,6 @@ from flops_for_tests import COUNTED
 from hafrm.engine import logprobs
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
-from hafrm.training import costs
 from hafrm.training.costs import (
     Counts,
     Work,
@@ -98,8 +97,7 @@ def test_predicted_bytes_of_log_probs_are_those_of_the_kernel(monkeypatch, froze
     """float32 products in chunks of 100 rows: within 5 % (columns of one number a row). The gradient that
     is spread over all tokens is tested with the whole step; a trained head is stored in float32."""
     vocab, width = 1000, 64
-    for module in (logprobs, costs):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 100 * vocab)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * vocab)
     hidden = torch.randn(scored, width, requires_grad=True)
     weight = torch.randn(vocab, width).to(stored).requires_grad_(not frozen)
     targets = torch.randint(0, vocab, (scored,))
@@ -109,24 +107,31 @@ def test_predicted_bytes_of_log_probs_are_those_of_the_kernel(monkeypatch, froze
         logprobs.token_logprobs(hidden, weight, targets).backward(upstream)
     head = counts(vocab=vocab, width=width, head=vocab * width, adapters=int(frozen))
     size = 2 if stored == torch.bfloat16 else 4
-    predicted = logprob_bytes(head, Work(0, scored, 0.0), product=4, stored=size)
+    predicted = logprob_bytes(head, Work(0, scored, 0.0), device="cpu", product=4, stored=size)
     # the rows that predict were made before, so that only their gradient is new
     predicted -= 4 * width * scored
     assert predicted == pytest.approx(live.peak, rel=0.05)
 
 
+def test_log_probs_on_a_gpu_are_planned_in_the_chunks_that_it_runs():
+    """A frozen head: a chunk of 2^27 logits, its copy and the chunk after it, in float32."""
+    head = counts(vocab=2**17, width=64, head=2**17 * 64, adapters=1)
+    work = Work(0, 4096, 0.0)
+    on = {
+        device: logprob_bytes(head, work, device=device, product=2, stored=2)
+        for device in ("cpu", "cuda")
+    }
+    assert on["cuda"] - on["cpu"] == 3 * 4 * (2**27 - 2**24)
+
+
 def test_no_policy_head_needs_no_log_prob_bytes():
-    assert logprob_bytes(counts(vocab=10), Work(5, 5, 0.0), product=4, stored=4) == 0
+    assert logprob_bytes(counts(vocab=10), Work(5, 5, 0.0), device="cpu", product=4, stored=4) == 0
 
 
 def test_states_are_sixteen_bytes_a_trained_weight_and_two_a_frozen_one():
     """float32 weights, gradients and two moments; bfloat16 for what is frozen."""
-    found = copies_bytes(counts(trainable=100, frozen=1000, frozen_bytes=2000), 1)
+    found = copies_bytes(counts(trainable=100, frozen=1000, frozen_bytes=2000))
     assert found == (2400, 400, 800, 0)
-
-
-def test_ddp_holds_the_gradients_once_more():
-    assert copies_bytes(counts(trainable=100), 4) == (400, 400, 800, 400)
 
 
 def test_shards_divide_the_states_and_hold_two_layers_and_the_outside():

@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError
+from hafrm.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    NumericsError,
+    VerificationError,
+)
 from hafrm.scoring import golden_check
 from hafrm.scoring.checklist.table import verify_directory
 from hafrm.scoring.scorer import RewardModel, read_implicit_rule
@@ -192,14 +198,20 @@ def test_rounding_is_not_taken_back_but_the_checkpoint_is_taken(finished, tmp_pa
         export_from_run(run, tmp_path / "again", ExportOptions(dtype="fp32"))
 
 
-def test_nothing_appears_when_the_proof_fails(unfinished, tmp_path, monkeypatch):
+def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
+    unfinished, tmp_path, monkeypatch
+):
     def disagree(_):
         raise NumericsError("differ")
 
-    monkeypatch.setattr(extract, "check_golden", disagree)
-    with pytest.raises(NumericsError, match="differ"):
-        export_from_run(unfinished, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["unfinished"]
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "check_golden", disagree)
+        with pytest.raises(VerificationError, match=r"differ.*kept as .*out\.unverified"):
+            export_from_run(unfinished, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"unfinished", "out.unverified"}
+    assert RewardModel.from_pretrained(tmp_path / "out.unverified").score("Say sun.", "sun")
+    export_from_run(unfinished, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"unfinished", "out"}
 
 
 def test_weights_beyond_float16_are_refused(unfinished, tmp_path, monkeypatch):

@@ -174,24 +174,22 @@ def test_a_resumed_run_may_change_what_changes_no_gradient_and_nothing_else(tmp_
 
 def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_path, monkeypatch):
     """In memory against exported and merged: float32, 1e-5."""
+    prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
     seen = {}
 
     def keep(run, recipe, method, data, model, references):
-        seen.update(model=model, data=data)
+        seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
+        seen["scores"] = RewardModel(model, data.encoder).score(prompt, responses)
         return export(run, recipe, method, data, model, references)
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)
     recipe = tiny_recipe(tmp_path, lora={"rank": 4, "alpha": 8.0}, evaluation={"every": 0})
     train(recipe, tmp_path / "run")
-    model, data = seen["model"], seen["data"]
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert "reward_head.weight" in trainable
-    assert all("lora_" in name or name == "reward_head.weight" for name in trainable)
+    assert "reward_head.weight" in seen["trainable"]
+    assert all("lora_" in n or n == "reward_head.weight" for n in seen["trainable"])
     rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
-    ours = RewardModel(model, data.encoder)
-    prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
-    assert rm.score(prompt, responses) == pytest.approx(ours.score(prompt, responses), abs=1e-5)
+    assert rm.score(prompt, responses) == pytest.approx(seen["scores"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +235,18 @@ def test_an_unknown_method_and_a_length_that_the_model_lacks_are_refused(tmp_pat
         train(long, tmp_path / "b")
 
 
+def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_refused(tmp_path):
+    """longrope takes its long factors for a whole row that holds one sequence of more than 32 tokens."""
+    recipe = tiny_recipe(tmp_path)  # of up to 64
+    file = tmp_path / "base/config.json"
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {**json.loads(file.read_text()), "rope_parameters": {**rope, **factors}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="32 tokens, because longer ones would change the rotary"):
+        train(recipe, tmp_path / "run")
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     recipe = tiny_recipe(tmp_path)
     train(recipe, tmp_path / "run")
@@ -258,7 +268,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}])
+@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}, {"name": "normbt"}])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
     recipe = tiny_recipe(tmp_path, method=method)
     train(recipe, tmp_path / "whole")

@@ -108,6 +108,43 @@ def test_reward_gradient_is_minus_the_probability_of_being_wrong() -> None:
     torch.testing.assert_close(rejected.grad, wrong)
 
 
+# What a reward loss reads of the whole step.
+
+
+def test_normbt_weighs_a_comparison_by_the_mean_distance_over_its_own() -> None:
+    """Mean distance 2; distances 1, 2 and 4 get 2, 1 and 1/2, and no gradient."""
+    distances = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    got = losses.distance_weights(distances, torch.tensor(2.0))
+    torch.testing.assert_close(got, torch.tensor([2.0, 1.0, 0.5]), atol=1e-5, rtol=0)
+    assert not got.requires_grad
+
+
+def test_normbt_takes_the_distance_out_of_the_gradient_of_the_reward_head() -> None:
+    """d/dw of -log sigmoid(w . (h_c - h_r)) is error * (h_c - h_r); weighed, its norm is mu * error."""
+    draw = torch.Generator().manual_seed(1)
+    head = torch.randn(8, generator=draw, dtype=torch.float64, requires_grad=True)
+    chosen, rejected = torch.randn(2, 5, 8, generator=draw, dtype=torch.float64)
+    chosen = rejected + (chosen - rejected) * torch.tensor([[0.01], [0.1], [1.0], [10.0], [100.0]])
+    distances = (chosen - rejected).norm(dim=1)
+    weights = losses.distance_weights(distances, distances.mean())
+    loss = weights * reward_loss(chosen @ head, rejected @ head)
+    norms = torch.stack([torch.autograd.grad(x, head, retain_graph=True)[0].norm() for x in loss])
+    errors = torch.sigmoid((rejected - chosen) @ head).detach()
+    torch.testing.assert_close(norms, distances.mean() * errors, rtol=1e-3, atol=0)
+
+
+def test_the_parts_of_the_sum_to_zero_penalty_average_to_it_and_so_do_their_gradients() -> None:
+    """The released code of BSR: n * mean([chosen, rejected])^2, n the comparisons of the batch."""
+    draw = torch.Generator().manual_seed(2)
+    chosen, rejected = torch.randn(2, 6, generator=draw, dtype=torch.float64).requires_grad_()
+    mean = torch.cat([chosen, rejected]).mean()
+    whole = 6 * mean**2
+    parts = losses.sum_to_zero_loss(chosen, rejected, mean, 6)
+    torch.testing.assert_close(parts.mean(), whole)
+    expected = torch.autograd.grad(whole, (chosen, rejected), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(parts.mean(), (chosen, rejected)), expected)
+
+
 # The policy losses, one by one.
 
 

@@ -11,7 +11,7 @@ from hafrm.errors import ConfigError
 from hafrm.training import losses
 from hafrm.training.losses import PolicyLogps
 from hafrm.training.methods import GRADIENT_RATIO, METHODS, POLICY_LOSSES, Method, get_method
-from hafrm.training.objective import joint_loss
+from hafrm.training.objective import StepView, joint_loss
 
 
 def rewards() -> tuple[Tensor, Tensor]:
@@ -27,6 +27,10 @@ def logps(*, reference: bool = True) -> PolicyLogps:
         torch.tensor([-12.0, -29.0, -4.5]) if reference else None,
         torch.tensor([-15.0, -26.0, -5.0]) if reference else None,
     )
+
+
+def step_view() -> StepView:
+    return StepView(torch.tensor([1.0, 2.0, 4.0]), torch.tensor(2.0), torch.tensor(0.5), 3)
 
 
 # Presets.
@@ -53,10 +57,13 @@ def test_grm_is_a_convex_sum(name: str) -> None:
     [
         ("haf", True, True, True, "reward"),
         ("bt", True, False, False, "reward"),
+        ("normbt", True, False, False, "reward"),
+        ("bsr", True, False, False, "reward"),
         ("grm-sft", True, True, False, "reward"),
         ("grm-dpo", True, True, True, "reward"),
         ("grm-dpo-noref", True, True, False, "reward"),
         ("dpo", False, True, True, "implicit"),
+        ("dpo-noref", False, True, False, "implicit"),
         ("ipo", False, True, True, "implicit"),
         ("kto", False, True, True, "implicit"),
         ("simpo", False, True, False, "implicit"),
@@ -108,13 +115,23 @@ def test_an_unknown_method_is_answered_with_a_suggestion_and_the_list() -> None:
         ConfigError, match=r"unknown method.name 'gmr-sft'; did you mean 'grm-sft'\?"
     ):
         get_method("gmr-sft")
-    with pytest.raises(ConfigError, match=r"one of: haf, bt, grm-sft"):
+    with pytest.raises(ConfigError, match=r"one of: haf, bt, normbt, bsr, grm-sft"):
         get_method("something else entirely")
 
 
 def test_an_unknown_option_is_answered_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'alpha'"):
         get_method("haf", alhpa=0.1)
+
+
+def test_an_unknown_reward_loss_is_answered_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'normbt'"):
+        get_method("haf", reward_loss="norm-bt")
+
+
+def test_another_policy_loss_leaves_the_reward_loss_as_it_is() -> None:
+    method = get_method("normbt", policy_loss="sft", alpha=0.1)
+    assert (method.reward_loss, method.policy_loss) == ("normbt", "sft")
 
 
 def test_an_unknown_policy_loss_is_answered_with_a_suggestion() -> None:
@@ -129,6 +146,7 @@ def test_an_unknown_policy_loss_is_answered_with_a_suggestion() -> None:
         ("haf", "gamma", 0.5),
         ("ipo", "label_smoothing", 0.1),
         ("dpo", "centering", 0.01),
+        ("dpo", "sum_to_zero", 0.01),
         ("sft", "beta", 0.1),
     ],
 )
@@ -156,6 +174,7 @@ def test_a_policy_loss_without_a_weight_is_refused() -> None:
         ("beta", 0.0),
         ("label_smoothing", 0.5),
         ("centering", -1.0),
+        ("sum_to_zero", -1.0),
     ],
 )
 def test_values_that_make_no_objective_are_refused(option: str, value: float) -> None:
@@ -183,6 +202,18 @@ def test_the_joint_loss_is_the_weighted_sum_of_its_parts() -> None:
     torch.testing.assert_close(loss.total, reward + 0.2 * policy)
     assert torch.equal(loss.reward, reward)
     assert torch.equal(loss.policy, policy)
+
+
+def test_normbt_and_the_sum_to_zero_penalty_enter_the_reward_part() -> None:
+    """Factors 2, 1 and 1/2; the penalty's parts are 3 * (2 * 0.5 * s - 0.25), s = 0.5, 0 and 1.75."""
+    method = get_method("haf", reward_loss="normbt", sum_to_zero=0.1)
+    loss = joint_loss(method, rewards=rewards(), logps=logps(), step=step_view())
+    expected = torch.tensor([2.0, 1.0, 0.5]) * losses.reward_loss(*rewards())
+    expected += 0.1 * torch.tensor([0.75, -0.75, 4.5])
+    torch.testing.assert_close(loss.reward, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        loss.total, expected + 0.2 * losses.dpo_loss(logps(), beta=0.1), atol=1e-5, rtol=0
+    )
 
 
 def test_the_first_joint_loss_by_hand() -> None:
@@ -252,6 +283,7 @@ def test_every_method_needs_no_more_than_it_says(name: str) -> None:
         method,
         rewards=rewards() if method.trains_reward else None,
         logps=logps(reference=method.needs_reference) if method.trains_policy else None,
+        step=step_view() if method.reads_step else None,
     )
     assert torch.isfinite(loss.total).all()
     assert (loss.reward is None) != method.trains_reward

@@ -17,6 +17,7 @@ from hafrm.run_folder import read_json_lines
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe
 
+STEP_WIDE = {"reward_loss": "normbt", "sum_to_zero": 0.1}
 WORKER = Path(__file__).resolve().parents[1] / "parallel_worker.py"
 
 
@@ -24,21 +25,30 @@ def launch(recipe: Recipe, folder: Path, *options: str) -> None:
     """Run the recipe in two processes."""
     file = folder.with_suffix(".yaml")
     file.write_text(dump_recipe(recipe))
+    on_two_ranks("train", str(file), str(folder), *options)
+
+
+def on_two_ranks(*arguments: str) -> None:
+    """Run parallel_worker in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(WORKER), str(file), str(folder), *options]
+    shared["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
-            command,
+            [sys.executable, str(WORKER), *arguments],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
 
 
@@ -66,17 +76,19 @@ def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | Non
 
 
 @pytest.mark.parametrize(
-    ("mode", "lora", "alpha"),
+    ("mode", "lora", "method"),
     [
-        ("ddp", False, "auto"),
-        ("fsdp", False, None),
-        pytest.param("fsdp", True, "auto", marks=pytest.mark.slow),
-        pytest.param("ddp", True, None, marks=pytest.mark.slow),
+        ("ddp", False, {"alpha": "auto"}),
+        ("fsdp", False, {}),
+        pytest.param("fsdp", True, {"alpha": "auto"}, marks=pytest.mark.slow),
+        pytest.param("ddp", True, {}, marks=pytest.mark.slow),
+        pytest.param("ddp", False, STEP_WIDE, marks=pytest.mark.slow),
+        pytest.param("fsdp", False, STEP_WIDE, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one(tmp_path, mode, lora, alpha):
-    """Squared norms are added over ranks, or alpha auto would follow each rank's own tokens."""
-    recipe = recipe_for(tmp_path, mode, lora, {"alpha": alpha})
+def test_two_processes_train_as_one(tmp_path, mode, lora, method):
+    """Squared norms, rewards and distances are added over ranks, or each would follow its own tokens."""
+    recipe = recipe_for(tmp_path, mode, lora, method)
     train(recipe, tmp_path / "one")
     launch(recipe, tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")
@@ -98,3 +110,52 @@ def test_a_sharded_run_is_resumed_by_one_process_from_its_gathered_checkpoint(tm
     model.rename(tmp_path / "set-aside")
     train(recipe, tmp_path / "two", resume=True)
     assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("check", ["hosts", "sharded_model"])
+def test_what_two_ranks_exchange_is_what_one_process_has(tmp_path, check):
+    """The checks are functions of parallel_worker."""
+    on_two_ranks(check, str(tmp_path))
+
+
+def test_a_sharded_run_saves_every_moment_and_exports_its_best_step_though_it_is_not_the_last(
+    tmp_path,
+):
+    """Each evaluation is worse than the one before, so step 2 of 6 is the best."""
+    recipe = tiny_recipe(
+        tmp_path,
+        training={"max_tokens": 128, "parallel": "fsdp", "learning_rate": 1e-2},
+        evaluation={"every": 2},
+        checkpoint={"every": 2, "keep": 5},
+    )
+    launch(recipe, tmp_path / "run", "--first-is-best")
+    best, last = (
+        load_file(tmp_path / f"run/checkpoints/step-{step}/model.safetensors") for step in (2, 6)
+    )
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        moments = load_file(folder / "optimizer.safetensors").keys() - {"rng"}
+        kinds = ("step", "exp_avg", "exp_avg_sq")
+        assert moments == {f"{kind}/{name}" for name in best for kind in kinds}
+    exported = load_file(tmp_path / "run/model/policy/model.safetensors")
+    for name, value in best.items():
+        stock = {"policy_head.weight": "lm_head.weight"}.get(
+            name, name.replace("backbone", "model")
+        )
+        if name != "reward_head.weight":
+            assert torch.equal(exported[stock], value), name
+            assert not torch.equal(last[name], value), name
+
+
+def test_ranks_whose_caches_differ_do_as_the_main_rank_does(tmp_path):
+    """The first run leaves the reference in the main rank's cache alone; the second one still ends."""
+    sections = {"training": {"steps": 2, "max_tokens": 128}, "evaluation": {"every": 0}}
+    recipe = tiny_recipe(tmp_path, **sections)
+    for name in ("first", "second"):
+        launch(recipe, tmp_path / name, "--own-cache", "--no-export")
+    assert list((tmp_path / "cache-of-0").rglob("reference/*"))
+    assert not list((tmp_path / "cache-of-1").rglob("reference/*"))
+    losses = [
+        [record["loss"] for record in read_json_lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("first", "second")
+    ]
+    assert losses[0] == losses[1]

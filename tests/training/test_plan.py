@@ -13,7 +13,8 @@ from hafrm.config import dump_recipe
 from hafrm.engine import logprobs
 from hafrm.errors import ConfigError, ModelError
 from hafrm.run_folder import read_json_lines
-from hafrm.training import budget, costs, finish, prepare
+from hafrm.tables.memory import plan_tables
+from hafrm.training import budget, finish, prepare
 from hafrm.training.batches import MicroBatch
 from hafrm.training.budget import plan_recipe, target_here, with_token_budget
 from hafrm.training.loop import train
@@ -41,7 +42,7 @@ def measured_peak(family: str, plan: Plan, **sections: object) -> int:
     with LiveBytes([]) as live:
         optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
         for _ in range(2):
-            layout = layout_of(planner(family, **sections)._shape(plan.tokens, "cpu"))
+            layout = layout_of(planner(family, **sections)._shape(plan.tokens))
             count = layout.num_responses // 2
             chosen = torch.arange(count) * 2
             batch = MicroBatch(
@@ -71,8 +72,7 @@ def measured_peak(family: str, plan: Plan, **sections: object) -> int:
 def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections):
     """Weights, gradients, moments, activations, chunks of logits and what backward holds: within 5 %, at
     640 tokens in chunks of 100 rows of logits."""
-    for module in (logprobs, costs):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 100 * 61)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
     sections = {**sections, "training": {"max_tokens": 640, **sections.get("training", {})}}
     plan = planner(family, **sections).plan(Target("cpu", 2**30))
     assert plan.tokens == 640
@@ -83,12 +83,11 @@ def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_pass_without_gradients_is_planned_as_it_runs(monkeypatch, family):
     """Over four times the budget, as the reference's: within 10 %, beside weights and moments."""
-    for module in (logprobs, costs):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 100 * 61)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
     ours = planner(family, training={"max_tokens": 256})
     need = ours.plan(Target("cpu", 2**30)).bytes
     model = real_model(family, ours.recipe)
-    layout = layout_of(ours._shape(4 * 256, "cpu"))
+    layout = layout_of(ours._shape(4 * 256))
     known = [*model.parameters(), *model.buffers()]
     known += [value for value in vars(layout).values() if isinstance(value, torch.Tensor)]
     with LiveBytes(known) as live, torch.no_grad():
@@ -148,7 +147,7 @@ def test_several_gpus_shard_and_several_cpus_copy_unless_told_otherwise():
     assert four.bytes.weights == -(-one.bytes.weights // 4)
     copies = planner(**few).plan(Target("cpu", 2**30, ranks=4))
     assert not copies.sharded
-    assert copies.bytes.exchange == copies.bytes.gradients
+    assert copies.bytes.exchange == 0
     told = planner(training={"parallel": "ddp", "max_tokens": 128}).plan(
         Target("cuda", 2**30, ranks=4)
     )
@@ -224,6 +223,23 @@ def test_an_automatic_budget_is_used_logged_and_recorded_and_changes_no_loss(
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("lora", "memory", "mode"),
+    [({"rank": 4}, 2**30, "ddp"), ({"rank": 4}, MIB // 8, "auto"), (None, 2**30, "auto")],
+)
+def test_adapters_that_fit_on_every_gpu_are_copied_and_all_else_is_sharded(
+    tmp_path, monkeypatch, lora, memory, mode
+):
+    """Copies exchange the gradients of adapters alone; `auto` shards on GPUs."""
+    target = Target("cuda", memory, ranks=4)
+    monkeypatch.setattr(budget, "target_here", lambda _: target)
+    recipe = tiny_recipe(tmp_path, lora=lora or {}) if lora else tiny_recipe(tmp_path)
+    planned = with_token_budget(recipe, HAF, HERE)
+    assert planned.training.parallel == mode
+    shown, _ = plan_recipe(recipe, HAF, memory=memory / 2**30, ranks=4)
+    assert shown.sharded == (mode == "auto")
+
+
 def plan_of(recipe, target: Target) -> Plan:
     return Planner(recipe, HAF, budget.load_config(recipe)).plan(target)
 
@@ -259,7 +275,7 @@ def test_a_model_that_cannot_be_traced_needs_a_number(tmp_path, monkeypatch, cap
 
 def test_what_would_fit_is_tried_from_the_harmless_to_more_ranks(monkeypatch, tmp_path):
     """A GPU of 2 MiB: every change is planned, and two or more ranks fit at last."""
-    recipe = tiny_recipe(tmp_path, training={"batch_size": 2})
+    recipe = tiny_recipe(tmp_path, training={"batch_size": 2, "precision": "fp32"})
     plan, remedies = plan_recipe(recipe, HAF, memory=0.002)
     assert not plan.fits
     words = [name for name, _ in remedies]
@@ -270,6 +286,22 @@ def test_what_would_fit_is_tried_from_the_harmless_to_more_ranks(monkeypatch, tm
     assert "ranks" in words[4]
     assert all(other.bytes.total < plan.bytes.total for _, other in remedies)
     assert plan_recipe(recipe, HAF, memory=80.0)[1] == []
+
+
+def test_a_plan_counts_the_host_memory_and_where_the_export_is_proved():
+    """bf16 LoRA: gathered weights (2 bytes a frozen one), merged in float32, cast. Training all weights
+    in float32: a checkpoint of weights and two moments. A proof takes 5.2 bytes a weight and 2 GiB."""
+    adapted = planner(training={"precision": "bf16"}, lora={"rank": 4})
+    counts, plan = adapted.counts, adapted.plan(Target("cuda", 2**32))
+    gathered = 4 * counts.trainable + counts.frozen_bytes
+    assert plan.host == gathered + (4 + 2) * counts.total
+    assert plan.proof == int(5.2 * counts.total) + 2**31
+    whole = planner(training={"precision": "fp32"})
+    assert whole.plan(Target("cuda", 2**32)).host == 12 * whole.counts.trainable
+    shown = [str(each) for each in plan_tables(plan, [])]
+    assert not any("proved on the CPU" in text for text in shown)
+    small = [str(each) for each in plan_tables(adapted.plan(Target("cuda", 2**31)), [])]
+    assert any("proved on the CPU" in text for text in small)
 
 
 def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_whether_it_fits(

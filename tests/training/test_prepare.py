@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft.tuners.lora import LoraLayer
 
+from hafrm.engine.layout import lay_out
 from hafrm.errors import ConfigError, DataError
-from hafrm.training.prepare import prepare_data
+from hafrm.training.methods import get_method
+from hafrm.training.prepare import build_model, prepare_data
 from published_rows import PUBLISHED
 from tiny_runs import tiny_recipe, write_preferences
 
@@ -120,3 +124,18 @@ def test_prompts_shared_with_the_validation_set_are_left_out_of_training(tmp_pat
     recipe = tiny_recipe(tmp_path, data=data | {"validation_fraction": 0.0})
     prepared = prepare_data(recipe)
     assert (len(prepared.train), len(prepared.validation)) == (17, 5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_adapters_read_their_layers_input_as_it_is(tmp_path, precision):
+    """In bf16 peft would keep a float32 copy of it, from which autocast makes bfloat16 again."""
+    recipe = tiny_recipe(tmp_path, lora={"rank": 2}, training={"precision": precision})
+    data = prepare_data(recipe)
+    model = build_model(recipe, get_method("haf"), data.encoder, torch.device("cpu"))
+    dtypes = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A["default"].register_forward_pre_hook(lambda _, x: dtypes.add(x[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        model(lay_out(data.train[:2]))
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}

@@ -1,14 +1,18 @@
 """The reference cache gives what a live reference gives, and never something stale."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from hafrm.engine.layout import lay_out
-from hafrm.preferences import TokenizedGroup
+from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.resumable import cache_folder
-from hafrm.training import reference
-from hafrm.training.reference import reference_key, reference_logps
+from hafrm.training import parallel, reference
+from hafrm.training.batches import Pick
+from hafrm.training.reference import reference_key, reference_logps, references_of, weights_digest
 from models_for_tests import tiny_hybrid, token_groups
 
 
@@ -30,10 +34,34 @@ def test_cached_equals_live_and_runs_the_model_once(monkeypatch):
     model = tiny_hybrid()
     live = model(lay_out(groups())).logps
     assert torch.allclose(torch.from_numpy(first.logps), live, atol=1e-4)
-    monkeypatch.setattr(reference, "run_forward", None)
+    monkeypatch.setattr(parallel, "score_on_all_ranks", None)
     again = reference_logps(tiny_hybrid(), groups(), max_tokens=500)
     assert (again.logps == first.logps).all()
     assert again.first.tolist() == [0, 2, 3]
+
+
+def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not_a_number(
+    monkeypatch,
+):
+    """Groups of 2, 1 and 3 responses; the run compares the last two of the third group only."""
+    compared = replace(groups()[2], comparisons=(Comparison(0, 1), Comparison(2, 1)))
+    train, validation = [*groups()[:2], compared], groups(seed=1)[:1]
+    seen = []
+
+    def counted(model, some, **options):
+        seen.append(sum(len(group.response_ids) for group in some))
+        return run_forward(model, some, **options)
+
+    run_forward = reference.run_forward
+    monkeypatch.setattr(reference, "run_forward", counted)
+    ours, held_out = references_of(tiny_hybrid(), train, [Pick(2, 1)], validation, max_tokens=500)
+    assert seen == [2 + 2]
+    live = tiny_hybrid()(lay_out([*train, *validation])).logps
+    assert np.isnan(ours.logps[:4]).all()
+    assert torch.allclose(torch.from_numpy(ours.logps[4:]), live[4:6], atol=1e-4)
+    assert ours.first.tolist() == [0, 2, 3]
+    assert torch.allclose(torch.from_numpy(held_out.logps), live[6:], atol=1e-4)
+    assert held_out.first.tolist() == [0]
 
 
 def test_a_damaged_cache_file_is_computed_again():
@@ -60,3 +88,21 @@ def test_fresh_adapters_do_not_change_the_key():
     key = reference_key(model, groups(), None)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), model.backbone)
     assert key == reference_key(model, groups(), None)
+
+
+def test_a_checkpoints_files_stand_for_its_weights_and_these_are_not_hashed(tmp_path, monkeypatch):
+    """Files, the hub's commit, or, where neither says anything, the weights in memory."""
+    model = tiny_hybrid()
+    assert weights_digest(str(tmp_path), model) is None
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    digest = weights_digest(str(tmp_path), model)
+    monkeypatch.setattr(reference, "_bytes", None)
+    first = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
+    file.write_bytes(b"two")
+    assert weights_digest(str(tmp_path), model) != digest
+    again = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
+    assert (again.logps == first.logps).all()
+    assert len(list(cache_folder("reference").iterdir())) == 2
+    model.backbone.config._commit_hash = "abc"
+    assert weights_digest("some/model", model) == "some/model@abc"

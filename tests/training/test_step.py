@@ -16,7 +16,7 @@ from hafrm.training.batches import MicroBatch, References
 from hafrm.training.guard import Guard
 from hafrm.training.methods import get_method
 from hafrm.training.reference import reference_logps
-from hafrm.training.step import MEASURES, build_optimizer, losses_of, take_step
+from hafrm.training.step import MEASURES, build_optimizer, drop_half_made, losses_of, take_step
 from models_for_tests import tiny_hybrid
 from training_for_tests import micro_batches, pairs
 
@@ -141,6 +141,7 @@ class Operations(TorchDispatchMode):
         get_method("haf"),
         get_method("bt"),
         get_method("grm-sft"),
+        get_method("normbt", sum_to_zero=0.1),
         pytest.param(get_method("haf", alpha="auto"), id="alpha-auto"),
     ],
     ids=lambda method: method.name,
@@ -183,3 +184,32 @@ def test_norms_and_biases_do_not_decay():
     assert all(p.dim() >= 2 for p in decayed["params"])
     assert plain["weight_decay"] == 0.0
     assert all(p.dim() == 1 for p in plain["params"])
+
+
+def test_a_first_update_that_runs_out_of_memory_can_be_repeated(monkeypatch):
+    """AdamW makes a step count and two moments for each parameter; the fourth of those does not fit."""
+    weights = []
+    for limit in (None, 3):
+        model = tiny_hybrid()
+        optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+        optimizer.param_groups[0]["lr"] = 1e-2
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with monkeypatch.context() as context:
+            made, zeros_like = [], torch.zeros_like
+
+            def short(*args: Any, made=made, limit=limit, zeros_like=zeros_like, **kwargs: Any):
+                made.append(1)
+                if len(made) == limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return zeros_like(*args, **kwargs)
+
+            context.setattr(torch, "zeros_like", short)
+            if limit is not None:
+                with pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+                drop_half_made(optimizer)
+                context.undo()
+            optimizer.step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

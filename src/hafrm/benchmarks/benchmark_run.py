@@ -48,7 +48,8 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     policy: str | Path | None = None,
     reference: str | Path | None = None,
     max_length: int | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
+    device: str | None = None,
     on_progress: OnProgress = no_progress,
 ) -> BenchmarkResults:
     """The named benchmarks for the model, from the hub or from local files in `folder`.
@@ -69,7 +70,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     num = sum(len(group.responses) for groups in grouped for group in groups)
     done = count_responses(on_progress, num * len(scorer_names(heads)))
     for name in scorer_names(heads):
-        scorer = load_scorer(heads, name, LoadOptions(reference, max_length, dtype))
+        scorer = load_scorer(heads, name, LoadOptions(reference, max_length, dtype, device))
         max_lengths[name] = scorer.encoder.lengths.max_length
         templates[name] = scorer.encoder.template_sha256
         for i, data in enumerate(loaded):

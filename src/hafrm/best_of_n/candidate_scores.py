@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hafrm.best_of_n.drawing import CHUNK
@@ -20,7 +19,7 @@ from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.resumable import RecordFile
 from hafrm.scoring.forward import first_responses
-from hafrm.scoring.loading import model_digest
+from hafrm.scoring.loading import AUTO, Placement, choose_dtype, model_digest
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, read_implicit_rule
 
 GoldReward = Callable[[Sequence[Message], str], float]
@@ -54,19 +53,28 @@ class ModelScorer:
         name: str | None = None,
         *,
         max_length: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        place: Placement = AUTO,
         reference: str | Path | None = None,
     ) -> None:
         """Raises ModelError when there is no model at `path`."""
         self.name = name or str(path)
         self.heads = find_heads(path)
-        self._max_length, self._dtype = max_length, dtype
+        main = self.heads.reward or self.heads.policy
+        assert main is not None
+        self._options: dict[str, Any] = {
+            "max_length": max_length,
+            "dtype": choose_dtype(main, place.dtype, place.device),
+            "device": place.device,
+        }
         self._reference = reference
         self._model: RewardModel | ImplicitRewardModel | None = None
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its scores depend on."""
-        options: dict[str, Any] = {"max_length": self._max_length, "dtype": str(self._dtype)}
+        options: dict[str, Any] = {
+            "max_length": self._options["max_length"],
+            "dtype": str(self._options["dtype"]),
+        }
         if self.heads.reward is not None:
             return {**options, "reward": model_digest(self.heads.reward)}
         assert self.heads.policy is not None
@@ -97,15 +105,12 @@ class ModelScorer:
 
     def _loaded(self) -> RewardModel | ImplicitRewardModel:
         if self._model is None:
-            length, dtype = self._max_length, self._dtype
             if self.heads.reward is not None:
-                self._model = RewardModel.from_pretrained(
-                    self.heads.reward, max_length=length, dtype=dtype
-                )
+                self._model = RewardModel.from_pretrained(self.heads.reward, **self._options)
             else:
                 assert self.heads.policy is not None
                 self._model = ImplicitRewardModel.from_pretrained(
-                    self.heads.policy, reference=self._reference, max_length=length, dtype=dtype
+                    self.heads.policy, reference=self._reference, **self._options
                 )
         return self._model
 

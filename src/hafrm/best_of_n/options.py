@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from hafrm.best_of_n.candidate_scores import (
@@ -37,6 +36,7 @@ from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError
 from hafrm.progress import no_progress
 from hafrm.recipe import Location, Section, Sources, Text
+from hafrm.scoring.loading import AUTO, Placement
 
 
 class DrawSection(Section):
@@ -131,7 +131,7 @@ def run_best_of_n(
     options: BestOfNOptions,
     out: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    place: Placement = AUTO,
     golds: Mapping[str, GoldReward] | None = None,
     show_progress: ShowProgress = lambda _: nullcontext(no_progress),
 ) -> BestOfN:
@@ -142,12 +142,12 @@ def run_best_of_n(
     _check(options)
     pick = options.pick
     models = [
-        ModelScorer(path, name, max_length=pick.max_length, dtype=dtype)
+        ModelScorer(path, name, max_length=pick.max_length, place=place)
         for name, path in short_names(pick.models).items()
     ]
-    comparing = _comparing(options, dtype, golds or {})
+    comparing = _comparing(options, place, golds or {})
     return best_of_n(
-        _gather(options, dtype),
+        _gather(options, place),
         models,
         out,
         num=None if pick.candidates else pick.num,
@@ -179,7 +179,7 @@ def _check(options: BestOfNOptions) -> None:
         )
 
 
-def _gather(options: BestOfNOptions, dtype: torch.dtype) -> Gather:
+def _gather(options: BestOfNOptions, place: Placement) -> Gather:
     pick, draw = options.pick, options.draw
     if pick.candidates:
         return from_files(pick.candidates, pick.num)
@@ -194,14 +194,14 @@ def _gather(options: BestOfNOptions, dtype: torch.dtype) -> Gather:
         pick.policy,
         sampling,
         chat_template=draw.chat_template,
-        dtype=dtype,
+        place=place,
         batch_size=draw.batch_size,
     )
     return from_policy(policy, prompts, drawing)
 
 
 def _comparing(
-    options: BestOfNOptions, dtype: torch.dtype, golds: Mapping[str, GoldReward]
+    options: BestOfNOptions, place: Placement, golds: Mapping[str, GoldReward]
 ) -> Comparing:
     pick = options.pick
     gold: CandidateScorer | None = None
@@ -209,10 +209,10 @@ def _comparing(
         gold = GoldScorer(pick.gold, golds[pick.gold])
     elif pick.gold is not None:
         name = f"gold ({pick.gold})"
-        gold = ModelScorer(pick.gold, name, max_length=pick.max_length, dtype=dtype)
+        gold = ModelScorer(pick.gold, name, max_length=pick.max_length, place=place)
     judge, ranking = None, None
     if pick.judge is not None:
-        judge = load_judge(pick.judge, options.judge, options.endpoint, pick.max_length, dtype)
+        judge = load_judge(pick.judge, options.judge, options.endpoint, pick.max_length, place)
         if options.judge.rank and isinstance(judge, EndpointJudge):
             ranking = RankingJudge(judge.endpoint, seed=pick.seed)
     return Comparing(gold, judge, ranking, pick.sample)
@@ -223,11 +223,11 @@ def load_judge(
     section: JudgeSection,
     requests: RequestSection,
     max_length: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    place: Placement = AUTO,
 ) -> PairJudge:
     """The judge at a URL, or the reward model at a path as a judge."""
     if not _is_url(judge):
-        return ScoreJudge(ModelScorer(judge, max_length=max_length, dtype=dtype))
+        return ScoreJudge(ModelScorer(judge, max_length=max_length, place=place))
     template = PAIRWISE if section.template is None else read_judge_template(section.template)
     return EndpointJudge(_endpoint(judge, section, requests, "HAFRM_JUDGE_KEY"), template)
 

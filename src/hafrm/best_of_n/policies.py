@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hafrm.best_of_n.drawing import Draw, DrawRound
@@ -22,7 +21,14 @@ from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message
-from hafrm.scoring.loading import load_causal_lm, load_config, model_digest
+from hafrm.scoring.loading import (
+    AUTO,
+    Placement,
+    choose_dtype,
+    load_causal_lm,
+    load_config,
+    model_digest,
+)
 
 _NO_LIMIT = 2**20
 
@@ -55,7 +61,7 @@ class LocalPolicy:
         options: Sampling,
         *,
         chat_template: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        place: Placement = AUTO,
         batch_size: int = 32,
     ) -> "LocalPolicy":
         """A `...ForCausalLM` directory or hub id, or a run folder with a policy; `chat_template` (a name or
@@ -70,8 +76,9 @@ class LocalPolicy:
             )
         encoder = _policy_encoder(policy, chat_template)
         text_config = load_config(policy).get_text_config()
+        dtype = choose_dtype(policy, place.dtype, place.device)
         return cls(
-            lambda: load_causal_lm(policy, dtype=dtype, device=None),
+            lambda: load_causal_lm(policy, dtype=dtype, device=place.device),
             encoder,
             options,
             positions=getattr(text_config, "max_position_embeddings", None),

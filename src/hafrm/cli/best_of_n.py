@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import app
-
-DTYPES = ("float32", "bfloat16", "float16")
+from hafrm.cli.entry import Device, Dtype, app
 
 
 @app.command(name="best-of-n")
@@ -35,7 +33,8 @@ def best_of_n(  # noqa: PLR0913 - the verb and its options
         str | None, typer.Option(help="Compares picks: a URL, or a reward model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other candidates.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Dtype = "auto",
+    device: Device = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,17 +46,13 @@ def best_of_n(  # noqa: PLR0913 - the verb and its options
 
     Curves with intervals, gold score over KL where a gold score is known, wins between models.
     """
-    import torch  # noqa: PLC0415
-
     from hafrm.best_of_n.options import BestOfNOptions, run_best_of_n  # noqa: PLC0415
     from hafrm.config import build_as  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
-    from hafrm.errors import ConfigError  # noqa: PLC0415
     from hafrm.progress import show_progress  # noqa: PLC0415
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
+    from hafrm.scoring.loading import Placement  # noqa: PLC0415
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     pick = {
         "models": models,
         "prompts": prompts or [],
@@ -72,7 +67,7 @@ def best_of_n(  # noqa: PLR0913 - the verb and its options
     result = run_best_of_n(
         options,
         out,
-        dtype=getattr(torch, dtype),
+        place=Placement(dtype, device),
         golds={"demo": gold_reward},
         show_progress=show_progress,
     )

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import JsonFile, Sources, app, show_result
+from hafrm.cli.entry import (
+    Device,
+    Dtype,
+    JsonFile,
+    MaxBadFraction,
+    MaxLength,
+    Sources,
+    app,
+    show_result,
+)
 from hafrm.progress import show_progress
 
 FILE = "diagnostics.json"
@@ -35,14 +44,10 @@ def diagnose(  # noqa: PLR0913
     generate: Annotated[
         int, typer.Option(help="Let all policies write on so many prompts, and score it.", min=0)
     ] = 0,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Fraction of a source's rows that may be bad.", min=0, max=1)
-    ] = 0.02,
+    max_length: MaxLength = None,
+    max_bad_fraction: MaxBadFraction = 0.02,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Calibration, style bias, slices, label noise, representations, and the comparisons to read.
 
@@ -61,6 +66,7 @@ def diagnose(  # noqa: PLR0913
             num_generations=generate,
             max_length=max_length,
             dtype=dtype,
+            device=device,
             max_bad_fraction=max_bad_fraction,
             on_progress=on_progress,
         )

@@ -42,6 +42,21 @@ _SOURCES = typer.Argument(
 )
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Cut longer inputs to this many tokens (default: the model's).")
+]
+MaxBadFraction = Annotated[
+    float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on a CPU."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file.")
 ]

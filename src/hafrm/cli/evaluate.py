@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import HasTables, JsonFile, OptionalSources, app, show_result
+from hafrm.cli.entry import (
+    Device,
+    Dtype,
+    HasTables,
+    JsonFile,
+    MaxBadFraction,
+    MaxLength,
+    OptionalSources,
+    app,
+    show_result,
+)
 from hafrm.errors import ConfigError
 from hafrm.progress import show_progress
 
@@ -30,14 +40,10 @@ def evaluate(  # noqa: PLR0913
     reference: Annotated[
         str | None, typer.Option(help="The policy's reference, if not the one it names.")
     ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Fraction of a source's rows that may be bad.", min=0, max=1)
-    ] = 0.02,
+    max_length: MaxLength = None,
+    max_bad_fraction: MaxBadFraction = 0.02,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
@@ -59,6 +65,7 @@ def evaluate(  # noqa: PLR0913
                 reference=reference,
                 max_length=max_length,
                 dtype=dtype,
+                device=device,
                 on_progress=on_progress,
             )
         elif also or against:
@@ -68,6 +75,7 @@ def evaluate(  # noqa: PLR0913
                 data or (),
                 max_length=max_length,
                 dtype=dtype,
+                device=device,
                 max_bad_fraction=max_bad_fraction,
                 on_progress=on_progress,
             )
@@ -79,6 +87,7 @@ def evaluate(  # noqa: PLR0913
                 reference=reference,
                 max_length=max_length,
                 dtype=dtype,
+                device=device,
                 max_bad_fraction=max_bad_fraction,
                 on_progress=on_progress,
             )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import app
+from hafrm.cli.entry import Device, Dtype, app
 from hafrm.scoring.inputs import ROWS_PER_SHARD
 from hafrm.terminal import show_pace
 
@@ -34,7 +34,8 @@ def score(  # noqa: PLR0913 - the verb and its options
     shard: Annotated[
         str, typer.Option(help="Of a job array: score only part i of n, i from 0 to n - 1.")
     ] = "0/1",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "auto",
+    device: Device = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of prompt and response (default: the model's limit).")
     ] = None,
@@ -47,7 +48,9 @@ def score(  # noqa: PLR0913 - the verb and its options
     from hafrm.evaluation.heads import find_heads  # noqa: PLC0415
     from hafrm.scoring.bulk import BulkOptions, parse_part, score_files  # noqa: PLC0415
 
-    options = BulkOptions(rows_per_shard, max_length, cut, dtype, processes, parse_part(shard))
+    options = BulkOptions(
+        rows_per_shard, max_length, cut, dtype, processes, parse_part(shard), device
+    )
     reward = find_heads(model).reward
     if reward is None:
         raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
@@ -84,7 +83,8 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
     base: str | Path | None = None,
     num_generations: int = 0,
     max_length: int | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
+    device: str | None = None,
     max_bad_fraction: float = 0.02,
     on_progress: OnProgress = no_progress,
 ) -> Diagnosis:
@@ -106,8 +106,8 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
     comparisons = _read(data, max_bad_fraction)
     num = sum(len(group.responses) for group in comparisons.groups)
     done = count_responses(on_progress, num * (len(models) + 1))
-    options = LoadOptions(max_length=max_length, dtype=dtype)
-    own_options = LoadOptions(reference, max_length, dtype)
+    options = LoadOptions(max_length=max_length, dtype=dtype, device=device)
+    own_options = LoadOptions(reference, max_length, dtype, device)
 
     def score(name: str, how: LoadOptions) -> tuple[ScoredModel, list[TokenizedGroup]]:
         heads = models[name]
@@ -228,7 +228,7 @@ def _base_states(
 ) -> Float[np.ndarray, "responses hidden"]:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     log.info("hidden states of %s", path)
-    model = load_policy(path, dtype=torch.float32, device=None)
+    model = load_policy(path, dtype="auto", device=None)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
     largest = max(int(ids.max()) for g in groups for ids in (g.prompt_ids, *g.response_ids))
@@ -330,7 +330,7 @@ class _Writer:
         self, groups: Sequence[Group], sampling: Sampling, done: OnProgress
     ) -> list[Continuation]:
         log.info("generating with %s", self.path)
-        model = load_causal_lm(self.path, dtype=torch.float32)
+        model = load_causal_lm(self.path, dtype="auto", device=None)
         ids = [prompt.tolist() for prompt in self.prompt_ids(groups)]
         eos, pad = self.encoder.eos_id, self.encoder.pad_id
         pad = eos if pad is None else pad

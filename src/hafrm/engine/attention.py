@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hafrm.engine.layout import Layout
@@ -33,10 +34,9 @@ try:  # pragma: no cover - an extra of the user's; the only varlen call with sof
 except ImportError:
     flash_attn_varlen_func = None
 
-# Releases before 2.12 lack grouped heads, a scale or a window: there flash-attn or padded groups run.
-_VARLEN_COMPLETE = varlen_attn is not None and {"scale", "window_size", "enable_gqa"} <= set(
-    inspect.signature(varlen_attn).parameters
-)
+_PARAMETERS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
+# Releases before 2.11 lack a scale or a window: there flash-attn or padded groups run.
+_VARLEN_COMPLETE = {"scale", "window_size"} <= _PARAMETERS
 
 
 def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
@@ -80,7 +80,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     it would be compiled anew for the lengths of every row."""
     if not query.is_cuda:
         return attend_by_segment(query, key, value, layout, rule)
-    if query.dtype in (torch.float16, torch.bfloat16):
+    if _has_kernel(query, key, value, torch.cuda.get_device_capability(query.device)):
         if _VARLEN_COMPLETE and rule.softcap is None:
             return _varlen(query, key, value, layout, rule)
         if flash_attn_varlen_func is not None:
@@ -88,9 +88,23 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     return attend_by_group(query, key, value, layout, rule)
 
 
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:
+    """Whether flash attention, torch's or the package's, runs these head sizes on such a card; values
+    narrower than keys are padded."""
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and capability >= (8, 0)
+        and value.shape[-1] <= query.shape[-1] == key.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+    )
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """One call for all segments. `(window - 1, 0)`: transformers lets a token see `window` keys,
     itself included, flash attention `left + 1`."""
+    # Releases before 2.12 group heads without being asked to.
+    grouped = query.shape[1] != key.shape[1]
+    ask: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _PARAMETERS else {}
     output = varlen_attn(
         *_flat(query, key, value, layout),
         layout.cu_queries,
@@ -99,10 +113,10 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
         max(layout.key_lengths),
         scale=rule.scaling,
         window_size=(-1 if rule.window is None else rule.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **ask,
     )
     assert isinstance(output, Tensor)
-    return output[None]
+    return output[None, ..., : value.shape[-1]].contiguous()
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
@@ -118,13 +132,16 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule
         window_size=(-1 if rule.window is None else rule.window - 1, 0),
         softcap=rule.softcap or 0.0,
     )
-    return output[None]
+    return output[None, ..., : value.shape[-1]].contiguous()
 
 
 def _flat(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows first, and the keys and values of every segment: a prompt's are gathered once per branch."""
+    """Rows first, and the keys and values of every segment: a prompt's are gathered once per branch, and
+    values are made as wide as keys."""
+    if value.shape[-1] < key.shape[-1]:
+        value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return (
         q.contiguous(),

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.dense")
 """Modules of a decoder layer that treat every token alone, by the names that most families give them."""
 
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+"""Modules that get a layer's keywords, among them the rows to read, and run first in it."""
 
 READ_ROWS = "read_rows"
 """The keyword by which a forward tells its layers which rows will be read."""
@@ -48,8 +50,10 @@ class _Narrowed:
 
     def __init__(self, layer: nn.Module) -> None:
         modules = dict(layer.named_modules())
-        self.hooked = [name for name in TOKENWISE if _is_tokenwise(modules.get(name))]
-        self._handles = [layer.register_forward_pre_hook(_begin, with_kwargs=True)]
+        # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
+        begins = [modules[name] for name in ATTENTION if name in modules]
+        self.hooked = [name for name in TOKENWISE if begins and _is_tokenwise(modules.get(name))]
+        self._handles = [m.register_forward_pre_hook(_begin, with_kwargs=True) for m in begins]
         for name in self.hooked:
             self._handles.append(modules[name].register_forward_pre_hook(_take))
             self._handles.append(modules[name].register_forward_hook(_put_back))

@@ -4,12 +4,17 @@ import gc
 
 import torch
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Of errors of other types: a CPU's, and those of CUDA and its libraries beside torch's allocator."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a pass failed for want of memory, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in _MESSAGES)
 
 
 def give_back() -> None:

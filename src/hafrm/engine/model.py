@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hafrm.engine import last_layer
+from hafrm.engine.adjustments import checkpoint_around_compiled, fuse_gelu, switch_off_dropout
 from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
@@ -73,7 +74,10 @@ class HybridModel(nn.Module):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
         self.sharing = False
         switch_off_dropout(self)
+        fuse_gelu(backbone)
         self.share(sharing)
+        if layers := decoder_layers(backbone):
+            last_layer.narrow(layers[-1])
 
     def share(self, sharing: bool) -> None:
         """Lay prompts out once (True) or once per response (False)."""
@@ -84,8 +88,6 @@ class HybridModel(nn.Module):
         stock = str(getattr(self.backbone, _STOCK_ATTENTION))
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
-        if layers := decoder_layers(self.backbone):
-            last_layer.narrow(layers[-1])
 
     def checkpoint_activations(self) -> None:
         """Keep only layer inputs and recompute the rest in backward: less memory, a third more work."""
@@ -101,6 +103,7 @@ class HybridModel(nn.Module):
         layers = decoder_layers(self.backbone)
         last_layer.widen(layers[-1])  # a graph has no room for hooks that depend on the row
         for layer in layers:
+            checkpoint_around_compiled(layer)
             layer.compile(dynamic=True)
 
     def forward(self, layout: Layout, watch: Watch | None = None) -> Outputs:
@@ -148,7 +151,7 @@ class HybridModel(nn.Module):
             watch("reward", hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: Tensor = self.reward_head(hidden.float())
-        return rewards[:, 0]
+        return rewards.sum(1)  # of one column; FSDP2 warns of a model that gives out a view
 
     def _token_logps(
         self, hidden: Float[Tensor, "scored hidden"], layout: Layout, watch: Watch | None = None
@@ -197,6 +200,22 @@ def hidden_size(config: PretrainedConfig) -> int:
     return int(config.get_text_config().hidden_size)
 
 
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """Tokens that a sequence may have; None: no limit.
+
+    The rotary factors of longrope (Phi-3 with 128k) change beyond a length, and with them those of every
+    shorter sequence of the same row or batch: there the limit is that length.
+    """
+    text = config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    for part in by_layer_type or [rope]:
+        if part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """What the model's own LM head does after its product: soft-capping (Gemma-2), a factor (Cohere's
     logit_scale) or a divisor (Granite's logits_scaling)."""
@@ -206,18 +225,6 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     names = ("final_logit_softcapping", "logits_soft_cap")
     softcap = next((cap for name in names if (cap := getattr(text, name, None))), None)
     return LogitTransform(scale=scale, softcap=softcap)
-
-
-def switch_off_dropout(module: nn.Module) -> None:
-    """Every dropout probability and router jitter to zero: two forwards of one batch must agree."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        # Some layers keep the rate as a number, some read it from their config (Falcon).
-        for owner in (part, getattr(part, "config", None)):
-            for name, value in vars(owner).items() if owner is not None else ():
-                if ("drop" in name or "jitter" in name) and isinstance(value, float):
-                    setattr(owner, name, 0.0)
 
 
 def sharing_obstacle(backbone: PreTrainedModel) -> str | None:

@@ -39,8 +39,9 @@ def attend_by_group(
     outputs, places = [], []
     for number, batch in enumerate(_batches(layout)):
         rows = batch.rows.flatten()
-        q, k, v = (_gathered(x, rows, len(batch.rows)) for x in (query, key, value))
-        output = attend(q, k, v, _allowed(layout, number, batch, rule.window), rule)
+        heads = query.shape[1]
+        q, k, v = (_gathered(x, rows, len(batch.rows), heads) for x in (query, key, value))
+        output = attend(q, k, v, _mask(layout, number, batch, rule, query.dtype), rule)
         outputs.append(output.transpose(1, 2).flatten(0, 1)[_real_places(layout, number, batch)])
         places.append(rows[_real_places(layout, number, batch)])
     back = torch.empty_like(torch.cat(places))
@@ -48,10 +49,12 @@ def attend_by_group(
     return torch.cat(outputs)[back][None]
 
 
-def _gathered(x: Tensor, rows: Tensor, groups: int) -> Tensor:
-    """[1, heads, tokens, dim] -> [groups, heads, longest, dim]."""
-    picked = x[0].transpose(0, 1).index_select(0, rows)
-    return picked.view(groups, -1, *picked.shape[1:]).transpose(1, 2)
+def _gathered(x: Tensor, rows: Tensor, groups: int, heads: int) -> Tensor:
+    """[1, kv_heads, tokens, dim] -> [groups, heads, longest, dim]: under a mask, fused kernels want keys
+    for every query head."""
+    picked = x[0].transpose(0, 1).index_select(0, rows)[:, :, None]
+    every = picked.expand(-1, -1, heads // x.shape[1], -1).flatten(1, 2)
+    return every.view(groups, -1, *every.shape[1:]).transpose(1, 2)
 
 
 def _batches(layout: Layout) -> list[_Batch]:
@@ -69,6 +72,7 @@ def _batches(layout: Layout) -> list[_Batch]:
 
 def _batch(layout: Layout, members: list[int], starts: np.ndarray) -> _Batch:
     longest = max(int(starts[g + 1] - starts[g]) for g in members)
+    longest = -(-longest // 8) * 8  # or the kernel copies the mask, in every layer
     positions = np.zeros((len(members), longest), np.int64)
     branches = np.full((len(members), longest), -1, np.int64)
     rows = np.repeat(starts[members][:, None], longest, axis=1)
@@ -86,6 +90,20 @@ def _batch(layout: Layout, members: list[int], starts: np.ndarray) -> _Batch:
             place += length
     device = layout.input_ids.device
     return _Batch(*(torch.from_numpy(x).to(device) for x in (rows, real, positions, branches)))
+
+
+def _mask(layout: Layout, number: int, batch: _Batch, rule: Rule, dtype: torch.dtype) -> Tensor:
+    """What may be attended to, or the same as a term of the scores: of a boolean mask, torch would make and
+    keep one in every layer."""
+    allowed = _allowed(layout, number, batch, rule.window)
+    if rule.softcap is not None:
+        return allowed
+    name = ("term", number, rule.window, dtype)
+    if name not in layout.masks:
+        term = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        layout.masks[name] = term.masked_fill_(~allowed, float("-inf"))
+    cached: Tensor = layout.masks[name]
+    return cached
 
 
 def _allowed(layout: Layout, number: int, batch: _Batch, window: int | None) -> Tensor:

@@ -59,10 +59,11 @@ def attend(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch kv_heads keys dim"],
     v: Float[Tensor, "batch kv_heads keys value_dim"],
-    mask: Bool[Tensor, "... queries keys"] | None,
+    mask: Bool[Tensor, "... queries keys"] | Float[Tensor, "... queries keys"] | None,
     rule: Rule,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """One dense call under `mask`, which holds window and causality; None: causal and square."""
+    """One dense call under `mask`, which holds window and causality, as booleans or as terms of scores that
+    are not capped; None: causal and square."""
     if rule.softcap is not None:
         return _capped(q, k, v, mask, rule)
     return F.scaled_dot_product_attention(

@@ -13,8 +13,10 @@ from hafrm.errors import NumericsError
 class Disagreement(NamedTuple):
     """Largest difference between shared and plain outputs, and what is tolerated."""
 
-    reward: float
+    hidden: float
+    """Of the states that rewards are read from, relative to their norm."""
     logp: float
+    """Relative to max(1, |log-prob|)."""
     tolerance: float
 
 
@@ -22,8 +24,9 @@ class Disagreement(NamedTuple):
 def self_check(model: HybridModel, layout: Layout, tolerance: float | None = None) -> Disagreement:
     """Compare shared with plain on one small layout; no-op numbers for an unshared model.
 
-    Differences are relative to max(1, |value|). Tolerances: 1e-3 in float32 (a wrong mask is off by
-    0.1 and more), 0.1 with half-precision weights or autocast.
+    Not rewards but the states that they are read from: a reward near 0 is rounded as coarsely as a large
+    one. Tolerances: 1e-3 in float32 (a wrong mask is off by 0.1 and more), 0.1 with half-precision weights
+    or autocast.
 
     Raises NumericsError when they disagree.
     """
@@ -32,27 +35,30 @@ def self_check(model: HybridModel, layout: Layout, tolerance: float | None = Non
     half = torch.is_autocast_enabled(model.device.type)
     half = half or next(model.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
     tolerance = tolerance if tolerance is not None else (0.1 if half else 1e-3)
-    shared = model(layout)
+    states, logps = _read(model, layout)
     model.share(False)
     try:
-        plain = model(layout)
+        plain_states, plain_logps = _read(model, layout)
     finally:
         model.share(True)
-    found = Disagreement(
-        _difference(shared.rewards, plain.rewards),
-        _difference(shared.logps, plain.logps),
-        tolerance,
-    )
-    if not (found.reward <= tolerance and found.logp <= tolerance):  # a NaN is no agreement
+    hidden = logp = 0.0
+    if states is not None and plain_states is not None:
+        apart = (states - plain_states).norm(dim=1) / plain_states.norm(dim=1)
+        hidden = float(apart.max())
+    if logps is not None and plain_logps is not None:
+        logp = float(((logps - plain_logps).abs() / plain_logps.abs().clamp(min=1.0)).max())
+    if not (hidden <= tolerance and logp <= tolerance):  # a NaN is no agreement
         raise NumericsError(
-            "with shared prompts this model gives other numbers than one response at a time: rewards "
-            f"differ by {found.reward:.2g}, log-probs by {found.logp:.2g} (relative; tolerated "
-            f"{tolerance:g}). Its layers cannot share a prefix; set training.sharing: off"
+            "with shared prompts this model gives other numbers than one response at a time: hidden states "
+            f"differ by {hidden:.2g}, log-probs by {logp:.2g} (relative; tolerated {tolerance:g}). Its "
+            "layers cannot share a prefix; set training.sharing: off"
         )
-    return found
+    return Disagreement(hidden, logp, tolerance)
 
 
-def _difference(a: Tensor | None, b: Tensor | None) -> float:
-    if a is None or b is None:
-        return 0.0
-    return float(((a - b).abs() / b.abs().clamp(min=1.0)).max())
+def _read(model: HybridModel, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+    """What the reward head reads of each response, and the log-probs, of the heads that there are."""
+    states: dict[str, Tensor] = {}
+    logps = model(layout, watch=states.__setitem__).logps
+    reward_states = states.get("reward")
+    return None if reward_states is None else reward_states.float(), logps

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
@@ -33,12 +32,11 @@ from hafrm.scoring.fused import (
     per_token,
     read_fused_rule,
 )
-from hafrm.scoring.loading import is_reward_directory
+from hafrm.scoring.loading import Placement, is_reward_directory
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
 from hafrm.statistics import paired_bootstrap
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,12 @@ class LoadOptions:
     """The reference of a policy, if not the one it names."""
     max_length: int | None = None
     """Tokens beyond which inputs are cut; None: the model's limit."""
-    dtype: str = "float32"
+    dtype: str = "auto"
+    device: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """For `from_pretrained`; raises ConfigError for an unknown dtype."""
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        return {"max_length": self.max_length, "dtype": DTYPES[self.dtype]}
+        """For `from_pretrained`; raises ConfigError for an unknown dtype or device."""
+        return Placement(self.dtype, self.device).options(self.max_length)
 
 
 def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
@@ -135,7 +132,8 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     policy: str | Path | None = None,
     reference: str | Path | None = None,
     max_length: int | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
+    device: str | None = None,
     max_bad_fraction: float = 0.02,
     on_progress: OnProgress = no_progress,
 ) -> Evaluation:
@@ -151,7 +149,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     reading, comparisons = read_comparisons(data, max_bad_fraction)
     heads = find_heads(model, policy)
     scores = _score_all_heads(
-        heads, comparisons, LoadOptions(reference, max_length, dtype), on_progress
+        heads, comparisons, LoadOptions(reference, max_length, dtype, device), on_progress
     )
     return Evaluation(
         model=str(model),
@@ -232,7 +230,8 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
     data: Data,
     *,
     max_length: int | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
+    device: str | None = None,
     max_bad_fraction: float = 0.02,
     on_progress: OnProgress = no_progress,
 ) -> ModelComparison:
@@ -254,7 +253,9 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
     done = count_responses(on_progress, num * (len(first) + len(second)))
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
-        scorer = load_main_head(path, LoadOptions(max_length=max_length, dtype=dtype))
+        scorer = load_main_head(
+            path, LoadOptions(max_length=max_length, dtype=dtype, device=device)
+        )
         tokenized, _ = scorer.encoder.encode(comparisons.groups)
         scores = scorer.score_encoded(tokenized, done)
         return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}

@@ -8,7 +8,7 @@ keeps its place, with null for its score and the reason in `error`, and is liste
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +32,17 @@ from hafrm.scoring.inputs import (
     identify,
 )
 from hafrm.scoring.job_folder import JobFolder, ShardRecord, writing
-from hafrm.scoring.loading import load_config, load_encoder, model_digest
+from hafrm.scoring.loading import (
+    Placement,
+    choose_dtype,
+    load_config,
+    load_encoder,
+    model_digest,
+)
 from hafrm.scoring.pace import Pace
 from hafrm.scoring.processes import score_in_processes
 from hafrm.scoring.shard_files import join
 from hafrm.scoring.worker import Work
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,20 @@ class BulkOptions:
     """Tokens of prompt and response; None: as many as the model takes."""
     cut: bool = False
     """Cut inputs that are longer, as training does; otherwise their rows are not scored."""
-    dtype: str = "float32"
-    """Of the weights; one of DTYPES."""
+    dtype: str = "auto"
+    """Of the weights: auto, float32, bfloat16 or float16."""
     processes: int | None = None
     """On this machine; None: one for each GPU, or one."""
     part: tuple[int, int] = (0, 1)
     """(i, n): score only every n-th shard, from the i-th on, counted from 0; for job arrays."""
+    device: str | None = None
+    """Of all processes; None: a GPU for each where there are any, else the CPU."""
 
     def __post_init__(self) -> None:
         i, n = self.part
         if not 0 <= i < n:
             raise ConfigError(f"--shard {i}/{n} must be i/n with i from 0 to n - 1")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        Placement(self.dtype, self.device)
         if self.processes is not None and self.processes < 1:
             raise ConfigError(f"processes must be 1 or more, got {self.processes}")
 
@@ -110,6 +115,8 @@ def score_files(
     scores that must not be used.
     """
     options = options or BulkOptions()
+    dtype = str(choose_dtype(model, options.dtype, options.device)).removeprefix("torch.")
+    options = replace(options, dtype=dtype)  # what a later call, or another part, must find again
     inputs = identify(sources)
     to_file = _is_file(out, inputs, options)
     shards = cut(inputs, options.rows_per_shard, file_suffix(out.name) if to_file else None)
@@ -143,9 +150,10 @@ def _run(
         if watch is not None:
             watch(pace)
 
-    work = Work(model, job, options.dtype, options.max_length, options.cut)
+    work = Work(model, job, options.dtype, options.max_length, options.cut, options.device)
     if todo:
-        score_in_processes(work, todo, options.processes or default_num_processes(), tell)
+        num = 1 if options.device else default_num_processes()
+        score_in_processes(work, todo, options.processes or num, tell)
     known |= {shard: job.record(shard) for shard in todo}
     done = [record for record in known.values() if record is not None]
     if len(done) < len(shards):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -42,7 +43,7 @@ class StockWeights:
 
 
 def gather_weights(model: HybridModel) -> StockWeights:
-    """Collect the weights; with sharded models every rank must call it."""
+    """Collect the weights on the main rank; with sharded models every rank must call it."""
     return StockWeights(
         config=model.backbone.config,
         backbone=_merge_lora(model.backbone, _gather(model.backbone)),
@@ -86,14 +87,20 @@ def export_policy(
 
 
 def _gather(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
-        for name, value in module.state_dict().items()
-    }
+    """The module's weights, one after another, on the main rank; ranks of one host share its memory."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    weights = {}
+    for name, value in module.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if is_main:
+            weights[name] = whole.detach().cpu()
+    return weights
 
 
 def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """W + scaling * B A in float32, under the names that the adapters had displaced."""
+    if not weights:
+        return {}
     merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
     for name, module in backbone.named_modules():
         if isinstance(module, LoraLayer):

@@ -8,6 +8,7 @@ start; results come back in the order given.
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hafrm.engine.layout import Branches, Layout, lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
@@ -64,7 +66,7 @@ def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
     return np.cumsum([0, *counts])[:-1].astype(np.int64)
 
 
-def run_forward(
+def run_forward(  # noqa: PLR0913
     model: HybridModel,
     groups: Sequence[Branches],
     *,
@@ -72,17 +74,18 @@ def run_forward(
     autocast: torch.dtype | None = None,
     threads: int = 1,
     done: Callable[[int, int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Scores:
     """Scores of all responses of `groups`, up to `max_tokens` to a row, `threads` rows at a time.
 
-    `done(responses, tokens)` hears of every finished row. Several threads are for a model on the CPU
+    `done(responses, tokens)` is called after every row. Several threads are for a model on the CPU
     that this process has to itself: there they beat one row on all cores (see docs/scoring.md).
-    Raises NumericsError for a score that is not finite, naming such groups by index.
+    `part` = (i, n) runs one row of n, and zero stands for the scores of the others.
+    Raises NumericsError for a score that is not finite, naming such groups by index; of a part's scores
+    none is checked.
     """
-    first = first_responses(groups)
-    owner = np.repeat(np.arange(len(groups)), [len(group.response_ids) for group in groups])
-    rewards, logps = (np.full(len(owner), np.nan, np.float32) for _ in range(2))
-    lengths = np.zeros(len(owner), np.int64)
+    lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
+    rewards, logps = (np.zeros(len(lengths), np.float32) for _ in range(2))
 
     def run(layout: Layout) -> Outputs:
         half = contextlib.nullcontext()
@@ -91,22 +94,30 @@ def run_forward(
             outputs: Outputs = model(layout.to(device))
         return outputs
 
-    for where, tokens, outputs in run_rows(run, groups, max_tokens=max_tokens, threads=threads):
-        some_rewards, some_logps, some_lengths = outputs
-        assert some_lengths is not None
-        lengths[where] = some_lengths.cpu().numpy()
-        for values, output in ((rewards, some_rewards), (logps, some_logps)):
+    rows = run_rows(
+        run,
+        groups,
+        max_tokens=max_tokens,
+        threads=threads,
+        part=part,
+        # One rank of a sharded model cannot run more forwards than the others.
+        halve=not isinstance(model, FSDPModule),
+    )
+    for where, tokens, outputs in rows:
+        for values, output in ((rewards, outputs[0]), (logps, outputs[1])):
             if output is not None:
                 values[where] = output.float().cpu().numpy()
-                _check_finite(values[where], owner[where])
         if done is not None:
             done(len(where), tokens)
-    return Scores(
+    scores = Scores(
         rewards=None if model.reward_head is None else rewards,
         logps=None if model.policy_head is None else logps,
         lengths=lengths,
-        first=first,
+        first=first_responses(groups),
     )
+    if part == (0, 1):
+        check_finite(scores)
+    return scores
 
 
 def run_rows(
@@ -115,20 +126,29 @@ def run_rows(
     *,
     max_tokens: int,
     threads: int = 1,
+    part: tuple[int, int] = (0, 1),
+    halve: bool = True,
 ) -> Iterator[tuple[NDArray[np.int64], int, PerResponse]]:
     """(indices of responses, tokens run, what `run` gives per response) of every packed row.
 
-    Raises MemoryBudgetError for a single response that does not fit.
+    `part` = (i, n) takes every n-th row from the i-th on. Where a part has one row less, it runs the
+    shortest piece for nothing: all parts make the same number of forwards, in which shards are exchanged.
+    Raises MemoryBudgetError for a single response that does not fit, or without `halve` for any row.
     """
     pieces = split_into_pieces(groups, max_tokens)
     rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
-    found = _map(lambda row: _run_row(run, row), rows, threads)
-    for row, outputs in zip(rows, found, strict=True):
+    index, num_parts = part
+    mine = rows[index::num_parts]
+    is_short = len(mine) < -(-len(rows) // num_parts)
+    filler = [[min(pieces, key=lambda piece: piece.num_tokens)]] if is_short else []
+    all_outputs = iter(_map(lambda row: _run_row(run, row, halve), [*mine, *filler], threads))
+    for row in mine:
         where = np.concatenate([np.asarray(piece.where, np.int64) for piece in row])
-        yield where, sum(piece.num_tokens for piece in row), outputs
+        yield where, sum(piece.num_tokens for piece in row), next(all_outputs)
+    deque(all_outputs, maxlen=0)
 
 
-def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece]) -> PerResponse:
+def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece], halve: bool) -> PerResponse:
     """One forward; where memory is short, two of half the responses, as often as it takes."""
     try:
         return run(lay_out(row))
@@ -139,13 +159,18 @@ def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece]) -> PerRespo
     # Out here the exception is gone, and with it the tensors of the pass that failed.
     give_back()
     tokens = sum(piece.num_tokens for piece in row)
+    if not halve:
+        raise MemoryBudgetError(
+            f"a row of {tokens} tokens does not fit into memory ({what}), and a sharded model cannot run "
+            "it in halves; lower training.max_tokens"
+        )
     if len(row) == 1 and len(row[0].where) == 1:
         raise MemoryBudgetError(
             f"a single response of {tokens} tokens (with its prompt) does not fit into memory ({what}); "
             "load the model in bfloat16, or set a smaller max_length"
         )
     log.warning("a row of %d tokens ran out of memory (%s); running it in two halves", tokens, what)
-    first, second = (_run_row(run, part) for part in _halves(row))
+    first, second = (_run_row(run, half, halve) for half in _halves(row))
     return tuple(_joined(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -222,10 +247,14 @@ def _map(
         torch.set_num_threads(before)  # the setting of threads that are yet to come is global
 
 
-def _check_finite(values: NDArray[np.float32], owner: NDArray[np.int64]) -> None:
-    bad = np.unique(owner[~np.isfinite(values)]).tolist()
-    if bad:
+def check_finite(scores: Scores) -> None:
+    """Raise NumericsError for scores that are not finite, naming their groups by index."""
+    for values in (scores.rewards, scores.logps):
+        if values is None or np.isfinite(values).all():
+            continue
+        responses = np.flatnonzero(~np.isfinite(values))
+        bad = np.unique(np.searchsorted(scores.first, responses, side="right") - 1).tolist()
         raise NumericsError(
-            f"the model gives scores that are not finite for {len(bad)} groups of a row, such as "
-            f"{bad[:8]} (by index); check its weights, or run it in float32"
+            f"the model gives scores that are not finite for {len(bad)} of {len(scores.first)} groups, "
+            f"such as {bad[:8]} (by index); check its weights, or run it in float32"
         )

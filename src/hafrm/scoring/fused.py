@@ -210,7 +210,7 @@ class FusedRewardModel(Scorer):
         path: str | Path,
         *,
         reference: str | Path | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         max_length: int | None = None,
         max_tokens: int | None = None,

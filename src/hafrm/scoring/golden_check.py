@@ -17,6 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 BATCH = 16
 
 
+def room_for(num_weights: int) -> int:
+    """Bytes that a GPU must have free for float32 weights and what a batch takes beside them."""
+    return int(1.3 * 4 * num_weights) + 2**31
+
+
 def replay(directory: Path) -> dict[str, Any]:
     """Largest differences to the golden scores, and what else is wrong with the directory."""
     lines = (directory / "golden_scores.jsonl").read_text(encoding="utf-8").splitlines()
@@ -30,7 +35,7 @@ def replay(directory: Path) -> dict[str, Any]:
         )
         faults = [f"freshly initialised: {name}" for name in loading["missing_keys"]]
         faults += _wrong_settings(model.config, tokenizer)
-    model.eval()
+    model.eval().to(_device_for(model))
     texts = [str(tokenizer.apply_chat_template(g["messages"], tokenize=False)) for g in golden]
     for text, row in zip(texts, golden, strict=True):
         for special in (True, False):
@@ -49,6 +54,13 @@ def replay(directory: Path) -> dict[str, Any]:
             for name, s in scores.items()
         }
     return {"differences": differences, "faults": faults, "num_golden": len(golden)}
+
+
+def _device_for(model: Any) -> torch.device:
+    """The GPU where the model fits into its free memory, else the CPU."""
+    needed = room_for(sum(p.numel() for p in model.parameters()))
+    fits = torch.cuda.is_available() and needed <= torch.cuda.mem_get_info()[0]
+    return torch.device("cuda" if fits else "cpu")
 
 
 def _with_adapter(directory: Path, tokenizer: Any) -> Any:
@@ -88,8 +100,9 @@ def _scores(model: Any, tokenizer: Any, texts: list[str], side: str) -> torch.Te
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if side == "left" and "position_ids" in inspect.signature(inner.forward).parameters:
         kept["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    kept = {name: tensor.to(model.device) for name, tensor in kept.items()}
     scores: torch.Tensor = model(**kept).logits[:, 0]
-    return scores
+    return scores.cpu()
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ run. Nothing here scores.
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,21 +26,80 @@ from transformers import (
 
 from hafrm.atomic import fingerprint
 from hafrm.data.encoding import Encoder
-from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
-from hafrm.errors import ModelError
+from hafrm.engine.model import HybridModel, longest_sequence, sharing_obstacle, split_causal_lm
+from hafrm.errors import ConfigError, ModelError
 
+log = logging.getLogger("hafrm")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What weights can be loaded in, by name; auto is the checkpoint's dtype on a GPU, float32 on a CPU."""
 _UNBOUNDED = 2**20
 """Length limit of models that have no position limit."""
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where models are run, and in what."""
+
+    dtype: str = "auto"
+    """One of DTYPES."""
+    device: str | None = None
+    """None: the GPU where there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ConfigError(
+                f"--device must be cpu, cuda or cuda:1, got {self.device!r}"
+            ) from None
+
+    def options(self, max_length: int | None) -> dict[str, Any]:
+        """What `from_pretrained` takes."""
+        return {"dtype": self.dtype, "device": self.device, "max_length": max_length}
+
+
+AUTO = Placement()
+
+
+def choose_dtype(
+    path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
+) -> torch.dtype:
+    """The dtype that weights are loaded in; `auto` follows the checkpoint on a GPU, which says so in the
+    log, and is float32 on a CPU, where half precision is neither faster nor better."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, Placement(dtype).dtype)
+        return chosen
+    kind = torch.device(device or default_device()).type
+    stored = torch.float32 if kind == "cpu" else load_config(path).dtype
+    for half in (torch.float16, torch.bfloat16):
+        if stored == half and (half == torch.float16 or has_bfloat16(kind)):
+            log.info("%s runs in %s, as it is stored (otherwise: --dtype float32)", path, half)
+            return half
+    return torch.float32
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device type computes in bfloat16 natively; a GPU that is not here is taken to."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return device == "cuda"
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def load_reward(
-    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+    path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
     """A `...ForSequenceClassification` with one label and a trained linear head.
 
     Raises ModelError for anything else.
     """
-    loaded, missing = _load(AutoModelForSequenceClassification, path, dtype)
+    loaded, missing = _load(
+        AutoModelForSequenceClassification, path, choose_dtype(path, dtype, device)
+    )
     if missing:
         kind = str((loaded.config.architectures or ["?"])[0])
         what = "it is a causal LM (a policy), not a reward model" if "CausalLM" in kind else kind
@@ -75,19 +136,20 @@ def load_reward_head(directory: str | Path) -> nn.Linear:
 
 
 def load_policy(
-    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None
+    path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
     """A `...ForCausalLM` that scores; raises ModelError for anything else."""
+    dtype = choose_dtype(path, dtype, device)
     backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device="cpu"))
     model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
     return model.to(device or default_device())
 
 
 def load_causal_lm(
-    path: str | Path, *, dtype: torch.dtype, device: str | torch.device | None = None
+    path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` that writes; raises ModelError for anything else."""
-    loaded, missing = _load(AutoModelForCausalLM, path, dtype)
+    loaded, missing = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
     if missing:
         raise ModelError(
             f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
@@ -107,8 +169,7 @@ def load_encoder(
 
     Raises ModelError for no usable tokenizer or template, or more length than the model has positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = int(positions or _UNBOUNDED)
+    longest = longest_sequence(config) or _UNBOUNDED
     if max_length is not None and max_length > longest:
         raise ModelError(
             f"max_length is {max_length}, but {path} takes at most {longest} tokens; lower it"

@@ -25,7 +25,7 @@ def score_in_processes(work: Work, shards: Sequence[Shard], num: int, tell: Tell
     """
     num = min(num, len(shards))
     if num <= 1:
-        score_shards(work, shards, _device(0), tell)
+        score_shards(work, shards, work.device or _device(0), tell)
         return
     # spawn: a forked child inherits locks that threads of torch or tokenizers hold
     context = multiprocessing.get_context("spawn")
@@ -73,8 +73,9 @@ def _child(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its children
     torch.set_num_threads(threads)
+    device = work.device or _device(rank)
     try:
-        score_shards(work, shards, _device(rank), lambda rows, tokens: sender.send((rows, tokens)))
+        score_shards(work, shards, device, lambda rows, tokens: sender.send((rows, tokens)))
     except HafrmError as error:
         sender.send(error)
     except BrokenPipeError:  # the parent was killed: nobody waits for this

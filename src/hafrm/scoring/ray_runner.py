@@ -6,10 +6,8 @@ those of `hafrm score`; restarts and placement are Ray's. Needs the extra `ray`.
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from hafrm.errors import ConfigError
-from hafrm.scoring.bulk import DTYPES
+from hafrm.scoring.loading import Placement
 from hafrm.scoring.row_scores import encode_rows, score_rows
 from hafrm.scoring.scorer import RewardModel
 from hafrm.scoring.shard_files import add_scores
@@ -28,7 +26,7 @@ def score_dataset(  # noqa: PLR0913 - how a cluster is used
     actors: int = 1,
     gpus_per_actor: float = 0,
     batch_size: int = ROWS_AT_ONCE,
-    dtype: str = "float32",
+    dtype: str = "auto",
     max_length: int | None = None,
     cut: bool = False,
 ) -> Any:
@@ -40,8 +38,7 @@ def score_dataset(  # noqa: PLR0913 - how a cluster is used
 
     Raises ConfigError for an unknown dtype or no actor.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    Placement(dtype)
     if actors < 1 or batch_size < 1:
         raise ConfigError(f"actors and batch_size must be 1 or more, got {actors} and {batch_size}")
     return dataset.map_batches(
@@ -62,7 +59,7 @@ class RayScorer:
     ) -> None:
         """Raises ModelError for a directory without a reward model."""
         self.model = RewardModel.from_pretrained(
-            model, dtype=getattr(torch, dtype), max_length=max_length, too_long=too_long
+            model, dtype=dtype, max_length=max_length, too_long=too_long
         )
 
     def __call__(self, table: "pa.Table") -> "pa.Table":

@@ -31,8 +31,8 @@ from hafrm.scoring.pooling import without_pad_at_the_end
 Prompt = str | Sequence[Mapping[str, Any] | Message]
 """A user's text, or chat messages up to and without the response."""
 IMPLICIT_RULE = "implicit_reward.json"
-MAX_TOKENS = 8192
-"""Default token budget of one packed row."""
+MAX_TOKENS = 2**15
+"""Default token budget of one packed row: a prompt of 8k tokens and its responses fit into one."""
 MAX_TOKENS_CPU = 1024
 """The same on a CPU, where a row's activations should stay in its caches (docs/scoring.md)."""
 
@@ -162,7 +162,7 @@ class RewardModel(Scorer):
         cls,
         path: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         max_length: int | None = None,
         max_tokens: int | None = None,
@@ -170,12 +170,11 @@ class RewardModel(Scorer):
     ) -> "RewardModel":
         """Load a `...ForSequenceClassification` directory or hub id with one label.
 
-        Inputs longer than `max_length` tokens (by default what the model can take) are refused by
-        `score`; `encoder.encode` cuts or drops them, as `too_long` says, and counts them. Rows are
-        packed up to `max_tokens` tokens (by default what suits the device).
+        `dtype` auto is the checkpoint's on a GPU, float32 on a CPU. Inputs longer than `max_length` (by
+        default what the model can take) are refused by `score`; `encoder.encode` cuts or drops them, as
+        `too_long` says. Rows hold up to `max_tokens` tokens (by default what suits the device).
 
-        Raises ModelError for more than one label, a missing or untrained head, or a head that is not
-        linear.
+        Raises ModelError for more than one label, a missing or untrained head, or one that is not linear.
         """
         model = load_reward(path, dtype=dtype, device=device)
         encoder = load_encoder(path, model.backbone.config, max_length, too_long)
@@ -222,7 +221,7 @@ class ImplicitRewardModel(Scorer):
         path: str | Path,
         *,
         reference: str | Path | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         max_length: int | None = None,
     ) -> "ImplicitRewardModel":

@@ -40,6 +40,8 @@ class Work:
     dtype: str
     max_length: int | None
     cut: bool
+    device: str | None = None
+    """None: a GPU for each process where there are any."""
 
 
 def score_shards(work: Work, shards: Sequence[Shard], device: str | None, tell: Tell) -> None:

@@ -19,6 +19,7 @@ def plan_tables(plan: Plan, remedies: list[tuple[str, Plan]]) -> Iterator[Render
     table.add_column("made of")
     trained, frozen = f"{counts.trainable:,} weights trained", f"{counts.frozen:,} frozen"
     shards = "in shards" if plan.sharded else "whole"
+    on_gpu = target.device == "cuda" and plan.proof <= target.memory
     held = max(need.logprobs, need.temporaries)
     what = "logits, the head's gradient" if held == need.logprobs else "of the backward pass"
     rows = (
@@ -38,6 +39,12 @@ def plan_tables(plan: Plan, remedies: list[tuple[str, Plan]]) -> Iterator[Render
             need.passes,
             "the reference's over whole weights, validation's",
         ),
+        (
+            "host memory of the first rank",
+            plan.host,
+            "a checkpoint's or the export's whole weights",
+        ),
+        ("proof of the export", plan.proof if on_gpu else 0, "in float32, after training is freed"),
     )
     for name, size, note in rows:
         if size:
@@ -45,6 +52,8 @@ def plan_tables(plan: Plan, remedies: list[tuple[str, Plan]]) -> Iterator[Render
     yield table
     budget = f"training.max_tokens {plan.max_tokens}"
     yield f"{'fits' if plan.fits else 'does NOT fit'} with {budget}; {plan.flops.total:.3g} FLOP each"
+    if target.device == "cuda" and not on_gpu:
+        yield f"the export is proved on the CPU: on the GPU it takes {gib(plan.proof)} GiB in float32"
     if remedies:
         yield _remedies(remedies)
 

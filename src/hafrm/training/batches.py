@@ -122,12 +122,17 @@ class ComparisonOrder:
             picks += self.epoch(epoch)[offset : offset + length - len(picks)]
         return picks
 
+    def reached(self, length: int) -> list[Pick]:
+        """The comparisons among the first `length` of the endless order, each once."""
+        return self.window(0, min(length, self.num_comparisons))
+
 
 @dataclass(frozen=True)
 class References:
-    """Cached reference log-probs of every response of a data set, in its order."""
+    """Cached reference log-probs of the responses of a data set, in its order."""
 
     logps: NDArray[np.float32]
+    """NaN for a response that the run never reaches."""
     first: NDArray[np.int64]
     """Index of each group's first response in `logps`."""
 
@@ -170,16 +175,25 @@ def num_tokens_of(groups: Sequence[TokenizedGroup], picks: Sequence[Pick]) -> li
     return [part.num_tokens for part in _chosen(groups, picks)]
 
 
+def used_responses(
+    groups: Sequence[TokenizedGroup], picks: Sequence[Pick]
+) -> dict[int, tuple[int, ...]]:
+    """The responses of each picked group that its picks compare, in rising order."""
+    used: dict[int, set[int]] = {}
+    for pick in picks:
+        comparison = groups[pick.group].comparisons[pick.comparison]
+        used.setdefault(pick.group, set()).update((comparison.chosen, comparison.rejected))
+    return {index: tuple(sorted(responses)) for index, responses in used.items()}
+
+
 def _chosen(groups: Sequence[TokenizedGroup], picks: Sequence[Pick]) -> list[Chosen]:
     by_group: dict[int, list[int]] = {}
     for pick in picks:
         by_group.setdefault(pick.group, []).append(pick.comparison)
-    parts = []
-    for index, comparisons in by_group.items():
-        sides = (groups[index].comparisons[c] for c in comparisons)
-        used = sorted({side for c in sides for side in (c.chosen, c.rejected)})
-        parts.append(Chosen(groups[index], tuple(used), tuple(comparisons), index))
-    return parts
+    return [
+        Chosen(groups[index], used, tuple(by_group[index]), index)
+        for index, used in used_responses(groups, picks).items()
+    ]
 
 
 def build(parts: Sequence[Chosen], references: References | None = None) -> MicroBatch:

@@ -17,6 +17,7 @@ from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.plan import Plan, Planner, Target
 from hafrm.training.shadow import load_config
+from hafrm.training.start import with_precision
 
 MOST_RANKS = 64
 """As far as more ranks are tried to make a recipe fit."""
@@ -25,29 +26,42 @@ log = logging.getLogger("hafrm")
 
 
 def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> Recipe:
-    """The recipe with training.max_tokens as a number, the same on all ranks; call before anything is
-    loaded. Logs the plan in a line.
+    """The recipe with training.max_tokens as a number and, for adapters, training.parallel chosen, the
+    same on all ranks; call before anything is loaded. Logs the plan in a line.
 
     Raises ConfigError where it is auto and not even the smallest budget fits, ModelError where it is
     auto and the model cannot be traced. A number is taken as it is, with a warning.
     """
-    given = recipe.training.max_tokens
-    try:
-        plan = Planner(recipe, method, load_config(recipe)).plan(target_here(ranks))
-    except ModelError as error:
-        if given == "auto":
-            raise
-        log.warning("no plan: %s", error)
-        return recipe
-    budget = parallel.smallest(plan.max_tokens if plan.fits else 0, ranks.device)
-    if given == "auto" and budget == 0:
+    auto = recipe.training.max_tokens == "auto"
+    target, config = target_here(ranks), load_config(recipe)
+    for choice in _choices(recipe, target):
+        try:
+            plan = Planner(choice, method, config).plan(target)
+        except ModelError as error:
+            if auto:
+                raise
+            log.warning("no plan: %s", error)
+            return recipe
+        budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
+        if budget:
+            break
+    if auto and budget == 0:
         raise ConfigError(
             f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan}. "
             "`hafrm plan` says what to change; a number is taken unchecked"
         )
     if parallel.is_main():
         log.log(logging.INFO if budget else logging.WARNING, "plan: %s", plan)
-    return _changed(recipe, {"training.max_tokens": budget}) if given == "auto" else recipe
+    return _changed(choice, {"training.max_tokens": budget}) if auto else choice
+
+
+def _choices(recipe: Recipe, target: Target) -> list[Recipe]:
+    """The recipe, and before it one that keeps copies, if adapters are trained on several GPUs and the
+    recipe leaves it open: copies exchange the adapters' gradients once a step, shards gather the whole
+    model twice for each micro-batch."""
+    is_open = recipe.training.parallel == "auto" and target.device == "cuda" and target.ranks > 1
+    copies = [_changed(recipe, {"training.parallel": "ddp"})] if recipe.lora and is_open else []
+    return [*copies, recipe]
 
 
 def target_here(ranks: parallel.Ranks) -> Target:
@@ -80,9 +94,18 @@ def plan_recipe(
         target = target_here(parallel.Ranks(0, ranks, device))
     else:
         target = Target("cuda", int(memory * 2**30), ranks)
-    config = load_config(recipe)
-    plan = Planner(recipe, method, config).plan(target)
+    recipe, config = with_precision(recipe, target.device), load_config(recipe)
+    plan = _plan(recipe, method, config, target)
     return plan, [] if plan.fits else list(_remedies(recipe, method, config, target))
+
+
+def _plan(recipe: Recipe, method: Method, config: PretrainedConfig, target: Target) -> Plan:
+    """As `with_token_budget` would choose it."""
+    for choice in _choices(recipe, target):
+        plan = Planner(choice, method, config).plan(target)
+        if plan.fits:
+            break
+    return plan
 
 
 def _remedies(
@@ -100,10 +123,10 @@ def _remedies(
         section, name = key.split(".")
         if done[section][name] != value:
             changes[key] = value
-            yield _words(changes), Planner(_changed(recipe, changes), method, config).plan(target)
+            yield _words(changes), _plan(_changed(recipe, changes), method, config, target)
     if recipe.lora is None:
         adapted = {**changes, "lora.rank": LoraSection().rank}
-        yield _words(adapted), Planner(_changed(recipe, adapted), method, config).plan(target)
+        yield _words(adapted), _plan(_changed(recipe, adapted), method, config, target)
     changes["training.parallel"] = "fsdp"
     planner = Planner(_changed(recipe, changes), method, config)
     ranks = target.ranks

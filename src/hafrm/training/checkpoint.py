@@ -1,17 +1,19 @@
 """Everything a run needs to go on, on disk: trainable weights, optimiser state, place, RNG.
 
 safetensors and JSON only, never a pickle. A checkpoint is complete or absent: written aside, synced,
-renamed, and checked against its manifest at resume. Shards are gathered on the main rank; what is
-frozen is not stored, since the base checkpoint has it.
+renamed, and checked against its manifest at resume. The main rank alone holds whole tensors, gathered and
+handed out one by one; what is frozen is not stored, since the base checkpoint has it.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hafrm.atomic import atomic_directory, check_manifest, write_manifest
@@ -30,8 +32,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
 ) -> Path:
     """Write `checkpoints/step-N`; all ranks call, the main rank writes. Returns its path."""
+    parallel.reshard(model)
     weights = trainable_weights(model)
-    moments = _optimizer_state(model, optimizer)
+    moments = _gathered(_moments(model, optimizer))
     folder = run.checkpoint_path(step)
     if parallel.is_main():
         moments["rng"] = torch.get_rng_state()
@@ -51,48 +54,70 @@ def load_checkpoint(
 
     Raises CheckpointError when a file is missing or damaged, or belongs to another model.
     """
-    check_manifest(folder)
+    parallel.from_main(lambda: check_manifest(folder))
     load_weights(folder, model)
-    moments = load_file(folder / OPTIMIZER)
-    torch.set_rng_state(moments.pop("rng"))
-    parameters = dict(parallel.inside(model).named_parameters())
-    for key, value in moments.items():
-        kind, name = key.split("/", 1)
+    parameters = _trainable(model)
+    for key, value in _read(folder / OPTIMIZER):
+        kind, _, name = key.partition("/")
+        if kind == "rng":
+            torch.set_rng_state(parallel.hand_out(value, torch.get_rng_state()))
+            continue
         parameter = parameters[name]
         # AdamW counts steps in a scalar per parameter, which is never sharded.
-        placed = value.to(parameter.device) if value.dim() == 0 else parallel.like(value, parameter)
-        optimizer.state[parameter][kind] = placed
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return state
+        place = torch.zeros((), device=parameter.device) if kind == "step" else parameter.detach()
+        optimizer.state[parameter][kind] = parallel.hand_out(value, place)
+    return parallel.from_main(lambda: json.loads((folder / STATE).read_text()))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's trainable weights into the model."""
-    weights = load_file(folder / MODEL)
+    """Put a checkpoint's trainable weights into the model; all ranks call."""
+    parallel.reshard(model)
     parameters = _trainable(model)
-    if weights.keys() != parameters.keys():
-        differing = sorted(weights.keys() ^ parameters.keys())[:4]
+    stored = set(parallel.from_main(lambda: _names(folder / MODEL)))
+    if stored != parameters.keys():
         raise CheckpointError(
-            f"{folder} was written by another model or recipe: {differing} are not in both; "
-            "resume with the recipe that the run folder holds"
+            f"{folder} was written by another model or recipe: {sorted(stored ^ parameters.keys())[:4]} "
+            "are not in both; resume with the recipe that the run folder holds"
         )
     with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(parallel.like(value, parameters[name]))
+        for name, value in _read(folder / MODEL):
+            parameters[name].copy_(parallel.hand_out(value, parameters[name].detach()))
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name, whole, on the CPU; shared ones once."""
-    return {name: parallel.whole(p.detach()).cpu().clone() for name, p in _trainable(model).items()}
+    """The trainable weights by name, whole, on the main rank's CPU; shared ones once. All ranks call."""
+    return _gathered(_trainable(model).items())
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in parallel.inside(model).named_parameters() if p.requires_grad}
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{kind}/{name}": parallel.whole(value).detach().cpu().clone()
-        for name, parameter in _trainable(model).items()
-        for kind, value in optimizer.state[parameter].items()
-    }
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in _trainable(model).items():
+        for kind, value in optimizer.state[parameter].items():
+            yield f"{kind}/{name}", value
+
+
+def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies on the main rank's CPU, and nothing on the others, whose hosts may be the same."""
+    copies = {}
+    for name, tensor in tensors:
+        whole = parallel.whole(tensor.detach())
+        if parallel.is_main():
+            copies[name] = whole.to("cpu", copy=True)
+    return copies
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as content:
+        return list(content.keys())
+
+
+def _read(file: Path) -> Iterator[tuple[str, Tensor | None]]:
+    """Each tensor of a file by name, for the main rank; the others get the names alone."""
+    names = parallel.from_main(lambda: _names(file))
+    main = safe_open(file, "pt") if parallel.is_main() else contextlib.nullcontext()
+    with main as content:
+        for name in names:
+            yield name, None if content is None else content.get_tensor(name)

@@ -8,7 +8,7 @@ multiply-add, as `torch.utils.flop_counter` counts; bytes are those of one rank 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hafrm.engine.logprobs import CHUNK_ELEMENTS
+from hafrm.engine.logprobs import chunk_rows
 
 FLOAT32 = 4
 """Bytes of what is trained, of its gradient, and of each of AdamW's two moments."""
@@ -168,7 +168,7 @@ class Bytes:
         return max(self.passes, self.step)
 
 
-def logprob_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> int:
+def logprob_bytes(counts: Counts, work: Work, *, device: str, product: int, stored: int) -> int:
     """Bytes that `token_logprobs` holds at its fullest, for products in `product` bytes a number and a
     head stored in `stored`.
 
@@ -178,7 +178,7 @@ def logprob_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> i
     """
     if not counts.head:
         return 0
-    rows = min(work.scored, max(1, CHUNK_ELEMENTS // counts.vocab))
+    rows = min(work.scored, chunk_rows(counts.vocab, device))
     chunk, following = (n * counts.vocab for n in (rows, min(rows, work.scored - rows)))
     copied = product * (counts.head if product != stored else 0)
     if counts.adapters:
@@ -193,22 +193,32 @@ def logprob_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> i
     return logits + gradient + copied + predicting
 
 
-def reading_bytes(counts: Counts, work: Work, *, product: int, stored: int) -> int:
+def reading_bytes(counts: Counts, work: Work, *, device: str, product: int, stored: int) -> int:
     """The same for a pass without gradients, such as the reference's: logits, the rows they are of, and all
     last hidden states."""
     if not counts.head:
         return 0
     chunks = 1 if product == FLOAT32 else 2
-    logits = chunks * FLOAT32 * min(work.scored * counts.vocab, CHUNK_ELEMENTS)
+    rows = min(work.scored, chunk_rows(counts.vocab, device))
+    logits = chunks * FLOAT32 * rows * counts.vocab
     copied = product * (counts.head if product != stored else 0)
     return logits + copied + FLOAT32 * counts.width * (work.scored + work.tokens)
 
 
-def copies_bytes(counts: Counts, ranks: int) -> tuple[int, int, int, int]:
+def copies_bytes(counts: Counts) -> tuple[int, int, int, int]:
     """(weights, gradients, optimiser, exchange) of a rank that holds everything: alone, or under DDP,
-    whose buckets repeat the gradients."""
+    whose buckets the gradients are views of."""
     trained = FLOAT32 * counts.trainable
-    return trained + counts.frozen_bytes, trained, 2 * trained, trained if ranks > 1 else 0
+    return trained + counts.frozen_bytes, trained, 2 * trained, 0
+
+
+def host_bytes(counts: Counts, *, half: bool) -> int:
+    """Bytes of host memory that the main rank holds at its fullest: a checkpoint with AdamW's moments, or
+    an export, whose gathered weights are merged with adapters in float32 and cast to the dtype stored."""
+    checkpoint = 3 * FLOAT32 * counts.trainable
+    gathered = FLOAT32 * counts.trainable + counts.frozen_bytes
+    merged = FLOAT32 * counts.total if counts.adapters else 0
+    return max(checkpoint, gathered + merged + (HALF * counts.total if half else 0))
 
 
 def shards_bytes(
@@ -222,7 +232,7 @@ def shards_bytes(
     of the outside. Where a step has several micro-batches (`accumulates`), gradients stay whole on every
     rank until the last.
     """
-    weights, gradients, optimiser, _ = (-(-part // ranks) for part in copies_bytes(counts, 1))
+    weights, gradients, optimiser, _ = (-(-part // ranks) for part in copies_bytes(counts))
     exchange = gathered * (2 * counts.layer + counts.outside)
     exchange += (gathered + FLOAT32) * counts.layer_trainable + gathered * counts.outside_trainable
     if accumulates:

@@ -1,7 +1,8 @@
 """Models taken out of run folders after the run, or before its end: `hafrm export`.
 
 From a finished run's `model/`, in another dtype say, or from a checkpoint, LoRA merged. What comes out is
-proved as at a run's end before it appears under its name. The run folder is only read.
+proved as at a run's end before it appears under its name, and kept as NAME.unverified where the proof
+fails. The run folder is only read.
 """
 
 import json
@@ -28,7 +29,7 @@ from hafrm.scoring.golden_file import GOLDEN, GoldenLine, read_golden
 from hafrm.scoring.loading import load_config, load_encoder, load_policy, load_reward
 from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.scorer import write_implicit_rule
-from hafrm.scoring.verify import PLAIN, check_golden, check_policy, write_golden
+from hafrm.scoring.verify import PLAIN, check_golden, check_policy, prove, write_golden
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.finish import export_dtype, implicit_rule
 from hafrm.training.loop import resolve_method
@@ -102,7 +103,8 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
     """Write one head of a run as a stock directory `to`, which appears once it is proved.
 
     Raises ConfigError for options that this run cannot follow, CheckpointError for a run without such a
-    checkpoint or a `to` that exists, ModelError and NumericsError for a model that must not be used.
+    checkpoint or a `to` that exists, ModelError and NumericsError for a model that must not be used,
+    VerificationError for one that is written but not proved.
     """
     options = options or ExportOptions()
     if to.exists():
@@ -115,12 +117,14 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
     checkpoint = _find_checkpoint(run, options, dtype)
     source = _from_model(run, options) if checkpoint is None else _load(run, recipe, checkpoint)
     merged = None if recipe.lora is None else options.merge_lora is not False
-    with atomic_directory(to) as aside:
+    unverified = to.with_name(f"{to.name}.unverified")
+    with atomic_directory(unverified, replace=True) as aside:
         made = aside / options.head
+        num_golden = 0
         if options.head == "reward":
-            num, difference = _write_reward(source, recipe, made, dtype, merge=merged is not False)
+            num_golden = _write_reward(source, recipe, made, dtype, merge=merged is not False)
         else:
-            num, difference = _write_policy(source, made, dtype)
+            export_policy(gather_weights(source.model), source.encoder, made, dtype=dtype)
             write_implicit_rule(made, implicit_rule(recipe, method))
         # A card of an adapter would tell to load it as a whole model; test results are of `model/` alone.
         if merged is not False and (checkpoint is None or not (run.path / "test.json").is_file()):
@@ -128,7 +132,15 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
         for file in list(made.iterdir()):
             file.rename(aside / file.name)
         made.rmdir()
-        moved = _moved(run, aside) if options.head == "reward" else None
+    source.model.to("meta")  # its memory is the proof's
+
+    def check(directory: Path) -> tuple[int, float]:
+        if options.head == "policy":
+            return check_policy(directory, source.golden)
+        return num_golden, max(check_golden(directory).values())
+
+    num, difference = prove(unverified, to, check, "the same command repeats it and its proof")
+    moved = _moved(run, to) if options.head == "reward" else None
     kept = torch.float32 if merged is False else dtype
     name = next(short for short, known in DTYPES.items() if known == kept)
     return Exported(to, options.head, source.name, name, merged, num, difference, moved)
@@ -245,8 +257,8 @@ def _held_out(recipe: Recipe) -> list[Group]:
 
 def _write_reward(
     source: _Source, recipe: Recipe, made: Path, dtype: torch.dtype, *, merge: bool
-) -> tuple[int, float]:
-    """Write and prove; how many golden scores were replayed, and the largest difference."""
+) -> int:
+    """Write the reward model with its golden scores; how many these are."""
     whole = made if merge else made.with_name("whole")
     export_reward(
         gather_weights(source.model), source.encoder, whole, dtype=dtype if merge else torch.float32
@@ -261,13 +273,7 @@ def _write_reward(
         export_adapter(source.model, source.encoder, made, base)
         (whole / GOLDEN).rename(made / GOLDEN)
         _remove(whole)
-    return num, max(check_golden(made).values())
-
-
-def _write_policy(source: _Source, made: Path, dtype: torch.dtype) -> tuple[int, float]:
-    """Write and prove; how many responses' log-probs were compared, and the largest difference."""
-    export_policy(gather_weights(source.model), source.encoder, made, dtype=dtype)
-    return check_policy(made, source.golden)
+    return num
 
 
 def _remove(directory: Path) -> None:

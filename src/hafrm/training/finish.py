@@ -1,14 +1,17 @@
 """The end of a run: exported models, their golden scores, and the proof that others load them.
 
 `model/` appears in the run folder only when a fresh process with plain transformers has reproduced
-the golden scores, so its presence means that the run is complete.
+the golden scores, so its presence means that the run is complete. Until then, and where the proof
+fails, the models lie in `model.unverified/`.
 """
 
 import logging
+from pathlib import Path
 
 import torch
 
 from hafrm.atomic import atomic_directory
+from hafrm.engine.memory import give_back
 from hafrm.engine.model import HybridModel
 from hafrm.recipe import Recipe
 from hafrm.run_folder import RunFolder
@@ -16,7 +19,7 @@ from hafrm.scoring.export import export_policy, export_reward, gather_weights
 from hafrm.scoring.fused import write_fused_rule
 from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.scorer import ImplicitRule, write_implicit_rule
-from hafrm.scoring.verify import check_golden, write_golden
+from hafrm.scoring.verify import check_golden, prove, write_golden
 from hafrm.training import parallel
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
@@ -35,7 +38,12 @@ def export_run(
     references: References | None = None,
 ) -> None:
     """Write `model/reward` and `model/policy`, as far as the method trained them, and where it trained
-    both the rule of their fused score, fitted on validation with its `references`; all ranks call."""
+    both the rule of their fused score, fitted on validation with its `references`.
+
+    All ranks call. Those that write nothing return before the proof, which may take an hour. The model is
+    empty afterwards: its memory is the proof's. Raises VerificationError where the proof fails; the models
+    are then kept.
+    """
     folder = run.path / "model"
     if folder.is_dir():
         return
@@ -52,20 +60,34 @@ def export_run(
         )
         log.info("fitted on validation: %s", rule)
     weights = gather_weights(model)
-    if parallel.is_main():
-        with atomic_directory(folder) as aside:
-            if model.reward_head is not None:
-                export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
-                golden = write_golden(aside / "reward", data.golden)
-                differences = check_golden(aside / "reward")
-                log.info("%d golden scores replayed by plain transformers: %s", golden, differences)
-            if model.policy_head is not None:
-                export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
-                write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
-            if rule is not None:
-                write_fused_rule(aside, rule)
-            write_cards(run.path, aside)
-    parallel.wait()
+    if not parallel.is_main():
+        return
+    with atomic_directory(run.unverified_path, replace=True) as aside:
+        if model.reward_head is not None:
+            export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
+        if model.policy_head is not None:
+            export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
+            write_implicit_rule(aside / "policy", implicit_rule(recipe, method))
+        if rule is not None:
+            write_fused_rule(aside, rule)
+    del weights
+    model.to("meta")  # whoever still holds it, its memory is free
+    give_back()
+
+    def check(models: Path) -> None:
+        if (models / "reward").is_dir():
+            num_golden = write_golden(models / "reward", data.golden)
+            differences = check_golden(models / "reward")
+            log.info("%d golden scores replayed by plain transformers: %s", num_golden, differences)
+        write_cards(run.path, models)
+
+    prove(
+        run.unverified_path,
+        folder,
+        check,
+        f"the training is finished and loses nothing. Repeat the export and its proof with: hafrm train "
+        f"--resume {run.path}; or see what differs with: hafrm verify {run.unverified_path / 'reward'}",
+    )
 
 
 def export_dtype(recipe: Recipe) -> torch.dtype:

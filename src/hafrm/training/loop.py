@@ -5,14 +5,14 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.memory import give_back, is_out_of_memory
@@ -34,8 +34,8 @@ from hafrm.training.prepare import PreparedData, build_model, prepare_data
 from hafrm.training.reference import REFERENCE_TOKENS, references_of
 from hafrm.training.schedule import count_steps, learning_rate
 from hafrm.training.signals import StopSignal
-from hafrm.training.start import open_run, record_provenance
-from hafrm.training.step import StepResult, build_optimizer, take_step
+from hafrm.training.start import open_run, record_provenance, with_precision
+from hafrm.training.step import StepResult, build_optimizer, drop_half_made, take_step
 from hafrm.training.validation import validate
 from hafrm.training.watch import Watch
 
@@ -75,11 +75,12 @@ def train(
     SIGTERM or SIGINT, when the state has been saved.
     """
     ranks = parallel.start()
+    recipe = with_precision(recipe, ranks.device.type)
     torch.manual_seed(recipe.training.seed)
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
-    with run.lock() if ranks.is_main else _nothing():
+    with run.lock() if ranks.is_main else nullcontext():
         if data is None:
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
         if ranks.is_main:
@@ -90,7 +91,8 @@ def train(
 
 def export_job(job: "Job") -> None:
     """What a run ends with: its models exported, and verified by others' eyes."""
-    export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
+    if not parallel.from_main(job.run.model_path.is_dir):
+        export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
 
 
 def resolve_method(recipe: Recipe) -> Method:
@@ -117,6 +119,7 @@ class Job:
         self.validation_references: References | None = None
         self.model = model
         self.balance = new_balance(method, model.device)
+        self.distance: Tensor | None = None
         self.best: dict[str, float] = {}
         self.best_step = -1
 
@@ -144,7 +147,7 @@ class Job:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 result = self._step(step, feed, wrapped, optimizer, guard)
-                self.balance = result.balance
+                self.balance, self.distance = result.balance, result.distance
                 watch.step(step + 1, rate, result, guard)
                 improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
                     step + 1, wrapped, watch, guard
@@ -162,6 +165,7 @@ class Job:
         # A resumed run that had finished comes straight here.
         if self.best_step != self.num_steps:
             load_weights(self.run.checkpoint_path(self.best_step), wrapped)
+        del wrapped, optimizer, feed  # their memory is free for what follows
         finish(self)
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
@@ -198,6 +202,7 @@ class Job:
                     autocast=self.autocast,
                     guard=guard,
                     balance=self.balance,
+                    distance=self.distance,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -205,6 +210,7 @@ class Job:
                 what = str(error).split("\n", 1)[0]
             # Out here the exception is gone, and with it the tensors of the pass that failed.
             optimizer.zero_grad(set_to_none=True)
+            drop_half_made(optimizer)
             give_back()
             before = feed.max_tokens
             if parallel.num_ranks() > 1 or not feed.halve(step):
@@ -241,9 +247,11 @@ class Job:
         self.train_references, self.validation_references = references_of(
             self.model,
             self.data.train,
+            self.order.reached(self.num_steps * self.recipe.training.batch_size),
             self.data.validation,
             max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
             autocast=self.autocast,
+            path=self.recipe.model.path,
         )
         if self.recipe.training.gradient_checkpointing:
             self.model.train()
@@ -274,6 +282,8 @@ class Job:
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        if self.distance is not None:
+            state["distance"] = float(self.distance)
         if self.balance is not None:
             state["balance"] = self.balance.averages.tolist()
         save_checkpoint(self.run, step, wrapped, optimizer, state)
@@ -281,19 +291,15 @@ class Job:
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
     def _resume(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        folder = self.run.latest_checkpoint()
-        step = 0
+        folder, step = parallel.from_main(self.run.latest_checkpoint), 0
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if self.balance is not None:
                 self.balance = new_balance(self.method, self.model.device, state["balance"])
+            if (distance := state.get("distance")) is not None:
+                self.distance = torch.tensor(distance, device=self.model.device)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -2,8 +2,9 @@
 
 Nothing here reduces, gathers, logs or knows of models: the caller weighs the values and divides by the
 number of comparisons in the whole optimiser step, so that packing cannot change a gradient. For the same
-reason no loss looks at its neighbours in the batch. Log-probs come in as sums over response tokens
-(nat); everything is computed in float32, or in float64 where the inputs are.
+reason no loss looks at its neighbours in the micro-batch: what depends on the whole step comes in as a
+number, constant for the gradient (`hafrm.training.step_means`). Log-probs come in as sums over response
+tokens (nat); everything is computed in float32, or in float64 where the inputs are.
 """
 
 import math
@@ -13,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+EPSILON = 1e-6
+"""Keeps NormBT's factor finite where two responses have the same state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,35 @@ def reward_loss(
     # HAF-RM's L_reward (arXiv 2407.04185); with the margin, Llama 2's.
     loss = _preference_nll(gap - asked, -gap - asked, label_smoothing)
     return loss + centering * (chosen + rejected) ** 2
+
+
+def distance_weights(
+    distances: Float[Tensor, " comparisons"], mean_distance: Float[Tensor, ""]
+) -> Float[Tensor, " comparisons"]:
+    """NormBT's factor on each reward loss: mean distance by own distance, constant for the gradient.
+
+    `distances` are ||h_chosen - h_rejected|| of the states that rewards are read from. The gradient of
+    Bradley-Terry by the reward head is the error times this distance, so that near pairs hardly train;
+    the factor cancels it and keeps the scale of the loss (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
+    """
+    return (mean_distance / (distances + EPSILON)).detach()
+
+
+def sum_to_zero_loss(
+    chosen_rewards: Float[Tensor, " comparisons"],
+    rejected_rewards: Float[Tensor, " comparisons"],
+    mean_reward: Float[Tensor, ""],
+    num_comparisons: int,
+) -> Float[Tensor, " comparisons"]:
+    """BSR's penalty (arXiv 2505.07271): n * mean^2 over the step's 2 n rewards, a part per comparison.
+
+    The paper squares the sum of a batch's rewards; its code, LinkedIn-XFACT/RM-Robustness, takes n times
+    the squared mean, and so does this. With the mean m held constant, the parts n * (2 m s - m^2), s being
+    the mean of a comparison's two rewards, average over the step to n * m^2, and their gradients to its
+    gradient, n * 2 m * dm.
+    """
+    mean, own = mean_reward.detach(), (chosen_rewards + rejected_rewards) / 2
+    return num_comparisons * (2 * mean * own - mean**2)
 
 
 def dpo_loss(

@@ -1,8 +1,8 @@
 """Methods: named objectives, each a preset of reward loss, policy loss and their weights.
 
 A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry
-in METHODS. Nothing else asks for a method's name: the loop reads `trains_reward`, `trains_policy` and
-`needs_reference`, and scoring reads `scores_with`. No method reduces over comparisons.
+in METHODS. Nothing else asks for a method's name: the loop reads `trains_reward`, `trains_policy`,
+`needs_reference` and `reads_step`, and scoring reads `scores_with`. No method reduces over comparisons.
 """
 
 import difflib
@@ -48,6 +48,10 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
 }
 
 
+REWARD_LOSSES = ("bt", "normbt")
+"""Bradley-Terry, and Bradley-Terry with each comparison weighed by NormBT's factor."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """L = reward_weight * L_reward + alpha * L_policy, per comparison.
@@ -75,14 +79,20 @@ class Method:
     """Assumed probability that a label is wrong, in the reward loss and in DPO's."""
     centering: float = 0.0
     """Factor on (chosen + rejected)^2, which keeps rewards near zero; TRL suggests 0.01."""
+    reward_loss: str = "bt"
+    """One of REWARD_LOSSES."""
+    sum_to_zero: float = 0.0
+    """Factor on BSR's penalty, comparisons of a step times their mean reward squared; BSR takes 0.001."""
 
     def __post_init__(self) -> None:
-        for name in ("reward_weight", "alpha", "gamma", "centering"):
+        for name in ("reward_weight", "alpha", "gamma", "centering", "sum_to_zero"):
             self._require(name, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         self._require("beta", lambda value: 0 < value < math.inf, "a finite number > 0")
         self._require("label_smoothing", lambda value: 0 <= value < 0.5, "at least 0, under 0.5")
         if self.policy_loss is not None and self.policy_loss not in POLICY_LOSSES:
             raise ConfigError(_unknown("method.policy_loss", self.policy_loss, POLICY_LOSSES))
+        if self.reward_loss not in REWARD_LOSSES:
+            raise ConfigError(_unknown("method.reward_loss", self.reward_loss, REWARD_LOSSES))
         if self.gradient_ratio is not None:
             self._check_balance()
         if self.alpha > 0 and self.policy_loss is None:
@@ -119,6 +129,11 @@ class Method:
     def trains_policy(self) -> bool:
         """Whether the policy head is trained, so that log-probs are needed."""
         return self.alpha > 0 and self.policy_loss is not None
+
+    @property
+    def reads_step(self) -> bool:
+        """Whether the reward loss reads numbers of the whole step: its mean reward, or its distances."""
+        return self.trains_reward and (self.reward_loss == "normbt" or self.sum_to_zero > 0)
 
     @property
     def needs_reference(self) -> bool:
@@ -165,7 +180,7 @@ class Method:
         )
 
 
-def _preset(name: str, policy_loss: str | None = None, **values: float) -> Method:
+def _preset(name: str, policy_loss: str | None = None, **values: Any) -> Method:
     """A method whose options are its policy loss's own unless said otherwise."""
     options = POLICY_LOSSES[policy_loss].options if policy_loss else {}
     return Method(name=name, policy_loss=policy_loss, **{**options, **values})
@@ -177,6 +192,8 @@ METHODS: Mapping[str, Method] = {
         # HAF-RM, arXiv 2407.04185, with the weights of its released code: not a convex sum.
         _preset("haf", "dpo", alpha=0.2),
         _preset("bt"),
+        _preset("normbt", reward_loss="normbt"),  # arXiv 2512.06343
+        _preset("bsr", sum_to_zero=1e-3),  # arXiv 2505.07271
         # GRM, arXiv 2406.10216: (1 - a) L_BT + a L_regulariser, a = 0.01.
         _preset("grm-sft", "sft-logsigmoid", reward_weight=0.99, alpha=0.01),
         _preset("grm-dpo", "dpo", reward_weight=0.99, alpha=0.01),
@@ -184,7 +201,7 @@ METHODS: Mapping[str, Method] = {
         # Policies alone, scored by their implicit reward.
         *(
             _preset(loss, loss, reward_weight=0.0, alpha=1.0)
-            for loss in ("dpo", "ipo", "simpo", "orpo", "kto", "sft")
+            for loss in ("dpo", "dpo-noref", "ipo", "simpo", "orpo", "kto", "sft")
         ),
     )
 }
@@ -241,15 +258,15 @@ def _with_policy_loss(preset: Method, policy_loss: str) -> Method:
     """The preset's weights, with another policy loss and that loss's own options."""
     if policy_loss not in POLICY_LOSSES:
         raise ConfigError(_unknown("method.policy_loss", policy_loss, POLICY_LOSSES))
-    weights = {"reward_weight": preset.reward_weight, "alpha": preset.alpha}
-    return _preset(preset.name, policy_loss, **weights)
+    kept = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
+    return _preset(preset.name, policy_loss, **{name: getattr(preset, name) for name in kept})
 
 
 def _options_in_use(method: Method) -> set[str]:
     """The fields that change what the method computes, its weights taken as if they were not 0."""
     used = {"reward_weight", "policy_loss"}
     if method.trains_reward:
-        used |= {"label_smoothing", "centering"}
+        used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
     if method.policy_loss is not None:
         used |= {"alpha", "gradient_ratio", *POLICY_LOSSES[method.policy_loss].options}
     return used

@@ -13,6 +13,19 @@ from hafrm.training.losses import PolicyLogps
 from hafrm.training.methods import POLICY_LOSSES, Method
 
 
+class StepView(NamedTuple):
+    """What a reward loss reads of a whole optimiser step; constants for the gradient."""
+
+    distances: Float[Tensor, " comparisons"]
+    """||h_chosen - h_rejected|| of each comparison at hand."""
+    mean_distance: Float[Tensor, ""]
+    """Running mean over steps."""
+    mean_reward: Float[Tensor, ""]
+    """Over all responses compared in the step, on all ranks."""
+    num_comparisons: int
+    """Of the step, on all ranks."""
+
+
 class JointLoss(NamedTuple):
     """The loss of each comparison and its parts."""
 
@@ -24,7 +37,7 @@ class JointLoss(NamedTuple):
     """The policy part as it is, unweighted, for logging; None where the method has none."""
 
 
-def joint_loss(
+def joint_loss(  # noqa: PLR0913 - all by name
     method: Method,
     *,
     rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None = None,
@@ -32,14 +45,15 @@ def joint_loss(
     margins: Float[Tensor, " comparisons"] | None = None,
     weights: Float[Tensor, " comparisons"] | None = None,
     alpha: Float[Tensor, ""] | None = None,
+    step: StepView | None = None,
 ) -> JointLoss:
     """The method's loss per comparison (nat), not reduced; `rewards` are (chosen, rejected).
 
-    `alpha` stands in for the method's own where that is balanced.
+    `alpha` stands in for the method's own where that is balanced; `step` is for methods that read it.
 
     Rewards or log-probs that the method does not train on may be None, and are not looked at.
     """
-    reward = _reward_part(method, rewards, margins) if method.trains_reward else None
+    reward = _reward_part(method, rewards, margins, step) if method.trains_reward else None
     policy = _policy_part(method, logps) if method.trains_policy else None
     # arXiv 2407.04185: L = L_reward + alpha * L_policy
     weight = method.alpha if alpha is None else alpha
@@ -52,14 +66,24 @@ def _reward_part(
     method: Method,
     rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None,
     margins: Float[Tensor, " comparisons"] | None,
+    step: StepView | None,
 ) -> Float[Tensor, " comparisons"]:
     assert rewards is not None, f"method {method.name} trains rewards, but got none"
-    return losses.reward_loss(
+    loss = losses.reward_loss(
         *rewards,
         margin=margins,
         label_smoothing=method.label_smoothing,
         centering=method.centering,
     )
+    if not method.reads_step:
+        return loss
+    assert step is not None, f"method {method.name} reads the whole step, but got no view of it"
+    if method.reward_loss == "normbt":
+        loss = loss * losses.distance_weights(step.distances, step.mean_distance)
+    if method.sum_to_zero:
+        penalty = losses.sum_to_zero_loss(*rewards, step.mean_reward, step.num_comparisons)
+        loss = loss + method.sum_to_zero * penalty
+    return loss
 
 
 def _policy_part(method: Method, logps: PolicyLogps | None) -> Float[Tensor, " comparisons"]:

@@ -6,9 +6,10 @@ are read. Everything that differs between one process and many is in this file.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,20 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
+from hafrm.errors import HafrmError
+from hafrm.scoring.forward import Scores, check_finite, run_forward
 
 Mode = Literal["auto", "ddp", "fsdp"]
+T = TypeVar("T")
+
+DEVICES_TIMEOUT = timedelta(minutes=30)
+"""For an exchange within a step, which all ranks reach at about the same time."""
+HOSTS_TIMEOUT = timedelta(hours=12)
+"""For what one rank does while the others wait: tokenising, writing checkpoints, verifying an export."""
+_hosts: dist.ProcessGroup | None = None
+"""A gloo group for what hosts tell each other: a launcher may have given the default group nccl alone."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +49,28 @@ class Ranks:
 
 def start() -> Ranks:
     """Join the process group that the launcher announced, or stand alone."""
+    global _hosts  # noqa: PLW0603 - a process has one process group, and torch keeps it globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Every step has other lengths, which fragment memory. Read at the first allocation on a GPU.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        # gloo beside nccl: what hosts tell each other must not wait for the devices.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=DEVICES_TIMEOUT)
+    if size > 1 and _hosts is None:
+        _hosts = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT)
     return Ranks(rank, size, device)
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _hosts  # noqa: PLW0603
+    _hosts = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -66,20 +86,25 @@ def is_main() -> bool:
 
 
 def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Module:
-    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs.
+    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs; for
+    adapters that fit, `with_token_budget` has chosen DDP before.
 
     FSDP2 shards layer by layer; the reward head is a unit of its own and stays in float32.
     """
     if num_ranks() == 1:
         return model
     if mode == "ddp" or (mode == "auto" and model.device.type == "cpu"):
-        return DistributedDataParallel(model)
-    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Inputs stay as they are: a cast copies the layout for every layer, without its cached masks.
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for layer in decoder_layers(model.backbone):
         fully_shard(layer, mp_policy=policy)
     if model.reward_head is not None:
         fully_shard(model.reward_head)
-    fully_shard(model, mp_policy=policy)
+    # FSDP2 leaves the root gathered after a forward unless told otherwise.
+    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     return model
 
 
@@ -93,6 +118,16 @@ def unwrap(model: nn.Module) -> HybridModel:
     inner = inside(model)
     assert isinstance(inner, HybridModel)
     return inner
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop what FSDP2 has gathered, so that parameters are their float32 shards. A forward without a
+    backward may leave copies in their place, which have no optimiser state and which no write reaches."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if isinstance(model, FSDPModule):
+        assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextlib.contextmanager
@@ -126,24 +161,67 @@ def all_finite(flags: Tensor) -> Tensor:
 
 
 def add_up(values: Tensor) -> Tensor:
-    """Sum over ranks."""
+    """Sum over ranks, in place; of a tensor on the CPU without waiting for any device."""
     if num_ranks() > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_group_of(values))
     return values
 
 
-def smallest(value: int, device: torch.device) -> int:
-    """The smallest of all ranks' values, so that all go on with the same."""
-    found = torch.tensor(value, device=device)
+def smallest(value: int) -> int:
+    """The smallest of all ranks' values, so that all continue with the same."""
+    least = torch.tensor(value)
     if num_ranks() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-    return int(found)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=_hosts)
+    return int(least)
 
 
 def wait() -> None:
     """Let all ranks arrive."""
     if num_ranks() > 1:
-        dist.barrier()
+        dist.barrier(group=_hosts)
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What `compute` returns on the main rank, on every rank; what it raises there is raised on every rank.
+
+    For whatever depends on files: ranks see different caches, and a shared folder at different times.
+    """
+    if num_ranks() == 1:
+        return compute()
+    answer: list[Any] = [None]
+    if is_main():
+        try:
+            answer = [compute()]
+        except (HafrmError, OSError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, group=_hosts)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    value: T = answer[0]
+    return value
+
+
+def score_on_all_ranks(
+    model: HybridModel,
+    groups: Sequence[Branches],
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+    done: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """`run_forward` with the rows dealt out to the ranks: every rank calls, and gets all scores.
+
+    The rows are those of one process, so the scores are too.
+    """
+    place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
+    scores = run_forward(
+        model, groups, max_tokens=max_tokens, autocast=autocast, done=done, part=place
+    )
+    for values in (scores.rewards, scores.logps):
+        if values is not None:
+            add_up(torch.from_numpy(values))
+    check_finite(scores)  # here, so that all ranks stop or none
+    return scores
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -151,9 +229,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` on the device, and in the shards, of `target`."""
+def hand_out(value: Tensor | None, target: Tensor) -> Tensor:
+    """The main rank's `value` on every rank: on the device, in the dtype and in the shards of `target`."""
+    if num_ranks() == 1:
+        assert value is not None
+        return value.to(target.device, target.dtype)
+    whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    if value is not None:
+        whole.copy_(value)
     if isinstance(target, DTensor):
-        value = value.to(target.device)
-        return distribute_tensor(value, target.device_mesh, target.placements)
-    return value.to(target.device)
+        return distribute_tensor(whole, target.device_mesh, target.placements)
+    dist.broadcast(whole, 0, group=_group_of(whole))
+    return whole
+
+
+def _group_of(tensor: Tensor) -> dist.ProcessGroup | None:
+    return _hosts if tensor.device.type == "cpu" else None

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from hafrm.engine.model import HybridModel
 from hafrm.recipe import Recipe
+from hafrm.scoring.golden_check import room_for
 from hafrm.training.costs import (
     FLOAT32,
     HALF,
@@ -21,6 +22,7 @@ from hafrm.training.costs import (
     Counts,
     Flops,
     copies_bytes,
+    host_bytes,
     logprob_bytes,
     reading_bytes,
     shards_bytes,
@@ -73,6 +75,11 @@ class Plan:
     bytes: Bytes
     flops: Flops
     """Of the largest micro-batch."""
+    host: int
+    """Bytes of the host's memory that the main rank takes to write a checkpoint, or the export."""
+    proof: int
+    """Bytes that a GPU must have free, once training has let go of it, to replay the export's scores; a CPU
+    does it otherwise."""
 
     @property
     def fits(self) -> bool:
@@ -133,9 +140,11 @@ class Planner:
             bytes=self.bytes(target, budget),
             flops=step_flops(
                 self.counts,
-                work_of(self._shape(tokens, target.device)),
+                work_of(self._shape(tokens)),
                 checkpointing=training.gradient_checkpointing,
             ),
+            host=host_bytes(self.counts, half=self._half),
+            proof=room_for(self.counts.total),
         )
 
     def bytes(self, target: Target, budget: int) -> Bytes:
@@ -146,12 +155,13 @@ class Planner:
         frozen_half = self._half and bool(self.counts.adapters)
         logprobs = logprob_bytes(
             self.counts,
-            work_of(self._shape(tokens, target.device)),
+            work_of(self._shape(tokens)),
+            device=target.device,
             product=self._product(target),
             stored=HALF if frozen_half or (self._half and sharded) else FLOAT32,
         )
         weights, _, optimiser, _ = states
-        whole, *_ = copies_bytes(self.counts, ranks=1)
+        whole, *_ = copies_bytes(self.counts)
         return Bytes(
             *states,
             activations=footprint.kept,
@@ -166,7 +176,8 @@ class Planner:
         held = self._footprint(tokens, False, target.device, train=False).temporaries
         logprobs = reading_bytes(
             self.counts,
-            work_of(self._shape(tokens, target.device)),
+            work_of(self._shape(tokens)),
+            device=target.device,
             product=self._product(target),
             stored=HALF if self._half and self.counts.adapters else FLOAT32,
         )
@@ -174,13 +185,13 @@ class Planner:
 
     def least(self, target: Target) -> int:
         """Bytes that no token budget gets below."""
-        weights, *_ = copies_bytes(self.counts, ranks=1)
+        weights, *_ = copies_bytes(self.counts)
         return max(weights, sum(self.states(target, LARGEST)))
 
     def states(self, target: Target, tokens: int) -> tuple[int, int, int, int]:
         """(weights, gradients, optimiser, exchange) in bytes, which no trace is needed for."""
         if not self._sharded(target):
-            return copies_bytes(self.counts, target.ranks)
+            return copies_bytes(self.counts)
         return shards_bytes(
             self.counts,
             target.ranks,
@@ -223,7 +234,7 @@ class Planner:
         if key not in self._found:
             self._found[key] = trace(
                 self._shadow(sharded),
-                layout_of(self._shape(tokens, device)),
+                layout_of(self._shape(tokens)),
                 half=self._half,
                 cuda=device == "cuda",
                 train=train,
@@ -247,12 +258,12 @@ class Planner:
         """Bytes of a number in the log-probs' products, which a CPU always takes in float32."""
         return HALF if self._half and target.device == "cuda" else FLOAT32
 
-    def _shape(self, tokens: int, device: str) -> list[tuple[int, tuple[int, int]]]:
+    def _shape(self, tokens: int) -> list[tuple[int, tuple[int, int]]]:
         """Comparisons whose prompt is half of the limit, with a response that fills it and one half as
         long: they make up `tokens`, as even as they go."""
         group = 5 * max(4, self.recipe.data.max_length) // 4  # at least one token to each part
-        scores = makes_scores(self._config, half=self._half, cuda=device == "cuda")
-        groups = max(1, min(MOST_GROUPS[scores], tokens // group))
+        most = MOST_GROUPS[makes_scores(self._config)]
+        groups = max(1, min(most, tokens // group))
         shares = [tokens * (i + 1) // groups - tokens * i // groups for i in range(groups)]
         return [(2 * n // 5, (n - 2 * n // 5 - n // 5, n // 5)) for n in shares]
 

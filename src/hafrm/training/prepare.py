@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +27,7 @@ from hafrm.data.tokenizer import choose_pad
 from hafrm.engine.model import (
     HybridModel,
     hidden_size,
+    longest_sequence,
     new_reward_head,
     sharing_obstacle,
     split_causal_lm,
@@ -119,12 +121,21 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_base(model: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM to start from; raises ModelError when it cannot be loaded whole."""
+def load_base(
+    model: ModelSection, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The causal LM to start from; raises ModelError when it cannot be loaded whole.
+
+    With a `device` each weight goes there as it is read, so that the host never holds the whole model.
+    """
     path, revision = model.path, model.revision
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, output_loading_info=True
+            path,
+            revision=revision,
+            dtype=dtype,
+            device_map=None if device is None else {"": device},
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a causal LM from model.path {path!r}: {error}") from error
@@ -144,7 +155,7 @@ def build_model(
 
     A head that the method does not train is left out, so it costs neither memory nor time.
     """
-    backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe)))
+    backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe), device))
     _check_fits(backbone, encoder, recipe)
     model = assemble(backbone, policy_head, recipe, method)
     if recipe.training.compile:
@@ -167,6 +178,8 @@ def assemble(
         backbone.requires_grad_(False)
         policy_head.requires_grad_(False)
         inject_lora(lora, backbone)
+        if training.precision == "bf16":
+            leave_casting_to_autocast(backbone)
     generator = torch.Generator().manual_seed(training.seed)
     head = (
         new_reward_head(hidden_size(backbone.config), generator) if method.trains_reward else None
@@ -186,10 +199,16 @@ def assemble(
 def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> None:
     """The lengths and ids that the data will bring must exist in the model."""
     config = backbone.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_sequence(backbone.config)
     if longest is not None and recipe.data.max_length > longest:
+        more = getattr(config, "max_position_embeddings", longest) > longest
+        why = (
+            ", because longer ones would change the rotary factors of others in a row"
+            if more
+            else ""
+        )
         raise ConfigError(
-            f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens; "
+            f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens{why}; "
             f"set data.max_length to {longest} or less"
         )
     if len(encoder.tokenizer) > config.vocab_size:
@@ -221,3 +240,11 @@ def inject_lora(lora: LoraSection, backbone: PreTrainedModel) -> None:
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def leave_casting_to_autocast(backbone: PreTrainedModel) -> None:
+    """Keep peft from making a float32 copy of every adapted layer's input, of which autocast would make a
+    bfloat16 one again. The model then runs under autocast only."""
+    for module in backbone.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False

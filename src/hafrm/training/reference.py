@@ -8,6 +8,7 @@ dtype. A changed key is another file, so nothing stale is ever read.
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from hafrm.atomic import atomic_write
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.resumable import cache_folder
-from hafrm.scoring.forward import first_responses, run_forward
+from hafrm.scoring.forward import first_responses
+from hafrm.scoring.loading import model_digest
 from hafrm.training import parallel
-from hafrm.training.batches import References
+from hafrm.training.batches import Pick, References, used_responses
 
 log = logging.getLogger("hafrm")
 
@@ -31,11 +33,19 @@ REFERENCE_TOKENS = 4
 
 
 def reference_key(
-    model: HybridModel, groups: Sequence[TokenizedGroup], autocast: torch.dtype | None
+    model: HybridModel,
+    groups: Sequence[TokenizedGroup],
+    autocast: torch.dtype | None,
+    weights: str | None = None,
 ) -> str:
-    """Content key over the backbone's and policy head's weights, all token ids, and the dtype."""
-    digest = hashlib.sha256(repr((1, str(autocast), model.transform)).encode())
-    for name, parameter in model.named_parameters():
+    """Content key over the backbone's and policy head's weights, all token ids, and the dtype.
+
+    `weights` is what `weights_digest` says of the checkpoint, without which the weights are hashed here.
+    """
+    assert model.policy_head is not None
+    dtypes = f"{autocast} {model.policy_head.weight.dtype}"
+    digest = hashlib.sha256(repr((2, dtypes, model.transform, weights)).encode())
+    for name, parameter in model.named_parameters() if weights is None else ():
         if not name.startswith("reward_head") and "lora_" not in name:
             digest.update(f"{name.replace('base_layer.', '')} {tuple(parameter.shape)}".encode())
             digest.update(_bytes(parameter).data)
@@ -47,58 +57,87 @@ def reference_key(
     return digest.hexdigest()
 
 
+def weights_digest(path: str, model: HybridModel) -> str | None:
+    """What identifies the weights that `model` was loaded from, without a look at those in memory: the
+    digest of a folder's files, or a hub id's commit. None for files that are no safetensors."""
+    if Path(path).is_dir():
+        return model_digest(path) if any(Path(path).glob("*.safetensors")) else None
+    commit = getattr(model.backbone.config, "_commit_hash", None)
+    return f"{path}@{commit}" if commit else None
+
+
 def reference_logps(
     model: HybridModel,
     groups: Sequence[TokenizedGroup],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
+    path: str | None = None,
     done: Callable[[int, int], None] | None = None,
 ) -> References:
     """The model's own log-probs of every response, from the cache or from one packed pass.
 
     Call it before the first step and before wrapping the model; every rank calls it and computes its
-    share. The reward head takes no part.
+    share. The main rank alone looks into the cache, since nodes may have one each. `path` is the
+    checkpoint that the model still equals. The reward head takes no part.
     """
-    file = cache_folder("reference") / f"{reference_key(model, groups, autocast)}.safetensors"
-    first = first_responses(groups)
     counts = np.array([len(ids) for group in groups for ids in group.response_ids])
-    if (cached := _read(file, counts)) is not None:
-        return References(cached, first)
-    rank, size = _place()
-    share = range(rank, len(groups), size)
-    scores = run_forward(
-        model, [groups[i] for i in share], max_tokens=max_tokens, autocast=autocast, done=done
-    )
-    assert scores.logps is not None
-    logps = np.zeros(len(counts), np.float32)
-    for i, start in zip(share, scores.first, strict=True):
-        number = len(groups[i].response_ids)
-        logps[first[i] : first[i] + number] = scores.logps[start : start + number]
-    logps = parallel.add_up(torch.from_numpy(logps).to(model.device)).cpu().numpy()
-    if rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, save({"logps": logps, "counts": counts}))
-    parallel.wait()
-    return References(logps, first)
+
+    def look() -> tuple[Path, NDArray[np.float32] | None]:
+        weights = None if path is None else weights_digest(path, model)
+        key = reference_key(model, groups, autocast, weights)
+        file = cache_folder("reference") / f"{key}.safetensors"
+        return file, _read(file, counts)
+
+    file, logps = parallel.from_main(look)
+    if logps is None:
+        logps = parallel.score_on_all_ranks(
+            model, groups, max_tokens=max_tokens, autocast=autocast, done=done
+        ).logps
+        assert logps is not None
+        if parallel.is_main():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, save({"logps": logps, "counts": counts}))
+    return References(logps, first_responses(groups))
 
 
-def references_of(
+def references_of(  # noqa: PLR0913 - the two sets, what is reached, and how the pass runs
     model: HybridModel,
     train: Sequence[TokenizedGroup],
+    picks: Sequence[Pick],
     validation: Sequence[TokenizedGroup],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
+    path: str | None = None,
 ) -> tuple[References, References]:
-    """`reference_logps` of the training and the validation groups, from one pass or one file."""
-    log.info("reference log-probs of %d groups", len(train) + len(validation))
-    both = reference_logps(model, [*train, *validation], max_tokens=max_tokens, autocast=autocast)
-    cut = len(train)
-    split = both.first[cut]
+    """`reference_logps` of the training and the validation groups, from one pass or one file.
+
+    Of the training groups only the responses of `picks`, the comparisons that the run reaches, are
+    computed. The others are NaN, so that a loss which read one would stop the run.
+    """
+    used = used_responses(train, picks)
+    reached = [_part(train[index], responses) for index, responses in used.items()]
+    num_responses = sum(len(group.response_ids) for group in (*reached, *validation))
+    log.info("reference log-probs of %d responses", num_responses)
+    both = reference_logps(
+        model, [*reached, *validation], max_tokens=max_tokens, autocast=autocast, path=path
+    )
+    first = first_responses(train)
+    logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
+    place = [first[index] + response for index, responses in used.items() for response in responses]
+    cut = len(place)
+    logps[np.array(place, np.int64)] = both.logps[:cut]
     return (
-        References(both.logps[:split], both.first[:cut]),
-        References(both.logps[split:], both.first[cut:] - split),
+        References(logps, first),
+        References(both.logps[cut:], both.first[len(reached) :] - cut),
+    )
+
+
+def _part(group: TokenizedGroup, responses: Sequence[int]) -> TokenizedGroup:
+    """A group with some of its responses, and no comparisons among them."""
+    return replace(
+        group, response_ids=tuple(group.response_ids[r] for r in responses), comparisons=()
     )
 
 
@@ -110,11 +149,6 @@ def _read(file: Path, counts: NDArray[np.int64]) -> NDArray[np.float32] | None:
         return None
     logps: NDArray[np.float32] = cached["logps"]
     return logps if np.array_equal(cached["counts"], counts) else None
-
-
-def _place() -> tuple[int, int]:
-    ranks = torch.distributed
-    return (ranks.get_rank(), ranks.get_world_size()) if ranks.is_initialized() else (0, 1)
 
 
 def _bytes(parameter: torch.Tensor) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ the varlen kernel.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -41,6 +42,8 @@ from hafrm.training.prepare import assemble, starting_dtype
 CAST_TO_FLOAT32 = {"exp", "layer_norm", "log_softmax", "pow", "rsqrt", "softmax", "softplus", "sum"}
 """What CUDA's autocast computes in float32 and a CPU's does not, as far as language models use it."""
 
+_fake_mode = functools.cache(FakeTensorMode)
+"""One for all traces: a model may keep a tensor of the last one, such as longrope's long factors."""
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
@@ -183,15 +186,10 @@ def layout_of(shape: Sequence[tuple[int, Sequence[int]]]) -> Layout:
     return lay_out([_Lengths(ids(p), [ids(r) for r in branches]) for p, branches in shape])
 
 
-def makes_scores(config: PretrainedConfig, *, half: bool, cuda: bool) -> bool:
+def makes_scores(config: PretrainedConfig) -> bool:
     """Whether attention holds a score for every query and key, so that memory grows with their product:
-    where scores are soft-capped, and in float32 on a GPU for grouped heads, for which torch has no fused
-    kernel there."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    grouped = getattr(text, "num_key_value_heads", None) not in (None, heads)
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
-    return capped or (cuda and not half and grouped)
+    where scores are soft-capped."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def trace(
@@ -206,7 +204,7 @@ def trace(
     """
     policy, reward = model.policy_head, model.reward_head
     with contextlib.ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_fake_mode())
         stack.callback(_FAKE_LOG.setLevel, _FAKE_LOG.level)
         _FAKE_LOG.setLevel(logging.CRITICAL)  # what fails is raised, and told in a line
         stack.callback(setattr, model, "policy_head", policy)
@@ -214,7 +212,7 @@ def trace(
         model.policy_head = None
         model.reward_head = reward or new_reward_head(hidden_size(model.backbone.config))
         if cuda:
-            stack.enter_context(_like_cuda(model, half=half))
+            stack.enter_context(_CastLikeCuda() if half else _RepeatLikeCuda())
         tensors: dict[str, Any] = {n: _hollow(t) for n, t in _tensors_of(layout).items()}
         emptied = dataclasses.replace(layout, masks={}, **tensors)
         live = stack.enter_context(LiveBytes([*_empty(model), *tensors.values()]))
@@ -241,14 +239,6 @@ def _run_backward(total: Tensor) -> None:
     _engine_run_backward(
         (total,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
-
-
-def _like_cuda(model: HybridModel, *, half: bool) -> contextlib.AbstractContextManager[object]:
-    """What makes tensors on "cpu" keep what they would on a GPU."""
-    if half:
-        return _CastLikeCuda()
-    grouped = makes_scores(model.backbone.config, half=half, cuda=True)
-    return sdpa_kernel(SDPBackend.MATH) if grouped else contextlib.nullcontext()
 
 
 def _empty(model: HybridModel) -> list[Tensor]:
@@ -290,6 +280,19 @@ class _CastLikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ in CAST_TO_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _RepeatLikeCuda(TorchFunctionMode):
+    """Gives attention keys and values for every query head, as padded groups do in float32 on a GPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].shape[1] != args[1].shape[1]:
+            repeat = args[0].shape[1] // args[1].shape[1]
+            args = (args[0], *(x.repeat_interleave(repeat, 1) for x in args[1:]))
         return func(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ Nothing here logs, schedules, reads data, or waits for the device.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,8 @@ from hafrm.training.batches import MicroBatch
 from hafrm.training.guard import Guard
 from hafrm.training.losses import PolicyLogps
 from hafrm.training.methods import Method
-from hafrm.training.objective import JointLoss, joint_loss
+from hafrm.training.objective import JointLoss, StepView, joint_loss
+from hafrm.training.step_means import StepMeans
 
 MEASURES = (
     "loss",
@@ -50,6 +52,8 @@ class StepResult:
     """The policy loss's weight in this step, where it is balanced."""
     balance: Balance | None = None
     """What the next step's alpha follows from."""
+    distance: Float[Tensor, ""] | None = None
+    """NormBT's running mean distance, which the next step reads."""
 
 
 def losses_of(
@@ -57,8 +61,10 @@ def losses_of(
     batch: MicroBatch,
     method: Method,
     alpha: Float[Tensor, ""] | None = None,
+    step: StepView | None = None,
 ) -> JointLoss:
-    """The method's losses for every comparison of a micro-batch; `alpha` stands in for its own."""
+    """The method's losses for every comparison of a micro-batch; `alpha` stands in for its own, `step` is
+    for a method that reads the whole step."""
     rewards = (
         None
         if outputs.rewards is None
@@ -71,6 +77,7 @@ def losses_of(
         margins=batch.margins,
         weights=batch.weights,
         alpha=alpha,
+        step=step,
     )
 
 
@@ -99,23 +106,37 @@ def take_step(  # noqa: PLR0913
     autocast: torch.dtype | None = None,
     guard: Guard | None = None,
     balance: Balance | None = None,
+    distance: Float[Tensor, ""] | None = None,
 ) -> StepResult:
     """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks.
 
     A loss or gradient that is not finite updates nothing: NumericsError is raised here without a `guard`
-    and on a CPU, and else by the guard's next `check`. With a `balance`, alpha follows from it.
+    and on a CPU, and else by the guard's next `check`. With a `balance`, alpha follows from it; `distance`
+    is NormBT's running mean after the steps before.
     """
     assert (balance is None) == (method.gradient_ratio is None), "alpha auto needs its balance"
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES), device=device)
     finite: list[Tensor] = []
     weighing = Weighing(balance, device)
+    means = StepMeans(method, num_comparisons, distance, device)
+
+    def watch(head: Literal["reward", "policy"], states: Tensor) -> None:
+        means.watch(head, states)
+        if weighing.watch is not None and states.requires_grad:
+            weighing.watch(head, states)
+
+    def forward(moved: MicroBatch) -> Outputs:
+        with _autocast(device, autocast):
+            outputs: Outputs = model(moved.layout, watch)
+        return outputs
+
+    means.look_ahead(forward, batches)
     for number, batch in enumerate(batches):
         moved = batch.to(device)
         with parallel.synchronise(model, last=number == len(batches) - 1):
-            with _autocast(device, autocast):
-                outputs = model(moved.layout, weighing.watch)
-            loss = losses_of(outputs, moved, method, weighing.alpha)
+            outputs = forward(moved)
+            loss = losses_of(outputs, moved, method, weighing.alpha, means.view(outputs, moved))
             # Gradients are averaged over ranks; the loss is a sum over the step's comparisons.
             (loss.total.sum() * (parallel.num_ranks() / num_comparisons)).backward()
         sums += measure(outputs, moved, loss, method)
@@ -129,7 +150,7 @@ def take_step(  # noqa: PLR0913
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_tokens = sum(batch.layout.num_tokens for batch in batches)
-    return StepResult(sums, grad_norm, num_tokens, weighing.alpha, weighing.done())
+    return StepResult(sums, grad_norm, num_tokens, weighing.alpha, weighing.done(), means.done())
 
 
 @torch.no_grad()
@@ -189,3 +210,11 @@ def build_optimizer(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True
     )
+
+
+def drop_half_made(optimizer: torch.optim.Optimizer) -> None:
+    """Forget state of which AdamW, running out of memory in its first step, has made a part only: it would
+    take the rest for made."""
+    for parameter, state in list(optimizer.state.items()):
+        if "exp_avg_sq" not in state:
+            del optimizer.state[parameter]

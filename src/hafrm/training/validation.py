@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
-from hafrm.scoring.forward import run_forward
 from hafrm.scoring.fused import FusedRule, fit_fused
 from hafrm.statistics import with_bounds
+from hafrm.training import parallel
 from hafrm.training.batches import References
 from hafrm.training.methods import Method
 
@@ -42,10 +42,10 @@ def score_heads(
     max_tokens: int,
     autocast: torch.dtype | None = None,
 ) -> HeadScores:
-    """Both heads' scores from one pass; `references` are the responses' reference log-probs."""
+    """Both heads' scores, from one pass of all ranks; `references` are reference log-probs."""
     training = model.training
     model.eval()
-    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast)
+    scores = parallel.score_on_all_ranks(model, groups, max_tokens=max_tokens, autocast=autocast)
     model.train(training)
     implicit = per_token = None
     if scores.logps is not None:

@@ -1,0 +1,220 @@
+"""Single steps on a GPU: what only saves memory or time there changes no gradient, and nothing waits."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hafrm.engine.layout import lay_out
+from hafrm.engine.model import HybridModel
+from hafrm.errors import NumericsError
+from hafrm.run_folder import RunFolder
+from hafrm.training import parallel
+from hafrm.training.batches import ComparisonOrder, MicroBatch
+from hafrm.training.checkpoint import save_checkpoint
+from hafrm.training.feed import Feed
+from hafrm.training.guard import Guard
+from hafrm.training.methods import get_method
+from hafrm.training.step import StepResult, build_optimizer, take_step
+from models_for_tests import tiny_hybrid, token_groups
+from training_for_tests import SHAPES, micro_batches, pairs
+
+pytestmark = pytest.mark.cuda
+
+PRECISIONS = pytest.mark.parametrize(
+    ("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+)
+METHOD = get_method("grm-sft")
+"""It trains both heads, and needs no reference."""
+
+
+def run(
+    model: torch.nn.Module,
+    batches: list[MicroBatch],
+    precision: torch.dtype | None,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard | None = None,
+) -> StepResult:
+    """One optimiser step, unclipped."""
+    return take_step(
+        model,
+        optimizer,
+        batches,
+        METHOD,
+        num_comparisons=len(SHAPES),
+        max_grad_norm=0.0,
+        autocast=precision,
+        guard=guard,
+    )
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    return build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([parallel.whole(tensor.detach()).flatten().cpu() for tensor in tensors])
+
+
+def gradient(
+    model: torch.nn.Module, precision: torch.dtype | None, max_tokens: int = 100
+) -> Tensor:
+    """Of one step: AdamW's first moment is a tenth of it."""
+    optimizer = adamw(model)
+    run(model, micro_batches(pairs(), max_tokens), precision, optimizer)
+    return 10 * flat(optimizer.state[p]["exp_avg"] for p in model.parameters())
+
+
+@PRECISIONS
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi", "gemma2", "gpt2"])
+def test_a_checkpointed_step_equals_the_plain_one(family, precision, tolerance, device):
+    """On a GPU backward recomputes the layers in a thread of its own."""
+    plain, checkpointed = (tiny_hybrid(family).to(device) for _ in range(2))
+    checkpointed.checkpoint_activations()
+    expected = gradient(plain, precision)
+    assert (gradient(checkpointed, precision) - expected).norm() < tolerance * expected.norm()
+
+
+@PRECISIONS
+def test_a_step_in_many_micro_batches_equals_the_step_in_one(precision, tolerance, device):
+    many, one = (
+        gradient(tiny_hybrid().to(device), precision, max_tokens) for max_tokens in (100, 10_000)
+    )
+    assert (many - one).norm() < tolerance * one.norm()
+
+
+def test_pinned_micro_batches_give_the_step_of_unpinned_ones(device):
+    groups, steps = pairs(), []
+    for place in (torch.device("cpu"), device):
+        order = ComparisonOrder(groups, per_prompt=1, seed=0)
+        ranks = parallel.Ranks(0, 1, place)
+        with Feed(groups, order, None, batch_size=16, max_tokens=100, ranks=ranks) as feed:
+            steps.append(feed.take(0))
+    unpinned, pinned = steps
+    assert len(unpinned) == len(pinned) > 1
+    for before, after in zip(unpinned, pinned, strict=True):
+        assert after.layout.input_ids.is_pinned() == (device.type == "cuda")
+        assert after.margins.is_pinned() == (device.type == "cuda")
+        assert before.ids == after.ids
+        assert torch.equal(before.layout.input_ids, after.layout.input_ids)
+    losses = []
+    for batches in steps:
+        model = tiny_hybrid().to(device)
+        losses.append(run(model, batches, None, adamw(model)).sums.cpu())
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-5, equal_nan=True)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_in_bfloat16_never_waits_for_the_device(device):
+    """The first step may: it loads kernels. In float32, padded groups look for a row's real tokens."""
+    model, guard = tiny_hybrid().to(device), Guard(device)
+    optimizer = adamw(model)
+    batches = micro_batches(pairs(), max_tokens=100)
+    if device.type == "cuda":
+        batches = [batch.pinned() for batch in batches]
+    run(model, batches, torch.bfloat16, optimizer, guard)
+    with waiting_is_an_error(device):
+        run(model, batches, torch.bfloat16, optimizer, guard)
+    guard.check()
+
+
+def test_a_loss_that_is_not_finite_reaches_no_weight_or_moment(device):
+    model, guard = tiny_hybrid().to(device), Guard(device)
+    optimizer = adamw(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    good, bad = (micro_batches(pairs(margin), 100) for margin in (0.0, float("nan")))
+    run(model, good, None, optimizer, guard)
+    before = flat(model.parameters())
+
+    def two_bad_steps() -> None:
+        for _ in range(2):
+            run(model, bad, None, optimizer, guard)
+        guard.check()  # on a CPU the first step has raised
+
+    with pytest.raises(NumericsError, match="not finite"):
+        two_bad_steps()
+    assert torch.equal(flat(model.parameters()), before)
+
+
+@contextlib.contextmanager
+def one_rank(device: torch.device, folder: Path) -> Iterator[None]:
+    """A process group of this process alone, as torchrun would start it."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(monkeypatch: pytest.MonkeyPatch, model: HybridModel, precision: Any) -> torch.nn.Module:
+    """The model under FSDP2, which `wrap` leaves out for a single process."""
+    with monkeypatch.context() as context:
+        context.setattr(parallel, "num_ranks", lambda: 2)
+        return parallel.wrap(model, "fsdp", precision)
+
+
+@PRECISIONS
+def test_fsdp_on_one_rank_equals_no_fsdp(precision, tolerance, device, tmp_path, monkeypatch):
+    expected = gradient(tiny_hybrid().to(device), precision)
+    with one_rank(device, tmp_path):
+        model = sharded(monkeypatch, tiny_hybrid().to(device), precision)
+        difference = gradient(model, precision) - expected
+    assert difference.norm() < tolerance * expected.norm()
+
+
+def test_a_checkpoint_after_an_evaluation_under_fsdp_holds_all_weights_and_moments_in_float32(
+    device, tmp_path, monkeypatch
+):
+    """A forward without a backward leaves gathered bfloat16 copies in the shards' place."""
+    folder = RunFolder.create(tmp_path / "run", "")
+    layout = lay_out(token_groups(SHAPES)).to(device)
+    with one_rank(device, tmp_path):
+        model = sharded(monkeypatch, tiny_hybrid().to(device), torch.bfloat16)
+        optimizer = adamw(model)
+        run(model, micro_batches(pairs(), 100), torch.bfloat16, optimizer)
+        names = [name for name, _ in model.named_parameters()]
+        with torch.no_grad():
+            model(layout)
+        saved = save_checkpoint(folder, 1, model, optimizer, {})
+    stored = load_file(saved / "model.safetensors")
+    moments = load_file(saved / "optimizer.safetensors")
+    assert stored.keys() == set(names)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert moments.keys() >= {
+        f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_layers_equal_plain_ones(precision, device):
+    worker = Path(__file__).with_name("compile_on_device.py")
+    path = os.pathsep.join([str(worker.parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(worker), device.type, "llama", precision],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

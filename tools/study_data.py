@@ -1,0 +1,67 @@
+"""Draw the data of docs/evidence.md from folders of preference files, by prompt and with a fixed seed.
+
+    python tools/study_data.py SOURCES OUT
+
+SOURCES holds the files that `SETS` and `HELD_OUT` name (docs/evidence.md says where each comes from).
+A set that is trained on becomes OUT/train/NAME.jsonl, OUT/validation/NAME.jsonl and OUT/test/NAME.jsonl,
+which share no prompt; a set that is only tested on becomes OUT/test/NAME.jsonl. The same files give the
+same parts.
+"""
+
+import sys
+from pathlib import Path
+
+from hafrm.data.mixing import split_by_prompt
+from hafrm.data.readers import read
+from hafrm.data.writing import write_groups
+from hafrm.preferences import Group
+
+TEST_SEED, VALIDATION_SEED = 1, 2
+SETS = {  # name: (file to train on, comparisons to validate on, file to test on, comparisons to test on)
+    "ethics": ("ethics-util-train", 200, "ethics-util-test", 300),
+    "helpful": ("hh-helpful", 200, "hh-helpful", 300),
+    "harmless": ("hh-harmless", 200, "hh-harmless", 300),
+}
+HELD_OUT = {
+    "ethics-hard": ("ethics-util-hard", 300),
+    "pandalm": ("pandalm", 300),
+    "hhh": ("hhh", 221),
+}
+
+
+def main(sources: Path, out: Path) -> None:
+    """Write all parts and print their sizes."""
+    for name, (trained, num_validation, tested, num_test) in SETS.items():
+        rest = groups_of(sources, trained)
+        if tested == trained:
+            rest, test = draw(rest, num_test, TEST_SEED)
+        else:
+            _, test = draw(groups_of(sources, tested), num_test, TEST_SEED)
+        # Cut by one hash, the rest of a test split would have nothing left to validate on.
+        train, validation = draw(rest, num_validation, VALIDATION_SEED)
+        for part, some in (("train", train), ("validation", validation), ("test", test)):
+            write(some, out / part / f"{name}.jsonl")
+    for name, (file, num) in HELD_OUT.items():
+        _, test = draw(groups_of(sources, file), num, TEST_SEED)
+        write(test, out / "test" / f"{name}.jsonl")
+
+
+def groups_of(sources: Path, name: str) -> list[Group]:
+    """All usable groups; several of these sets hold doubles and empty responses, which are left out."""
+    return list(read([str(sources / f"{name}.jsonl.gz")], max_bad_fraction=1.0).groups)
+
+
+def draw(groups: list[Group], num: int, seed: int) -> tuple[list[Group], list[Group]]:
+    """(rest, drawn): prompts with about `num` comparisons, all of them where there are no more."""
+    total = sum(len(group.comparisons) for group in groups)
+    return ([], groups) if num >= total else split_by_prompt(groups, num / total, seed)
+
+
+def write(groups: list[Group], file: Path) -> None:
+    """Write groups as preference rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{file}: {write_groups(groups, file)} comparisons of {len(groups)} prompts")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
