@@ -22,13 +22,13 @@ import transformers
 from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_write
-from hafrm.config import build_recipe
 from hafrm.data.encoding import Encoder
 from hafrm.data.mixing import split_by_prompt
 from hafrm.data.readers import read
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import run_forward
 from hafrm.statistics import Estimate, accuracy_interval, seeded_mean
 from hafrm.training.balance import Balance, Weighing, new_balance

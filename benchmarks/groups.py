@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import transformers
 
-from hafrm.config import build_recipe
 from hafrm.data.encoding import Encoder
 from hafrm.data.mixing import split_by_prompt
 from hafrm.data.readers import read
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import Comparison, TokenizedGroup
+from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import run_forward
 from hafrm.statistics import Estimate, accuracy_interval
 from hafrm.training.batches import ComparisonOrder, Pick, build, plan_step

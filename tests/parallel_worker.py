@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from hafrm.config import load_recipe
+from hafrm.recipe_file import load_recipe
 from hafrm.training import parallel
 from hafrm.training.loop import train
 

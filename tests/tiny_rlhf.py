@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
-from hafrm.config import build_as
+from hafrm.recipe_file import build_as
 from tiny_runs import WORDS, write_base
 from tokenizers_for_tests import chat_tokenizer
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from benchmark_rows import write_all
-from hafrm.config import build_recipe
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
 from hafrm.evaluation.benchmarks.run import run_benchmarks
 from hafrm.evaluation.evaluate import evaluate
@@ -26,6 +25,7 @@ from hafrm.evaluation.study.study import RESULT, Tuning, compare_methods
 from hafrm.evaluation.study.summary import domains, summarise
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.statistics import Estimate, over_seeds
 from hafrm.tables.study import study_tables
 from tiny_runs import write_base, write_preferences

@@ -47,10 +47,10 @@ def compare(  # noqa: PLR0913 - the verb and its options
 
     Each entry of data.train is a training set. Called again, it goes on where it was ended.
     """
-    from hafrm.config import load_recipe  # noqa: PLC0415
     from hafrm.evaluation.study.plan import parse_rates, plan_study  # noqa: PLC0415
     from hafrm.evaluation.study.study import RESULT, compare_methods  # noqa: PLC0415
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
+    from hafrm.recipe_file import load_recipe  # noqa: PLC0415
     from hafrm.tables.study import study_tables  # noqa: PLC0415
 
     plan = plan_study(

@@ -22,8 +22,8 @@ def rlhf(
     Exit code 1 where the run was stopped for its own good; its best step is exported all the same.
     """
     from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
-    from hafrm.config import load_as  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
+    from hafrm.recipe_file import load_as  # noqa: PLC0415
 
     if resume is not None:
         if recipe is not None and "=" in recipe:  # the first override stands where a recipe would

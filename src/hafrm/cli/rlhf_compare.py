@@ -50,10 +50,10 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     """
     from hafrm.alignment.rlhf.compare import compare  # noqa: PLC0415
     from hafrm.alignment.rlhf.recipe import RlhfRecipe  # noqa: PLC0415
-    from hafrm.config import load_as  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
+    from hafrm.recipe_file import load_as  # noqa: PLC0415
     from hafrm.tables.rlhf import rlhf_tables  # noqa: PLC0415
 
     models = _by_name(model)

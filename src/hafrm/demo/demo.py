@@ -14,11 +14,11 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from hafrm.atomic import atomic_directory, atomic_write
-from hafrm.config import build_recipe
 from hafrm.demo.pretrain import Progress, pretrain
 from hafrm.demo.world import TEST_SETS, make_world, pretraining_texts, write_world
 from hafrm.evaluation.evaluate import Evaluation, evaluate
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.reporting.page import missing_packages, write_report
 from hafrm.scoring.model_card import write_cards
 from hafrm.tables.cells import stacked

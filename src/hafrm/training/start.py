@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from hafrm.atomic import fingerprint
-from hafrm.config import dump_recipe, load_recipe
 from hafrm.data.sources import local_files
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 from hafrm.training.prepare import PreparedData

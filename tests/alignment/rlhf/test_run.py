@@ -21,7 +21,6 @@ from hafrm.alignment.rlhf.job import Job
 from hafrm.alignment.rlhf.ppo.loop import Ppo
 from hafrm.alignment.rlhf.prompts import prompts_of_step
 from hafrm.alignment.rlhf.run import rlhf
-from hafrm.config import dump_recipe
 from hafrm.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +28,7 @@ from hafrm.errors import (
     MemoryBudgetError,
     NumericsError,
 )
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.scorer import RewardModel
 from tiny_rlhf import tiny_rlhf, write_prompts, write_reward

@@ -11,7 +11,7 @@ import numpy as np
 
 from hafrm.alignment.rlhf.heldout import HeldOut
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
-from hafrm.config import dump_recipe
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words
 from hafrm.training.watch import start_trackers

@@ -10,8 +10,8 @@ from hafrm.alignment.rlhf.ppo.loop import run_ppo
 from hafrm.alignment.rlhf.recipe import RlhfRecipe
 from hafrm.alignment.rlhf.trl_runs import check_trl, run_trl
 from hafrm.alignment.scorers import Gold
-from hafrm.config import dump_recipe, load_as
 from hafrm.errors import CheckpointError, ConfigError
+from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 

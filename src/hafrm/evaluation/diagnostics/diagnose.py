@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from hafrm.config import load_recipe
 from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation.diagnostics import label_noise
 from hafrm.evaluation.diagnostics.consistency import Consistency
@@ -42,6 +41,7 @@ from hafrm.evaluation.metrics import (
     calibration,
     pairwise_accuracy,
 )
+from hafrm.recipe_file import load_recipe
 from hafrm.scoring.loading import load_config
 
 Margins = Float[np.ndarray, " comparisons"]

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
-from hafrm.config import build_recipe
 from hafrm.data.sources import parse_sources
 from hafrm.errors import ConfigError
 from hafrm.recipe import MethodSection, Recipe
+from hafrm.recipe_file import with_values
 from hafrm.training.methods import Method, get_method
 
 MIXED = "mixed"
@@ -60,11 +60,13 @@ class Cell:
 
     def recipe(self, base: Recipe) -> Recipe:
         """The study's recipe, for this cell."""
-        values = base.model_dump(mode="json")
-        values["data"] |= {"train": list(self.train.entries)}
-        values["method"] = dict(self.entrant.section)
-        values["training"] |= {"seed": self.seed, "learning_rate": self.rate}
-        return build_recipe(values, name=f"the recipe of {self}")
+        changes = {
+            "data.train": self.train.entries,
+            "method": self.entrant.section,
+            "training.seed": self.seed,
+            "training.learning_rate": self.rate,
+        }
+        return with_values(base, changes, name=f"the recipe of {self}")
 
     def __str__(self) -> str:
         return f"{self.entrant.name} on {self.train.name}, rate {self.rate:.3g}, seed {self.seed}"
@@ -166,7 +168,7 @@ def _entrant(written: str) -> Entrant:
                 f"method {written!r}: {option!r} is no option; write name:key=value, such as "
                 "haf:alpha=0.05"
             )
-        section[key] = yaml.safe_load(value)
+        section[key] = YAML(typ="safe", pure=True).load(value)
     try:
         known = MethodSection.model_validate(section)
     except ValidationError as error:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.config import dump_recipe, load_recipe
 from hafrm.errors import CheckpointError, NumericsError
 from hafrm.evaluation.metrics import ScoredComparisons, pairwise_accuracy, plain
 from hafrm.evaluation.study.benchmarks import BenchmarkCell, benchmark_cells
@@ -27,6 +26,7 @@ from hafrm.evaluation.study.plan import Cell, StudyPlan
 from hafrm.evaluation.study.summary import Summary, summarise
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.scoring.forward import first_responses
 from hafrm.statistics import Estimate, in_words
 
