@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from hafrm.alignment.rlhf.adapters import trl_reward
 from hafrm.alignment.rlhf.recipe import RewardSection
 from hafrm.alignment.rlhf.rewards import Rewards
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 
 
 def options(out: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def options(out: str) -> dict[str, Any]:
 def main(policy: str, prompts: str, out: str) -> None:
     """Train."""
     models = tuple(os.environ["HAFRM_REWARD"].split(","))
-    groups = read([prompts], need_responses=False).groups
+    groups = read_preferences([prompts], need_responses=False).groups
     rows = [{"prompt": [message._asdict() for message in group.prompt]} for group in groups]
     trainer = GRPOTrainer(
         model=policy,

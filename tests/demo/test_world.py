@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.demo.gold import gold_reward
 from hafrm.demo.world import TEST_SETS, Rules, Sizes, make_world, pretraining_texts, write_world
 from hafrm.errors import ConfigError
@@ -85,7 +85,7 @@ def test_rambling_is_worse_than_the_same_answer_said_once():
 def test_the_files_read_back_as_the_same_comparisons(world, tmp_path):
     files = write_world(world, tmp_path)
     assert {f"test-{name}" for name in TEST_SETS} < files.keys()
-    again = read([files["test-chat"]])
+    again = read_preferences([files["test-chat"]])
     assert not again.bad
     assert [sides(g) for g in again.groups] == [sides(g) for g in world.test["chat"]]
 

@@ -8,7 +8,7 @@ import pytest
 
 from hafrm.errors import ConfigError, DataError
 from hafrm.training.prepare import prepare_data
-from published_rows import PUBLISHED
+from support.published_rows import PUBLISHED
 from tiny_runs import tiny_recipe, write_preferences
 
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hafrm.alignment.endpoint import Endpoint, require_some
 from hafrm.alignment.generate import Done, Draft, Round
 from hafrm.alignment.replies import Reply
+from hafrm.data.chat_template import read_template
 from hafrm.data.encoding import Encoder
-from hafrm.data.template import read_template
 from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
@@ -76,7 +76,7 @@ class LocalPolicy:
             encoder,
             options,
             positions=getattr(text, "max_position_embeddings", None),
-            name=f"{model_digest(policy)} {encoder.fingerprint} {dtype}",
+            name=f"{model_digest(policy)} {encoder.cache_key} {dtype}",
             batch_size=batch_size,
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
-from hafrm.data.readers import Reading, read
+from hafrm.data.reader import PreferenceData, read_preferences
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation.metrics import (
     Agreement,
@@ -167,7 +167,7 @@ def evaluate(  # noqa: PLR0913 - the verb and its options
         model=str(path),
         scored_with="implicit reward" if scores.rewards is None else "reward",
         sets=_measure_sets(groups, scores),
-        num_bad_rows=len(reading.bad),
+        num_bad_rows=len(reading.bad_rows),
         left_out=reading.left_out,
         encoding=scores.report,
         fused=scores.rule,
@@ -218,12 +218,12 @@ def _score_heads(
 
 def read_comparisons(
     sources: Sequence[str], max_bad_fraction: float
-) -> tuple[Reading, list[Group]]:
+) -> tuple[PreferenceData, list[Group]]:
     """What the sources hold, and their groups that have comparisons.
 
     Raises DataError where no comparison is decided.
     """
-    reading = read(sources, max_bad_fraction=max_bad_fraction)
+    reading = read_preferences(sources, max_bad_fraction=max_bad_fraction)
     groups = [group for group in reading.groups if group.comparisons]
     if not any(not c.tie for group in groups for c in group.comparisons):
         raise DataError(f"{', '.join(map(str, sources))} hold no comparison to evaluate on")

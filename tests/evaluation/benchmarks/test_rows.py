@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
-from hafrm.data.published import LeftOut
-from hafrm.data.values import RefusedError
+from hafrm.data.values import LeftOut, RefusedError
 from hafrm.evaluation.benchmarks import rows
 from hafrm.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm.evaluation.benchmarks.items import Item

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hafrm.data.hub import HubSet
-from hafrm.data.published import LeftOut
+from hafrm.data.files import HubSet
+from hafrm.data.values import LeftOut
 from hafrm.errors import ConfigError
 from hafrm.evaluation.benchmarks import rows, rules
 from hafrm.evaluation.benchmarks.items import Item, Verdict

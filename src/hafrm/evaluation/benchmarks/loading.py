@@ -10,10 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hafrm.data.files import find_files, read_file
-from hafrm.data.hub import read_hub
-from hafrm.data.published import LeftOut
-from hafrm.data.values import Refusal, RefusedError
+from hafrm.data.files import find_files, read_file, read_hub
+from hafrm.data.values import LeftOut, Refusal, RefusedError
 from hafrm.errors import DataError
 from hafrm.evaluation.benchmarks.catalogue import Benchmark, Part
 from hafrm.evaluation.benchmarks.items import Item

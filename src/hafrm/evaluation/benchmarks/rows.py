@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hafrm.data.dialogues import read_messages
-from hafrm.data.published import LeftOut
-from hafrm.data.values import choice_of, refuse, show, text_of
+from hafrm.data.parse import read_messages
+from hafrm.data.values import LeftOut, choice_of, refuse, show, text_of
 from hafrm.evaluation.benchmarks.items import Item
 from hafrm.evaluation.benchmarks.rules import TIES
 from hafrm.preferences import Message

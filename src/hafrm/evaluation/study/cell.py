@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import atomic_write
-from hafrm.data.encoding import Encoder
-from hafrm.data.encoding_cache import encode_cached
+from hafrm.data.encoding import Encoder, encode_cached
 from hafrm.errors import NumericsError
 from hafrm.evaluation.evaluate import read_comparisons
 from hafrm.evaluation.study.benchmarks import Placed, place_benchmarks
