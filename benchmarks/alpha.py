@@ -22,13 +22,13 @@ import transformers
 from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_write
-from hafrm.config import build_recipe
 from hafrm.data.encoding import Encoder
-from hafrm.data.mixing import split_by_prompt
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
+from hafrm.data.splits import split_by_prompt
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import run_forward
 from hafrm.statistics import Estimate, accuracy_interval, seeded_mean
 from hafrm.training.balance import Balance, Weighing, new_balance
@@ -164,7 +164,10 @@ def prepare(args: argparse.Namespace) -> Parts:
     """Read, split by prompt, encode, and run the reference once."""
     recipe = recipe_of(args, 0)
     encoder = Encoder(load_tokenizer(recipe), max_length=args.max_length)
-    train, test = read(args.data).groups, read(args.test).groups if args.test else []
+    train, test = (
+        read_preferences(args.data).groups,
+        read_preferences(args.test).groups if args.test else [],
+    )
     if not args.test:
         train, test = split_by_prompt(train, 0.2, seed=0)
     few = np.random.default_rng(0).permutation(len(test))[: args.num_test]

@@ -19,9 +19,9 @@ from naive import PaddedHybrid, Rung, padded_batches, pairs_of
 from transformers import TrainerCallback
 from workload import BATCH, Workload, free_memory, synchronise
 
-from hafrm.config import build_recipe
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training.batches import ComparisonOrder, MicroBatch, References, build, plan_step
 from hafrm.training.guard import Guard

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import transformers
 
-from hafrm.config import build_recipe
 from hafrm.data.encoding import Encoder
-from hafrm.data.mixing import split_by_prompt
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
+from hafrm.data.splits import split_by_prompt
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import Comparison, TokenizedGroup
+from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import run_forward
 from hafrm.statistics import Estimate, accuracy_interval
 from hafrm.training.batches import ComparisonOrder, Pick, build, plan_step
@@ -80,7 +80,7 @@ def compare(args: argparse.Namespace, data: str) -> list[str]:
     """Table rows of one data set."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     encoder = Encoder(tokenizer, max_length=args.max_length)
-    train, test = split_by_prompt(read([data]).groups, 0.25, seed=0)
+    train, test = split_by_prompt(read_preferences([data]).groups, 0.25, seed=0)
     groups, held_out = encoder.encode(train)[0], encoder.encode(test)[0]
     together = ComparisonOrder(groups, per_prompt=args.per_prompt, seed=0)
     window = together.window(0, args.steps * BATCH)

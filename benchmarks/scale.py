@@ -26,10 +26,10 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from hafrm.config import build_recipe
 from hafrm.engine.layout import Layout
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.training.batches import MicroBatch
 from hafrm.training.costs import (
     FLOAT32,

@@ -42,7 +42,7 @@ from workload import (
 )
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.scoring.loading import load_encoder
@@ -84,9 +84,9 @@ class Task:
 def tasks(data: str, encoder: Encoder, args: argparse.Namespace) -> list[Task]:
     """The three kinds of work, from groups of two responses that fit the model's positions."""
     draw = random.Random(0)
-    encoded, _ = encoder.encode(read([data]).groups)
+    encoded, _ = encoder.encode(read_preferences([data]).groups)
     fits = {g.id for g in encoded if g.num_tokens < POSITIONS}
-    pairs = [g for g in read([data]).groups if len(g.responses) == 2 and g.id in fits]
+    pairs = [g for g in read_preferences([data]).groups if len(g.responses) == 2 and g.id in fits]
     draw.shuffle(pairs)
     pool = sorted({text for group in pairs for text in group.responses})
     best = []

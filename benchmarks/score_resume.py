@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from workload import load_tokenizer
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
 from hafrm.preferences import Group
 from hafrm.scoring.export import export_reward, gather_weights
@@ -162,7 +162,7 @@ def main() -> None:
 
 def prove(folder: Path, args: argparse.Namespace) -> None:
     model = write_model(args.base, args.layers, folder / "model")
-    groups = list(read(args.data, max_bad_fraction=1.0).groups)
+    groups = list(read_preferences(args.data, max_bad_fraction=1.0).groups)
     inputs = write_inputs(groups, folder / "in", args)
     command = [sys.executable, "-m", "hafrm", "score", str(model), *inputs]
     command += ["--rows-per-shard", str(args.rows_per_shard), "--processes", str(args.processes)]

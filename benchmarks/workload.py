@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.training.batches import ComparisonOrder
 
@@ -151,7 +151,7 @@ def load(  # noqa: PLR0913
 ) -> Workload:
     """The first `steps` * BATCH comparisons of a seeded order over `data`."""
     encoder = Encoder(load_tokenizer(tokenizer), max_length=max_length)
-    everything = read([data]).groups
+    everything = read_preferences([data]).groups
     order = ComparisonOrder(encoder.encode(everything)[0], per_prompt=4, seed=0)
     picked: dict[int, list[int]] = {}
     for pick in order.window(0, steps * BATCH):

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from hafrm.config import load_recipe
+from hafrm.recipe_file import load_recipe
 from hafrm.training import finish, parallel
 from hafrm.training.loop import train
 

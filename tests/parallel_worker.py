@@ -16,11 +16,11 @@ import torch.distributed as dist
 # Registers the backend "fake", whose exchanges do nothing, as nccl's do for tensors on the CPU at best.
 import torch.testing._internal.distributed.fake_pg
 
-from hafrm.config import load_recipe
 from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, MemoryBudgetError, NumericsError
+from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.export import gather_weights
 from hafrm.scoring.forward import run_forward

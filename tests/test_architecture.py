@@ -23,7 +23,7 @@ CORE = {
         "preferences",
         "progress",
     ),
-    *("recipe", "recipe_file", "config", "drafts", "run_folder", "resumable", "process_pool"),
+    *("recipe", "recipe_file", "run_folder", "resumable", "process_pool"),
 }
 """The modules directly under hafrm: what a run is, on disk and in YAML, and nouns that all rooms use."""
 FLOORS = (
@@ -154,7 +154,7 @@ def run(code: str) -> str:
 
 def test_the_surface_and_the_ground_floor_load_no_torch():
     heavy = "{'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)"
-    light = ["hafrm", "hafrm.cli", "hafrm.config", "hafrm.run_folder", "hafrm.data.readers"]
+    light = ["hafrm", "hafrm.cli", "hafrm.recipe_file", "hafrm.run_folder", "hafrm.data.reader"]
     light += ["hafrm.reporting.page", "hafrm.reporting.sections.summary"]
     for name in light:
         assert run(f"import sys, {name}; print({heavy} or '')") == "", name

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from exports_for_tests import export_both
 from hafrm.cli import app, main
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation import evaluate
 from hafrm.evaluation.heads import find_heads
@@ -235,7 +235,9 @@ def test_data_describes_and_split_parts_by_prompt(tmp_path):
     output = invoke("data", file, "--json", tmp_path / "data.json")
     assert "longer is chosen" in output
     assert json.loads((tmp_path / "data.json").read_text())["num_comparisons"] == 30
-    invoke("split", file, "--to", tmp_path / "parts", "--fraction", "0.3")
-    parts = [read([tmp_path / f"parts/{name}.jsonl"]).groups for name in ("train", "test")]
+    invoke("split", file, "--out", tmp_path / "parts", "--fraction", "0.3")
+    parts = [
+        read_preferences([tmp_path / f"parts/{name}.jsonl"]).groups for name in ("train", "test")
+    ]
     assert sum(map(len, parts)) == 30
     assert not {g.prompt for g in parts[0]} & {g.prompt for g in parts[1]}

@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hafrm.config import build_as
+from hafrm.recipe_file import build_as
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from tiny_runs import WORDS, write_base
 from tokenizers_for_tests import chat_tokenizer

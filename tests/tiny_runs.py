@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hafrm.config import build_recipe
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from tokenizers_for_tests import chat_tokenizer
 
 WORDS = ["sun", "sea", "tree", "boat", "bird", "rain", "song", "moon", "leaf", "hill"]

@@ -4,9 +4,9 @@ from typing import Any
 
 import transformers
 
-from hafrm.config import build_recipe
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.training.methods import get_method
 from hafrm.training.prepare import assemble
 from hafrm.training.shadow import shadow_model

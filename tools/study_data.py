@@ -11,9 +11,8 @@ same parts.
 import sys
 from pathlib import Path
 
-from hafrm.data.mixing import split_by_prompt
-from hafrm.data.readers import read
-from hafrm.data.writing import write_groups
+from hafrm.data.reader import read_preferences
+from hafrm.data.splits import split_by_prompt, write_groups
 from hafrm.preferences import Group
 
 TEST_SEED, VALIDATION_SEED = 1, 2
@@ -48,7 +47,7 @@ def main(sources: Path, out: Path) -> None:
 
 def groups_of(sources: Path, name: str) -> list[Group]:
     """All usable groups; several of these sets hold doubles and empty responses, which are left out."""
-    return list(read([str(sources / f"{name}.jsonl.gz")], max_bad_fraction=1.0).groups)
+    return list(read_preferences([str(sources / f"{name}.jsonl.gz")], max_bad_fraction=1.0).groups)
 
 
 def draw(groups: list[Group], num: int, seed: int) -> tuple[list[Group], list[Group]]:

@@ -15,7 +15,7 @@ from typing import Any
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from hafrm.config import load_recipe
+from hafrm.recipe_file import load_recipe
 
 
 def train_worker(job: dict[str, Any]) -> None:

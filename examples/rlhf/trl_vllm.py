@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.rlhf.adapters import trl_reward
 from hafrm.rlhf.rewards import Rewards
 from hafrm.rlhf.rlhf_recipe import RewardSection
@@ -42,7 +42,7 @@ def options(out: str) -> dict[str, Any]:
 def main(policy: str, prompts: str, out: str) -> None:
     """Train."""
     models = tuple(os.environ["HAFRM_REWARD"].split(","))
-    groups = read([prompts], need_responses=False).groups
+    groups = read_preferences([prompts], need_responses=False).groups
     rows = [{"prompt": [message._asdict() for message in group.prompt]} for group in groups]
     trainer = GRPOTrainer(
         model=policy,

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.rlhf.adapters import verl_score
 from hafrm.rlhf.rewards import Rewards
 from hafrm.rlhf.rlhf_recipe import RewardSection
@@ -45,7 +45,7 @@ def compute_score(
 
 def write_parquet(prompts: str, out: str) -> int:
     """Rows of verl's columns, one for each prompt; returns how many."""
-    groups = read([prompts], need_responses=False).groups
+    groups = read_preferences([prompts], need_responses=False).groups
     rows = []
     for group in groups:
         messages = [message._asdict() for message in group.prompt]

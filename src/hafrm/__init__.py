@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hafrm.config import Recipe, load_recipe
     from hafrm.data.encoding import Encoder
     from hafrm.engine.model import HybridModel
     from hafrm.errors import (
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
         NumericsError,
     )
     from hafrm.preferences import Comparison, Group, Message
+    from hafrm.recipe import Recipe
+    from hafrm.recipe_file import load_recipe
     from hafrm.scoring.fused import FusedRewardModel
     from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 
@@ -37,9 +38,9 @@ _HOME = {
     "Message": "preferences",
     "ModelError": "errors",
     "NumericsError": "errors",
-    "Recipe": "config",
+    "Recipe": "recipe",
     "RewardModel": "scoring.scorer",
-    "load_recipe": "config",
+    "load_recipe": "recipe_file",
 }
 
 __all__ = [

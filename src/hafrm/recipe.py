@@ -1,14 +1,17 @@
-"""What a recipe may say: every key, with its type, bounds, default, unit and the paper's value.
+"""The schema of a training recipe: every key, with its type, bounds, default, unit and the paper's value.
 
-The paper is HAF-RM (arXiv 2407.04185), its values those of its released code. Each key is a field
-with one line under it; that line serves errors, help and docs/recipes.md. Sections are frozen and
-strict: nothing is converted and nothing unknown is accepted. `hafrm.config` reads and explains
-recipes; nothing here touches a file or imports torch.
+The paper is HAF-RM (arXiv 2407.04185), its values are those of its released code. Each key is a field
+with one line under it, which error messages and docs/recipes.md quote (`describe_keys`). Sections are
+frozen and strict: nothing is converted and no unknown key is accepted. `hafrm.recipe_file` reads and
+writes recipes; nothing here touches a file or imports torch.
 """
 
+import json
 import os
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -16,10 +19,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     PositiveInt,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -33,7 +36,7 @@ def _tuple_of_one_or_many(value: Any) -> Any:
 
 
 def _unless(problems: list[str], section: SectionT) -> SectionT:
-    """The section itself; raises all problems in one error, a line each."""
+    """The section itself; raises all problems in one error, one line each."""
     if problems:
         raise ValueError("\n".join(problems))
     return section
@@ -71,7 +74,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """The preference data and how long an example may be."""
+    """The preference data, and how long an example may be."""
 
     train: Sources = Field(min_length=1)
     """Sources to train on: `file`, `file#split=train&limit=1000`, `hub:name[:config]:split`, `set:name`."""
@@ -84,15 +87,15 @@ class DataSection(Section):
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Fraction of the prompts of `train` held out; 0 when `validation` names sources."""
     test: Sources = ()
-    """Sources evaluated once, after training; never used to select anything."""
+    """Sources evaluated once, after training; they select nothing."""
     max_length: int = Field(default=1024, ge=2)
     """Most tokens of prompt plus one response (paper: 512)."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Most tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
     too_long: Literal["cut", "drop"] = "cut"
-    """What happens to longer examples; each is counted (paper: cut)."""
+    """What happens to longer examples; they are counted (paper: cut)."""
     shared_prompts: Literal["refuse", "drop"] = "refuse"
-    """Prompts to train on that `validation` or `test` has too: an error, or left out and counted."""
+    """Training prompts that `validation` or `test` has too: an error, or left out and counted."""
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of unusable rows above which the run stops."""
 
@@ -141,10 +144,8 @@ class MethodSection(Section):
     """Name of a method: haf (the paper's), bt, dpo, grm-sft, ..."""
     reward_weight: float | None = Field(default=None, ge=0)
     """Weight of the reward loss (paper: 1)."""
-    alpha: NonNegativeFloat | Literal["auto"] | None = None
-    """Weight of the policy loss (paper: 0.2); auto: whatever keeps `gradient_ratio`."""
-    gradient_ratio: float | None = Field(default=None, gt=0)
-    """With alpha auto: norm of the policy loss's gradient, in norms of the reward loss's."""
+    alpha: float | None = Field(default=None, ge=0)
+    """Weight of the policy loss (paper: 0.2)."""
     policy_loss: Text | None = None
     """Name of a policy loss: dpo (paper), ipo, simpo, orpo, kto, sft, ..."""
     beta: float | None = Field(default=None, gt=0)
@@ -160,51 +161,42 @@ class MethodSection(Section):
     sum_to_zero: float | None = Field(default=None, ge=0)
     """Weight of BSR's penalty: a step's comparisons times its mean reward squared (paper: 0)."""
 
-    @model_validator(mode="after")
-    def _balances_gradients_with_alpha_auto_only(self) -> "MethodSection":
-        alone = self.gradient_ratio is not None and self.alpha != "auto"
-        message = (
-            f"method.gradient_ratio is {self.gradient_ratio}, which only method.alpha auto uses: set "
-            "method.alpha: auto, or remove method.gradient_ratio"
-        )
-        return _unless([message] if alone else [], self)
-
 
 class TrainingSection(Section):
-    """The optimiser, its schedule and how a step is laid out on the hardware."""
+    """The optimizer, its schedule and how a step runs on the hardware."""
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training comparisons."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps; when given, epochs is not used (paper: 3200)."""
+    """Optimizer steps; overrides epochs (paper: 3200)."""
     batch_size: int = Field(default=16, ge=1)
-    """Comparisons per optimiser step, over all processes (paper: 16)."""
+    """Comparisons per optimizer step, over all processes (paper: 16)."""
     learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak of AdamW's learning rate (paper: 1e-5 for all weights, 3e-5 with LoRA)."""
+    """AdamW's peak learning rate (paper: 1e-5 for all weights, 3e-5 with LoRA)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up (paper: linear)."""
+    """How the learning rate changes after the warm-up (paper: linear)."""
     warmup_fraction: float = Field(default=0.03, ge=0, le=1)
-    """Fraction of the steps, not a number of steps, in which it rises from 0 (paper: 0)."""
+    """Fraction (not number) of the steps in which the learning rate rises from 0 (paper: 0)."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decay of weight matrices (paper: 0)."""
+    """AdamW's weight decay, on weight matrices only (paper: 0)."""
     betas: Annotated[tuple[float, float], BeforeValidator(_tuple_if_list)] = (0.9, 0.999)
-    """AdamW's averaging factors (paper: 0.9, 0.999)."""
+    """AdamW's betas (paper: 0.9, 0.999)."""
     eps: float = Field(default=1e-8, gt=0)
-    """AdamW's term against division by zero (paper: 1e-5)."""
+    """AdamW's eps (paper: 1e-5)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """2-norm that the gradient is clipped to; 0: not clipped (paper: 1.0)."""
+    """The gradient is clipped to this 2-norm; 0: not clipped (paper: 1.0)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the reward head, the held-out prompts and the order of the data (paper: 0)."""
+    """Seed of the reward head, the held-out prompts and the data order (paper: 0)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights, frozen in bf16 (paper: in fp16)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each layer with torch.compile: a minute at the start, then fewer passes over memory."""
+    """Compile each layer with torch.compile: a minute at the start, then faster steps."""
     max_tokens: PositiveInt | Literal["auto"] = 8192
-    """Token budget of one micro-batch; auto: what memory allows. Never changes the gradient."""
+    """Token budget of a micro-batch; auto: what fits in memory. Never changes the gradient."""
     comparisons_per_prompt: int = Field(default=4, ge=1)
-    """Most comparisons of one prompt in one optimiser step."""
+    """Most comparisons of one prompt in one optimizer step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -213,7 +205,7 @@ class TrainingSection(Section):
 
     @property
     def token_budget(self) -> int:
-        """max_tokens as a number: what auto means, a run finds out before it starts."""
+        """max_tokens as a number: a run replaces auto before it starts."""
         assert isinstance(self.max_tokens, int), "only a planned recipe has a token budget"
         return self.max_tokens
 
@@ -243,41 +235,41 @@ class LoraSection(Section):
         try:
             re.compile(self.targets if isinstance(self.targets, str) else "")
         except re.error as error:
-            problems.append(f"lora.targets is {self.targets!r}, not a regex: {error}; mend it")
+            problems.append(f"lora.targets is {self.targets!r}, not a regex: {error}; fix it")
         return _unless(problems, self)
 
 
 class EvaluationSection(Section):
-    """How the best checkpoint is found, on validation data only."""
+    """How the best checkpoint is selected, on validation data only."""
 
     every: int = Field(default=250, ge=0)
     """Steps between evaluations; 0: only at the end (paper: 80)."""
     metric: Literal["accuracy", "loss"] = "accuracy"
-    """What the best checkpoint is best at (paper: accuracy)."""
+    """Metric that selects the best checkpoint (paper: accuracy)."""
 
 
 class CheckpointSection(Section):
-    """What is kept to resume from."""
+    """Which checkpoints are saved and kept."""
 
     every: int = Field(default=500, ge=0)
     """Steps between checkpoints; 0: only on a signal and at the end (paper: 80)."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept, the newest ones and the best one besides (paper: 2)."""
+    """Number of newest checkpoints kept; the best one is kept too (paper: 2)."""
 
 
 class TrackingSection(Section):
-    """Where progress is shown; metrics.jsonl in the run folder is always written."""
+    """Where metrics are logged besides metrics.jsonl, which is always written."""
 
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_tuple_of_one_or_many)] = ()
-    """Further trackers; each needs its package installed."""
+    """Trackers; each needs its package installed."""
     project: Text = "hafrm"
-    """Project that the trackers file the run under."""
+    """Project name for the trackers."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between two lines of metrics."""
+    """Steps between two lines of metrics.jsonl."""
 
 
 class Recipe(Section):
-    """Everything that decides what a training run computes, and how it is watched."""
+    """Everything that decides what a training run computes, and how it is tracked."""
 
     model: ModelSection
     data: DataSection
@@ -298,3 +290,66 @@ class Recipe(Section):
             f"{longest} tokens: raise it to {longest}, or lower data.max_length to {budget // 2}"
         )
         return _unless([message] if budget < longest else [], self)
+
+
+class Key(NamedTuple):
+    """One key of a recipe, in words."""
+
+    name: str
+    """Dotted, such as training.batch_size."""
+    allowed: str
+    default: str
+    """As written in a recipe; "required" when there is none."""
+    meaning: str
+
+
+def describe_keys(root: type[Section] = Recipe) -> tuple[Key, ...]:
+    """Every key that a recipe may hold, in the order of the schema."""
+    return tuple(
+        Key(
+            f"{section}.{name}",
+            _allowed(info),
+            "required" if info.is_required() else json.dumps(info.default),
+            " ".join((info.description or "").split()),
+        )
+        for section, kind in sections_of(root).items()
+        for name, info in kind.model_fields.items()
+    )
+
+
+def sections_of(root: type[Section]) -> dict[str, type[Section]]:
+    """The sections of a recipe by name, optional ones included."""
+    kinds = {}
+    for name, info in root.model_fields.items():
+        options = (info.annotation, *get_args(info.annotation))
+        kinds[name] = next(k for k in options if isinstance(k, type) and issubclass(k, Section))
+    return kinds
+
+
+def _allowed(info: FieldInfo) -> str:
+    """What a field takes, such as "whole number >= 1 or null"."""
+    kind, null, _ = _words(info.annotation).partition(" or null")
+    return _bounded(kind, info.metadata) + null
+
+
+def _bounded(words: str, rules: Iterable[Any]) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [(sign, getattr(rule, name, None)) for rule in rules for name, sign in signs.items()]
+    bounds = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
+    return f"{words} {' and '.join(bounds)}" if bounds else words
+
+
+def _words(kind: Any) -> str:
+    plain = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    if kind in plain:
+        return plain[kind]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(arguments)
+    if origin is Annotated:
+        return _bounded(_words(arguments[0]), arguments[1:])
+    if origin is tuple:
+        many = arguments[-1] is Ellipsis
+        return f"list of {'' if many else f'{len(arguments)} x '}{_words(arguments[0])}"
+    options = [_words(option) for option in arguments if option is not NoneType]
+    return " or ".join(options + ["null"] * (NoneType in arguments))

@@ -8,8 +8,7 @@ from benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
 from hafrm.benchmarks import row_readers
 from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import Item
-from hafrm.data.published import LeftOut
-from hafrm.data.values import RefusedError
+from hafrm.data.values import LeftOut, RefusedError
 from hafrm.preferences import Message
 
 

@@ -12,7 +12,7 @@ from hafrm.best_of_n.candidates import (
     read_candidates,
     read_prompts,
 )
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
 from hafrm.errors import DataError
 from hafrm.preferences import Group, Message
 
@@ -85,7 +85,9 @@ def test_a_record_gives_back_what_was_drawn_and_is_a_row_of_data(tmp_path):
     assert (found.group.responses, found.drawn) == (("x", "y"), (0, 1, 0))
     record = json.loads(json.dumps(found.to_record()))
     assert Candidates.from_record(record) == found
-    (group,) = read([write(tmp_path / "c.jsonl", [record])], need_comparisons=False).groups
+    (group,) = read_preferences(
+        [write(tmp_path / "c.jsonl", [record])], need_comparisons=False
+    ).groups
     assert (group.id, group.prompt, group.responses) == ("p-0", prompt.prompt, ("x", "y"))
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hafrm.config import dump_recipe, load_recipe
 from hafrm.engine.memory import give_back
+from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.scorer import RewardModel
 from hafrm.scoring.verify import check_golden

@@ -13,8 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hafrm.data.encoding import Encoder
-from hafrm.data.lengths import LengthPolicy
+from hafrm.data.encoding import Encoder, LengthPolicy
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from helpers import SHARED, needs_shared
@@ -513,7 +512,7 @@ def test_a_literal_template_keeps_what_it_writes_behind_its_eos() -> None:
 
 def test_a_fingerprint_follows_whatever_decides_the_ids() -> None:
     base = Encoder(chat_tokenizer())
-    assert base.fingerprint == Encoder(chat_tokenizer()).fingerprint
+    assert base.cache_key == Encoder(chat_tokenizer()).cache_key
     others = [
         Encoder(chat_tokenizer(), max_length=512),
         Encoder(chat_tokenizer(), max_prompt_length=100),
@@ -523,7 +522,7 @@ def test_a_fingerprint_follows_whatever_decides_the_ids() -> None:
         Encoder(chat_tokenizer(pad_token="<|endoftext|>")),
         Encoder(plain_tokenizer()),
     ]
-    prints = {encoder.fingerprint for encoder in (base, *others)}
+    prints = {encoder.cache_key for encoder in (base, *others)}
     assert len(prints) == len(others) + 1
     assert base.template_sha256 != others[4].template_sha256
     assert base.template_sha256 == others[0].template_sha256

@@ -5,8 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from hafrm.data.encoding import Encoder
-from hafrm.data.encoding_cache import encode_cached
+from hafrm.data.encoding import Encoder, encode_cached
 from hafrm.preferences import Comparison, Group, Message
 from hafrm.resumable import cache_folder
 from tokenizers_for_tests import chat_tokenizer
@@ -52,7 +51,7 @@ def test_the_second_time_nothing_is_encoded_and_the_result_is_the_same(monkeypat
     plain = encoder.encode(groups())
     assert_same(plain, encode_cached(encoder, groups()))
     assert (len(plain[0]) < 6) == (too_long == "drop")
-    monkeypatch.setattr(Encoder, "encode", None)
+    monkeypatch.setattr(Encoder, "encode_indexed", None)
     assert_same(plain, encode_cached(encoder, groups()))
 
 
@@ -76,6 +75,17 @@ def test_tags_and_margins_are_those_of_the_groups_given_now():
     ]
     encoded, _ = encode_cached(encoder, changed)
     assert all(g.tags == {"new": "yes"} and g.comparisons[0].margin == 9.0 for g in encoded)
+
+
+def test_a_dropped_group_does_not_lend_its_comparisons_to_another_of_its_id():
+    """Ids need not be unique: two files may number their rows alike."""
+    encoder = Encoder(chat_tokenizer(), max_length=64, too_long="drop")
+    dropped, fits = replace(groups()[0], id="7"), replace(groups()[1], id="7")
+    fits = replace(fits, comparisons=(Comparison(1, 0),))
+    plain = encoder.encode([dropped, fits])
+    assert plain[0][0].comparisons == (Comparison(1, 0),)
+    for _ in range(2):
+        assert_same(plain, encode_cached(encoder, [dropped, fits]))
 
 
 def test_a_damaged_entry_is_made_again():

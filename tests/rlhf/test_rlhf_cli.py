@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from hafrm.cli import app
-from hafrm.config import dump_recipe
+from hafrm.recipe_file import dump_recipe
 from tiny_rlhf import tiny_rlhf, write_prompts
 
 

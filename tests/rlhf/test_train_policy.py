@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hafrm.config import dump_recipe
 from hafrm.errors import (
     CheckpointError,
     ConfigError,
@@ -23,6 +22,7 @@ from hafrm.errors import (
     MemoryBudgetError,
     NumericsError,
 )
+from hafrm.recipe_file import dump_recipe
 from hafrm.rlhf import rewards as rewards_module
 from hafrm.rlhf import rlhf_run
 from hafrm.rlhf.ppo import Ppo

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hafrm import atomic
-from hafrm.data.readers import BadRow
+from hafrm.data.reader import BadRow
 from hafrm.errors import CheckpointError
 from hafrm.scoring.inputs import Shard
 from hafrm.scoring.job_folder import JobFolder

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from exports_for_tests import export_both
-from hafrm.config import dump_recipe
 from hafrm.preferences import Group, Message
+from hafrm.recipe_file import dump_recipe
 from hafrm.scoring.model_card import write_cards
 from hafrm.scoring.verify import write_golden
 from report_files import session, set_result, write_json
@@ -35,7 +35,7 @@ def run(tmp_path_factory) -> Path:
 def card_of(directory: Path) -> tuple[dict, str]:
     """The front matter and the text."""
     _, head, text = (directory / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    return yaml.safe_load(head), text
+    return YAML(typ="safe").load(head), text
 
 
 def test_the_code_in_the_card_prints_the_score_that_it_promises(run, monkeypatch):
@@ -81,9 +81,9 @@ def test_a_card_tells_what_was_trained_without_the_folders_of_this_machine(run):
 
 
 def test_a_hub_id_is_named_as_the_base_model(run):
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe = YAML(typ="safe").load((run / "recipe.yaml").read_text())
     recipe["model"]["path"] = "someone/some-base"
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    YAML().dump(recipe, run / "recipe.yaml")
     write_cards(run)
     assert card_of(run / "model" / "reward")[0]["base_model"] == "someone/some-base"
 

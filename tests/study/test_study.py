@@ -8,10 +8,10 @@ import pytest
 
 from benchmark_rows import write_all
 from hafrm.benchmarks.benchmark_run import run_benchmarks
-from hafrm.config import build_recipe
 from hafrm.errors import CheckpointError, ConfigError, DivergedError, NumericsError
 from hafrm.evaluation import evaluate
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.results import read_result
 from hafrm.study import method_comparison, study_runs
 from hafrm.study.method_comparison import (

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hafrm.config import dump_recipe
 from hafrm.errors import NumericsError, VerificationError
+from hafrm.recipe_file import dump_recipe
 from hafrm.scoring import golden_check, verify
 from hafrm.training import finish, loop
 from hafrm.training.loop import train

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hafrm.config import dump_recipe
 from hafrm.engine.layout import Layout
 from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.preferences import Message
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring import golden_check
 from hafrm.scoring.fused import FusedRule, read_fused_rule
@@ -268,7 +268,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}, {"name": "normbt"}])
+@pytest.mark.parametrize("method", [{}, {"name": "normbt"}])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
     recipe = tiny_recipe(tmp_path, method=method)
     train(recipe, tmp_path / "whole")
@@ -349,16 +349,6 @@ def test_provenance_and_metrics_say_what_was_run(tmp_path):
         for name in ("accuracy", "implicit_accuracy"):
             assert record[f"{name}_low"] <= record[name] <= record[f"{name}_high"]
             assert record[f"{name}_low"] < record[f"{name}_high"]
-
-
-def test_alpha_auto_is_logged_and_moves(tmp_path):
-    """It starts at the method's 0.2; a constant alpha is in the recipe and needs no line."""
-    train(tiny_recipe(tmp_path, method={"alpha": "auto"}), tmp_path / "auto")
-    alphas = [r["alpha"] for r in metrics(tmp_path / "auto") if r["kind"] == "train"]
-    assert alphas[0] == pytest.approx(0.2)
-    assert len(set(alphas)) == 6
-    train(tiny_recipe(tmp_path), tmp_path / "constant")
-    assert not any("alpha" in record for record in metrics(tmp_path / "constant"))
 
 
 def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):

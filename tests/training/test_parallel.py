@@ -5,14 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hafrm.config import dump_recipe
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe
@@ -66,10 +65,10 @@ def assert_same_training(one: Path, two: Path) -> None:
             assert torch.allclose(value, second[name], atol=1e-5), name
 
 
-def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | None = None) -> Recipe:
+def recipe_for(folder: Path, mode: str, lora: bool) -> Recipe:
     """Groups of 20 to 60 tokens in micro-batches of 128, so ranks hold different numbers of tokens."""
     training = {"max_tokens": 128, "eps": 1e-4, "parallel": mode}
-    sections = {"training": training, "evaluation": {"every": 0}, "method": method or {}}
+    sections = {"training": training, "evaluation": {"every": 0}}
     if lora:
         sections["lora"] = {"rank": 4, "alpha": 8.0}
     return tiny_recipe(folder, **sections)
@@ -78,16 +77,16 @@ def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | Non
 @pytest.mark.parametrize(
     ("mode", "lora", "method"),
     [
-        ("ddp", False, {"alpha": "auto"}),
+        ("ddp", False, {}),
         ("fsdp", False, {}),
-        pytest.param("fsdp", True, {"alpha": "auto"}, marks=pytest.mark.slow),
+        pytest.param("fsdp", True, {}, marks=pytest.mark.slow),
         pytest.param("ddp", True, {}, marks=pytest.mark.slow),
         pytest.param("ddp", False, STEP_WIDE, marks=pytest.mark.slow),
         pytest.param("fsdp", False, STEP_WIDE, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, mode, lora, method):
-    """Squared norms, rewards and distances are added over ranks, or each would follow its own tokens."""
+    """Rewards and distances are added over ranks, or each would follow its own tokens."""
     recipe = recipe_for(tmp_path, mode, lora, method)
     train(recipe, tmp_path / "one")
     launch(recipe, tmp_path / "two")

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from hafrm.cli import app
-from hafrm.config import dump_recipe
 from hafrm.engine import logprobs
 from hafrm.errors import ConfigError, ModelError
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.tables.memory import plan_tables
 from hafrm.training import budget, finish, prepare

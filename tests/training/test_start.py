@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hafrm.config import load_recipe
 from hafrm.errors import CheckpointError
+from hafrm.recipe_file import load_recipe
 from hafrm.training import finish, start
 from hafrm.training.budget import plan_recipe
 from hafrm.training.loop import resolve_method, train

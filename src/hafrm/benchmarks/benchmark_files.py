@@ -12,10 +12,8 @@ from pathlib import Path
 
 from hafrm.benchmarks.definitions import Benchmark, Part
 from hafrm.benchmarks.rules import Item
-from hafrm.data.files import find_files, read_file
-from hafrm.data.hub import read_hub
-from hafrm.data.published import LeftOut
-from hafrm.data.values import Refusal, RefusedError
+from hafrm.data.files import find_files, read_file, read_hub
+from hafrm.data.values import LeftOut, Refusal, RefusedError
 from hafrm.errors import DataError
 
 

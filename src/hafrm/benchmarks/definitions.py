@@ -12,8 +12,8 @@ from typing import Any
 
 from hafrm.benchmarks import row_readers, rules
 from hafrm.benchmarks.rules import STYLES, TIES, TIES_TERMS, CandidateScores, Item, Verdict
-from hafrm.data.hub import HubSet
-from hafrm.data.published import LeftOut
+from hafrm.data.files import HubSet
+from hafrm.data.values import LeftOut
 from hafrm.errors import ConfigError
 
 Weights = Mapping[str, float]

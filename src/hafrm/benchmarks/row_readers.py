@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hafrm.benchmarks.rules import TIES, Item
-from hafrm.data.dialogues import read_messages
-from hafrm.data.published import LeftOut
-from hafrm.data.values import choice_of, refuse, show, text_of
+from hafrm.data.parse import read_messages
+from hafrm.data.values import LeftOut, choice_of, refuse, show, text_of
 from hafrm.preferences import Message
 
 Row = Mapping[str, Any]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hafrm.data.readers import read
-from hafrm.data.rows import ParsedRow, parse_row
+from hafrm.data.parse import ParsedRow, parse_row
+from hafrm.data.reader import read_preferences
 from hafrm.data.sources import iter_rows, parse_sources
 from hafrm.data.values import Refusal, RefusedError, check_text
 from hafrm.errors import ConfigError, DataError
@@ -143,7 +143,9 @@ def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
     Prompts with fewer than two responses are left out with a warning. Raises DataError when no prompt has
     two, and for files that cannot be read.
     """
-    groups = read(sources, max_bad_fraction=MAX_BAD_FRACTION, need_comparisons=False).groups
+    groups = read_preferences(
+        sources, max_bad_fraction=MAX_BAD_FRACTION, need_comparisons=False
+    ).groups
     usable = [group for group in groups if len(group.responses) > 1]
     if not usable:
         raise DataError(

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hafrm.best_of_n.drawing import Draw, DrawRound
 from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
+from hafrm.data.chat_template import read_template
 from hafrm.data.encoding import Encoder
-from hafrm.data.template import read_template
 from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
@@ -82,7 +82,7 @@ class LocalPolicy:
             encoder,
             options,
             positions=getattr(text_config, "max_position_embeddings", None),
-            name=f"{model_digest(policy)} {encoder.fingerprint} {dtype}",
+            name=f"{model_digest(policy)} {encoder.cache_key} {dtype}",
             batch_size=batch_size,
         )
 

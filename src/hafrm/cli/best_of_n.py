@@ -47,9 +47,9 @@ def best_of_n(  # noqa: PLR0913 - the verb and its options
     Curves with intervals, gold score over KL where a gold score is known, wins between models.
     """
     from hafrm.best_of_n.options import BestOfNOptions, run_best_of_n  # noqa: PLC0415
-    from hafrm.config import build_as  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.progress import show_progress  # noqa: PLC0415
+    from hafrm.recipe_file import build_as  # noqa: PLC0415
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
     from hafrm.scoring.loading import Placement  # noqa: PLC0415
 

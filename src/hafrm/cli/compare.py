@@ -46,8 +46,8 @@ def compare(  # noqa: PLR0913 - the verb and its options
 
     Each entry of data.train is a training set. The same command resumes a comparison that was stopped.
     """
-    from hafrm.config import load_recipe  # noqa: PLC0415
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
+    from hafrm.recipe_file import load_recipe  # noqa: PLC0415
     from hafrm.study.method_comparison import RESULT, compare_methods  # noqa: PLC0415
     from hafrm.study.run_grid import parse_rates, plan_study  # noqa: PLC0415
 

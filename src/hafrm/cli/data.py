@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import JsonFile, Sources, app
-from hafrm.terminal import show_tables, write_json
+from hafrm.cli.entry import JsonFile, Sources, app, show_result
 
 
 @app.command()
@@ -20,39 +19,44 @@ def data(
     max_length: Annotated[int, typer.Option(help="Length policy for the token counts.")] = 1024,
 ) -> None:
     """What preference data holds, what is wrong with it, its lengths and its length bias."""
-    from hafrm.data.describe import describe  # noqa: PLC0415
-    from hafrm.data.readers import read  # noqa: PLC0415
-    from hafrm.tables.data import data_tables  # noqa: PLC0415
+    from hafrm.data.describe import describe_data  # noqa: PLC0415
+    from hafrm.data.reader import read_preferences  # noqa: PLC0415
 
-    reading = read(sources, max_bad_fraction=1.0)
-    encoder = None
+    preferences = read_preferences(sources, max_bad_fraction=1.0)
+    encode = None
     if model is not None:
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         from hafrm.data.encoding import Encoder  # noqa: PLC0415
 
-        encoder = Encoder(AutoTokenizer.from_pretrained(model), max_length=max_length)
-    description = describe(reading, None if encoder is None else encoder.encode)
-    show_tables(data_tables(description))
-    write_json(json_file, description.to_dict())
+        encode = Encoder(AutoTokenizer.from_pretrained(model), max_length=max_length).encode
+    description = describe_data(preferences, encode)
+    show_result(description, json_file)
 
 
 @app.command()
 def split(
     sources: Sources,
     *,
-    to: Annotated[Path, typer.Option(help="The folder for train.jsonl and test.jsonl.")],
-    fraction: Annotated[float, typer.Option(help="Of the prompts, for the test part.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and test.jsonl.")],
+    fraction: Annotated[
+        float, typer.Option(help="Fraction of the prompts in the test part.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
 ) -> None:
     """Split preference data by prompt, so that no prompt is on both sides."""
-    from hafrm.data.mixing import split_by_prompt  # noqa: PLC0415
-    from hafrm.data.readers import read  # noqa: PLC0415
-    from hafrm.data.writing import write_groups  # noqa: PLC0415
+    from hafrm.data.reader import read_preferences  # noqa: PLC0415
+    from hafrm.data.splits import split_by_prompt, write_groups  # noqa: PLC0415
+    from hafrm.preferences import num_comparisons  # noqa: PLC0415
 
-    reading = read(sources, bad_rows_file=to / "bad_rows.jsonl")
-    for name, part in zip(
-        ("train", "test"), split_by_prompt(reading.groups, fraction, seed), strict=True
-    ):
-        rows = write_groups(part, to / f"{name}.jsonl")
-        typer.echo(f"{to / name}.jsonl: {rows} comparisons of {len(part)} groups")
+    bad_rows_file = out / "bad_rows.jsonl"
+    preferences = read_preferences(sources, bad_rows_file=bad_rows_file, need_comparisons=False)
+    if preferences.bad_rows:
+        typer.echo(f"{len(preferences.bad_rows)} bad rows are left out: {bad_rows_file}")
+    parts = split_by_prompt(preferences.groups, fraction, seed)
+    for name, part in zip(("train", "test"), parts, strict=True):
+        file = out / f"{name}.jsonl"
+        rows = write_groups(part, file)
+        pairs = num_comparisons(part)
+        unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
+        typer.echo(f"{file}: {pairs} comparisons of {len(part)} groups{unlabelled}")

@@ -21,8 +21,8 @@ def rlhf(
 
     Exit code 1 where the watchdog stopped the run; its best step is exported all the same.
     """
-    from hafrm.config import load_as  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
+    from hafrm.recipe_file import load_as  # noqa: PLC0415
     from hafrm.rlhf.rlhf_recipe import RlhfRecipe  # noqa: PLC0415
 
     if resume is not None:

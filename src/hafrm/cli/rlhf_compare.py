@@ -40,10 +40,10 @@ def rlhf_compare(  # noqa: PLR0913 - the verb and its options
     orders, else by the gold reward, else by the reward model that evaluation.judge names.
     """
     from hafrm.best_of_n.options import JudgeOptions, load_judge  # noqa: PLC0415
-    from hafrm.config import build_as  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
+    from hafrm.recipe_file import build_as  # noqa: PLC0415
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
     from hafrm.rlhf.policy_comparison import (  # noqa: PLC0415
         compare_policies,

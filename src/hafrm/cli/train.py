@@ -20,8 +20,8 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
 ) -> None:
     """Train a reward model as a recipe says, and export it once others can load it."""
-    from hafrm.config import load_recipe  # noqa: PLC0415
     from hafrm.errors import ConfigError  # noqa: PLC0415
+    from hafrm.recipe_file import load_recipe  # noqa: PLC0415
 
     if resume is not None:
         if recipe is not None and "=" in recipe:  # the first override stands where a recipe would
@@ -66,7 +66,7 @@ def plan(
     ranks: Annotated[int, typer.Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
     """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
-    from hafrm.config import load_recipe  # noqa: PLC0415
+    from hafrm.recipe_file import load_recipe  # noqa: PLC0415
 
     loaded = load_recipe(recipe, overrides or ())
     from hafrm.tables.memory import plan_tables  # noqa: PLC0415

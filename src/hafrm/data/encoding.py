@@ -1,34 +1,95 @@
-"""From groups of text to groups of token ids, exactly as a consumer of the exported template sees them.
+"""Groups of text -> groups of token ids, exactly as a consumer of the exported template gets them.
 
-Prompt and response are encoded so that all responses of a group share the prompt's ids, and for
-text without special tokens prompt ids + response ids are the ids of the rendered conversation; where
-a merge across the seam would give other ids, the two are encoded apart and the case is counted.
-Every response ends in the EOS, once, even when it is cut. Never pads, never shuffles, reads no file.
+Prompt and response are encoded so that all responses of a group share the prompt's ids, and for text
+without special tokens prompt ids + response ids are the ids of the rendered conversation; where a merge
+across the seam would give other ids, the two are encoded apart and the case is counted. Every response ends
+in the EOS, once, even when it is cut. Never pads, never shuffles.
 """
 
 import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
-from hafrm.data.lengths import LengthPolicy
+from hafrm.atomic import atomic_write
+from hafrm.data.chat_template import prepare_tokenizer, save_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer
 from hafrm.data.special_tokens import SpecialTokens
-from hafrm.data.template import written_around_turns
-from hafrm.data.tokenizer import prepare, write_no_habits
-from hafrm.errors import ModelError
+from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
+from hafrm.resumable import cache_folder
 
-# Enough for the tokenizer to work on many texts at once, little enough to hold all their text.
+# enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _RESPONSES_AT_ONCE = 2048
-# Part of the fingerprint: raise it when the same input comes to give other ids.
+# part of the cache key: raise it when the same input comes to give other ids
 _SCHEME = "hafrm-encoding-1"
+
+
+class FittedIds(NamedTuple):
+    """Ids that fit, and what was cut to make them fit."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    prompt_cut: bool = False
+    responses_cut: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPolicy:
+    """At most `max_length` tokens for a prompt with any one of its responses.
+
+    When they exceed it, the prompt loses its oldest tokens (but keeps a BOS), down to `max_prompt_length`
+    tokens (None: half of max_length) or to what the longest response leaves, if that is more; then the
+    responses lose their last ones (but keep the EOS). too_long="drop" leaves the whole group out instead.
+    """
+
+    max_length: int
+    max_prompt_length: int | None = None
+    too_long: Literal["cut", "drop"] = "cut"
+
+    def __post_init__(self) -> None:
+        if self.too_long not in ("cut", "drop"):
+            raise ConfigError(f'data.too_long must be "cut" or "drop", got {self.too_long!r}.')
+        # two on each side: BOS and a token of the prompt, a token of the response and EOS
+        if not 2 <= self.min_prompt_room <= self.max_length - 2:
+            raise ConfigError(
+                "data.max_prompt_length must be between 2 and data.max_length - 2, got "
+                f"{self.min_prompt_room} with max_length {self.max_length}: a prompt or a response would "
+                "become empty. Raise data.max_length."
+            )
+
+    @property
+    def min_prompt_room(self) -> int:
+        """Tokens of a prompt that long responses cannot take away."""
+        return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
+
+    def fit(
+        self, prompt: list[int], responses: list[list[int]], bos_id: int | None
+    ) -> FittedIds | None:
+        """The ids cut to fit; None when they do not fit and are to be dropped."""
+        longest = max(len(ids) for ids in responses)
+        if len(prompt) + longest <= self.max_length:
+            return FittedIds(prompt, responses)
+        if self.too_long == "drop":
+            return None
+        room = max(self.min_prompt_room, self.max_length - longest)
+        prompt_cut = len(prompt) > room
+        if prompt_cut:
+            head = prompt[:1] if prompt[0] == bos_id else []
+            prompt = head + prompt[len(prompt) - room + len(head) :]
+        room = self.max_length - len(prompt)
+        cut = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in responses]
+        return FittedIds(prompt, cut, prompt_cut, sum(len(ids) > room for ids in responses))
 
 
 @dataclass(slots=True)
@@ -48,7 +109,7 @@ class EncodingReport:
     seam_merges: int = 0
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
     neutralised: int = 0
-    """Special tokens that people had typed, encoded as plain text."""
+    """Special tokens typed in messages, encoded as plain text."""
 
     def add(self, group: TokenizedGroup) -> None:
         """Count a finished group."""
@@ -63,11 +124,10 @@ class EncodingReport:
 
 
 class Encoder:
-    """Encodes groups with a model's chat template, under an explicit length policy.
+    """Encodes groups with a model's chat template, under an explicit length policy (`LengthPolicy`).
 
-    When the prompt and the longest response exceed `max_length` tokens, the prompt is cut on the
-    left to at least `max_prompt_length` (default: half of max_length), then responses on the right;
-    too_long="drop" leaves the whole group out instead. close=False scores other people's models.
+    close=True is for models that we train and export, close=False for other reward models, whose template
+    is used as it is.
     """
 
     def __init__(
@@ -81,8 +141,8 @@ class Encoder:
     ) -> None:
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
         self.close = close
-        self.tokenizer = prepare(tokenizer, close=close)
-        """Our own copy, the one that is exported; the tokenizer given stays as it was."""
+        self.tokenizer = prepare_tokenizer(tokenizer, close=close)
+        """Our own copy, the one that is exported; the tokenizer passed in stays as it was."""
         self.template = str(self.tokenizer.chat_template)
         self._backend = self.tokenizer.backend_tokenizer
         around = written_around_turns(self.tokenizer, self.template)
@@ -97,7 +157,7 @@ class Encoder:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
     @cached_property
-    def fingerprint(self) -> str:
+    def cache_key(self) -> str:
         """Hexadecimal digest of everything that decides which ids a group gets."""
         parts = [_SCHEME, self._backend.to_str(), self.template, self.close, self.lengths]
         parts += [self.tokenizer.bos_token_id, self.eos_id, self.pad_id]
@@ -108,63 +168,69 @@ class Encoder:
         return self._renderer.render(prompt, response)
 
     def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
-        """The groups as ids, in the order given, and counts of what was done to them.
+        """The groups as ids, in their order, and counts of what was done to them.
 
-        Comparisons may be absent: scoring encodes groups too. One group is given back for each one
-        taken unless too_long="drop".
+        Comparisons may be absent: scoring encodes groups too. There is one result per group unless
+        too_long="drop".
 
         Raises:
             DataError: a group without prompt or responses, with lone surrogates, or that the chat
                 template refuses.
         """
-        report = EncodingReport()
+        _, encoded, report = self.encode_indexed(groups)
+        return encoded, report
+
+    def encode_indexed(
+        self, groups: Sequence[Group]
+    ) -> tuple[list[int], list[TokenizedGroup], EncodingReport]:
+        """As `encode`, with the index among `groups` of each group that was not dropped."""
+        report, start = EncodingReport(), 0
+        indices: list[int] = []
         encoded: list[TokenizedGroup] = []
         for chunk in _chunks(groups):
-            for group in self._encode_chunk(chunk, report):
+            for index, group in self._encode_chunk(chunk, report):
                 report.add(group)
+                indices.append(start + index)
                 encoded.append(group)
-        return encoded, report
+            start += len(chunk)
+        return indices, encoded, report
 
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""
-        self.tokenizer.save_pretrained(directory)
-        write_no_habits(directory)
+        save_tokenizer(self.tokenizer, directory)
 
     def _encode_chunk(
         self, groups: list[Group], report: EncodingReport
-    ) -> Iterator[TokenizedGroup]:
-        texts, marker = self._renderer.render_groups(groups)
-        prompts = self._ids(marker.to_encode(t.prompt) for t in texts)
-        seams = [
-            self._seam(marker.to_encode(t.prompt), ids)
-            for t, ids in zip(texts, prompts, strict=True)
-        ]
-        joint = iter(
+    ) -> Iterator[tuple[int, TokenizedGroup]]:
+        rendered, marker = self._renderer.render_groups(groups)
+        prompts = [marker.to_encode(texts.prompt) for texts in rendered]
+        prompt_ids = self._ids(prompts)
+        # Only the prompt's end can influence the ids of a response: encode responses with that alone, so
+        # that a long prompt is not encoded again for each of them.
+        tails = [self._special.find_tail(*pair) for pair in zip(prompts, prompt_ids, strict=True)]
+        joint_ids = iter(
             self._ids(
-                before + marker.to_encode(response)
-                for t, (before, _) in zip(texts, seams, strict=True)
-                for response in t.responses
+                prompt[tail.char :] + marker.to_encode(response)
+                for prompt, tail, texts in zip(prompts, tails, rendered, strict=True)
+                for response in texts.responses
             )
         )
-        for group, t, prompt_ids, (_, before_ids) in zip(
-            groups, texts, prompts, seams, strict=True
-        ):
+        for index, (group, texts) in enumerate(zip(groups, rendered, strict=True)):
             where = f"Group {group.id!r} (source {group.source!r})"
-            responses = []
-            for response in t.responses:
-                ids = self._behind(before_ids, next(joint), marker.to_encode(response), report)
+            before, responses = prompt_ids[index][tails[index].token :], []
+            for response in texts.responses:
+                ids = self._response_ids(
+                    before, next(joint_ids), marker.to_encode(response), report
+                )
                 responses.append(self._checked(marker.spell(ids, response, where), where))
-            prompt = marker.spell(prompt_ids, t.prompt, where)
+            prompt = marker.spell(prompt_ids[index], texts.prompt, where)
             fitted = self.lengths.fit(prompt, responses, self.tokenizer.bos_token_id)
             if fitted is None:
                 report.dropped += 1
                 continue
             report.prompts_cut += fitted.prompt_cut
             report.responses_cut += fitted.responses_cut
-            kept = tuple(_array(ids) for ids in fitted.responses)
-            yield TokenizedGroup(
-                _array(fitted.prompt), kept, group.comparisons, group.id, group.source, group.tags
-            )
+            yield index, _tokenized(group, *map(_array, (fitted.prompt, *fitted.responses)))
         report.neutralised += marker.num_marked
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
@@ -175,19 +241,14 @@ class Encoder:
         ids = {text: encoding.ids for text, encoding in zip(distinct, encodings, strict=True)}
         return [ids[text] for text in wanted]
 
-    def _seam(self, prompt: str, prompt_ids: list[int]) -> tuple[str, list[int]]:
-        """The end of the prompt that can influence the response's ids, as text and ids."""
-        tail = self._special.find_tail(prompt, prompt_ids)
-        return prompt[tail.char :], prompt_ids[tail.token :]
-
-    def _behind(
+    def _response_ids(
         self, before: list[int], joint: list[int], response: str, report: EncodingReport
     ) -> list[int]:
-        """The response's ids: what follows the prompt's in the joint encoding, or encoded apart."""
+        """The response's ids: those behind the prompt's in the joint encoding, or encoded apart."""
         if joint[: len(before)] == before:
             return joint[len(before) :]
         report.seam_merges += 1
-        # Something in front keeps some tokenizers from writing a blank that they put before every text.
+        # something in front: else some tokenizers write the blank that starts every text
         for front in ("\n", self._special.placeholder):
             front_ids, whole = self._ids([front, front + response])
             if front_ids and whole[: len(front_ids)] == front_ids:
@@ -195,13 +256,68 @@ class Encoder:
         return self._ids([response])[0]
 
     def _checked(self, ids: list[int], where: str) -> list[int]:
-        """The response's ids, which end in the only EOS among them (unless the template is literal)."""
+        """The response's ids, which end in the only EOS among them (unless the template is foreign)."""
         if self.close and not (ids and ids[-1] == self.eos_id and ids.count(self.eos_id) == 1):
             raise ModelError(
                 f"{where}: the chat template does not end this response in exactly one EOS "
                 f"{self.tokenizer.eos_token!r}. Repair tokenizer.chat_template, or set it to None."
             )
         return ids
+
+
+def encode_cached(
+    encoder: Encoder, groups: Sequence[Group]
+) -> tuple[list[TokenizedGroup], EncodingReport]:
+    """As encoder.encode, from the cache on disk where the same texts were encoded before.
+
+    The cache key covers everything that decides the ids; margins, tags and names are taken from `groups`.
+    A damaged file is written again. Raises what encoder.encode raises.
+    """
+    digest = hashlib.sha256(encoder.cache_key.encode())
+    for group in groups:
+        texts = [[[m.role, m.content] for m in group.prompt], group.responses]
+        digest.update(json.dumps(texts).encode())
+        # the report counts comparisons that become indistinct
+        digest.update(repr([(c.chosen, c.rejected) for c in group.comparisons]).encode())
+    file = cache_folder("encoded") / f"{digest.hexdigest()}.safetensors"
+    if (cached := _read_cached(file, groups)) is not None:
+        return cached
+    indices, encoded, report = encoder.encode_indexed(groups)
+    ids = [part for group in encoded for part in (group.prompt_ids, *group.response_ids)]
+    arrays = {  # all ids end to end, the lengths to cut them by, and which groups were not dropped
+        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
+        "lengths": np.array([len(part) for part in ids], np.int64),
+        "kept": np.array(indices, np.int64),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, save(arrays, metadata={"report": json.dumps(asdict(report))}))
+    return encoded, report
+
+
+def _read_cached(
+    file: Path, groups: Sequence[Group]
+) -> tuple[list[TokenizedGroup], EncodingReport] | None:
+    """The cached ids with the groups that they belong to; None if there is nothing usable."""
+    try:
+        with safe_open(file, framework="numpy") as content:
+            ids, lengths, indices = (content.get_tensor(n) for n in ("ids", "lengths", "kept"))
+            report = EncodingReport(**json.loads(content.metadata()["report"]))
+    except (FileNotFoundError, SafetensorError):
+        return None
+    ids.flags.writeable = False
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    parts = iter([ids[start:end] for start, end in itertools.pairwise(bounds)])
+    encoded = []
+    for index in indices.tolist():
+        group = groups[index]
+        encoded.append(_tokenized(group, *itertools.islice(parts, 1 + len(group.responses))))
+    return encoded, report
+
+
+def _tokenized(
+    group: Group, prompt: NDArray[np.int32], *responses: NDArray[np.int32]
+) -> TokenizedGroup:
+    return TokenizedGroup(prompt, responses, group.comparisons, group.id, group.source, group.tags)
 
 
 def _chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:

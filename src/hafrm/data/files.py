@@ -1,9 +1,8 @@
-"""Files of preference data -> numbered raw rows, by their suffix: JSON, JSON lines, CSV, Parquet.
+"""Files and hub data sets -> numbered raw rows; nothing here knows what a row means.
 
-Nothing here knows what a row means. A line that cannot be decoded becomes a `Refusal` in its place,
-so that it is counted; a file that cannot be read at all is a `DataError`. Row numbers start at 0 and
-are line numbers for JSON lines, record numbers (without the header) otherwise. pyarrow is imported
-only when a file needs it.
+A line that cannot be decoded becomes a `Refusal` in its place, so that it is counted; a file that cannot
+be read at all is a `DataError`. Row numbers start at 0: line numbers of JSON lines, record numbers (without
+the header) of everything else. pyarrow and datasets are imported only where they are needed.
 """
 
 import csv
@@ -14,6 +13,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from hafrm.data.values import Refusal, show
 from hafrm.errors import DataError
 
-Numbered = Iterator[tuple[int, object]]
+NumberedRows = Iterator[tuple[int, object]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _TEXT_CELLS = frozenset({"prompt", "chosen", "rejected", "response"})
@@ -30,6 +30,10 @@ _JSON_CELLS = frozenset(
     {"context", "responses", "completions", "ranks", "ranking", "scores", "ratings", "votes"}
 )
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
+_HUB_NAME = re.compile(
+    r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
+    r":(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)"
+)
 
 
 def stem(path: Path) -> str:
@@ -41,30 +45,30 @@ def stem(path: Path) -> str:
 
 
 def is_known_kind(path: Path) -> bool:
-    """Whether the name is one of a file that rows can be read from."""
+    """Whether rows can be read from a file of this name."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     return last in _READERS or (last in _OPENERS and before in _READERS and before != ".parquet")
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The readable files below a folder that match the first pattern for which there are any.
+    """The readable files below a folder that match the first pattern that matches any.
 
-    A pattern is matched, in lower case, with the path relative to the folder; "*" crosses slashes.
+    A pattern is compared, in lower case, with the path relative to the folder; "*" crosses slashes.
     """
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and (set(map(str.lower, path.suffixes[-2:])) & _READERS.keys())
     )
+    names = [path.relative_to(folder).as_posix().lower() for path in files]
     for pattern in patterns:
-        names = ((path, path.relative_to(folder).as_posix().lower()) for path in files)
-        found = [path for path, name in names if fnmatch(name, pattern.lower())]
-        if found:
-            return found
+        matches = [f for f, n in zip(files, names, strict=True) if fnmatch(n, pattern.lower())]
+        if matches:
+            return matches
     return []
 
 
-def read_file(path: Path) -> Numbered:
+def read_file(path: Path) -> NumberedRows:
     """(row number, row or `Refusal`) of every row of a file, in order.
 
     Raises `DataError` when it is missing, of an unknown kind, damaged or not UTF-8.
@@ -75,15 +79,14 @@ def read_file(path: Path) -> Numbered:
         raise DataError(f"{path} is a directory; name the files in it one by one")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in _READERS or (packed and kind == ".parquet"):
+    if not is_known_kind(path):
         raise DataError(
             f"{path}: unknown kind of file; allowed are {', '.join(_READERS)}, "
             f"and the text ones with {' or '.join(_OPENERS)}"
         )
     number = -1
     try:
-        for number, row in _READERS[kind](path, packed):
+        for number, row in _READERS[suffixes[-1]](path, packed):
             yield number, row
     except UnicodeDecodeError as error:
         raise DataError(
@@ -98,7 +101,7 @@ def _open_text(path: Path, packed: str, newline: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
-def _read_jsonl(path: Path, packed: str) -> Numbered:
+def _read_jsonl(path: Path, packed: str) -> NumberedRows:
     with _open_text(path, packed, "\n") as lines:
         for number, line in enumerate(lines):
             if line.strip():
@@ -112,28 +115,26 @@ def _decode(text: str) -> object:
         return Refusal("unreadable row", f"not JSON: {error}: {show(text)}")
 
 
-def _read_json(path: Path, packed: str) -> Numbered:
+def _read_json(path: Path, packed: str) -> NumberedRows:
     with _open_text(path, packed, "\n") as stream:
         text = stream.read()
     try:
         content = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON: {error}; name it .jsonl if it has one object per line"
-        ) from error
+        hint = "name it .jsonl if it has one object per line"
+        raise DataError(f"{path} is not JSON: {error}; {hint}") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
-        raise DataError(
-            f"{path} must hold a list of rows or {{'data': [...]}}, got {show(content)}"
-        )
+        form = "a list of rows or {'data': [...]}"
+        raise DataError(f"{path} must hold {form}, got {show(content)}")
     yield from enumerate(rows)
 
 
-def _read_csv(path: Path, packed: str) -> Numbered:
+def _read_csv(path: Path, packed: str) -> NumberedRows:
     old_limit = csv.field_size_limit(2**31 - 1)  # rows have their own limit, not csv's 128 KiB
     try:
         with _open_text(path, packed, "") as stream:
-            records = _read_records(csv.reader(stream, strict=True), path)
+            records = _csv_records(csv.reader(stream, strict=True), path)
             header = next(records, [])
             if isinstance(header, Refusal) or len(set(header)) < len(header):
                 raise DataError(f"{path} needs a first line of distinct column names: {header}")
@@ -143,7 +144,7 @@ def _read_csv(path: Path, packed: str) -> Numbered:
         csv.field_size_limit(old_limit)
 
 
-def _read_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str] | Refusal]:
+def _csv_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str] | Refusal]:
     last: list[str] = []
     while True:
         try:
@@ -152,9 +153,8 @@ def _read_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str]
             return
         except csv.Error as error:
             if "end of data" in str(error):  # all rows behind the open quote are in this one cell
-                raise DataError(
-                    f"{path} has a quote that never closes, after {show(last)}"
-                ) from error
+                problem = f"a quote that never closes, after {show(last)}"
+                raise DataError(f"{path} has {problem}") from error
             yield Refusal("unreadable row", f"not CSV: {error}")
         else:
             if cells:  # not an empty line
@@ -165,16 +165,16 @@ def _read_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str]
 def _csv_row(header: list[str], cells: list[str]) -> object:
     if len(cells) != len(header):
         return Refusal("unreadable row", f"{len(cells)} cells, but the header has {len(header)}")
-    row: dict[str, object] = {}
-    for column, cell in zip(header, cells, strict=True):
-        # text columns keep an empty cell, so that it is reported as empty and not as missing
-        if cell or column in _TEXT_CELLS:
-            row[column] = _csv_value(column, cell)
+    row = {
+        column: _csv_value(column, cell)
+        for column, cell in zip(header, cells, strict=True)
+        if cell or column in _TEXT_CELLS  # an empty text is reported as empty, not as missing
+    }
     return next((value for value in row.values() if isinstance(value, Refusal)), row)
 
 
 def _csv_value(column: str, cell: str) -> object:
-    """The cell as its column wants it: a number, JSON, or text unless it clearly is messages."""
+    """The cell as its column needs it: a number, JSON, or text unless it clearly is messages."""
     if column in _NUMBER_CELLS:
         try:
             return float(cell)
@@ -185,11 +185,10 @@ def _csv_value(column: str, cell: str) -> object:
     return _decode(cell) if column in _JSON_CELLS or _MESSAGES.match(cell) else cell
 
 
-def _read_parquet(path: Path, packed: str) -> Numbered:
+def _read_parquet(path: Path, _: str) -> NumberedRows:
     import pyarrow as pa  # noqa: PLC0415  (0.2 s, and only for this kind of file)
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    assert not packed
     number = 0
     try:
         with pq.ParquetFile(path) as table:
@@ -201,10 +200,58 @@ def _read_parquet(path: Path, packed: str) -> Numbered:
         raise DataError(f"{path} is not readable as Parquet: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path, str], Numbered]] = {
+_READERS: dict[str, Callable[[Path, str], NumberedRows]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class HubSet:
+    """One split of a data set on the Hugging Face hub."""
+
+    name: str
+    split: str = "train"
+    config: str | None = None
+    folder: str | None = None
+    """The folder in the repository, where it has several that are no configs."""
+    file: str | None = None
+    """The file in the repository, where only a loading script names it (datasets runs none any more)."""
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        """As it is written in a recipe, as far as that is possible."""
+        within = [part for part in (self.config or self.folder, self.split) if part]
+        revision = f"@{self.revision}" if self.revision else ""
+        return ":".join([f"hub:{self.name}{revision}", *within])
+
+
+def parse_hub(location: str) -> HubSet:
+    """The data set that "hub:name[@revision][:config]:split" names; raises `DataError` otherwise."""
+    match = _HUB_NAME.fullmatch(location)
+    if match is None:
+        raise DataError(f"{location!r} is not of the form hub:name[@revision][:config]:split")
+    return HubSet(match["name"], match["split"], match["config"], revision=match["revision"])
+
+
+def read_hub(hub: HubSet) -> NumberedRows:
+    """(row number, row) of every row, in order; raises `DataError` when it cannot be loaded."""
+    import datasets  # noqa: PLC0415  (1.4 s)
+
+    try:
+        if hub.file is not None:
+            builder = "parquet" if hub.file.endswith(".parquet") else "json"
+            revision = f"@{hub.revision}" if hub.revision else ""
+            url = f"hf://datasets/{hub.name}{revision}/{hub.file}"
+            table = datasets.load_dataset(builder, data_files=url, split="train")
+        else:
+            folder = {} if hub.folder is None else {"data_dir": hub.folder}
+            table = datasets.load_dataset(
+                hub.name, hub.config, split=hub.split, revision=hub.revision, **folder
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{hub} cannot be loaded: {error}") from error
+    yield from enumerate(table)

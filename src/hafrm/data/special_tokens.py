@@ -1,9 +1,9 @@
-"""Special tokens: those that the template writes count, those that people type are only text.
+"""Special tokens: only the template writes them; typed inside a message they are plain text.
 
-`<|im_end|>` typed inside a message would end the turn for the model, and a forged turn would be the
-one that is judged. So each special token found in people's text is replaced by a mark before the
-template is rendered, encoded as a placeholder token, and at last spelled out as plain text.
-Text without special tokens passes unchanged. Knows ids and strings, no templates and no groups.
+`<|im_end|>` typed inside a message would end the turn for the model, and a forged turn would be scored. So
+each special token in a message is replaced by a mark before the template is rendered, encoded as a
+placeholder token, and finally spelled out as plain text. Text without special tokens passes unchanged. This
+module knows ids and strings, no templates and no groups.
 """
 
 import hashlib
@@ -20,21 +20,21 @@ from hafrm.errors import DataError, ModelError
 
 
 class Tail(NamedTuple):
-    """Where a text's last special token begins: no token after it depends on what stands before it."""
+    """Where a text's last special token begins: no token after it depends on the text before it."""
 
     char: int
     token: int
 
 
 class SpecialTokens:
-    """The strings that a tokenizer turns into control ids, and the way to keep people's text from it.
+    """The strings that a tokenizer turns into control ids, and the ids of each string as plain text.
 
-    Special are the added tokens flagged so, the named ones (EOS, ...), and those that the template
+    These are the added tokens flagged as special, the named ones (EOS, ...), and those that the template
     writes around turns (`written`), since some ChatML tokenizers do not flag theirs. Blank ones are not.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, written: str) -> None:
-        self._backend = tokenizer.backend_tokenizer
+        backend = tokenizer.backend_tokenizer
         named = set(tokenizer.all_special_tokens)
         added = {
             index: token
@@ -44,42 +44,42 @@ class SpecialTokens:
         }
         self.texts = tuple(token.content for token in added.values())
         self.pattern = _any_of(self.texts)
-        # What splits a text without being special, such as <think>: a good place to cut, not to forbid.
+        # <think> and the like split a text without being special: good places to cut, allowed in messages
         self.boundary = _any_of(
             token.content
             for token in tokenizer.added_tokens_decoder.values()
             if not token.content.isspace()
         )
-        self._index = {text: number for number, text in enumerate(self.texts)}
+        self.index = {text: number for number, text in enumerate(self.texts)}
         ends = {tokenizer.bos_token, tokenizer.eos_token}
-        # Text may give <unk> without anybody having typed it; not so where it also is the EOS (GPT-2).
+        # plain text may encode to <unk>, except where <unk> also is the EOS (GPT-2)
         never = {tokenizer.unk_token} - ends
-        self._is_special = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.bool_)
-        self._is_special[[i for i, token in added.items() if token.content not in never]] = True
-        # A token that is found before normalisation splits a text into parts encoded independently.
+        self.is_special = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.bool_)
+        self.is_special[[i for i, token in added.items() if token.content not in never]] = True
+        # a token that is matched before normalisation splits a text into parts encoded independently
         self._splitting = frozenset(
             token.content
             for token in added.values()
-            if self._backend.normalizer is None or not token.normalized
+            if backend.normalizer is None or not token.normalized
         )
-        usable = [t for i, t in added.items() if self._is_special[i]]
+        usable = [t for i, t in added.items() if self.is_special[i]]
         usable.sort(key=lambda t: (t.lstrip or t.rstrip or t.single_word, t.content in ends))
         self.placeholder = usable[0].content if usable else ""
-        self._spellings = [
-            spell_out(self._backend, token.content, self._is_special) for token in added.values()
+        self.spellings = [
+            spell_out(backend, token.content, self.is_special) for token in added.values()
         ]
 
     def find_tail(self, text: str, ids: Sequence[int]) -> Tail:
         """The start of the last special token in a text and in its ids; (0, 0) when there is none."""
-        found = list(self.pattern.finditer(text))
-        if not found or found[-1][0] not in self._splitting:
+        matches = list(self.pattern.finditer(text))
+        places = np.flatnonzero(self.is_special[ids])
+        if not matches or matches[-1][0] not in self._splitting or not places.size:
             return Tail(0, 0)
-        places = np.flatnonzero(self._is_special[ids])
-        return Tail(found[-1].start(), int(places[-1])) if places.size else Tail(0, 0)
+        return Tail(matches[-1].start(), int(places[-1]))
 
 
 class Marker:
-    """Marks for the special tokens typed in some texts; no part of those texts can pass for a mark."""
+    """Marks for the special tokens typed in some texts; no part of those texts looks like a mark."""
 
     def __init__(self, special: SpecialTokens, texts: Iterable[str]) -> None:
         self._special = special
@@ -90,41 +90,39 @@ class Marker:
 
     def mark(self, text: str) -> str:
         """The text with a mark in place of each special token; counted in `num_marked`."""
-        index = self._special._index
+        index = self._special.index
         marked, count = self._special.pattern.subn(lambda m: f"{self.word}x{index[m[0]]}x", text)
         self.num_marked += count
         return marked
 
     def to_encode(self, marked: str) -> str:
-        """A rendered text with the placeholder token in place of each mark: what the tokenizer is given."""
-        return (
-            self._mark.sub(lambda _: self._special.placeholder, marked)
-            if self.num_marked
-            else marked
-        )
+        """A rendered text with the placeholder token in place of each mark: the tokenizer's input."""
+        if not self.num_marked:
+            return marked
+        return self._mark.sub(lambda _: self._special.placeholder, marked)
 
     def spell(self, ids: list[int], marked: str, where: str) -> list[int]:
-        """The ids of a rendered text, the placeholders spelled out as what people typed.
+        """The ids of a rendered text, the placeholders spelled out as the text that was typed.
 
-        Special tokens in the text and special ids answer one to one, in order; so this is also the
-        check that no content became a special id.
+        Special tokens in the text and special ids correspond one to one, in order, so this also checks
+        that no content became a special id.
 
         Raises:
             DataError: when they do not (a normaliser turned other characters into a special token).
         """
-        places = np.flatnonzero(self._special._is_special[ids])
-        found = list(self._either.finditer(marked))
-        if len(found) != places.size:
+        places = np.flatnonzero(self._special.is_special[ids])
+        matches = list(self._either.finditer(marked))
+        if len(matches) != places.size:
             raise DataError(
-                f"{where}: its text holds {len(found)} special tokens but encodes to {places.size}: "
+                f"{where}: its text holds {len(matches)} special tokens but encodes to {places.size}: "
                 "some of it is turned into a special token by the tokenizer. Remove it from the data."
             )
         if not self.num_marked:
             return ids
         spelled, start = list[int](), 0
-        for match, place in zip(found, places.tolist(), strict=True):
+        for match, place in zip(matches, places.tolist(), strict=True):
             if match[1] is not None:
-                spelled += [*ids[start:place], *self._special._spellings[int(match[1])]]
+                spelled += [*ids[start:place], *self._special.spellings[int(match[1])]]
                 start = place + 1
         return spelled + ids[start:]
 
@@ -140,14 +138,14 @@ def spell_out(backend: Tokenizer, text: str, is_special: NDArray[np.bool_]) -> l
         if not is_special[ids].any():
             return ids
     raise ModelError(
-        f"The special token {text!r} cannot be told from the same text typed by people: the vocabulary "
-        "holds it as an ordinary piece. Choose another token for this purpose (eos, pad, ...)."
+        f"The special token {text!r} cannot be distinguished from the same text typed in a message: the "
+        "vocabulary has it as an ordinary piece. Choose another token for this purpose (eos, pad, ...)."
     )
 
 
 def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
-    """Ids without any added token. A line break in front, cut off again, keeps some tokenizers from
-    writing the blank that they put before every text."""
+    """Ids without any added token."""
+    # a line break in front, cut off again: else some tokenizers write the blank that starts every text
     whole, line_break = _model_ids(backend, "\n" + text), _model_ids(backend, "\n")
     if whole[: len(line_break)] == line_break:
         return whole[len(line_break) :]
@@ -155,7 +153,7 @@ def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
 
 
 def _model_ids(backend: Tokenizer, text: str) -> list[int]:
-    """What the vocabulary's model gives for the normalised and pre-split text."""
+    """The ids that the vocabulary's model gives for the normalised and pre-split text."""
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     words = [text]
@@ -165,16 +163,14 @@ def _model_ids(backend: Tokenizer, text: str) -> list[int]:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest where several begin: as the tokenizer finds its tokens."""
+    """Matches any of the texts, the longest where several match, as the tokenizer does."""
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _absent_word(texts: list[str]) -> str:
-    """A word that none of the texts contains, the same every time for the same texts.
-
-    Its only h is the first letter, so that no end of a text can complete another one.
-    """
+    """A word that none of the texts contains, always the same for the same texts."""
+    # the word's only h is its first letter, so that no end of a text can complete another word
     word = "h0"
     while any(word in text for text in texts):
         word = "h" + hashlib.sha256(word.encode()).hexdigest()[:16]

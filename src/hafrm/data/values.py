@@ -1,8 +1,8 @@
-"""Single values of a raw row, checked: text, lists, numbers, votes; and why a row is refused.
+"""Single values of a raw row, checked: text, lists, numbers, votes; and why a row is refused or left out.
 
-Rows come from strangers, so every value may be of any type and size. A check returns the value in
-its proper type or raises `RefusedError` with one of `REASONS`; it never repairs. What is shown of
-a bad value is short and safe to print. Standard library only.
+Rows come from anywhere, so a value may be of any type and size. A check returns the value in its proper
+type or raises `RefusedError` with one of `REASONS`; it never repairs. Quoted values are short and safe to
+print. Standard library only.
 """
 
 import math
@@ -20,33 +20,36 @@ Reason = Literal[
     "prompts differ",
     "wrong roles",
     "not a string",
-    "non-finite margin",
-    "bad number",
+    "non-finite margin",  # a margin or weight that is no usable number
+    "bad number",  # votes, ranks, scores
     "too long",
-    "lone surrogate",
+    "lone surrogate",  # and NUL
     "duplicate",
     "missing column",
     "unreadable row",
-    "not encodable",
+    "not encodable",  # the chat template or the tokenizer refuses it
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
-"""Every reason for which a row can be refused. A margin or weight that is no usable number is a
-"non-finite margin"; votes, ranks and scores are a "bad number"; NUL counts as "lone surrogate"; what
-a chat template or a tokenizer refuses is "not encodable"."""
 
 MAX_CHARS = 200_000
-"""Default bound on a prompt or response in characters, set before any tokenizer sees them."""
+"""Default limit of a prompt or response in characters, checked before any tokenizer sees it."""
 
 
 class Refusal(NamedTuple):
-    """Why a row was refused: one of `REASONS`, and what was seen."""
+    """Why a row is bad: one of `REASONS`, and the value that was seen."""
 
     reason: str
     detail: str
 
 
+class LeftOut(NamedTuple):
+    """Why a good row of a published set is not used; rows are counted by reason."""
+
+    reason: str
+
+
 class RefusedError(Exception):
-    """A rule is broken; `refusal` says which. It never leaves the reading of one row."""
+    """A row breaks a rule; raised and caught within the reading of one row."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
@@ -85,7 +88,7 @@ def as_list(value: object, column: str) -> list[Any]:
 
 
 def as_label(value: object, column: str) -> str:
-    """An id or a tag; numbers are written out."""
+    """An id or a tag as text."""
     if not isinstance(value, str | int | float):
         refuse("not a string", f"`{column}` must be text or a number, got {show(value)}")
     check_text(str(value), f"`{column}`")
@@ -93,36 +96,15 @@ def as_label(value: object, column: str) -> str:
 
 
 def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
-    """A finite number; text and booleans are none, whatever they look like."""
+    """A finite number; text and booleans are refused, whatever they look like."""
     try:
-        number = (
-            math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-        )
-    except OverflowError:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    except OverflowError:  # an integer above 1e308
         number = math.inf
     if not math.isfinite(number):
         refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
     return number
-
-
-def as_margin(value: object) -> float:
-    """The margin of a row in reward units; 0 when it has none."""
-    return 0.0 if value is None else as_number(value, "margin", "non-finite margin")
-
-
-def as_weight(value: object) -> float:
-    """The weight of a row's comparisons, not negative; 1 when it has none."""
-    weight = 1.0 if value is None else as_number(value, "weight", "non-finite margin")
-    if weight < 0:
-        refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
-    return weight
-
-
-def as_tie(value: object, label: object) -> bool:
-    """Whether a row says that neither side was preferred: `tie: true` or `label: "tie"`."""
-    if value is not None and not isinstance(value, bool):
-        refuse("bad number", f"`tie` must be true or false, got {show(value)}")
-    return bool(value) or (isinstance(label, str) and label.strip().lower() == "tie")
 
 
 def as_votes(value: object) -> Votes | None:
@@ -135,32 +117,38 @@ def as_votes(value: object) -> Votes | None:
         counts = dict(value) if isinstance(value, Mapping) else {}
     if not {"chosen", "rejected"} <= counts.keys() <= set(Votes._fields):
         refuse("bad number", f"`votes` must count chosen, rejected and tie, got {show(value)}")
-    # a column that some rows fill comes back from Parquet as null in the others
-    numbers = {
-        name: 0.0 if count is None else as_number(count, "votes") for name, count in counts.items()
-    }
+    # a column that only some rows fill comes back from Parquet as null in the others
+    numbers = {k: 0.0 if n is None else as_number(n, "votes") for k, n in counts.items()}
     if any(number < 0 or number % 1 for number in numbers.values()):
         refuse("bad number", f"`votes` must be whole and not negative, got {show(value)}")
     return Votes(**{name: int(number) for name, number in numbers.items()})
 
 
+def cell_of(row: Mapping[Any, Any], column: str) -> Any:
+    """The value in a column, whatever it is."""
+    if column not in row:
+        columns = show([str(name)[:40] for name in row])
+        refuse("missing column", f"no `{column}`; columns: {columns}")
+    return row[column]
+
+
 def text_of(row: Mapping[Any, Any], column: str) -> str:
-    """The text in a column that the row has."""
-    value = row[column]
+    """The text in a column."""
+    value = cell_of(row, column)
     if not isinstance(value, str):
         refuse("not a string", f"`{column}` must be text, got {show(value)}")
     return value
 
 
 def number_of(row: Mapping[Any, Any], column: str) -> float:
-    """The finite number in a column that the row has."""
-    return as_number(row[column], column)
+    """The finite number in a column."""
+    return as_number(cell_of(row, column), column)
 
 
 def choice_of(row: Mapping[Any, Any], column: str, allowed: Sequence[Any]) -> Any:
-    """The value of a column that the row has, which must be one of those allowed, type included."""
-    value = row[column]
-    # 1 == True, and neither stands for the other here
+    """The value in a column, which must be one of those allowed, type included."""
+    value = cell_of(row, column)
+    # 1 == True in Python, but a label 1 is not a label True
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
         choices = ", ".join(map(str, allowed))
         refuse("bad number", f"`{column}` must be one of {choices}; got {show(value)}")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_directory, atomic_write
-from hafrm.config import build_recipe
 from hafrm.demo.base_model import pretrain
 from hafrm.evaluation import evaluate
 from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.reporting.page import missing_packages, write_report
 from hafrm.results import write_result
 from hafrm.scoring.model_card import write_cards

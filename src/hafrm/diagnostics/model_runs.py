@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from hafrm.config import load_recipe
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.calibration import margin_histogram, temperature
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
@@ -43,6 +42,7 @@ from hafrm.evaluation.heads import (
 from hafrm.evaluation.metrics import agreement, calibration, pairwise_accuracy
 from hafrm.preferences import Group, TokenizedGroup, prompt_key
 from hafrm.progress import OnProgress, no_progress
+from hafrm.recipe_file import load_recipe
 from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder, load_policy
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
 from hafrm.scoring.states import last_states, some_responses

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
-from hafrm.data.readers import Reading, read
+from hafrm.data.reader import PreferenceData, read_preferences
 from hafrm.errors import DataError, NumericsError
 from hafrm.preferences import Comparison, Group, prompt_key
 
 Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
-"""One source or several, as `hafrm.data.readers.read` has them, or a list of rows."""
+"""One source or several, as `hafrm.data.reader.read_preferences` has them, or a list of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,9 @@ class Comparisons:
         return [(self.groups[i], pair) for i, pair in zip(self.owner, self.pairs, strict=True)]
 
 
-def read_comparisons(data: Data, max_bad_fraction: float = 0.02) -> tuple[Reading, Comparisons]:
+def read_comparisons(
+    data: Data, max_bad_fraction: float = 0.02
+) -> tuple[PreferenceData, Comparisons]:
     """What the data holds, and the comparisons among the groups that have some.
 
     Raises DataError if no comparison is decided, and what `read` raises.
@@ -137,7 +139,7 @@ def read_comparisons(data: Data, max_bad_fraction: float = 0.02) -> tuple[Readin
     else:
         # a list of rows is one source
         sources = [data] if len(data) and isinstance(data[0], Mapping) else list(data)
-    reading = read(sources, max_bad_fraction=max_bad_fraction)
+    reading = read_preferences(sources, max_bad_fraction=max_bad_fraction)
     comparisons = Comparisons.of([group for group in reading.groups if group.comparisons])
     if not len(comparisons.decided()):
         names = ", ".join(dict.fromkeys(group.source for group in reading.groups))

@@ -158,7 +158,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
             _measure_set(name, comparisons.take(indices), scores.by_head)
             for name, indices in comparisons.sets().items()
         ),
-        num_bad_rows=len(reading.bad),
+        num_bad_rows=len(reading.bad_rows),
         left_out=reading.left_out,
         prompts_cut=scores.report.prompts_cut,
         responses_cut=scores.report.responses_cut,

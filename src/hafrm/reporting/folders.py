@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from hafrm.errors import CheckpointError
 from hafrm.run_folder import read_json_lines
@@ -153,8 +154,8 @@ def _json(path: Path) -> Json:
 
 def _yaml(text: str, path: Path) -> Json:
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        found = YAML(typ="safe").load(text)
+    except YAMLError as error:
         raise CheckpointError(f"{path} is not YAML ({error}): mend it, or remove it") from error
     return found if isinstance(found, dict) else {}
 

@@ -22,13 +22,13 @@ from jaxtyping import Float
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.best_of_n.judges import PairJudge, PairVerdict, ReplyPair
 from hafrm.best_of_n.picks import Wins, measure_wins, wins_table
-from hafrm.config import load_as
 from hafrm.data.encoding import Encoder
 from hafrm.engine.sampling import sample
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.preferences import Message
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe import ModelSection
+from hafrm.recipe_file import load_as
 from hafrm.results import read_result, write_result
 from hafrm.rlhf.actor import response_text
 from hafrm.rlhf.prompts import Prompt, fit_prompts, read_prompts
@@ -272,7 +272,7 @@ class ComparisonWorker:
         judge = self.recipe.evaluation.judge
         content = [
             model_digest(policy),
-            encoder.fingerprint,
+            encoder.cache_key,
             [prompt.messages for prompt in prompts],
             self.recipe.sampling.model_dump(),
             seed,

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.mixing import split_by_prompt, without_prompts
-from hafrm.data.readers import read
+from hafrm.data.reader import read_preferences
+from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import PromptSection
@@ -77,7 +77,7 @@ def read_prompts(
     sources: Sequence[str], data: PromptSection, bad_rows_file: Path | None = None
 ) -> list[Group]:
     """The distinct prompts of sources, in their order, by the section's rules for bad rows."""
-    reading = read(
+    reading = read_preferences(
         sources,
         max_bad_fraction=data.max_bad_fraction,
         bad_rows_file=bad_rows_file,

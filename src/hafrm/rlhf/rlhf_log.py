@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.config import dump_recipe
+from hafrm.recipe_file import dump_recipe
 from hafrm.rlhf.held_out import HeldOut
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.run_folder import RunFolder

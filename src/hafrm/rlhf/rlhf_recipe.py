@@ -1,7 +1,7 @@
 """What an RLHF recipe may say: every key, with its type, bounds, default, unit and the paper's value.
 
-The paper is HAF-RM (arXiv 2407.04185), its values those of its released PPO script. Read and rollouts as
-training recipes are (`hafrm.config.load_as`); sections that mean the same are the same. Nothing here
+The paper is HAF-RM (arXiv 2407.04185), its values those of its released PPO script. Read and written as
+training recipes are (`hafrm.recipe_file.load_as`); sections that mean the same are the same. Nothing here
 touches a file or imports torch.
 """
 

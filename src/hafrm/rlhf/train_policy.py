@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from hafrm.best_of_n.candidate_scores import GoldReward
-from hafrm.config import dump_recipe, load_as
 from hafrm.errors import CheckpointError, ConfigError
+from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.rlhf.ppo import run_ppo
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun

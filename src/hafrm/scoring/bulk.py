@@ -253,7 +253,7 @@ def _decides(model: str | Path, inputs: Sequence[Input], options: BulkOptions) -
     encoder = load_encoder(model, load_config(model), options.max_length, too_long)
     return {
         "model": model_digest(model),
-        "tokenizer": encoder.fingerprint,
+        "tokenizer": encoder.cache_key,
         "template": encoder.template_sha256,
         "max_length": encoder.lengths.max_length,
         "too_long": too_long,

@@ -24,7 +24,7 @@ from hafrm.atomic import (
     fingerprint,
     lock_directory,
 )
-from hafrm.data.readers import BadRow
+from hafrm.data.reader import BadRow
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
 from hafrm.scoring.inputs import Shard

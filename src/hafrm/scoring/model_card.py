@@ -6,10 +6,11 @@ writes it, and `hafrm train` writes it anew when the test sets have been evaluat
 
 import json
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from hafrm.atomic import atomic_write
 from hafrm.run_folder import RunFolder
@@ -55,7 +56,7 @@ class _Known:
 
     def __init__(self, run: RunFolder) -> None:
         self.name = run.path.resolve().name
-        self.recipe: dict[str, Any] = yaml.safe_load(run.recipe_text())
+        self.recipe: dict[str, Any] = YAML(typ="safe").load(run.recipe_text())
         sessions = _json(run.provenance_path).get("sessions") or [{}]
         self.session: dict[str, Any] = sessions[-1]
         self.test = _json(run.path / "test.json")
@@ -173,8 +174,9 @@ class _Known:
 
 
 def _page(head: Mapping[str, Any], *parts: str) -> str:
-    front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n" + "\n\n".join(part.strip() for part in parts) + "\n"
+    front = StringIO()
+    YAML().dump(dict(head), front)
+    return f"---\n{front.getvalue()}---\n\n" + "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _share(estimate: Mapping[str, Any]) -> str:

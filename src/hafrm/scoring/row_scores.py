@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.rows import parse_row
+from hafrm.data.parse import parse_row
 from hafrm.data.values import Refusal
 from hafrm.errors import DataError
 from hafrm.preferences import Group, TokenizedGroup

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hafrm.data.dialogues import check_prompt, read_prompt
 from hafrm.data.encoding import Encoder
+from hafrm.data.parse import check_prompt, read_prompt
 from hafrm.data.values import MAX_CHARS, RefusedError, check_text
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.readers import BadRow
+from hafrm.data.reader import BadRow
 from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
 from hafrm.engine.selfcheck import self_check

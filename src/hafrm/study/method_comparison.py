@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_write
 from hafrm.benchmarks.benchmark_scores import score_benchmark
-from hafrm.config import dump_recipe
 from hafrm.errors import NumericsError
 from hafrm.process_pool import ProcessPool
+from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
 from hafrm.resumable import ResumableFolder
 from hafrm.scoring.fused import fit_fused, fused_scores, per_token

@@ -4,7 +4,6 @@ A run's recipe is the study's with its own training set, method, seed and learni
 differ in nothing else: same steps, same comparisons, same order. Nothing is run here.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
-from hafrm.config import build_recipe
 from hafrm.data.sources import parse_sources
 from hafrm.errors import ConfigError
 from hafrm.recipe import MethodSection, Recipe
+from hafrm.recipe_file import with_values
 from hafrm.study.study_result import MIXED
 from hafrm.training.methods import Method, get_method
 
@@ -66,11 +66,13 @@ class StudyRun:
 
     def recipe(self, base: Recipe) -> Recipe:
         """The study's recipe, for this run."""
-        values = base.model_dump(mode="json")
-        values["data"] |= {"train": list(self.train.entries)}
-        values["method"] = dict(self.method.section)
-        values["training"] |= {"seed": self.seed, "learning_rate": self.rate}
-        return build_recipe(values, name=f"the recipe of {self}")
+        changes = {
+            "data.train": self.train.entries,
+            "method": self.method.section,
+            "training.seed": self.seed,
+            "training.learning_rate": self.rate,
+        }
+        return with_values(base, changes, name=f"the recipe of {self}")
 
     def __str__(self) -> str:
         return f"{self.method.name} on {self.train.name}, rate {self.rate:.3g}, seed {self.seed}"
@@ -171,10 +173,7 @@ def _parse_method(text: str) -> StudyMethod:
             raise ConfigError(
                 f"method {text!r}: {option!r} is no option; write name:key=value, such as haf:alpha=0.05"
             )
-        try:
-            section[key] = json.loads(value)
-        except ValueError:  # a name
-            section[key] = value
+        section[key] = YAML(typ="safe", pure=True).load(value)
     try:
         checked = MethodSection.model_validate(section)
     except ValidationError as error:

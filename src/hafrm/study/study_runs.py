@@ -23,8 +23,7 @@ from hafrm.atomic import atomic_write
 from hafrm.benchmarks.benchmark_files import LoadedBenchmark, find_benchmark_folder, load_benchmark
 from hafrm.benchmarks.benchmark_run import group_by_prompt
 from hafrm.benchmarks.definitions import find_benchmarks
-from hafrm.data.encoding import Encoder
-from hafrm.data.encoding_cache import encode_cached
+from hafrm.data.encoding import Encoder, encode_cached
 from hafrm.diagnostics.representation import Representation, representation
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons

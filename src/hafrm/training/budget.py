@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from hafrm.config import build_recipe
 from hafrm.errors import ConfigError, ModelError
 from hafrm.recipe import LoraSection, Recipe
+from hafrm.recipe_file import build_recipe
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.plan import Plan, Planner, Target

@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from hafrm.atomic import atomic_directory
-from hafrm.config import load_recipe
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.preferences import Group, Message
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder, step_of
 from hafrm.scoring.adapter import Base, export_adapter
 from hafrm.scoring.checklist.table import verify_directory

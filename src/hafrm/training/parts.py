@@ -8,15 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hafrm.data.mixing import (
-    check_leakage,
-    mix,
-    split_by_prompt,
-    uniform_weights,
-    without_prompts,
-)
-from hafrm.data.readers import Reading, read
+from hafrm.data.reader import PreferenceData, read_preferences
 from hafrm.data.sources import parse_sources
+from hafrm.data.splits import check_leakage, mix, split_by_prompt, uniform_weights, without_prompts
 from hafrm.preferences import Group
 from hafrm.recipe import DataSection, Recipe
 
@@ -29,7 +23,7 @@ have nothing left to validate on."""
 class Parts(NamedTuple):
     """What there is to train on and to validate on."""
 
-    reading: Reading
+    reading: PreferenceData
     train: Sequence[Group]
     validation: Sequence[Group]
     num_dropped: int
@@ -44,10 +38,12 @@ def held_out(recipe: Recipe) -> list[Group]:
 def read_parts(recipe: Recipe, bad_rows_file: Path | None) -> Parts:
     """Read and split by prompt; raises DataError for unusable data and for shared prompts."""
     data = recipe.data
-    reading = read(data.train, max_bad_fraction=data.max_bad_fraction, bad_rows_file=bad_rows_file)
+    reading = read_preferences(
+        data.train, max_bad_fraction=data.max_bad_fraction, bad_rows_file=bad_rows_file
+    )
     train: Sequence[Group] = _mixed(reading, data, recipe.training.seed)
     if data.validation:
-        validation: Sequence[Group] = read(
+        validation: Sequence[Group] = read_preferences(
             data.validation, max_bad_fraction=data.max_bad_fraction
         ).groups
     else:
@@ -55,7 +51,9 @@ def read_parts(recipe: Recipe, bad_rows_file: Path | None) -> Parts:
             train, fraction=data.validation_fraction, seed=VALIDATION_SEED + recipe.training.seed
         )
     test: Sequence[Group] = (
-        read(data.test, max_bad_fraction=data.max_bad_fraction).groups if data.test else ()
+        read_preferences(data.test, max_bad_fraction=data.max_bad_fraction).groups
+        if data.test
+        else ()
     )
     num_groups = len(train) + len(validation)
     if data.shared_prompts == "drop":
@@ -67,7 +65,7 @@ def read_parts(recipe: Recipe, bad_rows_file: Path | None) -> Parts:
     return Parts(reading, train, validation, num_dropped)
 
 
-def _mixed(reading: Reading, data: DataSection, seed: int) -> list[Group]:
+def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> list[Group]:
     """The training groups, capped and weighted set by set."""
     ends = list(itertools.accumulate(reading.num_groups))
     sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]

@@ -20,10 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hafrm.data.encoding import Encoder
-from hafrm.data.encoding_cache import encode_cached
-from hafrm.data.template import read_template
-from hafrm.data.tokenizer import choose_pad
+from hafrm.data.chat_template import choose_pad, read_template
+from hafrm.data.encoding import Encoder, encode_cached
 from hafrm.engine.model import (
     HybridModel,
     hidden_size,
@@ -68,7 +66,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
             )
     counts = {
         "rows": reading.num_rows,
-        "bad_rows": len(reading.bad),
+        "bad_rows": len(reading.bad_rows),
         "left_out": reading.left_out,
         "groups_with_shared_prompts_dropped": parts.num_dropped,
         "train_groups": len(encoded_train),

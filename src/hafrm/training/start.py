@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 
 from hafrm.atomic import fingerprint
-from hafrm.config import dump_recipe, load_recipe
 from hafrm.data.sources import local_files
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
+from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.loading import has_bfloat16
 from hafrm.training import parallel

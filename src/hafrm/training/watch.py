@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hafrm.config import dump_recipe
 from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe, TrackingSection
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words, with_bounds
 from hafrm.training import parallel

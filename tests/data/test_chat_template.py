@@ -5,16 +5,19 @@ from datetime import date
 import pytest
 from transformers import ByT5Tokenizer
 
-from hafrm.data.encoding import Encoder
-from hafrm.data.template import (
+from hafrm.data.chat_template import (
     FROZEN_DATE,
     PAPER_TEMPLATES,
+    choose_pad,
     close_template,
     freeze_date,
+    prepare_tokenizer,
     read_template,
-    render,
 )
-from hafrm.data.tokenizer import choose_pad, prepare
+from hafrm.data.chat_template import (
+    render_conversations as render,
+)
+from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import Group, Message
 from tokenizers_for_tests import (
@@ -142,7 +145,7 @@ def test_a_template_without_a_date_is_not_touched_by_freezing() -> None:
 
 
 def test_the_plain_template_writes_turns_as_text_with_the_eos_after_each_answer() -> None:
-    tokenizer = prepare(plain_tokenizer(), close=True)
+    tokenizer = prepare_tokenizer(plain_tokenizer(), close=True)
     assert tokenizer.apply_chat_template([SYSTEM, USER, ANSWER, USER, ANSWER], tokenize=False) == (
         "System: You are a helpful assistant.\n\nUser:   How do I bake bread?\n\n\n"
         "Assistant: Mix flour, water and salt. <|endoftext|>\n\nUser:   How do I bake bread?\n\n\n"
@@ -154,13 +157,13 @@ def test_the_plain_template_writes_turns_as_text_with_the_eos_after_each_answer(
 
 def test_the_plain_template_begins_with_bos_only_if_the_tokenizer_adds_one() -> None:
     for tokenizer, begins in ((plain_tokenizer(), "User:"), (llama_like_tokenizer(), "<s>User:")):
-        own = prepare(tokenizer, close=True)
+        own = prepare_tokenizer(tokenizer, close=True)
         assert own.apply_chat_template([USER, ANSWER], tokenize=False).startswith(begins)
 
 
 def test_preparing_leaves_the_tokenizer_given_alone() -> None:
     tokenizer = llama_like_tokenizer()
-    own = prepare(tokenizer, close=True)
+    own = prepare_tokenizer(tokenizer, close=True)
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert own("a").input_ids == own("a", add_special_tokens=False).input_ids
     assert tokenizer.chat_template is None
@@ -169,10 +172,13 @@ def test_preparing_leaves_the_tokenizer_given_alone() -> None:
 
 
 def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> None:
-    own = prepare(chat_tokenizer(pad_token="<|im_end|>"), close=True)
+    own = prepare_tokenizer(chat_tokenizer(pad_token="<|im_end|>"), close=True)
     assert own.pad_token == "<|pad|>"
-    assert prepare(llama_like_tokenizer(), close=True).pad_token == "<unk>"
-    assert prepare(chat_tokenizer(pad_token="<|begin|>"), close=True).pad_token == "<|begin|>"
+    assert prepare_tokenizer(llama_like_tokenizer(), close=True).pad_token == "<unk>"
+    assert (
+        prepare_tokenizer(chat_tokenizer(pad_token="<|begin|>"), close=True).pad_token
+        == "<|begin|>"
+    )
 
 
 def test_a_token_that_the_template_writes_does_not_serve_as_pad() -> None:
@@ -183,33 +189,33 @@ def test_a_token_that_the_template_writes_does_not_serve_as_pad() -> None:
 
 def test_a_tokenizer_without_eos_is_refused() -> None:
     with pytest.raises(ModelError, match=r"no EOS token.*Set tokenizer\.eos_token"):
-        prepare(chat_tokenizer(eos_token=None), close=True)
+        prepare_tokenizer(chat_tokenizer(eos_token=None), close=True)
 
 
 def test_a_tokenizer_in_which_nothing_can_serve_as_pad_is_refused_with_the_fix() -> None:
     with pytest.raises(ModelError, match=r"no pad token other than its EOS.*add_special_tokens"):
-        prepare(plain_tokenizer(pad=False), close=True)
+        prepare_tokenizer(plain_tokenizer(pad=False), close=True)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(ModelError, match=r"fast tokenizer.*ByT5Tokenizer"):
-        prepare(ByT5Tokenizer(), close=True)
+        prepare_tokenizer(ByT5Tokenizer(), close=True)
 
 
 def test_several_templates_need_a_default() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = {"tool_use": CHATML, "default": LLAMA3_LIKE}
-    assert prepare(tokenizer, close=True).chat_template == LLAMA3_LIKE
+    assert prepare_tokenizer(tokenizer, close=True).chat_template == LLAMA3_LIKE
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
     with pytest.raises(ModelError, match="several chat templates"):
-        prepare(tokenizer, close=True)
+        prepare_tokenizer(tokenizer, close=True)
 
 
 def test_other_peoples_reward_models_keep_their_template_and_must_have_one() -> None:
-    foreign = prepare(chat_tokenizer(CHATML), close=False)
+    foreign = prepare_tokenizer(chat_tokenizer(CHATML), close=False)
     assert foreign.chat_template == CHATML
     with pytest.raises(ModelError, match="no chat template"):
-        prepare(plain_tokenizer(), close=False)
+        prepare_tokenizer(plain_tokenizer(), close=False)
 
 
 def test_a_tokenizer_that_splits_special_tokens_or_pads_is_cured_of_it() -> None:
@@ -218,7 +224,7 @@ def test_a_tokenizer_that_splits_special_tokens_or_pads_is_cured_of_it() -> None
     tokenizer.backend_tokenizer.encode_special_tokens = True
     tokenizer.backend_tokenizer.enable_padding(length=50)
     tokenizer.backend_tokenizer.enable_truncation(3)
-    own = prepare(tokenizer, close=True)
+    own = prepare_tokenizer(tokenizer, close=True)
     ids = own.backend_tokenizer.encode("a<|im_end|>b<|sep|>").ids
     assert len(ids) == 4
     assert ids[1::2] == own.convert_tokens_to_ids(["<|im_end|>", "<|sep|>"])

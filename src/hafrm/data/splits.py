@@ -1,22 +1,26 @@
-"""Splitting, mixing and leakage of groups, by prompt.
+"""Groups split by prompt, mixed, checked for leakage, and written back to JSON lines.
 
-A prompt is always on one side of a split, whatever else is in the data and in whatever order: its
-side comes from a hash of its text. Prompts that differ only in case or white space count as one.
-Groups are never copied into two sides and never changed, except that `mix` may trim and weigh them.
+A prompt is always on the same side of a split, whatever else is in the data and in whatever order: its
+side comes from a hash of its text. Prompts that differ only in case or white space count as one. Groups
+are never copied to two sides and never changed, except that `mix` may trim and weigh them.
 """
 
 import hashlib
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from hafrm.atomic import atomic_write
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Group, Message, prompt_key
 
 
 def normalised_key(prompt: Sequence[Message]) -> str:
-    """Digest of a prompt in lower case with every run of white space as one blank."""
+    """Digest of a prompt in lower case, with every run of white space as one blank."""
     return prompt_key([Message(m.role, " ".join(m.content.lower().split())) for m in prompt])
 
 
@@ -25,8 +29,8 @@ def split_by_prompt(
 ) -> tuple[list[Group], list[Group]]:
     """(rest, held out), disjoint by prompt, each in the order of `groups`.
 
-    `fraction` of the prompts is held out on expectation, not exactly: adding data never moves a
-    prompt to the other side. Only if all prompts fell on one side does the nearest one change it.
+    `fraction` of the prompts is held out in expectation, not exactly, so that adding data never moves a
+    prompt to the other side. Only where all prompts fall on one side, the nearest one changes it.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
@@ -36,25 +40,26 @@ def split_by_prompt(
         return list(groups), []
     if len(place) < 2:
         raise DataError(f"cannot hold out a part of {len(groups)} groups that share one prompt")
-    held = {key for key, value in place.items() if value < fraction}
-    held = held or {min(place, key=place.__getitem__)}
-    if len(held) == len(place):
-        held.remove(max(place, key=place.__getitem__))
-    rest = [group for group, key in zip(groups, keys, strict=True) if key not in held]
-    held_out = [group for group, key in zip(groups, keys, strict=True) if key in held]
-    return rest, held_out
+    held_out = {key for key, value in place.items() if value < fraction}
+    held_out = held_out or {min(place, key=place.__getitem__)}
+    if len(held_out) == len(place):
+        held_out.remove(max(place, key=place.__getitem__))
+    sides: tuple[list[Group], list[Group]] = ([], [])
+    for group, key in zip(groups, keys, strict=True):
+        sides[key in held_out].append(group)
+    return sides
 
 
-def without_prompts(groups: Sequence[Group], held: Sequence[Group]) -> list[Group]:
-    """The groups whose prompts are not among those of `held`, in their order."""
-    keys = {normalised_key(group.prompt) for group in held}
+def without_prompts(groups: Sequence[Group], held_out: Sequence[Group]) -> list[Group]:
+    """The groups whose prompts are not among those of `held_out`, in their order."""
+    keys = {normalised_key(group.prompt) for group in held_out}
     return [group for group in groups if normalised_key(group.prompt) not in keys]
 
 
 def check_leakage(
     train: Sequence[Group], test: Sequence[Group], *, names: tuple[str, str] = ("train", "test")
 ) -> None:
-    """Raise `DataError` when a prompt is in both, naming how many there are and some of them."""
+    """Raise `DataError` when both have a prompt, with the number of such prompts and some of them."""
     seen = {normalised_key(group.prompt) for group in train}
     shared: dict[str, Group] = {}
     for group in test:
@@ -69,7 +74,7 @@ def check_leakage(
     )
     raise DataError(
         f"{len(shared):,} of {total:,} prompts of {names[1]} are in {names[0]} too, such as\n"
-        f"{examples}\nTake them out of one of the two, split one set by prompt, or leave them out of "
+        f"{examples}\nRemove them from one of the two, split one set by prompt, or leave them out of "
         "training with data.shared_prompts=drop."
     )
 
@@ -83,8 +88,8 @@ def mix(
 ) -> list[Group]:
     """All groups of all sets in their order, at most `cap` comparisons from each set.
 
-    Which comparisons a cap keeps depends on `seed` and on the groups, not on their order; a group
-    in the way of the cap is trimmed. `weights` (one for each set) multiply the comparisons'.
+    Which comparisons a cap keeps depends on `seed` and on the groups, not on their order; the group that
+    crosses the cap is trimmed. `weights` (one for each set) multiply the comparisons' own.
     """
     factors = [1.0] * len(sets) if weights is None else list(weights)
     if len(factors) != len(sets):
@@ -95,24 +100,24 @@ def mix(
         raise ConfigError(f"cap must be at least 1 comparison, got {cap}")
     mixed = []
     for groups, factor in zip(sets, factors, strict=True):
-        kept = list(groups) if cap is None else _cap(groups, cap, seed)
-        mixed += [_weigh(group, factor) for group in kept]
+        capped = groups if cap is None else _cap(groups, cap, seed)
+        mixed += [_weigh(group, factor) for group in capped]
     return mixed
 
 
 def uniform_weights(sets: Sequence[Sequence[Group]], cap: int | None = None) -> list[float]:
-    """The weights with which every set counts as much as any other; 1 on average over comparisons.
+    """Weights that make every set count alike; they average 1 over the comparisons.
 
     `cap` is that of `mix`. Ties, which are not trained on, do not count.
     """
     sizes = [sum(not c.tie for group in groups for c in group.comparisons) for groups in sets]
     sizes = [size if cap is None else min(size, cap) for size in sizes]
-    share = sum(sizes) / max(1, sum(size > 0 for size in sizes))
-    return [share / size if size else 1.0 for size in sizes]
+    mean = sum(sizes) / max(1, sum(size > 0 for size in sizes))
+    return [mean / size if size else 1.0 for size in sizes]
 
 
 def _uniform(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing else than the key and the seed."""
+    """A number in [0, 1) that depends on the key and the seed only."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -125,22 +130,22 @@ def _weigh(group: Group, factor: float) -> Group:
 
 
 def _cap(groups: Sequence[Group], cap: int, seed: int) -> list[Group]:
-    """Groups with `cap` comparisons in all, drawn by hash; whole but for the last one drawn."""
+    """Groups with `cap` comparisons in total, drawn by hash; whole except the last one drawn."""
     order = sorted(
         range(len(groups)),
         key=lambda i: _uniform(f"{groups[i].id}:{prompt_key(groups[i].prompt)}", seed),
     )
-    kept, left = {}, cap
+    drawn, room = {}, cap
     for index in order:
-        if left <= 0:
+        if room <= 0:
             break
-        kept[index] = _trim(groups[index], left, seed)
-        left -= len(kept[index].comparisons)
-    return [kept[index] for index in sorted(kept)]
+        drawn[index] = _trim(groups[index], room, seed)
+        room -= len(drawn[index].comparisons)
+    return [drawn[index] for index in sorted(drawn)]
 
 
 def _trim(group: Group, size: int, seed: int) -> Group:
-    """The group with at most `size` of its comparisons and without the responses left over."""
+    """The group with at most `size` of its comparisons, and without responses that none of them needs."""
     if len(group.comparisons) <= size:
         return group
     drawn = random.Random(f"{seed}:{group.id}").sample(range(len(group.comparisons)), size)
@@ -154,3 +159,36 @@ def _trim(group: Group, size: int, seed: int) -> Group:
             replace(pair, chosen=new[pair.chosen], rejected=new[pair.rejected]) for pair in pairs
         ),
     )
+
+
+def write_groups(groups: Sequence[Group], file: Path) -> int:
+    """Write groups as JSON lines that `read_preferences` reads back alike; returns the number of rows.
+
+    One row for each comparison, and one for a group's responses that are in none.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for group in groups for row in _rows(group)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, "".join(lines))
+    return len(lines)
+
+
+def _rows(group: Group) -> Iterator[dict[str, Any]]:
+    base = {"id": group.id, "prompt": [message._asdict() for message in group.prompt]}
+    for pair in group.comparisons:
+        row = base | {
+            "chosen": group.responses[pair.chosen],
+            "rejected": group.responses[pair.rejected],
+        }
+        optional = {
+            "tie": pair.tie or None,
+            "margin": pair.margin or None,
+            "weight": None if pair.weight == 1.0 else pair.weight,
+            "votes": None if pair.votes is None else pair.votes._asdict(),
+        }
+        yield row | {k: v for k, v in optional.items() if v is not None} | group.tags
+    compared = {index for pair in group.comparisons for index in (pair.chosen, pair.rejected)}
+    rest = [text for index, text in enumerate(group.responses) if index not in compared]
+    if rest:
+        yield base | {"responses": rest} | group.tags
+    elif not group.responses:
+        yield base | group.tags

@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from hafrm.data.mixing import (
+from hafrm.data.reader import read_preferences
+from hafrm.data.splits import (
     check_leakage,
     mix,
     normalised_key,
     split_by_prompt,
     uniform_weights,
+    write_groups,
 )
 from hafrm.errors import ConfigError, DataError
-from hafrm.preferences import Comparison, Group, Message, num_comparisons
+from hafrm.preferences import Comparison, Group, Message, Votes, num_comparisons
 
 
 def group(text: str, num_pairs: int = 1, name: str = "") -> Group:
@@ -162,3 +164,41 @@ def test_uniform_weights_know_the_cap_and_count_no_ties_and_no_empty_set() -> No
     sets = [[group("a", 4), group("b", 2)], [group("c", 2)], [tied]]
     assert uniform_weights(sets, cap=3) == pytest.approx([2.5 / 3, 2.5 / 2, 1.0])
     assert uniform_weights([[]]) == [1.0]
+
+
+# -- written back ----------------------------------------------------------------------------
+
+
+def test_written_groups_read_back_with_ids_margins_weights_votes_ties_and_unlabelled_responses(
+    tmp_path,
+):
+    prompt = (Message("system", "Be brief."), Message("user", "Which sea is \u201cred\u201d?"))
+    comparisons = (
+        Comparison(0, 1, margin=1.5),
+        Comparison(0, 2, weight=0.5),
+        Comparison(1, 2, tie=True, votes=Votes(1, 1, 3)),
+    )
+    groups = (
+        Group("a", prompt, ("1", "2", "3", "4"), comparisons, "f", {"subset": "seas"}),
+        Group("b", prompt[1:], ("5", "6"), source="f"),
+    )
+    assert write_groups(groups, tmp_path / "new" / "f.jsonl") == 5
+    again = read_preferences([tmp_path / "new" / "f.jsonl"], need_comparisons=False)
+    assert (again.groups, again.bad_rows) == (groups, ())
+    write_groups([Group("c", prompt, ())], tmp_path / "p.jsonl")
+    (alone,) = read_preferences([tmp_path / "p.jsonl"], need_responses=False).groups
+    assert (alone.id, alone.prompt) == ("c", prompt)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    write_groups(GROUPS[:2], file)
+    before = file.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_groups(GROUPS[:5], file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hafrm.data.rows import MAX_RANKED, ParsedRow, parse_row
+from hafrm.data.parse import MAX_RANKED, ParsedRow, parse_row
 from hafrm.data.values import REASONS, Refusal
 from hafrm.preferences import Comparison, Message, Votes
 

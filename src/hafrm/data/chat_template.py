@@ -1,17 +1,20 @@
-"""Chat templates made fit for reward models: free of dates, and closed, that is ending at the EOS.
+"""Chat templates and tokenizers prepared for reward models; what is prepared here is what is exported.
 
-A reward is read at the last token, so what a consumer renders must end in the very EOS that was
-trained on. Every rendering is done by transformers' own `apply_chat_template`, so it is what others
-get; a changed template is tried on probe conversations before it is given back.
+A reward is read at the last token, so what a consumer renders must end in the very EOS that was trained
+on: the template is closed, that is ends at the EOS, and prints no date. Only the template writes special
+tokens, and pad is not EOS. Rendering is done by transformers' own `apply_chat_template`, and a changed
+template is tried on probe conversations. The tokenizer passed in is never changed; no vocabulary grows.
 """
 
+import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hafrm.errors import ConfigError, ModelError
 
@@ -48,7 +51,7 @@ PAPER_TEMPLATES = {
     ),
 }
 
-# Any fixed day serves; this is the one that Llama 3.1's own template falls back to.
+# Any fixed day will do; this is the one that Llama 3.1's own template falls back to.
 FROZEN_DATE = date(2024, 7, 26)
 
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -69,9 +72,44 @@ _ENDS_IN_QUESTION: tuple[Conversation, ...] = (
     (_USER, _EARLIER, _USER),
     (_SYSTEM, _USER),
 )
+# by preference: pad itself (not the one for filling in the middle), reserved tokens, unknown
+_PAD_LIKE = (r"(?<!fim_)(?<!fim-)pad", r"reserved|unused|control_\d", r"endoftext|unk")
 
 
-def render(
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, close: bool
+) -> PreTrainedTokenizerFast:
+    """A copy whose `chat_template` is final and which adds no special tokens by itself.
+
+    close=True is for models that we train and export: a missing template is replaced by a plain one,
+    the template is closed, and pad is a token other than EOS. close=False is for other reward models:
+    the template is used as it is, except that a printed date is frozen.
+
+    Raises:
+        ModelError: no fast tokenizer, no EOS, no usable pad, no template (close=False), a template
+            that prints today's date in a way that cannot be frozen or that cannot be closed.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(
+            f"A fast tokenizer (one with a tokenizer.json) is needed, got {type(tokenizer).__name__}. "
+            "Load it with AutoTokenizer, or convert it with transformers' convert_slow_tokenizer."
+        )
+    if close and (tokenizer.eos_token is None or tokenizer.eos_token_id is None):
+        raise ModelError(
+            "The tokenizer has no EOS token, and the reward is read at the EOS. Set tokenizer.eos_token "
+            "to the token that ends an assistant's turn (such as <|im_end|> or </s>)."
+        )
+    template = freeze_date(_own_template(tokenizer, plain_if_none=close))
+    own = _adding_nothing(tokenizer)
+    answers = _rendered_answers(own, template)
+    if close:
+        template = close_template(own, template)
+        own.pad_token = choose_pad(own, "\n".join([written_around_turns(own, template), *answers]))
+    own.chat_template = template
+    return own
+
+
+def render_conversations(
     tokenizer: PreTrainedTokenizerFast,
     template: str,
     conversations: Sequence[Conversation],
@@ -89,8 +127,8 @@ def render(
     return [str(text) for text in rendered]
 
 
-def found_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -> str:
-    """The tokenizer's own template, or the plain one with BOS if this tokenizer adds BOS by itself."""
+def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -> str:
+    """The tokenizer's own template, or the plain one, with BOS if the tokenizer adds BOS by itself."""
     if tokenizer.chat_template is not None:
         try:
             return str(tokenizer.get_chat_template())
@@ -109,15 +147,15 @@ def found_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -
     return ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
 
 
-def read_template(given: str) -> str:
+def read_template(name: str) -> str:
     """The template of that name in PAPER_TEMPLATES, or in that file; raises ConfigError otherwise."""
-    if given in PAPER_TEMPLATES:
-        return PAPER_TEMPLATES[given]
+    if name in PAPER_TEMPLATES:
+        return PAPER_TEMPLATES[name]
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"model.chat_template is {given!r}, which is neither {' nor '.join(PAPER_TEMPLATES)} nor a "
+            f"model.chat_template is {name!r}, which is neither {' nor '.join(PAPER_TEMPLATES)} nor a "
             f"readable file with a Jinja template: {error}"
         ) from error
 
@@ -128,7 +166,7 @@ def freeze_date(template: str) -> str:
     A template that prints today's date gives another score tomorrow.
 
     Raises:
-        ModelError: when the date is asked for in another way than with a literal format.
+        ModelError: when the template asks for the date without a literal format.
     """
     frozen = _TODAY.sub(lambda match: repr(FROZEN_DATE.strftime(match[2])), template)
     left = _TODAY_LEFT.search(frozen)
@@ -142,18 +180,18 @@ def freeze_date(template: str) -> str:
 
 
 def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
-    """The template, wrapped if need be, so that a rendering whose last turn is the assistant's ends
+    """The template, wrapped if needed, so that a rendering whose last turn is the assistant's ends
     exactly at the EOS: cut right after it, or with one appended when it writes none.
 
-    Everything else (generation prompts, conversations that end in a question) renders as before.
-    Closing a closed template returns it unchanged.
+    Everything else (generation prompts, conversations that end in a question) renders as before. A closed
+    template is returned unchanged.
 
     Raises:
         ModelError: when the template fails on a plain question and answer, drops the answer, ends in
-            different ways after different conversations, or renders otherwise once wrapped.
+            different ways after different conversations, or renders differently once wrapped.
     """
     eos = tokenizer.eos_token
-    tails = {text.rpartition(_MARK)[2] for text in rendered_answers(tokenizer, template)}
+    tails = {text.rpartition(_MARK)[2] for text in _rendered_answers(tokenizer, template)}
     if len(tails) != 1:
         raise ModelError(
             f"The chat template ends in different ways after different conversations: {sorted(tails)}. "
@@ -172,8 +210,8 @@ def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
 def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     """What the template writes in probe conversations that end in a question, as one text.
 
-    Those that end in an answer are left out: some templates write <think> there, which people's
-    responses may rightly contain.
+    Those that end in an answer are left out: some templates write <think> there, which responses may
+    contain.
     """
     return "\n".join(
         text
@@ -187,15 +225,17 @@ def _tried(
 ) -> list[str]:
     """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
     try:
-        return render(tokenizer, template, [conversation], add_generation_prompt=prompt)
+        return render_conversations(
+            tokenizer, template, [conversation], add_generation_prompt=prompt
+        )
     except TemplateError:
         return []
 
 
-def rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
+def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
     """Renderings of the probes that end in an answer; the first of them must succeed."""
     try:
-        render(tokenizer, template, _ENDS_IN_ANSWER[:1])
+        render_conversations(tokenizer, template, _ENDS_IN_ANSWER[:1])
     except TemplateError as error:
         raise ModelError(
             f"The chat template fails on a question and an answer: {error}. Repair tokenizer.chat_template."
@@ -217,7 +257,7 @@ def _wrapped(template: str, *, surplus: str, missing: str) -> str:
     """The template captured in a block, then cut by `surplus` or followed by `missing`.
 
     The line break after the opening tag and the empty expression before the closing one keep the
-    original's first and last line as they were: transformers renders with trim_blocks and lstrip_blocks.
+    template's first and last line as they are: transformers renders with trim_blocks and lstrip_blocks.
     """
     # jinja drops one final line break of a template; inside a block it would stay.
     body = template.removesuffix("\n")
@@ -247,3 +287,57 @@ def _check_wrapping(
                     f"The chat template cannot be closed: once wrapped it renders {after}, not {before}. "
                     "Edit tokenizer.chat_template so that an assistant's last turn ends in the EOS."
                 )
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
+    """The tokenizer's pad if it differs from EOS, else a reserved or unknown token that no template
+    writes (`written` is what it does write). With pad == eos consumers read the reward one token early.
+
+    Raises:
+        ModelError: when the vocabulary holds no token that could serve.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return str(tokenizer.pad_token)
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    free = [
+        token.content
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and index not in taken and token.content not in written
+    ]
+    for pattern in _PAD_LIKE:
+        for content in free:
+            if re.search(pattern, content, re.IGNORECASE):
+                return content
+    raise ModelError(
+        f"The tokenizer has no pad token other than its EOS {tokenizer.eos_token!r}, and none of its "
+        f"{len(free)} other special tokens can serve. Add one before training: "
+        "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}). It needs no resizing when "
+        "len(tokenizer) is then at most the model's vocab_size (so with Phi-2); else resize the embedding."
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write a prepared tokenizer with a config that says that it adds no BOS or EOS.
+
+    transformers 5 leaves both flags out, and where they are absent some tokenizer classes add a BOS
+    to the one that the template has written.
+    """
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"add_bos_token": False, "add_eos_token": False}
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _adding_nothing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that adds no BOS or EOS, cuts and pads nothing, and recognises special tokens."""
+    own = copy.deepcopy(tokenizer)
+    # untyped properties, whose setters also rebuild the post-processor, here without tokens
+    for flag in ("add_bos_token", "add_eos_token"):
+        setattr(own, flag, False)
+    own.split_special_tokens = False
+    own.init_kwargs.pop("split_special_tokens", None)
+    backend = own.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return own

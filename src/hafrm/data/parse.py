@@ -1,0 +1,331 @@
+"""One raw row of a preference file -> prompt, responses and comparisons, or why it is refused.
+
+The shapes that are understood are listed in `SHAPES`. Nothing is repaired: a row is refused with the first
+rule that it breaks. Text stays as it was written; only the turns of a transcript lose the blanks around
+them, which belong to the notation. Nothing here reads a file or applies a chat template.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from typing import Any
+
+from hafrm.data.values import (
+    MAX_CHARS,
+    Refusal,
+    RefusedError,
+    as_label,
+    as_list,
+    as_number,
+    as_votes,
+    cell_of,
+    check_text,
+    refuse,
+    show,
+)
+from hafrm.preferences import Comparison, Message
+
+SHAPES = (
+    "prompt, chosen, rejected: text or messages",
+    "chosen, rejected: whole dialogues, as messages or as \\n\\nHuman: ... \\n\\nAssistant: ... text",
+    "prompt, responses, and ranks or ranking (low is good) or scores or ratings (high is good)",
+    "context, completions: [{rank, completion}, ...] (low is good)",
+    "prompt, and response or responses: unlabelled, to be scored but not trained on",
+    "prompt: alone, for a model to respond to",
+)
+TAGS = ("split", "subset", "source", "label")
+"""Columns that become a group's tags."""
+COLUMNS = frozenset(
+    {
+        *("prompt", "context", "chosen", "rejected", "response", "responses", "completions"),
+        *("ranks", "ranking", "scores", "ratings", "margin", "weight", "votes", "tie", "id"),
+        *TAGS,
+    }
+)
+"""Every column that some shape understands; others are ignored and reported."""
+MAX_RANKED = 256
+"""Most responses that one row may rank: k of them make k(k-1)/2 comparisons."""
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_ROLES = ("system", "user", "assistant", "tool")
+_ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
+
+RawRow = Mapping[Any, Any]
+Prompt = tuple[Message, ...]
+_Contents = tuple[Prompt, tuple[str, ...], tuple[Comparison, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """What one row says; its responses are in the row's order and may repeat."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    id: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+def parse_row(
+    row: object,
+    *,
+    need_comparisons: bool = True,
+    need_responses: bool = True,
+    max_chars: int = MAX_CHARS,
+) -> ParsedRow | Refusal:
+    """What the row says, or the first rule that it breaks.
+
+    A tie is `tie: true` or `label: "tie"` beside chosen and rejected, or an equal rank or score. Optional
+    are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`. Rated
+    rows have margin 0 unless they give a number, or `margin: "difference"` for the difference of the two
+    scores. `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a
+    prompt alone. `max_chars` limits the prompt and each response.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
+        prompt, responses, comparisons = _read_shape(row, need_responses)
+        check_prompt(prompt, max_chars)
+        for response in responses:
+            check_text(response, "a response", max_chars)
+        if need_comparisons and not comparisons:
+            refuse("missing column", "nothing to compare: no two responses with a label")
+        name = "" if row.get("id") is None else as_label(row["id"], "id")
+        tags = {tag: as_label(row[tag], tag) for tag in TAGS if row.get(tag) is not None}
+        return ParsedRow(prompt, responses, comparisons, name, tags)
+    except RefusedError as refused:
+        return refused.refusal
+
+
+def _read_shape(row: RawRow, need_responses: bool) -> _Contents:
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        return _read_pair(row)
+    if row.get("completions") is not None:
+        return _read_responses(_with_ranks(row))
+    if row.get("responses") is not None:
+        return _read_responses(row)
+    prompt = read_prompt(row.get("prompt"), "prompt")
+    if row.get("response") is not None:
+        return *_join(prompt, {"response": row["response"]}), ()
+    if need_responses or row.get("prompt") is None:
+        columns = show([str(column)[:40] for column in row])
+        refuse("missing column", f"no responses that could be compared; columns: {columns}")
+    return prompt, (), ()
+
+
+def _read_pair(row: RawRow) -> _Contents:
+    chosen, rejected = cell_of(row, "chosen"), cell_of(row, "rejected")
+    prompt = read_prompt(row.get("prompt"), "prompt")
+    if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, chosen, rejected = _split_texts(chosen, rejected)
+    prompt, texts = _join(prompt, {"chosen": chosen, "rejected": rejected})
+    if texts[0].strip() == texts[1].strip():
+        refuse("chosen equals rejected", show(texts[0]))
+    tie, label = row.get("tie"), row.get("label")
+    if tie is not None and not isinstance(tie, bool):
+        refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
+    comparison = Comparison(
+        chosen=0,
+        rejected=1,
+        margin=_margin(row),
+        weight=_weight(row),
+        tie=bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie"),
+        votes=as_votes(row.get("votes")),
+    )
+    return prompt, texts, (comparison,)
+
+
+def _with_ranks(row: RawRow) -> RawRow:
+    """A row of completions, each with its rank, as a row of responses and ranks."""
+    items = as_list(row["completions"], "completions")
+    for item in items:
+        if not isinstance(item, Mapping) or not {"rank", "completion"} <= item.keys():
+            refuse("missing column", f"a completion needs rank and completion, got {show(item)}")
+    prompt = row.get("prompt") if row.get("context") is None else row["context"]
+    texts, ranks = [item["completion"] for item in items], [item["rank"] for item in items]
+    others = {name: row.get(name) for name in ("margin", "weight", "votes")}
+    return others | {"prompt": prompt, "responses": texts, "ranks": ranks}
+
+
+def _read_responses(row: RawRow) -> _Contents:
+    responses = as_list(row["responses"], "responses")
+    if not responses:
+        refuse("missing column", "the list of responses is empty")
+    sides = {f"response {index}": value for index, value in enumerate(responses)}
+    prompt, texts = _join(read_prompt(row.get("prompt"), "prompt"), sides)
+    orders = [column for column in _ORDERS if row.get(column) is not None]
+    if not orders:
+        return prompt, texts, ()
+    if len(orders) > 1:
+        refuse("bad number", f"both {orders[0]} and {orders[1]} are given; keep one of them")
+    column, sign = orders[0], _ORDERS[orders[0]]
+    values = as_list(row[column], column)
+    if len(values) != len(texts):
+        refuse("bad number", f"{len(texts)} responses, but {len(values)} {column}")
+    goodness = [sign * as_number(value, column) for value in values]
+    return prompt, texts, _compare_all(row, texts, goodness, rated=sign > 0)
+
+
+def _compare_all(
+    row: RawRow, texts: tuple[str, ...], goodness: list[float], *, rated: bool
+) -> tuple[Comparison, ...]:
+    """Every pair of responses; equal values tie, and a text is not compared with itself."""
+    if len(texts) > MAX_RANKED:
+        refuse("too long", f"{len(texts)} labelled responses, at most {MAX_RANKED} are compared")
+    if row.get("votes") is not None:
+        refuse("bad number", "`votes` belong to one pair, not to a list of responses")
+    by_difference = rated and row.get("margin") == "difference"
+    margin = 0.0 if by_difference else _margin(row)
+    weight, comparisons = _weight(row), []
+    for i, j in combinations(range(len(texts)), 2):
+        gap = goodness[i] - goodness[j]
+        if texts[i].strip() == texts[j].strip():
+            if gap:
+                refuse("chosen equals rejected", f"one text, two ranks or scores: {show(texts[i])}")
+        elif gap == 0:
+            comparisons.append(Comparison(i, j, weight=weight, tie=True))
+        else:
+            # the difference of two finite scores may still overflow
+            own = as_number(abs(gap), "margin", "non-finite margin") if by_difference else margin
+            best, worst = (i, j) if gap > 0 else (j, i)
+            comparisons.append(Comparison(best, worst, margin=own, weight=weight))
+    return tuple(comparisons)
+
+
+def _margin(row: RawRow) -> float:
+    value = row.get("margin")
+    return 0.0 if value is None else as_number(value, "margin", "non-finite margin")
+
+
+def _weight(row: RawRow) -> float:
+    value = row.get("weight")
+    weight = 1.0 if value is None else as_number(value, "weight", "non-finite margin")
+    if weight < 0:
+        refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
+    return weight
+
+
+def read_prompt(value: object, column: str) -> Prompt:
+    """The messages of a prompt column, empty for None.
+
+    Text is one user message, unless it starts with the first turn of an Anthropic transcript.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, str):
+        return read_messages(value, column)
+    if not value.startswith(HUMAN):
+        return (Message("user", value),)
+    turns = _read_transcript(value, column)
+    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
+
+
+def read_messages(value: object, column: str) -> Prompt:
+    """Messages from a list of {role, content}, or from a single one."""
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list | tuple):
+        refuse("not a string", f"`{column}` must be text or messages, got {show(value)}")
+    return tuple(_read_message(turn, column) for turn in turns)
+
+
+def check_prompt(prompt: Prompt, max_chars: int) -> None:
+    """Refuse a prompt that is blank, too long, or in which the speakers do not take turns."""
+    for message in prompt:
+        check_text(message.content, "a message of the prompt", max_chars)
+    size = sum(len(message.content) for message in prompt)
+    if size > max_chars:
+        refuse("too long", f"the prompt has {size:,} characters, the limit is {max_chars:,}")
+    if not any(message.content.strip() for message in prompt):
+        refuse("empty prompt", f"the prompt is {show([tuple(turn) for turn in prompt])}")
+    # many chat templates raise on two turns of one speaker: better one bad row here than a run that stops
+    for before, after in pairwise(message.role for message in prompt):
+        if before == after and after in {"user", "assistant"}:
+            refuse("wrong roles", f"two {after} turns follow one another; make them one message")
+    if prompt[-1].role not in {"user", "tool"}:
+        refuse("wrong roles", f"the prompt ends in role {prompt[-1].role!r}, not user or tool")
+
+
+def _join(prompt: Prompt, sides: Mapping[str, object]) -> tuple[Prompt, tuple[str, ...]]:
+    """The one prompt of all sides (column -> value), and each side's response.
+
+    A side may be the bare response, the whole dialogue, or the turns that follow the prompt.
+    """
+    prompts, responses = [], []
+    for column, value in sides.items():
+        turns = _read_side(value, column)
+        prompts.append(_before_response(prompt, turns[:-1], column))
+        responses.append(turns[-1].content)
+    if not all(prompts):
+        refuse("missing column", "no `prompt`, and no turn before the response")
+    if any(other != prompts[0] for other in prompts):
+        refuse("prompts differ", "the dialogues differ before their last assistant turn")
+    return prompts[0], tuple(responses)
+
+
+def _read_side(value: object, column: str) -> Prompt:
+    """The turns of one side; the last one is the response."""
+    if not isinstance(value, str):
+        turns = read_messages(value, column)
+    elif value.startswith(HUMAN):
+        turns = _read_transcript(value, column)
+    else:
+        turns = (Message("assistant", value),)
+    if not turns or turns[-1].role != "assistant":
+        refuse("wrong roles", f"`{column}` must end in an assistant message, got {show(value)}")
+    if not turns[-1].content.strip():
+        refuse("empty response", f"`{column}` is {show(turns[-1].content)}")
+    return turns
+
+
+def _before_response(prompt: Prompt, said: Prompt, column: str) -> Prompt:
+    """The whole conversation before the response, where the side itself has the turns `said` before it."""
+    size = len(prompt)
+    if not said:
+        return prompt
+    if said[:size] == prompt or said[-size:] == prompt:  # the side repeats the prompt
+        return said
+    if said[0].role != "assistant":
+        refuse("prompts differ", f"`{column}` is a dialogue that does not hold the prompt")
+    return prompt + said
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[Prompt, object, object]:
+    """Prompt and sides of two whole texts: two transcripts, or texts that start with the same lines."""
+    if ASSISTANT in chosen and ASSISTANT in rejected:
+        # the first turn of some files lacks the two line breaks that announce a turn
+        turns = _read_transcript("\n\n" + chosen.lstrip(), "chosen")
+        return (), turns, _read_transcript("\n\n" + rejected.lstrip(), "rejected")
+    if chosen == rejected:
+        refuse("chosen equals rejected", show(chosen))
+    pairs = zip(chosen, rejected, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
+    # only whole lines count: two answers that share their first words share no prompt
+    cut = chosen.rfind("\n", 0, shared) + 1
+    if not chosen[:cut].strip():
+        refuse("missing column", "no `prompt`; the texts are no transcripts and share no line")
+    return (Message("user", chosen[:cut].strip()),), chosen[cut:], rejected[cut:]
+
+
+def _read_transcript(text: str, column: str) -> Prompt:
+    """The turns of an Anthropic transcript, stripped."""
+    before, *turns = _TURN.split(text)
+    if before.strip():
+        refuse("wrong roles", f"`{column}` has text before its first turn: {show(before)}")
+    pairs: Iterable[tuple[str, str]] = zip(turns[::2], turns[1::2], strict=True)
+    return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in pairs)
+
+
+def _read_message(turn: object, column: str) -> Message:
+    if isinstance(turn, Message):
+        turn = turn._asdict()
+    if not isinstance(turn, Mapping):
+        refuse("not a string", f"a message of `{column}` is {show(turn)}")
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in _ROLES:
+        refuse("wrong roles", f"role {show(role)} in `{column}`; allowed: {', '.join(_ROLES)}")
+    if not isinstance(content, str) or turn.get("tool_calls"):
+        refuse("not a string", f"a message of `{column}` is not plain text: {show(turn)}")
+    return Message(role, content)

@@ -1,0 +1,265 @@
+"""Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; every problem in one message, with its place.
+
+Relative paths stay as written and mean the current directory; `~` is expanded. The schema is
+`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`. No torch is imported.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from hafrm.errors import ConfigError
+from hafrm.recipe import Recipe, Section, describe_keys, sections_of
+
+Root = TypeVar("Root", bound=Section)
+
+_NO_AUTO = (
+    "give a number, such as 0.2; `hafrm compare` with several alphas shows how much it matters"
+)
+REMOVED = {
+    "method.alpha=auto": f"alpha is no longer set automatically: {_NO_AUTO}",
+    "method.gradient_ratio": f"removed; set method.alpha instead: {_NO_AUTO}",
+}
+"""Keys (or key=value) of earlier recipes that are gone, and what to write instead."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `section.key=value` overrides applied in order.
+
+    Raises ConfigError with every problem of the file and the overrides, and where each one is.
+    """
+    return load_as(Recipe, path, overrides)
+
+
+def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
+    """As `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
+    draft = _Draft()
+    try:
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        values = draft.parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the recipe {path}: {reason}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: got {_shown(values)}; needed: sections such as `data:`")
+    draft.values = values or {}
+    for assignment in overrides:
+        draft.override(assignment)
+    return _validated(root, draft, str(path))
+
+
+def build_recipe(values: Mapping[str, Any], name: str = "the recipe") -> Recipe:
+    """The recipe of plain nested values; raises ConfigError as `load_recipe` does."""
+    return build_as(Recipe, values, name)
+
+
+def build_as(
+    root: type[Root],
+    values: Mapping[str, Any],
+    name: str = "the recipe",
+    overrides: Sequence[str] = (),
+) -> Root:
+    """As `build_recipe`, for a recipe of another kind, with overrides applied in order."""
+    draft = _Draft()
+    draft.values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for assignment in overrides:
+        draft.override(assignment)
+    return _validated(root, draft, name)
+
+
+def with_values(recipe: Root, changes: Mapping[str, Any], name: str = "the recipe") -> Root:
+    """The recipe with other values for some keys ("training.seed") or whole sections ("method").
+
+    A key of a section that is null switches the section on. Raises ConfigError as `load_recipe` does.
+    """
+    values = recipe.model_dump(mode="json")
+    for key, value in changes.items():
+        section, dot, name_in_section = key.partition(".")
+        values[section] = {**(values.get(section) or {}), name_in_section: value} if dot else value
+    return build_as(type(recipe), values, name)
+
+
+def dump_recipe(recipe: Section) -> str:
+    """YAML with every key written out; `load_recipe` (or `load_as`) reads back an equal recipe."""
+    lines = []
+    for section, values in recipe.model_dump(mode="json").items():
+        lines.append(f"{section}: null" if values is None else f"{section}:")
+        lines += [f"  {key}: {_as_yaml(value)}" for key, value in (values or {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as JSON, which is YAML too: a quoted "off" is text for every reader of YAML, 1.1 or 1.2."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and "." not in text:
+        return text.replace("e", ".0e")  # YAML 1.1 takes 1e-05 for text
+    # JSON allows these characters in a string, YAML does not
+    unprintable = "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"
+    return re.sub(unprintable, lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class _Draft:
+    """A recipe on its way: its values, where each key was written, and the problems so far."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.places: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def parse(self, text: str, key: str = "", place: str = "") -> Any:
+        """The plain values of a YAML text; raises ConfigError when it is not plain YAML."""
+        try:
+            node = YAML(typ="safe", pure=True).compose(text)
+            return None if node is None else self._plain(node, key, place)
+        except (YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise ConfigError(
+                f"not plain YAML{line}: {getattr(error, 'problem', error)}; "
+                "a value with special characters needs quotes"
+            ) from error
+
+    def override(self, assignment: str) -> None:
+        """Apply one section.key=value; what is wrong with it is added to `problems`."""
+        key, equals, text = assignment.partition("=")
+        names = key.strip().split(".")
+        place = f"override {assignment!r}"
+        if not equals or not all(names) or len(names) > 2:
+            example = "such as training.batch_size=32"
+            self.problems.append(f"{place}: not of the form section.key=value, {example}")
+            return
+        try:
+            value = self.parse(text, ".".join(names), place)
+        except ConfigError as error:
+            self.problems.append(f"{place}: {error}")
+            return
+        self.places[".".join(names)] = place
+        if len(names) == 1:
+            self.values[names[0]] = value
+            return
+        if self.values.get(names[0]) is None:
+            self.values[names[0]] = {}
+            self.places.setdefault(names[0], place)
+        if isinstance(self.values[names[0]], dict):  # else validation reports the section itself
+            self.values[names[0]][names[1]] = value
+
+    def _plain(self, node: Node, key: str, place: str) -> Any:
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if node.anchor or ":" in kind or kind.startswith("!"):
+            raise ConfigError("anchors, aliases and tags are not allowed")
+        if isinstance(node, SequenceNode):
+            return [self._plain(item, key, place) for item in node.value]
+        if not isinstance(node, MappingNode):
+            return _scalar(kind, str(node.value))
+        values: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            name = str(name_node.value)
+            inner = f"{key}.{name}" if key else name
+            here = place or f"line {name_node.start_mark.line + 1}"
+            if name in values:
+                first = self.places[inner]
+                self.problems.append(f"{inner} ({here}): written twice, first {first}; keep one")
+            self.places[inner] = here
+            values[name] = self._plain(value_node, inner, place)
+        return values
+
+
+def _scalar(kind: str, text: str) -> Any:
+    """A plain word's value. Dates, 0x1f and 1_0 stay text: a recipe has no use for them as numbers."""
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int" and text.lstrip("+-").isdecimal():
+        return int(text)
+    if kind == "float" and "_" not in text and text[-1].isdecimal():
+        return float(text)
+    return text
+
+
+def _validated(root: type[Root], draft: _Draft, name: str) -> Root:
+    # a section whose keys are all commented out reads as null
+    optional = {k for k, info in root.model_fields.items() if NoneType in get_args(info.annotation)}
+    values = {k: {} if v is None and k not in optional else v for k, v in draft.values.items()}
+    problems, recipe = draft.problems, None
+    try:
+        recipe = root.model_validate(values)
+    except ValidationError as error:
+        seen = set()  # one wrong value can fail several checks of its key
+        for details in error.errors(include_url=False):
+            if len(details["loc"]) < 2 or details["loc"][:2] not in seen:
+                problems += _explain(root, details, draft.places)
+            seen.add(details["loc"][:2])
+    if recipe is not None and not problems:
+        return recipe
+    unique = list(dict.fromkeys(problems))
+    count = "a problem" if len(unique) == 1 else f"{len(unique)} problems"
+    raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique]))
+
+
+def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
+    """One of pydantic's errors in plain words, with its place and the fix."""
+    location, value = error["loc"], error["input"]
+    key = ".".join(str(part) for part in location[:2])
+    head = f"{key} ({places[key]})" if key in places else key
+    entry = next((k for k in describe_keys(root) if k.name == key), None)
+    removed = REMOVED.get(key) or REMOVED.get(f"{key}={value}")
+    if error["type"] == "value_error":  # our own rules are complete sentences, one line per problem
+        yield from str(error["ctx"]["error"]).split("\n")
+    elif removed:
+        yield f"{head}: {removed}"
+    elif error["type"] == "extra_forbidden":
+        yield f"{head}: unknown {'key' if len(location) > 1 else 'section'}{_hint(root, location)}"
+    elif entry is None:  # a whole section is missing, or is no mapping
+        fields = sections_of(root)[key].model_fields if key else root.model_fields
+        needed = [name for name, info in fields.items() if info.is_required()] or list(fields)
+        got = "missing" if error["type"] == "missing" else f"got {_shown(value)}"
+        yield f"{head or 'the recipe'}: {got}; needed: keys and values, with {', '.join(needed)}"
+    elif error["type"] == "missing" and len(location) == 2:
+        yield f"{head}: missing; needed: {entry.allowed}. {entry.meaning}"
+    else:
+        number_as_text = error["type"] == "string_type" and isinstance(value, int | float)
+        quote = " (as text it needs quotes)" if number_as_text else ""
+        yield f"{head}: got {_shown(value)}; allowed: {entry.allowed}{quote}. {entry.meaning}"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=repr)[:80]
+
+
+def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
+    """The keys most like an unknown one, or else all keys of its section."""
+    name, section = str(location[-1]).lower(), str(location[0]) if len(location) > 1 else None
+    sections = sections_of(root)
+    if section is None and (near := difflib.get_close_matches(name, sections, 1)):
+        return f"; did you mean {near[0]}?"
+    scores = {}
+    for key in describe_keys(root):
+        home, leaf = key.name.split(".")
+        scores[key.name] = _likeness(name, leaf) + 0.1 * (home == section)
+    best = max(scores.values())
+    if best >= 0.65:
+        return f"; did you mean {' or '.join(k for k, score in scores.items() if score == best)}?"
+    allowed = sections if section is None else sections[section].model_fields
+    return f"; allowed here: {', '.join(allowed)}"
+
+
+def _likeness(name: str, leaf: str) -> float:
+    initials = "".join(word[0] for word in leaf.split("_"))
+    if name == initials or leaf in name:  # lr, num_train_epochs
+        return 0.8 + len(leaf) / 1000
+    return difflib.SequenceMatcher(None, name, leaf).ratio()

@@ -1,0 +1,1 @@
+"""What several test files share: data, stand-ins and small runs."""
