@@ -103,7 +103,7 @@ def test_a_whole_number_serves_as_a_number_but_not_the_reverse(tmp_path: Path):
         ("training.max_tokens", "0", "whole number > 0 or auto"),
         ("training.max_tokens", "true", "whole number > 0 or auto"),
         ("training.max_tokens", "automatic", "whole number > 0 or auto"),
-        ("training.precision", "fp16", "fp32 or bf16"),
+        ("training.precision", "fp16", "auto or fp32 or bf16"),
         ("data.train", "[]", "list of text"),
         ("data.train", "[a, 1]", "list of text"),
         ("data.train", "''", "list of text"),
