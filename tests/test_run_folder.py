@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hafrm import atomic, runs
+from hafrm import atomic, run_folder
 from hafrm.atomic import atomic_directory, atomic_write, check_manifest, fingerprint, write_manifest
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
@@ -204,7 +204,7 @@ def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
         check_manifest(checkpoint)
     latest = run.latest_checkpoint()
     assert latest is not None
-    step = runs.step_of(latest)
+    step = run_folder.step_of(latest)
     with run.lock():
         assert all(re.fullmatch(r"step-\d+", name) for name in names(run.checkpoints_path))
         run.truncate_after(step)
@@ -492,7 +492,7 @@ def test_checkpoints_are_listed_by_step_and_the_latest_is_the_highest(tmp_path: 
     (run.checkpoints_path / "step-best").mkdir()
     assert [path.name for path in run.checkpoints()] == ["step-9", "step-20", "step-100"]
     assert run.latest_checkpoint() == run.checkpoint_path(100)
-    assert runs.step_of(run.checkpoint_path(100)) == 100
+    assert run_folder.step_of(run.checkpoint_path(100)) == 100
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written_again(

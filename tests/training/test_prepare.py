@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from published_rows import PUBLISHED
 
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ConfigError, DataError
 from hafrm.training.methods import get_method
 from hafrm.training.prepare import build_model, prepare_data
+from support.published_rows import PUBLISHED
 from tiny_runs import tiny_recipe, write_preferences
 
 
