@@ -48,13 +48,16 @@ class StoppedError(HafrmError, RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run is."""
+    """A finished run; usable as the path of its folder."""
 
     folder: Path
     num_steps: int
     best_step: int
     best: dict[str, float]
     """Validation metrics of the exported step."""
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
 
 def train(

@@ -1,0 +1,53 @@
+"""The public API: train on rows in memory, evaluate the run, use its reward model."""
+
+import pytest
+
+import hafrm
+from tiny_runs import WORDS, write_base
+
+RECIPE = {
+    "model.path": "",
+    "method.name": "haf",
+    "data": {"max_length": 64, "validation_fraction": 0.25},
+    "training": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "max_tokens": 512},
+}
+
+
+def rows(num, start=0):
+    return [
+        {
+            "prompt": f"Say {WORDS[i % 10]} number {i}.",
+            "chosen": f"{WORDS[i % 10]} it is",
+            "rejected": "no",
+        }
+        for i in range(start, start + num)
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    recipe = RECIPE | {"model.path": str(write_base(folder))}
+    return hafrm.train(recipe, data=rows(24), out=folder / "run")
+
+
+def test_a_run_of_rows_in_memory_is_evaluated_and_used(run):
+    result = hafrm.evaluate(run, rows(12, start=100))
+    assert result.accuracy.low <= result.accuracy.value <= result.accuracy.high
+    assert result.tables()[0].rows
+    rm = hafrm.RewardModel.from_pretrained(run.folder / "model/reward")
+    assert len(rm.score("Say bread.", ["bread it is", "no"])) == 2
+
+
+def test_the_run_resumes_from_its_own_recipe_with_the_same_rows(run):
+    recipe = hafrm.load_recipe(run.folder / "recipe.yaml")
+    again = hafrm.train(recipe, data=rows(24), out=run.folder, resume=True)
+    assert again == run
+
+
+def test_other_rows_are_another_recipe_and_a_wrong_key_is_named(run):
+    recipe = hafrm.load_recipe(run.folder / "recipe.yaml")
+    with pytest.raises(hafrm.CheckpointError):
+        hafrm.train(recipe, data=rows(20), out=run.folder, resume=True)
+    with pytest.raises(hafrm.ConfigError, match=r"model\.path"):
+        hafrm.train({"model.pth": "x"}, data=rows(4), out=run.folder)
