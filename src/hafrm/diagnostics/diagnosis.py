@@ -232,7 +232,7 @@ def _label_noise(noise: LabelNoise) -> Iterator[Table]:
         title = (
             "separates split votes from unanimous ones: area under the curve [95 %]; 0.5 is chance"
         )
-        areas = tuple(
+        areas: tuple[tuple[Cell, ...], ...] = tuple(
             (
                 predictor.name,
                 *(noise.by_set[name][index].auc for name in names),

@@ -209,7 +209,7 @@ class StudyResult(Summary):
     def _benchmarks(self) -> Table:
         names = list(dict.fromkeys(b.benchmark for b in self.benchmarks))
         scores = {(b.train, b.method, b.benchmark): b.score for b in self.benchmarks}
-        rows = tuple(
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
             (train, method, *(scores[train, method, name] for name in names))
             for train in self.train_sets
             for method in self.methods
