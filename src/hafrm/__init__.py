@@ -1,6 +1,6 @@
 """hafrm: train, evaluate, use and serve reward models that keep their language-model head.
 
-The public nouns; the verbs are `hafrm.training.loop.train` and `hafrm.evaluation.evaluate.evaluate`, and
+The public nouns; the verbs are `hafrm.training.loop.train` and `hafrm.evaluation.evaluate`, and
 the command line. Importing this loads nothing heavy: a name loads its module when it is first used.
 """
 

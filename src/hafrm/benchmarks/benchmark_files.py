@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hafrm.benchmarks.definitions import Benchmark, Part
+from hafrm.benchmarks.definitions import Benchmark, BenchmarkPart
 from hafrm.benchmarks.rules import Item
 from hafrm.data.files import find_files, read_file
 from hafrm.data.hub import read_hub
@@ -75,7 +75,9 @@ def find_benchmark_folder(benchmark: Benchmark, root: Path | None, *, alone: boo
     return root
 
 
-def _rows(benchmark: Benchmark, part: Part, folder: Path | None) -> Iterator[tuple[str, object]]:
+def _rows(
+    benchmark: Benchmark, part: BenchmarkPart, folder: Path | None
+) -> Iterator[tuple[str, object]]:
     """(its place in words, row) of every row of a part; a folder may lack a part."""
     if folder is not None:
         for file in find_files(folder, part.files):
@@ -92,7 +94,7 @@ def _rows(benchmark: Benchmark, part: Part, folder: Path | None) -> Iterator[tup
         raise DataError(f"{error}; files of your own: --benchmark-data FOLDER") from error
 
 
-def _read_row(benchmark: Benchmark, part: Part, row: object, place: str) -> Item | LeftOut:
+def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str) -> Item | LeftOut:
     if isinstance(row, Refusal):
         raise DataError(f"{place}: {row.reason}: {row.detail}")
     columns = (*benchmark.columns, *part.columns)

@@ -29,7 +29,7 @@ from hafrm.evaluation.heads import (
     LoadOptions,
     count_responses,
     find_heads,
-    load_scorer,
+    load_head,
     scorer_names,
 )
 from hafrm.preferences import Group, Message
@@ -69,7 +69,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     num = sum(len(group.responses) for groups in grouped for group in groups)
     done = count_responses(on_progress, num * len(scorer_names(heads)))
     for name in scorer_names(heads):
-        scorer = load_scorer(heads, name, LoadOptions(reference, max_length, dtype))
+        scorer = load_head(heads, name, LoadOptions(reference, max_length, dtype))
         max_lengths[name] = scorer.encoder.lengths.max_length
         templates[name] = scorer.encoder.template_sha256
         for i, data in enumerate(loaded):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hafrm.benchmarks.definitions import QUOTED, Benchmark, Weights, mean_weights
-from hafrm.benchmarks.rules import CandidateScores, Item, Verdict
+from hafrm.benchmarks.definitions import QUOTED, Benchmark, TermWeights, mean_weights
+from hafrm.benchmarks.rules import CandidateScores, Item, ItemVerdict
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.weighted_means import Term, TermMeans, mean_of
 from hafrm.statistics import Estimate
@@ -138,7 +138,7 @@ def score_benchmark(
     means = TermMeans(terms)
     sections = _present(benchmark.sections, terms)
     if benchmark.pooled:
-        overall: Weights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
+        overall: TermWeights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
     else:
         overall = mean_weights(sections.values())
     extras = _present(benchmark.extras, terms)
@@ -167,9 +167,9 @@ def length_scores(items: Sequence[Item], *, sign: int = 1) -> list[CandidateScor
     return [sign * np.array([len(text) for text in item.candidates], np.float64) for item in items]
 
 
-def _terms(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> dict[str, Term]:
+def _terms(benchmark: Benchmark, verdicts: Sequence[ItemVerdict]) -> dict[str, Term]:
     """The verdicts by term, in the benchmark's order."""
-    by_term: dict[str, list[Verdict]] = defaultdict(list)
+    by_term: dict[str, list[ItemVerdict]] = defaultdict(list)
     for verdict in verdicts:
         by_term[verdict.term].append(verdict)
     unknown = sorted(by_term.keys() - set(benchmark.terms))
@@ -187,9 +187,11 @@ def _terms(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> dict[str, Term]
     }
 
 
-def _present(sections: Mapping[str, Weights], terms: Mapping[str, Term]) -> dict[str, Weights]:
+def _present(
+    sections: Mapping[str, TermWeights], terms: Mapping[str, Term]
+) -> dict[str, TermWeights]:
     """The sections that have some of their terms, these weights scaled to the sum of all of them."""
-    result: dict[str, Weights] = {}
+    result: dict[str, TermWeights] = {}
     for section, weights in sections.items():
         there = {name: weight for name, weight in weights.items() if name in terms}
         if len(there) == len(weights):

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from hafrm.config import load_recipe
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
-from hafrm.diagnostics.calibration import margin_histogram, temperature
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
-from hafrm.diagnostics.label_noise import cut_text, label_noise, prompt_text, worst_errors
+from hafrm.diagnostics.label_noise import audit_labels, cut_text, prompt_text, worst_errors
+from hafrm.diagnostics.margins import margin_histogram, temperature
 from hafrm.diagnostics.own_policy import (
     Continuation,
     OwnPolicyPreference,
@@ -26,11 +26,11 @@ from hafrm.diagnostics.own_policy import (
     policy_text,
     reward_preferences,
 )
-from hafrm.diagnostics.representation import representation
+from hafrm.diagnostics.representation import describe_states
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.evaluation.comparisons import Comparisons, Data, read_comparisons
+from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
 from hafrm.evaluation.heads import (
     IMPLICIT,
     REWARD,
@@ -38,7 +38,7 @@ from hafrm.evaluation.heads import (
     LoadOptions,
     count_responses,
     find_heads,
-    load_scorer,
+    load_head,
     scorer_names,
 )
 from hafrm.evaluation.metrics import agreement, calibration, pairwise_accuracy
@@ -51,15 +51,13 @@ from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
 
-NUM_STATES = 2048
+MAX_STATES = 2048
 """Responses whose hidden states are measured; the same ones for every model."""
 BASE = "base model"
 MAX_NEW_TOKENS = 128
 """Of a continuation, if the models take as many."""
 NUM_CONTINUATIONS = 3
-"""Prompts of which all continuations are kept as examples."""
-
-Margins = Float[np.ndarray, " comparisons"]
+"""PromptKeys of which all continuations are kept as examples."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ class ScoredModel:
     name: str
     scored_with: str
     """"reward" or "implicit reward"."""
+    tokenized: list[TokenizedGroup]
+    """The groups as the model sees them."""
     margins: Margins
     states: Float[np.ndarray, "responses hidden"]
     """Of some of the responses, the same ones for all models."""
@@ -108,52 +108,57 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
     done = count_responses(on_progress, num * (len(models) + 1))
     options = LoadOptions(max_length=max_length, dtype=dtype)
     own_options = LoadOptions(reference, max_length, dtype)
-
-    def score(name: str, how: LoadOptions) -> tuple[ScoredModel, list[TokenizedGroup]]:
-        heads = models[name]
-        head = scorer_names(heads)[0]
-        log.info("scoring with %s", name)
-        scorer = load_scorer(heads, head, how)
-        tokenized, _ = scorer.encoder.encode(comparisons.groups)
-        margins = comparisons.margins(scorer.score_encoded(tokenized, done))
-        assert isinstance(scorer, RewardModel | ImplicitRewardModel)
-        network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
-        return ScoredModel(name, head, margins, _states(network, tokenized)), tokenized
-
-    own, tokenized = score(str(model), own_options)
-    implicit = None
-    if models[own.name].reward is not None and models[own.name].policy is not None:
-        log.info("scoring with the policy %s", models[own.name].policy)
-        scorer = load_scorer(models[own.name], IMPLICIT, own_options)
-        encoded, _ = scorer.encoder.encode(comparisons.groups)
-        implicit = comparisons.margins(scorer.score_encoded(encoded, done))
-        del scorer
-    start = None if base is None else _base_states(base, tokenized, own)
-    scored = [own, *(score(str(other), options)[0] for other in also)]
-    margins = np.stack([each.margins for each in scored])
+    name, heads = next(iter(models.items()))
+    own = _score(name, heads, comparisons, own_options, done)
+    implicit = _implicit_margins(heads, comparisons, own_options, done)
+    start = None if base is None else _base_states(base, own)
+    others = [_score(str(m), models[str(m)], comparisons, options, done) for m in also]
+    margins = np.stack([scored.margins for scored in (own, *others)])
     preference = None
     if num_generations:
-        groups = list(comparisons.groups)
+        groups = comparisons.groups
         preference = prefer_own_policy(models, base, groups, num_generations, options, on_progress)
     return Diagnosis(
-        model=own.name,
+        model=name,
         scored_with=own.scored_with,
         sets=tuple(
-            _diagnose_set(
-                name,
-                comparisons.take(where),
-                own.margins[where],
-                None if implicit is None else implicit[where],
-            )
-            for name, where in comparisons.sets().items()
+            _diagnose_set(part, comparisons.take(where), own.margins[where], alike)
+            for part, where in comparisons.sets().items()
+            for alike in [None if implicit is None else implicit[where]]
         ),
-        label_noise=label_noise(comparisons, margins, [each.name for each in scored]),
-        representations=tuple(representation(m.name, m.states, start) for m in scored),
-        base=None if start is None else representation(str(base), start),
+        label_noise=audit_labels(comparisons, margins, list(models)),
+        representations=tuple(describe_states(m.name, m.states, start) for m in (own, *others)),
+        base=None if start is None else describe_states(str(base), start),
         num_states=len(own.states),
         own_policy=preference,
         worst=worst_errors(comparisons, margins),
     )
+
+
+def _score(
+    name: str, heads: Heads, comparisons: Comparisons, options: LoadOptions, done: OnProgress
+) -> ScoredModel:
+    """The model's main head on the comparisons; the model is freed again."""
+    head = scorer_names(heads)[0]
+    log.info("scoring with %s", name)
+    scorer = load_head(heads, head, options)
+    tokenized, _ = scorer.encoder.encode(comparisons.groups)
+    margins = comparisons.margins(scorer.score_encoded(tokenized, done))
+    assert isinstance(scorer, RewardModel | ImplicitRewardModel)
+    network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
+    return ScoredModel(name, head, tokenized, margins, _states(network, tokenized))
+
+
+def _implicit_margins(
+    heads: Heads, comparisons: Comparisons, options: LoadOptions, done: OnProgress
+) -> Margins | None:
+    """Margins of the policy's implicit reward, if the model has both heads."""
+    if heads.reward is None or heads.policy is None:
+        return None
+    log.info("scoring with the policy %s", heads.policy)
+    scorer = load_head(heads, IMPLICIT, options)
+    tokenized, _ = scorer.encoder.encode(comparisons.groups)
+    return comparisons.margins(scorer.score_encoded(tokenized, done))
 
 
 def _find_models(
@@ -220,17 +225,16 @@ def _diagnose_set(
 def _states(
     model: HybridModel, groups: Sequence[TokenizedGroup]
 ) -> Float[np.ndarray, "responses hidden"]:
-    return last_states(model, some_responses(groups, NUM_STATES, seed=SEED))
+    return last_states(model, some_responses(groups, MAX_STATES, seed=SEED))
 
 
-def _base_states(
-    path: str | Path, groups: Sequence[TokenizedGroup], trained: ScoredModel
-) -> Float[np.ndarray, "responses hidden"]:
+def _base_states(path: str | Path, trained: ScoredModel) -> Float[np.ndarray, "responses hidden"]:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     log.info("hidden states of %s", path)
     model = load_policy(path, dtype=torch.float32, device=None)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
+    groups = trained.tokenized
     largest = max(int(ids.max()) for g in groups for ids in (g.prompt_ids, *g.response_ids))
     if size != trained.states.shape[1] or largest >= vocabulary:
         raise ModelError(
@@ -370,7 +374,7 @@ def _rewards(
 ) -> dict[str, NDArray[np.float64]]:
     """Each policy's rewards; all continuations of a prompt are scored together, equal ones once."""
     log.info("scoring generations with %s", heads.reward)
-    scorer = load_scorer(heads, REWARD, options)
+    scorer = load_head(heads, REWARD, options)
     distinct = [tuple(dict.fromkeys(written)) for written in zip(*texts.values(), strict=True)]
     groups = [Group(g.id, g.prompt, some) for g, some in zip(prompts, distinct, strict=True)]
     scores = iter(scorer.score_encoded(scorer.encoder.encode(groups)[0]).tolist())

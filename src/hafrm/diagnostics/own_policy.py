@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from hafrm.evaluation.metrics import mean
 from hafrm.statistics import Estimate, accuracy_interval, clustered_bootstrap
-from hafrm.table import Column, Table
+from hafrm.table import Table, columns
 
 LIKE_LENGTH = 1.25
 """Longer over shorter, in tokens, up to which two continuations are of like length."""
@@ -78,11 +78,6 @@ class OwnPolicyPreference:
             f"continuations of {self.num_prompts} prompts, up to {self.max_new_tokens} tokens, "
             f"temperature {self.temperature:g}"
         )
-        columns = (
-            Column("policy"),
-            Column("mean tokens", "general"),
-            Column("ended by itself [95 %]", "percent"),
-        )
         written = tuple((p.name, f"{p.mean_tokens:.1f}", p.ended) for p in self.policies)
         preferences = tuple(
             (
@@ -96,17 +91,13 @@ class OwnPolicyPreference:
             )
             for p in self.preferences
         )
-        headings = (
-            Column("reward model"),
-            Column("policy"),
-            Column("against"),
-            Column("higher reward", "percent"),
-            Column("of like length", "percent"),
-            Column("such prompts", "count"),
-            Column("is longer", "percent"),
+        headings = columns(
+            "reward model | policy | against | higher reward: percent | of like length: percent | "
+            "such prompts: count | is longer: percent"
         )
         which = "whose continuation is preferred [95 %]; ties half"
-        return Table(title, columns, written), Table(which, headings, preferences)
+        heads = columns("policy | mean tokens: general | ended by itself [95 %]: percent")
+        return Table(title, heads, written), Table(which, headings, preferences)
 
 
 def policy_text(name: str, written: Sequence[Continuation]) -> PolicyText:

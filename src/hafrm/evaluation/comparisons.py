@@ -17,6 +17,10 @@ from hafrm.data.readers import Reading, read
 from hafrm.errors import DataError, NumericsError
 from hafrm.preferences import Comparison, Group, prompt_key
 
+Margins = Float[np.ndarray, " comparisons"]
+PromptKeys = Shaped[np.ndarray, " comparisons"]
+"""Which prompt (any key): the clusters of the intervals."""
+Indices = Int[np.ndarray, " some"]
 Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """One source or several, as `hafrm.data.readers.read` has them, or a list of rows."""
 
@@ -25,12 +29,11 @@ Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
 class ScoredComparisons:
     """Margins and what they are measured by; one entry per comparison."""
 
-    margins: Float[np.ndarray, " comparisons"]
+    margins: Margins
     chosen_lengths: Num[np.ndarray, " comparisons"]
     """In characters: in tokens, long responses that the model's limit cuts would seem equally long."""
     rejected_lengths: Num[np.ndarray, " comparisons"]
-    prompts: Shaped[np.ndarray, " comparisons"]
-    """Which prompt (any key): the clusters of the intervals."""
+    prompts: PromptKeys
     ties: Bool[np.ndarray, " comparisons"]
 
 
@@ -52,27 +55,27 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def take(self, indices: Sequence[int] | Int[np.ndarray, " some"]) -> "Comparisons":
+    def take(self, indices: Indices) -> "Comparisons":
         """Those at the given indices."""
-        where = np.asarray(indices, int)
-        return Comparisons(self.groups, self.owner[where], tuple(self.pairs[i] for i in where))
+        pairs = tuple(self.pairs[i] for i in indices)
+        return Comparisons(self.groups, self.owner[indices], pairs)
 
     def decided(self) -> "Comparisons":
         """Those that are no ties."""
         return self.take(np.flatnonzero(~self.ties))
 
-    def by_source(self) -> dict[str, Int[np.ndarray, " some"]]:
+    def by_source(self) -> dict[str, Indices]:
         """The indices of each source's comparisons, sources in their order."""
         sources = [self.groups[i].source for i in self.owner]
         names = dict.fromkeys(sources)
         return {n: np.array([i for i, s in enumerate(sources) if s == n], int) for n in names}
 
-    def sets(self) -> dict[str, Int[np.ndarray, " some"]]:
+    def sets(self) -> dict[str, Indices]:
         """The same, and "all" if there are several sources."""
         sources = self.by_source()
         return sources | {"all": np.arange(len(self))} if len(sources) > 1 else sources
 
-    def margins(self, scores: Float[np.ndarray, " responses"]) -> Float[np.ndarray, " comparisons"]:
+    def margins(self, scores: Float[np.ndarray, " responses"]) -> Margins:
         """score(chosen) - score(rejected) in float64, from one score for each response of all groups.
 
         Raises NumericsError for a margin that is not finite, which would silently count as wrong.
@@ -94,7 +97,7 @@ class Comparisons:
         return np.asarray(margins, np.float64)
 
     def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
-        """The comparisons as `measure` takes them."""
+        """The comparisons as `pairwise_metrics` takes them."""
         chosen, rejected = (
             np.array([len(text) for text in texts], int)
             for texts in (self.chosen_texts, self.rejected_texts)
@@ -107,8 +110,8 @@ class Comparisons:
         return np.array([pair.tie for pair in self.pairs], bool)
 
     @cached_property
-    def prompts(self) -> Shaped[np.ndarray, " comparisons"]:
-        """The prompt's key: the clusters of all intervals."""
+    def prompts(self) -> PromptKeys:
+        """The prompt's key."""
         keys = {i: prompt_key(self.groups[i].prompt) for i in set(self.owner.tolist())}
         return np.array([keys[i] for i in self.owner.tolist()], str)
 

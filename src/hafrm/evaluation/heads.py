@@ -22,7 +22,7 @@ from hafrm.evaluation.comparisons import (
     ScoredComparisons,
     read_comparisons,
 )
-from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, measure
+from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
@@ -90,7 +90,7 @@ def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
     return heads if policy is None else Heads(heads.reward, Path(policy))
 
 
-def load_scorer(heads: Heads, name: str, options: LoadOptions) -> Scorer:
+def load_head(heads: Heads, name: str, options: LoadOptions) -> Scorer:
     """The head called REWARD, IMPLICIT or FUSED, which the model has."""
     arguments = options.arguments()
     if name == REWARD:
@@ -113,7 +113,7 @@ def scorer_names(heads: Heads) -> list[str]:
 def load_main_head(path: str | Path, options: LoadOptions) -> Scorer:
     """The reward of the model at `path`; of a policy alone, its implicit reward."""
     heads = find_heads(path)
-    return load_scorer(heads, scorer_names(heads)[0], options)
+    return load_head(heads, scorer_names(heads)[0], options)
 
 
 def count_responses(on_progress: OnProgress, total: int) -> Callable[[int, int], None]:
@@ -188,7 +188,7 @@ def _score_all_heads(
     num = sum(len(group.responses) for group in comparisons.groups)
     done = count_responses(on_progress, num * len(names))
     for name in names:
-        scorer = load_scorer(heads, name, options)
+        scorer = load_head(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
         result.by_head[name] = scorer.score_encoded(tokenized, done)
         if name == names[0]:
@@ -216,14 +216,14 @@ def _measure_set(
     margins, prompts = main.margins[decided], main.prompts[decided]
     others: dict[str, Any] = {}
     if REWARD in scored and IMPLICIT in scored:
-        others["implicit"] = measure(scored[IMPLICIT])
+        others["implicit"] = pairwise_metrics(scored[IMPLICIT])
         others["agreement"] = agreement(margins, scored[IMPLICIT].margins[decided], prompts)
     if FUSED in scored:
-        others["fused"] = measure(scored[FUSED])
+        others["fused"] = pairwise_metrics(scored[FUSED])
         right = scored[FUSED].margins[decided] > 0
         others["fused_gain"] = paired_bootstrap(right, margins > 0, prompts)
     num_groups = len(set(comparisons.owner.tolist()))
-    return SetResult(**vars(measure(main)), name=name, num_groups=num_groups, **others)
+    return SetResult(**vars(pairwise_metrics(main)), name=name, num_groups=num_groups, **others)
 
 
 def compare_models(  # noqa: PLR0913 - every way to say what is compared

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 
-from hafrm.evaluation.comparisons import ScoredComparisons
+from hafrm.evaluation.comparisons import PromptKeys, ScoredComparisons
 from hafrm.statistics import (
     Difference,
     Estimate,
@@ -23,7 +23,7 @@ from hafrm.statistics import (
     seeded_difference,
     seeded_mean,
 )
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Table, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,11 @@ class ModelComparison:
         """Accuracy of both sides on every set, their difference, and its p-values."""
         sides = (("first", self.first), ("second", self.second))
         title = "accuracy [95 %]" + (" over seeds" if len(self.first) > 1 else "")
-        columns = [Column("set"), Column("comparisons", "count"), Column("first", "percent")]
-        if self.second:
-            columns += [Column("second", "percent"), Column("difference", "percent")]
-            columns += [Column("p", "p"), Column("p (Holm)", "p")]
-        rows = tuple(_cells(result)[: len(columns)] for result in self.sets)
+        heads = "set | comparisons: count | first: percent"
+        heads += " | second: percent | difference: percent | p: p | p (Holm): p" * bool(self.second)
+        rows = tuple(_cells(result)[: 7 if self.second else 3] for result in self.sets)
         notes = tuple(f"{side}: {', '.join(paths)}" for side, paths in sides if paths)
-        return (Table(title, tuple(columns), rows, notes),)
+        return (Table(title, columns(heads), rows, notes),)
 
 
 def _cells(result: SetComparison) -> tuple[Cell, ...]:
@@ -89,7 +87,7 @@ def compare_set(
 def compare_correct(
     first: Bool[np.ndarray, "first_seeds comparisons"],
     second: Bool[np.ndarray, "second_seeds comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"],
+    prompts: PromptKeys,
 ) -> tuple[Difference, McNemar | None]:
     """The difference of two [seeds, comparisons] arrays of right answers, and their discordant counts.
 
@@ -108,7 +106,7 @@ def compare_correct(
 
 
 def accuracy_over_seeds(
-    correct: Bool[np.ndarray, "seeds comparisons"], prompts: Shaped[np.ndarray, " comparisons"]
+    correct: Bool[np.ndarray, "seeds comparisons"], prompts: PromptKeys
 ) -> Estimate:
     """The accuracy of one model, or the mean over several seeds."""
     return (

@@ -9,7 +9,6 @@ new.
 """
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,7 +28,7 @@ from hafrm.scoring.fused import fit_fused, fused_scores, per_token
 from hafrm.scoring.scorer import ImplicitRule
 from hafrm.statistics import Estimate, accuracy_interval, in_words, over_seeds
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
-from hafrm.study.study_result import Outcome, StudyBenchmark, StudyResult, Tuning, summarise
+from hafrm.study.study_result import ScorerOutcome, StudyBenchmark, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
     REWARD_MARGINS,
     TOKEN_MARGINS,
@@ -47,11 +46,11 @@ from hafrm.training.methods import Method, get_method
 
 log = logging.getLogger("hafrm")
 
-RESULT = "comparison.json"
+COMPARISON_FILE = "comparison.json"
 TWO_MODELS = "bt + dpo (fused)"
 """Two models trained apart and scored together: the control for one backbone with two heads."""
 
-Scores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
+SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, scorer), an array for each seed."""
 
 
@@ -84,7 +83,7 @@ def compare_methods(
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
         tunings, runs = _train(plan, setup, processes)
         result = _summarise(plan, tunings, runs, data, out)
-        write_result(out / RESULT, result)
+        write_result(out / COMPARISON_FILE, result)
     return result
 
 
@@ -211,7 +210,7 @@ def _fuse(
     return fused_scores(reward["reward"], by_token, rule)
 
 
-def outcomes_of(scores: Scores, data: StudyData) -> dict[tuple[str, str, str], Outcome]:
+def outcomes_of(scores: SeedScores, data: StudyData) -> dict[tuple[str, str, str], ScorerOutcome]:
     """What every scorer got right on every test set, training sets and scorers in their order."""
     decided = data.comparisons.decided()
     sets = {name: decided.take(indices) for name, indices in decided.by_source().items()}
@@ -219,7 +218,7 @@ def outcomes_of(scores: Scores, data: StudyData) -> dict[tuple[str, str, str], O
     for (train, scorer), by_seed in scores.items():
         for name, comparisons in sets.items():
             margins = np.array([comparisons.margins(values) for values in by_seed])
-            result[train, scorer, name] = Outcome(margins > 0, margins, comparisons.prompts)
+            result[train, scorer, name] = ScorerOutcome(margins > 0, margins, comparisons.prompts)
     return result
 
 
@@ -234,7 +233,7 @@ def pick_longer(data: StudyData) -> dict[str, Estimate]:
     }
 
 
-def _benchmark_scores(scores: Scores, data: StudyData) -> tuple[StudyBenchmark, ...]:
+def _benchmark_scores(scores: SeedScores, data: StudyData) -> tuple[StudyBenchmark, ...]:
     """Every scorer on every benchmark: the published score of each seed, and the mean over seeds."""
     first = np.cumsum([0, *(len(group.responses) for group in data.groups)])
     results = []
@@ -257,16 +256,11 @@ class _Progress:
 
     def __init__(self, total: int, processes: int) -> None:
         self.total, self.processes = total, processes
-        self.done = 0
-        self.began = time.monotonic()
-        self.ran: list[float] = []
+        self.done, self.seconds = 0, 0.0
 
     def __call__(self, run: StudyRun, result: RunResult) -> None:
-        self.done += 1
-        if result.seconds < time.monotonic() - self.began:  # run now, not finished before
-            self.ran.append(result.seconds)
-        per_run = sum(self.ran) / len(self.ran) if self.ran else result.seconds
-        left = (self.total - self.done) * per_run / max(1, self.processes)
+        self.done, self.seconds = self.done + 1, self.seconds + result.seconds
+        left = (self.total - self.done) * self.seconds / self.done / max(1, self.processes)
         log.info(
             "run %d/%d  %s: %s  (%.0f s; about %.0f min left)",
             self.done,

@@ -33,7 +33,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScorerOutcome:
     """One scorer on one test set, after training on one set: every seed's answers."""
 
     correct: Bool[np.ndarray, "seeds comparisons"]
@@ -41,7 +41,7 @@ class Outcome:
     prompts: Shaped[np.ndarray, " comparisons"]
 
 
-Outcomes = Mapping[tuple[str, str, str], Outcome]
+Outcomes = Mapping[tuple[str, str, str], ScorerOutcome]
 """By (training set, scorer, test set)."""
 
 
@@ -280,11 +280,11 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def stacked(
-    outcomes: Sequence[tuple[str, Outcome]],
+    outcomes: Sequence[tuple[str, ScorerOutcome]],
 ) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
     """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
 
-    A set's right answers are scaled so that each set has equal weight, whatever its size. Prompts of one
+    A set's right answers are scaled so that each set has equal weight, whatever its size. PromptKeys of one
     test set are one cluster each, also if models of several training sets answered them.
     """
     total = sum(outcome.correct.shape[1] for _, outcome in outcomes)
@@ -293,7 +293,7 @@ def stacked(
     return np.concatenate(values, axis=1), np.concatenate(clusters)
 
 
-def _set_accuracy(train: str, scorer: str, test: str, outcome: Outcome) -> SetAccuracy:
+def _set_accuracy(train: str, scorer: str, test: str, outcome: ScorerOutcome) -> SetAccuracy:
     fits = [calibration(margins) for margins in outcome.margins]
     return SetAccuracy(
         train,

@@ -1,6 +1,6 @@
 """One run of a study: train it, score the test sets with its best weights, keep the scores.
 
-Scores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
+SeedScores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
 run's folder has its recipe and metrics, `scores.safetensors` and, written last, `result.json`: a run that
 has one is finished, and one that was killed is resumed. A run that only helps to choose a learning rate
 keeps its checkpoints until the choice is made, and scores nothing.
@@ -25,7 +25,7 @@ from hafrm.benchmarks.benchmark_run import group_by_prompt
 from hafrm.benchmarks.definitions import find_benchmarks
 from hafrm.data.encoding import Encoder
 from hafrm.data.encoding_cache import encode_cached
-from hafrm.diagnostics.representation import Representation, representation
+from hafrm.diagnostics.representation import Representation, describe_states
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import Group, TokenizedGroup
@@ -41,10 +41,10 @@ from hafrm.training.prepare import PreparedData, build_model, load_tokenizer, pr
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
 from hafrm.training.validation import HeadScores, decided_margins, score_heads
 
-RESULT, SCORES = "result.json", "scores.safetensors"
+RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
 """Margins on validation data, which alone decide how the fused score weighs the two heads."""
-NUM_STATES = 256
+NUM_STATE_RESPONSES = 256
 """Responses whose last-token states are measured."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -147,13 +147,13 @@ def read_study_data(setup: StudySetup) -> StudyData:
 
 def read_run_result(folder: Path) -> RunResult | None:
     """A run's result, or None if it has not finished."""
-    file = folder / RESULT
+    file = folder / RUN_RESULT
     return read_result(file, RunResult) if file.is_file() else None
 
 
 def read_scores(folder: Path) -> Arrays:
     """A finished run's scores of every response of the test sets, by head, and its validation margins."""
-    return load_file(folder / SCORES)
+    return load_file(folder / SCORES_FILE)
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -205,12 +205,12 @@ class RunWorker:
                 trained.num_steps,
                 time.monotonic() - began,
                 is_scored=run.is_scored,
-                representation=None if states is None else representation(str(folder), states),
+                representation=None if states is None else describe_states(str(folder), states),
                 state_norm=None if states is None else _mean_and_std(states),
             )
         if result.is_scored:
             drop_checkpoints(folder)
-        write_result(folder / RESULT, result)
+        write_result(folder / RUN_RESULT, result)
         return result
 
     def _data_of(self, run: StudyRun, recipe: Recipe) -> PreparedData:
@@ -255,13 +255,13 @@ class RunWorker:
                 margins = decided_margins(groups, values, validation.first)
                 stored[name] = margins.astype(np.float32)
         arrays = {name: values for name, values in stored.items() if values is not None}
-        atomic_write(folder / SCORES, save(arrays))
+        atomic_write(folder / SCORES_FILE, save(arrays))
 
     def _states(self, job: Job) -> NDArray[np.float32]:
         """The states that rewards are read from, of the same texts for all runs."""
         first: list[TokenizedGroup] = []
         for group in self.data.tokenized:
-            if sum(len(g.response_ids) for g in first) >= NUM_STATES:
+            if sum(len(g.response_ids) for g in first) >= NUM_STATE_RESPONSES:
                 break
             first.append(group)
         training = job.model.training

@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Shaped
 from scipy.optimize import brentq
 from scipy.special import expit
 
+from hafrm.evaluation.comparisons import Margins, PromptKeys
 from hafrm.evaluation.metrics import calibration
 from hafrm.results import Real
 from hafrm.statistics import SEED
@@ -47,9 +47,7 @@ class MarginHistogram:
     """Equal scores among them, in the first bin."""
 
 
-def temperature(
-    margins: Float[np.ndarray, " comparisons"], prompts: Shaped[np.ndarray, " comparisons"]
-) -> Temperature:
+def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
     """Fit on a random half of the prompts, test on the other; NaN if there is only one prompt."""
     _, cluster = np.unique(prompts, return_inverse=True)
     num_prompts = int(cluster.max()) + 1 if len(cluster) else 0
@@ -69,7 +67,7 @@ def temperature(
     )
 
 
-def fit_temperature(margins: Float[np.ndarray, " comparisons"]) -> float:
+def fit_temperature(margins: Margins) -> float:
     """The T > 0 that minimises the mean of -log sigmoid(margin / T).
 
     In s = 1/T the loss is convex, so its slope, mean(-margin * sigmoid(-s * margin)), has one root.
@@ -93,9 +91,7 @@ def fit_temperature(margins: Float[np.ndarray, " comparisons"]) -> float:
     return 1 / float(brentq(slope, 0.0, high, xtol=1e-15 * high, rtol=1e-15))
 
 
-def margin_histogram(
-    margins: Float[np.ndarray, " comparisons"], *, num_bins: int = NUM_MARGIN_BINS
-) -> MarginHistogram:
+def margin_histogram(margins: Margins, *, num_bins: int = NUM_MARGIN_BINS) -> MarginHistogram:
     """Counts of right and wrong comparisons over shared bins of |margin|."""
     sizes = np.abs(margins.astype(np.float64))
     top = float(sizes.max()) if len(sizes) and sizes.max() > 0 else 1.0
