@@ -57,7 +57,7 @@ BASE = "base model"
 MAX_NEW_TOKENS = 128
 """Of a continuation, if the models take as many."""
 NUM_CONTINUATIONS = 3
-"""PromptKeys of which all continuations are kept as examples."""
+"""Prompts of which all continuations are kept as examples."""
 
 
 @dataclass(frozen=True)
