@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.config import load_recipe
+from hafrm.data.encoding import Encoder
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
 from hafrm.diagnostics.label_noise import audit_labels, cut_text, prompt_text, worst_errors
@@ -30,7 +31,7 @@ from hafrm.diagnostics.representation import describe_states
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
+from hafrm.evaluation.comparisons import Comparisons, Data, Indices, Margins, read_comparisons
 from hafrm.evaluation.heads import (
     IMPLICIT,
     REWARD,
@@ -122,9 +123,8 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
         model=name,
         scored_with=own.scored_with,
         sets=tuple(
-            _diagnose_set(part, comparisons.take(where), own.margins[where], alike)
+            _diagnose_set(part, comparisons.take(where), own.margins, implicit, where)
             for part, where in comparisons.sets().items()
-            for alike in [None if implicit is None else implicit[where]]
         ),
         label_noise=audit_labels(comparisons, margins, list(models)),
         representations=tuple(describe_states(m.name, m.states, start) for m in (own, *others)),
@@ -205,20 +205,21 @@ def _base_of(path: str | Path) -> Path | None:
 
 
 def _diagnose_set(
-    name: str, comparisons: Comparisons, margins: Margins, implicit: Margins | None
+    name: str, comparisons: Comparisons, margins: Margins, implicit: Margins | None, where: Indices
 ) -> SetDiagnosis:
-    prompts = comparisons.prompts
+    """The comparisons of one set, which are at `where` among all margins."""
+    prompts, own = comparisons.prompts, margins[where]
     texts = comparisons.chosen_texts, comparisons.rejected_texts
     return SetDiagnosis(
         name=name,
         num=len(comparisons),
-        accuracy=pairwise_accuracy(margins, prompts),
-        temperature=temperature(margins, prompts),
-        calibration=calibration(margins),
-        margins=margin_histogram(margins),
-        style=style_biases(margins, *texts, prompts),
-        slices=slice_accuracies(margins, divisions_of(comparisons), prompts),
-        agreement=None if implicit is None else agreement(margins, implicit, prompts),
+        accuracy=pairwise_accuracy(own, prompts),
+        temperature=temperature(own, prompts),
+        calibration=calibration(own),
+        margins=margin_histogram(own),
+        style=style_biases(own, *texts, prompts),
+        slices=slice_accuracies(own, divisions_of(comparisons), prompts),
+        agreement=None if implicit is None else agreement(own, implicit[where], prompts),
     )
 
 
@@ -280,20 +281,19 @@ def prefer_own_policy(
     """
     policies = find_policies(models, base)
     own = next(iter(policies.values()))
-    # the base model writes with the tokenizer and template of the model that came from it
-    writers = {
-        name: _Writer(path, own if name == BASE else path, options.max_length)
+    encoders = {
+        # the base model writes with the tokenizer and template of the model that came from it
+        name: _load_encoder(path, own if name == BASE else path, options.max_length)
         for name, path in policies.items()
     }
-    limit = min(writer.encoder.lengths.max_length for writer in writers.values())
+    limit = min(encoder.lengths.max_length for encoder in encoders.values())
     sampling = Sampling(max_new_tokens=min(MAX_NEW_TOKENS, limit // 2))
-    prompts = _draw_prompts(
-        groups, num, next(iter(writers.values())), limit - sampling.max_new_tokens
-    )
-    done = count_responses(on_progress, len(prompts) * len(writers))
-    written = {name: writer.write(prompts, sampling, done) for name, writer in writers.items()}
-    texts = {name: writers[name].texts(some) for name, some in written.items()}
-    lengths = {n: np.array([len(text.ids) for text in some]) for n, some in written.items()}
+    room = limit - sampling.max_new_tokens
+    prompts = _draw_prompts(groups, num, encoders[next(iter(policies))], room)
+    done = count_responses(on_progress, len(prompts) * len(policies))
+    written = {n: _write(policies[n], encoders[n], prompts, sampling, done) for n in policies}
+    texts = {name: [c.text for c in some] for name, some in written.items()}
+    lengths = {name: np.array([c.num_tokens for c in some]) for name, some in written.items()}
     preferences: list[RewardPreference] = []
     for name, heads in models.items():
         if heads.reward is not None:
@@ -313,50 +313,42 @@ def prefer_own_policy(
     )
 
 
-class _Writer:
-    """A policy, with the tokenizer and template of its prompts; in memory only while it writes."""
-
-    def __init__(self, path: Path, tokenizer: Path, max_length: int | None) -> None:
-        self.path = path
-        config = load_config(path)
-        self.encoder = load_encoder(tokenizer, config, max_length)
-        vocabulary = config.get_text_config().vocab_size
-        if len(self.encoder.tokenizer) > vocabulary:
-            raise ModelError(
-                f"{path} has a vocabulary of {vocabulary} tokens, too few for the tokenizer in "
-                f"{tokenizer}; give the checkpoint that the policy was trained from (--base)"
-            )
-
-    def prompt_ids(self, groups: Sequence[Group]) -> list[NDArray[np.int32]]:
-        return [group.prompt_ids for group in self.encoder.encode(groups)[0]]
-
-    def write(
-        self, groups: Sequence[Group], sampling: Sampling, done: OnProgress
-    ) -> list[Continuation]:
-        log.info("generating with %s", self.path)
-        model = load_causal_lm(self.path, dtype=torch.float32)
-        ids = [prompt.tolist() for prompt in self.prompt_ids(groups)]
-        eos, pad = self.encoder.eos_id, self.encoder.pad_id
-        pad = eos if pad is None else pad
-        written = sample(model, ids, 1, sampling, eos=eos, pad=pad, seed=SEED, done=done)
-        return [as_continuation(response, eos, pad) for (response,) in written]
-
-    def texts(self, written: Sequence[Continuation]) -> list[str]:
-        decode = self.encoder.tokenizer.decode
-        return [str(decode(list(text.ids), skip_special_tokens=True)) for text in written]
+def _load_encoder(path: Path, tokenizer: Path, max_length: int | None) -> Encoder:
+    config = load_config(path)
+    encoder: Encoder = load_encoder(tokenizer, config, max_length)
+    vocabulary = config.get_text_config().vocab_size
+    if len(encoder.tokenizer) > vocabulary:
+        raise ModelError(
+            f"{path} has a vocabulary of {vocabulary} tokens, too few for the tokenizer in "
+            f"{tokenizer}; give the checkpoint that the policy was trained from (--base)"
+        )
+    return encoder
 
 
-def as_continuation(ids: list[int], eos: int, pad: int) -> Continuation:
-    """The ids before the EOS; a policy may write pad, which is no text."""
-    ended = eos in ids
-    before = ids[: ids.index(eos)] if ended else ids
-    return Continuation(tuple(i for i in before if i != pad), ended)
+def _write(
+    path: Path, encoder: Encoder, groups: Sequence[Group], sampling: Sampling, done: OnProgress
+) -> list[Continuation]:
+    """A continuation of each prompt; the policy is in memory only here."""
+    log.info("generating with %s", path)
+    model = load_causal_lm(path, dtype=torch.float32)
+    prompts = [group.prompt_ids.tolist() for group in encoder.encode(groups)[0]]
+    eos = encoder.eos_id
+    pad = eos if encoder.pad_id is None else encoder.pad_id
+    written = sample(model, prompts, 1, sampling, eos=eos, pad=pad, seed=SEED, done=done)
+    continuations = []
+    for (ids,) in written:
+        ended = eos in ids
+        # a policy may write pad, which is no text
+        own = [i for i in (ids[: ids.index(eos)] if ended else ids) if i != pad]
+        text = str(encoder.tokenizer.decode(own, skip_special_tokens=True))
+        continuations.append(Continuation(text, len(own), ended))
+    return continuations
 
 
-def _draw_prompts(groups: Sequence[Group], num: int, writer: _Writer, room: int) -> list[Group]:
+def _draw_prompts(groups: Sequence[Group], num: int, encoder: Encoder, room: int) -> list[Group]:
     """`num` groups with different prompts of at most `room` tokens, drawn with a fixed seed."""
     distinct = list({prompt_key(group.prompt): group for group in groups}.values())
-    sizes = [len(ids) for ids in writer.prompt_ids(distinct)]
+    sizes = [len(group.prompt_ids) for group in encoder.encode(distinct)[0]]
     fitting = [group for group, size in zip(distinct, sizes, strict=True) if size <= room]
     if not fitting:
         raise DataError(

@@ -25,7 +25,8 @@ LIKE_LENGTH = 1.25
 class Continuation:
     """What a policy writes on one prompt."""
 
-    ids: tuple[int, ...]
+    text: str
+    num_tokens: int
     """Without EOS and pad."""
     ended: bool
     """Whether the policy wrote an EOS, and did not run into the limit."""
@@ -102,9 +103,10 @@ class OwnPolicyPreference:
 
 def policy_text(name: str, written: Sequence[Continuation]) -> PolicyText:
     """What one policy wrote, in numbers."""
-    lengths = np.array([len(text.ids) for text in written])
     ended = np.array([text.ended for text in written])
-    return PolicyText(name, mean(lengths), accuracy_interval(ended))
+    return PolicyText(
+        name, mean(np.array([t.num_tokens for t in written])), accuracy_interval(ended)
+    )
 
 
 def reward_preferences(
