@@ -65,6 +65,7 @@ def find_benchmark_folder(benchmark: Benchmark, root: Path | None, *, alone: boo
         return None
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give one with the files of {benchmark.title}")
+    # several benchmarks have folders of their names, one alone may be the folder itself
     own = root / benchmark.name
     if own.is_dir():
         return own
@@ -88,6 +89,7 @@ def _rows(
             f"{benchmark.title} is not on the hub; get it from {benchmark.home} and say where it is "
             "with --benchmark-data"
         )
+    # the hub is often unreachable from where models are evaluated
     try:
         yield from ((f"row {number} of {part.hub}", row) for number, row in read_hub(part.hub))
     except DataError as error:
@@ -99,6 +101,7 @@ def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str
         raise DataError(f"{place}: {row.reason}: {row.detail}")
     columns = (*benchmark.columns, *part.columns)
     if not isinstance(row, Mapping) or any(column not in row for column in columns):
+        # another data set's columns tell the reader which file this is
         got = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else type(row).__name__
         raise DataError(
             f"{place} is not in the published form of {benchmark.title}, which has columns "

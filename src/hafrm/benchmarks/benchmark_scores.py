@@ -63,6 +63,7 @@ class BenchmarkResult:
         scores = self.scores.values()
         some = next(iter(scores))
         rows: list[tuple[Cell, ...]] = []
+        # a single whole section is the score itself
         if len(some.sections) > 1 or self.missing:
             rows += [(name, *(s.sections[name] for s in scores)) for name in some.sections]
         rows += [(name, *(s.extras[name] for s in scores)) for name in some.extras]
@@ -101,6 +102,7 @@ class BenchmarkResults:
         """The line that papers quote, for the model's heads and the baselines; then each benchmark."""
         columns = [Column("scorer")]
         columns += [Column(b.title + "*" * bool(b.missing), "percent") for b in self.benchmarks]
+        # only the whole quoted table has an average
         columns += [Column("Avg.", "percent")] * bool(self.average)
         rows: list[tuple[Cell, ...]] = []
         for scorer in self.benchmarks[0].scores:
@@ -137,6 +139,7 @@ def score_benchmark(
     terms = _terms(benchmark, verdicts)
     means = TermMeans(terms)
     sections = _present(benchmark.sections, terms)
+    # pooled: every verdict weighs the same, so a term weighs by its verdicts
     if benchmark.pooled:
         overall: TermWeights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
     else:
@@ -197,6 +200,7 @@ def _present(
         if len(there) == len(weights):
             result[section] = there
         elif there:
+            # what is there takes the weight of what is missing
             scale = sum(weights.values()) / sum(there.values())
             result[section] = {name: weight * scale for name, weight in there.items()}
     return result

@@ -67,6 +67,7 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """
     wanted = [name for entry in names for name in (QUOTED if entry == "all" else (entry,))]
     for name in wanted:
+        # names differ by a digit or a hyphen, so guess
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name.lower(), BENCHMARKS, 1, cutoff=0.5)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -187,6 +188,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             ("id", "prompt", "chosen", "rejected", "subset"),
             row_readers.rewardbench2,
             rules.best_of_four_and_ties,
+            # Ties is a section whose terms do not sum to 1, as published
             _alone(("Factuality", "Precise IF", "Math", "Safety", "Focus")) | {TIES: TIES_TERMS},
             (BenchmarkPart(hub=HubSet("allenai/reward-bench-2", "test"), files=("*test*", "*")),),
             num_rows=1865,
@@ -242,6 +244,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                     hub=HubSet("THU-KEG/RM-Bench"), files=("*total_dataset*", "*train*", "*")
                 ),
             ),
+            # quoted beside the score: one style over all domains
             extras={
                 style: {
                     f"{domain} {style}": 1 / len(row_readers.RM_BENCH_DOMAINS)
@@ -258,6 +261,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             row_readers.judgebench,
             rules.first_beats_all,
             _alone(row_readers.JUDGEBENCH_PARTS.values()),
+            # the quoted numbers are of GPT-4o's answers, not of Claude's
             (BenchmarkPart(hub=HubSet("ScalerLab/JudgeBench", "gpt"), files=("*gpt*", "*")),),
             pooled=True,
             num_rows=350,

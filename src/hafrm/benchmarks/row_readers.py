@@ -73,6 +73,7 @@ def rm_bench(row: PublishedRow, part: str) -> Item | LeftOut:
 def judgebench(row: PublishedRow, part: str) -> Item | LeftOut:
     """JudgeBench: two answers of which one is right; its category follows from `source`."""
     assert not part
+    # the right answer first, as in all items
     label = choice_of(row, "label", ("A>B", "B>A"))
     answers = text_of(row, "response_A"), text_of(row, "response_B")
     ordered = answers if label == "A>B" else answers[::-1]
@@ -102,9 +103,10 @@ def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
     pairs = [_ordered(pair, right) for pair in _list(drawn, "sampled_conflict_pairs")]
     if not pairs:
         return LeftOut("no pair of a right and a wrong answer")
+    # of 32 answers, often a few only
     used = sorted({answer for pair in pairs for answer in pair})
     place = {answer: index for index, answer in enumerate(used)}
-    columns = [f"response_{answer + 1}" for answer in used]
+    columns = [f"response_{answer + 1}" for answer in used]  # columns count from 1
     absent = [column for column in columns if column not in row]
     if absent:
         refuse("missing column", f"a pair asks for `{absent[0]}`, which the row does not have")
@@ -130,6 +132,7 @@ def rmb_best_of_n(row: PublishedRow, part: str) -> Item | LeftOut:
 
 def _prompt(row: PublishedRow, column: str) -> tuple[Message, ...]:
     """A text is one user message whatever it looks like; else messages up to the answer."""
+    # a text with "Human:" in it is not split into turns: benchmarks do not
     value = row[column]
     messages = (Message("user", value),) if isinstance(value, str) else read_messages(value, column)
     if not messages:

@@ -73,7 +73,7 @@ def first_beats_all(
     and of RMB's pairs; for more it is RMB's best-of-n.
     """
     for item, s in zip(items, scores, strict=True):
-        rival = s[1:].max()
+        rival = s[1:].max()  # candidate 0 is the right one
         yield ItemVerdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
 
 
@@ -99,10 +99,12 @@ def best_of_four_and_ties(
     versions: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for item, s in zip(items, scores, strict=True):
         if item.part != TIES:
+            # a random choice among the k best is right with probability 1/k
             num_best = int((s == s.max()).sum())
             value = 1.0 / num_best if s[0] == s.max() else 0.0
             yield ItemVerdict(item.part, item.cluster, value, int(value > 0 and num_best > 1))
             continue
+        # the worst right answer against the best wrong one, and the spread of the right ones
         right, wrong = s[: item.num_correct], s[item.num_correct :]
         version, _, prompt = item.id.partition(":")
         gap, spread = float(right.min() - wrong.max()), float(right.max() - right.min())
@@ -139,6 +141,7 @@ def styles_against_styles(
     places = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3)}
     places["easy"] = np.tril_indices(3, -1)
     for item, s in zip(items, scores, strict=True):
+        # [right style, wrong style]
         above, equal = s[:3, None] > s[None, 3:], s[:3, None] == s[None, 3:]
         for style in STYLES:
             where = places[style]

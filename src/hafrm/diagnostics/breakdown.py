@@ -89,6 +89,7 @@ def style_biases(
     result = []
     for feature, count in FEATURES.items():
         counts = {text: count(text) for text in texts}
+        # what the chosen response has more of, below zero if less
         more = np.array([counts[c] - counts[r] for c, r in zip(chosen, rejected, strict=True)], int)
         result.append(style_bias(feature, margins, more, prompts))
     return tuple(result)
@@ -106,6 +107,7 @@ def style_bias(
     """
     differ = more != 0
     margins, more, prompts = margins[differ], more[differ], prompts[differ]
+    # the scorer prefers the side with more if both signs agree; annotators prefer the chosen one
     picks, annotators = margins * more > 0, more > 0
 
     def accuracy(rows: NDArray[np.bool_]) -> Estimate:
@@ -144,8 +146,10 @@ def slice_accuracies(
     """Accuracy of each label of each division that has several."""
     result = []
     for tag, all_labels in divisions.items():
+        # dtype object: numpy would pad every label to the longest one
         labels = np.array(_without_rare(all_labels), dtype=object)
         values = in_order(labels.tolist())
+        # a division with one label says no more than the accuracy of all
         if len(values) > 1:
             for value in values:
                 rows = labels == value

@@ -61,7 +61,7 @@ class Diagnosis:
     def _tables(self) -> Iterator[Table]:
         yield self._calibration()
         yield _margins(self.sets)
-        yield from map(_style, self.sets)
+        yield from map(_style, self.sets)  # a table each: features are many
         yield _slices(self.sets)
         if any(result.agreement for result in self.sets):
             yield _agreement(self.sets)
@@ -131,7 +131,7 @@ def _margins(sets: Sequence[SetDiagnosis]) -> Table:
 
 def _bars(counts: Sequence[int], top: int) -> str:
     """A histogram in one line; the highest bar is `top`, and only zero is blank."""
-    blocks = " ▁▂▃▄▅▆▇█"
+    blocks = " ▁▂▃▄▅▆▇█"  # ceil: a single comparison must be visible
     return "".join(blocks[math.ceil(8 * count / max(top, 1))] for count in counts)
 
 
@@ -139,6 +139,7 @@ def _style(result: SetDiagnosis) -> Table:
     rows = []
     for bias in result.style:
         if bias.num >= MIN_COMPARISONS:
+            # the interval of the difference excludes zero
             mark = "*" if bias.excess.low > 0 or bias.excess.high < 0 else ""
             fractions = (bias.picks_more, bias.annotators_pick_more, bias.excess)
             accuracies = (bias.accuracy_more, bias.accuracy_less)
@@ -157,6 +158,7 @@ def _slices(sets: Sequence[SetDiagnosis]) -> Table:
     for result in sets:
         before = ""
         for number, part in enumerate(result.slices):
+            # a tag is written once, above its values
             tag = "" if part.tag == before else part.tag
             before = part.tag
             rows.append(

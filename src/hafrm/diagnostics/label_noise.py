@@ -122,12 +122,12 @@ def audit_labels(
 
 def audit(margins: ModelMargins, votes: VoteCounts, prompts: PromptKeys) -> LabelAudit:
     """The audit of comparisons with each model's margin."""
-    known, split = has_votes(votes), is_split(votes)
+    voted, split = has_votes(votes), is_split(votes)
     mean, levels = mean_margin(margins), disagreement(margins)
 
     def fraction_split(rows: NDArray[np.bool_]) -> Estimate:
-        rows = rows & known
-        if not rows.any():
+        rows = rows & voted
+        if not rows.any():  # no votes at all leave no interval either
             return Estimate(math.nan, math.nan, math.nan, 0, "wilson")
         return accuracy_interval(split[rows], prompts[rows])
 
@@ -139,11 +139,11 @@ def audit(margins: ModelMargins, votes: VoteCounts, prompts: PromptKeys) -> Labe
     against = np.all(margins < 0, axis=0)
     return LabelAudit(
         num=len(mean),
-        num_with_votes=int(known.sum()),
+        num_with_votes=int(voted.sum()),
         by_disagreement=tuple(by_level) if len(margins) > 1 else (),
         by_margin=tuple(band(*cut) for cut in _bands(np.abs(mean))),
         predictors=tuple(
-            Predictor(name, area_under_curve(scores[known], split[known], prompts[known]))
+            Predictor(name, area_under_curve(scores[voted], split[voted], prompts[voted]))
             for name, scores in _predictors(margins).items()
         ),
         against=AgainstLabel(
@@ -159,7 +159,8 @@ def disagreement(margins: ModelMargins) -> Margins:
 
     It does not depend on the label.
     """
-    first = np.mean((np.sign(margins) + 1) / 2, axis=0)
+    first = np.mean((np.sign(margins) + 1) / 2, axis=0)  # fraction for the chosen response
+    # rounded, so that 1/3 of three models is one level whatever the sum's order
     return np.asarray(np.minimum(first, 1 - first).round(12), np.float64)
 
 
@@ -194,6 +195,7 @@ def area_under_curve(
 
     The interval is the percentile one from resampling clusters. NaN if all items are of one kind.
     """
+    # ranks are computed once: a resample only changes how often an item counts
     _, rank = np.unique(scores, return_inverse=True)
     labels = np.arange(len(scores)) if clusters is None else clusters
     _, number = np.unique(labels, return_inverse=True)
@@ -239,6 +241,7 @@ def _predictors(margins: ModelMargins) -> dict[str, NDArray[np.float64]]:
 
 def _scaled(margins: ModelMargins) -> NDArray[np.float64]:
     size = np.sqrt(np.mean(margins.astype(np.float64) ** 2, axis=1, keepdims=True))
+    # a model whose margins are all zero stays at zero
     return np.asarray(margins / np.where(size > 0, size, 1.0), np.float64)
 
 
@@ -260,6 +263,7 @@ def worst_errors(
 
     No two examples share prompt and rejected response: one bad response would otherwise fill the list.
     """
+    # a single model that contradicts a label is not evidence against it
     own, several = margins[0], len(margins) > 1
     mean, against = mean_margin(margins), doubtful(margins) if several else []
 

@@ -52,9 +52,11 @@ def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
     _, cluster = np.unique(prompts, return_inverse=True)
     num_prompts = int(cluster.max()) + 1 if len(cluster) else 0
     is_fitted = np.random.default_rng(SEED).permutation(num_prompts) < num_prompts // 2
+    # split by prompt: comparisons of one prompt on both sides would leak
     tested = margins[~is_fitted[cluster]].astype(np.float64)
     value = fit_temperature(margins[is_fitted[cluster]])
     before = calibration(tested)
+    # an infinite temperature makes every probability one half
     after = calibration(np.empty(0) if math.isnan(value) else tested / value)
     note = "cannot be fitted" if math.isnan(value) else ""
     return Temperature(
@@ -85,6 +87,7 @@ def fit_temperature(margins: Margins) -> float:
     def slope(s: float) -> float:
         return float(np.mean(-margins * expit(-s * margins)))
 
+    # double the bracket until the slope changes its sign: a wrong margin makes the loss rise in the end
     high = 1.0 / float(np.abs(margins).max())
     while slope(high) < 0:
         high *= 2
@@ -94,6 +97,7 @@ def fit_temperature(margins: Margins) -> float:
 def margin_histogram(margins: Margins, *, num_bins: int = NUM_MARGIN_BINS) -> MarginHistogram:
     """Counts of right and wrong comparisons over shared bins of |margin|."""
     sizes = np.abs(margins.astype(np.float64))
+    # all scores equal: any scale will do
     top = float(sizes.max()) if len(sizes) and sizes.max() > 0 else 1.0
     edges = np.linspace(0.0, top, num_bins + 1)
     right, wrong = (np.histogram(sizes[rows], edges)[0] for rows in (margins > 0, margins <= 0))

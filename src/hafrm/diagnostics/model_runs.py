@@ -103,7 +103,7 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     if num_generations:
-        find_policies(models, base)
+        find_policies(models, base)  # raises before anything is scored
     comparisons = _read(data, max_bad_fraction)
     num = sum(len(group.responses) for group in comparisons.groups)
     done = count_responses(on_progress, num * (len(models) + 1))
@@ -145,6 +145,7 @@ def _score(
     tokenized, _ = scorer.encoder.encode(comparisons.groups)
     margins = comparisons.margins(scorer.score_encoded(tokenized, done))
     assert isinstance(scorer, RewardModel | ImplicitRewardModel)
+    # the states are those that the head reads, of the backbone that scored
     network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
     return ScoredModel(name, head, tokenized, margins, _states(network, tokenized))
 
@@ -236,6 +237,7 @@ def _base_states(path: str | Path, trained: ScoredModel) -> Float[np.ndarray, "r
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
     groups = trained.tokenized
+    # the base is run on the trained model's ids, so both must have one vocabulary
     largest = max(int(ids.max()) for g in groups for ids in (g.prompt_ids, *g.response_ids))
     if size != trained.states.shape[1] or largest >= vocabulary:
         raise ModelError(
@@ -357,6 +359,7 @@ def _draw_prompts(groups: Sequence[Group], num: int, encoder: Encoder, room: int
         )
     if len(fitting) < num:
         log.warning("only %d different prompts leave room to write; all are used", len(fitting))
+    # drawn at random, in the order of the data
     order = np.random.default_rng(SEED).permutation(len(fitting))[:num]
     return [fitting[i] for i in sorted(order)]
 
@@ -369,6 +372,7 @@ def _rewards(
     scorer = load_head(heads, REWARD, options)
     distinct = [tuple(dict.fromkeys(written)) for written in zip(*texts.values(), strict=True)]
     groups = [Group(g.id, g.prompt, some) for g, some in zip(prompts, distinct, strict=True)]
+    # one score for each distinct text, in the order of the groups
     scores = iter(scorer.score_encoded(scorer.encoder.encode(groups)[0]).tolist())
     by_text = [{text: next(scores) for text in some} for some in distinct]
     return {

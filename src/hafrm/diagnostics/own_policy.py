@@ -118,10 +118,12 @@ def reward_preferences(
 
     The reward model's own policy, which has its name, is first.
     """
+    # False sorts first; the others stay in their order
     names = sorted(rewards, key=lambda name: name != reward_model)
     result = []
     for policy, against in combinations(names, 2):
         own, other = lengths[policy], lengths[against]
+        # rewards follow length, so the win on pairs of like length is the control
         like = np.maximum(own, other) <= LIKE_LENGTH * np.minimum(own, other)
         result.append(
             RewardPreference(
@@ -141,6 +143,7 @@ def fraction_higher(
     first: Float[np.ndarray, " prompts"], second: Float[np.ndarray, " prompts"]
 ) -> Estimate:
     """Fraction of prompts on which the first is higher, equal ones half; Wilson's interval if none are."""
+    # equal rewards count one half, which is no trial for Wilson's interval
     if not np.any(first == second):
         return accuracy_interval(first > second)
     return clustered_bootstrap((first > second) + (first == second) / 2)

@@ -67,6 +67,7 @@ def describe_states(
 def spectrum(states: StateMatrix) -> Float[np.ndarray, " directions"]:
     """Eigenvalues of the covariance as fractions of their sum, largest first; empty for a constant."""
     centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
+    # squared singular values are the covariance's eigenvalues, up to a factor
     values = np.linalg.svd(centred, compute_uv=False) ** 2
     total = values.sum()
     # equal states leave rounding around their mean, which is no variance
@@ -107,6 +108,7 @@ def linear_cka(
 
     NaN if one of the two is constant. With fewer responses than directions it is biased upwards.
     """
+    # both Gram matrices are [hidden, hidden], not [responses, responses]
     x, y = (s.astype(np.float64) - s.mean(axis=0, dtype=np.float64) for s in (first, second))
     cross, own, other = (np.linalg.norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))
     return float(cross**2 / (own * other)) if own * other > 0 else math.nan
@@ -114,4 +116,5 @@ def linear_cka(
 
 def _unit(states: StateMatrix) -> StateMatrix:
     exact = states.astype(np.float64)
+    # a state of zeros stays zero
     return np.asarray(exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300))

@@ -49,8 +49,8 @@ class Comparisons:
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Comparisons":
         """All comparisons of the groups, in their order."""
-        found = [(i, pair) for i, group in enumerate(groups) for pair in group.comparisons]
-        return cls(groups, np.array([i for i, _ in found], int), tuple(pair for _, pair in found))
+        owned = [(i, pair) for i, group in enumerate(groups) for pair in group.comparisons]
+        return cls(groups, np.array([i for i, _ in owned], int), tuple(pair for _, pair in owned))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -80,12 +80,14 @@ class Comparisons:
 
         Raises NumericsError for a margin that is not finite, which would silently count as wrong.
         """
+        # index of each group's first response when all responses are counted through
         first = np.cumsum([0, *(len(group.responses) for group in self.groups)])
         assert len(scores) == first[-1], "one score for each response of each group"
+        # float32 would round the difference of two large scores
         start, exact = first[self.owner], scores.astype(np.float64)
         chosen = start + np.array([pair.chosen for pair in self.pairs], int)
         rejected = start + np.array([pair.rejected for pair in self.pairs], int)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # inf - inf, which is reported below
             margins = exact[chosen] - exact[rejected]
         broken = np.flatnonzero(~np.isfinite(margins))
         if len(broken):
@@ -112,6 +114,7 @@ class Comparisons:
     @cached_property
     def prompts(self) -> PromptKeys:
         """The prompt's key."""
+        # a digest per group and not per comparison: groups have many
         keys = {i: prompt_key(self.groups[i].prompt) for i in set(self.owner.tolist())}
         return np.array([keys[i] for i in self.owner.tolist()], str)
 

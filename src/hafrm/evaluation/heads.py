@@ -75,9 +75,11 @@ def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
     """
     root = Path(path)
     heads = None
+    # a run folder has its exports in model/
     for folder in (root / "model", root):
         reward, own = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
         if reward or own:
+            # a rule whose heads were moved away is of no use
             heads = Heads(reward, own, find_fused(folder) if reward and own else None)
             break
     if heads is None:
@@ -87,6 +89,7 @@ def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
                 "run that has not finished has none yet"
             )
         heads = Heads(root, None) if is_reward_directory(path) else Heads(None, root)
+    # the fused rule was fitted with the policy that is replaced
     return heads if policy is None else Heads(heads.reward, Path(policy))
 
 
@@ -183,7 +186,8 @@ def _score_all_heads(
     heads: Heads, comparisons: Comparisons, options: LoadOptions, on_progress: OnProgress
 ) -> _Scores:
     """The heads one after another."""
-    result, share = _Scores(), None
+    result, by_token = _Scores(), None
+    # the fused score follows from the other two, without a pass of its own
     names = [name for name in scorer_names(heads) if name != FUSED]
     num = sum(len(group.responses) for group in comparisons.groups)
     done = count_responses(on_progress, num * len(names))
@@ -194,11 +198,12 @@ def _score_all_heads(
         if name == names[0]:
             result.report = report
         if isinstance(scorer, ImplicitRewardModel) and heads.fused is not None:
-            share = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
+            # with the policy's own tokens: the reward's encoder may cut elsewhere
+            by_token = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
         del scorer  # before the next one is loaded
-    if heads.fused is not None and share is not None:
+    if heads.fused is not None and by_token is not None:
         rule = read_fused_rule(heads.fused)
-        result.by_head[FUSED] = fused_scores(result.by_head[REWARD], share, rule)
+        result.by_head[FUSED] = fused_scores(result.by_head[REWARD], by_token, rule)
         result.fused_rule = str(rule)
     return result
 
@@ -257,6 +262,7 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
         scorer = load_main_head(path, LoadOptions(max_length=max_length, dtype=dtype))
         tokenized, _ = scorer.encoder.encode(comparisons.groups)
         scores = scorer.score_encoded(tokenized, done)
+        # the model is freed here: only its scores are kept
         return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}
 
     sides = [[score(path) for path in paths] for paths in (first, second)]

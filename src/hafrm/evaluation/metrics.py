@@ -145,7 +145,7 @@ class Evaluation:
     @property
     def accuracy(self) -> Accuracy:
         """On all comparisons together."""
-        return self.sets[-1].accuracy
+        return self.sets[-1].accuracy  # "all" is last
 
     def tables(self) -> tuple[Table, ...]:
         """Accuracy of every set with the length baseline beside it, accuracy by length, both heads."""
@@ -215,6 +215,7 @@ def _both_heads(sets: tuple[SetResult, ...]) -> Table:
 
 def pairwise_metrics(scored: ScoredComparisons) -> PairwiseMetrics:
     """All metrics of one scorer."""
+    # a tie has no right answer, and would count as wrong
     margins, decided = scored.margins, ~scored.ties
     prompts = scored.prompts[decided]
     return PairwiseMetrics(
@@ -251,11 +252,12 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
     points of equal p share their labels' mean, so that no order among them matters.
     """
     margins = margins.astype(np.float64)
-    confidences = np.concatenate([expit(margins), expit(-margins)])
+    confidences = np.concatenate([expit(margins), expit(-margins)])  # [2 * comparisons]
     labels = np.repeat([1.0, 0.0], len(margins))
     # each distinct p once, with the fraction of its points that were right
     _, index = np.unique(confidences, return_inverse=True)
     labels = (np.bincount(index, weights=labels) / np.bincount(index))[index]
+    # equal mass: bins of equal width would be empty where the scorer is rarely that sure
     order = np.argsort(confidences, kind="stable")
     bins = tuple(
         CalibrationBin(mean(confidences[part]), mean(labels[part]), len(part))
@@ -265,7 +267,7 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
     # ECE = sum over bins of n_b / n * |accuracy_b - confidence_b|
     gaps = [b.num * abs(b.accuracy - b.confidence) for b in bins]
     return Calibration(
-        log_loss=mean(np.logaddexp(0.0, -margins)),
+        log_loss=mean(np.logaddexp(0.0, -margins)),  # -log sigmoid(m) without overflow
         brier=mean(expit(-margins) ** 2),
         ece=sum(gaps) / len(order) if len(order) else math.nan,
         bins=bins,
@@ -285,6 +287,7 @@ def length_bias(
     chosen, rejected = chosen_lengths.astype(np.float64), rejected_lengths.astype(np.float64)
     difference = chosen - rejected
     # bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices
+    # an empty response counts as one character
     ratio = np.maximum(chosen, rejected) / np.maximum(np.minimum(chosen, rejected), 1)
     band = np.sign(difference) * np.digitize(ratio, LENGTH_BANDS, right=True)
 
@@ -325,6 +328,7 @@ def mean(values: Num[np.ndarray, " items"]) -> float:
 
 def pearson(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"]) -> float:
     """Linear correlation; NaN for fewer than two items or a constant."""
+    # numpy would warn and give NaN
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
     return float(np.corrcoef(first.astype(np.float64), second.astype(np.float64))[0, 1])

@@ -95,12 +95,14 @@ def compare_correct(
     is the paired bootstrap's over prompts, and the p-value is McNemar's exact one, unless prompts have
     several comparisons, which that test would take as independent.
     """
+    # McNemar's test knows nothing of seeds
     if len(first) > 1:
         return seeded_difference(first, second, prompts), None
     counts = mcnemar(first[0], second[0])
     estimate = paired_bootstrap(first[0], second[0], prompts)
     if len(np.unique(prompts)) == len(prompts):
         return Difference(estimate, counts.p_value), counts
+    # 1 where only the first is right, -1 where only the second is
     gaps = first[0].astype(np.float64) - second[0]
     return Difference(estimate, cluster_p_value(gaps, prompts)), counts
 
@@ -118,6 +120,7 @@ def accuracy_over_seeds(
 
 def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:
     """The sets with Holm's p-values over the sources; "all" is their union and no test of its own."""
+    # a source may be called "all"; then it is the only one
     tested = [s for s in sets if s.difference and (s.name != "all" or len(sets) == 1)]
     p_values = holm(np.array([s.difference.p_value for s in tested if s.difference])).tolist()
     by_name = dict(zip([s.name for s in tested], p_values, strict=True))

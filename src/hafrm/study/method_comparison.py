@@ -80,20 +80,35 @@ def compare_methods(
             },
             has_content=(out / "runs").is_dir(),
         )
+        # for people and the report; the claim above is what counts
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
-        tunings, runs = _train(plan, setup, processes)
-        result = _summarise(plan, tunings, runs, data, out)
+        tunings, tuning_runs, runs = _train(plan, setup, processes)
+        folders = dict.fromkeys(run.folder(out) for run in (*tuning_runs, *runs))
+        results = [read_run_result(path) for path in folders]
+        seconds = sum(done.seconds for done in results if done is not None)
+        scores = scores_of_runs(runs, data, out)
+        result = StudyResult(
+            **vars(summarise(outcomes_of(scores, data))),
+            recipe=str(out / "recipe.yaml"),
+            metric=plan.recipe.evaluation.metric,
+            seeds=plan.seeds,
+            benchmarks=_benchmark_scores(scores, data),
+            pick_longer=pick_longer(data),
+            learning_rates=tunings,
+            seconds=seconds,
+        )
         write_result(out / COMPARISON_FILE, result)
     return result
 
 
 def _train(
     plan: StudyPlan, setup: StudySetup, processes: int
-) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
-    """All runs done: the learning rates chosen, and the runs that the result is made of."""
+) -> tuple[tuple[Tuning, ...], list[StudyRun], list[StudyRun]]:
+    """Do all runs; the learning rates chosen, the runs that chose them, the runs of the result."""
     out = setup.root
     with ProcessPool(partial(RunWorker, setup), processes) as pool:
         tuning = plan.tuning_runs()
+        # the number of runs does not depend on the rates
         any_rates = {method.name: plan.rates[0] for method in plan.methods}
         progress = _Progress(len(tuning) + len(plan.runs(any_rates)), processes)
         pool.run(tuning, progress)
@@ -107,37 +122,15 @@ def _train(
             log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
         runs = plan.runs({choice.method: choice.chosen for choice in tunings})
         pool.run(runs, progress)
+    # kept until here, because a chosen run is scored from its best checkpoint
     for run in tuning:
         drop_checkpoints(run.folder(out))
+    # a rate that suits the tuning set may be too high for another set or seed
     for run in runs:
         result = read_run_result(run.folder(out))
         if result is not None and result.diverged is not None:
             raise NumericsError(f"{run} diverged: {result.diverged}. Give smaller --learning-rates")
-    return tunings, runs
-
-
-def _summarise(
-    plan: StudyPlan, tunings: tuple[Tuning, ...], runs: list[StudyRun], data: StudyData, out: Path
-) -> StudyResult:
-    scores = scores_of_runs(runs, data, out)
-    folders = {run.folder(out) for run in runs}
-    folders |= {
-        plan.tuning_run(method, rate).folder(out)
-        for method, choice in zip(plan.methods, tunings, strict=True)
-        for rate, _ in choice.tried
-    }
-    results = [read_run_result(folder) for folder in folders]
-    summary = summarise(outcomes_of(scores, data))
-    return StudyResult(
-        **vars(summary),
-        recipe=str(out / "recipe.yaml"),
-        metric=plan.recipe.evaluation.metric,
-        seeds=plan.seeds,
-        benchmarks=_benchmark_scores(scores, data),
-        pick_longer=pick_longer(data),
-        learning_rates=tunings,
-        seconds=sum(result.seconds for result in results if result is not None),
-    )
+    return tunings, tuning, runs
 
 
 def _choose_rates(plan: StudyPlan, runs: list[StudyRun], out: Path) -> tuple[Tuning, ...]:
@@ -147,7 +140,7 @@ def _choose_rates(plan: StudyPlan, runs: list[StudyRun], out: Path) -> tuple[Tun
 
 def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out: Path) -> Tuning:
     metric = plan.recipe.evaluation.metric
-    sign = -1.0 if metric == "loss" else 1.0
+    sign = -1.0 if metric == "loss" else 1.0  # the highest is best
     tried: dict[float, float | None] = {}
     for run in runs:
         if run.method == method:
@@ -242,11 +235,11 @@ def _benchmark_scores(scores: SeedScores, data: StudyData) -> tuple[StudyBenchma
         places = [first[group] + np.array(within) for group, within in placed.places]
         for (train, scorer), by_seed in scores.items():
             exact = [values.astype(np.float64) for values in by_seed]
-            found = [
+            overall = [
                 score_benchmark(benchmark, items, [v[p] for p in places]).overall for v in exact
             ]
-            per_seed = tuple(estimate.value for estimate in found)
-            mean = over_seeds(found)
+            per_seed = tuple(estimate.value for estimate in overall)
+            mean = over_seeds(overall)
             results.append(StudyBenchmark(train, scorer, benchmark.name, mean, per_seed))
     return tuple(results)
 

@@ -61,11 +61,13 @@ class StudyRun:
 
     def folder(self, root: Path) -> Path:
         """Its folder; the name has everything in which it differs from other runs."""
+        # ":" is no name on some file systems
         method = self.method.name.replace(":", ",").replace("/", "_")
         return root / "runs" / self.train.name / method / f"rate-{self.rate:g}-seed-{self.seed}"
 
     def recipe(self, base: Recipe) -> Recipe:
         """The study's recipe, for this run."""
+        # through plain values, so that the combination is validated like any recipe
         values = base.model_dump(mode="json")
         values["data"] |= {"train": list(self.train.entries)}
         values["method"] = dict(self.method.section)
@@ -142,6 +144,7 @@ def plan_study(
     if mixed and len(sets) > 1:
         sets.append(TrainSet(MIXED, recipe.data.train))
     _refuse_doubles([train.name for train in sets], "training sets")
+    # the recipe's own seed is the first one
     first = recipe.training.seed
     return StudyPlan(
         recipe,

@@ -180,6 +180,7 @@ class RunWorker:
         before = read_run_result(folder)
         if before is not None and (before.is_scored or before.diverged or not run.is_scored):
             return before
+        # a tuning run that turns out to be the chosen one is only scored now
         began = time.monotonic() - (0.0 if before is None else before.seconds)
         states: NDArray[np.float32] | None = None
 
@@ -192,10 +193,12 @@ class RunWorker:
             if self.setup.keep_models:
                 export_job(job)
 
+        # a killed run left its recipe, and perhaps a checkpoint
         resume = (folder / "recipe.yaml").is_file()
         data = self._data_of(run, recipe)
         try:
             trained = train(recipe, folder, resume=resume, data=data, finish=finish)
+        # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
         else:
@@ -208,6 +211,7 @@ class RunWorker:
                 representation=None if states is None else describe_states(str(folder), states),
                 state_norm=None if states is None else _mean_and_std(states),
             )
+        # an unscored run may yet be chosen, and is then scored from its checkpoint
         if result.is_scored:
             drop_checkpoints(folder)
         write_result(folder / RUN_RESULT, result)
@@ -223,7 +227,7 @@ class RunWorker:
     def _test_references(self) -> NDArray[np.float32]:
         """The starting checkpoint's log-probs of the test sets, computed once."""
         if self._references is None:
-            method = get_method("dpo")
+            method = get_method("dpo")  # any method with a policy head
             ranks = parallel.start()
             recipe = with_token_budget(self.setup.recipe, method, ranks)
             encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
@@ -264,6 +268,7 @@ class RunWorker:
             if sum(len(g.response_ids) for g in first) >= NUM_STATE_RESPONSES:
                 break
             first.append(group)
+        # dropout is off in eval mode; the mode is restored for the export
         training = job.model.training
         job.model.eval()
         states = last_states(job.model, first)
