@@ -35,12 +35,8 @@ def estimate(value: float, num: int, *, half: float | None = None) -> dict[str, 
 
 def accuracy(value: float, num: int) -> dict[str, Any]:
     """An Accuracy."""
-    return {
-        "num": num,
-        "num_correct": round(value * num),
-        "num_equal": 1,
-        "estimate": estimate(round(value * num) / num, num),
-    }
+    counts = {"num_correct": round(value * num), "num_equal": 1}
+    return estimate(round(value * num) / num, num) | counts
 
 
 def calibration(num: int, sharpness: float = 1.3) -> dict[str, Any]:
@@ -173,7 +169,7 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
             "accuracy_more": estimate(0.72 - 0.03 * i, 180),
             "accuracy_less": estimate(0.55 + 0.02 * i, 160),
             "picks_more": estimate(0.66 - 0.06 * i, 340),
-            "people_pick_more": estimate(0.55 - 0.02 * i, 340),
+            "annotators_pick_more": estimate(0.55 - 0.02 * i, 340),
         }
         for i, name in enumerate(features)
     ]
@@ -198,9 +194,9 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
         "models": ["haf", "haf-1", "haf-2"],
         "by_disagreement": [
             {
-                "disagreement": 0.1 + 0.2 * i,
+                "low": 0.1 + 0.2 * i,
+                "high": 0.1 + 0.2 * i,
                 "num": 80,
-                "vote_split": 0.08 + 0.07 * i,
                 "accuracy": estimate(0.82 - 0.08 * i, 80),
                 "split": estimate(0.08 + 0.07 * i, 80),
             }
@@ -208,23 +204,25 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
         ],
         "predictors": [{"name": "disagreement", "auc": estimate(0.71, 400, half=0.04)}],
         "against": {
-            "share": estimate(0.12, 400),
+            "fraction": estimate(0.12, 400),
             "split": estimate(0.5, 48),
             "split_others": estimate(0.25, 352),
         },
-        "auc": 0.71,
     }
     spectrum = [0.22 * 0.88**i for i in range(64)]
     representation = {
+        "model": str(folder),
         "effective_rank": 31.2,
-        "top_share": 0.22,
+        "top_fraction": 0.22,
         "spectrum": spectrum,
-        "base": {
-            "effective_rank": 44.0,
-            "top_share": 0.12,
-            "spectrum": [0.12 * 0.94**i for i in range(64)],
-        },
-        "distance": {"cka": 0.87, "cosine": 0.93},
+        "cka_to_base": 0.87,
+        "cosine_to_base": 0.93,
+    }
+    base = {
+        "model": "base",
+        "effective_rank": 44.0,
+        "top_fraction": 0.12,
+        "spectrum": [0.12 * 0.94**i for i in range(64)],
     }
     worst = [
         {
@@ -243,15 +241,16 @@ def write_diagnostics(folder: Path, *, text: str = "How do I tie a bowline?") ->
         "scored_with": "reward",
         "sets": [diagnosed],
         "label_noise": noise,
-        "representation": representation,
-        "consistency": {
+        "representations": [representation],
+        "base": base,
+        "own_policy": {
             "num_prompts": 100,
-            "wins": [
+            "preferences": [
                 {
-                    "judge": judge,
+                    "reward_model": judge,
                     "policy": "haf",
                     "against": "dpo",
-                    "own": judge == "haf",
+                    "is_own": judge == "haf",
                     "win": estimate(0.62 if judge == "haf" else 0.55, 100),
                     "length_matched": estimate(0.56, 40),
                     "longer": estimate(0.58, 100),
@@ -328,10 +327,8 @@ def write_comparison(folder: Path) -> Path:
         "seeds": [0, 1, 2],
         "train_sets": list(SETS),
         "test_sets": list(SETS),
-        "cells": cells,
-        "baselines": [
-            {"test": t, "pick_longer": estimate(0.5 + 0.03 * i, 1000)} for i, t in enumerate(SETS)
-        ],
+        "accuracies": cells,
+        "pick_longer": {t: estimate(0.5 + 0.03 * i, 1000) for i, t in enumerate(SETS)},
         "differences": differences,
         "averages": [
             {"kind": kind, "method": m, "accuracy": estimate(v + bonus[m], 3000), "num_sets": n}

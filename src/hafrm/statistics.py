@@ -173,6 +173,7 @@ def cluster_p_value(
 ) -> float:
     """Two-sided p-value of a mean of 0, from the standard error by cluster and Student's t."""
     error, degrees = cluster_standard_error(gaps, clusters), len(np.unique(clusters)) - 1
+    # one prompt says nothing about another
     return 1.0 if degrees == 0 else _t_test(float(gaps.mean()), error, degrees)
 
 
@@ -194,6 +195,7 @@ def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     Controls the chance of any false rejection under any dependence (Holm 1979).
     """
     p = np.asarray(p_values, np.float64)
+    # the k-th smallest of n is multiplied by n - k + 1, and never falls below the one before
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty_like(p)
@@ -283,6 +285,7 @@ def _bootstrap(
     bounds = np.full((2, columns), math.nan)
     if len(sums) > 1:
         blocks = resample_counts(len(sums), np.random.default_rng(SEED))
+        # c has one row per resample, with how often each cluster is in it
         resampled = np.concatenate([(c @ sums) / (c @ sizes)[:, None] for c in blocks])
         bounds = np.quantile(resampled, [0.025, 0.975], axis=0)
     return tuple(
@@ -322,6 +325,7 @@ def _moments(
         over_prompts *= num_clusters / (num_clusters - 1)
     parts = [(over_prompts, num_clusters - 1)]
     parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in values]
+    # Welch-Satterthwaite: V^2 / sum(V_i^2 / df_i)
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / free for part, free in parts if part)
     return float(items.mean()), variance, variance**2 / spread if spread else math.inf

@@ -64,6 +64,17 @@ class Table:
         )
 
 
+def columns(heads: str) -> tuple[Column, ...]:
+    """Columns from their headings with `|` between them, each with its kind after a colon unless text.
+
+    >>> columns("set | comparisons: count | accuracy [95 %]: percent")
+    """
+    parts = [head.strip().rpartition(": ") for head in heads.split("|")]
+    result = tuple(Column(name or kind, kind if name else "text") for name, _, kind in parts)  # type: ignore[arg-type]
+    assert all(column.kind in _WRITE for column in result)
+    return result
+
+
 def format_cell(cell: Cell, kind: Kind = "text") -> str:
     """A cell as text: "" for None, "n/a" for NaN, an Estimate with its interval."""
     if cell is None:

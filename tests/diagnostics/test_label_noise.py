@@ -7,16 +7,16 @@ import pytest
 from scipy import stats
 
 from hafrm.diagnostics.label_noise import (
-    MAX_CHARS,
+    MAX_EXAMPLE_CHARS,
     WRONG,
     area_under_curve,
     audit,
+    audit_labels,
     cut_text,
     disagreement,
     doubtful,
     has_votes,
     is_split,
-    label_noise,
     mean_margin,
     prompt_text,
     worst_errors,
@@ -164,13 +164,13 @@ def test_one_model_has_no_disagreement_but_margins_and_without_votes_nothing() -
         group(name, ["r", "c"], votes=votes)
         for name, votes in zip("abc", (Votes(5, 0), Votes(3, 2), Votes(4, 1)), strict=True)
     ]
-    noise = label_noise(Comparisons.of(groups), margins, ["m"])
+    noise = audit_labels(Comparisons.of(groups), margins, ["m"])
     assert noise.by_disagreement == ()
     assert (noise.predictors[0].name, noise.predictors[0].auc.value) == ("low |mean margin|", 1.0)
     assert list(noise.by_set) == ["a", "b", "c"]
     unvoted = Comparisons.of([group(name, ["r", "c"]) for name in "abc"])
-    assert label_noise(unvoted, margins, ["m"]) is None
-    assert label_noise(unvoted, np.repeat(margins, 2, 0), ["m", "n"]).by_set == {}
+    assert audit_labels(unvoted, margins, ["m"]) is None
+    assert audit_labels(unvoted, np.repeat(margins, 2, 0), ["m", "n"]).by_set == {}
 
 
 # The comparisons to read.
@@ -218,8 +218,8 @@ def test_examples_of_doubtful_labels_need_all_models_and_say_so() -> None:
 
 
 def test_texts_are_cut_and_say_how_much_is_missing() -> None:
-    text = "a" * MAX_CHARS + "bcd"
-    assert cut_text(text) == "a" * MAX_CHARS + " [3 more characters]"
+    text = "a" * MAX_EXAMPLE_CHARS + "bcd"
+    assert cut_text(text) == "a" * MAX_EXAMPLE_CHARS + " [3 more characters]"
     assert cut_text(text, end=True) == "[3 more characters] " + text[3:]
     assert cut_text(" short ") == "short"
     turns = (Message("user", "hi"), Message("assistant", "yes?"), Message("user", "go"))

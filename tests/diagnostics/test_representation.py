@@ -7,11 +7,11 @@ import pytest
 
 from hafrm.diagnostics.representation import (
     MAX_SPECTRUM,
+    describe_states,
     effective_rank,
     linear_cka,
     mean_cosine,
     paired_cosine,
-    representation,
     spectrum,
 )
 from hafrm.errors import NumericsError
@@ -25,7 +25,7 @@ def random_states(num: int = 50, hidden: int = 7, seed: int = 0) -> np.ndarray:
 
 
 def test_two_equal_directions_have_rank_two_wherever_they_lie() -> None:
-    found = representation("m", 5 + 3 * CROSS)
+    found = describe_states("m", 5 + 3 * CROSS)
     assert found.effective_rank == pytest.approx(2.0)
     assert found.top_fraction == pytest.approx(0.5)
     assert found.spectrum == pytest.approx((0.5, 0.5))
@@ -33,7 +33,7 @@ def test_two_equal_directions_have_rank_two_wherever_they_lie() -> None:
 
 def test_three_parts_to_one_by_hand() -> None:
     """Variances 3 and 1: rank exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4) = 1.7548."""
-    found = representation("m", CROSS * [math.sqrt(3), 1])
+    found = describe_states("m", CROSS * [math.sqrt(3), 1])
     assert found.effective_rank == pytest.approx(4 / 3**0.75)
     assert found.top_fraction == pytest.approx(0.75)
 
@@ -46,15 +46,15 @@ def test_the_spectrum_is_that_of_the_covariance() -> None:
 
 def test_collapsed_states_have_rank_one_and_equal_ones_none() -> None:
     line = np.outer(np.arange(5.0), [1, 2, 3])
-    assert representation("m", line).effective_rank == pytest.approx(1.0)
+    assert describe_states("m", line).effective_rank == pytest.approx(1.0)
     same = np.full((5, 3), 0.1, np.float32)
-    assert math.isnan(representation("m", same).effective_rank)
-    assert math.isnan(representation("m", same).top_fraction)
+    assert math.isnan(describe_states("m", same).effective_rank)
+    assert math.isnan(describe_states("m", same).top_fraction)
     assert math.isnan(effective_rank(np.empty(0)))
 
 
 def test_no_more_of_the_spectrum_is_written_than_is_read() -> None:
-    assert len(representation("m", random_states(200, 100)).spectrum) == MAX_SPECTRUM
+    assert len(describe_states("m", random_states(200, 100)).spectrum) == MAX_SPECTRUM
 
 
 def test_the_mean_cosine_equals_that_over_all_pairs() -> None:
@@ -80,16 +80,16 @@ def test_cka_is_blind_to_rotation_scale_and_place_and_not_to_more() -> None:
 
 def test_a_model_is_like_itself_and_sizes_may_differ() -> None:
     states = random_states()
-    same = representation("m", states, states)
+    same = describe_states("m", states, states)
     assert (same.cka_to_base, same.cosine_to_base) == pytest.approx((1.0, 1.0))
     assert paired_cosine(states, -states) == pytest.approx(-1.0)
-    narrower = representation("m", states, states[:, :3])
+    narrower = describe_states("m", states, states[:, :3])
     assert math.isnan(narrower.cosine_to_base) and not math.isnan(narrower.cka_to_base)
-    assert math.isnan(representation("m", states).cka_to_base)
+    assert math.isnan(describe_states("m", states).cka_to_base)
 
 
 def test_states_that_are_not_finite_are_refused() -> None:
     broken = random_states()
     broken[0, 0] = np.nan
     with pytest.raises(NumericsError, match="not finite"):
-        representation("m", broken)
+        describe_states("m", broken)

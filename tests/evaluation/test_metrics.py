@@ -15,8 +15,8 @@ from hafrm.evaluation.metrics import (
     agreement,
     calibration,
     length_bias,
-    measure,
     pairwise_accuracy,
+    pairwise_metrics,
     pearson,
     spearman,
 )
@@ -229,7 +229,7 @@ def test_agreement_does_not_depend_on_scale() -> None:
 
 def test_measure_equals_a_loop_over_the_decided_comparisons() -> None:
     given = scored()
-    got = measure(given)
+    got = pairwise_metrics(given)
     right, margins, tied = 0, [], []
     for margin, tie in zip(given.margins, given.ties, strict=True):
         (tied if tie else margins).append(margin)
@@ -251,7 +251,7 @@ def test_ties_change_nothing_but_their_own_figures() -> None:
         np.append(given.prompts, "another"),
         np.append(given.ties, True),
     )
-    without, with_one = measure(given), measure(tied)
+    without, with_one = pairwise_metrics(given), pairwise_metrics(tied)
     assert with_one.accuracy == without.accuracy
     assert with_one.calibration == without.calibration
     assert with_one.length == without.length
@@ -261,7 +261,7 @@ def test_ties_change_nothing_but_their_own_figures() -> None:
 
 
 def test_results_are_written_without_nan_and_read_back(tmp_path) -> None:
-    got = measure(scored(ties=False))
+    got = pairwise_metrics(scored(ties=False))
     write_result(tmp_path / "metrics.json", got)
     plain = json.loads((tmp_path / "metrics.json").read_text())
     assert plain["ties"]["mean_abs_margin"] is None
@@ -278,6 +278,6 @@ def test_results_are_written_without_nan_and_read_back(tmp_path) -> None:
 
 
 def test_data_of_ties_only_gives_no_numbers_and_no_error() -> None:
-    got = measure(replace(scored(4), ties=np.ones(4, bool)))
+    got = pairwise_metrics(replace(scored(4), ties=np.ones(4, bool)))
     assert got.accuracy.num == 0
     assert math.isnan(got.calibration.ece) and math.isnan(got.accuracy.value)

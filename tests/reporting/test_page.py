@@ -167,7 +167,7 @@ def test_the_numbers_on_the_page_are_those_of_the_files(tmp_path, undrawn):
     assert "64.0 % [59.2, 68.6]" in words
     test = json.loads((run / "test.json").read_text())
     for each in test["sets"]:
-        found = each["accuracy"]["estimate"]
+        found = each["accuracy"]
         bounds = f"[{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
         assert f"{100 * found['value']:.1f} % {bounds}" in words
         assert f"{each['calibration']['log_loss']:.3f}" in words
@@ -180,8 +180,11 @@ def test_every_estimate_of_a_comparison_is_on_the_page_with_its_interval(tmp_pat
     folder = write_comparison(tmp_path / "c")
     words = Page(rendered(folder)).words
     found = json.loads((folder / "comparison.json").read_text())
-    assert len(found["cells"]) == 27
-    for each in [*(c["accuracy"] for c in found["cells"]), found["baselines"][0]["pick_longer"]]:
+    assert len(found["accuracies"]) == 27
+    for each in [
+        *(c["accuracy"] for c in found["accuracies"]),
+        next(iter(found["pick_longer"].values())),
+    ]:
         low, high = (f"{100 * each[end]:.1f}" for end in ("low", "high"))
         assert f"{100 * each['value']:.1f} % [{low}, {high}]" in words
     for each in found["differences"]:
@@ -269,7 +272,7 @@ def test_null_where_a_number_could_not_be_estimated_is_said_to_be_none(tmp_path,
     test = json.loads((run / "test.json").read_text())
     nothing = {"value": None, "low": 0.0, "high": 1.0, "num": 0}
     for each in test["sets"]:
-        each["length"]["slices"]["longer"]["estimate"] = nothing
+        each["length"]["slices"]["longer"] |= nothing
         each["calibration"] = {"log_loss": None, "brier": None, "ece": None, "bins": []}
         each["length"]["pearson"] = None
     write_json(run / "test.json", test)

@@ -15,7 +15,7 @@ from hafrm.recipe_file import build_recipe
 from hafrm.results import read_result
 from hafrm.study import method_comparison, study_runs
 from hafrm.study.method_comparison import (
-    RESULT,
+    COMPARISON_FILE,
     TWO_MODELS,
     compare_methods,
     scorers_of,
@@ -24,7 +24,7 @@ from hafrm.study.method_comparison import (
 from hafrm.study.run_grid import StudyPlan, parse_methods, parse_rates, plan_study
 from hafrm.study.study_result import (
     MIXED,
-    Outcome,
+    ScorerOutcome,
     StudyResult,
     Tuning,
     domains,
@@ -207,11 +207,11 @@ def test_domains_pair_each_test_set_with_what_was_trained_on():
     assert domains(["a"], ["a"]) == {"in domain": [("a", "a")]}
 
 
-def outcome(*seeds: str) -> Outcome:
+def outcome(*seeds: str) -> ScorerOutcome:
     """Each seed's answers as a string of 1 and 0, a prompt for each comparison."""
     correct = np.array([[c == "1" for c in seed] for seed in seeds])
     prompts = np.array([f"p{i}" for i in range(correct.shape[1])])
-    return Outcome(correct, np.where(correct, 1.0, -1.0), prompts)
+    return ScorerOutcome(correct, np.where(correct, 1.0, -1.0), prompts)
 
 
 def test_an_average_counts_every_set_alike_whatever_its_size():
@@ -240,7 +240,7 @@ def test_the_summary_compares_every_scorer_with_the_first():
 
 def test_the_result_on_disk_holds_the_whole_matrix_with_intervals(finished):
     folder, _, result = finished
-    found = read_result(folder / "out" / RESULT, StudyResult)
+    found = read_result(folder / "out" / COMPARISON_FILE, StudyResult)
     assert found == result
     assert found.methods == ("bt", "haf", "haf (implicit)", "haf (fused)")
     assert found.train_sets == ("sun", "sea", MIXED)
@@ -303,7 +303,7 @@ def test_only_the_chosen_learning_rate_is_scored_and_it_is_not_trained_twice(tmp
     for run in plan.tuning_runs():
         folder = run.folder(out)
         chosen = run.rate == result.learning_rates[0].chosen
-        assert (folder / study_runs.SCORES).is_file() == chosen
+        assert (folder / study_runs.SCORES_FILE).is_file() == chosen
         assert read_run_result(folder).is_scored == chosen
         assert not (folder / "checkpoints").exists()
 

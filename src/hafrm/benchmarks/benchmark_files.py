@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hafrm.benchmarks.definitions import Benchmark, Part
+from hafrm.benchmarks.definitions import Benchmark, BenchmarkPart
 from hafrm.benchmarks.rules import Item
 from hafrm.data.files import find_files, read_file, read_hub
 from hafrm.data.values import LeftOut, Refusal, RefusedError
@@ -63,6 +63,7 @@ def find_benchmark_folder(benchmark: Benchmark, root: Path | None, *, alone: boo
         return None
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give one with the files of {benchmark.title}")
+    # several benchmarks have folders of their names, one alone may be the folder itself
     own = root / benchmark.name
     if own.is_dir():
         return own
@@ -73,7 +74,9 @@ def find_benchmark_folder(benchmark: Benchmark, root: Path | None, *, alone: boo
     return root
 
 
-def _rows(benchmark: Benchmark, part: Part, folder: Path | None) -> Iterator[tuple[str, object]]:
+def _rows(
+    benchmark: Benchmark, part: BenchmarkPart, folder: Path | None
+) -> Iterator[tuple[str, object]]:
     """(its place in words, row) of every row of a part; a folder may lack a part."""
     if folder is not None:
         for file in find_files(folder, part.files):
@@ -84,17 +87,19 @@ def _rows(benchmark: Benchmark, part: Part, folder: Path | None) -> Iterator[tup
             f"{benchmark.title} is not on the hub; get it from {benchmark.home} and say where it is "
             "with --benchmark-data"
         )
+    # the hub is often unreachable from where models are evaluated
     try:
         yield from ((f"row {number} of {part.hub}", row) for number, row in read_hub(part.hub))
     except DataError as error:
         raise DataError(f"{error}; files of your own: --benchmark-data FOLDER") from error
 
 
-def _read_row(benchmark: Benchmark, part: Part, row: object, place: str) -> Item | LeftOut:
+def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str) -> Item | LeftOut:
     if isinstance(row, Refusal):
         raise DataError(f"{place}: {row.reason}: {row.detail}")
     columns = (*benchmark.columns, *part.columns)
     if not isinstance(row, Mapping) or any(column not in row for column in columns):
+        # another data set's columns tell the reader which file this is
         got = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else type(row).__name__
         raise DataError(
             f"{place} is not in the published form of {benchmark.title}, which has columns "

@@ -29,7 +29,7 @@ from hafrm.evaluation.heads import (
     LoadOptions,
     count_responses,
     find_heads,
-    load_scorer,
+    load_head,
     scorer_names,
 )
 from hafrm.preferences import Group, Message
@@ -61,6 +61,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     alone = len(benchmarks) == 1
     folders = [find_benchmark_folder(b, folder, alone=alone) for b in benchmarks]
     loaded = [load_benchmark(b, place) for b, place in zip(benchmarks, folders, strict=True)]
+    # raises for an unknown subset before any model is loaded
     missing = [missing_terms(data.benchmark, data.items) for data in loaded]
     heads = find_heads(model, policy)
     scores: list[dict[str, BenchmarkScore]] = [{} for _ in loaded]
@@ -70,7 +71,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     num = sum(len(group.responses) for groups in grouped for group in groups)
     done = count_responses(on_progress, num * len(scorer_names(heads)))
     for name in scorer_names(heads):
-        scorer = load_scorer(heads, name, LoadOptions(reference, max_length, dtype, device))
+        scorer = load_head(heads, name, LoadOptions(reference, max_length, dtype, device))
         max_lengths[name] = scorer.encoder.lengths.max_length
         templates[name] = scorer.encoder.template_sha256
         for i, data in enumerate(loaded):
@@ -112,6 +113,7 @@ def score_items(
     groups, places = group_by_prompt(items)
     tokenized, report = scorer.encoder.encode(groups)
     scores = scorer.score_encoded(tokenized, done).astype(np.float64)
+    # index of each group's first response when all responses are counted through
     first = np.cumsum([0, *(len(group.responses) for group in groups)])
     return [scores[first[group] + np.array(within)] for group, within in places], report
 
@@ -123,12 +125,13 @@ def group_by_prompt(items: Sequence[Item]) -> tuple[list[Group], list[tuple[int,
     open_group: dict[tuple[Message, ...], int] = {}
     places = []
     for item in items:
+        # the last group of this prompt, unless the item would make it too large
         group = open_group.get(item.prompt)
         if group is None or len({*responses[group], *item.candidates}) > MAX_CANDIDATES:
             group = open_group[item.prompt] = len(prompts)
             prompts.append(item.prompt)
             responses.append({})
-        texts = responses[group]
+        texts = responses[group]  # text -> its index in the group; equal texts share it
         places.append((group, [texts.setdefault(text, len(texts)) for text in item.candidates]))
     groups = [
         Group(f"prompt {i}", prompt, tuple(texts))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hafrm.benchmarks.definitions import QUOTED, Benchmark, Weights, mean_weights
-from hafrm.benchmarks.rules import CandidateScores, Item, Verdict
+from hafrm.benchmarks.definitions import QUOTED, Benchmark, TermWeights, mean_weights
+from hafrm.benchmarks.rules import CandidateScores, Item, ItemVerdict
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.weighted_means import Term, TermMeans, mean_of
 from hafrm.statistics import Estimate
@@ -63,6 +63,7 @@ class BenchmarkResult:
         scores = self.scores.values()
         some = next(iter(scores))
         rows: list[tuple[Cell, ...]] = []
+        # a single whole section is the score itself
         if len(some.sections) > 1 or self.missing:
             rows += [(name, *(s.sections[name] for s in scores)) for name in some.sections]
         rows += [(name, *(s.extras[name] for s in scores)) for name in some.extras]
@@ -101,6 +102,7 @@ class BenchmarkResults:
         """The line that papers quote, for the model's heads and the baselines; then each benchmark."""
         columns = [Column("scorer")]
         columns += [Column(b.title + "*" * bool(b.missing), "percent") for b in self.benchmarks]
+        # only the whole quoted table has an average
         columns += [Column("Avg.", "percent")] * bool(self.average)
         rows: list[tuple[Cell, ...]] = []
         for scorer in self.benchmarks[0].scores:
@@ -137,8 +139,9 @@ def score_benchmark(
     terms = _terms(benchmark, verdicts)
     means = TermMeans(terms)
     sections = _present(benchmark.sections, terms)
+    # pooled: every verdict weighs the same, so a term weighs by its verdicts
     if benchmark.pooled:
-        overall: Weights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
+        overall: TermWeights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
     else:
         overall = mean_weights(sections.values())
     extras = _present(benchmark.extras, terms)
@@ -167,9 +170,9 @@ def length_scores(items: Sequence[Item], *, sign: int = 1) -> list[CandidateScor
     return [sign * np.array([len(text) for text in item.candidates], np.float64) for item in items]
 
 
-def _terms(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> dict[str, Term]:
+def _terms(benchmark: Benchmark, verdicts: Sequence[ItemVerdict]) -> dict[str, Term]:
     """The verdicts by term, in the benchmark's order."""
-    by_term: dict[str, list[Verdict]] = defaultdict(list)
+    by_term: dict[str, list[ItemVerdict]] = defaultdict(list)
     for verdict in verdicts:
         by_term[verdict.term].append(verdict)
     unknown = sorted(by_term.keys() - set(benchmark.terms))
@@ -187,14 +190,17 @@ def _terms(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> dict[str, Term]
     }
 
 
-def _present(sections: Mapping[str, Weights], terms: Mapping[str, Term]) -> dict[str, Weights]:
+def _present(
+    sections: Mapping[str, TermWeights], terms: Mapping[str, Term]
+) -> dict[str, TermWeights]:
     """The sections that have some of their terms, these weights scaled to the sum of all of them."""
-    result: dict[str, Weights] = {}
+    result: dict[str, TermWeights] = {}
     for section, weights in sections.items():
         there = {name: weight for name, weight in weights.items() if name in terms}
         if len(there) == len(weights):
             result[section] = there
         elif there:
+            # what is there takes the weight of what is missing
             scale = sum(weights.values()) / sum(there.values())
             result[section] = {name: weight * scale for name, weight in there.items()}
     return result

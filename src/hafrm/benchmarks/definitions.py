@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hafrm.benchmarks import row_readers, rules
-from hafrm.benchmarks.rules import STYLES, TIES, TIES_TERMS, CandidateScores, Item, Verdict
+from hafrm.benchmarks.rules import STYLES, TIES, TIES_TERMS, CandidateScores, Item, ItemVerdict
 from hafrm.data.files import HubSet
 from hafrm.data.values import LeftOut
 from hafrm.errors import ConfigError
 
-Weights = Mapping[str, float]
+TermWeights = Mapping[str, float]
 """Of terms, in a sum."""
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchmarkPart:
     """Files of one form."""
 
     name: str = ""
@@ -41,11 +41,11 @@ class Benchmark:
     columns: tuple[str, ...]
     """What every row has."""
     read_row: Callable[[Mapping[str, Any], str], Item | LeftOut]
-    rule: Callable[[Sequence[Item], Iterable[CandidateScores]], Iterator[Verdict]]
-    sections: Mapping[str, Weights]
+    rule: Callable[[Sequence[Item], Iterable[CandidateScores]], Iterator[ItemVerdict]]
+    sections: Mapping[str, TermWeights]
     """The published sections; the score is their mean."""
-    parts: tuple[Part, ...]
-    extras: Mapping[str, Weights] = field(default_factory=dict)
+    parts: tuple[BenchmarkPart, ...]
+    extras: Mapping[str, TermWeights] = field(default_factory=dict)
     """Other numbers that are quoted."""
     pooled: bool = False
     """The score is the mean of all verdicts, and not of the sections."""
@@ -67,6 +67,7 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """
     wanted = [name for entry in names for name in (QUOTED if entry == "all" else (entry,))]
     for name in wanted:
+        # names differ by a digit or a hyphen, so guess
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name.lower(), BENCHMARKS, 1, cutoff=0.5)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -75,7 +76,7 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
 
 
-def mean_weights(sections: Iterable[Weights]) -> Weights:
+def mean_weights(sections: Iterable[TermWeights]) -> TermWeights:
     """The weights of the mean of several sections, which may share terms."""
     parts = list(sections)
     total: dict[str, float] = defaultdict(float)
@@ -85,7 +86,7 @@ def mean_weights(sections: Iterable[Weights]) -> Weights:
     return total
 
 
-def _alone(names: Iterable[str]) -> dict[str, Weights]:
+def _alone(names: Iterable[str]) -> dict[str, TermWeights]:
     return {name: {name: 1.0} for name in names}
 
 
@@ -129,7 +130,7 @@ LANGUAGES = tuple(_LANGUAGE_CODES.split())
 """M-RewardBench's, by the names of its configurations."""
 
 
-def _sections(column: int) -> dict[str, Weights]:
+def _sections(column: int) -> dict[str, TermWeights]:
     """Each subset's fraction of its section (they sum to 1), from a column of _SUBSETS."""
     counts: dict[str, dict[str, int]] = defaultdict(dict)
     for line in _SUBSETS.split("\n")[1:-1]:
@@ -141,7 +142,7 @@ def _sections(column: int) -> dict[str, Weights]:
     }
 
 
-def _language(language: str) -> Weights:
+def _language(language: str) -> TermWeights:
     """The weights of a language's subsets: the mean of its four sections."""
     weights = mean_weights(_sections(1).values())
     return {f"{language} {subset}": weight for subset, weight in weights.items()}
@@ -174,7 +175,11 @@ BENCHMARKS: dict[str, Benchmark] = {
             row_readers.rewardbench,
             rules.first_beats_all,
             _sections(0),
-            (Part(hub=HubSet("allenai/reward-bench", "filtered"), files=("*filtered*", "*")),),
+            (
+                BenchmarkPart(
+                    hub=HubSet("allenai/reward-bench", "filtered"), files=("*filtered*", "*")
+                ),
+            ),
             num_rows=2985,
         ),
         Benchmark(
@@ -183,8 +188,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             ("id", "prompt", "chosen", "rejected", "subset"),
             row_readers.rewardbench2,
             rules.best_of_four_and_ties,
+            # Ties is a section whose terms do not sum to 1, as published
             _alone(("Factuality", "Precise IF", "Math", "Safety", "Focus")) | {TIES: TIES_TERMS},
-            (Part(hub=HubSet("allenai/reward-bench-2", "test"), files=("*test*", "*")),),
+            (BenchmarkPart(hub=HubSet("allenai/reward-bench-2", "test"), files=("*test*", "*")),),
             num_rows=1865,
         ),
         Benchmark(
@@ -194,7 +200,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             row_readers.ppe_preference,
             rules.first_beats_all,
             _alone(("PPE Preference",)),
-            (Part(hub=HubSet("lmarena-ai/PPE-Human-Preference-V1", "test")),),
+            (BenchmarkPart(hub=HubSet("lmarena-ai/PPE-Human-Preference-V1", "test")),),
             num_rows=16_038,
         ),
         Benchmark(
@@ -205,7 +211,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             rules.selected_pairs,
             _alone(_PPE_TASKS),
             tuple(
-                Part(task, HubSet(f"lmarena-ai/PPE-{task}-Best-of-K"), (f"*{task}*",))
+                BenchmarkPart(task, HubSet(f"lmarena-ai/PPE-{task}-Best-of-K"), (f"*{task}*",))
                 for task in _PPE_TASKS
             ),
             num_rows=2555,
@@ -218,7 +224,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             rules.first_beats_all,
             _alone(_RMB_SECTIONS),
             tuple(
-                Part(name, files=(pattern,), columns=_RMB_COLUMNS[name.partition(" ")[0]])
+                BenchmarkPart(name, files=(pattern,), columns=_RMB_COLUMNS[name.partition(" ")[0]])
                 for name, pattern in _RMB_SECTIONS.items()
             ),
             home="github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark (folder RMB_dataset)",
@@ -233,7 +239,12 @@ BENCHMARKS: dict[str, Benchmark] = {
                 domain: {f"{domain} {style}": 1 / len(STYLES) for style in STYLES}
                 for domain in row_readers.RM_BENCH_DOMAINS
             },
-            (Part(hub=HubSet("THU-KEG/RM-Bench"), files=("*total_dataset*", "*train*", "*")),),
+            (
+                BenchmarkPart(
+                    hub=HubSet("THU-KEG/RM-Bench"), files=("*total_dataset*", "*train*", "*")
+                ),
+            ),
+            # quoted beside the score: one style over all domains
             extras={
                 style: {
                     f"{domain} {style}": 1 / len(row_readers.RM_BENCH_DOMAINS)
@@ -250,7 +261,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             row_readers.judgebench,
             rules.first_beats_all,
             _alone(row_readers.JUDGEBENCH_PARTS.values()),
-            (Part(hub=HubSet("ScalerLab/JudgeBench", "gpt"), files=("*gpt*", "*")),),
+            # the quoted numbers are of GPT-4o's answers, not of Claude's
+            (BenchmarkPart(hub=HubSet("ScalerLab/JudgeBench", "gpt"), files=("*gpt*", "*")),),
             pooled=True,
             num_rows=350,
         ),
@@ -262,7 +274,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             rules.first_beats_all,
             {language: _language(language) for language in LANGUAGES},
             tuple(
-                Part(
+                BenchmarkPart(
                     language,
                     HubSet("CohereLabsCommunity/multilingual-reward-bench", "test", language),
                     (f"*{language}*",),

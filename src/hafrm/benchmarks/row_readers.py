@@ -14,7 +14,7 @@ from hafrm.data.parse import read_messages
 from hafrm.data.values import LeftOut, choice_of, refuse, show, text_of
 from hafrm.preferences import Message
 
-Row = Mapping[str, Any]
+PublishedRow = Mapping[str, Any]
 
 JUDGEBENCH_PARTS = {
     "mmlu-pro": "Knowledge",
@@ -28,14 +28,14 @@ RM_BENCH_DOMAINS = ("chat", "code", "math", "safety")
 _TIES_ID = re.compile(r"(ref|tied):\d+")
 
 
-def rewardbench(row: Row, part: str) -> Item | LeftOut:
+def rewardbench(row: PublishedRow, part: str) -> Item | LeftOut:
     """RewardBench 1: a prompt, the chosen and the rejected answer, and the subset."""
     assert not part
     answers = text_of(row, "chosen"), text_of(row, "rejected")
     return Item(str(row["id"]), text_of(row, "subset"), _prompt(row, "prompt"), answers)
 
 
-def m_rewardbench(row: Row, part: str) -> Item | LeftOut:
+def m_rewardbench(row: PublishedRow, part: str) -> Item | LeftOut:
     """M-RewardBench: RewardBench in the language `part`; `source` is the subset.
 
     The translations of one prompt share their id, and are resampled together.
@@ -47,7 +47,7 @@ def m_rewardbench(row: Row, part: str) -> Item | LeftOut:
     )
 
 
-def rewardbench2(row: Row, part: str) -> Item | LeftOut:
+def rewardbench2(row: PublishedRow, part: str) -> Item | LeftOut:
     """RewardBench 2: right answers, wrong answers, and the subset; Ties has each prompt in two versions."""
     assert not part
     right, wrong = _texts(row, "chosen"), _texts(row, "rejected")
@@ -57,7 +57,7 @@ def rewardbench2(row: Row, part: str) -> Item | LeftOut:
     return Item(name, subset, _prompt(row, "prompt"), (*right, *wrong), num_correct=len(right))
 
 
-def rm_bench(row: Row, part: str) -> Item | LeftOut:
+def rm_bench(row: PublishedRow, part: str) -> Item | LeftOut:
     """RM-Bench: three right and three wrong answers, each concise, detailed and in markdown."""
     assert not part
     answers = _texts(row, "chosen"), _texts(row, "rejected")
@@ -69,9 +69,10 @@ def rm_bench(row: Row, part: str) -> Item | LeftOut:
     return Item(str(row["id"]), domain, _prompt(row, "prompt"), (*answers[0], *answers[1]), 3)
 
 
-def judgebench(row: Row, part: str) -> Item | LeftOut:
+def judgebench(row: PublishedRow, part: str) -> Item | LeftOut:
     """JudgeBench: two answers of which one is right; its category follows from `source`."""
     assert not part
+    # the right answer first, as in all items
     label = choice_of(row, "label", ("A>B", "B>A"))
     answers = text_of(row, "response_A"), text_of(row, "response_B")
     ordered = answers if label == "A>B" else answers[::-1]
@@ -79,7 +80,7 @@ def judgebench(row: Row, part: str) -> Item | LeftOut:
     return Item(str(row["pair_id"]), category, _prompt(row, "question"), ordered)
 
 
-def ppe_preference(row: Row, part: str) -> Item | LeftOut:
+def ppe_preference(row: PublishedRow, part: str) -> Item | LeftOut:
     """PPE's human preferences; ties are left out, as in the accuracy that papers quote."""
     assert not part
     winner = text_of(row, "winner")
@@ -91,7 +92,7 @@ def ppe_preference(row: Row, part: str) -> Item | LeftOut:
     return Item(str(row["question_id"]), "PPE Preference", _prompt(row, "prompt"), ordered)
 
 
-def ppe_correctness(row: Row, part: str) -> Item | LeftOut:
+def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
     """PPE's verifiable tasks: many answers, right or wrong, and the pairs that were drawn to compare.
 
     Pairs count from 0 and columns from 1; pairs stay as they were drawn, repetitions included. Only the
@@ -101,9 +102,10 @@ def ppe_correctness(row: Row, part: str) -> Item | LeftOut:
     pairs = [_ordered(pair, right) for pair in _list(drawn, "sampled_conflict_pairs")]
     if not pairs:
         return LeftOut("no pair of a right and a wrong answer")
+    # of 32 answers, often a few only
     used = sorted({answer for pair in pairs for answer in pair})
     place = {answer: index for index, answer in enumerate(used)}
-    columns = [f"response_{answer + 1}" for answer in used]
+    columns = [f"response_{answer + 1}" for answer in used]  # columns count from 1
     absent = [column for column in columns if column not in row]
     if absent:
         refuse("missing column", f"a pair asks for `{absent[0]}`, which the row does not have")
@@ -112,13 +114,13 @@ def ppe_correctness(row: Row, part: str) -> Item | LeftOut:
     return Item(str(row["question_id"]), part, _prompt(row, "prompt"), answers, pairs=placed)
 
 
-def rmb_pairwise(row: Row, part: str) -> Item | LeftOut:
+def rmb_pairwise(row: PublishedRow, part: str) -> Item | LeftOut:
     """RMB's pairs: a conversation, the chosen and the rejected answer."""
     answers = _answer(row["chosen"], "chosen"), _answer(row["reject"], "reject")
     return Item(str(row["pair_uid"]), part, _prompt(row, "conversation_input"), answers)
 
 
-def rmb_best_of_n(row: Row, part: str) -> Item | LeftOut:
+def rmb_best_of_n(row: PublishedRow, part: str) -> Item | LeftOut:
     """RMB's lists: a conversation, the best answer and those that lost to it."""
     losers = [_answer(loser, "loser_list") for loser in _list(row["loser_list"], "loser_list")]
     if not losers:
@@ -127,8 +129,9 @@ def rmb_best_of_n(row: Row, part: str) -> Item | LeftOut:
     return Item(str(row["bon_uid"]), part, _prompt(row, "conversation_input"), (best, *losers))
 
 
-def _prompt(row: Row, column: str) -> tuple[Message, ...]:
+def _prompt(row: PublishedRow, column: str) -> tuple[Message, ...]:
     """A text is one user message whatever it looks like; else messages up to the answer."""
+    # a text with "Human:" in it is not split into turns: benchmarks do not
     value = row[column]
     messages = (Message("user", value),) if isinstance(value, str) else read_messages(value, column)
     if not messages:
@@ -142,7 +145,7 @@ def _list(value: object, column: str) -> Sequence[Any]:
     return value
 
 
-def _texts(row: Row, column: str) -> tuple[str, ...]:
+def _texts(row: PublishedRow, column: str) -> tuple[str, ...]:
     values = _list(row[column], column)
     if not values or not all(isinstance(value, str) for value in values):
         refuse("not a string", f"`{column}` must be a list of answers, got {show(values)}")
@@ -156,7 +159,7 @@ def _answer(value: object, column: str) -> str:
     return answer
 
 
-def _starting(row: Row, column: str, names: Mapping[str, str]) -> str:
+def _starting(row: PublishedRow, column: str, names: Mapping[str, str]) -> str:
     """The name of the start that the column's text has."""
     text = text_of(row, column)
     name = next((name for start, name in names.items() if text.startswith(start)), None)

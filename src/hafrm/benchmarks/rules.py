@@ -52,7 +52,7 @@ class Item:
         return self.origin or prompt_key(self.prompt)
 
 
-class Verdict(NamedTuple):
+class ItemVerdict(NamedTuple):
     """What the rule says about an item, or about one of the questions that it asks."""
 
     term: str
@@ -64,28 +64,32 @@ class Verdict(NamedTuple):
     """Comparisons that the scorer lost because two scores were the same."""
 
 
-def first_beats_all(items: Sequence[Item], scores: Iterable[CandidateScores]) -> Iterator[Verdict]:
+def first_beats_all(
+    items: Sequence[Item], scores: Iterable[CandidateScores]
+) -> Iterator[ItemVerdict]:
     """Right if the first candidate scores above every other one.
 
     For two candidates it is the rule of RewardBench, of JudgeBench for reward models, of PPE's accuracy
     and of RMB's pairs; for more it is RMB's best-of-n.
     """
     for item, s in zip(items, scores, strict=True):
-        rival = s[1:].max()
-        yield Verdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
+        rival = s[1:].max()  # candidate 0 is the right one
+        yield ItemVerdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
 
 
-def selected_pairs(items: Sequence[Item], scores: Iterable[CandidateScores]) -> Iterator[Verdict]:
+def selected_pairs(
+    items: Sequence[Item], scores: Iterable[CandidateScores]
+) -> Iterator[ItemVerdict]:
     """A verdict for each of the item's pairs, right if the better one scores above the worse."""
     for item, s in zip(items, scores, strict=True):
         for better, worse in item.pairs:
             right, equal = float(s[better] > s[worse]), int(s[better] == s[worse])
-            yield Verdict(item.part, item.cluster, right, equal)
+            yield ItemVerdict(item.part, item.cluster, right, equal)
 
 
 def best_of_four_and_ties(
     items: Sequence[Item], scores: Iterable[CandidateScores]
-) -> Iterator[Verdict]:
+) -> Iterator[ItemVerdict]:
     """RewardBench 2 (arXiv 2506.01937): 1/k if the right candidate is one of k best, and Ties.
 
     Ties asks prompts in two versions: with one right answer (reference) and with many (tied). A prompt is
@@ -95,10 +99,12 @@ def best_of_four_and_ties(
     versions: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for item, s in zip(items, scores, strict=True):
         if item.part != TIES:
+            # a random choice among the k best is right with probability 1/k
             num_best = int((s == s.max()).sum())
             value = 1.0 / num_best if s[0] == s.max() else 0.0
-            yield Verdict(item.part, item.cluster, value, int(value > 0 and num_best > 1))
+            yield ItemVerdict(item.part, item.cluster, value, int(value > 0 and num_best > 1))
             continue
+        # the worst right answer against the best wrong one, and the spread of the right ones
         right, wrong = s[: item.num_correct], s[item.num_correct :]
         version, _, prompt = item.id.partition(":")
         gap, spread = float(right.min() - wrong.max()), float(right.max() - right.min())
@@ -108,25 +114,25 @@ def best_of_four_and_ties(
 
 def _ties(
     reference: dict[str, tuple[float, float]], tied: dict[str, tuple[float, float]]
-) -> Iterator[Verdict]:
+) -> Iterator[ItemVerdict]:
     """The verdicts on (gap, spread) of each prompt; a prompt in both versions is one cluster."""
     on_tied, on_reference, above, both_above, relative = TIES_TERMS
     for term, version in ((on_tied, tied), (on_reference, reference)):
         for prompt, (gap, _) in version.items():
-            yield Verdict(term, prompt, float(gap > 0), int(gap == 0))
+            yield ItemVerdict(term, prompt, float(gap > 0), int(gap == 0))
     for prompt in sorted(tied.keys() & reference.keys()):
         gap, spread = tied[prompt]
         least = min(gap, reference[prompt][0])
-        yield Verdict(above, prompt, float(gap > spread))
-        yield Verdict(both_above, prompt, float(least > spread))
+        yield ItemVerdict(above, prompt, float(gap > spread))
+        yield ItemVerdict(both_above, prompt, float(least > spread))
         # tanh(gap / spread - 1), in its limits 1, 0 and -1 for no spread
         value = np.tanh(least / spread - 1) if spread else np.sign(least)
-        yield Verdict(relative, prompt, float(value))
+        yield ItemVerdict(relative, prompt, float(value))
 
 
 def styles_against_styles(
     items: Sequence[Item], scores: Iterable[CandidateScores]
-) -> Iterator[Verdict]:
+) -> Iterator[ItemVerdict]:
     """RM-Bench (arXiv 2410.16184): three right against three wrong answers, from plain to fancy.
 
     matrix[i, j] says whether right answer i scores above wrong answer j. Above the diagonal the wrong one
@@ -135,8 +141,9 @@ def styles_against_styles(
     places = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3)}
     places["easy"] = np.tril_indices(3, -1)
     for item, s in zip(items, scores, strict=True):
+        # [right style, wrong style]
         above, equal = s[:3, None] > s[None, 3:], s[:3, None] == s[None, 3:]
         for style in STYLES:
             where = places[style]
             value, num_equal = float(above[where].mean()), int(equal[where].sum())
-            yield Verdict(f"{item.part} {style}", item.cluster, value, num_equal)
+            yield ItemVerdict(f"{item.part} {style}", item.cluster, value, num_equal)

@@ -48,7 +48,7 @@ def compare(  # noqa: PLR0913 - the verb and its options
     """
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
     from hafrm.recipe_file import load_recipe  # noqa: PLC0415
-    from hafrm.study.method_comparison import RESULT, compare_methods  # noqa: PLC0415
+    from hafrm.study.method_comparison import COMPARISON_FILE, compare_methods  # noqa: PLC0415
     from hafrm.study.run_grid import parse_rates, plan_study  # noqa: PLC0415
 
     plan = plan_study(
@@ -67,4 +67,4 @@ def compare(  # noqa: PLR0913 - the verb and its options
         benchmark_data=benchmark_data,
     )
     show_result(result)
-    typer.echo(f"all numbers: {out / RESULT}")
+    typer.echo(f"all numbers: {out / COMPARISON_FILE}")

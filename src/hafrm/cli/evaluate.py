@@ -1,7 +1,7 @@
 """The verb `evaluate`: how good a model is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,42 +55,19 @@ def evaluate(  # noqa: PLR0913
     from hafrm.evaluation import evaluate as evaluate_model  # noqa: PLC0415
 
     result: HasTables
+    how: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
+    heads: dict[str, Any] = {"policy": policy, "reference": reference}
     with show_progress("scoring responses") as on_progress:
+        how["on_progress"] = on_progress
         if benchmark:
-            result = run_benchmarks(
-                model,
-                benchmark,
-                folder=benchmark_data,
-                policy=policy,
-                reference=reference,
-                max_length=max_length,
-                dtype=dtype,
-                device=device,
-                on_progress=on_progress,
-            )
+            result = run_benchmarks(model, benchmark, folder=benchmark_data, **heads, **how)
         elif also or against:
-            result = compare_models(
-                [model, *(also or ())],
-                against or (),
-                data or (),
-                max_length=max_length,
-                dtype=dtype,
-                device=device,
-                max_bad_fraction=max_bad_fraction,
-                on_progress=on_progress,
-            )
+            models = [model, *(also or ())]
+            how["max_bad_fraction"] = max_bad_fraction
+            result = compare_models(models, against or (), data or (), **how)
         else:
-            result = evaluate_model(
-                model,
-                data or (),
-                policy=policy,
-                reference=reference,
-                max_length=max_length,
-                dtype=dtype,
-                device=device,
-                max_bad_fraction=max_bad_fraction,
-                on_progress=on_progress,
-            )
+            how["max_bad_fraction"] = max_bad_fraction
+            result = evaluate_model(model, data or (), **heads, **how)
     show_result(result, json_file)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Num, Shaped
+from jaxtyping import Int, Num
+from numpy.typing import NDArray
 
-from hafrm.evaluation.comparisons import Comparisons
+from hafrm.evaluation.comparisons import Comparisons, Margins, PromptKeys
 from hafrm.preferences import Votes
 from hafrm.statistics import Estimate, accuracy_interval, paired_bootstrap
 
@@ -27,29 +28,11 @@ _HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]+\S", re.MULTILINE)
 _BOLD = re.compile(r"\*\*(?=\S)[^*\n]+\*\*")
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 _DIGIT = re.compile(r"[0-9]")
-REFUSALS = (
-    "i can't",
-    "i cannot",
-    "i can not",
-    "i won't",
-    "i will not",
-    "i'm sorry, but",
-    "i am sorry, but",
-    "i'm not able to",
-    "i am not able to",
-    "i'm unable to",
-    "i am unable to",
-    "i'm not comfortable",
-    "i must decline",
-    "as an ai",
+REFUSALS = re.compile(
+    r"i can't|i cannot|i can not|i won't|i will not|(?:i'm|i am) sorry, but|(?:i'm|i am) not able to"
+    r"|(?:i'm|i am) unable to|i'm not comfortable|i must decline|as an ai"
 )
 """Phrases of English refusals; compared in lower case with straight apostrophes."""
-
-
-def num_refusals(text: str) -> int:
-    """How often one of `REFUSALS` is in the text."""
-    plain = text.lower().replace("’", "'")
-    return sum(plain.count(phrase) for phrase in REFUSALS)
 
 
 FEATURES: Mapping[str, Callable[[str], int]] = {
@@ -62,7 +45,7 @@ FEATURES: Mapping[str, Callable[[str], int]] = {
     "digits": lambda text: len(_DIGIT.findall(text)),
     "questions": lambda text: text.count("?"),
     "exclamations": lambda text: text.count("!"),
-    "refusals": num_refusals,
+    "refusals": lambda text: len(REFUSALS.findall(text.lower().replace("’", "'"))),
 }
 """What is counted in a response; length is in characters."""
 
@@ -96,16 +79,17 @@ class Slice:
 
 
 def style_biases(
-    margins: Float[np.ndarray, " comparisons"],
+    margins: Margins,
     chosen: Sequence[str],
     rejected: Sequence[str],
-    prompts: Shaped[np.ndarray, " comparisons"],
+    prompts: PromptKeys,
 ) -> tuple[StyleBias, ...]:
     """The bias of every feature, from the texts of both sides."""
     texts = dict.fromkeys([*chosen, *rejected])
     result = []
     for feature, count in FEATURES.items():
         counts = {text: count(text) for text in texts}
+        # what the chosen response has more of, below zero if less
         more = np.array([counts[c] - counts[r] for c, r in zip(chosen, rejected, strict=True)], int)
         result.append(style_bias(feature, margins, more, prompts))
     return tuple(result)
@@ -113,9 +97,9 @@ def style_biases(
 
 def style_bias(
     feature: str,
-    margins: Float[np.ndarray, " comparisons"],
+    margins: Margins,
     more: Int[np.ndarray, " comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"],
+    prompts: PromptKeys,
 ) -> StyleBias:
     """The bias of one feature, of which the chosen response has `more` than the rejected one.
 
@@ -123,9 +107,10 @@ def style_bias(
     """
     differ = more != 0
     margins, more, prompts = margins[differ], more[differ], prompts[differ]
+    # the scorer prefers the side with more if both signs agree; annotators prefer the chosen one
     picks, annotators = margins * more > 0, more > 0
 
-    def accuracy(rows: Shaped[np.ndarray, " comparisons"]) -> Estimate:
+    def accuracy(rows: NDArray[np.bool_]) -> Estimate:
         return accuracy_interval(margins[rows] > 0, prompts[rows])
 
     return StyleBias(
@@ -154,15 +139,17 @@ def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
 
 
 def slice_accuracies(
-    margins: Float[np.ndarray, " comparisons"],
+    margins: Margins,
     divisions: Mapping[str, Sequence[str]],
-    prompts: Shaped[np.ndarray, " comparisons"],
+    prompts: PromptKeys,
 ) -> tuple[Slice, ...]:
     """Accuracy of each label of each division that has several."""
     result = []
     for tag, all_labels in divisions.items():
+        # dtype object: numpy would pad every label to the longest one
         labels = np.array(_without_rare(all_labels), dtype=object)
         values = in_order(labels.tolist())
+        # a division with one label says no more than the accuracy of all
         if len(values) > 1:
             for value in values:
                 rows = labels == value

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hafrm.diagnostics.breakdown import Slice, StyleBias
-from hafrm.diagnostics.calibration import MarginHistogram, Temperature
-from hafrm.diagnostics.label_noise import WRONG, Example, LabelNoise, NoiseBand
+from hafrm.diagnostics.label_noise import WRONG, LabelNoise, NoiseBand, WorstExample
+from hafrm.diagnostics.margins import MarginHistogram, Temperature
 from hafrm.diagnostics.own_policy import OwnPolicyPreference
 from hafrm.diagnostics.representation import Representation
 from hafrm.evaluation.metrics import Accuracy, Agreement, Calibration
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Column, Table, columns
 
-NUM_EXAMPLES = 3
+NUM_SHOWN_EXAMPLES = 3
 """Shown of each kind; the result has more."""
 MIN_COMPARISONS = 10
 """Comparisons that a style feature needs to be shown; the result has all features."""
@@ -52,7 +52,7 @@ class Diagnosis:
     num_states: int
     """Responses that the representations are of."""
     own_policy: OwnPolicyPreference | None
-    worst: tuple[Example, ...]
+    worst: tuple[WorstExample, ...]
 
     def tables(self) -> tuple[Table, ...]:
         """Calibration, margins, style, slices, label noise, representations, policies, examples."""
@@ -61,7 +61,7 @@ class Diagnosis:
     def _tables(self) -> Iterator[Table]:
         yield self._calibration()
         yield _margins(self.sets)
-        yield from map(_style, self.sets)
+        yield from map(_style, self.sets)  # a table each: features are many
         yield _slices(self.sets)
         if any(result.agreement for result in self.sets):
             yield _agreement(self.sets)
@@ -74,7 +74,7 @@ class Diagnosis:
         doubtful = [example for example in self.worst if not example.why.startswith(WRONG)]
         for title, examples in (("largest wrong margins", wrong), ("doubtful labels", doubtful)):
             if examples:
-                yield _examples(title, examples[:NUM_EXAMPLES])
+                yield _examples(title, examples[:NUM_SHOWN_EXAMPLES])
 
     def _calibration(self) -> Table:
         rows = []
@@ -91,29 +91,18 @@ class Diagnosis:
                     *fitted.ece,
                 )
             )
-        columns = (
-            Column("set"),
-            Column("comparisons", "count"),
-            Column("accuracy", "percent"),
-            Column("ECE", "decimal"),
-            Column("T", "decimal"),
-            Column("log-loss", "decimal"),
-            Column("with T", "decimal"),
-            Column("ECE", "decimal"),
-            Column("with T", "decimal"),
+        heads = columns(
+            "set | comparisons: count | accuracy: percent | ECE: decimal | T: decimal | "
+            "log-loss: decimal | with T: decimal | ECE: decimal | with T: decimal"
         )
         title = f"{self.model}, scored with the {self.scored_with}: accuracy [95 %] and calibration"
         note = "T is fitted on half of the prompts; the columns after it are of the other half"
-        return Table(title, columns, tuple(rows), (note,))
+        return Table(title, heads, tuple(rows), (note,))
 
     def _representations(self) -> Table:
-        columns = (
-            Column("model"),
-            Column("effective rank", "decimal"),
-            Column("top direction", "decimal"),
-            Column("mean cosine", "decimal"),
-            Column("CKA to base", "decimal"),
-            Column("cosine to base", "decimal"),
+        heads = columns(
+            "model | effective rank: decimal | top direction: decimal | mean cosine: decimal | "
+            "CKA to base: decimal | cosine to base: decimal"
         )
         bases = [] if self.base is None else [self.base]
         rows = tuple(
@@ -126,7 +115,7 @@ class Diagnosis:
             )
             for r in (*self.representations, *bases)
         )
-        return Table(f"last-token hidden states of {self.num_states} responses", columns, rows)
+        return Table(f"last-token hidden states of {self.num_states} responses", heads, rows)
 
 
 def _margins(sets: Sequence[SetDiagnosis]) -> Table:
@@ -136,13 +125,13 @@ def _margins(sets: Sequence[SetDiagnosis]) -> Table:
         top = max((*histogram.right, *histogram.wrong))
         bars = (_bars(counts, top) for counts in (histogram.right, histogram.wrong))
         rows.append((result.name, f"{histogram.edges[-1]:.2f}", *bars))
-    columns = (Column("set"), Column("largest", "decimal"), Column("right"), Column("wrong"))
-    return Table("comparisons by |margin|, from 0 on", columns, tuple(rows))
+    heads = columns("set | largest: decimal | right | wrong")
+    return Table("comparisons by |margin|, from 0 on", heads, tuple(rows))
 
 
 def _bars(counts: Sequence[int], top: int) -> str:
     """A histogram in one line; the highest bar is `top`, and only zero is blank."""
-    blocks = " ▁▂▃▄▅▆▇█"
+    blocks = " ▁▂▃▄▅▆▇█"  # ceil: a single comparison must be visible
     return "".join(blocks[math.ceil(8 * count / max(top, 1))] for count in counts)
 
 
@@ -150,22 +139,18 @@ def _style(result: SetDiagnosis) -> Table:
     rows = []
     for bias in result.style:
         if bias.num >= MIN_COMPARISONS:
+            # the interval of the difference excludes zero
             mark = "*" if bias.excess.low > 0 or bias.excess.high < 0 else ""
             fractions = (bias.picks_more, bias.annotators_pick_more, bias.excess)
             accuracies = (bias.accuracy_more, bias.accuracy_less)
             rows.append((bias.feature + mark, bias.num, *fractions, *accuracies))
-    columns = (
-        Column("feature"),
-        Column("differ", "count"),
-        Column("model: more", "percent"),
-        Column("annotators: more", "percent"),
-        Column("excess", "percent"),
-        Column("right if more", "percent"),
-        Column("if less", "percent"),
+    heads = columns(
+        "feature | differ: count | model: more: percent | annotators: more: percent | excess: percent | "
+        "right if more: percent | if less: percent"
     )
     title = f"{result.name}: which response is preferred, by what there is more of [95 %]"
     note = "* the model differs from the annotators; features go together, above all with length"
-    return Table(title, columns, tuple(rows), (note,))
+    return Table(title, heads, tuple(rows), (note,))
 
 
 def _slices(sets: Sequence[SetDiagnosis]) -> Table:
@@ -173,32 +158,24 @@ def _slices(sets: Sequence[SetDiagnosis]) -> Table:
     for result in sets:
         before = ""
         for number, part in enumerate(result.slices):
+            # a tag is written once, above its values
             tag = "" if part.tag == before else part.tag
             before = part.tag
             rows.append(
                 ("" if number else result.name, tag, part.value, part.accuracy.num, part.accuracy)
             )
-    columns = (
-        *map(Column, ("set", "slice", "value")),
-        Column("comparisons", "count"),
-        Column("accuracy", "percent"),
-    )
-    return Table("accuracy by slice [95 %]", columns, tuple(rows))
+    heads = columns("set | slice | value | comparisons: count | accuracy: percent")
+    return Table("accuracy by slice [95 %]", heads, tuple(rows))
 
 
 def _agreement(sets: Sequence[SetDiagnosis]) -> Table:
-    columns = (
-        Column("set"),
-        Column("same sign [95 %]", "percent"),
-        Column("Pearson", "decimal"),
-        Column("Spearman", "decimal"),
-    )
     rows = tuple(
         (r.name, r.agreement.same_sign, r.agreement.pearson, r.agreement.spearman)
         for r in sets
         if r.agreement is not None
     )
-    return Table("reward and implicit reward", columns, rows)
+    heads = columns("set | same sign [95 %]: percent | Pearson: decimal | Spearman: decimal")
+    return Table("reward and implicit reward", heads, rows)
 
 
 def _label_noise(noise: LabelNoise) -> Iterator[Table]:
@@ -215,15 +192,11 @@ def _label_noise(noise: LabelNoise) -> Iterator[Table]:
     rows.append((f"all contradict the label: {against.fraction}", None, None, against.split))
     if noise.num_with_votes:
         rows.append(("the others", None, None, against.split_others))
-    columns = [
-        Column("comparisons with"),
-        Column("comparisons", "count"),
-        Column("accuracy of the mean margin", "percent"),
-    ]
-    columns += [Column("annotators split", "percent")] * bool(noise.num_with_votes)
-    cells = tuple(row[: len(columns)] for row in rows)
+    heads = "comparisons with | comparisons: count | accuracy of the mean margin: percent"
+    heads += " | annotators split: percent" * bool(noise.num_with_votes)
+    cells = tuple(row[: 4 if noise.num_with_votes else 3] for row in rows)
     note = f"label audit by {', '.join(noise.models)}"
-    yield Table("models and annotators [95 %]", tuple(columns), cells, (note,))
+    yield Table("models and annotators [95 %]", columns(heads), cells, (note,))
     if noise.num_with_votes:
         names = list(noise.by_set)
         several = len(names) > 1
@@ -243,7 +216,7 @@ def _label_noise(noise: LabelNoise) -> Iterator[Table]:
         yield Table(title, tuple(headings), areas)
 
 
-def _examples(title: str, examples: Sequence[Example]) -> Table:
+def _examples(title: str, examples: Sequence[WorstExample]) -> Table:
     rows = []
     for example in examples:
         doubt = example.why.removeprefix(WRONG).removeprefix("; ")

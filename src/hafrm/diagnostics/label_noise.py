@@ -11,24 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 
-from hafrm.evaluation.comparisons import Comparisons
+from hafrm.evaluation.comparisons import Comparisons, Indices, Margins, PromptKeys
 from hafrm.preferences import Message
 from hafrm.statistics import SEED, Estimate, accuracy_interval
 
 NUM_BANDS = 5
 """Of |mean margin|, with equally many comparisons."""
 NUM_AUC_RESAMPLES = 1000
-MAX_CHARS = 400
+MAX_EXAMPLE_CHARS = 400
 """Of each text of an example; a longer one is cut, and says so."""
 WRONG = "largest wrong margin"
 
-Margins = Float[np.ndarray, "models comparisons"]
+ModelMargins = Float[np.ndarray, "models comparisons"]
 VoteCounts = Float[np.ndarray, "comparisons outcomes"]
 """Annotators for chosen, rejected and tie; NaN if unknown."""
-Prompts = Shaped[np.ndarray, " comparisons"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class LabelNoise(LabelAudit):
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class WorstExample:
     """One comparison to read."""
 
     set: str
@@ -102,8 +101,8 @@ class Example:
     why: str
 
 
-def label_noise(
-    comparisons: Comparisons, margins: Margins, models: Sequence[str]
+def audit_labels(
+    comparisons: Comparisons, margins: ModelMargins, models: Sequence[str]
 ) -> LabelNoise | None:
     """The audit by all models; None for a single model on data without votes."""
     rows = [[math.nan] * 3 if p.votes is None else list(p.votes) for p in comparisons.pairs]
@@ -111,7 +110,7 @@ def label_noise(
     if len(models) == 1 and not has_votes(votes).any():
         return None
 
-    def audit_some(some: Int[np.ndarray, " some"]) -> LabelAudit:
+    def audit_some(some: Indices) -> LabelAudit:
         return audit(margins[:, some], votes[some], comparisons.prompts[some])
 
     sources = comparisons.by_source().items()
@@ -121,14 +120,14 @@ def label_noise(
     return LabelNoise(**vars(whole), models=tuple(models), by_set=by_set)
 
 
-def audit(margins: Margins, votes: VoteCounts, prompts: Prompts) -> LabelAudit:
+def audit(margins: ModelMargins, votes: VoteCounts, prompts: PromptKeys) -> LabelAudit:
     """The audit of comparisons with each model's margin."""
-    known, split = has_votes(votes), is_split(votes)
+    voted, split = has_votes(votes), is_split(votes)
     mean, levels = mean_margin(margins), disagreement(margins)
 
     def fraction_split(rows: NDArray[np.bool_]) -> Estimate:
-        rows = rows & known
-        if not rows.any():
+        rows = rows & voted
+        if not rows.any():  # no votes at all leave no interval either
             return Estimate(math.nan, math.nan, math.nan, 0, "wilson")
         return accuracy_interval(split[rows], prompts[rows])
 
@@ -140,11 +139,11 @@ def audit(margins: Margins, votes: VoteCounts, prompts: Prompts) -> LabelAudit:
     against = np.all(margins < 0, axis=0)
     return LabelAudit(
         num=len(mean),
-        num_with_votes=int(known.sum()),
+        num_with_votes=int(voted.sum()),
         by_disagreement=tuple(by_level) if len(margins) > 1 else (),
         by_margin=tuple(band(*cut) for cut in _bands(np.abs(mean))),
         predictors=tuple(
-            Predictor(name, area_under_curve(scores[known], split[known], prompts[known]))
+            Predictor(name, area_under_curve(scores[voted], split[voted], prompts[voted]))
             for name, scores in _predictors(margins).items()
         ),
         against=AgainstLabel(
@@ -155,16 +154,17 @@ def audit(margins: Margins, votes: VoteCounts, prompts: Prompts) -> LabelAudit:
     )
 
 
-def disagreement(margins: Margins) -> Float[np.ndarray, " comparisons"]:
+def disagreement(margins: ModelMargins) -> Margins:
     """Fraction of the models in the minority, 0 to 0.5; a margin of zero is half a vote for each side.
 
     It does not depend on the label.
     """
-    first = np.mean((np.sign(margins) + 1) / 2, axis=0)
+    first = np.mean((np.sign(margins) + 1) / 2, axis=0)  # fraction for the chosen response
+    # rounded, so that 1/3 of three models is one level whatever the sum's order
     return np.asarray(np.minimum(first, 1 - first).round(12), np.float64)
 
 
-def mean_margin(margins: Margins) -> Float[np.ndarray, " comparisons"]:
+def mean_margin(margins: ModelMargins) -> Margins:
     """Mean over models of the margins in units of each model's root mean square."""
     return np.asarray(_scaled(margins).mean(axis=0), np.float64)
 
@@ -179,7 +179,7 @@ def is_split(votes: VoteCounts) -> Bool[np.ndarray, " comparisons"]:
     return np.asarray((np.nan_to_num(votes) > 0).sum(axis=1) > 1)
 
 
-def doubtful(margins: Margins) -> list[int]:
+def doubtful(margins: ModelMargins) -> list[int]:
     """Comparisons on which all models contradict the label, the largest mean margin first."""
     against = np.flatnonzero(np.all(margins < 0, axis=0))
     order = np.argsort(mean_margin(margins)[against], kind="stable")
@@ -195,6 +195,7 @@ def area_under_curve(
 
     The interval is the percentile one from resampling clusters. NaN if all items are of one kind.
     """
+    # ranks are computed once: a resample only changes how often an item counts
     _, rank = np.unique(scores, return_inverse=True)
     labels = np.arange(len(scores)) if clusters is None else clusters
     _, number = np.unique(labels, return_inverse=True)
@@ -227,7 +228,7 @@ def _area(
     return float(np.sum(above * (np.cumsum(below) - below / 2)) / pairs)
 
 
-def _predictors(margins: Margins) -> dict[str, NDArray[np.float64]]:
+def _predictors(margins: ModelMargins) -> dict[str, NDArray[np.float64]]:
     """Numbers that are high if votes should be split; disagreement needs two models."""
     mean, result = mean_margin(margins), {}
     if len(margins) > 1:
@@ -238,8 +239,9 @@ def _predictors(margins: Margins) -> dict[str, NDArray[np.float64]]:
     return result
 
 
-def _scaled(margins: Margins) -> NDArray[np.float64]:
+def _scaled(margins: ModelMargins) -> NDArray[np.float64]:
     size = np.sqrt(np.mean(margins.astype(np.float64) ** 2, axis=1, keepdims=True))
+    # a model whose margins are all zero stays at zero
     return np.asarray(margins / np.where(size > 0, size, 1.0), np.float64)
 
 
@@ -255,12 +257,13 @@ def _bands(sizes: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.bool_], floa
 
 
 def worst_errors(
-    comparisons: Comparisons, margins: Margins, *, num: int = 10
-) -> tuple[Example, ...]:
+    comparisons: Comparisons, margins: ModelMargins, *, num: int = 10
+) -> tuple[WorstExample, ...]:
     """The first model's `num` largest wrong margins; with several models, `num` more doubtful labels.
 
     No two examples share prompt and rejected response: one bad response would otherwise fill the list.
     """
+    # a single model that contradicts a label is not evidence against it
     own, several = margins[0], len(margins) > 1
     mean, against = mean_margin(margins), doubtful(margins) if several else []
 
@@ -275,7 +278,7 @@ def worst_errors(
     return tuple(_example(comparisons, own, index, reason) for index, reason in why.items())
 
 
-def cut_text(text: str, *, end: bool = False, max_chars: int = MAX_CHARS) -> str:
+def cut_text(text: str, *, end: bool = False, max_chars: int = MAX_EXAMPLE_CHARS) -> str:
     """The text's first (or last) characters, with the number of those that are left out."""
     text = text.strip()
     left_out = len(text) - max_chars
@@ -304,11 +307,9 @@ def _distinct(comparisons: Comparisons, indices: Sequence[int], num: int) -> lis
     return list(first.values())
 
 
-def _example(
-    comparisons: Comparisons, margins: Float[np.ndarray, " comparisons"], index: int, why: str
-) -> Example:
+def _example(comparisons: Comparisons, margins: Margins, index: int, why: str) -> WorstExample:
     group, votes = comparisons.groups[comparisons.owner[index]], comparisons.pairs[index].votes
-    return Example(
+    return WorstExample(
         set=group.source,
         prompt=prompt_text(group.prompt),
         chosen=cut_text(comparisons.chosen_texts[index]),

@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from hafrm.data.encoding import Encoder
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
-from hafrm.diagnostics.calibration import margin_histogram, temperature
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
-from hafrm.diagnostics.label_noise import cut_text, label_noise, prompt_text, worst_errors
+from hafrm.diagnostics.label_noise import audit_labels, cut_text, prompt_text, worst_errors
+from hafrm.diagnostics.margins import margin_histogram, temperature
 from hafrm.diagnostics.own_policy import (
     Continuation,
     OwnPolicyPreference,
@@ -24,11 +25,11 @@ from hafrm.diagnostics.own_policy import (
     policy_text,
     reward_preferences,
 )
-from hafrm.diagnostics.representation import representation
+from hafrm.diagnostics.representation import describe_states
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.evaluation.comparisons import Comparisons, Data, read_comparisons
+from hafrm.evaluation.comparisons import Comparisons, Data, Indices, Margins, read_comparisons
 from hafrm.evaluation.heads import (
     IMPLICIT,
     REWARD,
@@ -36,7 +37,7 @@ from hafrm.evaluation.heads import (
     LoadOptions,
     count_responses,
     find_heads,
-    load_scorer,
+    load_head,
     scorer_names,
 )
 from hafrm.evaluation.metrics import agreement, calibration, pairwise_accuracy
@@ -50,15 +51,13 @@ from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
 
-NUM_STATES = 2048
+MAX_STATES = 2048
 """Responses whose hidden states are measured; the same ones for every model."""
 BASE = "base model"
 MAX_NEW_TOKENS = 128
 """Of a continuation, if the models take as many."""
 NUM_CONTINUATIONS = 3
 """Prompts of which all continuations are kept as examples."""
-
-Margins = Float[np.ndarray, " comparisons"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ class ScoredModel:
     name: str
     scored_with: str
     """"reward" or "implicit reward"."""
+    tokenized: list[TokenizedGroup]
+    """The groups as the model sees them."""
     margins: Margins
     states: Float[np.ndarray, "responses hidden"]
     """Of some of the responses, the same ones for all models."""
@@ -102,58 +103,63 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     if num_generations:
-        find_policies(models, base)
+        find_policies(models, base)  # raises before anything is scored
     comparisons = _read(data, max_bad_fraction)
     num = sum(len(group.responses) for group in comparisons.groups)
     done = count_responses(on_progress, num * (len(models) + 1))
     options = LoadOptions(max_length=max_length, dtype=dtype, device=device)
     own_options = LoadOptions(reference, max_length, dtype, device)
-
-    def score(name: str, how: LoadOptions) -> tuple[ScoredModel, list[TokenizedGroup]]:
-        heads = models[name]
-        head = scorer_names(heads)[0]
-        log.info("scoring with %s", name)
-        scorer = load_scorer(heads, head, how)
-        tokenized, _ = scorer.encoder.encode(comparisons.groups)
-        margins = comparisons.margins(scorer.score_encoded(tokenized, done))
-        assert isinstance(scorer, RewardModel | ImplicitRewardModel)
-        network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
-        return ScoredModel(name, head, margins, _states(network, tokenized)), tokenized
-
-    own, tokenized = score(str(model), own_options)
-    implicit = None
-    if models[own.name].reward is not None and models[own.name].policy is not None:
-        log.info("scoring with the policy %s", models[own.name].policy)
-        scorer = load_scorer(models[own.name], IMPLICIT, own_options)
-        encoded, _ = scorer.encoder.encode(comparisons.groups)
-        implicit = comparisons.margins(scorer.score_encoded(encoded, done))
-        del scorer
-    start = None if base is None else _base_states(base, tokenized, own)
-    scored = [own, *(score(str(other), options)[0] for other in also)]
-    margins = np.stack([each.margins for each in scored])
+    name, heads = next(iter(models.items()))
+    own = _score(name, heads, comparisons, own_options, done)
+    implicit = _implicit_margins(heads, comparisons, own_options, done)
+    start = None if base is None else _base_states(base, own)
+    others = [_score(str(m), models[str(m)], comparisons, options, done) for m in also]
+    margins = np.stack([scored.margins for scored in (own, *others)])
     preference = None
     if num_generations:
-        groups = list(comparisons.groups)
+        groups = comparisons.groups
         preference = prefer_own_policy(models, base, groups, num_generations, options, on_progress)
     return Diagnosis(
-        model=own.name,
+        model=name,
         scored_with=own.scored_with,
         sets=tuple(
-            _diagnose_set(
-                name,
-                comparisons.take(where),
-                own.margins[where],
-                None if implicit is None else implicit[where],
-            )
-            for name, where in comparisons.sets().items()
+            _diagnose_set(part, comparisons.take(where), own.margins, implicit, where)
+            for part, where in comparisons.sets().items()
         ),
-        label_noise=label_noise(comparisons, margins, [each.name for each in scored]),
-        representations=tuple(representation(m.name, m.states, start) for m in scored),
-        base=None if start is None else representation(str(base), start),
+        label_noise=audit_labels(comparisons, margins, list(models)),
+        representations=tuple(describe_states(m.name, m.states, start) for m in (own, *others)),
+        base=None if start is None else describe_states(str(base), start),
         num_states=len(own.states),
         own_policy=preference,
         worst=worst_errors(comparisons, margins),
     )
+
+
+def _score(
+    name: str, heads: Heads, comparisons: Comparisons, options: LoadOptions, done: OnProgress
+) -> ScoredModel:
+    """The model's main head on the comparisons; the model is freed again."""
+    head = scorer_names(heads)[0]
+    log.info("scoring with %s", name)
+    scorer = load_head(heads, head, options)
+    tokenized, _ = scorer.encoder.encode(comparisons.groups)
+    margins = comparisons.margins(scorer.score_encoded(tokenized, done))
+    assert isinstance(scorer, RewardModel | ImplicitRewardModel)
+    # the states are those that the head reads, of the backbone that scored
+    network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
+    return ScoredModel(name, head, tokenized, margins, _states(network, tokenized))
+
+
+def _implicit_margins(
+    heads: Heads, comparisons: Comparisons, options: LoadOptions, done: OnProgress
+) -> Margins | None:
+    """Margins of the policy's implicit reward, if the model has both heads."""
+    if heads.reward is None or heads.policy is None:
+        return None
+    log.info("scoring with the policy %s", heads.policy)
+    scorer = load_head(heads, IMPLICIT, options)
+    tokenized, _ = scorer.encoder.encode(comparisons.groups)
+    return comparisons.margins(scorer.score_encoded(tokenized, done))
 
 
 def _find_models(
@@ -200,37 +206,38 @@ def _base_of(path: str | Path) -> Path | None:
 
 
 def _diagnose_set(
-    name: str, comparisons: Comparisons, margins: Margins, implicit: Margins | None
+    name: str, comparisons: Comparisons, margins: Margins, implicit: Margins | None, where: Indices
 ) -> SetDiagnosis:
-    prompts = comparisons.prompts
+    """The comparisons of one set, which are at `where` among all margins."""
+    prompts, own = comparisons.prompts, margins[where]
     texts = comparisons.chosen_texts, comparisons.rejected_texts
     return SetDiagnosis(
         name=name,
         num=len(comparisons),
-        accuracy=pairwise_accuracy(margins, prompts),
-        temperature=temperature(margins, prompts),
-        calibration=calibration(margins),
-        margins=margin_histogram(margins),
-        style=style_biases(margins, *texts, prompts),
-        slices=slice_accuracies(margins, divisions_of(comparisons), prompts),
-        agreement=None if implicit is None else agreement(margins, implicit, prompts),
+        accuracy=pairwise_accuracy(own, prompts),
+        temperature=temperature(own, prompts),
+        calibration=calibration(own),
+        margins=margin_histogram(own),
+        style=style_biases(own, *texts, prompts),
+        slices=slice_accuracies(own, divisions_of(comparisons), prompts),
+        agreement=None if implicit is None else agreement(own, implicit[where], prompts),
     )
 
 
 def _states(
     model: HybridModel, groups: Sequence[TokenizedGroup]
 ) -> Float[np.ndarray, "responses hidden"]:
-    return last_states(model, some_responses(groups, NUM_STATES, seed=SEED))
+    return last_states(model, some_responses(groups, MAX_STATES, seed=SEED))
 
 
-def _base_states(
-    path: str | Path, groups: Sequence[TokenizedGroup], trained: ScoredModel
-) -> Float[np.ndarray, "responses hidden"]:
+def _base_states(path: str | Path, trained: ScoredModel) -> Float[np.ndarray, "responses hidden"]:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     log.info("hidden states of %s", path)
     model = load_policy(path, dtype="auto", device=None)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
+    groups = trained.tokenized
+    # the base is run on the trained model's ids, so both must have one vocabulary
     largest = max(int(ids.max()) for g in groups for ids in (g.prompt_ids, *g.response_ids))
     if size != trained.states.shape[1] or largest >= vocabulary:
         raise ModelError(
@@ -276,20 +283,19 @@ def prefer_own_policy(
     """
     policies = find_policies(models, base)
     own = next(iter(policies.values()))
-    # the base model writes with the tokenizer and template of the model that came from it
-    writers = {
-        name: _Writer(path, own if name == BASE else path, options.max_length)
+    encoders = {
+        # the base model writes with the tokenizer and template of the model that came from it
+        name: _load_encoder(path, own if name == BASE else path, options.max_length)
         for name, path in policies.items()
     }
-    limit = min(writer.encoder.lengths.max_length for writer in writers.values())
+    limit = min(encoder.lengths.max_length for encoder in encoders.values())
     sampling = Sampling(max_new_tokens=min(MAX_NEW_TOKENS, limit // 2))
-    prompts = _draw_prompts(
-        groups, num, next(iter(writers.values())), limit - sampling.max_new_tokens
-    )
-    done = count_responses(on_progress, len(prompts) * len(writers))
-    written = {name: writer.write(prompts, sampling, done) for name, writer in writers.items()}
-    texts = {name: writers[name].texts(some) for name, some in written.items()}
-    lengths = {n: np.array([len(text.ids) for text in some]) for n, some in written.items()}
+    room = limit - sampling.max_new_tokens
+    prompts = _draw_prompts(groups, num, encoders[next(iter(policies))], room)
+    done = count_responses(on_progress, len(prompts) * len(policies))
+    written = {n: _write(policies[n], encoders[n], prompts, sampling, done) for n in policies}
+    texts = {name: [c.text for c in some] for name, some in written.items()}
+    lengths = {name: np.array([c.num_tokens for c in some]) for name, some in written.items()}
     preferences: list[RewardPreference] = []
     for name, heads in models.items():
         if heads.reward is not None:
@@ -309,50 +315,42 @@ def prefer_own_policy(
     )
 
 
-class _Writer:
-    """A policy, with the tokenizer and template of its prompts; in memory only while it writes."""
-
-    def __init__(self, path: Path, tokenizer: Path, max_length: int | None) -> None:
-        self.path = path
-        config = load_config(path)
-        self.encoder = load_encoder(tokenizer, config, max_length)
-        vocabulary = config.get_text_config().vocab_size
-        if len(self.encoder.tokenizer) > vocabulary:
-            raise ModelError(
-                f"{path} has a vocabulary of {vocabulary} tokens, too few for the tokenizer in "
-                f"{tokenizer}; give the checkpoint that the policy was trained from (--base)"
-            )
-
-    def prompt_ids(self, groups: Sequence[Group]) -> list[NDArray[np.int32]]:
-        return [group.prompt_ids for group in self.encoder.encode(groups)[0]]
-
-    def write(
-        self, groups: Sequence[Group], sampling: Sampling, done: OnProgress
-    ) -> list[Continuation]:
-        log.info("generating with %s", self.path)
-        model = load_causal_lm(self.path, dtype="auto", device=None)
-        ids = [prompt.tolist() for prompt in self.prompt_ids(groups)]
-        eos, pad = self.encoder.eos_id, self.encoder.pad_id
-        pad = eos if pad is None else pad
-        written = sample(model, ids, 1, sampling, eos=eos, pad=pad, seed=SEED, done=done)
-        return [as_continuation(response, eos, pad) for (response,) in written]
-
-    def texts(self, written: Sequence[Continuation]) -> list[str]:
-        decode = self.encoder.tokenizer.decode
-        return [str(decode(list(text.ids), skip_special_tokens=True)) for text in written]
+def _load_encoder(path: Path, tokenizer: Path, max_length: int | None) -> Encoder:
+    config = load_config(path)
+    encoder: Encoder = load_encoder(tokenizer, config, max_length)
+    vocabulary = config.get_text_config().vocab_size
+    if len(encoder.tokenizer) > vocabulary:
+        raise ModelError(
+            f"{path} has a vocabulary of {vocabulary} tokens, too few for the tokenizer in "
+            f"{tokenizer}; give the checkpoint that the policy was trained from (--base)"
+        )
+    return encoder
 
 
-def as_continuation(ids: list[int], eos: int, pad: int) -> Continuation:
-    """The ids before the EOS; a policy may write pad, which is no text."""
-    ended = eos in ids
-    before = ids[: ids.index(eos)] if ended else ids
-    return Continuation(tuple(i for i in before if i != pad), ended)
+def _write(
+    path: Path, encoder: Encoder, groups: Sequence[Group], sampling: Sampling, done: OnProgress
+) -> list[Continuation]:
+    """A continuation of each prompt; the policy is in memory only here."""
+    log.info("generating with %s", path)
+    model = load_causal_lm(path, dtype="auto", device=None)
+    prompts = [group.prompt_ids.tolist() for group in encoder.encode(groups)[0]]
+    eos = encoder.eos_id
+    pad = eos if encoder.pad_id is None else encoder.pad_id
+    written = sample(model, prompts, 1, sampling, eos=eos, pad=pad, seed=SEED, done=done)
+    continuations = []
+    for (ids,) in written:
+        ended = eos in ids
+        # a policy may write pad, which is no text
+        own = [i for i in (ids[: ids.index(eos)] if ended else ids) if i != pad]
+        text = str(encoder.tokenizer.decode(own, skip_special_tokens=True))
+        continuations.append(Continuation(text, len(own), ended))
+    return continuations
 
 
-def _draw_prompts(groups: Sequence[Group], num: int, writer: _Writer, room: int) -> list[Group]:
+def _draw_prompts(groups: Sequence[Group], num: int, encoder: Encoder, room: int) -> list[Group]:
     """`num` groups with different prompts of at most `room` tokens, drawn with a fixed seed."""
     distinct = list({prompt_key(group.prompt): group for group in groups}.values())
-    sizes = [len(ids) for ids in writer.prompt_ids(distinct)]
+    sizes = [len(group.prompt_ids) for group in encoder.encode(distinct)[0]]
     fitting = [group for group, size in zip(distinct, sizes, strict=True) if size <= room]
     if not fitting:
         raise DataError(
@@ -361,6 +359,7 @@ def _draw_prompts(groups: Sequence[Group], num: int, writer: _Writer, room: int)
         )
     if len(fitting) < num:
         log.warning("only %d different prompts leave room to write; all are used", len(fitting))
+    # drawn at random, in the order of the data
     order = np.random.default_rng(SEED).permutation(len(fitting))[:num]
     return [fitting[i] for i in sorted(order)]
 
@@ -370,9 +369,10 @@ def _rewards(
 ) -> dict[str, NDArray[np.float64]]:
     """Each policy's rewards; all continuations of a prompt are scored together, equal ones once."""
     log.info("scoring generations with %s", heads.reward)
-    scorer = load_scorer(heads, REWARD, options)
+    scorer = load_head(heads, REWARD, options)
     distinct = [tuple(dict.fromkeys(written)) for written in zip(*texts.values(), strict=True)]
     groups = [Group(g.id, g.prompt, some) for g, some in zip(prompts, distinct, strict=True)]
+    # one score for each distinct text, in the order of the groups
     scores = iter(scorer.score_encoded(scorer.encoder.encode(groups)[0]).tolist())
     by_text = [{text: next(scores) for text in some} for some in distinct]
     return {

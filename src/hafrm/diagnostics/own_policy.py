@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from hafrm.evaluation.metrics import mean
 from hafrm.statistics import Estimate, accuracy_interval, clustered_bootstrap
-from hafrm.table import Column, Table
+from hafrm.table import Table, columns
 
 LIKE_LENGTH = 1.25
 """Longer over shorter, in tokens, up to which two continuations are of like length."""
@@ -25,7 +25,8 @@ LIKE_LENGTH = 1.25
 class Continuation:
     """What a policy writes on one prompt."""
 
-    ids: tuple[int, ...]
+    text: str
+    num_tokens: int
     """Without EOS and pad."""
     ended: bool
     """Whether the policy wrote an EOS, and did not run into the limit."""
@@ -78,11 +79,6 @@ class OwnPolicyPreference:
             f"continuations of {self.num_prompts} prompts, up to {self.max_new_tokens} tokens, "
             f"temperature {self.temperature:g}"
         )
-        columns = (
-            Column("policy"),
-            Column("mean tokens", "general"),
-            Column("ended by itself [95 %]", "percent"),
-        )
         written = tuple((p.name, f"{p.mean_tokens:.1f}", p.ended) for p in self.policies)
         preferences = tuple(
             (
@@ -96,24 +92,21 @@ class OwnPolicyPreference:
             )
             for p in self.preferences
         )
-        headings = (
-            Column("reward model"),
-            Column("policy"),
-            Column("against"),
-            Column("higher reward", "percent"),
-            Column("of like length", "percent"),
-            Column("such prompts", "count"),
-            Column("is longer", "percent"),
+        headings = columns(
+            "reward model | policy | against | higher reward: percent | of like length: percent | "
+            "such prompts: count | is longer: percent"
         )
         which = "whose continuation is preferred [95 %]; ties half"
-        return Table(title, columns, written), Table(which, headings, preferences)
+        heads = columns("policy | mean tokens: general | ended by itself [95 %]: percent")
+        return Table(title, heads, written), Table(which, headings, preferences)
 
 
 def policy_text(name: str, written: Sequence[Continuation]) -> PolicyText:
     """What one policy wrote, in numbers."""
-    lengths = np.array([len(text.ids) for text in written])
     ended = np.array([text.ended for text in written])
-    return PolicyText(name, mean(lengths), accuracy_interval(ended))
+    return PolicyText(
+        name, mean(np.array([t.num_tokens for t in written])), accuracy_interval(ended)
+    )
 
 
 def reward_preferences(
@@ -125,10 +118,12 @@ def reward_preferences(
 
     The reward model's own policy, which has its name, is first.
     """
+    # False sorts first; the others stay in their order
     names = sorted(rewards, key=lambda name: name != reward_model)
     result = []
     for policy, against in combinations(names, 2):
         own, other = lengths[policy], lengths[against]
+        # rewards follow length, so the win on pairs of like length is the control
         like = np.maximum(own, other) <= LIKE_LENGTH * np.minimum(own, other)
         result.append(
             RewardPreference(
@@ -148,6 +143,7 @@ def fraction_higher(
     first: Float[np.ndarray, " prompts"], second: Float[np.ndarray, " prompts"]
 ) -> Estimate:
     """Fraction of prompts on which the first is higher, equal ones half; Wilson's interval if none are."""
+    # equal rewards count one half, which is no trial for Wilson's interval
     if not np.any(first == second):
         return accuracy_interval(first > second)
     return clustered_bootstrap((first > second) + (first == second) / 2)

@@ -17,7 +17,7 @@ from hafrm.results import Real
 MAX_SPECTRUM = 64
 """Directions that are written out."""
 
-States = Float[np.ndarray, "responses hidden"]
+StateMatrix = Float[np.ndarray, "responses hidden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Representation:
     """Mean cosine of the two states of a response; NaN for hidden sizes that differ."""
 
 
-def representation(
-    model: str, states: States, base: Float[np.ndarray, "responses base_hidden"] | None = None
+def describe_states(
+    model: str, states: StateMatrix, base: Float[np.ndarray, "responses base_hidden"] | None = None
 ) -> Representation:
     """What a model's states are like; raises NumericsError for states that are not finite."""
     for array in (states, base):
@@ -64,9 +64,10 @@ def representation(
     )
 
 
-def spectrum(states: States) -> Float[np.ndarray, " directions"]:
+def spectrum(states: StateMatrix) -> Float[np.ndarray, " directions"]:
     """Eigenvalues of the covariance as fractions of their sum, largest first; empty for a constant."""
     centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
+    # squared singular values are the covariance's eigenvalues, up to a factor
     values = np.linalg.svd(centred, compute_uv=False) ** 2
     total = values.sum()
     # equal states leave rounding around their mean, which is no variance
@@ -84,7 +85,7 @@ def effective_rank(fractions: Float[np.ndarray, " directions"]) -> float:
     return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
 
 
-def mean_cosine(states: States) -> float:
+def mean_cosine(states: StateMatrix) -> float:
     """Mean cosine over all pairs of different responses (anisotropy, arXiv 1909.00512)."""
     num = len(states)
     if num < 2:
@@ -94,7 +95,7 @@ def mean_cosine(states: States) -> float:
     return float((total - num) / (num * (num - 1)))
 
 
-def paired_cosine(first: States, second: States) -> float:
+def paired_cosine(first: StateMatrix, second: StateMatrix) -> float:
     """Mean over responses of the cosine between their two states."""
     return float(np.mean(np.sum(_unit(first) * _unit(second), axis=1)))
 
@@ -107,11 +108,13 @@ def linear_cka(
 
     NaN if one of the two is constant. With fewer responses than directions it is biased upwards.
     """
+    # both Gram matrices are [hidden, hidden], not [responses, responses]
     x, y = (s.astype(np.float64) - s.mean(axis=0, dtype=np.float64) for s in (first, second))
     cross, own, other = (np.linalg.norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))
     return float(cross**2 / (own * other)) if own * other > 0 else math.nan
 
 
-def _unit(states: States) -> States:
+def _unit(states: StateMatrix) -> StateMatrix:
     exact = states.astype(np.float64)
+    # a state of zeros stays zero
     return np.asarray(exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300))

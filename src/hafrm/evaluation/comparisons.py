@@ -17,6 +17,10 @@ from hafrm.data.reader import PreferenceData, read_preferences
 from hafrm.errors import DataError, NumericsError
 from hafrm.preferences import Comparison, Group, prompt_key
 
+Margins = Float[np.ndarray, " comparisons"]
+PromptKeys = Shaped[np.ndarray, " comparisons"]
+"""Which prompt (any key): the clusters of the intervals."""
+Indices = Int[np.ndarray, " some"]
 Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """One source or several, as `hafrm.data.reader.read_preferences` has them, or a list of rows."""
 
@@ -25,12 +29,11 @@ Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
 class ScoredComparisons:
     """Margins and what they are measured by; one entry per comparison."""
 
-    margins: Float[np.ndarray, " comparisons"]
+    margins: Margins
     chosen_lengths: Num[np.ndarray, " comparisons"]
     """In characters: in tokens, long responses that the model's limit cuts would seem equally long."""
     rejected_lengths: Num[np.ndarray, " comparisons"]
-    prompts: Shaped[np.ndarray, " comparisons"]
-    """Which prompt (any key): the clusters of the intervals."""
+    prompts: PromptKeys
     ties: Bool[np.ndarray, " comparisons"]
 
 
@@ -46,43 +49,45 @@ class Comparisons:
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Comparisons":
         """All comparisons of the groups, in their order."""
-        found = [(i, pair) for i, group in enumerate(groups) for pair in group.comparisons]
-        return cls(groups, np.array([i for i, _ in found], int), tuple(pair for _, pair in found))
+        owned = [(i, pair) for i, group in enumerate(groups) for pair in group.comparisons]
+        return cls(groups, np.array([i for i, _ in owned], int), tuple(pair for _, pair in owned))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def take(self, indices: Sequence[int] | Int[np.ndarray, " some"]) -> "Comparisons":
+    def take(self, indices: Indices) -> "Comparisons":
         """Those at the given indices."""
-        where = np.asarray(indices, int)
-        return Comparisons(self.groups, self.owner[where], tuple(self.pairs[i] for i in where))
+        pairs = tuple(self.pairs[i] for i in indices)
+        return Comparisons(self.groups, self.owner[indices], pairs)
 
     def decided(self) -> "Comparisons":
         """Those that are no ties."""
         return self.take(np.flatnonzero(~self.ties))
 
-    def by_source(self) -> dict[str, Int[np.ndarray, " some"]]:
+    def by_source(self) -> dict[str, Indices]:
         """The indices of each source's comparisons, sources in their order."""
         sources = [self.groups[i].source for i in self.owner]
         names = dict.fromkeys(sources)
         return {n: np.array([i for i, s in enumerate(sources) if s == n], int) for n in names}
 
-    def sets(self) -> dict[str, Int[np.ndarray, " some"]]:
+    def sets(self) -> dict[str, Indices]:
         """The same, and "all" if there are several sources."""
         sources = self.by_source()
         return sources | {"all": np.arange(len(self))} if len(sources) > 1 else sources
 
-    def margins(self, scores: Float[np.ndarray, " responses"]) -> Float[np.ndarray, " comparisons"]:
+    def margins(self, scores: Float[np.ndarray, " responses"]) -> Margins:
         """score(chosen) - score(rejected) in float64, from one score for each response of all groups.
 
         Raises NumericsError for a margin that is not finite, which would silently count as wrong.
         """
+        # index of each group's first response when all responses are counted through
         first = np.cumsum([0, *(len(group.responses) for group in self.groups)])
         assert len(scores) == first[-1], "one score for each response of each group"
+        # float32 would round the difference of two large scores
         start, exact = first[self.owner], scores.astype(np.float64)
         chosen = start + np.array([pair.chosen for pair in self.pairs], int)
         rejected = start + np.array([pair.rejected for pair in self.pairs], int)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # inf - inf, which is reported below
             margins = exact[chosen] - exact[rejected]
         broken = np.flatnonzero(~np.isfinite(margins))
         if len(broken):
@@ -94,7 +99,7 @@ class Comparisons:
         return np.asarray(margins, np.float64)
 
     def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
-        """The comparisons as `measure` takes them."""
+        """The comparisons as `pairwise_metrics` takes them."""
         chosen, rejected = (
             np.array([len(text) for text in texts], int)
             for texts in (self.chosen_texts, self.rejected_texts)
@@ -107,8 +112,9 @@ class Comparisons:
         return np.array([pair.tie for pair in self.pairs], bool)
 
     @cached_property
-    def prompts(self) -> Shaped[np.ndarray, " comparisons"]:
-        """The prompt's key: the clusters of all intervals."""
+    def prompts(self) -> PromptKeys:
+        """The prompt's key."""
+        # a digest per group and not per comparison: groups have many
         keys = {i: prompt_key(self.groups[i].prompt) for i in set(self.owner.tolist())}
         return np.array([keys[i] for i in self.owner.tolist()], str)
 

@@ -21,7 +21,7 @@ from hafrm.evaluation.comparisons import (
     ScoredComparisons,
     read_comparisons,
 )
-from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, measure
+from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
@@ -72,9 +72,11 @@ def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
     """
     root = Path(path)
     heads = None
+    # a run folder has its exports in model/
     for folder in (root / "model", root):
         reward, own = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
         if reward or own:
+            # a rule whose heads were moved away is of no use
             heads = Heads(reward, own, find_fused(folder) if reward and own else None)
             break
     if heads is None:
@@ -84,10 +86,11 @@ def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
                 "run that has not finished has none yet"
             )
         heads = Heads(root, None) if is_reward_directory(path) else Heads(None, root)
+    # the fused rule was fitted with the policy that is replaced
     return heads if policy is None else Heads(heads.reward, Path(policy))
 
 
-def load_scorer(heads: Heads, name: str, options: LoadOptions) -> Scorer:
+def load_head(heads: Heads, name: str, options: LoadOptions) -> Scorer:
     """The head called REWARD, IMPLICIT or FUSED, which the model has."""
     arguments = options.arguments()
     if name == REWARD:
@@ -110,7 +113,7 @@ def scorer_names(heads: Heads) -> list[str]:
 def load_main_head(path: str | Path, options: LoadOptions) -> Scorer:
     """The reward of the model at `path`; of a policy alone, its implicit reward."""
     heads = find_heads(path)
-    return load_scorer(heads, scorer_names(heads)[0], options)
+    return load_head(heads, scorer_names(heads)[0], options)
 
 
 def count_responses(on_progress: OnProgress, total: int) -> Callable[[int, int], None]:
@@ -181,22 +184,24 @@ def _score_all_heads(
     heads: Heads, comparisons: Comparisons, options: LoadOptions, on_progress: OnProgress
 ) -> _Scores:
     """The heads one after another."""
-    result, share = _Scores(), None
+    result, by_token = _Scores(), None
+    # the fused score follows from the other two, without a pass of its own
     names = [name for name in scorer_names(heads) if name != FUSED]
     num = sum(len(group.responses) for group in comparisons.groups)
     done = count_responses(on_progress, num * len(names))
     for name in names:
-        scorer = load_scorer(heads, name, options)
+        scorer = load_head(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
         result.by_head[name] = scorer.score_encoded(tokenized, done)
         if name == names[0]:
             result.report = report
         if isinstance(scorer, ImplicitRewardModel) and heads.fused is not None:
-            share = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
+            # with the policy's own tokens: the reward's encoder may cut elsewhere
+            by_token = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
         del scorer  # before the next one is loaded
-    if heads.fused is not None and share is not None:
+    if heads.fused is not None and by_token is not None:
         rule = read_fused_rule(heads.fused)
-        result.by_head[FUSED] = fused_scores(result.by_head[REWARD], share, rule)
+        result.by_head[FUSED] = fused_scores(result.by_head[REWARD], by_token, rule)
         result.fused_rule = str(rule)
     return result
 
@@ -214,14 +219,14 @@ def _measure_set(
     margins, prompts = main.margins[decided], main.prompts[decided]
     others: dict[str, Any] = {}
     if REWARD in scored and IMPLICIT in scored:
-        others["implicit"] = measure(scored[IMPLICIT])
+        others["implicit"] = pairwise_metrics(scored[IMPLICIT])
         others["agreement"] = agreement(margins, scored[IMPLICIT].margins[decided], prompts)
     if FUSED in scored:
-        others["fused"] = measure(scored[FUSED])
+        others["fused"] = pairwise_metrics(scored[FUSED])
         right = scored[FUSED].margins[decided] > 0
         others["fused_gain"] = paired_bootstrap(right, margins > 0, prompts)
     num_groups = len(set(comparisons.owner.tolist()))
-    return SetResult(**vars(measure(main)), name=name, num_groups=num_groups, **others)
+    return SetResult(**vars(pairwise_metrics(main)), name=name, num_groups=num_groups, **others)
 
 
 def compare_models(  # noqa: PLR0913 - every way to say what is compared
@@ -258,6 +263,7 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
         )
         tokenized, _ = scorer.encoder.encode(comparisons.groups)
         scores = scorer.score_encoded(tokenized, done)
+        # the model is freed here: only its scores are kept
         return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}
 
     sides = [[score(path) for path in paths] for paths in (first, second)]

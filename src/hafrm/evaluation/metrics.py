@@ -7,19 +7,19 @@ runs a model or reads a file.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, Shaped
+from jaxtyping import Num
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import rankdata
 
-from hafrm.evaluation.comparisons import ScoredComparisons
+from hafrm.evaluation.comparisons import Margins, PromptKeys, ScoredComparisons
 from hafrm.results import Real
 from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Column, Table, columns
 
+_Lengths = Num[np.ndarray, " comparisons"]
 LENGTH_BANDS = (1.1, 2.0)
 """Longer over shorter: up to the first is about equal, above the second is much longer or shorter."""
 LENGTH_SLICES = ("much shorter", "shorter", "about equal", "longer", "much longer")
@@ -60,7 +60,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class LengthBias:
+class LengthEffects:
     """What response length alone explains."""
 
     slices: dict[str, Accuracy]
@@ -100,7 +100,7 @@ class PairwiseMetrics:
     accuracy: Accuracy
     mean_margin: Real
     calibration: Calibration
-    length: LengthBias
+    length: LengthEffects
     ties: Ties
 
 
@@ -145,7 +145,7 @@ class Evaluation:
     @property
     def accuracy(self) -> Accuracy:
         """On all comparisons together."""
-        return self.sets[-1].accuracy
+        return self.sets[-1].accuracy  # "all" is last
 
     def tables(self) -> tuple[Table, ...]:
         """Accuracy of every set with the length baseline beside it, accuracy by length, both heads."""
@@ -155,17 +155,6 @@ class Evaluation:
         return tuple(tables)
 
     def _accuracies(self) -> Table:
-        columns = (
-            Column("set"),
-            Column("comparisons", "count"),
-            Column("accuracy [95 %]", "percent"),
-            Column("pick longer [95 %]", "percent"),
-            Column("mean margin", "decimal"),
-            Column("log-loss", "decimal"),
-            Column("ECE", "decimal"),
-            Column("equal", "count"),
-            Column("ties", "count"),
-        )
         rows = tuple(
             (
                 result.name,
@@ -187,8 +176,12 @@ class Evaluation:
             f"bad rows {self.num_bad_rows}, responses cut {self.responses_cut}, "
             f"prompts cut {self.prompts_cut}, seam merges {self.seam_merges}"
         )
+        heads = columns(
+            "set | comparisons: count | accuracy [95 %]: percent | pick longer [95 %]: percent | "
+            "mean margin: decimal | log-loss: decimal | ECE: decimal | equal: count | ties: count"
+        )
         title = f"{self.model}, scored with the {self.scored_with}"
-        return Table(title, columns, rows, tuple(notes))
+        return Table(title, heads, rows, tuple(notes))
 
 
 def _by_length(sets: tuple[SetResult, ...]) -> Table:
@@ -197,8 +190,8 @@ def _by_length(sets: tuple[SetResult, ...]) -> Table:
         slices = [result.length.slices[name] for name in LENGTH_SLICES]
         rows.append((result.name, *slices))
         rows.append(("  comparisons", *(accuracy.num for accuracy in slices)))
-    columns = (Column("set"), *(Column(name, "count") for name in LENGTH_SLICES))
-    return Table("accuracy by length of the chosen response [95 %]", columns, tuple(rows))
+    heads = (Column("set"), *(Column(name, "count") for name in LENGTH_SLICES))
+    return Table("accuracy by length of the chosen response [95 %]", heads, tuple(rows))
 
 
 def _both_heads(sets: tuple[SetResult, ...]) -> Table:
@@ -213,19 +206,16 @@ def _both_heads(sets: tuple[SetResult, ...]) -> Table:
         if result.fused is not None:
             accuracy = result.fused.accuracy
             rows.append(("", "fused", accuracy, result.fused_gain, None, None))
-    columns = (
-        Column("set"),
-        Column("scorer"),
-        Column("accuracy [95 %]", "percent"),
-        Column("less the reward's [95 %]", "percent"),
-        Column("same sign [95 %]", "percent"),
-        Column("Spearman", "decimal"),
+    heads = columns(
+        "set | scorer | accuracy [95 %]: percent | less the reward's [95 %]: percent | "
+        "same sign [95 %]: percent | Spearman: decimal"
     )
-    return Table("both heads", columns, tuple(rows))
+    return Table("both heads", heads, tuple(rows))
 
 
-def measure(scored: ScoredComparisons) -> PairwiseMetrics:
+def pairwise_metrics(scored: ScoredComparisons) -> PairwiseMetrics:
     """All metrics of one scorer."""
+    # a tie has no right answer, and would count as wrong
     margins, decided = scored.margins, ~scored.ties
     prompts = scored.prompts[decided]
     return PairwiseMetrics(
@@ -246,18 +236,15 @@ def measure(scored: ScoredComparisons) -> PairwiseMetrics:
     )
 
 
-def pairwise_accuracy(
-    margins: Num[np.ndarray, " comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"] | None = None,
-) -> Accuracy:
+def pairwise_accuracy(margins: _Lengths, prompts: PromptKeys | None = None) -> Accuracy:
     """Fraction of margins above zero, with a 95 % interval that takes prompts as clusters."""
-    correct: Bool[np.ndarray, " comparisons"] = margins > 0
+    correct = margins > 0
     e = accuracy_interval(correct, prompts)
     counts = int(correct.sum()), int(np.sum(margins == 0))
     return Accuracy(e.value, e.low, e.high, e.num, e.method, e.proportion, *counts)
 
 
-def calibration(margins: Float[np.ndarray, " comparisons"], *, num_bins: int = 15) -> Calibration:
+def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
     """Log loss, Brier score and expected calibration error of p = sigmoid(margin).
 
     For the calibration error each comparison counts from both sides, (p, right) and (1 - p, wrong):
@@ -265,11 +252,12 @@ def calibration(margins: Float[np.ndarray, " comparisons"], *, num_bins: int = 1
     points of equal p share their labels' mean, so that no order among them matters.
     """
     margins = margins.astype(np.float64)
-    confidences = np.concatenate([expit(margins), expit(-margins)])
+    confidences = np.concatenate([expit(margins), expit(-margins)])  # [2 * comparisons]
     labels = np.repeat([1.0, 0.0], len(margins))
     # each distinct p once, with the fraction of its points that were right
     _, index = np.unique(confidences, return_inverse=True)
     labels = (np.bincount(index, weights=labels) / np.bincount(index))[index]
+    # equal mass: bins of equal width would be empty where the scorer is rarely that sure
     order = np.argsort(confidences, kind="stable")
     bins = tuple(
         CalibrationBin(mean(confidences[part]), mean(labels[part]), len(part))
@@ -279,7 +267,7 @@ def calibration(margins: Float[np.ndarray, " comparisons"], *, num_bins: int = 1
     # ECE = sum over bins of n_b / n * |accuracy_b - confidence_b|
     gaps = [b.num * abs(b.accuracy - b.confidence) for b in bins]
     return Calibration(
-        log_loss=mean(np.logaddexp(0.0, -margins)),
+        log_loss=mean(np.logaddexp(0.0, -margins)),  # -log sigmoid(m) without overflow
         brier=mean(expit(-margins) ** 2),
         ece=sum(gaps) / len(order) if len(order) else math.nan,
         bins=bins,
@@ -287,11 +275,11 @@ def calibration(margins: Float[np.ndarray, " comparisons"], *, num_bins: int = 1
 
 
 def length_bias(
-    margins: Float[np.ndarray, " comparisons"],
-    chosen_lengths: Num[np.ndarray, " comparisons"],
-    rejected_lengths: Num[np.ndarray, " comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"] | None = None,
-) -> LengthBias:
+    margins: Margins,
+    chosen_lengths: _Lengths,
+    rejected_lengths: _Lengths,
+    prompts: PromptKeys | None = None,
+) -> LengthEffects:
     """Accuracy by length ratio, the two baselines that look at length only, and the correlations.
 
     The baselines follow the rule for scores: responses of equal length are not right.
@@ -299,6 +287,7 @@ def length_bias(
     chosen, rejected = chosen_lengths.astype(np.float64), rejected_lengths.astype(np.float64)
     difference = chosen - rejected
     # bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices
+    # an empty response counts as one character
     ratio = np.maximum(chosen, rejected) / np.maximum(np.minimum(chosen, rejected), 1)
     band = np.sign(difference) * np.digitize(ratio, LENGTH_BANDS, right=True)
 
@@ -306,7 +295,7 @@ def length_bias(
         clusters = None if prompts is None else prompts[rows]
         return pairwise_accuracy(margins[rows], clusters)
 
-    return LengthBias(
+    return LengthEffects(
         slices={
             name: slice_accuracy(band == which)
             for which, name in enumerate(LENGTH_SLICES, -len(LENGTH_BANDS))
@@ -319,9 +308,9 @@ def length_bias(
 
 
 def agreement(
-    first_margins: Float[np.ndarray, " comparisons"],
-    second_margins: Float[np.ndarray, " comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"] | None = None,
+    first_margins: Margins,
+    second_margins: Margins,
+    prompts: PromptKeys | None = None,
 ) -> Agreement:
     """How alike two scorers rank the same comparisons."""
     same = np.sign(first_margins) == np.sign(second_margins)
@@ -339,6 +328,7 @@ def mean(values: Num[np.ndarray, " items"]) -> float:
 
 def pearson(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"]) -> float:
     """Linear correlation; NaN for fewer than two items or a constant."""
+    # numpy would warn and give NaN
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
     return float(np.corrcoef(first.astype(np.float64), second.astype(np.float64))[0, 1])
@@ -346,5 +336,4 @@ def pearson(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"])
 
 def spearman(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"]) -> float:
     """Rank correlation, equal values sharing their mean rank; NaN as for `pearson`."""
-    ranks: Any = rankdata
-    return pearson(ranks(first), ranks(second))
+    return pearson(rankdata(first), rankdata(second))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 
-from hafrm.evaluation.comparisons import ScoredComparisons
+from hafrm.evaluation.comparisons import PromptKeys, ScoredComparisons
 from hafrm.statistics import (
     Difference,
     Estimate,
@@ -23,7 +23,7 @@ from hafrm.statistics import (
     seeded_difference,
     seeded_mean,
 )
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Table, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,11 @@ class ModelComparison:
         """Accuracy of both sides on every set, their difference, and its p-values."""
         sides = (("first", self.first), ("second", self.second))
         title = "accuracy [95 %]" + (" over seeds" if len(self.first) > 1 else "")
-        columns = [Column("set"), Column("comparisons", "count"), Column("first", "percent")]
-        if self.second:
-            columns += [Column("second", "percent"), Column("difference", "percent")]
-            columns += [Column("p", "p"), Column("p (Holm)", "p")]
-        rows = tuple(_cells(result)[: len(columns)] for result in self.sets)
+        heads = "set | comparisons: count | first: percent"
+        heads += " | second: percent | difference: percent | p: p | p (Holm): p" * bool(self.second)
+        rows = tuple(_cells(result)[: 7 if self.second else 3] for result in self.sets)
         notes = tuple(f"{side}: {', '.join(paths)}" for side, paths in sides if paths)
-        return (Table(title, tuple(columns), rows, notes),)
+        return (Table(title, columns(heads), rows, notes),)
 
 
 def _cells(result: SetComparison) -> tuple[Cell, ...]:
@@ -89,7 +87,7 @@ def compare_set(
 def compare_correct(
     first: Bool[np.ndarray, "first_seeds comparisons"],
     second: Bool[np.ndarray, "second_seeds comparisons"],
-    prompts: Shaped[np.ndarray, " comparisons"],
+    prompts: PromptKeys,
 ) -> tuple[Difference, McNemar | None]:
     """The difference of two [seeds, comparisons] arrays of right answers, and their discordant counts.
 
@@ -97,18 +95,20 @@ def compare_correct(
     is the paired bootstrap's over prompts, and the p-value is McNemar's exact one, unless prompts have
     several comparisons, which that test would take as independent.
     """
+    # McNemar's test knows nothing of seeds
     if len(first) > 1:
         return seeded_difference(first, second, prompts), None
     counts = mcnemar(first[0], second[0])
     estimate = paired_bootstrap(first[0], second[0], prompts)
     if len(np.unique(prompts)) == len(prompts):
         return Difference(estimate, counts.p_value), counts
+    # 1 where only the first is right, -1 where only the second is
     gaps = first[0].astype(np.float64) - second[0]
     return Difference(estimate, cluster_p_value(gaps, prompts)), counts
 
 
 def accuracy_over_seeds(
-    correct: Bool[np.ndarray, "seeds comparisons"], prompts: Shaped[np.ndarray, " comparisons"]
+    correct: Bool[np.ndarray, "seeds comparisons"], prompts: PromptKeys
 ) -> Estimate:
     """The accuracy of one model, or the mean over several seeds."""
     return (
@@ -120,6 +120,7 @@ def accuracy_over_seeds(
 
 def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:
     """The sets with Holm's p-values over the sources; "all" is their union and no test of its own."""
+    # a source may be called "all"; then it is the only one
     tested = [s for s in sets if s.difference and (s.name != "all" or len(sets) == 1)]
     p_values = holm(np.array([s.difference.p_value for s in tested if s.difference])).tolist()
     by_name = dict(zip([s.name for s in tested], p_values, strict=True))

@@ -35,9 +35,9 @@ class TermMeans:
             raise ValueError(f"every term needs an item, got {[*terms]}")
         self.terms = dict(terms)
         self.index = {name: column for column, name in enumerate(self.terms)}
-        sums, sizes = _by_cluster([*self.terms.values()])
+        sums, sizes = _by_cluster([*self.terms.values()])  # [clusters, terms] each
         self.means = sums.sum(0) / sizes.sum(0)
-        self.resamples = _resample(sums, sizes)
+        self.resamples = _resample(sums, sizes)  # [resamples, terms]
         present = (sizes > 0).astype(np.float64)
         self.num_clusters = present.sum(0)
         # 1 for terms of the same clusters, 0 for terms that share none
@@ -68,7 +68,7 @@ class TermMeans:
     def _unanimous(self, names: Sequence[str], factors: NDArray[np.float64]) -> tuple[float, float]:
         """How far below and above its value the sum may be, for its terms whose items all agree."""
         columns = [self.index[name] for name in names]
-        gaps = np.zeros((2, len(names)))
+        gaps = np.zeros((2, len(names)))  # below, above
         for place, (name, column) in enumerate(zip(names, columns, strict=True)):
             mean = float(self.means[column])
             if _is_binary(self.terms[name]) and mean in (0.0, 1.0):
@@ -98,7 +98,7 @@ def _by_cluster(terms: Sequence[Term]) -> tuple[NDArray[np.float64], NDArray[np.
     labels = np.concatenate([term.clusters for term in terms])
     names, rows = np.unique(labels, return_inverse=True)
     columns = np.repeat(np.arange(len(terms)), [len(term.values) for term in terms])
-    place = rows * len(terms) + columns
+    place = rows * len(terms) + columns  # index of (cluster, term) in the flat table
     size = len(names) * len(terms)
     values = np.concatenate([term.values for term in terms]).astype(np.float64)
     sums = np.bincount(place, weights=values, minlength=size).reshape(len(names), len(terms))
@@ -112,6 +112,7 @@ def _resample(
     """[resamples, terms]: the mean of each term in each resample of clusters."""
     draw = np.random.default_rng(SEED)
     totals, counts = [], []
+    # clusters of the same set of terms are one kind; each kind is resampled by itself
     _, kinds = np.unique(sizes > 0, axis=0, return_inverse=True)
     for kind in range(int(kinds.max()) + 1):
         members = np.flatnonzero(kinds.ravel() == kind)

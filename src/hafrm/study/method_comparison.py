@@ -9,7 +9,6 @@ new.
 """
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,7 +28,7 @@ from hafrm.scoring.fused import fit_fused, fused_scores, per_token
 from hafrm.scoring.scorer import ImplicitRule
 from hafrm.statistics import Estimate, accuracy_interval, in_words, over_seeds
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
-from hafrm.study.study_result import Outcome, StudyBenchmark, StudyResult, Tuning, summarise
+from hafrm.study.study_result import ScorerOutcome, StudyBenchmark, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
     REWARD_MARGINS,
     TOKEN_MARGINS,
@@ -47,11 +46,11 @@ from hafrm.training.methods import Method, get_method
 
 log = logging.getLogger("hafrm")
 
-RESULT = "comparison.json"
+COMPARISON_FILE = "comparison.json"
 TWO_MODELS = "bt + dpo (fused)"
 """Two models trained apart and scored together: the control for one backbone with two heads."""
 
-Scores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
+SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, scorer), an array for each seed."""
 
 
@@ -81,20 +80,35 @@ def compare_methods(
             },
             has_content=(out / "runs").is_dir(),
         )
+        # for people and the report; the claim above is what counts
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
-        tunings, runs = _train(plan, setup, processes)
-        result = _summarise(plan, tunings, runs, data, out)
-        write_result(out / RESULT, result)
+        tunings, tuning_runs, runs = _train(plan, setup, processes)
+        folders = dict.fromkeys(run.folder(out) for run in (*tuning_runs, *runs))
+        results = [read_run_result(path) for path in folders]
+        seconds = sum(done.seconds for done in results if done is not None)
+        scores = scores_of_runs(runs, data, out)
+        result = StudyResult(
+            **vars(summarise(outcomes_of(scores, data))),
+            recipe=str(out / "recipe.yaml"),
+            metric=plan.recipe.evaluation.metric,
+            seeds=plan.seeds,
+            benchmarks=_benchmark_scores(scores, data),
+            pick_longer=pick_longer(data),
+            learning_rates=tunings,
+            seconds=seconds,
+        )
+        write_result(out / COMPARISON_FILE, result)
     return result
 
 
 def _train(
     plan: StudyPlan, setup: StudySetup, processes: int
-) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
-    """All runs done: the learning rates chosen, and the runs that the result is made of."""
+) -> tuple[tuple[Tuning, ...], list[StudyRun], list[StudyRun]]:
+    """Do all runs; the learning rates chosen, the runs that chose them, the runs of the result."""
     out = setup.root
     with ProcessPool(partial(RunWorker, setup), processes) as pool:
         tuning = plan.tuning_runs()
+        # the number of runs does not depend on the rates
         any_rates = {method.name: plan.rates[0] for method in plan.methods}
         progress = _Progress(len(tuning) + len(plan.runs(any_rates)), processes)
         pool.run(tuning, progress)
@@ -108,37 +122,15 @@ def _train(
             log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
         runs = plan.runs({choice.method: choice.chosen for choice in tunings})
         pool.run(runs, progress)
+    # kept until here, because a chosen run is scored from its best checkpoint
     for run in tuning:
         drop_checkpoints(run.folder(out))
+    # a rate that suits the tuning set may be too high for another set or seed
     for run in runs:
         result = read_run_result(run.folder(out))
         if result is not None and result.diverged is not None:
             raise NumericsError(f"{run} diverged: {result.diverged}. Give smaller --learning-rates")
-    return tunings, runs
-
-
-def _summarise(
-    plan: StudyPlan, tunings: tuple[Tuning, ...], runs: list[StudyRun], data: StudyData, out: Path
-) -> StudyResult:
-    scores = scores_of_runs(runs, data, out)
-    folders = {run.folder(out) for run in runs}
-    folders |= {
-        plan.tuning_run(method, rate).folder(out)
-        for method, choice in zip(plan.methods, tunings, strict=True)
-        for rate, _ in choice.tried
-    }
-    results = [read_run_result(folder) for folder in folders]
-    summary = summarise(outcomes_of(scores, data))
-    return StudyResult(
-        **vars(summary),
-        recipe=str(out / "recipe.yaml"),
-        metric=plan.recipe.evaluation.metric,
-        seeds=plan.seeds,
-        benchmarks=_benchmark_scores(scores, data),
-        pick_longer=pick_longer(data),
-        learning_rates=tunings,
-        seconds=sum(result.seconds for result in results if result is not None),
-    )
+    return tunings, tuning, runs
 
 
 def _choose_rates(plan: StudyPlan, runs: list[StudyRun], out: Path) -> tuple[Tuning, ...]:
@@ -148,7 +140,7 @@ def _choose_rates(plan: StudyPlan, runs: list[StudyRun], out: Path) -> tuple[Tun
 
 def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out: Path) -> Tuning:
     metric = plan.recipe.evaluation.metric
-    sign = -1.0 if metric == "loss" else 1.0
+    sign = -1.0 if metric == "loss" else 1.0  # the highest is best
     tried: dict[float, float | None] = {}
     for run in runs:
         if run.method == method:
@@ -211,7 +203,7 @@ def _fuse(
     return fused_scores(reward["reward"], by_token, rule)
 
 
-def outcomes_of(scores: Scores, data: StudyData) -> dict[tuple[str, str, str], Outcome]:
+def outcomes_of(scores: SeedScores, data: StudyData) -> dict[tuple[str, str, str], ScorerOutcome]:
     """What every scorer got right on every test set, training sets and scorers in their order."""
     decided = data.comparisons.decided()
     sets = {name: decided.take(indices) for name, indices in decided.by_source().items()}
@@ -219,7 +211,7 @@ def outcomes_of(scores: Scores, data: StudyData) -> dict[tuple[str, str, str], O
     for (train, scorer), by_seed in scores.items():
         for name, comparisons in sets.items():
             margins = np.array([comparisons.margins(values) for values in by_seed])
-            result[train, scorer, name] = Outcome(margins > 0, margins, comparisons.prompts)
+            result[train, scorer, name] = ScorerOutcome(margins > 0, margins, comparisons.prompts)
     return result
 
 
@@ -234,7 +226,7 @@ def pick_longer(data: StudyData) -> dict[str, Estimate]:
     }
 
 
-def _benchmark_scores(scores: Scores, data: StudyData) -> tuple[StudyBenchmark, ...]:
+def _benchmark_scores(scores: SeedScores, data: StudyData) -> tuple[StudyBenchmark, ...]:
     """Every scorer on every benchmark: the published score of each seed, and the mean over seeds."""
     first = np.cumsum([0, *(len(group.responses) for group in data.groups)])
     results = []
@@ -243,11 +235,11 @@ def _benchmark_scores(scores: Scores, data: StudyData) -> tuple[StudyBenchmark, 
         places = [first[group] + np.array(within) for group, within in placed.places]
         for (train, scorer), by_seed in scores.items():
             exact = [values.astype(np.float64) for values in by_seed]
-            found = [
+            overall = [
                 score_benchmark(benchmark, items, [v[p] for p in places]).overall for v in exact
             ]
-            per_seed = tuple(estimate.value for estimate in found)
-            mean = over_seeds(found)
+            per_seed = tuple(estimate.value for estimate in overall)
+            mean = over_seeds(overall)
             results.append(StudyBenchmark(train, scorer, benchmark.name, mean, per_seed))
     return tuple(results)
 
@@ -257,16 +249,11 @@ class _Progress:
 
     def __init__(self, total: int, processes: int) -> None:
         self.total, self.processes = total, processes
-        self.done = 0
-        self.began = time.monotonic()
-        self.ran: list[float] = []
+        self.done, self.seconds = 0, 0.0
 
     def __call__(self, run: StudyRun, result: RunResult) -> None:
-        self.done += 1
-        if result.seconds < time.monotonic() - self.began:  # run now, not finished before
-            self.ran.append(result.seconds)
-        per_run = sum(self.ran) / len(self.ran) if self.ran else result.seconds
-        left = (self.total - self.done) * per_run / max(1, self.processes)
+        self.done, self.seconds = self.done + 1, self.seconds + result.seconds
+        left = (self.total - self.done) * self.seconds / self.done / max(1, self.processes)
         log.info(
             "run %d/%d  %s: %s  (%.0f s; about %.0f min left)",
             self.done,

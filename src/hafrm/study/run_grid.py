@@ -61,6 +61,7 @@ class StudyRun:
 
     def folder(self, root: Path) -> Path:
         """Its folder; the name has everything in which it differs from other runs."""
+        # ":" is no name on some file systems
         method = self.method.name.replace(":", ",").replace("/", "_")
         return root / "runs" / self.train.name / method / f"rate-{self.rate:g}-seed-{self.seed}"
 
@@ -144,6 +145,7 @@ def plan_study(
     if mixed and len(sets) > 1:
         sets.append(TrainSet(MIXED, recipe.data.train))
     _refuse_doubles([train.name for train in sets], "training sets")
+    # the recipe's own seed is the first one
     first = recipe.training.seed
     return StudyPlan(
         recipe,

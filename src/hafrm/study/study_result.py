@@ -33,7 +33,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScorerOutcome:
     """One scorer on one test set, after training on one set: every seed's answers."""
 
     correct: Bool[np.ndarray, "seeds comparisons"]
@@ -41,7 +41,7 @@ class Outcome:
     prompts: Shaped[np.ndarray, " comparisons"]
 
 
-Outcomes = Mapping[tuple[str, str, str], Outcome]
+Outcomes = Mapping[tuple[str, str, str], ScorerOutcome]
 """By (training set, scorer, test set)."""
 
 
@@ -119,6 +119,7 @@ class Tuning:
         rates = sorted(rate for rate, _ in self.tried)
         if len(rates) < 2 or self.chosen not in (rates[0], rates[-1]):
             return None
+        # geometric: the next rate keeps the ratio of the last two
         if self.chosen == rates[0]:
             return rates[0] ** 2 / rates[1]
         return rates[-1] ** 2 / rates[-2]
@@ -262,6 +263,7 @@ def summarise(outcomes: Outcomes) -> Summary:
         for test in tests
         for scorer in scorers[1:]
     ]
+    # an average is over (training set, test set) pairs, each of equal weight
     averages, contrasts = [], []
     for kind, pairs in domains(trains, tests).items():
         stacks = {
@@ -271,8 +273,8 @@ def summarise(outcomes: Outcomes) -> Summary:
             averages.append(Average(kind, scorer, _mean(*stacks[scorer]), len(pairs)))
         for scorer in scorers[1:]:
             (values, clusters), (others, _) = stacks[scorer], stacks[baseline]
-            found = _difference_of_means(values, others, clusters)
-            contrasts.append(Contrast("", kind, scorer, baseline, found.estimate, found.p_value))
+            gap = _difference_of_means(values, others, clusters)
+            contrasts.append(Contrast("", kind, scorer, baseline, gap.estimate, gap.p_value))
     accuracies = tuple(_set_accuracy(*key, outcome) for key, outcome in outcomes.items())
     return Summary(
         scorers, trains, tests, accuracies, tuple(averages), _adjusted(single), _adjusted(contrasts)
@@ -280,20 +282,22 @@ def summarise(outcomes: Outcomes) -> Summary:
 
 
 def stacked(
-    outcomes: Sequence[tuple[str, Outcome]],
+    outcomes: Sequence[tuple[str, ScorerOutcome]],
 ) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
     """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
 
     A set's right answers are scaled so that each set has equal weight, whatever its size. Prompts of one
     test set are one cluster each, also if models of several training sets answered them.
     """
+    # mean over all columns of o * total / (k * n_o) = mean over sets of mean(o)
     total = sum(outcome.correct.shape[1] for _, outcome in outcomes)
     values = [o.correct * (total / (len(outcomes) * o.correct.shape[1])) for _, o in outcomes]
+    # the same prompt in two test sets is two clusters
     clusters = [np.char.add(f"{test} ", o.prompts.astype(str)) for test, o in outcomes]
     return np.concatenate(values, axis=1), np.concatenate(clusters)
 
 
-def _set_accuracy(train: str, scorer: str, test: str, outcome: Outcome) -> SetAccuracy:
+def _set_accuracy(train: str, scorer: str, test: str, outcome: ScorerOutcome) -> SetAccuracy:
     fits = [calibration(margins) for margins in outcome.margins]
     return SetAccuracy(
         train,
@@ -308,8 +312,8 @@ def _set_accuracy(train: str, scorer: str, test: str, outcome: Outcome) -> SetAc
 
 def _contrast(train: str, test: str, first: str, second: str, outcomes: Outcomes) -> Contrast:
     one, other = (outcomes[train, scorer, test] for scorer in (first, second))
-    found, _ = compare_correct(one.correct, other.correct, one.prompts)
-    return Contrast(train, test, first, second, found.estimate, found.p_value)
+    gap, _ = compare_correct(one.correct, other.correct, one.prompts)
+    return Contrast(train, test, first, second, gap.estimate, gap.p_value)
 
 
 def _mean(
@@ -317,8 +321,9 @@ def _mean(
 ) -> Estimate:
     if len(values) > 1:
         return seeded_mean(values, clusters)
-    found = clustered_bootstrap(values[0], clusters)
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    mean = clustered_bootstrap(values[0], clusters)
+    # scaled answers exceed 1, so a resample's mean may leave [0, 1]
+    return replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
 
 
 def _difference_of_means(

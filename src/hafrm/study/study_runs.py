@@ -1,6 +1,6 @@
 """One run of a study: train it, score the test sets with its best weights, keep the scores.
 
-Scores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
+SeedScores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
 run's folder has its recipe and metrics, `scores.safetensors` and, written last, `result.json`: a run that
 has one is finished, and one that was killed is resumed. A run that only helps to choose a learning rate
 keeps its checkpoints until the choice is made, and scores nothing.
@@ -24,7 +24,7 @@ from hafrm.benchmarks.benchmark_files import LoadedBenchmark, find_benchmark_fol
 from hafrm.benchmarks.benchmark_run import group_by_prompt
 from hafrm.benchmarks.definitions import find_benchmarks
 from hafrm.data.encoding import Encoder, encode_cached
-from hafrm.diagnostics.representation import Representation, representation
+from hafrm.diagnostics.representation import Representation, describe_states
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import Group, TokenizedGroup
@@ -40,10 +40,10 @@ from hafrm.training.prepare import PreparedData, build_model, load_tokenizer, pr
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
 from hafrm.training.validation import HeadScores, decided_margins, score_heads
 
-RESULT, SCORES = "result.json", "scores.safetensors"
+RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
 """Margins on validation data, which alone decide how the fused score weighs the two heads."""
-NUM_STATES = 256
+NUM_STATE_RESPONSES = 256
 """Responses whose last-token states are measured."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -146,13 +146,13 @@ def read_study_data(setup: StudySetup) -> StudyData:
 
 def read_run_result(folder: Path) -> RunResult | None:
     """A run's result, or None if it has not finished."""
-    file = folder / RESULT
+    file = folder / RUN_RESULT
     return read_result(file, RunResult) if file.is_file() else None
 
 
 def read_scores(folder: Path) -> Arrays:
     """A finished run's scores of every response of the test sets, by head, and its validation margins."""
-    return load_file(folder / SCORES)
+    return load_file(folder / SCORES_FILE)
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -179,6 +179,7 @@ class RunWorker:
         before = read_run_result(folder)
         if before is not None and (before.is_scored or before.diverged or not run.is_scored):
             return before
+        # a tuning run that turns out to be the chosen one is only scored now
         began = time.monotonic() - (0.0 if before is None else before.seconds)
         states: NDArray[np.float32] | None = None
 
@@ -191,10 +192,12 @@ class RunWorker:
             if self.setup.keep_models:
                 export_job(job)
 
+        # a killed run left its recipe, and perhaps a checkpoint
         resume = (folder / "recipe.yaml").is_file()
         data = self._data_of(run, recipe)
         try:
             trained = train(recipe, folder, resume=resume, data=data, finish=finish)
+        # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
         else:
@@ -204,12 +207,13 @@ class RunWorker:
                 trained.num_steps,
                 time.monotonic() - began,
                 is_scored=run.is_scored,
-                representation=None if states is None else representation(str(folder), states),
+                representation=None if states is None else describe_states(str(folder), states),
                 state_norm=None if states is None else _mean_and_std(states),
             )
+        # an unscored run may yet be chosen, and is then scored from its checkpoint
         if result.is_scored:
             drop_checkpoints(folder)
-        write_result(folder / RESULT, result)
+        write_result(folder / RUN_RESULT, result)
         return result
 
     def _data_of(self, run: StudyRun, recipe: Recipe) -> PreparedData:
@@ -222,7 +226,7 @@ class RunWorker:
     def _test_references(self) -> NDArray[np.float32]:
         """The starting checkpoint's log-probs of the test sets, computed once."""
         if self._references is None:
-            method = get_method("dpo")
+            method = get_method("dpo")  # any method with a policy head
             ranks = parallel.start()
             recipe = with_token_budget(self.setup.recipe, method, ranks)
             encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
@@ -254,15 +258,16 @@ class RunWorker:
                 margins = decided_margins(groups, values, validation.first)
                 stored[name] = margins.astype(np.float32)
         arrays = {name: values for name, values in stored.items() if values is not None}
-        atomic_write(folder / SCORES, save(arrays))
+        atomic_write(folder / SCORES_FILE, save(arrays))
 
     def _states(self, job: Job) -> NDArray[np.float32]:
         """The states that rewards are read from, of the same texts for all runs."""
         first: list[TokenizedGroup] = []
         for group in self.data.tokenized:
-            if sum(len(g.response_ids) for g in first) >= NUM_STATES:
+            if sum(len(g.response_ids) for g in first) >= NUM_STATE_RESPONSES:
                 break
             first.append(group)
+        # dropout is off in eval mode; the mode is restored for the export
         training = job.model.training
         job.model.eval()
         states = last_states(job.model, first)

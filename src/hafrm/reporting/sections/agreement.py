@@ -32,8 +32,8 @@ def section(material: Material) -> Section | None:
         caption = "Reward head and implicit reward of the policy head"
         blocks.append(Table(caption, columns, (Rows(rows),)))
     for folder, found in material.having("diagnostics"):
-        if found.get("consistency"):
-            blocks += _consistency(folder.name, found["consistency"], material)
+        if found.get("own_policy"):
+            blocks += _consistency(folder.name, found["own_policy"], material)
     if not blocks:
         return None
     lead = (
@@ -56,7 +56,7 @@ def _judged_twice(material: Material) -> Iterator[tuple[str, str, Json]]:
 
 
 def _consistency(name: str, found: Json, material: Material) -> Iterator[Table]:
-    wins = parts(found, "wins")
+    wins = parts(found, "preferences")
     if wins:
         yield _wins(name, wins, material)
         return
@@ -69,7 +69,7 @@ def _wins(name: str, wins: list[Json], material: Material) -> Table:
     axis = axis_of([number(each.get("win")) for each in wins], 0.5)
     groups: dict[str, list[tuple[Cell, ...]]] = {}
     for each in wins:
-        own, judge = bool(each.get("own")), str(each.get("judge"))
+        own, judge = bool(each.get("is_own")), str(each.get("reward_model"))
         win = number(each.get("win"))
         groups.setdefault(f"judged by {judge}", []).append(
             (

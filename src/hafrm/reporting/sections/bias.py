@@ -114,7 +114,7 @@ def _styles(material: Material) -> Iterator[Block]:
 
 
 def _style_table(found: Sequence[Json], colour: int, caption: str) -> Table:
-    keys = ("picks_more", "people_pick_more", "accuracy_more", "accuracy_less")
+    keys = ("picks_more", "annotators_pick_more", "accuracy_more", "accuracy_less")
     axis = axis_of([number(row.get(key)) for row in found for key in keys[:2]], 0.5)
     rows = []
     for row in found:

@@ -81,7 +81,9 @@ def _names(found: Json) -> dict[str, str]:
 def _heat_maps(found: Json) -> Iterator[Block]:
     names = _names(found)
     tests = [str(each) for each in found.get("test_sets") or ()]
-    cells = {(c.get("train"), c.get("method"), c.get("test")): c for c in parts(found, "cells")}
+    cells = {
+        (c.get("train"), c.get("method"), c.get("test")): c for c in parts(found, "accuracies")
+    }
     tables = []
     for method in found.get("methods") or ():
         rows = []
@@ -96,7 +98,7 @@ def _heat_maps(found: Json) -> Iterator[Block]:
             ]
             rows.append((words(names.get(train, train)), *row))
         tables.append(_heat_table(f"{method}, accuracy", tests, names, rows))
-    longer = {str(b.get("test")): number(b.get("pick_longer")) for b in parts(found, "baselines")}
+    longer = {test: number(each) for test, each in (found.get("pick_longer") or {}).items()}
     if longer:
         rules = (words("pick the longer"), *(_heat(longer.get(test)) for test in tests))
         tables.append(_heat_table("Baseline, accuracy", tests, names, [rules]))

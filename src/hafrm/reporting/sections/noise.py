@@ -10,7 +10,6 @@ from hafrm.reporting.folders import Json, Material, dig, parts, short_names
 from hafrm.reporting.numbers import (
     Number,
     count,
-    decimal,
     finite,
     number,
     per_cent,
@@ -45,7 +44,7 @@ def section(material: Material) -> Section | None:
 
 def _figures(name: str, labels: Json, colour: int) -> Iterator[Figure]:
     rows = parts(labels, "by_disagreement")
-    places = [finite(row.get("disagreement")) for row in rows]
+    places = [finite(row.get("low")) for row in rows]
     for title, reference, found in (
         (f"Accuracy, {name}", 0.5, [number(row.get("accuracy")) for row in rows]),
         (f"People disagreed, {name}", None, [_split(row) for row in rows]),
@@ -68,7 +67,7 @@ def _figures(name: str, labels: Json, colour: int) -> Iterator[Figure]:
 
 def _split(row: Json) -> Number | None:
     """The share of comparisons with votes on which people were split."""
-    return number(row.get("split")) or _known(row.get("vote_split"))
+    return number(row.get("split"))
 
 
 def _known(value: object) -> Number | None:
@@ -80,7 +79,7 @@ def _known(value: object) -> Number | None:
 def _table(name: str, labels: Json) -> Table:
     rows = tuple(
         (
-            words(per_cent(_known(row.get("disagreement")))),
+            words(per_cent(_known(row.get("low")))),
             Cell(share(number(row.get("accuracy"))), is_strong=True),
             Cell(share(_split(row))),
             Cell(count(row.get("num"))),
@@ -94,10 +93,7 @@ def _table(name: str, labels: Json) -> Table:
     models = ", ".join(short_names([Path(str(model)) for model in labels.get("models") or ()]))
     note = f"{count(labels.get('num'))} comparisons, scored by {models}. "
     note += "Models in the minority: the share that disagrees with most of them."
-    auc = finite(labels.get("auc"))
-    if not math.isnan(auc) and not parts(labels, "predictors"):
-        note += f" It predicts that people disagree with an AUC of {decimal(auc, 2)} (chance: 0.5)."
-    against = number(dig(labels, "against", "share"))
+    against = number(dig(labels, "against", "fraction"))
     if against is not None:
         note += f" Every model is against the label in {share(against)} of the comparisons"
         split, others = (number(dig(labels, "against", key)) for key in ("split", "split_others"))

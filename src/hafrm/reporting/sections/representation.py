@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hafrm.reporting.axes import Scale, Series
 from hafrm.reporting.blocks import Block, Cell, Column, Figure, Panels, Rows, Section, Table, words
-from hafrm.reporting.folders import Json, Material, dig, parts
+from hafrm.reporting.folders import Json, Material, parts
 from hafrm.reporting.numbers import Number, decimal, finite, per_cent
 from hafrm.reporting.plots import chart
 
@@ -16,9 +16,10 @@ def section(material: Material) -> Section | None:
     """A spectrum for each diagnosis, and a row for each model."""
     figures, rows = [], []
     for folder, found in material.having("diagnostics"):
-        each = dig(found, "representation")
-        if not each:
+        models = parts(found, "representations")
+        if not models:
             continue
+        each = models[0] | {"also": models[1:], "base": found.get("base")}
         colour = material.colour(folder.name)
         figures.append(_spectrum(folder.name, each, colour))
         rows.append(_row(folder.name, each, colour))
@@ -67,8 +68,8 @@ def _places(values: Sequence[float]) -> list[float]:
 
 
 def _row(name: str, each: Json, colour: int | None) -> tuple[Cell, ...]:
-    top = finite(each.get("top_share"))
-    distances = [dig(each, "distance", key) for key in ("cka", "cosine")]
+    top = finite(each.get("top_fraction"))
+    distances = [each.get(f"{key}_to_base") for key in ("cka", "cosine")]
     return (
         words(name, colour=colour),
         Cell(decimal(each.get("effective_rank"), 1), is_strong=True),

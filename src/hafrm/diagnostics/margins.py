@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Shaped
 from scipy.optimize import brentq
 from scipy.special import expit
 
+from hafrm.evaluation.comparisons import Margins, PromptKeys
 from hafrm.evaluation.metrics import calibration
 from hafrm.results import Real
 from hafrm.statistics import SEED
@@ -47,16 +47,16 @@ class MarginHistogram:
     """Equal scores among them, in the first bin."""
 
 
-def temperature(
-    margins: Float[np.ndarray, " comparisons"], prompts: Shaped[np.ndarray, " comparisons"]
-) -> Temperature:
+def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
     """Fit on a random half of the prompts, test on the other; NaN if there is only one prompt."""
     _, cluster = np.unique(prompts, return_inverse=True)
     num_prompts = int(cluster.max()) + 1 if len(cluster) else 0
     is_fitted = np.random.default_rng(SEED).permutation(num_prompts) < num_prompts // 2
+    # split by prompt: comparisons of one prompt on both sides would leak
     tested = margins[~is_fitted[cluster]].astype(np.float64)
     value = fit_temperature(margins[is_fitted[cluster]])
     before = calibration(tested)
+    # an infinite temperature makes every probability one half
     after = calibration(np.empty(0) if math.isnan(value) else tested / value)
     note = "cannot be fitted" if math.isnan(value) else ""
     return Temperature(
@@ -69,7 +69,7 @@ def temperature(
     )
 
 
-def fit_temperature(margins: Float[np.ndarray, " comparisons"]) -> float:
+def fit_temperature(margins: Margins) -> float:
     """The T > 0 that minimises the mean of -log sigmoid(margin / T).
 
     In s = 1/T the loss is convex, so its slope, mean(-margin * sigmoid(-s * margin)), has one root.
@@ -87,17 +87,17 @@ def fit_temperature(margins: Float[np.ndarray, " comparisons"]) -> float:
     def slope(s: float) -> float:
         return float(np.mean(-margins * expit(-s * margins)))
 
+    # double the bracket until the slope changes its sign: a wrong margin makes the loss rise in the end
     high = 1.0 / float(np.abs(margins).max())
     while slope(high) < 0:
         high *= 2
     return 1 / float(brentq(slope, 0.0, high, xtol=1e-15 * high, rtol=1e-15))
 
 
-def margin_histogram(
-    margins: Float[np.ndarray, " comparisons"], *, num_bins: int = NUM_MARGIN_BINS
-) -> MarginHistogram:
+def margin_histogram(margins: Margins, *, num_bins: int = NUM_MARGIN_BINS) -> MarginHistogram:
     """Counts of right and wrong comparisons over shared bins of |margin|."""
     sizes = np.abs(margins.astype(np.float64))
+    # all scores equal: any scale will do
     top = float(sizes.max()) if len(sizes) and sizes.max() > 0 else 1.0
     edges = np.linspace(0.0, top, num_bins + 1)
     right, wrong = (np.histogram(sizes[rows], edges)[0] for rows in (margins > 0, margins <= 0))

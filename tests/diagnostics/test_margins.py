@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.diagnostics.calibration import fit_temperature, margin_histogram, temperature
+from hafrm.diagnostics.margins import fit_temperature, margin_histogram, temperature
 
 
 def test_margins_of_one_size_get_the_temperature_that_gives_their_accuracy() -> None:
