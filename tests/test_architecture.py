@@ -180,6 +180,7 @@ def test_the_public_names_are_these():
         "Recipe",
         "RewardModel",
         "load_recipe",
+        "read_preferences",
     ]
     modules = {name.rsplit(".", 1)[-1] for name in NAMES.values()}
     for name in hafrm.__all__:

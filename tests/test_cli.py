@@ -205,9 +205,17 @@ def test_data_describes_and_split_parts_by_prompt(tmp_path):
     output = invoke("data", file, "--json", tmp_path / "data.json")
     assert "longer is chosen" in output
     assert json.loads((tmp_path / "data.json").read_text())["num_comparisons"] == 30
-    invoke("split", file, "--to", tmp_path / "parts", "--fraction", "0.3")
+    unlabelled = [{"id": f"u{i}", "prompt": f"other {i}", "response": "a"} for i in range(50)]
+    with file.open("a") as lines:
+        lines.writelines(
+            json.dumps(row) + "\n" for row in [*unlabelled, {"prompt": "", "response": "b"}]
+        )
+    output = invoke("split", file, "--to", tmp_path / "parts", "--fraction", "0.3")
+    assert "1 bad rows are left out" in output and "rows of unlabelled responses" in output
     parts = [
-        read_preferences([tmp_path / f"parts/{name}.jsonl"]).groups for name in ("train", "test")
+        read_preferences([tmp_path / f"parts/{name}.jsonl"], need_comparisons=False).groups
+        for name in ("train", "test")
     ]
-    assert sum(map(len, parts)) == 30
+    assert sum(map(len, parts)) == 80
+    assert {f"u{i}" for i in range(50)} <= {group.id for part in parts for group in part}
     assert not {g.prompt for g in parts[0]} & {g.prompt for g in parts[1]}

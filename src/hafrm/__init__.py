@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hafrm.data.encoding import Encoder
+    from hafrm.data.reader import read_preferences
     from hafrm.engine.model import HybridModel
     from hafrm.errors import (
         CheckpointError,
@@ -41,6 +42,7 @@ _HOME = {
     "Recipe": "recipe",
     "RewardModel": "scoring.scorer",
     "load_recipe": "recipe_file",
+    "read_preferences": "data.reader",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Recipe",
     "RewardModel",
     "load_recipe",
+    "read_preferences",
 ]
 
 
