@@ -42,22 +42,24 @@ def data(
 def split(
     sources: Sources,
     *,
-    to: Annotated[Path, typer.Option(help="The folder for train.jsonl and test.jsonl.")],
-    fraction: Annotated[float, typer.Option(help="Of the prompts, for the test part.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and test.jsonl.")],
+    fraction: Annotated[
+        float, typer.Option(help="Fraction of the prompts in the test part.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
 ) -> None:
     """Split preference data by prompt, so that no prompt is on both sides."""
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
     from hafrm.data.splits import split_by_prompt, write_groups  # noqa: PLC0415
     from hafrm.preferences import num_comparisons  # noqa: PLC0415
 
-    bad_rows_file = to / "bad_rows.jsonl"
+    bad_rows_file = out / "bad_rows.jsonl"
     preferences = read_preferences(sources, bad_rows_file=bad_rows_file, need_comparisons=False)
     if preferences.bad_rows:
         typer.echo(f"{len(preferences.bad_rows)} bad rows are left out: {bad_rows_file}")
     parts = split_by_prompt(preferences.groups, fraction, seed)
     for name, part in zip(("train", "test"), parts, strict=True):
-        file = to / f"{name}.jsonl"
+        file = out / f"{name}.jsonl"
         rows = write_groups(part, file)
         pairs = num_comparisons(part)
         unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
