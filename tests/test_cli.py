@@ -230,6 +230,19 @@ def test_a_run_its_model_folder_and_its_heads_are_all_understood(model, tmp_path
         evaluate(model, [str(tmp_path / "plain.jsonl")])
 
 
+def test_split_keeps_ids_and_unlabelled_responses_and_says_what_it_leaves_out(tmp_path):
+    file = write_preferences(tmp_path / "all.jsonl", num=10)
+    unlabelled = [{"id": f"u{i}", "prompt": f"other {i}", "response": "a"} for i in range(50)]
+    with file.open("a") as lines:
+        rows = [*unlabelled, {"prompt": "", "response": "b"}]
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+    output = invoke("split", file, "--out", tmp_path / "parts", "--fraction", "0.3")
+    assert "1 bad rows are left out" in output and "rows of unlabelled responses" in output
+    files = [tmp_path / f"parts/{name}.jsonl" for name in ("train", "test")]
+    groups = read_preferences(files, need_comparisons=False).groups
+    assert len(groups) == 60 and {f"u{i}" for i in range(50)} <= {group.id for group in groups}
+
+
 def test_data_describes_and_split_parts_by_prompt(tmp_path):
     file = write_preferences(tmp_path / "all.jsonl", num=30)
     output = invoke("data", file, "--json", tmp_path / "data.json")

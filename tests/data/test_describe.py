@@ -9,7 +9,7 @@ import pytest
 
 from hafrm.data.describe import (
     Description,
-    Lengths,
+    LengthSummary,
     TokenCounts,
     describe_data,
     shared_prompt_savings,
@@ -86,11 +86,11 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
     assert described.sources == {"memory": 4}
     assert described.tags == {"split": {"train": 2, "": 2}}
     assert described.lengths == {
-        "user turns": Lengths(4 / 3, 1, 2, 2),
-        "prompt words": Lengths(4.0, 3, 6, 6),
-        "response words": Lengths(15 / 7, 2, 4, 4),
-        "chosen words": Lengths(2.0, 2, 3, 3),
-        "rejected words": Lengths(5 / 3, 2, 2, 2),
+        "user turns": LengthSummary(4 / 3, 1, 2, 2),
+        "prompt words": LengthSummary(4.0, 3, 6, 6),
+        "response words": LengthSummary(15 / 7, 2, 4, 4),
+        "chosen words": LengthSummary(2.0, 2, 3, 3),
+        "rejected words": LengthSummary(5 / 3, 2, 2, 2),
     }
     assert (described.longer_is_chosen.value, described.longer_is_chosen.num) == (1 / 3, 3)
     assert described.tokens is None
@@ -121,8 +121,8 @@ def test_token_statistics_come_from_the_encoder() -> None:
     """Characters: "a b c", "a", "a b" | "x y", "z w" | "u v w x", "u" are 5, 1, 3, 3, 3, 7, 1 tokens.
     Packed 19 + 16 + 18 = 53; paired (26 + 24) + 26 + 28 = 104."""
     described = describe_data(read([ROWS], max_bad_fraction=0.5), encode)
-    assert described.lengths["prompt tokens"] == Lengths(10.0, 10, 10, 10)
-    assert described.lengths["response tokens"] == Lengths(23 / 7, 3, 7, 7)
+    assert described.lengths["prompt tokens"] == LengthSummary(10.0, 10, 10, 10)
+    assert described.lengths["response tokens"] == LengthSummary(23 / 7, 3, 7, 7)
     assert described.lengths["sequence tokens"].max == 17
     assert described.tokens == TokenCounts(53, 104, 1 - 53 / 104, asdict(Report()))
 
@@ -144,6 +144,6 @@ def test_unlabelled_data_is_described_without_comparisons() -> None:
     rows = [{"prompt": "p q", "response": "a b"}]
     described = describe_data(read([rows], need_comparisons=False), encode)
     assert (described.num_groups, described.num_comparisons) == (1, 0)
-    assert described.lengths["chosen words"] == Lengths(0.0, 0, 0, 0)
+    assert described.lengths["chosen words"] == LengthSummary(0.0, 0, 0, 0)
     assert str(described.longer_is_chosen) == "n/a"
     assert described.tokens is not None and described.tokens.saved_fraction == 0.0

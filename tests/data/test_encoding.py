@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hafrm.data.encoding import Encoder, LengthPolicy
+from hafrm.data.encoding import Encoder, LengthPolicy, encode_cached
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
+from hafrm.resumable import cache_folder
 from helpers import SHARED, needs_shared
 from tokenizers_for_tests import (
     CHATML,
@@ -83,11 +85,12 @@ def num_differing(encoder: Encoder, groups: list[Group], encoded: list[Tokenized
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_clean_text_gets_the_ids_that_a_consumer_gets(name: str) -> None:
+def test_clean_text_gets_the_ids_that_a_consumer_gets(name: str, tmp_path: Path) -> None:
     encoder = Encoder(TOKENIZERS[name]())
     encoded, report = encoder.encode(CLEAN)
     assert num_differing(encoder, CLEAN, encoded) == report.seam_merges == 0
     assert (report.groups, report.responses, report.neutralised) == (5, 12, 0)
+    assert_reloads_from_its_export(encoder, CLEAN, tmp_path)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -98,29 +101,19 @@ def test_every_response_ends_in_the_only_eos_it_has(name: str) -> None:
             assert np.flatnonzero(ids == encoder.eos_id).tolist() == [len(ids) - 1]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_an_exported_tokenizer_reloads_to_the_same_ids_and_adds_nothing(
-    name: str, tmp_path: Path
-) -> None:
-    encoder = Encoder(TOKENIZERS[name]())
-    encoder.export_tokenizer(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+def assert_reloads_from_its_export(encoder: Encoder, groups: list[Group], folder: Path) -> None:
+    """The exported tokenizer gives the same ids, through its template and for the rendered text."""
+    encoder.export_tokenizer(folder)
+    reloaded = AutoTokenizer.from_pretrained(folder)
     assert reloaded.pad_token_id == encoder.pad_id != reloaded.eos_token_id == encoder.eos_id
     assert reloaded.chat_template == encoder.template
-    for g, encoded in zip(CLEAN, encoder.encode(CLEAN)[0], strict=True):
+    for g, encoded in zip(groups, encoder.encode(groups)[0], strict=True):
         for k, response in enumerate(g.responses):
-            conversation = [
-                *(m._asdict() for m in g.prompt),
-                {"role": "assistant", "content": response},
-            ]
-            ids = reloaded.apply_chat_template(conversation, tokenize=True, return_dict=False)
-            text = reloaded.apply_chat_template(conversation, tokenize=False)
-            assert ids == joined(encoded, k)
-            assert (
-                reloaded(text).input_ids
-                == reloaded(text, add_special_tokens=False).input_ids
-                == ids
-            )
+            turns = [m._asdict() for m in (*g.prompt, Message("assistant", response))]
+            ids = reloaded.apply_chat_template(turns, tokenize=True, return_dict=False)
+            text = reloaded.apply_chat_template(turns, tokenize=False)
+            assert ids == joined(encoded, k) == reloaded(text).input_ids
+            assert ids == reloaded(text, add_special_tokens=False).input_ids
 
 
 def test_an_export_says_that_it_adds_no_bos_and_no_eos(tmp_path: Path) -> None:
@@ -401,32 +394,31 @@ def test_random_mixtures_of_text_and_special_tokens_keep_their_structure_and_tex
 # The length policy
 
 
-def test_what_fits_is_not_cut() -> None:
-    policy = LengthPolicy(10, 4)
-    assert policy.fit([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]], 1) == (
-        [1, 2, 3, 4, 5, 6],
-        [[7, 8, 9, 0]],
-        False,
-        0,
-    )
+LONG = [11, 12, 13, 14, 15, 16, 17, 0]
 
 
-def test_the_prompt_gives_way_on_the_left_and_keeps_its_bos() -> None:
-    """Ten tokens, the longest response takes 5: the prompt may have 5, more than its share of 4."""
-    policy = LengthPolicy(10, 4)
-    prompt, response = [1, 2, 3, 4, 5, 6], [7, 8, 9, 9, 0]
-    assert policy.fit(prompt, [response, [0]], 1) == ([1, 3, 4, 5, 6], [response, [0]], True, 0)
-    assert policy.fit(prompt, [response, [0]], None) == ([2, 3, 4, 5, 6], [response, [0]], True, 0)
-
-
-def test_responses_are_cut_to_what_the_prompts_share_leaves_and_keep_their_eos() -> None:
-    """Ten tokens, 4 of them the prompt's share: the response keeps 5 of its 8 and the EOS (0)."""
-    policy = LengthPolicy(10, 4)
-    long = [11, 12, 13, 14, 15, 16, 17, 0]
-    fitted = policy.fit([1, 2, 3, 4, 5, 6], [long, [11, 0]], 1)
-    assert fitted == ([1, 4, 5, 6], [[11, 12, 13, 14, 15, 0], [11, 0]], True, 1)
-    # A prompt below its share is left whole, and the response gets all the rest.
-    assert policy.fit([1, 2, 3], [long], 1) == ([1, 2, 3], [[11, 12, 13, 14, 15, 16, 0]], False, 1)
+@pytest.mark.parametrize(
+    ("prompt", "responses", "bos", "fitted"),
+    [
+        # ten tokens in all fit
+        ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]], 1, ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]], False, 0)),
+        # the longest response takes 5: the prompt may have 5, more than its 4, and keeps its BOS
+        ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], 1,
+         ([1, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], True, 0)),
+        ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], None,
+         ([2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], True, 0)),
+        # the prompt keeps its 4: the response keeps 5 of its 8 and the EOS (0)
+        ([1, 2, 3, 4, 5, 6], [LONG, [11, 0]], 1,
+         ([1, 4, 5, 6], [[11, 12, 13, 14, 15, 0], [11, 0]], True, 1)),
+        # a prompt below its 4 is left whole, and the response gets all the rest
+        ([1, 2, 3], [LONG], 1, ([1, 2, 3], [[11, 12, 13, 14, 15, 16, 0]], False, 1)),
+    ],
+)  # fmt: skip
+def test_prompts_lose_their_oldest_tokens_and_responses_their_last(
+    prompt, responses, bos, fitted
+) -> None:
+    """At most ten tokens, four of which are the prompt's whatever the responses take."""
+    assert LengthPolicy(10, 4).fit(prompt, responses, bos) == fitted
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -567,7 +559,7 @@ REAL = ("tiny-dialogue", "mistral [INST]", "mistral without a template", "phi-2 
 @needs_shared
 @pytest.mark.parametrize("name", REAL)
 def test_real_preferences_get_the_ids_that_a_consumer_gets_but_for_counted_merges(
-    name: str,
+    name: str, tmp_path: Path
 ) -> None:
     """At most 0.5 % merges (tiny-dialogue, whose header ends in a line break: 9 of 4,704 responses)."""
     groups = helpful(600)
@@ -577,27 +569,7 @@ def test_real_preferences_get_the_ids_that_a_consumer_gets_but_for_counted_merge
     assert (report.groups, report.neutralised) == (600, 0)
     if name != "tiny-dialogue":
         assert report.seam_merges == 0
-
-
-@needs_shared
-@pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers_reload_from_their_export_to_the_same_ids(
-    name: str, tmp_path: Path
-) -> None:
-    groups = helpful(25)
-    encoder = Encoder(real_tokenizer(name), max_length=100_000)
-    encoder.export_tokenizer(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    for g, encoded in zip(groups, encoder.encode(groups)[0], strict=True):
-        for k, response in enumerate(g.responses):
-            conversation = [
-                *(m._asdict() for m in g.prompt),
-                {"role": "assistant", "content": response},
-            ]
-            text = reloaded.apply_chat_template(conversation, tokenize=False)
-            ids = reloaded.apply_chat_template(conversation, tokenize=True, return_dict=False)
-            assert ids == joined(encoded, k)
-            assert reloaded(text).input_ids == ids
+        assert_reloads_from_its_export(encoder, groups[:25], tmp_path)
 
 
 @needs_shared
@@ -614,14 +586,99 @@ def test_no_special_token_of_a_real_tokenizer_can_be_typed(name: str) -> None:
         assert encoder.eos_id not in e.response_ids[0][:-1], g.responses
 
 
-@needs_shared
-def test_the_naive_blank_breaks_nearly_every_real_prompt() -> None:
-    """The measured trap: "Assistant: " + response is no token prefix in 99 % of pairs, ours in none."""
-    tokenizer = real_tokenizer("phi-2 without a template")
-    groups = helpful(100)
-    broken = 0
-    for g in groups:
-        prompt = f"User: {g.prompt[-1].content}\n\nAssistant: "
-        alone, together = tokenizer(prompt).input_ids, tokenizer(prompt + g.responses[0]).input_ids
-        broken += together[: len(alone)] != alone
-    assert broken >= 95
+# The cache on disk
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("HAFRM_CACHE", str(tmp_path))
+    return cache_folder("encoded")
+
+
+def some_groups(num: int = 6) -> list[Group]:
+    """Groups of two or three responses, the third much longer than the others."""
+    return [
+        Group(
+            id=f"g{i}",
+            prompt=(Message("user", f"Say {'sun ' * (i + 1)}."),),
+            responses=("sun", "moon and so on")
+            if i % 3
+            else ("sea", "boat", "a very long song " * 40),
+            comparisons=(Comparison(0, 1, margin=float(i)),),
+            tags={"number": str(i)},
+        )
+        for i in range(num)
+    ]
+
+
+def assert_same(first, second):
+    (ours, report), (theirs, other) = first, second
+    assert asdict(report) == asdict(other)
+    assert [g.id for g in ours] == [g.id for g in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.array_equal(a.prompt_ids, b.prompt_ids)
+        assert all(map(np.array_equal, a.response_ids, b.response_ids))
+        assert len(a.response_ids) == len(b.response_ids)
+        assert (a.comparisons, a.source, a.tags) == (b.comparisons, b.source, b.tags)
+        assert a.prompt_ids.dtype == b.prompt_ids.dtype == np.int32
+        assert not b.response_ids[0].flags.writeable
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_the_second_time_nothing_is_encoded_and_the_result_is_the_same(
+    monkeypatch, cache, too_long
+):
+    encoder = Encoder(chat_tokenizer(), max_length=64, too_long=too_long)
+    plain = encoder.encode(some_groups())
+    assert_same(plain, encode_cached(encoder, some_groups()))
+    assert (len(plain[0]) < 6) == (too_long == "drop")
+    monkeypatch.setattr(Encoder, "encode_indexed", None)
+    assert_same(plain, encode_cached(encoder, some_groups()))
+
+
+def test_another_text_length_limit_or_comparison_is_another_entry(cache):
+    encoder = Encoder(chat_tokenizer(), max_length=64)
+    encode_cached(encoder, some_groups())
+    encode_cached(Encoder(chat_tokenizer(), max_length=63), some_groups())
+    encode_cached(encoder, some_groups(5))
+    first, *rest = some_groups()
+    encode_cached(encoder, [replace(first, responses=("sea", "boats", "x")), *rest])
+    encode_cached(encoder, [replace(first, comparisons=(Comparison(1, 0),)), *rest])
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_tags_and_margins_are_those_of_the_groups_given_now(cache):
+    encoder = Encoder(chat_tokenizer(), max_length=64)
+    encode_cached(encoder, some_groups())
+    changed = [
+        replace(g, tags={"new": "yes"}, comparisons=(Comparison(0, 1, margin=9.0),))
+        for g in some_groups()
+    ]
+    encoded, _ = encode_cached(encoder, changed)
+    assert all(g.tags == {"new": "yes"} and g.comparisons[0].margin == 9.0 for g in encoded)
+
+
+def test_a_dropped_group_does_not_lend_its_comparisons_to_another_of_its_id(cache):
+    """Ids need not be unique: two files may number their rows alike."""
+    encoder = Encoder(chat_tokenizer(), max_length=64, too_long="drop")
+    dropped, fits = replace(some_groups()[0], id="7"), replace(some_groups()[1], id="7")
+    fits = replace(fits, comparisons=(Comparison(1, 0),))
+    plain = encoder.encode([dropped, fits])
+    assert plain[0][0].comparisons == (Comparison(1, 0),)
+    for _ in range(2):
+        assert_same(plain, encode_cached(encoder, [dropped, fits]))
+
+
+def test_a_damaged_entry_is_made_again(cache):
+    encoder = Encoder(chat_tokenizer(), max_length=64)
+    plain = encode_cached(encoder, some_groups())
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    assert_same(plain, encode_cached(encoder, some_groups()))
+    assert_same(plain, encode_cached(encoder, some_groups()))
+
+
+def test_no_groups_are_no_some_groups(cache):
+    encoder = Encoder(chat_tokenizer(), max_length=64)
+    assert encode_cached(encoder, [])[0] == encode_cached(encoder, [])[0] == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hafrm.data.parse import MAX_RANKED, ParsedRow, parse_row
-from hafrm.data.values import REASONS, Refusal
+from hafrm.data.values import BAD_ROW_REASONS, Refusal
 from hafrm.preferences import Comparison, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
@@ -28,7 +28,7 @@ def good(row: object, **options: Any) -> ParsedRow:
 def reason(row: object, **options: Any) -> str:
     refusal = parse_row(row, **options)
     assert isinstance(refusal, Refusal), refusal
-    assert refusal.reason in REASONS
+    assert refusal.reason in BAD_ROW_REASONS
     assert refusal.detail.isprintable() and len(refusal.detail) < 1000
     return refusal.reason
 

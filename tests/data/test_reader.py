@@ -466,6 +466,13 @@ def test_the_datasets_library_itself_reads_a_local_folder(
         read([f"hub:{folder}:dev"])
 
 
+def test_a_dataset_in_memory_reads_as_the_list_of_its_rows() -> None:
+    from datasets import Dataset
+
+    rows = [pair("p", margin=1.0), pair("q", margin=None)]
+    assert read([Dataset.from_list(rows)]) == read([rows])
+
+
 def with_cache(datasets: ModuleType, folder: Path) -> Callable[..., object]:
     load = datasets.load_dataset
     return lambda *args, **options: load(*args, cache_dir=str(folder), **options)
@@ -527,18 +534,18 @@ def test_every_shared_set_reads_almost_whole_and_without_heavy_imports(
 
 
 @needs_shared
-def test_the_original_transcripts_lose_only_thirteen_rows(real: dict[str, Any]) -> None:
-    """Of 2,312 rows 4 have an empty response, 5 differ before the last assistant turn and 4 have two
-    assistant turns in a row; 662 are single-turn."""
-    summary = real["hh-harmless"]
-    assert summary["bad"] == {"empty response": 4, "prompts differ": 5, "wrong roles": 4}
-    assert 655 <= summary["single_turn"] <= 662
-
-
-@needs_shared
-def test_a_set_of_few_prompts_is_grouped_by_them(real: dict[str, Any]) -> None:
-    assert (real["convarg"]["groups"], real["convarg"]["responses"]) == (32, 1038)
-    assert real["convarg"]["bad"] == {"duplicate": 205}
+def test_the_shared_sets_group_by_prompt_and_lose_the_rows_that_they_should(
+    real: dict[str, Any],
+) -> None:
+    """Of harmless-base's 2,312 rows 4 have an empty response, 5 differ before the last assistant turn and
+    4 have two assistant turns in a row; 662 are single-turn. convarg has few prompts and votes."""
+    harmless, convarg = real["hh-harmless"], real["convarg"]
+    assert harmless["bad"] == {"empty response": 4, "prompts differ": 5, "wrong roles": 4}
+    assert 655 <= harmless["single_turn"] <= 662
+    assert (convarg["groups"], convarg["responses"]) == (32, 1038)
+    assert convarg["bad"] == {"duplicate": 205}
+    groups = read([f"{SHARED}/data/convarg.jsonl.gz#limit=200"]).groups
+    assert all(c.votes is not None for group in groups for c in group.comparisons)
 
 
 @needs_shared
@@ -550,12 +557,6 @@ def test_original_transcripts_read_into_sensible_dialogues() -> None:
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1] == "user"
         assert all(message.content == message.content.strip() for message in group.prompt)
         assert not any("\n\nHuman:" in text for text in group.responses)
-
-
-@needs_shared
-def test_votes_of_the_shared_data_are_taken_along() -> None:
-    reading = read([f"{SHARED}/data/convarg.jsonl.gz#limit=200"])
-    assert all(c.votes is not None for group in reading.groups for c in group.comparisons)
 
 
 def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hafrm.errors import ConfigError, ModelError
 
-Conversation = Sequence[Mapping[str, str]]
+ChatTurns = Sequence[Mapping[str, str]]
 
 # Turns as text. The blank after the colon belongs to the content: a prompt that ends in "Assistant: "
 # is not a token prefix of prompt + response, one that ends in "Assistant:" is.
@@ -62,12 +62,12 @@ _USER = {"role": "user", "content": "hafrmQuestion"}
 _EARLIER = {"role": "assistant", "content": "hafrmEarlier"}
 _SYSTEM = {"role": "system", "content": "hafrmSystem"}
 _ANSWER = {"role": "assistant", "content": _MARK}
-_ENDS_IN_ANSWER: tuple[Conversation, ...] = (
+_ENDS_IN_ANSWER: tuple[ChatTurns, ...] = (
     (_USER, _ANSWER),
     (_USER, _EARLIER, _USER, _ANSWER),
     (_SYSTEM, _USER, _ANSWER),
 )
-_ENDS_IN_QUESTION: tuple[Conversation, ...] = (
+_ENDS_IN_QUESTION: tuple[ChatTurns, ...] = (
     (_USER,),
     (_USER, _EARLIER, _USER),
     (_SYSTEM, _USER),
@@ -112,7 +112,7 @@ def prepare_tokenizer(
 def render_conversations(
     tokenizer: PreTrainedTokenizerFast,
     template: str,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[ChatTurns],
     *,
     add_generation_prompt: bool = False,
 ) -> list[str]:
@@ -221,7 +221,7 @@ def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> s
 
 
 def _tried(
-    tokenizer: PreTrainedTokenizerFast, template: str, conversation: Conversation, *, prompt: bool
+    tokenizer: PreTrainedTokenizerFast, template: str, conversation: ChatTurns, *, prompt: bool
 ) -> list[str]:
     """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
     try:

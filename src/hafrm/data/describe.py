@@ -23,7 +23,7 @@ Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class LengthSummary:
     """Mean, median, 95th percentile (nearest rank) and maximum; all 0 when there is nothing."""
 
     mean: float
@@ -72,7 +72,7 @@ class Description:
     """Comparisons of each source."""
     tags: dict[str, dict[str, int]]
     """Comparisons by tag (split, subset, ...) and value; "" are those of groups without the tag."""
-    lengths: dict[str, Lengths]
+    lengths: dict[str, LengthSummary]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""
     longer_is_chosen: Estimate
     """Fraction of comparisons without ties, with its Wilson 95 % interval."""
@@ -187,9 +187,9 @@ def _words(text: str) -> int:
     return len(text.split())
 
 
-def _lengths(values: Iterable[int]) -> Lengths:
+def _lengths(values: Iterable[int]) -> LengthSummary:
     ordered = sorted(values)
     if not ordered:
-        return Lengths(0.0, 0, 0, 0)
+        return LengthSummary(0.0, 0, 0, 0)
     p50, p95 = (ordered[ceil(fraction * len(ordered)) - 1] for fraction in (0.50, 0.95))
-    return Lengths(sum(ordered) / len(ordered), p50, p95, ordered[-1])
+    return LengthSummary(sum(ordered) / len(ordered), p50, p95, ordered[-1])

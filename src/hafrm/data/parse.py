@@ -54,15 +54,15 @@ _ROLES = ("system", "user", "assistant", "tool")
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 
 RawRow = Mapping[Any, Any]
-Prompt = tuple[Message, ...]
-_Contents = tuple[Prompt, tuple[str, ...], tuple[Comparison, ...]]
+Messages = tuple[Message, ...]
+_Contents = tuple[Messages, tuple[str, ...], tuple[Comparison, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
     """What one row says; its responses are in the row's order and may repeat."""
 
-    prompt: Prompt
+    prompt: Messages
     responses: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
     id: str = ""
@@ -208,7 +208,7 @@ def _weight(row: RawRow) -> float:
     return weight
 
 
-def read_prompt(value: object, column: str) -> Prompt:
+def read_prompt(value: object, column: str) -> Messages:
     """The messages of a prompt column, empty for None.
 
     Text is one user message, unless it starts with the first turn of an Anthropic transcript.
@@ -223,7 +223,7 @@ def read_prompt(value: object, column: str) -> Prompt:
     return turns[:-1] if turns[-1] == Message("assistant", "") else turns
 
 
-def read_messages(value: object, column: str) -> Prompt:
+def read_messages(value: object, column: str) -> Messages:
     """Messages from a list of {role, content}, or from a single one."""
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list | tuple):
@@ -231,7 +231,7 @@ def read_messages(value: object, column: str) -> Prompt:
     return tuple(_read_message(turn, column) for turn in turns)
 
 
-def check_prompt(prompt: Prompt, max_chars: int) -> None:
+def check_prompt(prompt: Messages, max_chars: int) -> None:
     """Refuse a prompt that is blank, too long, or in which the speakers do not take turns."""
     for message in prompt:
         check_text(message.content, "a message of the prompt", max_chars)
@@ -248,7 +248,7 @@ def check_prompt(prompt: Prompt, max_chars: int) -> None:
         refuse("wrong roles", f"the prompt ends in role {prompt[-1].role!r}, not user or tool")
 
 
-def _join(prompt: Prompt, sides: Mapping[str, object]) -> tuple[Prompt, tuple[str, ...]]:
+def _join(prompt: Messages, sides: Mapping[str, object]) -> tuple[Messages, tuple[str, ...]]:
     """The one prompt of all sides (column -> value), and each side's response.
 
     A side may be the bare response, the whole dialogue, or the turns that follow the prompt.
@@ -265,7 +265,7 @@ def _join(prompt: Prompt, sides: Mapping[str, object]) -> tuple[Prompt, tuple[st
     return prompts[0], tuple(responses)
 
 
-def _read_side(value: object, column: str) -> Prompt:
+def _read_side(value: object, column: str) -> Messages:
     """The turns of one side; the last one is the response."""
     if not isinstance(value, str):
         turns = read_messages(value, column)
@@ -280,7 +280,7 @@ def _read_side(value: object, column: str) -> Prompt:
     return turns
 
 
-def _before_response(prompt: Prompt, said: Prompt, column: str) -> Prompt:
+def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
     """The whole conversation before the response, where the side itself has the turns `said` before it."""
     size = len(prompt)
     if not said:
@@ -292,7 +292,7 @@ def _before_response(prompt: Prompt, said: Prompt, column: str) -> Prompt:
     return prompt + said
 
 
-def _split_texts(chosen: str, rejected: str) -> tuple[Prompt, object, object]:
+def _split_texts(chosen: str, rejected: str) -> tuple[Messages, object, object]:
     """Prompt and sides of two whole texts: two transcripts, or texts that start with the same lines."""
     if ASSISTANT in chosen and ASSISTANT in rejected:
         # the first turn of some files lacks the two line breaks that announce a turn
@@ -309,7 +309,7 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Prompt, object, object]:
     return (Message("user", chosen[:cut].strip()),), chosen[cut:], rejected[cut:]
 
 
-def _read_transcript(text: str, column: str) -> Prompt:
+def _read_transcript(text: str, column: str) -> Messages:
     """The turns of an Anthropic transcript, stripped."""
     before, *turns = _TURN.split(text)
     if before.strip():

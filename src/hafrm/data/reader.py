@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hafrm.atomic import atomic_write
 from hafrm.data.parse import COLUMNS, SHAPES, ParsedRow, parse_row
-from hafrm.data.sources import Rows, Source, iter_rows, parse_sources
+from hafrm.data.sources import RawRows, Source, iter_rows, parse_sources
 from hafrm.data.splits import normalised_key
 from hafrm.data.values import MAX_CHARS, Refusal, show
 from hafrm.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ class BadRow:
     row: int
     """Counted from 0: the line of a JSON-lines file, else the record."""
     reason: str
-    """One of `hafrm.data.values.REASONS`."""
+    """One of `hafrm.data.values.BAD_ROW_REASONS`."""
     detail: str
 
 
@@ -53,7 +53,7 @@ class PreferenceData:
 
 
 def read_preferences(
-    sources: Sequence[str | Path | Rows],
+    sources: Sequence[str | Path | RawRows],
     *,
     max_bad_fraction: float = 0.02,
     bad_rows_file: Path | None = None,
@@ -65,12 +65,12 @@ def read_preferences(
 
         data = read_preferences(["pairs.jsonl.gz#split=train", "set:hh-helpful#split=train", rows])
 
-    Sources are paths, "hub:name[:config]:split", "set:name" and lists of rows; `parse_sources` says how
-    "#split=train" selects rows of one. A group's id is its first row's, else "<source name>-<row>"; its
-    tags are those on which its rows agree. `need_comparisons=False` takes unlabelled rows too,
-    `need_responses=False` takes every row for its prompt. A row that only repeats earlier rows is bad
-    ("duplicate"), but left out of a named set, whose repetitions are the publisher's; the opposite order
-    of a pair is disagreement, and stays.
+    Sources are paths, "hub:name[:config]:split", "set:name" and rows (a list, or a `datasets.Dataset`);
+    `parse_sources` says how "#split=train" selects rows of one. A group's id is its first row's, else
+    "<source name>-<row>"; its tags are those on which its rows agree. `need_comparisons=False` takes
+    unlabelled rows too, `need_responses=False` takes every row for its prompt. A row that only repeats
+    earlier rows is bad ("duplicate"), but left out of a named set, whose repetitions are the publisher's;
+    the opposite order of a pair is disagreement, and stays.
 
     Raises `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction`
     bad ones, and when rows of one prompt disagree about their `split`. `bad_rows_file` is written in any
@@ -108,7 +108,7 @@ def read_preferences(
     )
 
 
-def _distinct_sources(entries: Sequence[str | Path | Rows]) -> list[Source]:
+def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
     """The sources, each under its own name: two files of one stem must not look like one."""
     if isinstance(entries, str | Path) or any(isinstance(entry, Mapping) for entry in entries):
         raise DataError(f"expected a list of sources (a list of rows is one), got {show(entries)}")

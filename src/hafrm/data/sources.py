@@ -7,7 +7,7 @@ or by the set's own filter, is counted by reason. Nothing here groups rows or ju
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from hafrm.data.splits import normalised_key
 from hafrm.data.values import LeftOut, Refusal, RefusedError, show
 from hafrm.errors import DataError
 
-Rows = Sequence[Mapping[str, Any]]
+RawRows = Iterable[Mapping[str, Any]]
+"""Rows in memory: a list of dictionaries, or a `datasets.Dataset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,14 @@ class Source:
     """The file's stem without any suffix, or the data set's name; groups carry it."""
     where: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
-    rows: Rows | None = None
+    rows: RawRows | None = None
     named: NamedSet | None = None
     """The published set whose form the rows have."""
     path: str | None = None
     """The file or folder on this machine, where it is one."""
 
 
-def parse_source(entry: str | Path | Rows) -> Source:
+def parse_source(entry: str | Path | RawRows) -> Source:
     """The one source that a path, a hub name, a named set or a list of rows stands for.
 
     Raises `DataError` for a group of sets, and as `parse_sources` does.
@@ -52,7 +53,7 @@ def parse_source(entry: str | Path | Rows) -> Source:
     return sources[0]
 
 
-def parse_sources(entry: str | Path | Rows) -> list[Source]:
+def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     """The sources that one entry stands for: one, or the members of a group of named sets.
 
     An entry is a path, "hub:name[@revision][:config]:split", "set:name" (from the hub), "set:name=path"

@@ -1,8 +1,8 @@
 """Single values of a raw row, checked: text, lists, numbers, votes; and why a row is refused or left out.
 
 Rows come from anywhere, so a value may be of any type and size. A check returns the value in its proper
-type or raises `RefusedError` with one of `REASONS`; it never repairs. Quoted values are short and safe to
-print. Standard library only.
+type or raises `RefusedError` with one of `BAD_ROW_REASONS`; it never repairs. Quoted values are short and
+safe to print. Standard library only.
 """
 
 import math
@@ -29,14 +29,14 @@ Reason = Literal[
     "unreadable row",
     "not encodable",  # the chat template or the tokenizer refuses it
 ]
-REASONS: tuple[str, ...] = get_args(Reason)
+BAD_ROW_REASONS: tuple[str, ...] = get_args(Reason)
 
 MAX_CHARS = 200_000
 """Default limit of a prompt or response in characters, checked before any tokenizer sees it."""
 
 
 class Refusal(NamedTuple):
-    """Why a row is bad: one of `REASONS`, and the value that was seen."""
+    """Why a row is bad: one of `BAD_ROW_REASONS`, and the value that was seen."""
 
     reason: str
     detail: str
