@@ -26,7 +26,7 @@ inputs() {  # 6 MB of wheels; the data and tokenizers are yours
 }
 
 part() {  # NAME SECONDS COMMAND...
-    local name=$1 seconds=$2 start=$SECONDS
+    local name=$1 seconds=$(($2 * PATIENCE)) start=$SECONDS
     shift 2
     echo "== $name: $*"
     timeout -k 5 "$seconds" "$@"
@@ -35,10 +35,10 @@ part() {  # NAME SECONDS COMMAND...
 
 train() {
     part "$1" "$2" $PYTHON benchmarks/train_step.py "${COMMON[@]}" --max-length $LENGTH \
-        --seconds $(($2 - 60)) "${@:3}"
+        --seconds $((($2 - 60) * PATIENCE)) "${@:3}"
 }
-score() { part "$1" "$2" $PYTHON benchmarks/score.py "${COMMON[@]}" --seconds $(($2 - 30)) "${@:3}"; }
-parts() { part "$1" "$2" $PYTHON benchmarks/gpu.py "${COMMON[@]}" --seconds $(($2 - 20)) "${@:3}"; }
+score() { part "$1" "$2" $PYTHON benchmarks/score.py "${COMMON[@]}" --seconds $((($2 - 30) * PATIENCE)) "${@:3}"; }
+parts() { part "$1" "$2" $PYTHON benchmarks/gpu.py "${COMMON[@]}" --seconds $((($2 - 20) * PATIENCE)) "${@:3}"; }
 
 smoke() {
     part versions 60 $PYTHON -c "
@@ -83,10 +83,12 @@ export HF_DATASETS_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 PHI=(--tokenizer "$INPUTS/phi.json") MISTRAL=(--tokenizer "$INPUTS/mistral.json")
 TESTS="tests/cuda tests/engine/test_logprobs.py"
 if [ "$DEVICE" = cuda ]; then
-    LIMIT=1000 LENGTH=1024 PHI_SHAPE=phi-2 MISTRAL_SHAPE=mistral-7b STEPS=12 LORA_STEPS=8 TOY_STEPS=2 PART_STEPS=10
+    PATIENCE=1 LIMIT=1000 LENGTH=1024 PHI_SHAPE=phi-2 MISTRAL_SHAPE=mistral-7b
+    STEPS=12 LORA_STEPS=8 TOY_STEPS=2 PART_STEPS=10
     SCORED="--singles 256 --repeats 2" WORKERS=4
 else
-    LIMIT=60 LENGTH=128 PHI_SHAPE=tiny MISTRAL_SHAPE=tiny STEPS=1 LORA_STEPS=1 TOY_STEPS=1 PART_STEPS=3
+    PATIENCE=10 LIMIT=60 LENGTH=128 PHI_SHAPE=tiny MISTRAL_SHAPE=tiny
+    STEPS=1 LORA_STEPS=1 TOY_STEPS=1 PART_STEPS=3
     SCORED="--prompts 2 --singles 4 --repeats 1" WORKERS=0
 fi
 COMMON=(--data "$INPUTS/data.jsonl.gz#limit=$LIMIT" --device "$DEVICE" --out "$OUT")
