@@ -267,7 +267,7 @@ class Rows:
         except Exception as error:  # noqa: BLE001 - whatever one row raises, the others are run
             row = what | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
             if not isinstance(error, TimeoutError):
-                traceback.print_exc(limit=-4)
+                traceback.print_tb(error.__traceback__, limit=-4)
         self.rows.append(row)
         line = json.dumps(row)
         print(line, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@
 #   tools/gpu.sh 2    # full fine-tuning of a Phi-2 shape: contenders, then the ladder of techniques
 #   tools/gpu.sh 3    # LoRA of a Mistral-7B shape, scoring, idle time, chunks of the head, attention
 #
+# They take at most 490, 500 and 500 s, 25 minutes in all, and a GPU with 140 GB for the ladder of the second.
 # Results go to $OUT (gpu-results): a line of JSON per row as it comes, and a log. A part that fails or runs
 # out of time leaves the others alone. DEVICE=cpu runs everything at toy size, to see that it runs.
 set -uo pipefail
@@ -26,7 +27,7 @@ inputs() {  # 6 MB of wheels; the data and tokenizers are yours
 }
 
 part() {  # NAME SECONDS COMMAND...
-    local name=$1 seconds=$2 start=$SECONDS
+    local name=$1 seconds=$(($2 * PATIENCE)) start=$SECONDS
     shift 2
     echo "== $name: $*"
     timeout -k 5 "$seconds" "$@"
@@ -35,10 +36,10 @@ part() {  # NAME SECONDS COMMAND...
 
 train() {
     part "$1" "$2" $PYTHON benchmarks/train_step.py "${COMMON[@]}" --max-length $LENGTH \
-        --seconds $(($2 - 60)) "${@:3}"
+        --seconds $((($2 - 60) * PATIENCE)) "${@:3}"
 }
-score() { part "$1" "$2" $PYTHON benchmarks/score.py "${COMMON[@]}" --seconds $(($2 - 30)) "${@:3}"; }
-parts() { part "$1" "$2" $PYTHON benchmarks/gpu.py "${COMMON[@]}" --seconds $(($2 - 20)) "${@:3}"; }
+score() { part "$1" "$2" $PYTHON benchmarks/score.py "${COMMON[@]}" --seconds $((($2 - 30) * PATIENCE)) "${@:3}"; }
+parts() { part "$1" "$2" $PYTHON benchmarks/gpu.py "${COMMON[@]}" --seconds $((($2 - 20) * PATIENCE)) "${@:3}"; }
 
 smoke() {
     part versions 60 $PYTHON -c "
@@ -50,23 +51,23 @@ for name in 'torch transformers peft accelerate datasets pydantic jaxtyping bear
         print(name, 'is missing:', error)
 import torch, hafrm.training.loop, hafrm.scoring.scorer
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU', torch.version.cuda)"
-    part tests 380 env HAFRM_CUDA_TESTS_ON="$DEVICE" $PYTHON -m pytest -n "$WORKERS" -m cuda \
+    part tests 300 env HAFRM_CUDA_TESTS_ON="$DEVICE" $PYTHON -m pytest -n "$WORKERS" -m cuda \
         -o cache_dir=/tmp/pytest-cache -rA --durations=10 $TESTS
-    train contenders 150 --shape tiny "${PHI[@]}" --steps $TOY_STEPS --ladder $TOY_STEPS
+    train contenders 130 --shape tiny "${PHI[@]}" --steps $TOY_STEPS --ladder $TOY_STEPS
 }
 
 phi() {
-    train phi-2-full 550 --shape "$PHI_SHAPE" "${PHI[@]}" --steps "$STEPS" --ladder $TOY_STEPS \
+    train phi-2-full 500 --shape "$PHI_SHAPE" "${PHI[@]}" --steps "$STEPS" --ladder $TOY_STEPS \
         --max-tokens 8192
 }
 
 rest() {
     local lora=(--shape "$MISTRAL_SHAPE" "${MISTRAL[@]}" --lora-rank 16)
-    train mistral-lora 230 "${lora[@]}" --steps "$LORA_STEPS" --max-tokens 8192 --only hafrm TRL
+    train mistral-lora 210 "${lora[@]}" --steps "$LORA_STEPS" --max-tokens 8192 --only hafrm TRL
     train mistral-lora-32k 90 "${lora[@]}" --steps "$LORA_STEPS" --max-tokens 32768 --only "joint (haf)"
-    parts parts-phi-2 60 --shape "$PHI_SHAPE" "${PHI[@]}" --steps "$PART_STEPS"
-    parts parts-mistral 60 "${lora[@]}" --steps "$PART_STEPS"
-    score score-phi-2 110 --shape "$PHI_SHAPE" "${PHI[@]}" $SCORED
+    parts parts-phi-2 50 --shape "$PHI_SHAPE" "${PHI[@]}" --steps "$PART_STEPS"
+    parts parts-mistral 50 "${lora[@]}" --steps "$PART_STEPS"
+    score score-phi-2 100 --shape "$PHI_SHAPE" "${PHI[@]}" $SCORED
 }
 
 if [ "${1:-}" = inputs ]; then
@@ -83,10 +84,12 @@ export HF_DATASETS_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 PHI=(--tokenizer "$INPUTS/phi.json") MISTRAL=(--tokenizer "$INPUTS/mistral.json")
 TESTS="tests/cuda tests/engine/test_logprobs.py"
 if [ "$DEVICE" = cuda ]; then
-    LIMIT=1000 LENGTH=1024 PHI_SHAPE=phi-2 MISTRAL_SHAPE=mistral-7b STEPS=12 LORA_STEPS=8 TOY_STEPS=2 PART_STEPS=10
+    PATIENCE=1 LIMIT=1000 LENGTH=1024 PHI_SHAPE=phi-2 MISTRAL_SHAPE=mistral-7b
+    STEPS=12 LORA_STEPS=8 TOY_STEPS=2 PART_STEPS=10
     SCORED="--singles 256 --repeats 2" WORKERS=4
 else
-    LIMIT=60 LENGTH=128 PHI_SHAPE=tiny MISTRAL_SHAPE=tiny STEPS=1 LORA_STEPS=1 TOY_STEPS=1 PART_STEPS=3
+    PATIENCE=10 LIMIT=40 LENGTH=64 PHI_SHAPE=tiny MISTRAL_SHAPE=tiny
+    STEPS=1 LORA_STEPS=1 TOY_STEPS=1 PART_STEPS=3
     SCORED="--prompts 2 --singles 4 --repeats 1" WORKERS=0
 fi
 COMMON=(--data "$INPUTS/data.jsonl.gz#limit=$LIMIT" --device "$DEVICE" --out "$OUT")
@@ -94,5 +97,5 @@ case ${1:-} in
     1) smoke ;;
     2) phi ;;
     3) rest ;;
-    *) sed -n '2,12p' "$0"; exit 2 ;;
+    *) sed -n '2,13p' "$0"; exit 2 ;;
 esac 2>&1 | tee "$OUT/log-${1:-}.txt"
