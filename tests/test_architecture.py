@@ -181,7 +181,8 @@ def test_the_public_names_are_these():
         "read_preferences",
         "train",
     ]
-    modules = {name.rsplit(".", 1)[-1] for name in NAMES.values()}
+    # verbs of the command line may have the name of what they call
+    modules = {n.rsplit(".", 1)[-1] for n in NAMES.values() if not n.startswith("hafrm.cli")}
     for name in hafrm.__all__:
         assert getattr(hafrm, name).__doc__
         assert name not in modules

@@ -12,8 +12,9 @@ from endpoint_for_tests import fails, says, serving
 from exports_for_tests import export_both
 from hafrm.best_of_n import candidate_scores
 from hafrm.best_of_n.candidate_scores import GoldScorer
+from hafrm.best_of_n.drawing import from_files
 from hafrm.best_of_n.picks import kl_of_best
-from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n, from_files
+from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n
 from hafrm.cli import app, main
 from hafrm.errors import DataError
 from tiny_runs import write_base
@@ -118,7 +119,7 @@ def test_the_file_keeps_the_contract(tmp_path, candidates):
     )
     found = read_json(tmp_path / "out" / "best_of_n.json")
     assert (found["num_prompts"], found["num_candidates"]) == (6, 3)
-    estimate = {"value", "low", "high", "num", "method", "confidence"}
+    estimate = {"value", "low", "high", "num", "method"}
     for model in found["models"]:
         assert {"name", "curve", "top1_agreement", "examples"} <= model.keys()
         assert [point["n"] for point in model["curve"]] == [1, 2, 3]

@@ -8,15 +8,15 @@ import pytest
 
 from hafrm.best_of_n.judges import PairVerdict
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.rlhf import policy_comparison
-from hafrm.rlhf.policy_comparison import (
+from hafrm.rlhf import comparison_runs
+from hafrm.rlhf.comparison_runs import (
     Answers,
     ComparisonRun,
-    answer_wins,
-    compare_policies,
-    comparison_runs,
+    ComparisonWorker,
+    plan_runs,
     recipe_for,
 )
+from hafrm.rlhf.policy_comparison import answer_wins, compare_policies
 from hafrm.rlhf.train_policy import train_policy
 from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
@@ -50,7 +50,7 @@ def test_a_comparison_writes_its_contract_and_goes_on_where_it_was(tmp_path, mon
         assert win["difference"]["value"] == pytest.approx(values[0] - values[2])
     assert said["wins"][0]["reliability"] is None
     assert len(found.tables()) == 2
-    monkeypatch.setattr(policy_comparison, "train_policy", None)  # nothing is left to be run
+    monkeypatch.setattr(comparison_runs, "train_policy", None)  # nothing is left to be run
     again = take(tmp_path)
     assert (again.standings, again.wins, again.curves) == (
         found.standings,
@@ -68,7 +68,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 def test_cells_differ_in_reward_model_algorithm_and_seed_alone(tmp_path):
     recipe = tiny_rlhf(tmp_path, reward={"clip": 2.0}, algorithm={"gamma": 0.9})
-    cells = comparison_runs({"a": ["A"], "b": ["B", "C"]}, ["ppo", "rloo"], [0, 1])
+    cells = plan_runs({"a": ["A"], "b": ["B", "C"]}, ["ppo", "rloo"], [0, 1])
     assert [cell.folder for cell in cells[:3]] == ["a-ppo-0", "b-ppo-0", "a-rloo-0"]
     assert [cell.contender for cell in cells[:3]] == ["a ppo", "b ppo", "a rloo"]
     assert [cell.path for cell in cells if cell.model == "b"] == ["B", "B", "C", "C"]
@@ -172,9 +172,9 @@ def test_a_cell_that_was_started_is_resumed(tmp_path, monkeypatch):
         calls.append(resume)
         return train_policy(recipe, folder, resume=resume, gold=gold)
 
-    monkeypatch.setattr(policy_comparison, "train_policy", recorded)
+    monkeypatch.setattr(comparison_runs, "train_policy", recorded)
     monkeypatch.setattr(
-        policy_comparison.ComparisonWorker,
+        ComparisonWorker,
         "answers",
         lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
     )

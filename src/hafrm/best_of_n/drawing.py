@@ -6,22 +6,26 @@ that it would have got.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from hafrm.best_of_n.candidates import (
     Candidates,
+    candidates_digest,
     candidates_of,
     check_num_candidates,
     is_usable_text,
+    read_candidates,
 )
 from hafrm.data.values import Refusal
 from hafrm.errors import ConfigError
 from hafrm.preferences import Group, prompt_key
 from hafrm.progress import OnProgress, no_progress
-from hafrm.resumable import RecordFile
+from hafrm.resumable import RecordFile, ResumableFolder
 
+Gather = Callable[[ResumableFolder, OnProgress], list[Candidates]]
+"""Where the candidates of a job come from."""
 CHUNK = 64
 """Prompts whose work a kill can cost."""
 
@@ -167,3 +171,28 @@ def drawing_key(
         "max_draws": drawing.limit,
         "prompts": digest,
     }
+
+
+def from_policy(policy: SamplingPolicy, prompts: Sequence[Group], drawing: Drawing) -> Gather:
+    """Candidates that a policy writes."""
+
+    def gather(folder: ResumableFolder, on_progress: OnProgress) -> list[Candidates]:
+        file = folder.records("candidates.jsonl", drawing_key(policy, prompts, drawing))
+        candidates = draw_candidates(policy, prompts, drawing, file, on_progress)
+        policy.close()  # the models that score need the memory
+        return candidates
+
+    return gather
+
+
+def from_files(sources: Sequence[str], num: int) -> Gather:
+    """Candidates that files hold, the first `num` of each prompt."""
+
+    def gather(folder: ResumableFolder, _: OnProgress) -> list[Candidates]:
+        candidates = read_candidates(sources, num)
+        key = {"candidates read": candidates_digest(candidates)}
+        file = folder.records("candidates.jsonl", key)
+        file.add([c.to_record() for c in candidates if c.group.id not in file.records])
+        return candidates
+
+    return gather

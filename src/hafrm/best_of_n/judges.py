@@ -27,6 +27,14 @@ from hafrm.best_of_n.judge_prompts import (
 from hafrm.errors import ServerError
 from hafrm.preferences import Group, Message, prompt_key
 from hafrm.results import Real
+from hafrm.statistics import (
+    Estimate,
+    accuracy_interval,
+    clustered_bootstrap,
+    seeded_difference,
+    seeded_mean,
+)
+from hafrm.table import Cell, Column, Table
 
 SETTINGS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 512}
 """How a judge is asked, unless its endpoint's options say otherwise."""
@@ -232,3 +240,94 @@ def require_judged(verdicts: Sequence[PairVerdict], name: str) -> None:
             'the answer must end in a line "Verdict: A", "Verdict: B" or "Verdict: tie"), or take '
             "another model"
         )
+
+
+@dataclass(frozen=True)
+class Wins:
+    """The picks of two methods against each other, prompt by prompt; equal picks are ties."""
+
+    first: str
+    second: str
+    judge: str
+    win: Estimate
+    tie: Estimate
+    lose: Estimate
+    difference: Estimate
+    """win - lose."""
+    same: float
+    """Fraction of prompts for which both picked the same candidate."""
+    num_not_judged: int
+    """Left out of all fractions."""
+    reliability: JudgeReliability | None
+    """Of an LLM judge, over these pairs."""
+
+
+def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
+    """Who wins against whom; with the judge's reliability where an LLM was asked."""
+    asked = any(w.reliability for w in wins)
+    columns = [
+        Column("first"),
+        Column("second"),
+        Column("first wins"),
+        Column("tie"),
+        Column("second wins"),
+        Column("wins - losses"),
+        Column("same pick", "percent"),
+    ]
+    columns += [Column("position bias", "percent"), Column("not judged", "count")] * asked
+    rows = []
+    for w in wins:
+        cells: tuple[Cell, ...] = (w.first, w.second, w.win, w.tie, w.lose, w.difference, w.same)
+        bias = None if w.reliability is None else w.reliability.position_bias
+        rows.append((*cells, bias, w.num_not_judged) if asked else cells)
+    notes: tuple[str, ...] = ()
+    reports = [w.reliability for w in wins if w.reliability is not None]
+    if reports:
+        totals = {name: sum(r.answers[name] for r in reports) for name in reports[0].answers}
+        notes = ("the judge's answers: " + ", ".join(f"{k} {n}" for k, n in totals.items()),)
+    title = f"{what} against each other, by {wins[0].judge} [95 %]"
+    return Table(title, tuple(columns), tuple(rows), notes)
+
+
+def measure_wins(
+    first: str,
+    second: str,
+    judge: str,
+    same: NDArray[np.bool_],
+    verdicts: Sequence[PairVerdict],
+    *,
+    num_seeds: int = 1,
+) -> Wins:
+    """Fractions of wins, ties and losses of the first method; `same` is where both picked one candidate.
+
+    With several seeds their verdicts stand one after the other, on the same prompts, and the intervals are
+    over prompts and seeds; a prompt that is not judged for one seed is then left out for all.
+    """
+    preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
+    signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
+    judged = signs[:, ~np.isnan(signs).any(0)]
+    several = num_seeds > 1 and judged.size > 0
+
+    def fraction(sign: int) -> Estimate:
+        hits = judged == sign
+        return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
+
+    # wins - losses lie between -1 and 1, where seeded_mean would cut at 0: so a difference to nothing
+    difference = (
+        seeded_difference(judged, np.zeros_like(judged)).estimate
+        if several
+        else clustered_bootstrap(judged.ravel())
+    )
+    reliability = judge_reliability(verdicts)
+    return Wins(
+        first=first,
+        second=second,
+        judge=judge,
+        win=fraction(1),
+        tie=fraction(0),
+        lose=fraction(-1),
+        difference=difference,
+        same=float(np.mean(same)),
+        num_not_judged=signs.size - judged.size,
+        reliability=reliability if reliability.num_pairs else None,
+    )

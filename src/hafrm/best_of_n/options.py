@@ -18,7 +18,7 @@ from hafrm.best_of_n.candidate_scores import (
     short_names,
 )
 from hafrm.best_of_n.candidates import check_num_candidates, read_prompts
-from hafrm.best_of_n.drawing import Drawing
+from hafrm.best_of_n.drawing import Drawing, Gather, from_files, from_policy
 from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions
 from hafrm.best_of_n.judge_prompts import PAIRWISE, read_judge_template
 from hafrm.best_of_n.judges import EndpointJudge, PairJudge, RankingJudge, ScoreJudge
@@ -26,11 +26,8 @@ from hafrm.best_of_n.picks import BestOfN
 from hafrm.best_of_n.policies import EndpointPolicy, LocalPolicy
 from hafrm.best_of_n.run_best_of_n import (
     Comparing,
-    Gather,
     ShowProgress,
     best_of_n,
-    from_files,
-    from_policy,
 )
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError

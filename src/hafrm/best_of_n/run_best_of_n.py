@@ -23,20 +23,16 @@ from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_write
 from hafrm.best_of_n.candidate_scores import CandidateScorer, GroupScores, file_name, score_all
-from hafrm.best_of_n.candidates import Candidates, candidates_digest, read_candidates
-from hafrm.best_of_n.drawing import (
-    CHUNK,
-    Drawing,
-    SamplingPolicy,
-    draw_candidates,
-    drawing_key,
-)
+from hafrm.best_of_n.candidates import Candidates, candidates_digest
+from hafrm.best_of_n.drawing import CHUNK, Gather
 from hafrm.best_of_n.judge_prompts import conversation_text
 from hafrm.best_of_n.judges import (
     PairJudge,
     PairVerdict,
     RankingJudge,
     ReplyPair,
+    Wins,
+    measure_wins,
     require_judged,
 )
 from hafrm.best_of_n.picks import (
@@ -45,12 +41,10 @@ from hafrm.best_of_n.picks import (
     PerPrompt,
     PickExample,
     Ranks,
-    Wins,
     best_indices,
     chance_of_best,
     measure_baselines,
     measure_picker,
-    measure_wins,
 )
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Group
@@ -61,8 +55,6 @@ from hafrm.resumable import ResumableFolder
 ONE_SAMPLE = "one sample"
 """The method that takes the first candidate."""
 NUM_EXAMPLES = 5
-Gather = Callable[[ResumableFolder, OnProgress], list[Candidates]]
-"""Where candidates come from."""
 ShowProgress = Callable[[str], AbstractContextManager[OnProgress]]
 """Shows the progress of a stage, such as `hafrm.progress.show_progress`."""
 
@@ -93,31 +85,6 @@ class _Scored:
 
     def picks(self) -> dict[str, NDArray[np.int64]]:
         return {name: best_indices(scores) for name, scores in self.models.items()}
-
-
-def from_policy(policy: SamplingPolicy, prompts: Sequence[Group], drawing: Drawing) -> Gather:
-    """Candidates that a policy writes."""
-
-    def gather(folder: ResumableFolder, on_progress: OnProgress) -> list[Candidates]:
-        file = folder.records("candidates.jsonl", drawing_key(policy, prompts, drawing))
-        candidates = draw_candidates(policy, prompts, drawing, file, on_progress)
-        policy.close()  # the models that score need the memory
-        return candidates
-
-    return gather
-
-
-def from_files(sources: Sequence[str], num: int) -> Gather:
-    """Candidates that files hold, the first `num` of each prompt."""
-
-    def gather(folder: ResumableFolder, _: OnProgress) -> list[Candidates]:
-        candidates = read_candidates(sources, num)
-        key = {"candidates read": candidates_digest(candidates)}
-        file = folder.records("candidates.jsonl", key)
-        file.add([c.to_record() for c in candidates if c.group.id not in file.records])
-        return candidates
-
-    return gather
 
 
 def best_of_n(

@@ -5,6 +5,7 @@ its own: the reward, the implicit reward of the policy, and their fused score. O
 time, and no model is changed.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class LoadOptions:
         return Placement(self.dtype, self.device).options(self.max_length)
 
 
-def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
+def find_heads(path: str | os.PathLike[str], policy: str | Path | None = None) -> Heads:
     """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
 
     `policy` takes the place of the policy that is there. Raises ModelError if there is no model.
@@ -85,7 +86,7 @@ def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
                 f"{path} holds no model: neither model/reward nor model/policy nor a config.json; a "
                 "run that has not finished has none yet"
             )
-        heads = Heads(root, None) if is_reward_directory(path) else Heads(None, root)
+        heads = Heads(root, None) if is_reward_directory(root) else Heads(None, root)
     # the fused rule was fitted with the policy that is replaced
     return heads if policy is None else Heads(heads.reward, Path(policy))
 
@@ -129,7 +130,7 @@ def count_responses(on_progress: OnProgress, total: int) -> Callable[[int, int],
 
 
 def evaluate(  # noqa: PLR0913 - every way to say what is measured
-    model: str | Path,
+    model: str | os.PathLike[str],
     data: Data,
     *,
     policy: str | Path | None = None,
