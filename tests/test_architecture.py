@@ -36,7 +36,7 @@ FLOORS = (
     {"benchmarks", "diagnostics"},
     {"study", "best_of_n"},
     {"rlhf"},
-    {"report", "reporting"},
+    {"report"},
     {"demo", "tables", "terminal"},
     {"cli", "api", "__main__", "__init__"},
 )
@@ -155,7 +155,7 @@ def run(code: str) -> str:
 def test_the_surface_and_the_ground_floor_load_no_torch():
     heavy = "{'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)"
     light = ["hafrm", "hafrm.cli", "hafrm.recipe_file", "hafrm.run_folder", "hafrm.data.reader"]
-    light += ["hafrm.reporting.page", "hafrm.reporting.sections.summary"]
+    light += ["hafrm.report.page", "hafrm.report.result_sections"]
     for name in light:
         assert run(f"import sys, {name}; print({heavy} or '')") == "", name
 

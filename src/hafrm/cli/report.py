@@ -14,10 +14,10 @@ def report(
         list[Path],
         typer.Argument(help="Run folders, and outputs of compare, best-of-n, rlhf-compare."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
 ) -> None:
     """One self-contained page: summary, curves, accuracy with intervals, texts to read, provenance."""
-    from hafrm.reporting.page import write_report  # noqa: PLC0415
+    from hafrm.report.page import write_report  # noqa: PLC0415
 
     size = write_report(folders, out)
     typer.echo(f"{out}: {size / 1000:.0f} kB")

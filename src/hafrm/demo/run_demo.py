@@ -18,7 +18,7 @@ from hafrm.evaluation import evaluate
 from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
-from hafrm.reporting.page import missing_packages, write_report
+from hafrm.report.page import missing_packages, write_report
 from hafrm.results import write_result
 from hafrm.scoring.model_card import write_cards
 from hafrm.table import Cell, Column, Table

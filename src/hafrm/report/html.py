@@ -1,0 +1,300 @@
+"""What a page is made of, and its HTML: sections of tables, plots and text, drawn with jinja2.
+
+Every text is escaped by the template; only `Markup` passes as it is, and only this module and `plots`
+make it. An interval strip is a dot with whiskers on an axis that all rows of a table share; places are in
+per cent of the cell's width, so they fit any width without a script.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+
+from hafrm.report.plots import HEIGHT, NUM_COLOURS, WIDTH, Plot
+from hafrm.statistics import Estimate
+from hafrm.table import Cell, Column, Table
+
+MINUS = "\N{MINUS SIGN}"
+STRIP_HEIGHT = 26
+"""Pixels, about the height of a row."""
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A table with an interval strip after one of its columns."""
+
+    table: Table
+    columns: tuple[str, ...]
+    """The column whose intervals are drawn in colour, and others to compare with, in grey."""
+    reference: float | None = 0.5
+    """Where every row has a line."""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table whose fractions are shaded by their distance from one half."""
+
+    table: Table
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Plots side by side, with one key for all of them."""
+
+    plots: tuple[Plot, ...]
+    key: tuple[tuple[str, int], ...] = ()
+    """Names with their colours, where there are several."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Points:
+    """A list of sentences."""
+
+    title: str
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The number that matters, large."""
+
+    value: Estimate
+    label: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Labelled texts to read, in their own lines."""
+
+    texts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A file, such as a recipe."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is shown when it is opened."""
+
+    title: str
+    blocks: "tuple[Block, ...]"
+    note: str = ""
+    is_open: bool = False
+
+
+Block = Table | Strips | HeatMap | Plots | Points | Headline | Texts | Listing | Details
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """A part of the page, with a sentence on how to read it."""
+
+    key: str
+    """Its anchor."""
+    title: str
+    lead: str
+    blocks: tuple[Block, ...]
+
+
+def render_page(
+    sections: Sequence[PageSection],
+    *,
+    names: Sequence[str],
+    subtitle: str,
+    by: str,
+    colours: Mapping[str, int],
+) -> str:
+    """The page as HTML; a cell whose text is a key of `colours` gets a dot of that colour."""
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        sections=sections,
+        names=names,
+        subtitle=subtitle,
+        by=by,
+        lay_out=functools.partial(_lay_out, colours=colours),
+        size=(WIDTH, HEIGHT),
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("hafrm.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = _unbroken
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["split_interval"] = _split_interval
+    return environment
+
+
+def _unbroken(text: str) -> str:
+    """The text with no line break between a number and its per cent sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _split_interval(estimate: Estimate) -> tuple[str, str]:
+    """The value and its interval, each as text."""
+    value, bracket, interval = _unbroken(str(estimate)).replace("-", MINUS).partition(" [")
+    return value, f"[{interval}" if bracket else ""
+
+
+@dataclass(frozen=True)
+class _HtmlCell:
+    text: str
+    kind: str
+    """Its class: text, number, strip or heat."""
+    interval: str = ""
+    colour: int | None = None
+    heat: int | None = None
+    """Per cent of colour, above zero for fractions above one half."""
+    strip: Markup | None = None
+
+
+@dataclass(frozen=True)
+class _HtmlTable:
+    """A table as the template writes it; rows whose first cell is "" continue the group above."""
+
+    title: str
+    heading: tuple[_HtmlCell, ...]
+    groups: tuple[tuple[str, tuple[tuple[_HtmlCell, ...], ...]], ...]
+    notes: tuple[str, ...]
+
+
+def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _HtmlTable:
+    table = block if isinstance(block, Table) else block.table
+    heading = [_HtmlCell(c.name, "text" if c.kind == "text" else "number") for c in table.columns]
+    for number in range(len(heading)):
+        if any(isinstance(row[number], Estimate) for row in table.rows):
+            heading[number] = _HtmlCell(heading[number].text, "number")
+    rows = [
+        [
+            _cell(*cell, isinstance(block, HeatMap), colours)
+            for cell in zip(row, texts, table.columns, strict=True)
+        ]
+        for row, texts in zip(table.rows, table.texts(), strict=True)
+    ]
+    if isinstance(block, Strips):
+        _add_strips(block, heading, rows)
+    if isinstance(block, HeatMap):
+        heading = [
+            heading[0],
+            *(_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading[1:]),
+        ]
+    is_grouped = any(row[0] == "" for row in table.rows)
+    groups: list[tuple[str, tuple[tuple[_HtmlCell, ...], ...]]] = []
+    for row in rows:
+        if not is_grouped:
+            groups = [("", (*groups[0][1], tuple(row)) if groups else (tuple(row),))]
+        elif row[0].text or not groups:
+            groups.append((row[0].text, (tuple(row[1:]),)))
+        else:
+            title, before = groups[-1]
+            groups[-1] = (title, (*before, tuple(row[1:])))
+    return _HtmlTable(table.title, tuple(heading[is_grouped:]), tuple(groups), table.notes)
+
+
+def _cell(
+    cell: Cell, text: str, column: Column, is_heat: bool, colours: Mapping[str, int]
+) -> _HtmlCell:
+    if isinstance(cell, Estimate):
+        value, interval = _split_interval(cell)
+        if not is_heat or math.isnan(cell.value):
+            return _HtmlCell(value, "number", interval)
+        strength = round(min(125 * abs(cell.value - 0.5), 55))
+        return _HtmlCell(value, "heat", interval, heat=strength if cell.value >= 0.5 else -strength)
+    if isinstance(cell, str):
+        return _HtmlCell(_unbroken(text), "text", colour=colours.get(text))
+    return _HtmlCell(
+        _unbroken(text).replace("-", MINUS), "text" if column.kind == "text" else "number"
+    )
+
+
+def _add_strips(block: Strips, heading: list[_HtmlCell], rows: Sequence[list[_HtmlCell]]) -> None:
+    """Insert the strips after the first of their columns, and their axis in the heading."""
+    names = [column.name for column in block.table.columns]
+    places = [names.index(name) for name in block.columns]
+    shown = [[row[place] for place in places] for row in block.table.rows]
+    axis = _Axis.around((cell for row in shown for cell in row), block.reference)
+    has_colours = any(cell.colour is not None for row in rows for cell in row)
+    heading.insert(places[0] + 1, _HtmlCell("", "strip", strip=axis.heading()))
+    for row, cells in zip(rows, shown, strict=True):
+        colour = next((cell.colour for cell in row if cell.colour is not None), None)
+        if colour is None and not has_colours:
+            colour = 0
+        row.insert(places[0] + 1, _HtmlCell("", "strip", strip=axis.strip(cells, colour)))
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What a strip's width stands for."""
+
+    ticks: tuple[float, ...]
+    reference: float | None
+    is_fraction: bool
+
+    @classmethod
+    def around(cls, cells: Iterable[Cell], reference: float | None) -> "_Axis":
+        """An axis between two ticks, around all intervals and the reference."""
+        estimates = [cell for cell in cells if isinstance(cell, Estimate)]
+        values = [v for e in estimates for v in (e.value, e.low, e.high)]
+        values += [] if reference is None else [reference]
+        finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+        low, high = min(finite), max(finite)
+        ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, max(high, low + 0.02))
+        return cls(tuple(map(float, ticks)), reference, all(e.proportion for e in estimates))
+
+    def heading(self) -> Markup:
+        """The ticks; fractions in per cent."""
+        texts = []
+        for number, tick in enumerate(self.ticks):
+            value = round(100 * tick if self.is_fraction else tick, 9)
+            anchor = {0: "start", len(self.ticks) - 1: "end"}.get(number, "middle")
+            text = Markup('<text x="{}" y="17" text-anchor="{}">{}</text>')
+            texts.append(text.format(self._place(tick), anchor, f"{value:g}".replace("-", MINUS)))
+        return _svg("axis", texts)
+
+    def strip(self, cells: Sequence[Cell], colour: int | None) -> Markup:
+        """Dots with their intervals, one below the other; those after the first are grey."""
+        drawn = []
+        if self.reference is not None:
+            drawn.append(
+                self._line("reference", self.reference, self.reference, -4, STRIP_HEIGHT + 4)
+            )
+        for number, cell in enumerate(cells):
+            if not isinstance(cell, Estimate) or math.isnan(cell.value):
+                continue
+            # nine pixels between two marks of a row
+            y = STRIP_HEIGHT // 2 + round(9 * (number - (len(cells) - 1) / 2))
+            is_grey = colour is None or number > 0
+            mark = "base" if is_grey else f"c{colour % NUM_COLOURS}" if colour is not None else ""
+            if math.isfinite(cell.low) and math.isfinite(cell.high):
+                drawn.append(self._line(f"whisker {mark}", cell.low, cell.high, y, y))
+            dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="3.5"/>')
+            drawn.append(dot.format(mark, self._place(cell.value), y))
+        return _svg("strip", drawn)
+
+    def _place(self, value: float) -> str:
+        low, high = self.ticks[0], self.ticks[-1]
+        return f"{100 * min(1.0, max(0.0, (value - low) / (high - low))):.2f}%"
+
+    def _line(self, name: str, start: float, end: float, top: int, bottom: int) -> Markup:
+        line = Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+        return line.format(name, self._place(start), self._place(end), top, bottom)
+
+
+def _svg(name: str, parts: Sequence[Markup]) -> Markup:
+    svg = Markup('<svg class="{}" width="100%" height="{}" aria-hidden="true">{}</svg>')
+    return svg.format(name, STRIP_HEIGHT, Markup("").join(parts))

@@ -1,0 +1,88 @@
+"""`hafrm report`: folders in, one self-contained page out. Nothing is fetched, and no script is in it.
+
+The page is complete or absent. It forbids itself any connection, so that even text that got through
+unescaped could load nothing.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from hafrm.atomic import atomic_write
+from hafrm.errors import ConfigError
+from hafrm.report.run_files import Material, read_material
+
+EXTRA = ("matplotlib", "jinja2")
+
+
+def missing_packages() -> list[str]:
+    """The packages of the extra `report` that are not installed."""
+    return [name for name in EXTRA if importlib.util.find_spec(name) is None]
+
+
+def write_report(folders: Sequence[Path], out: Path) -> int:
+    """Write the page about the folders to `out`; returns its size in bytes.
+
+    Raises ConfigError where the extra is not installed, CheckpointError for a folder that holds nothing
+    to report.
+    """
+    missing = missing_packages()
+    if missing:
+        raise ConfigError(
+            f"hafrm report needs {' and '.join(missing)}: pip install 'hafrm[report]'"
+        )
+    page = render_material(read_material(folders)).encode("utf-8", "replace")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, page)
+    return len(page)
+
+
+def render_material(material: Material) -> str:
+    """The page as HTML; a section appears where its data is there."""
+    # these need the extra
+    from hafrm.report import model_sections, result_sections, run_sections  # noqa: PLC0415
+    from hafrm.report.html import render_page  # noqa: PLC0415
+
+    makers = (
+        run_sections.summary_section,
+        model_sections.accuracy_section,
+        result_sections.study_section,
+        result_sections.best_of_n_section,
+        run_sections.rlhf_section,
+        result_sections.policies_section,
+        run_sections.training_section,
+        model_sections.calibration_section,
+        model_sections.length_section,
+        model_sections.agreement_section,
+        model_sections.diagnosis_section,
+        result_sections.reading_section,
+        run_sections.provenance_section,
+    )
+    sections = [section for make in makers if (section := make(material)) is not None]
+    by = "hafrm"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        by += f" {importlib.metadata.version('hafrm')}"
+    return render_page(
+        sections,
+        names=[folder.name for folder in material.folders],
+        subtitle=_subtitle(material),
+        by=by,
+        colours=material.colours,
+    )
+
+
+def _subtitle(material: Material) -> str:
+    """How many results of each kind the page is about."""
+    folders = material.folders
+    counts = {
+        "training runs": sum(f.is_training for f in folders),
+        "evaluations": sum(f.evaluation is not None for f in folders),
+        "diagnoses": sum(f.diagnosis is not None for f in folders),
+        "comparisons of methods": sum(f.study is not None for f in folders),
+        "best-of-n results": sum(f.best_of_n is not None for f in folders),
+        "RLHF runs": sum(f.is_rlhf for f in folders),
+        "comparisons of policies": sum(f.rlhf_comparison is not None for f in folders),
+    }
+    return ", ".join(f"{what}: {num}" for what, num in counts.items() if num)

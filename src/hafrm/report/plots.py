@@ -1,0 +1,292 @@
+"""Plots as inline SVG: lines, dots with whiskers, histograms, drawn by matplotlib.
+
+Colours are classes of the page's style sheet (`c0` ... and `good`, `bad`), so one drawing serves light and
+dark. Nothing global is touched: neither pyplot nor matplotlib's settings.
+"""
+
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
+
+from hafrm.statistics import Estimate
+
+WIDTH, HEIGHT = 310, 190
+"""Of a plot, in pixels: a phone shows one at this size, a wide page three side by side."""
+NUM_COLOURS = 7
+"""As many as the style sheet has for runs and models."""
+MAX_POINTS = 300
+"""A line with more points than a plot has pixels is averaged down to so many."""
+FAINT = (0.5, 0.5, 0.5, 0.35)
+"""Grey of rules and reference lines, on light and on dark paper."""
+
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 11.0,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": FAINT,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    # matplotlib writes no colour for black, so the style sheet decides
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "ytick.major.size": 0.0,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.0,
+}
+
+
+_LONG = re.compile(r"\d+\.\d{2,}")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot: its title stands above it, its description is read where it cannot be seen."""
+
+    title: str
+    svg: Markup
+    """What is inside the svg element."""
+    description: str
+    unit: str = ""
+    height: int = HEIGHT
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot, or dots with whiskers."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    low: Sequence[float] = ()
+    """Bounds of y, drawn as whiskers (dots) or as a band (lines)."""
+    high: Sequence[float] = ()
+    style: Literal["line", "dashed", "faint", "dots"] = "line"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the axes of a plot are read."""
+
+    x_name: str = "step"
+    x_log: Literal[0, 2, 10] = 0
+    """The base of a logarithmic axis."""
+    y_log: bool = False
+    is_fraction: bool = False
+    """Whether y is written in per cent."""
+    reference: float | None = None
+    """A level to compare with."""
+    diagonal: bool = False
+    """Stated against observed probabilities, from one half up."""
+    ticks: Sequence[str] = ()
+    """Names of 0, 1, 2, ... on the horizontal axis."""
+    marks: Sequence[tuple[float, int]] = ()
+    """Places on the horizontal axis, each with the colour of its run."""
+
+
+def estimates(
+    name: str, x: Sequence[float], values: Sequence[Estimate | None], colour: int, **options: Any
+) -> Series:
+    """The series of values with their intervals; None leaves a gap."""
+    y, low, high = (
+        [math.nan if v is None else getattr(v, part) for v in values]
+        for part in ("value", "low", "high")
+    )
+    return Series(name, x, y, colour, low, high, **options)
+
+
+def chart(title: str, series: Sequence[Series], scale: Scale, unit: str = "") -> Plot | None:
+    """A plot of all series that have a finite point; None without any."""
+    shown = [_thinned(s) for s in series if np.isfinite(np.asarray(s.y, float)).any()]
+    if not shown:
+        return None
+    height = HEIGHT + 40 if scale.diagonal else HEIGHT
+
+    def fill(axes: Axes) -> None:
+        dotted = [s for s in shown if s.style == "dots"]
+        places = [x for s in shown for x in s.x]
+        # whiskers at one place stand beside each other
+        apart = 0.0 if scale.diagonal or scale.x_log else 0.015 * (max(places) - min(places))
+        for s in shown:
+            aside = apart * (dotted.index(s) - (len(dotted) - 1) / 2) if s in dotted else 0.0
+            _draw(axes, s, aside)
+        _set_axes(axes, scale, shown)
+
+    return Plot(title, _svg(title, fill, height), _description(title, shown), unit, height)
+
+
+def histogram(
+    title: str, edges: Sequence[float], right: Sequence[int], wrong: Sequence[int], unit: str = ""
+) -> Plot | None:
+    """Comparisons by |margin|: right ones to the right of zero, wrong ones to the left."""
+    if not sum(right) + sum(wrong):
+        return None
+
+    def fill(axes: Axes) -> None:
+        for counts, sign, name in ((right, 1, "good"), (wrong, -1, "bad")):
+            bars = axes.stairs(counts[::sign], [sign * e for e in edges][::sign], fill=True)
+            _as_class(bars, name)
+        axes.axvline(0, color=FAINT)
+        axes.set_xlabel("margin")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        for name, x, colour in (("wrong", 0.0, "bad"), ("right", 1.0, "good")):
+            side = "right" if x else "left"
+            text = axes.text(x, 1.0, name, ha=side, va="top", transform=axes.transAxes)
+            _as_class(text, colour)
+
+    words = f"{title}: {sum(right)} comparisons right and {sum(wrong)} wrong"
+    return Plot(title, _svg(title, fill, HEIGHT), words, unit)
+
+
+def _draw(axes: Axes, series: Series, aside: float) -> None:
+    colour = f"c{series.colour % NUM_COLOURS}"
+    x, y, low, high = (np.asarray(v, float) for v in (series.x, series.y, series.low, series.high))
+    if series.style == "dots":
+        if low.size:
+            for place, bottom, top in zip(x + aside, low, high, strict=True):
+                (whisker,) = axes.plot([place, place], [bottom, top], linewidth=1.2)
+                _as_class(whisker, colour)
+        (line,) = axes.plot(x + aside, y, linewidth=0.8, alpha=0.6)
+        (dots,) = axes.plot(x + aside, y, "o")
+        _as_class(line, colour)
+        _as_class(dots, colour)
+        return
+    if low.size:
+        _as_class(axes.fill_between(x, low, high, alpha=0.13, linewidth=0), colour)
+    dashes: Any = (0, (4, 2)) if series.style == "dashed" else "-"
+    alpha = 0.4 if series.style == "faint" else 1.0
+    (line,) = axes.plot(x, y, linestyle=dashes, alpha=alpha)
+    _as_class(line, colour)
+    if np.isfinite(y).sum() == 1:  # a line of one point is invisible
+        (dots,) = axes.plot(x, y, "o")
+        _as_class(dots, colour)
+
+
+def _set_axes(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
+    dotted: Any = (0, (2, 3))
+    axes.set_xlabel(scale.x_name)
+    if scale.reference is not None:
+        axes.axhline(scale.reference, color=FAINT, linewidth=1.0, linestyle=dotted)
+    for x, colour in scale.marks:
+        _as_class(axes.axvline(x, linewidth=0.8, alpha=0.7), f"c{colour % NUM_COLOURS}")
+    plain = FuncFormatter(lambda value, _: _tick(value))
+    percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
+    if scale.diagonal:
+        axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)
+    if scale.y_log and _is_wide(shown):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(plain)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(percent if scale.is_fraction else plain)
+    if scale.ticks:
+        axes.set_xticks(range(len(scale.ticks)), list(scale.ticks))
+        axes.set_xlim(-0.5, len(scale.ticks) - 0.5)
+    elif scale.x_log:
+        axes.set_xscale("log", base=scale.x_log)
+        places = sorted({x for s in shown for x in s.x})
+        if len(places) <= 9:
+            axes.set_xticks(places)
+        axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(percent if scale.diagonal else plain)
+
+
+def _is_wide(shown: Sequence[Series]) -> bool:
+    """Whether only a logarithm shows the small values."""
+    values = np.concatenate([np.asarray(s.y, float) for s in shown])
+    return bool(np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values))
+
+
+def _tick(value: float) -> str:
+    text = f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{round(value, 10):.4g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _thinned(series: Series) -> Series:
+    """The same series with neighbouring points averaged, so that at most MAX_POINTS are left."""
+    size = math.ceil(len(series.x) / MAX_POINTS)
+    if size <= 1:
+        return series
+
+    def averaged(values: Sequence[float]) -> list[float]:
+        starts = range(0, len(values), size)
+        return [float(np.mean(values[i : i + size])) for i in starts]
+
+    values = (series.x, series.y, series.low, series.high)
+    x, y, low, high = map(averaged, values)
+    return replace(series, x=x, y=y, low=low, high=high)
+
+
+def _description(title: str, shown: Sequence[Series]) -> str:
+    """Where each series begins and ends, for those who do not see the plot."""
+    parts = []
+    for s in shown:
+        values = [y for y in s.y if math.isfinite(y)]
+        parts.append(f"{s.name} from {values[0]:.4g} to {values[-1]:.4g}")
+    return f"{title}: {'; '.join(parts)}"
+
+
+def _as_class(artist: Artist, name: str) -> None:
+    """Give what is drawn a class; matplotlib only has ids, which `_svg` turns into classes."""
+    artist.set_gid(f"class:{name}")
+
+
+def _svg(title: str, fill: Callable[[Axes], None], height: int) -> Markup:
+    """What is inside the svg element of a plot that `fill` draws."""
+    # ids of markers and clip paths are hashes with this salt: other ones in each plot, the same each time
+    salt = hashlib.sha256(title.encode("utf-8", "replace")).hexdigest()
+    with mpl.rc_context({**SETTINGS, "svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # glyphs that only the browser has
+        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        fill(axes)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    drawn = file.getvalue().decode("utf-8")
+    # before the figure are metadata and a style that would apply to the whole page
+    inside = drawn[drawn.index('<g id="figure_1">') : drawn.rindex("</svg>")]
+    inside = re.sub(r'<g id="class:([^"]*)">', r'<g class="\1">', inside)
+    inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")
+    inside = re.sub(r"#[0-9a-f]{6}(?=[;\"])", "currentColor", inside)
+    inside = re.sub(
+        r"<[^>]*>", lambda tag: _LONG.sub(lambda n: f"{float(n[0]):.1f}", tag[0]), inside
+    )
+    return Markup(inside.replace("\n", " "))  # noqa: S704 - matplotlib escapes its texts

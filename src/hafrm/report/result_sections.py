@@ -1,0 +1,193 @@
+"""Sections about comparisons: methods of a study, best of n, policies of RLHF; and texts to read."""
+
+from collections.abc import Iterator, Sequence
+
+from hafrm.report.html import Block, Details, HeatMap, PageSection, Plots, Strips, Texts
+from hafrm.report.plots import Plot, Scale, Series, chart, estimates
+from hafrm.report.run_files import Material, RunFiles, Sample, short_sources
+from hafrm.study.study_result import Contrast
+from hafrm.table import Cell, Column, Table
+
+MAX_CHARS = 1600
+"""Of a text to read; a longer one is cut in the middle."""
+MAX_TEXTS = 20
+"""Of one kind from one folder."""
+MAX_ROWS = 24
+"""Of a table that is shown without being opened."""
+
+
+def study_section(material: Material) -> PageSection | None:
+    """Accuracies of methods as heat maps, every difference from the baseline, learning rates."""
+    blocks: list[Block] = []
+    for folder in material.folders:
+        study = folder.study
+        if study is None:
+            continue
+        *accuracies, learning_rates = study.tables()
+        blocks += map(HeatMap, accuracies)
+        differences = _differences(
+            "Differences from the baseline", (*study.average_differences, *study.differences)
+        )
+        if len(differences.table.rows) > MAX_ROWS:
+            num = len(differences.table.rows)
+            blocks.append(Details(f"All {num} differences from the baseline", (differences,)))
+        else:
+            blocks.append(differences)
+        blocks.append(Details("Learning rates", (learning_rates,)))
+    lead = (
+        "Methods trained with several seeds and tested on the same comparisons. A difference is "
+        "significant if its p-value, adjusted for the number of tests (Holm), is below 0.05."
+    )
+    return PageSection("comparison", "Methods", lead, tuple(blocks)) if blocks else None
+
+
+def _differences(title: str, contrasts: Sequence[Contrast]) -> Strips:
+    rows: list[tuple[Cell, ...]] = []
+    before = ""
+    for c in contrasts:
+        group = f"trained on {c.train}" if c.train else "averages"
+        p_values = (c.p_value, c.p_adjusted, "yes" if c.is_significant else "no")
+        name = f"{c.first} \N{MINUS SIGN} {c.second}"
+        rows.append(("" if group == before else group, c.test, name, c.difference, *p_values))
+        before = group
+    columns = (
+        *map(Column, ("trained on", "tested on", "methods")),
+        Column("difference [95 %]", "percent"),
+        Column("p", "p"),
+        Column("p (Holm)", "p"),
+        Column("significant"),
+    )
+    return Strips(Table(title, columns, tuple(rows)), ("difference [95 %]",), 0.0)
+
+
+def best_of_n_section(material: Material) -> PageSection | None:
+    """Own and gold score of the answer that each model picks, over n and over KL."""
+    blocks: list[Block] = []
+    for folder in material.folders:
+        result = folder.best_of_n
+        if result is None:
+            continue
+        plots: list[Plot | None] = []
+        for x_name, scale in (("n", Scale("n", x_log=2)), ("KL", Scale("KL, nat"))):
+            gold, own = list[Series](), list[Series]()
+            for model in result.models:
+                places = [p.n if x_name == "n" else p.kl for p in model.curve]
+                colour = material.colours[model.name]
+                gold.append(estimates(model.name, places, [p.gold for p in model.curve], colour))
+                own.append(estimates(model.name, places, [p.proxy for p in model.curve], colour))
+            plots.append(chart(f"Gold score over {x_name}", gold, scale))
+            # rewards have no zero of their own: only gains over one answer can be compared
+            plots.append(chart(f"Own score over {x_name}", list(map(_gain, own)), scale, "gain"))
+        key = tuple((m.name, material.colours[m.name]) for m in result.models)
+        blocks.append(Plots(tuple(p for p in plots if p is not None), key))
+        for table in result.tables():
+            names = [column.name for column in table.columns]
+            has_wins = "wins - losses" in names
+            blocks.append(Strips(table, ("wins - losses",), 0.0) if has_wins else table)
+    lead = (
+        "The answer that a model scores highest of n. Its own score rises by construction; the gold score "
+        "says whether the answer is better."
+    )
+    return PageSection("best-of-n", "Best of n", lead, tuple(blocks)) if blocks else None
+
+
+def _gain(series: Series) -> Series:
+    start = series.y[0]
+    y, low, high = (
+        [value - start for value in values] for values in (series.y, series.low, series.high)
+    )
+    return Series(series.name, series.x, y, series.colour, low, high)
+
+
+def policies_section(material: Material) -> PageSection | None:
+    """What reward models make of the same policy: scores, wins, proxy and gold reward over KL."""
+    blocks: list[Block] = []
+    for folder in material.folders:
+        result = folder.rlhf_comparison
+        if result is None:
+            continue
+        plots: list[Plot | None] = []
+        for title in ("Gold reward", "Proxy reward"):
+            series = []
+            for curve in result.curves:
+                values = [p.gold if title == "Gold reward" else p.proxy for p in curve.points]
+                known = [
+                    (p.kl, v) for p, v in zip(curve.points, values, strict=True) if v is not None
+                ]
+                name = f"{curve.model}, seed {curve.seed}"
+                x, y = [kl for kl, _ in known], [value for _, value in known]
+                series.append(Series(name, x, y, material.colours[curve.model]))
+            plots.append(chart(f"{title} over KL", series, Scale("KL, nat")))
+        key = tuple((model, material.colours[model]) for model in result.models)
+        seeds = ", ".join(map(str, result.seeds))
+        shown = tuple(p for p in plots if p is not None)
+        blocks += [Plots(shown, key, f"A line for each seed ({seeds}).")] if shown else []
+        scores, wins = result.tables()
+        blocks.append(Strips(scores, ("gain over start [95 %]",), 0.0))
+        blocks.append(Strips(wins, ("wins - losses",), 0.0))
+    lead = (
+        "Policies trained from one start by different reward models, on prompts that trained none."
+    )
+    return PageSection("policies", "Policies", lead, tuple(blocks)) if blocks else None
+
+
+def reading_section(material: Material) -> PageSection | None:
+    """Comparisons that look wrong, picked answers, samples of RLHF; closed until opened."""
+    blocks: list[Block] = []
+    for folder in material.folders:
+        parts = (("comparisons that look wrong", _worst), ("picked answers", _picked))
+        for title, make in (*parts, ("samples of RLHF", _samples)):
+            texts = tuple(make(folder))[:MAX_TEXTS]
+            blocks += [Details(f"{folder.name}: {title}", texts)] if texts else []
+    lead = "Numbers hide what a model has learned; texts show it. They are shown as they are in the data."
+    return PageSection("reading", "To read", lead, tuple(blocks)) if blocks else None
+
+
+def _worst(folder: RunFiles) -> Iterator[Details]:
+    if folder.diagnosis is None:
+        return
+    names = short_sources([s.name for s in folder.diagnosis.sets])
+    for example in folder.diagnosis.worst:
+        note = f"{example.why}, margin {example.margin:.2f}, {names.get(example.set, example.set)}"
+        if example.votes is not None:
+            note += f", votes {' to '.join(map(str, example.votes))}"
+        texts = [(n, getattr(example, n)) for n in ("prompt", "chosen", "rejected")]
+        yield _passage(note, texts)
+
+
+def _picked(folder: RunFiles) -> Iterator[Details]:
+    for model in folder.best_of_n.models if folder.best_of_n is not None else ():
+        for example in model.examples:
+            note = f"picked by {model.name}, score {example.reward:.2f}"
+            note += "" if example.gold is None else f", gold {example.gold:.2f}"
+            yield _passage(note, [("prompt", example.prompt), ("picked", example.picked)])
+
+
+def _samples(folder: RunFiles) -> Iterator[Details]:
+    """Each prompt with its first, middle and last response."""
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in folder.samples:
+        by_prompt.setdefault(sample.prompt, []).append(sample)
+    for prompt, samples in by_prompt.items():
+        shown = {s.step: s for s in (samples[0], samples[len(samples) // 2], samples[-1])}
+        texts = [("prompt", prompt)]
+        texts += [
+            (f"step {s.step}, reward {s.reward:.2f}, KL {s.kl:.2f}", s.response)
+            for s in shown.values()
+        ]
+        yield _passage(f"{len(samples)} samples", texts)
+
+
+def _passage(note: str, texts: Sequence[tuple[str, str]]) -> Details:
+    """Texts that open by the beginning of the first one."""
+    line = " ".join(texts[0][1].split())
+    title = line if len(line) <= 90 else line[:89].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    return Details(title, (Texts(tuple((name, shortened(text)) for name, text in texts)),), note)
+
+
+def shortened(text: str) -> str:
+    """The text, cut in the middle if it is long; the number of characters left out is in its place."""
+    if len(text) <= MAX_CHARS:
+        return text
+    head, tail = text[: MAX_CHARS * 3 // 4], text[-MAX_CHARS // 4 :]
+    return f"{head}\n[{len(text) - len(head) - len(tail)} characters left out]\n{tail}"

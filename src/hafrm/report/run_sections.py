@@ -1,0 +1,280 @@
+"""Sections about runs: the summary, training curves, RLHF curves, provenance."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hafrm.report.cautions import cautions
+from hafrm.report.html import Block, Details, Headline, Listing, PageSection, Plots, Points, Strips
+from hafrm.report.model_sections import SCORER_COLUMNS, length_rules
+from hafrm.report.plots import Plot, Scale, Series, chart
+from hafrm.report.run_files import Material, MetricsRecord, RunFiles, Session, short_sources
+from hafrm.table import Cell, Column, Table
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One plot of a logged value."""
+
+    title: str
+    names: tuple[str, ...]
+    """Logged names: the first that a run has; for a run without it, the next."""
+    unit: str = ""
+    is_fraction: bool = False
+    reference: float | None = None
+    y_log: bool = False
+    second: str = ""
+    """A logged name that is drawn dashed in the same plot."""
+
+
+COIN = 0.6931
+"""-log(1/2), the loss of a coin."""
+TRAINING_CURVES = (
+    Curve("Loss", ("loss",), "nat"),
+    Curve("Reward loss", ("reward_loss",), "nat", reference=COIN),
+    Curve("Policy loss", ("policy_loss",)),
+    # a model without a reward head is judged by its implicit reward
+    Curve("Accuracy", ("accuracy", "implicit_accuracy"), "of the head that judges", True, 0.5),
+    Curve("Implicit accuracy", ("implicit_accuracy",), "policy head", True, 0.5),
+    Curve("Margin", ("margin", "implicit_margin"), "chosen over rejected", reference=0.0),
+    Curve("Implicit margin", ("implicit_margin",), "policy head", reference=0.0),
+    Curve("Rewards", ("chosen_reward",), "dashed: rejected", second="rejected_reward"),
+    Curve("Gradient norm", ("grad_norm",), "before clipping", y_log=True),
+    Curve("Learning rate", ("learning_rate",)),
+    Curve("Throughput", ("tokens_per_second",), "tokens/s"),
+)
+RLHF_CURVES = (
+    Curve("Reward", ("reward",), "of the model trained on"),
+    Curve("Gold reward", ("gold",)),
+    Curve("KL from the start", ("kl",), "nat per response"),
+    Curve("Response length", ("length",), "tokens"),
+    Curve("Ended by themselves", ("ended",), "responses", is_fraction=True),
+    Curve("Entropy", ("entropy",), "nat per token"),
+    Curve("Clipped updates", ("clip_fraction",), is_fraction=True),
+    Curve("Policy loss", ("policy_loss",)),
+    Curve("Value loss", ("value_loss",)),
+)
+
+
+def summary_section(material: Material) -> PageSection:
+    """The number that matters, what was trained, and what to be careful about."""
+    blocks: list[Block] = [*_accuracies(material)]
+    trained = _trained_table(material)
+    blocks += [] if trained is None else [trained]
+    sentences = tuple(cautions(material))
+    blocks += [Points("Be careful", sentences)] if sentences else []
+    return PageSection("summary", "Summary", "", tuple(blocks))
+
+
+def _accuracies(material: Material) -> Iterator[Block]:
+    """One run's accuracy large; those of several runs in a table."""
+    pairs = [(run, run.evaluation.sets[-1]) for run in material.folders if run.evaluation]
+    if not pairs:
+        return
+    names = {measured.name for _, measured in pairs}
+    short = short_sources([*names])
+    which = "all test sets together" if names == {"all"} else " and ".join(short[n] for n in names)
+    first = pairs[0][1]
+    if len(pairs) == 1:
+        label = f"of {first.accuracy.num} held-out comparisons judged right, {which}"
+        yield Headline(first.accuracy, label)
+        return
+    rows: list[tuple[Cell, ...]] = [(r.name, s.accuracy, s.accuracy.num) for r, s in pairs]
+    rule, value = max(length_rules(first).items(), key=lambda item: item[1].value)
+    table = Table(f"Accuracy on {which}", SCORER_COLUMNS, (*rows, (rule, value, value.num)))
+    yield Strips(table, ("accuracy [95 %]",))
+
+
+def _trained_table(material: Material) -> Table | None:
+    rows = []
+    for run in material.folders:
+        if run.recipe is None:
+            continue
+        recipe = run.recipe
+        training, sources = recipe.training, short_sources(recipe.data.train)
+        method = recipe.method.name
+        method += f", LoRA of rank {recipe.lora.rank}" if recipe.lora else ""
+        counts = run.sessions[-1].counts if run.sessions else {}
+        comparisons = counts.get("train_comparisons")
+        rows.append(
+            (
+                run.name,
+                method,
+                recipe.model.path.rstrip("/").rpartition("/")[2],
+                ", ".join(sources.values()),
+                comparisons if isinstance(comparisons, int) else None,
+                run.metrics[-1].step,
+                training.batch_size,
+                training.learning_rate,
+            )
+        )
+    columns = (
+        *map(Column, ("run", "method", "base model", "training data")),
+        Column("comparisons", "count"),
+        Column("steps", "count"),
+        Column("batch", "count"),
+        Column("learning rate", "general"),
+    )
+    return Table("What was trained", columns, tuple(rows)) if rows else None
+
+
+def training_section(material: Material) -> PageSection | None:
+    """Curves of everything that reward models log while they are trained."""
+    runs = [run for run in material.folders if run.is_training]
+    plots = [_curve_plot(curve, runs, material) for curve in TRAINING_CURVES]
+    shown = tuple(plot for plot in plots if plot is not None)
+    if not shown:
+        return None
+    lead = (
+        "Faint lines are training, each point the mean since the last one; dots are validation, with 95 % "
+        "intervals. The upright line is the step that was exported."
+    )
+    return PageSection("training", "Training", lead, (Plots(shown, material.key(runs)),))
+
+
+def rlhf_section(material: Material) -> PageSection | None:
+    """Curves of RLHF runs over steps; reward and gold reward over KL."""
+    runs = [run for run in material.folders if run.is_rlhf]
+    plots = [_curve_plot(curve, runs, material) for curve in RLHF_CURVES]
+    for title, name in (("Reward over KL", "reward"), ("Gold reward over KL", "gold")):
+        series = []
+        for run in runs:
+            # batches are noisy: held-out prompts where there are any
+            records = run.records("held-out") or run.records("rlhf")
+            known = [r for r in records if {"kl", name} <= r.values.keys()]
+            series.append(_series(run, known, name, material, x="kl"))
+        plots.append(chart(title, series, Scale("KL, nat")))
+    shown = tuple(plot for plot in plots if plot is not None)
+    if not shown:
+        return None
+    lead = (
+        "A policy is trained to get high rewards from a reward model. Where the reward still rises and the "
+        "gold reward falls, the policy exploits the model's mistakes."
+    )
+    note = "Lines are training batches; dots are held-out prompts, with 95 % intervals."
+    return PageSection("rlhf", "RLHF", lead, (Plots(shown, material.key(runs), note),))
+
+
+def best_record(run: RunFiles) -> MetricsRecord | None:
+    """The validation record of the step that a run exports: best by its metric, the loss at a tie."""
+    metric = "accuracy" if run.recipe is None else run.recipe.evaluation.metric
+    sign = -1.0 if metric == "loss" else 1.0
+    records = [r for r in run.records("validation") if {metric, "loss"} <= r.values.keys()]
+    return max(records, key=lambda r: (sign * r.values[metric], -r.values["loss"]), default=None)
+
+
+def _curve_plot(curve: Curve, runs: Sequence[RunFiles], material: Material) -> Plot | None:
+    series, marks = [], []
+    for run in runs:
+        logged = {name for record in run.metrics for name in record.values}
+        name = next((name for name in curve.names if name in logged), None)
+        if name is None:
+            continue
+        batches, held_out = (
+            [r for kind in kinds for r in run.records(kind) if name in r.values]
+            for kinds in (("train", "rlhf"), ("validation", "held-out"))
+        )
+        style = "faint" if held_out else "line"
+        series.append(_series(run, batches, name, material, style=style))
+        if held_out:
+            dots = _series(run, held_out, name, material, style="dots")
+            series.append(replace(dots, name=f"{run.name} (held out)"))
+        if curve.second in logged:
+            series.append(_series(run, batches, curve.second, material, style="dashed"))
+        best = best_record(run)
+        if best is not None and held_out:
+            marks.append((float(best.step), material.colours[run.name]))
+    scale = Scale(
+        is_fraction=curve.is_fraction, reference=curve.reference, y_log=curve.y_log, marks=marks
+    )
+    return chart(curve.title, series, scale, curve.unit)
+
+
+def _series(
+    run: RunFiles,
+    records: Sequence[MetricsRecord],
+    name: str,
+    material: Material,
+    x: str = "step",
+    style: str = "line",
+) -> Series:
+    has_bounds = style == "dots" and f"{name}_low" in records[0].values
+    low, high = (
+        [r.values[f"{name}_{end}"] for r in records] if has_bounds else ()
+        for end in ("low", "high")
+    )
+    return Series(
+        run.name,
+        [float(r.step) if x == "step" else r.values[x] for r in records],
+        [r.values[name] for r in records],
+        material.colours[run.name],
+        low,
+        high,
+        style,  # type: ignore[arg-type]
+    )
+
+
+def provenance_section(material: Material) -> PageSection | None:
+    """Where every number comes from: commands, commits, versions, seeds, digests, recipes."""
+    is_alone = len(material.folders) == 1
+    blocks: list[Block] = [
+        Details(folder.name, blocks, is_open=is_alone)
+        for folder in material.folders
+        if (blocks := tuple(_provenance(folder)))
+    ]
+    versions = _versions(material)
+    blocks += [] if versions is None else [versions]
+    lead = "Enough to make every number again."
+    return PageSection("provenance", "Provenance", lead, tuple(blocks)) if blocks else None
+
+
+def _provenance(folder: RunFiles) -> Iterator[Block]:
+    facts = [fact for session in folder.sessions for fact in _facts(session)]
+    if facts:
+        yield Table("Processes", (Column(""), Column("")), tuple(facts))
+        session = folder.sessions[-1]
+        digests = tuple((name, digest) for name, digest in session.data.items())
+        if digests:
+            yield Table("Digests of the data", (Column("file"), Column("SHA-256")), digests)
+        counts = tuple(_counts(session))
+        if counts:
+            columns = (Column(""), Column("", "count"))
+            yield Details("Rows and tokens", (Table("Rows and tokens", columns, counts),))
+    if folder.recipe_text:
+        yield Details("Recipe", (Listing(folder.recipe_text),))
+
+
+def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
+    yield "started", session.started
+    yield "command", session.command
+    if session.git is not None:
+        changed = ", with changes that are in no commit" if session.git.changed else ""
+        yield "commit", session.git.commit + changed
+    yield "platform", session.platform
+    yield "seed", str(session.seed)
+    if session.template_sha256 is not None:
+        yield "chat template, SHA-256", session.template_sha256
+
+
+def _counts(session: Session) -> Iterator[tuple[Cell, ...]]:
+    for name, value in session.counts.items():
+        nested = value if isinstance(value, dict) else {"": value}
+        for part, num in nested.items():
+            yield f"{name} {part}".replace("_", " ").strip(), num
+
+
+def _versions(material: Material) -> Table | None:
+    """A column for each set of versions that differs from the others."""
+    columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for folder in material.folders:
+        if folder.sessions:
+            versions = tuple(folder.sessions[-1].versions.items())
+            columns.setdefault(versions, []).append(folder.name)
+    if not columns:
+        return None
+    packages = dict.fromkeys(package for versions in columns for package, _ in versions)
+    rows = tuple(
+        (package, *(dict(versions).get(package, "") for versions in columns))
+        for package in packages
+    )
+    names = (", ".join(folders) for folders in columns.values())
+    return Table("Versions", (Column("package"), *map(Column, names)), rows)

@@ -1,0 +1,287 @@
+"""The page about what tiny real runs write: whole, self-contained, true to results, safe with any text."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hafrm.best_of_n.candidate_scores import GoldScorer
+from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n, from_files
+from hafrm.cli import app
+from hafrm.diagnostics.model_runs import diagnose
+from hafrm.errors import CheckpointError, ConfigError
+from hafrm.evaluation import evaluate
+from hafrm.report import page as page_module
+from hafrm.report.cautions import CHECKS
+from hafrm.report.page import render_material, write_report
+from hafrm.report.run_files import read_material
+from hafrm.results import write_result
+from hafrm.rlhf.train_policy import train_policy
+from hafrm.study.method_comparison import compare_methods
+from hafrm.study.run_grid import plan_study
+from hafrm.training.loop import train
+from tiny_rlhf import tiny_rlhf
+from tiny_runs import tiny_recipe, write_preferences
+
+HOSTILE = (
+    "<script>alert('x')</script> & \"q\" $\\alpha$ </style><img src=https://evil.example/x> \x1b"
+)
+VOID = {"meta", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Reads a page, and fails on a tag that is not closed in its place or an id that occurs twice."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        ids = [attrs["id"] for _, attrs in self.tags if "id" in attrs]
+        assert not self.open, f"never closed: {self.open}"
+        assert len(set(ids)) == len(ids), "an id occurs twice"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in {"style", "title"}:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
+
+    @property
+    def anchors(self) -> list[str | None]:
+        return [attrs["id"] for tag, attrs in self.tags if tag == "section"]
+
+
+def by_length(_: object, text: str) -> float:
+    return float(len(text))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A trained and diagnosed model, a best-of-n result, a study and an RLHF run, all tiny and real."""
+    root = tmp_path_factory.mktemp("runs")
+    test = write_preferences(root / "test.jsonl", 20, start=100)
+    hostile = {"prompt": HOSTILE, "chosen": "yes " + HOSTILE, "rejected": "no"}
+    test.write_text(test.read_text() + json.dumps(hostile) + "\n")
+    other = write_preferences(root / "other.jsonl", 12, start=200)
+    recipe = tiny_recipe(root, training={"steps": 8}, tracking={"log_every": 2})
+    train(recipe, root / "haf")
+    sources = [str(test), str(other)]
+    write_result(root / "haf" / "test.json", evaluate(root / "haf", sources))
+    diagnosis = diagnose(root / "haf", sources, also=[root / "haf" / "model" / "policy"])
+    write_result(root / "haf" / "diagnostics.json", diagnosis)
+    rows = [{"prompt": f"{HOSTILE} {i}", "responses": ["a", "bb", "ccc", "dddd"]} for i in range(6)]
+    candidates = root / "candidates.jsonl"
+    candidates.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best_of_n(
+        from_files([str(candidates)], 4),
+        [GoldScorer("length", by_length), GoldScorer("short", lambda _, text: -len(text))],
+        root / "picks",
+        comparing=Comparing(gold=GoldScorer("gold", by_length)),
+    )
+    data = {"train": [str(root / "train.jsonl")], "test": sources}
+    base = tiny_recipe(root, data=data, training={"steps": 8}, evaluation={"every": 4})
+    plan = plan_study(base, ["bt", "haf"], num_seeds=1, rates=[1e-3, 3e-3])
+    compare_methods(plan, root / "study")
+    train_policy(tiny_rlhf(root), root / "ppo")
+    return {name: root / name for name in ("haf", "picks", "study", "ppo")}
+
+
+@pytest.fixture(scope="module")
+def html(folders) -> str:
+    return render_material(read_material([*folders.values()]))
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_every_section_is_there_in_well_formed_html(page):
+    assert page.anchors == [
+        *("summary", "accuracy", "comparison", "best-of-n", "rlhf", "training", "calibration"),
+        *("length", "agreement", "diagnosis", "reading", "provenance"),
+    ]
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "class" not in attrs]
+    assert links == [f"#{anchor}" for anchor in page.anchors]
+
+
+@pytest.mark.parametrize(
+    ("name", "anchors"),
+    [
+        ("study", "summary comparison"),
+        ("picks", "summary best-of-n reading"),
+        ("ppo", "summary rlhf reading provenance"),
+    ],
+)
+def test_a_section_appears_where_its_data_is_there(folders, name, anchors):
+    assert Page(render_material(read_material([folders[name]]))).anchors == anchors.split()
+
+
+def test_nothing_is_fetched_and_nothing_is_run(page, html):
+    for tag, attrs in page.tags:
+        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+        assert not any(name.startswith("on") for name in attrs), tag
+        for name in ("href", "src", "xlink:href", "srcset", "data", "action"):
+            assert (attrs.get(name) or "#").startswith("#"), attrs
+        assert "url(" not in (attrs.get("style") or "")
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert "url(" not in style and "@import" not in style
+    policy = [attrs for _, attrs in page.tags if attrs.get("http-equiv")]
+    assert policy[0]["content"].startswith("default-src 'none'")
+
+
+def test_hostile_text_is_shown_and_does_nothing(page, html):
+    assert HOSTILE.strip("\x1b ") in page.words
+    assert "<script" not in html and "<img" not in html
+    assert html.count("</style>") == 1
+
+
+def test_a_hostile_folder_name_is_shown_as_it_is(folders, tmp_path):
+    odd = tmp_path / "<b>$x_1$ & \ud800"
+    odd.mkdir()
+    for name in ("metrics.jsonl", "test.json"):
+        shutil.copy(folders["haf"] / name, odd)
+    assert write_report([odd], tmp_path / "page.html") > 10_000
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>$x" not in text and "<b>$x_1$ & ?" in Page(text).words
+
+
+def test_every_interval_of_the_results_is_on_the_page(folders, page):
+    (run,) = read_material([folders["haf"]]).folders
+    (study,) = read_material([folders["study"]]).folders
+    values = [s.accuracy for s in run.evaluation.sets]
+    values += [s.implicit.accuracy for s in run.evaluation.sets]
+    values += [style.picks_more for style in run.diagnosis.sets[-1].style if style.num >= 10]
+    values += [a.accuracy for a in study.study.accuracies]
+    values += [d.difference for d in study.study.differences]
+    assert len(values) > 15
+    for value in values:
+        assert str(value).replace("-", "\N{MINUS SIGN}") in page.words
+    assert run.sessions[0].data and all(
+        digest in page.words for digest in run.sessions[0].data.values()
+    )
+
+
+def test_significance_is_what_the_study_says(folders, tmp_path):
+    shutil.copytree(folders["study"], tmp_path / "study", ignore=shutil.ignore_patterns("runs"))
+    file = tmp_path / "study" / "comparison.json"
+    plain = json.loads(file.read_text())
+    for p, significant in ((0.001, True), (0.2, False)):
+        for contrast in (*plain["differences"], *plain["average_differences"]):
+            contrast["p_adjusted"] = p
+        file.write_text(json.dumps(plain))
+        words = Page(render_material(read_material([tmp_path / "study"]))).words
+        assert ("yes" in words.split()) is significant
+        assert ("no average differs significantly" in words) is not significant
+
+
+def test_figures_and_tables_have_names_for_those_who_do_not_see_them(page):
+    plots = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
+    assert len(plots) > 20
+    assert all(len(attrs["aria-label"]) > 20 for attrs in plots)
+    counts = {
+        tag: sum(t == tag for t, _ in page.tags)
+        for tag in ("figure", "figcaption", "caption", "table")
+    }
+    assert counts["figure"] == counts["figcaption"] == len(plots)
+    assert counts["caption"] == counts["table"]
+    scopes = {attrs.get("scope") for tag, attrs in page.tags if tag == "th"}
+    assert scopes == {"col", "row", "rowgroup"}
+    boxes = [attrs for _, attrs in page.tags if attrs.get("class") == "scroll"]
+    assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in boxes)
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert all(b - a <= 2 for a, b in itertools.pairwise(levels))
+
+
+def test_plots_have_no_colours_of_their_own_so_that_dark_mode_has_them_too(html):
+    plots = re.findall(r'<svg class="plot".*?</svg>', html, re.DOTALL)
+    assert plots
+    for plot in plots:
+        assert not re.findall(r"#[0-9a-fA-F]{6}[;\"]", plot)
+        assert "<text" in plot  # text is text
+
+
+def test_the_same_folders_give_the_same_page(folders, html):
+    assert render_material(read_material([*folders.values()])) == html
+
+
+def test_a_long_run_makes_no_long_page(folders, tmp_path):
+    """20,000 logged steps; a page about one run stays below 1 MB."""
+    lines = (
+        {"step": i, "kind": "train", "loss": 1 / i, "grad_norm": 1.0 + i % 7}
+        for i in range(1, 20_001)
+    )
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out" / "report.html"
+    assert write_report([tmp_path / "run"], out) == out.stat().st_size < 1_000_000
+
+
+def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        read_material([tmp_path / "none"])
+    with pytest.raises(CheckpointError, match=r"holds nothing to report.*did you mean .*haf"):
+        read_material([folders["haf"].parent])
+    (tmp_path / "test.json").write_text('{"sets": 3}')
+    with pytest.raises(CheckpointError, match=r"test\.json cannot be read as Evaluation"):
+        read_material([tmp_path])
+
+
+def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "EXTRA", ("matplotlib", "no_such_package"))
+    with pytest.raises(ConfigError, match=r"needs no_such_package: pip install 'hafrm\[report\]'"):
+        write_report([tmp_path], tmp_path / "r.html")
+
+
+def test_the_verb_writes_the_page_and_loads_no_torch(folders, tmp_path):
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", str(folders["haf"]), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "page.html" in result.output
+    code = (
+        "import sys, pathlib; from hafrm.report.page import write_report;"
+        f"write_report([pathlib.Path({str(folders['haf'])!r})], pathlib.Path({str(out)!r}));"
+        "print({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules) or '')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    assert Page(out.read_text(encoding="utf-8")).words.startswith("Skip to the summary haf")
+
+
+def test_there_are_at_most_ten_checks():
+    assert len(CHECKS) <= 10
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_template(tmp_path):
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    root = Path(__file__).resolve().parents[2]
+    (built,) = wheel.WheelBuilder(str(root)).build(directory=str(tmp_path))
+    names = zipfile.ZipFile(built).namelist()
+    assert {"hafrm/report/page.html.j2", "hafrm/report/page.css"} <= set(names)

@@ -1,0 +1,131 @@
+"""Tables in HTML and Markdown, and the parts of plots, by values worked out by hand."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from hafrm.report.html import HeatMap, PageSection, Strips, render_page
+from hafrm.report.markdown import markdown_table
+from hafrm.report.plots import MAX_POINTS, Scale, Series, chart, histogram
+from hafrm.report.result_sections import shortened
+from hafrm.report.run_files import short_paths, short_sources
+from hafrm.statistics import Estimate
+from hafrm.table import Column, Table
+
+
+def estimate(value: float, low: float, high: float, *, proportion: bool = True) -> Estimate:
+    return Estimate(value, low, high, 10, "wilson", proportion)
+
+
+def html_of(*blocks: object, colours: dict[str, int] | None = None) -> str:
+    """The main part of a page that holds these blocks."""
+    section = PageSection("s", "S", "", blocks)
+    page = render_page([section], names=["a"], subtitle="", by="", colours=colours or {})
+    return page[page.index("<main>") : page.index("</main>")]
+
+
+ACCURACIES = Table(
+    "accuracy",
+    (
+        Column("run"),
+        Column("accuracy", "percent"),
+        Column("longer", "percent"),
+        Column("n", "count"),
+    ),
+    (
+        ("haf", estimate(0.65, 0.6, 0.71), estimate(0.5, 0.42, 0.58), 10),
+        ("rule", estimate(math.nan, 0.0, 1.0), None, -2),
+    ),
+    ("a note of 5 %",),
+)
+
+
+def test_a_strip_draws_value_and_interval_on_an_axis_between_whole_ticks():
+    """0.42 to 0.71 and the reference 0.5: ticks from 0.4 to 0.8, so 0.6 is at 50 %, 0.71 at 77.5 %."""
+    html = html_of(Strips(ACCURACIES, ("accuracy", "longer")), colours={"haf": 2})
+    assert re.findall(r'text-anchor="\w+">([^<]*)<', html) == ["40", "50", "60", "70", "80"]
+    assert '<line class="whisker c2" x1="50.00%" x2="77.50%"' in html
+    assert '<line class="whisker base" x1="5.00%" x2="45.00%"' in html
+    assert html.count('class="reference" x1="25.00%"') == 2
+    assert html.count("<circle") == 2  # NaN and None have no dot
+    assert '<span class="named c2">haf</span>' in html
+
+
+def test_a_table_without_names_in_colour_draws_its_strips_in_the_first_one():
+    assert '"whisker c0"' in html_of(Strips(ACCURACIES, ("accuracy",)))
+
+
+def test_numbers_are_written_as_the_table_writes_them():
+    html = html_of(ACCURACIES).replace("\N{NO-BREAK SPACE}", " ")
+    assert "<b>65.0 %</b> <small>[60.0, 71.0]</small>" in html
+    assert ">n/a<" in html and ">\N{MINUS SIGN}2<" in html and "a note of 5 %" in html
+
+
+def test_rows_without_a_first_cell_continue_the_group_above():
+    columns = (Column("set"), Column("model"), Column("n", "count"))
+    rows = (("chat", "a", 1), ("", "b", 2), ("safety", "a", 3))
+    html = html_of(Table("t", columns, rows))
+    assert html.count("<tbody>") == 2
+    assert re.findall(r'colspan="2">(\w+)<', html) == ["chat", "safety"]
+
+
+def test_a_heat_map_shades_by_the_distance_from_one_half():
+    """125 * |0.65 - 0.5| = 18.75."""
+    html = html_of(HeatMap(ACCURACIES))
+    assert 'class="heat above" style="--heat: 19%"' in html
+    assert 'class="heat above" style="--heat: 0%"' in html
+
+
+def test_markdown_has_the_same_texts_and_cannot_be_broken_out_of():
+    table = Table(
+        "t", (Column("a|b"), Column("n", "count")), (("x*y\nz", 3), ("<b>", 4)), ("note_",)
+    )
+    assert markdown_table(table) == (
+        "| a\\|b | n |\n| --- | ---: |\n| x\\*y z | 3 |\n| \\<b> | 4 |\n\nnote\\_\n"
+    )
+    assert "| 65.0 % [60.0, 71.0] |" in markdown_table(ACCURACIES)
+
+
+def test_a_plot_is_drawn_where_a_point_is_finite_and_says_where_series_begin_and_end():
+    assert chart("t", [Series("s", [1.0], [math.nan])], Scale()) is None
+    plot = chart("t", [Series("s", [1, 2, 3], [0.25, math.nan, 0.5], 1)], Scale())
+    assert plot.description == "t: s from 0.25 to 0.5"
+    assert 'class="c1"' in plot.svg
+    assert histogram("h", [0, 1], [0], [0]) is None
+    assert histogram("h", [0, 1, 2], [3, 1], [2, 0]).description.endswith(
+        "4 comparisons right and 2 wrong"
+    )
+
+
+def test_a_long_series_is_averaged_down():
+    """1000 points in groups of 4 are 250."""
+    plot = chart("t", [Series("s", list(range(1000)), [i % 4 for i in range(1000)])], Scale())
+    assert MAX_POINTS == 300
+    assert plot.description == "t: s from 1.5 to 1.5"
+
+
+def test_folders_are_called_by_the_shortest_end_that_no_other_has(tmp_path):
+    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]
+    assert short_paths(paths) == ["a/run", "b/run", "other"]
+    assert short_paths([Path("/x")]) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["d/test.jsonl.gz#split=test", "set:hh#split=a"], ["test#split=test", "set:hh#split=a"]),
+        (["a/t.jsonl", "b/t.jsonl"], ["a/t.jsonl", "b/t.jsonl"]),
+    ],
+)
+def test_sources_lose_folder_and_ending_unless_two_would_be_called_the_same(sources, names):
+    assert list(short_sources(sources).values()) == names
+
+
+def test_a_long_text_is_cut_in_the_middle_and_says_so():
+    text = shortened("a" * 3000)
+    assert text.startswith("a" * 1200 + "\n[1400 characters left out]\n") and text.endswith(
+        "a" * 400
+    )
+    assert shortened("short") == "short"
