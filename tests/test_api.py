@@ -28,7 +28,9 @@ def rows(num, start=0):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     recipe = RECIPE | {"model.path": str(write_base(folder))}
-    return hafrm.train(recipe, data=rows(24), out=folder / "run")
+    with pytest.MonkeyPatch.context() as patch:  # as conftest sets it for each test
+        patch.setenv("HAFRM_CACHE", str(tmp_path_factory.getbasetemp() / "hafrm-cache"))
+        return hafrm.train(recipe, data=rows(24), out=folder / "run")
 
 
 def test_a_run_of_rows_in_memory_is_evaluated_and_used(run):
@@ -39,14 +41,14 @@ def test_a_run_of_rows_in_memory_is_evaluated_and_used(run):
     assert len(rm.score("Say bread.", ["bread it is", "no"])) == 2
 
 
-def test_the_run_resumes_from_its_own_recipe_with_the_same_rows(run):
-    recipe = hafrm.load_recipe(run.folder / "recipe.yaml")
+def test_the_run_resumes_with_the_same_recipe_and_rows(run):
+    recipe = RECIPE | {"model.path": str(run.folder.parent / "base")}
     again = hafrm.train(recipe, data=rows(24), out=run.folder, resume=True)
-    assert again == run
+    assert (again.folder, again.best_step) == (run.folder, run.best_step)
 
 
 def test_other_rows_are_another_recipe_and_a_wrong_key_is_named(run):
-    recipe = hafrm.load_recipe(run.folder / "recipe.yaml")
+    recipe = RECIPE | {"model.path": str(run.folder.parent / "base")}
     with pytest.raises(hafrm.CheckpointError):
         hafrm.train(recipe, data=rows(20), out=run.folder, resume=True)
     with pytest.raises(hafrm.ConfigError, match=r"model\.path"):

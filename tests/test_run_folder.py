@@ -172,7 +172,8 @@ def test_every_file_and_directory_is_synced_before_the_rename(
 
 KILLED_WHILE_SAVING = """
 import sys, pathlib
-from hafrm.run_folder import RunFolder, atomic_directory, write_manifest
+from hafrm.atomic import atomic_directory, write_manifest
+from hafrm.run_folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 with run.lock():
     print("ready", flush=True)

@@ -200,8 +200,7 @@ class TrainingSection(Section):
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How processes share the work: copies (ddp) or shards (fsdp); auto shards on GPUs, except LoRA that
-    fits whole."""
+    """How processes share the work: copies (ddp) or shards (fsdp); auto: ddp for LoRA that fits."""
 
     @property
     def token_budget(self) -> int:
@@ -226,8 +225,7 @@ class LoraSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     """Scale: the adapters' output is multiplied by alpha / rank (paper: 16)."""
     targets: Annotated[str | tuple[Text, ...], BeforeValidator(_tuple_if_list)] = "all-linear"
-    """Modules to adapt: all-linear (without experts stacked in 3-D weights), a list of name ends, or one
-    regex (paper: the MLP's proj)."""
+    """Modules to adapt: all-linear (not 3-D experts), name ends, or one regex (paper: the MLP's proj)."""
 
     @model_validator(mode="after")
     def _names_targets(self) -> "LoraSection":

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,10 +66,10 @@ def assert_same_training(one: Path, two: Path) -> None:
             assert torch.allclose(value, second[name], atol=1e-5), name
 
 
-def recipe_for(folder: Path, mode: str, lora: bool) -> Recipe:
+def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | None = None) -> Recipe:
     """Groups of 20 to 60 tokens in micro-batches of 128, so ranks hold different numbers of tokens."""
     training = {"max_tokens": 128, "eps": 1e-4, "parallel": mode}
-    sections = {"training": training, "evaluation": {"every": 0}}
+    sections = {"training": training, "evaluation": {"every": 0}, "method": method or {}}
     if lora:
         sections["lora"] = {"rank": 4, "alpha": 8.0}
     return tiny_recipe(folder, **sections)

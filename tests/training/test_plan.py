@@ -213,7 +213,7 @@ def test_an_automatic_budget_is_used_logged_and_recorded_and_changes_no_loss(
     assert f"training.max_tokens {expected}" in caplog.text
     recorded = json.loads((tmp_path / "auto/provenance.json").read_text())["sessions"][0]
     assert recorded["training.max_tokens"] == expected
-    assert "max_tokens: auto" in (tmp_path / "auto/recipe.yaml").read_text()
+    assert 'max_tokens: "auto"' in (tmp_path / "auto/recipe.yaml").read_text()
     train(fixed, tmp_path / "fixed")
     for ours, theirs in zip(
         read_json_lines(tmp_path / "auto/metrics.jsonl"),
