@@ -248,7 +248,7 @@ class _Axis:
     @classmethod
     def around(cls, cells: Iterable[Cell], reference: float | None) -> "_Axis":
         """An axis between two ticks, around all intervals and the reference."""
-        estimates = [cell for cell in cells if isinstance(cell, Estimate)]
+        estimates = [c for c in cells if isinstance(c, Estimate) and not math.isnan(c.value)]
         values = [v for e in estimates for v in (e.value, e.low, e.high)]
         values += [] if reference is None else [reference]
         finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
