@@ -8,7 +8,7 @@ per cent of the cell's width, so they fit any width without a script.
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -186,6 +186,10 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
         ]
         for row, texts in zip(table.rows, table.texts(), strict=True)
     ]
+    for row in rows:
+        # a run and its method may have one name: the first cell is enough
+        for number in [n for n, cell in enumerate(row) if cell.colour is not None][1:]:
+            row[number] = replace(row[number], colour=None)
     if isinstance(block, Strips):
         _add_strips(block, heading, rows)
     if isinstance(block, HeatMap):
