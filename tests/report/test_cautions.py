@@ -108,7 +108,7 @@ def test_over_optimisation_is_what_the_interval_since_the_peak_says():
 def test_stopped_policies_single_seeds_and_ends_of_a_search_are_named():
     standing = SimpleNamespace(name="bt", stopped=1)
     comparison = SimpleNamespace(standings=(standing,), seeds=(0, 1), models=())
-    assert "1 of 2 RLHF runs of bt" in sentences(rlhf_comparison=comparison)[0]
+    assert "bt: 1 RLHF runs were stopped" in sentences(rlhf_comparison=comparison)[0]
     tried = Tuning("haf", "all", 3e-4, ((1e-4, 0.6), (3e-4, 0.5)))
     inside = replace(tried, method="bt", tried=(*tried.tried, (1e-3, 0.7)))
     study = replace(NO_STUDY, seeds=(0,), learning_rates=(tried, inside))
