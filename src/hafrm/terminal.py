@@ -22,24 +22,6 @@ PACE_SECONDS = 30.0
 
 
 @contextmanager
-def show_count(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A counter, given (how many more, tokens run for them); silent where it is no terminal."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description} {task.completed}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda more, _: bar.update(task, advance=more)
-
-
-@contextmanager
 def show_pace() -> Iterator[Callable[[object], None]]:
     """What is given, as text: where it is no terminal, at most every PACE_SECONDS."""
     from rich.console import Console  # noqa: PLC0415

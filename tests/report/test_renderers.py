@@ -90,18 +90,19 @@ def test_markdown_has_the_same_texts_and_cannot_be_broken_out_of():
 
 def test_a_plot_is_drawn_where_a_point_is_finite_and_says_where_series_begin_and_end():
     assert chart("t", [Series("s", [1.0], [math.nan])], Scale()) is None
-    plot = chart("t", [Series("s", [1, 2, 3], [0.25, math.nan, 0.5], 1)], Scale())
+    plot = chart("t", [Series("s", [1.0, 2.0, 3.0], [0.25, math.nan, 0.5], 1)], Scale())
     assert plot.description == "t: s from 0.25 to 0.5"
     assert 'class="c1"' in plot.svg
-    assert histogram("h", [0, 1], [0], [0]) is None
-    assert histogram("h", [0, 1, 2], [3, 1], [2, 0]).description.endswith(
+    assert histogram("h", [0.0, 1.0], [0], [0]) is None
+    assert histogram("h", [0.0, 1.0, 2.0], [3, 1], [2, 0]).description.endswith(
         "4 comparisons right and 2 wrong"
     )
 
 
 def test_a_long_series_is_averaged_down():
     """1000 points in groups of 4 are 250."""
-    plot = chart("t", [Series("s", list(range(1000)), [i % 4 for i in range(1000)])], Scale())
+    x, y = [float(i) for i in range(1000)], [float(i % 4) for i in range(1000)]
+    plot = chart("t", [Series("s", x, y)], Scale())
     assert MAX_POINTS == 300
     assert plot.description == "t: s from 1.5 to 1.5"
 

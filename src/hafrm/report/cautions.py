@@ -54,8 +54,8 @@ def _stopped_by_kl(material: Material) -> Iterator[str]:
         for policy in comparison.standings if comparison is not None else ():
             if policy.stopped:
                 yield (
-                    f"{policy.stopped} of {len(folder.rlhf_comparison.seeds)} RLHF runs of {policy.name} "
-                    "were stopped early, such as for a KL that was too large."
+                    f"{policy.name}: {policy.stopped} RLHF runs were stopped early, such as for a KL that "
+                    "was too large."
                 )
 
 

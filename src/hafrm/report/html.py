@@ -8,7 +8,7 @@ per cent of the cell's width, so they fit any width without a script.
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -168,6 +168,8 @@ class _HtmlTable:
     """A table as the template writes it; rows whose first cell is "" continue the group above."""
 
     title: str
+    is_narrow: bool
+    """Whether intervals stand below their values: there are too many for one line."""
     heading: tuple[_HtmlCell, ...]
     groups: tuple[tuple[str, tuple[tuple[_HtmlCell, ...], ...]], ...]
     notes: tuple[str, ...]
@@ -175,10 +177,14 @@ class _HtmlTable:
 
 def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _HtmlTable:
     table = block if isinstance(block, Table) else block.table
-    heading = [_HtmlCell(c.name, "text" if c.kind == "text" else "number") for c in table.columns]
-    for number in range(len(heading)):
-        if any(isinstance(row[number], Estimate) for row in table.rows):
-            heading[number] = _HtmlCell(heading[number].text, "number")
+    has_intervals = [
+        any(isinstance(row[number], Estimate) for row in table.rows)
+        for number in range(len(table.columns))
+    ]
+    heading = [
+        _HtmlCell(c.name, "number" if has or c.kind != "text" else "text")
+        for c, has in zip(table.columns, has_intervals, strict=True)
+    ]
     rows = [
         [
             _cell(*cell, isinstance(block, HeatMap), colours)
@@ -186,6 +192,10 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
         ]
         for row, texts in zip(table.rows, table.texts(), strict=True)
     ]
+    for row in rows:
+        # a run and its method may have one name: the first cell is enough
+        for number in [n for n, cell in enumerate(row) if cell.colour is not None][1:]:
+            row[number] = replace(row[number], colour=None)
     if isinstance(block, Strips):
         _add_strips(block, heading, rows)
     if isinstance(block, HeatMap):
@@ -203,7 +213,10 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
         else:
             title, before = groups[-1]
             groups[-1] = (title, (*before, tuple(row[1:])))
-    return _HtmlTable(table.title, tuple(heading[is_grouped:]), tuple(groups), table.notes)
+    is_narrow = sum(has_intervals) > 3
+    return _HtmlTable(
+        table.title, is_narrow, tuple(heading[is_grouped:]), tuple(groups), table.notes
+    )
 
 
 def _cell(
@@ -216,7 +229,11 @@ def _cell(
         strength = round(min(125 * abs(cell.value - 0.5), 55))
         return _HtmlCell(value, "heat", interval, heat=strength if cell.value >= 0.5 else -strength)
     if isinstance(cell, str):
-        return _HtmlCell(_unbroken(text), "text", colour=colours.get(text))
+        # "haf, fused" is a head of the run haf
+        colour = colours.get(text.partition(", ")[0])
+        return _HtmlCell(
+            _unbroken(text), "text" if column.kind == "text" else "number", colour=colour
+        )
     return _HtmlCell(
         _unbroken(text).replace("-", MINUS), "text" if column.kind == "text" else "number"
     )
@@ -248,7 +265,7 @@ class _Axis:
     @classmethod
     def around(cls, cells: Iterable[Cell], reference: float | None) -> "_Axis":
         """An axis between two ticks, around all intervals and the reference."""
-        estimates = [cell for cell in cells if isinstance(cell, Estimate)]
+        estimates = [c for c in cells if isinstance(c, Estimate) and not math.isnan(c.value)]
         values = [v for e in estimates for v in (e.value, e.low, e.high)]
         values += [] if reference is None else [reference]
         finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]

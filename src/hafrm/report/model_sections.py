@@ -221,14 +221,14 @@ def _diagnosis_plots(run: RunFiles, material: Material) -> Iterator[Plot | None]
             series = estimates("comparisons", places, values, colour, style="dots")
             yield chart(f"{title}, {run.name}", [series], scale)
     spectra = {r.model: r.spectrum for r in diagnosis.representations}
-    series = [
+    lines = [
         _spectrum(name, spectrum, colour + number)
         for number, (name, spectrum) in enumerate(spectra.items())
     ]
     if diagnosis.base is not None:
-        series.append(_spectrum("base", diagnosis.base.spectrum, colour, style="dashed"))
+        lines.append(_spectrum("base", diagnosis.base.spectrum, colour, style="dashed"))
     scale = Scale("principal direction", x_log=2, y_log=True)
-    yield chart(f"Spectrum, {run.name}", series, scale, "fraction of variance; dashed: base")
+    yield chart(f"Spectrum, {run.name}", lines, scale, "fraction of variance; dashed: base")
 
 
 def _spectrum(name: str, spectrum: tuple[float, ...], colour: int, **options: str) -> Series:

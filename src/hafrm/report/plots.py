@@ -40,6 +40,7 @@ FAINT = (0.5, 0.5, 0.5, 0.35)
 """Grey of rules and reference lines, on light and on dark paper."""
 
 SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "hafrm",  # the same drawing has the same ids
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 11.0,
@@ -233,7 +234,7 @@ def _is_wide(shown: Sequence[Series]) -> bool:
 
 
 def _tick(value: float) -> str:
-    text = f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{round(value, 10):.4g}"
+    text = f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{round(value, 10):.6g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -268,9 +269,7 @@ def _as_class(artist: Artist, name: str) -> None:
 
 def _svg(title: str, fill: Callable[[Axes], None], height: int) -> Markup:
     """What is inside the svg element of a plot that `fill` draws."""
-    # ids of markers and clip paths are hashes with this salt: other ones in each plot, the same each time
-    salt = hashlib.sha256(title.encode("utf-8", "replace")).hexdigest()
-    with mpl.rc_context({**SETTINGS, "svg.hashsalt": salt}), warnings.catch_warnings():
+    with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that only the browser has
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
@@ -283,8 +282,11 @@ def _svg(title: str, fill: Callable[[Axes], None], height: int) -> Markup:
     drawn = file.getvalue().decode("utf-8")
     # before the figure are metadata and a style that would apply to the whole page
     inside = drawn[drawn.index('<g id="figure_1">') : drawn.rindex("</svg>")]
+    # ids of markers and clip paths occur in every plot: each plot gets a prefix of its own
+    prefix = hashlib.sha256((title + inside).encode("utf-8", "replace")).hexdigest()[:8]
     inside = re.sub(r'<g id="class:([^"]*)">', r'<g class="\1">', inside)
     inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")
+    inside = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>p{prefix}", inside)
     inside = re.sub(r"#[0-9a-f]{6}(?=[;\"])", "currentColor", inside)
     inside = re.sub(
         r"<[^>]*>", lambda tag: _LONG.sub(lambda n: f"{float(n[0]):.1f}", tag[0]), inside

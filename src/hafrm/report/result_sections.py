@@ -35,7 +35,7 @@ def study_section(material: Material) -> PageSection | None:
             blocks.append(differences)
         blocks.append(Details("Learning rates", (learning_rates,)))
     lead = (
-        "Methods trained with several seeds and tested on the same comparisons. A difference is "
+        "Methods trained on the same data and tested on the same comparisons. A difference is "
         "significant if its p-value, adjusted for the number of tests (Holm), is below 0.05."
     )
     return PageSection("comparison", "Methods", lead, tuple(blocks)) if blocks else None
@@ -71,7 +71,7 @@ def best_of_n_section(material: Material) -> PageSection | None:
         for x_name, scale in (("n", Scale("n", x_log=2)), ("KL", Scale("KL, nat"))):
             gold, own = list[Series](), list[Series]()
             for model in result.models:
-                places = [p.n if x_name == "n" else p.kl for p in model.curve]
+                places = [float(p.n) if x_name == "n" else p.kl for p in model.curve]
                 colour = material.colours[model.name]
                 gold.append(estimates(model.name, places, [p.gold for p in model.curve], colour))
                 own.append(estimates(model.name, places, [p.proxy for p in model.curve], colour))

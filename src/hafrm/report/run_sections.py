@@ -217,9 +217,9 @@ def provenance_section(material: Material) -> PageSection | None:
     """Where every number comes from: commands, commits, versions, seeds, digests, recipes."""
     is_alone = len(material.folders) == 1
     blocks: list[Block] = [
-        Details(folder.name, blocks, is_open=is_alone)
+        Details(folder.name, parts, is_open=is_alone)
         for folder in material.folders
-        if (blocks := tuple(_provenance(folder)))
+        if (parts := tuple(_provenance(folder)))
     ]
     versions = _versions(material)
     blocks += [] if versions is None else [versions]
