@@ -50,10 +50,10 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
 
     def counted(model, some, **options):
         seen.append(sum(len(group.response_ids) for group in some))
-        return run_forward(model, some, **options)
+        return score(model, some, **options)
 
-    run_forward = reference.run_forward
-    monkeypatch.setattr(reference, "run_forward", counted)
+    score = parallel.score_on_all_ranks
+    monkeypatch.setattr(parallel, "score_on_all_ranks", counted)
     ours, held_out = references_of(tiny_hybrid(), train, [Pick(2, 1)], validation, max_tokens=500)
     assert seen == [2 + 2]
     live = tiny_hybrid()(lay_out([*train, *validation])).logps
