@@ -16,9 +16,9 @@ from hafrm.cli import app, main
 from hafrm.data.readers import read
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation import evaluate
-from hafrm.evaluation.heads import find_heads
 from hafrm.scoring.fused import FusedRule, write_fused_rule
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.loading import find_heads
+from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import finish
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe, write_preferences
@@ -214,7 +214,7 @@ def test_evaluate_shows_the_fused_score_beside_both_heads(tmp_path):
         same = found if factor == 0 else found["implicit"]
         assert found["fused"]["accuracy"] == same["accuracy"]
         assert found["fused_gain"]["num"] == 12
-        assert result["fused_rule"].startswith(f"reward + {factor:.3g} [")
+        assert result["fused_rule"].startswith(f"reward + {factor:.3g} x")
         assert re.search(r"fused +\d+\.\d % \[", output)
         assert "fused score, fitted on the run's validation data: reward + " in output
 

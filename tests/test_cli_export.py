@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from export_faults import FAULTS
 from exports_for_tests import export_with_golden
 from hafrm.cli import app, main
-from hafrm.scoring import golden_check
+from hafrm.export.golden_replay import replay_directory
 from hafrm.training import extract, finish
 from hafrm.training.loop import train
 from reward_servers import openrlhf, serving
@@ -81,9 +81,7 @@ def test_verify_refuses_what_cannot_be_meant(reward, monkeypatch, capsys):
 
 def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, capsys):
     for module in (extract, finish):
-        monkeypatch.setattr(
-            module, "check_golden", lambda path: golden_check.replay(path)["differences"]
-        )
+        monkeypatch.setattr(module, "check_golden", lambda path: replay_directory(path).differences)
     train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     output = invoke("export", tmp_path / "run", "--to", tmp_path / "out", "--dtype", "bf16")
     assert "exported the reward model from model in bf16" in output

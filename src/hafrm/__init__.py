@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from hafrm.preferences import Comparison, Group, Message
     from hafrm.scoring.fused import FusedRewardModel
-    from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+    from hafrm.scoring.reward_model import PolicyModel, RewardModel
 
 _HOME = {
     "CheckpointError": "errors",
@@ -33,12 +33,12 @@ _HOME = {
     "Group": "preferences",
     "HafrmError": "errors",
     "HybridModel": "engine.model",
-    "ImplicitRewardModel": "scoring.scorer",
     "Message": "preferences",
     "ModelError": "errors",
     "NumericsError": "errors",
+    "PolicyModel": "scoring.reward_model",
     "Recipe": "config",
-    "RewardModel": "scoring.scorer",
+    "RewardModel": "scoring.reward_model",
     "load_recipe": "config",
 }
 
@@ -52,10 +52,10 @@ __all__ = [
     "Group",
     "HafrmError",
     "HybridModel",
-    "ImplicitRewardModel",
     "Message",
     "ModelError",
     "NumericsError",
+    "PolicyModel",
     "Recipe",
     "RewardModel",
     "load_recipe",

@@ -73,3 +73,11 @@ def format_cell(cell: Cell, kind: Kind = "text") -> str:
     if math.isnan(cell):
         return "n/a"
     return _WRITE[kind](cell)
+
+
+def to_markdown(table: Table) -> str:
+    """The table in Markdown, without its title; notes below."""
+    rows = [[column.name for column in table.columns], *table.texts()]
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(table.columns))
+    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])

@@ -6,7 +6,6 @@ Progress is a line that changes on a terminal, and lines in a log elsewhere. ric
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,27 +36,6 @@ def show_count(what: str) -> Iterator[Callable[[int, int], None]]:
     ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda more, _: bar.update(task, advance=more)
-
-
-@contextmanager
-def show_pace() -> Iterator[Callable[[object], None]]:
-    """What is given, as text: where it is no terminal, at most every PACE_SECONDS."""
-    from rich.console import Console  # noqa: PLC0415
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status("reading inputs, loading the model") as line:
-            yield lambda pace: line.update(str(pace))
-        return
-    last = time.monotonic()
-
-    def tell(pace: object) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PACE_SECONDS:
-            last = time.monotonic()
-            log.info("%s", pace)
-
-    yield tell
 
 
 def show_tables(renderables: Iterable["RenderableType"]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from exports_for_tests import export_both
 from hafrm.scoring.forward import run_forward
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from models_for_tests import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda
@@ -34,7 +34,7 @@ def test_rewards_and_log_probs_equal_those_of_a_cpu_in_float32(
     family, dtype, tolerance, device, tmp_path
 ):
     export_both(tmp_path, family)
-    for kind, name in ((RewardModel, "reward"), (ImplicitRewardModel, "policy")):
+    for kind, name in ((RewardModel, "reward"), (PolicyModel, "policy")):
         cpu = kind.from_pretrained(tmp_path / name, dtype=torch.float32, device="cpu")
         ours = kind.from_pretrained(tmp_path / name, dtype=dtype, device=device)
         assert_near(ours.score(PROMPT, RESPONSES), cpu.score(PROMPT, RESPONSES), tolerance)

@@ -17,6 +17,7 @@ from hafrm.config import load_recipe
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.calibration import margin_histogram, temperature
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
+from hafrm.diagnostics.hidden_states import last_states, some_responses
 from hafrm.diagnostics.label_noise import cut_text, label_noise, prompt_text, worst_errors
 from hafrm.diagnostics.own_policy import (
     Continuation,
@@ -33,19 +34,22 @@ from hafrm.evaluation.comparisons import Comparisons, Data, read_comparisons
 from hafrm.evaluation.heads import (
     IMPLICIT,
     REWARD,
-    Heads,
     LoadOptions,
-    count_responses,
-    find_heads,
     load_scorer,
     scorer_names,
 )
 from hafrm.evaluation.metrics import agreement, calibration, pairwise_accuracy
 from hafrm.preferences import Group, TokenizedGroup, prompt_key
-from hafrm.progress import OnProgress, no_progress
-from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder, load_policy
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
-from hafrm.scoring.states import last_states, some_responses
+from hafrm.progress import OnProgress, no_progress, over_passes
+from hafrm.scoring.loading import (
+    Heads,
+    find_heads,
+    load_causal_lm,
+    load_config,
+    load_encoder,
+    load_policy,
+)
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
@@ -105,7 +109,7 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
         find_policies(models, base)
     comparisons = _read(data, max_bad_fraction)
     num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * (len(models) + 1))
+    done = over_passes(on_progress, num * (len(models) + 1))
     options = LoadOptions(max_length=max_length, dtype=dtype, device=device)
     own_options = LoadOptions(reference, max_length, dtype, device)
 
@@ -116,8 +120,8 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
         scorer = load_scorer(heads, head, how)
         tokenized, _ = scorer.encoder.encode(comparisons.groups)
         margins = comparisons.margins(scorer.score_encoded(tokenized, done))
-        assert isinstance(scorer, RewardModel | ImplicitRewardModel)
-        network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
+        assert isinstance(scorer, RewardModel | PolicyModel)
+        network = scorer.model
         return ScoredModel(name, head, margins, _states(network, tokenized)), tokenized
 
     own, tokenized = score(str(model), own_options)
@@ -286,7 +290,13 @@ def prefer_own_policy(
     prompts = _draw_prompts(
         groups, num, next(iter(writers.values())), limit - sampling.max_new_tokens
     )
-    done = count_responses(on_progress, len(prompts) * len(writers))
+    num_written = 0
+
+    def done(more: int, _: int) -> None:
+        nonlocal num_written
+        num_written += more
+        on_progress(num_written, len(prompts) * len(writers))
+
     written = {name: writer.write(prompts, sampling, done) for name, writer in writers.items()}
     texts = {name: writers[name].texts(some) for name, some in written.items()}
     lengths = {n: np.array([len(text.ids) for text in some]) for n, some in written.items()}

@@ -5,7 +5,7 @@ its own: the reward, the implicit reward of the policy, and their fused score. O
 time, and no model is changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import (
     Comparisons,
     Data,
@@ -24,29 +24,18 @@ from hafrm.evaluation.comparisons import (
 from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, measure
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.preferences import TokenizedGroup
-from hafrm.progress import OnProgress, no_progress
+from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.fused import (
     FusedRewardModel,
-    find_fused,
     fused_scores,
     per_token,
     read_fused_rule,
 )
-from hafrm.scoring.loading import Placement, is_reward_directory
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
+from hafrm.scoring.loading import Heads, Placement, find_heads
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
 from hafrm.statistics import paired_bootstrap
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The directories that a model path refers to."""
-
-    reward: Path | None
-    policy: Path | None
-    fused: Path | None = None
-    """The folder with both heads and the rule of their fused score."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +54,6 @@ class LoadOptions:
         return Placement(self.dtype, self.device).options(self.max_length)
 
 
-def find_heads(path: str | Path, policy: str | Path | None = None) -> Heads:
-    """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
-
-    `policy` takes the place of the policy that is there. Raises ModelError if there is no model.
-    """
-    root = Path(path)
-    heads = None
-    for folder in (root / "model", root):
-        reward, own = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
-        if reward or own:
-            heads = Heads(reward, own, find_fused(folder) if reward and own else None)
-            break
-    if heads is None:
-        if root.is_dir() and not (root / "config.json").is_file():
-            raise ModelError(
-                f"{path} holds no model: neither model/reward nor model/policy nor a config.json; a "
-                "run that has not finished has none yet"
-            )
-        heads = Heads(root, None) if is_reward_directory(path) else Heads(None, root)
-    return heads if policy is None else Heads(heads.reward, Path(policy))
-
-
 def load_scorer(heads: Heads, name: str, options: LoadOptions) -> Scorer:
     """The head called REWARD, IMPLICIT or FUSED, which the model has."""
     arguments = options.arguments()
@@ -96,7 +63,7 @@ def load_scorer(heads: Heads, name: str, options: LoadOptions) -> Scorer:
     arguments["reference"] = options.reference
     if name == IMPLICIT:
         assert heads.policy is not None
-        return ImplicitRewardModel.from_pretrained(heads.policy, **arguments)
+        return PolicyModel.from_pretrained(heads.policy, **arguments)
     assert heads.fused is not None
     return FusedRewardModel.from_pretrained(heads.fused, **arguments)
 
@@ -111,18 +78,6 @@ def load_main_head(path: str | Path, options: LoadOptions) -> Scorer:
     """The reward of the model at `path`; of a policy alone, its implicit reward."""
     heads = find_heads(path)
     return load_scorer(heads, scorer_names(heads)[0], options)
-
-
-def count_responses(on_progress: OnProgress, total: int) -> Callable[[int, int], None]:
-    """`on_progress` as the callback that scorers take: called with (more responses, tokens)."""
-    done = 0
-
-    def add(responses: int, _: int) -> None:
-        nonlocal done
-        done += responses
-        on_progress(done, total)
-
-    return add
 
 
 def evaluate(  # noqa: PLR0913 - every way to say what is measured
@@ -184,14 +139,14 @@ def _score_all_heads(
     result, share = _Scores(), None
     names = [name for name in scorer_names(heads) if name != FUSED]
     num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * len(names))
+    done = over_passes(on_progress, num * len(names))
     for name in names:
         scorer = load_scorer(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
         result.by_head[name] = scorer.score_encoded(tokenized, done)
         if name == names[0]:
             result.report = report
-        if isinstance(scorer, ImplicitRewardModel) and heads.fused is not None:
+        if isinstance(scorer, PolicyModel) and heads.fused is not None:
             share = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
         del scorer  # before the next one is loaded
     if heads.fused is not None and share is not None:
@@ -250,7 +205,7 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
     _, comparisons = read_comparisons(data, max_bad_fraction)
     sets = comparisons.sets()
     num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * (len(first) + len(second)))
+    done = over_passes(on_progress, num * (len(first) + len(second)))
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
         scorer = load_main_head(

@@ -26,7 +26,7 @@ from hafrm.process_pool import ProcessPool
 from hafrm.results import write_result
 from hafrm.resumable import ResumableFolder
 from hafrm.scoring.fused import fit_fused, fused_scores, per_token
-from hafrm.scoring.scorer import ImplicitRule
+from hafrm.scoring.reward_model import ImplicitRule
 from hafrm.statistics import Estimate, accuracy_interval, in_words, over_seeds
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import Outcome, StudyBenchmark, StudyResult, Tuning, summarise
