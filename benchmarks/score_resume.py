@@ -92,7 +92,7 @@ class Job:
     out: Path
 
     def start(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([*self.command, str(self.out)], start_new_session=True)
+        return subprocess.Popen([*self.command, "--out", str(self.out)], start_new_session=True)
 
     def finished(self) -> dict[str, tuple[int, float]]:
         """Inode and time of the finished shards' files; a file that is written again has another."""

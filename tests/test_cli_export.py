@@ -83,12 +83,12 @@ def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, 
     for module in (extract, finish):
         monkeypatch.setattr(module, "check_golden", lambda path: replay_directory(path).differences)
     train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
-    output = invoke("export", tmp_path / "run", "--to", tmp_path / "out", "--dtype", "bf16")
+    output = invoke("export", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "bf16")
     assert "exported the reward model from model in bf16" in output
     assert "plain transformers gives the same" in output
     assert "rewards are within" in output
     assert "clauses hold" in invoke("verify", tmp_path / "out")
-    error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--to", tmp_path / "out")
+    error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--out", tmp_path / "out")
     assert "exists already" in error
-    given = ("export", tmp_path / "run", "--to", tmp_path / "p", "--policy")
+    given = ("export", tmp_path / "run", "--out", tmp_path / "p", "--policy")
     assert "trains no policy head" in refused(monkeypatch, capsys, *given)

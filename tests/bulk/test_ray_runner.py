@@ -55,7 +55,7 @@ def test_an_actor_gives_a_table_the_scores_of_hafrm_score(model, expected):
 
 
 def test_nonsense_and_a_directory_without_a_head_are_refused(model):
-    with pytest.raises(ConfigError, match="one of float32"):
+    with pytest.raises(ConfigError, match="one of auto, float32"):
         score_dataset(None, str(model), dtype="int8")
     with pytest.raises(ConfigError, match="1 or more"):
         score_dataset(None, str(model), actors=0)

@@ -1,14 +1,13 @@
 """`score_files`: rows with a prompt and response(s) in, the same rows with scores out, order kept.
 
-    OUT/<shard>                          scored rows, complete or absent
-    OUT/_score/part-I-of-N/manifest.json what the scores depend on; one folder for each --shard I/N
-    OUT/_score/part-I-of-N/shards.jsonl  finished shards; one that is not listed is scored again
-    OUT/_score/part-I-of-N/bad_rows.jsonl   rows without a score: source, row, reason, detail
+    OUT/<shard>                            scored rows, complete or absent
+    OUT/_score/part-I-of-N/manifest.json   what the scores depend on; one folder for each --shard I/N
+    OUT/_score/part-I-of-N/shards.jsonl    finished shards; one that is not listed is scored again
+    OUT/_score/part-I-of-N/bad_rows.jsonl  rows without a score: source, row, reason, detail
 
-A job that was killed resumes after its last finished shard when the same command runs again. Several
-machines may write into one folder, each its own part. Readers of data folders (Spark, pyarrow) ignore names
-that begin with an underscore. One output file is the same job, with its shards in `<file>.parts/` until
-they are joined.
+The same command resumes a job after its last finished shard. Several machines may write into one folder,
+each its own part. Readers of data folders (Spark, pyarrow) ignore names with a leading underscore. One
+output file is the same job, with its shards in `<file>.parts/` until they are joined.
 """
 
 import hashlib
@@ -24,7 +23,6 @@ from typing import Any, Literal
 import torch
 
 from hafrm.atomic import (
-    HASHED_BYTES,
     atomic_file,
     atomic_write,
     clear_leftovers,
@@ -38,22 +36,23 @@ from hafrm.bulk.shards import (
     Rows,
     Shard,
     ShardReader,
+    ShardRecord,
+    check_not_inputs,
     cut_into_shards,
     file_suffix,
     identify,
+    is_one_file,
 )
-from hafrm.data.files import is_known_kind
 from hafrm.data.readers import BadRow
-from hafrm.data.sources import parse_source
 from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
 from hafrm.engine.selfcheck import self_check
-from hafrm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from hafrm.errors import CheckpointError, ConfigError, NumericsError
 from hafrm.preferences import TokenizedGroup
 from hafrm.process_pool import ProcessPool, default_num_processes
 from hafrm.progress import OnProgress, no_progress
 from hafrm.provenance import describe_process
-from hafrm.results import to_plain, write_result
+from hafrm.results import from_plain, to_plain, write_result
 from hafrm.resumable import RecordFile, ResumableFolder, write_errors
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
@@ -101,34 +100,6 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class ShardRecord:
-    """The result of a finished shard, and what identifies its file."""
-
-    id: str
-    """The shard's file name."""
-    num_rows: int
-    num_responses: int
-    num_bad: int
-    """Rows without a score."""
-    num_cut: int
-    """Prompts and responses that were cut to fit."""
-    num_tokens: int
-    """Tokens of prompts and responses; the prompt of a row counts once."""
-    seconds: float
-    size: int
-    """Of the output file, in bytes."""
-    digest: str
-    process: dict[str, Any]
-    """Versions, device and threads."""
-
-    def matches(self, file: Path) -> bool:
-        """Whether a file is the one that was written; large ones are compared by size only."""
-        if not file.is_file() or file.stat().st_size != self.size:
-            return False
-        return self.size > HASHED_BYTES or fingerprint(file) == self.digest
-
-
-@dataclass(frozen=True)
 class BulkResult:
     """The rows of a job, or of one part of a job array."""
 
@@ -165,11 +136,13 @@ def score_files(
     dtype = str(choose_dtype(model, options.dtype, options.device)).removeprefix("torch.")
     options = replace(options, dtype=dtype)  # a later call or another part must use the same
     inputs = identify(sources)
-    to_file = _is_file(out, inputs, options)
+    to_file = is_one_file(out, inputs)
+    if to_file and options.part != (0, 1):
+        raise ConfigError(f"--shard needs a folder for the shards of all its jobs, got {out}")
     shards = cut_into_shards(
         inputs, options.rows_per_shard, file_suffix(out.name) if to_file else None
     )
-    _check_not_inputs(inputs, [out] if to_file else [out / shard.file for shard in shards])
+    check_not_inputs(inputs, [out] if to_file else [out / shard.file for shard in shards])
     cache_key = _cache_key(model, inputs, options)
     if to_file and (before := _finished_file(out, cache_key)) is not None:
         return before
@@ -242,8 +215,8 @@ def _finished_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, ShardRe
     for file in sorted((folder / RECORDS).glob(f"part-*/{SHARDS}")):
         for line in read_json_lines(file):
             try:
-                record = ShardRecord(**line)
-            except TypeError as error:
+                record = from_plain(ShardRecord, line)
+            except ValueError as error:
                 raise CheckpointError(f"{file} is damaged: {error}; give another output") from error
             if record.id in names and record.matches(folder / record.id):
                 finished[record.id] = record
@@ -356,13 +329,12 @@ def _finished_file(out: Path, cache_key: Mapping[str, Any]) -> BulkResult | None
         content = json.loads(manifest.read_bytes())
         if content["cache_key"] != to_plain(cache_key) or content["digest"] != fingerprint(out):
             return None
-        result = BulkResult(**content["result"])
+        result = from_plain(BulkResult, content["result"])
     except (ValueError, KeyError, TypeError):
         return None  # not our file: it is written again
     if (parts := out.with_name(f"{out.name}.parts")).exists():
         remove_directory(parts)  # a kill came before their removal
-    bad_rows = None if result.bad_rows is None else Path(result.bad_rows)
-    return replace(result, num_resumed=content["num_shards"], bad_rows=bad_rows)
+    return replace(result, num_resumed=content["num_shards"])
 
 
 def _join(
@@ -402,28 +374,6 @@ def _join(
         write_result(manifest, content)
         remove_directory(folder)
     return result
-
-
-def _is_file(out: Path, inputs: Sequence[Input], options: BulkOptions) -> bool:
-    """Whether `out` names one file, by its ending; raises DataError for a file that cannot be written."""
-    if out.is_dir() or not (is_known_kind(out) or out.is_file()):
-        return False
-    file_suffix(out.name)
-    if len(inputs) > 1:
-        raise DataError(f"{len(inputs)} inputs cannot all become {out}; give a folder")
-    if options.part != (0, 1):
-        raise ConfigError(f"--shard needs a folder for the shards of all its jobs, got {out}")
-    return True
-
-
-def _check_not_inputs(inputs: Sequence[Input], outputs: Sequence[Path]) -> None:
-    """Raises DataError when an output would replace an input."""
-    places = {Path(parse_source(item.source).location).resolve() for item in inputs}
-    for output in outputs:
-        if output.resolve() in places:
-            raise DataError(
-                f"{output} is an input too, and is not overwritten; give another output"
-            )
 
 
 def _check_is_ours(folder: Path) -> None:

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hafrm.atomic import fingerprint
+from hafrm.atomic import HASHED_BYTES, fingerprint
 from hafrm.data.files import is_known_kind
 from hafrm.data.sources import Source, iter_rows, parse_source
 from hafrm.errors import ConfigError, DataError
@@ -64,6 +64,34 @@ class Shard:
     def num_rows(self) -> int:
         """Rows in it."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The result of a finished shard, and what identifies its file."""
+
+    id: str
+    """The shard's file name."""
+    num_rows: int
+    num_responses: int
+    num_bad: int
+    """Rows without a score."""
+    num_cut: int
+    """Prompts and responses that were cut to fit."""
+    num_tokens: int
+    """Tokens of prompts and responses; the prompt of a row counts once."""
+    seconds: float
+    size: int
+    """Of the output file, in bytes."""
+    digest: str
+    process: dict[str, Any]
+    """Versions, device and threads."""
+
+    def matches(self, file: Path) -> bool:
+        """Whether a file is the one that was written; large ones are compared by size only."""
+        if not file.is_file() or file.stat().st_size != self.size:
+            return False
+        return self.size > HASHED_BYTES or fingerprint(file) == self.digest
 
 
 @dataclass(frozen=True)
@@ -186,6 +214,26 @@ def cut_into_shards(
     if number > 1:
         raise DataError(f"two outputs would be called {name}; rename one of the inputs")
     return tuple(shards)
+
+
+def is_one_file(out: Path, inputs: Sequence[Input]) -> bool:
+    """Whether `out` names one file, by its ending; raises DataError for a file that cannot be written."""
+    if out.is_dir() or not (is_known_kind(out) or out.is_file()):
+        return False
+    file_suffix(out.name)
+    if len(inputs) > 1:
+        raise DataError(f"{len(inputs)} inputs cannot all become {out}; give a folder")
+    return True
+
+
+def check_not_inputs(inputs: Sequence[Input], outputs: Sequence[Path]) -> None:
+    """Raises DataError when an output would replace an input."""
+    places = {Path(parse_source(item.source).location).resolve() for item in inputs}
+    for output in outputs:
+        if output.resolve() in places:
+            raise DataError(
+                f"{output} is an input too, and is not overwritten; give another output"
+            )
 
 
 class ShardReader:

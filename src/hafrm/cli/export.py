@@ -12,7 +12,7 @@ from hafrm.cli.entry import app
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
     *,
-    to: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
     policy: Annotated[
         bool, typer.Option("--policy", help="The policy (a causal LM) instead of the reward model.")
     ] = False,
@@ -34,9 +34,9 @@ def export(
     from hafrm.training.extract import ExportOptions, export_from_run  # noqa: PLC0415
 
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
-    done = export_from_run(run, to, options)
+    done = export_from_run(run, out, options)
     lora = {None: "", True: ", LoRA merged", False: ", as an adapter"}[done.merged]
-    typer.echo(f"exported the {done.head} model from {done.source} in {done.dtype}{lora}: {to}")
+    typer.echo(f"exported the {done.head} model from {done.source} in {done.dtype}{lora}: {out}")
     what = "golden scores" if done.head == "reward" else "log-probs"
     typer.echo(
         f"plain transformers gives the same {done.num_golden} {what} (largest difference "

@@ -20,19 +20,19 @@ def score(  # noqa: PLR0913 - the verb and its options
             "of them, file#split=test, hub:name:split."
         ),
     ],
+    *,
     out: Annotated[
         Path,
-        typer.Argument(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
+        typer.Option(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
     ],
-    *,
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows that a kill can cost; more become several shards.")
+        int, typer.Option(help="Rows of a shard, the most that a kill can cost.")
     ] = ROWS_PER_SHARD,
     processes: Annotated[
         int | None, typer.Option(help="On this machine (default: one for each GPU, or one).")
     ] = None,
     shard: Annotated[
-        str, typer.Option(help="Of a job array: score only part i of n, i from 0 to n - 1.")
+        str, typer.Option(help="i/n: score only part i of n, from 0 to n - 1, in a job array.")
     ] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,

@@ -50,7 +50,7 @@ def train(
                 tested = evaluate(folder, loaded.data.test, on_progress=on_progress)
             show_result(tested, folder / "test.json")
             write_cards(folder)
-        typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
+        typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN --out OUT")
     finally:
         parallel.stop()
 
