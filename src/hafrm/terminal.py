@@ -4,7 +4,6 @@ Progress is a line that changes on a terminal, and lines in a log elsewhere. ric
 """
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-log = logging.getLogger("hafrm")
-
-PACE_SECONDS = 30.0
-"""Between two lines of progress where there is no terminal."""
 
 
 @contextmanager

@@ -244,6 +244,25 @@ def test_the_parts_of_a_job_array_are_together_the_whole(model, tmp_path):
     assert outputs(tmp_path / "parts") == outputs(tmp_path / "whole")
 
 
+def test_all_parts_of_a_job_have_the_same_settings(model, tmp_path):
+    """Part 1 is another folder than part 0, but their shards lie side by side."""
+    source = write(tmp_path / "a.jsonl", range(17))
+    score_files(model, [source], tmp_path / "out", BulkOptions(5, part=(0, 2)))
+    with pytest.raises(CheckpointError, match=r"different: max_length"):
+        score_files(model, [source], tmp_path / "out", BulkOptions(5, max_length=64, part=(1, 2)))
+    # another division of the same job finds the finished shards
+    assert score_files(model, [source], tmp_path / "out", SMALL).num_resumed == 2
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(model, tmp_path):
+    source = write(tmp_path / "a.jsonl", range(3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"not empty \(mine.txt\)"):
+        score_files(model, [source], tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
 def test_too_long_rows_are_refused_or_cut_as_asked_and_counted(model, tmp_path):
     long, short = "word " * 300, {"prompt": "Say sun.", "response": "sun"}
     rows = [{"prompt": long, "response": "x"}, short, {"prompt": "a", "responses": ["x", long]}]

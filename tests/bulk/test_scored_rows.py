@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hafrm.bulk.scored_rows import join, render
+from hafrm.bulk.scored_rows import join_files, render_shard
 from hafrm.bulk.shards import Shard, ShardReader
 from hafrm.data.values import Refusal
 from hafrm.errors import DataError
@@ -79,12 +79,12 @@ def test_a_source_that_lost_rows_since_the_plan_is_refused(jsonl, parquet):
 
 def test_json_rows_keep_their_columns_and_bad_ones_their_place(jsonl):
     ((_, rows),) = read_shards(shards_of(jsonl, [(0, 3)]))
-    out = lines(render(rows, [(1.5,), BAD, (0.25,)], ".jsonl"))
+    out = lines(render_shard(rows, [(1.5,), BAD, (0.25,)], ".jsonl"))
     assert out[0] == {"prompt": "a", "response": "é0", "id": 0, "reward": 1.5}
     assert out[1]["reward"] is None
     assert out[1]["error"] == "empty response: `response` is ' '"
     assert [row["id"] for row in out] == [0, 1, 2]
-    packed = render(rows, [(1.5,), BAD, (0.25,)], ".jsonl.gz")
+    packed = render_shard(rows, [(1.5,), BAD, (0.25,)], ".jsonl.gz")
     assert lines(gzip.decompress(packed)) == out
 
 
@@ -111,13 +111,13 @@ def test_json_rows_keep_their_columns_and_bad_ones_their_place(jsonl):
 def test_the_shape_of_a_row_decides_its_columns(tmp_path, row, scores, added):
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     ((_, rows),) = read_shards(shards_of(tmp_path / "x.jsonl", [(0, 1)]))
-    assert lines(render(rows, [scores], ".jsonl")) == [row | added]
+    assert lines(render_shard(rows, [scores], ".jsonl")) == [row | added]
 
 
 def test_text_that_no_utf8_file_can_hold_stays_readable_json(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}\nnot json\n')
     ((_, rows),) = read_shards(shards_of(tmp_path / "x.jsonl", [(0, 2)]))
-    out = lines(render(rows, [BAD, rows.values[1]], ".jsonl"))
+    out = lines(render_shard(rows, [BAD, rows.values[1]], ".jsonl"))
     assert out[0]["response"] == "\ud800"
     assert out[1]["reward"] is None
     assert "not JSON" in out[1]["error"]
@@ -127,7 +127,7 @@ def test_parquet_keeps_its_types_and_gets_columns_that_all_its_shards_share(parq
     parts = list(read_shards(shards_of(parquet, [(0, 4), (4, 8)])))
     tables = []
     for (_, rows), scores in zip(parts, ([(0.1,)] * 4, [BAD] * 4), strict=True):
-        tables.append(pq.read_table(io.BytesIO(render(rows, scores, ".parquet"))))
+        tables.append(pq.read_table(io.BytesIO(render_shard(rows, scores, ".parquet"))))
     before = pq.read_table(parquet)
     both = pa.concat_tables(tables)  # raises where schemas differ
     assert both.select(before.column_names).equals(before)
@@ -148,14 +148,14 @@ def test_parquet_with_lists_and_pairs_gets_both_kinds_of_columns(tmp_path):
     )
     pq.write_table(table, tmp_path / "x.parquet")
     ((_, rows),) = read_shards(shards_of(tmp_path / "x.parquet", [(0, 2)]))
-    out = pq.read_table(io.BytesIO(render(rows, [(1.0, 2.0), (3.0, 4.0)], ".parquet")))
+    out = pq.read_table(io.BytesIO(render_shard(rows, [(1.0, 2.0), (3.0, 4.0)], ".parquet")))
     assert out.column("rewards").to_pylist() == [[1.0, 2.0], None]
     assert out.column("chosen_reward").to_pylist() == [None, 3.0]
 
 
 def test_parquet_read_as_json_lines_writes_what_json_has_no_word_for_as_text(parquet):
     ((_, rows),) = read_shards(shards_of(parquet, [(0, 1)]))
-    (row,) = lines(render(rows, [(1.0,)], ".jsonl"))
+    (row,) = lines(render_shard(rows, [(1.0,)], ".jsonl"))
     assert datetime.fromisoformat(row["when"]).year == 1970
     assert row["reward"] == 1.0
 
@@ -165,11 +165,11 @@ def test_joined_parts_are_one_file_with_all_rows_in_order(parquet, tmp_path, suf
     parts = []
     for shard, rows in read_shards(shards_of(parquet, [(0, 3), (3, 8)])):
         part = tmp_path / f"{shard.start}{suffix}"
-        part.write_bytes(render(rows, [(0.5,)] * len(rows.values), suffix))
+        part.write_bytes(render_shard(rows, [(0.5,)] * len(rows.values), suffix))
         parts.append(part)
     out = tmp_path / f"joined{suffix}"
     with out.open("wb") as file:
-        join(parts, file, suffix)
+        join_files(parts, file, suffix)
     if suffix == ".parquet":
         found = pq.read_table(out).to_pylist()
     else:

@@ -29,14 +29,14 @@ from hafrm.atomic import (
     fingerprint,
     remove_directory,
 )
-from hafrm.bulk.scored_rows import EncodedRows, encode_rows, join, render, score_rows
+from hafrm.bulk.scored_rows import EncodedRows, encode_rows, join_files, render_shard, score_rows
 from hafrm.bulk.shards import (
     ROWS_PER_SHARD,
     Input,
-    Rows,
     Shard,
     ShardReader,
     ShardRecord,
+    ShardRows,
     check_not_inputs,
     cut_into_shards,
     file_suffix,
@@ -249,7 +249,7 @@ class _ShardScorer:
         self.is_checked = False
         self._reader = ShardReader()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._prepared: dict[Shard, Future[tuple[Rows, EncodedRows]]] = {}
+        self._prepared: dict[Shard, Future[tuple[ShardRows, EncodedRows]]] = {}
 
     def __call__(self, task: tuple[Shard, Shard | None]) -> tuple[ShardRecord, list[BadRow]]:
         """The shard's record and bad rows.
@@ -273,7 +273,7 @@ class _ShardScorer:
                 self.on_rows(len(rows.values) * done // total)
 
         scores = score_rows(self.model, encoded, on_progress)
-        content = render(rows, scores, file_suffix(shard.file))
+        content = render_shard(rows, scores, file_suffix(shard.file))
         bad = [
             BadRow(shard.source, number, row_scores.reason, row_scores.detail)
             for number, row_scores in zip(rows.numbers, scores, strict=True)
@@ -296,7 +296,7 @@ class _ShardScorer:
         )
         return record, bad
 
-    def _prepare(self, shard: Shard) -> tuple[Rows, EncodedRows]:
+    def _prepare(self, shard: Shard) -> tuple[ShardRows, EncodedRows]:
         rows = self._reader.read(shard)
         return rows, encode_rows(self.model.encoder, rows.values, rows.numbers)
 
@@ -352,7 +352,7 @@ def _join(
     clear_leftovers(out.parent, {out.name, manifest.name, bad_rows.name})
     with write_errors(out):
         with atomic_file(out) as file:
-            join([folder / shard.file for shard in shards], file, file_suffix(out.name))
+            join_files([folder / shard.file for shard in shards], file, file_suffix(out.name))
         listed = [
             row for f in folder.glob(f"{RECORDS}/part-*/{BAD_ROWS}") for row in read_json_lines(f)
         ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from hafrm.bulk.shards import PACKED_JSONL, PARQUET, Rows
+from hafrm.bulk.shards import PACKED_JSONL, PARQUET, ShardRows
 from hafrm.data.encoding import Encoder
 from hafrm.data.rows import parse_row
 from hafrm.data.values import Refusal
@@ -124,7 +124,7 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, ...]:
     return LIST if several else SINGLE
 
 
-def render(rows: Rows, scores: Sequence[RowScores], suffix: str) -> bytes:
+def render_shard(rows: ShardRows, scores: Sequence[RowScores], suffix: str) -> bytes:
     """The shard's output file: every row with its scores, or with null and an `error`."""
     if suffix == PARQUET:
         return _render_table(rows, scores)
@@ -132,7 +132,7 @@ def render(rows: Rows, scores: Sequence[RowScores], suffix: str) -> bytes:
     return gzip.compress(lines, mtime=0) if suffix == PACKED_JSONL else lines
 
 
-def join(parts: Sequence[Path], out: BinaryIO, suffix: str) -> None:
+def join_files(parts: Sequence[Path], out: BinaryIO, suffix: str) -> None:
     """Write all parts to `out`, one after another; one of them is in memory at a time."""
     if suffix == PARQUET:
         _join_tables(parts, out)
@@ -182,7 +182,7 @@ def add_scores(
     return table
 
 
-def _render_table(rows: Rows, scores: Sequence[RowScores]) -> bytes:
+def _render_table(rows: ShardRows, scores: Sequence[RowScores]) -> bytes:
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 

@@ -95,7 +95,7 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShardRows:
     """The rows of a shard, as read."""
 
     numbers: Sequence[int]
@@ -246,7 +246,7 @@ class ShardReader:
         self._batches: Iterator[Any] = iter(())
         self._schema: Any = None
 
-    def read(self, shard: Shard) -> Rows:
+    def read(self, shard: Shard) -> ShardRows:
         """The shard's rows; raises DataError for a source that is damaged or has fewer rows."""
         source = parse_source(shard.source)
         if shard.source != self._source or shard.start < self._at:
@@ -258,12 +258,12 @@ class ShardReader:
             raise DataError(f"{shard.source} has fewer rows than when this job began")
         return rows
 
-    def _read_rows(self, shard: Shard) -> Rows:
+    def _read_rows(self, shard: Shard) -> ShardRows:
         block = list(islice(self._rows, shard.start - self._at, shard.stop - self._at))
         self._at = shard.stop
-        return Rows([number for number, _ in block], [row for _, row in block])
+        return ShardRows([number for number, _ in block], [row for _, row in block])
 
-    def _read_table(self, shard: Shard, source: Source) -> Rows:
+    def _read_table(self, shard: Shard, source: Source) -> ShardRows:
         import pyarrow as pa  # noqa: PLC0415
         import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -284,7 +284,7 @@ class ShardReader:
             table = pa.Table.from_batches(parts, schema=self._schema)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{shard.source} cannot be read as Parquet: {error}") from error
-        return Rows(range(shard.start, shard.stop), table.to_pylist(), table)
+        return ShardRows(range(shard.start, shard.stop), table.to_pylist(), table)
 
 
 def _batches_from(file: Any, start: int) -> tuple[int, Iterator[Any]]:

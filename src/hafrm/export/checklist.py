@@ -15,8 +15,8 @@ from hafrm.export.golden import GOLDEN, read_golden
 from hafrm.export.plain_model import TOLERANCE, Finding, PlainModel
 from hafrm.table import Column, Table
 
-Outcome = Literal["pass", "fail", "not applicable"]
-_MARKS: dict[Outcome, str] = {"pass": "pass", "fail": "FAIL", "not applicable": "-"}
+ClauseOutcome = Literal["pass", "fail", "not applicable"]
+_MARKS: dict[ClauseOutcome, str] = {"pass": "pass", "fail": "FAIL", "not applicable": "-"}
 _WAITS = "not checked before this holds: "
 
 
@@ -37,7 +37,7 @@ class ClauseResult:
     """The outcome of one clause."""
 
     name: str
-    outcome: Outcome
+    outcome: ClauseOutcome
     observed: str
     fix: str
     """Empty unless the clause failed."""
@@ -191,7 +191,7 @@ CLAUSES = (
     ),
     Clause(
         "finite scores",
-        clauses_on_scores.finite,
+        clauses_on_scores.finite_scores,
         "look for weights that are not finite; if the dtype is float16, export bf16 or fp32 instead",
         needs=("no fresh weights", "chat template", "ids have embeddings"),
     ),
@@ -274,7 +274,7 @@ def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
                 finding = clause.check(plain)
             except ModelError as error:
                 finding = Finding(False, str(error))
-        outcomes: dict[bool | None, Outcome] = {
+        outcomes: dict[bool | None, ClauseOutcome] = {
             None: "not applicable",
             True: "pass",
             False: "fail",

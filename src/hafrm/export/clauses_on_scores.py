@@ -7,7 +7,7 @@ from hafrm.export.plain_model import Finding, PlainModel, largest_difference
 _BATCH = 8
 
 
-def finite(plain: PlainModel) -> Finding:
+def finite_scores(plain: PlainModel) -> Finding:
     """Every reward is a number; float16 overflows where float32 did not (reward-bench runs float16)."""
     rewards = plain.alone
     bad = int((~torch.isfinite(rewards)).sum())

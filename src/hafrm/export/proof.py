@@ -17,14 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hafrm.atomic import atomic_write
 from hafrm.engine.memory import give_back
 from hafrm.errors import HafrmError, NumericsError, VerificationError
 from hafrm.export.golden import GOLDEN
-from hafrm.export.plain_model import TOLERANCE, proof_bytes
+from hafrm.export.plain_model import TOLERANCE, PlainModel, proof_bytes
 from hafrm.preferences import Group, Message
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.scoring.loading import load_encoder, load_policy
@@ -63,7 +62,8 @@ def proof_device(directory: Path) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     give_back()
-    needed, free = proof_bytes(_num_weights(directory)), torch.cuda.mem_get_info()[0]
+    shapes = [tensor.shape for tensor in PlainModel(directory).weights.values()]
+    needed, free = proof_bytes(sum(map(math.prod, shapes))), torch.cuda.mem_get_info()[0]
     if needed <= free:
         return torch.device("cuda")
     log.info(
@@ -72,14 +72,6 @@ def proof_device(directory: Path) -> torch.device:
         free / 2**30,
     )
     return torch.device("cpu")
-
-
-def _num_weights(directory: Path) -> int:
-    total = 0
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(n).get_shape()) for n in tensors.keys())  # noqa: SIM118
-    return total
 
 
 def num_threads() -> int:

@@ -174,22 +174,22 @@ def _check_range(state: Mapping[str, Tensor]) -> None:
 
 def write_for_older_readers(directory: Path) -> None:
     """Add version 4's keys to config.json and tokenizer_config.json of an exported directory."""
-    for name, amended in (("config.json", old_config), ("tokenizer_config.json", old_tokenizer)):
+    for name, convert in (("config.json", old_config), ("tokenizer_config.json", old_tokenizer)):
         file = directory / name
         if file.is_file():
-            content = amended(json.loads(file.read_bytes()))
+            content = convert(json.loads(file.read_bytes()))
             text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
             file.write_text(text + "\n", encoding="utf-8")
 
 
 def old_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with version 4's names for rotary settings and dtype beside 5's, nested configs too."""
-    amended = {
+    result = {
         key: old_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
         for key, value in config.items()
     }
     dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
-    return old_rotary_keys(config) | dtype | amended
+    return old_rotary_keys(config) | dtype | result
 
 
 def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,12 +219,12 @@ def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     Not under both keys: version 5 would then drop them (huggingface/transformers#47838).
     model_input_names is set, because version 4's class adds token_type_ids, which decoders refuse.
     """
-    amended = dict(config)
-    if amended.get("tokenizer_class") == "TokenizersBackend":
-        amended["tokenizer_class"] = "PreTrainedTokenizerFast"
-        amended.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    extra = amended.get("extra_special_tokens")
+    result = dict(config)
+    if result.get("tokenizer_class") == "TokenizersBackend":
+        result["tokenizer_class"] = "PreTrainedTokenizerFast"
+        result.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    extra = result.get("extra_special_tokens")
     if isinstance(extra, list):
-        del amended["extra_special_tokens"]
-        amended["additional_special_tokens"] = extra
-    return amended
+        del result["extra_special_tokens"]
+        result["additional_special_tokens"] = extra
+    return result

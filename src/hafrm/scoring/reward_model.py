@@ -27,7 +27,7 @@ from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
-Prompt = str | Sequence[Mapping[str, Any] | Message]
+PromptLike = str | Sequence[Mapping[str, Any] | Message]
 """A user's text, or chat messages up to and without the response."""
 IMPLICIT_RULE = "implicit_reward.json"
 MAX_TOKENS = 2**15
@@ -108,10 +108,10 @@ class Scorer(ABC):
         )
 
     @overload
-    def score(self, prompt: Prompt, responses: str) -> float: ...  # type: ignore[overload-overlap]
+    def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
     @overload
-    def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]: ...
-    def score(self, prompt: Prompt, responses: str | Sequence[str]) -> float | list[float]:
+    def score(self, prompt: PromptLike, responses: Sequence[str]) -> list[float]: ...
+    def score(self, prompt: PromptLike, responses: str | Sequence[str]) -> float | list[float]:
         """The score of one response, or of each of several responses to the same prompt.
 
         Raises DataError for a prompt that is no conversation, and when prompt and response are longer
@@ -122,7 +122,7 @@ class Scorer(ABC):
         return self.score_batch([prompt], [responses])[0]
 
     def score_batch(
-        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`; equal ones are run once.
 
@@ -147,12 +147,12 @@ class Scorer(ABC):
             for scores_of, texts in zip(by_text, responses, strict=True)
         ]
 
-    def probability(self, prompt: Prompt, chosen: str, rejected: str) -> float:
+    def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
         first, second = self.score(prompt, [chosen, rejected])
         return 1.0 / (1.0 + math.exp(min(700.0, second - first)))
 
-    def best_of(self, prompt: Prompt, responses: Sequence[str]) -> Best:
+    def best_of(self, prompt: PromptLike, responses: Sequence[str]) -> Best:
         """The response with the highest score; the first one if several are equal."""
         if not responses:
             raise DataError("best_of needs one or more responses; got none")
@@ -305,7 +305,7 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
     return replace(group, response_ids=shorter)
 
 
-def as_messages(prompt: Prompt) -> tuple[Message, ...]:
+def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
     """A prompt in any accepted form as messages, under the rules of preference files.
 
     Raises DataError for anything else, and for a conversation that does not end before a response.
