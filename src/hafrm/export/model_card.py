@@ -113,7 +113,7 @@ def write_cards(run: Path, models: Path | None = None) -> None:
     models = models or run / "model"
     folder = RunFolder.open(run)
     recipe: dict[str, Any] = yaml.safe_load(folder.recipe_text())
-    sessions = [{}]
+    sessions: list[dict[str, Any]] = [{}]
     if folder.provenance_path.is_file():
         sessions = json.loads(folder.provenance_path.read_bytes()).get("sessions") or sessions
     test_file = run / "test.json"

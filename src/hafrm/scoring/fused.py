@@ -54,12 +54,12 @@ def fit_fused(
         return FusedRule(0.0, len(x), "one of the two scores does not separate any responses")
     x /= scale  # two scales far apart would make the problem ill-conditioned
     penalty = 1e-9  # keeps the coefficients finite where the likelihood has no maximum
-    fit = optimize.minimize(
-        lambda w: np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w),
-        np.zeros(2),
-        jac=lambda w: -(special.expit(-x @ w)[:, None] * x).mean(0) + 2 * penalty * w,
-        options={"gtol": 1e-10},
-    )
+
+    def loss_and_slope(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        loss = float(np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w))
+        return loss, -(special.expit(-x @ w)[:, None] * x).mean(0) + 2 * penalty * w
+
+    fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
     a, b = (float(value) for value in fit.x / scale)
     if (x[x.any(1)] @ fit.x > 0).all():
         return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
