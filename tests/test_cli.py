@@ -157,7 +157,7 @@ def test_score_takes_folders_in_parts_and_says_what_is_kept_cut_and_listed(model
     assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["b.jsonl"]
     output = invoke(*command, "0/1")
     assert "4 responses in 6 rows, 2 of them not scored" in output
-    assert "1 shards were finished before and are kept" in output
+    assert "1 shards were already finished" in output
     assert "2 prompts and responses were cut" in output
     assert f"listed with reasons: {tmp_path / 'out' / '_score'}" in output.replace("\n", "")
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,6 +144,16 @@ def test_a_model_of_others_is_judged_without_golden_scores_or_with_a_file_of_the
     assert outcomes(verify_directory(tmp_path / "theirs", golden))["golden scores"] == "pass"
     golden.write_text(json.dumps({"text": text, "reward": reward + 0.01}) + "\n")
     assert failed(verify_directory(tmp_path / "theirs", golden)) == ["golden scores"]
+
+
+def test_the_proof_in_a_fresh_process_does_not_load_the_engine():
+    code = (
+        "import sys, hafrm.export.checklist;"
+        "print([m for m in sys.modules if m.startswith(('hafrm.engine', 'hafrm.scoring'))])"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_code_of_the_directory_is_not_run(export):

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from exports_for_tests import export_both
-from hafrm.export.stock_export import old_config, old_rotary_keys, old_tokenizer
+from hafrm.export.older_transformers import old_config, old_rotary_keys, old_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -14,7 +14,7 @@ from transformers import (
 from exports_for_tests import export_both, hybrid_with_encoder
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
-from hafrm.export.golden_replay import replay_directory
+from hafrm.export.checklist import replay_directory
 from hafrm.export.proof import write_golden
 from hafrm.export.stock_export import StockWeights, export_reward
 from hafrm.preferences import Group, Message

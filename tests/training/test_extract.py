@@ -15,8 +15,7 @@ from hafrm.errors import (
     NumericsError,
     VerificationError,
 )
-from hafrm.export.checklist import verify_directory
-from hafrm.export.golden_replay import replay_directory
+from hafrm.export.checklist import replay_directory, verify_directory
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import extract, finish
 from hafrm.training.extract import ExportOptions, export_from_run

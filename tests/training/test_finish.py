@@ -15,7 +15,7 @@ import torch
 from hafrm.config import dump_recipe
 from hafrm.errors import NumericsError, VerificationError
 from hafrm.export import plain_model, proof
-from hafrm.export.golden_replay import replay_directory
+from hafrm.export.checklist import replay_directory
 from hafrm.training import finish, loop
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe

@@ -18,7 +18,7 @@ from hafrm.config import dump_recipe
 from hafrm.engine.layout import Layout
 from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
-from hafrm.export.golden_replay import replay_directory
+from hafrm.export.checklist import replay_directory
 from hafrm.preferences import Message
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.fused import FusedRule, read_fused_rule

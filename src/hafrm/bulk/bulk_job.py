@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,22 +191,18 @@ def _score_shards(
     within = None if num > 1 else lambda rows: on_progress(num_done + rows, total)
     make_scorer = partial(_ShardScorer, model, folder, options, within)
     # The second shard of a task is read and encoded while the first is scored.
-    tasks = [
-        (shard, todo[k + num] if k + num < len(todo) else None) for k, shard in enumerate(todo)
-    ]
+    tasks = list(zip_longest(todo, todo[num:]))
     if todo:
         with ProcessPool(make_scorer, num) as pool:
             pool.run(tasks, on_done)
     records = [finished[shard.file] for shard in shards]
     has_bad = any(record.num_bad for record in records)
-    return BulkResult(
-        num_rows=sum(record.num_rows for record in records),
-        num_responses=sum(record.num_responses for record in records),
-        num_bad=sum(record.num_bad for record in records),
-        num_cut=sum(record.num_cut for record in records),
-        num_resumed=num_resumed,
-        bad_rows=folder / RECORDS if has_bad else None,
-    )
+    counts = {
+        name: sum(getattr(record, name) for record in records)
+        for name in ("num_rows", "num_responses", "num_bad", "num_cut")
+    }
+    bad_rows = folder / RECORDS if has_bad else None
+    return BulkResult(**counts, num_resumed=num_resumed, bad_rows=bad_rows)
 
 
 def _finished_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, ShardRecord]:

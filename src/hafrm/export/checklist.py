@@ -2,8 +2,15 @@
 
 A clause is one function on a `PlainModel` in clauses_on_files, clauses_on_text or clauses_on_scores, and
 one entry of `CLAUSES`. Nothing is changed on disk.
+
+    python -m hafrm.export.checklist DIR [TOLERANCE]
+
+replays the golden scores of a directory in a process that has not loaded hafrm's engine: one conversation
+at a time, and in batches padded on either side. It prints a line of JSON; exit code 1 means disagreement.
 """
 
+import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +19,14 @@ from typing import Literal
 from hafrm.errors import ModelError
 from hafrm.export import clauses_on_files, clauses_on_scores, clauses_on_text
 from hafrm.export.golden import GOLDEN, read_golden
-from hafrm.export.plain_model import TOLERANCE, Finding, PlainModel
+from hafrm.export.plain_model import TOLERANCE, Finding, GoldenReplay, PlainModel
 from hafrm.table import Column, Table
 
 ClauseOutcome = Literal["pass", "fail", "not applicable"]
 _MARKS: dict[ClauseOutcome, str] = {"pass": "pass", "fail": "FAIL", "not applicable": "-"}
 _WAITS = "not checked before this holds: "
+_SETTINGS = ("one label", "raw reward", "no fresh weights", "pad is not EOS", "BOS once")
+"""Clauses without which a consumer gets other scores without an error."""
 
 
 @dataclass(frozen=True)
@@ -285,3 +294,29 @@ def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
         )
     is_ok = all(result.outcome != "fail" for result in results.values())
     return Verification(str(plain.path), is_ok, tuple(results.values()))
+
+
+def replay_directory(directory: Path) -> GoldenReplay:
+    """Largest differences to the golden scores, and what else is wrong with the directory."""
+    plain = PlainModel(directory, read_golden(directory))
+    # An adapter has no config of its own: it is its base model's.
+    names = ("BOS once",) if plain.is_adapter else _SETTINGS
+    failed = check_clauses(plain, [clause for clause in CLAUSES if clause.name in names]).failed
+    if failed:
+        return GoldenReplay({}, [f"{result.name}: {result.observed}" for result in failed])
+    return plain.replay(("right", "left"))
+
+
+def main() -> None:
+    """Replay the directory that the command line names, within the tolerance that it gives."""
+    result = replay_directory(Path(sys.argv[1]))
+    tolerance = float(sys.argv[2]) if len(sys.argv) > 2 else TOLERANCE
+    # "not all(x <= t)" instead of "any(x > t)": NaN must fail
+    agree = all(difference <= tolerance for difference in result.differences.values())
+    is_ok = agree and not result.faults
+    sys.stdout.write(json.dumps({"ok": is_ok, **result._asdict()}) + "\n")
+    sys.exit(0 if is_ok else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 
+from hafrm.export.older_transformers import old_rotary_keys
 from hafrm.export.plain_model import Finding, PlainModel
-from hafrm.export.stock_export import old_rotary_keys
 
 _SUFFIX = "ForSequenceClassification"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

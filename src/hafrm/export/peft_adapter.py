@@ -17,7 +17,7 @@ from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
-from hafrm.export.stock_export import write_for_older_readers
+from hafrm.export.older_transformers import write_for_older_readers
 
 _ADAPTER = "default"
 

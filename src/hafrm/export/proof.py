@@ -128,7 +128,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
     give a consumer other scores.
     """
     # -P: modules of the current directory must not be imported
-    command = [sys.executable, "-P", "-m", "hafrm.export.golden_replay"]
+    command = [sys.executable, "-P", "-m", "hafrm.export.checklist"]
     command += [str(directory), str(tolerance)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     give_back()
