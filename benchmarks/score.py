@@ -46,7 +46,7 @@ from hafrm.data.reader import read_preferences
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.scoring.loading import load_encoder
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.costs import reference_flops, work_of
 from hafrm.training.shadow import count
 

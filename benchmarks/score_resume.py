@@ -28,12 +28,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from workload import load_tokenizer
 
+from hafrm.bulk.bulk_job import RECORDS
 from hafrm.data.encoding import Encoder
 from hafrm.data.reader import read_preferences
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
+from hafrm.export.stock_export import export_reward, gather_weights
 from hafrm.preferences import Group
-from hafrm.scoring.export import export_reward, gather_weights
-from hafrm.scoring.job_folder import RECORDS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".jsonl")
 
@@ -92,23 +92,25 @@ class Job:
     out: Path
 
     def start(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([*self.command, str(self.out)], start_new_session=True)
+        return subprocess.Popen([*self.command, "--out", str(self.out)], start_new_session=True)
 
     def finished(self) -> dict[str, tuple[int, float]]:
         """Inode and time of the finished shards' files; a file that is written again has another."""
-        records = (self.out / RECORDS).glob("part-*.json")
-        shards = [self.out / record.name.removesuffix(".json") for record in records]
+        shards = [self.out / record["id"] for record in self._records()]
         return {s.name: (s.stat().st_ino, s.stat().st_mtime) for s in shards if s.exists()}
 
     def results(self) -> dict[str, bytes]:
         """Every output file and list of bad rows."""
-        files = [*self.out.glob("part-*"), *(self.out / RECORDS).glob("*.bad.jsonl")]
+        files = [*self.out.glob("part-*"), *(self.out / RECORDS).glob("part-*/bad_rows.jsonl")]
         return {file.name: file.read_bytes() for file in files}
 
     def of_shards(self, name: str) -> list[float]:
         """One number of every finished shard's record."""
-        records = (self.out / RECORDS).glob("part-*.json")
-        return [json.loads(record.read_bytes())[name] for record in records]
+        return [record[name] for record in self._records()]
+
+    def _records(self) -> list[dict[str, Any]]:
+        files = (self.out / RECORDS).glob("part-*/shards.jsonl")
+        return [json.loads(line) for file in files for line in file.open()]
 
 
 def wait_for_scoring(job: Job, process: "subprocess.Popen[bytes]", before: int) -> float:

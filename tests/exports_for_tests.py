@@ -7,9 +7,9 @@ import transformers
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
+from hafrm.export.proof import write_golden
+from hafrm.export.stock_export import export_policy, export_reward, gather_weights
 from hafrm.preferences import Group, Message
-from hafrm.scoring.export import export_policy, export_reward, gather_weights
-from hafrm.scoring.verify import write_golden
 from models_for_tests import FAMILIES
 from tokenizers_for_tests import chat_tokenizer
 

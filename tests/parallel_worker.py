@@ -20,9 +20,9 @@ from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, MemoryBudgetError, NumericsError
+from hafrm.export.stock_export import gather_weights
 from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder
-from hafrm.scoring.export import gather_weights
 from hafrm.scoring.forward import run_forward
 from hafrm.training import checkpoint, loop, parallel
 from hafrm.training.step import build_optimizer

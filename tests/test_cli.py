@@ -16,9 +16,9 @@ from hafrm.cli import app, main
 from hafrm.data.reader import read_preferences
 from hafrm.errors import DataError, ModelError
 from hafrm.evaluation import evaluate
-from hafrm.evaluation.heads import find_heads
 from hafrm.scoring.fused import FusedRule, write_fused_rule
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.loading import find_heads
+from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import finish
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe, write_preferences
@@ -94,7 +94,9 @@ def test_scores_of_the_command_equal_plain_transformers_alone_and_in_a_batch(mod
         {"prompt": "Say sun.", "response": "   "},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    output = invoke("score", model / "reward", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    output = invoke(
+        "score", model / "reward", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"
+    )
     assert "6 responses in 4 rows, 1 of them not scored" in output
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert found[3]["reward"] is None
@@ -142,12 +144,20 @@ def test_score_takes_folders_in_parts_and_says_what_is_kept_cut_and_listed(model
     for name in ("a", "b"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "in" / f"{name}.jsonl").write_text(text)
-    command = ("score", model / "reward", tmp_path / "in", tmp_path / "out", "--cut", "--shard")
+    command = (
+        "score",
+        model / "reward",
+        tmp_path / "in",
+        "--out",
+        tmp_path / "out",
+        "--cut",
+        "--shard",
+    )
     assert "2 responses in 3 rows, 1 of them not scored" in invoke(*command, "1/2")
     assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["b.jsonl"]
     output = invoke(*command, "0/1")
     assert "4 responses in 6 rows, 2 of them not scored" in output
-    assert "1 shards were finished before and are kept" in output
+    assert "1 shards were already finished" in output
     assert "2 prompts and responses were cut" in output
     assert f"listed with reasons: {tmp_path / 'out' / '_score'}" in output.replace("\n", "")
 
@@ -156,7 +166,7 @@ def test_score_takes_folders_in_parts_and_says_what_is_kept_cut_and_listed(model
 def test_score_refuses_options_that_make_no_sense(monkeypatch, capsys, model, tmp_path, option):
     source = write_preferences(tmp_path / "in.jsonl", num=2)
     out = tmp_path / "out"
-    code, error = failing(monkeypatch, capsys, "score", model, source, out, *option)
+    code, error = failing(monkeypatch, capsys, "score", model, source, "--out", out, *option)
     assert (code, "ConfigError" in error) == (1, True)
     assert not out.exists()
 
@@ -179,7 +189,7 @@ def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = {
-        "score": ("score", reward, data, out),
+        "score": ("score", reward, data, "--out", out),
         "evaluate": ("evaluate", reward, data),
         "against": ("evaluate", reward, data, "--against", model),
         "diagnose": ("diagnose", reward, data, "--json", out),
@@ -214,7 +224,7 @@ def test_evaluate_shows_the_fused_score_beside_both_heads(tmp_path):
         same = found if factor == 0 else found["implicit"]
         assert found["fused"]["accuracy"] == same["accuracy"]
         assert found["fused_gain"]["num"] == 12
-        assert result["fused_rule"].startswith(f"reward + {factor:.3g} [")
+        assert result["fused_rule"].startswith(f"reward + {factor:.3g} x")
         assert re.search(r"fused +\d+\.\d % \[", output)
         assert "fused score, fitted on the run's validation data: reward + " in output
 

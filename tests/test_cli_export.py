@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from export_faults import FAULTS
 from exports_for_tests import export_with_golden
 from hafrm.cli import app, main
-from hafrm.scoring import golden_check
+from hafrm.export.checklist import replay_directory
 from hafrm.training import extract, finish
 from hafrm.training.loop import train
 from reward_servers import openrlhf, serving
@@ -42,10 +42,10 @@ def test_verify_shows_every_clause_and_exits_with_0(reward, tmp_path):
     assert told["ok"]
     assert all(clause["name"] in output for clause in told["clauses"])
     assert f"{len(told['clauses'])} of {len(told['clauses'])} clauses hold" in output
-    assert "mend" not in output
+    assert "fix:" not in output
 
 
-def test_verify_exits_with_1_and_says_how_to_mend_what_does_not_hold(reward, tmp_path):
+def test_verify_exits_with_1_and_says_how_to_fix_what_does_not_hold(reward, tmp_path):
     broken = shutil.copytree(reward, tmp_path / "run" / "model" / "reward")
     FAULTS["no problem type"][1](broken)
     output = invoke("verify", tmp_path / "run", code=1)
@@ -59,16 +59,16 @@ def test_verify_replays_golden_scores_on_a_server(reward, tmp_path):
     known = {row["text"]: row["reward"] for row in map(json.loads, lines)}
     with serving(openrlhf(lambda texts: [known[t] for t in texts])) as url:
         output = invoke("verify", url, "--golden", reward, "--json", tmp_path / "out.json")
-        assert "speaks openrlhf" in output
+        assert "openrlhf" in output
         assert "the server gives the exported scores" in output
     assert json.loads((tmp_path / "out.json").read_text())["num"] == 5
     with serving(openrlhf(lambda texts: [known[t] + 1 for t in texts])) as url:
         output = invoke("verify", url, "--golden", reward / "golden_scores.jsonl", code=1)
         assert "does NOT give the exported scores" in output
-        assert "furthest off" in output
+        assert "instead of" in output
 
 
-def test_verify_refuses_what_cannot_be_meant(reward, monkeypatch, capsys):
+def test_verify_refuses_what_cannot_be_meant(reward, tmp_path, monkeypatch, capsys):
     url = "http://127.0.0.1:9"
     assert "give --golden" in refused(monkeypatch, capsys, "verify", url)
     error = refused(monkeypatch, capsys, "verify", url, "--golden", reward)
@@ -76,21 +76,19 @@ def test_verify_refuses_what_cannot_be_meant(reward, monkeypatch, capsys):
     assert "cannot be reached" in error
     for option in (("--protocol", "openrlhf"), ("--timeout", "3")):
         assert "are for a server" in refused(monkeypatch, capsys, "verify", reward, *option)
-    assert "no config.json" in refused(monkeypatch, capsys, "verify", reward.parent)
+    assert "no config.json" in refused(monkeypatch, capsys, "verify", tmp_path)
 
 
 def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, capsys):
     for module in (extract, finish):
-        monkeypatch.setattr(
-            module, "check_golden", lambda path: golden_check.replay(path)["differences"]
-        )
+        monkeypatch.setattr(module, "check_golden", lambda path: replay_directory(path).differences)
     train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
-    output = invoke("export", tmp_path / "run", "--to", tmp_path / "out", "--dtype", "bf16")
+    output = invoke("export", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "bf16")
     assert "exported the reward model from model in bf16" in output
     assert "plain transformers gives the same" in output
     assert "rewards are within" in output
     assert "clauses hold" in invoke("verify", tmp_path / "out")
-    error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--to", tmp_path / "out")
+    error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--out", tmp_path / "out")
     assert "exists already" in error
-    given = ("export", tmp_path / "run", "--to", tmp_path / "p", "--policy")
+    given = ("export", tmp_path / "run", "--out", tmp_path / "p", "--policy")
     assert "trains no policy head" in refused(monkeypatch, capsys, *given)

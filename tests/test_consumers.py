@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exports_for_tests import GOLDEN_GROUP, export_both
-from hafrm.scoring.verify import write_golden
+from hafrm.export.proof import write_golden
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "consumers"
 

@@ -49,7 +49,7 @@ for name in 'torch transformers peft accelerate datasets pydantic jaxtyping bear
         print(name, getattr(importlib.import_module(name), '__version__', 'there'))
     except Exception as error:
         print(name, 'is missing:', error)
-import torch, hafrm.training.loop, hafrm.scoring.scorer
+import torch, hafrm.training.loop, hafrm.scoring.reward_model
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU', torch.version.cuda)"
     part tests 300 env HAFRM_CUDA_TESTS_ON="$DEVICE" $PYTHON -m pytest -n "$WORKERS" -m cuda \
         -o cache_dir=/tmp/pytest-cache -rA --durations=10 $TESTS

@@ -20,7 +20,7 @@ import torch
 from hafrm.errors import HafrmError
 from hafrm.rlhf.adapters import openrlhf_rewards
 from hafrm.rlhf.rewards import load_scorer
-from hafrm.scoring.scorer import Scorer
+from hafrm.scoring.reward_model import Scorer
 
 
 @cache

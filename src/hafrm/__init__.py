@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from hafrm.evaluation import evaluate
     from hafrm.recipe import Recipe
     from hafrm.recipe_file import load_recipe
-    from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+    from hafrm.scoring.reward_model import PolicyModel, RewardModel
 
 _MODULE_OF = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "HafrmError": "errors",
-    "ImplicitRewardModel": "scoring.scorer",
     "MemoryBudgetError": "errors",
     "ModelError": "errors",
     "NumericsError": "errors",
+    "PolicyModel": "scoring.reward_model",
     "Recipe": "recipe",
-    "RewardModel": "scoring.scorer",
+    "RewardModel": "scoring.reward_model",
     "ServerError": "errors",
     "VerificationError": "errors",
     "evaluate": "evaluation",
@@ -50,10 +50,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "HafrmError",
-    "ImplicitRewardModel",
     "MemoryBudgetError",
     "ModelError",
     "NumericsError",
+    "PolicyModel",
     "Recipe",
     "RewardModel",
     "ServerError",

@@ -21,6 +21,19 @@ def no_progress(done: int, total: int) -> None:
     """The callback that shows nothing."""
 
 
+def over_passes(on_progress: OnProgress, total: int) -> OnProgress:
+    """One callback for several passes, each of which counts from 0: it adds them up to `total`."""
+    before = last = 0
+
+    def add(done: int, _: int) -> None:
+        nonlocal before, last
+        before += last if done <= last else 0  # counts fall back where a new pass begins
+        last = done
+        on_progress(before + done, total)
+
+    return add
+
+
 @contextmanager
 def show_progress(what: str) -> Iterator[OnProgress]:
     """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left".

@@ -84,3 +84,25 @@ def format_cell(cell: Cell, kind: Kind = "text") -> str:
     if math.isnan(cell):
         return "n/a"
     return _WRITE[kind](cell)
+
+
+def to_markdown(table: Table) -> str:
+    """The table in GitHub's Markdown, its notes below; the title is left to the caller's heading."""
+    heading = [column.name for column in table.columns]
+    rule = ["---" if column.kind == "text" else "---:" for column in table.columns]
+    rows = [[_markdown_cell(text) for text in row] for row in (heading, *table.texts())]
+    lines = [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+    lines += [line for note in table.notes for line in ("", _escaped(note))]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_cell(text: str) -> str:
+    # a bar would end the cell, a line break the row
+    return " ".join(_escaped(text).replace("|", "\\|").split())
+
+
+def _escaped(text: str) -> str:
+    """The text with what Markdown and HTML would read as markup made plain."""
+    for mark in ("\\", "`", "*", "_", "<"):
+        text = text.replace(mark, "\\" + mark)
+    return text

@@ -23,7 +23,7 @@ from hafrm.cli import app
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, NumericsError
 from hafrm.preferences import Message, TokenizedGroup
-from hafrm.scoring.scorer import RewardModel, Scorer
+from hafrm.scoring.reward_model import RewardModel, Scorer
 from tokenizers_for_tests import chat_tokenizer
 
 

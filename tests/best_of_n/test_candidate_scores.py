@@ -14,7 +14,7 @@ from hafrm.best_of_n.candidate_scores import (
 from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 
 GROUPS = [
     Group("a", (Message("user", "How do I bake bread?"),), ("Mix flour.", "No.", "Wait and see.")),
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"), [("", RewardModel), ("reward", RewardModel), ("policy", ImplicitRewardModel)]
+    ("path", "kind"), [("", RewardModel), ("reward", RewardModel), ("policy", PolicyModel)]
 )
 def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(folder, path, kind):
     scorer = ModelScorer(folder / path, "m")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hafrm.engine.memory import give_back
+from hafrm.export.proof import check_golden
 from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import read_json_lines
-from hafrm.scoring.scorer import RewardModel
-from hafrm.scoring.verify import check_golden
+from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.loop import train
 from tiny_rlhf import tiny_rlhf
 from tiny_runs import tiny_recipe, write_preferences

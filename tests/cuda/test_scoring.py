@@ -10,7 +10,7 @@ import torch
 
 from exports_for_tests import export_both
 from hafrm.scoring.forward import run_forward
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from models_for_tests import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda
@@ -34,7 +34,7 @@ def test_rewards_and_log_probs_equal_those_of_a_cpu_in_float32(
     family, dtype, tolerance, device, tmp_path
 ):
     export_both(tmp_path, family)
-    for kind, name in ((RewardModel, "reward"), (ImplicitRewardModel, "policy")):
+    for kind, name in ((RewardModel, "reward"), (PolicyModel, "policy")):
         cpu = kind.from_pretrained(tmp_path / name, dtype=torch.float32, device="cpu")
         ours = kind.from_pretrained(tmp_path / name, dtype=dtype, device=device)
         assert_near(ours.score(PROMPT, RESPONSES), cpu.score(PROMPT, RESPONSES), tolerance)
@@ -55,7 +55,7 @@ def test_the_command_scores_a_file_as_the_library_does(device, tmp_path):
     rows = [{"prompt": f"{PROMPT} {i}", "responses": RESPONSES} for i in range(20)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "hafrm", "score", str(tmp_path / "reward")]
-    subprocess.run([*command, str(source), str(target)], check=True, capture_output=True)
+    subprocess.run([*command, str(source), "--out", str(target)], check=True, capture_output=True)
     cpu = RewardModel.from_pretrained(tmp_path / "reward", dtype=torch.float32, device="cpu")
     for row, line in zip(rows, target.read_text().splitlines(), strict=True):
         assert_near(json.loads(line)["rewards"], cpu.score(row["prompt"], RESPONSES), 1e-4)

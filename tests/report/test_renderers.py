@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from hafrm.report.html import HeatMap, PageSection, Strips, render_page
-from hafrm.report.markdown import markdown_table
 from hafrm.report.plots import MAX_POINTS, Scale, Series, chart, histogram
 from hafrm.report.result_sections import shortened
 from hafrm.report.run_files import short_paths, short_sources
 from hafrm.statistics import Estimate
-from hafrm.table import Column, Table
+from hafrm.table import Column, Table, to_markdown
 
 
 def estimate(value: float, low: float, high: float, *, proportion: bool = True) -> Estimate:
@@ -82,10 +81,10 @@ def test_markdown_has_the_same_texts_and_cannot_be_broken_out_of():
     table = Table(
         "t", (Column("a|b"), Column("n", "count")), (("x*y\nz", 3), ("<b>", 4)), ("note_",)
     )
-    assert markdown_table(table) == (
+    assert to_markdown(table) == (
         "| a\\|b | n |\n| --- | ---: |\n| x\\*y z | 3 |\n| \\<b> | 4 |\n\nnote\\_\n"
     )
-    assert "| 65.0 % [60.0, 71.0] |" in markdown_table(ACCURACIES)
+    assert "| 65.0 % [60.0, 71.0] |" in to_markdown(ACCURACIES)
 
 
 def test_a_plot_is_drawn_where_a_point_is_finite_and_says_where_series_begin_and_end():

@@ -17,7 +17,7 @@ from hafrm.preferences import Message
 from hafrm.rlhf.adapters import openrlhf_rewards, trl_reward, verl_score
 from hafrm.rlhf.rewards import Rewards
 from hafrm.rlhf.rlhf_recipe import RewardSection
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.reward_model import RewardModel
 from tiny_rlhf import write_prompts, write_reward
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "rlhf"

@@ -6,7 +6,7 @@ import pytest
 from hafrm.rlhf.held_out import HeldOut, length_matched, length_slope
 from hafrm.rlhf.rewards import Rewards, Scale, combine
 from hafrm.rlhf.rlhf_recipe import RewardSection
-from hafrm.scoring.scorer import Scorer
+from hafrm.scoring.reward_model import Scorer
 
 
 def held_out(**measures) -> HeldOut:

@@ -30,7 +30,7 @@ from hafrm.rlhf.prompts import prompts_of_step
 from hafrm.rlhf.rlhf_run import RlhfRun
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.reward_model import RewardModel
 from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 from tokenizers_for_tests import llama_like_tokenizer
 

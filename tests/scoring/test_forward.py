@@ -7,7 +7,8 @@ import torch
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import MemoryBudgetError, NumericsError
-from hafrm.scoring.forward import plan_rows, run_forward
+from hafrm.preferences import TokenizedGroup
+from hafrm.scoring.forward import plan_sequences, run_forward, share_prompts
 from models_for_tests import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
@@ -47,30 +48,32 @@ def test_rows_that_share_a_prompt_are_laid_out_once_and_keep_their_places(model,
     order = np.random.default_rng(0).permutation(len(single))
     heard = []
     scores = run_forward(
-        model, [single[i] for i in order], max_tokens=10_000, done=lambda *n: heard.append(n)
+        model, [single[i] for i in order], max_tokens=10_000, on_progress=lambda *n: heard.append(n)
     )
     np.testing.assert_allclose(scores.rewards, alone[0][order], **TOLERANCE)
-    tokens = sum(len(g.prompt_ids) + sum(map(len, g.response_ids)) for g in GROUPS)
-    assert heard == [(NUM_RESPONSES, tokens)]
+    assert heard == [(NUM_RESPONSES, NUM_RESPONSES)]  # one sequence
 
 
 def test_a_group_that_is_too_large_for_a_row_is_cut_and_repeats_its_prompt(model, alone):
     """Prompts of 11, 1, 4, 7, 20 and rows of 24: the second and last pair's branches fit together,
     as does the single one; 11 + 5 + 9 and the three branches behind 4 do not: 4 + 13 + 3, 4 + 6."""
     heard = []
-    scores = run_forward(model, GROUPS, max_tokens=24, done=lambda *n: heard.append(n))
+    scores = run_forward(model, GROUPS, max_tokens=24, on_progress=lambda *n: heard.append(n))
     np.testing.assert_allclose(scores.rewards, alone[0], **TOLERANCE)
-    assert sum(n for n, _ in heard) == NUM_RESPONSES
+    assert [num for num, _ in heard] == sorted(num for num, _ in heard)
+    assert heard[-1] == (NUM_RESPONSES, NUM_RESPONSES)
+    shared = [item.group for item in share_prompts(GROUPS, 24)]
     tokens = sum(len(g.prompt_ids) + sum(map(len, g.response_ids)) for g in GROUPS)
-    assert sum(n for _, n in heard) == tokens + 11 + 4 + 20
-    assert max(n for _, n in heard) == 24
+    assert sum(group.num_tokens for group in shared) == tokens + 11 + 4 + 20
+    assert max(group.num_tokens for group in shared) == 24
 
 
 def test_rows_come_longest_first_and_none_exceeds_its_budget_but_for_a_single_group():
     """Sizes 25, 4, 26, 15, 26 in rows of 30: one of 26 and the 4, one of 26, 25, 15."""
-    rows = plan_rows(GROUPS, max_tokens=30)
+    groups = [TokenizedGroup(g.prompt_ids, tuple(g.response_ids)) for g in GROUPS]
+    rows = plan_sequences(groups, max_tokens=30)
     assert rows == [[2, 1], [4], [0], [3]]
-    assert plan_rows(GROUPS, max_tokens=10) == [[2], [4], [0], [3], [1]]
+    assert plan_sequences(groups, max_tokens=10) == [[2], [4], [0], [3], [1]]
 
 
 def test_a_score_that_is_no_number_is_an_error_in_every_thread(model):
@@ -99,7 +102,7 @@ def test_a_row_that_runs_out_of_memory_is_run_in_halves_with_the_same_scores(
     short_of_memory(monkeypatch, 26)
     with caplog.at_level("WARNING", "hafrm"):
         scores = run_forward(model, GROUPS, max_tokens=10_000)
-    assert "running it in two halves" in caplog.text
+    assert "running two halves" in caplog.text
     np.testing.assert_allclose(scores.rewards, alone[0], **TOLERANCE)
     np.testing.assert_allclose(scores.logps, alone[1], **TOLERANCE)
 

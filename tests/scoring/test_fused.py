@@ -17,12 +17,7 @@ from hafrm.scoring.fused import (
     read_fused_rule,
     write_fused_rule,
 )
-from hafrm.scoring.scorer import (
-    ImplicitRewardModel,
-    ImplicitRule,
-    RewardModel,
-    write_implicit_rule,
-)
+from hafrm.scoring.reward_model import ImplicitRule, PolicyModel, RewardModel, write_implicit_rule
 
 PROMPT = "How do I bake bread?"
 RESPONSES = ["Mix flour and water.", "No.", "I think that it is a good idea."]
@@ -37,56 +32,35 @@ def crossed(times: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_factor_is_the_ratio_of_the_two_log_odds():
     """The sums do not meet: sigmoid(a) = 3/4 and sigmoid(b) = 9/10, so b / a = ln 9 / ln 3 = 2."""
-    assert fit_fused(*crossed()).factor == pytest.approx(2.0, rel=1e-6)
-
-
-def test_the_interval_is_fiellers():
-    """Ten times the data: Var(a) = 1 / (40 * 3/16) = 2/15, Var(b) = 1 / (100 * 0.09) = 1/9, no covariance.
-
-    With z^2 = 3.8415: (1.2069 - 0.5122) c^2 - 2 * 2.4139 c + (4.8278 - 0.4268) = 0, so c = (2.4139 +-
-    sqrt(5.8269 - 0.6947 * 4.4010)) / 0.6947 = 1.079 and 5.870.
-    """
-    rule = fit_fused(*crossed(10))
-    assert (rule.low, rule.high) == pytest.approx((1.079, 5.870), abs=2e-3)
-    assert (rule.num, rule.note) == (140, "")
-
-
-def test_with_little_data_the_factor_stands_but_its_interval_is_open():
-    """Var(a) = 4/3 at a = 1.1: the reward may count nothing, and the ratio be anything."""
-    rule = fit_fused(*crossed())
-    assert (rule.low, rule.high) == (None, None)
-    assert "hardly tells" in rule.note
+    assert fit_fused(*crossed()).factor == pytest.approx(2.0, rel=1e-5)
 
 
 def test_a_larger_scale_has_a_smaller_factor():
     reward, implicit = crossed(10)
-    assert fit_fused(reward, 10 * implicit).factor == pytest.approx(0.2, rel=1e-6)
-    assert fit_fused(100 * reward, implicit).factor == pytest.approx(200, rel=1e-6)
+    assert fit_fused(reward, 10 * implicit).factor == pytest.approx(0.2, rel=1e-5)
+    assert fit_fused(100 * reward, implicit).factor == pytest.approx(200, rel=1e-5)
 
 
 def test_an_implicit_reward_that_misleads_counts_nothing():
     """Right 1 time of 10: b = -ln 9, and below 0 stands 0."""
     reward, implicit = crossed(10)
-    rule = fit_fused(reward, -implicit)
-    assert (rule.factor, rule.low) == (0.0, 0.0)
-    assert "cannot tell the factor from 0" in rule.note
+    assert fit_fused(reward, -implicit) == FusedRule(0.0, 140)
 
 
-def test_one_that_is_as_often_right_as_wrong_cannot_be_told_from_0():
+def test_one_that_is_as_often_right_as_wrong_has_the_factor_0():
     reward = np.array([1.0, 1.0, 1.0, -1.0] * 20 + [0.0] * 40)
     implicit = np.array([0.0] * 80 + [1.0, -1.0] * 20)
     rule = fit_fused(reward, implicit)
     assert rule.factor == pytest.approx(0.0, abs=1e-6)
-    assert "cannot tell the factor from 0" in rule.note
 
 
 @pytest.mark.parametrize(
     ("reward", "implicit", "note"),
     [
-        ([], [], "never tells"),
-        ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], "never tells"),
-        ([1.0, -1.0], [0.1, 3.0], "wrong about no validation comparison"),
-        ([1.0, 1.0, -1.0], [2.0, 1.0, 3.0], "wrong about no validation comparison"),
+        ([], [], "does not separate"),
+        ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], "does not separate"),
+        ([1.0, -1.0], [0.1, 3.0], "right about every comparison"),
+        ([1.0, 1.0, -1.0], [2.0, 1.0, 3.0], "right about every comparison"),
         ([-1.0] * 3 + [1.0] + [0.0] * 4, [0.0] * 4 + [1.0] * 3 + [-1.0], "explains nothing"),
     ],
 )
@@ -95,18 +69,6 @@ def test_where_nothing_can_be_estimated_the_reward_stands_alone(reward, implicit
     rule = fit_fused(np.array(reward), np.array(implicit))
     assert rule.factor == 0.0
     assert note in rule.note
-
-
-def test_comparisons_of_one_prompt_are_one_trial():
-    """Everything said twice for the same prompt is said once."""
-    reward, implicit = crossed(10)
-    once = fit_fused(reward, implicit)
-    prompts = np.tile(np.arange(140), 2)
-    twice = fit_fused(np.tile(reward, 2), np.tile(implicit, 2), prompts)
-    assert (twice.low, twice.high) == pytest.approx((once.low, once.high), rel=1e-6)
-    apart = fit_fused(np.tile(reward, 2), np.tile(implicit, 2))
-    assert apart.low is not None
-    assert apart.low > once.low
 
 
 def test_a_fused_score_is_the_reward_and_the_factor_times_the_implicit_one_per_token():
@@ -120,13 +82,17 @@ def test_a_fused_score_is_the_reward_and_the_factor_times_the_implicit_one_per_t
 
 
 def test_a_rule_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path):
-    rule = FusedRule(0.3, 0.1, None, 17, "why")
+    rule = FusedRule(0.3, 17, "why")
     write_fused_rule(tmp_path, rule)
     assert read_fused_rule(tmp_path) == rule
     for text in ("{", '{"factor": -1}', '{"factor": null}', '{"other": 1}', "[]"):
         (tmp_path / "fused.json").write_text(text)
         with pytest.raises(ModelError, match=r"fused\.json"):
             read_fused_rule(tmp_path)
+    (tmp_path / "fused.json").write_text(
+        '{"factor": 0.2, "low": 0.1, "high": null, "num": 9, "note": ""}'
+    )
+    assert read_fused_rule(tmp_path) == FusedRule(0.2, 9)  # of a version that wrote an interval
     (tmp_path / "fused.json").write_text(json.dumps({"factor": math.inf}))
     with pytest.raises(ModelError, match="a number >= 0"):
         read_fused_rule(tmp_path)
@@ -148,7 +114,7 @@ def test_one_forward_gives_what_two_models_give(run):
     """reward + 0.7 * implicit / tokens, each by its own export: float32, 1e-5."""
     fused = FusedRewardModel.from_pretrained(run)
     rewards = RewardModel.from_pretrained(run / "model/reward").score(PROMPT, RESPONSES)
-    judge = ImplicitRewardModel.from_pretrained(run / "model/policy")
+    judge = PolicyModel.from_pretrained(run / "model/policy")
     implicit = judge.score(PROMPT, RESPONSES)
     tokens = [
         len(judge.encoder.tokenizer(r, add_special_tokens=False).input_ids) + 1 for r in RESPONSES
@@ -158,7 +124,7 @@ def test_one_forward_gives_what_two_models_give(run):
     assert fused.score(PROMPT, RESPONSES) == pytest.approx(expected, abs=1e-5)
     assert fused.best_of(PROMPT, RESPONSES).index == int(np.argmax(expected))
     gap = expected[0] - expected[1]
-    chance = fused.compare(PROMPT, RESPONSES[0], RESPONSES[1])
+    chance = fused.probability(PROMPT, RESPONSES[0], RESPONSES[1])
     assert chance == pytest.approx(1 / (1 + math.exp(-gap)), abs=1e-5)
 
 
@@ -166,5 +132,5 @@ def test_a_run_and_its_model_folder_load_the_same_and_a_single_head_does_not(run
     ours = FusedRewardModel.from_pretrained(run).score(PROMPT, "No.")
     assert FusedRewardModel.from_pretrained(run / "model").score(PROMPT, "No.") == ours
     for folder in (run / "model/reward", tmp_path):
-        with pytest.raises(ModelError, match=r"no fused\.json"):
+        with pytest.raises(ModelError, match=r"no fused\.json|holds no model"):
             FusedRewardModel.from_pretrained(folder)

@@ -5,9 +5,9 @@ import torch
 
 from exports_for_tests import hybrid_with_encoder
 from hafrm.errors import ConfigError
-from hafrm.scoring.export import export_reward, gather_weights
+from hafrm.export.stock_export import export_reward, gather_weights
 from hafrm.scoring.loading import Placement, choose_dtype
-from hafrm.scoring.scorer import RewardModel
+from hafrm.scoring.reward_model import RewardModel
 
 
 @pytest.fixture(scope="module")

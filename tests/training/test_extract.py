@@ -15,9 +15,8 @@ from hafrm.errors import (
     NumericsError,
     VerificationError,
 )
-from hafrm.scoring import golden_check
-from hafrm.scoring.checklist.table import verify_directory
-from hafrm.scoring.scorer import RewardModel, read_implicit_rule
+from hafrm.export.checklist import replay_directory, verify_directory
+from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import extract, finish
 from hafrm.training.extract import ExportOptions, export_from_run
 from hafrm.training.loop import train
@@ -35,10 +34,10 @@ def _replay_in_this_process(monkeypatch, request):
 
 
 def replay(folder):
-    found = golden_check.replay(folder)
-    assert not found["faults"]
-    assert max(found["differences"].values()) < 1e-4
-    return found["differences"]
+    result = replay_directory(folder)
+    assert not result.faults
+    assert max(result.differences.values()) < 1e-4
+    return result.differences
 
 
 def trained(folder, **sections):

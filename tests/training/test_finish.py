@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from hafrm.errors import NumericsError, VerificationError
+from hafrm.export import plain_model, proof
+from hafrm.export.checklist import replay_directory
 from hafrm.recipe_file import dump_recipe
-from hafrm.scoring import golden_check, verify
 from hafrm.training import finish, loop
 from hafrm.training.loop import train
 from tiny_runs import tiny_recipe
@@ -24,7 +25,7 @@ WORKER = Path(__file__).resolve().parents[1] / "export_worker.py"
 
 def replay(folder: Path) -> dict[str, float]:
     """The golden check without a process of its own."""
-    return golden_check.replay(folder)["differences"]
+    return replay_directory(folder).differences
 
 
 def test_a_run_whose_proof_fails_keeps_its_models_and_resume_repeats_the_proof(
@@ -108,13 +109,13 @@ def test_the_proof_runs_on_the_gpu_only_where_float32_fits_with_a_margin(reward,
     """Room is 1.3 times 4 bytes a weight and 2 GiB; less, and both halves of the proof are the CPU's."""
     model = torch.nn.Linear(10, 100, bias=False)
     pretend_gpu(monkeypatch, 2**31 + 5 * 1000)
-    assert golden_check._device_for(model).type == "cpu"
-    assert verify.proof_device(reward).type == "cpu"
+    assert plain_model.device_for(model).type == "cpu"
+    assert proof.proof_device(reward).type == "cpu"
     pretend_gpu(monkeypatch, 2**31 + 2**20)
-    assert golden_check._device_for(model).type == "cuda"
-    assert verify.proof_device(reward).type == "cuda"
+    assert plain_model.device_for(model).type == "cuda"
+    assert proof.proof_device(reward).type == "cuda"
     pretend_gpu(monkeypatch, 0)
-    verify.write_golden(reward, [])
+    proof.write_golden(reward, [])
     assert max(replay(reward).values()) < 1e-5
 
 
@@ -126,14 +127,14 @@ def test_the_replay_has_all_threads_where_torchrun_left_one_to_each_rank(reward,
         given.update(options["env"])
         return subprocess.CompletedProcess(command, 0, json.dumps({"ok": True, "differences": {}}))
 
-    monkeypatch.setattr(verify.subprocess, "run", run)
+    monkeypatch.setattr(proof.subprocess, "run", run)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    verify.check_golden(reward)
+    proof.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == str(torch.get_num_threads())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
-    verify.check_golden(reward)
+    proof.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == "96"
 
 

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hafrm.engine.layout import Layout
 from hafrm.engine.model import HybridModel, Outputs, Watch
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
+from hafrm.export.checklist import replay_directory
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
-from hafrm.scoring import golden_check
 from hafrm.scoring.fused import FusedRule, read_fused_rule
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.training import finish, loop, validation
 from hafrm.training.loop import StoppedError, train
 from hafrm.training.prepare import prepare_data
@@ -36,9 +36,7 @@ def _replay_in_this_process(
     """The golden scores are replayed by the same code, but importing torch again takes seconds; the
     killed and resumed runs, whose first process is a real one, keep the real check."""
     if "killed" not in request.node.name:
-        monkeypatch.setattr(
-            finish, "check_golden", lambda path: golden_check.replay(path)["differences"]
-        )
+        monkeypatch.setattr(finish, "check_golden", lambda path: replay_directory(path).differences)
 
 
 CLOCKED = {"comparisons_per_second", "tokens_per_second"}
@@ -93,15 +91,15 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
         _, info = AutoModelForCausalLM.from_pretrained(model / "policy", output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
-        ImplicitRewardModel.from_pretrained(model / "policy").score("Say sun.", "sun")
+        PolicyModel.from_pretrained(model / "policy").score("Say sun.", "sun")
 
 
 def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_path, monkeypatch):
     """Each exported head scores the validation data by itself: float32, 1e-4."""
     seen = {}
 
-    def fit(reward, implicit, prompts):
-        seen.update(reward=reward, implicit=implicit, prompts=prompts)
+    def fit(reward, implicit):
+        seen.update(reward=reward, implicit=implicit)
         return FusedRule(0.25)
 
     monkeypatch.setattr(validation, "fit_fused", fit)
@@ -110,11 +108,11 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
     model = tmp_path / "run/model"
     assert read_fused_rule(model) == FusedRule(0.25)
     groups = prepare_data(recipe).validation
-    assert len(set(seen["prompts"])) == len(groups) > 4
+    assert len(groups) > 4
     ends = np.cumsum([len(group.response_ids) for group in groups])
     chosen, rejected = ends - 2, ends - 1  # pairs, in this order
     rewards = RewardModel.from_pretrained(model / "reward").score_encoded(groups)
-    implicit = ImplicitRewardModel.from_pretrained(model / "policy").score_encoded(groups)
+    implicit = PolicyModel.from_pretrained(model / "policy").score_encoded(groups)
     implicit = implicit / [len(ids) for group in groups for ids in group.response_ids]
     assert seen["reward"] == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-4)
     assert seen["implicit"] == pytest.approx(implicit[chosen] - implicit[rejected], abs=1e-4)
@@ -126,7 +124,7 @@ def test_training_learns_the_rule_of_the_data(tmp_path):
     result = train(recipe, tmp_path / "run")
     assert result.best["accuracy"] == 1.0
     rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
-    assert rm.compare("Say moon.", "Here you are: moon.", "I would say hill and so on") > 0.7
+    assert rm.probability("Say moon.", "Here you are: moon.", "I would say hill and so on") > 0.7
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

@@ -4,7 +4,7 @@ All candidates of a prompt, of whatever items, are one group and so one packed s
 score, whatever it is compared with. The data is checked before a model is loaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,13 @@ from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
 from hafrm.evaluation.heads import (
     LoadOptions,
-    count_responses,
-    find_heads,
     load_head,
     scorer_names,
 )
 from hafrm.preferences import Group, Message
-from hafrm.progress import OnProgress, no_progress
-from hafrm.scoring.scorer import Scorer
+from hafrm.progress import OnProgress, no_progress, over_passes
+from hafrm.scoring.loading import find_heads
+from hafrm.scoring.reward_model import Scorer
 
 MAX_CANDIDATES = 64
 """Most responses of one group: a prompt with more has several groups; no item is split."""
@@ -69,7 +68,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     max_lengths, templates = {}, {}
     grouped = [group_by_prompt(data.items)[0] for data in loaded]
     num = sum(len(group.responses) for groups in grouped for group in groups)
-    done = count_responses(on_progress, num * len(scorer_names(heads)))
+    done = over_passes(on_progress, num * len(scorer_names(heads)))
     for name in scorer_names(heads):
         scorer = load_head(heads, name, LoadOptions(reference, max_length, dtype, device))
         max_lengths[name] = scorer.encoder.lengths.max_length
@@ -104,7 +103,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
 def score_items(
     scorer: Scorer,
     items: Sequence[Item],
-    done: Callable[[int, int], None] | None = None,
+    done: OnProgress = no_progress,
 ) -> tuple[list[CandidateScores], EncodingReport]:
     """One score for each candidate of each item, and what had to be cut.
 

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from hafrm.best_of_n.drawing import CHUNK
 from hafrm.errors import ConfigError, DataError, NumericsError
-from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.resumable import RecordFile
 from hafrm.scoring.forward import first_responses
-from hafrm.scoring.loading import AUTO, Placement, choose_dtype, model_digest
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, read_implicit_rule
+from hafrm.scoring.loading import AUTO, Placement, choose_dtype, find_heads, model_digest
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, read_implicit_rule
 
 GoldReward = Callable[[Sequence[Message], str], float]
 """The true reward of a response, where it is known."""
@@ -67,7 +66,7 @@ class ModelScorer:
             "device": place.device,
         }
         self._reference = reference
-        self._model: RewardModel | ImplicitRewardModel | None = None
+        self._model: RewardModel | PolicyModel | None = None
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its scores depend on."""
@@ -103,19 +102,19 @@ class ModelScorer:
         """Free the model's memory."""
         self._model = None
 
-    def _loaded(self) -> RewardModel | ImplicitRewardModel:
+    def _loaded(self) -> RewardModel | PolicyModel:
         if self._model is None:
             if self.heads.reward is not None:
                 self._model = RewardModel.from_pretrained(self.heads.reward, **self._options)
             else:
                 assert self.heads.policy is not None
-                self._model = ImplicitRewardModel.from_pretrained(
+                self._model = PolicyModel.from_pretrained(
                     self.heads.policy, reference=self._reference, **self._options
                 )
         return self._model
 
 
-def _encode(model: RewardModel | ImplicitRewardModel, group: Group) -> TokenizedGroup | str:
+def _encode(model: RewardModel | PolicyModel, group: Group) -> TokenizedGroup | str:
     """The group as ids, uncut, or why it cannot be scored."""
     try:
         encoded, report = model.encoder.encode([group])

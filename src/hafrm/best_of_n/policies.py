@@ -19,12 +19,12 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
-from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message
 from hafrm.scoring.loading import (
     AUTO,
     Placement,
     choose_dtype,
+    find_heads,
     load_causal_lm,
     load_config,
     model_digest,

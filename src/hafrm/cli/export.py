@@ -1,4 +1,4 @@
-"""The verb `export`: a model out of a run folder, as others load it."""
+"""The verb `export`: writes a run's model in the form that other software loads."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,12 @@ from hafrm.cli.entry import app
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
     *,
-    to: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
     policy: Annotated[
         bool, typer.Option("--policy", help="The policy (a causal LM) instead of the reward model.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp32 or fp16 (default: what the run computed in).")
+        str | None, typer.Option(help="bf16, fp32 or fp16 (default: the run's own).")
     ] = None,
     merge_lora: Annotated[
         bool | None,
@@ -30,13 +30,13 @@ def export(
         typer.Option(help="best, latest or a step (default: the finished model, else the best)."),
     ] = None,
 ) -> None:
-    """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
+    """Write one head of a run as a directory that stock transformers loads, and prove its scores."""
     from hafrm.training.extract import ExportOptions, export_from_run  # noqa: PLC0415
 
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
-    done = export_from_run(run, to, options)
+    done = export_from_run(run, out, options)
     lora = {None: "", True: ", LoRA merged", False: ", as an adapter"}[done.merged]
-    typer.echo(f"exported the {done.head} model from {done.source} in {done.dtype}{lora}: {to}")
+    typer.echo(f"exported the {done.head} model from {done.source} in {done.dtype}{lora}: {out}")
     what = "golden scores" if done.head == "reward" else "log-probs"
     typer.echo(
         f"plain transformers gives the same {done.num_golden} {what} (largest difference "

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from hafrm.bulk.shards import ROWS_PER_SHARD
 from hafrm.cli.entry import Device, Dtype, app
-from hafrm.scoring.inputs import ROWS_PER_SHARD
-from hafrm.terminal import show_pace
+from hafrm.progress import show_progress
 
 
 @app.command()
@@ -20,19 +20,19 @@ def score(  # noqa: PLR0913 - the verb and its options
             "of them, file#split=test, hub:name:split."
         ),
     ],
+    *,
     out: Annotated[
         Path,
-        typer.Argument(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
+        typer.Option(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
     ],
-    *,
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows that a kill can cost; more become several shards.")
+        int, typer.Option(help="Rows of a shard, the most that a kill can cost.")
     ] = ROWS_PER_SHARD,
     processes: Annotated[
         int | None, typer.Option(help="On this machine (default: one for each GPU, or one).")
     ] = None,
     shard: Annotated[
-        str, typer.Option(help="Of a job array: score only part i of n, i from 0 to n - 1.")
+        str, typer.Option(help="i/n: score only part i of n, from 0 to n - 1, in a job array.")
     ] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,
@@ -43,10 +43,10 @@ def score(  # noqa: PLR0913 - the verb and its options
         bool, typer.Option("--cut", help="Cut longer inputs instead of leaving them unscored.")
     ] = False,
 ) -> None:
-    """Add the model's reward to every row, order kept. Called again, it goes on where it was ended."""
+    """Add the model's reward to every row, order kept. The same command resumes a job that was stopped."""
+    from hafrm.bulk.bulk_job import BulkOptions, parse_part, score_files  # noqa: PLC0415
     from hafrm.errors import ModelError  # noqa: PLC0415
-    from hafrm.evaluation.heads import find_heads  # noqa: PLC0415
-    from hafrm.scoring.bulk import BulkOptions, parse_part, score_files  # noqa: PLC0415
+    from hafrm.scoring.loading import find_heads  # noqa: PLC0415
 
     options = BulkOptions(
         rows_per_shard, max_length, cut, dtype, processes, parse_part(shard), device
@@ -54,14 +54,14 @@ def score(  # noqa: PLR0913 - the verb and its options
     reward = find_heads(model).reward
     if reward is None:
         raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
-    with show_pace() as watch:
-        result = score_files(reward, sources, out, options, watch)
+    with show_progress("scoring rows") as on_progress:
+        result = score_files(reward, sources, out, options, on_progress)
     typer.echo(
         f"scored {result.num_responses} responses in {result.num_rows} rows, "
         f"{result.num_bad} of them not scored (see their `error`): {out}"
     )
-    if result.num_kept:
-        typer.echo(f"{result.num_kept} shards were finished before and are kept")
+    if result.num_resumed:
+        typer.echo(f"{result.num_resumed} shards were already finished")
     if result.num_cut:
         typer.echo(f"{result.num_cut} prompts and responses were cut")
     if result.bad_rows is not None:

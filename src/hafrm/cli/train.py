@@ -34,7 +34,7 @@ def train(
         folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     loaded = load_recipe(recipe, overrides or ())
     from hafrm.evaluation import evaluate  # noqa: PLC0415
-    from hafrm.scoring.model_card import write_cards  # noqa: PLC0415
+    from hafrm.export.model_card import write_cards  # noqa: PLC0415
     from hafrm.training import loop, parallel  # noqa: PLC0415
 
     try:
@@ -50,7 +50,7 @@ def train(
                 tested = evaluate(folder, loaded.data.test, on_progress=on_progress)
             show_result(tested, folder / "test.json")
             write_cards(folder)
-        typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN OUT")
+        typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN --out OUT")
     finally:
         parallel.stop()
 

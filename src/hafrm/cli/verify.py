@@ -1,18 +1,17 @@
-"""The verb `verify`: whether a reward directory, or a running server, gives every consumer its scores."""
+"""The verb `verify`: checks that a reward directory or a running server gives every consumer its scores."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import JsonFile, app
-from hafrm.terminal import show_tables, write_json
+from hafrm.cli.entry import JsonFile, app, show_result
 
 
 @app.command()
 def verify(  # noqa: PLR0913 - the verb and its options
     target: Annotated[
-        str, typer.Argument(help="A reward directory (anybody's), a run folder, or a server's URL.")
+        str, typer.Argument(help="Any reward directory, a run folder, or a server's URL.")
     ],
     *,
     golden: Annotated[
@@ -65,37 +64,36 @@ def _server(
     golden: Path,
     json_file: Path | None,
     tolerance: float | None,
-    spoken: tuple[str | None, str | None, float | None],
+    options: tuple[str | None, str | None, float | None],
 ) -> bool:
-    from hafrm.scoring.servers.http import Address  # noqa: PLC0415
-    from hafrm.scoring.servers.replay import TOLERANCE, verify_server  # noqa: PLC0415
-    from hafrm.tables.server import server_lines  # noqa: PLC0415
+    from hafrm.export.reward_servers import (  # noqa: PLC0415
+        SERVER_TOLERANCE,
+        Address,
+        verify_server,
+    )
 
-    protocol, api_key, timeout = spoken
-    found = verify_server(
+    protocol, api_key, timeout = options
+    replay = verify_server(
         Address(url, api_key, timeout or 60.0),
         golden,
         protocol=protocol or "auto",
-        tolerance=TOLERANCE if tolerance is None else tolerance,
+        tolerance=SERVER_TOLERANCE if tolerance is None else tolerance,
     )
-    show_tables(server_lines(found))
-    write_json(json_file, found.to_dict())
-    return found.ok
+    show_result(replay, json_file)
+    return replay.ok
 
 
 def _directory(
     path: str, golden: Path | None, json_file: Path | None, tolerance: float | None
 ) -> bool:
-    from hafrm.scoring.checklist.subject import TOLERANCE  # noqa: PLC0415
-    from hafrm.scoring.checklist.table import verify_directory  # noqa: PLC0415
-    from hafrm.tables.verification import checklist_tables  # noqa: PLC0415
+    from hafrm.export.checklist import verify_directory  # noqa: PLC0415
+    from hafrm.export.plain_model import TOLERANCE  # noqa: PLC0415
+    from hafrm.scoring.loading import head_directory  # noqa: PLC0415
 
-    finished = Path(path) / "model" / "reward"
-    found = verify_directory(
-        finished if finished.is_dir() else Path(path),
+    verification = verify_directory(
+        Path(head_directory(path, "reward")),
         golden,
         tolerance=TOLERANCE if tolerance is None else tolerance,
     )
-    show_tables(checklist_tables(found))
-    write_json(json_file, found.to_dict())
-    return found.ok
+    show_result(verification, json_file)
+    return verification.ok

@@ -16,11 +16,11 @@ from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.demo.base_model import pretrain
 from hafrm.evaluation import evaluate
 from hafrm.evaluation.metrics import Evaluation
+from hafrm.export.model_card import write_cards
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.report.page import missing_packages, write_report
 from hafrm.results import write_result
-from hafrm.scoring.model_card import write_cards
 from hafrm.table import Cell, Column, Table
 from hafrm.training.loop import train
 

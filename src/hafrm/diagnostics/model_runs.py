@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from hafrm.data.encoding import Encoder
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
+from hafrm.diagnostics.hidden_states import last_states, some_responses
 from hafrm.diagnostics.label_noise import audit_labels, cut_text, prompt_text, worst_errors
 from hafrm.diagnostics.margins import margin_histogram, temperature
 from hafrm.diagnostics.own_policy import (
@@ -33,20 +34,23 @@ from hafrm.evaluation.comparisons import Comparisons, Data, Indices, Margins, re
 from hafrm.evaluation.heads import (
     IMPLICIT,
     REWARD,
-    Heads,
     LoadOptions,
-    count_responses,
-    find_heads,
     load_head,
     scorer_names,
 )
 from hafrm.evaluation.metrics import agreement, calibration, pairwise_accuracy
 from hafrm.preferences import Group, TokenizedGroup, prompt_key
-from hafrm.progress import OnProgress, no_progress
+from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
-from hafrm.scoring.loading import load_causal_lm, load_config, load_encoder, load_policy
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
-from hafrm.scoring.states import last_states, some_responses
+from hafrm.scoring.loading import (
+    Heads,
+    find_heads,
+    load_causal_lm,
+    load_config,
+    load_encoder,
+    load_policy,
+)
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
@@ -106,7 +110,7 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
         find_policies(models, base)  # raises before anything is scored
     comparisons = _read(data, max_bad_fraction)
     num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * (len(models) + 1))
+    done = over_passes(on_progress, num * (len(models) + 1))
     options = LoadOptions(max_length=max_length, dtype=dtype, device=device)
     own_options = LoadOptions(reference, max_length, dtype, device)
     name, heads = next(iter(models.items()))
@@ -144,10 +148,9 @@ def _score(
     scorer = load_head(heads, head, options)
     tokenized, _ = scorer.encoder.encode(comparisons.groups)
     margins = comparisons.margins(scorer.score_encoded(tokenized, done))
-    assert isinstance(scorer, RewardModel | ImplicitRewardModel)
+    assert isinstance(scorer, RewardModel | PolicyModel)
     # the states are those that the head reads, of the backbone that scored
-    network = scorer.model if isinstance(scorer, RewardModel) else scorer.policy
-    return ScoredModel(name, head, tokenized, margins, _states(network, tokenized))
+    return ScoredModel(name, head, tokenized, margins, _states(scorer.model, tokenized))
 
 
 def _implicit_margins(
@@ -292,7 +295,13 @@ def prefer_own_policy(
     sampling = Sampling(max_new_tokens=min(MAX_NEW_TOKENS, limit // 2))
     room = limit - sampling.max_new_tokens
     prompts = _draw_prompts(groups, num, encoders[next(iter(policies))], room)
-    done = count_responses(on_progress, len(prompts) * len(policies))
+    num_written = 0
+
+    def done(more: int, _: int) -> None:
+        nonlocal num_written
+        num_written += more
+        on_progress(num_written, len(prompts) * len(policies))
+
     written = {n: _write(policies[n], encoders[n], prompts, sampling, done) for n in policies}
     texts = {name: [c.text for c in some] for name, some in written.items()}
     lengths = {name: np.array([c.num_tokens for c in some]) for name, some in written.items()}

@@ -6,7 +6,7 @@ time, and no model is changed.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import (
     Comparisons,
     Data,
@@ -25,29 +25,18 @@ from hafrm.evaluation.comparisons import (
 from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.preferences import TokenizedGroup
-from hafrm.progress import OnProgress, no_progress
+from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.fused import (
     FusedRewardModel,
-    find_fused,
     fused_scores,
     per_token,
     read_fused_rule,
 )
-from hafrm.scoring.loading import Placement, is_reward_directory
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
+from hafrm.scoring.loading import Heads, Placement, find_heads
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
 from hafrm.statistics import paired_bootstrap
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The directories that a model path refers to."""
-
-    reward: Path | None
-    policy: Path | None
-    fused: Path | None = None
-    """The folder with both heads and the rule of their fused score."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +55,6 @@ class LoadOptions:
         return Placement(self.dtype, self.device).options(self.max_length)
 
 
-def find_heads(path: str | os.PathLike[str], policy: str | Path | None = None) -> Heads:
-    """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
-
-    `policy` takes the place of the policy that is there. Raises ModelError if there is no model.
-    """
-    root = Path(path)
-    heads = None
-    # a run folder has its exports in model/
-    for folder in (root / "model", root):
-        reward, own = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
-        if reward or own:
-            # a rule whose heads were moved away is of no use
-            heads = Heads(reward, own, find_fused(folder) if reward and own else None)
-            break
-    if heads is None:
-        if root.is_dir() and not (root / "config.json").is_file():
-            raise ModelError(
-                f"{path} holds no model: neither model/reward nor model/policy nor a config.json; a "
-                "run that has not finished has none yet"
-            )
-        heads = Heads(root, None) if is_reward_directory(root) else Heads(None, root)
-    # the fused rule was fitted with the policy that is replaced
-    return heads if policy is None else Heads(heads.reward, Path(policy))
-
-
 def load_head(heads: Heads, name: str, options: LoadOptions) -> Scorer:
     """The head called REWARD, IMPLICIT or FUSED, which the model has."""
     arguments = options.arguments()
@@ -100,7 +64,7 @@ def load_head(heads: Heads, name: str, options: LoadOptions) -> Scorer:
     arguments["reference"] = options.reference
     if name == IMPLICIT:
         assert heads.policy is not None
-        return ImplicitRewardModel.from_pretrained(heads.policy, **arguments)
+        return PolicyModel.from_pretrained(heads.policy, **arguments)
     assert heads.fused is not None
     return FusedRewardModel.from_pretrained(heads.fused, **arguments)
 
@@ -115,18 +79,6 @@ def load_main_head(path: str | Path, options: LoadOptions) -> Scorer:
     """The reward of the model at `path`; of a policy alone, its implicit reward."""
     heads = find_heads(path)
     return load_head(heads, scorer_names(heads)[0], options)
-
-
-def count_responses(on_progress: OnProgress, total: int) -> Callable[[int, int], None]:
-    """`on_progress` as the callback that scorers take: called with (more responses, tokens)."""
-    done = 0
-
-    def add(responses: int, _: int) -> None:
-        nonlocal done
-        done += responses
-        on_progress(done, total)
-
-    return add
 
 
 def evaluate(  # noqa: PLR0913 - every way to say what is measured
@@ -189,14 +141,14 @@ def _score_all_heads(
     # the fused score follows from the other two, without a pass of its own
     names = [name for name in scorer_names(heads) if name != FUSED]
     num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * len(names))
+    done = over_passes(on_progress, num * len(names))
     for name in names:
         scorer = load_head(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
         result.by_head[name] = scorer.score_encoded(tokenized, done)
         if name == names[0]:
             result.report = report
-        if isinstance(scorer, ImplicitRewardModel) and heads.fused is not None:
+        if isinstance(scorer, PolicyModel) and heads.fused is not None:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
             by_token = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
         del scorer  # before the next one is loaded
@@ -256,7 +208,7 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
     _, comparisons = read_comparisons(data, max_bad_fraction)
     sets = comparisons.sets()
     num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * (len(first) + len(second)))
+    done = over_passes(on_progress, num * (len(first) + len(second)))
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
         scorer = load_main_head(

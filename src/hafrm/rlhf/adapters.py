@@ -15,7 +15,7 @@ import numpy as np
 from hafrm.errors import DataError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.rlhf.rewards import Conversation, Rewards, score_texts
-from hafrm.scoring.scorer import Scorer, as_messages
+from hafrm.scoring.reward_model import Scorer, as_messages
 
 TrlReward = Callable[..., list[float]]
 _PROBE = "probe"

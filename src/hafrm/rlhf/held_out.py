@@ -16,7 +16,7 @@ from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.rlhf.actor import Actor, Rollout
 from hafrm.rlhf.prompts import Prompt
 from hafrm.rlhf.rewards import Rewards, score_texts
-from hafrm.scoring.scorer import Scorer
+from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import Estimate, clustered_bootstrap
 
 Responses = Float[np.ndarray, " responses"]

@@ -33,7 +33,7 @@ from hafrm.rlhf.ppo_terms import (
     whiten,
 )
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection
-from hafrm.scoring.forward import first_responses, plan_rows, split_into_pieces
+from hafrm.scoring.forward import first_responses, plan_sequences, share_prompts
 from hafrm.training import parallel
 
 
@@ -94,13 +94,13 @@ def pack(
     starts = np.cumsum([0, *lengths])
     first = first_responses(rollouts)
     groups = [rollouts[i] for i in chosen]
-    # The pieces count responses through the chosen prompts only.
+    # Indices of `shared` count the responses to the chosen prompts only.
     of_batch = np.concatenate([first[i] + np.arange(len(rollouts[i].texts)) for i in chosen])
-    pieces = split_into_pieces(groups, max_tokens)
+    shared = share_prompts(groups, max_tokens)
     rows = []
-    for plan in plan_rows(pieces, max_tokens):
-        part = [pieces[i] for i in plan]
-        responses = of_batch[np.concatenate([piece.where for piece in part])]
+    for plan in plan_sequences([item.group for item in shared], max_tokens):
+        part = [shared[i].group for i in plan]
+        responses = of_batch[np.concatenate([shared[i].indices for i in plan])]
         tokens = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in responses])
         rows.append(PackedRollouts(lay_out(part).to(device), torch.from_numpy(tokens).to(device)))
     return rows

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.errors import DataError, NumericsError
-from hafrm.evaluation.heads import find_heads
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RewardSection, Rule
 from hafrm.scoring.fused import FusedRewardModel
-from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel, Scorer
+from hafrm.scoring.loading import find_heads
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
 
 Conversation = Sequence[Message]
 
@@ -26,7 +26,7 @@ def _reward_head(path: str) -> Scorer:
 
 
 def _implicit(path: str) -> Scorer:
-    return ImplicitRewardModel.from_pretrained(find_heads(path).policy or path)
+    return PolicyModel.from_pretrained(find_heads(path).policy or path)
 
 
 KINDS: Mapping[str, Callable[[str], Scorer]] = {

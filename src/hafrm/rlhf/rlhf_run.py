@@ -21,6 +21,7 @@ from hafrm.data.sources import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError
+from hafrm.export.stock_export import export_policy, gather_weights
 from hafrm.results import write_result
 from hafrm.rlhf.actor import Actor, Reference, Rollout
 from hafrm.rlhf.held_out import (
@@ -36,7 +37,6 @@ from hafrm.rlhf.rlhf_log import RlhfLog
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.watchdog import Watchdog
 from hafrm.run_folder import RunFolder
-from hafrm.scoring.export import export_policy, gather_weights
 from hafrm.training.prepare import inject_lora, load_base, load_tokenizer
 
 log = logging.getLogger("hafrm")

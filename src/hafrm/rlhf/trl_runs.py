@@ -23,7 +23,7 @@ from hafrm.rlhf.prompts import Prompt
 from hafrm.rlhf.rewards import Conversation
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
-from hafrm.scoring.scorer import as_messages
+from hafrm.scoring.reward_model import as_messages
 from hafrm.training.checkpoint import trainable_weights
 
 log = logging.getLogger("hafrm")

@@ -1,9 +1,9 @@
 """Run a model over many groups without gradients: rewards and log-probs of every response.
 
-The one bulk path: reference log-probs, validation, evaluation and scoring all come through here, laid
-out and packed as in training. Groups with the same prompt ids share one layout, whichever rows they
-came from, and one too large for a row is cut into several. Longest first, so that memory peaks at the
-start; results come back in the order given.
+The one inference path: reference log-probs, validation, evaluation and scoring all use it, laid out and
+packed as in training. Groups with the same prompt ids share one layout, wherever they come from, and one
+too large for a packed sequence is split. The longest sequences run first, so memory peaks at the start;
+results are in the order of the input.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,43 +25,39 @@ from hafrm.engine.memory import give_back, is_out_of_memory
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.engine.packing import first_fit_decreasing
 from hafrm.errors import MemoryBudgetError, NumericsError
+from hafrm.preferences import TokenizedGroup
+from hafrm.progress import OnProgress, no_progress
 
 log = logging.getLogger("hafrm")
 
 _WINDOW = 512
-"""Pieces packed together; first fit over all of them would take time with their square."""
+"""Groups packed together. First fit over all of them would take quadratic time."""
+
+PerResponse = tuple[Tensor | None, ...]
+"""What a forward returns, one entry per response of its layout each; `Outputs` is one."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per response, in the order of the groups; absent heads give None."""
+    """Per response, in the order of the groups; None for a head that the model lacks."""
 
     rewards: NDArray[np.float32] | None
     logps: NDArray[np.float32] | None
     lengths: NDArray[np.int64]
+    """Tokens of each response, EOS included."""
     first: NDArray[np.int64]
     """Index of each group's first response."""
 
 
-PerResponse = tuple[Tensor | None, ...]
-"""What a forward gives, each with one entry per response of its layout; `Outputs` is one."""
+class IndexedGroup(NamedTuple):
+    """A prompt with some of its responses, and where these are among all responses."""
 
-
-class Piece(NamedTuple):
-    """A prompt and some of the responses to it: what is laid out as one group."""
-
-    prompt_ids: NDArray[np.int32]
-    response_ids: list[NDArray[np.int32]]
-    where: list[int]
-    """Index of each response when all are counted through."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
+    group: TokenizedGroup
+    indices: list[int]
 
 
 def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
-    """Index of each group's first response when all responses are counted through."""
+    """Index of each group's first response among the responses of all groups."""
     counts = [len(group.response_ids) for group in groups]
     return np.cumsum([0, *counts])[:-1].astype(np.int64)
 
@@ -73,16 +69,15 @@ def run_forward(  # noqa: PLR0913
     max_tokens: int,
     autocast: torch.dtype | None = None,
     threads: int = 1,
-    done: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = no_progress,
     part: tuple[int, int] = (0, 1),
 ) -> Scores:
-    """Scores of all responses of `groups`, up to `max_tokens` to a row, `threads` rows at a time.
+    """Scores of all responses, from packed sequences of up to `max_tokens` tokens.
 
-    `done(responses, tokens)` is called after every row. Several threads are for a model on the CPU
-    that this process has to itself: there they beat one row on all cores (see docs/scoring.md).
-    `part` = (i, n) runs one row of n, and zero stands for the scores of the others.
-    Raises NumericsError for a score that is not finite, naming such groups by index; of a part's scores
-    none is checked.
+    `threads` sequences run at a time. Several threads are for a CPU that this process has to itself: there
+    they beat one sequence on all cores (docs/scoring.md). `on_progress` counts responses. `part` = (i, n)
+    runs every n-th sequence, and leaves the scores of the others 0.
+    Raises NumericsError for a score that is not finite, except for a part.
     """
     lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
     rewards, logps = (np.zeros(len(lengths), np.float32) for _ in range(2))
@@ -94,7 +89,7 @@ def run_forward(  # noqa: PLR0913
             outputs: Outputs = model(layout.to(device))
         return outputs
 
-    rows = run_rows(
+    sequences = run_sequences(
         run,
         groups,
         max_tokens=max_tokens,
@@ -103,12 +98,13 @@ def run_forward(  # noqa: PLR0913
         # One rank of a sharded model cannot run more forwards than the others.
         halve=not isinstance(model, FSDPModule),
     )
-    for where, tokens, outputs in rows:
+    num_done = 0
+    for indices, outputs in sequences:
         for values, output in ((rewards, outputs[0]), (logps, outputs[1])):
             if output is not None:
-                values[where] = output.float().cpu().numpy()
-        if done is not None:
-            done(len(where), tokens)
+                values[indices] = output.float().cpu().numpy()
+        num_done += len(indices)
+        on_progress(num_done, len(lengths))
     scores = Scores(
         rewards=None if model.reward_head is None else rewards,
         logps=None if model.policy_head is None else logps,
@@ -120,7 +116,7 @@ def run_forward(  # noqa: PLR0913
     return scores
 
 
-def run_rows(
+def run_sequences(
     run: Callable[[Layout], PerResponse],
     groups: Sequence[Branches],
     *,
@@ -128,123 +124,139 @@ def run_rows(
     threads: int = 1,
     part: tuple[int, int] = (0, 1),
     halve: bool = True,
-) -> Iterator[tuple[NDArray[np.int64], int, PerResponse]]:
-    """(indices of responses, tokens run, what `run` gives per response) of every packed row.
+) -> Iterator[tuple[NDArray[np.int64], PerResponse]]:
+    """(indices of responses, what `run` returns for them) of every packed sequence.
 
-    `part` = (i, n) takes every n-th row from the i-th on. Where a part has one row less, it runs the
-    shortest piece for nothing: all parts make the same number of forwards, in which shards are exchanged.
-    Raises MemoryBudgetError for a single response that does not fit, or without `halve` for any row.
+    `part` = (i, n) takes every n-th sequence from the i-th on.
+    Raises MemoryBudgetError for a single response that does not fit into memory, and without `halve` for
+    any sequence.
     """
-    pieces = split_into_pieces(groups, max_tokens)
-    rows = [[pieces[i] for i in row] for row in plan_rows(pieces, max_tokens)]
+    shared = share_prompts(groups, max_tokens)
+    plan = plan_sequences([item.group for item in shared], max_tokens)
+    sequences = [[shared[i] for i in members] for members in plan]
     index, num_parts = part
-    mine = rows[index::num_parts]
-    is_short = len(mine) < -(-len(rows) // num_parts)
-    filler = [[min(pieces, key=lambda piece: piece.num_tokens)]] if is_short else []
-    all_outputs = iter(_map(lambda row: _run_row(run, row, halve), [*mine, *filler], threads))
-    for row in mine:
-        where = np.concatenate([np.asarray(piece.where, np.int64) for piece in row])
-        yield where, sum(piece.num_tokens for piece in row), next(all_outputs)
-    deque(all_outputs, maxlen=0)
+    mine = sequences[index::num_parts]
+    # All ranks must run equally many forwards, because each gathers shards: a rank with one sequence less
+    # runs the shortest group again and drops the result.
+    is_short = len(mine) < -(-len(sequences) // num_parts)
+    filler = [[min(shared, key=lambda item: item.group.num_tokens)]] if is_short else []
+    outputs = iter(_map(lambda s: _run_or_halve(run, s, halve), [*mine, *filler], threads))
+    for sequence in mine:
+        indices = np.concatenate([np.asarray(item.indices, np.int64) for item in sequence])
+        yield indices, next(outputs)
+    deque(outputs, maxlen=0)
 
 
-def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece], halve: bool) -> PerResponse:
-    """One forward; where memory is short, two of half the responses, as often as it takes."""
+def _run_or_halve(
+    run: Callable[[Layout], PerResponse], sequence: list[IndexedGroup], halve: bool
+) -> PerResponse:
+    """One forward; where memory is short, two with half the responses each, recursively."""
     try:
-        return run(lay_out(row))
+        return run(lay_out([item.group for item in sequence]))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         what = str(error).split("\n", 1)[0]
-    # Out here the exception is gone, and with it the tensors of the pass that failed.
+    # Outside the handler the exception is gone, and with it the tensors of the failed forward.
     give_back()
-    tokens = sum(piece.num_tokens for piece in row)
+    tokens = sum(item.group.num_tokens for item in sequence)
     if not halve:
         raise MemoryBudgetError(
-            f"a row of {tokens} tokens does not fit into memory ({what}), and a sharded model cannot run "
-            "it in halves; lower training.max_tokens"
+            f"a sequence of {tokens} tokens does not fit into memory ({what}), and a sharded model cannot "
+            "run it in halves; lower training.max_tokens"
         )
-    if len(row) == 1 and len(row[0].where) == 1:
+    if len(sequence) == 1 and len(sequence[0].indices) == 1:
         raise MemoryBudgetError(
             f"a single response of {tokens} tokens (with its prompt) does not fit into memory ({what}); "
             "load the model in bfloat16, or set a smaller max_length"
         )
-    log.warning("a row of %d tokens ran out of memory (%s); running it in two halves", tokens, what)
-    first, second = (_run_row(run, half, halve) for half in _halves(row))
-    return tuple(_joined(a, b) for a, b in zip(first, second, strict=True))
+    log.warning("a sequence of %d tokens ran out of memory (%s); running two halves", tokens, what)
+    first, second = (_run_or_halve(run, half, halve) for half in _halves(sequence))
+    return tuple(
+        None if a is None or b is None else torch.cat([a, b])
+        for a, b in zip(first, second, strict=True)
+    )
 
 
-def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second])
+def _halves(sequence: list[IndexedGroup]) -> tuple[list[IndexedGroup], list[IndexedGroup]]:
+    """The same responses in the same order, split between two prompts or two responses of one prompt."""
+    if len(sequence) > 1:
+        return sequence[: len(sequence) // 2], sequence[len(sequence) // 2 :]
+    group, indices = sequence[0]
+    cut = len(indices) // 2
+    first, second = (
+        [IndexedGroup(replace(group, response_ids=group.response_ids[half]), indices[half])]
+        for half in (slice(cut), slice(cut, None))
+    )
+    return first, second
 
 
-def _halves(row: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-    """The same responses in the same order, cut between two prompts, or between two of one's responses."""
-    if len(row) > 1:
-        return row[: len(row) // 2], row[len(row) // 2 :]
-    prompt, responses, where = row[0]
-    cut = len(where) // 2
-    parts = (Piece(prompt, responses[s], where[s]) for s in (slice(cut), slice(cut, None)))
-    first, second = parts
-    return [first], [second]
-
-
-def plan_rows(groups: Sequence[Branches], max_tokens: int) -> list[list[int]]:
-    """Indices of the groups of each row, longest rows first; only neighbours in length share a row."""
-    sizes = [len(g.prompt_ids) + sum(len(r) for r in g.response_ids) for g in groups]
+def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
+    """Indices of the groups of each sequence, longest first; only groups of similar length share one."""
+    sizes = [group.num_tokens for group in groups]
     order = sorted(range(len(groups)), key=lambda i: -sizes[i])
-    rows = []
+    sequences = []
     for start in range(0, len(order), _WINDOW):
-        part = order[start : start + _WINDOW]
-        bins = first_fit_decreasing([sizes[i] for i in part], max_tokens)
-        rows += [[part[i] for i in b] for b in bins]
-    return rows
+        window = order[start : start + _WINDOW]
+        bins = first_fit_decreasing([sizes[i] for i in window], max_tokens)
+        sequences += [[window[i] for i in members] for members in bins]
+    return sequences
 
 
-def split_into_pieces(groups: Sequence[Branches], max_tokens: int) -> list[Piece]:
-    """All responses by their prompts' ids, in pieces that fit into a row where a response does."""
-    whole: dict[bytes, Piece] = {}
-    counter = 0
+def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGroup]:
+    """All responses grouped by their prompt's ids, split so that each group fits into `max_tokens`.
+
+    A single response that is longer stays whole.
+    """
+    by_prompt: dict[bytes, tuple[NDArray[np.int32], list[tuple[int, NDArray[np.int32]]]]] = {}
+    index = 0
     for group in groups:
         prompt = np.asarray(group.prompt_ids, np.int32)
-        piece = whole.setdefault(prompt.tobytes(), Piece(prompt, [], []))
+        _, responses = by_prompt.setdefault(prompt.tobytes(), (prompt, []))
         for ids in group.response_ids:
-            piece.response_ids.append(ids)
-            piece.where.append(counter)
-            counter += 1
-    return [part for piece in whole.values() for part in _split(piece, max_tokens)]
+            responses.append((index, ids))
+            index += 1
+    return [
+        IndexedGroup(TokenizedGroup(prompt, tuple(ids for _, ids in part)), [i for i, _ in part])
+        for prompt, responses in by_prompt.values()
+        for part in _split(responses, max_tokens - len(prompt))
+    ]
 
 
-def _split(piece: Piece, max_tokens: int) -> Iterator[Piece]:
-    part = Piece(piece.prompt_ids, [], [])
-    size = len(piece.prompt_ids)
-    for ids, where in zip(piece.response_ids, piece.where, strict=True):
-        if part.where and size + len(ids) > max_tokens:
+def _split(
+    responses: list[tuple[int, NDArray[np.int32]]], room: int
+) -> Iterator[list[tuple[int, NDArray[np.int32]]]]:
+    part: list[tuple[int, NDArray[np.int32]]] = []
+    size = 0
+    for response in responses:
+        length = len(response[1])
+        if part and size + length > room:
             yield part
-            part, size = Piece(piece.prompt_ids, [], []), len(piece.prompt_ids)
-        part.response_ids.append(ids)
-        part.where.append(where)
-        size += len(ids)
+            part, size = [], 0
+        part.append(response)
+        size += length
     yield part
 
 
 def _map(
-    run: Callable[[list[Piece]], PerResponse], rows: list[list[Piece]], threads: int
+    run: Callable[[list[IndexedGroup]], PerResponse],
+    sequences: list[list[IndexedGroup]],
+    threads: int,
 ) -> Iterable[PerResponse]:
-    """`run` of every row, in order, over as many threads as there are rows for."""
-    workers = min(threads, len(rows))
+    """`run` of every sequence, in order, on as many threads as there are sequences for."""
+    workers = min(threads, len(sequences))
     if workers <= 1:
-        yield from map(run, rows)
+        yield from map(run, sequences)
         return
     before = torch.get_num_threads()
-    share = max(1, threads // workers)
+    cores = max(1, threads // workers)
     try:
         with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(share,)
+            workers, initializer=torch.set_num_threads, initargs=(cores,)
         ) as pool:
-            yield from pool.map(run, rows)
+            yield from pool.map(run, sequences)
     finally:
-        torch.set_num_threads(before)  # the setting of threads that are yet to come is global
+        torch.set_num_threads(before)  # torch takes it as the default of threads that start later
 
 
 def check_finite(scores: Scores) -> None:

@@ -1,12 +1,13 @@
-"""Directories that stock transformers saves, as models that score: whole, or refused.
+"""Find and load models: `find_heads` in a run folder, `load_*` from directories of stock transformers.
 
-What lacks weights is refused, because transformers would fill them in at random: a score from a fresh
-head is worse than none. Only safetensors are read, never a pickle, and no code of a model directory is
-run. Nothing here scores.
+A directory that lacks weights is refused, because transformers would initialise them at random: a score
+from a random head is worse than none. Only safetensors are read, never a pickle, and no code of a model
+directory is run. Nothing here scores.
 """
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +33,58 @@ from hafrm.errors import ConfigError, ModelError
 log = logging.getLogger("hafrm")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What weights can be loaded in, by name; auto is the checkpoint's dtype on a GPU, float32 on a CPU."""
+"""Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
+FUSED_RULE = "fused.json"
+"""The file beside `reward/` and `policy/` that says how their scores are added."""
 _UNBOUNDED = 2**20
 """Length limit of models that have no position limit."""
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The directories that a model path refers to."""
+
+    reward: Path | None
+    policy: Path | None
+    fused: Path | None = None
+    """The folder with both heads and the rule of their fused score."""
+
+
+def find_heads(path: str | os.PathLike[str], policy: str | Path | None = None) -> Heads:
+    """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
+
+    `policy` replaces the policy that is there. Raises ModelError if there is no model.
+    """
+    root = Path(path)
+    heads = None
+    # a run folder has its exports in model/
+    for folder in (root / "model", root):
+        reward, own = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
+        if reward or own:
+            # the rule of one head alone is of no use
+            has_rule = reward and own and (folder / FUSED_RULE).is_file()
+            heads = Heads(reward, own, folder if has_rule else None)
+            break
+    if heads is None:
+        if root.is_dir() and not (root / "config.json").is_file():
+            raise ModelError(
+                f"{path} holds no model: neither model/reward nor model/policy nor a config.json. A run "
+                "that has not finished has none yet"
+            )
+        heads = Heads(root, None) if is_reward_directory(root) else Heads(None, root)
+    # the fused rule was fitted with the policy that is replaced
+    return heads if policy is None else Heads(heads.reward, Path(policy))
+
+
+def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
+    """One head's directory in a run folder or its `model/`; any other path or hub id as it is."""
+    folders = (Path(path) / "model" / head, Path(path) / head)
+    return next((folder for folder in folders if folder.is_dir()), path)
+
+
+@dataclass(frozen=True)
 class Placement:
-    """Where models are run, and in what."""
+    """The device that models run on, and the dtype of their weights."""
 
     dtype: str = "auto"
     """One of DTYPES."""
@@ -57,7 +102,7 @@ class Placement:
             ) from None
 
     def options(self, max_length: int | None) -> dict[str, Any]:
-        """What `from_pretrained` takes."""
+        """Keyword arguments of `from_pretrained`."""
         return {"dtype": self.dtype, "device": self.device, "max_length": max_length}
 
 
@@ -67,8 +112,11 @@ AUTO = Placement()
 def choose_dtype(
     path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> torch.dtype:
-    """The dtype that weights are loaded in; `auto` follows the checkpoint on a GPU, which says so in the
-    log, and is float32 on a CPU, where half precision is neither faster nor better."""
+    """The dtype to load weights in.
+
+    `auto` is the checkpoint's dtype on a GPU, which is logged, and float32 on a CPU, where half precision
+    is neither faster nor more accurate.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -84,7 +132,7 @@ def choose_dtype(
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device type computes in bfloat16 natively; a GPU that is not here is taken to."""
+    """Whether a device type computes in bfloat16 natively; assumed of a GPU that this machine lacks."""
     if device != "cuda" or not torch.cuda.is_available():
         return device == "cuda"
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -104,19 +152,19 @@ def load_reward(
         kind = str((loaded.config.architectures or ["?"])[0])
         what = "it is a causal LM (a policy), not a reward model" if "CausalLM" in kind else kind
         raise ModelError(
-            f"{path} lacks weights for {missing}, which would be random: {what}; give a trained reward "
-            "model's directory (of a hafrm run: <run>/model/reward)"
+            f"{path} lacks weights for {missing}, which would be random: {what}; give a run folder or the "
+            "directory of a trained reward model"
         )
     if loaded.config.num_labels != 1:
         raise ModelError(
-            f"{path} has {loaded.config.num_labels} labels, and a reward model has one: it is a "
-            "classifier of another kind"
+            f"{path} has {loaded.config.num_labels} labels, but a reward model has one: this is another "
+            "kind of classifier"
         )
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
         raise ModelError(
-            f"{path} is a {type(loaded).__name__} without a linear `score` head, which hafrm reads "
-            "rewards from; decoder models such as Llama, Qwen or Gemma have one"
+            f"{path} is a {type(loaded).__name__} without a linear `score` head. hafrm reads rewards from "
+            "such a head; decoder models such as Llama, Qwen or Gemma have one"
         )
     backbone = loaded.base_model
     model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
@@ -124,7 +172,7 @@ def load_reward(
 
 
 def load_reward_head(directory: str | Path) -> nn.Linear:
-    """The `score` head of an exported reward model alone; raises ModelError where there is none."""
+    """Only the `score` head of an exported reward model; raises ModelError if there is none."""
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if "score.weight" in tensors.keys():  # noqa: SIM118 - it is no dictionary
@@ -132,7 +180,7 @@ def load_reward_head(directory: str | Path) -> nn.Linear:
                 head = nn.Linear(weight.shape[1], 1, bias=False)
                 head.weight = nn.Parameter(weight)
                 return head
-    raise ModelError(f"{directory} holds no score.weight; give the export of a run's reward model")
+    raise ModelError(f"{directory} holds no score.weight; give a run's exported reward model")
 
 
 def load_policy(
@@ -148,12 +196,12 @@ def load_policy(
 def load_causal_lm(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """A stock `...ForCausalLM` that writes; raises ModelError for anything else."""
+    """A stock `...ForCausalLM` for generation; raises ModelError for anything else."""
     loaded, missing = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
     if missing:
         raise ModelError(
-            f"{path} lacks weights for {missing}, which would be random; give the directory of a causal "
-            "LM (of a hafrm run: <run>/model/policy)"
+            f"{path} lacks weights for {missing}, which would be random; give a run folder or the "
+            "directory of a causal LM"
         )
     model: PreTrainedModel = loaded.to(device or default_device())
     return model
@@ -165,9 +213,10 @@ def load_encoder(
     max_length: int | None,
     too_long: Literal["cut", "drop"] = "cut",
 ) -> Encoder:
-    """The directory's tokenizer and template, taken literally, for inputs of up to `max_length` tokens.
+    """The directory's tokenizer and unchanged template, for inputs of up to `max_length` tokens.
 
-    Raises ModelError for no usable tokenizer or template, or more length than the model has positions.
+    Raises ModelError without a usable tokenizer or template, and for a longer `max_length` than the model
+    has positions.
     """
     longest = longest_sequence(config) or _UNBOUNDED
     if max_length is not None and max_length > longest:
@@ -183,7 +232,7 @@ def load_encoder(
 
 
 def is_reward_directory(path: str | Path) -> bool:
-    """Whether a directory or hub id is a sequence classifier's, as opposed to a causal LM's.
+    """Whether a directory or hub id holds a sequence classifier rather than a causal LM.
 
     Raises ModelError when there is no model.
     """
@@ -201,17 +250,17 @@ def load_config(path: str | Path) -> PretrainedConfig:
 
 
 def model_digest(path: str | Path) -> str:
-    """What tells one model's weights from another's: a digest of a directory, a hub id's commit."""
+    """Identifies a model's weights: a digest of a directory's files, or a hub id's commit."""
     directory = Path(path)
     if not directory.is_dir():
         return f"{path}@{getattr(load_config(path), '_commit_hash', None)}"
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
-    known = [f"{file.name} {fingerprint(file)}" for file in files if file.is_file()]
-    return "sha256:" + hashlib.sha256("\n".join(known).encode()).hexdigest()
+    digests = [f"{file.name} {fingerprint(file)}" for file in files if file.is_file()]
+    return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """The model, and the names of the weights that its files lack."""
+    """The model, and the names of weights that its files lack."""
     try:
         loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True

@@ -25,7 +25,7 @@ from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
 from hafrm.resumable import ResumableFolder
 from hafrm.scoring.fused import fit_fused, fused_scores, per_token
-from hafrm.scoring.scorer import ImplicitRule
+from hafrm.scoring.reward_model import ImplicitRule
 from hafrm.statistics import Estimate, accuracy_interval, in_words, over_seeds
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import ScorerOutcome, StudyBenchmark, StudyResult, Tuning, summarise

@@ -24,13 +24,13 @@ from hafrm.benchmarks.benchmark_files import LoadedBenchmark, find_benchmark_fol
 from hafrm.benchmarks.benchmark_run import group_by_prompt
 from hafrm.benchmarks.definitions import find_benchmarks
 from hafrm.data.encoding import Encoder, encode_cached
+from hafrm.diagnostics.hidden_states import last_states
 from hafrm.diagnostics.representation import Representation, describe_states
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.results import Real, read_result, write_result
-from hafrm.scoring.states import last_states
 from hafrm.study.run_grid import StudyRun
 from hafrm.training import parallel
 from hafrm.training.budget import with_token_budget

@@ -18,18 +18,18 @@ from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
+from hafrm.export.checklist import verify_directory
+from hafrm.export.golden import GOLDEN, GoldenLine, read_golden
+from hafrm.export.model_card import write_cards
+from hafrm.export.peft_adapter import Base, export_adapter
+from hafrm.export.proof import PLAIN, check_golden, check_policy, prove, write_golden
+from hafrm.export.stock_export import export_policy, export_reward, gather_weights
 from hafrm.preferences import Group, Message
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder, step_of
-from hafrm.scoring.adapter import Base, export_adapter
-from hafrm.scoring.checklist.table import verify_directory
-from hafrm.scoring.export import export_policy, export_reward, gather_weights
-from hafrm.scoring.golden_file import GOLDEN, GoldenLine, read_golden
 from hafrm.scoring.loading import load_config, load_encoder, load_policy, load_reward
-from hafrm.scoring.model_card import write_cards
-from hafrm.scoring.scorer import write_implicit_rule
-from hafrm.scoring.verify import PLAIN, check_golden, check_policy, prove, write_golden
+from hafrm.scoring.reward_model import write_implicit_rule
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.finish import export_dtype, implicit_rule
 from hafrm.training.loop import resolve_method
@@ -264,9 +264,9 @@ def _write_reward(
         gather_weights(source.model), source.encoder, whole, dtype=dtype if merge else torch.float32
     )
     num = write_golden(whole, source.golden)
-    found = verify_directory(whole, run_model=False)
-    if not found.ok:
-        faults = "; ".join(f"{r.name}: {r.found} ({r.mend})" for r in found.failed)
+    verification = verify_directory(whole, run_model=False)
+    if not verification.ok:
+        faults = "; ".join(f"{r.name}: {r.observed} ({r.fix})" for r in verification.failed)
         raise ModelError(f"the export would not serve every consumer: {faults}")
     if not merge:
         base = Base(recipe.model.path, recipe.model.revision)

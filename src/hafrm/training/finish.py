@@ -13,13 +13,13 @@ import torch
 from hafrm.atomic import atomic_directory
 from hafrm.engine.memory import give_back
 from hafrm.engine.model import HybridModel
+from hafrm.export.model_card import write_cards
+from hafrm.export.proof import check_golden, prove, write_golden
+from hafrm.export.stock_export import export_policy, export_reward, gather_weights
 from hafrm.recipe import Recipe
 from hafrm.run_folder import RunFolder
-from hafrm.scoring.export import export_policy, export_reward, gather_weights
 from hafrm.scoring.fused import write_fused_rule
-from hafrm.scoring.model_card import write_cards
-from hafrm.scoring.scorer import ImplicitRule, write_implicit_rule
-from hafrm.scoring.verify import check_golden, prove, write_golden
+from hafrm.scoring.reward_model import ImplicitRule, write_implicit_rule
 from hafrm.training import parallel
 from hafrm.training.batches import References
 from hafrm.training.methods import Method

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
 from hafrm.errors import HafrmError
+from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.forward import Scores, check_finite, run_forward
 
 Mode = Literal["auto", "ddp", "fsdp"]
@@ -207,7 +208,7 @@ def score_on_all_ranks(
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
-    done: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> Scores:
     """`run_forward` with the rows dealt out to the ranks: every rank calls, and gets all scores.
 
@@ -215,7 +216,7 @@ def score_on_all_ranks(
     """
     place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
     scores = run_forward(
-        model, groups, max_tokens=max_tokens, autocast=autocast, done=done, part=place
+        model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress, part=place
     )
     for values in (scores.rewards, scores.logps):
         if values is not None:

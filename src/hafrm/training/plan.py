@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hafrm.engine.model import HybridModel
+from hafrm.export.plain_model import proof_bytes
 from hafrm.recipe import Recipe
-from hafrm.scoring.golden_check import room_for
 from hafrm.training.costs import (
     FLOAT32,
     HALF,
@@ -144,7 +144,7 @@ class Planner:
                 checkpointing=training.gradient_checkpointing,
             ),
             host=host_bytes(self.counts, half=self._half),
-            proof=room_for(self.counts.total),
+            proof=proof_bytes(self.counts.total),
         )
 
     def bytes(self, target: Target, budget: int) -> Bytes:

@@ -7,7 +7,7 @@ dtype. A changed key is another file, so nothing stale is ever read.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save
 from hafrm.atomic import atomic_write
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
+from hafrm.progress import OnProgress, no_progress
 from hafrm.resumable import cache_folder
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
@@ -73,7 +74,7 @@ def reference_logps(
     max_tokens: int,
     autocast: torch.dtype | None = None,
     path: str | None = None,
-    done: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> References:
     """The model's own log-probs of every response, from the cache or from one packed pass.
 
@@ -92,7 +93,7 @@ def reference_logps(
     file, logps = parallel.from_main(look)
     if logps is None:
         logps = parallel.score_on_all_ranks(
-            model, groups, max_tokens=max_tokens, autocast=autocast, done=done
+            model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress
         ).logps
         assert logps is not None
         if parallel.is_main():

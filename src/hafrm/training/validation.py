@@ -109,13 +109,9 @@ def fit_on_validation(
     scores = score_heads(model, groups, logps, method, max_tokens=max_tokens, autocast=autocast)
     assert scores.rewards is not None
     assert scores.implicit_per_token is not None
-    prompts = [
-        prompt for prompt, group in enumerate(groups) for c in group.comparisons if not c.tie
-    ]
     return fit_fused(
         decided_margins(groups, scores.rewards, scores.first),
         decided_margins(groups, scores.implicit_per_token, scores.first),
-        np.array(prompts),
     )
 
 

@@ -1,0 +1,164 @@
+"""Write a trained model as stock directories that every consumer loads without our code.
+
+`reward/` is a `<X>ForSequenceClassification` with one label, `problem_type: regression` (otherwise servers
+apply a sigmoid) and a `score` without bias; `policy/` is a `<X>ForCausalLM`. LoRA is merged in float32.
+Both have the tokenizer with the closed chat template of training. They are never one file, because vLLM
+refuses unknown weights.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from hafrm.atomic import atomic_directory
+from hafrm.data.encoding import Encoder
+from hafrm.engine.model import HybridModel
+from hafrm.errors import ModelError
+from hafrm.export.older_transformers import write_for_older_readers
+
+
+@dataclass(frozen=True)
+class StockWeights:
+    """A model's complete weights on the CPU, LoRA merged, under their stock names."""
+
+    config: PretrainedConfig
+    backbone: Mapping[str, Tensor]
+    reward_head: Mapping[str, Tensor]
+    """Empty if the model has no such head."""
+    policy_head: Mapping[str, Tensor]
+
+
+def gather_weights(model: HybridModel) -> StockWeights:
+    """Collect the weights on the main rank; every rank must call this for a sharded model."""
+    return StockWeights(
+        config=model.backbone.config,
+        backbone=_merge_lora(model.backbone, _gather(model.backbone)),
+        reward_head={} if model.reward_head is None else _gather(model.reward_head),
+        policy_head={} if model.policy_head is None else _gather(model.policy_head),
+    )
+
+
+def export_reward(
+    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias.
+
+    Raises ModelError if there is no reward head, or transformers has no classifier of this kind.
+    """
+    if not weights.reward_head:
+        raise ModelError("this model has no reward head to export; export its policy instead")
+    config = copy.deepcopy(weights.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
+    config.problem_type = "regression"
+    stock = _stock(AutoModelForSequenceClassification, config, encoder, dtype)
+    head = {f"score.{name}": value for name, value in weights.reward_head.items()}
+    _write(stock, weights.backbone, head, encoder, directory)
+
+
+def export_policy(
+    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the stock causal LM: backbone and retained LM head.
+
+    Raises ModelError if there is no policy head.
+    """
+    if not weights.policy_head:
+        raise ModelError("this model has no policy head to export; export its reward model instead")
+    stock = _stock(AutoModelForCausalLM, copy.deepcopy(weights.config), encoder, dtype)
+    output = stock.get_output_embeddings()
+    name = next(name for name, module in stock.named_modules() if module is output)
+    head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
+    _write(stock, weights.backbone, head, encoder, directory)
+
+
+def _gather(module: nn.Module) -> dict[str, Tensor]:
+    """The module's weights on the main rank. One tensor is gathered at a time: ranks share host memory."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    weights = {}
+    for name, value in module.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if is_main:
+            weights[name] = whole.detach().cpu()
+    return weights
+
+
+def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + scaling * B A in float32, under the names from before the adapters."""
+    if not weights:
+        return {}
+    merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
+    for name, module in backbone.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter, scaling in module.scaling.items():
+                a = weights[f"{name}.lora_A.{adapter}.weight"].float()
+                b = weights[f"{name}.lora_B.{adapter}.weight"].float()
+                delta = scaling * (b @ a)
+                if getattr(module, "fan_in_fan_out", False):
+                    delta = delta.t()
+                merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
+    return merged
+
+
+def _stock(
+    auto: Any, config: PretrainedConfig, encoder: Encoder, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The stock class with this config, on the meta device."""
+    config.dtype = dtype
+    config.pad_token_id, config.eos_token_id = encoder.pad_id, encoder.eos_id
+    try:
+        with torch.device("meta"):
+            stock: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no {auto.__name__} for {type(config).__name__}"
+        ) from error
+    return stock
+
+
+def _write(
+    stock: PreTrainedModel,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    encoder: Encoder,
+    directory: Path,
+) -> None:
+    """Put the weights into the stock class and save it, completely or not at all."""
+    prefix, dtype = stock.base_model_prefix, stock.dtype
+    state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
+    state |= {name: value.to(dtype) for name, value in head.items()}
+    if dtype == torch.float16:
+        _check_range(state)
+    surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    stock.tie_weights()
+    left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
+    if left or surplus:
+        raise ModelError(
+            f"{type(stock).__name__} cannot hold this model: the model lacks weights ({left}) or has "
+            f"others that the class does not take ({surplus})"
+        )
+    with atomic_directory(directory) as aside:
+        stock.save_pretrained(aside)
+        encoder.export_tokenizer(aside)
+        write_for_older_readers(aside)
+
+
+def _check_range(state: Mapping[str, Tensor]) -> None:
+    """Raises ModelError for a weight beyond float16's largest number, 65,504."""
+    over = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if over:
+        raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32 instead")

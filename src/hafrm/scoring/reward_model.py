@@ -1,0 +1,331 @@
+"""`RewardModel` scores responses with a reward head, `PolicyModel` with a policy's implicit reward.
+
+Both load a run folder or any directory that stock transformers loads, lay a prompt out once for all its
+responses, and give the numbers that other consumers of the directory get. They have the same methods, so
+one can replace the other.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hafrm.data.encoding import Encoder
+from hafrm.data.parse import check_prompt, read_prompt
+from hafrm.data.values import MAX_CHARS, RefusedError, check_text
+from hafrm.engine.model import HybridModel
+from hafrm.errors import DataError, ModelError
+from hafrm.preferences import Group, Message, TokenizedGroup
+from hafrm.progress import OnProgress, no_progress
+from hafrm.scoring.forward import Scores, run_forward
+from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
+
+PromptLike = str | Sequence[Mapping[str, Any] | Message]
+"""A user's text, or chat messages up to and without the response."""
+IMPLICIT_RULE = "implicit_reward.json"
+MAX_TOKENS = 2**15
+"""Default tokens of a packed sequence: a prompt of 8k tokens and its responses fit into one."""
+MAX_TOKENS_CPU = 1024
+"""The same on a CPU, where activations should stay in its caches (docs/scoring.md)."""
+
+
+@dataclass(frozen=True)
+class ImplicitRule:
+    """How a policy scores a response; written into its directory, because its weights do not say."""
+
+    reference: str | None
+    """Path or hub id of the frozen starting checkpoint; None: the log-prob alone."""
+    beta: float = 1.0
+    per_token: bool = False
+    """Divide by the response's tokens."""
+
+
+def write_implicit_rule(directory: Path, rule: ImplicitRule) -> None:
+    """Write the rule into an exported policy's directory."""
+    (directory / IMPLICIT_RULE).write_text(json.dumps(asdict(rule), indent=1) + "\n")
+
+
+def read_implicit_rule(directory: str | Path) -> ImplicitRule:
+    """The rule of an exported policy; without a file it is the mean log-prob per token."""
+    file = Path(directory) / IMPLICIT_RULE
+    if not file.is_file():
+        return ImplicitRule(reference=None, per_token=True)
+    try:
+        return ImplicitRule(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file} is no rule of an implicit reward: {error}") from error
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of several responses."""
+
+    index: int
+    response: str
+    rewards: list[float]
+
+
+class Scorer(ABC):
+    """What every model that scores can do: `score`, `score_batch`, `probability`, `best_of`."""
+
+    def __init__(
+        self, model: HybridModel, encoder: Encoder, *, max_tokens: int | None = None
+    ) -> None:
+        on_cpu = model.device.type == "cpu"
+        self.model = model.eval()
+        self.encoder = encoder
+        self.max_tokens = max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS)
+        self._threads = torch.get_num_threads() if on_cpu else 1
+
+    @abstractmethod
+    def score_encoded(
+        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
+    ) -> NDArray[np.float32]:
+        """The score of every response of tokenized groups, in order; `on_progress` counts responses.
+
+        Raises NumericsError for a score that is not finite.
+        """
+
+    def _run(
+        self,
+        model: HybridModel,
+        groups: Sequence[TokenizedGroup],
+        on_progress: OnProgress = no_progress,
+    ) -> Scores:
+        return run_forward(
+            model,
+            groups,
+            max_tokens=self.max_tokens,
+            threads=self._threads,
+            on_progress=on_progress,
+        )
+
+    @overload
+    def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, prompt: PromptLike, responses: Sequence[str]) -> list[float]: ...
+    def score(self, prompt: PromptLike, responses: str | Sequence[str]) -> float | list[float]:
+        """The score of one response, or of each of several responses to the same prompt.
+
+        Raises DataError for a prompt that is no conversation, and when prompt and response are longer
+        than the model takes.
+        """
+        if isinstance(responses, str):
+            return self.score_batch([prompt], [[responses]])[0][0]
+        return self.score_batch([prompt], [responses])[0]
+
+    def score_batch(
+        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """The scores of `responses[i]`, the responses to `prompts[i]`; equal ones are run once.
+
+        Raises what `score` raises.
+        """
+        distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
+        groups = [
+            Group(f"prompt {i}", as_messages(prompt), _checked(texts))
+            for i, (prompt, texts) in enumerate(zip(prompts, distinct, strict=True))
+            if texts
+        ]
+        encoded, report = self.encoder.encode(groups)
+        if report.prompts_cut or report.responses_cut or len(encoded) < len(groups):
+            raise DataError(
+                f"prompt and response are longer than {self.encoder.lengths.max_length} tokens, the limit "
+                "that this model was loaded with; shorten them, or load it with a larger max_length"
+            )
+        scores = iter(self.score_encoded(encoded).tolist())
+        by_text = [{text: next(scores) for text in texts} for texts in distinct]
+        return [
+            [scores_of[text] for text in texts]
+            for scores_of, texts in zip(by_text, responses, strict=True)
+        ]
+
+    def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
+        """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
+        first, second = self.score(prompt, [chosen, rejected])
+        return 1.0 / (1.0 + math.exp(min(700.0, second - first)))
+
+    def best_of(self, prompt: PromptLike, responses: Sequence[str]) -> Best:
+        """The response with the highest score; the first one if several are equal."""
+        if not responses:
+            raise DataError("best_of needs one or more responses; got none")
+        rewards = self.score(prompt, responses)
+        index = int(np.argmax(rewards))
+        return Best(index, responses[index], rewards)
+
+
+class RewardModel(Scorer):
+    """A reward model that gives each response a number.
+
+    >>> rm = RewardModel.from_pretrained("run")
+    >>> rm.score("What is 2+2?", ["4", "5"])            # one reward each, float32
+    >>> rm.probability("What is 2+2?", "4", "5")        # P(the first is preferred)
+    >>> rm.best_of("What is 2+2?", ["3", "4"]).response
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device | None = None,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+        too_long: Literal["cut", "drop"] = "cut",
+    ) -> "RewardModel":
+        """Load a run folder, or the directory or hub id of a `...ForSequenceClassification`.
+
+        `dtype` auto is the checkpoint's on a GPU, float32 on a CPU. `score` refuses inputs longer than
+        `max_length` (default: what the model takes); `encoder.encode` cuts or drops them, as `too_long`
+        says. Packed sequences hold up to `max_tokens` tokens (default: what suits the device).
+
+        Raises ModelError for more than one label, and for a head that is missing, untrained or not linear.
+        """
+        directory = head_directory(path, "reward")
+        model = load_reward(directory, dtype=dtype, device=device)
+        encoder = load_encoder(directory, model.backbone.config, max_length, too_long)
+        return cls(model, encoder, max_tokens=max_tokens)
+
+    def score_encoded(
+        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
+    ) -> NDArray[np.float32]:
+        """The reward of every response of tokenized groups, in order; `on_progress` counts responses.
+
+        Raises NumericsError for a reward that is not finite.
+        """
+        pad = self.model.backbone.config.get_text_config().pad_token_id
+        groups = [_without_trailing_pad(group, pad) for group in encoded]
+        scores = self._run(self.model, groups, on_progress)
+        assert scores.rewards is not None
+        return scores.rewards
+
+
+class PolicyModel(Scorer):
+    """The implicit reward of a policy: beta * (log pi - log pi_ref), DPO's reward (arXiv 2305.18290).
+
+    The rule in the policy's directory says which reference it has and whether it counts per token.
+    """
+
+    def __init__(
+        self,
+        model: HybridModel,
+        encoder: Encoder,
+        *,
+        reference: HybridModel | None,
+        rule: ImplicitRule,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(model, encoder, max_tokens=max_tokens)
+        self.reference = None if reference is None else reference.eval()
+        self.rule = rule
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        reference: str | Path | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device | None = None,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+    ) -> "PolicyModel":
+        """Load a run folder or a `...ForCausalLM` directory; `reference` replaces the one in its rule.
+
+        Raises ModelError when the reference cannot be loaded or has another vocabulary.
+        """
+        path = head_directory(path, "policy")
+        rule = read_implicit_rule(path)
+        policy = load_policy(path, dtype=dtype, device=device)
+        name, frozen = reference or rule.reference, None
+        if name is not None:
+            try:
+                frozen = load_policy(name, dtype=dtype, device=device)
+            except ModelError as error:
+                raise ModelError(
+                    f"{path} needs its reference {name}, which cannot be loaded; say where the reference "
+                    f"is now (--reference): {error}"
+                ) from error
+            sizes = [m.backbone.config.get_text_config().vocab_size for m in (policy, frozen)]
+            if sizes[0] != sizes[1]:
+                raise ModelError(
+                    f"{path} has a vocabulary of {sizes[0]} tokens, its reference {name} one of "
+                    f"{sizes[1]}; give the checkpoint that the policy was trained from"
+                )
+        rule = replace(rule, reference=None if name is None else str(name))
+        encoder = load_encoder(path, policy.backbone.config, max_length)
+        return cls(policy, encoder, reference=frozen, rule=rule, max_tokens=max_tokens)
+
+    def score_encoded(
+        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
+    ) -> NDArray[np.float32]:
+        """The implicit reward of every response of tokenized groups; `on_progress` counts responses.
+
+        Raises NumericsError for a score that is not finite.
+        """
+        return self._to_scores(self._run(self.model, encoded, on_progress), encoded)
+
+    def _to_scores(self, scores: Scores, groups: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
+        """The implicit rewards that the policy's log-probs of these groups give."""
+        assert scores.logps is not None
+        implicit: NDArray[Any] = scores.logps
+        if self.reference is not None:
+            frozen = self._run(self.reference, groups).logps
+            assert frozen is not None
+            implicit = implicit - frozen
+        if self.rule.per_token:
+            implicit = implicit / scores.lengths
+        return (self.rule.beta * implicit).astype(np.float32)
+
+
+def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:
+    """The group up to the last token that is not pad, where the stock classifier reads the reward.
+
+    It changes a group only where pad is the EOS. Some published models were trained that way.
+    """
+    if pad is None or all(ids[-1] != pad for ids in group.response_ids):
+        return group
+    # -1 in front: index 0 for a response of pads alone
+    shorter = tuple(
+        ids[: np.flatnonzero(np.append(-1, ids) != pad)[-1]] for ids in group.response_ids
+    )
+    if any(len(ids) == 0 for ids in shorter):
+        raise DataError(
+            f"a response of group {group.id!r} holds only pad tokens, so this model has no reward for it; "
+            "leave the response out"
+        )
+    return replace(group, response_ids=shorter)
+
+
+def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
+    """A prompt in any accepted form as messages, under the rules of preference files.
+
+    Raises DataError for anything else, and for a conversation that does not end before a response.
+    """
+    try:
+        messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
+        if not messages:
+            raise DataError(
+                "the prompt has no messages; give a text, or messages up to the response"
+            )
+        check_prompt(messages, MAX_CHARS)
+    except RefusedError as error:
+        raise DataError(f"the prompt cannot be used: {': '.join(error.refusal)}") from error
+    return messages
+
+
+def _checked(responses: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        for response in responses:
+            check_text(response, "a response")
+    except RefusedError as error:
+        raise DataError(f"a response cannot be used: {': '.join(error.refusal)}") from error
+    return responses

@@ -1,0 +1,113 @@
+"""What transformers 4 reads of an export is what transformers 5 reads; golden values from both schemas."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from exports_for_tests import export_both
+from hafrm.export.older_transformers import old_config, old_rotary_keys, old_tokenizer
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {}),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            {"rope_theta": 1e6},
+        ),
+        (
+            {"rope_parameters": LLAMA3},
+            {
+                "rope_theta": 500000.0,
+                "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+            },
+        ),
+        (  # Phi-2 rotates 0.4 of each head; version 4's default is 0.5
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.4,
+                }
+            },
+            {"rope_theta": 10000.0, "partial_rotary_factor": 0.4},
+        ),
+        (
+            {
+                "model_type": "gpt_neox",
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+            {"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_local_base_freq": 1e4,
+            },
+        ),
+    ],
+    ids=["none", "plain", "llama3", "phi-2", "gpt-neox", "gemma3"],
+)
+def test_rotary_settings_stand_under_their_old_names_too(config, expected):
+    assert old_rotary_keys(config) == expected
+
+
+def test_nested_configs_and_the_dtype_are_amended_and_what_is_said_already_stays():
+    nested = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    amended = old_config({"text_config": nested, "dtype": "bfloat16", "torch_dtype": "float32"})
+    assert amended["text_config"]["rope_theta"] == 5.0
+    assert amended["torch_dtype"] == "float32"
+    assert old_config({"dtype": "bfloat16"})["torch_dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_is_of_a_class_that_both_have_and_keeps_its_extra_tokens():
+    given = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
+    assert old_tokenizer(given) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "additional_special_tokens": ["<a>"],
+    }
+    assert old_tokenizer({"tokenizer_class": "Qwen2Tokenizer"}) == {
+        "tokenizer_class": "Qwen2Tokenizer"
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt-neox", "gemma3", "gpt2"])
+def test_the_version_at_hand_reads_an_amended_export_as_before(tmp_path, family):
+    """Rotary parameters, dtype, ids and special tokens as they were in memory."""
+    model, encoder = export_both(tmp_path, family)
+    for head in ("reward", "policy"):
+        if not (tmp_path / head).is_dir():
+            continue
+        config = AutoConfig.from_pretrained(tmp_path / head)
+        before = model.backbone.config
+        assert getattr(config, "rope_parameters", None) == getattr(before, "rope_parameters", None)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / head)
+        text = "<|im_start|>user\nHow do I bake <think>bread</think>?<|im_end|>"
+        assert tokenizer(text)["input_ids"] == encoder.tokenizer(text)["input_ids"]
+        assert set(tokenizer.all_special_tokens) == set(encoder.tokenizer.all_special_tokens)
+        raw = json.loads((tmp_path / head / "tokenizer_config.json").read_text())
+        assert raw["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not raw["add_bos_token"]
