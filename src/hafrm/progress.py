@@ -22,14 +22,13 @@ def no_progress(done: int, total: int) -> None:
 
 
 def over_passes(on_progress: OnProgress, total: int) -> OnProgress:
-    """One callback for several passes, each of which counts from 0: it adds them up to `total`."""
-    before = last = 0
+    """One callback for several passes, each counted from 0 to its own total: it adds them up to `total`."""
+    finished = 0
 
-    def add(done: int, _: int) -> None:
-        nonlocal before, last
-        before += last if done <= last else 0  # counts fall back where a new pass begins
-        last = done
-        on_progress(before + done, total)
+    def add(done: int, total_of_pass: int) -> None:
+        nonlocal finished
+        on_progress(finished + done, total)
+        finished += done if done == total_of_pass else 0
 
     return add
 

@@ -81,7 +81,7 @@ class Fixed(Scorer):
 
         return groups, Report()
 
-    def score_encoded(self, encoded, done=None):
+    def score_encoded(self, encoded, on_progress=None):
         values = [self.factor * len(t) + self.offset for g in encoded for t in g.responses]
         return np.array(values, np.float32)
 

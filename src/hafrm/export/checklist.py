@@ -307,7 +307,7 @@ def replay_directory(directory: Path) -> GoldenReplay:
     return plain.replay(("right", "left"))
 
 
-def main() -> None:
+def replay_as_process() -> None:
     """Replay the directory that the command line names, within the tolerance that it gives."""
     result = replay_directory(Path(sys.argv[1]))
     tolerance = float(sys.argv[2]) if len(sys.argv) > 2 else TOLERANCE
@@ -319,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    replay_as_process()
