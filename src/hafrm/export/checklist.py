@@ -248,7 +248,7 @@ def verify_directory(
         is_adapter = (path / "adapter_config.json").is_file()
         what = (
             "a LoRA adapter, which is verified when it is exported; merge it (hafrm export RUN "
-            "--merge-lora) to verify what servers load"
+            "--out DIR --merge-lora) to verify what servers load"
             if is_adapter
             else "not a model directory: it has no config.json"
         )
