@@ -16,7 +16,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     PositiveInt,
     model_validator,
 )
@@ -141,10 +140,8 @@ class MethodSection(Section):
     """Name of a method: haf (the paper's), bt, dpo, grm-sft, ..."""
     reward_weight: float | None = Field(default=None, ge=0)
     """Weight of the reward loss (paper: 1)."""
-    alpha: NonNegativeFloat | Literal["auto"] | None = None
-    """Weight of the policy loss (paper: 0.2); auto: whatever keeps `gradient_ratio`."""
-    gradient_ratio: float | None = Field(default=None, gt=0)
-    """With alpha auto: norm of the policy loss's gradient, in norms of the reward loss's."""
+    alpha: float | None = Field(default=None, ge=0)
+    """Weight of the policy loss (paper: 0.2)."""
     policy_loss: Text | None = None
     """Name of a policy loss: dpo (paper), ipo, simpo, orpo, kto, sft, ..."""
     beta: float | None = Field(default=None, gt=0)
@@ -159,15 +156,6 @@ class MethodSection(Section):
     """Name of a reward loss: bt (paper), normbt."""
     sum_to_zero: float | None = Field(default=None, ge=0)
     """Weight of BSR's penalty: a step's comparisons times its mean reward squared (paper: 0)."""
-
-    @model_validator(mode="after")
-    def _balances_gradients_with_alpha_auto_only(self) -> "MethodSection":
-        alone = self.gradient_ratio is not None and self.alpha != "auto"
-        message = (
-            f"method.gradient_ratio is {self.gradient_ratio}, which only method.alpha auto uses: set "
-            "method.alpha: auto, or remove method.gradient_ratio"
-        )
-        return _unless([message] if alone else [], self)
 
 
 class TrainingSection(Section):

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hafrm.config import dump_recipe
 from hafrm.engine.layout import Layout
-from hafrm.engine.model import HybridModel, Outputs, Watch
+from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.preferences import Message
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring import golden_check
 from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.scorer import ImplicitRewardModel, RewardModel
-from hafrm.training import finish, loop, validation
+from hafrm.training import loop, run_export, validation
+from hafrm.training.data_setup import prepare_data
 from hafrm.training.loop import StoppedError, train
-from hafrm.training.prepare import prepare_data
 from tiny_runs import tiny_recipe, write_preferences
 
 
@@ -37,7 +37,7 @@ def _replay_in_this_process(
     killed and resumed runs, whose first process is a real one, keep the real check."""
     if "killed" not in request.node.name:
         monkeypatch.setattr(
-            finish, "check_golden", lambda path: golden_check.replay(path)["differences"]
+            run_export, "check_golden", lambda path: golden_check.replay(path)["differences"]
         )
 
 
@@ -133,10 +133,10 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every training forward of more than `limit` tokens fails as CUDA's allocator fails."""
     forward = HybridModel.forward
 
-    def limited(self: HybridModel, layout: Layout, watch: Watch | None = None) -> Outputs:
+    def limited(self: HybridModel, layout: Layout) -> Outputs:
         if torch.is_grad_enabled() and layout.num_tokens > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, layout, watch)
+        return forward(self, layout)
 
     monkeypatch.setattr(HybridModel, "forward", limited)
 
@@ -268,7 +268,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("method", [{}, {"alpha": "auto"}, {"name": "normbt"}])
+@pytest.mark.parametrize("method", [{}, {"name": "normbt"}])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
     recipe = tiny_recipe(tmp_path, method=method)
     train(recipe, tmp_path / "whole")
@@ -349,16 +349,6 @@ def test_provenance_and_metrics_say_what_was_run(tmp_path):
         for name in ("accuracy", "implicit_accuracy"):
             assert record[f"{name}_low"] <= record[name] <= record[f"{name}_high"]
             assert record[f"{name}_low"] < record[f"{name}_high"]
-
-
-def test_alpha_auto_is_logged_and_moves(tmp_path):
-    """It starts at the method's 0.2; a constant alpha is in the recipe and needs no line."""
-    train(tiny_recipe(tmp_path, method={"alpha": "auto"}), tmp_path / "auto")
-    alphas = [r["alpha"] for r in metrics(tmp_path / "auto") if r["kind"] == "train"]
-    assert alphas[0] == pytest.approx(0.2)
-    assert len(set(alphas)) == 6
-    train(tiny_recipe(tmp_path), tmp_path / "constant")
-    assert not any("alpha" in record for record in metrics(tmp_path / "constant"))
 
 
 def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):

@@ -40,7 +40,8 @@ from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import model_digest
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 from hafrm.table import Column, Table
-from hafrm.training.prepare import load_base, load_tokenizer
+from hafrm.training.data_setup import load_tokenizer
+from hafrm.training.model_setup import load_base
 
 START = "start"
 """The contender that was not trained."""
