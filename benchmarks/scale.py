@@ -34,10 +34,11 @@ from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
-from hafrm.training.memory_plan import MemoryNeed, Target
+from hafrm.training.memory_plan import Target
 from hafrm.training.memory_trace import (
     FLOAT32,
     HALF,
+    MemoryNeed,
     count_weights,
     logprob_bytes,
     meta_model,

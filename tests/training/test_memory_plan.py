@@ -80,14 +80,14 @@ def measured_peak(family: str, plan: MemoryPlan, **sections: object) -> int:
     ],
 )
 def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections):
-    """Weights, gradients, moments, activations, chunks of logits and what backward holds: within 5 %, at
+    """Weights, gradients, moments, activations, chunks of logits and what backward holds: within 10 %, at
     640 tokens in chunks of 100 rows of logits."""
     monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
     sections = {**sections, "training": {"max_tokens": 640, **sections.get("training", {})}}
     plan = planner(family, **sections).plan(Target("cpu", 2**30))
     assert plan.tokens == 640
     predicted = plan.need.step
-    assert predicted == pytest.approx(measured_peak(family, plan, **sections), rel=0.05)
+    assert predicted == pytest.approx(measured_peak(family, plan, **sections), rel=0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

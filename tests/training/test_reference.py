@@ -55,10 +55,10 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
 
     def counted(model, some, **options):
         seen.append(sum(len(group.response_ids) for group in some))
-        return run_forward(model, some, **options)
+        return score(model, some, **options)
 
-    run_forward = reference.run_forward
-    monkeypatch.setattr(reference, "run_forward", counted)
+    score = parallel.score_on_all_ranks
+    monkeypatch.setattr(parallel, "score_on_all_ranks", counted)
     ours, held_out = references_of(
         tiny_hybrid(), train, [ComparisonRef(2, 1)], validation, max_tokens=500
     )
@@ -104,7 +104,7 @@ def test_a_checkpoints_files_stand_for_its_weights_and_these_are_not_hashed(tmp_
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")
     digest = weights_digest(str(tmp_path), model)
-    monkeypatch.setattr(reference, "_bytes", None)
+    monkeypatch.setattr(reference, "_weight_bytes", None)
     first = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
     file.write_bytes(b"two")
     assert weights_digest(str(tmp_path), model) != digest

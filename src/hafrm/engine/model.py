@@ -70,7 +70,7 @@ class HybridModel(nn.Module):
         self.transform = logit_transform(backbone.config)
         if not hasattr(backbone, _STOCK_ATTENTION):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
-        self.sharing = False
+        self.sharing = self.checkpointing = False
         switch_off_dropout(self)
         fuse_gelu(backbone)
         self.share(sharing)
@@ -95,6 +95,7 @@ class HybridModel(nn.Module):
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
         (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False, **options})
         self.backbone.train()
+        self.checkpointing = True
 
     def compile_layers(self) -> None:
         """Compile every decoder layer with torch.compile, once for all packed lengths.

@@ -27,6 +27,7 @@ from hafrm.training.memory_trace import (
     FLOAT32,
     HALF,
     Footprint,
+    MemoryNeed,
     count_weights,
     logprob_bytes,
     meta_model,
@@ -48,39 +49,6 @@ SPARE = {"cuda": 0.1, "cpu": 0.6}
 """Fraction of the memory left alone: on a GPU for the allocator's gaps; on a CPU, where glibc's heap has
 been measured to hold up to 2.4 times what is alive (docs/scale.md)."""
 MOST_RANKS = 64
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes of one rank at its fullest moments: in a step's backward pass, and in passes without one."""
-
-    weights: int
-    gradients: int
-    optimiser: int
-    exchange: int
-    """Gathered layers and whole gradients of FSDP2; DDP's buckets are the gradients."""
-    activations: int
-    """What autograd keeps of the micro-batch."""
-    working: int
-    """What the backward pass holds at once: of the layers, or logits and the head's gradient."""
-    passes: int
-    """The fullest pass without gradients: the reference's before the first step, over whole weights under
-    FSDP2 too, or validation's beside the optimiser's state."""
-
-    @property
-    def states(self) -> int:
-        """What stays, however large the micro-batch."""
-        return self.weights + self.gradients + self.optimiser + self.exchange
-
-    @property
-    def step(self) -> int:
-        """The fullest moment of a step."""
-        return self.states + self.activations + self.working
-
-    @property
-    def total(self) -> int:
-        """The fullest moment of all."""
-        return max(self.passes, self.step)
 
 
 @dataclass(frozen=True)

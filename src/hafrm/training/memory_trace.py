@@ -55,6 +55,39 @@ class Weights:
     """LoRA: the policy head is frozen too."""
 
 
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of one rank at its fullest moments: in a step's backward pass, and in passes without one."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    exchange: int
+    """Gathered layers and whole gradients of FSDP2; DDP's buckets are the gradients."""
+    activations: int
+    """What autograd keeps of the micro-batch."""
+    working: int
+    """What the backward pass holds at once: of the layers, or logits and the head's gradient."""
+    passes: int
+    """The fullest pass without gradients: the reference's before the first step, over whole weights under
+    FSDP2 too, or validation's beside the optimiser's state."""
+
+    @property
+    def states(self) -> int:
+        """What stays, however large the micro-batch."""
+        return self.weights + self.gradients + self.optimiser + self.exchange
+
+    @property
+    def step(self) -> int:
+        """The fullest moment of a step."""
+        return self.states + self.activations + self.working
+
+    @property
+    def total(self) -> int:
+        """The fullest moment of all."""
+        return max(self.passes, self.step)
+
+
 class Footprint(NamedTuple):
     """Bytes of one micro-batch beside weights, gradients and optimiser, without the log-probs."""
 
@@ -172,7 +205,7 @@ def trace(model: HybridModel, shape: Shape, *, half: bool, train: bool = True) -
     existing = [*model.parameters(), *model.buffers(), *(p.grad for p in trained)]
     existing += [value for value in vars(layout).values() if isinstance(value, Tensor)]
     casts = _CudaAutocast(half)
-    if getattr(model.backbone, "is_gradient_checkpointing", False):
+    if model.checkpointing:
         # A backward pass has no function modes, but layers are computed again in it.
         model.checkpoint_activations(context_fn=lambda: (contextlib.nullcontext(), casts))
     with LiveBytes(t for t in existing if t is not None) as live, casts:

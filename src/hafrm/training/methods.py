@@ -209,7 +209,7 @@ def get_method(name: str, **overrides: Any) -> Method:
     policy_loss = values.get("policy_loss", preset.policy_loss)
     if policy_loss != preset.policy_loss:
         if policy_loss not in POLICY_LOSSES:
-            raise ConfigError(_unknown("method.policy_loss", policy_loss, POLICY_LOSSES))
+            raise ConfigError(_unknown("method.policy_loss", str(policy_loss), POLICY_LOSSES))
         shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
         preset = _preset(name, policy_loss, **{key: getattr(preset, key) for key in shared})
     allowed = [f.name for f in fields(Method) if f.name != "name"]

@@ -47,8 +47,7 @@ def reference_cache_key(
     for name, parameter in model.named_parameters() if weights is None else ():
         if not name.startswith("reward_head") and "lora_" not in name:
             digest.update(f"{name.replace('base_layer.', '')} {tuple(parameter.shape)}".encode())
-            flat = parameter.detach().cpu().contiguous().view(-1)  # no copy on a CPU
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(_weight_bytes(parameter).data)
     for group in groups:
         for ids in (group.prompt_ids, *group.response_ids):
             digest.update(len(ids).to_bytes(8, "little"))
@@ -125,7 +124,7 @@ def references_of(  # noqa: PLR0913 - two sets, what is reached, and how the pas
     )
     first = first_responses(train)
     logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
-    place = [first[group.index] + response for group in used for response in group.responses]
+    place = [first[group.group_index] + response for group in used for response in group.responses]
     cut = len(place)
     logps[np.array(place, np.int64)] = both.logps[:cut]
     return (
@@ -142,3 +141,9 @@ def _read(file: Path, counts: NDArray[np.int64]) -> NDArray[np.float32] | None:
         return None
     logps: NDArray[np.float32] = cached["logps"]
     return logps if np.array_equal(cached["counts"], counts) else None
+
+
+def _weight_bytes(parameter: torch.Tensor) -> NDArray[np.uint8]:
+    flat = parameter.detach().cpu().contiguous().view(-1)  # no copy on a CPU
+    raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return raw

@@ -145,7 +145,7 @@ class StepGroup(NamedTuple):
 
     tokens: TokenizedGroup
     """Only the responses that the step compares, and the step's comparisons among them."""
-    index: int
+    group_index: int
     """Of the whole group in the data set."""
     responses: tuple[int, ...]
     """Index of each response in the whole group, in rising order."""
@@ -208,7 +208,7 @@ def build_micro_batch(
             weights.append(0.0)
         ids += [group.tokens.id] * max(1, len(group.tokens.comparisons))
         if references is not None:
-            start = references.first[group.index]
+            start = references.first[group.group_index]
             reference.append(references.logps[start + np.array(group.responses)])
         offset += len(group.responses)
     return MicroBatch(
