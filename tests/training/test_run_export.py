@@ -194,7 +194,7 @@ def test_rounding_is_not_taken_back_but_the_checkpoint_is_taken(finished, tmp_pa
     expected, found = weights(finished / "model/reward"), weights(tmp_path / "fine")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ConfigError, match="whose rounding no other dtype takes back"):
+    with pytest.raises(ConfigError, match="whose rounding no other dtype undoes"):
         export_from_run(run, tmp_path / "again", ExportOptions(dtype="fp32"))
 
 
