@@ -243,7 +243,9 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {**json.loads(file.read_text()), "rope_parameters": {**rope, **factors}}
     file.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="32 tokens, because longer ones would change the rotary"):
+    with pytest.raises(
+        ConfigError, match="32 tokens, because a longer one would change the rotary"
+    ):
         train(recipe, tmp_path / "run")
 
 
