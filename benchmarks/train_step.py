@@ -21,13 +21,12 @@ from typing import Any
 import torch
 import transformers
 from contenders import CONTENDERS, LADDER, Marks, peak_growth
+from step_flops import count, step_flops, work_of
 from workload import BATCH, SHAPES, Peaks, Rows, Workload, load, measure_peaks
 
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.recipe import LoraSection
-from hafrm.training.costs import step_flops, work_of
-from hafrm.training.prepare import inject_lora
-from hafrm.training.shadow import count
+from hafrm.training.model_setup import inject_lora
 
 JOINT = "hafrm joint (haf)"
 GIB = 2**30

@@ -31,7 +31,7 @@ def export(
     ] = None,
 ) -> None:
     """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
-    from hafrm.training.extract import ExportOptions, export_from_run  # noqa: PLC0415
+    from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415
 
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
     done = export_from_run(run, to, options)
