@@ -23,11 +23,16 @@ from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import first_responses, run_forward
-from hafrm.training.batches import ComparisonOrder, MicroBatch, References, build, plan_step
-from hafrm.training.guard import Guard
 from hafrm.training.methods import Method, get_method
-from hafrm.training.prepare import assemble, starting_dtype
-from hafrm.training.step import build_optimizer, take_step
+from hafrm.training.model_setup import assemble, starting_dtype
+from hafrm.training.step import NonFiniteCheck, build_optimizer, take_step
+from hafrm.training.step_batches import (
+    ComparisonOrder,
+    MicroBatch,
+    References,
+    build_micro_batch,
+    plan_step,
+)
 
 RATE = 1e-5
 
@@ -129,7 +134,7 @@ class Ours:
             num_comparisons=BATCH,
             max_grad_norm=1.0,
             autocast=torch.bfloat16 if half else None,
-            guard=Guard(w.device),
+            nonfinite=NonFiniteCheck(w.device),
         )
         return step, batches
 
@@ -150,7 +155,7 @@ class Ours:
     def _batches(self, w: Workload, references: Any, step: int) -> list[MicroBatch]:
         order = ComparisonOrder(w.encoded, per_prompt=self.per_prompt, seed=0)
         (plan,) = plan_step(w.encoded, order.window(step * BATCH, BATCH), w.max_tokens)
-        batches = [build(parts, references) for parts in plan]
+        batches = [build_micro_batch(parts, references) for parts in plan]
         if not self.sharing:
             batches = [self._apart(b, parts) for b, parts in zip(batches, plan, strict=True)]
         return [b.pinned() for b in batches] if w.device.type == "cuda" else batches

@@ -29,12 +29,11 @@ from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import run_forward
 from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.training.batches import ComparisonOrder, Pick, build, plan_step
-from hafrm.training.guard import Guard
 from hafrm.training.methods import get_method
-from hafrm.training.prepare import build_model
+from hafrm.training.model_setup import build_model
 from hafrm.training.reference import reference_logps
-from hafrm.training.step import build_optimizer, take_step
+from hafrm.training.step import NonFiniteCheck, build_optimizer, take_step
+from hafrm.training.step_batches import ComparisonOrder, ComparisonRef, build_micro_batch, plan_step
 
 BATCH = 16
 
@@ -86,9 +85,9 @@ def compare(args: argparse.Namespace, data: str) -> list[str]:
     window = together.window(0, args.steps * BATCH)
     pairs = apart(groups)
     place = {(p.group, p.comparison): i for i, p in enumerate(all_picks(groups))}
-    same = [Pick(place[pick.group, pick.comparison], 0) for pick in window]
+    same = [ComparisonRef(place[pick.group, pick.comparison], 0) for pick in window]
     random = np.random.default_rng(0).permutation(len(pairs))
-    shuffled = [Pick(int(random[i % len(random)]), 0) for i in range(args.steps * BATCH)]
+    shuffled = [ComparisonRef(int(random[i % len(random)]), 0) for i in range(args.steps * BATCH)]
     name = Path(data).name.split(".")[0]
     runs = {
         "grouped": train_on(args, groups, window, held_out, encoder),
@@ -105,10 +104,10 @@ def compare(args: argparse.Namespace, data: str) -> list[str]:
     return rows
 
 
-def all_picks(groups: Sequence[TokenizedGroup]) -> list[Pick]:
+def all_picks(groups: Sequence[TokenizedGroup]) -> list[ComparisonRef]:
     """Every comparison that can be trained on."""
     return [
-        Pick(i, c)
+        ComparisonRef(i, c)
         for i, group in enumerate(groups)
         for c, comparison in enumerate(group.comparisons)
         if not comparison.tie
@@ -134,7 +133,7 @@ def apart(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
 def train_on(
     args: argparse.Namespace,
     groups: Sequence[TokenizedGroup],
-    picks: Sequence[Pick],
+    picks: Sequence[ComparisonRef],
     held_out: Sequence[TokenizedGroup],
     encoder: Encoder,
 ) -> Run:
@@ -143,7 +142,7 @@ def train_on(
     groups = [
         groups[index] for index in used
     ]  # so that the reference pass is no longer than needed
-    picks = [Pick(used[p.group], p.comparison) for p in picks]
+    picks = [ComparisonRef(used[p.group], p.comparison) for p in picks]
     recipe = build_recipe(
         {
             "model": {"path": args.model},
@@ -156,11 +155,11 @@ def train_on(
     optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     for group in optimizer.param_groups:
         group["lr"] = args.learning_rate
-    guard, tokens, losses = Guard(torch.device("cpu")), 0, []
+    guard, tokens, losses = NonFiniteCheck(torch.device("cpu")), 0, []
     start = time.perf_counter()
     for step in range(args.steps):
         (plan,) = plan_step(groups, picks[step * BATCH : (step + 1) * BATCH], max_tokens=4096)
-        batches = [build(parts, references) for parts in plan]
+        batches = [build_micro_batch(parts, references) for parts in plan]
         result = take_step(
             model,
             optimizer,
@@ -168,7 +167,7 @@ def train_on(
             method,
             num_comparisons=BATCH,
             max_grad_norm=1.0,
-            guard=guard,
+            nonfinite=guard,
         )
         tokens += result.num_tokens
         losses.append(result.sums[0] / BATCH)

@@ -3,8 +3,8 @@
     python benchmarks/scale.py --config llama-70b --lora --lengths long --gpus 8 16 32 64
     python benchmarks/scale.py --check
 
-Weights and bytes are counted on the run's own model without contents (hafrm.training.shadow), FLOPs and
-states by hafrm.training.costs; peak, utilisation and bandwidths are assumptions and can be given. No GPU
+Weights and bytes are counted on the run's own model on the meta device (hafrm.training.memory_trace), FLOPs
+by benchmarks/step_flops.py; peak, utilisation and bandwidths are assumptions and can be given. No GPU
 and no weights are needed. `--check` compares predictions with measured numbers on this machine's CPU:
 FLOPs with torch's counter, saved bytes with autograd's hook, memory with the growth of a process that
 takes real steps, with freed blocks given back and as glibc's heap keeps them (Linux).
@@ -22,31 +22,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
+from step_flops import count, reference_flops, step_flops, work_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from hafrm.engine.layout import Layout
+from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
+from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
-from hafrm.training.batches import MicroBatch
-from hafrm.training.costs import (
+from hafrm.training.memory_plan import Target
+from hafrm.training.memory_trace import (
     FLOAT32,
     HALF,
-    Bytes,
-    copies_bytes,
+    MemoryNeed,
+    count_weights,
     logprob_bytes,
-    reference_flops,
-    shards_bytes,
-    step_flops,
-    work_of,
+    meta_model,
+    state_bytes,
+    trace,
 )
 from hafrm.training.methods import get_method
-from hafrm.training.plan import Target
-from hafrm.training.prepare import assemble
-from hafrm.training.shadow import count, layout_of, shadow_model, trace
+from hafrm.training.model_setup import assemble
 from hafrm.training.step import build_optimizer, take_step
+from hafrm.training.step_batches import MicroBatch
 
 HAF = get_method("haf")
 GIB, NODE = 2**30, 8
@@ -127,7 +129,7 @@ class Row:
     micro_batches: int
     tokens: int
     """Of one GPU's micro-batch."""
-    bytes: Bytes
+    bytes: MemoryNeed
     fits: bool
     """Its steps do; what comes before them is another matter (docs/scale.md)."""
     traffic: float
@@ -143,9 +145,9 @@ class Scenario:
         self.recipe, self.comparison = recipe, comparison
         self.batch = recipe.training.batch_size
         self.checkpointing = recipe.training.gradient_checkpointing
-        self.shadow = shadow_model(config, recipe, HAF)
-        self.counts = count(self.shadow)
-        self.shadow.backbone.to(torch.bfloat16)  # as FSDP2 gathers it
+        self.model = meta_model(config, recipe, HAF)
+        self.counts, self.weights = count(self.model), count_weights(self.model)
+        self.model.backbone.to(torch.bfloat16)  # as FSDP2 gathers it
         prompt, chosen, rejected = comparison
         self.work = work_of([(prompt, (chosen, rejected))] * self.batch)
         self.flops = step_flops(self.counts, self.work, checkpointing=self.checkpointing)
@@ -171,28 +173,25 @@ class Scenario:
             traffic_seconds=traffic / machine.bandwidth(gpus),
         )
 
-    def bytes(self, gpus: int, tokens: int, *, accumulates: bool) -> Bytes:
+    def bytes(self, gpus: int, tokens: int, *, accumulates: bool) -> MemoryNeed:
         """The need of one GPU: layers gathered in bfloat16, the micro-batch traced."""
-        states = shards_bytes(self.counts, gpus, gathered=HALF, accumulates=accumulates)
+        states = state_bytes(self.weights, shards=gpus, gathered=HALF, accumulates=accumulates)
         shape = shape_of(self.comparison, tokens, groups=4)  # memory follows tokens, not groups
-        footprint = trace(self.shadow, layout_of(shape), half=True, cuda=True)
-        logprobs = logprob_bytes(
-            self.counts, work_of(shape), device="cuda", product=HALF, stored=HALF
-        )
-        return Bytes(
+        footprint = trace(self.model, shape, half=True)
+        logprobs = logprob_bytes(self.weights, shape, device="cuda", product=HALF, stored=HALF)
+        return MemoryNeed(
             *states,
             activations=footprint.kept,
-            logprobs=logprobs,
-            temporaries=footprint.temporaries,
-            passes=copies_bytes(self.counts)[0],
+            working=max(logprobs, footprint.working),
+            passes=state_bytes(self.weights)[0],
         )
 
     def traffic(self, gpus: int, micro_batches: int) -> float:
         """Bytes a step: layers gathered for forward and backward of every micro-batch, what is outside
         of layers once for both; gradients scattered in float32, once."""
-        outside = self.counts.outside
-        gathers = 2 * HALF * (self.counts.total - outside) + HALF * outside
-        scatters = FLOAT32 * self.counts.trainable
+        outside = self.weights.outside
+        gathers = 2 * HALF * (self.weights.total - outside) + HALF * outside
+        scatters = FLOAT32 * self.weights.trainable
         return (micro_batches * gathers + scatters) * (gpus - 1) / gpus
 
     def hiding_tokens(self, machine: Machine, bandwidth: float) -> float:
@@ -227,9 +226,14 @@ def config_of(name: str) -> transformers.PretrainedConfig:
 
 
 def report(scenario: Scenario, machine: Machine, gpus: list[int]) -> None:
-    counts, flops, work = scenario.counts, scenario.flops, scenario.work
+    counts, flops, work, weights = (
+        scenario.counts,
+        scenario.flops,
+        scenario.work,
+        scenario.weights,
+    )
     print(
-        f"{counts.total / 1e9:.2f} G weights, {counts.trainable / 1e9:.3g} G trained; a step of "
+        f"{weights.total / 1e9:.2f} G weights, {weights.trainable / 1e9:.3g} G trained; a step of "
         f"{scenario.batch} comparisons of {scenario.comparison}: {work.tokens:,} tokens, "
         f"{flops.total / 1e15:.3g} PFLOP ({100 * flops.head / flops.total:.1f} % head, "
         f"{100 * flops.attention / flops.total:.1f} % attention); the reference's pass, once: "
@@ -246,7 +250,7 @@ def report(scenario: Scenario, machine: Machine, gpus: list[int]) -> None:
     for row in rows:
         need = row.bytes
         parts = (need.weights, need.gradients, need.optimiser, need.exchange, need.activations)
-        sizes = (*parts, max(need.logprobs, need.temporaries), need.step)
+        sizes = (*parts, need.working, need.step)
         shown = " | ".join(f"{size / GIB:.1f}" for size in sizes)
         print(f"| {row.gpus} | {shown} | {'yes' if row.fits else 'no'} |")
     print(
@@ -289,19 +293,29 @@ def recipe_for(check: Check) -> Recipe:
 
 def predict(check: Check) -> dict[str, float]:
     """FLOPs of a micro-batch, bytes that autograd saves, and the growth of memory in a step."""
-    shadow = shadow_model(config_of(check.config), recipe_for(check), HAF)
-    counts = count(shadow)
-    work = work_of(check_shape())
-    footprint = trace(shadow, layout_of(check_shape()), half=False, cuda=False)
-    logprobs = logprob_bytes(counts, work, device="cpu", product=FLOAT32, stored=FLOAT32)
-    _, gradients, _, _ = copies_bytes(counts)
-    checkpointing = bool(check.training.get("gradient_checkpointing"))
-    kept_by_head = FLOAT32 * counts.width * work.scored  # the rows that predict, or their gradient
+    model = meta_model(config_of(check.config), recipe_for(check), HAF)
+    weights, work = count_weights(model), work_of(check_shape())
+    flops = step_flops(
+        count(model), work, checkpointing=bool(check.training.get("gradient_checkpointing"))
+    )
+    footprint = trace(model, check_shape(), half=False)
+    logprobs = logprob_bytes(weights, check_shape(), device="cpu", product=FLOAT32, stored=FLOAT32)
+    _, gradients, _, _ = state_bytes(weights)
+    kept_by_head = FLOAT32 * weights.width * work.scored  # the rows that predict, or their gradient
     return {
-        "flops": step_flops(counts, work, checkpointing=checkpointing).total,
+        "flops": flops.total,
         "saved": footprint.kept + kept_by_head,
-        "grown": gradients + footprint.kept + max(logprobs, footprint.temporaries),
+        "grown": gradients + footprint.kept + max(logprobs, footprint.working),
     }
+
+
+def layout_of(shape: list[tuple[int, tuple[int, int]]]) -> Layout:
+    """A layout of groups of these lengths whose token ids mean nothing."""
+
+    def ids(number: int) -> NDArray[np.int32]:
+        return np.zeros(number, np.int32)
+
+    return lay_out([TokenizedGroup(ids(p), tuple(map(ids, r))) for p, r in shape])
 
 
 def check_shape() -> list[tuple[int, tuple[int, int]]]:

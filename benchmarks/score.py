@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from step_flops import count, reference_flops, work_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workload import (
     SHAPES,
@@ -47,8 +48,6 @@ from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.scoring.loading import load_encoder
 from hafrm.scoring.reward_model import RewardModel
-from hafrm.training.costs import reference_flops, work_of
-from hafrm.training.shadow import count
 
 BATCHES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (8, 16, 32, 64, 128)}
 TARGETS = {"best-of-16": 2.5, "single responses": 1.3}

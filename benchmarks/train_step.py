@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import transformers
 from contenders import CONTENDERS, LADDER, Marks, peak_growth
+from step_flops import count, step_flops, work_of
 from workload import BATCH, SHAPES, Peaks, Rows, Workload, load, measure_peaks
 
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.recipe import LoraSection
-from hafrm.training.costs import step_flops, work_of
-from hafrm.training.prepare import inject_lora
-from hafrm.training.shadow import count
+from hafrm.training.memory_trace import count_weights
+from hafrm.training.model_setup import inject_lora
 
 JOINT = "hafrm joint (haf)"
 GIB = 2**30
@@ -143,11 +143,11 @@ def efficiency(w: Workload, peak: Peaks, seconds: float) -> dict[str, float]:
             causal.requires_grad_(False)
             inject_lora(LoraSection(rank=w.lora_rank), backbone)
         model = HybridModel(backbone, reward_head=new_reward_head(1), policy_head=head)
-    counts = count(model)
+    weights = count_weights(model)
     work = work_of([(len(g.prompt_ids), [len(r) for r in g.response_ids]) for g in w.encoded])
-    flops = step_flops(counts, work).total
+    flops = step_flops(count(model), work).total
     # Read in forward and backward, the gradient written and read, two moments and the weight likewise.
-    moved = w.steps * 4 * (2 * counts.total + 8 * counts.trainable)
+    moved = w.steps * 4 * (2 * weights.total + 8 * weights.trainable)
     return {
         "flops": flops,
         "mfu": flops / seconds / peak.nominal,

@@ -30,7 +30,7 @@ from transformers import (
 from hafrm.data.encoding import Encoder
 from hafrm.data.reader import read_preferences
 from hafrm.preferences import Group, TokenizedGroup
-from hafrm.training.batches import ComparisonOrder
+from hafrm.training.step_batches import ComparisonOrder
 
 BATCH = 16
 """Comparisons of an optimiser step."""

@@ -1,4 +1,4 @@
-"""One of two ranks of a run, started by test_finish: the proof needs the other rank to have ended."""
+"""One of two ranks of a run, started by test_run_end: the proof needs the other rank to have ended."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from hafrm.recipe_file import load_recipe
-from hafrm.training import finish, parallel
+from hafrm.training import parallel, run_export
 from hafrm.training.loop import train
 
 PATIENCE = 30.0
@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
             time.sleep(0.05)
         return {}
 
-    finish.check_golden = check
+    run_export.check_golden = check
     train(load_recipe(folder / "recipe.yaml"), folder / "run")
     parallel.stop()
     if os.environ["RANK"] == "1":

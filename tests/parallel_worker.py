@@ -118,9 +118,9 @@ def scores() -> None:
     model = parallel.wrap(tiny_hybrid(), "fsdp", None).eval()
     forward, rows = HybridModel.forward, []
 
-    def counted(self, layout, watch=None):
+    def counted(self, layout):
         rows.append(layout.num_tokens)
-        return forward(self, layout, watch)
+        return forward(self, layout)
 
     for max_tokens, num_forwards in ((80, 2), (10_000, 1)):
         HybridModel.forward = forward
@@ -132,7 +132,7 @@ def scores() -> None:
         assert (shared.logps == expected.logps).all()
         assert len(rows) == num_forwards, rows
 
-    def short(self, layout, watch=None):
+    def short(self, layout):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     alone.reward_head.weight.data[0, 0] = float("nan")

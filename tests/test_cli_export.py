@@ -11,7 +11,7 @@ from export_faults import FAULTS
 from exports_for_tests import export_with_golden
 from hafrm.cli import app, main
 from hafrm.export.checklist import replay_directory
-from hafrm.training import extract, finish
+from hafrm.training import run_export
 from hafrm.training.loop import train
 from reward_servers import openrlhf, serving
 from tiny_runs import tiny_recipe
@@ -80,7 +80,7 @@ def test_verify_refuses_what_cannot_be_meant(reward, tmp_path, monkeypatch, caps
 
 
 def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, capsys):
-    for module in (extract, finish):
+    for module in (run_export,):
         monkeypatch.setattr(module, "check_golden", lambda path: replay_directory(path).differences)
     train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     output = invoke("export", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "bf16")

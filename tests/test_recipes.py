@@ -111,7 +111,7 @@ def test_the_method_section_offers_what_methods_take():
     from hafrm.training.methods import Method, get_method
 
     offered = {key.name.split(".")[1] for key in describe_keys() if key.name.startswith("method.")}
-    assert offered == {field.name for field in fields(Method)} - {"gradient_ratio"}
+    assert offered == {field.name for field in fields(Method)}
     for path in RECIPES:
         section = load_recipe(path).method.model_dump()
         assert get_method(section.pop("name"), **section).name == "haf"

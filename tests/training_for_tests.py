@@ -1,7 +1,7 @@
 """Sixteen pairs of unequal lengths and their micro-batches, for tests of single steps."""
 
 from hafrm.preferences import Comparison, TokenizedGroup
-from hafrm.training.batches import MicroBatch, Pick, build, plan_step
+from hafrm.training.step_batches import ComparisonRef, MicroBatch, build_micro_batch, plan_step
 from models_for_tests import token_groups
 
 SHAPES = [(3 + i % 7, (2 + i % 5, 3 + i % 4)) for i in range(16)]
@@ -19,6 +19,6 @@ def micro_batches(
     groups: list[TokenizedGroup], max_tokens: int, references=None
 ) -> list[MicroBatch]:
     """All groups' first comparisons as the micro-batches of one step."""
-    picks = [Pick(i, 0) for i in range(len(groups))]
+    picks = [ComparisonRef(i, 0) for i in range(len(groups))]
     ((*parts,),) = plan_step(groups, picks, max_tokens)
-    return [build(part, references) for part in parts]
+    return [build_micro_batch(part, references) for part in parts]

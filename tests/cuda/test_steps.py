@@ -19,12 +19,11 @@ from hafrm.engine.model import HybridModel
 from hafrm.errors import NumericsError
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
-from hafrm.training.batches import ComparisonOrder, MicroBatch
 from hafrm.training.checkpoint import save_checkpoint
-from hafrm.training.feed import Feed
-from hafrm.training.guard import Guard
 from hafrm.training.methods import get_method
-from hafrm.training.step import StepResult, build_optimizer, take_step
+from hafrm.training.runtime import Prefetch
+from hafrm.training.step import NonFiniteCheck, StepResult, build_optimizer, take_step
+from hafrm.training.step_batches import ComparisonOrder, MicroBatch
 from models_for_tests import tiny_hybrid, token_groups
 from training_for_tests import SHAPES, micro_batches, pairs
 
@@ -42,7 +41,7 @@ def run(
     batches: list[MicroBatch],
     precision: torch.dtype | None,
     optimizer: torch.optim.Optimizer,
-    guard: Guard | None = None,
+    nonfinite: NonFiniteCheck | None = None,
 ) -> StepResult:
     """One optimiser step, unclipped."""
     return take_step(
@@ -53,7 +52,7 @@ def run(
         num_comparisons=len(SHAPES),
         max_grad_norm=0.0,
         autocast=precision,
-        guard=guard,
+        nonfinite=nonfinite,
     )
 
 
@@ -97,7 +96,7 @@ def test_pinned_micro_batches_give_the_step_of_unpinned_ones(device):
     for place in (torch.device("cpu"), device):
         order = ComparisonOrder(groups, per_prompt=1, seed=0)
         ranks = parallel.Ranks(0, 1, place)
-        with Feed(groups, order, None, batch_size=16, max_tokens=100, ranks=ranks) as feed:
+        with Prefetch(groups, order, None, batch_size=16, max_tokens=100, ranks=ranks) as feed:
             steps.append(feed.take(0))
     unpinned, pinned = steps
     assert len(unpinned) == len(pinned) > 1
@@ -126,7 +125,7 @@ def waiting_is_an_error(device: torch.device) -> Iterator[None]:
 
 def test_a_step_in_bfloat16_never_waits_for_the_device(device):
     """The first step may: it loads kernels. In float32, padded groups look for a row's real tokens."""
-    model, guard = tiny_hybrid().to(device), Guard(device)
+    model, guard = tiny_hybrid().to(device), NonFiniteCheck(device)
     optimizer = adamw(model)
     batches = micro_batches(pairs(), max_tokens=100)
     if device.type == "cuda":
@@ -138,7 +137,7 @@ def test_a_step_in_bfloat16_never_waits_for_the_device(device):
 
 
 def test_a_loss_that_is_not_finite_reaches_no_weight_or_moment(device):
-    model, guard = tiny_hybrid().to(device), Guard(device)
+    model, guard = tiny_hybrid().to(device), NonFiniteCheck(device)
     optimizer = adamw(model)
     for group in optimizer.param_groups:
         group["lr"] = 0.1

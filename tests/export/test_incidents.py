@@ -201,7 +201,7 @@ def test_a_server_that_rounds_otherwise_is_measured(good):
 
 
 def test_a_head_lost_in_a_merge_is_not_made_up(export):
-    """huggingface/trl#368, #398, huggingface/peft#2502, #1836; how merging is right: test_extract.py."""
+    """huggingface/trl#368, #398, huggingface/peft#2502, #1836; how merging is right: test_run_export.py."""
     FAULTS["no head"][1](export)
     _, info = AutoModelForSequenceClassification.from_pretrained(export, output_loading_info=True)
     assert info["missing_keys"]  # transformers makes one up and goes on

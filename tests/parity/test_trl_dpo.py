@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.training.losses import PolicyLogps
-from hafrm.training.methods import get_method
-from hafrm.training.objective import joint_loss
+from hafrm.training.methods import get_method, joint_loss
 from models_for_tests import TokenGroup, tiny_causal_lm
 
 pytestmark = [

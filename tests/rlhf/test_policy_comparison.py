@@ -61,8 +61,8 @@ def test_a_comparison_writes_its_contract_and_goes_on_where_it_was(tmp_path, mon
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    one = take(tmp_path / "one", processes=1)
-    two = take(tmp_path / "two", processes=2)
+    one = take(tmp_path / "one", num_processes=1)
+    two = take(tmp_path / "two", num_processes=2)
     assert (two.standings, two.wins, two.curves) == (one.standings, one.wins, one.curves)
 
 

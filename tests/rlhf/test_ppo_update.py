@@ -15,7 +15,7 @@ from hafrm.rlhf.actor import Actor, Reference, Rollout
 from hafrm.rlhf.ppo_update import PolicyWithValue, measure, pack, to_ppo_batch, update
 from hafrm.rlhf.prompts import Prompt
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection
-from hafrm.training.prepare import inject_lora
+from hafrm.training.model_setup import inject_lora
 from hafrm.training.step import build_optimizer
 from models_for_tests import tiny_causal_lm, token_groups
 from slow_ppo import SlowPpo, SlowRules

@@ -7,7 +7,13 @@ import pytest
 
 from hafrm.errors import DataError
 from hafrm.preferences import Comparison, TokenizedGroup
-from hafrm.training.batches import ComparisonOrder, Pick, References, build, plan_step
+from hafrm.training.step_batches import (
+    ComparisonOrder,
+    ComparisonRef,
+    References,
+    build_micro_batch,
+    plan_step,
+)
 from models_for_tests import token_groups
 
 
@@ -31,7 +37,7 @@ def test_an_epoch_holds_every_comparison_once_and_windows_run_on_into_the_next()
     order = ComparisonOrder(groups_of(1, 5, 2, 1), per_prompt=2, seed=3)
     assert order.num_comparisons == 9
     assert Counter(order.epoch(0)) == Counter(
-        Pick(g, c) for g, n in enumerate((1, 5, 2, 1)) for c in range(n)
+        ComparisonRef(g, c) for g, n in enumerate((1, 5, 2, 1)) for c in range(n)
     )
     windows = [order.window(4 * step, 4) for step in range(9)]
     assert all(len(window) == 4 for window in windows)
@@ -78,7 +84,7 @@ def test_ties_are_left_out_and_nothing_but_ties_is_refused():
     (group,) = groups_of(2)
     tie = Comparison(0, 1, tie=True)
     mixed = TokenizedGroup(group.prompt_ids, group.response_ids, (tie, Comparison(0, 2)), "t")
-    assert ComparisonOrder([mixed], per_prompt=1, seed=0).epoch(0) == [Pick(0, 1)]
+    assert ComparisonOrder([mixed], per_prompt=1, seed=0).epoch(0) == [ComparisonRef(0, 1)]
     only = TokenizedGroup(group.prompt_ids, group.response_ids, (tie,), "t")
     with pytest.raises(DataError, match="only ties"):
         ComparisonOrder([only], per_prompt=1, seed=0)
@@ -90,7 +96,7 @@ def test_every_rank_gets_as_many_micro_batches_and_fillers_weigh_nothing(ranks):
     picks = ComparisonOrder(groups, per_prompt=4, seed=0).epoch(0)
     plan = plan_step(groups, picks, max_tokens=20, num_ranks=ranks)
     assert len({len(rank) for rank in plan}) == 1
-    batches = [build(parts) for rank in plan for parts in rank]
+    batches = [build_micro_batch(parts) for rank in plan for parts in rank]
     assert sum(int((batch.weights != 0).sum()) for batch in batches) == len(picks)
     assert all(batch.layout.num_tokens > 0 for batch in batches)
 
@@ -98,17 +104,17 @@ def test_every_rank_gets_as_many_micro_batches_and_fillers_weigh_nothing(ranks):
 def test_a_step_lays_out_each_distinct_response_once():
     """Three comparisons among four responses of one prompt: 5 tokens of prompt, 2+3+4+5 of responses."""
     (group,) = groups_of(3)
-    picks = [Pick(0, c) for c in range(3)]
+    picks = [ComparisonRef(0, c) for c in range(3)]
     ((parts,),) = plan_step([group], picks, max_tokens=1000)
-    assert build(parts).layout.num_tokens == 3 + (2 + 3 + 4 + 5)
+    assert build_micro_batch(parts).layout.num_tokens == 3 + (2 + 3 + 4 + 5)
 
 
 def test_indices_margins_weights_and_references_point_at_the_right_responses():
     groups = groups_of(1, 3)
     references = References(np.arange(6, dtype=np.float32) * 10, np.array([0, 2]))
-    picks = [Pick(1, 2), Pick(0, 0), Pick(1, 0)]
+    picks = [ComparisonRef(1, 2), ComparisonRef(0, 0), ComparisonRef(1, 0)]
     ((parts,),) = plan_step(groups, picks, max_tokens=1000)
-    batch = build(parts, references)
+    batch = build_micro_batch(parts, references)
     assert batch.reference_logps is not None
     seen = set()
     for i, name in enumerate(batch.ids):

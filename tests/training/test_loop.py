@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hafrm.engine.layout import Layout
-from hafrm.engine.model import HybridModel, Outputs, Watch
+from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.export.checklist import replay_directory
 from hafrm.preferences import Message
@@ -23,9 +23,9 @@ from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
-from hafrm.training import finish, loop, validation
+from hafrm.training import loop, run_export, validation
+from hafrm.training.data_setup import prepare_data
 from hafrm.training.loop import StoppedError, train
-from hafrm.training.prepare import prepare_data
 from tiny_runs import tiny_recipe, write_preferences
 
 
@@ -36,7 +36,9 @@ def _replay_in_this_process(
     """The golden scores are replayed by the same code, but importing torch again takes seconds; the
     killed and resumed runs, whose first process is a real one, keep the real check."""
     if "killed" not in request.node.name:
-        monkeypatch.setattr(finish, "check_golden", lambda path: replay_directory(path).differences)
+        monkeypatch.setattr(
+            run_export, "check_golden", lambda path: replay_directory(path).differences
+        )
 
 
 CLOCKED = {"comparisons_per_second", "tokens_per_second"}
@@ -131,10 +133,10 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every training forward of more than `limit` tokens fails as CUDA's allocator fails."""
     forward = HybridModel.forward
 
-    def limited(self: HybridModel, layout: Layout, watch: Watch | None = None) -> Outputs:
+    def limited(self: HybridModel, layout: Layout) -> Outputs:
         if torch.is_grad_enabled() and layout.num_tokens > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, layout, watch)
+        return forward(self, layout)
 
     monkeypatch.setattr(HybridModel, "forward", limited)
 
@@ -241,7 +243,9 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {**json.loads(file.read_text()), "rope_parameters": {**rope, **factors}}
     file.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="32 tokens, because longer ones would change the rotary"):
+    with pytest.raises(
+        ConfigError, match="32 tokens, because a longer one would change the rotary"
+    ):
         train(recipe, tmp_path / "run")
 
 

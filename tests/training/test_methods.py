@@ -10,8 +10,14 @@ from torch import Tensor
 from hafrm.errors import ConfigError
 from hafrm.training import losses
 from hafrm.training.losses import PolicyLogps
-from hafrm.training.methods import GRADIENT_RATIO, METHODS, POLICY_LOSSES, Method, get_method
-from hafrm.training.objective import StepView, joint_loss
+from hafrm.training.methods import (
+    METHODS,
+    POLICY_LOSSES,
+    Method,
+    StepStatistics,
+    get_method,
+    joint_loss,
+)
 
 
 def rewards() -> tuple[Tensor, Tensor]:
@@ -29,8 +35,8 @@ def logps(*, reference: bool = True) -> PolicyLogps:
     )
 
 
-def step_view() -> StepView:
-    return StepView(torch.tensor([1.0, 2.0, 4.0]), torch.tensor(2.0), torch.tensor(0.5), 3)
+def step_view() -> StepStatistics:
+    return StepStatistics(torch.tensor([1.0, 2.0, 4.0]), torch.tensor(2.0), torch.tensor(0.5), 3)
 
 
 # Presets.
@@ -220,37 +226,6 @@ def test_the_first_joint_loss_by_hand() -> None:
     """Gap 1: softplus(-1) = 0.313262. Log-ratios +2, -5: softplus(-0.7) = 0.403186; * 0.2 = 0.080637."""
     loss = joint_loss(get_method("haf"), rewards=rewards(), logps=logps())
     assert loss.total[0].item() == pytest.approx(0.313262 + 0.080637, abs=2e-6)
-
-
-def test_alpha_auto_starts_at_the_presets_alpha_and_keeps_a_ratio() -> None:
-    method = get_method("haf", alpha="auto")
-    assert (method.alpha, method.gradient_ratio) == (0.2, GRADIENT_RATIO)
-    assert get_method("grm-sft", alpha="auto", gradient_ratio=2.0).gradient_ratio == 2.0
-    assert get_method("grm-sft", alpha="auto").alpha == 0.01
-    # bt's own alpha is 0, from which nothing could start: the paper's.
-    assert get_method("bt", alpha="auto", policy_loss="dpo").alpha == 0.2
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("dpo", {"alpha": "auto"}, "trains the policy head only: give method.alpha a number"),
-        ("bt", {"alpha": "auto"}, "trains the reward head only"),
-        ("haf", {"alpha": "auto", "reward_weight": 0.0}, "trains the policy head only"),
-        ("haf", {"gradient_ratio": 0.5}, "set method.alpha: auto, or remove"),
-        ("haf", {"gradient_ratio": 0.5, "alpha": 0.2}, "only method.alpha auto uses"),
-        ("haf", {"gradient_ratio": 0.0, "alpha": "auto"}, "a finite number > 0"),
-    ],
-)
-def test_alpha_auto_where_it_cannot_be_is_refused(name, options, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        get_method(name, **options)
-
-
-def test_a_given_alpha_stands_in_for_the_methods_own() -> None:
-    constant = joint_loss(get_method("haf", alpha=0.7), rewards=rewards(), logps=logps())
-    given = joint_loss(get_method("haf"), rewards=rewards(), logps=logps(), alpha=torch.tensor(0.7))
-    assert torch.equal(constant.total, given.total)
 
 
 def test_alpha_zero_is_bit_for_bit_bradley_terry() -> None:

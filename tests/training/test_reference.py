@@ -11,8 +11,13 @@ from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.resumable import cache_folder
 from hafrm.training import parallel, reference
-from hafrm.training.batches import Pick
-from hafrm.training.reference import reference_key, reference_logps, references_of, weights_digest
+from hafrm.training.reference import (
+    reference_cache_key,
+    reference_logps,
+    references_of,
+    weights_digest,
+)
+from hafrm.training.step_batches import ComparisonRef
 from models_for_tests import tiny_hybrid, token_groups
 
 
@@ -54,7 +59,9 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
 
     score = parallel.score_on_all_ranks
     monkeypatch.setattr(parallel, "score_on_all_ranks", counted)
-    ours, held_out = references_of(tiny_hybrid(), train, [Pick(2, 1)], validation, max_tokens=500)
+    ours, held_out = references_of(
+        tiny_hybrid(), train, [ComparisonRef(2, 1)], validation, max_tokens=500
+    )
     assert seen == [2 + 2]
     live = tiny_hybrid()(lay_out([*train, *validation])).logps
     assert np.isnan(ours.logps[:4]).all()
@@ -73,21 +80,21 @@ def test_a_damaged_cache_file_is_computed_again():
 
 def test_the_key_follows_weights_ids_and_dtype_but_not_the_reward_head():
     model = tiny_hybrid()
-    key = reference_key(model, groups(), None)
-    assert key == reference_key(tiny_hybrid(), groups(), None)
-    assert key != reference_key(tiny_hybrid(seed=1), groups(), None)
-    assert key != reference_key(model, groups(seed=1), None)
-    assert key != reference_key(model, groups(), torch.bfloat16)
+    key = reference_cache_key(model, groups(), None)
+    assert key == reference_cache_key(tiny_hybrid(), groups(), None)
+    assert key != reference_cache_key(tiny_hybrid(seed=1), groups(), None)
+    assert key != reference_cache_key(model, groups(seed=1), None)
+    assert key != reference_cache_key(model, groups(), torch.bfloat16)
     model.reward_head.weight.data.add_(1.0)
-    assert key == reference_key(model, groups(), None)
+    assert key == reference_cache_key(model, groups(), None)
 
 
 def test_fresh_adapters_do_not_change_the_key():
     """LoRA starts as the base model, so both ways of training share one cache."""
     model = tiny_hybrid()
-    key = reference_key(model, groups(), None)
+    key = reference_cache_key(model, groups(), None)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), model.backbone)
-    assert key == reference_key(model, groups(), None)
+    assert key == reference_cache_key(model, groups(), None)
 
 
 def test_a_checkpoints_files_stand_for_its_weights_and_these_are_not_hashed(tmp_path, monkeypatch):
@@ -97,7 +104,7 @@ def test_a_checkpoints_files_stand_for_its_weights_and_these_are_not_hashed(tmp_
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")
     digest = weights_digest(str(tmp_path), model)
-    monkeypatch.setattr(reference, "_bytes", None)
+    monkeypatch.setattr(reference, "_weight_bytes", None)
     first = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
     file.write_bytes(b"two")
     assert weights_digest(str(tmp_path), model) != digest

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from hafrm.training.batches import MicroBatch
 from hafrm.training.losses import reward_loss
 from hafrm.training.methods import get_method
-from hafrm.training.step import build_optimizer, take_step
-from hafrm.training.step_means import DECAY
+from hafrm.training.step import DECAY, build_optimizer, take_step
+from hafrm.training.step_batches import MicroBatch
 from models_for_tests import tiny_hybrid
 from training_for_tests import micro_batches, pairs
 

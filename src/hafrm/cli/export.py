@@ -30,8 +30,8 @@ def export(
         typer.Option(help="best, latest or a step (default: the finished model, else the best)."),
     ] = None,
 ) -> None:
-    """Write one head of a run as a directory that stock transformers loads, and prove its scores."""
-    from hafrm.training.extract import ExportOptions, export_from_run  # noqa: PLC0415
+    """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
+    from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415
 
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
     done = export_from_run(run, out, options)

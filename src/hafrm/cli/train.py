@@ -1,4 +1,4 @@
-"""The verbs `train` and `plan`: what a recipe does, and what it will need."""
+"""The verbs `train` and `plan`: run a recipe, and the memory that it will need."""
 
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +9,6 @@ import typer
 from hafrm.cli.entry import app, show_result
 from hafrm.progress import show_progress
 from hafrm.statistics import in_words
-from hafrm.terminal import show_tables
 
 
 @app.command()
@@ -17,7 +16,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume this run folder.")] = None,
 ) -> None:
     """Train a reward model as a recipe says, and export it once others can load it."""
     from hafrm.errors import ConfigError  # noqa: PLC0415
@@ -61,19 +60,17 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="GiB of each GPU (default: this machine's GPU, or its share of RAM)."),
+        typer.Option(help="GiB of each GPU (default: this machine's GPU, or its part of RAM)."),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
     """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
     from hafrm.recipe_file import load_recipe  # noqa: PLC0415
+    from hafrm.training.memory_plan import plan_recipe  # noqa: PLC0415
+    from hafrm.training.methods import resolve_method  # noqa: PLC0415
 
     loaded = load_recipe(recipe, overrides or ())
-    from hafrm.tables.memory import plan_tables  # noqa: PLC0415
-    from hafrm.training.budget import plan_recipe  # noqa: PLC0415
-    from hafrm.training.loop import resolve_method  # noqa: PLC0415
-
-    found, remedies = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
-    show_tables(plan_tables(found, remedies))
-    if not found.fits:
+    need = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
+    show_result(need)
+    if not need.fits:
         raise typer.Exit(1)

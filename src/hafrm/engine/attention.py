@@ -63,7 +63,8 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
         )
     if unused.get("s_aux") is not None:
         raise ValueError("attention sinks cannot share prefixes; set training.sharing: off")
-    if torch.is_autocast_enabled(query.device.type):
+    # The meta device, on which memory is planned, has no autocast.
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         # Rotary factors in float32 have made the query and key so; the kernels want half precision.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -7,8 +7,8 @@ Rewards are read at the last real token, found by position, in float32. Dropout 
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,10 +28,6 @@ _STOCK_ATTENTION = "_hafrm_stock_attention"
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
-Watch = Callable[[Literal["reward", "policy"], Tensor], None]
-"""Is shown each head's name and the hidden states that it reads, a row for each reading."""
-
-
 class Outputs(NamedTuple):
     """What one forward gives, per response; a head that the model lacks gives None."""
 
@@ -41,6 +37,8 @@ class Outputs(NamedTuple):
     """Sum of the response tokens' log-probs, float32, nat."""
     lengths: Int[Tensor, " responses"]
     """Response tokens, the EOS included."""
+    reward_states: Float[Tensor, "responses hidden"] | None
+    """The hidden states that the rewards are read from, detached."""
 
 
 class HybridModel(nn.Module):
@@ -72,7 +70,7 @@ class HybridModel(nn.Module):
         self.transform = logit_transform(backbone.config)
         if not hasattr(backbone, _STOCK_ATTENTION):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
-        self.sharing = False
+        self.sharing = self.checkpointing = False
         switch_off_dropout(self)
         fuse_gelu(backbone)
         self.share(sharing)
@@ -89,11 +87,15 @@ class HybridModel(nn.Module):
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
 
-    def checkpoint_activations(self) -> None:
-        """Keep only layer inputs and recompute the rest in backward: less memory, a third more work."""
+    def checkpoint_activations(self, **options: Any) -> None:
+        """Keep only layer inputs and recompute the rest in backward: less memory, a third more work.
+
+        `options` go to `torch.utils.checkpoint.checkpoint`.
+        """
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
-        (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False, **options})
         self.backbone.train()
+        self.checkpointing = True
 
     def compile_layers(self) -> None:
         """Compile every decoder layer with torch.compile, once for all packed lengths.
@@ -106,24 +108,22 @@ class HybridModel(nn.Module):
             checkpoint_around_compiled(layer)
             layer.compile(dynamic=True)
 
-    def forward(self, layout: Layout, watch: Watch | None = None) -> Outputs:
-        """Rewards and log-probs of the layout's responses, in the layout's order.
-
-        What `watch` is shown gets the gradient of one head alone, the same with and without sharing.
-        """
-        states = self._states(layout)
-        rewards = logps = None
+    def forward(self, layout: Layout) -> Outputs:
+        """Rewards and log-probs of the layout's responses, in the layout's order."""
+        states = self.hidden_states(layout)
+        rewards = logps = reward_states = None
         if self.reward_head is not None:
-            rewards = self._rewards(states.hidden[states.last], watch)
+            last = states.hidden[states.last]
+            rewards, reward_states = self._rewards(last), last.detach()
         if self.policy_head is not None:
-            tokens = self._token_logps(states.hidden[states.predictor], layout, watch)
+            tokens = self._token_logps(states.hidden[states.predictor], layout)
             sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
             logps = sums.index_add(0, layout.response_of, tokens)
-        return Outputs(rewards, logps, layout.lengths)
+        return Outputs(rewards, logps, layout.lengths, reward_states)
 
     def tokens(self, layout: Layout) -> TokenOutputs:
         """What predicts each response token, and its log-prob, from one forward; needs a policy head."""
-        states = self._states(layout)
+        states = self.hidden_states(layout)
         hidden = states.hidden[states.predictor]
         return TokenOutputs(hidden, self._token_logps(hidden, layout))
 
@@ -132,10 +132,10 @@ class HybridModel(nn.Module):
 
         No head runs. For a model that is whole on its device: DDP and FSDP2 see `forward` only.
         """
-        states = self._states(layout, layout.last)
+        states = self.hidden_states(layout, layout.last)
         return states.hidden[states.last].float()
 
-    def _states(self, layout: Layout, read: Int[Tensor, " read"] | None = None) -> States:
+    def hidden_states(self, layout: Layout, read: Int[Tensor, " read"] | None = None) -> States:
         """Hidden states, true of the rows in `read` at least: by default those that the heads read."""
         if not self.sharing:
             return run_plain(self.backbone, layout)
@@ -143,23 +143,17 @@ class HybridModel(nn.Module):
             read = layout.read if self.reads_scored else layout.last
         return run_shared(self.backbone, layout, read)
 
-    def _rewards(
-        self, hidden: Float[Tensor, "responses hidden"], watch: Watch | None
-    ) -> Float[Tensor, " responses"]:
+    def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
         assert self.reward_head is not None
-        if watch is not None:
-            watch("reward", hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             rewards: Tensor = self.reward_head(hidden.float())
         return rewards.sum(1)  # of one column; FSDP2 warns of a model that gives out a view
 
     def _token_logps(
-        self, hidden: Float[Tensor, "scored hidden"], layout: Layout, watch: Watch | None = None
+        self, hidden: Float[Tensor, "scored hidden"], layout: Layout
     ) -> Float[Tensor, " scored"]:
         head = self.policy_head
         assert head is not None
-        if watch is not None:
-            watch("policy", hidden)
         return token_logprobs(
             hidden, head.weight, layout.targets, bias=head.bias, transform=self.transform
         )

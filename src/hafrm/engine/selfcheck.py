@@ -58,7 +58,6 @@ def self_check(model: HybridModel, layout: Layout, tolerance: float | None = Non
 
 def _read(model: HybridModel, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
     """What the reward head reads of each response, and the log-probs, of the heads that there are."""
-    states: dict[str, Tensor] = {}
-    logps = model(layout, watch=states.__setitem__).logps
-    reward_states = states.get("reward")
-    return None if reward_states is None else reward_states.float(), logps
+    outputs = model(layout)
+    states = outputs.reward_states
+    return None if states is None else states.float(), outputs.logps

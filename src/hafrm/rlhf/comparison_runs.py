@@ -27,7 +27,8 @@ from hafrm.rlhf.rlhf_recipe import RlhfRecipe, without_ppo_only
 from hafrm.rlhf.rlhf_run import sampling_of
 from hafrm.rlhf.train_policy import open_run, train_policy
 from hafrm.scoring.loading import model_digest
-from hafrm.training.prepare import load_base, load_tokenizer
+from hafrm.training.data_setup import load_tokenizer
+from hafrm.training.model_setup import load_base
 
 START = "start"
 """The contender that was not trained."""

@@ -26,8 +26,7 @@ from hafrm.rlhf.ppo_update import (
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from hafrm.training.loop import StoppedError
-from hafrm.training.schedule import learning_rate
-from hafrm.training.signals import StopSignal
+from hafrm.training.runtime import StopSignal, learning_rate
 from hafrm.training.step import build_optimizer
 
 log = logging.getLogger("hafrm")

@@ -14,7 +14,7 @@ from hafrm.rlhf.held_out import HeldOut
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words
-from hafrm.training.watch import start_trackers
+from hafrm.training.runtime import start_trackers
 
 log = logging.getLogger("hafrm")
 SHOWN = ("reward", "gold", "kl", "length", "entropy", "clip_fraction", "value_loss")

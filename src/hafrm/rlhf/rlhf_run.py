@@ -37,7 +37,8 @@ from hafrm.rlhf.rlhf_log import RlhfLog
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.watchdog import Watchdog
 from hafrm.run_folder import RunFolder
-from hafrm.training.prepare import inject_lora, load_base, load_tokenizer
+from hafrm.training.data_setup import load_tokenizer
+from hafrm.training.model_setup import inject_lora, load_base
 
 log = logging.getLogger("hafrm")
 _LONGEST = 2**20

@@ -33,10 +33,11 @@ from hafrm.recipe import Recipe
 from hafrm.results import Real, read_result, write_result
 from hafrm.study.run_grid import StudyRun
 from hafrm.training import parallel
-from hafrm.training.budget import with_token_budget
+from hafrm.training.data_setup import PreparedData, load_tokenizer, prepare_data
 from hafrm.training.loop import Job, export_job, train
+from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.prepare import PreparedData, build_model, load_tokenizer, prepare_data
+from hafrm.training.model_setup import build_model
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
 from hafrm.training.validation import HeadScores, decided_margins, score_heads
 

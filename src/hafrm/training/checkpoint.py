@@ -1,8 +1,9 @@
-"""Everything a run needs to go on, on disk: trainable weights, optimiser state, place, RNG.
+"""Everything a run needs to resume, on disk: trainable weights, optimiser state, step, RNG.
 
 safetensors and JSON only, never a pickle. A checkpoint is complete or absent: written aside, synced,
-renamed, and checked against its manifest at resume. The main rank alone holds whole tensors, gathered and
-handed out one by one; what is frozen is not stored, since the base checkpoint has it.
+renamed, and checked against its manifest at resume. Only the main rank holds whole tensors, gathered and
+scattered one by one; frozen weights are not stored, since the base checkpoint has them. `open_run` decides
+whether a run folder may be resumed.
 """
 
 import contextlib
@@ -16,12 +17,53 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hafrm.atomic import atomic_directory, check_manifest, write_manifest
+from hafrm.atomic import atomic_directory, check_manifest, fingerprint, write_manifest
+from hafrm.data.sources import local_files
 from hafrm.errors import CheckpointError
+from hafrm.recipe import Recipe
+from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
+from hafrm.training.data_setup import PreparedData
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
+"""Keys of `training` that a resumed run may set differently: they change memory and speed, and gradients
+only in their rounding."""
+
+
+def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
+    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe."""
+    return parallel.from_main(
+        lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
+    )
+
+
+def _reopen(recipe: Recipe, folder: Path) -> RunFolder:
+    run = RunFolder.open(folder)
+    first = load_recipe(run.recipe_path)
+    may_change = {name: getattr(first.training, name) for name in MAY_CHANGE}
+    training = recipe.training.model_copy(update=may_change)
+    if recipe.model_copy(update={"training": training}) != first:
+        raise CheckpointError(
+            f"the recipe differs from the one that {folder} was started with; resume with "
+            f"{run.recipe_path}, or start a new folder (a resumed run may only change "
+            f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
+        )
+    return run
+
+
+def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
+    """Versions, seed, digests of local data files, and the counts of rows and groups."""
+    entries = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
+    files = {file for entry in entries for file in local_files(entry)}
+    digests = {str(file): fingerprint(file) for file in sorted(files) if file.is_file()}
+    details = {
+        "counts": data.counts,
+        "template_sha256": data.encoder.template_sha256,
+        **{f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE},
+    }
+    run.record_provenance(seed=recipe.training.seed, data=digests, details=details)
 
 
 def save_checkpoint(
@@ -34,7 +76,11 @@ def save_checkpoint(
     """Write `checkpoints/step-N`; all ranks call, the main rank writes. Returns its path."""
     parallel.reshard(model)
     weights = trainable_weights(model)
-    moments = _gathered(_moments(model, optimizer))
+    moments = _gathered(
+        (f"{kind}/{name}", value)
+        for name, parameter in _trainable(model).items()
+        for kind, value in optimizer.state[parameter].items()
+    )
     folder = run.checkpoint_path(step)
     if parallel.is_main():
         moments["rng"] = torch.get_rng_state()
@@ -91,12 +137,6 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in parallel.inside(model).named_parameters() if p.requires_grad}
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in _trainable(model).items():
-        for kind, value in optimizer.state[parameter].items():
-            yield f"{kind}/{name}", value
 
 
 def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

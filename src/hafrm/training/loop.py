@@ -22,28 +22,35 @@ from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
-from hafrm.training.balance import new_balance
-from hafrm.training.batches import ComparisonOrder, References, plan_step
-from hafrm.training.budget import with_token_budget
-from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from hafrm.training.feed import Feed
-from hafrm.training.finish import export_run
-from hafrm.training.guard import Guard
-from hafrm.training.methods import Method, get_method
-from hafrm.training.prepare import PreparedData, build_model, prepare_data
+from hafrm.training.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    open_run,
+    record_provenance,
+    save_checkpoint,
+)
+from hafrm.training.data_setup import PreparedData, prepare_data
+from hafrm.training.memory_plan import with_token_budget
+from hafrm.training.methods import Method, resolve_method
+from hafrm.training.model_setup import build_model, with_precision
 from hafrm.training.reference import REFERENCE_TOKENS, references_of
-from hafrm.training.schedule import count_steps, learning_rate
-from hafrm.training.signals import StopSignal
-from hafrm.training.start import open_run, record_provenance, with_precision
-from hafrm.training.step import StepResult, build_optimizer, drop_half_made, take_step
+from hafrm.training.run_export import export_run
+from hafrm.training.runtime import MetricsLog, Prefetch, StopSignal, count_steps, learning_rate
+from hafrm.training.step import (
+    NonFiniteCheck,
+    StepResult,
+    build_optimizer,
+    drop_incomplete_state,
+    take_step,
+)
+from hafrm.training.step_batches import ComparisonOrder, References, plan_step
 from hafrm.training.validation import validate
-from hafrm.training.watch import Watch
 
 log = logging.getLogger("hafrm")
 
 
 class StoppedError(HafrmError, RuntimeError):
-    """A signal asked the run to stop; its state is saved and `--resume` goes on."""
+    """A signal asked the run to stop; its state is saved and `--resume` continues it."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,8 @@ def train(
 ) -> TrainResult:
     """Train as the recipe says, in a run folder; returns once the exported models have been verified.
 
-    `data` is what `prepare_data` makes of the recipe, for who has it already; `finish`, given the job with
-    its best weights, does what is to be done with them instead of exporting them.
+    `data` is what `prepare_data` makes of the recipe, for a caller who has it already. `finish` is called
+    with the job and its best weights instead of exporting them.
 
     Raises ConfigError, DataError or ModelError before the first step; NumericsError for numbers that
     must not be built upon; CheckpointError for a folder that cannot be resumed; StoppedError after a
@@ -93,15 +100,9 @@ def train(
 
 
 def export_job(job: "Job") -> None:
-    """What a run ends with: its models exported, and verified by others' eyes."""
+    """Export a job's models and verify them with plain transformers."""
     if not parallel.from_main(job.run.model_path.is_dir):
         export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
-
-
-def resolve_method(recipe: Recipe) -> Method:
-    """The recipe's method with its overrides; raises ConfigError for one that is not understood."""
-    section = recipe.method.model_dump()
-    return get_method(section.pop("name"), **section)
 
 
 class Job:
@@ -110,18 +111,16 @@ class Job:
     def __init__(
         self, recipe: Recipe, method: Method, run: RunFolder, data: PreparedData, model: HybridModel
     ) -> None:
+        training = recipe.training
         self.recipe, self.method, self.run, self.data = recipe, method, run, data
         self.order = ComparisonOrder(
-            data.train,
-            per_prompt=recipe.training.comparisons_per_prompt,
-            seed=recipe.training.seed,
+            data.train, per_prompt=training.comparisons_per_prompt, seed=training.seed
         )
-        self.num_steps = count_steps(recipe.training, self.order.num_comparisons)
-        self.autocast = torch.bfloat16 if recipe.training.precision == "bf16" else None
+        self.num_steps = count_steps(training, self.order.num_comparisons)
+        self.autocast = torch.bfloat16 if training.precision == "bf16" else None
         self.train_references: References | None = None
         self.validation_references: References | None = None
         self.model = model
-        self.balance = new_balance(method, model.device)
         self.distance: Tensor | None = None
         self.best: dict[str, float] = {}
         self.best_step = -1
@@ -129,7 +128,7 @@ class Job:
     def train(
         self, ranks: parallel.Ranks, resume: bool, finish: "Callable[[Job], None]"
     ) -> TrainResult:
-        """The run from wherever it stands to the end, and `finish` with the best weights."""
+        """The rest of the run, then `finish` with the best weights."""
         training = self.recipe.training
         self._check_first_batch()
         if self.method.needs_reference:
@@ -139,42 +138,8 @@ class Job:
             self.model, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
         )
         start = self._resume(wrapped, optimizer) if resume else 0
-        guard, stop = Guard(ranks.device), StopSignal()
-        with (
-            stop,
-            Watch(self.run, self.recipe, self.num_steps, start) as watch,
-            self._feed(ranks) as feed,
-        ):
-            for step in range(start, self.num_steps):
-                rate = learning_rate(training, step, self.num_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                result = self._step(step, feed, wrapped, optimizer, guard)
-                self.balance, self.distance = result.balance, result.distance
-                watch.step(step + 1, rate, result, guard)
-                improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
-                    step + 1, wrapped, watch, guard
-                )
-                stopping = stop.agreed(ranks)
-                due = self._is_due(step + 1, self.recipe.checkpoint.every)
-                if due or improved or stopping:
-                    guard.check()
-                    self._save(step + 1, wrapped, optimizer)
-                if stopping and step + 1 < self.num_steps:
-                    raise StoppedError(
-                        f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
-                        f"go on with: hafrm train --resume {self.run.path}"
-                    )
-        # A resumed run that had finished comes straight here.
-        if self.best_step != self.num_steps:
-            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
-        del wrapped, optimizer, feed  # their memory is free for what follows
-        finish(self)
-        return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
-
-    def _feed(self, ranks: parallel.Ranks) -> Feed:
-        training = self.recipe.training
-        return Feed(
+        nonfinite, stop = NonFiniteCheck(ranks.device), StopSignal()
+        batches = Prefetch(
             self.data.train,
             self.order,
             self.train_references,
@@ -182,14 +147,42 @@ class Job:
             max_tokens=training.token_budget,
             ranks=ranks,
         )
+        metrics = MetricsLog(self.run, self.recipe, self.num_steps, start)
+        with stop, metrics, batches:
+            for step in range(start, self.num_steps):
+                rate = learning_rate(training, step, self.num_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                result = self._step(step, batches, wrapped, optimizer, nonfinite)
+                self.distance = result.distance
+                metrics.step(step + 1, rate, result, nonfinite)
+                improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
+                    step + 1, wrapped, metrics, nonfinite
+                )
+                stopping = stop.agreed(ranks)
+                due = self._is_due(step + 1, self.recipe.checkpoint.every)
+                if due or improved or stopping:
+                    nonfinite.check()
+                    self._save(step + 1, wrapped, optimizer)
+                if stopping and step + 1 < self.num_steps:
+                    raise StoppedError(
+                        f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
+                        f"resume with: hafrm train --resume {self.run.path}"
+                    )
+        # A resumed run that had finished comes straight here.
+        if self.best_step != self.num_steps:
+            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
+        del wrapped, optimizer, batches  # frees their memory for the export
+        finish(self)
+        return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
     def _step(
         self,
         step: int,
-        feed: Feed,
+        prefetch: Prefetch,
         wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
+        nonfinite: NonFiniteCheck,
     ) -> StepResult:
         """One optimiser step; where it runs out of memory, the same step in smaller micro-batches."""
         training = self.recipe.training
@@ -198,29 +191,28 @@ class Job:
                 return take_step(
                     wrapped,
                     optimizer,
-                    feed.take(step),
+                    prefetch.take(step),
                     self.method,
                     num_comparisons=training.batch_size,
                     max_grad_norm=training.max_grad_norm,
                     autocast=self.autocast,
-                    guard=guard,
-                    balance=self.balance,
+                    nonfinite=nonfinite,
                     distance=self.distance,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                what = str(error).split("\n", 1)[0]
+                reason = str(error).split("\n", 1)[0]
             # Out here the exception is gone, and with it the tensors of the pass that failed.
             optimizer.zero_grad(set_to_none=True)
-            drop_half_made(optimizer)
+            drop_incomplete_state(optimizer)
             give_back()
-            before = feed.max_tokens
-            if parallel.num_ranks() > 1 or not feed.halve(step):
-                # Other ranks wait in an exchange that this one has left: they cannot be told to repeat.
+            before = prefetch.max_tokens
+            if parallel.num_ranks() > 1 or not prefetch.halve(step):
+                # Other ranks wait in an exchange that this one has left: they cannot repeat the step.
                 raise MemoryBudgetError(
-                    f"step {step + 1} ran out of memory with training.max_tokens {before} ({what}). "
-                    f"Go on from the last checkpoint with: hafrm train --resume {self.run.path} "
+                    f"step {step + 1} ran out of memory with training.max_tokens {before} ({reason}). "
+                    f"Resume from the last checkpoint with: hafrm train --resume {self.run.path} "
                     f"training.max_tokens={before // 2}; if a single group is too large, set "
                     "training.gradient_checkpointing: true or lower data.max_length"
                 )
@@ -228,22 +220,23 @@ class Job:
                 "step %d ran out of memory with micro-batches of %d tokens (%s); repeating it with %d",
                 step + 1,
                 before,
-                what,
-                feed.max_tokens,
+                reason,
+                prefetch.max_tokens,
             )
 
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step, a few thousand tokens."""
-        picks = self.order.window(0, self.recipe.training.batch_size)
-        plan = plan_step(self.data.train, picks, self.recipe.training.token_budget)
-        parts = sorted((part for batch in plan[0] for part in batch), key=lambda p: p.num_tokens)
-        layout = lay_out(parts[:4]).to(self.model.device)
-        with torch.autocast(
-            layout.input_ids.device.type, self.autocast, enabled=self.autocast is not None
-        ):
-            found = self_check(self.model, layout)
+        refs = self.order.window(0, self.recipe.training.batch_size)
+        (plan,) = plan_step(self.data.train, refs, self.recipe.training.token_budget)
+        groups = sorted(
+            (group.tokens for batch in plan for group in batch), key=lambda g: g.num_tokens
+        )
+        layout = lay_out(groups[:4]).to(self.model.device)
+        device, half = self.model.device.type, self.autocast is not None
+        with torch.autocast(device, self.autocast, enabled=half):
+            differences = self_check(self.model, layout)
         if self.model.sharing:
-            log.info("shared prompts agree with plain runs: %s", found)
+            log.info("shared prompts agree with plain runs: %s", differences)
 
     def _load_references(self) -> None:
         self.model.eval()
@@ -262,10 +255,12 @@ class Job:
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
-    def _evaluate(self, step: int, wrapped: nn.Module, watch: Watch, guard: Guard) -> bool:
+    def _evaluate(
+        self, step: int, wrapped: nn.Module, metrics: MetricsLog, nonfinite: NonFiniteCheck
+    ) -> bool:
         """Validate; True where this step is the best so far."""
-        guard.check()
-        metrics = validate(
+        nonfinite.check()
+        values = validate(
             parallel.unwrap(wrapped),
             self.data.validation,
             self.validation_references,
@@ -273,22 +268,20 @@ class Job:
             max_tokens=2 * self.recipe.training.token_budget,
             autocast=self.autocast,
         )
-        watch.report("validation", step, metrics)
-        sign = -1.0 if self.recipe.evaluation.metric == "loss" else 1.0
+        metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric
-        # A tie on accuracy, which moves in steps of one comparison, is decided by the loss.
-        score = (sign * metrics[name], -metrics["loss"])
+        sign = -1.0 if name == "loss" else 1.0
+        # Accuracy moves in steps of one comparison; the loss breaks its ties.
+        score = (sign * values[name], -values["loss"])
         if self.best and score <= (sign * self.best[name], -self.best["loss"]):
             return False
-        self.best, self.best_step = metrics, step
+        self.best, self.best_step = values, step
         return True
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
         if self.distance is not None:
             state["distance"] = float(self.distance)
-        if self.balance is not None:
-            state["balance"] = self.balance.averages.tolist()
         save_checkpoint(self.run, step, wrapped, optimizer, state)
         if parallel.is_main():
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
@@ -298,8 +291,6 @@ class Job:
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
-            if self.balance is not None:
-                self.balance = new_balance(self.method, self.model.device, state["balance"])
             if (distance := state.get("distance")) is not None:
                 self.distance = torch.tensor(distance, device=self.model.device)
         if parallel.is_main():

@@ -1,9 +1,9 @@
 """The mathematics of training: pure functions, one value per comparison.
 
-Nothing here reduces, gathers, logs or knows of models: the caller weighs the values and divides by the
+Nothing here reduces, gathers, logs or knows of models: the caller weights the values and divides by the
 number of comparisons in the whole optimiser step, so that packing cannot change a gradient. For the same
-reason no loss looks at its neighbours in the micro-batch: what depends on the whole step comes in as a
-number, constant for the gradient (`hafrm.training.step_means`). Log-probs come in as sums over response
+reason no loss reads other comparisons of the micro-batch: what depends on the whole step comes in as a
+number, constant for the gradient (`hafrm.training.step.StepMeans`). Log-probs come in as sums over response
 tokens (nat); everything is computed in float32, or in float64 where the inputs are.
 """
 
@@ -44,7 +44,7 @@ def reward_loss(
 
     `margin` asks for chosen - rejected > margin (Llama 2, arXiv 2307.09288, Eq. 2). `label_smoothing` is
     the probability that a label is wrong; a wrong label would ask for the same margin the other way, so
-    at 0.5 nothing tells the two sides apart. `centering` pulls the sum of each pair to zero
+    at 0.5 both sides are treated alike. `centering` pulls the sum of each pair to zero
     (arXiv 2312.09244, Eq. 2), which Bradley-Terry leaves free; TRL names it center_rewards_coefficient.
     """
     chosen, rejected = _full_precision(chosen_rewards), _full_precision(rejected_rewards)
@@ -169,8 +169,8 @@ def sft_loss(batch: PolicyLogps) -> Float[Tensor, " comparisons"]:
 def sft_logsigmoid_loss(batch: PolicyLogps, *, beta: float) -> Float[Tensor, " comparisons"]:
     """GRM's default regulariser: -log sigmoid(beta * log-prob sum of the chosen response).
 
-    The sigmoid lets go of responses that are likely already; for the usual, unlikely ones it is SFT with
-    gradient `beta` per nat (GRM, arXiv 2406.10216).
+    The gradient vanishes for responses that are likely already; for the usual, unlikely ones it is SFT
+    with gradient `beta` per nat (GRM, arXiv 2406.10216).
     """
     return -F.logsigmoid(beta * _full_precision(batch.chosen_logps))
 
@@ -196,7 +196,7 @@ def _preference_nll(
     flipped_gap: Float[Tensor, " comparisons"],
     label_smoothing: float,
 ) -> Float[Tensor, " comparisons"]:
-    """-log sigmoid(gap), a share `label_smoothing` of it taken as if the label were the other one."""
+    """-log sigmoid(gap), with weight `label_smoothing` on the other label."""
     right, wrong = -F.logsigmoid(gap), -F.logsigmoid(flipped_gap)
     return (1 - label_smoothing) * right + label_smoothing * wrong
 

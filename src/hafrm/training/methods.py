@@ -1,21 +1,24 @@
 """Methods: named objectives, each a preset of reward loss, policy loss and their weights.
 
 A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry
-in METHODS. Nothing else asks for a method's name: the loop reads `trains_reward`, `trains_policy`,
-`needs_reference` and `reads_step`, and scoring reads `scores_with`. No method reduces over comparisons.
+in METHODS. No other code asks for a method's name: the loop reads `trains_reward`, `trains_policy`,
+`needs_reference` and `reads_step`, and scoring reads `scores_with`. `joint_loss` adds the two losses up,
+per comparison; the step divides by its global count.
 """
 
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hafrm.errors import ConfigError
+from hafrm.recipe import Recipe
 from hafrm.training import losses
+from hafrm.training.losses import PolicyLogps
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
 
 
 REWARD_LOSSES = ("bt", "normbt")
-"""Bradley-Terry, and Bradley-Terry with each comparison weighed by NormBT's factor."""
+"""Bradley-Terry, and Bradley-Terry with each comparison weighted by NormBT's factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +67,7 @@ class Method:
     """Factor on the Bradley-Terry loss; 0 trains the policy only. It does not follow alpha: for GRM's
     convex sum with another alpha, give reward_weight = 1 - alpha too."""
     alpha: float = 0.0
-    """Factor on the policy loss; 0 trains the reward only. The paper's code takes 0.2. With a
-    `gradient_ratio`, what the first step takes."""
-    gradient_ratio: float | None = None
-    """Keeps alpha at ||alpha * g_policy|| = gradient_ratio * ||reward_weight * g_reward||, g being the
-    gradients of the two losses by the hidden states that their heads read; None: alpha stays."""
+    """Factor on the policy loss; 0 trains the reward only. The paper's code takes 0.2."""
     policy_loss: str | None = None
     """A key of POLICY_LOSSES."""
     beta: float = 1.0
@@ -93,8 +92,6 @@ class Method:
             raise ConfigError(_unknown("method.policy_loss", self.policy_loss, POLICY_LOSSES))
         if self.reward_loss not in REWARD_LOSSES:
             raise ConfigError(_unknown("method.reward_loss", self.reward_loss, REWARD_LOSSES))
-        if self.gradient_ratio is not None:
-            self._check_balance()
         if self.alpha > 0 and self.policy_loss is None:
             raise ConfigError(
                 f"method.alpha is {self.alpha}, but method {self.name!r} has no policy loss to weigh: "
@@ -104,15 +101,6 @@ class Method:
             raise ConfigError(
                 f"method {self.name!r} would train nothing: method.reward_weight and method.alpha are "
                 "both 0; set one of them above 0"
-            )
-
-    def _check_balance(self) -> None:
-        self._require("gradient_ratio", lambda ratio: 0 < ratio < math.inf, "a finite number > 0")
-        if not (self.trains_reward and self.trains_policy):
-            trained = "reward" if self.trains_reward else "policy"
-            raise ConfigError(
-                f"method.alpha auto weighs the gradients of two heads, but method {self.name!r} trains "
-                f"the {trained} head only: give method.alpha a number, or take method haf"
             )
 
     def _require(self, name: str, allowed: Callable[[float], bool], words: str) -> None:
@@ -161,7 +149,7 @@ class Method:
         counts: Int[Tensor, " responses"],
         reference_logps: Float[Tensor, " responses"] | None = None,
     ) -> Float[Tensor, " responses"]:
-        """What the policy thinks of each response: the quantity that its loss tells responses apart by.
+        """The policy's score of each response: the quantity that its loss compares.
 
         beta * log-ratio for DPO and KTO, the same per token for IPO, beta * log-prob per token for SimPO,
         ORPO and SFT, beta * log-prob for reference-free DPO and GRM's SFT. A method without policy loss
@@ -181,7 +169,7 @@ class Method:
 
 
 def _preset(name: str, policy_loss: str | None = None, **values: Any) -> Method:
-    """A method whose options are its policy loss's own unless said otherwise."""
+    """A method with its policy loss's own options, unless `values` has others."""
     options = POLICY_LOSSES[policy_loss].options if policy_loss else {}
     return Method(name=name, policy_loss=policy_loss, **{**options, **values})
 
@@ -207,59 +195,47 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-GRADIENT_RATIO = 0.05
-"""What `alpha: auto` keeps where nothing else is said; docs/methods.md has the study."""
-
-
 def get_method(name: str, **overrides: Any) -> Method:
     """The preset `name` with some values replaced; an override of None keeps the preset's value.
 
     Another `policy_loss` brings its own beta and gamma unless they are given too: SimPO's beta is not
-    DPO's. An `alpha` of "auto" starts at the preset's and then follows `gradient_ratio`. Raises
-    ConfigError for an unknown name, an unknown option, a value that is not allowed, and an option that
-    this method would not use.
+    DPO's. Raises ConfigError for an unknown name, an unknown option, a value that is not allowed, and an
+    option that this method would not use.
     """
     if name not in METHODS:
         raise ConfigError(_unknown("method.name", name, METHODS))
-    given = {key: value for key, value in overrides.items() if value is not None}
+    values = {key: value for key, value in overrides.items() if value is not None}
     preset = METHODS[name]
-    if given.get("policy_loss", preset.policy_loss) != preset.policy_loss:
-        preset = _with_policy_loss(preset, given["policy_loss"])
-    allowed = [each.name for each in fields(Method) if each.name != "name"]
-    for key in given:
+    policy_loss = values.get("policy_loss", preset.policy_loss)
+    if policy_loss != preset.policy_loss:
+        if policy_loss not in POLICY_LOSSES:
+            raise ConfigError(_unknown("method.policy_loss", str(policy_loss), POLICY_LOSSES))
+        shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
+        preset = _preset(name, policy_loss, **{key: getattr(preset, key) for key in shared})
+    allowed = [f.name for f in fields(Method) if f.name != "name"]
+    for key in values:
         if key not in allowed:
             raise ConfigError(_unknown("option of method", key, allowed))
-    balanced = given.get("alpha") == "auto"
-    if balanced:
-        given["alpha"] = preset.alpha or METHODS["haf"].alpha
-        given.setdefault("gradient_ratio", GRADIENT_RATIO)
-    elif "gradient_ratio" in given:
-        raise ConfigError(
-            f"method.gradient_ratio is {given['gradient_ratio']!r}, which only method.alpha auto uses: "
-            "set method.alpha: auto, or remove method.gradient_ratio"
-        )
-    method = replace(preset, **given)
+    method = replace(preset, **values)
     used = _options_in_use(method)
-    for key, value in given.items():
+    for key, value in values.items():
         if key not in used and value != getattr(preset, key):
             raise ConfigError(
                 f"method.{key} is set to {value!r}, but method {name!r} does not use it (it uses "
-                f"{', '.join(sorted(used))}): remove method.{key}, or take another method"
+                f"{', '.join(sorted(used))}): remove method.{key}, or use another method"
             )
-    if "policy_loss" in given and "alpha" not in given and method.alpha == 0:
+    if "policy_loss" in values and "alpha" not in values and method.alpha == 0:
         raise ConfigError(
-            f"method.policy_loss is {method.policy_loss!r}, but method {name!r} weighs it with alpha 0: "
-            "set method.alpha too (the paper's is 0.2)"
+            f"method.policy_loss is {method.policy_loss!r}, but method {name!r} has alpha 0: set "
+            "method.alpha too (the paper's is 0.2)"
         )
     return method
 
 
-def _with_policy_loss(preset: Method, policy_loss: str) -> Method:
-    """The preset's weights, with another policy loss and that loss's own options."""
-    if policy_loss not in POLICY_LOSSES:
-        raise ConfigError(_unknown("method.policy_loss", policy_loss, POLICY_LOSSES))
-    kept = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
-    return _preset(preset.name, policy_loss, **{name: getattr(preset, name) for name in kept})
+def resolve_method(recipe: Recipe) -> Method:
+    """The recipe's method with its overrides; raises ConfigError as `get_method` does."""
+    section = recipe.method.model_dump()
+    return get_method(section.pop("name"), **section)
 
 
 def _options_in_use(method: Method) -> set[str]:
@@ -268,12 +244,90 @@ def _options_in_use(method: Method) -> set[str]:
     if method.trains_reward:
         used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
     if method.policy_loss is not None:
-        used |= {"alpha", "gradient_ratio", *POLICY_LOSSES[method.policy_loss].options}
+        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
     return used
 
 
 def _unknown(what: str, value: str, allowed: Collection[str]) -> str:
-    """The message for a name that is not among the allowed ones."""
     close = difflib.get_close_matches(value, allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {value!r}{hint} (one of: {', '.join(allowed)})"
+
+
+class StepStatistics(NamedTuple):
+    """What a reward loss reads of a whole optimiser step; constants for the gradient."""
+
+    distances: Float[Tensor, " comparisons"]
+    """||h_chosen - h_rejected|| of the comparisons of this micro-batch."""
+    mean_distance: Float[Tensor, ""]
+    """Running mean over steps."""
+    mean_reward: Float[Tensor, ""]
+    """Over all responses compared in the step, on all ranks."""
+    num_comparisons: int
+    """Of the step, on all ranks."""
+
+
+class JointLoss(NamedTuple):
+    """The loss of each comparison and its parts."""
+
+    total: Float[Tensor, " comparisons"]
+    """What is trained on: both parts in the method's proportions, times the comparison's weight."""
+    reward: Float[Tensor, " comparisons"] | None
+    """The unweighted reward part, for logging; None where the method has none."""
+    policy: Float[Tensor, " comparisons"] | None
+    """The unweighted policy part, for logging; None where the method has none."""
+
+
+def joint_loss(
+    method: Method,
+    *,
+    rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]] | None = None,
+    logps: PolicyLogps | None = None,
+    margins: Float[Tensor, " comparisons"] | None = None,
+    weights: Float[Tensor, " comparisons"] | None = None,
+    step: StepStatistics | None = None,
+) -> JointLoss:
+    """The method's loss per comparison (nat), not reduced; `rewards` are (chosen, rejected).
+
+    Rewards and log-probs that the method does not train on may be None, and are not read.
+    """
+    reward = policy = None
+    total: Tensor | float = 0.0
+    if method.trains_reward:
+        assert rewards is not None, f"method {method.name} trains rewards, but got none"
+        reward = _reward_part(method, rewards, margins, step)
+        total = method.reward_weight * reward
+    if method.trains_policy:
+        assert logps is not None, f"method {method.name} trains the policy, but got no log-probs"
+        assert method.policy_loss is not None
+        loss = POLICY_LOSSES[method.policy_loss]
+        policy = loss.function(
+            logps, **{option: getattr(method, option) for option in loss.options}
+        )
+        # arXiv 2407.04185: L = L_reward + alpha * L_policy
+        total = total + method.alpha * policy
+    assert isinstance(total, Tensor), "a method trains at least one of the two"
+    return JointLoss(total if weights is None else weights * total, reward, policy)
+
+
+def _reward_part(
+    method: Method,
+    rewards: tuple[Float[Tensor, " comparisons"], Float[Tensor, " comparisons"]],
+    margins: Float[Tensor, " comparisons"] | None,
+    step: StepStatistics | None,
+) -> Float[Tensor, " comparisons"]:
+    loss = losses.reward_loss(
+        *rewards,
+        margin=margins,
+        label_smoothing=method.label_smoothing,
+        centering=method.centering,
+    )
+    if not method.reads_step:
+        return loss
+    assert step is not None, f"method {method.name} needs the statistics of the whole step"
+    if method.reward_loss == "normbt":
+        loss = loss * losses.distance_weights(step.distances, step.mean_distance)
+    if method.sum_to_zero:
+        penalty = losses.sum_to_zero_loss(*rewards, step.mean_reward, step.num_comparisons)
+        loss = loss + method.sum_to_zero * penalty
+    return loss

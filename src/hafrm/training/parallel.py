@@ -32,12 +32,12 @@ DEVICES_TIMEOUT = timedelta(minutes=30)
 HOSTS_TIMEOUT = timedelta(hours=12)
 """For what one rank does while the others wait: tokenising, writing checkpoints, verifying an export."""
 _hosts: dist.ProcessGroup | None = None
-"""A gloo group for what hosts tell each other: a launcher may have given the default group nccl alone."""
+"""A gloo group for messages between hosts: a launcher may have made the default group with nccl only."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """This process among those that share a run."""
 
     rank: int
     size: int
@@ -49,7 +49,7 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that the launcher announced, or stand alone."""
+    """Join the process group that the launcher announced, if any."""
     global _hosts  # noqa: PLW0603 - a process has one process group, and torch keeps it globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -88,7 +88,7 @@ def is_main() -> bool:
 
 def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Module:
     """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs; for
-    adapters that fit, `with_token_budget` has chosen DDP before.
+    adapters that fit, `with_token_budget` has already chosen DDP.
 
     FSDP2 shards layer by layer; the reward head is a unit of its own and stays in float32.
     """
@@ -104,7 +104,7 @@ def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Mo
         fully_shard(layer, mp_policy=policy)
     if model.reward_head is not None:
         fully_shard(model.reward_head)
-    # FSDP2 leaves the root gathered after a forward unless told otherwise.
+    # By default FSDP2 leaves the root gathered after a forward.
     fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     return model
 
@@ -177,7 +177,7 @@ def smallest(value: int) -> int:
 
 
 def wait() -> None:
-    """Let all ranks arrive."""
+    """Wait for all ranks."""
     if num_ranks() > 1:
         dist.barrier(group=_hosts)
 
@@ -185,7 +185,7 @@ def wait() -> None:
 def from_main(compute: Callable[[], T]) -> T:
     """What `compute` returns on the main rank, on every rank; what it raises there is raised on every rank.
 
-    For whatever depends on files: ranks see different caches, and a shared folder at different times.
+    For everything that depends on files: caches differ by rank, and shared folders are late.
     """
     if num_ranks() == 1:
         return compute()
@@ -210,9 +210,9 @@ def score_on_all_ranks(
     autocast: torch.dtype | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Scores:
-    """`run_forward` with the rows dealt out to the ranks: every rank calls, and gets all scores.
+    """`run_forward` with the sequences divided among the ranks: every rank calls, and gets all scores.
 
-    The rows are those of one process, so the scores are too.
+    The sequences are those of one process, so the scores are too.
     """
     place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
     scores = run_forward(

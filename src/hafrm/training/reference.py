@@ -1,14 +1,13 @@
 """Reference log-probs: the frozen starting checkpoint, run once before training and cached on disk.
 
-No second model is ever in memory. The cache holds (log-prob sum, token count) per response and is keyed
-by what the numbers depend on: weights, token ids (hence tokenizer, template, lengths and data) and
-dtype. A changed key is another file, so nothing stale is ever read.
+No second model is ever in memory. The cache holds (log-prob sum, token count) per response. Its key is
+a digest of what the numbers depend on: weights, token ids (hence tokenizer, template, lengths and data)
+and dtype. A changed key is another file, so nothing stale is ever read.
 """
 
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,15 @@ from hafrm.resumable import cache_folder
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.training import parallel
-from hafrm.training.batches import Pick, References, used_responses
+from hafrm.training.step_batches import ComparisonRef, References, step_groups
 
 log = logging.getLogger("hafrm")
 
 REFERENCE_TOKENS = 4
-"""Times the token budget that this pass, which keeps nothing for a backward pass, takes at once."""
+"""Times the token budget: this pass keeps nothing for a backward pass."""
 
 
-def reference_key(
+def reference_cache_key(
     model: HybridModel,
     groups: Sequence[TokenizedGroup],
     autocast: torch.dtype | None,
@@ -41,7 +40,7 @@ def reference_key(
 ) -> str:
     """Content key over the backbone's and policy head's weights, all token ids, and the dtype.
 
-    `weights` is what `weights_digest` says of the checkpoint, without which the weights are hashed here.
+    `weights` is the checkpoint's `weights_digest`; without it the weights in memory are hashed.
     """
     assert model.policy_head is not None
     dtypes = f"{autocast} {model.policy_head.weight.dtype}"
@@ -49,7 +48,7 @@ def reference_key(
     for name, parameter in model.named_parameters() if weights is None else ():
         if not name.startswith("reward_head") and "lora_" not in name:
             digest.update(f"{name.replace('base_layer.', '')} {tuple(parameter.shape)}".encode())
-            digest.update(_bytes(parameter).data)
+            digest.update(_weight_bytes(parameter).data)
     for group in groups:
         for ids in (group.prompt_ids, *group.response_ids):
             digest.update(len(ids).to_bytes(8, "little"))
@@ -59,8 +58,8 @@ def reference_key(
 
 
 def weights_digest(path: str, model: HybridModel) -> str | None:
-    """What identifies the weights that `model` was loaded from, without a look at those in memory: the
-    digest of a folder's files, or a hub id's commit. None for files that are no safetensors."""
+    """What identifies the weights that `model` was loaded from, without reading those in memory: the
+    digest of a folder's files, or a hub id's commit. None for files other than safetensors."""
     if Path(path).is_dir():
         return model_digest(path) if any(Path(path).glob("*.safetensors")) else None
     commit = getattr(model.backbone.config, "_commit_hash", None)
@@ -79,14 +78,14 @@ def reference_logps(
     """The model's own log-probs of every response, from the cache or from one packed pass.
 
     Call it before the first step and before wrapping the model; every rank calls it and computes its
-    share. The main rank alone looks into the cache, since nodes may have one each. `path` is the
-    checkpoint that the model still equals. The reward head takes no part.
+    part. Only the main rank reads the cache, since nodes may have one each. `path` is the checkpoint that
+    the model still equals. The reward head is not used.
     """
     counts = np.array([len(ids) for group in groups for ids in group.response_ids])
 
     def look() -> tuple[Path, NDArray[np.float32] | None]:
         weights = None if path is None else weights_digest(path, model)
-        key = reference_key(model, groups, autocast, weights)
+        key = reference_cache_key(model, groups, autocast, weights)
         file = cache_folder("reference") / f"{key}.safetensors"
         return file, _read(file, counts)
 
@@ -102,10 +101,10 @@ def reference_logps(
     return References(logps, first_responses(groups))
 
 
-def references_of(  # noqa: PLR0913 - the two sets, what is reached, and how the pass runs
+def references_of(  # noqa: PLR0913 - two sets, what is reached, and how the pass runs
     model: HybridModel,
     train: Sequence[TokenizedGroup],
-    picks: Sequence[Pick],
+    refs: Sequence[ComparisonRef],
     validation: Sequence[TokenizedGroup],
     *,
     max_tokens: int,
@@ -114,11 +113,11 @@ def references_of(  # noqa: PLR0913 - the two sets, what is reached, and how the
 ) -> tuple[References, References]:
     """`reference_logps` of the training and the validation groups, from one pass or one file.
 
-    Of the training groups only the responses of `picks`, the comparisons that the run reaches, are
+    Of the training groups only the responses of `refs`, the comparisons that the run reaches, are
     computed. The others are NaN, so that a loss which read one would stop the run.
     """
-    used = used_responses(train, picks)
-    reached = [_part(train[index], responses) for index, responses in used.items()]
+    used = step_groups(train, refs)
+    reached = [group.tokens for group in used]
     num_responses = sum(len(group.response_ids) for group in (*reached, *validation))
     log.info("reference log-probs of %d responses", num_responses)
     both = reference_logps(
@@ -126,7 +125,7 @@ def references_of(  # noqa: PLR0913 - the two sets, what is reached, and how the
     )
     first = first_responses(train)
     logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
-    place = [first[index] + response for index, responses in used.items() for response in responses]
+    place = [first[group.group_index] + response for group in used for response in group.responses]
     cut = len(place)
     logps[np.array(place, np.int64)] = both.logps[:cut]
     return (
@@ -135,15 +134,8 @@ def references_of(  # noqa: PLR0913 - the two sets, what is reached, and how the
     )
 
 
-def _part(group: TokenizedGroup, responses: Sequence[int]) -> TokenizedGroup:
-    """A group with some of its responses, and no comparisons among them."""
-    return replace(
-        group, response_ids=tuple(group.response_ids[r] for r in responses), comparisons=()
-    )
-
-
 def _read(file: Path, counts: NDArray[np.int64]) -> NDArray[np.float32] | None:
-    """The cached sums, or None; a damaged file is computed again, its content being no loss."""
+    """The cached sums, or None; a damaged file is computed again."""
     try:
         cached = load_file(file)
     except (FileNotFoundError, SafetensorError):
@@ -152,8 +144,7 @@ def _read(file: Path, counts: NDArray[np.int64]) -> NDArray[np.float32] | None:
     return logps if np.array_equal(cached["counts"], counts) else None
 
 
-def _bytes(parameter: torch.Tensor) -> NDArray[np.uint8]:
-    """The weights as they lie in memory; no copy on a CPU."""
-    flat = parameter.detach().cpu().contiguous().view(-1)
+def _weight_bytes(parameter: torch.Tensor) -> NDArray[np.uint8]:
+    flat = parameter.detach().cpu().contiguous().view(-1)  # no copy on a CPU
     raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return raw

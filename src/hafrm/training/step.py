@@ -2,27 +2,24 @@
 
 Neither packing nor the number of ranks changes the gradient, because every comparison's loss enters as
 loss / (comparisons of the step over all ranks). A non-finite loss or gradient never reaches the weights.
-Nothing here logs, schedules, reads data, or waits for the device.
+Nothing here logs, schedules, reads data, or waits for the device. Start at `take_step`.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from hafrm.engine.model import Outputs
+from hafrm.errors import DivergedError
 from hafrm.training import parallel
-from hafrm.training.balance import Balance, Weighing
-from hafrm.training.batches import MicroBatch
-from hafrm.training.guard import Guard
 from hafrm.training.losses import PolicyLogps
-from hafrm.training.methods import Method
-from hafrm.training.objective import JointLoss, StepView, joint_loss
-from hafrm.training.step_means import StepMeans
+from hafrm.training.methods import JointLoss, Method, StepStatistics, joint_loss
+from hafrm.training.step_batches import MicroBatch
 
 MEASURES = (
     "loss",
@@ -36,11 +33,13 @@ MEASURES = (
     "implicit_margin",
 )
 """What a step sums over its comparisons, in this order; NaN where a head is absent."""
+DECAY = 0.9
+"""Fraction of NormBT's running mean distance that a step keeps (arXiv 2512.06343's beta)."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Device tensors: nothing is fetched until somebody asks."""
+    """Device tensors: no value is copied to the host before someone reads it."""
 
     sums: Float[Tensor, " measures"]
     """MEASURES summed over this rank's comparisons; divide by the global count."""
@@ -48,51 +47,8 @@ class StepResult:
     """2-norm of the whole gradient before clipping."""
     num_tokens: int
     """Packed tokens that this rank ran."""
-    alpha: Float[Tensor, ""] | None = None
-    """The policy loss's weight in this step, where it is balanced."""
-    balance: Balance | None = None
-    """What the next step's alpha follows from."""
     distance: Float[Tensor, ""] | None = None
     """NormBT's running mean distance, which the next step reads."""
-
-
-def losses_of(
-    outputs: Outputs,
-    batch: MicroBatch,
-    method: Method,
-    alpha: Float[Tensor, ""] | None = None,
-    step: StepView | None = None,
-) -> JointLoss:
-    """The method's losses for every comparison of a micro-batch; `alpha` stands in for its own, `step` is
-    for a method that reads the whole step."""
-    rewards = (
-        None
-        if outputs.rewards is None
-        else (outputs.rewards[batch.chosen], outputs.rewards[batch.rejected])
-    )
-    return joint_loss(
-        method,
-        rewards=rewards,
-        logps=None if outputs.logps is None else policy_logps(outputs, batch),
-        margins=batch.margins,
-        weights=batch.weights,
-        alpha=alpha,
-        step=step,
-    )
-
-
-def policy_logps(outputs: Outputs, batch: MicroBatch) -> PolicyLogps:
-    """The log-probs of both sides of every comparison, with their references where there are any."""
-    assert outputs.logps is not None
-    reference = batch.reference_logps
-    return PolicyLogps(
-        chosen_logps=outputs.logps[batch.chosen],
-        rejected_logps=outputs.logps[batch.rejected],
-        reference_chosen_logps=None if reference is None else reference[batch.chosen],
-        reference_rejected_logps=None if reference is None else reference[batch.rejected],
-        chosen_counts=outputs.lengths[batch.chosen],
-        rejected_counts=outputs.lengths[batch.rejected],
-    )
 
 
 def take_step(  # noqa: PLR0913
@@ -104,53 +60,73 @@ def take_step(  # noqa: PLR0913
     num_comparisons: int,
     max_grad_norm: float,
     autocast: torch.dtype | None = None,
-    guard: Guard | None = None,
-    balance: Balance | None = None,
+    nonfinite: "NonFiniteCheck | None" = None,
     distance: Float[Tensor, ""] | None = None,
 ) -> StepResult:
     """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks.
 
-    A loss or gradient that is not finite updates nothing: NumericsError is raised here without a `guard`
-    and on a CPU, and else by the guard's next `check`. With a `balance`, alpha follows from it; `distance`
-    is NormBT's running mean after the steps before.
+    A loss or gradient that is not finite updates nothing. DivergedError is raised here without
+    `nonfinite` and on a CPU, otherwise by the next `nonfinite.check()`. `distance` is NormBT's running
+    mean after the steps before.
     """
-    assert (balance is None) == (method.gradient_ratio is None), "alpha auto needs its balance"
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES), device=device)
     finite: list[Tensor] = []
-    weighing = Weighing(balance, device)
-    means = StepMeans(method, num_comparisons, distance, device)
+    means = StepMeans(method, num_comparisons, distance)
 
-    def watch(head: Literal["reward", "policy"], states: Tensor) -> None:
-        means.watch(head, states)
-        if weighing.watch is not None and states.requires_grad:
-            weighing.watch(head, states)
-
-    def forward(moved: MicroBatch) -> Outputs:
-        with _autocast(device, autocast):
-            outputs: Outputs = model(moved.layout, watch)
+    def forward(batch: MicroBatch) -> Outputs:
+        half = contextlib.nullcontext()
+        with half if autocast is None else torch.autocast(device.type, autocast):
+            outputs: Outputs = model(batch.layout)
         return outputs
 
-    means.look_ahead(forward, batches)
+    means.look_ahead(forward, batches, device)
     for number, batch in enumerate(batches):
         moved = batch.to(device)
         with parallel.synchronise(model, last=number == len(batches) - 1):
             outputs = forward(moved)
-            loss = losses_of(outputs, moved, method, weighing.alpha, means.view(outputs, moved))
+            loss = losses_of(outputs, moved, method, means.add(outputs, moved))
             # Gradients are averaged over ranks; the loss is a sum over the step's comparisons.
             (loss.total.sum() * (parallel.num_ranks() / num_comparisons)).backward()
         sums += measure(outputs, moved, loss, method)
         finite.append(torch.isfinite(loss.total.detach()).all())
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = parallel.clip(parameters, max_grad_norm)
-    watching = guard or Guard(device)
-    watching.protect(optimizer, batches, torch.stack([*finite, torch.isfinite(grad_norm)]))
-    if guard is None:
-        watching.check()
+    check = nonfinite or NonFiniteCheck(device)
+    check.protect(optimizer, batches, torch.stack([*finite, torch.isfinite(grad_norm)]))
+    if nonfinite is None:
+        check.check()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_tokens = sum(batch.layout.num_tokens for batch in batches)
-    return StepResult(sums, grad_norm, num_tokens, weighing.alpha, weighing.done(), means.done())
+    return StepResult(sums, grad_norm, num_tokens, means.next_distance())
+
+
+def losses_of(
+    outputs: Outputs, batch: MicroBatch, method: Method, step: StepStatistics | None = None
+) -> JointLoss:
+    """The method's losses for every comparison; `step` is for a method that reads the whole step."""
+    chosen, rejected, reference = batch.chosen, batch.rejected, batch.reference_logps
+    rewards = logps = None
+    if outputs.rewards is not None:
+        rewards = outputs.rewards[chosen], outputs.rewards[rejected]
+    if outputs.logps is not None:
+        logps = PolicyLogps(
+            chosen_logps=outputs.logps[chosen],
+            rejected_logps=outputs.logps[rejected],
+            reference_chosen_logps=None if reference is None else reference[chosen],
+            reference_rejected_logps=None if reference is None else reference[rejected],
+            chosen_counts=outputs.lengths[chosen],
+            rejected_counts=outputs.lengths[rejected],
+        )
+    return joint_loss(
+        method,
+        rewards=rewards,
+        logps=logps,
+        margins=batch.margins,
+        weights=batch.weights,
+        step=step,
+    )
 
 
 @torch.no_grad()
@@ -158,44 +134,156 @@ def measure(
     outputs: Outputs, batch: MicroBatch, loss: JointLoss, method: Method
 ) -> Float[Tensor, " measures"]:
     """MEASURES summed over the micro-batch's comparisons; fillers count for nothing."""
-    real = batch.weights != 0
     absent = torch.full_like(batch.weights, float("nan"))
 
     def sides(scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (
-            (absent, absent) if scores is None else (scores[batch.chosen], scores[batch.rejected])
-        )
+        if scores is None:
+            return absent, absent
+        return scores[batch.chosen], scores[batch.rejected]
 
+    def is_right(margin: Tensor) -> Tensor:
+        return torch.where(margin.isnan(), margin, (margin > 0).float())
+
+    implicit = None
+    if outputs.logps is not None and method.trains_policy:
+        implicit = method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
     chosen, rejected = sides(outputs.rewards)
-    implicit_chosen, implicit_rejected = sides(_implicit(outputs, batch, method))
-    rows = [
+    implicit_chosen, implicit_rejected = sides(implicit)
+    values = [
         loss.total,
         absent if loss.reward is None else loss.reward,
         absent if loss.policy is None else loss.policy,
-        _share(chosen - rejected),
+        is_right(chosen - rejected),
         chosen - rejected,
         chosen,
         rejected,
-        _share(implicit_chosen - implicit_rejected),
+        is_right(implicit_chosen - implicit_rejected),
         implicit_chosen - implicit_rejected,
     ]
-    return torch.where(real, torch.stack(rows), 0.0).sum(1)
+    return torch.where(batch.weights != 0, torch.stack(values), 0.0).sum(1)
 
 
-def _implicit(outputs: Outputs, batch: MicroBatch, method: Method) -> Tensor | None:
-    if outputs.logps is None or not method.trains_policy:
-        return None
-    return method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
+class StepMeans:
+    """Means over a whole step that `normbt` and `sum_to_zero` read; for other methods it does nothing.
+
+    They are sums over all micro-batches and ranks, so packing cannot change a gradient. NormBT's scale
+    comes from the steps before. BSR's mean reward, and the scale of the first step, must be known before
+    the first backward: a step of several micro-batches runs forward once more, without gradients.
+    """
+
+    def __init__(
+        self, method: Method, num_comparisons: int, distance: Float[Tensor, ""] | None
+    ) -> None:
+        """`distance` is the running mean after the steps before; None at a run's start."""
+        self._method, self._num_comparisons, self._distance = method, num_comparisons, distance
+        self._total: Float[Tensor, " means"] | None = None
+        self._ahead: Float[Tensor, " means"] | None = None
+
+    def look_ahead(
+        self,
+        forward: Callable[[MicroBatch], Outputs],
+        batches: Sequence[MicroBatch],
+        device: torch.device,
+    ) -> None:
+        """Run the step once without gradients, where its first loss needs the means of all of it."""
+        unknown = self._method.sum_to_zero > 0 or self._distance is None
+        alone = len(batches) == 1 and parallel.num_ranks() == 1
+        if not self._method.reads_step or not unknown or alone:
+            return
+        with torch.no_grad():
+            moved = (batch.to(device) for batch in batches)
+            sums = [self._sums(forward(batch), batch) for batch in moved]
+        self._ahead = parallel.add_up(torch.stack(sums).sum(0)) / self._num_comparisons
+
+    def add(self, outputs: Outputs, batch: MicroBatch) -> StepStatistics | None:
+        """Count a micro-batch just after its forward; returns what its losses read."""
+        if not self._method.reads_step:
+            return None
+        sums = self._sums(outputs, batch)
+        self._total = sums if self._total is None else self._total + sums
+        means = sums / self._num_comparisons if self._ahead is None else self._ahead
+        reward, distance = means.unbind()
+        if self._distance is not None:
+            distance = self._distance
+        distances = _distances(outputs, batch)
+        return StepStatistics(distances, distance, reward, self._num_comparisons)
+
+    def next_distance(self) -> Float[Tensor, ""] | None:
+        """The running mean distance for the next step, once all micro-batches have run."""
+        if self._total is None:
+            return None
+        mean = (parallel.add_up(self._total) / self._num_comparisons)[1]
+        return mean if self._distance is None else DECAY * self._distance + (1 - DECAY) * mean
+
+    def _sums(self, outputs: Outputs, batch: MicroBatch) -> Float[Tensor, " means"]:
+        """Sums over comparisons of (mean of both rewards, distance); fillers count for nothing."""
+        assert outputs.rewards is not None
+        rewards = outputs.rewards.detach()
+        # Weighted like the loss: the penalty's gradient is then that of this very mean.
+        reward = (batch.weights * (rewards[batch.chosen] + rewards[batch.rejected]) / 2).sum()
+        distance = torch.where(batch.weights != 0, _distances(outputs, batch), 0.0).sum()
+        return torch.stack([reward, distance])
 
 
-def _share(difference: Tensor) -> Tensor:
-    return torch.where(difference.isnan(), difference, (difference > 0).float())
+def _distances(outputs: Outputs, batch: MicroBatch) -> Float[Tensor, " comparisons"]:
+    assert outputs.reward_states is not None
+    states = outputs.reward_states.float()
+    norms: Tensor = torch.linalg.vector_norm(states[batch.chosen] - states[batch.rejected], dim=1)
+    return norms
 
 
-def _autocast(
-    device: torch.device, dtype: torch.dtype | None
-) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+class NonFiniteCheck:
+    """Keeps non-finite losses and gradients away from the weights, without waiting for the device.
+
+    A flag on the device stays up from the first step whose loss or gradient is not finite on any rank.
+    AdamW reads it there and leaves weights and moments as they are, in that step and in all later ones,
+    so the host may look once per logging interval: `check` then names the groups of that first step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._broken = torch.zeros((), device=device)
+        self._unchecked: list[tuple[list[tuple[str, ...]], Tensor, Tensor]] = []
+
+    def protect(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batches: Sequence[MicroBatch],
+        finite: Bool[Tensor, " flags"],
+    ) -> None:
+        """Let `optimizer` update only if all steps so far were finite on all ranks.
+
+        `finite` holds a flag for the losses of each micro-batch and, last, one for the gradient.
+        """
+        good = parallel.all_finite(finite)
+        self._broken = torch.maximum(self._broken, (~good).to(self._broken.dtype))
+        self._unchecked.append(([batch.ids for batch in batches], finite, self._broken))
+        flag, parameter = self._broken, optimizer.param_groups[0]["params"][0]
+        if isinstance(parameter, DTensor):  # sharded ones accept no plain tensor beside them
+            mesh = parameter.device_mesh
+            flag = DTensor.from_local(flag, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        # What GradScaler sets: torch's fused optimisers skip the whole update where it is 1.
+        optimizer.found_inf = flag  # type: ignore[attr-defined]
+        self.check_now()
+
+    def check_now(self) -> None:
+        """Check after every step where reading the flag costs nothing."""
+        if self._broken.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raise DivergedError if a step since the last check was not finite, naming its groups."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked or not bool(self._broken):
+            return
+        ids, finite, _ = next(step for step in unchecked if bool(step[2]))
+        broken = [b for b, good in zip(ids, finite.tolist(), strict=False) if not good]
+        names = sorted({name for batch in broken or ids for name in batch})
+        more = f" and {len(names) - 16} more" if len(names) > 16 else ""
+        raise DivergedError(
+            f"the {'loss' if broken else 'gradient'} of this step is not finite; stopped before the "
+            f"update. Groups in it: {', '.join(names[:16])}{more}. Look at their texts and margins, lower "
+            "training.learning_rate, or set training.precision: fp32"
+        )
 
 
 def build_optimizer(
@@ -212,9 +300,9 @@ def build_optimizer(
     )
 
 
-def drop_half_made(optimizer: torch.optim.Optimizer) -> None:
-    """Forget state of which AdamW, running out of memory in its first step, has made a part only: it would
-    take the rest for made."""
+def drop_incomplete_state(optimizer: torch.optim.Optimizer) -> None:
+    """Forget the state of parameters for which AdamW ran out of memory halfway through creating it: it
+    would take the rest as created."""
     for parameter, state in list(optimizer.state.items()):
         if "exp_avg_sq" not in state:
             del optimizer.state[parameter]

@@ -1,6 +1,6 @@
-"""How good the model is on held-out comparisons while it trains: the number that picks the best step.
+"""Accuracy and loss on held-out comparisons while a model trains: they choose the best step.
 
-Only ever given validation data. Full metrics with intervals are the verb `evaluate`'s business.
+Only ever given validation data. Full metrics with intervals are in `hafrm.evaluation`.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.fused import FusedRule, fit_fused
 from hafrm.statistics import with_bounds
 from hafrm.training import parallel
-from hafrm.training.batches import References
 from hafrm.training.methods import Method
+from hafrm.training.step_batches import References
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What each head says of every response; None where the method does not train it."""
+    """Each head's score of every response; None where the method does not train it."""
 
     rewards: NDArray[np.float32] | None
     implicit: NDArray[np.float32] | None
     """The policy's implicit reward, as the method defines it."""
     implicit_per_token: NDArray[np.float32] | None
-    """The same by the response's tokens, EOS included."""
+    """The same divided by the response's tokens, EOS included."""
     first: NDArray[np.int64]
     """Index of each group's first response."""
 
@@ -69,10 +69,10 @@ def validate(
     max_tokens: int,
     autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of what the method scores with.
+    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with.
 
     Ties are left out. A method that trains both heads also gets `implicit_accuracy`. Accuracies come with
-    `_low` and `_high`, a 95 % interval that takes the comparisons of one prompt as one trial.
+    `_low` and `_high`, a 95 % interval that counts the comparisons of one prompt as one trial.
     """
     logps = None if references is None else references.logps
     scores = score_heads(model, groups, logps, method, max_tokens=max_tokens, autocast=autocast)
@@ -104,7 +104,7 @@ def fit_on_validation(
     max_tokens: int,
     autocast: torch.dtype | None = None,
 ) -> FusedRule:
-    """How much the implicit reward per token counts beside the reward, for a model with both heads."""
+    """The weight of the implicit reward per token beside the reward, for a model with both heads."""
     logps = None if references is None else references.logps
     scores = score_heads(model, groups, logps, method, max_tokens=max_tokens, autocast=autocast)
     assert scores.rewards is not None

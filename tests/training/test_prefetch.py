@@ -4,18 +4,18 @@ from collections import Counter
 
 import torch
 
-from hafrm.training.batches import ComparisonOrder, MicroBatch
-from hafrm.training.feed import Feed
 from hafrm.training.parallel import Ranks
+from hafrm.training.runtime import Prefetch
+from hafrm.training.step_batches import ComparisonOrder, MicroBatch
 from training_for_tests import pairs
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def feed(max_tokens: int) -> Feed:
+def feed(max_tokens: int) -> Prefetch:
     groups = pairs()
     order = ComparisonOrder(groups, per_prompt=1, seed=0)
-    return Feed(groups, order, None, batch_size=8, max_tokens=max_tokens, ranks=ALONE)
+    return Prefetch(groups, order, None, batch_size=8, max_tokens=max_tokens, ranks=ALONE)
 
 
 def members(batches: list[MicroBatch]) -> Counter[str]:

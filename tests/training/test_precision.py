@@ -5,10 +5,11 @@ import torch
 
 from hafrm.errors import CheckpointError
 from hafrm.recipe_file import load_recipe
-from hafrm.training import finish, start
-from hafrm.training.budget import plan_recipe
-from hafrm.training.loop import resolve_method, train
-from hafrm.training.start import with_precision
+from hafrm.training import model_setup, run_export
+from hafrm.training.loop import train
+from hafrm.training.memory_plan import plan_recipe
+from hafrm.training.methods import resolve_method
+from hafrm.training.model_setup import with_precision
 from tiny_runs import tiny_recipe
 
 
@@ -33,14 +34,14 @@ def test_precision_auto_is_bf16_on_a_gpu_that_computes_in_it(
 def test_a_run_records_the_precision_that_auto_was_and_resumes_in_no_other(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(finish, "check_golden", lambda _: {})
+    monkeypatch.setattr(run_export, "check_golden", lambda _: {})
     recipe, run = tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run"
     with caplog.at_level("INFO", "hafrm"):
         train(recipe, run)
     assert "training.precision auto: fp32 on cpu" in caplog.text
     assert load_recipe(run / "recipe.yaml").training.precision == "fp32"
     train(recipe, run, resume=True)
-    monkeypatch.setattr(start, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
     with pytest.raises(CheckpointError, match="recipe differs"):
         train(recipe, run, resume=True)
 
@@ -50,5 +51,5 @@ def test_a_plan_for_a_gpu_is_one_in_bf16(tmp_path):
     auto, bf16, fp32 = (
         tiny_recipe(tmp_path, training={"precision": p}) for p in ("auto", "bf16", "fp32")
     )
-    plans = [plan_recipe(r, resolve_method(r), memory=8.0)[0].bytes for r in (auto, bf16, fp32)]
+    plans = [plan_recipe(r, resolve_method(r), memory=8.0).need for r in (auto, bf16, fp32)]
     assert plans[0] == plans[1] != plans[2]

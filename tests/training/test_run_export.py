@@ -17,9 +17,9 @@ from hafrm.errors import (
 )
 from hafrm.export.checklist import replay_directory, verify_directory
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
-from hafrm.training import extract, finish
-from hafrm.training.extract import ExportOptions, export_from_run
+from hafrm.training import run_export
 from hafrm.training.loop import train
+from hafrm.training.run_export import ExportOptions, export_from_run
 from tiny_runs import tiny_recipe
 
 LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
@@ -29,7 +29,7 @@ LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
 def _replay_in_this_process(monkeypatch, request):
     """The same code as in the fresh process, without importing torch again for seconds."""
     if "fresh_process" not in request.node.name:
-        for module in (extract, finish):
+        for module in (run_export,):
             monkeypatch.setattr(module, "check_golden", replay)
 
 
@@ -43,7 +43,7 @@ def replay(folder):
 def trained(folder, **sections):
     """A finished run of six steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "check_golden", lambda _: {})
+        patch.setattr(run_export, "check_golden", lambda _: {})
         train(tiny_recipe(folder, **sections), folder / "run")
     return folder / "run"
 
@@ -193,7 +193,7 @@ def test_rounding_is_not_taken_back_but_the_checkpoint_is_taken(finished, tmp_pa
     expected, found = weights(finished / "model/reward"), weights(tmp_path / "fine")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ConfigError, match="whose rounding no other dtype takes back"):
+    with pytest.raises(ConfigError, match="whose rounding no other dtype undoes"):
         export_from_run(run, tmp_path / "again", ExportOptions(dtype="fp32"))
 
 
@@ -204,7 +204,7 @@ def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
         raise NumericsError("differ")
 
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "check_golden", disagree)
+        patch.setattr(run_export, "check_golden", disagree)
         with pytest.raises(VerificationError, match=r"differ.*kept as .*out\.unverified"):
             export_from_run(unfinished, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"unfinished", "out.unverified"}
@@ -214,14 +214,14 @@ def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
 
 
 def test_weights_beyond_float16_are_refused(unfinished, tmp_path, monkeypatch):
-    gather = extract.gather_weights
+    gather = run_export.gather_weights
 
     def large(model):
         found = gather(model)
         found.reward_head["weight"][0, 0] = 1e5
         return found
 
-    monkeypatch.setattr(extract, "gather_weights", large)
+    monkeypatch.setattr(run_export, "gather_weights", large)
     with pytest.raises(ModelError, match=r"score\.weight.*do not fit into float16"):
         export_from_run(unfinished, tmp_path / "out", ExportOptions(dtype="fp16"))
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hafrm.errors import NumericsError
-from hafrm.training.guard import Guard
+from hafrm.training.step import NonFiniteCheck
 from training_for_tests import micro_batches, pairs
 
 
@@ -13,7 +13,7 @@ def an_optimizer() -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
     return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=True)
 
 
-class Unwatched(Guard):
+class Unwatched(NonFiniteCheck):
     """A guard as on a GPU: nothing is looked at before somebody asks."""
 
     def check_now(self) -> None:
@@ -58,4 +58,4 @@ def test_finite_steps_pass_and_are_forgotten():
     for _ in range(3):
         guard.protect(optimizer, micro_batches(pairs(), 40), torch.tensor([True]))
     guard.check()
-    assert guard._unseen == []
+    assert guard._unchecked == []

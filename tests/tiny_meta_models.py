@@ -1,4 +1,4 @@
-"""Recipes and models for tests of plans: a family's config, its real model and its shadow."""
+"""Recipes and models for tests of plans: a config, the real model, and the one on the meta device."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import transformers
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
+from hafrm.training.memory_trace import meta_model
 from hafrm.training.methods import get_method
-from hafrm.training.prepare import assemble
-from hafrm.training.shadow import shadow_model
+from hafrm.training.model_setup import assemble
 from models_for_tests import FAMILIES, tiny_causal_lm
 
 
@@ -33,9 +33,9 @@ def real_model(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
     return assemble(*split_causal_lm(tiny_causal_lm(family)), recipe, get_method(method))
 
 
-def shadow_of(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
-    """The same without contents."""
-    return shadow_model(config_of(family), recipe, get_method(method))
+def meta_of(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
+    """The same on the meta device."""
+    return meta_model(config_of(family), recipe, get_method(method))
 
 
 def adapted(family: str, **lora: Any) -> HybridModel:

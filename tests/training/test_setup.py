@@ -10,8 +10,9 @@ from peft.tuners.lora import LoraLayer
 
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ConfigError, DataError
+from hafrm.training.data_setup import prepare_data
 from hafrm.training.methods import get_method
-from hafrm.training.prepare import build_model, prepare_data
+from hafrm.training.model_setup import build_model
 from support.published_rows import PUBLISHED
 from tiny_runs import tiny_recipe, write_preferences
 

@@ -1,0 +1,359 @@
+"""Models written from a run: at its end (`export_run`), or later or before (`hafrm export`).
+
+A directory appears under its name only when a fresh process with plain transformers has reproduced its
+golden scores; where that fails, it is kept as NAME.unverified. At a run's end the name is `model/`, so
+its presence means that the run is complete. `hafrm export` only reads the run folder.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from hafrm.atomic import atomic_directory
+from hafrm.data.encoding import Encoder
+from hafrm.engine.memory import give_back
+from hafrm.engine.model import HybridModel
+from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
+from hafrm.export.checklist import verify_directory
+from hafrm.export.golden import GOLDEN, read_golden
+from hafrm.export.model_card import write_cards
+from hafrm.export.peft_adapter import Base, export_adapter
+from hafrm.export.proof import PLAIN, check_golden, check_policy, prove, write_golden
+from hafrm.export.stock_export import export_policy, export_reward, gather_weights
+from hafrm.preferences import Group, Message
+from hafrm.recipe import Recipe
+from hafrm.recipe_file import load_recipe
+from hafrm.run_folder import RunFolder, step_of
+from hafrm.scoring.fused import write_fused_rule
+from hafrm.scoring.loading import load_config, load_encoder, load_policy, load_reward
+from hafrm.scoring.reward_model import ImplicitRule, write_implicit_rule
+from hafrm.training import parallel
+from hafrm.training.checkpoint import STATE, load_weights
+from hafrm.training.data_setup import NUM_GOLDEN, PreparedData, build_encoder, read_splits
+from hafrm.training.methods import Method, resolve_method
+from hafrm.training.model_setup import build_model
+from hafrm.training.step_batches import References
+from hafrm.training.validation import fit_on_validation
+
+log = logging.getLogger("hafrm")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights can be stored in, by their short names."""
+Head = Literal["reward", "policy"]
+
+
+def export_run(
+    run: RunFolder,
+    recipe: Recipe,
+    method: Method,
+    data: PreparedData,
+    model: HybridModel,
+    references: References | None = None,
+) -> None:
+    """Write `model/reward` and `model/policy`, as far as the method trained them, and where it trained
+    both the rule of their fused score, fitted on validation with its `references`.
+
+    All ranks call. Those that write nothing return before the proof, which may take an hour. The model is
+    empty afterwards: its memory is the proof's. Raises VerificationError where the proof fails; the models
+    are then kept.
+    """
+    folder = run.path / "model"
+    if folder.is_dir():
+        return
+    dtype = _export_dtype(recipe)
+    rule = None
+    if method.trains_reward and method.trains_policy:
+        rule = fit_on_validation(
+            model,
+            data.validation,
+            references,
+            method,
+            max_tokens=2 * recipe.training.token_budget,
+            autocast=torch.bfloat16 if dtype == torch.bfloat16 else None,
+        )
+        log.info("fitted on validation: %s", rule)
+    weights = gather_weights(model)
+    if not parallel.is_main():
+        return
+    with atomic_directory(run.unverified_path, replace=True) as aside:
+        if model.reward_head is not None:
+            export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
+        if model.policy_head is not None:
+            export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
+            write_implicit_rule(aside / "policy", _implicit_rule(recipe, method))
+        if rule is not None:
+            write_fused_rule(aside, rule)
+    del weights
+    model.to("meta")  # frees its memory even while others refer to it
+    give_back()
+
+    def check(models: Path) -> None:
+        if (models / "reward").is_dir():
+            num_golden = write_golden(models / "reward", data.golden)
+            differences = check_golden(models / "reward")
+            log.info("%d golden scores replayed by plain transformers: %s", num_golden, differences)
+        write_cards(run.path, models)
+
+    prove(
+        run.unverified_path,
+        folder,
+        check,
+        f"the training is finished and loses nothing. Repeat the export and its proof with: hafrm train "
+        f"--resume {run.path}; or see what differs with: hafrm verify {run.unverified_path / 'reward'}",
+    )
+
+
+def _export_dtype(recipe: Recipe) -> torch.dtype:
+    """What a run's models are stored in: what it computed in."""
+    return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+
+
+def _implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
+    """How the trained policy scores a response by itself."""
+    reference = recipe.model.path if method.scores_against_reference else None
+    return ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `hafrm export` writes, from where, and how it is stored."""
+
+    head: Head = "reward"
+    dtype: str | None = None
+    """One of DTYPES; None: what the run computed in, as at its end."""
+    merge_lora: bool | None = None
+    """False: adapters beside the base checkpoint; None: merged, if there are any."""
+    checkpoint: str | None = None
+    """best, latest or a step; None: `model/` if the run has finished, else the best or latest."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.merge_lora is False and self.dtype not in (None, "fp32"):
+            raise ConfigError(
+                f"--dtype {self.dtype} needs merged weights: adapters stay in fp32, as they were trained; "
+                "remove --dtype or --no-merge-lora"
+            )
+        if self.merge_lora is False and self.head == "policy":
+            raise ConfigError(
+                "--policy with --no-merge-lora is not possible: only reward models are written as "
+                "adapters; merge it"
+            )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and the proof of it."""
+
+    directory: Path
+    head: Head
+    source: str
+    """`model` or the checkpoint's name."""
+    dtype: str
+    merged: bool | None
+    """None where the run has no adapters."""
+    num_golden: int
+    """Conversations whose scores (or log-probs) plain transformers has replayed."""
+    difference: float
+    """The largest, relative to max(1, |score|)."""
+    moved: float | None
+    """How far rewards are from the run's own golden ones; None where it has none."""
+
+
+class _Source(NamedTuple):
+    """A model in memory with what its export needs."""
+
+    name: str
+    model: HybridModel
+    encoder: Encoder
+    golden: Sequence[Group]
+
+
+def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None) -> Exported:
+    """Write one head of a run as a stock directory `to`, which appears once it is proved.
+
+    Raises ConfigError for options that this run cannot follow, CheckpointError for a run without such a
+    checkpoint or a `to` that exists, ModelError and NumericsError for a model that must not be used,
+    VerificationError for one that is written but not proved.
+    """
+    options = options or ExportOptions()
+    if to.exists():
+        raise CheckpointError(f"{to} exists already: remove it or choose another place")
+    run = RunFolder.open(folder)
+    recipe = load_recipe(run.recipe_path)
+    method = resolve_method(recipe)
+    _check_possible(run, recipe, method, options)
+    dtype = DTYPES[options.dtype] if options.dtype else _export_dtype(recipe)
+    checkpoint = _choose_checkpoint(run, options, dtype)
+    if checkpoint is None:
+        source = _from_model(run, options.head)
+    else:
+        source = _from_checkpoint(run, recipe, checkpoint)
+    merge = options.merge_lora is not False
+    unverified = to.with_name(f"{to.name}.unverified")
+    with atomic_directory(unverified, replace=True) as aside:
+        made = aside / options.head
+        num_golden = 0
+        if options.head == "reward":
+            num_golden = _write_reward(source, recipe, made, dtype, merge=merge)
+        else:
+            export_policy(gather_weights(source.model), source.encoder, made, dtype=dtype)
+            write_implicit_rule(made, _implicit_rule(recipe, method))
+        # A card of an adapter would say how to load a whole model; test results are of `model/` alone.
+        if merge and (checkpoint is None or not (run.path / "test.json").is_file()):
+            write_cards(run.path, aside)
+        for file in list(made.iterdir()):
+            file.rename(aside / file.name)
+        made.rmdir()
+    source.model.to("meta")  # its memory is the proof's
+
+    def check(directory: Path) -> tuple[int, float]:
+        if options.head == "policy":
+            return check_policy(directory, source.golden)
+        return num_golden, max(check_golden(directory).values())
+
+    num, difference = prove(unverified, to, check, "the same command repeats it and its proof")
+    stored = dtype if merge else torch.float32
+    return Exported(
+        directory=to,
+        head=options.head,
+        source=source.name,
+        dtype=next(name for name, value in DTYPES.items() if value == stored),
+        merged=None if recipe.lora is None else merge,
+        num_golden=num,
+        difference=difference,
+        moved=_largest_move(run, to) if options.head == "reward" else None,
+    )
+
+
+def _check_possible(run: RunFolder, recipe: Recipe, method: Method, options: ExportOptions) -> None:
+    if recipe.lora is None and options.merge_lora is not None:
+        raise ConfigError(
+            f"{run.path} trained all weights and has no adapters: remove --merge-lora or --no-merge-lora"
+        )
+    if options.head == "reward" and not method.trains_reward:
+        raise ConfigError(f"method {method.name} trains no reward head; export its --policy")
+    if options.head == "policy" and not method.trains_policy:
+        raise ConfigError(f"method {method.name} trains no policy head; remove --policy")
+
+
+def _choose_checkpoint(run: RunFolder, options: ExportOptions, dtype: torch.dtype) -> Path | None:
+    """The checkpoint to export; None for the finished run's `model/`."""
+    by_step = {step_of(path): path for path in run.checkpoints()}
+    best = -1  # before the first validation
+    if by_step:
+        best = int(json.loads((by_step[max(by_step)] / STATE).read_text())["best_step"])
+    finished = run.model_path / options.head
+    if options.checkpoint is None and finished.is_dir() and options.merge_lora is not False:
+        stored = load_config(finished).dtype
+        if stored in (dtype, torch.float32):
+            return None
+        if best not in by_step:
+            raise ConfigError(
+                f"{finished} is stored in {stored}, whose rounding no other dtype undoes, and the "
+                "checkpoint that it came from is gone: remove --dtype"
+            )
+        log.info("exporting %s, which is more precise than %s", by_step[best], finished)
+        return by_step[best]
+    if not by_step:
+        raise CheckpointError(
+            f"{run.path} has no complete checkpoint yet: wait for the first one (checkpoint.every steps), "
+            "or set that lower"
+        )
+    latest = max(by_step)
+    steps = {"best": best, "latest": latest, None: best if best in by_step else latest}
+    if options.checkpoint in steps:
+        step = steps[options.checkpoint]
+    elif options.checkpoint is not None and options.checkpoint.isdecimal():
+        step = int(options.checkpoint)
+    else:
+        raise ConfigError(
+            f"--checkpoint must be best, latest or a step, got {options.checkpoint!r}"
+        )
+    if step not in by_step:
+        reason = "nothing has been validated yet" if step < 0 else f"step {step} is not kept"
+        raise CheckpointError(
+            f"{run.path} has no such checkpoint ({reason}); it has those of steps {sorted(by_step)}"
+        )
+    return by_step[step]
+
+
+def _from_model(run: RunFolder, head: Head) -> _Source:
+    path = run.model_path / head
+    load = load_reward if head == "reward" else load_policy
+    model = load(path, dtype=torch.float32, device="cpu")
+    encoder = load_encoder(path, model.backbone.config, None)
+    return _Source("model", model, encoder, _recorded_golden(run) or [])
+
+
+def _from_checkpoint(run: RunFolder, recipe: Recipe, checkpoint: Path) -> _Source:
+    encoder = build_encoder(recipe)
+    training = recipe.training.model_copy(update={"compile": False})
+    recipe = recipe.model_copy(update={"training": training})
+    model = build_model(recipe, resolve_method(recipe), encoder, torch.device("cpu"))
+    try:
+        load_weights(checkpoint, model)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{checkpoint} has just been removed by its run, which keeps the newest ones only; try again"
+        ) from error
+    golden = _recorded_golden(run)
+    if golden is None:
+        try:
+            golden = list(read_splits(recipe).validation[:NUM_GOLDEN])
+        except DataError as error:
+            log.warning(
+                "cannot read the run's data, so fewer conversations are replayed: %s", error
+            )
+            golden = []
+    return _Source(checkpoint.name, model, encoder, golden)
+
+
+def _recorded_golden(run: RunFolder) -> list[Group] | None:
+    """The conversations of the run's own golden file, or None where it has none."""
+    if not (run.model_path / "reward" / GOLDEN).is_file():
+        return None
+    groups = []
+    for number, line in enumerate(read_golden(run.model_path / "reward")):
+        if line.messages:
+            *prompt, answer = line.messages
+            messages = tuple(Message(m["role"], m["content"]) for m in prompt)
+            groups.append(Group(f"golden {number}", messages, (answer["content"],)))
+    return [group for group in groups if group.prompt != PLAIN.prompt]
+
+
+def _write_reward(
+    source: _Source, recipe: Recipe, made: Path, dtype: torch.dtype, *, merge: bool
+) -> int:
+    """Write the reward model with its golden scores; returns their number."""
+    whole = made if merge else made.with_name("whole")
+    export_reward(
+        gather_weights(source.model), source.encoder, whole, dtype=dtype if merge else torch.float32
+    )
+    num_golden = write_golden(whole, source.golden)
+    checklist = verify_directory(whole, run_model=False)
+    if not checklist.ok:
+        faults = "; ".join(f"{r.name}: {r.observed} ({r.fix})" for r in checklist.failed)
+        raise ModelError(f"the export would not serve every consumer: {faults}")
+    if not merge:
+        base = Base(recipe.model.path, recipe.model.revision)
+        export_adapter(source.model, source.encoder, made, base)
+        (whole / GOLDEN).rename(made / GOLDEN)
+        shutil.rmtree(whole)
+    return num_golden
+
+
+def _largest_move(run: RunFolder, made: Path) -> float | None:
+    """How far the new golden rewards are from the run's, over the conversations that both have."""
+    if not (run.model_path / "reward" / GOLDEN).is_file():
+        return None
+    before = {line.input_ids: line.reward for line in read_golden(run.model_path / "reward")}
+    after = {line.input_ids: line.reward for line in read_golden(made)}
+    both = [(before[ids], after[ids]) for ids in before.keys() & after.keys()]
+    return max((abs(b - a) / max(1.0, abs(b)) for b, a in both), default=None)

@@ -1,0 +1,222 @@
+"""Which comparisons make up a step, and how they are packed: index arithmetic, no model.
+
+The order of comparisons is a pure function of (seed, epoch). A step is a window of exactly `batch_size`
+comparisons of that endless order, so a resumed run needs only the step's number, and packing cannot
+change what is learnt. Comparisons of one prompt stay together in runs that have few distinct responses,
+because a step lays out each of those once.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.packing import plan_micro_batches
+from hafrm.errors import DataError
+from hafrm.preferences import TokenizedGroup
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The comparisons of one forward, as indices into its layout's responses."""
+
+    layout: Layout
+    chosen: Int[Tensor, " comparisons"]
+    rejected: Int[Tensor, " comparisons"]
+    margins: Float[Tensor, " comparisons"]
+    weights: Float[Tensor, " comparisons"]
+    """Zero in the filler of a rank that has no comparisons left."""
+    reference_logps: Float[Tensor, " responses"] | None
+    ids: tuple[str, ...]
+    """The group of every comparison, for messages."""
+
+    def pinned(self) -> "MicroBatch":
+        """The same micro-batch in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._moved(self.layout.pinned(), Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on `device`; asynchronous when it is pinned."""
+        if device.type == "cpu":
+            return self
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        return self._moved(self.layout.to(device), move)
+
+    def _moved(self, layout: Layout, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        reference = self.reference_logps
+        return replace(
+            self,
+            layout=layout,
+            chosen=move(self.chosen),
+            rejected=move(self.rejected),
+            margins=move(self.margins),
+            weights=move(self.weights),
+            reference_logps=None if reference is None else move(reference),
+        )
+
+
+class ComparisonRef(NamedTuple):
+    """One comparison, by the index of its group and its own index in it."""
+
+    group: int
+    comparison: int
+
+
+class ComparisonOrder:
+    """The endless, seeded order in which comparisons are trained on; ties are left out."""
+
+    def __init__(self, groups: Sequence[TokenizedGroup], *, per_prompt: int, seed: int) -> None:
+        """Raises DataError when there is nothing to train on."""
+        self._trainable = [
+            [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
+            for group in groups
+        ]
+        self._groups, self._per_prompt, self._seed = groups, per_prompt, seed
+        self.num_comparisons = sum(map(len, self._trainable))
+        if self.num_comparisons == 0:
+            raise DataError(
+                f"there is no comparison to train on: {len(groups)} groups hold only ties or single "
+                "responses; give data.train rows with a chosen and a rejected response"
+            )
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
+    def epoch(self, number: int) -> list[ComparisonRef]:
+        """All comparisons once, at most `per_prompt` of one prompt in a run."""
+        rng = np.random.default_rng([self._seed, number])
+        runs: list[list[ComparisonRef]] = []
+        for group, comparisons in enumerate(self._trainable):
+            ordered = [ComparisonRef(group, c) for c in self._tiled(group, comparisons, rng)]
+            runs += [
+                ordered[i : i + self._per_prompt] for i in range(0, len(ordered), self._per_prompt)
+            ]
+        return [ref for run in rng.permutation(len(runs)) for ref in runs[run]]
+
+    def _tiled(self, group: int, comparisons: Sequence[int], rng: np.random.Generator) -> list[int]:
+        """A prompt's comparisons in random order, but neighbours share responses.
+
+        Responses get random ranks, and the table of comparisons is read tile by tile, s x s ranks each
+        with s^2 = per_prompt: up to s^2 comparisons then have 2 s responses, not 2 s^2.
+        """
+        shuffled = [int(c) for c in rng.permutation(comparisons)]
+        if len(shuffled) <= 1:
+            return shuffled
+        side = max(1, round(self._per_prompt**0.5))
+        pairs = self._groups[group].comparisons
+        rank = rng.permutation(len(self._groups[group].response_ids)) // side
+
+        def tile(comparison: int) -> tuple[bool, int, int]:
+            ranks = (int(rank[pairs[comparison].chosen]), int(rank[pairs[comparison].rejected]))
+            # Tiles on the diagonal are half empty; first in order, they would misalign the others.
+            return ranks[0] == ranks[1], min(ranks), max(ranks)
+
+        return sorted(shuffled, key=tile)
+
+    def window(self, start: int, length: int) -> list[ComparisonRef]:
+        """`length` comparisons from position `start` of the endless order, across epochs."""
+        refs: list[ComparisonRef] = []
+        while len(refs) < length:
+            epoch, offset = divmod(start + len(refs), self.num_comparisons)
+            refs += self.epoch(epoch)[offset : offset + length - len(refs)]
+        return refs
+
+    def reached(self, length: int) -> list[ComparisonRef]:
+        """The comparisons among the first `length` of the endless order, each once."""
+        return self.window(0, min(length, self.num_comparisons))
+
+
+@dataclass(frozen=True)
+class References:
+    """Cached reference log-probs of the responses of a data set, in its order."""
+
+    logps: NDArray[np.float32]
+    """NaN for a response that the run never reaches."""
+    first: NDArray[np.int64]
+    """Index of each group's first response in `logps`."""
+
+
+class StepGroup(NamedTuple):
+    """What a step uses of one group."""
+
+    tokens: TokenizedGroup
+    """Only the responses that the step compares, and the step's comparisons among them."""
+    group_index: int
+    """Of the whole group in the data set."""
+    responses: tuple[int, ...]
+    """Index of each response in the whole group, in rising order."""
+
+
+def plan_step(
+    groups: Sequence[TokenizedGroup],
+    refs: Sequence[ComparisonRef],
+    max_tokens: int,
+    num_ranks: int = 1,
+) -> list[list[list[StepGroup]]]:
+    """`plan[rank][micro_batch]`: the groups of each forward; equally many forwards on every rank."""
+    used = step_groups(groups, refs)
+    plan = plan_micro_batches([group.tokens.num_tokens for group in used], max_tokens, num_ranks)
+    shortest = min(used, key=lambda group: group.tokens.num_tokens)
+    filler = shortest._replace(tokens=replace(shortest.tokens, comparisons=()))
+    return [[[used[i] for i in batch] or [filler] for batch in rank] for rank in plan]
+
+
+def step_groups(groups: Sequence[TokenizedGroup], refs: Sequence[ComparisonRef]) -> list[StepGroup]:
+    """The referenced comparisons by group, each group cut to the responses that they compare."""
+    by_group: dict[int, list[int]] = {}
+    for ref in refs:
+        by_group.setdefault(ref.group, []).append(ref.comparison)
+    return [_step_group(groups[index], index, refs) for index, refs in by_group.items()]
+
+
+def _step_group(group: TokenizedGroup, index: int, refs: Sequence[int]) -> StepGroup:
+    comparisons = [group.comparisons[c] for c in refs]
+    used = sorted({side for c in comparisons for side in (c.chosen, c.rejected)})
+    place = {response: i for i, response in enumerate(used)}
+    tokens = replace(
+        group,
+        response_ids=tuple(group.response_ids[i] for i in used),
+        comparisons=tuple(
+            replace(c, chosen=place[c.chosen], rejected=place[c.rejected]) for c in comparisons
+        ),
+    )
+    return StepGroup(tokens, index, tuple(used))
+
+
+def build_micro_batch(
+    groups: Sequence[StepGroup], references: References | None = None
+) -> MicroBatch:
+    """Lay out one micro-batch; a group without comparisons gets one of weight zero."""
+    chosen, rejected, margins, weights = [], [], [], []
+    reference: list[NDArray[np.float32]] = []
+    ids: list[str] = []
+    offset = 0
+    for group in groups:
+        for c in group.tokens.comparisons:
+            chosen.append(offset + c.chosen)
+            rejected.append(offset + c.rejected)
+            margins.append(c.margin)
+            weights.append(c.weight)
+        if not group.tokens.comparisons:  # filler: a response against itself
+            chosen.append(offset)
+            rejected.append(offset)
+            margins.append(0.0)
+            weights.append(0.0)
+        ids += [group.tokens.id] * max(1, len(group.tokens.comparisons))
+        if references is not None:
+            start = references.first[group.group_index]
+            reference.append(references.logps[start + np.array(group.responses)])
+        offset += len(group.responses)
+    return MicroBatch(
+        layout=lay_out([group.tokens for group in groups]),
+        chosen=torch.tensor(chosen),
+        rejected=torch.tensor(rejected),
+        margins=torch.tensor(margins, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        reference_logps=torch.from_numpy(np.concatenate(reference)) if reference else None,
+        ids=tuple(ids),
+    )
