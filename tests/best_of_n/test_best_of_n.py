@@ -12,10 +12,11 @@ from exports_for_tests import export_both
 from hafrm.best_of_n import policies
 from hafrm.best_of_n.candidate_scores import GoldScorer
 from hafrm.best_of_n.candidates import from_files
-from hafrm.best_of_n.picks import kl_of_best
+from hafrm.best_of_n.picks import BestOfN, kl_of_best
 from hafrm.best_of_n.run_best_of_n import best_of_n
 from hafrm.cli import app, main
 from hafrm.errors import DataError
+from hafrm.results import read_result
 from hafrm.scoring.scorer import RewardModel
 from support.chat_endpoint import fails, says, serving
 from tiny_runs import write_base
@@ -93,7 +94,7 @@ def test_curves_wins_and_agreement_by_hand(tmp_path):
     assert letter.examples[0].gold == 1.0
 
 
-def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
+def test_a_gold_score_that_falls_while_the_own_score_rises_is_reported(tmp_path):
     """Candidates of lengths 1, 2 and 3 with gold 0, 3 and 0. Of two random ones the longer is the second
     once and the third twice: gold 1. So n = 1 gives 1, n = 2 gives 1, n = 3 gives 0: the peak is at 1, and
     1 is lost since."""
@@ -111,7 +112,7 @@ def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
     assert model.beta > 0
 
 
-def test_the_file_keeps_the_contract(tmp_path, candidates):
+def test_the_files_keep_the_contract(tmp_path, candidates):
     best_of_n(
         from_files([candidates], 3),
         [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
@@ -119,28 +120,22 @@ def test_the_file_keeps_the_contract(tmp_path, candidates):
         gold=GoldScorer("truth", by_length),
         sample=True,
     )
-    result = read_json(tmp_path / "out" / "best_of_n.json")
-    assert (result["num_prompts"], result["num_candidates"]) == (6, 3)
-    estimate = {"value", "low", "high", "num", "method"}
-    for model in result["models"]:
-        assert {"name", "curve", "top1_agreement", "examples"} <= model.keys()
-        assert [point["n"] for point in model["curve"]] == [1, 2, 3]
-        assert all(estimate <= p[k].keys() for p in model["curve"] for k in ("proxy", "gold"))
-        assert {"prompt", "picked", "reward"} <= model["examples"][0].keys()
-    pairs = [(w["first"], w["second"]) for w in result["wins"]]
+    result = read_result(tmp_path / "out" / "best_of_n.json", BestOfN)
+    assert (result.num_prompts, result.num_candidates) == (6, 3)
+    assert [point.n for point in result.models[0].curve] == [1, 2, 3]
+    pairs = [(wins.first, wins.second) for wins in result.wins]
     assert pairs == [("letter", "length"), ("letter", "one sample"), ("length", "one sample")]
-    for wins in result["wins"]:
-        assert sum(wins[k]["value"] for k in ("win", "tie", "lose")) == pytest.approx(1)
-        assert estimate <= wins["difference"].keys()
-        assert wins["reliability"] is None
-    rows = [
-        json.loads(line) for line in (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
-    ]
-    assert len(rows) == 12
-    assert {"id", "model", "prompt", "response", "reward", "gold"} == rows[0].keys()
+    for wins in result.wins:
+        assert wins.win.value + wins.tie.value + wins.lose.value == pytest.approx(1)
+        assert wins.reliability is None
+    lines = (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    assert json.loads(lines[0]).keys() == {"id", "model", "prompt", "response", "reward", "gold"}
 
 
-def test_prompts_that_somebody_cannot_score_are_left_out_for_all_and_counted(tmp_path, candidates):
+def test_prompts_that_some_model_cannot_score_are_left_out_for_all_and_counted(
+    tmp_path, candidates
+):
     def some(prompt, response):
         if prompt[-1].content == "Say 3.":
             raise DataError("unknown")

@@ -40,13 +40,6 @@ def test_the_best_step_is_selected_by_gold_then_the_independent_reward_then_the_
         assert (selected_by, scores.tolist()) == (name, values)
 
 
-def test_estimates_are_means_with_intervals_of_what_is_known():
-    estimates = held_out(gold=np.array([1.0, 2.0], np.float32)).estimates()
-    assert estimates.keys() == {"reward", "gold"}
-    assert (estimates["reward"].value, estimates["gold"].value) == (2.0, 1.5)
-    assert not estimates["reward"].proportion
-
-
 def test_the_slope_of_reward_on_length_is_least_squares():
     """Lengths 1, 2, 3 and rewards 0, 1, 5: slope (1 * 5 + (-1) * 0 ...) = 5 / 2."""
     rewards = np.array([0.0, 1.0, 5.0], np.float32)
