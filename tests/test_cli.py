@@ -56,7 +56,6 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
         "export",
         "verify",
         "rlhf",
-        "rlhf-compare",
         "report",
         "best-of-n",
         "data",

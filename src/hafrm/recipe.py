@@ -346,6 +346,8 @@ def _words(kind: Any) -> str:
         return " or ".join(arguments)
     if origin is Annotated:
         return _bounded(_words(arguments[0]), arguments[1:])
+    if origin is dict:
+        return "keys and values"
     if origin is tuple:
         many = arguments[-1] is Ellipsis
         return f"list of {'' if many else f'{len(arguments)} x '}{_words(arguments[0])}"

@@ -29,6 +29,14 @@ _NO_AUTO = (
 REMOVED = {
     "method.alpha=auto": f"alpha is no longer set automatically: {_NO_AUTO}",
     "method.gradient_ratio": f"removed; set method.alpha instead: {_NO_AUTO}",
+    "evaluation.judge": "renamed to evaluation.reward_model",
+    "data.too_long=drop": "removed from RLHF recipes: longer prompts are always left out and counted",
+    "data.too_long=refuse": "removed: longer prompts are always left out and counted",
+    "reward.kinds": "removed; reward.models takes run/model/policy for the implicit reward",
+    "reward.weights": "removed; rewards of several models are put on one scale",
+    "reward.spread": "removed; reward.rule is mean or min",
+    "reward.rule=lower_bound": "removed; reward.rule is mean or min",
+    "algorithm.whiten_rewards": "removed; advantages are whitened",
 }
 """Keys (or key=value) of earlier recipes that are gone, and what to write instead."""
 

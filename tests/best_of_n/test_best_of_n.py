@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from endpoint_for_tests import fails, says, serving
 from exports_for_tests import export_both
-from hafrm.best_of_n import candidate_scores
+from hafrm.best_of_n import policies
 from hafrm.best_of_n.candidate_scores import GoldScorer
-from hafrm.best_of_n.drawing import from_files
-from hafrm.best_of_n.picks import kl_of_best
-from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n
+from hafrm.best_of_n.candidates import from_files
+from hafrm.best_of_n.picks import BestOfN, kl_of_best
+from hafrm.best_of_n.run_best_of_n import best_of_n
 from hafrm.cli import app, main
 from hafrm.errors import DataError
+from hafrm.results import read_result
+from hafrm.scoring.reward_model import RewardModel
+from support.chat_endpoint import fails, says, serving
 from tiny_runs import write_base
 
 
@@ -74,7 +76,7 @@ def test_curves_wins_and_agreement_by_hand(tmp_path):
         from_files([str(write(tmp_path / "c.jsonl", rows))], 4),
         [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
         tmp_path / "out",
-        comparing=Comparing(gold=GoldScorer("truth", by_length)),
+        gold=GoldScorer("truth", by_length),
     )
     letter, length = result.models
     assert [point.gold.value for point in letter.curve] == [1.75, 2.0]
@@ -88,11 +90,11 @@ def test_curves_wins_and_agreement_by_hand(tmp_path):
     assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.0, 0.5, 0.5)
     assert (wins.difference.value, wins.same, wins.judge) == (-0.5, 0.5, "truth")
     assert [baseline.gold[-1].value for baseline in result.baselines] == [2.5, 2.5]
-    assert [each.picked for each in letter.examples] == ["a", "ccc"]
+    assert [example.picked for example in letter.examples] == ["a", "ccc"]
     assert letter.examples[0].gold == 1.0
 
 
-def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
+def test_a_gold_score_that_falls_while_the_own_score_rises_is_reported(tmp_path):
     """Candidates of lengths 1, 2 and 3 with gold 0, 3 and 0. Of two random ones the longer is the second
     once and the third twice: gold 1. So n = 1 gives 1, n = 2 gives 1, n = 3 gives 0: the peak is at 1, and
     1 is lost since."""
@@ -101,7 +103,7 @@ def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
         from_files([str(write(tmp_path / "c.jsonl", rows))], 3),
         [GoldScorer("length", by_length)],
         tmp_path / "out",
-        comparing=Comparing(gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2))),
+        gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2)),
     )
     (model,) = result.models
     assert [point.gold.value for point in model.curve] == pytest.approx([1, 1, 0])
@@ -110,35 +112,30 @@ def test_a_gold_score_that_falls_while_the_own_score_rises_is_told(tmp_path):
     assert model.beta > 0
 
 
-def test_the_file_keeps_the_contract(tmp_path, candidates):
+def test_the_files_keep_the_contract(tmp_path, candidates):
     best_of_n(
         from_files([candidates], 3),
         [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
         tmp_path / "out",
-        comparing=Comparing(gold=GoldScorer("truth", by_length), sample=True),
+        gold=GoldScorer("truth", by_length),
+        sample=True,
     )
-    found = read_json(tmp_path / "out" / "best_of_n.json")
-    assert (found["num_prompts"], found["num_candidates"]) == (6, 3)
-    estimate = {"value", "low", "high", "num", "method"}
-    for model in found["models"]:
-        assert {"name", "curve", "top1_agreement", "examples"} <= model.keys()
-        assert [point["n"] for point in model["curve"]] == [1, 2, 3]
-        assert all(estimate <= p[k].keys() for p in model["curve"] for k in ("proxy", "gold"))
-        assert {"prompt", "picked", "reward"} <= model["examples"][0].keys()
-    pairs = [(w["first"], w["second"]) for w in found["wins"]]
+    result = read_result(tmp_path / "out" / "best_of_n.json", BestOfN)
+    assert (result.num_prompts, result.num_candidates) == (6, 3)
+    assert [point.n for point in result.models[0].curve] == [1, 2, 3]
+    pairs = [(wins.first, wins.second) for wins in result.wins]
     assert pairs == [("letter", "length"), ("letter", "one sample"), ("length", "one sample")]
-    for wins in found["wins"]:
-        assert sum(wins[k]["value"] for k in ("win", "tie", "lose")) == pytest.approx(1)
-        assert estimate <= wins["difference"].keys()
-        assert wins["reliability"] is None
-    rows = [
-        json.loads(line) for line in (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
-    ]
-    assert len(rows) == 12
-    assert {"id", "model", "prompt", "response", "reward", "gold"} == rows[0].keys()
+    for wins in result.wins:
+        assert wins.win.value + wins.tie.value + wins.lose.value == pytest.approx(1)
+        assert wins.reliability is None
+    lines = (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    assert json.loads(lines[0]).keys() == {"id", "model", "prompt", "response", "reward", "gold"}
 
 
-def test_prompts_that_somebody_cannot_score_are_left_out_for_all_and_counted(tmp_path, candidates):
+def test_prompts_that_some_model_cannot_score_are_left_out_for_all_and_counted(
+    tmp_path, candidates
+):
     def some(prompt, response):
         if prompt[-1].content == "Say 3.":
             raise DataError("unknown")
@@ -154,7 +151,7 @@ def test_prompts_that_somebody_cannot_score_are_left_out_for_all_and_counted(tmp
     def nobody(*_):
         raise DataError("unknown")
 
-    with pytest.raises(DataError, match="nobody refused the first as unknown prompt"):
+    with pytest.raises(DataError, match="not scored by nobody: unknown prompt"):
         best_of_n(from_files([candidates], 4), [GoldScorer("nobody", nobody)], tmp_path / "none")
 
 
@@ -163,17 +160,8 @@ def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, monkeypatch
     base = write_base(tmp_path)
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(5)])
     models = (f"rm={tmp_path / 'rm'}", f"own={tmp_path / 'rm' / 'model' / 'policy'}")
-    command = (
-        *models,
-        "--prompts",
-        prompts,
-        "--policy",
-        base,
-        "-n",
-        4,
-        "--set",
-        "draw.max_new_tokens=6",
-    )
+    command = (*models, "--prompts", prompts, "--policy", base, "-n", 4)
+    command += ("--set", "draw.max_new_tokens=6")
     out = tmp_path / "out"
     output = invoke(*command, "--out", out)
     assert "own score of the best of n" in output
@@ -185,101 +173,63 @@ def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, monkeypatch
     scores = {p.name: p.read_text() for p in (out / "scores").iterdir()}
     assert sorted(scores) == ["own.jsonl", "rm.jsonl"]
 
-    # A kill while the second model scored: nothing is drawn again, and only what is missing is scored.
+    # a kill while the second model scored: nothing is drawn again, and the first model is not loaded
     (out / "best_of_n.json").unlink()
     lines = scores["own.jsonl"].splitlines(keepends=True)
     (out / "scores" / "own.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
-    loaded = []
-    whole = candidate_scores.RewardModel.from_pretrained
-    monkeypatch.setattr(
-        candidate_scores.RewardModel,
-        "from_pretrained",
-        lambda *a, **k: loaded.append(a) or whole(*a, **k),
-    )
-    invoke(*command, "--out", out)
+    with monkeypatch.context() as context:
+        context.setattr(RewardModel, "from_pretrained", None)
+        context.setattr(policies, "load_causal_lm", None)
+        invoke(*command, "--out", out)
     assert read_json(out / "best_of_n.json") == first
-    assert loaded == []
 
-    # The same candidates once more, read from the file.
-    invoke(
-        models[0], "--candidates", out / "candidates.jsonl", "-n", 4, "--out", tmp_path / "again"
-    )
+    # the same candidates once more, read from the file
+    invoke(models[0], "--prompts", out / "candidates.jsonl", "-n", 4, "--out", tmp_path / "again")
     again = read_json(tmp_path / "again" / "best_of_n.json")
     values = [point["proxy"]["value"] for point in again["models"][0]["curve"]]
     assert values == pytest.approx([p["proxy"]["value"] for p in first["models"][0]["curve"]])
 
 
-def test_an_endpoint_writes_and_another_judges_and_ranks(tmp_path):
+def test_an_endpoint_writes_and_another_judges(tmp_path):
     def policy(body):
         texts = {"0": ["a", "bb", "cc"], "1": ["x", "yyy", "z"], "2": ["same", "same", "same"]}
         return says(*texts[body["messages"][0]["content"]])
 
     def judge(body):
         text = body["messages"][0]["content"]
-        replies = re.findall(r"\[Reply \w+\]\n(.*?)\n\[End", text, re.DOTALL)
-        order = sorted(range(len(replies)), key=lambda k: -len(replies[k]))
-        if "Ranking:" in text:
-            return says("Ranking: " + " > ".join(str(k + 1) for k in order))
-        same = len(replies[0]) == len(replies[1])
-        return says("Verdict: " + ("tie" if same else "AB"[order[0]]))
+        a, b = re.findall(r"\[Reply \w+\]\n(.*?)\n\[End", text, re.DOTALL)
+        return says("Verdict: " + ("tie" if len(a) == len(b) else "AB"[len(b) > len(a)]))
 
     prompts = write(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(3)])
     export_both(tmp_path / "rm" / "model")
     out = tmp_path / "out"
     with serving(policy) as writer, serving(judge) as reader:
-        output = invoke(
-            *(tmp_path / "rm", "--prompts", prompts, "--policy", writer.url, "-n", 3),
-            *(
-                "--judge",
-                reader.url,
-                "--set",
-                "judge.rank=true",
-                "--out",
-                out,
-                "--set",
-                "policy.request={seed: 5}",
-            ),
-        )
+        command = (tmp_path / "rm", "--prompts", prompts, "--policy", writer.url, "-n", 3)
+        command += ("--judge", reader.url, "--set", "policy.request={seed: 5}", "--out", out)
+        invoke(*command)
         assert all(body["seed"] == 5 for body in writer.asked)
         asked = len(reader.asked)
         (out / "best_of_n.json").unlink()
-        invoke(
-            *(tmp_path / "rm", "--prompts", prompts, "--policy", writer.url, "-n", 3),
-            *(
-                "--judge",
-                reader.url,
-                "--set",
-                "judge.rank=true",
-                "--out",
-                out,
-                "--set",
-                "policy.request={seed: 5}",
-            ),
-        )
+        invoke(*command)
         assert len(reader.asked) == asked
-    found = read_json(out / "best_of_n.json")
-    assert found["judge"] == "m"
-    assert found["counts"]["left_out"] == {"fewer than two different candidates": 1}
-    (wins,) = found["wins"]
+    result = read_json(out / "best_of_n.json")
+    assert result["judge"] == "m"
+    assert result["counts"]["left_out"] == {"fewer than two different candidates": 1}
+    (wins,) = result["wins"]
     assert (wins["first"], wins["second"]) == ("rm", "one sample")
-    assert found["models"][0]["top1_agreement_judge"]["num"] == 2
-    assert "picks the judge's best" in output
-    assert 0.3 <= found["top1_chance_judge"] <= 0.7
 
 
-def test_a_reward_model_can_be_the_gold_score_and_the_judge(tmp_path, candidates):
-    """Judged by itself a model never loses and picks the gold best always."""
+def test_a_reward_model_can_be_the_gold_score(tmp_path, candidates):
+    """Measured by itself a model never loses and always picks the gold best."""
     export_both(tmp_path / "rm" / "model")
-    rm = tmp_path / "rm"
-    out = tmp_path / "out"
-    invoke(f"a={rm}", "--candidates", candidates, "--gold", rm, "--judge", rm, "--out", out)
-    found = read_json(out / "best_of_n.json")
-    (model,) = found["models"]
+    rm, out = tmp_path / "rm", tmp_path / "out"
+    invoke(f"a={rm}", "--prompts", candidates, "--gold", rm, "--out", out)
+    (model,) = read_json(out / "best_of_n.json")["models"]
     assert model["top1_agreement"]["value"] == 1.0
     assert [p["gold"]["value"] for p in model["curve"]] == pytest.approx(
         [p["proxy"]["value"] for p in model["curve"]]
     )
-    (wins,) = found["wins"]
+    (wins,) = read_json(out / "best_of_n.json")["wins"]
     assert wins["lose"]["value"] == 0.0
     assert np.isfinite(model["alpha"])
 
@@ -294,67 +244,46 @@ def test_a_judge_that_fails_half_way_resumes_and_pays_once(tmp_path, candidates)
         return fails(500, "down") if broken else says("Verdict: A")
 
     with serving(judge) as fake:
-        options = (
-            "--candidates",
-            candidates,
-            "--out",
-            tmp_path / "out",
-            "--set",
-            "pick.sample=true",
-        )
-        options += ("--judge", fake.url, "--set", "endpoint.retries=0")
-        result = CliRunner().invoke(app, ["best-of-n", *map(str, (*command, *options))])
-        assert result.exit_code != 0
+        command += ("--prompts", candidates, "--out", tmp_path / "out", "--judge", fake.url)
+        command += ("--set", "pick.sample=true", "--set", "judge.retries=0")
+        assert CliRunner().invoke(app, ["best-of-n", *map(str, command)]).exit_code != 0
         assert not (tmp_path / "out" / "best_of_n.json").exists()
         down.clear()
         before = {json.dumps(body) for body in fake.asked}
         fake.asked.clear()
-        invoke(*command, *options)
-        assert len(fake.asked) < len(before) + 4
+        invoke(*command)
         assert sum("Say 4." not in json.dumps(body) for body in fake.asked) < len(before)
-    found = read_json(tmp_path / "out" / "best_of_n.json")
-    assert all(
-        (wins["reliability"] or {"position_bias": None})["position_bias"] in (1.0, None)
-        for wins in found["wins"]
-    )
-    assert all(wins["difference"]["value"] == 0.0 for wins in found["wins"])
+    for wins in read_json(tmp_path / "out" / "best_of_n.json")["wins"]:
+        assert wins["reliability"] is None or wins["reliability"]["position_bias"] == 1.0
+        assert wins["difference"]["value"] == 0.0
 
 
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
     monkeypatch, capsys, tmp_path, candidates
 ):
     export_both(tmp_path / "rm" / "model")
-    rm, out = tmp_path / "rm", ("--out", tmp_path / "out")
-    prompts = ("--prompts", candidates)
-    from_file = ("--candidates", candidates)
+    rm, given = tmp_path / "rm", ("--prompts", candidates, "--out", tmp_path / "out")
     for options, message in (
-        ((rm, *out), "candidates come from one place"),
-        ((rm, *out, *from_file, "--policy", rm), "candidates come from one place"),
-        ((rm, *out, *prompts, *from_file), "leave it out with --candidates"),
-        ((rm, *out, "--policy", rm), "give it with --policy"),
-        ((rm, *out, *from_file, "--set", "judge.model=x"), "need --judge URL"),
-        ((rm, *out, *from_file, "--judge", rm, "--set", "judge.rank=true"), "need --judge URL"),
-        ((rm, *out, *from_file, "--set", "policy.model=x"), "need --policy URL"),
-        (
-            (rm, *out, *prompts, "--policy", "http://x", "--set", "draw.chat_template=t"),
-            "belongs to a policy on this machine",
-        ),
-        ((rm, *out, *from_file, "-n", 1), "needs 2 candidates or more"),
-        ((rm, *out, *from_file, "--dtype", "int8"), "--dtype must be one of"),
-        ((f"gold={rm}", *out, *from_file), "cannot be called 'gold'"),
-        ((rm, *out, *from_file, "--set", "draw.temprature=1"), "did you mean draw.temperature"),
-        ((tmp_path / "nothing", *out, *from_file), "no model directory"),
-        ((rm, *out, *from_file, "--gold", "moon"), "moon"),
+        ((rm, "--set", "judge.model=x"), "need --judge URL"),
+        ((rm, "--set", "policy.model=x"), "need --policy URL"),
+        ((rm, "--judge", rm), "is given as the URL of an endpoint"),
+        ((rm, "-n", 1), "draw.num: got 1; allowed: whole number >= 2"),
+        ((rm, "--set", "pick.dtype=int8"), "--dtype must be one of"),
+        ((f"gold={rm}",), "the name 'gold' is taken"),
+        ((rm, rm), "the name 'rm' is taken"),
+        ((rm, "--set", "draw.temprature=1"), "did you mean draw.temperature"),
+        ((tmp_path / "nothing",), "no model directory"),
+        ((rm, "--gold", "moon"), "moon"),
+        ((rm, "--policy", rm / "model" / "reward"), "cannot write"),
     ):
-        assert message in " ".join(refused(monkeypatch, capsys, *options).split()), message
+        error = refused(monkeypatch, capsys, *options, *given)
+        assert message in " ".join(error.split()), message
     assert not (tmp_path / "out").exists()
 
 
-def test_candidates_made_otherwise_are_refused(tmp_path, candidates, monkeypatch, capsys):
+def test_candidates_made_with_other_settings_are_refused(tmp_path, candidates, monkeypatch, capsys):
     export_both(tmp_path / "rm" / "model")
-    out = tmp_path / "out"
-    invoke(tmp_path / "rm", "--candidates", candidates, "--out", out)
-    error = refused(
-        *(monkeypatch, capsys, tmp_path / "rm"), "--candidates", candidates, "-n", 2, "--out", out
-    )
-    assert "was made with other settings (different: candidates read)" in " ".join(error.split())
+    command = (tmp_path / "rm", "--prompts", candidates, "--out", tmp_path / "out")
+    invoke(*command)
+    error = refused(monkeypatch, capsys, *command, "-n", 2)
+    assert "was made with other settings (different: candidates)" in " ".join(error.split())

@@ -1,6 +1,5 @@
-"""Scorers: the reward of every candidate, kept, and who is called what."""
+"""Scorers: the reward of every candidate, kept, and the names of models."""
 
-import numpy as np
 import pytest
 
 from exports_for_tests import export_both
@@ -8,8 +7,8 @@ from hafrm.best_of_n.candidate_scores import (
     GoldScorer,
     ModelScorer,
     file_name,
+    named_models,
     score_all,
-    short_names,
 )
 from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.preferences import Group, Message
@@ -35,20 +34,17 @@ def folder(tmp_path_factory):
 )
 def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(folder, path, kind):
     scorer = ModelScorer(folder / path, "m")
-    found = scorer.score(GROUPS)
+    *scored, refused = scorer.score(GROUPS)
     plain = kind.from_pretrained(folder / (path or "reward"))
-    for group, scores in zip(GROUPS[:2], found, strict=False):
-        assert scores == pytest.approx(
-            plain.score(group.prompt[0].content, list(group.responses)), abs=1e-5
-        )
-    assert "longer than 128 tokens" in found[2]
+    for group, scores in zip(GROUPS, scored, strict=False):
+        alone = plain.score(group.prompt[0].content, list(group.responses))
+        assert scores == pytest.approx(alone, abs=1e-5)
+    assert "longer than 128 tokens" in refused
+    assert scorer.score([]) == []
     scorer.close()
-    assert ModelScorer(folder / path, "m").cache_key() == scorer.cache_key()
-
-
-def test_reward_and_implicit_reward_of_one_run_are_different_scorers(folder):
-    assert ModelScorer(folder).cache_key() != ModelScorer(folder / "policy").cache_key()
-    assert ModelScorer(folder).cache_key() != ModelScorer(folder, max_length=64).cache_key()
+    assert ModelScorer(folder / path).cache_key() == scorer.cache_key()
+    other = "reward" if path == "policy" else "policy"
+    assert ModelScorer(folder / other).cache_key() != scorer.cache_key()
 
 
 def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
@@ -78,22 +74,15 @@ def test_a_score_that_is_not_finite_stops_the_job(tmp_path):
 
 
 def test_models_are_called_by_their_runs_or_as_they_are_named():
-    assert short_names(["runs/haf", "runs/bt/model/reward", "runs/dpo/model/policy"]) == {
-        "haf": "runs/haf",
-        "bt": "runs/bt/model/reward",
-        "dpo-policy": "runs/dpo/model/policy",
-    }
-    assert short_names(["mine=runs/haf", "other=runs/haf"]) == {
-        "mine": "runs/haf",
-        "other": "runs/haf",
-    }
-    assert list(short_names(["a/run", "b/run"])) == ["a/run", "b/run"]
-    with pytest.raises(ConfigError, match="two models are called a/run"):
-        short_names(["a/run", "a/run"])
-    assert file_name("a/run") == "a_run"
-    assert file_name("..") == "model"
-
-
-def test_no_candidates_no_scores(folder):
-    assert ModelScorer(folder).score([]) == []
-    assert np.array(GoldScorer("g", lambda *_: 1.0).score([])).size == 0
+    assert named_models(
+        ["runs/haf", "runs/bt/model/reward", "runs/dpo/model/policy", "mine=runs/haf", "a/b=c"]
+    ) == [
+        ("haf", "runs/haf"),
+        ("bt", "runs/bt/model/reward"),
+        ("dpo-policy", "runs/dpo/model/policy"),
+        ("mine", "runs/haf"),
+        ("b=c", "a/b=c"),
+    ]
+    with pytest.raises(ConfigError, match="NAME=PATH"):
+        named_models(["mine="])
+    assert (file_name("a/run"), file_name("..")) == ("a_run", "model")

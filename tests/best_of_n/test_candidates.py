@@ -1,20 +1,34 @@
-"""Prompts and candidates out of files of any shape."""
+"""Candidates out of files of any shape, and from policies: distinct, bounded, the same after a kill."""
 
 import json
 import logging
 
 import pytest
+import torch
 
+from hafrm.best_of_n import candidates as candidates_module
 from hafrm.best_of_n.candidates import (
     Candidates,
-    candidates_of,
+    DrawSection,
+    draw_candidates,
+    drawing_key,
     is_usable_text,
     read_candidates,
     read_prompts,
 )
+from hafrm.best_of_n.endpoint import Choice, Endpoint, EndpointSection, Reply
+from hafrm.best_of_n.policies import DrawRound, EndpointPolicy, LocalPolicy
 from hafrm.data.reader import read_preferences
-from hafrm.errors import DataError
+from hafrm.engine.sampling import Sampling
+from hafrm.errors import DataError, ModelError, ServerError
 from hafrm.preferences import Group, Message
+from hafrm.resumable import RecordFile
+from support.chat_endpoint import fails, says, serving
+from tiny_runs import write_base
+from tokenizers_for_tests import plain_tokenizer
+
+PROMPTS = [Group(f"p-{i}", (Message("user", f"Say {i}."),), (), source="p") for i in range(5)]
+ROUND = DrawRound(0, 0, 0)
 
 
 def write(file, rows):
@@ -22,46 +36,24 @@ def write(file, rows):
     return str(file)
 
 
-def test_prompts_come_from_rows_of_any_shape_once_each(tmp_path):
+def test_prompts_come_from_rows_of_any_shape_once_each_with_ids_of_their_own(tmp_path):
     rows = [
-        {"prompt": "a"},
-        {"prompt": [{"role": "user", "content": "b"}], "id": "mine"},
+        {"prompt": "a", "id": "x"},
+        {"prompt": [{"role": "user", "content": "b"}], "id": "x"},
         {"prompt": "c", "chosen": "x", "rejected": "y"},
         {"chosen": "\n\nHuman: d\n\nAssistant: x", "rejected": "\n\nHuman: d\n\nAssistant: y"},
         {"prompt": "a", "response": "z"},
-        {"prompt": "e", "responses": []},
     ]
-    found = read_prompts([write(tmp_path / "p.jsonl", rows)])
-    assert [(g.id, g.prompt[-1].content) for g in found] == [
-        ("p-0", "a"),
-        ("mine", "b"),
+    prompts = read_prompts([write(tmp_path / "p.jsonl", rows)])
+    assert [(g.id, g.prompt[-1].content) for g in prompts] == [
+        ("x", "a"),
+        ("x~2", "b"),
         ("p-2", "c"),
         ("p-3", "d"),
-        ("p-5", "e"),
     ]
-    assert {g.source for g in found} == {"p"}
-    assert all(g.responses == () for g in found)
-
-
-def test_ids_are_told_apart_and_limits_kept(tmp_path):
-    one = write(tmp_path / "one.jsonl", [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}])
-    found = read_prompts([one])
-    assert len({group.id for group in found}) == 2
-    assert len(read_prompts([f"{one}#limit=1"])) == 1
-
-
-def test_empty_files_and_files_of_bad_rows_are_refused(tmp_path, caplog):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    with pytest.raises(DataError, match=r"empty.jsonl has no rows"):
-        read_prompts([str(empty)])
-    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"prompt": "  "}, {"text": "x"}])
-    with pytest.raises(DataError, match=r"2 of 3 rows .* such as row 1: empty prompt"):
-        read_prompts([bad])
-    few = write(tmp_path / "few.jsonl", [{"prompt": str(i)} for i in range(60)] + [{"text": "x"}])
-    with caplog.at_level(logging.WARNING, "hafrm"):
-        assert len(read_prompts([few])) == 60
-    assert "1 of 61 rows" in caplog.text
+    assert all((g.source, g.responses, g.comparisons) == ("p", (), ()) for g in prompts)
+    with pytest.raises(DataError, match="bad"):
+        read_prompts([write(tmp_path / "bad.jsonl", [*rows, {"prompt": "  "}])])
 
 
 def test_candidates_are_the_first_distinct_responses_of_prompts_that_have_several(tmp_path, caplog):
@@ -71,26 +63,185 @@ def test_candidates_are_the_first_distinct_responses_of_prompts_that_have_severa
         {"prompt": "c", "chosen": "good", "rejected": "bad"},
     ]
     with caplog.at_level(logging.WARNING, "hafrm"):
-        found = read_candidates([write(tmp_path / "c.jsonl", rows)], 2)
-    assert [each.group.responses for each in found] == [("x", "y"), ("good", "bad")]
-    assert all(each.group.comparisons == () for each in found)
+        candidates = read_candidates([write(tmp_path / "c.jsonl", rows)], 2)
+    assert [c.texts for c in candidates] == [["x", "y"], ["good", "bad"]]
+    assert all(c.group.comparisons == () for c in candidates)
     assert "1 of 3 prompts have fewer than two responses" in caplog.text
     with pytest.raises(DataError, match=r"none of 1 prompts has two responses.*--policy"):
         read_candidates([write(tmp_path / "d.jsonl", rows[1:2])], 4)
 
 
 def test_a_record_gives_back_what_was_drawn_and_is_a_row_of_data(tmp_path):
-    prompt = Group("p-0", (Message("user", "a"),), (), source="p")
-    found = candidates_of(prompt, ["x", "y", "x"])
-    assert (found.group.responses, found.drawn) == (("x", "y"), (0, 1, 0))
-    record = json.loads(json.dumps(found.to_record()))
-    assert Candidates.from_record(record) == found
+    candidates = Candidates(PROMPTS[0], ["x", "y", "x"], 4, 1)
+    assert (candidates.group.responses, candidates.drawn) == (("x", "y"), [0, 1, 0])
+    record = json.loads(json.dumps(candidates.to_record()))
+    assert Candidates.from_record(record) == candidates
     (group,) = read_preferences(
         [write(tmp_path / "c.jsonl", [record])], need_comparisons=False
     ).groups
-    assert (group.id, group.prompt, group.responses) == ("p-0", prompt.prompt, ("x", "y"))
+    assert (group.id, group.prompt) == ("p-0", PROMPTS[0].prompt)
+    assert group.responses == ("x", "y")
 
 
 @pytest.mark.parametrize("text", ["", " \n", "a\0b", "\ud800"])
-def test_what_is_no_text_is_no_candidate(text):
+def test_a_draw_that_is_not_text_is_no_candidate(text):
     assert not is_usable_text(text)
+
+
+class Scripted(EndpointPolicy):
+    """A policy that says what a function says, round by round."""
+
+    def __init__(self, texts):
+        self.texts, self.asked = texts, []
+
+    def cache_key(self):
+        return {"policy": "scripted"}
+
+    def write(self, prompts, num, draw_round):
+        self.asked.append((len(prompts), num, draw_round))
+        replies = [self.texts(prompt.id, draw_round.num_before) for prompt in prompts]
+        return [
+            Reply((), texts)
+            if isinstance(texts, str)
+            else Reply(tuple(Choice(text, refused=False, ended=text != "half") for text in texts))
+            for texts in replies
+        ]
+
+
+def test_distinct_candidates_are_drawn_in_two_rounds_at_most(tmp_path):
+    """p-0 has all at once; p-1 repeats and is asked again; p-2 repeats for ever; p-3 is refused; p-4 is
+    blank twice."""
+    script = {
+        ("p-0", 0): ["a", "b", "c"],
+        ("p-1", 0): ["a", "a", "b"],
+        ("p-1", 3): ["b", "c", "d"],
+        ("p-2", 0): ["a", "a", "a"],
+        ("p-2", 3): ["a", "a", "half"],
+        ("p-3", 0): "too long: far",
+        ("p-4", 0): ["", "x", " "],
+        ("p-4", 3): ["y", "z", "w"],
+    }
+    policy = Scripted(lambda name, before: script[name, before])
+    drawn = draw_candidates(policy, PROMPTS, DrawSection(num=3), RecordFile(tmp_path / "c.jsonl"))
+    assert [c.texts for c in drawn] == [
+        ["a", "b", "c"],
+        ["a", "b", "c"],
+        ["a", "half"],
+        [],
+        ["x", "y", "z"],
+    ]
+    assert [c.num_draws for c in drawn] == [3, 6, 6, 0, 6]
+    assert [c.num_blank for c in drawn] == [0, 0, 0, 0, 2]
+    assert (drawn[2].num_cut, drawn[3].error) == (1, "too long: far")
+    assert policy.asked == [(5, 3, ROUND), (3, 3, DrawRound(0, 0, 3))]
+
+
+def test_repeats_are_kept_where_samples_must_be_independent(tmp_path):
+    policy = Scripted(lambda *_: ["a", "b", "a"])
+    section = DrawSection(num=3, repeats=True)
+    (candidates,) = draw_candidates(policy, PROMPTS[:1], section, RecordFile(tmp_path / "c"))
+    assert (candidates.group.responses, candidates.drawn) == (("a", "b"), [0, 1, 0])
+
+
+def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates_module, "CHUNK", 2)
+    base, section = write_base(tmp_path), DrawSection(num=3)
+
+    def draw(file):
+        policy = LocalPolicy(base, Sampling(5), batch_size=4)
+        return draw_candidates(policy, PROMPTS, section, RecordFile(tmp_path / file))
+
+    whole = draw("whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    # killed within the last line of the second chunk
+    (tmp_path / "part.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    assert draw("part.jsonl") == whole
+    assert (tmp_path / "part.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_the_cache_key_changes_with_whatever_changes_candidates(tmp_path):
+    base, section = write_base(tmp_path), DrawSection(num=3)
+    policy = LocalPolicy(base, Sampling(5))
+    keys = [
+        drawing_key(policy, PROMPTS, section),
+        drawing_key(policy, PROMPTS[:2], section),
+        drawing_key(policy, PROMPTS, DrawSection(num=3, seed=1)),
+        drawing_key(LocalPolicy(base, Sampling(6)), PROMPTS, section),
+    ]
+    assert len({json.dumps(key) for key in keys}) == 4
+    assert drawing_key(LocalPolicy(base, Sampling(5)), PROMPTS, section) == keys[0]
+
+
+def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp_path):
+    policy = LocalPolicy(write_base(tmp_path), Sampling(5, temperature=0.0))
+    tokenizer = policy.encoder.tokenizer
+    assert policy.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    policy.write(PROMPTS[:1], 1, ROUND)  # loads the model
+    asked = []
+
+    def end_at_once(input_ids=None, **_):
+        asked.append(input_ids.tolist())
+        return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.end_of_turn)], 1)
+
+    policy._model.generate = end_at_once
+    (reply,) = policy.write(PROMPTS[:1], 2, ROUND)
+    assert reply.choices == (Choice("", refused=False, ended=True),) * 2
+    messages = [{"role": "user", "content": "Say 0."}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(asked[0][0]).strip() == prompt.strip()
+
+
+def test_prompts_that_leave_no_room_are_refused_in_their_place(tmp_path):
+    policy = LocalPolicy(write_base(tmp_path), Sampling(200))
+    long = Group("long", (Message("user", "word " * 80),), ())
+    refused, answered = policy.write([long, PROMPTS[0]], 2, ROUND)
+    assert "room for 56" in refused.error
+    assert len(answered.choices) == 2
+
+
+def test_policies_without_template_are_refused_with_the_fix(tmp_path):
+    base = write_base(tmp_path)
+    plain_tokenizer().save_pretrained(base)
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"no chat template.*chat_template\.jinja"):
+        LocalPolicy(base, Sampling(5))
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    )
+    policy = LocalPolicy(base, Sampling(5))
+    assert policy.end_of_turn == policy.encoder.eos_id
+
+
+def connect(fake, cache) -> EndpointPolicy:
+    endpoint = Endpoint(fake.url, EndpointSection(retries=0), cache=cache)
+    return EndpointPolicy(endpoint, Sampling(7, 0.5, 0.9))
+
+
+@pytest.mark.parametrize("kind", ["knows n", "ignores n", "rejects n"])
+def test_an_endpoint_gives_as_many_draws_as_asked_whatever_it_makes_of_n(kind, tmp_path):
+    counter = iter(range(1000))
+
+    def answer(body):
+        n = body.get("n", 1)
+        if kind == "rejects n" and n > 1:
+            return fails(400, "n must be 1")
+        return says(*(f"draw {next(counter)}" for _ in range(n if kind == "knows n" else 1)))
+
+    with serving(answer) as fake:
+        replies = connect(fake, tmp_path).write(PROMPTS[:2], 3, ROUND)
+        body = fake.asked[0]
+    assert [len(reply.choices) for reply in replies] == [3, 3]
+    assert len({choice.text for reply in replies for choice in reply.choices}) == 6
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.5, 0.9, 7)
+
+
+def test_a_prompt_that_an_endpoint_rejects_is_refused_in_its_place(tmp_path):
+    def answer(body):
+        return fails(400, "too long") if "0" in body["messages"][0]["content"] else says("x", "y")
+
+    with serving(answer) as fake:
+        refused, answered = connect(fake, tmp_path).write(PROMPTS[:2], 2, ROUND)
+        assert "too long" in refused.error
+        assert [choice.text for choice in answered.choices] == ["x", "y"]
+        with pytest.raises(ServerError, match=r"rejects every request.*request"):
+            connect(fake, tmp_path).write(PROMPTS[:1], 2, ROUND)

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from endpoint_for_tests import fails, says, serving
-from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions, Reply, require_some
+from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply, require_some
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
+from support.chat_endpoint import fails, says, serving
 
 
 def conversation(text: str) -> tuple[Message, ...]:
@@ -20,8 +20,9 @@ def conversation(text: str) -> tuple[Message, ...]:
 def connect(tmp_path):
     """Endpoints that share one cache."""
 
-    def make(fake, **options):
-        return Endpoint(EndpointOptions(**{"url": fake.url, "timeout": 5.0, **options}), tmp_path)
+    def make(fake, key_variable="HAFRM_ENDPOINT_KEY", **options):
+        section = EndpointSection(timeout=5.0, **options)
+        return Endpoint(fake.url, section, key_variable=key_variable, cache=tmp_path)
 
     return make
 
@@ -56,15 +57,15 @@ def test_a_single_rejected_request_is_a_reply_and_all_of_them_an_error(connect):
         return fails(400, "too long") if content(body) == "long" else says("ok")
 
     with serving(answer) as fake:
-        found = connect(fake).ask([conversation("long"), conversation("a")], {})
-        assert "too long" in (found[0].error or "")
-        assert found[1].choices[0].text == "ok"
-        require_some(found, fake.url)
+        replies = connect(fake).ask([conversation("long"), conversation("a")], {})
+        assert "too long" in (replies[0].error or "")
+        assert replies[1].choices[0].text == "ok"
+        require_some(replies, fake.url)
         with pytest.raises(ServerError, match=r"rejects every request.*too long"):
-            require_some(found[:1], fake.url)
+            require_some(replies[:1], fake.url)
 
 
-def test_the_only_model_is_found_and_several_must_be_named(connect):
+def test_the_only_model_is_taken_and_several_must_be_named(connect):
     with serving(lambda _: says("ok")) as fake:
         assert connect(fake).model == "m"
         fake.models = ["one", "two"]
@@ -73,24 +74,25 @@ def test_the_only_model_is_found_and_several_must_be_named(connect):
         assert connect(fake, model="two").model == "two"
 
 
-def test_a_key_is_sent_to_the_endpoint_it_is_for(monkeypatch, connect):
+def test_a_key_is_sent_to_the_endpoint_it_is_for_and_is_not_cached(monkeypatch, connect, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "general")
     monkeypatch.setenv("HAFRM_JUDGE_KEY", "judge")
     with serving(lambda _: says("ok")) as fake:
-        for names in (
-            ("HAFRM_JUDGE_KEY", "OPENAI_API_KEY"),
-            ("HAFRM_ENDPOINT_KEY", "OPENAI_API_KEY"),
-        ):
-            connect(fake, key_variables=names).ask([conversation(names[0])], {})
+        for name in ("HAFRM_JUDGE_KEY", "HAFRM_ENDPOINT_KEY"):
+            connect(fake, name).ask([conversation(name)], {})
         assert fake.keys == ["Bearer judge", "Bearer general"]
+    # the cache never holds a key
+    files = [f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()]
+    assert files
+    assert not any(b"general" in content for content in files)
 
 
-def test_refusals_and_limits_are_told_from_answers(connect):
+def test_refusals_and_limits_are_distinguished_from_answers(connect):
     answers = [says("", refusal="I will not"), says("x", finish="content_filter")]
     answers += [says("half", finish="length"), says("whole")]
     with serving(lambda _: answers.pop(0)) as fake:
-        found = connect(fake, concurrency=1).ask([conversation(c) for c in "abcd"], {})
-    choices = [reply.choices[0] for reply in found]
+        replies = connect(fake, concurrency=1).ask([conversation(c) for c in "abcd"], {})
+    choices = [reply.choices[0] for reply in replies]
     assert [choice.refused for choice in choices] == [True, True, False, False]
     assert [choice.ended for choice in choices] == [True, True, False, True]
 
@@ -134,7 +136,7 @@ def test_an_address_where_nobody_answers_is_an_error():
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(ServerError, match=r"cannot be used: Connection error.*/v1"):
-        Endpoint(EndpointOptions(url, "m", retries=0)).ask([conversation("a")], {})
+        Endpoint(url, EndpointSection(model="m", retries=0)).ask([conversation("a")], {})
 
 
 def test_what_was_answered_is_not_asked_again_even_with_the_server_gone(connect):
@@ -166,16 +168,7 @@ def test_a_job_that_fails_half_way_keeps_what_was_answered(connect):
         assert "a" not in [content(body) for body in fake.asked]
 
 
-def test_no_key_is_kept_in_the_cache(connect, monkeypatch, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    with serving(lambda _: says("ok")) as fake:
-        connect(fake).ask([conversation("a")], {})
-    assert not any(b"sk-secret" in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
-
-
-def test_a_url_without_scheme_and_a_missing_client_are_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="localhost:8000"):
-        EndpointOptions("localhost:8000")
+def test_a_missing_client_is_refused_with_the_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ConfigError, match=r"pip install 'hafrm\[judge\]'"):
-        Endpoint(EndpointOptions("http://x/v1"))
+        Endpoint("http://x/v1")

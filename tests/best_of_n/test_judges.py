@@ -1,38 +1,38 @@
-"""Judges: both orders, ties, conduct, and what is done about answers that are none."""
+"""The judge: what it is asked and how its words are read, both orders, ties, reliability."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 
-from endpoint_for_tests import fails, says, serving
-from hafrm.best_of_n.candidate_scores import GoldScorer
-from hafrm.best_of_n.endpoint import Endpoint, EndpointOptions
+from hafrm.best_of_n.endpoint import Endpoint, EndpointSection
 from hafrm.best_of_n.judges import (
-    EndpointJudge,
+    TEMPLATE,
+    AnswerPair,
+    LlmJudge,
     PairVerdict,
-    RankingJudge,
-    ReplyPair,
-    ScoreJudge,
+    ask_about,
     combine_orders,
     judge_reliability,
+    read_judge_template,
+    read_verdict,
     require_judged,
 )
-from hafrm.errors import DataError, ServerError
-from hafrm.preferences import Group, Message
+from hafrm.errors import ConfigError, ServerError
+from hafrm.preferences import Message
+from support.chat_endpoint import fails, says, serving
 
 PROMPT = (Message("user", "Say it."),)
 
 
-def pair(first: str, second: str) -> ReplyPair:
-    return ReplyPair(PROMPT, first, second)
+def pair(first: str, second: str) -> AnswerPair:
+    return AnswerPair(PROMPT, first, second)
 
 
 def replies_of(body) -> tuple[str, str]:
     text = body["messages"][-1]["content"]
-    found = re.findall(r"\[Reply [AB]\]\n(.*?)\n\[End", text, re.DOTALL)
-    return found[0], found[1]
+    verdicts = re.findall(r"\[Reply [AB]\]\n(.*?)\n\[End", text, re.DOTALL)
+    return verdicts[0], verdicts[1]
 
 
 def prefers_longer(body):
@@ -42,20 +42,20 @@ def prefers_longer(body):
 
 @pytest.fixture
 def connect(tmp_path):
-    return lambda fake: Endpoint(EndpointOptions(fake.url, retries=0), tmp_path)
+    return lambda fake: Endpoint(fake.url, EndpointSection(retries=0), cache=tmp_path)
 
 
 def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all(connect):
     with serving(prefers_longer) as fake:
-        judge = EndpointJudge(connect(fake))
+        judge = LlmJudge(connect(fake))
         pairs = [
             pair("long one", "one"),
             pair("x", "much longer"),
             pair("ab", "cd"),
             pair("s", "s"),
         ]
-        found = judge.compare(pairs)
-        assert [verdict.preferred for verdict in found] == [1, -1, 0, 0]
+        verdicts = judge.compare(pairs)
+        assert [verdict.preferred for verdict in verdicts] == [1, -1, 0, 0]
         assert {("long one", "one"), ("one", "long one")} < set(map(replies_of, fake.asked))
         assert len(fake.asked) == 6
         body = fake.asked[0]
@@ -63,11 +63,11 @@ def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all(c
         assert judge.name == "m"
 
 
-def test_a_judge_that_goes_by_place_makes_ties_and_is_found_out(connect):
+def test_a_judge_that_goes_by_place_makes_ties_and_is_reported(connect):
     with serving(lambda _: says("Verdict: A")) as fake:
-        found = EndpointJudge(connect(fake)).compare([pair("a", "b"), pair("c", "d")])
-    assert [verdict.preferred for verdict in found] == [0, 0]
-    seen = judge_reliability(found)
+        verdicts = LlmJudge(connect(fake)).compare([pair("a", "b"), pair("c", "d")])
+    assert [verdict.preferred for verdict in verdicts] == [0, 0]
+    seen = judge_reliability(verdicts)
     assert (seen.position_bias, seen.first_place, seen.num_pairs) == (1.0, 1.0, 2)
 
 
@@ -87,7 +87,7 @@ def test_two_answers_decide_only_where_they_agree(forward, backward, preferred):
     assert combine_orders(forward, backward).preferred == preferred
 
 
-def test_conduct_counts_by_hand():
+def test_reliability_by_hand():
     """Judged pairs: 3; of these one has the same place twice: 1/3. Preferences: first place 3 (one in the
     pair that is not judged), second place 2: 3/5."""
     said = [("first", "second"), ("first", "tie"), ("second", "second"), ("first", "refused")]
@@ -96,7 +96,7 @@ def test_conduct_counts_by_hand():
     assert seen.num_not_judged == 1
     assert seen.position_bias == pytest.approx(1 / 3)
     assert seen.first_place == pytest.approx(3 / 6)
-    assert seen.answers == {"first": 3, "second": 3, "tie": 1, "refused": 1, "unparsable": 0}
+    assert seen.verdicts == {"first": 3, "second": 3, "tie": 1, "refused": 1, "unparsable": 0}
     assert np.isnan(judge_reliability([PairVerdict(0)]).position_bias)
 
 
@@ -113,59 +113,27 @@ def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted(connect
 
     with serving(answer) as fake:
         names = ("rejected", "refused", "sorry", "vague", "x")
-        found = EndpointJudge(connect(fake)).compare([pair(n, "plain reply") for n in names])
-    assert [verdict.preferred for verdict in found] == [None, None, None, None, -1]
-    seen = judge_reliability(found)
-    assert seen.answers["refused"] == 6
-    assert seen.answers["unparsable"] == 2
-    require_judged(found, "m")
+        verdicts = LlmJudge(connect(fake)).compare([pair(n, "plain reply") for n in names])
+    assert [verdict.preferred for verdict in verdicts] == [None, None, None, None, -1]
+    seen = judge_reliability(verdicts)
+    assert seen.verdicts["refused"] == 6
+    assert seen.verdicts["unparsable"] == 2
+    require_judged(verdicts, "m")
     with pytest.raises(ServerError, match=r"decided none of 4 pairs.*judge.template"):
-        require_judged(found[:4], "m")
+        require_judged(verdicts[:4], "m")
 
 
-def test_a_template_of_ones_own_is_what_is_asked(connect):
+def test_a_custom_template_is_what_is_asked(connect, tmp_path):
     with serving(lambda _: says("B")) as fake:
-        EndpointJudge(connect(fake), "{first}|{second}|{prompt}").compare([pair("a", "b")])
+        LlmJudge(connect(fake), "{first}|{second}|{prompt}").compare([pair("a", "b")])
         asked = sorted(body["messages"][0]["content"] for body in fake.asked)
     assert asked == ["a|b|Say it.", "b|a|Say it."]
-
-
-def test_scores_judge_by_sign_and_a_prompt_without_scores_is_not_judged():
-    def gold(prompt, response):
-        if prompt[-1].content == "Nobody knows.":
-            raise DataError("no such prompt")
-        return float(len(response))
-
-    judge = ScoreJudge(GoldScorer("length", gold))
-    strange = ReplyPair((Message("user", "Nobody knows."),), "a", "b")
-    found = judge.compare(
-        [pair("aa", "b"), pair("a", "bb"), pair("a", "b"), pair("s", "s"), strange]
-    )
-    assert [verdict.preferred for verdict in found] == [1, -1, 0, 0, None]
-    assert json.dumps(judge.cache_key())
-
-
-def ranks_by_length(body):
-    text = body["messages"][-1]["content"]
-    replies = re.findall(r"\[Reply \d+\]\n(.*?)\n\[End", text, re.DOTALL)
-    order = sorted(range(len(replies)), key=lambda k: -len(replies[k]))
-    return says("Ranking: " + " > ".join(str(k + 1) for k in order))
-
-
-def test_a_ranking_is_the_mean_over_an_order_and_its_reverse(connect):
-    group = Group("g", PROMPT, ("aa", "aaaa", "a", "aaa"))
-    with serving(ranks_by_length) as fake:
-        (found,) = RankingJudge(connect(fake)).rank([group])
-        assert found.tolist() == [2, 0, 3, 1]
-        orders = [
-            re.findall(r"\[Reply \d+\]\n(a+)\n", b["messages"][-1]["content"]) for b in fake.asked
-        ]
-        assert orders[0] == orders[1][::-1]
-    with serving(lambda _: says("Ranking: 1 > 2 > 3 > 4")) as fake:
-        (by_place,) = RankingJudge(connect(fake)).rank([group])
-    assert by_place.tolist() == [1.5] * 4
-    with serving(lambda _: says("Hm.")) as fake:
-        assert RankingJudge(connect(fake)).rank([group]) == [None]
+    file = tmp_path / "t.txt"
+    file.write_text("{prompt} {first}")
+    with pytest.raises(ConfigError, match=r"lacks \{second\}"):
+        read_judge_template(file)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_judge_template(tmp_path / "missing.txt")
 
 
 def test_an_answer_cut_at_the_token_limit_decides_nothing(connect):
@@ -173,5 +141,50 @@ def test_an_answer_cut_at_the_token_limit_decides_nothing(connect):
     with serving(
         lambda _: says("<think>End with Verdict: A or Verdict: B", finish="length")
     ) as fake:
-        (verdict,) = EndpointJudge(connect(fake)).compare([pair("a", "b")])
+        (verdict,) = LlmJudge(connect(fake)).compare([pair("a", "b")])
     assert verdict == PairVerdict(None, ("unparsable", "unparsable"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("It is right.\nVerdict: A", "first"),
+        ("Verdict: A? No, it lies.\n**Verdict:** B", "second"),
+        ("verdict: **tie**", "tie"),
+        ("Verdict: a tie", "tie"),
+        ("Verdict: Reply B", "second"),
+        ("Both are fine.\nA.", "first"),
+        ("[[B]]", "second"),
+        ("The verdict: a better reply would say more.", "unparsable"),
+        ("Reply A is nice, reply B is too.", "unparsable"),
+        ("I'm sorry, but I can't compare these.", "refused"),
+        ("", "refused"),
+        ("\n ", "refused"),
+        ("Both do.\nVerdict: A tie", "tie"),
+        ("My final verdict is: [[B]]", "second"),
+        ("Verdict: Response B", "second"),
+        ("Verdict: Reply B is better than Reply A", "second"),
+        ("Verdict: A and B are equally good", "tie"),
+        ("Verdict: A=B", "tie"),
+        ("Verdict: B>A", "second"),
+        ("Verdict: A or B: hard to say", "unparsable"),
+        ("Verdict:\n\nB", "second"),
+        ("Verdict: $\\boxed{\\text{B}}$", "second"),
+        ("Verdict: draw", "tie"),
+        ("Verdict: A.\n\nNote: asked for Verdict: A, Verdict: B or Verdict: tie.", "first"),
+        ("<think>I must end with Verdict: A, Verdict: B or Verdict: tie. Reply A", "unparsable"),
+        ("<think>Verdict: A seems right</think>\n\nI can't compare these.", "refused"),
+        ("<think>Verdict: A?</think>Verdict: B", "second"),
+    ],
+)
+def test_a_verdict_is_the_last_one_named(text, said):
+    assert read_verdict(text) == said
+
+
+def test_texts_are_put_in_as_they_are_braces_and_all():
+    prompt = (Message("system", "Be brief."), Message("user", "Say {first}."))
+    (message,) = ask_about(TEMPLATE, prompt, "{second} {x}", "plain")
+    assert message.role == "user"
+    assert "system: Be brief.\n\nuser: Say {first}." in message.content
+    assert "[Reply A]\n{second} {x}\n[End of reply A]" in message.content
+    assert "[Reply B]\nplain\n[End of reply B]" in message.content

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hafrm.best_of_n.candidate_scores import GoldScorer
-from hafrm.best_of_n.drawing import from_files
-from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n
+from hafrm.best_of_n.candidates import from_files
+from hafrm.best_of_n.run_best_of_n import best_of_n
 from hafrm.cli import app
 from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import CheckpointError, ConfigError
@@ -29,7 +29,7 @@ from hafrm.rlhf.train_policy import train_policy
 from hafrm.study.method_comparison import compare_methods
 from hafrm.study.run_grid import plan_study
 from hafrm.training.loop import train
-from tiny_rlhf import tiny_rlhf
+from support.tiny_rlhf import tiny_rlhf
 from tiny_runs import tiny_recipe, write_preferences
 
 HOSTILE = (
@@ -101,7 +101,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         from_files([str(candidates)], 4),
         [GoldScorer("length", by_length), GoldScorer("short", lambda _, text: -len(text))],
         root / "picks",
-        comparing=Comparing(gold=GoldScorer("gold", by_length)),
+        gold=GoldScorer("gold", by_length),
     )
     data = {"train": [str(root / "train.jsonl")], "test": sources}
     base = tiny_recipe(root, data=data, training={"steps": 8}, evaluation={"every": 4})

@@ -1,101 +1,129 @@
-"""Comparisons of reward models: equal budgets, resumable cells, and the JSON that others read."""
+"""Reward models compared by their policies, and the verb `rlhf` as a user meets it."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from hafrm.best_of_n.judges import PairVerdict
+from hafrm.best_of_n.judges import LlmJudge, PairVerdict
+from hafrm.cli import app
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.rlhf import comparison_runs
-from hafrm.rlhf.comparison_runs import (
-    Answers,
+from hafrm.preferences import Message
+from hafrm.recipe_file import build_as, dump_recipe
+from hafrm.rlhf import policy_comparison
+from hafrm.rlhf.policy_comparison import (
     ComparisonRun,
-    ComparisonWorker,
+    PolicyAnswers,
+    answer_wins,
+    compare_policies,
     plan_runs,
     recipe_for,
 )
-from hafrm.rlhf.policy_comparison import answer_wins, compare_policies
-from hafrm.rlhf.train_policy import train_policy
-from tiny_rlhf import tiny_rlhf, write_prompts, write_reward
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
 
 def gold(_, text: str) -> float:
     return float(len(text))
 
 
-def take(folder: Path, **options):
-    recipe = tiny_rlhf(folder, training={"steps": 1}, evaluation={"every": 1})
-    models = {"one": [str(folder / "reward")], "two": [str(write_reward(folder, "other", seed=5))]}
-    models = options.pop("models", models)
+def comparison(folder: Path, **sections) -> RlhfRecipe:
+    """Two reward models, one step each."""
+    if not (folder / "other").is_dir():
+        write_reward(folder, "other", seed=5)
+    models = [f"one={folder / 'reward'}", f"two={folder / 'other'}"]
     test = [str(write_prompts(folder / "test.jsonl", 6))]
-    values = {"seeds": [0], "algorithms": ["ppo"], "test": test, "gold": gold} | options
-    return compare_policies(recipe, models, folder / "out", **values)
+    steps = {"training": {"steps": 1}, "evaluation": {"every": 1}}
+    return tiny_rlhf(folder, comparison={"models": models, "test": test}, **steps | sections)
 
 
-def test_a_comparison_writes_its_contract_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    found = take(tmp_path)
-    said = json.loads((tmp_path / "out/rlhf_comparison.json").read_text())
-    assert said["models"] == ["one", "two"]
-    assert said["seeds"] == [0]
-    assert [curve["model"] for curve in said["curves"]] == ["one", "two"]
-    assert said["curves"][0]["points"][0].keys() == {"step", "kl", "proxy", "gold"}
-    assert [point["step"] for point in said["curves"][0]["points"]] == [0, 1]
-    pairs = [(win["first"], win["second"]) for win in said["wins"]]
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def recipe_file(folder: Path, recipe: RlhfRecipe) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    return file
+
+
+def test_a_comparison_writes_its_contract_and_repeats_no_finished_run(tmp_path, monkeypatch):
+    result = compare_policies(comparison(tmp_path), tmp_path / "out", gold=gold)
+    written = json.loads((tmp_path / "out/rlhf_comparison.json").read_text())
+    assert (written["models"], written["seeds"]) == (["one", "two"], [0])
+    assert [curve["model"] for curve in written["curves"]] == ["one", "two"]
+    assert written["curves"][0]["points"][0].keys() == {"step", "kl", "proxy", "gold"}
+    assert [point["step"] for point in written["curves"][0]["points"]] == [0, 1]
+    pairs = [(win["first"], win["second"]) for win in written["wins"]]
     assert pairs == [("start", "one"), ("start", "two"), ("one", "two")]
-    for win in said["wins"]:
+    for win in written["wins"]:
         values = [win[name]["value"] for name in ("win", "tie", "lose")]
         assert sum(values) == pytest.approx(1.0)
         assert win["difference"]["value"] == pytest.approx(values[0] - values[2])
-    assert said["wins"][0]["reliability"] is None
-    assert len(found.tables()) == 2
-    monkeypatch.setattr(comparison_runs, "train_policy", None)  # nothing is left to be run
-    again = take(tmp_path)
-    assert (again.standings, again.wins, again.curves) == (
-        found.standings,
-        found.wins,
-        found.curves,
+    assert len(result.tables()) == 2
+    answers = json.loads((tmp_path / "out/runs/one-0/answers.json").read_text())
+    assert len(answers["texts"]) == len(answers["prompts"]) == 6
+    monkeypatch.setattr(policy_comparison, "train_policy", None)  # nothing is left to train
+    again = compare_policies(comparison(tmp_path), tmp_path / "out", gold=gold)
+    assert (again.standings, again.wins) == (result.standings, result.wins)
+    swapped = comparison(tmp_path).comparison.model_copy(
+        update={"models": (f"one={tmp_path / 'other'}",)}
     )
+    other = comparison(tmp_path).model_copy(update={"comparison": swapped})
+    with pytest.raises(CheckpointError, match="the recipe differs"):
+        compare_policies(other, tmp_path / "out", gold=gold)
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path):
-    one = take(tmp_path / "one", num_processes=1)
-    two = take(tmp_path / "two", num_processes=2)
+def test_two_processes_give_what_one_gives(tmp_path):
+    recipe = comparison(tmp_path, evaluation={"reward_model": str(tmp_path / "reward")})
+    one = compare_policies(recipe, tmp_path / "a", num_processes=1)
+    two = compare_policies(recipe, tmp_path / "b", num_processes=2)
     assert (two.standings, two.wins, two.curves) == (one.standings, one.wins, one.curves)
 
 
-def test_cells_differ_in_reward_model_algorithm_and_seed_alone(tmp_path):
-    recipe = tiny_rlhf(tmp_path, reward={"clip": 2.0}, algorithm={"gamma": 0.9})
-    cells = plan_runs({"a": ["A"], "b": ["B", "C"]}, ["ppo", "rloo"], [0, 1])
-    assert [cell.folder for cell in cells[:3]] == ["a-ppo-0", "b-ppo-0", "a-rloo-0"]
-    assert [cell.contender for cell in cells[:3]] == ["a ppo", "b ppo", "a rloo"]
-    assert [cell.path for cell in cells if cell.model == "b"] == ["B", "B", "C", "C"]
-    ours = recipe_for(recipe, ComparisonRun("b", "B", "ppo", 1, "b"))
-    assert (ours.reward.models, ours.training.seed, ours.reward.clip) == (("B",), 1, 2.0)
-    same = ours.model_copy(
-        update={
-            "reward": recipe.reward,
-            "training": recipe.training,
-        }
-    )
-    assert same == recipe
-    theirs = recipe_for(recipe, ComparisonRun("b", "B", "rloo", 1, "b"))
-    assert (theirs.algorithm.name, theirs.reward.clip, theirs.algorithm.gamma) == (
-        "rloo",
-        None,
-        1.0,
-    )
-    assert theirs.algorithm.clip == recipe.algorithm.clip
+def test_a_run_that_was_started_is_resumed(tmp_path, monkeypatch):
+    recipe = comparison(tmp_path, checkpoint={"every": 1})
+    calls, train = [], policy_comparison.train_policy
+
+    def recorded(recipe, folder, *, resume, gold):
+        calls.append(resume)
+        result = train(recipe, folder, resume=resume, gold=gold)
+        if not resume:
+            (folder / "model").rename(folder / "gone")
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(policy_comparison, "train_policy", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        compare_policies(recipe, tmp_path / "out", gold=gold)
+    with pytest.raises(KeyboardInterrupt):
+        compare_policies(recipe, tmp_path / "out", gold=gold)
+    assert calls == [False, True, False]
 
 
-def answers(texts: list[str], scores: list[float]) -> Answers:
-    prompts = ((("user", "p"),), (("user", "q"),))
-    return Answers("key", prompts, tuple(texts), tuple(scores))
+def test_runs_differ_in_reward_model_and_seed_alone(tmp_path):
+    runs = plan_runs(["a=A", "b=B", "b=C"], 2)
+    assert [run.folder for run in runs] == ["a-0", "b-0", "a-1", "b-1"]
+    assert [run.path for run in runs if run.model == "b"] == ["B", "C"]
+    recipe = comparison(tmp_path, reward={"clip": 2.0})
+    own = recipe_for(recipe, ComparisonRun("b", "B", 1))
+    assert (own.reward.models, own.training.seed, own.reward.clip) == (("B",), 1, 2.0)
+    assert own.comparison is None
+    same = {name: getattr(recipe, name) for name in ("reward", "training", "comparison")}
+    assert own.model_copy(update=same) == recipe
+    assert build_as(RlhfRecipe, own.model_dump(mode="json")) == own
 
 
-KNOWN = {
+def answers(texts: list[str], scores: list[float]) -> PolicyAnswers:
+    prompts = ((Message("user", "p"),), (Message("user", "q"),))
+    return PolicyAnswers(prompts, tuple(texts), tuple(scores))
+
+
+ANSWERS = {
     ("a", 0): answers(["x", "yy"], [1.0, 2.0]),
     ("b", 0): answers(["xx", "yy"], [0.0, 2.0]),
     ("a", 1): answers(["xxx", "y"], [3.0, 0.0]),
@@ -103,85 +131,102 @@ KNOWN = {
 }
 
 
-def test_wins_are_counted_answer_by_answer_over_all_seeds():
-    """a beats b on 2 of 4, ties on 1, loses 1: 50 %, 25 %, 25 %."""
-    (found,) = answer_wins(KNOWN, [0, 1], None, "gold")
-    assert (found.win.value, found.tie.value, found.lose.value) == (0.5, 0.25, 0.25)
-    assert found.difference.value == 0.25
-    assert (found.judge, found.same) == ("gold", 0.25)
+class Longer(LlmJudge):
+    """Prefers the longer text."""
 
-
-def test_intervals_are_over_seeds_too():
-    """One seed wins both, the other loses both: so two seeds say nothing of a third."""
-    known = {
-        ("a", 0): answers(["x", "y"], [1.0, 1.0]),
-        ("b", 0): answers(["z", "z"], [0.0, 0.0]),
-        ("a", 1): answers(["x", "y"], [0.0, 0.0]),
-        ("b", 1): answers(["z", "z"], [1.0, 1.0]),
-    }
-    (found,) = answer_wins(known, [0, 1], None, "gold")
-    assert found.difference.value == 0
-    assert found.difference.high > 1  # Student's t with one degree of freedom
-    (single,) = answer_wins({key: known[key] for key in list(known)[:2]}, [0], None, "gold")
-    assert single.difference.value == 1
-
-
-def test_a_finished_cell_of_another_reward_model_is_refused(tmp_path):
-    take(tmp_path)
-    models = {"one": [str(tmp_path / "other")], "two": [str(tmp_path / "other")]}
-    with pytest.raises(CheckpointError, match="the recipe differs"):
-        take(tmp_path, models=models)
-
-
-class Longer:
-    """A judge of pairs that prefers the longer text."""
-
-    name = "longer"
-
-    def cache_key(self):
-        return {}
+    def __init__(self) -> None:
+        self.name = "longer"
 
     def compare(self, pairs):
         return [PairVerdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
 
 
-def test_a_judge_of_pairs_sees_both_answers_and_overrules_the_scores():
-    """Lengths: 1 < 2, 2 = 2, 3 > 1, 1 < 2."""
-    (found,) = answer_wins(KNOWN, [0, 1], Longer(), "gold")
-    assert (found.win.value, found.tie.value, found.lose.value) == (0.25, 0.25, 0.5)
-    assert found.judge == "longer"
+def test_wins_are_counted_answer_by_answer_over_all_seeds():
+    """a scores higher on 2 of 4, ties on 1, lower on 1. Lengths: 1 < 2, 2 = 2, 3 > 1, 1 < 2."""
+    (wins,) = answer_wins(ANSWERS, [0, 1], None, "gold")
+    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.5, 0.25, 0.25)
+    assert (wins.difference.value, wins.judge, wins.same) == (0.25, "gold", 0.25)
+    (wins,) = answer_wins(ANSWERS, [0, 1], Longer(), "gold")
+    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.25, 0.25, 0.5)
+    assert wins.judge == "longer"
 
 
-def test_with_a_judge_of_pairs_alone_there_are_wins_and_no_scores(tmp_path):
-    found = take(tmp_path, gold=None, judge=Longer(), models={"one": [str(tmp_path / "reward")]})
-    assert found.scored_by == "nothing"
-    assert [s.score for s in found.standings] == [None] * 2
-    assert len(found.tables()) == 2
+def test_intervals_are_over_seeds_too():
+    """One seed wins both, the other loses both: so two seeds say nothing of a third."""
+    by_seed = {
+        ("a", 0): answers(["x", "y"], [1.0, 1.0]),
+        ("b", 0): answers(["z", "z"], [0.0, 0.0]),
+        ("a", 1): answers(["x", "y"], [0.0, 0.0]),
+        ("b", 1): answers(["z", "z"], [1.0, 1.0]),
+    }
+    (wins,) = answer_wins(by_seed, [0, 1], None, "gold")
+    assert wins.difference.value == 0
+    assert wins.difference.high > 1  # Student's t with one degree of freedom
+    (single,) = answer_wins({key: by_seed[key] for key in list(by_seed)[:2]}, [0], None, "gold")
+    assert single.difference.value == 1
 
 
-def test_without_gold_or_judge_nothing_is_run(tmp_path):
+def test_with_a_judge_alone_there_are_wins_and_no_scores_and_without_anything_an_error(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(policy_comparison, "load_judge", lambda *_: Longer())
+    recipe = comparison(tmp_path)
     with pytest.raises(ConfigError, match="nothing compares the policies"):
-        take(tmp_path, gold=None)
+        compare_policies(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    asked = recipe.comparison.model_copy(update={"judge": "http://x"})
+    result = compare_policies(recipe.model_copy(update={"comparison": asked}), tmp_path / "out")
+    assert result.scored_by == "nothing"
+    assert [s.score for s in result.standings] == [None] * 3
+    assert len(result.tables()) == 2
 
 
-def test_a_cell_that_was_started_is_resumed(tmp_path, monkeypatch):
-    calls = []
+def test_the_verb_trains_says_what_it_selected_and_leaves_a_finished_run(tmp_path):
+    file = recipe_file(tmp_path, tiny_rlhf(tmp_path, training={"steps": 1}))
+    code, output = invoke("rlhf", file, "training.seed=3", "--out", tmp_path / "run")
+    assert code == 0, output
+    assert "1 of 1 steps; exported step" in output
+    assert "best by its held-out penalised measure" in output
+    assert json.loads((tmp_path / "run/provenance.json").read_text())["sessions"][0]["seed"] == 3
+    assert invoke("rlhf", "--resume", tmp_path / "run") == (0, output)
 
-    def recorded(recipe, folder, *, resume, gold):
-        calls.append(resume)
-        return train_policy(recipe, folder, resume=resume, gold=gold)
 
-    monkeypatch.setattr(comparison_runs, "train_policy", recorded)
-    monkeypatch.setattr(
-        ComparisonWorker,
-        "answers",
-        lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
-    )
-    with pytest.raises(KeyboardInterrupt):
-        take(tmp_path)
-    model = tmp_path / "out/runs/one-ppo-0/model"
-    model.rename(model.with_name("gone"))
-    with pytest.raises(KeyboardInterrupt):
-        take(tmp_path)
-    assert calls == [False, True]
+def test_a_run_that_the_watchdog_stops_ends_with_1_and_exports(tmp_path):
+    wild = {
+        "training": {"steps": 20, "learning_rate": 3.0},
+        "watch": {"max_kl": 1.0, "patience": 1, "min_entropy_fraction": 0.0},
+    }
+    file = recipe_file(tmp_path, tiny_rlhf(tmp_path, **wild))
+    code, output = invoke("rlhf", file, "--out", tmp_path / "run")
+    assert code == 1
+    assert "stopped early: the KL from the start policy" in output
+    assert (tmp_path / "run/model/policy").is_dir()
+
+
+def test_a_recipe_that_names_several_models_compares_them(tmp_path):
+    file = recipe_file(tmp_path, comparison(tmp_path))
+    model = f"evaluation.reward_model={tmp_path / 'reward'}"
+    code, output = invoke("rlhf", file, model, "--out", tmp_path / "out", "--processes", 1)
+    assert code == 0, output
+    assert "test answers, scored by" in output
+    assert "answers against each other" in output
+    assert (tmp_path / "out/rlhf_comparison.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("evaluation.judge=x", "renamed to evaluation.reward_model"),
+        ("reward.kinds=[fused]", "removed; reward.models takes"),
+        ("data.too_long=drop", "longer prompts are always left out"),
+        ("reward.models=[]", "reward.models is missing"),
+        ("reward.rule=min", "a rule is for several"),
+        ("judge.model=m", "need comparison.judge"),
+        ("comparison.models=[a=b]", "comparison.test: missing"),
+        ("--gold=silver", "--gold is 'silver'"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused_with_the_fix(tmp_path, assignment, message):
+    file = recipe_file(tmp_path, tiny_rlhf(tmp_path))
+    result = CliRunner().invoke(app, ["rlhf", str(file), assignment, "--out", str(tmp_path / "o")])
+    assert message in str(result.exception)

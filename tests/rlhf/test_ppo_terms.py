@@ -1,17 +1,20 @@
 """Every term of PPO against numbers worked out by hand in the docstring."""
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from hafrm.rlhf import ppo_terms as terms
+from hafrm.rlhf.rlhf_recipe import RewardSection
 
 LENGTHS = torch.tensor([3, 1, 2])
 
 
-def close(found: torch.Tensor, expected: list[float], tolerance: float = 1e-6) -> None:
-    assert found.tolist() == pytest.approx(expected, abs=tolerance)
+def close(result: torch.Tensor, expected: list[float], tolerance: float = 1e-6) -> None:
+    assert result.tolist() == pytest.approx(expected, abs=tolerance)
 
 
 def test_rows_and_flat_tokens_are_the_same_tokens():
@@ -44,24 +47,15 @@ def test_advantages_are_those_of_a_hand_made_episode():
     A_2 = 2, A_1 = -1 + 0.25 * 2 = -0.5, A_0 = 1 + 0.25 * -0.5 = 0.875; returns = A + V.
     The second response (r = 4, V = 1) is a single token: A = 3, whatever stands beside it."""
     lengths = torch.tensor([3, 1])
-    found = terms.estimate_advantages(
+    result = terms.estimate_advantages(
         torch.tensor([1.0, 0, 2, 4]),
         torch.tensor([0.5, 1.0, 0, 1.0]),
         lengths,
         gamma=0.5,
         lam=0.5,
     )
-    close(found.advantages, [0.875, -0.5, 2.0, 3.0])
-    close(found.returns, [1.375, 0.5, 2.0, 4.0])
-
-
-def test_with_lambda_one_the_return_is_the_discounted_sum_of_rewards():
-    """gamma 0.9: 1 + 0.9 * 2 + 0.81 * 3 = 5.23, 2 + 0.9 * 3 = 4.7, 3; whatever the values are."""
-    values = torch.tensor([0.3, -2.0, 7.0])
-    found = terms.estimate_advantages(
-        torch.tensor([1.0, 2, 3]), values, torch.tensor([3]), gamma=0.9, lam=1.0
-    )
-    close(found.returns, [5.23, 4.7, 3.0], 1e-5)
+    close(result.advantages, [0.875, -0.5, 2.0, 3.0])
+    close(result.returns, [1.375, 0.5, 2.0, 4.0])
 
 
 def test_advantages_equal_the_double_sum_of_their_definition():
@@ -69,7 +63,7 @@ def test_advantages_equal_the_double_sum_of_their_definition():
     torch.manual_seed(0)
     lengths = torch.tensor([4, 7, 1])
     rewards, values = torch.randn(12), torch.randn(12)
-    found = terms.estimate_advantages(rewards, values, lengths, gamma=0.9, lam=0.7)
+    result = terms.estimate_advantages(rewards, values, lengths, gamma=0.9, lam=0.7)
     expected = []
     for r, v in zip(rewards.split([4, 7, 1]), values.split([4, 7, 1]), strict=True):
         after = [*v.tolist()[1:], 0.0]
@@ -77,16 +71,13 @@ def test_advantages_equal_the_double_sum_of_their_definition():
         expected += [
             sum((0.9 * 0.7) ** (k - t) * deltas[k] for k in range(t, len(r))) for t in range(len(r))
         ]
-    close(found.advantages, expected, 1e-5)
+    close(result.advantages, expected, 1e-5)
 
 
 def test_whitened_values_have_mean_0_and_the_unbiased_variance_1():
-    """(1, 2, 3): mean 2, unbiased variance 1, so (-1, 0, 1); keeping the mean adds 2."""
-    values = torch.tensor([1.0, 2.0, 3.0])
-    close(terms.whiten(values), [-1.0, 0.0, 1.0])
-    close(terms.whiten(values, keep_mean=True), [1.0, 2.0, 3.0])
+    """(1, 2, 3): mean 2, unbiased variance 1, so (-1, 0, 1)."""
+    close(terms.whiten(torch.tensor([1.0, 2.0, 3.0])), [-1.0, 0.0, 1.0])
     close(terms.whiten(torch.tensor([5.0])), [0.0])
-    close(terms.whiten(torch.tensor([5.0]), keep_mean=True), [5.0])
 
 
 @pytest.mark.parametrize(
@@ -103,9 +94,9 @@ def test_the_surrogate_is_clipped_where_it_would_reward_going_further(ratio, adv
     """PPO, Eq. 7, with eps 0.2."""
     old = torch.tensor([-1.0])
     new = (old + math.log(ratio)).requires_grad_()
-    found = terms.policy_losses(new, old, torch.tensor([advantage]), 0.2)
-    close(found.detach(), [loss])
-    found.sum().backward()
+    result = terms.policy_losses(new, old, torch.tensor([advantage]), 0.2)
+    close(result.detach(), [loss])
+    result.sum().backward()
     clipped = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)
     # d(-rho A)/d(log pi) = -rho A where it is not clipped
     close(new.grad, [0.0 if clipped else -ratio * advantage])
@@ -125,12 +116,6 @@ def test_the_value_loss_takes_the_worse_of_value_and_clipped_value(value, old, t
     close(terms.value_losses(*tensors, 0.2), [loss])
 
 
-def test_entropy_is_log_n_for_n_equal_tokens_and_0_for_a_certain_one():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [0.0, math.log(3), 0, 0]])
-    third = -(0.5 * math.log(0.5) + 3 * (1 / 6) * math.log(1 / 6))
-    close(terms.entropies(logits), [math.log(4), 0.0, third])
-
-
 def test_clipped_tokens_and_their_move_are_counted():
     """Ratios 1, 1.5, 0.5, 1.1 with eps 0.2: two outside; k2 = (0 + .1644 + .4805 + .0091) / 2."""
     old = torch.zeros(4)
@@ -146,3 +131,55 @@ def test_explained_variance_is_1_for_the_returns_themselves_and_0_for_a_constant
     assert terms.explained_variance(torch.ones(2), returns) == 0.0
     assert terms.explained_variance(torch.tensor([0.0, 1.0]), returns) == pytest.approx(0.75)
     assert math.isnan(terms.explained_variance(torch.ones(2), torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("kl", "target", "expected"),
+    [
+        (6.0, 6.0, 0.2),  # on target
+        (6.6, 6.0, 0.2 * (1 + 0.1 * 64 / 640)),  # 10 % above: e = 0.1
+        (60.0, 6.0, 0.2 * (1 + 0.2 * 64 / 640)),  # far above: e is held at 0.2
+        (0.0, 6.0, 0.2 * (1 - 0.2 * 64 / 640)),  # far below
+        (1000.0, None, 0.2),  # fixed
+    ],
+)
+def test_the_kl_coefficient_follows_its_target_by_a_fifth_of_the_horizon_at_most(
+    kl, target, expected
+):
+    """arXiv 1909.08593, Sec. 2.2, with TRL's K = responses / horizon = 64 / 640."""
+    coefficient = terms.next_kl_coefficient(0.2, kl, 64, target=target, horizon=640)
+    assert coefficient == pytest.approx(expected)
+
+
+def test_moments_of_batches_are_the_moments_of_all_rewards_at_once():
+    """By hand: (2, 4) then (6): mean 4, squares 4 + 0 + 4 = 8, std 2. A single reward has scale 1."""
+    first = terms.Moments().including(torch.tensor([2.0, 4.0]))
+    second = first.including(torch.tensor([6.0]))
+    assert (second.mean, second.squares, second.std) == (4.0, 8.0, 2.0)
+    assert terms.Moments().including(torch.tensor([5.0])).std == 1.0
+    assert terms.Moments().including(torch.tensor([5.0, 5.0])).std == 1.0
+    torch.manual_seed(0)
+    batches = [torch.randn(n) * 3 + 7 for n in (1, 5, 64, 2)]
+    moments = terms.Moments()
+    for batch in batches:
+        moments = moments.including(batch)
+    everything = torch.cat(batches).double()
+    assert moments.mean == pytest.approx(float(everything.mean()), rel=1e-9)
+    assert moments.std == pytest.approx(float(everything.std()), rel=1e-9)
+    assert terms.Moments(**json.loads(json.dumps(asdict(moments)))) == moments
+
+
+@pytest.mark.parametrize(
+    ("section", "scores"),
+    [
+        ({}, [10, 4, 3]),
+        ({"center": True}, [6, 0, -1]),
+        ({"scale": True}, [5, 2, 1.5]),
+        ({"center": True, "scale": True, "clip": 2.5}, [2.5, 0, -0.5]),
+    ],
+)
+def test_scores_are_centred_scaled_and_clipped_in_this_order(section, scores):
+    """mean 4, std 2: 10 -> 6 -> 3 -> 2.5."""
+    rewards = torch.tensor([10.0, 4.0, 3.0])
+    moments = terms.Moments(3.0, 4.0, 8.0)
+    assert terms.scores_of(rewards, moments, RewardSection(**section)).tolist() == scores

@@ -1,6 +1,4 @@
-"""PPO's update against its slow twin, step for step; and what must not change a gradient."""
-
-from dataclasses import replace
+"""PPO's update against the reference implementation, on a known problem, and what must not change it."""
 
 import numpy as np
 import pytest
@@ -11,14 +9,13 @@ from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import NumericsError
 from hafrm.recipe import LoraSection
-from hafrm.rlhf.actor import Actor, Reference, Rollout
-from hafrm.rlhf.ppo_update import PolicyWithValue, measure, pack, to_ppo_batch, update
-from hafrm.rlhf.prompts import Prompt
+from hafrm.rlhf.actor import Actor, Prompt, Reference, Rollout
+from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, pack, update
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection
 from hafrm.training.model_setup import inject_lora
 from hafrm.training.step import build_optimizer
 from models_for_tests import tiny_causal_lm, token_groups
-from slow_ppo import SlowPpo, SlowRules
+from support.reference_ppo import ReferencePpo, ReferenceRules
 from tokenizers_for_tests import chat_tokenizer
 
 SHAPES = [(5, (4, 7)), (3, (1, 2)), (9, (6, 3)), (4, (5, 5))]
@@ -41,10 +38,10 @@ def rollouts(seed: int = 0) -> list[Rollout]:
 def build(*, lora: bool = False, max_tokens: int = 40, sharing: bool = True):
     """A tiny policy with its value head, actor and optimiser, and a plain copy of its causal LM."""
     causal, twin = tiny_causal_lm("llama"), tiny_causal_lm("llama")
-    for each in (causal, twin) if lora else ():
-        each.requires_grad_(False)
+    for lm in (causal, twin) if lora else ():
+        lm.requires_grad_(False)
         torch.manual_seed(7)
-        inject_lora(LoraSection(rank=2, alpha=4.0), split_causal_lm(each)[0])
+        inject_lora(LoraSection(rank=2, alpha=4.0), split_causal_lm(lm)[0])
     backbone, head = split_causal_lm(causal)
     model = HybridModel(backbone, policy_head=head, sharing=sharing)
     actor = Actor(
@@ -64,16 +61,21 @@ def build(*, lora: bool = False, max_tokens: int = 40, sharing: bool = True):
 
 
 def take(policy, actor, optimizer, batch: list[Rollout], algorithm=ALGORITHM, step: int = 0):
-    measured = measure(policy, actor, batch)
-    batch = to_ppo_batch(measured, torch.tensor(SCORES), algorithm, algorithm.kl_coefficient)
-    return update(policy, optimizer, batch, algorithm, actor, seed=(0, step), max_grad_norm=1.0)
+    return update_on(policy, actor, optimizer, batch, torch.tensor(SCORES), algorithm, step)
+
+
+def update_on(policy, actor, optimizer, batch, scores, algorithm, step):
+    measured = measure_rollouts(policy, actor, batch)
+    targets = advantages_of(measured, scores, algorithm, algorithm.kl_coefficient)
+    options = {"seed": (0, step), "max_grad_norm": 1.0}
+    return update(policy, optimizer, measured, targets, algorithm, actor, **options)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_two_batches_equal_those_of_the_slow_twin_in_losses_and_weights(lora):
+def test_two_batches_equal_those_of_the_reference_implementation_in_losses_and_weights(lora):
     """Two epochs of two mini-batches each; in float32 the two differ by rounding alone."""
     policy, actor, optimizer, twin = build(lora=lora)
-    rules = SlowRules(
+    rules = ReferenceRules(
         **{name: getattr(ALGORITHM, name) for name in ("epochs", "mini_batches", "clip")},
         **{name: getattr(ALGORITHM, name) for name in ("value_clip", "value_weight", "gamma")},
         lam=ALGORITHM.lam,
@@ -83,13 +85,13 @@ def test_two_batches_equal_those_of_the_slow_twin_in_losses_and_weights(lora):
         max_grad_norm=1.0,
         eps=EPS,
     )
-    slow = SlowPpo(twin, rules)
+    slow = ReferencePpo(twin, rules)
     for step in range(2):
         batch = rollouts(step)
         stats = take(policy, actor, optimizer, batch, step=step)
         losses = slow.batch(
-            [each.prompt_ids.tolist() for each in batch],
-            [[ids.tolist() for ids in each.response_ids] for each in batch],
+            [rollout.prompt_ids.tolist() for rollout in batch],
+            [[ids.tolist() for ids in rollout.response_ids] for rollout in batch],
             SCORES,
             np.random.default_rng((0, step)),
         )
@@ -145,21 +147,23 @@ def test_every_token_of_a_batch_is_in_exactly_one_row_whatever_the_budget():
 def test_without_adapters_a_lora_policy_is_its_own_reference():
     policy, actor, optimizer, _ = build(lora=True)
     take(policy, actor, optimizer, rollouts())
-    after = measure(policy, actor, rollouts())
+    after = measure_rollouts(policy, actor, rollouts())
     assert float(after.ratios.abs().max()) > 1e-4
     with actor.reference.model() as start:
         row = pack(rollouts(), np.arange(4), 10_000, policy.device)[0]
-        found = start.tokens(row.layout).logps
+        reference_logps = start.tokens(row.layout).logps
     start = Reference(build(lora=True)[1].model, adapters=False)
     with start.model() as plain:
         plain.transform = actor.model.transform
-        torch.testing.assert_close(found, plain.tokens(row.layout).logps, atol=1e-6, rtol=0.0)
+        torch.testing.assert_close(
+            reference_logps, plain.tokens(row.layout).logps, atol=1e-6, rtol=0.0
+        )
     assert all(p.requires_grad for n, p in actor.model.named_parameters() if "lora_" in n)
 
 
 def test_before_the_first_update_kl_is_zero_and_values_are_zero():
     policy, actor, _, _ = build()
-    measured = measure(policy, actor, rollouts())
+    measured = measure_rollouts(policy, actor, rollouts())
     assert float(measured.kls.abs().max()) < 1e-4
     assert float(measured.values.abs().max()) == 0.0
     assert float(measured.entropies.min()) > 0.0
@@ -167,12 +171,60 @@ def test_before_the_first_update_kl_is_zero_and_values_are_zero():
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_prompts():
     policy, actor, optimizer, _ = build()
-    batch = rollouts()
-    measured = measure(policy, actor, batch)
-    scores = torch.tensor(SCORES)
-    batch = to_ppo_batch(measured, scores, ALGORITHM, 0.1)
-    broken = replace(batch, advantages=batch.advantages.clone().fill_(float("nan")))
+    measured = measure_rollouts(policy, actor, rollouts())
+    targets = advantages_of(measured, torch.tensor(SCORES), ALGORITHM, 0.1)
+    broken = targets._replace(advantages=targets.advantages * float("nan"))
     before = [p.detach().clone() for p in policy.parameters()]
+    options = {"seed": (0, 0), "max_grad_norm": 1.0}
     with pytest.raises(NumericsError, match=r"stopped before the update\. Prompts in it: p"):
-        update(policy, optimizer, broken, ALGORITHM, actor, seed=(0, 0), max_grad_norm=1.0)
+        update(policy, optimizer, measured, broken, ALGORITHM, actor, **options)
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+
+
+GOOD, BAD = 7, 11
+ARMS = Prompt("arms", (), np.array([3, 4], np.int32))
+
+
+def play(kl_coefficient: float, num_batches: int = 8) -> tuple[float, float]:
+    """Probabilities of the good and the bad arm after training on reward 1, 0, and -1 for other tokens."""
+    causal = tiny_causal_lm("llama")
+    with torch.no_grad():  # start with two arms of like probability, and little else
+        causal.lm_head.weight.mul_(0.1)
+        bias = torch.zeros(61)
+        bias[[GOOD, BAD]] = 5.0
+    causal.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    backbone, head = split_causal_lm(causal)
+    model = HybridModel(backbone, policy_head=head)
+    actor = Actor(
+        causal,
+        model,
+        Reference(model, adapters=False),
+        Encoder(chat_tokenizer()),
+        sampling=Sampling(max_new_tokens=1),
+        batch_size=32,
+        max_tokens=1000,
+    )
+    policy = PolicyWithValue(model)
+    optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    algorithm = AlgorithmSection(kl_coefficient=kl_coefficient)
+    for step in range(num_batches):
+        batch = actor.write([ARMS], 32, seed=step)
+        arms = [int(ids[0]) for ids in batch[0].response_ids]
+        scores = torch.tensor([{GOOD: 1.0, BAD: 0.0}.get(arm, -1.0) for arm in arms])
+        update_on(policy, actor, optimizer, batch, scores, algorithm, step)
+    model.share(False)  # the stock attention, for a stock forward
+    with torch.no_grad():
+        logits = causal(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits[0, -1]
+    probabilities = logits.softmax(-1)
+    return float(probabilities[GOOD]), float(probabilities[BAD])
+
+
+def test_the_better_of_two_arms_is_learned_unless_distance_is_expensive():
+    """At beta = 20 the best policy, pi_0 exp(r / beta), hardly differs from the even start."""
+    good, bad = play(kl_coefficient=0.0)
+    assert good > 0.9
+    assert bad < 0.1
+    good, bad = play(kl_coefficient=20.0, num_batches=4)
+    assert abs(good - bad) < 0.35

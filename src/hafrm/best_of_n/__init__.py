@@ -1,6 +1,5 @@
 """Best of n: several reward models pick among the same candidates, and the picks are compared.
 
-Candidates come from a policy, an endpoint or files; picks are measured by a gold score and compared by a
-judge, which here always means something that compares two answers. Trains nothing. Start at
-`run_best_of_n`.
+Candidates come from a policy, an endpoint or files. A gold score measures the picks, and a judge compares
+them (a judge is always something that compares two answers). Trains nothing. Start at `run_best_of_n`.
 """

@@ -7,19 +7,20 @@ first needed, so a finished job loads none.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hafrm.best_of_n.drawing import CHUNK
+from hafrm.best_of_n.candidates import CHUNK
 from hafrm.errors import ConfigError, DataError, NumericsError
+from hafrm.evaluation.heads import LoadOptions, load_main_head
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.resumable import RecordFile
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import AUTO, Placement, choose_dtype, find_heads, model_digest
-from hafrm.scoring.reward_model import PolicyModel, RewardModel, read_implicit_rule
+from hafrm.scoring.reward_model import Scorer, read_implicit_rule
 
 GoldReward = Callable[[Sequence[Message], str], float]
 """The true reward of a response, where it is known."""
@@ -27,74 +28,40 @@ GroupScores = NDArray[np.float64] | str
 """One score for each response of a group, or why there are none, as "reason: detail"."""
 
 
-@runtime_checkable
-class CandidateScorer(Protocol):
-    """Anything that scores responses."""
-
-    name: str
-
-    def cache_key(self) -> dict[str, Any]:
-        """Everything its scores depend on, except what is scored."""
-
-    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The scores of each group's responses, in order, or why it has none."""
-
-    def close(self) -> None:
-        """Free memory; the next `score` may need it again."""
-
-
 class ModelScorer:
     """A model directory or run folder, by its reward head, or by its implicit reward if it has none."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        name: str | None = None,
-        *,
-        max_length: int | None = None,
-        place: Placement = AUTO,
-        reference: str | Path | None = None,
-    ) -> None:
+    def __init__(self, path: str | Path, name: str | None = None, place: Placement = AUTO) -> None:
         """Raises ModelError when there is no model at `path`."""
-        self.name = name or str(path)
+        self.name, self._path = name or str(path), path
         self.heads = find_heads(path)
-        main = self.heads.reward or self.heads.policy
-        assert main is not None
-        self._options: dict[str, Any] = {
-            "max_length": max_length,
-            "dtype": choose_dtype(main, place.dtype, place.device),
-            "device": place.device,
-        }
-        self._reference = reference
-        self._model: RewardModel | PolicyModel | None = None
+        self._options = LoadOptions(dtype=place.dtype, device=place.device)
+        self._model: Scorer | None = None
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its scores depend on."""
-        options: dict[str, Any] = {
-            "max_length": self._options["max_length"],
-            "dtype": str(self._options["dtype"]),
+        directory = self.heads.reward or self.heads.policy
+        assert directory is not None
+        key: dict[str, Any] = {
+            # "auto" depends on the device, so the key holds what it becomes here
+            "dtype": str(choose_dtype(directory, self._options.dtype, self._options.device)),
+            "model": model_digest(directory),
         }
-        if self.heads.reward is not None:
-            return {**options, "reward": model_digest(self.heads.reward)}
-        assert self.heads.policy is not None
-        rule = read_implicit_rule(self.heads.policy)
-        reference = self._reference or rule.reference
-        return {
-            **options,
-            "policy": model_digest(self.heads.policy),
-            "rule": {**asdict(rule), "reference": None},
-            "reference": None if reference is None else model_digest(reference),
-        }
+        if self.heads.reward is None:
+            rule = read_implicit_rule(directory)
+            key["rule"] = {
+                **asdict(rule),
+                "reference": rule.reference and model_digest(rule.reference),
+            }
+        return key
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The scores of each group's responses; none for a group that the template or length refuses.
-
-        Raises NumericsError for a score that is not finite.
-        """
-        model = self._loaded()
-        encoded = [_encode(model, group) for group in groups]
+        """The scores of each group's responses; none for a group that the template or length refuses."""
+        if self._model is None:
+            self._model = load_main_head(self._path, self._options)
+        encoded = [_encode(self._model, group) for group in groups]
         usable = [group for group in encoded if not isinstance(group, str)]
-        scores = np.asarray(model.score_encoded(usable), np.float64)
+        scores = np.asarray(self._model.score_encoded(usable), np.float64)
         parts = iter(np.split(scores, first_responses(usable)[1:]))
         return [group if isinstance(group, str) else next(parts) for group in encoded]
 
@@ -102,24 +69,14 @@ class ModelScorer:
         """Free the model's memory."""
         self._model = None
 
-    def _loaded(self) -> RewardModel | PolicyModel:
-        if self._model is None:
-            if self.heads.reward is not None:
-                self._model = RewardModel.from_pretrained(self.heads.reward, **self._options)
-            else:
-                assert self.heads.policy is not None
-                self._model = PolicyModel.from_pretrained(
-                    self.heads.policy, reference=self._reference, **self._options
-                )
-        return self._model
 
-
-def _encode(model: RewardModel | PolicyModel, group: Group) -> TokenizedGroup | str:
+def _encode(model: Scorer, group: Group) -> TokenizedGroup | str:
     """The group as ids, uncut, or why it cannot be scored."""
     try:
         encoded, report = model.encoder.encode([group])
     except DataError as error:
         return f"not encodable: {error}"
+    # half an answer would get a score too, and a wrong one
     if report.prompts_cut or report.responses_cut or not encoded:
         return (
             f"too long: prompt and candidate are longer than {model.encoder.lengths.max_length} tokens, "
@@ -139,7 +96,7 @@ class GoldScorer:
         return {"gold": self.name}
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The gold reward of each group's responses; none where the gold reward knows no such prompt."""
+        """The gold reward of each group's responses; none for a prompt that it does not know."""
         scores: list[GroupScores] = []
         for group in groups:
             try:
@@ -151,6 +108,9 @@ class GoldScorer:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+CandidateScorer = ModelScorer | GoldScorer
 
 
 def score_all(
@@ -181,29 +141,23 @@ def _record(scorer: CandidateScorer, group: Group, scores: GroupScores) -> dict[
     return {"id": group.id, "scores": scores.tolist()}
 
 
-def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each model: that of name=path, else the folder that its run is called by.
-
-    Raises ConfigError for two models of one name.
-    """
-    named = [_split_name(path) for path in paths]
-    names = [name or _run_name(path) for name, path in named]
-    if len(set(names)) < len(names):
-        names = [name or path.strip("/") for name, path in named]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise ConfigError(
-            f"two models are called {double[0]}; give them names: first={double[0]} ..."
-        )
-    return dict(zip(names, (path for _, path in named), strict=True))
-
-
-def _split_name(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    return (name, path) if equals and name and path and "/" not in name else ("", text)
+def named_models(models: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, path) of every PATH or NAME=PATH; a path without a name is called after its run folder."""
+    named = []
+    for text in models:
+        name, equals, path = text.partition("=")
+        if not equals or not name or "/" in name:
+            name, path = _run_name(text), text
+        if not path:
+            raise ConfigError(
+                f"{text!r} names no model; give PATH or NAME=PATH, such as haf=runs/haf"
+            )
+        named.append((name, path))
+    return named
 
 
 def _run_name(path: str) -> str:
+    """runs/haf/model/reward -> haf, runs/haf/model/policy -> haf-policy."""
     parts = [part for part in Path(path).parts if part not in ("model", "reward", ".", "/")]
     return "-".join(parts[-2:] if parts[-1:] == ["policy"] else parts[-1:]) or path
 

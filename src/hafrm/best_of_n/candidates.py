@@ -1,174 +1,171 @@
-"""Prompts and the candidates for each: read from files, or from what a policy wrote before.
+"""Candidates: read from files, or drawn from a policy until there are enough of them.
 
-A candidate file is any file of rows with a prompt and responses; `candidates.jsonl` of a best-of-n job is
-one too. Nothing here runs a model.
+`candidates.jsonl` of a best-of-n job is a file of rows like any other, so it can be read again. Prompts are
+drawn in chunks that depend on nothing but the chunk, so a killed job resumes to the same candidates.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from hafrm.data.parse import ParsedRow, parse_row
+from pydantic import Field
+
+from hafrm.best_of_n.endpoint import Reply
+from hafrm.best_of_n.policies import DrawRound, EndpointPolicy, LocalPolicy
 from hafrm.data.reader import read_preferences
-from hafrm.data.sources import iter_rows, parse_sources
-from hafrm.data.values import Refusal, RefusedError, check_text
-from hafrm.errors import ConfigError, DataError
+from hafrm.data.values import RefusedError, check_text
+from hafrm.errors import DataError
 from hafrm.preferences import Group, Message, prompt_key
+from hafrm.progress import OnProgress, no_progress
+from hafrm.recipe import Section
+from hafrm.resumable import RecordFile, ResumableFolder
 
 log = logging.getLogger("hafrm")
-MAX_BAD_FRACTION = 0.02
-"""Fraction of rows without a usable prompt, or usable responses, above which a file is refused."""
-_RESPONSE_COLUMNS = {"chosen", "rejected", "response", "responses", "completions"}
+Gather = Callable[[ResumableFolder, OnProgress], list["Candidates"]]
+"""Where the candidates of a job come from."""
+Policy = LocalPolicy | EndpointPolicy
+CHUNK = 64  # prompts whose work is lost by a kill
 
 
-@dataclass(frozen=True)
+class DrawSection(Section):
+    """How a policy writes candidates."""
+
+    num: int = Field(default=16, ge=2)
+    """Candidates for each prompt."""
+    repeats: bool = False
+    """Keep repeated draws, so that candidates are independent samples of the policy."""
+    seed: int = Field(default=0, ge=0)
+    """Another seed gives other candidates."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 1: the policy as it is."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a candidate at most."""
+    batch_size: int = Field(default=32, ge=1)
+    """Candidates that a policy on this machine writes at a time."""
+
+
+@dataclass
 class Candidates:
-    """What there is to pick from for one prompt."""
+    """What there is to pick from for one prompt; grows while it is drawn."""
 
-    group: Group
-    """The prompt and its distinct candidates, in the order in which they were first drawn."""
-    drawn: tuple[int, ...]
-    """Every draw as an index into the group's responses; repeated only where repeats were asked for."""
+    prompt: Group  # without responses
+    texts: list[str] = field(default_factory=list)
+    """The draws that are candidates, in their order; repeated only with `draw.repeats`."""
     num_draws: int = 0
-    num_cut: int = 0
-    """Draws that reached the token limit."""
-    num_blank: int = 0
-    """Draws that were not text, and so are not candidates."""
-    error: str | None = None
-    """Why the policy could not answer this prompt."""
+    num_cut: int = 0  # draws that reached the token limit
+    num_blank: int = 0  # draws that were not text, and so are not candidates
+    error: str | None = None  # why the policy could not answer this prompt
+
+    @property
+    def group(self) -> Group:
+        """The prompt with its distinct candidates, which are scored."""
+        return replace(self.prompt, responses=tuple(dict.fromkeys(self.texts)))
+
+    @property
+    def drawn(self) -> list[int]:
+        """Every draw as an index into the group's responses."""
+        indices = {text: k for k, text in enumerate(dict.fromkeys(self.texts))}
+        return [indices[text] for text in self.texts]
+
+    def add(self, reply: Reply, section: DrawSection) -> None:
+        """Take in what a policy wrote, as far as it is new and needed."""
+        self.error = reply.error
+        for choice in reply.choices:
+            text = choice.text.strip()
+            self.num_draws += 1
+            self.num_cut += not choice.ended
+            self.num_blank += not is_usable_text(text)
+            is_new = section.repeats or text not in self.texts
+            if is_usable_text(text) and is_new and len(self.texts) < section.num:
+                self.texts.append(text)
 
     def to_record(self) -> dict[str, Any]:
-        """One line of a candidate file, which the data readers take as a row."""
-        record: dict[str, Any] = {
-            "id": self.group.id,
-            "prompt": [message._asdict() for message in self.group.prompt],
-            "responses": [self.group.responses[k] for k in self.drawn],
-            "source": self.group.source,
-            "num_draws": self.num_draws,
-            "num_cut": self.num_cut,
-            "num_blank": self.num_blank,
+        """One line of candidates.jsonl, which the data readers take as a row."""
+        return {
+            "id": self.prompt.id,
+            "prompt": [message._asdict() for message in self.prompt.prompt],
+            "responses": self.texts,
+            "source": self.prompt.source,
+            **{name: getattr(self, name) for name in _STORED},
         }
-        return record if self.error is None else {**record, "error": self.error}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Candidates":
         """The candidates that `to_record` wrote."""
         prompt = tuple(Message(**message) for message in record["prompt"])
         group = Group(record["id"], prompt, (), source=record["source"])
-        counts = {name: record[name] for name in ("num_draws", "num_cut", "num_blank")}
-        return replace(
-            candidates_of(group, record["responses"]), **counts, error=record.get("error")
-        )
+        return cls(group, record["responses"], *(record[name] for name in _STORED))
 
 
-def candidates_of(prompt: Group, texts: Sequence[str]) -> Candidates:
-    """The candidates that these draws make, in their order."""
-    distinct = tuple(dict.fromkeys(texts))
-    place = {text: k for k, text in enumerate(distinct)}
-    drawn = tuple(place[text] for text in texts)
-    return Candidates(replace(prompt, responses=distinct), drawn, num_draws=len(texts))
+_STORED = ("num_draws", "num_cut", "num_blank", "error")
 
 
 def candidates_digest(candidates: Sequence[Candidates]) -> str:
     """Hexadecimal digest of all prompts and draws, for cache keys."""
-    content = [(c.group.id, c.group.prompt, c.group.responses, c.drawn) for c in candidates]
+    content = [(c.prompt.id, c.prompt.prompt, c.texts) for c in candidates]
     return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
 
 
-def read_prompts(sources: Sequence[str]) -> list[Group]:
-    """The distinct prompts of rows of any shape, as groups without responses.
-
-    Raises DataError for a source that is empty, or in which more than 2 % of the rows have no prompt.
-    """
-    prompts: dict[str, Group] = {}
-    labels: set[str] = set()
-    for source in sources:
-        num_rows, bad = 0, list[tuple[int, Refusal]]()
-        for name, number, parsed in _parsed_prompts(source):
-            num_rows += 1
-            if isinstance(parsed, Refusal):
-                bad.append((number, parsed))
-                continue
-            label = parsed.id or f"{name}-{number}"
-            # ids that people give may repeat, and records are found again by theirs
-            label = f"{label}~{len(labels)}" if label in labels else label
-            key = prompt_key(parsed.prompt)
-            if key not in prompts:
-                labels.add(label)
-                prompts[key] = Group(label, parsed.prompt, (), source=name, tags=parsed.tags)
-        _check_bad_rows(source, num_rows, bad)
-    return list(prompts.values())
-
-
-def _parsed_prompts(sources: str) -> Iterator[tuple[str, int, ParsedRow | Refusal]]:
-    for source in parse_sources(sources):
-        for number, row in iter_rows(source):
-            yield source.name, number, row if isinstance(row, Refusal) else _parse(row)
-
-
-def _parse(row: object) -> ParsedRow | Refusal:
-    """A row of any shape; its prompt alone where its responses are missing or cannot be used."""
-    parsed = parse_row(row, need_comparisons=False)
-    if isinstance(parsed, Refusal) and isinstance(row, Mapping):
-        columns = {name: value for name, value in row.items() if name not in _RESPONSE_COLUMNS}
-        again = parse_row({**columns, "response": "?"}, need_comparisons=False)
-        # the first reason names the real column; the second would speak of the stand-in
-        return parsed if isinstance(again, Refusal) and _RESPONSE_COLUMNS & set(row) else again
-    return parsed
-
-
-def _check_bad_rows(source: str, num_rows: int, bad: Sequence[tuple[int, Refusal]]) -> None:
-    if num_rows == 0:
-        raise DataError(
-            f"{source} has no rows; --prompts needs rows with a `prompt` (text or messages)"
-        )
-    if not bad:
-        return
-    number, refusal = bad[0]
-    text = (
-        f"{len(bad)} of {num_rows} rows of {source} have no usable prompt, such as row {number}: "
-        f"{refusal.reason}: {refusal.detail}"
+def read_prompts(
+    sources: Sequence[str], *, max_bad_fraction: float = 0.02, bad_rows_file: Path | None = None
+) -> list[Group]:
+    """The distinct prompts of rows of any shape, as groups without responses and with distinct ids."""
+    data = read_preferences(
+        sources,
+        max_bad_fraction=max_bad_fraction,
+        bad_rows_file=bad_rows_file,
+        need_responses=False,
     )
-    if len(bad) > MAX_BAD_FRACTION * num_rows:
-        raise DataError(f"{text}; fix or remove them")
-    log.warning("%s; they are left out", text)
+    distinct: dict[tuple[Message, ...], Group] = {}
+    for group in data.groups:  # one prompt may be in several sources or subsets
+        distinct.setdefault(group.prompt, replace(group, responses=(), comparisons=()))
+    return _with_distinct_ids(list(distinct.values()))
 
 
 def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
     """The first `num` distinct responses to each prompt that has several.
 
     Prompts with fewer than two responses are left out with a warning. Raises DataError when no prompt has
-    two, and for files that cannot be read.
+    two.
     """
-    groups = read_preferences(
-        sources, max_bad_fraction=MAX_BAD_FRACTION, need_comparisons=False
-    ).groups
-    usable = [group for group in groups if len(group.responses) > 1]
-    if not usable:
+    groups = read_preferences(sources, need_comparisons=False).groups
+    single = [group.id for group in groups if len(group.responses) < 2]
+    if len(single) == len(groups):
         raise DataError(
             f"{', '.join(sources)}: none of {len(groups)} prompts has two responses or more, so there is "
             "nothing to pick from; give rows with `prompt` and `responses`, or let a policy write them "
-            "(--prompts with --policy)"
+            "(--policy)"
         )
-    if len(usable) < len(groups):
-        single = [group.id for group in groups if len(group.responses) < 2]
+    if single:
         log.warning(
             "%d of %d prompts have fewer than two responses and are left out, such as %s",
             len(single),
             len(groups),
             single[0],
         )
-    copies: dict[str, int] = {}
-    candidates = []
-    for group in usable:
-        copy = copies[group.id] = copies.get(group.id, 0) + 1
-        label = group.id if copy == 1 else f"{group.id}~{copy}"
-        prompt = replace(group, id=label, comparisons=())
-        candidates.append(candidates_of(prompt, group.responses[:num]))
-    return candidates
+    usable = _with_distinct_ids([group for group in groups if len(group.responses) > 1])
+    return [
+        Candidates(replace(g, responses=(), comparisons=()), list(g.responses[:num]))
+        for g in usable
+    ]
+
+
+def _with_distinct_ids(groups: Sequence[Group]) -> list[Group]:
+    """The groups; ids that users give may repeat, and records are looked up by theirs."""
+    copies: Counter[str] = Counter()
+    result = []
+    for group in groups:
+        copies[group.id] += 1
+        copy = copies[group.id]
+        result.append(group if copy == 1 else replace(group, id=f"{group.id}~{copy}"))
+    return result
 
 
 def is_usable_text(text: str) -> bool:
@@ -180,7 +177,66 @@ def is_usable_text(text: str) -> bool:
     return bool(text.strip())
 
 
-def check_num_candidates(num: int) -> None:
-    """Raises ConfigError for a number of candidates that leaves nothing to pick."""
-    if num < 2:
-        raise ConfigError(f"best of n needs 2 candidates or more for each prompt (-n), got {num}")
+def draw_candidates(
+    policy: Policy,
+    prompts: Sequence[Group],
+    section: DrawSection,
+    file: RecordFile,
+    on_progress: OnProgress = no_progress,
+) -> list[Candidates]:
+    """The candidates for all prompts, in order; each chunk is added to `file` when it is drawn."""
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        if not all(prompt.id in file.records for prompt in chunk):
+            # the whole chunk is drawn again: its draws share batches and random numbers
+            drawn = _draw_chunk(policy, chunk, section, start)
+            file.add([c.to_record() for c in drawn if c.prompt.id not in file.records])
+        on_progress(start + len(chunk), len(prompts))
+    return [Candidates.from_record(file.records[prompt.id]) for prompt in prompts]
+
+
+def _draw_chunk(
+    policy: Policy, chunk: Sequence[Group], section: DrawSection, start: int
+) -> list[Candidates]:
+    """Two rounds of draws, the second for prompts that lack candidates (the paper's protocol)."""
+    candidates = [Candidates(prompt) for prompt in chunk]
+    for num_before in (0, section.num):
+        lacking = [c for c in candidates if c.error is None and len(c.texts) < section.num]
+        draw_round = DrawRound(section.seed, start, num_before)
+        prompts = [c.prompt for c in lacking]
+        replies = policy.write(prompts, section.num, draw_round) if prompts else []
+        for c, reply in zip(lacking, replies, strict=True):
+            c.add(reply, section)
+    return candidates
+
+
+def drawing_key(policy: Policy, prompts: Sequence[Group], section: DrawSection) -> dict[str, Any]:
+    """Everything the candidates depend on."""
+    keys = [[prompt.id, prompt_key(prompt.prompt)] for prompt in prompts]
+    digest = hashlib.sha256(repr(keys).encode("utf-8", "surrogatepass")).hexdigest()
+    own = section.model_dump(include={"num", "repeats", "seed"})
+    return {**policy.cache_key(), **own, "prompts": digest}
+
+
+def from_policy(policy: Policy, prompts: Sequence[Group], section: DrawSection) -> Gather:
+    """Candidates that a policy writes."""
+
+    def gather(folder: ResumableFolder, on_progress: OnProgress) -> list[Candidates]:
+        file = folder.records("candidates.jsonl", drawing_key(policy, prompts, section))
+        candidates = draw_candidates(policy, prompts, section, file, on_progress)
+        policy.close()  # the models that score need the memory
+        return candidates
+
+    return gather
+
+
+def from_files(sources: Sequence[str], num: int) -> Gather:
+    """Candidates that files hold, the first `num` of each prompt."""
+
+    def gather(folder: ResumableFolder, _: OnProgress) -> list[Candidates]:
+        candidates = read_candidates(sources, num)
+        file = folder.records("candidates.jsonl", {"candidates": candidates_digest(candidates)})
+        file.add([c.to_record() for c in candidates if c.prompt.id not in file.records])
+        return candidates
+
+    return gather

@@ -1,9 +1,8 @@
-"""Any OpenAI-compatible endpoint: many chat requests at a time, replies kept on disk.
+"""An OpenAI-compatible chat endpoint: many requests at a time, every reply cached on disk.
 
-The openai client repeats what may work the next time (rate limits, server errors, lost connections). A
-request that the endpoint rejects (too long, say) becomes a reply with an `error`; what no repetition can
-fix ends the job. Replies are cached under the whole request, never with the key, so the same job called
-again asks for the rest only.
+The openai client retries what may succeed later (rate limits, server errors, lost connections). A request
+that the endpoint rejects becomes a reply with an `error`; what no retry can fix ends the job. The same job
+called again asks for the missing replies only.
 """
 
 import hashlib
@@ -11,41 +10,34 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
+from hafrm.recipe import Section, Text
 from hafrm.resumable import cache_folder
 
+# bad request, too large, unprocessable: the next request may be fine
 _REJECTED = {400, 413, 422}
-"""What is wrong with one request and may be right with the next."""
 
 
-@dataclass(frozen=True)
-class EndpointOptions:
-    """Where an endpoint is and how it is used; the last four do not change its replies."""
+class EndpointSection(Section):
+    """A model behind an endpoint, and how it is asked."""
 
-    url: str
-    """Up to and without /chat/completions, such as http://localhost:8000/v1."""
-    model: str | None = None
-    """None: the only one that the endpoint lists."""
-    request: Mapping[str, Any] = field(default_factory=dict)
-    """Added to every request; None removes a setting."""
-    concurrency: int = 8
-    timeout: float = 120.0
+    model: Text | None = None
+    """Its name there; null: the only one that the endpoint lists."""
+    request: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
+    """Settings added to every request; null removes one."""
+    concurrency: int = Field(default=8, ge=1)
+    """Requests at a time."""
+    timeout: float = Field(default=120.0, gt=0)
     """Seconds for one request."""
-    retries: int = 6
-    """Of one request after its first try."""
-    key_variables: tuple[str, ...] = ("OPENAI_API_KEY",)
-    """Environment variables; the first that is set is the API key."""
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"an endpoint is given as http://... or https://..., got {self.url!r}"
-            )
+    retries: int = Field(default=6, ge=0)
+    """Retries of a request that failed."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +45,8 @@ class Choice:
     """One answer of a model."""
 
     text: str
-    refused: bool
-    """The endpoint says that the model refused, or filtered what it wrote."""
-    ended: bool
-    """The model ended by itself, not at the token limit."""
+    refused: bool  # the model refused, or the endpoint filtered what it wrote
+    ended: bool  # the model ended by itself, not at the token limit
 
 
 @dataclass(frozen=True)
@@ -64,17 +54,23 @@ class Reply:
     """The answers to one request."""
 
     choices: tuple[Choice, ...]
-    error: str | None = None
-    """Why the endpoint rejected the request; then there are no choices."""
+    error: str | None = None  # why the endpoint rejected the request; then there are no choices
 
 
 class Endpoint:
     """A chat model behind an endpoint."""
 
-    def __init__(self, options: EndpointOptions, cache: Path | None = None) -> None:
-        """Replies are kept in the folder `cache`, by default under the user's cache folder.
+    def __init__(
+        self,
+        url: str,
+        section: EndpointSection | None = None,
+        *,
+        key_variable: str = "HAFRM_ENDPOINT_KEY",
+        cache: Path | None = None,
+    ) -> None:
+        """`url` stops before /chat/completions; the key is in `key_variable`, else in OPENAI_API_KEY.
 
-        Raises ConfigError where the extra `judge` is missing.
+        Raises ConfigError where the extra `judge` is not installed.
         """
         try:
             import diskcache  # noqa: PLC0415 - an extra
@@ -83,24 +79,21 @@ class Endpoint:
             raise ConfigError(
                 f"endpoints need the package {error.name}: pip install 'hafrm[judge]'"
             ) from error
-        self.options = options
-        self._openai = openai
+        self.url, self.section = url, section or EndpointSection()
+        self._openai, self._key_variable = openai, key_variable
         self._cache = diskcache.Cache(str(cache or cache_folder("replies")))
-        keys = [os.environ[name] for name in options.key_variables if os.environ.get(name)]
         self._client = openai.OpenAI(
-            base_url=options.url,
-            api_key=keys[0] if keys else "none",
-            timeout=options.timeout,
-            max_retries=options.retries,
+            base_url=url,
+            # local servers take any key, but the client insists on one
+            api_key=os.environ.get(key_variable) or os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=self.section.timeout,
+            max_retries=self.section.retries,
         )
-        self._model = options.model
+        self._model = self.section.model
 
     @property
     def model(self) -> str:
-        """The model's name, asked for where none was given.
-
-        Raises ServerError when the endpoint does not list exactly one.
-        """
+        """The model's name; raises ServerError where none is set and the endpoint lists several."""
         if self._model is None:
             try:
                 names = [model.id for model in self._client.models.list()]
@@ -108,11 +101,19 @@ class Endpoint:
                 raise self._unusable(error) from error
             if len(names) != 1:
                 raise ServerError(
-                    f"{self.options.url} has {len(names)} models ({', '.join(names[:8])}); name one of "
-                    "them (--set policy.model=NAME, --set judge.model=NAME)"
+                    f"{self.url} has {len(names)} models ({', '.join(names[:8])}); name one of them "
+                    "(policy.model=NAME, judge.model=NAME)"
                 )
             self._model = names[0]
         return self._model
+
+    def cache_key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What replies depend on, except the conversations."""
+        return {
+            "url": self.url,
+            "model": self.model,
+            "request": {**settings, **self.section.request},
+        }
 
     def ask(
         self,
@@ -121,36 +122,38 @@ class Endpoint:
         *,
         repetition: tuple[int, ...] = (),
     ) -> list[Reply]:
-        """A reply to each conversation, in order, all with the same settings.
+        """A reply to each conversation, in order.
 
         `repetition` distinguishes repeated requests, which the cache would otherwise answer alike.
         Raises ServerError when the endpoint cannot be used.
         """
         bodies = [self._body(messages, settings) for messages in conversations]
-        with ThreadPoolExecutor(self.options.concurrency) as pool:
+        with ThreadPoolExecutor(self.section.concurrency) as pool:
             futures = [pool.submit(self._reply, body, repetition) for body in bodies]
             try:
                 return [future.result() for future in futures]
             except ServerError:
+                # the rest would wait for the same broken server
                 pool.shutdown(cancel_futures=True)
                 raise
 
     def _body(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "messages": [message._asdict() for message in messages],
             **settings,
-            **self.options.request,
+            **self.section.request,
         }
         return {name: value for name, value in body.items() if value is not None}
 
     def _reply(self, body: dict[str, Any], repetition: tuple[int, ...]) -> Reply:
-        request = {"url": self.options.url, "body": body, "repetition": list(repetition)}
+        # the whole request is the key, the API key is not part of it
+        request = {"url": self.url, "body": body, "repetition": list(repetition)}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()
         content = self._cache.get(key)
         if content is not None:
             return Reply(_choices(json.loads(content)))
-        # settings that the client does not know (top_k, a template's options) travel as they are
+        # settings that the client does not know (top_k, a template's options) pass through unchanged
         extra = {name: v for name, v in body.items() if name not in ("model", "messages")}
         create = self._client.chat.completions.with_raw_response.create
         try:
@@ -164,27 +167,30 @@ class Endpoint:
         except self._openai.OpenAIError as error:
             raise self._unusable(error) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            text = f"an answer that is no chat completion: {_one_line(content)}"
-            raise self._unusable(text) from error
+            raise self._unusable(f"this is no chat completion: {content}") from error
         self._cache.set(key, content)
         return Reply(choices)
 
     def _unusable(self, reason: object) -> ServerError:
-        keys = " or ".join(self.options.key_variables)
         return ServerError(
-            f"{self.options.url} cannot be used: {_one_line(str(reason))}. Check that the address (it "
-            f"usually ends in /v1), the model and the key ({keys}) are right and the server is up; its "
-            "answers so far are kept, and the same command resumes"
+            f"{self.url} cannot be used: {_one_line(str(reason))}. Check the address (it usually ends in "
+            f"/v1), the model, the key ({self._key_variable} or OPENAI_API_KEY) and that the server is up; "
+            "replies so far are cached, and the same command resumes"
         )
 
 
 def require_some(replies: Sequence[Reply], url: str) -> None:
-    """Raises ServerError when every one of several requests was rejected: the settings are wrong."""
+    """Raise ServerError when every request was rejected: then the settings are wrong."""
     if replies and all(reply.error is not None for reply in replies):
         raise ServerError(
-            f"{url} rejects every request, such as with {replies[0].error}; change what is asked for "
-            "(--set policy.request='{name: value}', null removes a setting)"
+            f"{url} rejects every request, such as with {replies[0].error}; change the settings (policy or "
+            "judge, such as policy.request='{name: value}'; null removes a setting)"
         )
+
+
+def is_url(text: str | None) -> bool:
+    """Whether a policy or judge is an endpoint rather than a directory."""
+    return text is not None and text.startswith(("http://", "https://"))
 
 
 def _choices(body: Mapping[str, Any]) -> tuple[Choice, ...]:

@@ -1,12 +1,12 @@
 """What best of n says about reward models: curves, agreement, wins; frozen results with their tables.
 
 Of N samples every subset of n is as good a draw as any other, so the mean over all subsets is the unbiased
-estimate of best-of-n with the least variance; no subset is drawn (WebGPT, arXiv 2112.09332, appendix I;
-Gao et al., arXiv 2210.10760). Every interval is over prompts: candidates of one prompt are not independent.
+estimate of best-of-n with the least variance (WebGPT, arXiv 2112.09332, appendix I). Every interval is over
+prompts: candidates of one prompt are not independent.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,20 +14,20 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.best_of_n.candidates import Candidates
-from hafrm.best_of_n.judges import Wins, wins_table
+from hafrm.best_of_n.judges import JudgeReliability, PairVerdict, judge_reliability
 from hafrm.results import Real
 from hafrm.statistics import (
     Estimate,
     accuracy_interval,
     bootstrap_columns,
     clustered_bootstrap,
+    seeded_difference,
+    seeded_mean,
 )
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Column, Table, columns
 
 PerPrompt = Sequence[NDArray[np.float64]]
 """For every prompt a number for each of its distinct candidates."""
-Ranks = NDArray[np.float64] | None
-"""A judge's mean rank of each candidate, 0 the best; None where it gave none."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,9 @@ class CurvePoint:
     """The best of n random candidates."""
 
     n: int
-    kl: float
-    """log n - (n - 1) / n, nat."""
-    proxy: Estimate
-    """Mean score of the pick, by the model that picks."""
-    gold: Estimate | None
-    """Mean gold score of the pick."""
+    kl: float  # log n - (n - 1) / n, nat
+    proxy: Estimate  # mean score of the pick, by the model that picks
+    gold: Estimate | None  # mean gold score of the pick
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,21 @@ class PickExample:
 
 @dataclass(frozen=True)
 class PickerResult:
-    """One reward model as a picker."""
+    """One reward model as a picker; without a gold score all but the first two are empty."""
 
     name: str
     curve: tuple[CurvePoint, ...]
-    gain: Estimate | None
+    gain: Estimate | None = None
     """Gold score of the pick among all, minus that of a random candidate."""
-    peak: int | None
-    """The n at which the mean gold score is highest."""
-    since_peak: Estimate | None
+    peak: int | None = None  # the n at which the mean gold score is highest
+    since_peak: Estimate | None = None
     """Gold score of the pick among all, minus that of the pick at the peak, prompt by prompt; the peak is
     chosen on the same prompts, which makes a fall look larger than it is."""
-    alpha: Real
-    """Of the fit gold(n) - gold(1) = d (alpha - beta d), d = sqrt(KL)."""
-    beta: Real
-    top1_agreement: Estimate | None
+    alpha: Real = math.nan  # of the fit gold(n) - gold(1) = d (alpha - beta d), d = sqrt(KL)
+    beta: Real = math.nan
+    top1_agreement: Estimate | None = None
     """Fraction of prompts whose pick is (one of) the gold score's best."""
-    top1_agreement_judge: Estimate | None
-    """The same by the judge's ranking."""
-    examples: tuple[PickExample, ...]
+    examples: tuple[PickExample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,7 @@ class PickBaseline:
     """What picks without a reward model: its gold curve."""
 
     name: str
-    gold: tuple[Estimate, ...]
-    """For n = 1, 2, ..."""
+    gold: tuple[Estimate, ...]  # for n = 1, 2, ..
 
 
 @dataclass(frozen=True)
@@ -92,12 +84,26 @@ class CandidateCounts:
     num_fewer: int = 0
     """Prompts with fewer candidates than asked for; their best of more is the best of all."""
     mean_candidates: float = 0.0
-    num_cut: int = 0
-    """Draws that reached the token limit."""
-    num_blank: int = 0
-    """Draws that were not text."""
+    num_cut: int = 0  # draws that reached the token limit
+    num_blank: int = 0  # draws that were not text
     left_out: dict[str, int] = field(default_factory=dict)
     """Prompts that are not measured, by reason."""
+
+
+@dataclass(frozen=True)
+class Wins:
+    """The answers of two methods against each other, prompt by prompt; equal answers are ties."""
+
+    first: str
+    second: str
+    judge: str
+    win: Estimate
+    tie: Estimate
+    lose: Estimate
+    difference: Estimate  # win - lose
+    same: float  # fraction of prompts for which both gave the same answer
+    num_not_judged: int  # left out of all fractions
+    reliability: JudgeReliability | None  # of an LLM judge, over these pairs
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,7 @@ class BestOfN:
     counts: CandidateCounts
     models: tuple[PickerResult, ...]
     baselines: tuple[PickBaseline, ...]
-    top1_chance: Real | None
-    """Top-1 agreement of a random pick with the gold score."""
-    top1_chance_judge: Real | None
+    top1_chance: Real | None  # top-1 agreement of a random pick with the gold score
     wins: tuple[Wins, ...]
 
     def tables(self) -> tuple[Table, ...]:
@@ -125,34 +129,23 @@ class BestOfN:
 
     def _picks(self) -> Table:
         """One row for each model: its own score and the gold score of what it picks."""
-        with_gold = self.gold is not None
-        with_ranks = self.models[0].top1_agreement_judge is not None
-        columns = ["picked by", "its own score"]
-        columns += ["gold score", "above a random one", "picks the gold best"] * with_gold
-        columns += ["picks the judge's best"] * with_ranks
-        rows: list[tuple[Cell, ...]] = []
-        for model in self.models:
-            last = model.curve[-1]
-            golden = (last.gold, model.gain, model.top1_agreement) if with_gold else ()
-            ranked = (model.top1_agreement_judge,) if with_ranks else ()
-            rows.append((model.name, last.proxy, *golden, *ranked))
-        for baseline in self.baselines:
-            blank = (None,) * (2 + with_ranks)
-            rows.append((baseline.name, None, baseline.gold[-1], *blank))
-        if with_gold or with_ranks:
-            chance: tuple[Cell, ...] = ()
-            if with_gold:
-                chance = (self.models[0].curve[0].gold, None, self.top1_chance)
-            ranked_chance = (self.top1_chance_judge,) if with_ranks else ()
-            rows.append(("a random one", None, *chance, *ranked_chance))
+        heads = "picked by | its own score"
+        lasts = [model.curve[-1] for model in self.models]
+        rows: list[tuple[Cell, ...]] = [
+            (model.name, last.proxy) for model, last in zip(self.models, lasts, strict=True)
+        ]
+        if self.gold is not None:
+            heads += " | gold score | above a random one | picks the gold best: percent"
+            rows = [
+                (*row, last.gold, model.gain, model.top1_agreement)
+                for row, last, model in zip(rows, lasts, self.models, strict=True)
+            ]
+            rows += [(b.name, None, b.gold[-1], None, None) for b in self.baselines]
+            # the best of one is a random candidate, whoever picks
+            chance = self.models[0].curve[0].gold
+            rows.append(("a random one", None, chance, None, self.top1_chance))
         title = f"best of {self.num_candidates} on {self.num_prompts} prompts [95 %]"
-        kinds = {"picks the gold best", "picks the judge's best"}
-        return Table(
-            title,
-            tuple(Column(name, "percent" if name in kinds else "text") for name in columns),
-            tuple(rows),
-            tuple(self._notes()),
-        )
+        return Table(title, columns(heads), tuple(rows), tuple(self._notes()))
 
     def _curves(self, *, golden: bool) -> Table:
         num = self.num_candidates
@@ -168,21 +161,21 @@ class BestOfN:
         title = f"{'gold' if golden else 'own'} score of the best of n [95 %]"
         return Table(title, tuple(Column(name) for name in names), tuple(rows))
 
-    def _notes(self) -> list[str]:
+    def _notes(self) -> Iterator[str]:
         counts = self.counts
-        notes = [
+        yield (
             f"candidates: {counts.mean_candidates:.1f} a prompt; prompts with fewer than "
             f"{self.num_candidates}: {counts.num_fewer}; draws cut at the token limit: "
             f"{counts.num_cut}, blank: {counts.num_blank}"
-        ]
-        notes += [f"left out: {num} prompts: {why}" for why, num in counts.left_out.items()]
+        )
+        for why, num in counts.left_out.items():
+            yield f"left out: {num} prompts: {why}"
         for model in self.models if self.gold is not None else ():
             fall = f", since then {model.since_peak}" if model.peak != self.num_candidates else ""
-            notes.append(
+            yield (
                 f"{model.name}: gold(n) - gold(1) = d ({model.alpha:.3f} - {model.beta:.3f} d), "
                 f"d = sqrt(KL); highest at n = {model.peak}{fall}"
             )
-        return notes
 
 
 def expected_picks(
@@ -196,7 +189,8 @@ def expected_picks(
     num = len(scores)
     order = np.lexsort((-np.arange(num), scores))
     # Row n - 1: the chance that the candidate with i lower ones is the best of n drawn without return. The
-    # other n - 1 come from the i lower ones: C(i, n - 1) / C(num, n), by its ratio to the row above.
+    # other n - 1 come from the i lower ones: C(i, n - 1) / C(num, n), by its ratio to the row above, since
+    # the binomials themselves overflow.
     lower = np.arange(num, dtype=np.float64)
     rows = [np.full(num, 1.0 / num)]
     for n in range(1, num):
@@ -237,11 +231,11 @@ def best_indices(scores: PerPrompt) -> NDArray[np.int64]:
 
 def curve_values(
     candidates: Sequence[Candidates], scores: PerPrompt, values: PerPrompt, num: int
-) -> NDArray[np.float64]:
-    """[prompts, num]: the expected value of the best of n draws by score, for every prompt and n."""
+) -> Float[np.ndarray, "prompts {num}"]:
+    """The expected value of the best of n draws by score, for every prompt and n."""
     rows = []
     for c, s, v in zip(candidates, scores, values, strict=True):
-        drawn = list(c.drawn)
+        drawn = c.drawn
         curve = expected_picks(s[drawn], v[drawn])
         # a prompt with fewer candidates: for larger n the best of all it has
         rows.append(np.concatenate([curve, np.full(num - len(curve), curve[-1])]))
@@ -249,56 +243,31 @@ def curve_values(
 
 
 def measure_picker(
-    name: str,
-    candidates: Sequence[Candidates],
-    scores: PerPrompt,
-    gold: PerPrompt | None,
-    ranks: Sequence[Ranks] | None,
-    num: int,
+    name: str, candidates: Sequence[Candidates], scores: PerPrompt, gold: PerPrompt | None, num: int
 ) -> PickerResult:
-    """The curves and agreements of one model's picks."""
-    kl = [kl_of_best(n) for n in range(1, num + 1)]
+    """The curves of one model's picks, and their agreement with the gold score."""
+    sizes = range(1, num + 1)
+    kl = [kl_of_best(n) for n in sizes]
     proxy = bootstrap_columns(curve_values(candidates, scores, scores, num))
-    golden: Sequence[Estimate | None] = [None] * num
-    gain, peak, since, alpha, beta, agreement = None, None, None, math.nan, math.nan, None
-    if gold is not None:
-        values = curve_values(candidates, scores, gold, num)
-        golden = bootstrap_columns(values)
-        gain = clustered_bootstrap(values[:, -1] - values[:, 0], proportion=False)
-        means = values.mean(0)
-        peak = int(np.argmax(means)) + 1
-        since = clustered_bootstrap(values[:, -1] - values[:, peak - 1], proportion=False)
-        alpha, beta = fit_gold(np.array(kl), means - means[0])
-        agreement = _agreement(best_indices(scores), gold)
-    ranked = None
-    if ranks is not None:
-        pairs = [(k, -r) for k, r in zip(best_indices(scores), ranks, strict=True) if r is not None]
-        ranked = _agreement(np.array([k for k, _ in pairs], np.int64), [r for _, r in pairs])
-    points = zip(range(1, num + 1), kl, proxy, golden, strict=True)
+    if gold is None:
+        nothing = [None] * num
+        return PickerResult(name, tuple(map(CurvePoint, sizes, kl, proxy, nothing)))
+    values = curve_values(candidates, scores, gold, num)
+    means = values.mean(0)
+    peak = int(np.argmax(means)) + 1
+    alpha, beta = fit_gold(np.array(kl), means - means[0])
+    best = zip(best_indices(scores), gold, strict=True)
+    hits = np.array([g[k] == g.max() for k, g in best], bool)
     return PickerResult(
         name=name,
-        curve=tuple(CurvePoint(*point) for point in points),
-        gain=gain,
+        curve=tuple(map(CurvePoint, sizes, kl, proxy, bootstrap_columns(values))),
+        gain=clustered_bootstrap(values[:, -1] - values[:, 0], proportion=False),
         peak=peak,
-        since_peak=since,
+        since_peak=clustered_bootstrap(values[:, -1] - values[:, peak - 1], proportion=False),
         alpha=alpha,
         beta=beta,
-        top1_agreement=agreement,
-        top1_agreement_judge=ranked,
-        examples=(),
+        top1_agreement=accuracy_interval(hits),
     )
-
-
-def _agreement(picked: NDArray[np.int64], values: PerPrompt) -> Estimate:
-    """Fraction of picks that have their prompt's highest value."""
-    hits = [v[k] == v.max() for k, v in zip(picked, values, strict=True)]
-    return accuracy_interval(np.array(hits, bool))
-
-
-def chance_of_best(values: Sequence[Ranks]) -> float:
-    """How often a random candidate has its prompt's highest value."""
-    fractions = [float(np.mean(v == v.max())) for v in values if v is not None]
-    return float(np.mean(fractions)) if fractions else math.nan
 
 
 def measure_baselines(
@@ -309,4 +278,65 @@ def measure_baselines(
     return tuple(
         PickBaseline(name, bootstrap_columns(curve_values(candidates, scores, gold, num)))
         for name, scores in (("longest", lengths), ("gold itself", gold))
+    )
+
+
+def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
+    """Who wins against whom; with the judge's reliability where an LLM was asked."""
+    reports = [w.reliability for w in wins if w.reliability is not None]
+    heads = "first | second | first wins | tie | second wins | wins - losses | same pick: percent"
+    if reports:
+        heads += " | position bias: percent | not judged: count"
+    rows = []
+    for w in wins:
+        cells: tuple[Cell, ...] = (w.first, w.second, w.win, w.tie, w.lose, w.difference, w.same)
+        bias = None if w.reliability is None else w.reliability.position_bias
+        rows.append((*cells, bias, w.num_not_judged) if reports else cells)
+    notes: tuple[str, ...] = ()
+    if reports:
+        totals = {name: sum(r.verdicts[name] for r in reports) for name in reports[0].verdicts}
+        notes = ("the judge's answers: " + ", ".join(f"{k} {n}" for k, n in totals.items()),)
+    title = f"{what} against each other, by {wins[0].judge} [95 %]"
+    return Table(title, columns(heads), tuple(rows), notes)
+
+
+def measure_wins(
+    names: tuple[str, str],
+    judge: str,
+    same: NDArray[np.bool_],
+    verdicts: Sequence[PairVerdict],
+    *,
+    num_seeds: int = 1,
+) -> Wins:
+    """Fractions of wins, ties and losses of the first of two methods; `same` marks equal answers.
+
+    With several seeds their verdicts are concatenated, on the same prompts, and the intervals are over
+    prompts and seeds; a prompt that is not judged for one seed is then left out for all.
+    """
+    preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
+    signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
+    judged = signs[:, ~np.isnan(signs).any(0)]
+    several = num_seeds > 1 and judged.size > 0
+
+    def fraction(sign: int) -> Estimate:
+        hits = judged == sign
+        return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
+
+    # wins - losses lie between -1 and 1, where seeded_mean would cut at 0: so a difference to nothing
+    difference = (
+        seeded_difference(judged, np.zeros_like(judged)).estimate
+        if several
+        else clustered_bootstrap(judged.ravel())
+    )
+    reliability = judge_reliability(verdicts)
+    return Wins(
+        *names,
+        judge=judge,
+        win=fraction(1),
+        tie=fraction(0),
+        lose=fraction(-1),
+        difference=difference,
+        same=float(np.mean(same)),
+        num_not_judged=signs.size - judged.size,
+        reliability=reliability if reliability.num_pairs else None,
     )

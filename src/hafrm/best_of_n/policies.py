@@ -1,22 +1,19 @@
 """Policies that write candidates: a model directory on this machine, or a chat model behind an endpoint.
 
-Both take prompts as messages and return text without the blanks around it. A prompt that a policy cannot
-answer is refused in its place, and costs no other prompt its draws.
+Both take prompts as messages and return stripped text. A prompt that a policy cannot answer is refused in
+its place and costs no other prompt its draws.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hafrm.best_of_n.drawing import Draw, DrawRound
-from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
-from hafrm.data.chat_template import read_template
+from hafrm.best_of_n.endpoint import Choice, Endpoint, Reply, require_some
 from hafrm.data.encoding import Encoder
-from hafrm.data.values import Refusal
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message
@@ -33,74 +30,62 @@ from hafrm.scoring.loading import (
 _NO_LIMIT = 2**20
 
 
+class DrawRound(NamedTuple):
+    """Which draws these are; the same round gives the same draws."""
+
+    seed: int
+    chunk: int
+    num_before: int  # draws made for these prompts before
+
+
 class LocalPolicy:
     """A causal LM in a directory that stock transformers loads, asked through its chat template."""
 
     def __init__(
-        self,
-        load: Callable[[], PreTrainedModel],
-        encoder: Encoder,
-        options: Sampling,
-        *,
-        positions: int | None = None,
-        name: str = "",
-        batch_size: int = 32,
+        self, path: str | Path, options: Sampling, *, place: Placement = AUTO, batch_size: int = 32
     ) -> None:
-        """`load` is called when the model is first needed; it takes up to `positions` tokens, and `name`
-        distinguishes its weights from others."""
-        self.encoder, self.options, self.positions = encoder, options, positions
-        self.name, self.batch_size = name, batch_size
-        self.end_of_turn = _end_of_turn(encoder)
-        self._load = load
-        self._model: PreTrainedModel | None = None
+        """`path` is a `...ForCausalLM` directory, a hub id, or a run folder with a policy.
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        options: Sampling,
-        *,
-        chat_template: str | None = None,
-        place: Placement = AUTO,
-        batch_size: int = 32,
-    ) -> "LocalPolicy":
-        """A `...ForCausalLM` directory or hub id, or a run folder with a policy; `chat_template` (a name or
-        a file) replaces its own.
-
-        Raises ModelError for anything else, and for a tokenizer without a template.
+        Raises ModelError for anything else, and for a tokenizer without a chat template.
         """
-        policy = find_heads(path).policy
-        if policy is None:
+        directory = find_heads(path).policy
+        if directory is None:
             raise ModelError(
                 f"{path} is a reward model and cannot write; give --policy the directory of a causal LM"
             )
-        encoder = _policy_encoder(policy, chat_template)
-        text_config = load_config(policy).get_text_config()
-        dtype = choose_dtype(policy, place.dtype, place.device)
-        return cls(
-            lambda: load_causal_lm(policy, dtype=dtype, device=place.device),
-            encoder,
-            options,
-            positions=getattr(text_config, "max_position_embeddings", None),
-            name=f"{model_digest(policy)} {encoder.cache_key} {dtype}",
-            batch_size=batch_size,
-        )
+        self._directory, self._device = directory, place.device
+        self.options, self.batch_size = options, batch_size
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if tokenizer.chat_template is None:
+            raise ModelError(
+                f"the policy {path} has no chat template, so it is unknown how it is asked; write one to "
+                "its chat_template.jinja, or take a policy trained on chats"
+            )
+        self.encoder = Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
+        self.end_of_turn = _end_of_turn(self.encoder)
+        self._dtype = choose_dtype(directory, place.dtype, place.device)
+        text_config = load_config(directory).get_text_config()
+        self._positions = getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT
+        self._model: PreTrainedModel | None = None  # loaded when something must be drawn
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its responses depend on; a batch is drawn together, so its size is part of it."""
-        return {"policy": self.name, **asdict(self.options), "batch_size": self.batch_size}
+        return {
+            "policy": f"{model_digest(self._directory)} {self.encoder.cache_key} {self._dtype}",
+            **asdict(self.options),
+            "batch_size": self.batch_size,
+        }
 
-    def write(
-        self, prompts: Sequence[Group], num: int, draw_round: DrawRound
-    ) -> list[list[Draw] | Refusal]:
-        """For each prompt `num` draws; a refusal where the template or the model's length forbids it."""
+    def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[Reply]:
+        """For each prompt `num` choices; an error where the template or the model's length forbids it."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         if self._model is None:
-            self._model = self._load()
+            self._model = load_causal_lm(self._directory, dtype=self._dtype, device=self._device)
+        # torch takes seeds of 63 bits
         seed = int(np.random.SeedSequence(draw_round).generate_state(1, np.uint64)[0] >> 1)
         responses = sample(
             self._model,
-            [prompt for prompt in ids if not isinstance(prompt, Refusal)],
+            [prompt for prompt in ids if not isinstance(prompt, str)],
             num,
             self.options,
             eos=self.end_of_turn,
@@ -110,9 +95,9 @@ class LocalPolicy:
         )
         remaining = iter(responses)
         return [
-            prompt
-            if isinstance(prompt, Refusal)
-            else [self._decode(response) for response in next(remaining)]
+            Reply((), prompt)
+            if isinstance(prompt, str)
+            else Reply(tuple(self._decode(response) for response in next(remaining)))
             for prompt in ids
         ]
 
@@ -120,45 +105,29 @@ class LocalPolicy:
         """Free the model's memory."""
         self._model = None
 
-    def _prompt_ids(self, prompt: Group) -> list[int] | Refusal:
+    def _prompt_ids(self, prompt: Group) -> list[int] | str:
+        """The prompt up to the response, or why it cannot be answered."""
         try:
+            # the encoder needs a response to find where the prompt ends
             (encoded,), _ = self.encoder.encode([replace(prompt, responses=("x",))])
         except DataError as error:
-            return Refusal("not encodable", str(error))
-        room = (self.positions or _NO_LIMIT) - self.options.max_new_tokens
-        size = len(encoded.prompt_ids)
-        if size > room:
-            return Refusal(
-                "too long", f"the prompt has {size} tokens, the policy has room for {room}"
-            )
+            return f"not encodable: {error}"
+        room = self._positions - self.options.max_new_tokens
         ids: list[int] = encoded.prompt_ids.tolist()
+        if len(ids) > room:
+            return f"too long: the prompt has {len(ids)} tokens, the policy has room for {room}"
         return ids
 
-    def _decode(self, ids: list[int]) -> Draw:
+    def _decode(self, ids: list[int]) -> Choice:
         ended = bool(ids) and ids[-1] == self.end_of_turn
         text = self.encoder.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return Draw(str(text).strip(), ended)
-
-
-def _policy_encoder(path: str | Path, chat_template: str | None) -> Encoder:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
-    if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template)
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"the policy {path} has no chat template, so it is unknown how prompts are put to it; give one "
-            "(--set draw.chat_template=FILE, a Jinja template), or take a policy trained on chats"
-        )
-    return Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
+        return Choice(str(text), refused=False, ended=ended)
 
 
 def _end_of_turn(encoder: Encoder) -> int:
-    """The first special token behind a response: what an assistant's turn ends in, or else the EOS.
+    """The first special token after a response: what an assistant's turn ends in, or else the EOS.
 
     Raises ModelError when there is neither.
     """
@@ -175,62 +144,49 @@ def _end_of_turn(encoder: Encoder) -> int:
 
 
 class EndpointPolicy:
-    """A chat model behind an endpoint; several draws come from one request where it supports `n`."""
+    """A chat model behind an endpoint."""
 
     def __init__(self, endpoint: Endpoint, options: Sampling) -> None:
-        self.endpoint, self.options = endpoint, options
-        self._supports_n = True
+        self.endpoint = endpoint
+        self._settings = {
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_tokens": options.max_new_tokens,
+        }
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its responses depend on."""
-        return {
-            "policy": self.endpoint.options.url,
-            "model": self.endpoint.model,
-            **asdict(self.options),
-            "request": dict(self.endpoint.options.request),
-        }
+        return {"policy": self.endpoint.cache_key(self._settings)}
 
-    def write(
-        self, prompts: Sequence[Group], num: int, draw_round: DrawRound
-    ) -> list[list[Draw] | Refusal]:
-        """For each prompt `num` draws; a refusal where the endpoint rejects it.
+    def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[Reply]:
+        """For each prompt `num` choices, or why the endpoint rejects it.
 
-        Raises ServerError when it rejects every one, or cannot be used.
+        Raises ServerError when it rejects every prompt, or cannot be used.
         """
-        replies: list[Reply] = []
-        if self._supports_n:
-            replies = self._ask(prompts, num, draw_round)
-            if num > 1 and all(reply.error is not None for reply in replies):
-                self._supports_n = False  # some servers reject `n`
-        if not self._supports_n:
-            replies = self._ask(prompts, 1, draw_round)
-        require_some(replies, self.endpoint.options.url)
-        choices = [list(reply.choices) for reply in replies]
-        for k in range(1, num):  # others answer once, whatever `n` says
-            lacking = [i for i, c in enumerate(choices) if 0 < len(c) < num and len(c) <= k]
-            if not lacking:
-                break
-            later = draw_round._replace(num_before=draw_round.num_before + k)
-            more = self._ask([prompts[i] for i in lacking], 1, later)
-            for i, reply in zip(lacking, more, strict=True):
+        conversations = [prompt.prompt for prompt in prompts]
+        repetition = (draw_round.seed, draw_round.num_before)
+        settings = {**self._settings, "n": num}
+        first = self.endpoint.ask(conversations, settings, repetition=repetition)
+        choices = [list(reply.choices) for reply in first]
+        errors: dict[int, str] = {}
+        # some servers reject n > 1, others answer once whatever n is: the rest is asked one by one
+        for k in range(num):
+            lacking = [i for i, c in enumerate(choices) if len(c) <= k and i not in errors]
+            replies = self.endpoint.ask(
+                [conversations[i] for i in lacking],
+                self._settings,
+                repetition=(draw_round.seed, draw_round.num_before + k),
+            )
+            for i, reply in zip(lacking, replies, strict=True):
                 choices[i] += reply.choices
+                if reply.error is not None:
+                    errors[i] = f"not encodable: {reply.error}"
+            if len(errors) == len(prompts):
+                require_some(replies, self.endpoint.url)
         return [
-            Refusal("not encodable", reply.error)
-            if reply.error is not None
-            else [Draw(choice.text.strip(), choice.ended) for choice in answers[:num]]
-            for reply, answers in zip(replies, choices, strict=True)
+            Reply((), errors[i]) if i in errors else Reply(tuple(answers[:num]))
+            for i, answers in enumerate(choices)
         ]
 
     def close(self) -> None:
         """Nothing to free."""
-
-    def _ask(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[Reply]:
-        settings = {
-            "temperature": self.options.temperature,
-            "top_p": self.options.top_p,
-            "max_tokens": self.options.max_new_tokens,
-            "n": num if num > 1 else None,
-        }
-        conversations = [prompt.prompt for prompt in prompts]
-        repetition = (draw_round.seed, draw_round.num_before)
-        return self.endpoint.ask(conversations, settings, repetition=repetition)

@@ -5,36 +5,30 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import Device, Dtype, app
+from hafrm.cli.entry import app, show_result
 
 
 @app.command(name="best-of-n")
 def best_of_n(  # noqa: PLR0913 - the verb and its options
     models: Annotated[
         list[str],
-        typer.Argument(help="Run folders, reward or policy directories; name=path to name one."),
+        typer.Argument(help="Run folders, reward or policy directories: PATH or NAME=PATH."),
     ],
     *,
-    out: Annotated[Path, typer.Option(help="Folder for all results; a killed job resumes.")],
     prompts: Annotated[
-        list[str] | None, typer.Option(help="Rows with prompts, for --policy.")
-    ] = None,
+        list[str],
+        typer.Option(help="Rows with prompts; without --policy their responses are candidates."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for all results; a killed job resumes.")],
     policy: Annotated[
         str | None, typer.Option(help="Writes candidates: a causal LM's directory, or a URL.")
-    ] = None,
-    candidates: Annotated[
-        list[str] | None, typer.Option(help="Or rows with prompt and responses.")
     ] = None,
     num: Annotated[int, typer.Option("-n", "--num", help="Candidates for each prompt.")] = 16,
     gold: Annotated[
         str | None, typer.Option(help="A gold score for every candidate: demo, or a model.")
     ] = None,
-    judge: Annotated[
-        str | None, typer.Option(help="Compares picks: a URL, or a reward model.")
-    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Compares picks: an LLM at a URL.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other candidates.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,26 +44,10 @@ def best_of_n(  # noqa: PLR0913 - the verb and its options
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.progress import show_progress  # noqa: PLC0415
     from hafrm.recipe_file import build_as  # noqa: PLC0415
-    from hafrm.report.terminal import print_tables  # noqa: PLC0415
-    from hafrm.scoring.loading import Placement  # noqa: PLC0415
 
-    pick = {
-        "models": models,
-        "prompts": prompts or [],
-        "policy": policy,
-        "candidates": candidates or [],
-        "num": num,
-        "gold": gold,
-        "judge": judge,
-        "seed": seed,
-    }
-    options = build_as(BestOfNOptions, {"pick": pick}, "the options", overrides=settings or ())
-    result = run_best_of_n(
-        options,
-        out,
-        place=Placement(dtype, device),
-        golds={"demo": gold_reward},
-        show_progress=show_progress,
-    )
-    print_tables(result.tables())
+    pick = {"models": models, "prompts": prompts, "policy": policy, "gold": gold, "judge": judge}
+    values = {"pick": pick, "draw": {"num": num, "seed": seed}}
+    options = build_as(BestOfNOptions, values, "the options", overrides=settings or ())
+    result = run_best_of_n(options, out, golds={"demo": gold_reward}, show_progress=show_progress)
+    show_result(result)
     typer.echo(f"every number is in {out / 'best_of_n.json'}, every pick in {out / 'picks.jsonl'}")

@@ -12,7 +12,7 @@ from hafrm.cli.entry import app
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, and outputs of compare, best-of-n, rlhf-compare."),
+        typer.Argument(help="Run folders, and outputs of compare, best-of-n, rlhf."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
 ) -> None:

@@ -1,12 +1,12 @@
-"""A policy in RLHF: one set of weights that writes, is measured, and knows where it started.
+"""A policy in RLHF: one set of weights that writes and is measured, its frozen start, and its prompts.
 
 The stock causal LM writes; the HybridModel around the same backbone and head gives log-probs of packed
-rows. The reference is the frozen start: the same weights with their adapters switched off, or a copy.
-What a policy wrote leaves as text, so that reward models may have other tokenizers.
+sequences. The reference is the same weights with their adapters switched off, or a copy of the start.
 """
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,10 +17,25 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from hafrm.data.encoding import Encoder
-from hafrm.engine.model import HybridModel
+from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.engine.sampling import Sampling, sample
-from hafrm.rlhf.prompts import Prompt
+from hafrm.errors import ConfigError
+from hafrm.preferences import Group, Message
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
 from hafrm.scoring.forward import Scores, run_forward
+from hafrm.scoring.loading import default_device
+from hafrm.training.model_setup import inject_lora, load_base
+
+log = logging.getLogger("hafrm")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Messages up to the response, and their ids under the policy's template."""
+
+    id: str
+    messages: tuple[Message, ...]
+    ids: NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +43,33 @@ class Rollout:
     """A prompt and the responses that a policy wrote to it; a layout takes it as it is."""
 
     prompt: Prompt
-    response_ids: tuple[NDArray[np.int32], ...]
-    """With their EOS where the policy ended by itself."""
+    response_ids: tuple[NDArray[np.int32], ...]  # with their EOS where the policy ended by itself
     texts: tuple[str, ...]
     ended: tuple[bool, ...]
 
     @property
     def prompt_ids(self) -> NDArray[np.int32]:
         return self.prompt.ids
+
+
+def encode_prompts(groups: Sequence[Group], encoder: Encoder, max_length: int) -> list[Prompt]:
+    """The prompts of at most `max_length` tokens: what the policy's template writes up to the response.
+
+    A prompt is never cut, since half a question is another question.
+    """
+    # the encoder cuts prompt from response where two different responses begin
+    asked = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
+    encoded, _ = encoder.encode(asked)
+    prompts = [
+        Prompt(group.id, group.prompt, e.prompt_ids)
+        for group, e in zip(groups, encoded, strict=True)
+    ]
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_length]
+    if len(fitting) < len(prompts):
+        log.info(
+            "%d of %d prompts are too long and left out", len(prompts) - len(fitting), len(prompts)
+        )
+    return fitting
 
 
 class Reference:
@@ -83,36 +117,69 @@ class Actor:
         with reference.model() as start:
             start.transform = at_temperature
 
+    @classmethod
+    def load(cls, recipe: RlhfRecipe, encoder: Encoder, *, share: bool = True) -> "Actor":
+        """The policy that the recipe starts from; `share` False leaves its attention alone.
+
+        Raises ConfigError where prompts and responses do not fit into the model's positions.
+        """
+        bf16, lora = recipe.training.precision == "bf16", recipe.lora
+        # only frozen weights may be bf16: a small update of a bf16 weight rounds to nothing
+        causal = load_base(recipe.model, torch.bfloat16 if bf16 and lora else torch.float32)
+        longest = recipe.data.max_prompt_length + recipe.sampling.max_new_tokens
+        positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"data.max_prompt_length and sampling.max_new_tokens make {longest} tokens, but the model "
+                f"takes {positions}: lower one of them"
+            )
+        causal.to(default_device())  # type: ignore[arg-type]
+        backbone, head = split_causal_lm(causal)
+        if lora is not None:
+            causal.requires_grad_(False)
+            inject_lora(lora, backbone)
+        sharing = share and sharing_obstacle(backbone) is None
+        model = HybridModel(backbone, policy_head=head, sharing=sharing)
+        reference = Reference(model, adapters=lora is not None)
+        if recipe.training.gradient_checkpointing:
+            model.checkpoint_activations()
+        return cls(
+            causal,
+            model,
+            reference,
+            encoder,
+            sampling=sampling_of(recipe.sampling),
+            batch_size=recipe.sampling.batch_size,
+            max_tokens=recipe.training.max_tokens,
+            autocast=torch.bfloat16 if bf16 else None,
+        )
+
     def write(self, prompts: Sequence[Prompt], num: int, seed: int) -> list[Rollout]:
         """`num` responses to each prompt; the same weights, prompts and seed give the same ones."""
+        eos = self.encoder.eos_id
         with self.precision():
             drawn = sample(
                 self.causal,
                 [prompt.ids.tolist() for prompt in prompts],
                 num,
                 self.sampling,
-                eos=self.encoder.eos_id,
+                eos=eos,
                 pad=self.encoder.pad_id,
                 seed=seed,
                 batch_size=self.batch_size,
             )
-        return [self._written(*each) for each in zip(prompts, drawn, strict=True)]
-
-    def _written(self, prompt: Prompt, responses: Sequence[Sequence[int]]) -> Rollout:
-        eos = self.encoder.eos_id
-        return Rollout(
-            prompt,
-            tuple(np.array(ids, np.int32) for ids in responses),
-            tuple(self.text(ids) for ids in responses),
-            tuple(ids[-1] == eos for ids in responses),
-        )
-
-    def text(self, ids: Sequence[int]) -> str:
-        """What a reader sees of a response."""
-        return response_text(self.encoder, ids)
+        return [
+            Rollout(
+                prompt,
+                tuple(np.array(ids, np.int32) for ids in responses),
+                tuple(response_text(self.encoder, ids) for ids in responses),
+                tuple(ids[-1] == eos for ids in responses),
+            )
+            for prompt, responses in zip(prompts, drawn, strict=True)
+        ]
 
     def logps(self, rollouts: Sequence[Rollout]) -> tuple[Scores, Scores]:
-        """Log-prob sums of every response under the policy and under its reference."""
+        """Log-prob sums of every response under the policy and under its reference, nat."""
         policy = self._forward(self.model, rollouts)
         with self.reference.model() as start:
             return policy, self._forward(start, rollouts)
@@ -127,11 +194,16 @@ class Actor:
         return torch.autocast(self.model.device.type, self.autocast)
 
 
+def sampling_of(section: SamplingSection) -> Sampling:
+    """How the recipe lets the policy write."""
+    return Sampling(**section.model_dump(exclude={"batch_size"}))
+
+
 def response_text(encoder: Encoder, ids: Sequence[int]) -> str:
     """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
     own = [token for token in ids if token != encoder.eos_id]
     text = encoder.tokenizer.decode(
         own, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    # A template's blank before the answer is the response's first token, and no part of its text.
+    # a template's blank before the answer is the response's first token, and not part of its text
     return str(text).lstrip(" ")

@@ -92,7 +92,8 @@ def openrlhf_rewards(
     have been rendered by the reward model's own chat template; DataError where it was not.
     """
     values = [
-        _openrlhf_reward(scorer, *each) for each in zip(queries, prompts, labels, strict=True)
+        _openrlhf_reward(scorer, query, prompt, label)
+        for query, prompt, label in zip(queries, prompts, labels, strict=True)
     ]
     return {"rewards": values, "scores": values, "extra_logs": {"hafrm_reward": values}}
 

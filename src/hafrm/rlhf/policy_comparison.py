@@ -1,11 +1,12 @@
-"""`hafrm rlhf-compare`: one start policy, one recipe, several reward models; whose policy is better.
+"""Reward models compared by the policies that they train: one recipe, one start, one run for each seed.
 
-Contenders differ only in the reward model (or the algorithm): same prompts, budgets and seeds. Each run is
-an ordinary RLHF run folder; a killed comparison resumes with the runs that are missing. The exported
-policies are compared on prompts that neither trained nor selected anything.
+The runs differ in nothing but the reward model and the seed. The exported policies, and the start, answer
+prompts that neither trained nor selected anything. Finished work is not repeated: a run is an ordinary RLHF
+run folder. Answers are sampled again, from the same seeds.
 """
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,26 +14,34 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
-from hafrm.best_of_n.candidate_scores import GoldReward
-from hafrm.best_of_n.judges import PairJudge, PairVerdict, ReplyPair, Wins, measure_wins, wins_table
+from hafrm.best_of_n.candidate_scores import GoldReward, named_models
+from hafrm.best_of_n.candidates import read_prompts
+from hafrm.best_of_n.judges import AnswerPair, JudgeSection, LlmJudge, PairVerdict, load_judge
+from hafrm.best_of_n.picks import Wins, measure_wins, wins_table
+from hafrm.data.encoding import Encoder
+from hafrm.engine.sampling import sample
 from hafrm.errors import ConfigError
+from hafrm.preferences import Message
 from hafrm.process_pool import ProcessPool
-from hafrm.recipe_file import load_as
+from hafrm.recipe import ModelSection
 from hafrm.results import read_result, write_result
-from hafrm.rlhf.comparison_runs import (
-    START,
-    Answers,
-    ComparisonRun,
-    ComparisonWorker,
-    plan_runs,
-)
+from hafrm.rlhf.actor import encode_prompts, response_text, sampling_of
+from hafrm.rlhf.rewards import load_scorer, score_texts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import RlhfResult
+from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult
+from hafrm.rlhf.train_policy import open_rlhf_run, train_policy
 from hafrm.run_folder import read_json_lines
+from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
-from hafrm.table import Column, Table
+from hafrm.table import Table, columns
+from hafrm.training.data_setup import load_tokenizer
+from hafrm.training.model_setup import load_base
+
+START = "start"  # the policy that was not trained
+_TEST_SEED = 2**61  # beyond the seeds of training and of held-out prompts
 
 
 @dataclass(frozen=True)
@@ -56,96 +65,197 @@ class PolicyCurve:
 
 @dataclass(frozen=True)
 class PolicyScore:
-    """How one contender's answers score, over all seeds and prompts."""
+    """How the answers of one reward model's policies score, over all seeds and prompts."""
 
     name: str
     score: Estimate | None
-    """Mean gold reward or reward of evaluation.judge; None where there is neither."""
-    gain: Estimate | None
-    """Over the start policy's answers to the same prompts."""
-    length: float
-    """Characters per answer."""
-    kl: float
-    """From the start, nat per response, at the exported steps; 0 for the start."""
-    stopped: int
-    """Seeds that the watchdog stopped."""
+    """Mean gold reward or reward of evaluation.reward_model; None where there is neither."""
+    gain: Estimate | None  # over the start policy's answers to the same prompts
+    length: float  # characters per answer
+    kl: float  # from the start, nat per response, at the exported steps; 0 for the start
+    stopped: int  # seeds that the watchdog stopped
 
 
 @dataclass(frozen=True)
 class RlhfComparison:
-    """The result of `hafrm rlhf-compare`."""
+    """The result of comparing reward models by the policies that they train."""
 
     models: tuple[str, ...]
     seeds: tuple[int, ...]
-    scored_by: str
-    """What gives the scores: gold, evaluation.judge's path, or nothing."""
+    scored_by: str  # what gives the scores: gold, evaluation.reward_model's path, or nothing
     standings: tuple[PolicyScore, ...]
     curves: tuple[PolicyCurve, ...]
     wins: tuple[Wins, ...]
-    seconds: float
-    """Of this call, to which runs that were there already are free."""
+    seconds: float  # of this call; runs that were there already take none
 
     def tables(self) -> tuple[Table, ...]:
-        """Every contender's score beside the start policy's, then wins."""
-        columns = (
-            Column("policy"),
-            Column("score [95 %]"),
-            Column("gain over start [95 %]"),
-            Column("KL"),
-            Column("characters"),
-            Column("stopped", "count"),
-        )
+        """Every policy's score beside the start's, then wins."""
+        heads = "policy | score [95 %] | gain over start [95 %] | KL | characters | stopped: count"
         rows = tuple(
             (s.name, s.score, s.gain, f"{s.kl:.2f}", f"{s.length:.0f}", s.stopped)
             for s in self.standings
         )
         num = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
         title = f"test answers, scored by {self.scored_by}, {num}"
-        return Table(title, columns, rows), wins_table(self.wins, "answers")
+        return Table(title, columns(heads), rows), wins_table(self.wins, "answers")
 
 
-def compare_policies(  # noqa: PLR0913 - what is compared, how, and who judges
+@dataclass(frozen=True)
+class PolicyAnswers:
+    """One answer to each test prompt that fits, in the order of the prompts."""
+
+    prompts: tuple[tuple[Message, ...], ...]
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+    """Gold rewards, or rewards of evaluation.reward_model; empty where there is neither."""
+
+
+@dataclass(frozen=True)
+class ComparisonRun:
+    """One run of the comparison."""
+
+    model: str  # the reward model's name
+    path: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.model}-{self.seed}"
+
+
+def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:
+    """All runs of PATH or NAME=PATH models, seed by seed, so that a stopped comparison has some of each.
+
+    A name may stand for several reward models, trained with seeds of their own: each seed takes the next.
+    """
+    paths: dict[str, list[str]] = {}
+    for name, path in named_models(models):
+        paths.setdefault(name, []).append(path)
+    return [
+        ComparisonRun(name, own[seed % len(own)], seed)
+        for seed in range(num_seeds)
+        for name, own in paths.items()
+    ]
+
+
+def recipe_for(recipe: RlhfRecipe, run: ComparisonRun) -> RlhfRecipe:
+    """The shared recipe with the run's reward model and seed."""
+    reward = {"models": (run.path,), "rule": "mean"}  # a rule is for several models
+    return recipe.model_copy(
+        update={
+            "reward": recipe.reward.model_copy(update=reward),
+            "training": recipe.training.model_copy(update={"seed": run.seed}),
+            # so that more test prompts or another judge leave the runs as they are
+            "comparison": None,
+            "judge": JudgeSection(),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ComparisonWorker:
+    """Trains the policies of a comparison and samples their answers; finished runs are not repeated."""
+
+    recipe: RlhfRecipe
+    folder: Path
+    gold: GoldReward | None
+
+    def __call__(self, run: ComparisonRun) -> PolicyAnswers:
+        """Start or resume the run, or find it done; the answers of its policy.
+
+        Raises CheckpointError where the folder is of a run with another recipe or reward model.
+        """
+        folder, recipe = self.folder / "runs" / run.folder, recipe_for(self.recipe, run)
+        resume = (folder / "recipe.yaml").is_file()
+        if (folder / "model").is_dir():
+            open_rlhf_run(recipe, folder, resume=True)
+        else:
+            if resume and recipe.algorithm.name != "ppo":
+                shutil.rmtree(folder)  # TRL's runs keep no checkpoints
+                resume = False
+            train_policy(recipe, folder, resume=resume, gold=self.gold)
+        # an exported policy brings its template along
+        answers = self.answer(ModelSection(path=str(folder / "model" / "policy")), run.seed)
+        write_result(folder / "answers.json", answers)  # to be read by people
+        return answers
+
+    def answer(self, policy: ModelSection, seed: int) -> PolicyAnswers:
+        """A policy's answers to the test prompts, sampled as the recipe says, and their scores."""
+        recipe = self.recipe
+        assert recipe.comparison is not None
+        encoder = Encoder(load_tokenizer(policy), max_length=LONGEST)
+        groups = read_prompts(recipe.comparison.test, max_bad_fraction=recipe.data.max_bad_fraction)
+        prompts = encode_prompts(groups, encoder, recipe.data.max_prompt_length)
+        causal = load_base(policy, torch.float32)
+        causal.to(default_device())  # type: ignore[arg-type]
+        responses = sample(
+            causal,
+            [prompt.ids.tolist() for prompt in prompts],
+            1,
+            sampling_of(recipe.sampling),
+            eos=encoder.eos_id,
+            pad=encoder.pad_id,
+            seed=_TEST_SEED + seed,
+            batch_size=recipe.sampling.batch_size,
+        )
+        messages = tuple(prompt.messages for prompt in prompts)
+        texts = tuple(response_text(encoder, ids) for (ids,) in responses)
+        scores: Sequence[float] = ()
+        if self.gold is not None:
+            scores = [float(self.gold(m, text)) for m, text in zip(messages, texts, strict=True)]
+        elif recipe.evaluation.reward_model is not None:
+            scorer = load_scorer(recipe.evaluation.reward_model)
+            scores = score_texts(scorer, messages, [[text] for text in texts]).tolist()
+        return PolicyAnswers(messages, texts, tuple(scores))
+
+
+def compare_policies(
     recipe: RlhfRecipe,
-    models: Mapping[str, Sequence[str]],
     folder: Path,
     *,
-    seeds: Sequence[int],
-    algorithms: Sequence[str],
-    test: Sequence[str],
     gold: GoldReward | None = None,
-    judge: PairJudge | None = None,
     num_processes: int = 1,
     on_run: Callable[[str], None] = lambda _: None,
 ) -> RlhfComparison:
-    """Train what is missing, compare the policies on the prompts of `test`, write rlhf_comparison.json.
+    """Train what is missing, compare the policies as the recipe's `comparison` says, and write
+    rlhf_comparison.json.
 
-    Wins are `judge`'s verdicts where there is one, else follow from the scores; `on_run` is called with a
-    line for each run that ends. Raises ConfigError where nothing could compare: no gold reward, no judge,
-    and no evaluation.judge in the recipe.
+    Wins are the judge's verdicts where there is one, else follow from the scores; `on_run` is called with a
+    line for each run that ends. Raises ConfigError where nothing could compare.
     """
-    scored_by = "gold" if gold is not None else recipe.evaluation.judge
-    if scored_by is None and judge is None:
+    comparison = recipe.comparison
+    assert comparison is not None
+    scored_by = "gold" if gold is not None else recipe.evaluation.reward_model
+    if scored_by is None and comparison.judge is None:
         raise ConfigError(
-            "nothing compares the policies: give --gold where the truth is known, --judge for a model that "
-            "is asked, or name a reward model that is not compared in evaluation.judge"
+            "nothing compares the policies: give --gold where the truth is known, comparison.judge for an "
+            "LLM that is asked, or evaluation.reward_model, a reward model that trains none of them"
         )
+    judge = None if comparison.judge is None else load_judge(comparison.judge, recipe.judge)
     start = time.perf_counter()
-    runs = plan_runs(models, algorithms, seeds)
-    make_worker = partial(ComparisonWorker, recipe, folder, tuple(test), gold)
-    with ProcessPool(make_worker, num_processes) as pool:
-        count = itertools.count(1)
-        pool.run(runs, lambda run, _: on_run(f"{next(count)}/{len(runs)} {run.folder} is done"))
+    seeds = range(comparison.seeds)
+    runs = plan_runs(comparison.models, comparison.seeds)
+    make_worker = partial(ComparisonWorker, recipe, folder, gold)
     worker = make_worker()
-    answers = {(START, seed): worker.answers_of_start(seed) for seed in seeds}
-    answers |= {(run.contender, run.seed): worker.answers(run) for run in runs}
+    answers = {(START, seed): worker.answer(recipe.model, seed) for seed in seeds}
+    by_run: dict[str, PolicyAnswers] = {}
+
+    def note(run: ComparisonRun, result: PolicyAnswers) -> None:
+        by_run[run.folder] = result
+        on_run(f"{len(by_run)}/{len(runs)} {run.folder} is done")
+
+    with ProcessPool(make_worker, num_processes) as pool:
+        pool.run(runs, note)
+    # runs end in any order, and standings follow the order of the models
+    answers |= {(run.model, run.seed): by_run[run.folder] for run in runs}
     result = RlhfComparison(
-        tuple(dict.fromkeys(run.contender for run in runs)),
-        tuple(seeds),
-        scored_by or "nothing",
-        tuple(_standings(answers, runs, folder, seeds)),
-        tuple(_curve(run, folder) for run in runs),
-        tuple(answer_wins(answers, seeds, judge, scored_by or "")),
-        time.perf_counter() - start,
+        models=tuple(dict.fromkeys(run.model for run in runs)),
+        seeds=tuple(seeds),
+        scored_by=scored_by or "nothing",
+        standings=tuple(_standings(answers, runs, folder, seeds)),
+        curves=tuple(_curve(run, folder) for run in runs),
+        wins=tuple(answer_wins(answers, seeds, judge, scored_by or "")),
+        seconds=time.perf_counter() - start,
     )
     write_result(folder / "rlhf_comparison.json", result)
     return result
@@ -158,19 +268,19 @@ def _curve(run: ComparisonRun, folder: Path) -> PolicyCurve:
         for r in records
         if r.get("phase") == "held-out"
     )
-    return PolicyCurve(run.contender, run.seed, points)
+    return PolicyCurve(run.model, run.seed, points)
 
 
 def _standings(
-    answers: Mapping[tuple[str, int], Answers],
+    answers: Mapping[tuple[str, int], PolicyAnswers],
     runs: Sequence[ComparisonRun],
     folder: Path,
     seeds: Sequence[int],
 ) -> list[PolicyScore]:
-    """Every contender, the start first."""
+    """Every reward model's policies, the start first."""
     standings = []
     for name in dict.fromkeys(name for name, _ in answers):
-        folders = [folder / "runs" / run.folder for run in runs if run.contender == name]
+        folders = [folder / "runs" / run.folder for run in runs if run.model == name]
         results = [read_result(path / "result.json", RlhfResult) for path in folders]
         score = gain = None
         if answers[START, seeds[0]].scores:
@@ -204,20 +314,20 @@ def _score_and_gain(
 
 
 def answer_wins(
-    answers: Mapping[tuple[str, int], Answers],
+    answers: Mapping[tuple[str, int], PolicyAnswers],
     seeds: Sequence[int],
-    judge: PairJudge | None,
+    judge: LlmJudge | None,
     scored_by: str,
 ) -> list[Wins]:
-    """Every two contenders, answer against answer, over all prompts and seeds."""
+    """Every two policies, answer against answer, over all prompts and seeds."""
     names = list(dict.fromkeys(name for name, _ in answers))
     wins = []
     for first, second in itertools.combinations(names, 2):
         sides = [(answers[first, seed], answers[second, seed]) for seed in seeds]
         pairs = [
-            ReplyPair(a.messages(i), a.texts[i], b.texts[i])
+            AnswerPair(*pair)
             for a, b in sides
-            for i in range(len(a.texts))
+            for pair in zip(a.prompts, a.texts, b.texts, strict=True)
         ]
         if judge is None:
             gaps = [np.array(a.scores) - np.array(b.scores) for a, b in sides]
@@ -227,24 +337,5 @@ def answer_wins(
             verdicts = judge.compare(pairs)
         same = np.array([pair.first == pair.second for pair in pairs])
         name = scored_by if judge is None else judge.name
-        wins.append(measure_wins(first, second, name, same, verdicts, num_seeds=len(seeds)))
+        wins.append(measure_wins((first, second), name, same, verdicts, num_seeds=len(seeds)))
     return wins
-
-
-def named_models(models: Sequence[str]) -> dict[str, list[str]]:
-    """The paths of each NAME of NAME=PATH; raises ConfigError for anything else."""
-    paths: dict[str, list[str]] = {}
-    for text in models:
-        name, _, path = text.partition("=")
-        if not name or not path or "/" in name:
-            raise ConfigError(
-                f"--model {text!r} is not of the form NAME=PATH, such as haf=runs/haf"
-            )
-        paths.setdefault(name, []).append(path)
-    return paths
-
-
-def load_comparison_recipe(path: str, model: str, overrides: Sequence[str]) -> RlhfRecipe:
-    """The shared recipe; its reward models are not used, so any rule for several of them is allowed."""
-    ignored = [f"reward.models=[{model}]", "reward.rule=mean", "reward.weights=null"]
-    return load_as(RlhfRecipe, path, [*overrides, *ignored])

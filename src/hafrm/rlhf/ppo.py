@@ -13,16 +13,8 @@ import torch
 
 from hafrm.engine.memory import is_out_of_memory
 from hafrm.errors import MemoryBudgetError
-from hafrm.rlhf.actor import Rollout
-from hafrm.rlhf.ppo_terms import KlControl, Moments, ScoreRules, missing_eos_scores
-from hafrm.rlhf.ppo_update import (
-    Measured,
-    PolicyWithValue,
-    UpdateStats,
-    measure,
-    to_ppo_batch,
-    update,
-)
+from hafrm.rlhf.ppo_terms import Moments, missing_eos_scores, next_kl_coefficient, scores_of
+from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, update
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from hafrm.training.loop import StoppedError
@@ -30,8 +22,7 @@ from hafrm.training.runtime import StopSignal, learning_rate
 from hafrm.training.step import build_optimizer
 
 log = logging.getLogger("hafrm")
-_SAMPLES = 2**16
-"""Batches have sampling seeds of their own: seed * this + step."""
+_SAMPLES = 2**16  # batches have sampling seeds of their own: seed * this + step
 
 
 class Ppo:
@@ -40,21 +31,14 @@ class Ppo:
     def __init__(self, rlhf: RlhfRun) -> None:
         self.rlhf, self.recipe = rlhf, rlhf.recipe
         self.policy = PolicyWithValue(rlhf.actor.model)
-        training, algorithm, reward = (
-            self.recipe.training,
-            self.recipe.algorithm,
-            self.recipe.reward,
-        )
+        training, algorithm = self.recipe.training, self.recipe.algorithm
         self.optimizer = build_optimizer(
             self.policy.model, weight_decay=0.0, betas=training.betas, eps=training.eps
         )
         head = {"params": [self.policy.value_head.weight], "weight_decay": 0.0}
         self.optimizer.add_param_group(head | {"rate": algorithm.value_rate})
-        self.control = KlControl(
-            algorithm.kl_coefficient, algorithm.kl_target, algorithm.kl_horizon
-        )
+        self.kl_coefficient = algorithm.kl_coefficient
         self.moments = Moments()
-        self.rules = ScoreRules(scale=reward.scale, center=reward.center, clip=reward.clip)
 
     def train(self, *, resume: bool) -> RlhfResult:
         """The run from wherever it stands to its exported policy.
@@ -102,60 +86,60 @@ class Ppo:
             ) from error
 
     def _take_batch(self, step: int) -> None:
-        """One batch of responses and the updates that it is good for."""
-        training, algorithm = self.recipe.training, self.recipe.algorithm
+        """Sample, reward, measure, and take all updates that the batch is good for."""
+        training, algorithm, rlhf = self.recipe.training, self.recipe.algorithm, self.rlhf
         rate = learning_rate(training, step, training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
-        rollouts = self.rlhf.actor.write(
-            self.rlhf.prompts_of_step(step),
+        rollouts = rlhf.actor.write(
+            rlhf.prompts_of_step(step),
             training.responses_per_prompt,
             seed=training.seed * _SAMPLES + step,
         )
-        rewards = torch.from_numpy(self.rlhf.reward(rollouts)).to(self.policy.device)
-        measured = measure(self.policy, self.rlhf.actor, rollouts)
-        scores = self._scores(rewards, measured)
-        coefficient = self.control.coefficient
-        batch = to_ppo_batch(measured, scores, algorithm, coefficient)
+        rewards = torch.from_numpy(rlhf.reward(rollouts)).to(self.policy.device)
+        measured = measure_rollouts(self.policy, rlhf.actor, rollouts)
+        self.moments = self.moments.including(rewards)
+        scores = missing_eos_scores(
+            scores_of(rewards, self.moments, self.recipe.reward),
+            measured.ended,
+            self.recipe.reward.missing_eos_penalty,
+        )
         stats = update(
             self.policy,
             self.optimizer,
-            batch,
+            measured,
+            advantages_of(measured, scores, algorithm, self.kl_coefficient),
             algorithm,
-            self.rlhf.actor,
+            rlhf.actor,
             seed=(training.seed, step),
             max_grad_norm=training.max_grad_norm,
         )
         kl = float(measured.kls.mean())
-        self.control = self.control.after(kl, training.batch_size)
-        values = self._values(rollouts, measured, rewards, stats)
-        values |= {"score": float(scores.mean()), "kl": kl}
-        values |= {"kl_coefficient": coefficient, "learning_rate": rate}
-        self.rlhf.log_batch(step + 1, values)
-
-    def _scores(self, rewards: torch.Tensor, measured: Measured) -> torch.Tensor:
-        """Rewards as the recipe scales and clips them, less the price of an unended response."""
-        self.moments = self.moments.including(rewards)
-        scores = self.rules.apply(rewards, self.moments)
-        return missing_eos_scores(scores, measured.ended, self.recipe.reward.missing_eos_penalty)
-
-    def _values(
-        self, rollouts: list[Rollout], measured: Measured, rewards: torch.Tensor, stats: UpdateStats
-    ) -> dict[str, float | None]:
-        """What a line of metrics.jsonl says of a batch."""
-        return {
+        values = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(unbiased=False)),
-            "gold": self.rlhf.gold_mean(rollouts),
+            "gold": rlhf.gold_mean(rollouts),
             "length": float(measured.lengths.float().mean()),
             "ended": float(measured.ended.float().mean()),
             "entropy": float(measured.entropies.mean()),
             **asdict(stats),
+            "score": float(scores.mean()),
+            "kl": kl,
+            "kl_coefficient": self.kl_coefficient,
+            "learning_rate": rate,
         }
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient,
+            kl,
+            training.batch_size,
+            target=algorithm.kl_target,
+            horizon=algorithm.kl_horizon,
+        )
+        rlhf.log_batch(step + 1, values)
 
     def _save(self, step: int) -> None:
         state: dict[str, Any] = self.rlhf.state()
-        state |= {"control": asdict(self.control), "moments": self.moments.to_dict()}
+        state |= {"kl_coefficient": self.kl_coefficient, "moments": asdict(self.moments)}
         save_checkpoint(self.rlhf.folder, step, self.policy, self.optimizer, state)
         self.rlhf.folder.prune(keep=self.recipe.checkpoint.keep, protect=[self.rlhf.best.step])
 
@@ -167,13 +151,8 @@ class Ppo:
             return None
         state = load_checkpoint(folder, self.policy, self.optimizer)
         self.rlhf.restore(state)
-        self.control = KlControl(**state["control"])
-        self.moments = Moments.from_dict(state["moments"])
+        self.kl_coefficient = state["kl_coefficient"]
+        self.moments = Moments(**state["moments"])
         self.rlhf.folder.truncate_after(state["step"])
         log.info("resuming after step %d of %d", state["step"], self.recipe.training.steps)
         return int(state["step"])
-
-
-def run_ppo(rlhf: RlhfRun, *, resume: bool) -> RlhfResult:
-    """Train with PPO as the recipe says."""
-    return Ppo(rlhf).train(resume=resume)

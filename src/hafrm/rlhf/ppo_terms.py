@@ -1,22 +1,22 @@
-"""The terms of PPO for language models, and what it remembers between batches; the equation at its line.
+"""The terms of PPO for language models as pure functions; the equation at its line.
 
-Terms are pure functions on tensors. Tokens of all responses are concatenated ("flat"); `lengths` says how
-many belong to each. No term is reduced over tokens here unless its name says so: the update divides by the
-whole mini-batch's count. What is remembered are plain numbers that go through JSON unchanged.
+Tokens of all responses are concatenated ("flat"), and `lengths` says how many belong to each. No term is
+reduced over tokens unless its name says so: the update divides by the whole mini-batch's count.
 
-Legend: tokens = response tokens of all responses, time = steps of the longest response. Sources:
+Shapes: tokens = response tokens of all responses, time = steps of the longest response. Sources:
 PPO = arXiv 1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences),
 K = joschu.net/blog/kl-approx.html.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from hafrm.rlhf.rlhf_recipe import RewardSection
 
 Tokens = Float[Tensor, " tokens"]
 Lengths = Int[Tensor, " responses"]
@@ -24,7 +24,7 @@ _TINY = 1e-8
 
 
 def to_rows(flat: Tokens, lengths: Lengths) -> Float[Tensor, "responses time"]:
-    """One row for each response, filled up with zeros on the right."""
+    """One row for each response, padded with zeros on the right."""
     rows = flat.new_zeros(len(lengths), int(lengths.max()))
     rows[_filled(lengths, rows.shape[1])] = flat
     return rows
@@ -72,8 +72,7 @@ class Advantages(NamedTuple):
     """What the policy and the value head learn from, per token."""
 
     advantages: Tokens
-    returns: Tokens
-    """advantages + values: the value head's targets."""
+    returns: Tokens  # advantages + values: the value head's targets
 
 
 def estimate_advantages(
@@ -96,15 +95,12 @@ def estimate_advantages(
     return Advantages(flat, flat + values)
 
 
-def whiten(values: Tokens, *, keep_mean: bool = False) -> Tokens:
-    """The values at standard deviation 1 and mean 0 (or their old mean), over all tokens of the batch.
-
-    As TRL's masked_whiten: the variance is the unbiased one. A single token has none and becomes its mean.
-    """
+def whiten(values: Tokens) -> Tokens:
+    """The values at mean 0 and standard deviation 1, over all tokens of the batch."""
     mean = values.mean()
+    # the unbiased variance, as TRL's masked_whiten; a single token has none and becomes 0
     variance = values.var() if len(values) > 1 else torch.zeros_like(mean)
-    white = (values - mean) * torch.rsqrt(variance + _TINY)
-    return white + mean if keep_mean else white
+    return (values - mean) * torch.rsqrt(variance + _TINY)
 
 
 def policy_losses(logps: Tokens, old_logps: Tokens, advantages: Tokens, clip: float) -> Tokens:
@@ -125,12 +121,6 @@ def value_losses(values: Tokens, old_values: Tokens, returns: Tokens, clip: floa
     """
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
-
-
-def entropies(logits: Float[Tensor, "tokens vocab"]) -> Tokens:
-    """-sum_a pi(a) log pi(a) of every token's distribution, nat."""
-    logps = logits.float().log_softmax(-1)
-    return -(logps.exp() * logps).sum(-1)
 
 
 @torch.no_grad()
@@ -154,28 +144,18 @@ def explained_variance(values: Tokens, returns: Tokens) -> float:
     return float(1.0 - (returns - values).var(unbiased=False) / variance)
 
 
-@dataclass(frozen=True, slots=True)
-class KlControl:
-    """The factor on the KL penalty, and how it follows what is measured.
+def next_kl_coefficient(
+    coefficient: float, kl: float, num_responses: int, *, target: float | None, horizon: int
+) -> float:
+    """The factor on the KL penalty after a batch with this mean KL per response (nat).
 
-    `target` None keeps it fixed. Else arXiv 1909.08593, Sec. 2.2: beta <- beta (1 + K e) with
-    e = clip(KL / target - 1, -0.2, 0.2), where TRL takes K = responses / horizon.
+    A `target` of None keeps it. Else FT, Sec. 2.2: beta <- beta (1 + K e), e = clip(KL / target - 1, -0.2,
+    0.2), where TRL takes K = responses / horizon.
     """
-
-    coefficient: float
-    target: float | None = None
-    """KL per response, nat."""
-    horizon: int = 10_000
-    """Responses over which the coefficient may change by a fifth."""
-
-    def after(self, kl: float, num_responses: int) -> "KlControl":
-        """The control after a batch with this mean KL per response."""
-        if self.target is None:
-            return self
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        return replace(
-            self, coefficient=self.coefficient * (1.0 + error * num_responses / self.horizon)
-        )
+    if target is None:
+        return coefficient
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * num_responses / horizon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +164,7 @@ class Moments:
 
     count: float = 0.0
     mean: float = 0.0
-    squares: float = 0.0
-    """Sum of squared deviations from the mean."""
+    squares: float = 0.0  # sum of squared deviations from the mean
 
     def including(self, values: Float[Tensor, " responses"]) -> "Moments":
         """The moments with a batch added."""
@@ -207,31 +186,12 @@ class Moments:
         variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return math.sqrt(variance) if variance > 0 else 1.0
 
-    def to_dict(self) -> dict[str, float]:
-        """For a checkpoint."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, float]) -> "Moments":
-        """What `to_dict` gave."""
-        return cls(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRules:
-    """How rewards become scores: scaled, centred, clipped; names and order as in TRL's PPO."""
-
-    scale: bool = False
-    """Divide by the running standard deviation (use_score_scaling)."""
-    center: bool = False
-    """Subtract the running mean first (use_score_norm, which TRL honours only with scaling)."""
-    clip: float | None = None
-    """Bound on the result (score_clip)."""
-
-    def apply(
-        self, rewards: Float[Tensor, " responses"], moments: Moments
-    ) -> Float[Tensor, " responses"]:
-        """The scores, given moments that include this batch."""
-        scores = rewards - moments.mean if self.center else rewards
-        scores = scores / moments.std if self.scale else scores
-        return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+def scores_of(
+    rewards: Float[Tensor, " responses"], moments: Moments, section: RewardSection
+) -> Float[Tensor, " responses"]:
+    """Rewards centred, scaled and clipped as the recipe says, given moments that include this batch."""
+    # order and meaning as TRL's use_score_norm, use_score_scaling and score_clip
+    scores = rewards - moments.mean if section.center else rewards
+    scores = scores / moments.std if section.scale else scores
+    return scores if section.clip is None else scores.clamp(-section.clip, section.clip)

@@ -21,6 +21,7 @@ from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import NumericsError
 from hafrm.rlhf.actor import Actor, Rollout
 from hafrm.rlhf.ppo_terms import (
+    Advantages,
     clipped_tokens,
     estimate_advantages,
     explained_variance,
@@ -40,10 +41,8 @@ from hafrm.training import parallel
 class TokenValues(NamedTuple):
     """What one forward gives, per response token, float32."""
 
-    logps: Float[Tensor, " scored"]
-    """Log-prob of the token, nat."""
-    values: Float[Tensor, " scored"]
-    """Reward to come, judged before the token is sampled."""
+    logps: Float[Tensor, " scored"]  # log-prob of the token, nat
+    values: Float[Tensor, " scored"]  # reward to come, judged before the token is sampled
     entropies: Float[Tensor, " scored"] | None
     """Of the distribution that the token was drawn from, nat; where it was asked for."""
 
@@ -80,7 +79,7 @@ class PolicyWithValue(nn.Module):
 
 
 class PackedRollouts(NamedTuple):
-    """One packed row, and which of the batch's tokens it holds."""
+    """One packed sequence, and which of the batch's tokens it holds."""
 
     layout: Layout
     tokens: Int[Tensor, " scored"]
@@ -89,21 +88,22 @@ class PackedRollouts(NamedTuple):
 def pack(
     rollouts: Sequence[Rollout], chosen: NDArray[np.int64], max_tokens: int, device: torch.device
 ) -> list[PackedRollouts]:
-    """Packed rows of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
+    """Packed sequences of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
     lengths = [len(ids) for r in rollouts for ids in r.response_ids]
     starts = np.cumsum([0, *lengths])
     first = first_responses(rollouts)
     groups = [rollouts[i] for i in chosen]
-    # Indices of `shared` count the responses to the chosen prompts only.
+    # indices of `shared` count the responses to the chosen prompts only
     of_batch = np.concatenate([first[i] + np.arange(len(rollouts[i].texts)) for i in chosen])
     shared = share_prompts(groups, max_tokens)
-    rows = []
+    sequences = []
     for plan in plan_sequences([item.group for item in shared], max_tokens):
         part = [shared[i].group for i in plan]
         responses = of_batch[np.concatenate([shared[i].indices for i in plan])]
         tokens = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in responses])
-        rows.append(PackedRollouts(lay_out(part).to(device), torch.from_numpy(tokens).to(device)))
-    return rows
+        layout = lay_out(part).to(device)
+        sequences.append(PackedRollouts(layout, torch.from_numpy(tokens).to(device)))
+    return sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,7 @@ class Measured:
     logps: Float[Tensor, " tokens"]
     values: Float[Tensor, " tokens"]
     entropies: Float[Tensor, " tokens"]
-    ratios: Float[Tensor, " tokens"]
-    """log pi - log pi_ref."""
+    ratios: Float[Tensor, " tokens"]  # log pi - log pi_ref
 
     @property
     def kls(self) -> Float[Tensor, " responses"]:
@@ -126,21 +125,21 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollout]) -> Measured:
+def measure_rollouts(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollout]) -> Measured:
     """Old log-probs, values, entropies and the reference's log-probs of every response token."""
     device = policy.device
     lengths = torch.tensor([len(ids) for r in rollouts for ids in r.response_ids])
     num = int(lengths.sum())
     logps, values, entropies, reference = (torch.zeros(num, device=device) for _ in range(4))
-    rows = pack(rollouts, np.arange(len(rollouts)), actor.max_tokens, device)
+    sequences = pack(rollouts, np.arange(len(rollouts)), actor.max_tokens, device)
     with actor.precision():
-        for row in rows:
-            seen = policy(row.layout, entropies=True)
-            logps[row.tokens], values[row.tokens] = seen.logps, seen.values
-            entropies[row.tokens] = seen.entropies
+        for sequence in sequences:
+            output = policy(sequence.layout, entropies=True)
+            logps[sequence.tokens], values[sequence.tokens] = output.logps, output.values
+            entropies[sequence.tokens] = output.entropies
         with actor.reference.model() as start:
-            for row in rows:
-                reference[row.tokens] = start.tokens(row.layout).logps
+            for sequence in sequences:
+                reference[sequence.tokens] = start.tokens(sequence.layout).logps
     return Measured(
         rollouts,
         lengths.to(device),
@@ -152,38 +151,18 @@ def measure(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollout]) -> M
     )
 
 
-@dataclass(frozen=True, eq=False)
-class PpoBatch:
-    """What the update learns from, per token."""
-
-    rollouts: list[Rollout]
-    logps: Float[Tensor, " tokens"]
-    values: Float[Tensor, " tokens"]
-    advantages: Float[Tensor, " tokens"]
-    """Whitened over the batch."""
-    returns: Float[Tensor, " tokens"]
-
-
-def to_ppo_batch(
+def advantages_of(
     measured: Measured,
     scores: Float[Tensor, " responses"],
     algorithm: AlgorithmSection,
     kl_coefficient: float,
-) -> PpoBatch:
-    """Scores and KL penalties as token rewards, and the advantages that follow from them."""
+) -> Advantages:
+    """Whitened advantages and returns that follow from scores and KL penalties."""
     rewards = token_rewards(scores, measured.ratios, measured.lengths, kl_coefficient)
-    if algorithm.whiten_rewards:
-        rewards = whiten(rewards, keep_mean=True)
-    found = estimate_advantages(
+    advantages, returns = estimate_advantages(
         rewards, measured.values, measured.lengths, gamma=algorithm.gamma, lam=algorithm.lam
     )
-    return PpoBatch(
-        measured.rollouts,
-        measured.logps,
-        measured.values,
-        whiten(found.advantages),
-        found.returns,
-    )
+    return Advantages(whiten(advantages), returns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +171,18 @@ class UpdateStats:
 
     policy_loss: float
     value_loss: float
-    clip_fraction: float
-    """Share of tokens whose ratio left 1 -+ clip."""
-    update_kl: float
-    """(log ratio)^2 / 2 per token, against the policy that wrote the responses."""
+    clip_fraction: float  # fraction of tokens whose ratio left 1 -+ clip
+    update_kl: float  # (log ratio)^2 / 2 per token, against the policy that wrote the responses
     explained_variance: float
     """Of the returns by the values before the first update; NaN where the returns are constant."""
-    grad_norm: float
-    """Before clipping, mean over updates."""
+    grad_norm: float  # before clipping, mean over updates
 
 
 def update(  # noqa: PLR0913 - what is trained, on what, by which rules
     policy: PolicyWithValue,
     optimizer: torch.optim.Optimizer,
-    batch: PpoBatch,
+    batch: Measured,
+    targets: Advantages,
     algorithm: AlgorithmSection,
     actor: Actor,
     *,
@@ -217,17 +194,22 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
     Raises NumericsError before an update whose loss or gradient is not finite.
     """
     order = np.random.default_rng(seed)
-    sums = torch.zeros(len(_SUMS), device=policy.device)
+    sums = torch.zeros(5, device=policy.device)
     norms: list[float] = []
     for _ in range(algorithm.epochs):
         shuffled = order.permutation(len(batch.rollouts))
         for chosen in np.array_split(shuffled, algorithm.mini_batches):
-            rows = pack(batch.rollouts, np.sort(chosen), actor.max_tokens, policy.device)
-            sums += _accumulate(policy, rows, batch, algorithm, actor)
+            sequences = pack(batch.rollouts, np.sort(chosen), actor.max_tokens, policy.device)
+            sums += _accumulate(policy, sequences, batch, targets, algorithm, actor)
             trained = [p for p in policy.parameters() if p.grad is not None]
             norms.append(float(parallel.clip(trained, max_grad_norm)))
             if not np.isfinite(norms[-1]) or not bool(torch.isfinite(sums).all()):
-                raise NumericsError(_message(batch, chosen, norms[-1]))
+                names = [batch.rollouts[i].prompt.id for i in np.sort(chosen)]
+                raise NumericsError(
+                    f"a loss of PPO, or its gradient (norm {norms[-1]}), is not finite; stopped before the "
+                    f"update. Prompts in it: {', '.join(names[:8])} ({len(names)} in all). Lower "
+                    "training.learning_rate, set reward.clip, or set training.precision: fp32"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     tokens, policy_loss, value_loss, clipped, moved = sums.tolist()
@@ -236,60 +218,42 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
         value_loss / tokens,
         clipped / tokens,
         moved / tokens,
-        explained_variance(batch.values, batch.returns),
+        explained_variance(batch.values, targets.returns),
         float(np.mean(norms)),
     )
 
 
-_SUMS = ("tokens", "policy_loss", "value_loss", "clipped", "moved")
-
-
 def _accumulate(
     policy: PolicyWithValue,
-    rows: list[PackedRollouts],
-    batch: PpoBatch,
+    sequences: list[PackedRollouts],
+    batch: Measured,
+    targets: Advantages,
     algorithm: AlgorithmSection,
     actor: Actor,
 ) -> Float[Tensor, " sums"]:
-    """The gradient of a whole mini-batch, row by row; its sums of `_SUMS`."""
-    num_tokens = sum(len(row.tokens) for row in rows)
-    sums = torch.zeros(len(_SUMS), device=policy.device)
-    for row in rows:
+    """The gradient of a whole mini-batch; its (tokens, policy loss, value loss, clipped, moved), summed."""
+    num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+    sums = torch.zeros(5, device=policy.device)
+    for sequence in sequences:
         with actor.precision():
-            seen = policy(row.layout)
-        parts = losses_of(seen, row, batch, algorithm)
-        # PPO, Eq. 9: L = L_clip + c L_value, here as means over the mini-batch's tokens.
-        total = parts[0].sum() + algorithm.value_weight * parts[1].sum()
-        (total / num_tokens).backward()
-        old = batch.logps[row.tokens]
+            output = policy(sequence.layout)
+        where = sequence.tokens
+        old = batch.logps[where]
+        policy_loss = policy_losses(
+            output.logps, old, targets.advantages[where], algorithm.clip
+        ).sum()
+        value_loss = value_losses(
+            output.values, batch.values[where], targets.returns[where], algorithm.value_clip
+        ).sum()
+        # PPO, Eq. 9: L = L_clip + c L_value, as means over the tokens of the whole mini-batch
+        ((policy_loss + algorithm.value_weight * value_loss) / num_tokens).backward()
         sums += torch.stack(
             [
-                torch.tensor(float(len(row.tokens)), device=policy.device),
-                parts[0].detach().sum(),
-                parts[1].detach().sum(),
-                clipped_tokens(seen.logps, old, algorithm.clip),
-                squared_log_ratios(seen.logps, old),
+                torch.tensor(float(len(where)), device=policy.device),
+                policy_loss.detach(),
+                value_loss.detach(),
+                clipped_tokens(output.logps, old, algorithm.clip),
+                squared_log_ratios(output.logps, old),
             ]
         )
     return sums
-
-
-def losses_of(
-    seen: TokenValues, row: PackedRollouts, batch: PpoBatch, algorithm: AlgorithmSection
-) -> tuple[Float[Tensor, " scored"], Float[Tensor, " scored"]]:
-    """Policy and value loss of every token of a row."""
-    where = row.tokens
-    return (
-        policy_losses(seen.logps, batch.logps[where], batch.advantages[where], algorithm.clip),
-        value_losses(seen.values, batch.values[where], batch.returns[where], algorithm.value_clip),
-    )
-
-
-def _message(batch: PpoBatch, chosen: np.ndarray, norm: float) -> str:
-    names = [batch.rollouts[i].prompt.id for i in np.sort(chosen)]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    what = "loss" if np.isfinite(norm) else f"gradient ({norm})"
-    return (
-        f"the {what} of a PPO step is not finite; stopped before the update. Prompts in it: {shown}. "
-        "Lower training.learning_rate, set reward.clip, or set training.precision: fp32"
-    )

@@ -1,51 +1,36 @@
-"""What responses are worth: one or several reward models, asked through text, joined by a rule.
+"""What responses are worth: the rewards that train a policy, and the held-out measures that select a step.
 
-All responses to a prompt are scored in one shared layout, whoever wrote them. A reward that is not finite
-is an error, never a number. A new kind of reward model is one entry in KINDS.
+Reward models are asked through text, so they may have other tokenizers than the policy. Held-out prompts
+and their seed never change within a run, so two evaluations differ by the policy alone. A reward that is
+not finite is an error, never a number.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.errors import DataError, NumericsError
+from hafrm.evaluation.heads import LoadOptions, load_main_head
 from hafrm.preferences import Group, Message
-from hafrm.rlhf.rlhf_recipe import RewardSection, Rule
-from hafrm.scoring.fused import FusedRewardModel
-from hafrm.scoring.loading import find_heads
-from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
+from hafrm.rlhf.actor import Rollout
+from hafrm.rlhf.rlhf_recipe import RewardSection
+from hafrm.scoring.reward_model import Scorer
+from hafrm.statistics import Estimate, clustered_bootstrap
 
 Conversation = Sequence[Message]
+Responses = Float[np.ndarray, " responses"]
+Measure = Literal["gold", "independent", "penalised"]
+"""What selects a step: the gold reward, evaluation.reward_model's, or the minimum minus a KL penalty."""
 
 
-def _reward_head(path: str) -> Scorer:
-    return RewardModel.from_pretrained(find_heads(path).reward or path)
-
-
-def _implicit(path: str) -> Scorer:
-    return PolicyModel.from_pretrained(find_heads(path).policy or path)
-
-
-KINDS: Mapping[str, Callable[[str], Scorer]] = {
-    "reward": _reward_head,
-    "implicit": _implicit,
-    "fused": FusedRewardModel.from_pretrained,
-}
-"""How a run folder, exported directory or hub id becomes a scorer; the recipe's `Kind` lists the names."""
-
-
-def load_scorer(path: str, kind: str = "auto") -> Scorer:
-    """The reward model at a run folder, exported directory or hub id.
-
-    `auto` takes the reward head where there is one, else the policy's implicit reward. Raises ModelError
-    where the kind asked for is not there.
-    """
-    if kind == "auto":
-        kind = "reward" if find_heads(path).reward is not None else "implicit"
-    return KINDS[kind](path)
+def load_scorer(path: str) -> Scorer:
+    """The reward model at a run folder, exported directory or hub id; of a policy, its implicit reward."""
+    return load_main_head(path, LoadOptions())
 
 
 def score_texts(
@@ -53,8 +38,7 @@ def score_texts(
 ) -> NDArray[np.float32]:
     """The reward of every response, prompt by prompt; equal responses to a prompt are run once.
 
-    Raises DataError for a prompt that the reward model's template refuses, NumericsError for a reward
-    that is not finite.
+    Raises DataError for a conversation that the reward model's template or length refuses.
     """
     groups = [
         Group(id=str(i), prompt=tuple(prompt), responses=tuple(dict.fromkeys(texts)))
@@ -63,63 +47,36 @@ def score_texts(
     encoded, report = scorer.encoder.encode(groups)
     num_long = max(report.prompts_cut, report.responses_cut, report.dropped)
     if num_long:
-        longest = scorer.encoder.lengths.max_length
         raise DataError(
-            f"{num_long} prompts (of {len(groups)}), or responses to them, do not fit into the {longest} "
-            "tokens that the reward model takes: lower data.max_prompt_length or sampling.max_new_tokens"
+            f"{num_long} prompts (of {len(groups)}), or responses to them, do not fit into the "
+            f"{scorer.encoder.lengths.max_length} tokens that the reward model takes: lower "
+            "data.max_prompt_length or sampling.max_new_tokens"
         )
-    rewards = scorer.score_encoded(encoded)
-    found: list[np.float32] = []
-    start = 0
+    distinct = iter(scorer.score_encoded(encoded))
+    rewards: list[np.float32] = []
     for group, texts in zip(groups, responses, strict=True):
-        place = {text: start + k for k, text in enumerate(group.responses)}
-        found += [rewards[place[text]] for text in texts]
-        start += len(group.responses)
-    return np.array(found, np.float32)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Where one model's rewards of the start policy's responses lie, so that several can be joined."""
-
-    mean: float = 0.0
-    std: float = 1.0
-
-
-def combine(
-    rewards: Float[np.ndarray, "models responses"], rule: Rule, spread: float = 1.0
-) -> Float[np.ndarray, " responses"]:
-    """One reward per response: the models' mean, their min, or mean - spread * standard deviation."""
-    if rule == "min":
-        return np.asarray(rewards.min(0))
-    mean = rewards.mean(0)
-    return np.asarray(mean if rule == "mean" else mean - spread * rewards.std(0))
+        by_text = {text: next(distinct) for text in group.responses}
+        rewards += [by_text[text] for text in texts]
+    return np.array(rewards, np.float32)
 
 
 class Rewards:
-    """The reward models of a run and the rule that joins them.
+    """The reward models of a run and the rule that joins them."""
 
-    Several models are first put on one scale, each by the mean and standard deviation of its rewards of
-    the start policy's held-out responses: a minimum over different offsets would follow one model alone.
-    """
-
-    def __init__(self, scorers: Sequence[Scorer], section: RewardSection) -> None:
-        self.scorers = list(scorers)
-        self.rule, self.spread = section.rule, section.spread
-        self.weights = np.array(section.weights or [1.0] * len(self.scorers), np.float32)
-        self.scales = [Scale()] * len(self.scorers)
+    def __init__(self, scorers: Sequence[Scorer], rule: Literal["mean", "min"] = "mean") -> None:
+        self.scorers, self.rule = list(scorers), rule
+        self.scales = [(0.0, 1.0)] * len(self.scorers)
+        """Mean and standard deviation of each model's rewards of the start policy's responses."""
 
     @classmethod
     def load(cls, section: RewardSection) -> "Rewards":
         """The models that a recipe names."""
-        kinds = section.kinds if len(section.kinds) > 1 else section.kinds * len(section.models)
-        pairs = zip(section.models, kinds, strict=True)
-        return cls([load_scorer(path, kind) for path, kind in pairs], section)
+        return cls([load_scorer(path) for path in section.models], section.rule)
 
     def by_model(
         self, prompts: Sequence[Conversation], responses: Sequence[Sequence[str]]
     ) -> Float[np.ndarray, "models responses"]:
-        """Every model's reward of every response: scaled, times the model's weight."""
+        """Every model's reward of every response, on the common scale."""
         rows = [score_texts(scorer, prompts, responses) for scorer in self.scorers]
         for number, row in enumerate(rows):
             num_bad = int((~np.isfinite(row)).sum())
@@ -128,20 +85,70 @@ class Rewards:
                     f"reward model {number} gives rewards that are not finite for {num_bad} of {len(row)} "
                     "responses; stopped before anything was learned from them"
                 )
-        scaled = [(row - s.mean) / s.std for row, s in zip(rows, self.scales, strict=True)]
-        return np.asarray(np.stack(scaled) * self.weights[:, None], np.float32)
+        scaled = [(row - mean) / std for row, (mean, std) in zip(rows, self.scales, strict=True)]
+        return np.asarray(np.stack(scaled), np.float32)
 
-    def combine(
-        self, by_model: Float[np.ndarray, "models responses"]
-    ) -> Float[np.ndarray, " responses"]:
-        """One reward per response, by the recipe's rule."""
-        return combine(by_model, self.rule, self.spread)
+    def combine(self, by_model: Float[np.ndarray, "models responses"]) -> Responses:
+        """One reward per response: the models' mean, or their minimum."""
+        return np.asarray(by_model.min(0) if self.rule == "min" else by_model.mean(0))
 
     def fit_scales(
         self, prompts: Sequence[Conversation], responses: Sequence[Sequence[str]]
     ) -> None:
         """Put several models on one scale; a single one is left as it is."""
-        if len(self.scorers) < 2:
-            return
-        rows = [score_texts(scorer, prompts, responses) for scorer in self.scorers]
-        self.scales = [Scale(float(row.mean()), float(row.std()) or 1.0) for row in rows]
+        if len(self.scorers) > 1:  # a minimum over different offsets would follow one model alone
+            rows = [score_texts(scorer, prompts, responses) for scorer in self.scorers]
+            self.scales = [(float(row.mean()), float(row.std()) or 1.0) for row in rows]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """One evaluation; an entry per held-out prompt."""
+
+    rollouts: list[Rollout]
+    rewards: Responses  # by the rule of the recipe: the proxy, which training raises
+    lowest: Responses  # the minimum over the reward models
+    kls: Responses
+    lengths: NDArray[np.int64]
+    ended: NDArray[np.bool_]
+    independent: Responses | None  # by evaluation.reward_model
+    gold: Responses | None
+
+    def selection(self, kl_penalty: float) -> tuple[Measure, Responses]:
+        """The measure that selects the best step, and its value for each prompt."""
+        if self.gold is not None:
+            return "gold", self.gold
+        if self.independent is not None:
+            return "independent", self.independent
+        return "penalised", self.lowest - kl_penalty * self.kls
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Means with intervals over prompts, of every reward there is."""
+        measures = {"reward": self.rewards, "independent": self.independent, "gold": self.gold}
+        return {
+            name: clustered_bootstrap(values.astype(np.float64), proportion=False)
+            for name, values in measures.items()
+            if values is not None
+        }
+
+
+def gold_rewards(gold: GoldReward | None, rollouts: Sequence[Rollout]) -> Responses | None:
+    """The gold reward of every response, where it is known."""
+    if gold is None:
+        return None
+    values = [gold(r.prompt.messages, text) for r in rollouts for text in r.texts]
+    return np.array(values, np.float32)
+
+
+def length_slope(rewards: Responses, lengths: NDArray[np.int64]) -> float:
+    """Reward per token of length, by least squares over responses; 0 where all have one length."""
+    x = lengths - lengths.mean()
+    total = float((x * x).sum())
+    return float((x * (rewards - rewards.mean())).sum()) / total if total > 0 else 0.0
+
+
+def length_matched(
+    rewards: Responses, lengths: NDArray[np.int64], slope: float, length: float
+) -> Responses:
+    """The rewards as if every response had `length` tokens: without what growing longer earned."""
+    return np.asarray(rewards - slope * (lengths - length), np.float32)

@@ -1,16 +1,17 @@
-"""What people see of an RLHF run: metrics.jsonl, samples.jsonl, trackers, a line of log per interval."""
+"""What a run shows: metrics.jsonl, samples.jsonl, trackers, and a line of log per interval."""
 
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
-from hafrm.rlhf.held_out import HeldOut
+from hafrm.rlhf.rewards import HeldOut
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words
@@ -47,33 +48,35 @@ class RlhfLog:
         self._batches.append(values)
         if step % self._tracking.log_every and step != self._steps:
             return
-        means = {name: _mean([each[name] for each in self._batches]) for name in values}
+        means = {name: _mean([batch[name] for batch in self._batches]) for name in values}
         seconds = (time.perf_counter() - self._since) / len(self._batches)
         self._report("rlhf", step, means | {"seconds": seconds})
         shown = {name: v for name in SHOWN if (v := means.get(name)) is not None}
         log.info("step %d/%d: %s", step, self._steps, in_words(shown))
         self._batches, self._since = [], time.perf_counter()
 
-    def held_out(self, step: int, found: HeldOut, best: bool, extra: Mapping[str, float]) -> None:
+    def held_out(
+        self, step: int, measured: HeldOut, best: bool, extra: Mapping[str, float]
+    ) -> None:
         """Write an evaluation, and some of its responses to read."""
         values: dict[str, Any] = {}
-        for name, estimate in found.estimates().items():
+        for name, estimate in measured.estimates().items():
             values |= {name: estimate.value, f"{name}_low": estimate.low}
             values |= {f"{name}_high": estimate.high}
-        values |= {"kl": float(found.kls.mean()), "length": float(found.lengths.mean())}
-        values |= {"ended": float(found.ended.mean()), **extra}
+        values |= {"kl": float(measured.kls.mean()), "length": float(measured.lengths.mean())}
+        values |= {"ended": float(measured.ended.mean()), **extra}
         self._report("held-out", step, values)
-        kept = "  (best so far)" if best else ""
-        log.info("step %d/%d held out: %s%s", step, self._steps, in_words(values), kept)
-        for number in range(min(self._tracking.samples, len(found.rollouts))):
+        note = "  (best so far)" if best else ""
+        log.info("step %d/%d held out: %s%s", step, self._steps, in_words(values), note)
+        for number, rollout in enumerate(measured.rollouts[: self._tracking.samples]):
             self._run.append_sample(
                 {
                     "step": step,
-                    "prompt": _as_text(found.rollouts[number].prompt.messages),
-                    "response": found.rollouts[number].texts[0],
-                    "reward": float(found.rewards[number]),
-                    "kl": float(found.kls[number]),
-                    "gold": None if found.gold is None else float(found.gold[number]),
+                    "prompt": _as_text(rollout.prompt.messages),
+                    "response": rollout.texts[0],
+                    "reward": float(measured.rewards[number]),
+                    "kl": float(measured.kls[number]),
+                    "gold": None if measured.gold is None else float(measured.gold[number]),
                 }
             )
         self._since = time.perf_counter()
@@ -86,11 +89,11 @@ class RlhfLog:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
 
 
-def _as_text(messages: Any) -> Any:
+def _as_text(messages: Sequence[Message]) -> str:
     """A single question as text, a conversation as JSON of its messages."""
     if len(messages) == 1:
         return messages[0].content

@@ -5,10 +5,12 @@ training recipes are (`hafrm.recipe_file.load_as`); sections that mean the same 
 touches a file or imports torch.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from hafrm.best_of_n.judges import JudgeSection
 from hafrm.recipe import (
     CheckpointSection,
     Location,
@@ -16,20 +18,13 @@ from hafrm.recipe import (
     ModelSection,
     Section,
     Sources,
+    Text,
     TrackingSection,
 )
-
-Kind = Literal["auto", "reward", "implicit", "fused"]
-"""How a reward model scores: keys of `hafrm.rlhf.rewards.KINDS`, or found out."""
-Rule = Literal["mean", "min", "lower_bound"]
 
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _tuple_of_one_or_many(value: Any) -> Any:
-    return (value,) if isinstance(value, str | float | int) else _tuple(value)
 
 
 class PromptSection(Section):
@@ -42,9 +37,7 @@ class PromptSection(Section):
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Fraction of the prompts of `train` held out where `validation` names no sources."""
     max_prompt_length: int = Field(default=384, ge=1)
-    """Most tokens of a prompt (paper: 384)."""
-    too_long: Literal["drop", "refuse"] = "drop"
-    """Longer prompts are left out and counted, or an error; never cut (paper: drop)."""
+    """Most tokens of a prompt; longer ones are left out and counted, never cut (paper: 384)."""
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of unusable rows above which the run stops."""
 
@@ -52,16 +45,10 @@ class PromptSection(Section):
 class RewardSection(Section):
     """What a response is worth."""
 
-    models: Sources = Field(min_length=1)
+    models: Sources = ()
     """One or several reward models: run folders, exported directories or hub ids."""
-    kinds: Annotated[tuple[Kind, ...], BeforeValidator(_tuple_of_one_or_many)] = ("auto",)
-    """reward: its head; implicit: its policy; fused: both; auto: the first it has. One for each or all."""
-    weights: Annotated[tuple[float, ...] | None, BeforeValidator(_tuple_of_one_or_many)] = None
-    """Factors on the rewards, one for each model; null: 1."""
-    rule: Rule = "mean"
-    """Of several models the mean, the min, or lower_bound: mean - spread * standard deviation."""
-    spread: float = Field(default=1.0, ge=0)
-    """Standard deviations that lower_bound subtracts."""
+    rule: Literal["mean", "min"] = "mean"
+    """How the rewards of several models become one."""
     scale: bool = False
     """ppo: divide by the running standard deviation of all rewards so far (paper: true)."""
     center: bool = False
@@ -114,8 +101,6 @@ class AlgorithmSection(Section):
     """ppo: the value head's learning rate, in multiples of training.learning_rate (paper: 1)."""
     value_clip: float = Field(default=0.2, gt=0)
     """ppo: values beyond the old ones -+ value_clip earn nothing (paper: 0.2)."""
-    whiten_rewards: bool = False
-    """ppo: token rewards at standard deviation 1 before advantages are estimated (paper: false)."""
 
 
 class RlhfTrainingSection(Section):
@@ -156,10 +141,10 @@ class HeldOutSection(Section):
     """Steps between evaluations; 0: only before the first and after the last (paper: 375)."""
     prompts: int = Field(default=64, ge=2)
     """Held-out prompts, one response each, always drawn from the same seed (paper: 64)."""
-    judge: Location | None = None
-    """A second reward model that takes no part in training and picks the best step."""
+    reward_model: Location | None = None
+    """A second reward model that takes no part in training and selects the best step."""
     kl_penalty: float = Field(default=0.05, ge=0)
-    """Without a judge the best step has the highest held-out minimum over the models - this * KL."""
+    """Without it the best step has the highest held-out minimum over the models - this * KL."""
 
 
 class WatchdogSection(Section):
@@ -168,7 +153,7 @@ class WatchdogSection(Section):
     max_kl: float = Field(default=50.0, gt=0)
     """KL per response (nat, mean of a batch) that stops the run."""
     min_entropy_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the first batch's entropy per token under which the policy has collapsed."""
+    """Fraction of the first batch's entropy per token under which the policy has collapsed."""
     patience: int = Field(default=3, ge=1)
     """Batches in a row that must break one of the two rules above."""
     hacking_window: int = Field(default=4, ge=2)
@@ -184,44 +169,33 @@ class RlhfTrackingSection(TrackingSection):
     """Held-out responses written to samples.jsonl at each evaluation."""
 
 
-PPO_ONLY = {
-    "algorithm": (
-        "mini_batches",
-        "kl_target",
-        "kl_horizon",
-        "gamma",
-        "lam",
-        "value_weight",
-        "value_rate",
-        "value_clip",
-        "whiten_rewards",
-    ),
-    "reward": ("scale", "center", "clip"),
-}
-"""Keys that only ppo uses."""
+class ComparisonSection(Section):
+    """Several reward models, compared by the policies that each of them trains."""
+
+    models: Sources = Field(min_length=1)
+    """PATH or NAME=PATH, in the place of reward.models; each seed takes the next path of one NAME."""
+    test: Sources = Field(min_length=1)
+    """Sources of prompts that neither train nor select anything; the policies answer them."""
+    seeds: int = Field(default=1, ge=1)
+    """Runs of each reward model, with the seeds 0, 1, ..."""
+    judge: Text | None = None
+    """URL of an LLM that compares answers; null: the gold reward, or evaluation.reward_model."""
 
 
-def without_ppo_only(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values with keys that its algorithm does not use at their defaults.
-
-    So that one recipe serves all algorithms of a comparison.
-    """
-    if values["algorithm"]["name"] == "ppo":
-        return values
-    sections: dict[str, type[Section]] = {"algorithm": AlgorithmSection, "reward": RewardSection}
-    defaults = {
-        section: {name: kind.model_fields[name].default for name in PPO_ONLY[section]}
-        for section, kind in sections.items()
-    }
-    return values | {section: values[section] | defaults[section] for section in sections}
+PPO_ONLY = (
+    *("reward.scale", "reward.center", "reward.clip", "algorithm.mini_batches"),
+    *("algorithm.kl_target", "algorithm.kl_horizon", "algorithm.gamma", "algorithm.lam"),
+    *("algorithm.value_weight", "algorithm.value_rate", "algorithm.value_clip"),
+)
+"""Keys that only ppo uses; rloo and grpo log which of them they ignore."""
 
 
 class RlhfRecipe(Section):
-    """Everything that decides what an RLHF run computes, and how it is watched."""
+    """Everything that decides what an RLHF run computes, and what is shown of it."""
 
     model: ModelSection
     data: PromptSection
-    reward: RewardSection
+    reward: RewardSection = RewardSection()
     sampling: SamplingSection = SamplingSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     training: RlhfTrainingSection = RlhfTrainingSection()
@@ -230,71 +204,53 @@ class RlhfRecipe(Section):
     watch: WatchdogSection = WatchdogSection()
     checkpoint: CheckpointSection = CheckpointSection(every=50)
     tracking: RlhfTrackingSection = RlhfTrackingSection()
+    comparison: ComparisonSection | None = None
+    judge: JudgeSection = JudgeSection()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "RlhfRecipe":
-        problems = [*self._unused(), *self._reward_lists(), *self._batch()]
+        problems = [*self._reward_problems(), *self._batch_problems()]
         if not self.data.validation and not self.data.validation_fraction:
             problems.append(
-                "data.validation is empty and data.validation_fraction is 0: nothing to keep the best "
+                "data.validation is empty and data.validation_fraction is 0: nothing to select the best "
                 "step by; give sources, or a fraction such as 0.05"
             )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _unused(self) -> list[str]:
-        """Options that the algorithm would not look at."""
-        if self.algorithm.name == "ppo":
-            return []
-        problems = []
-        for section, names in PPO_ONLY.items():
-            values = getattr(self, section)
-            for name in names:
-                value = getattr(values, name)
-                if value != type(values).model_fields[name].default:
-                    problems.append(
-                        f"{section}.{name} is {value!r}, which algorithm {self.algorithm.name!r} does not "
-                        "use: remove it, or take algorithm ppo"
-                    )
-        return problems
-
-    def _reward_lists(self) -> list[str]:
-        reward, num = self.reward, len(self.reward.models)
-        problems = []
-        if len(reward.kinds) not in (1, num):
-            problems.append(
-                f"reward.kinds has {len(reward.kinds)} entries and reward.models {num}: give one for "
-                "each of them, or one for all"
+    def _reward_problems(self) -> Iterator[str]:
+        reward, judge = self.reward, self.comparison and self.comparison.judge
+        if self.judge != JudgeSection() and judge is None:
+            yield "settings of `judge` need comparison.judge, its URL: give it, or remove them"
+        if self.comparison is not None:
+            return  # each of its runs has one reward model
+        if not reward.models:
+            yield (
+                "reward.models is missing: name one or several reward models (or comparison.models, to "
+                "compare them)"
             )
-        if reward.weights is not None and len(reward.weights) != num:
-            problems.append(
-                f"reward.weights has {len(reward.weights)} numbers and reward.models {num} entries: "
-                "give one for each of them"
-            )
-        if num == 1 and reward.rule != "mean":
-            problems.append(
+        elif len(reward.models) == 1 and reward.rule != "mean":
+            yield (
                 f"reward.rule is {reward.rule!r} and reward.models names one model: a rule is for "
                 "several; remove it, or name more models"
             )
-        return problems
 
-    def _batch(self) -> list[str]:
+    def _batch_problems(self) -> Iterator[str]:
         size, per_prompt = self.training.batch_size, self.training.responses_per_prompt
-        problems = []
         if size % per_prompt:
-            problems.append(
+            yield (
                 f"training.batch_size is {size} and training.responses_per_prompt {per_prompt}: the first "
                 "must be a multiple of the second"
             )
-        if self.algorithm.mini_batches > max(1, size // per_prompt):
-            problems.append(
+        if self.algorithm.name != "ppo":
+            if per_prompt < 2:
+                yield (
+                    f"training.responses_per_prompt is {per_prompt}, and {self.algorithm.name} compares "
+                    "the responses to a prompt: set it to 2 or more (TRL's default: 8 for grpo)"
+                )
+        elif self.algorithm.mini_batches > max(1, size // per_prompt):
+            yield (
                 f"algorithm.mini_batches is {self.algorithm.mini_batches}, but a batch has "
                 f"{size // per_prompt} prompts: lower it, or raise training.batch_size"
             )
-        if self.algorithm.name != "ppo" and per_prompt < 2:
-            problems.append(
-                f"training.responses_per_prompt is {per_prompt}, and {self.algorithm.name} compares the "
-                "responses to a prompt with one another: set it to 2 or more (TRL's default: 8 for grpo)"
-            )
-        return problems

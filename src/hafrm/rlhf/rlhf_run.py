@@ -4,71 +4,73 @@ An algorithm asks for a batch's rewards, hands its numbers to `log_batch`, and l
 step is the best so far and when to stop. Nothing here computes a gradient.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from hafrm.atomic import atomic_directory, fingerprint
 from hafrm.best_of_n.candidate_scores import GoldReward
+from hafrm.best_of_n.candidates import read_prompts
 from hafrm.data.encoding import Encoder
 from hafrm.data.sources import local_files
-from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
-from hafrm.engine.sampling import Sampling
-from hafrm.errors import ConfigError
+from hafrm.data.splits import split_by_prompt, without_prompts
+from hafrm.errors import DataError
 from hafrm.export.stock_export import export_policy, gather_weights
-from hafrm.results import write_result
-from hafrm.rlhf.actor import Actor, Reference, Rollout
-from hafrm.rlhf.held_out import (
+from hafrm.preferences import Group
+from hafrm.results import from_plain, write_result
+from hafrm.rlhf.actor import Actor, Prompt, Rollout, encode_prompts
+from hafrm.rlhf.rewards import (
     HeldOut,
-    HeldOutEvaluator,
+    Measure,
+    Rewards,
     gold_rewards,
     length_matched,
     length_slope,
+    load_scorer,
+    score_texts,
 )
-from hafrm.rlhf.prompts import Prompt, Prompts, load_prompts, prompts_of_step
-from hafrm.rlhf.rewards import Rewards, Scale, load_scorer
 from hafrm.rlhf.rlhf_log import RlhfLog
-from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.rlhf.watchdog import Watchdog
 from hafrm.run_folder import RunFolder
 from hafrm.training.data_setup import load_tokenizer
-from hafrm.training.model_setup import inject_lora, load_base
 
-log = logging.getLogger("hafrm")
-_LONGEST = 2**20
-"""Tokens after which the prompt encoder would cut: none are cut, long ones are left out."""
-_HELD_OUT_SEED = 2**60
-"""Beyond the seeds of all batches."""
+LONGEST = 2**20  # tokens after which an encoder would cut: no prompt is cut, long ones are left out
+_SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part nests in another
+_HELD_OUT_SEED = 2**60  # beyond the seeds of all batches
 
 
 @dataclass(frozen=True)
 class RlhfResult:
     """The result of a finished run."""
 
-    num_steps: int
-    """Batches taken, fewer than asked for where the run was stopped."""
+    num_steps: int  # batches taken, fewer than asked for where the run was stopped
     best_step: int
-    best: dict[str, float]
-    """Held-out means of the exported step."""
-    selected_by: str
-    """The measure that selected it: gold, judge or penalised."""
-    stopped: str | None
-    """Why the run ended early, or None."""
+    best: dict[str, float]  # held-out means of the exported step
+    selected_by: Measure  # the measure that selected it
+    stopped: str | None  # why the run ended early, or None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a run answers, and what its steps are selected by."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    counts: dict[str, int]
 
 
 @dataclass
 class BestStep:
-    """The best step so far and the measures it was picked by."""
+    """The best step so far and the measure that selected it."""
 
     step: int = -1
     score: float = float("-inf")
-    selected_by: str = "penalised"
+    selected_by: Measure = "penalised"
     means: dict[str, float] | None = None
 
 
@@ -80,38 +82,26 @@ class RlhfRun:
     ) -> None:
         """Load everything that the recipe names; `share` False leaves the policy's attention alone."""
         self.recipe, self.folder, self.gold = recipe, folder, gold
-        encoder = Encoder(load_tokenizer(recipe.model), max_length=_LONGEST)
-        self.prompts: Prompts = load_prompts(
-            recipe.data,
-            encoder,
-            seed=recipe.training.seed,
-            bad_rows_file=folder.path / "bad_rows.jsonl",
-        )
+        encoder = Encoder(load_tokenizer(recipe.model), max_length=LONGEST)
+        self.prompts = load_prompts(recipe.data, encoder, recipe.training.seed, folder)
         self.rewards = Rewards.load(recipe.reward)
-        self.actor = load_actor(recipe, encoder, share=share)
-        judge = recipe.evaluation.judge
-        self.held_out = HeldOutEvaluator(
-            self.prompts.held_out[: recipe.evaluation.prompts],
-            self.rewards,
-            judge=None if judge is None else load_scorer(judge),
-            gold=gold,
-            seed=_HELD_OUT_SEED + recipe.training.seed,
-        )
-        self.watchdog = Watchdog(recipe.watch)
+        self.actor = Actor.load(recipe, encoder, share=share)
+        path = recipe.evaluation.reward_model
+        self.independent = None if path is None else load_scorer(path)
+        self.watchdog = Watchdog()
         self.log = RlhfLog(folder, recipe)
         self.best = BestStep()
         self.lengths: tuple[float, float] | None = None
         """(reward per token, tokens) of the start policy's held-out responses."""
         self.stopped: str | None = None
-        self.last_kl = 0.0
-        """Of the latest evaluation, nat per response."""
+        self.last_kl = 0.0  # of the latest evaluation, nat per response
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
         """The prompts of batch `step`, counted from 0."""
         training = self.recipe.training
         per_step = training.batch_size // training.responses_per_prompt
-        picks = prompts_of_step(len(self.prompts.train), step, per_step, training.seed)
-        return [self.prompts.train[i] for i in picks]
+        indices = prompts_of_step(len(self.prompts.train), step, per_step, training.seed)
+        return [self.prompts.train[i] for i in indices]
 
     def reward(self, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
         """One reward per response, by the recipe's models and rule."""
@@ -131,37 +121,63 @@ class RlhfRun:
         assert reward is not None
         assert kl is not None
         assert entropy is not None
-        self.stopped = self.watchdog.batch(reward=reward, kl=kl, entropy=entropy)
+        rules = self.recipe.watch
+        self.stopped = self.watchdog.batch(rules, reward=reward, kl=kl, entropy=entropy)
 
     def evaluate(self, step: int) -> bool:
         """Measure the policy on held-out prompts; True where this step is the best so far."""
-        rollouts = self.held_out.write(self.actor)
-        if self.lengths is None:
+        recipe = self.recipe
+        # always the same prompts and seed: two evaluations differ by the policy alone
+        prompts = self.prompts.held_out[: recipe.evaluation.prompts]
+        rollouts = self.actor.write(prompts, 1, _HELD_OUT_SEED + recipe.training.seed)
+        if self.lengths is None:  # the start policy
             texts = [r.texts for r in rollouts]
             self.rewards.fit_scales([r.prompt.messages for r in rollouts], texts)
-        held_out = self.held_out.measure(self.actor, rollouts)
+        measured = self._measure(rollouts)
         if self.lengths is None:
-            slope = length_slope(held_out.rewards, held_out.lengths)
-            self.lengths = slope, float(held_out.lengths.mean())
-        self.last_kl = float(held_out.kls.mean())
-        matched = length_matched(held_out.rewards, held_out.lengths, *self.lengths)
-        score = float(held_out.selection_scores(self.recipe.evaluation.kl_penalty).mean())
+            slope = length_slope(measured.rewards, measured.lengths)
+            self.lengths = slope, float(measured.lengths.mean())
+        matched = length_matched(measured.rewards, measured.lengths, *self.lengths)
+        self.last_kl = float(measured.kls.mean())
+        selected_by, scores = measured.selection(recipe.evaluation.kl_penalty)
+        score = float(scores.mean())
         best = score > self.best.score
         extra = {"length_matched_reward": float(matched.mean())}
-        self.log.held_out(step, held_out, best, extra)
-        self._watch(held_out, matched)
+        self.log.held_out(step, measured, best, extra)
+        self._watch(measured, matched)
         if best:
-            means = {name: estimate.value for name, estimate in held_out.estimates().items()}
-            means |= extra | {"kl": self.last_kl}
-            self.best = BestStep(step, score, held_out.selected_by(), means)
+            means = {name: estimate.value for name, estimate in measured.estimates().items()}
+            self.best = BestStep(step, score, selected_by, means | extra | {"kl": self.last_kl})
         return best
 
-    def _watch(self, held_out: HeldOut, matched: NDArray[np.float32]) -> None:
-        measures = {"gold reward": held_out.gold, "judge's reward": held_out.judged}
+    def _measure(self, rollouts: list[Rollout]) -> HeldOut:
+        """The responses, measured by every reward there is."""
+        prompts, texts = [r.prompt.messages for r in rollouts], [r.texts for r in rollouts]
+        by_model = self.rewards.by_model(prompts, texts)
+        policy, reference = self.actor.logps(rollouts)
+        assert policy.logps is not None
+        assert reference.logps is not None
+        scorer = self.independent
+        return HeldOut(
+            rollouts,
+            rewards=self.rewards.combine(by_model),
+            lowest=np.asarray(by_model.min(0)),
+            kls=policy.logps - reference.logps,
+            lengths=policy.lengths,
+            ended=np.array([end for response in rollouts for end in response.ended]),
+            independent=None if scorer is None else score_texts(scorer, prompts, texts),
+            gold=gold_rewards(self.gold, rollouts),
+        )
+
+    def _watch(self, measured: HeldOut, matched: NDArray[np.float32]) -> None:
+        # without an independent measure: the reward minus what growing longer earned
+        measures = {"gold reward": measured.gold, "independent reward": measured.independent}
         measures |= {"length-matched reward": matched}
         name, values = next((n, v) for n, v in measures.items() if v is not None)
-        proxy = float(held_out.rewards.mean())
-        self.stopped = self.stopped or self.watchdog.evaluation(values.tolist(), name, proxy=proxy)
+        why = self.watchdog.evaluation(
+            self.recipe.watch, values.tolist(), name, proxy=float(measured.rewards.mean())
+        )
+        self.stopped = self.stopped or why
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether step `step` is one of every so many, the last one, or the one that the run stops at."""
@@ -171,28 +187,23 @@ class RlhfRun:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
-            "best_step": self.best.step,
-            "best_score": self.best.score,
-            "selected_by": self.best.selected_by,
-            "best": self.best.means,
+            "best": asdict(self.best),
             "lengths": self.lengths,
-            "scales": [[scale.mean, scale.std] for scale in self.rewards.scales],
-            "watchdog": self.watchdog.to_dict(),
+            "scales": self.rewards.scales,
+            "watchdog": asdict(self.watchdog),
             "stopped": self.stopped,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state` returned."""
-        self.best = BestStep(
-            state["best_step"], state["best_score"], state["selected_by"], state["best"]
-        )
+        self.best = BestStep(**state["best"])
         self.lengths = tuple(state["lengths"])
-        self.rewards.scales = [Scale(*pair) for pair in state["scales"]]
-        self.watchdog.restore(state["watchdog"])
+        self.rewards.scales = [(mean, std) for mean, std in state["scales"]]
+        self.watchdog = from_plain(Watchdog, state["watchdog"])
         self.stopped = state["stopped"]
 
     def record_provenance(self) -> None:
-        """Versions, seed, digests of local prompt files, and what became of the prompts."""
+        """Versions, seed, digests of local prompt files, and how many prompts there are."""
         data = self.recipe.data
         files = {f for entry in (*data.train, *data.validation) for f in local_files(entry)}
         self.folder.record_provenance(
@@ -202,7 +213,7 @@ class RlhfRun:
         )
 
     def finish(self, num_steps: int) -> RlhfResult:
-        """Export the policy as it is now, which must be the best step's; a finished run finds it done."""
+        """Export the policy as it is now, which must be the best step's, unless that is done."""
         dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
         best = self.best
         assert best.means is not None
@@ -215,56 +226,49 @@ class RlhfRun:
         return result
 
 
-def load_actor(recipe: RlhfRecipe, encoder: Encoder, *, share: bool = True) -> Actor:
-    """The policy that the recipe starts from, with its adapters and its reference.
+def load_prompts(data: PromptSection, encoder: Encoder, seed: int, folder: RunFolder) -> Prompts:
+    """Read, split by prompt, encode, and leave out what is too long.
 
-    Raises ConfigError where prompts and responses do not fit into the model's positions.
+    Raises DataError where nothing is left of a part.
     """
-    bf16 = recipe.training.precision == "bf16"
-    frozen_half = bf16 and recipe.lora is not None
-    causal = load_base(recipe.model, torch.bfloat16 if frozen_half else torch.float32)
-    _check_fits(causal, recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    causal.to(device)  # type: ignore[arg-type]
-    backbone, head = split_causal_lm(causal)
-    if recipe.lora is not None:
-        causal.requires_grad_(False)
-        inject_lora(recipe.lora, backbone)
-    model = HybridModel(
-        backbone, policy_head=head, sharing=share and sharing_obstacle(backbone) is None
-    )
-    reference = Reference(model, adapters=recipe.lora is not None)
-    if recipe.training.gradient_checkpointing:
-        model.checkpoint_activations()
-    return Actor(
-        causal,
-        model,
-        reference,
-        encoder,
-        sampling=sampling_of(recipe),
-        batch_size=recipe.sampling.batch_size,
-        max_tokens=recipe.training.max_tokens,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
 
+    def read(sources: Sequence[str], bad_rows: str) -> list[Group]:
+        file = folder.path / bad_rows
+        return read_prompts(sources, max_bad_fraction=data.max_bad_fraction, bad_rows_file=file)
 
-def sampling_of(recipe: RlhfRecipe) -> Sampling:
-    """How the recipe lets the policy write."""
-    values = recipe.sampling
-    return Sampling(
-        max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        top_p=values.top_p,
-        repetition_penalty=values.repetition_penalty,
-    )
-
-
-def _check_fits(causal: PreTrainedModel, recipe: RlhfRecipe) -> None:
-    longest = recipe.data.max_prompt_length + recipe.sampling.max_new_tokens
-    positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"data.max_prompt_length {recipe.data.max_prompt_length} and sampling.max_new_tokens "
-            f"{recipe.sampling.max_new_tokens} make {longest} tokens, but the model takes {positions}: "
-            "lower one of them"
+    train = read(data.train, "bad_rows.jsonl")
+    if data.validation:
+        held_out = read(data.validation, "bad_validation_rows.jsonl")
+    else:
+        train, held_out = split_by_prompt(
+            train, fraction=data.validation_fraction, seed=_SPLIT_SEED + seed
         )
+    parts = {"data.train": without_prompts(train, held_out), "data.validation": held_out}
+    fitting = {
+        name: encode_prompts(groups, encoder, data.max_prompt_length)
+        for name, groups in parts.items()
+    }
+    for name, prompts in fitting.items():
+        if not prompts:
+            raise DataError(
+                f"{name} has no prompt of at most {data.max_prompt_length} tokens "
+                f"({len(parts[name])} longer ones): raise data.max_prompt_length, or give other sources"
+            )
+    counts = {
+        "train_prompts": len(fitting["data.train"]),
+        "held_out_prompts": len(fitting["data.validation"]),
+        "held_out_prompts_not_trained_on": len(train) - len(parts["data.train"]),
+        "prompts_too_long": sum(len(parts[name]) - len(fitting[name]) for name in parts),
+    }
+    return Prompts(fitting["data.train"], fitting["data.validation"], counts)
+
+
+def prompts_of_step(num_prompts: int, step: int, per_step: int, seed: int) -> NDArray[np.int64]:
+    """Indices of a step's prompts: every prompt once per pass, each pass in an order of its own."""
+    # a pure function, so that a resumed run takes the prompts of the uninterrupted one
+    epochs, within = np.divmod(np.arange(step * per_step, (step + 1) * per_step), num_prompts)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts)
+        for epoch in np.unique(epochs).tolist()
+    }
+    return np.array([orders[e][i] for e, i in zip(epochs.tolist(), within, strict=True)], np.int64)

@@ -1,6 +1,5 @@
 """`train_policy`: a policy trained against reward models, in a run folder, by the recipe's algorithm."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,18 +7,13 @@ import torch
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.recipe_file import dump_recipe, load_as
-from hafrm.rlhf.ppo import run_ppo
+from hafrm.rlhf.ppo import Ppo
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import check_trl, run_trl
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 
-ALGORITHMS: Mapping[str, Callable[..., RlhfResult]] = {
-    "ppo": run_ppo,
-    "rloo": run_trl,
-    "grpo": run_trl,
-}
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 """Keys of `training` that a resumed run may change: memory and speed, and gradients by rounding only."""
 
@@ -47,22 +41,23 @@ def train_policy(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
-    run = open_run(recipe, folder, resume=resume)
+    run = open_rlhf_run(recipe, folder, resume=resume)
     with run.lock():
         torch.manual_seed(recipe.training.seed)
+        # TRL runs the backbone itself, in the attention that transformers gave it
         rlhf = RlhfRun(recipe, run, gold, share=native)
         rlhf.record_provenance()
-        return ALGORITHMS[recipe.algorithm.name](rlhf, resume=resume)
+        return Ppo(rlhf).train(resume=resume) if native else run_trl(rlhf)
 
 
-def open_run(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
+def open_rlhf_run(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
     """The run's folder, made or opened; raises CheckpointError where that is unsafe."""
     if not resume:
         return RunFolder.create(folder, dump_recipe(recipe))
     run = RunFolder.open(folder)
     began = load_as(RlhfRecipe, run.recipe_path)
-    kept = {name: getattr(began.training, name) for name in MAY_CHANGE}
-    training = recipe.training.model_copy(update=kept)
+    same = {name: getattr(began.training, name) for name in MAY_CHANGE}
+    training = recipe.training.model_copy(update=same)
     if recipe.model_copy(update={"training": training}) != began:
         raise CheckpointError(
             f"the recipe differs from the one that {folder} was started with; resume with "

@@ -1,7 +1,7 @@
 """RLOO and GRPO on TRL's trainers, with our rewards, our held-out measures and our watchdog.
 
 TRL writes, computes the loss and steps; all completions of a prompt are scored in one shared layout.
-TRL's checkpoints are pickles, so none are rollouts: the best weights wait in memory and are exported.
+TRL's checkpoints are pickles, so none are written: the best weights wait in memory and are exported.
 """
 
 import importlib
@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from hafrm.errors import ConfigError, DataError
+from hafrm.rlhf.actor import Prompt, response_text
 from hafrm.rlhf.adapters import by_prompt
-from hafrm.rlhf.prompts import Prompt
 from hafrm.rlhf.rewards import Conversation
-from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from hafrm.rlhf.rlhf_recipe import PPO_ONLY, RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.scoring.reward_model import as_messages
 from hafrm.training.checkpoint import trainable_weights
@@ -38,24 +38,28 @@ def check_trl(recipe: RlhfRecipe) -> None:
         )
 
 
-def run_trl(rlhf: RlhfRun, *, resume: bool) -> RlhfResult:
+def run_trl(rlhf: RlhfRun) -> RlhfResult:
     """Train with RLOO or GRPO as the run's recipe says."""
-    assert not resume, "a TRL run keeps no checkpoints"
     from datasets import Dataset  # noqa: PLC0415 - TRL takes seconds to load
 
+    name = rlhf.recipe.algorithm.name
+    ignored = [key for key in PPO_ONLY if not _is_default(rlhf.recipe, key)]
+    if ignored:
+        log.warning("%s ignores %s, which only ppo uses", name, ", ".join(ignored))
     rlhf.evaluate(0)
     watcher = _Watcher(rlhf)
     prompts = usable_prompts(rlhf)
     rows = [{"prompt": [m._asdict() for m in p.messages]} for p in prompts]
     with rlhf.log, tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # what TRL and transformers rename among them
-        kind, config = trainer_of(rlhf.recipe, scratch)
-        trainer = kind(
+        # renames between TRL and transformers, which no user can do anything about
+        warnings.simplefilter("ignore", FutureWarning)
+        trl: Any = importlib.import_module("trl")
+        config = getattr(trl, f"{name.upper()}Config")
+        trainer = getattr(trl, f"{name.upper()}Trainer")(
             model=rlhf.actor.causal,
             reward_funcs=watcher.reward,
-            args=config,
+            # what the recipe does not say keeps TRL's default
+            args=config(output_dir=scratch, **trl_options(rlhf.recipe)),
             train_dataset=Dataset.from_list(rows),
             processing_class=rlhf.actor.encoder.tokenizer,
             callbacks=[watcher],
@@ -66,15 +70,10 @@ def run_trl(rlhf: RlhfRun, *, resume: bool) -> RlhfResult:
     return rlhf.finish(watcher.step)
 
 
-def trainer_of(recipe: RlhfRecipe, folder: str) -> tuple[Any, Any]:
-    """TRL's trainer and its config for a recipe; what the recipe does not say keeps TRL's default."""
-    trl: Any = importlib.import_module("trl")
-    name = recipe.algorithm.name
-    trainer, config = {
-        "rloo": (trl.RLOOTrainer, trl.RLOOConfig),
-        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
-    }[name]
-    return trainer, config(output_dir=folder, **trl_options(recipe))
+def _is_default(recipe: RlhfRecipe, key: str) -> bool:
+    section, name = key.split(".")
+    values = getattr(recipe, section)
+    return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
 def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
@@ -94,9 +93,7 @@ def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.schedule
-        if training.schedule != "constant"
-        else "constant_with_warmup",
+        "lr_scheduler_type": training.schedule.replace("constant", "constant_with_warmup"),
         "warmup_steps": round(training.warmup_fraction * training.steps * algorithm.epochs),
         "adam_beta1": training.betas[0],
         "adam_beta2": training.betas[1],
@@ -129,7 +126,7 @@ def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
     prompt is left.
     """
     tokenizer = rlhf.actor.encoder.tokenizer
-    kept = []
+    usable = []
     for prompt in rlhf.prompts.train:
         messages = [message._asdict() for message in prompt.messages]
         rendered: Any = tokenizer.apply_chat_template(
@@ -138,9 +135,9 @@ def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
         ours = prompt.ids.tolist()
         rest = str(tokenizer.decode(rendered[len(ours) :]))
         if rendered[: len(ours)] == ours and not rest.strip():
-            kept.append(prompt)
-    num_lost = len(rlhf.prompts.train) - len(kept)
-    if not kept:
+            usable.append(prompt)
+    num_lost = len(rlhf.prompts.train) - len(usable)
+    if not usable:
         raise DataError(
             "TRL's rendering of every prompt differs from the one that held-out prompts get (control "
             "tokens in the text, or a template whose generation prompt is not what it writes before an "
@@ -148,7 +145,7 @@ def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
         )
     if num_lost:
         log.warning("%d prompts hold control tokens and are left out under TRL", num_lost)
-    return kept
+    return usable
 
 
 class _Watcher(TrainerCallback):
@@ -169,14 +166,15 @@ class _Watcher(TrainerCallback):
         Raises NumericsError for a reward that is not finite, which TRL would skip.
         """
         asked: list[Conversation] = [as_messages(prompt) for prompt in prompts]
-        texts = [self.rlhf.actor.text(ids) for ids in completion_ids]
+        encoder = self.rlhf.actor.encoder
+        texts = [response_text(encoder, ids) for ids in completion_ids]
         if self.rlhf.gold is not None:
             gold = self.rlhf.gold
             self._gold += [gold(p, text) for p, text in zip(asked, texts, strict=True)]
         rewards = by_prompt(self.rlhf.rewards, asked, texts)
         self._rewards += rewards
-        eos, penalty = self.rlhf.actor.encoder.eos_id, self.rlhf.recipe.reward.missing_eos_penalty
-        ended = [ids[-1] == eos for ids in completion_ids]
+        penalty = self.rlhf.recipe.reward.missing_eos_penalty
+        ended = [ids[-1] == encoder.eos_id for ids in completion_ids]
         return [r - penalty * (not end) for r, end in zip(rewards, ended, strict=True)]
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002

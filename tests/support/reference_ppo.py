@@ -1,7 +1,6 @@
-"""PPO once more, slow and obvious: one response at a time, padded forward, plain loops, autograd.
+"""The reference implementation of PPO: one response at a time, plain loops, stock forward, autograd.
 
-Nothing of hafrm's packing, chunked log-probs or vectorised terms is used: what both agree on is right or
-wrong for two independent reasons.
+It uses nothing of hafrm's packing, chunked log-probs or vectorised terms.
 """
 
 import copy
@@ -13,7 +12,7 @@ from torch import nn
 
 
 @dataclass
-class SlowRules:
+class ReferenceRules:
     """What the update needs to know."""
 
     epochs: int
@@ -30,10 +29,10 @@ class SlowRules:
     eps: float
 
 
-class SlowPpo:
+class ReferencePpo:
     """A stock causal LM, a value head, and a frozen copy of the start."""
 
-    def __init__(self, causal: nn.Module, rules: SlowRules) -> None:
+    def __init__(self, causal: nn.Module, rules: ReferenceRules) -> None:
         self.causal = causal
         self.start = copy.deepcopy(causal)
         self.head = torch.zeros(causal.config.hidden_size, requires_grad=True)
@@ -71,15 +70,15 @@ class SlowPpo:
                 values = states @ self.head
                 rewards = [-rules.kl_coefficient * float(d) for d in logps - reference]
                 rewards[-1] += score
-                running, found = 0.0, []
+                running, estimates = 0.0, []
                 for t in reversed(range(len(response))):
                     after = float(values[t + 1]) if t + 1 < len(response) else 0.0
                     delta = rewards[t] + rules.gamma * after - float(values[t])
                     running = delta + rules.gamma * rules.lam * running
-                    found.insert(0, running)
+                    estimates.insert(0, running)
                 old.append(logps)
                 old_values.append(values)
-                advantages.append(torch.tensor(found))
+                advantages.append(torch.tensor(estimates))
         returns = [a + v for a, v in zip(advantages, old_values, strict=True)]
         everything = torch.cat(advantages)
         mean, std = everything.mean(), everything.std()
