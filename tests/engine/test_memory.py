@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hafrm.engine.memory import is_out_of_memory
+from hafrm.engine.packing import is_out_of_memory
 
 
 @pytest.mark.parametrize(

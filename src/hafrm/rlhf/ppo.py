@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hafrm.engine.memory import is_out_of_memory
+from hafrm.engine.packing import is_out_of_memory
 from hafrm.errors import MemoryBudgetError
 from hafrm.rlhf.actor import Rollout
 from hafrm.rlhf.ppo_terms import KlControl, Moments, ScoreRules, missing_eos_scores

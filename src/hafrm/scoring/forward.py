@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from hafrm.engine.layout import Branches, Layout, lay_out
-from hafrm.engine.memory import give_back, is_out_of_memory
 from hafrm.engine.model import HybridModel, Outputs
-from hafrm.engine.packing import first_fit_decreasing
+from hafrm.engine.packing import first_fit_decreasing, free_memory, is_out_of_memory
 from hafrm.errors import MemoryBudgetError, NumericsError
 
 log = logging.getLogger("hafrm")
@@ -157,7 +156,7 @@ def _run_row(run: Callable[[Layout], PerResponse], row: list[Piece], halve: bool
             raise
         what = str(error).split("\n", 1)[0]
     # Out here the exception is gone, and with it the tensors of the pass that failed.
-    give_back()
+    free_memory()
     tokens = sum(piece.num_tokens for piece in row)
     if not halve:
         raise MemoryBudgetError(

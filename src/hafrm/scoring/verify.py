@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hafrm.atomic import atomic_write
-from hafrm.engine.memory import give_back
+from hafrm.engine.packing import free_memory
 from hafrm.errors import HafrmError, NumericsError, VerificationError
 from hafrm.preferences import Group, Message
 from hafrm.scoring import golden_check
@@ -64,7 +64,7 @@ def proof_device(directory: Path) -> torch.device:
     margin for activations, else on the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    give_back()
+    free_memory()
     needed, free = golden_check.room_for(_num_weights(directory)), torch.cuda.mem_get_info()[0]
     if needed <= free:
         return torch.device("cuda")
@@ -140,7 +140,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
     # -P: the script's own directory must not hide anybody's modules.
     command = [sys.executable, "-P", golden_check.__file__, str(directory), str(tolerance)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
-    give_back()
+    free_memory()
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.strip().splitlines()
     if run.returncode not in (0, 1) or not lines:

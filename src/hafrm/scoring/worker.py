@@ -15,7 +15,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.reader import BadRow
 from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
-from hafrm.engine.selfcheck import self_check
+from hafrm.engine.model import self_check
 from hafrm.errors import NumericsError
 from hafrm.preferences import TokenizedGroup
 from hafrm.provenance import describe_process

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from hafrm.atomic import atomic_directory
-from hafrm.engine.memory import give_back
 from hafrm.engine.model import HybridModel
+from hafrm.engine.packing import free_memory
 from hafrm.recipe import Recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.export import export_policy, export_reward, gather_weights
@@ -72,7 +72,7 @@ def export_run(
             write_fused_rule(aside, rule)
     del weights
     model.to("meta")  # whoever still holds it, its memory is free
-    give_back()
+    free_memory()
 
     def check(models: Path) -> None:
         if (models / "reward").is_dir():

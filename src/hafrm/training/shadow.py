@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from hafrm.engine import last_layer
+from hafrm.engine.adjustments import narrow_layer
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, decoder_layers, hidden_size, new_reward_head
 from hafrm.errors import ModelError
@@ -153,7 +153,7 @@ def _spared(model: HybridModel) -> list[tuple[str, nn.Parameter]]:
     layers = decoder_layers(model.backbone)
     if not layers or not model.sharing:
         return []
-    names = last_layer.narrow(layers[-1])
+    names = narrow_layer(layers[-1])
     return [pair for name in names for pair in layers[-1].get_submodule(name).named_parameters()]
 
 
