@@ -12,9 +12,8 @@ import pytest
 
 from hafrm.data.named_sets import SET_GROUPS, SETS
 from hafrm.data.parse import ParsedRow, parse_row
-from hafrm.data.reader import PreferenceData
+from hafrm.data.reader import PreferenceData, local_files, parse_source
 from hafrm.data.reader import read_preferences as read
-from hafrm.data.sources import local_files, parse_source
 from hafrm.data.values import LeftOut, RefusedError
 from hafrm.errors import DataError
 from hafrm.preferences import Message, Votes

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from hafrm.data.reader import iter_rows, parse_source
 from hafrm.data.reader import read_preferences as read
-from hafrm.data.sources import iter_rows, parse_source
 from hafrm.data.values import Refusal
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message

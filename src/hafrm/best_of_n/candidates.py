@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hafrm.data.parse import ParsedRow, parse_row
-from hafrm.data.reader import read_preferences
-from hafrm.data.sources import iter_rows, parse_sources
+from hafrm.data.reader import iter_rows, parse_sources, read_preferences
 from hafrm.data.values import Refusal, RefusedError, check_text
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Group, Message, prompt_key

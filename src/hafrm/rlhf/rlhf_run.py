@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hafrm.atomic import atomic_directory, fingerprint
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.data.encoding import Encoder
-from hafrm.data.sources import local_files
+from hafrm.data.reader import local_files
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError

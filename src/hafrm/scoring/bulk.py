@@ -20,7 +20,7 @@ from hafrm.atomic import (
     remove_directory,
 )
 from hafrm.data.files import is_known_kind
-from hafrm.data.sources import parse_source
+from hafrm.data.reader import parse_source
 from hafrm.errors import CheckpointError, ConfigError, DataError
 from hafrm.process_pool import default_num_processes
 from hafrm.scoring.inputs import (

@@ -13,7 +13,7 @@ from typing import Any
 
 from hafrm.atomic import fingerprint
 from hafrm.data.files import is_known_kind
-from hafrm.data.sources import Source, iter_rows, parse_source
+from hafrm.data.reader import Source, iter_rows, parse_source
 from hafrm.errors import ConfigError, DataError
 
 log = logging.getLogger("hafrm")

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from hafrm.data.sources import iter_rows, parse_source
+from hafrm.data.reader import iter_rows, parse_source
 from hafrm.data.values import Refusal
 from hafrm.errors import DataError
 from hafrm.scoring.inputs import PACKED_JSONL, PARQUET, Shard, is_table

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hafrm.data.reader import PreferenceData, read_preferences
-from hafrm.data.sources import parse_sources
+from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, uniform_weights, without_prompts
 from hafrm.preferences import Group
 from hafrm.recipe import DataSection, Recipe

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hafrm.data.chat_template import choose_pad, read_template
-from hafrm.data.encoding import Encoder, encode_cached
+from hafrm.data.encoding import Encoder
 from hafrm.engine.model import (
     HybridModel,
     hidden_size,
@@ -57,8 +57,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     encoder = build_encoder(recipe)
     parts = read_parts(recipe, bad_rows_file)
     reading, train, validation = parts.reading, parts.train, parts.validation
-    encoded_train, report = encode_cached(encoder, train)
-    encoded_validation, _ = encode_cached(encoder, validation)
+    encoded_train, report = encoder.encode(train)
+    encoded_validation, _ = encoder.encode(validation)
     for name, part in (("data.train", encoded_train), ("data.validation", encoded_validation)):
         if not any(not c.tie for group in part for c in group.comparisons):
             raise DataError(

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from hafrm.atomic import fingerprint
-from hafrm.data.sources import local_files
+from hafrm.data.reader import local_files
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe, load_recipe
