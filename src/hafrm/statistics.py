@@ -112,9 +112,8 @@ def clustered_bootstrap(
 ) -> Estimate:
     """Mean of the values with the percentile interval from resampling whole clusters.
 
-    Each resample draws as many clusters as there are, with replacement, and takes the mean over all their
-    items, so large prompts count as they do in the value. Without clusters every item is its own. Fewer
-    than two clusters give a NaN interval.
+    A resample's mean is over all items of its clusters, so large prompts count as they do in the value.
+    Without clusters every item is its own. Fewer than two clusters give a NaN interval.
     """
     sums, sizes = _cluster_sums(np.asarray(values, np.float64), clusters)
     return _bootstrap(sums[:, None], sizes, proportion=proportion)[0]
