@@ -104,17 +104,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out for the length of a `with` block, and clear what a kill left.
+        """Keep other writers out of a `with` block, and clear what a kill left.
 
-        Raises CheckpointError when another process is writing. A damaged checkpoint is renamed to
-        step-N.damaged, so that its step can be written again.
+        Raises CheckpointError when another process is writing.
         """
         with lock_directory(self.path):
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints_path)
             self.truncate_after(sys.maxsize)
             for path in self._checkpoint_directories():
-                if not _is_complete(path):
+                if not _is_complete(path):  # its step must be free to be written again
                     shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
                     path.rename(path.with_suffix(".damaged"))
             yield
@@ -124,14 +123,11 @@ class RunFolder:
         return self.recipe_path.read_text(encoding="utf-8")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it.
-
-        nan and infinities become null, as JSON has no other word for them.
-        """
+        """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it."""
         _append(self.metrics_path, record)
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
-        """The same for samples.jsonl, which holds what a policy wrote at a "step"."""
+        """As `append_metrics`, to samples.jsonl, which holds what a policy wrote."""
         _append(self.samples_path, record)
 
     def truncate_after(self, step: int) -> None:
@@ -145,11 +141,9 @@ class RunFolder:
     def record_provenance(
         self, *, seed: int, data: Mapping[str, str], details: Mapping[str, Any] | None = None
     ) -> None:
-        """Add this process to provenance.json: versions, command line, commit, seed, data digests.
-
-        A resumed run gets one entry per process. The host's name is left out on purpose.
-        """
+        """Add this process to provenance.json: versions, command line, commit, seed, data digests."""
         path = self.provenance_path
+        # one entry per process of a resumed run
         sessions = json.loads(path.read_bytes())["sessions"] if path.exists() else []
         entry = {"seed": seed, "data": dict(data), **to_plain(details or {})}
         sessions.append(describe_process() | entry)

@@ -48,22 +48,18 @@ class Outputs(NamedTuple):
 
 
 class TokenOutputs(NamedTuple):
-    """What one forward gives, per response token."""
+    """The state that predicts each response token, and the token's log-prob, float32, nat."""
 
     hidden: Float[Tensor, "scored hidden"]
-    """The state that predicts the token."""
     logps: Float[Tensor, " scored"]
-    """Its log-prob, float32, nat."""
 
 
 class _HiddenStates(NamedTuple):
-    """The last layer's output, and where heads read it; what was not asked for may be wrong."""
+    """The last layer's output, and the indices where heads read it; others may hold anything."""
 
     hidden: Float[Tensor, "tokens hidden"]
     predictor: Int[Tensor, " scored"]
-    """Index of the state that predicts each response token."""
     last: Int[Tensor, " responses"]
-    """Index of each response's last token."""
 
 
 class HybridModel(nn.Module):
@@ -163,7 +159,12 @@ class HybridModel(nn.Module):
     ) -> _HiddenStates:
         """Hidden states, right at the indices `read` at least: by default those that the heads read."""
         if not self.sharing:
-            return self._plain_states(layout)
+            # the reference implementation: every response alone, right-padded, stock attention
+            padded = unshare(layout)
+            hidden = self.backbone(
+                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            ).last_hidden_state.flatten(0, 1)
+            return _HiddenStates(hidden, padded.predictor, padded.last)
         if read is None:
             read = layout.read if self.reads_scored else layout.last
         hidden = self.backbone(
@@ -175,14 +176,6 @@ class HybridModel(nn.Module):
             **{READ_INDICES: read},
         ).last_hidden_state[0]
         return _HiddenStates(hidden, layout.predictor, layout.last)
-
-    def _plain_states(self, layout: Layout) -> _HiddenStates:
-        """Every response alone, right-padded, through stock attention: the reference implementation."""
-        padded = unshare(layout)
-        hidden = self.backbone(
-            input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-        ).last_hidden_state.flatten(0, 1)
-        return _HiddenStates(hidden, padded.predictor, padded.last)
 
     def _rewards(
         self, hidden: Float[Tensor, "responses hidden"], watch: Watch | None
