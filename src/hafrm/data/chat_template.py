@@ -8,7 +8,6 @@ passed in is never changed; no vocabulary grows. Start at `prepare_tokenizer`.
 
 import copy
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -305,13 +304,3 @@ def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
         "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}). It needs no resizing when "
         "len(tokenizer) is then at most the model's vocab_size (so with Phi-2); else resize the embedding."
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a prepared tokenizer with a config that says that it adds no BOS or EOS."""
-    tokenizer.save_pretrained(directory)
-    file = directory / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    # transformers 5 leaves both out, and some tokenizer classes then add a BOS to the template's own
-    config |= {"add_bos_token": False, "add_eos_token": False}
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ in the EOS, once, even when it is cut. Never pads, never shuffles.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from hafrm.data.chat_template import prepare_tokenizer, save_tokenizer, written_around_turns
+from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
 from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
@@ -177,7 +178,12 @@ class Encoder:
 
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""
-        save_tokenizer(self.tokenizer, directory)
+        self.tokenizer.save_pretrained(directory)
+        file = directory / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # transformers 5 leaves both out, and some tokenizer classes then add a BOS to the template's own
+        config |= {"add_bos_token": False, "add_eos_token": False}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _encode_chunk(
         self, groups: list[Group], report: EncodingReport

@@ -19,7 +19,7 @@ from hafrm.data.files import NumberedRows, find_files, parse_hub, read_file, rea
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
 from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, parse_row
 from hafrm.data.splits import normalised_key
-from hafrm.data.values import MAX_CHARS, Refusal, show
+from hafrm.data.values import Refusal, show
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message
 
@@ -80,7 +80,6 @@ def read_preferences(
     *,
     max_bad_fraction: float = 0.02,
     bad_rows_file: Path | None = None,
-    max_chars: int = MAX_CHARS,
     need_comparisons: bool = True,
     need_responses: bool = True,
 ) -> PreferenceData:
@@ -104,7 +103,6 @@ def read_preferences(
         parse_row,
         need_comparisons=need_comparisons and need_responses,
         need_responses=need_responses,
-        max_chars=max_chars,
     )
     readers = [_SourceReader(source) for source in _distinct_sources(sources)]
     for reader in readers:
