@@ -61,8 +61,8 @@ class Description:
         facts = Table("what is in it", (Column(""), Column("")), tuple(self._facts()))
         reasons = (Column("reason"), Column("rows", "count"))
         bad = Table("bad rows", reasons, tuple(self.bad_rows.items()))
-        head = (Column(""), Column("mean", "general"))
-        head += tuple(Column(name, "count") for name in ("p50", "p95", "max"))
+        counts = (Column(name, "count") for name in ("p50", "p95", "max"))
+        head = (Column(""), Column("mean", "general"), *counts)
         rows = tuple((n, x.mean, x.p50, x.p95, x.max) for n, x in self.lengths.items())
         return (facts, *([bad] if self.bad_rows else []), Table("lengths", head, rows))
 

@@ -216,9 +216,9 @@ class Encoder:
                 continue
             report.prompts_cut += fitted.prompt_cut
             report.responses_cut += fitted.responses_cut
-            ids = [_array(part) for part in (fitted.prompt, *fitted.responses)]
+            arrays = [_array(part) for part in (fitted.prompt, *fitted.responses)]
             names = group.id, group.source, group.tags
-            yield TokenizedGroup(ids[0], tuple(ids[1:]), group.comparisons, *names)
+            yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)
         report.neutralised += marker.num_marked
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:

@@ -33,6 +33,7 @@ from hafrm.data.values import (
 from hafrm.errors import DataError
 
 OurRow = dict[str, Any]
+_Parts = dict[str | None, list[tuple[int, object]]]  # numbered rows by part
 
 _WHOLE = ""  # the part of a set that is published in one piece
 _MANY_TURNS = LeftOut("more than one turn")
@@ -303,10 +304,7 @@ def _members(name: str, path: str | None) -> list[tuple[NamedSet, str | None]]:
 def read_named_set(
     named: NamedSet, path: str | None, part: str | None, left_out: Counter[str]
 ) -> NumberedRows:
-    """(row number, row in our columns or `Refusal`) of one part of a set, from `path` or the hub.
-
-    `left_out` counts, by reason, the rows that are not used.
-    """
+    """(row number, our row or `Refusal`) of one part of a set; `left_out` counts unused rows by reason."""
     part = part or (named.parts[0] if len(named.parts) == 1 else None)
     if path is not None and named.is_one_part(path):
         by_part = {part: list(_converted(named, read_file(Path(path)), left_out))}
@@ -325,18 +323,19 @@ def read_named_set(
 
 def _read_parts(
     named: NamedSet, path: str | None, part: str, later: tuple[str, ...], left_out: Counter[str]
-) -> dict[str | None, list[tuple[int, object]]]:
+) -> _Parts:
     """The wanted part and the later ones, as far as they are there; only the wanted one is counted."""
     if not named.in_one_piece:
-        by_part = {part: list(_converted(named, _open_part(named, path, part), left_out))}
+        by_part: _Parts = {}
+        by_part[part] = list(_converted(named, _open_part(named, path, part), left_out))
         for other in later:
             if path is None or _part_files(named, Path(path), other):
                 by_part[other] = list(_converted(named, _open_part(named, path, other), Counter()))
-        return {**by_part}
+        return by_part
     rows = list(_converted(named, _open_part(named, path, _WHOLE), left_out))
     good = [number for number, row in rows if not isinstance(row, Refusal)]
     first = set(good[: int(named.test_fraction * len(good))])
-    divided: dict[str | None, list[tuple[int, object]]] = {name: [] for name in named.parts}
+    divided: _Parts = {name: [] for name in named.parts}
     for number, row in rows:
         split = row.get("split") if isinstance(row, dict) else None
         divided["test" if number in first else split or named.parts[0]].append((number, row))
