@@ -26,8 +26,7 @@ from workload import SHAPES, Rows, Workload, best_time, load, synchronise
 from hafrm.engine import attention
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.logprobs import token_logprobs
-from hafrm.engine.padded_groups import attend_by_group
-from hafrm.engine.segments import Rule, attend_by_segment
+from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 
 WARM_STEPS = 2
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hafrm.engine import last_layer
+from hafrm.engine.adjustments import narrow_layer
 from hafrm.engine.model import HybridModel, decoder_layers
 
 
@@ -71,7 +71,7 @@ def count(model: HybridModel) -> Counts:
     embeddings = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Embedding)}
     named = [(n, p) for n, p in backbone.named_parameters() if id(p) not in embeddings]
     layers = decoder_layers(backbone)
-    names = last_layer.narrow(layers[-1]) if layers and model.sharing else []
+    names = narrow_layer(layers[-1]) if layers and model.sharing else []
     spared = [pair for name in names for pair in layers[-1].get_submodule(name).named_parameters()]
     matrices, adapters = _by_kind(named, config)
     spared_matrices, spared_adapters = _by_kind(spared, config)

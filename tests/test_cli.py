@@ -59,7 +59,6 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
         "report",
         "best-of-n",
         "data",
-        "split",
         "demo",
     ],
 )
@@ -245,7 +244,7 @@ def test_split_keeps_ids_and_unlabelled_responses_and_says_what_it_leaves_out(tm
     with file.open("a") as lines:
         rows = [*unlabelled, {"prompt": "", "response": "b"}]
         lines.writelines(json.dumps(row) + "\n" for row in rows)
-    output = invoke("split", file, "--out", tmp_path / "parts", "--fraction", "0.3")
+    output = invoke("data", file, "--split", "0.3", "--out", tmp_path / "parts")
     assert "1 bad rows are left out" in output and "rows of unlabelled responses" in output
     files = [tmp_path / f"parts/{name}.jsonl" for name in ("train", "test")]
     groups = read_preferences(files, need_comparisons=False).groups
@@ -256,8 +255,8 @@ def test_data_describes_and_split_parts_by_prompt(tmp_path):
     file = write_preferences(tmp_path / "all.jsonl", num=30)
     output = invoke("data", file, "--json", tmp_path / "data.json")
     assert "longer is chosen" in output
-    assert json.loads((tmp_path / "data.json").read_text())["num_comparisons"] == 30
-    invoke("split", file, "--out", tmp_path / "parts", "--fraction", "0.3")
+    assert json.loads((tmp_path / "data.json").read_text())["counts"]["comparisons"] == 30
+    invoke("data", file, "--split", "0.3", "--out", tmp_path / "parts")
     parts = [
         read_preferences([tmp_path / f"parts/{name}.jsonl"]).groups for name in ("train", "test")
     ]

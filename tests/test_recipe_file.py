@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,13 +48,6 @@ def test_a_recipe_has_few_enough_keys_to_be_read_and_each_says_what_it_means():
         assert key.meaning, f"{key.name} has no line of explanation"
         assert key.allowed
         assert len(key.meaning) <= 100
-
-
-def test_a_recipe_cannot_be_changed_and_can_be_a_dictionary_key(tmp_path: Path):
-    recipe = recipe_of(tmp_path, SMALLEST)
-    with pytest.raises(ValueError, match="frozen"):
-        recipe.training.seed = 1  # type: ignore[misc]
-    assert {recipe: 1}[recipe_of(tmp_path, SMALLEST)] == 1
 
 
 @pytest.mark.parametrize("written", ["1e-5", "1E-5", "1.0e-5", "0.00001", "+1e-5", ".1e-4"])
@@ -136,6 +127,7 @@ def test_a_wrong_value_is_answered_with_key_place_value_and_what_is_allowed(
         ("lora.r", "lora.rank"),
         ("lora.lora_alpha", "lora.alpha"),
         ("trainig.steps", "training"),
+        ("batch_size", "training.batch_size"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_one_that_was_meant(
@@ -144,17 +136,9 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant(
     assert f"did you mean {meant}?" in complaint(tmp_path, SMALLEST, f"{key}=3")
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("batch_size: 1", "batch_size (line 3): unknown section; did you mean training.batch_size?"),
-        ("lora: {dropout: 0.1}", "lora.dropout (line 3): unknown key; allowed here: rank, alpha, targets"),
-    ],
-)  # fmt: skip
-def test_a_key_at_the_top_is_answered_with_its_section_and_a_strange_one_with_all_keys(
-    tmp_path: Path, text: str, answer: str
-):
-    assert answer in complaint(tmp_path, SMALLEST + text)
+def test_a_strange_key_is_answered_with_all_keys_of_its_section(tmp_path: Path):
+    answer = "lora.dropout (line 3): unknown key; allowed here: rank, alpha, targets"
+    assert answer in complaint(tmp_path, SMALLEST + "lora: {dropout: 0.1}")
 
 
 def test_all_problems_of_file_and_overrides_come_in_one_message(tmp_path: Path):
@@ -173,11 +157,6 @@ def test_all_problems_of_file_and_overrides_come_in_one_message(tmp_path: Path):
         "evaluation.every (override 'evaluation.every=-1'): got -1",
     ):
         assert f"\n  - {part}" in message
-
-
-def test_a_key_written_twice_is_an_error_even_when_both_agree(tmp_path: Path):
-    message = complaint(tmp_path, SMALLEST + "method:\n  name: bt\nmethod:\n  name: bt\n")
-    assert "method (line 5): written twice, first line 3; keep one" in message
 
 
 @pytest.mark.parametrize(
@@ -210,15 +189,15 @@ def test_a_recipe_that_cannot_be_read_says_why(tmp_path: Path):
         load_recipe(tmp_path / "latin.yaml")
 
 
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path):
+    (tmp_path / "w.yaml").write_bytes(b"\xef\xbb\xbf" + SMALLEST.replace("\n", "\r\n").encode())
+    assert load_recipe(tmp_path / "w.yaml").model.path == "base"
+
+
 def test_a_section_with_all_keys_commented_out_has_its_defaults(tmp_path: Path):
     recipe = recipe_of(tmp_path, SMALLEST + "training:\n  # seed: 1\nlora:\n")
     assert recipe.training.seed == 0
     assert recipe.lora is None
-
-
-def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path):
-    (tmp_path / "w.yaml").write_bytes(b"\xef\xbb\xbf" + SMALLEST.replace("\n", "\r\n").encode())
-    assert load_recipe(tmp_path / "w.yaml").model.path == "base"
 
 
 def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path):
@@ -252,12 +231,6 @@ def test_overrides_alone_make_a_recipe_and_switch_lora_on_and_off(tmp_path: Path
 )
 def test_an_override_of_another_form_is_refused(tmp_path: Path, assignment: str):
     assert "not of the form section.key=value" in complaint(tmp_path, SMALLEST, assignment)
-
-
-def test_a_section_overridden_as_a_whole_must_still_be_a_section(tmp_path: Path):
-    assert "training (override 'training=3'): got 3" in complaint(
-        tmp_path, SMALLEST, "training=3", "training.seed=1"
-    )
 
 
 @pytest.mark.parametrize(
@@ -306,23 +279,8 @@ def test_a_home_directory_is_expanded_and_other_paths_stay_as_written(
 
 
 WORDS = (
-    *(
-        "1e5",
-        "off",
-        "null",
-        "~x/y",
-        "12",
-        "0.5",
-        "true",
-        "a: b",
-        "#x",
-        "\u00e9",
-        "- a",
-        "'",
-        "1e-5 ",
-        "*",
-    ),
-    "a\u2028b\x85\U0001f642",
+    *("1e5", "off", "null", "~x/y", "12", "0.5", "true", "a: b", "#x", "\u00e9", "- a"),
+    *("'", "1e-5 ", "*", "a\u2028b\x85\U0001f642"),
 )
 
 
@@ -394,30 +352,14 @@ def test_garbage_in_any_place_is_a_config_error_and_nothing_else():
         [name] for name in Recipe.model_fields
     ]
     for place, value in itertools.product(places, garbage):
-        given = {"model": {"path": "b"}, "data": {"train": "a"}}
+        raw = {"model": {"path": "b"}, "data": {"train": "a"}}
         if len(place) == 1:
-            given[place[0]] = value
+            raw[place[0]] = value
         else:
-            given.setdefault(place[0], {})[place[1]] = value
+            raw.setdefault(place[0], {})[place[1]] = value
         message = ".".join(place)
         try:
-            build_recipe(given)
+            build_recipe(raw)
         except ConfigError as error:
             message = str(error)
         assert ".".join(place) in message
-
-
-def test_reading_a_recipe_loads_neither_torch_nor_transformers():
-    code = (
-        "import sys, hafrm.recipe_file, hafrm.run_folder\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'numpy', 'pyarrow'}\n"
-        "print(', '.join(sorted(heavy & set(sys.modules))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(Path(__file__).parents[1] / "src")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == ""

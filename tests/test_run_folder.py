@@ -60,9 +60,6 @@ class SaveFailedError(Exception):
     """What the tests raise in the middle of a save."""
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path):
     atomic_write(tmp_path / "a", "first")
     atomic_write(tmp_path / "a", "zweite \u2014 \u00e9\n")
@@ -110,9 +107,6 @@ def test_a_written_file_has_ordinary_permissions(tmp_path: Path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
-# --- directories ---------------------------------------------------------------------------------
-
-
 def test_an_atomic_directory_has_no_name_before_the_block_ends(tmp_path: Path):
     target = tmp_path / "deep" / "out"
     with atomic_directory(target) as aside:
@@ -124,19 +118,16 @@ def test_an_atomic_directory_has_no_name_before_the_block_ends(tmp_path: Path):
     assert names(target.parent) == {"out"}
 
 
-@pytest.mark.parametrize("error", [SaveFailedError, KeyboardInterrupt, SystemExit])
-def test_an_error_inside_the_block_leaves_what_was_there(
-    tmp_path: Path, error: type[BaseException]
-):
+def test_an_error_inside_the_block_leaves_what_was_there(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
 
     def save_and_fail() -> None:
         with atomic_directory(tmp_path / "out", replace=True) as aside:
             (aside / "new").touch()
-            raise error
+            raise KeyboardInterrupt
 
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         save_and_fail()
     assert names(tmp_path) == {"out"}
     assert names(tmp_path / "out") == {"old"}
@@ -216,9 +207,6 @@ def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
     assert run.latest_checkpoint() == run.checkpoint_path(step + 1)
 
 
-# --- manifests -----------------------------------------------------------------------------------
-
-
 def test_a_manifest_lists_every_file_and_an_untouched_directory_passes(tmp_path: Path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b").write_bytes(b"abc")
@@ -256,19 +244,13 @@ def test_damage_of_any_kind_is_found_and_the_file_named(tmp_path: Path):
             check_manifest(tmp_path / harm)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": 1}}', "\x00"],
-)
-def test_a_damaged_manifest_is_an_incomplete_checkpoint(tmp_path: Path, text: str):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
-        check_manifest(tmp_path)
-
-
-def test_a_directory_without_a_manifest_was_never_finished(tmp_path: Path):
+def test_a_damaged_or_missing_manifest_is_an_incomplete_checkpoint(tmp_path: Path):
     with pytest.raises(CheckpointError, match="never finished"):
         check_manifest(tmp_path)
+    for text in ("", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": 1}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+            check_manifest(tmp_path)
 
 
 def test_a_large_file_is_checked_by_its_size_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -283,9 +265,6 @@ def test_a_large_file_is_checked_by_its_size_alone(tmp_path: Path, monkeypatch: 
     check_manifest(tmp_path)
 
 
-# --- run folders ---------------------------------------------------------------------------------
-
-
 def test_a_new_run_folder_holds_its_recipe_and_can_be_opened(tmp_path: Path):
     run = RunFolder.create(tmp_path / "runs" / "one", "seed: 0\n")
     assert run.recipe_text() == "seed: 0\n"
@@ -298,9 +277,8 @@ def test_a_new_run_folder_holds_its_recipe_and_can_be_opened(tmp_path: Path):
 def test_a_folder_that_holds_something_is_never_overwritten_unasked(tmp_path: Path):
     (tmp_path / "thesis.tex").touch()
     (tmp_path / ".notes.tmp").touch()
-    for exist in ("refuse", "replace"):
-        with pytest.raises(CheckpointError, match="empty"):
-            RunFolder.create(tmp_path, "x: 1\n", exist=exist)
+    with pytest.raises(CheckpointError, match="empty"):
+        RunFolder.create(tmp_path, "x: 1\n")
     assert names(tmp_path) == {"thesis.tex", ".notes.tmp"}
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     with pytest.raises(CheckpointError, match="--resume"):
@@ -313,25 +291,6 @@ def test_a_folder_left_by_a_kill_before_its_recipe_counts_as_empty(tmp_path: Pat
     (tmp_path / ".recipe.yaml.0123abcd.tmp").touch()
     RunFolder.create(tmp_path, "x: 1\n")
     assert names(tmp_path) == {".lock", "recipe.yaml"}
-
-
-def test_numbering_takes_the_first_free_name(tmp_path: Path):
-    made = [RunFolder.create(tmp_path / "run", "x: 1\n", exist="number").path for _ in range(3)]
-    assert [path.name for path in made] == ["run", "run-2", "run-3"]
-    (tmp_path / "file").touch()
-    assert RunFolder.create(tmp_path / "file", "", exist="number").path.name == "file-2"
-
-
-def test_replacing_empties_a_run_folder_that_nobody_writes_to(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    save(run, 5)
-    run.append_metrics({"step": 5})
-    with run.lock(), pytest.raises(CheckpointError, match="in use"):
-        RunFolder.create(run.path, "x: 2\n", exist="replace")
-    assert run.recipe_text() == "x: 1\n"
-    RunFolder.create(run.path, "x: 2\n", exist="replace")
-    assert run.recipe_text() == "x: 2\n"
-    assert names(run.path) == {".lock", "recipe.yaml"}
 
 
 def test_a_file_in_the_place_of_a_run_folder_is_told(tmp_path: Path):
@@ -348,8 +307,6 @@ def test_opening_what_is_no_run_folder_says_what_would_be_one(tmp_path: Path):
     with pytest.raises(CheckpointError, match=re.escape(f"did you mean {run.path}?")):
         RunFolder.open(checkpoint)
 
-
-# --- locks ---------------------------------------------------------------------------------------
 
 HOLDS_THE_LOCK = """
 import sys
@@ -381,21 +338,6 @@ def test_a_lock_whose_holder_was_killed_blocks_nobody(tmp_path: Path):
         assert (run.path / ".lock").read_text() == str(os.getpid())
 
 
-def test_a_lock_keeps_out_the_same_process_too_and_is_released_by_an_error(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-
-    def fail_while_locked() -> None:
-        with run.lock():
-            with pytest.raises(CheckpointError, match="in use"), RunFolder.open(run.path).lock():
-                pass
-            raise SaveFailedError
-
-    with pytest.raises(SaveFailedError):
-        fail_while_locked()
-    with run.lock():
-        pass
-
-
 def test_a_file_system_without_locks_is_a_warning_and_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -411,41 +353,21 @@ def test_a_file_system_without_locks_is_a_warning_and_no_obstacle(
     assert "cannot be locked" in caplog.text
 
 
-# --- metrics -------------------------------------------------------------------------------------
-
-
-def test_metrics_are_read_back_as_they_were_written(tmp_path: Path):
+def test_metrics_are_read_back_numbers_that_json_lacks_as_null_and_those_of_numpy_plain(
+    tmp_path: Path,
+):
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    run.append_metrics({"step": 1, "kind": "train", "loss": 0.5})
-    run.append_metrics({"step": 2, "kind": "validation", "by_source": {"\u00e9": [1, 2.5]}})
+    run.append_metrics({"step": 1, "kind": "train", "by_source": {"\u00e9": [1, 2.5]}})
+    run.append_metrics(
+        {"step": 2, "a": math.nan, "b": [math.inf, np.float32(0.5)], "c": np.int64(3)}
+    )
     assert read_json_lines(run.metrics_path) == [
-        {"step": 1, "kind": "train", "loss": 0.5},
-        {"step": 2, "kind": "validation", "by_source": {"\u00e9": [1, 2.5]}},
+        {"step": 1, "kind": "train", "by_source": {"\u00e9": [1, 2.5]}},
+        {"step": 2, "a": None, "b": [None, 0.5], "c": 3},
     ]
 
 
-def test_numbers_that_json_lacks_become_null_and_those_of_numpy_plain(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    run.append_metrics(
-        {"step": 1, "a": math.nan, "b": [math.inf, np.float32(0.5)], "c": np.int64(3)}
-    )
-    assert read_json_lines(run.metrics_path) == [{"step": 1, "a": None, "b": [None, 0.5], "c": 3}]
-
-
-def test_a_line_is_with_the_system_when_the_call_returns(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    code = (
-        "import sys, os, signal\n"
-        "from hafrm.run_folder import RunFolder\n"
-        "RunFolder.open(sys.argv[1]).append_metrics({'step': 1, 'loss': 2.0})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    process = python(code, str(run.path))
-    kill(process)
-    assert read_json_lines(run.metrics_path) == [{"step": 1, "loss": 2.0}]
-
-
-@pytest.mark.parametrize("cut", range(1, 22))
+@pytest.mark.parametrize("cut", [1, 11, 21])
 def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
     tmp_path: Path, cut: int
 ):
@@ -482,9 +404,6 @@ def test_a_damaged_line_in_the_middle_is_told_by_its_number(tmp_path: Path):
         read_json_lines(run.metrics_path)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
 def test_checkpoints_are_listed_by_step_and_the_latest_is_the_highest(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     for step in (9, 100, 20):
@@ -513,25 +432,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written
     assert run.latest_checkpoint() == run.checkpoint_path(20)
 
 
-def test_pruning_keeps_the_newest_and_the_protected_ones(tmp_path: Path):
+def test_pruning_keeps_the_newest_and_the_protected_and_counts_no_damaged_ones(tmp_path: Path):
+    """A damaged one must not count: pruning to one would delete the only checkpoint that works."""
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     for step in (10, 20, 30, 40):
         save(run, step)
     run.prune(keep=2, protect=[10, 999, -1])
     assert names(run.checkpoints_path) == {"step-10", "step-30", "step-40"}
-    run.prune(keep=1)
-    assert names(run.checkpoints_path) == {"step-40"}
     run.prune(keep=5)
-    assert names(run.checkpoints_path) == {"step-40"}
-
-
-def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path):
-    """Otherwise pruning to one would delete the only checkpoint that works."""
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    save(run, 10)
-    (save(run, 20) / "state.json").unlink()
+    (run.checkpoint_path(40) / "state.json").unlink()
     run.prune(keep=1)
-    assert run.latest_checkpoint() == run.checkpoint_path(10)
+    assert run.latest_checkpoint() == run.checkpoint_path(30)
+    assert names(run.checkpoints_path) == {"step-30", "step-40"}
 
 
 def test_a_checkpoint_half_deleted_by_a_kill_is_gone(
@@ -568,9 +480,6 @@ def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(tmp_pa
         assert names(run.path) == {".lock", ".mine.tmp", "checkpoints", "notes.txt", "recipe.yaml"}
 
 
-# --- provenance ----------------------------------------------------------------------------------
-
-
 def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     (tmp_path / "data").write_bytes(b"abc")
@@ -592,9 +501,9 @@ def test_provenance_tells_neither_the_host_nor_the_home_directory(
 ):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setattr(sys, "argv", ["/opt/bin/hafrm", "train", "/home/someone/a b.yaml", "x.y=1"])
-    known = describe_process()
-    assert known["command"] == "hafrm train '~/a b.yaml' x.y=1"
-    text = json.dumps(known)
+    process = describe_process()
+    assert process["command"] == "hafrm train '~/a b.yaml' x.y=1"
+    text = json.dumps(process)
     assert "someone" not in text
     assert os.uname().nodename not in text.split()
 

@@ -28,16 +28,13 @@ HASHED_BYTES = 16 * 2**20
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` when the block ends without an error.
-
-    After any kill `path` is the old file or the new one, never a mix.
-    """
+    """A file to write, which becomes `path` when the block ends without an error."""
     aside = _aside(path)
     try:
         with aside.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or power may fail between name and content
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -54,9 +51,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill, which becomes `path` when the block ends without an error.
 
-    On an error it is removed and `path` is untouched. With `replace` an older `path` is moved out of
-    the way just before; a kill in that instant leaves neither, so replace only what can be remade.
-    Raises CheckpointError when `path` exists and is not to be replaced.
+    On an error it is removed and `path` is untouched. Raises CheckpointError when `path` exists and is not
+    to be replaced.
     """
     if path.exists() and not replace:
         raise CheckpointError(f"{path} exists already: remove it or choose another place")
@@ -70,7 +66,9 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 _sync(Path(directory, name))
             _sync(Path(directory))
         if path.exists():
-            remove_directory(path)
+            remove_directory(
+                path
+            )  # a kill right here leaves neither: replace only what can be remade
         aside.rename(path)
         _sync(path.parent)
     finally:
@@ -91,7 +89,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that a kill half-way never leaves part of it under its name."""
+    """Remove a directory; a kill half-way never leaves part of it under its name."""
     aside = _aside(path)
     path.rename(aside)
     shutil.rmtree(aside)
@@ -103,10 +101,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
-    """Remove what killed writers left in `directory` (of the files `names` only, where given).
-
-    Nobody may be writing them meanwhile.
-    """
+    """Remove what killed writers left in `directory`, of the files `names` only if any are named."""
     for leftover in [path for path in directory.glob(".*.tmp") if is_leftover(path)]:
         if names is not None and leftover.name[1:].rsplit(".", 2)[0] not in names:
             continue
@@ -118,15 +113,12 @@ def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> No
 
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of `directory` in a `with` block, or until the process dies.
-
-    Raises CheckpointError when another process holds it. The kernel keeps the lock, not the file's
-    existence, so a killed holder blocks nobody.
-    """
+    """Hold the lock of `directory` in a `with` block; raises CheckpointError when another process does."""
     import fcntl  # noqa: PLC0415 - absent on Windows, where run folders can still be read
 
     with (directory / LOCK).open("a+b", buffering=0) as file:
         try:
+            # the kernel's lock, not the file's existence: a killed holder blocks nobody
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hafrm.atomic import (
     LOCK,
@@ -77,30 +77,18 @@ class RunFolder:
         self.unverified_path = path / "model.unverified"
 
     @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        recipe_text: str,
-        *,
-        exist: Literal["refuse", "number", "replace"] = "refuse",
-    ) -> "RunFolder":
-        """A new run folder that holds its recipe.
-
-        When `path` holds something: "refuse" raises CheckpointError, "number" takes the first free
-        of path-2, path-3, ..., "replace" empties it if it is a run folder that nobody writes to.
-        """
+    def create(cls, path: str | Path, recipe_text: str) -> "RunFolder":
+        """A new run folder that holds its recipe; raises CheckpointError when `path` holds something."""
         path = Path(path).expanduser()
-        if exist == "number":
-            path = _free_name(path)
-        _check_room(path, replace=exist == "replace")  # before a lock file would be left there
+        _check_empty(path)  # before a lock file would be left there
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
         folder = cls(path)
         with lock_directory(path):
-            _check_room(path, replace=exist == "replace")
-            folder._empty()
+            _check_empty(path)
+            clear_leftovers(path)
             atomic_write(folder.recipe_path, recipe_text)
         return folder
 
@@ -116,17 +104,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out for the length of a `with` block, and clear what a kill left.
+        """Keep other writers out of a `with` block, and clear what a kill left.
 
-        Raises CheckpointError when another process is writing. A damaged checkpoint is renamed to
-        step-N.damaged, so that its step can be written again.
+        Raises CheckpointError when another process is writing.
         """
         with lock_directory(self.path):
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints_path)
             self.truncate_after(sys.maxsize)
             for path in self._checkpoint_directories():
-                if not _is_complete(path):
+                if not _is_complete(path):  # its step must be free to be written again
                     shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
                     path.rename(path.with_suffix(".damaged"))
             yield
@@ -136,35 +123,30 @@ class RunFolder:
         return self.recipe_path.read_text(encoding="utf-8")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it.
-
-        nan and infinities become null, as JSON has no other word for them.
-        """
+        """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it."""
         _append(self.metrics_path, record)
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
-        """The same for samples.jsonl, which holds what a policy wrote at a "step"."""
+        """As `append_metrics`, to samples.jsonl, which holds what a policy wrote."""
         _append(self.samples_path, record)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records of later steps, and torn last lines, before a resume writes them anew."""
+        """Drop the records of later steps, and torn last lines, before a resume writes them again."""
         for path in (self.metrics_path, self.samples_path):
             lines = _metric_lines(path)
-            kept = b"".join(line + b"\n" for line, r in lines if r.get("step", step) <= step)
-            if path.exists() and kept != path.read_bytes():
-                atomic_write(path, kept)
+            content = b"".join(line + b"\n" for line, r in lines if r.get("step", step) <= step)
+            if path.exists() and content != path.read_bytes():
+                atomic_write(path, content)
 
     def record_provenance(
         self, *, seed: int, data: Mapping[str, str], details: Mapping[str, Any] | None = None
     ) -> None:
-        """Add this process to provenance.json: versions, command line, commit, seed, data digests.
-
-        A resumed run gets one entry per process. The host's name is left out on purpose.
-        """
+        """Add this process to provenance.json: versions, command line, commit, seed, data digests."""
         path = self.provenance_path
+        # one entry per process of a resumed run
         sessions = json.loads(path.read_bytes())["sessions"] if path.exists() else []
-        known = {"seed": seed, "data": dict(data), **to_plain(details or {})}
-        sessions.append(describe_process() | known)
+        entry = {"seed": seed, "data": dict(data), **to_plain(details or {})}
+        sessions.append(describe_process() | entry)
         atomic_write(path, json.dumps({"sessions": sessions}, indent=1) + "\n")
 
     def checkpoint_path(self, step: int) -> Path:
@@ -187,17 +169,8 @@ class RunFolder:
                 remove_directory(path)
 
     def _checkpoint_directories(self) -> list[Path]:
-        found = self.checkpoints_path.glob("step-*")
-        return sorted((path for path in found if _STEP.fullmatch(path.name)), key=step_of)
-
-    def _empty(self) -> None:
-        # the recipe goes last: a kill before leaves what is still known as a run folder
-        for entry in sorted(_contents(self.path), key=lambda entry: entry == self.recipe_path):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        clear_leftovers(self.path)
+        paths = self.checkpoints_path.glob("step-*")
+        return sorted((path for path in paths if _STEP.fullmatch(path.name)), key=step_of)
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -214,26 +187,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _contents(path: Path) -> list[Path]:
-    """What lies in a directory, but for the lock and what killed writers left."""
-    return [e for e in path.iterdir() if e.name != LOCK and not is_leftover(e)]
-
-
-def _check_room(path: Path, *, replace: bool) -> None:
-    """Raises CheckpointError when `path` holds something that must stay."""
-    if not path.is_dir() or not _contents(path):
-        return
-    if not replace:
+def _check_empty(path: Path) -> None:
+    """Raises CheckpointError unless only a lock and what killed writers left is there."""
+    if path.is_dir() and any(e.name != LOCK and not is_leftover(e) for e in path.iterdir()):
         raise CheckpointError(
-            f"{path} is not empty: go on with its run by --resume {path}, or give another --out"
+            f"{path} is not empty: resume its run with --resume {path}, or give another --out"
         )
-    if not (path / "recipe.yaml").is_file():
-        raise CheckpointError(f"{path} is no run folder and is not replaced: empty it first")
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists() and not (free.is_dir() and not _contents(free)):
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

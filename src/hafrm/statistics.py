@@ -73,12 +73,11 @@ class McNemar:
 def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, float]:
     """(low, high) of a fraction observed in `num` independent trials (Wilson 1927); [0, 1] for none.
 
-    Unlike p +- z * se it stays inside [0, 1] and has a width at 0 and at 1. `num` need not be whole:
-    trials that depend on each other count as fewer.
+    `num` need not be whole: trials that depend on each other count as fewer.
     """
     if num <= 0:
         return 0.0, 1.0
-    # centre and half-width of the score interval
+    # unlike p +- z * se, centre and half-width of the score interval stay inside [0, 1]
     shrink = 1 + z**2 / num
     centre = (fraction + z**2 / (2 * num)) / shrink
     half = z * math.sqrt(fraction * (1 - fraction) / num + z**2 / (4 * num**2)) / shrink
@@ -112,9 +111,8 @@ def clustered_bootstrap(
 ) -> Estimate:
     """Mean of the values with the percentile interval from resampling whole clusters.
 
-    Each resample draws as many clusters as there are, with replacement, and takes the mean over all their
-    items, so large prompts count as they do in the value. Without clusters every item is its own. Fewer
-    than two clusters give a NaN interval.
+    A resample's mean is over all items of its clusters, so large prompts count as they do in the value.
+    Without clusters every item is its own. Fewer than two clusters give a NaN interval.
     """
     sums, sizes = _cluster_sums(np.asarray(values, np.float64), clusters)
     return _bootstrap(sums[:, None], sizes, proportion=proportion)[0]
@@ -135,9 +133,9 @@ def paired_bootstrap(
 ) -> Estimate:
     """mean(first) - mean(second) over the same items, resampled together by cluster.
 
-    With two arrays of correct answers it is the difference of two accuracies. Items that are hard for both
-    cancel, so the interval is narrower than two separate ones suggest.
+    With two arrays of correct answers it is the difference of two accuracies.
     """
+    # items that are hard for both cancel: narrower than two separate intervals suggest
     return clustered_bootstrap(np.subtract(first, second, dtype=np.float64), clusters)
 
 
@@ -158,12 +156,12 @@ def cluster_standard_error(
 ) -> float:
     """Standard error of the mean of clustered items; NaN without items.
 
-    sqrt(sum over clusters of (sum of deviations)^2) / n: Eq. 4 of Miller, arXiv 2411.00640. Without
-    clusters it is the usual one, which divides by n and not n - 1.
+    Without clusters it is the usual one, which divides by n and not n - 1.
     """
     items = np.asarray(values, np.float64)
     if len(items) == 0:
         return math.nan
+    # sqrt(sum over clusters of (sum of deviations)^2) / n: Eq. 4 of Miller, arXiv 2411.00640
     deviations, _ = _cluster_sums(items - items.mean(), clusters)
     return float(np.sqrt(np.sum(deviations**2)) / len(items))
 
@@ -190,10 +188,7 @@ def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"
 
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """Holm's adjusted p-values in the order given: reject those at most the family's error rate.
-
-    Controls the chance of any false rejection under any dependence (Holm 1979).
-    """
+    """Adjusted p-values in the same order: reject those at most the family's error rate (Holm 1979)."""
     p = np.asarray(p_values, np.float64)
     # the k-th smallest of n is multiplied by n - k + 1, and never falls below the one before
     order = np.argsort(p, kind="stable")
@@ -258,11 +253,11 @@ def seeded_difference(
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of one number over seeds, each with its interval over the same items.
 
-    For numbers that are no plain means, such as a benchmark's score. The half-widths over items (their
-    mean over seeds) and over seeds (Student's t) add in squares. A single estimate is returned as it is.
+    For numbers that are no plain means, such as a benchmark's score. A single one is returned as it is.
     """
     if len(estimates) == 1:
         return estimates[0]
+    # half-widths over items (their mean over seeds) and over seeds (Student's t) add in squares
     values = np.array([e.value for e in estimates])
     some, mean = estimates[0], float(values.mean())
     spread = _t_point(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
@@ -312,8 +307,7 @@ def _moments(
     """The first side's mean, less the second's if there is one; its variance and degrees of freedom.
 
     Variance over prompts (by cluster) of the items' means over seeds, plus that over each side's seeds
-    of the seeds' means. The interaction of seed and prompt is in both, so the sum errs on the wide side.
-    The degrees of freedom are Welch's and Satterthwaite's.
+    of the seeds' means.
     """
     if any(len(side) < 2 for side in sides):
         raise ValueError("an interval over seeds needs at least two seeds on each side")
@@ -323,6 +317,7 @@ def _moments(
     over_prompts = cluster_standard_error(items, clusters) ** 2
     if num_clusters > 1:  # from n to n - 1 in the denominator
         over_prompts *= num_clusters / (num_clusters - 1)
+    # the interaction of seed and prompt is in both, so the sum errs on the wide side
     parts = [(over_prompts, num_clusters - 1)]
     parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in values]
     # Welch-Satterthwaite: V^2 / sum(V_i^2 / df_i)

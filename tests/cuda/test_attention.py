@@ -9,8 +9,7 @@ from torch import Tensor
 from hafrm.engine import attention
 from hafrm.engine.attention import shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.padded_groups import attend_by_group
-from hafrm.engine.segments import Rule, attend_by_segment
+from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 from models_for_tests import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hafrm.engine.memory import give_back
+from hafrm.engine.packing import free_memory
 from hafrm.export.proof import check_golden
 from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import read_json_lines
@@ -128,7 +128,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_halves_to_the_same_losses
 
     def trained(name: str, max_tokens: int) -> int:
         """Most bytes that the allocator held in the run."""
-        give_back()
+        free_memory()
         torch.cuda.reset_peak_memory_stats()
         training = {**CALM, "steps": 3, "batch_size": 64, "max_tokens": max_tokens}
         train(tiny_recipe(tmp_path, training=training), tmp_path / name)
@@ -137,7 +137,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_halves_to_the_same_losses
     small, large = trained("small", 256), trained("large", 8192)
     assert large > 1.5 * small, "the two budgets hardly differ in memory"
     total = torch.cuda.get_device_properties(device).total_memory
-    give_back()
+    free_memory()
     torch.cuda.set_per_process_memory_fraction((small + large) / 2 / total)
     with caplog.at_level("WARNING", "hafrm"):
         trained("halved", 8192)

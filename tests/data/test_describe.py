@@ -10,9 +10,8 @@ import pytest
 from hafrm.data.describe import (
     Description,
     LengthSummary,
-    TokenCounts,
     describe_data,
-    shared_prompt_savings,
+    fraction_saved_by_sharing,
 )
 from hafrm.data.reader import read_preferences as read
 from hafrm.preferences import Comparison, Group, TokenizedGroup
@@ -71,18 +70,20 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
     """Decided pairs in words: (3, 1), (1, 2), (2, 2); so 1 longer, 1 shorter, 1 equal. Prompts: 3, 3
     and 2 + 2 + 1 + 1 = 6 words. Distinct responses: 3, 1, 2 | 2, 2 | 4, 1 words, 15 in all."""
     described = describe_data(read([ROWS], max_bad_fraction=0.5))
-    assert (described.num_rows, described.bad_rows, described.unread_columns) == (
-        5,
-        {"empty response": 1},
-        ("extra",),
-    )
-    assert (described.num_groups, described.num_prompts, described.num_responses) == (3, 2, 7)
-    assert (described.num_comparisons, described.num_ties) == (4, 1)
-    assert (described.num_with_margin, described.num_with_votes, described.num_contested) == (
-        1,
-        2,
-        1,
-    )
+    assert described.counts == {
+        "rows": 5,
+        "bad rows": 1,
+        "comparisons repeated": 0,
+        "groups": 3,
+        "prompts": 2,
+        "responses": 7,
+        "comparisons": 4,
+        "ties": 1,
+        "with margin": 1,
+        "with votes": 2,
+        "contested": 1,
+    }
+    assert (described.bad_rows, described.unread_columns) == ({"empty response": 1}, ("extra",))
     assert described.sources == {"memory": 4}
     assert described.tags == {"split": {"train": 2, "": 2}}
     assert described.lengths == {
@@ -93,7 +94,7 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
         "rejected words": LengthSummary(5 / 3, 2, 2, 2),
     }
     assert (described.longer_is_chosen.value, described.longer_is_chosen.num) == (1 / 3, 3)
-    assert described.tokens is None
+    assert described.saved_fraction is None
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -113,8 +114,8 @@ def test_the_shared_share_counts_prompts_and_responses_once() -> None:
     comparisons does not count."""
     pairs = (Comparison(0, 1), Comparison(0, 2), Comparison(1, 2))
     groups = [tokenized(10, [5, 1, 3], pairs), tokenized(9, [9], ())]
-    assert shared_prompt_savings(groups) == (19, 78, 1 - 19 / 78)
-    assert shared_prompt_savings([]) == (0, 0, 0.0)
+    assert fraction_saved_by_sharing(groups) == 1 - 19 / 78
+    assert fraction_saved_by_sharing([]) == 0.0
 
 
 def test_token_statistics_come_from_the_encoder() -> None:
@@ -124,7 +125,7 @@ def test_token_statistics_come_from_the_encoder() -> None:
     assert described.lengths["prompt tokens"] == LengthSummary(10.0, 10, 10, 10)
     assert described.lengths["response tokens"] == LengthSummary(23 / 7, 3, 7, 7)
     assert described.lengths["sequence tokens"].max == 17
-    assert described.tokens == TokenCounts(53, 104, 1 - 53 / 104, asdict(Report()))
+    assert (described.saved_fraction, described.encoding) == (1 - 53 / 104, asdict(Report()))
 
 
 def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
@@ -143,7 +144,7 @@ def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
 def test_unlabelled_data_is_described_without_comparisons() -> None:
     rows = [{"prompt": "p q", "response": "a b"}]
     described = describe_data(read([rows], need_comparisons=False), encode)
-    assert (described.num_groups, described.num_comparisons) == (1, 0)
+    assert (described.counts["groups"], described.counts["comparisons"]) == (1, 0)
     assert described.lengths["chosen words"] == LengthSummary(0.0, 0, 0, 0)
     assert str(described.longer_is_chosen) == "n/a"
-    assert described.tokens is not None and described.tokens.saved_fraction == 0.0
+    assert described.saved_fraction == 0.0

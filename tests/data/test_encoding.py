@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hafrm.data.encoding import Encoder, LengthPolicy, encode_cached
+from hafrm.data.encoding import Encoder, LengthPolicy
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
-from hafrm.resumable import cache_folder
 from helpers import SHARED, needs_shared
 from tokenizers_for_tests import (
     CHATML,
@@ -587,98 +585,3 @@ def test_no_special_token_of_a_real_tokenizer_can_be_typed(name: str) -> None:
 
 
 # The cache on disk
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("HAFRM_CACHE", str(tmp_path))
-    return cache_folder("encoded")
-
-
-def some_groups(num: int = 6) -> list[Group]:
-    """Groups of two or three responses, the third much longer than the others."""
-    return [
-        Group(
-            id=f"g{i}",
-            prompt=(Message("user", f"Say {'sun ' * (i + 1)}."),),
-            responses=("sun", "moon and so on")
-            if i % 3
-            else ("sea", "boat", "a very long song " * 40),
-            comparisons=(Comparison(0, 1, margin=float(i)),),
-            tags={"number": str(i)},
-        )
-        for i in range(num)
-    ]
-
-
-def assert_same(first, second):
-    (ours, report), (theirs, other) = first, second
-    assert asdict(report) == asdict(other)
-    assert [g.id for g in ours] == [g.id for g in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert np.array_equal(a.prompt_ids, b.prompt_ids)
-        assert all(map(np.array_equal, a.response_ids, b.response_ids))
-        assert len(a.response_ids) == len(b.response_ids)
-        assert (a.comparisons, a.source, a.tags) == (b.comparisons, b.source, b.tags)
-        assert a.prompt_ids.dtype == b.prompt_ids.dtype == np.int32
-        assert not b.response_ids[0].flags.writeable
-
-
-@pytest.mark.parametrize("too_long", ["cut", "drop"])
-def test_the_second_time_nothing_is_encoded_and_the_result_is_the_same(
-    monkeypatch, cache, too_long
-):
-    encoder = Encoder(chat_tokenizer(), max_length=64, too_long=too_long)
-    plain = encoder.encode(some_groups())
-    assert_same(plain, encode_cached(encoder, some_groups()))
-    assert (len(plain[0]) < 6) == (too_long == "drop")
-    monkeypatch.setattr(Encoder, "encode_indexed", None)
-    assert_same(plain, encode_cached(encoder, some_groups()))
-
-
-def test_another_text_length_limit_or_comparison_is_another_entry(cache):
-    encoder = Encoder(chat_tokenizer(), max_length=64)
-    encode_cached(encoder, some_groups())
-    encode_cached(Encoder(chat_tokenizer(), max_length=63), some_groups())
-    encode_cached(encoder, some_groups(5))
-    first, *rest = some_groups()
-    encode_cached(encoder, [replace(first, responses=("sea", "boats", "x")), *rest])
-    encode_cached(encoder, [replace(first, comparisons=(Comparison(1, 0),)), *rest])
-    assert len(list(cache.iterdir())) == 5
-
-
-def test_tags_and_margins_are_those_of_the_groups_given_now(cache):
-    encoder = Encoder(chat_tokenizer(), max_length=64)
-    encode_cached(encoder, some_groups())
-    changed = [
-        replace(g, tags={"new": "yes"}, comparisons=(Comparison(0, 1, margin=9.0),))
-        for g in some_groups()
-    ]
-    encoded, _ = encode_cached(encoder, changed)
-    assert all(g.tags == {"new": "yes"} and g.comparisons[0].margin == 9.0 for g in encoded)
-
-
-def test_a_dropped_group_does_not_lend_its_comparisons_to_another_of_its_id(cache):
-    """Ids need not be unique: two files may number their rows alike."""
-    encoder = Encoder(chat_tokenizer(), max_length=64, too_long="drop")
-    dropped, fits = replace(some_groups()[0], id="7"), replace(some_groups()[1], id="7")
-    fits = replace(fits, comparisons=(Comparison(1, 0),))
-    plain = encoder.encode([dropped, fits])
-    assert plain[0][0].comparisons == (Comparison(1, 0),)
-    for _ in range(2):
-        assert_same(plain, encode_cached(encoder, [dropped, fits]))
-
-
-def test_a_damaged_entry_is_made_again(cache):
-    encoder = Encoder(chat_tokenizer(), max_length=64)
-    plain = encode_cached(encoder, some_groups())
-    (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:40])
-    assert_same(plain, encode_cached(encoder, some_groups()))
-    assert_same(plain, encode_cached(encoder, some_groups()))
-
-
-def test_no_groups_are_no_some_groups(cache):
-    encoder = Encoder(chat_tokenizer(), max_length=64)
-    assert encode_cached(encoder, [])[0] == encode_cached(encoder, [])[0] == []

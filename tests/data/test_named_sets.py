@@ -12,9 +12,8 @@ import pytest
 
 from hafrm.data.named_sets import SET_GROUPS, SETS
 from hafrm.data.parse import ParsedRow, parse_row
-from hafrm.data.reader import PreferenceData
+from hafrm.data.reader import PreferenceData, local_files, parse_source
 from hafrm.data.reader import read_preferences as read
-from hafrm.data.sources import local_files, parse_source
 from hafrm.data.values import LeftOut, RefusedError
 from hafrm.errors import DataError
 from hafrm.preferences import Message, Votes
@@ -64,9 +63,6 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
 
 def questions(reading: PreferenceData) -> list[str]:
     return [group.prompt[0].content for group in reading.groups]
-
-
-# -- files -----------------------------------------------------------------------------------
 
 
 def test_a_file_of_one_part_is_read_in_the_published_form_and_named_after_the_set(tmp_path: Path):
@@ -137,7 +133,7 @@ def test_the_arena_is_split_after_its_filter(tmp_path: Path):
     assert len(read([f"set:chatbot-arena={folder}#split=train"]).groups) == 38
 
 
-def test_the_papers_sizes_follow_from_its_totals(tmp_path: Path):
+def test_the_papers_sizes_follow_from_its_totals() -> None:
     """9,691 Alpaca rows give 8,722 to train on, 20,490 battles with a winner give 19,466 (facts: §3)."""
     for name, rows, train in (("alpaca-human", 9691, 8722), ("chatbot-arena", 20_490, 19_466)):
         assert rows - int(SETS[name].test_fraction * rows) == train
@@ -172,14 +168,8 @@ def test_tags_pick_rows_of_a_named_set(tmp_path: Path):
         read([f"set:shp={file}#subset=cooking"])
 
 
-# -- groups of sets --------------------------------------------------------------------------
-
-
-def test_the_papers_groups_hold_its_five_sets() -> None:
-    assert sorted(name for group in SET_GROUPS.values() for name in group) == sorted([*SETS][:5])
-
-
 def test_a_group_is_read_from_a_folder_with_a_file_or_folder_for_each_member(tmp_path: Path):
+    assert sorted(name for group in SET_GROUPS.values() for name in group) == sorted([*SETS][:5])
     write(tmp_path / "hh-harmless.jsonl", transcripts("a"))
     write(tmp_path / "beaver-safe/train.jsonl", [PUBLISHED["beaver-safe"]])
     reading = read([f"set:safety={tmp_path}#split=train"])
@@ -199,9 +189,6 @@ def test_a_member_beside_its_group_is_the_same_set_twice(tmp_path: Path):
         read([f"set:safety={tmp_path}#split=train", member])
     with pytest.raises(DataError, match=r"several sets \(beaver-safe, hh-harmless\)"):
         parse_source(f"set:safety={tmp_path}#split=train")
-
-
-# -- the hub ---------------------------------------------------------------------------------
 
 
 def test_parts_come_from_the_hub_and_the_later_ones_are_kept_apart(monkeypatch) -> None:
@@ -256,23 +243,11 @@ def test_every_set_on_the_hub_can_be_asked_for_each_of_its_parts(monkeypatch, na
 
 def renamed(name: str, question: str, **changes: Any) -> dict[str, Any]:
     """The published row of a set with another question."""
-    known = ("How do I pick a lock?", "What is two plus two?", "Add them.")
+    questions = ("How do I pick a lock?", "What is two plus two?", "Add them.")
     text = json.dumps(PUBLISHED[name])
-    for old in known:
+    for old in questions:
         text = text.replace(old, question)
     return json.loads(text) | changes
-
-
-def test_a_script_on_the_hub_is_a_clear_error(monkeypatch) -> None:
-    def load(*args: object, **options: object) -> Rows:
-        raise RuntimeError("Dataset scripts are no longer supported, but found pairs.py")
-
-    fake_hub(monkeypatch, load)
-    with pytest.raises(DataError, match="hub:org/pairs:train cannot be loaded: Dataset scripts"):
-        read(["hub:org/pairs:train"])
-
-
-# -- what is wrong with it -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,9 +294,6 @@ def test_a_file_of_another_form_names_the_columns_of_the_published_one(tmp_path:
         DataError, match=r"published form of shp: no `labels`; columns: \['prompt', "
     ):
         read([f"set:shp={file}"])
-
-
-# -- published rows --------------------------------------------------------------------------
 
 
 def parsed(name: str, **changes: Any) -> ParsedRow:

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 
 from hafrm.data.reader import read_preferences as read
-from hafrm.data.sources import iter_rows, parse_source
-from hafrm.data.values import Refusal
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message
 from helpers import SHARED, needs_shared
@@ -377,7 +375,9 @@ def test_a_file_that_cannot_be_used_is_a_clear_error(
     assert str(tmp_path / name) in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def test_directories_empty_lists_and_bare_strings_are_clear_errors(tmp_path: Path) -> None:
+def test_directories_empty_lists_bare_strings_and_bad_rows_alone_are_clear_errors(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(DataError, match="is a directory"):
         read([tmp_path])
     with pytest.raises(DataError, match="memory has no rows"):
@@ -388,22 +388,8 @@ def test_directories_empty_lists_and_bare_strings_are_clear_errors(tmp_path: Pat
         read("set.jsonl")
     with pytest.raises(ConfigError, match="max_bad_fraction"):
         read([[pair()]], max_bad_fraction=1.5)
-
-
-def test_all_rows_bad_is_an_error_whatever_is_allowed() -> None:
-    with pytest.raises(DataError, match="2 of 2 rows"):
+    with pytest.raises(DataError, match="2 of 2 rows"):  # whatever is allowed
         read([[pair(chosen=""), pair(chosen="\0")]], max_bad_fraction=1.0)
-
-
-def test_raw_rows_are_numbered_and_unreadable_ones_keep_their_place(tmp_path: Path) -> None:
-    path = tmp_path / "raw.jsonl"
-    path.write_text('{"prompt": "p", "response": "a"}\n{\n')
-    rows = list(iter_rows(parse_source(path)))
-    assert rows[0] == (0, {"prompt": "p", "response": "a"})
-    assert rows[1][0] == 1 and isinstance(rows[1][1], Refusal)
-
-
-# -- hub -------------------------------------------------------------------------------------
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object]) -> None:
@@ -476,9 +462,6 @@ def test_a_dataset_in_memory_reads_as_the_list_of_its_rows() -> None:
 def with_cache(datasets: ModuleType, folder: Path) -> Callable[..., object]:
     load = datasets.load_dataset
     return lambda *args, **options: load(*args, cache_dir=str(folder), **options)
-
-
-# -- the shared real data --------------------------------------------------------------------
 
 
 # In a process of its own, to see what reading imports.

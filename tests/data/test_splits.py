@@ -166,9 +166,6 @@ def test_uniform_weights_know_the_cap_and_count_no_ties_and_no_empty_set() -> No
     assert uniform_weights([[]]) == [1.0]
 
 
-# -- written back ----------------------------------------------------------------------------
-
-
 def test_written_groups_read_back_with_ids_margins_weights_votes_ties_and_unlabelled_responses(
     tmp_path,
 ):
@@ -188,17 +185,3 @@ def test_written_groups_read_back_with_ids_margins_weights_votes_ties_and_unlabe
     write_groups([Group("c", prompt, ())], tmp_path / "p.jsonl")
     (alone,) = read_preferences([tmp_path / "p.jsonl"], need_responses=False).groups
     assert (alone.id, alone.prompt) == ("c", prompt)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "a.jsonl"
-    write_groups(GROUPS[:2], file)
-    before = file.read_bytes()
-
-    def full(_: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_groups(GROUPS[:5], file)
-    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hafrm.engine import attention
 from hafrm.engine.attention import shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.padded_groups import attend_by_group
-from hafrm.engine.segments import Rule, attend_by_segment
+from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 from models_for_tests import SHAPES, tiny_hybrid, token_groups
 
 MODULE = torch.nn.Module()
@@ -79,28 +78,19 @@ def compare(found: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(grad, slow, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("softcap", "scaling"), [(None, None), (2.0, None), (None, 0.05), (2.0, 1.0)]
+)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_segments_attend_as_the_full_mask_says(heads, window, softcap):
+def test_segments_attend_as_the_full_mask_says(heads, window, softcap, scaling):
+    """Contiguous, as transformers' own: AFMoE and JetMoE `view` the output."""
     layout = lay_out(token_groups(SHAPES))
     q, k, v = tensors(layout, heads)
-    found, weights = shared_prefix_attention(
-        MODULE, q, k, v, branch_layout=layout, sliding_window=window, softcap=softcap
-    )
-    assert weights is None
-    compare(found, slow_attention(q, k, v, full_mask(layout, window), None, softcap), (q, k, v))
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("scaling", [0.05, 1.0])
-def test_the_models_own_scaling_is_used(scaling, softcap):
-    layout = lay_out(token_groups(SHAPES))
-    q, k, v = tensors(layout, (4, 2))
-    found, _ = shared_prefix_attention(
-        MODULE, q, k, v, branch_layout=layout, scaling=scaling, softcap=softcap
-    )
-    compare(found, slow_attention(q, k, v, full_mask(layout), scaling, softcap), (q, k, v))
+    options = {"sliding_window": window, "softcap": softcap, "scaling": scaling}
+    found, weights = shared_prefix_attention(MODULE, q, k, v, branch_layout=layout, **options)
+    assert weights is None and found.is_contiguous()
+    compare(found, slow_attention(q, k, v, full_mask(layout, window), scaling, softcap), (q, k, v))
 
 
 def test_values_may_be_of_another_width_than_keys():
@@ -190,13 +180,6 @@ def test_no_attention_call_sees_more_than_a_prompt_and_one_branch(monkeypatch):
     assert seen == list(zip(layout.query_lengths, layout.key_lengths, strict=True))
 
 
-def test_the_output_is_contiguous_as_that_of_transformers_own_attention():
-    """AFMoE and JetMoE `view` it, which fails on a transposed one."""
-    layout = lay_out(token_groups(SHAPES))
-    found, _ = shared_prefix_attention(MODULE, *tensors(layout, (4, 2)), branch_layout=layout)
-    assert found.is_contiguous()
-
-
 def test_under_autocast_the_query_is_in_half_precision_when_the_backend_is_chosen(monkeypatch):
     """Half precision is what the varlen kernel asks for; a float32 query takes the slow loop. Under
     autocast with float32 weights the projections are bfloat16, the rotary factors float32, and so is
@@ -213,25 +196,15 @@ def test_under_autocast_the_query_is_in_half_precision_when_the_backend_is_chose
     assert seen == [torch.bfloat16] * 2
 
 
-def test_a_call_without_a_layout_is_refused():
+def test_a_call_without_a_layout_with_a_mask_or_with_attention_sinks_is_refused():
     layout = lay_out(token_groups(SHAPES))
+    inputs = tensors(layout, (4, 2))
     with pytest.raises(ValueError, match="call HybridModel instead"):
-        shared_prefix_attention(MODULE, *tensors(layout, (4, 2)))
-
-
-def test_a_call_with_a_mask_is_refused():
-    layout = lay_out(token_groups(SHAPES))
-    mask = torch.ones(1, 1, 2, 2)
+        shared_prefix_attention(MODULE, *inputs)
     with pytest.raises(ValueError, match="no mask"):
-        shared_prefix_attention(MODULE, *tensors(layout, (4, 2)), mask, branch_layout=layout)
-
-
-def test_attention_sinks_are_refused_rather_than_left_out():
-    layout = lay_out(token_groups(SHAPES))
+        shared_prefix_attention(MODULE, *inputs, torch.ones(1, 1, 2, 2), branch_layout=layout)
     with pytest.raises(ValueError, match=r"sinks.*training\.sharing: off"):
-        shared_prefix_attention(
-            MODULE, *tensors(layout, (4, 2)), branch_layout=layout, s_aux=torch.zeros(4)
-        )
+        shared_prefix_attention(MODULE, *inputs, branch_layout=layout, s_aux=torch.zeros(4))
 
 
 def slow_varlen(

@@ -1,4 +1,4 @@
-"""Compiled layers give the same numbers, and rows of other lengths compile nothing anew."""
+"""Compiled layers give the same numbers, and sequences of other lengths compile nothing again."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["kept", "checkpointed"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [("llama", "checkpointed"), ("mistral", "kept")]
+)
 def test_compiled_layers_equal_plain_ones_and_are_compiled_once_for_all_lengths(
     family, checkpointing
 ):

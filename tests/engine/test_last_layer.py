@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hafrm.engine import last_layer
+from hafrm.engine.adjustments import narrow_layer, widen_layer
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, decoder_layers, new_reward_head
 from hafrm.scoring.forward import run_forward
@@ -36,7 +36,7 @@ def test_a_reward_model_that_runs_last_tokens_only_equals_a_whole_run(family):
     """Rewards to 1e-5; gradients to 1e-5 of the largest entry: sums over fewer zeros, reassociated."""
     model = reward_model(family)
     found, grads = rewards_and_gradients(model)
-    last_layer.widen(decoder_layers(model.backbone)[-1])
+    widen_layer(decoder_layers(model.backbone)[-1])
     whole, whole_grads = rewards_and_gradients(model)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
     assert grads.keys() == whole_grads.keys()
@@ -69,7 +69,7 @@ def test_only_the_last_layer_is_narrowed_to_what_is_read(module):
         assert widths_seen(reward_model("llama"), module) == [layout.num_tokens, 10]
     else:
         model = tiny_hybrid()
-        assert module in last_layer.narrow(decoder_layers(model.backbone)[-1])
+        assert module in narrow_layer(decoder_layers(model.backbone)[-1])
 
 
 def test_two_models_over_one_backbone_read_each_what_it_needs():
@@ -91,7 +91,7 @@ def test_a_copied_model_narrows_its_own_layer_and_threads_their_own_rows():
         found = run_forward(copied, groups, max_tokens=30, threads=3).rewards
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
     last = decoder_layers(copied.backbone)[-1]
-    last_layer.widen(last)
+    widen_layer(last)
     assert not last.mlp._forward_hooks
     assert decoder_layers(model.backbone)[-1].mlp._forward_hooks
 
@@ -141,10 +141,10 @@ def test_experts_are_left_whole():
     layer.mlp = Experts()
     layer.self_attn = nn.Module()
     layer.self_attn.q_proj = nn.Linear(2, 2)
-    assert last_layer.narrow(layer) == ["self_attn.q_proj"]
+    assert narrow_layer(layer) == ["self_attn.q_proj"]
 
 
 def test_a_layer_of_another_build_is_left_alone():
     layer = nn.Module()
     layer.mlp = nn.Linear(2, 2)  # without an attention that would say which rows are read
-    assert last_layer.narrow(layer) == []
+    assert narrow_layer(layer) == []

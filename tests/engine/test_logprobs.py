@@ -288,7 +288,7 @@ def test_no_tensor_of_the_head_ever_holds_more_than_a_chunk_of_logits(frozen, so
 
 def test_the_default_chunk_follows_from_the_vocabulary(monkeypatch):
     hidden, weight, targets = wide()
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 20 * WIDE["vocab"] + 7)
+    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", 20 * WIDE["vocab"] + 7)
     with Products() as products:
         token_logprobs(hidden, weight, targets).sum().backward()
     assert products.numel == 20 * WIDE["vocab"]
@@ -302,7 +302,7 @@ def test_a_gpu_holds_eight_times_as_many_logits_as_a_cpu():
 
 def test_a_vocabulary_larger_than_a_chunk_is_taken_a_row_at_a_time(monkeypatch):
     hidden, weight, _, targets = inputs()
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", VOCAB - 1)
+    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", VOCAB - 1)
     found = token_logprobs(hidden, weight, targets)
     expected = slow_logprobs(hidden, weight, targets, None, LogitTransform())
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)

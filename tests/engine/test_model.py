@@ -22,10 +22,10 @@ from hafrm.engine.model import (
     logit_transform,
     longest_sequence,
     new_reward_head,
+    self_check,
     sharing_obstacle,
     split_causal_lm,
 )
-from hafrm.engine.selfcheck import self_check
 from hafrm.errors import ModelError, NumericsError
 from models_for_tests import (
     FAMILIES,

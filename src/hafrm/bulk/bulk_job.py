@@ -47,7 +47,7 @@ from hafrm.bulk.shards import (
 from hafrm.data.reader import BadRow
 from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
-from hafrm.engine.selfcheck import self_check
+from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError, NumericsError
 from hafrm.preferences import TokenizedGroup
 from hafrm.process_pool import ProcessPool, default_num_processes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hafrm.atomic import HASHED_BYTES, fingerprint
 from hafrm.data.files import is_known_kind
-from hafrm.data.sources import Source, iter_rows, parse_source
+from hafrm.data.reader import Source, iter_rows, parse_source
 from hafrm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The verbs `data` and `split`: what preferences hold, and parts of them that share no prompt."""
+"""The verb `data`: what preferences hold, or parts of them that share no prompt."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,45 +6,46 @@ from typing import Annotated
 import typer
 
 from hafrm.cli.entry import JsonFile, Sources, app, show_result
+from hafrm.errors import ConfigError
 
 
 @app.command()
 def data(
     sources: Sources,
     *,
-    json_file: JsonFile = None,
     model: Annotated[
         str | None, typer.Option(help="Also count tokens with this model's tokenizer.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Length policy for the token counts.")] = 1024,
+    split: Annotated[
+        float | None,
+        typer.Option(
+            help="Write this fraction of the prompts to OUT/test.jsonl, the rest to train."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the parts of --split.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+    json_file: JsonFile = None,
 ) -> None:
-    """What preference data holds, what is wrong with it, its lengths and its length bias."""
+    """What preference data holds and what is wrong with it; --split divides it by prompt."""
     from hafrm.data.describe import describe_data  # noqa: PLC0415
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
 
-    preferences = read_preferences(sources, max_bad_fraction=1.0)
+    if (split is None) != (out is None):
+        raise ConfigError("--split FRACTION and --out DIR belong together; give both or neither")
+    if split is not None and out is not None:
+        _write_parts(sources, split, out, seed)
+        return
     encode = None
     if model is not None:
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         from hafrm.data.encoding import Encoder  # noqa: PLC0415
 
-        encode = Encoder(AutoTokenizer.from_pretrained(model), max_length=max_length).encode
-    description = describe_data(preferences, encode)
-    show_result(description, json_file)
+        encode = Encoder(AutoTokenizer.from_pretrained(model)).encode
+    show_result(describe_data(read_preferences(sources, max_bad_fraction=1.0), encode), json_file)
 
 
-@app.command()
-def split(
-    sources: Sources,
-    *,
-    out: Annotated[Path, typer.Option(help="Folder for train.jsonl and test.jsonl.")],
-    fraction: Annotated[
-        float, typer.Option(help="Fraction of the prompts in the test part.")
-    ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
-) -> None:
-    """Split preference data by prompt, so that no prompt is on both sides."""
+def _write_parts(sources: list[str], fraction: float, out: Path, seed: int) -> None:
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
     from hafrm.data.splits import split_by_prompt, write_groups  # noqa: PLC0415
     from hafrm.preferences import num_comparisons  # noqa: PLC0415
@@ -56,7 +57,6 @@ def split(
     parts = split_by_prompt(preferences.groups, fraction, seed)
     for name, part in zip(("train", "test"), parts, strict=True):
         file = out / f"{name}.jsonl"
-        rows = write_groups(part, file)
-        pairs = num_comparisons(part)
+        rows, pairs = write_groups(part, file), num_comparisons(part)
         unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
         typer.echo(f"{file}: {pairs} comparisons of {len(part)} groups{unlabelled}")

@@ -1,13 +1,13 @@
 """Chat templates and tokenizers prepared for reward models; what is prepared here is what is exported.
 
 A reward is read at the last token, so what a consumer renders must end in the very EOS that was trained
-on: the template is closed, that is ends at the EOS, and prints no date. Only the template writes special
-tokens, and pad is not EOS. Rendering is done by transformers' own `apply_chat_template`, and a changed
-template is tried on probe conversations. The tokenizer passed in is never changed; no vocabulary grows.
+on: the template is closed (it ends at the EOS) and prints no date, and pad is not EOS. Rendering is
+transformers' own `apply_chat_template`; a changed template is tried on probe conversations. The tokenizer
+passed in is never changed; no vocabulary grows. Start at `prepare_tokenizer`.
 """
 
 import copy
-import json
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -83,11 +83,8 @@ def prepare_tokenizer(
 
     close=True is for models that we train and export: a missing template is replaced by a plain one,
     the template is closed, and pad is a token other than EOS. close=False is for other reward models:
-    the template is used as it is, except that a printed date is frozen.
-
-    Raises:
-        ModelError: no fast tokenizer, no EOS, no usable pad, no template (close=False), a template
-            that prints today's date in a way that cannot be frozen or that cannot be closed.
+    the template is used as it is, except that a printed date is frozen. Raises ModelError for a tokenizer
+    or template that cannot be prepared so.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
@@ -100,7 +97,15 @@ def prepare_tokenizer(
             "to the token that ends an assistant's turn (such as <|im_end|> or </s>)."
         )
     template = freeze_date(_own_template(tokenizer, plain_if_none=close))
-    own = _adding_nothing(tokenizer)
+    own = copy.deepcopy(tokenizer)
+    # untyped properties, whose setters also rebuild the post-processor, here without tokens
+    for flag in ("add_bos_token", "add_eos_token"):
+        setattr(own, flag, False)
+    # special tokens that the template writes must be recognised
+    own.split_special_tokens = False
+    own.init_kwargs.pop("split_special_tokens", None)
+    own.backend_tokenizer.no_truncation()
+    own.backend_tokenizer.no_padding()
     answers = _rendered_answers(own, template)
     if close:
         template = close_template(own, template)
@@ -163,10 +168,8 @@ def read_template(name: str) -> str:
 def freeze_date(template: str) -> str:
     """The template with every `strftime_now("...")` replaced by `FROZEN_DATE` in that format.
 
-    A template that prints today's date gives another score tomorrow.
-
-    Raises:
-        ModelError: when the template asks for the date without a literal format.
+    A template that prints today's date gives another score tomorrow. Raises ModelError when it asks for the
+    date without a literal format.
     """
     frozen = _TODAY.sub(lambda match: repr(FROZEN_DATE.strftime(match[2])), template)
     left = _TODAY_LEFT.search(frozen)
@@ -180,15 +183,11 @@ def freeze_date(template: str) -> str:
 
 
 def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
-    """The template, wrapped if needed, so that a rendering whose last turn is the assistant's ends
-    exactly at the EOS: cut right after it, or with one appended when it writes none.
+    """The template, wrapped if needed, so that a rendering whose last turn is the assistant's ends exactly
+    at the EOS: cut right after it, or with one appended when it writes none.
 
-    Everything else (generation prompts, conversations that end in a question) renders as before. A closed
-    template is returned unchanged.
-
-    Raises:
-        ModelError: when the template fails on a plain question and answer, drops the answer, ends in
-            different ways after different conversations, or renders differently once wrapped.
+    Everything else (generation prompts, conversations that end in a question) renders as before; a closed
+    template is returned unchanged. Raises ModelError for a template that cannot be closed.
     """
     eos = tokenizer.eos_token
     tails = {text.rpartition(_MARK)[2] for text in _rendered_answers(tokenizer, template)}
@@ -208,20 +207,18 @@ def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
 
 
 def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
-    """What the template writes in probe conversations that end in a question, as one text.
-
-    Those that end in an answer are left out: some templates write <think> there, which responses may
-    contain.
-    """
-    return "\n".join(
-        text
-        for probe in _ENDS_IN_QUESTION
-        for text in _tried(tokenizer, template, probe, prompt=False)
-    )
+    """What the template writes in probe conversations that end in a question, as one text."""
+    # not those that end in an answer: some templates write <think> there, which responses may contain
+    texts = [_tried(tokenizer, template, probe) for probe in _ENDS_IN_QUESTION]
+    return "\n".join(itertools.chain(*texts))
 
 
 def _tried(
-    tokenizer: PreTrainedTokenizerFast, template: str, conversation: ChatTurns, *, prompt: bool
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    conversation: ChatTurns,
+    *,
+    prompt: bool = False,
 ) -> list[str]:
     """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
     try:
@@ -240,11 +237,7 @@ def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list
         raise ModelError(
             f"The chat template fails on a question and an answer: {error}. Repair tokenizer.chat_template."
         ) from error
-    texts = [
-        text
-        for probe in _ENDS_IN_ANSWER
-        for text in _tried(tokenizer, template, probe, prompt=False)
-    ]
+    texts = [*itertools.chain(*(_tried(tokenizer, template, p) for p in _ENDS_IN_ANSWER))]
     if any(text.count(_MARK) != 1 for text in texts):
         raise ModelError(
             "The chat template does not write the assistant's content exactly once. "
@@ -254,11 +247,9 @@ def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list
 
 
 def _wrapped(template: str, *, surplus: str, missing: str) -> str:
-    """The template captured in a block, then cut by `surplus` or followed by `missing`.
-
-    The line break after the opening tag and the empty expression before the closing one keep the
-    template's first and last line as they are: transformers renders with trim_blocks and lstrip_blocks.
-    """
+    """The template captured in a block, then cut by `surplus` or followed by `missing`."""
+    # The line break after the opening tag and the empty expression before the closing one keep the
+    # template's first and last line: transformers renders with trim_blocks and lstrip_blocks. And
     # jinja drops one final line break of a template; inside a block it would stay.
     body = template.removesuffix("\n")
     text = "hafrm_text"
@@ -290,11 +281,10 @@ def _check_wrapping(
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
-    """The tokenizer's pad if it differs from EOS, else a reserved or unknown token that no template
-    writes (`written` is what it does write). With pad == eos consumers read the reward one token early.
+    """The tokenizer's pad if it differs from EOS, else a reserved or unknown token that no template writes
+    (`written` is what it does write). With pad == eos consumers read the reward one token early.
 
-    Raises:
-        ModelError: when the vocabulary holds no token that could serve.
+    Raises ModelError when the vocabulary holds no token that could serve.
     """
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return str(tokenizer.pad_token)
@@ -314,30 +304,3 @@ def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
         "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}). It needs no resizing when "
         "len(tokenizer) is then at most the model's vocab_size (so with Phi-2); else resize the embedding."
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a prepared tokenizer with a config that says that it adds no BOS or EOS.
-
-    transformers 5 leaves both flags out, and where they are absent some tokenizer classes add a BOS
-    to the one that the template has written.
-    """
-    tokenizer.save_pretrained(directory)
-    file = directory / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config |= {"add_bos_token": False, "add_eos_token": False}
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _adding_nothing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A copy that adds no BOS or EOS, cuts and pads nothing, and recognises special tokens."""
-    own = copy.deepcopy(tokenizer)
-    # untyped properties, whose setters also rebuild the post-processor, here without tokens
-    for flag in ("add_bos_token", "add_eos_token"):
-        setattr(own, flag, False)
-    own.split_special_tokens = False
-    own.init_kwargs.pop("split_special_tokens", None)
-    backend = own.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return own

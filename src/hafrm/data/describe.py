@@ -33,41 +33,16 @@ class LengthSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenCounts:
-    """The same data as a model sees it."""
-
-    num_packed: int
-    """Tokens of the groups that have comparisons, each prompt and distinct response once."""
-    num_paired: int
-    """Tokens of the same comparisons as two separate sequences each."""
-    saved_fraction: float
-    """1 - packed / paired: the fraction of tokens that need not be computed."""
-    encoding: dict[str, int]
-    """The encoder's counts: what it cut, dropped or neutralised."""
-
-
-@dataclass(frozen=True, slots=True)
 class Description:
     """Everything that `hafrm data` shows."""
 
-    num_rows: int
+    counts: dict[str, int]
+    """Rows, groups, prompts (distinct but for case and white space), responses, comparisons, ..."""
     bad_rows: dict[str, int]
     """By reason."""
     left_out: dict[str, int]
     """Rows of named sets that these do not use, by reason."""
-    num_repeated: int
     unread_columns: tuple[str, ...]
-    num_groups: int
-    num_prompts: int
-    """Distinct except for case and white space."""
-    num_responses: int
-    """Distinct within their groups."""
-    num_comparisons: int
-    num_ties: int
-    num_with_margin: int
-    num_with_votes: int
-    num_contested: int
-    """Comparisons with votes for more than one outcome."""
     sources: dict[str, int]
     """Comparisons of each source."""
     tags: dict[str, dict[str, int]]
@@ -75,46 +50,35 @@ class Description:
     lengths: dict[str, LengthSummary]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""
     longer_is_chosen: Estimate
-    """Fraction of comparisons without ties, with its Wilson 95 % interval."""
-    tokens: TokenCounts | None
+    """Fraction of comparisons without ties."""
+    saved_fraction: float | None
+    """Fraction of all tokens that need not be computed when prompts are shared; needs an encoder."""
+    encoding: dict[str, int]
+    """The encoder's counts: what it cut, dropped or neutralised."""
 
     def tables(self) -> tuple[Table, ...]:
         """What is in the data, what is wrong with it, and its lengths."""
         facts = Table("what is in it", (Column(""), Column("")), tuple(self._facts()))
-        bad = Table(
-            "bad rows", (Column("reason"), Column("rows", "count")), tuple(self.bad_rows.items())
-        )
-        columns = (
-            Column(""),
-            Column("mean", "general"),
-            *(Column(n, "count") for n in ("p50", "p95", "max")),
-        )
+        reasons = (Column("reason"), Column("rows", "count"))
+        bad = Table("bad rows", reasons, tuple(self.bad_rows.items()))
+        counts = (Column(name, "count") for name in ("p50", "p95", "max"))
+        head = (Column(""), Column("mean", "general"), *counts)
         rows = tuple((n, x.mean, x.p50, x.p95, x.max) for n, x in self.lengths.items())
-        return (facts, *([bad] if self.bad_rows else []), Table("lengths", columns, rows))
+        return (facts, *([bad] if self.bad_rows else []), Table("lengths", head, rows))
 
     def _facts(self) -> Iterator[tuple[Cell, ...]]:
-        yield "rows", f"{self.num_rows} ({sum(self.bad_rows.values())} bad)"
-        for reason, number in self.left_out.items():
-            yield f"left out: {reason}", number
-        yield "groups, prompts", f"{self.num_groups}, {self.num_prompts} distinct"
-        yield "responses", self.num_responses
-        yield "comparisons", f"{self.num_comparisons} ({self.num_ties} ties)"
-        yield "with margin, votes", f"{self.num_with_margin}, {self.num_with_votes}"
-        if self.num_with_votes:
-            yield "contested votes", self.num_contested
-        for name, number in self.sources.items():
-            yield f"from {name}", f"{number} comparisons"
+        yield from self.counts.items()
+        yield from ((f"left out: {reason}", n) for reason, n in self.left_out.items())
+        yield from ((f"from {name}", f"{n} comparisons") for name, n in self.sources.items())
         for tag, values in self.tags.items():
             first = list(values.items())[:8]
             yield f"by {tag}", ", ".join(f"{value or '(none)'}: {n}" for value, n in first)
         yield "longer is chosen", self.longer_is_chosen
         if self.unread_columns:
             yield "columns not read", ", ".join(self.unread_columns[:12])
-        if self.tokens is not None:
-            yield "shared prompts save", f"{100 * self.tokens.saved_fraction:.1f} % of all tokens"
-            for name, value in self.tokens.encoding.items():
-                if value:
-                    yield f"encoding: {name.replace('_', ' ')}", value
+        if self.saved_fraction is not None:
+            yield "shared prompts save", f"{100 * self.saved_fraction:.1f} % of all tokens"
+        yield from ((f"encoding: {n.replace('_', ' ')}", x) for n, x in self.encoding.items() if x)
 
 
 def describe_data(data: PreferenceData, encode: Encode | None = None) -> Description:
@@ -134,7 +98,7 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         "chosen words": _lengths(chosen for chosen, _ in sides),
         "rejected words": _lengths(rejected for _, rejected in sides),
     }
-    tokens = None
+    saved_fraction, encoding = None, {}
     if encode is not None:
         encoded, report = encode(groups)
         sizes = [(len(g.prompt_ids), len(ids)) for g in encoded for ids in g.response_ids]
@@ -143,35 +107,39 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
             "response tokens": _lengths(response for _, response in sizes),
             "sequence tokens": _lengths(map(sum, sizes)),
         }
-        tokens = TokenCounts(*shared_prompt_savings(encoded), asdict(report))
+        saved_fraction, encoding = fraction_saved_by_sharing(encoded), asdict(report)
     tags = sorted({tag for group in groups for tag in group.tags})
     return Description(
-        num_rows=data.num_rows,
+        counts={
+            "rows": data.num_rows,
+            "bad rows": len(data.bad_rows),
+            "comparisons repeated": data.num_repeated,
+            "groups": len(groups),
+            "prompts": len({normalised_key(group.prompt) for group in groups}),
+            "responses": sum(len(group.responses) for group in groups),
+            "comparisons": len(pairs),
+            "ties": sum(pair.tie for _, pair in pairs),
+            "with margin": sum(pair.margin != 0 for _, pair in pairs),
+            "with votes": len(votes),
+            # votes for more than one outcome
+            "contested": sum(sum(count > 0 for count in vote) > 1 for vote in votes),
+        },
         bad_rows=dict(Counter(row.reason for row in data.bad_rows).most_common()),
         left_out=data.left_out,
-        num_repeated=data.num_repeated,
         unread_columns=data.unread_columns,
-        num_groups=len(groups),
-        num_prompts=len({normalised_key(group.prompt) for group in groups}),
-        num_responses=sum(len(group.responses) for group in groups),
-        num_comparisons=len(pairs),
-        num_ties=sum(pair.tie for _, pair in pairs),
-        num_with_margin=sum(pair.margin != 0 for _, pair in pairs),
-        num_with_votes=len(votes),
-        num_contested=sum(sum(count > 0 for count in vote) > 1 for vote in votes),
         sources=dict(Counter(group.source for group, _ in pairs)),
         tags={tag: dict(Counter(g.tags.get(tag, "") for g, _ in pairs)) for tag in tags},
         lengths=lengths,
         longer_is_chosen=accuracy_interval(np.array([c > r for c, r in sides], bool)),
-        tokens=tokens,
+        saved_fraction=saved_fraction,
+        encoding=encoding,
     )
 
 
-def shared_prompt_savings(groups: Iterable[TokenizedGroup]) -> tuple[int, int, float]:
-    """(tokens with sharing, tokens as separate pairs, fraction saved) of groups with comparisons.
+def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
+    """1 - sum over groups of (P + sum of R) / sum over comparisons of (2 P + C + R), in tokens.
 
-    1 - sum over groups of (P + sum of R) / sum over comparisons of (2 P + C + R); every response of the
-    group counts in the first sum, compared or not.
+    Of groups with comparisons; every response counts in the first sum, compared or not.
     """
     packed = paired = 0
     for group in groups:
@@ -180,7 +148,7 @@ def shared_prompt_savings(groups: Iterable[TokenizedGroup]) -> tuple[int, int, f
             packed += prompt + sum(sizes)
         for pair in group.comparisons:
             paired += 2 * prompt + sizes[pair.chosen] + sizes[pair.rejected]
-    return packed, paired, 1 - packed / paired if paired else 0.0
+    return 1 - packed / paired if paired else 0.0
 
 
 def _words(text: str) -> int:

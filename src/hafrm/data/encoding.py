@@ -7,31 +7,25 @@ in the EOS, once, even when it is cut. Never pads, never shuffles.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
-from hafrm.atomic import atomic_write
-from hafrm.data.chat_template import prepare_tokenizer, save_tokenizer, written_around_turns
-from hafrm.data.rendering import Renderer
-from hafrm.data.special_tokens import SpecialTokens
+from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
+from hafrm.data.rendering import Renderer, SpecialTokens
 from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
-from hafrm.resumable import cache_folder
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _RESPONSES_AT_ONCE = 2048
-# part of the cache key: raise it when the same input comes to give other ids
+# part of the cache key: raise it when the same input gives other ids
 _SCHEME = "hafrm-encoding-1"
 
 
@@ -171,37 +165,29 @@ class Encoder:
         """The groups as ids, in their order, and counts of what was done to them.
 
         Comparisons may be absent: scoring encodes groups too. There is one result per group unless
-        too_long="drop".
-
-        Raises:
-            DataError: a group without prompt or responses, with lone surrogates, or that the chat
-                template refuses.
+        too_long="drop". Raises DataError for a group without prompt or responses, with lone surrogates,
+        or that the chat template refuses.
         """
-        _, encoded, report = self.encode_indexed(groups)
-        return encoded, report
-
-    def encode_indexed(
-        self, groups: Sequence[Group]
-    ) -> tuple[list[int], list[TokenizedGroup], EncodingReport]:
-        """As `encode`, with the index among `groups` of each group that was not dropped."""
-        report, start = EncodingReport(), 0
-        indices: list[int] = []
+        report = EncodingReport()
         encoded: list[TokenizedGroup] = []
         for chunk in _chunks(groups):
-            for index, group in self._encode_chunk(chunk, report):
+            for group in self._encode_chunk(chunk, report):
                 report.add(group)
-                indices.append(start + index)
                 encoded.append(group)
-            start += len(chunk)
-        return indices, encoded, report
+        return encoded, report
 
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""
-        save_tokenizer(self.tokenizer, directory)
+        self.tokenizer.save_pretrained(directory)
+        file = directory / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # transformers 5 leaves both out, and some tokenizer classes then add a BOS to the template's own
+        config |= {"add_bos_token": False, "add_eos_token": False}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _encode_chunk(
         self, groups: list[Group], report: EncodingReport
-    ) -> Iterator[tuple[int, TokenizedGroup]]:
+    ) -> Iterator[TokenizedGroup]:
         rendered, marker = self._renderer.render_groups(groups)
         prompts = [marker.to_encode(texts.prompt) for texts in rendered]
         prompt_ids = self._ids(prompts)
@@ -210,14 +196,14 @@ class Encoder:
         tails = [self._special.find_tail(*pair) for pair in zip(prompts, prompt_ids, strict=True)]
         joint_ids = iter(
             self._ids(
-                prompt[tail.char :] + marker.to_encode(response)
-                for prompt, tail, texts in zip(prompts, tails, rendered, strict=True)
+                prompt[start:] + marker.to_encode(response)
+                for prompt, (start, _), texts in zip(prompts, tails, rendered, strict=True)
                 for response in texts.responses
             )
         )
         for index, (group, texts) in enumerate(zip(groups, rendered, strict=True)):
             where = f"Group {group.id!r} (source {group.source!r})"
-            before, responses = prompt_ids[index][tails[index].token :], []
+            before, responses = prompt_ids[index][tails[index][1] :], []
             for response in texts.responses:
                 ids = self._response_ids(
                     before, next(joint_ids), marker.to_encode(response), report
@@ -230,7 +216,9 @@ class Encoder:
                 continue
             report.prompts_cut += fitted.prompt_cut
             report.responses_cut += fitted.responses_cut
-            yield index, _tokenized(group, *map(_array, (fitted.prompt, *fitted.responses)))
+            arrays = [_array(part) for part in (fitted.prompt, *fitted.responses)]
+            names = group.id, group.source, group.tags
+            yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)
         report.neutralised += marker.num_marked
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
@@ -263,61 +251,6 @@ class Encoder:
                 f"{self.tokenizer.eos_token!r}. Repair tokenizer.chat_template, or set it to None."
             )
         return ids
-
-
-def encode_cached(
-    encoder: Encoder, groups: Sequence[Group]
-) -> tuple[list[TokenizedGroup], EncodingReport]:
-    """As encoder.encode, from the cache on disk where the same texts were encoded before.
-
-    The cache key covers everything that decides the ids; margins, tags and names are taken from `groups`.
-    A damaged file is written again. Raises what encoder.encode raises.
-    """
-    digest = hashlib.sha256(encoder.cache_key.encode())
-    for group in groups:
-        texts = [[[m.role, m.content] for m in group.prompt], group.responses]
-        digest.update(json.dumps(texts).encode())
-        # the report counts comparisons that become indistinct
-        digest.update(repr([(c.chosen, c.rejected) for c in group.comparisons]).encode())
-    file = cache_folder("encoded") / f"{digest.hexdigest()}.safetensors"
-    if (cached := _read_cached(file, groups)) is not None:
-        return cached
-    indices, encoded, report = encoder.encode_indexed(groups)
-    ids = [part for group in encoded for part in (group.prompt_ids, *group.response_ids)]
-    arrays = {  # all ids end to end, the lengths to cut them by, and which groups were not dropped
-        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
-        "lengths": np.array([len(part) for part in ids], np.int64),
-        "kept": np.array(indices, np.int64),
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, save(arrays, metadata={"report": json.dumps(asdict(report))}))
-    return encoded, report
-
-
-def _read_cached(
-    file: Path, groups: Sequence[Group]
-) -> tuple[list[TokenizedGroup], EncodingReport] | None:
-    """The cached ids with the groups that they belong to; None if there is nothing usable."""
-    try:
-        with safe_open(file, framework="numpy") as content:
-            ids, lengths, indices = (content.get_tensor(n) for n in ("ids", "lengths", "kept"))
-            report = EncodingReport(**json.loads(content.metadata()["report"]))
-    except (FileNotFoundError, SafetensorError):
-        return None
-    ids.flags.writeable = False
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    parts = iter([ids[start:end] for start, end in itertools.pairwise(bounds)])
-    encoded = []
-    for index in indices.tolist():
-        group = groups[index]
-        encoded.append(_tokenized(group, *itertools.islice(parts, 1 + len(group.responses))))
-    return encoded, report
-
-
-def _tokenized(
-    group: Group, prompt: NDArray[np.int32], *responses: NDArray[np.int32]
-) -> TokenizedGroup:
-    return TokenizedGroup(prompt, responses, group.comparisons, group.id, group.source, group.tags)
 
 
 def _chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:

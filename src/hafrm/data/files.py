@@ -2,7 +2,7 @@
 
 A line that cannot be decoded becomes a `Refusal` in its place, so that it is counted; a file that cannot
 be read at all is a `DataError`. Row numbers start at 0: line numbers of JSON lines, record numbers (without
-the header) of everything else. pyarrow and datasets are imported only where they are needed.
+the header) of everything else.
 """
 
 import csv
@@ -174,7 +174,7 @@ def _csv_row(header: list[str], cells: list[str]) -> object:
 
 
 def _csv_value(column: str, cell: str) -> object:
-    """The cell as its column needs it: a number, JSON, or text unless it clearly is messages."""
+    # a number, JSON, or text unless it clearly is messages
     if column in _NUMBER_CELLS:
         try:
             return float(cell)

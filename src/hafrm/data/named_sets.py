@@ -1,30 +1,68 @@
-"""Published preference sets by name: how each one's rows become ours, and where it is published.
+"""Published preference sets by name: where each is published, and how its rows become ours.
 
 The first five are those of the paper (HAF-RM, arXiv 2407.04185), filtered and split as its released code
 does. A new set is one function that returns the row in our columns (or `LeftOut`, where the set's own
-filter takes it out, or raises `RefusedError`), one entry in `SETS` and one line in docs/sets.md. `sources`
-reads the files.
+filter takes it out, or raises `RefusedError`), one entry in `SETS` and one line in docs/sets.md.
+`read_named_set` reads one part of a set; a row whose prompt is in a later part too is left out.
 """
 
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from hafrm.data.files import HubSet
-from hafrm.data.parse import HUMAN, RawRow
-from hafrm.data.values import LeftOut, cell_of, choice_of, number_of, refuse, show, text_of
+from hafrm.data.files import HubSet, NumberedRows, find_files, read_file, read_hub, stem
+from hafrm.data.parse import HUMAN, ParsedRow, parse_row
+from hafrm.data.splits import normalised_key
+from hafrm.data.values import (
+    LeftOut,
+    RawRow,
+    Refusal,
+    RefusedError,
+    cell_of,
+    choice_of,
+    number_of,
+    refuse,
+    show,
+    text_of,
+)
 from hafrm.errors import DataError
 
-WHOLE = ""
-"""The part of a set that is published in one piece."""
-
 OurRow = dict[str, Any]
+_Parts = dict[str | None, list[tuple[int, object]]]  # numbered rows by part
 
+_WHOLE = ""  # the part of a set that is published in one piece
 _MANY_TURNS = LeftOut("more than one turn")
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A published set of preferences and what of it is used."""
+
+    name: str
+    read_row: Callable[[RawRow], OurRow | LeftOut]
+    hub: dict[str, HubSet] = field(default_factory=dict)
+    """Where each part is; a set that is not on the hub must be given as a path."""
+    parts: tuple[str, ...] = ("train", "test")
+    """In the order in which they are kept apart: no prompt of a later part stays in an earlier one."""
+    test_fraction: float = 0.0
+    """The first rows that are the test part, where the set is published in one piece."""
+    home: str = ""
+    """Where to get a set that is not on the hub."""
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the parts are distinguished by rows, not by files."""
+        return _WHOLE in self.hub or not self.hub
+
+    def is_one_part(self, path: str | None) -> bool:
+        """Whether the path is a file that is one part, such as HH's test.jsonl.gz."""
+        return path is not None and not self.in_one_piece and Path(path).is_file()
 
 
 def hh(row: RawRow) -> OurRow | LeftOut:
@@ -84,18 +122,16 @@ def helpsteer2(row: RawRow) -> OurRow | LeftOut:
     responses = [text_of(row, "response_1"), text_of(row, "response_2")]
     strength = choice_of(row, "preference_strength", range(-3, 4))
     split = choice_of(row, "split", ("train", "val", "validation"))
-    return _pair(prompt, *responses, first_is_better=_by_sign(strength)) | {
-        "split": "train" if split == "train" else "validation"
-    }
+    ours = _pair(prompt, *responses, first_is_better=_by_sign(strength))
+    return ours | {"split": "train" if split == "train" else "validation"}
 
 
 def helpsteer3(row: RawRow) -> OurRow | LeftOut:
     """HelpSteer3-Preference: messages, two responses, the same strength; its domain is the subset."""
     responses = [text_of(row, "response1"), text_of(row, "response2")]
     strength = choice_of(row, "overall_preference", range(-3, 4))
-    return _pair(_messages(row, "context"), *responses, first_is_better=_by_sign(strength)) | {
-        "subset": text_of(row, "domain")
-    }
+    ours = _pair(_messages(row, "context"), *responses, first_is_better=_by_sign(strength))
+    return ours | {"subset": text_of(row, "domain")}
 
 
 def skywork(row: RawRow) -> OurRow | LeftOut:
@@ -118,9 +154,8 @@ def shp(row: RawRow) -> OurRow | LeftOut:
     """Stanford Human Preferences: a post and two comments; its domain is the subset."""
     label = choice_of(row, "labels", (0, 1))
     comments = [text_of(row, "human_ref_A"), text_of(row, "human_ref_B")]
-    return _pair(_user(text_of(row, "history")), *comments, first_is_better=label == 1) | {
-        "subset": text_of(row, "domain")
-    }
+    ours = _pair(_user(text_of(row, "history")), *comments, first_is_better=label == 1)
+    return ours | {"subset": text_of(row, "domain")}
 
 
 def pandalm(row: RawRow) -> OurRow | LeftOut:
@@ -132,9 +167,8 @@ def pandalm(row: RawRow) -> OurRow | LeftOut:
     first, second, tie = (votes.count(side) for side in (1, 2, 0))
     majority = first - second if max(first, second) > 1 else 0
     counts = [first, second, tie] if majority >= 0 else [second, first, tie]
-    return _pair(_instruction(row), *responses, first_is_better=_by_sign(-majority)) | {
-        "votes": counts
-    }
+    ours = _pair(_instruction(row), *responses, first_is_better=_by_sign(-majority))
+    return ours | {"votes": counts}
 
 
 def _by_sign(strength: int | float) -> bool | None:
@@ -149,7 +183,7 @@ def _pair(prompt: object, first: object, second: object, *, first_is_better: boo
 
 
 def _user(text: str) -> list[dict[str, str]]:
-    """One user message, whatever its text looks like (a transcript, say)."""
+    # as a message, or text that looks like a transcript would be split
     return [{"role": "user", "content": text}]
 
 
@@ -172,43 +206,23 @@ def _messages(row: RawRow, column: str) -> list[dict[str, Any]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
-@dataclass(frozen=True)
-class NamedSet:
-    """A published set of preferences and what of it is used."""
-
-    name: str
-    read_row: Callable[[RawRow], OurRow | LeftOut]
-    hub: dict[str, HubSet] = field(default_factory=dict)
-    """Where each part is; a set that is not on the hub must be given as a path."""
-    parts: tuple[str, ...] = ("train", "test")
-    """In the order in which they are kept apart: no prompt of a later part stays in an earlier one."""
-    test_fraction: float = 0.0
-    """The first rows that are the test part, where the set is published in one piece."""
-    home: str = ""
-    """Where to get a set that is not on the hub."""
-
-    @property
-    def in_one_piece(self) -> bool:
-        """Whether the parts are distinguished by rows, not by files."""
-        return WHOLE in self.hub or not self.hub
-
-
-def find_named_set(name: str) -> NamedSet:
-    """The set of that name; raises `DataError` with the nearest name for an unknown one."""
-    if name not in SETS:
-        near = difflib.get_close_matches(name, [*SETS, *SET_GROUPS], 1)
-        hint = f"did you mean set:{near[0]}? " if near else ""
-        names = f"sets are {', '.join(SETS)}; groups of sets are {', '.join(SET_GROUPS)}"
-        raise DataError(f"unknown set {name!r}; {hint}{names}")
-    return SETS[name]
-
-
 def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet]:
-    """The hub's splits by part, called as the parts are (with `end` behind)."""
-    return {part: HubSet(name, part + end, **more) for part in parts}
+    """The hub's splits by part, called as the parts are (with `end` behind); no parts: one piece."""
+    return {part: HubSet(name, part + end, **more) for part in parts} or {
+        _WHOLE: HubSet(name, **more)
+    }
 
 
-_HALVES = ("train", "test")
+_HALVES, _VALIDATED = ("train", "test"), ("train", "validation")
+_ALPACA = _hub("tatsu-lab/alpaca_farm", file="alpaca_human_preference.json")
+_ARENA = _hub("lmsys/chatbot_arena_conversations")
+# the set's own loading script no longer runs; the hub's Parquet copy does
+_WEBGPT = _hub(
+    "openai/webgpt_comparisons",
+    file="default/train/*.parquet",
+    revision="refs/convert/parquet",
+)
+_PANDALM = "github.com/WeOpenML/PandaLM (data/testset-v1.json)"
 
 SETS: dict[str, NamedSet] = {
     entry.name: entry
@@ -216,65 +230,28 @@ SETS: dict[str, NamedSet] = {
         NamedSet("hh-harmless", hh, _hub("Anthropic/hh-rlhf", *_HALVES, folder="harmless-base")),
         NamedSet("hh-helpful", hh, _hub("Anthropic/hh-rlhf", *_HALVES, folder="helpful-base")),
         NamedSet("beaver-safe", beaver_safe, _hub("PKU-Alignment/PKU-SafeRLHF", *_HALVES)),
-        NamedSet(
-            "alpaca-human",
-            alpaca_human,
-            {WHOLE: HubSet("tatsu-lab/alpaca_farm", file="alpaca_human_preference.json")},
-            test_fraction=0.10,
-        ),
-        NamedSet(
-            "chatbot-arena",
-            chatbot_arena,
-            {WHOLE: HubSet("lmsys/chatbot_arena_conversations")},
-            test_fraction=0.05,
-        ),
+        NamedSet("alpaca-human", alpaca_human, _ALPACA, test_fraction=0.10),
+        NamedSet("chatbot-arena", chatbot_arena, _ARENA, test_fraction=0.05),
         NamedSet(
             "ultrafeedback",
             ultrafeedback,
             _hub("HuggingFaceH4/ultrafeedback_binarized", *_HALVES, end="_prefs"),
         ),
         NamedSet(
-            "helpsteer2",
-            helpsteer2,
-            {WHOLE: HubSet("nvidia/HelpSteer2", folder="preference")},
-            parts=("train", "validation"),
+            "helpsteer2", helpsteer2, _hub("nvidia/HelpSteer2", folder="preference"), _VALIDATED
         ),
         NamedSet(
             "helpsteer3",
             helpsteer3,
-            _hub("nvidia/HelpSteer3", "train", "validation", config="preference"),
-            parts=("train", "validation"),
+            _hub("nvidia/HelpSteer3", *_VALIDATED, config="preference"),
+            _VALIDATED,
         ),
         NamedSet(
-            "skywork-80k",
-            skywork,
-            {WHOLE: HubSet("Skywork/Skywork-Reward-Preference-80K-v0.2")},
-            parts=("train",),
+            "skywork-80k", skywork, _hub("Skywork/Skywork-Reward-Preference-80K-v0.2"), ("train",)
         ),
-        NamedSet(
-            "webgpt",
-            webgpt,
-            {
-                WHOLE: HubSet(
-                    "openai/webgpt_comparisons",
-                    file="default/train/*.parquet",
-                    revision="refs/convert/parquet",
-                )
-            },
-            parts=("train",),
-        ),
-        NamedSet(
-            "shp",
-            shp,
-            _hub("stanfordnlp/SHP", "train", "validation", "test"),
-            parts=("train", "validation", "test"),
-        ),
-        NamedSet(
-            "pandalm",
-            pandalm,
-            parts=("test",),
-            home="github.com/WeOpenML/PandaLM (data/testset-v1.json)",
-        ),
+        NamedSet("webgpt", webgpt, _WEBGPT, ("train",)),
+        NamedSet("shp", shp, _hub("stanfordnlp/SHP", *_VALIDATED, "test"), (*_VALIDATED, "test")),
+        NamedSet("pandalm", pandalm, parts=("test",), home=_PANDALM),
     )
 }
 """Every named set; the first five are the paper's."""
@@ -284,3 +261,138 @@ SET_GROUPS: dict[str, tuple[str, ...]] = {
     "chat": ("alpaca-human", "chatbot-arena", "hh-helpful"),
 }
 """The paper's two groups: what is trained on one set of a group is tested on the others."""
+
+
+def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | None]]:
+    """(set, file or folder on this machine) of "set:name" or "set:name=path": one, or a group's members.
+
+    Raises `DataError` for an unknown name, a missing path, and a part that the set does not have or that
+    must be named and is not.
+    """
+    name, equals, path = location.removeprefix("set:").partition("=")
+    if equals and not path:
+        raise DataError(f"{location!r} names no file; write set:{name}=path, or set:{name} alone")
+    members = _members(name, str(Path(path).expanduser()) if equals else None)
+    for named, place in members:
+        options = " or ".join(f"'#split={option}'" for option in named.parts)
+        if part is not None and part not in named.parts:
+            raise DataError(f"set:{named.name} has no part {part!r}; write {options} behind it")
+        if part is None and len(named.parts) > 1 and not named.is_one_part(place):
+            raise DataError(f"set:{named.name} has several parts; write {options} behind it")
+    return members
+
+
+def _members(name: str, path: str | None) -> list[tuple[NamedSet, str | None]]:
+    if name in SETS:
+        return [(SETS[name], path)]
+    if name not in SET_GROUPS:
+        near = difflib.get_close_matches(name, [*SETS, *SET_GROUPS], 1)
+        hint = f"did you mean set:{near[0]}? " if near else ""
+        names = f"sets are {', '.join(SETS)}; groups of sets are {', '.join(SET_GROUPS)}"
+        raise DataError(f"unknown set {name!r}; {hint}{names}")
+    members = SET_GROUPS[name]
+    if path is None:
+        return [(SETS[member], None) for member in members]
+    if not Path(path).is_dir():
+        raise DataError(f"{path} is no folder; set:{name} needs one with {', '.join(members)}")
+    places = {stem(entry): str(entry) for entry in sorted(Path(path).iterdir())}
+    if absent := [member for member in members if member not in places]:
+        raise DataError(f"{path} has no file or folder called {' or '.join(absent)}")
+    return [(SETS[member], places[member]) for member in members]
+
+
+def read_named_set(
+    named: NamedSet, path: str | None, part: str | None, left_out: Counter[str]
+) -> NumberedRows:
+    """(row number, our row or `Refusal`) of one part of a set; `left_out` counts unused rows by reason."""
+    part = part or (named.parts[0] if len(named.parts) == 1 else None)
+    if path is not None and named.is_one_part(path):
+        by_part = {part: list(_converted(named, read_file(Path(path)), left_out))}
+        later: tuple[str, ...] = ()
+    else:
+        assert part is not None, "find_sets makes sure of it"
+        later = named.parts[named.parts.index(part) + 1 :]
+        by_part = _read_parts(named, path, part, later, left_out)
+    held_out = {_prompt(row) for name in later for _, row in by_part.get(name, [])} - {None}
+    for number, row in by_part.get(part, []):
+        if held_out and _prompt(row) in held_out:
+            left_out["prompt is in a held-out part"] += 1
+        else:
+            yield number, {**row, "split": part} if isinstance(row, dict) and part else row
+
+
+def _read_parts(
+    named: NamedSet, path: str | None, part: str, later: tuple[str, ...], left_out: Counter[str]
+) -> _Parts:
+    """The wanted part and the later ones, as far as they are there; only the wanted one is counted."""
+    if not named.in_one_piece:
+        by_part: _Parts = {}
+        by_part[part] = list(_converted(named, _open_part(named, path, part), left_out))
+        for other in later:
+            if path is None or _part_files(named, Path(path), other):
+                by_part[other] = list(_converted(named, _open_part(named, path, other), Counter()))
+        return by_part
+    rows = list(_converted(named, _open_part(named, path, _WHOLE), left_out))
+    good = [number for number, row in rows if not isinstance(row, Refusal)]
+    first = set(good[: int(named.test_fraction * len(good))])
+    divided: _Parts = {name: [] for name in named.parts}
+    for number, row in rows:
+        split = row.get("split") if isinstance(row, dict) else None
+        divided["test" if number in first else split or named.parts[0]].append((number, row))
+    return divided
+
+
+def _open_part(named: NamedSet, path: str | None, part: str) -> NumberedRows:
+    """The published rows of a part; those of several files are numbered through."""
+    if path is None:
+        if part not in named.hub:
+            raise DataError(
+                f"set:{named.name} is not on the hub; get it from {named.home} and write "
+                f"set:{named.name}=path"
+            )
+        yield from read_hub(named.hub[part])
+        return
+    files = [Path(path)] if Path(path).is_file() else _part_files(named, Path(path), part)
+    if not files:
+        called = f" called like {part}" if part else ""
+        raise DataError(f"{path}: no such file, or no file{called} in it (for set:{named.name})")
+    start = 0
+    for file in files:
+        number = -1
+        for number, row in read_file(file):
+            yield start + number, row
+        start += number + 1
+
+
+def _part_files(named: NamedSet, folder: Path, part: str) -> list[Path]:
+    """The files of a part in a folder: a download of the hub's repository, or files of those names."""
+    patterns = []
+    if (hub := named.hub.get(part)) is not None:
+        name = Path(hub.file).name if hub.file else hub.split
+        within = f"*{hub.folder}/" if hub.folder else ""
+        patterns = [f"{within}*{name}*", *([f"{within}*"] if part == _WHOLE else []), f"*{name}*"]
+    return find_files(folder, [*patterns, f"*{part}*"])
+
+
+def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> NumberedRows:
+    """The rows in our columns, without those that the set's filter leaves out."""
+    for number, row in rows:
+        ours: object = row
+        if not isinstance(row, dict | Refusal):
+            ours = Refusal(
+                "unreadable row", f"expected an object with named columns, got {show(row)}"
+            )
+        elif isinstance(row, dict):
+            try:
+                ours = named.read_row(row)
+            except RefusedError as refused:
+                ours = refused.refusal
+        if isinstance(ours, LeftOut):
+            left_out[ours.reason] += 1
+        else:
+            yield number, ours
+
+
+def _prompt(row: object) -> str | None:
+    parsed = None if isinstance(row, Refusal) else parse_row(row)
+    return normalised_key(parsed.prompt) if isinstance(parsed, ParsedRow) else None

@@ -1,18 +1,18 @@
 """One raw row of a preference file -> prompt, responses and comparisons, or why it is refused.
 
 The shapes that are understood are listed in `SHAPES`. Nothing is repaired: a row is refused with the first
-rule that it breaks. Text stays as it was written; only the turns of a transcript lose the blanks around
-them, which belong to the notation. Nothing here reads a file or applies a chat template.
+rule that it breaks. Text stays as it was written; only the
+turns of a transcript lose the blanks around them. Start at `parse_row`. Reads no file, knows no template.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import Any
 
 from hafrm.data.values import (
     MAX_CHARS,
+    RawRow,
     Refusal,
     RefusedError,
     as_label,
@@ -53,7 +53,6 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 
-RawRow = Mapping[Any, Any]
 Messages = tuple[Message, ...]
 _Contents = tuple[Messages, tuple[str, ...], tuple[Comparison, ...]]
 
@@ -127,14 +126,9 @@ def _read_pair(row: RawRow) -> _Contents:
     tie, label = row.get("tie"), row.get("label")
     if tie is not None and not isinstance(tie, bool):
         refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
-    comparison = Comparison(
-        chosen=0,
-        rejected=1,
-        margin=_margin(row),
-        weight=_weight(row),
-        tie=bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie"),
-        votes=as_votes(row.get("votes")),
-    )
+    tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
+    margin, weight = _margin(row), _weight(row)
+    comparison = Comparison(0, 1, margin, weight, tie, votes=as_votes(row.get("votes")))
     return prompt, texts, (comparison,)
 
 
@@ -195,59 +189,6 @@ def _compare_all(
     return tuple(comparisons)
 
 
-def _margin(row: RawRow) -> float:
-    value = row.get("margin")
-    return 0.0 if value is None else as_number(value, "margin", "non-finite margin")
-
-
-def _weight(row: RawRow) -> float:
-    value = row.get("weight")
-    weight = 1.0 if value is None else as_number(value, "weight", "non-finite margin")
-    if weight < 0:
-        refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
-    return weight
-
-
-def read_prompt(value: object, column: str) -> Messages:
-    """The messages of a prompt column, empty for None.
-
-    Text is one user message, unless it starts with the first turn of an Anthropic transcript.
-    """
-    if value is None:
-        return ()
-    if not isinstance(value, str):
-        return read_messages(value, column)
-    if not value.startswith(HUMAN):
-        return (Message("user", value),)
-    turns = _read_transcript(value, column)
-    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
-
-
-def read_messages(value: object, column: str) -> Messages:
-    """Messages from a list of {role, content}, or from a single one."""
-    turns = [value] if isinstance(value, Mapping) else value
-    if not isinstance(turns, list | tuple):
-        refuse("not a string", f"`{column}` must be text or messages, got {show(value)}")
-    return tuple(_read_message(turn, column) for turn in turns)
-
-
-def check_prompt(prompt: Messages, max_chars: int) -> None:
-    """Refuse a prompt that is blank, too long, or in which the speakers do not take turns."""
-    for message in prompt:
-        check_text(message.content, "a message of the prompt", max_chars)
-    size = sum(len(message.content) for message in prompt)
-    if size > max_chars:
-        refuse("too long", f"the prompt has {size:,} characters, the limit is {max_chars:,}")
-    if not any(message.content.strip() for message in prompt):
-        refuse("empty prompt", f"the prompt is {show([tuple(turn) for turn in prompt])}")
-    # many chat templates raise on two turns of one speaker: better one bad row here than a run that stops
-    for before, after in pairwise(message.role for message in prompt):
-        if before == after and after in {"user", "assistant"}:
-            refuse("wrong roles", f"two {after} turns follow one another; make them one message")
-    if prompt[-1].role not in {"user", "tool"}:
-        refuse("wrong roles", f"the prompt ends in role {prompt[-1].role!r}, not user or tool")
-
-
 def _join(prompt: Messages, sides: Mapping[str, object]) -> tuple[Messages, tuple[str, ...]]:
     """The one prompt of all sides (column -> value), and each side's response.
 
@@ -281,7 +222,7 @@ def _read_side(value: object, column: str) -> Messages:
 
 
 def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
-    """The whole conversation before the response, where the side itself has the turns `said` before it."""
+    """The whole conversation before the response of a side that has the turns `said` before it."""
     size = len(prompt)
     if not said:
         return prompt
@@ -309,13 +250,27 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Messages, object, object]:
     return (Message("user", chosen[:cut].strip()),), chosen[cut:], rejected[cut:]
 
 
-def _read_transcript(text: str, column: str) -> Messages:
-    """The turns of an Anthropic transcript, stripped."""
-    before, *turns = _TURN.split(text)
-    if before.strip():
-        refuse("wrong roles", f"`{column}` has text before its first turn: {show(before)}")
-    pairs: Iterable[tuple[str, str]] = zip(turns[::2], turns[1::2], strict=True)
-    return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in pairs)
+def read_prompt(value: object, column: str) -> Messages:
+    """The messages of a prompt column, empty for None.
+
+    Text is one user message, unless it starts with the first turn of an Anthropic transcript.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, str):
+        return read_messages(value, column)
+    if not value.startswith(HUMAN):
+        return (Message("user", value),)
+    turns = _read_transcript(value, column)
+    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
+
+
+def read_messages(value: object, column: str) -> Messages:
+    """Messages from a list of {role, content}, or from a single one."""
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list | tuple):
+        refuse("not a string", f"`{column}` must be text or messages, got {show(value)}")
+    return tuple(_read_message(turn, column) for turn in turns)
 
 
 def _read_message(turn: object, column: str) -> Message:
@@ -329,3 +284,42 @@ def _read_message(turn: object, column: str) -> Message:
     if not isinstance(content, str) or turn.get("tool_calls"):
         refuse("not a string", f"a message of `{column}` is not plain text: {show(turn)}")
     return Message(role, content)
+
+
+def _read_transcript(text: str, column: str) -> Messages:
+    """The turns of an Anthropic transcript, stripped."""
+    before, *turns = _TURN.split(text)
+    if before.strip():
+        refuse("wrong roles", f"`{column}` has text before its first turn: {show(before)}")
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in pairs)
+
+
+def check_prompt(prompt: Messages, max_chars: int) -> None:
+    """Refuse a prompt that is blank, too long, or in which the speakers do not take turns."""
+    for message in prompt:
+        check_text(message.content, "a message of the prompt", max_chars)
+    size = sum(len(message.content) for message in prompt)
+    if size > max_chars:
+        refuse("too long", f"the prompt has {size:,} characters, the limit is {max_chars:,}")
+    if not any(message.content.strip() for message in prompt):
+        refuse("empty prompt", f"the prompt is {show([tuple(turn) for turn in prompt])}")
+    # many chat templates raise on two turns of one speaker: better one bad row here than a run that stops
+    for before, after in pairwise(message.role for message in prompt):
+        if before == after and after in {"user", "assistant"}:
+            refuse("wrong roles", f"two {after} turns follow one another; make them one message")
+    if prompt[-1].role not in {"user", "tool"}:
+        refuse("wrong roles", f"the prompt ends in role {prompt[-1].role!r}, not user or tool")
+
+
+def _margin(row: RawRow) -> float:
+    value = row.get("margin")
+    return 0.0 if value is None else as_number(value, "margin", "non-finite margin")
+
+
+def _weight(row: RawRow) -> float:
+    value = row.get("weight")
+    weight = 1.0 if value is None else as_number(value, "weight", "non-finite margin")
+    if weight < 0:
+        refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
+    return weight

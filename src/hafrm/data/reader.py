@@ -1,24 +1,47 @@
-"""Preference data from files, hub data sets and lists -> groups, with every bad row accounted for.
+"""Preference data from files, hub data sets, named sets and lists -> groups, every bad row accounted for.
 
 Rows of one source that share a prompt (and a subset) become one group, in which each response is stored
 once. A bad row is counted, listed in a side file and left out; too many of them stop the reading. Nothing
-is dropped, repaired or reordered without a trace in the result.
+is dropped, repaired or reordered without a trace in the result. Start at `read_preferences`.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.parse import COLUMNS, SHAPES, ParsedRow, parse_row
-from hafrm.data.sources import RawRows, Source, iter_rows, parse_sources
+from hafrm.data.files import NumberedRows, find_files, parse_hub, read_file, read_hub, stem
+from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
+from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, parse_row
 from hafrm.data.splits import normalised_key
-from hafrm.data.values import MAX_CHARS, Refusal, show
+from hafrm.data.values import Refusal, show
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message
+
+RawRows = Iterable[Mapping[str, Any]]
+"""Rows in memory: a list of dictionaries, or a `datasets.Dataset`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One place to read rows from, and which of its rows are wanted."""
+
+    location: str
+    """The path or hub name as written, without the selection; "memory" for a list."""
+    name: str
+    """The file's stem without any suffix, or the data set's name; groups carry it."""
+    where: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    rows: RawRows | None = None
+    named: NamedSet | None = None
+    """The published set whose form the rows have."""
+    path: str | None = None
+    """The file or folder on this machine, where it is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +80,6 @@ def read_preferences(
     *,
     max_bad_fraction: float = 0.02,
     bad_rows_file: Path | None = None,
-    max_chars: int = MAX_CHARS,
     need_comparisons: bool = True,
     need_responses: bool = True,
 ) -> PreferenceData:
@@ -65,12 +87,11 @@ def read_preferences(
 
         data = read_preferences(["pairs.jsonl.gz#split=train", "set:hh-helpful#split=train", rows])
 
-    Sources are paths, "hub:name[:config]:split", "set:name" and rows (a list, or a `datasets.Dataset`);
-    `parse_sources` says how "#split=train" selects rows of one. A group's id is its first row's, else
-    "<source name>-<row>"; its tags are those on which its rows agree. `need_comparisons=False` takes
-    unlabelled rows too, `need_responses=False` takes every row for its prompt. A row that only repeats
-    earlier rows is bad ("duplicate"), but left out of a named set, whose repetitions are the publisher's;
-    the opposite order of a pair is disagreement, and stays.
+    `parse_sources` says what a source is. A group's id is its first row's, else "<source name>-<row>"; its
+    tags are those on which its rows agree. `need_comparisons=False` takes unlabelled rows too,
+    `need_responses=False` every row for its prompt. A row that only repeats earlier rows is bad
+    ("duplicate"), but left out of a named set, whose repetitions are the publisher's; the opposite order of
+    a pair is disagreement, and stays.
 
     Raises `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction`
     bad ones, and when rows of one prompt disagree about their `split`. `bad_rows_file` is written in any
@@ -82,7 +103,6 @@ def read_preferences(
         parse_row,
         need_comparisons=need_comparisons and need_responses,
         need_responses=need_responses,
-        max_chars=max_chars,
     )
     readers = [_SourceReader(source) for source in _distinct_sources(sources)]
     for reader in readers:
@@ -108,6 +128,96 @@ def read_preferences(
     )
 
 
+def parse_sources(entry: str | Path | RawRows) -> list[Source]:
+    """The sources that one entry stands for: one, or the members of a group of named sets.
+
+    An entry is a path, "hub:name[@revision][:config]:split", "set:name" (from the hub), "set:name=path"
+    (a published set from a file or folder), or a list of rows. A "#" selects rows:
+    "pairs.jsonl.gz#split=train" those whose column `split` (or another tag) has that value,
+    "#limit=1000" the first of them, "#split=train&limit=1000" both.
+    """
+    if not isinstance(entry, str | Path):
+        return [Source("memory", "memory", rows=entry)]
+    location, mark, selection = str(entry).rpartition("#")
+    remote = str(entry).startswith(("hub:", "set:"))
+    if not mark or (not remote and Path(entry).exists()):
+        location, selection = str(entry), ""  # "#" may be part of a file's name
+    where, limit = _parse_selection(selection, str(entry))
+    if location.startswith("set:"):
+        return [
+            Source(
+                f"set:{named.name}" if path is None else f"set:{named.name}={path}",
+                named.name,
+                where,
+                limit,
+                named=named,
+                path=path,
+            )
+            for named, path in find_sets(location, where.get("split"))
+        ]
+    if not location.startswith("hub:"):
+        return [Source(location, stem(Path(location)), where, limit, path=location)]
+    hub = parse_hub(location)
+    name = hub.name.rstrip("/").rpartition("/")[2]
+    return [Source(location, f"{name}-{hub.config}" if hub.config else name, where, limit)]
+
+
+def parse_source(entry: str | Path | RawRows) -> Source:
+    """The one source that an entry stands for; raises `DataError` for a group of sets."""
+    sources = parse_sources(entry)
+    if len(sources) > 1:
+        names = ", ".join(source.name for source in sources)
+        raise DataError(f"{entry} stands for several sets ({names}); name one of them")
+    return sources[0]
+
+
+def local_files(entry: str) -> list[Path]:
+    """The files on this machine that an entry reads, or may read: all of a folder."""
+    paths = [Path(source.path) for source in parse_sources(entry) if source.path is not None]
+    return [f for path in paths for f in (find_files(path, ["*"]) if path.is_dir() else [path])]
+
+
+def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
+    """(row number, row or `Refusal`) for every wanted row, in order.
+
+    `left_out` counts, by reason, the rows that a named set does not use.
+    Raises `DataError` when the source is missing, of an unknown kind, damaged or not UTF-8.
+    """
+    left_out = Counter() if left_out is None else left_out
+    if source.rows is not None:
+        rows: NumberedRows = iter(enumerate(source.rows))
+    elif source.named is not None:
+        rows = read_named_set(source.named, source.path, source.where.get("split"), left_out)
+    elif source.location.startswith("hub:"):
+        rows = read_hub(parse_hub(source.location))
+    else:
+        rows = read_file(Path(source.location))
+    wanted = (
+        (number, row)
+        for number, row in rows
+        # what is no row at all has no tags, and must be counted rather than skipped
+        if not isinstance(row, Mapping)
+        or all(str(row.get(tag)) == value for tag, value in source.where.items())
+    )
+    return islice(wanted, source.limit)
+
+
+def _parse_selection(selection: str, entry: str) -> tuple[dict[str, str], int | None]:
+    where = {}
+    for part in selection.split("&") if selection else []:
+        key, _, value = part.partition("=")
+        if key not in {*TAGS, "limit"} or not value:
+            raise DataError(
+                f"{entry!r}: cannot select rows by {part!r}; after '#' write "
+                f"key=value, joined by '&', with a key of: limit, {', '.join(TAGS)}"
+            )
+        where[key] = value
+    limit = where.pop("limit", None)
+    if limit is not None and (not limit.isdecimal() or int(limit) < 1):
+        raise DataError(f"{entry!r}: limit must be a whole number above 0, got {limit!r}")
+    return where, None if limit is None else int(limit)
+
+
 def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
     """The sources, each under its own name: two files of one stem must not look like one."""
     if isinstance(entries, str | Path) or any(isinstance(entry, Mapping) for entry in entries):
@@ -118,13 +228,10 @@ def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
     names: dict[str, str] = {}  # name -> location
     for index, entry in enumerate(entries):
         for source in parse_sources(entry):
-            same = [
-                other
-                for other in sources
-                if (source.location, source.where, source.limit)
-                == (other.location, other.where, other.limit)
-            ]
-            if same and source.rows is None:
+            selection = (source.location, source.where, source.limit)
+            if source.rows is None and selection in [
+                (other.location, other.where, other.limit) for other in sources
+            ]:
                 raise DataError(f"{entry} is given twice")
             place = source.location if source.rows is None else f"list {index}"
             name, copy = source.name, 2
@@ -184,7 +291,16 @@ class _SourceReader:
         self.num_rows += 1
         if isinstance(row, Mapping):
             self.columns.update(map(str, row))
-        outcome = parsed if isinstance(parsed, Refusal) else self._add_parsed(number, parsed)
+        outcome: int | Refusal
+        if isinstance(parsed, Refusal):
+            outcome = parsed
+        else:
+            # a comparison belongs to its own subset, and `_check_splits` must see a prompt with two splits
+            key = (parsed.prompt, parsed.tags.get("subset"), parsed.tags.get("split"))
+            if key not in self.drafts:
+                name = parsed.id or f"{self.source.name}-{number}"
+                self.drafts[key] = _Draft(name, parsed.prompt, parsed.tags)
+            outcome = self.drafts[key].add(parsed)
         if not isinstance(outcome, Refusal):
             self.num_repeated += outcome
         elif self.source.named and outcome.reason == "duplicate":
@@ -192,14 +308,6 @@ class _SourceReader:
             self.left_out["repeats an earlier row"] += 1
         else:
             self.bad_rows.append(BadRow(self.source.location, number, *outcome))
-
-    def _add_parsed(self, number: int, parsed: ParsedRow) -> int | Refusal:
-        # a comparison belongs to its own subset, and `_check_splits` must see a prompt with two splits
-        key = (parsed.prompt, parsed.tags.get("subset"), parsed.tags.get("split"))
-        if key not in self.drafts:
-            name = parsed.id or f"{self.source.name}-{number}"
-            self.drafts[key] = _Draft(name, parsed.prompt, parsed.tags)
-        return self.drafts[key].add(parsed)
 
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:
         """Raise `DataError` when the source has no usable rows, or too many bad ones."""

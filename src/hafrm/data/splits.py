@@ -98,10 +98,11 @@ def mix(
         raise ConfigError(f"weights must be finite and not negative, got {factors}")
     if cap is not None and cap < 1:
         raise ConfigError(f"cap must be at least 1 comparison, got {cap}")
-    mixed = []
+    mixed: list[Group] = []
     for groups, factor in zip(sets, factors, strict=True):
-        capped = groups if cap is None else _cap(groups, cap, seed)
-        mixed += [_weigh(group, factor) for group in capped]
+        for group in groups if cap is None else _cap(groups, cap, seed):
+            weighed = (replace(pair, weight=pair.weight * factor) for pair in group.comparisons)
+            mixed.append(group if factor == 1 else replace(group, comparisons=tuple(weighed)))
     return mixed
 
 
@@ -122,13 +123,6 @@ def _uniform(key: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _weigh(group: Group, factor: float) -> Group:
-    if factor == 1:
-        return group
-    weighed = [replace(pair, weight=pair.weight * factor) for pair in group.comparisons]
-    return replace(group, comparisons=tuple(weighed))
-
-
 def _cap(groups: Sequence[Group], cap: int, seed: int) -> list[Group]:
     """Groups with `cap` comparisons in total, drawn by hash; whole except the last one drawn."""
     order = sorted(
@@ -145,18 +139,19 @@ def _cap(groups: Sequence[Group], cap: int, seed: int) -> list[Group]:
 
 
 def _trim(group: Group, size: int, seed: int) -> Group:
-    """The group with at most `size` of its comparisons, and without responses that none of them needs."""
+    """The group with at most `size` of its comparisons, and the responses that these need."""
     if len(group.comparisons) <= size:
         return group
     drawn = random.Random(f"{seed}:{group.id}").sample(range(len(group.comparisons)), size)
     pairs = [group.comparisons[index] for index in sorted(drawn)]
     used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
-    new = {old: index for index, old in enumerate(used)}
+    place = {old: new for new, old in enumerate(used)}
     return replace(
         group,
         responses=tuple(group.responses[index] for index in used),
         comparisons=tuple(
-            replace(pair, chosen=new[pair.chosen], rejected=new[pair.rejected]) for pair in pairs
+            replace(pair, chosen=place[pair.chosen], rejected=place[pair.rejected])
+            for pair in pairs
         ),
     )
 
@@ -178,14 +173,12 @@ def _rows(group: Group) -> Iterator[dict[str, Any]]:
         row = base | {
             "chosen": group.responses[pair.chosen],
             "rejected": group.responses[pair.rejected],
-        }
-        optional = {
             "tie": pair.tie or None,
             "margin": pair.margin or None,
             "weight": None if pair.weight == 1.0 else pair.weight,
             "votes": None if pair.votes is None else pair.votes._asdict(),
         }
-        yield row | {k: v for k, v in optional.items() if v is not None} | group.tags
+        yield {k: v for k, v in row.items() if v is not None} | group.tags
     compared = {index for pair in group.comparisons for index in (pair.chosen, pair.rejected)}
     rest = [text for index, text in enumerate(group.responses) if index not in compared]
     if rest:

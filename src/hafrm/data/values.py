@@ -1,8 +1,7 @@
 """Single values of a raw row, checked: text, lists, numbers, votes; and why a row is refused or left out.
 
 Rows come from anywhere, so a value may be of any type and size. A check returns the value in its proper
-type or raises `RefusedError` with one of `BAD_ROW_REASONS`; it never repairs. Quoted values are short and
-safe to print. Standard library only.
+type or raises `RefusedError`; it never repairs. Quoted values are short and safe to print.
 """
 
 import math
@@ -33,6 +32,8 @@ BAD_ROW_REASONS: tuple[str, ...] = get_args(Reason)
 
 MAX_CHARS = 200_000
 """Default limit of a prompt or response in characters, checked before any tokenizer sees it."""
+
+RawRow = Mapping[Any, Any]
 
 
 class Refusal(NamedTuple):
@@ -80,23 +81,40 @@ def check_text(text: str, name: str, max_chars: int = MAX_CHARS) -> None:
         refuse("lone surrogate", f"{name} has a NUL at character {text.index(chr(0))}")
 
 
-def as_list(value: object, column: str) -> list[Any]:
-    """A list or tuple as a list."""
-    if not isinstance(value, list | tuple):
-        refuse("not a string", f"`{column}` must be a list, got {show(value)}")
-    return list(value)
+def cell_of(row: RawRow, column: str) -> Any:
+    """The value in a column, whatever it is."""
+    if column not in row:
+        columns = show([str(name)[:40] for name in row])
+        refuse("missing column", f"no `{column}`; columns: {columns}")
+    return row[column]
 
 
-def as_label(value: object, column: str) -> str:
-    """An id or a tag as text."""
-    if not isinstance(value, str | int | float):
-        refuse("not a string", f"`{column}` must be text or a number, got {show(value)}")
-    check_text(str(value), f"`{column}`")
-    return str(value)
+def text_of(row: RawRow, column: str) -> str:
+    """The text in a column."""
+    value = cell_of(row, column)
+    if not isinstance(value, str):
+        refuse("not a string", f"`{column}` must be text, got {show(value)}")
+    return value
+
+
+def choice_of(row: RawRow, column: str, allowed: Sequence[Any]) -> Any:
+    """The value in a column, which must be one of those allowed, type included."""
+    value = cell_of(row, column)
+    # 1 == True in Python, but a label 1 is not a label True
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
+        choices = ", ".join(map(str, allowed))
+        refuse("bad number", f"`{column}` must be one of {choices}; got {show(value)}")
+    return value
+
+
+def number_of(row: RawRow, column: str) -> float:
+    """The finite number in a column."""
+    return as_number(cell_of(row, column), column)
 
 
 def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
-    """A finite number; text and booleans are refused, whatever they look like."""
+    """A finite number."""
+    # text and booleans are refused, whatever they look like
     try:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         number = float(value) if is_number else math.nan  # type: ignore[arg-type]
@@ -124,32 +142,16 @@ def as_votes(value: object) -> Votes | None:
     return Votes(**{name: int(number) for name, number in numbers.items()})
 
 
-def cell_of(row: Mapping[Any, Any], column: str) -> Any:
-    """The value in a column, whatever it is."""
-    if column not in row:
-        columns = show([str(name)[:40] for name in row])
-        refuse("missing column", f"no `{column}`; columns: {columns}")
-    return row[column]
+def as_list(value: object, column: str) -> list[Any]:
+    """A list or tuple as a list."""
+    if not isinstance(value, list | tuple):
+        refuse("not a string", f"`{column}` must be a list, got {show(value)}")
+    return list(value)
 
 
-def text_of(row: Mapping[Any, Any], column: str) -> str:
-    """The text in a column."""
-    value = cell_of(row, column)
-    if not isinstance(value, str):
-        refuse("not a string", f"`{column}` must be text, got {show(value)}")
-    return value
-
-
-def number_of(row: Mapping[Any, Any], column: str) -> float:
-    """The finite number in a column."""
-    return as_number(cell_of(row, column), column)
-
-
-def choice_of(row: Mapping[Any, Any], column: str, allowed: Sequence[Any]) -> Any:
-    """The value in a column, which must be one of those allowed, type included."""
-    value = cell_of(row, column)
-    # 1 == True in Python, but a label 1 is not a label True
-    if not any(value == choice and type(value) is type(choice) for choice in allowed):
-        choices = ", ".join(map(str, allowed))
-        refuse("bad number", f"`{column}` must be one of {choices}; got {show(value)}")
-    return value
+def as_label(value: object, column: str) -> str:
+    """An id or a tag as text."""
+    if not isinstance(value, str | int | float):
+        refuse("not a string", f"`{column}` must be text or a number, got {show(value)}")
+    check_text(str(value), f"`{column}`")
+    return str(value)

@@ -1,1 +1,5 @@
-"""Prompt once, two heads: layout, attention, log-probs, model; knows nothing of files or recipes."""
+"""One backbone, two heads: prompts laid out once, shared-prefix attention, log-probs in chunks, sampling.
+
+Start at `model.HybridModel`: a `layout.Layout` in, rewards and log-probs out. It wraps stock transformers
+models without touching their code, and knows nothing of files, recipes or losses.
+"""

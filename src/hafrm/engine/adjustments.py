@@ -1,11 +1,27 @@
-"""What is changed in a stock model's modules before it runs: dropout, slow activations, checkpoints."""
+"""What is changed in a stock model's modules before it runs, through hooks and attributes alone.
+
+Dropout is off, slow activations are fused, checkpoints stay outside compiled layers, and the last layer
+runs only the tokens that a head reads: response tokens and the last of each prompt (or, without log-probs,
+the last of each response). Of all others it owes keys and values alone, so its queries, output product and
+MLP need not run. What it gives for those nobody reads; the first-batch check compares with a plain run.
+"""
 
 import functools
+import threading
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
+
+READ_INDICES = "read_indices"
+"""The keyword by which a forward tells its layers which tokens will be read."""
+
+_TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.dense")
+# modules of a layer that treat every token alone, by the names that most families give them
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+# modules that get a layer's keywords, the indices to read among them, and run first in it
 
 
 def switch_off_dropout(module: nn.Module) -> None:
@@ -32,16 +48,121 @@ def fuse_gelu(module: nn.Module) -> None:
 
 
 def checkpoint_around_compiled(layer: nn.Module) -> None:
-    """Keep a layer's checkpoint, if it has one, outside of its compiled graphs: inside, it would not
-    survive the break around attention, and nothing would be compiled."""
+    """Keep a layer's checkpoint, if it has one, outside of its compiled graphs."""
     checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
     if checkpoint is None:
         return
     compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
+    # inside, it would not survive the graph's break around attention, and nothing would be compiled
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(forward: functools.partial[Any], *inputs: Any) -> Any:
         again = functools.partial(compiled(forward.func), *forward.args, **forward.keywords)
         return checkpoint(again, *inputs)
 
     layer._gradient_checkpointing_func = run
+
+
+def narrow_layer(layer: nn.Module) -> list[str]:
+    """Let a model's last layer run only the indices passed as READ_INDICES; names of what is narrowed.
+
+    A forward without that keyword is left whole. A second call changes nothing; a layer of another build is
+    left as it is (an empty list).
+    """
+    hooks: _Hooks | None = getattr(layer, "_hafrm_hooks", None)
+    if hooks is None:
+        hooks = _Hooks(layer)
+        layer._hafrm_hooks = hooks  # type: ignore[assignment]
+    return list(hooks.names)
+
+
+def widen_layer(layer: nn.Module) -> None:
+    """Take the hooks of `narrow_layer` away again."""
+    hooks: _Hooks | None = getattr(layer, "_hafrm_hooks", None)
+    if hooks is not None:
+        for handle in hooks.handles:
+            handle.remove()
+        del layer._hafrm_hooks
+
+
+class _Hooks:
+    """What was hooked into one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = dict(layer.named_modules())
+        # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
+        starts = [modules[name] for name in _ATTENTION if name in modules]
+        self.names = [n for n in _TOKENWISE if starts and _is_tokenwise(modules.get(n))]
+        self.handles = [m.register_forward_pre_hook(_note, with_kwargs=True) for m in starts]
+        for name in self.names:
+            self.handles.append(modules[name].register_forward_pre_hook(_take))
+            self.handles.append(modules[name].register_forward_hook(_put_back))
+
+
+def _is_tokenwise(module: nn.Module | None) -> bool:
+    # a mixture of experts may look at all tokens at once, and give back more than its output
+    return module is not None and not any("experts" in name for name, _ in module.named_modules())
+
+
+class _Forward(threading.local):
+    """The indices that the last layer of this thread's forward runs, of how many tokens."""
+
+    indices: Tensor | None = None
+    num_tokens = 0
+
+
+_forward = _Forward()
+# The hooks are functions and not methods, so that a model that has them can be copied.
+
+
+def _note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+    _forward.indices = kwargs.get(READ_INDICES)
+
+
+def _take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    if _forward.indices is None:
+        return None
+    _forward.num_tokens = inputs[0].shape[1]
+    apply: Any = _TakeTokens.apply
+    return apply(inputs[0][0], _forward.indices)[None], *inputs[1:]
+
+
+def _put_back(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+    if _forward.indices is None:
+        return None
+    assert isinstance(output, Tensor), f"{type(module).__name__} gives more than a tensor"
+    apply: Any = _PutTokens.apply
+    whole: Tensor = apply(output[0], _forward.indices, _forward.num_tokens)[None]
+    return whole
+
+
+class _TakeTokens(torch.autograd.Function):
+    """x[indices], all distinct: the gradient is copied into place, where indexing would add it up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "tokens dim"], indices: Int[Tensor, " read"]
+    ) -> Float[Tensor, "read dim"]:
+        ctx.indices, ctx.num_tokens = indices, len(x)
+        return x.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].new_zeros(ctx.num_tokens, grads[0].shape[1])
+        return whole.index_copy_(0, ctx.indices, grads[0]), None
+
+
+class _PutTokens(torch.autograd.Function):
+    """Zeros with x at `indices`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "read dim"], indices: Int[Tensor, " read"], num_tokens: int
+    ) -> Float[Tensor, "tokens dim"]:
+        # Not saved for backward: a checkpointed layer would run its last product again to see it.
+        ctx.indices = indices
+        return x.new_zeros(num_tokens, x.shape[1]).index_copy_(0, indices, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.indices), None, None

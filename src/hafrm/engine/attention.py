@@ -1,11 +1,10 @@
 """Shared-prefix attention, registered once with transformers' AttentionInterface.
 
-Every segment (one per response) is an ordinary causal attention call, bottom-right aligned: queries
+Every segment (one per response) is a causal attention call, bottom-right aligned: queries
 `[prompt + first branch | second branch | ...]`, keys `[prompt + branch]` for each. On CUDA in half
 precision this is one varlen call per layer (torch's own, or flash-attn's where scores are soft-capped);
-otherwise on CUDA a few masked calls over padded groups; on a CPU a loop over segments, which is also the
-reference. No `[tokens, tokens]` mask is ever built, and no model code is touched: the layout arrives as a
-keyword argument that transformers hands down to the attention function.
+elsewhere `masked_attention` does it. No `[tokens, tokens]` mask is ever built, and no model code is
+touched: the layout arrives as a keyword that transformers hands down to the attention function.
 """
 
 import inspect
@@ -18,8 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hafrm.engine.layout import Layout
-from hafrm.engine.padded_groups import attend_by_group
-from hafrm.engine.segments import Rule, attend_by_segment
+from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 
 SHARED_PREFIX = "hafrm_shared_prefix"
 """The name under which transformers knows this attention."""
@@ -52,7 +50,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
-    """Attention output of every row over its own prompt and its own branch; no weights.
+    """Attention output of every token over its own prompt and its own branch; no weights.
 
     Raises ValueError when the caller passed no layout, or for attention sinks, which this does not
     implement (a silent omission would be wrong numbers).
@@ -75,10 +73,10 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 
+# A compiled layer breaks its graph here; else it would be compiled again for each sequence's lengths.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """By the fastest way that computes this rule here; a compiled layer breaks its graph around it, or
-    it would be compiled anew for the lengths of every row."""
+    """By the fastest way that computes this rule here."""
     if not query.is_cuda:
         return attend_by_segment(query, key, value, layout, rule)
     if _has_kernel(query, key, value, torch.cuda.get_device_capability(query.device)):
@@ -90,31 +88,25 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:
-    """Whether flash attention, torch's or the package's, runs these head sizes on such a card; values
-    narrower than keys are padded."""
+    """Whether flash attention, torch's or the package's, runs these head sizes on such a card."""
     return (
         query.dtype in (torch.float16, torch.bfloat16)
         and capability >= (8, 0)
-        and value.shape[-1] <= query.shape[-1] == key.shape[-1] <= 256
+        and value.shape[-1] <= query.shape[-1] == key.shape[-1] <= 256  # narrow values are padded
         and query.shape[-1] % 8 == 0
     )
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """One call for all segments. `(window - 1, 0)`: transformers lets a token see `window` keys,
-    itself included, flash attention `left + 1`."""
+    """One call of torch's kernel for all segments."""
     # Releases before 2.12 group heads without being asked to.
     grouped = query.shape[1] != key.shape[1]
-    ask: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _PARAMETERS else {}
+    options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _PARAMETERS else {}
     output = varlen_attn(
-        *_flat(query, key, value, layout),
-        layout.cu_queries,
-        layout.cu_keys,
-        max(layout.query_lengths),
-        max(layout.key_lengths),
+        *_flat_segments(query, key, value, layout),
         scale=rule.scaling,
-        window_size=(-1 if rule.window is None else rule.window - 1, 0),
-        **ask,
+        window_size=_flash_window(rule),
+        **options,
     )
     assert isinstance(output, Tensor)
     return output[None, ..., : value.shape[-1]].contiguous()
@@ -123,29 +115,31 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
 def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """As _varlen, by the flash-attn package: bottom-right aligned since 2.1, soft-capped since 2.6."""
     output: Tensor = flash_attn_varlen_func(
-        *_flat(query, key, value, layout),
-        layout.cu_queries,
-        layout.cu_keys,
-        max(layout.query_lengths),
-        max(layout.key_lengths),
+        *_flat_segments(query, key, value, layout),
         softmax_scale=rule.scaling,
         causal=True,
-        window_size=(-1 if rule.window is None else rule.window - 1, 0),
+        window_size=_flash_window(rule),
         softcap=rule.softcap or 0.0,
     )
     return output[None, ..., : value.shape[-1]].contiguous()
 
 
-def _flat(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows first, and the keys and values of every segment: a prompt's are gathered once per branch, and
-    values are made as wide as keys."""
+def _flash_window(rule: Rule) -> tuple[int, int]:
+    # transformers lets a token see `window` keys, itself included; flash attention sees left + 1
+    return (-1 if rule.window is None else rule.window - 1, 0)
+
+
+def _flat_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Any, ...]:
+    """The kernels' first seven arguments: [tokens, heads, dim] tensors and the segments' bounds."""
     if value.shape[-1] < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return (
         q.contiguous(),
-        k.index_select(0, layout.key_index),
+        k.index_select(0, layout.key_index),  # a prompt's keys once for each of its branches
         v.index_select(0, layout.key_index),
+        layout.cu_queries,
+        layout.cu_keys,
+        max(layout.query_lengths),
+        max(layout.key_lengths),
     )

@@ -1,20 +1,21 @@
-"""One packed row: where prompts, branches, predictions and last tokens lie.
+"""One packed sequence: where prompts, branches, predictions and last tokens lie.
 
-A row holds groups one after another, each as its prompt followed by one branch per response, with
+A sequence holds groups one after another, each as its prompt followed by one branch per response, with
 no padding. Positions restart at the prompt's end for every branch:
 
-    row:        [ P0 P1 P2 | a0 a1 a2 | b0 b1 ] [ Q0 Q1 | c0 | d0 d1 ]
+    sequence:   [ P0 P1 P2 | a0 a1 a2 | b0 b1 ] [ Q0 Q1 | c0 | d0 d1 ]
     position:     0  1  2    3  4  5    3  4      0  1    2    2  3
 
 Attention runs per segment, one segment per response: the queries of the first are the prompt and its
 branch, those of the others their branch alone; the keys are always prompt and branch. Knows nothing
 of models, and never compares ids with pad.
 
-Legend: tokens = rows of the packed sequence, keys = rows of all segments' keys, scored = response
-tokens (each has a log-prob), responses = branches = segments.
+Axes: tokens = indices of the sequence, keys = of all segments' keys, scored = response tokens (each has a
+log-prob), responses = branches = segments.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,23 +40,23 @@ class Branches(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """The index tensors of one packed row."""
+    """The index tensors of one packed sequence."""
 
     shape: tuple[tuple[int, tuple[int, ...]], ...]
     """(prompt length, branch lengths) of every group; host-side integers, so no step synchronises."""
     input_ids: Int[Tensor, " tokens"]
     position_ids: Int[Tensor, " tokens"]
     predictor: Int[Tensor, " scored"]
-    """Row whose hidden state predicts each response token: the last prompt token is shared."""
+    """Index of the state that predicts each response token: the last prompt token is shared."""
     targets: Int[Tensor, " scored"]
     response_of: Int[Tensor, " scored"]
     last: Int[Tensor, " responses"]
-    """Row of each response's last real token, where its reward is read."""
+    """Index of each response's last real token, where its reward is read."""
     lengths: Int[Tensor, " responses"]
     read: Int[Tensor, " read"]
-    """Rows that a head may read: each prompt's last token, and all branches."""
+    """What a head may read: each prompt's last token, and all branches."""
     key_index: Int[Tensor, " keys"]
-    """Rows of every segment's keys: a prompt appears once per branch."""
+    """Indices of every segment's keys: a prompt appears once per branch."""
     cu_queries: Int[Tensor, " bounds"]
     cu_keys: Int[Tensor, " bounds"]
     masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False)
@@ -71,7 +72,7 @@ class Layout:
 
     @cached_property
     def query_lengths(self) -> list[int]:
-        """Queries of each segment; they sum to the row's tokens."""
+        """Queries of each segment; they sum to the sequence's tokens."""
         return [
             length + (prompt if branch == 0 else 0)
             for prompt, branches in self.shape
@@ -85,13 +86,13 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout on another device; asynchronous where the memory is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Layout":
         """The same layout in page-locked memory, from which copies to a GPU do not wait."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return self._moved(lambda tensor: tensor.pin_memory())
 
-    def _each(self, move: Callable[[Tensor], Tensor]) -> "Layout":
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Layout":
         moved: dict[str, Any] = {
             f.name: move(value)
             for f in dataclasses.fields(self)
@@ -101,13 +102,14 @@ class Layout:
 
 
 def lay_out(groups: Sequence[Branches]) -> Layout:
-    """The layout of `groups` in one row, in the order given.
+    """The layout of `groups` in one sequence, in the order given.
 
     Raises ValueError for a group without responses, an empty prompt (nothing would predict the first
     response token) or an empty response.
     """
-    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in _PARTS}
-    row = responses = 0
+    parts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
+    start = num_responses = 0
+    queries, keys = [0], [0]
     for group in groups:
         prompt = len(group.prompt_ids)
         if prompt == 0 or not group.response_ids or any(len(r) == 0 for r in group.response_ids):
@@ -115,55 +117,33 @@ def lay_out(groups: Sequence[Branches]) -> Layout:
                 "a group needs a prompt and one or more responses of at least one token; got "
                 f"{prompt} prompt tokens and responses of {[len(r) for r in group.response_ids]}"
             )
-        prompt_rows = np.arange(row, row + prompt)
+        prompt_indices = np.arange(start, start + prompt)
         parts["input_ids"].append(np.asarray(group.prompt_ids, np.int64))
         parts["position_ids"].append(np.arange(prompt))
-        parts["read"].append(prompt_rows[-1:])
-        row += prompt
-        for ids in group.response_ids:
-            rows = np.arange(row, row + len(ids))
-            parts["input_ids"].append(np.asarray(ids, np.int64))
+        parts["read"].append(prompt_indices[-1:])
+        start += prompt
+        for branch, response in enumerate(group.response_ids):
+            ids = np.asarray(response, np.int64)
+            indices = np.arange(start, start + len(ids))
+            parts["input_ids"].append(ids)
             parts["position_ids"].append(np.arange(prompt, prompt + len(ids)))
-            parts["predictor"].append(np.concatenate([prompt_rows[-1:], rows[:-1]]))
-            parts["targets"].append(np.asarray(ids, np.int64))
-            parts["read"].append(rows)
-            parts["response_of"].append(np.full(len(ids), responses))
-            parts["key_index"].append(np.concatenate([prompt_rows, rows]))
-            parts["last"].append(rows[-1:])
-            responses += 1
-            row += len(ids)
-    shape = tuple((len(g.prompt_ids), tuple(len(r) for r in g.response_ids)) for g in groups)
-    return _finish(shape, parts)
-
-
-_PARTS = (
-    "input_ids",
-    "position_ids",
-    "predictor",
-    "targets",
-    "response_of",
-    "read",
-    "key_index",
-    "last",
-)
-
-
-def _finish(
-    shape: tuple[tuple[int, tuple[int, ...]], ...], parts: dict[str, list[NDArray[np.int64]]]
-) -> Layout:
-    lengths = np.array([length for _, branches in shape for length in branches])
-    keys = np.array([prompt + length for prompt, branches in shape for length in branches])
-    first = np.array([branch == 0 for _, branches in shape for branch in range(len(branches))])
-    queries = np.where(first, keys, lengths)
-    bounds = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in (queries, keys)]
-    tensors: dict[str, Any] = {
-        name: torch.from_numpy(np.concatenate(rows)) for name, rows in parts.items()
-    }
+            parts["predictor"].append(np.concatenate([prompt_indices[-1:], indices[:-1]]))
+            parts["targets"].append(ids)
+            parts["read"].append(indices)
+            parts["response_of"].append(np.full(len(ids), num_responses))
+            parts["key_index"].append(np.concatenate([prompt_indices, indices]))
+            parts["last"].append(indices[-1:])
+            parts["lengths"].append(np.array([len(ids)]))
+            keys.append(prompt + len(ids))
+            queries.append(len(ids) if branch else keys[-1])
+            num_responses += 1
+            start += len(ids)
+    tensors: dict[str, Any] = {n: torch.from_numpy(np.concatenate(x)) for n, x in parts.items()}
     return Layout(
-        shape=shape,
-        lengths=torch.from_numpy(lengths),
-        cu_queries=torch.from_numpy(bounds[0]),
-        cu_keys=torch.from_numpy(bounds[1]),
+        shape=tuple((len(g.prompt_ids), tuple(len(r) for r in g.response_ids)) for g in groups),
+        # int32, as the varlen kernels take bounds
+        cu_queries=torch.from_numpy(np.cumsum(queries).astype(np.int32)),
+        cu_keys=torch.from_numpy(np.cumsum(keys).astype(np.int32)),
         **tensors,
     )
 
@@ -175,14 +155,14 @@ class PaddedLayout:
     input_ids: Int[Tensor, "responses length"]
     attention_mask: Int[Tensor, "responses length"]
     predictor: Int[Tensor, " scored"]
-    """As in Layout, into the flattened [responses * length] rows."""
+    """As in Layout, into the flattened [responses * length]."""
     last: Int[Tensor, " responses"]
 
 
 def unshare(layout: Layout, pad_id: int = 0) -> PaddedLayout:
-    """Prompt and response of every branch as one right-padded row.
+    """Prompt and response of every branch as one right-padded sequence; `pad_id` only fills.
 
-    Right padding is invisible to causal models, recurrent ones too; `pad_id` only fills.
+    Right padding is invisible to causal models, recurrent ones too.
     """
     device = layout.input_ids.device
     keys = torch.tensor(layout.key_lengths, device=device)
@@ -190,13 +170,13 @@ def unshare(layout: Layout, pad_id: int = 0) -> PaddedLayout:
     mask = offset[None, :] < keys[:, None]
     ids = torch.full(mask.shape, pad_id, device=device)
     ids[mask] = layout.input_ids[layout.key_index]
-    row = torch.arange(len(keys), device=device) * mask.shape[1]
-    starts = row + keys - layout.lengths - 1
-    within = torch.arange(len(layout.targets), device=device)
+    start = torch.arange(len(keys), device=device) * mask.shape[1]  # of each response, flattened
+    predictor_start = start + keys - layout.lengths - 1
     first_scored = torch.cumsum(layout.lengths, 0) - layout.lengths
+    scored = torch.arange(len(layout.targets), device=device)
     return PaddedLayout(
         input_ids=ids,
         attention_mask=mask.long(),
-        predictor=(starts - first_scored)[layout.response_of] + within,
-        last=row + keys - 1,
+        predictor=(predictor_start - first_scored)[layout.response_of] + scored,
+        last=start + keys - 1,
     )

@@ -1,10 +1,9 @@
 """Log-probs of chosen tokens from hidden states, without a `[tokens, vocabulary]` matrix.
 
-Only the rows that predict a response token enter; logits exist for one chunk at a time and are
-recomputed in backward. Products run in the dtype of the hidden states, everything after them in
-float32, and the output is float32 whatever came in (a bfloat16 output alone costs 0.38 nat over 300
-tokens). When the head is frozen, its share of the gradient is taken in forward and nothing is
-recomputed. LM-head bias, logit scaling and final soft-capping are honoured.
+Only states that predict a response token enter; logits exist for one chunk at a time and are recomputed in
+backward. Products run in the dtype of the hidden states, everything after them in float32, and the output
+is float32 whatever came in (a bfloat16 output alone costs 0.38 nat over 300 tokens). For a frozen head the
+gradient is taken in forward and nothing is recomputed. Bias, scaling and soft-capping are honoured.
 """
 
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits held at a time (64 and 512 MiB in float32). A trained head's backward writes and adds a float32
-gradient of the whole head for each chunk, so on a GPU fewer chunks mean less traffic."""
+# Logits held at a time: 64 and 512 MiB in float32. A trained head's backward adds a float32 gradient of the
+# whole head for each chunk, so on a GPU fewer chunks mean less traffic.
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class LogitTransform:
 
 
 def chunk_rows(vocab: int, device: str) -> int:
-    """Rows whose logits exist at once on a device of this type."""
-    return max(1, CHUNK_ELEMENTS["cuda" if device == "cuda" else "cpu"] // vocab)
+    """Tokens whose logits exist at once on a device of this type."""
+    return max(1, _CHUNK_ELEMENTS["cuda" if device == "cuda" else "cpu"] // vocab)
 
 
 def token_logprobs(
@@ -59,9 +58,9 @@ def token_logprobs(
     transform: LogitTransform | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, " scored"]:
-    """log softmax(transform(W h + b))[target] of every row, float32, differentiable in h, W and b.
+    """log softmax(transform(W h + b))[target] of every token, float32, differentiable in h, W and b.
 
-    `chunk` is the number of rows whose logits exist at once; by default `chunk_rows`.
+    `chunk` is the number of tokens whose logits exist at once; by default `chunk_rows`.
     """
     chunk = chunk or chunk_rows(weight.shape[0], weight.device.type)
     transform = transform or LogitTransform()
@@ -79,7 +78,7 @@ def token_entropies(
     transform: LogitTransform | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, " scored"]:
-    """Entropy (nat, float32) of the distribution that each row predicts, chunk by chunk, no gradient."""
+    """Entropy (nat, float32) of the distribution that each state predicts, chunk by chunk, no gradient."""
     chunk = chunk or chunk_rows(weight.shape[0], weight.device.type)
     transform = transform or LogitTransform()
     h, w = _operands(hidden, weight)
@@ -113,15 +112,15 @@ class _TokenLogProbs(torch.autograd.Function):
             logits = _logits(h[rows], w, bias, transform, buffer)
             target = targets[rows, None]
             picked = logits.gather(1, target)[:, 0]
-            kept = logits.clone() if slope is not None else None
+            copy = logits.clone() if slope is not None else None
             # log-sum-exp written over the logits: a fresh matrix per operation costs more than it does
             highest = logits.amax(dim=1)
             total = logits.sub_(highest[:, None]).exp_().sum(dim=1)
             normaliser[rows] = highest + total.log()
             logprobs[rows] = picked - normaliser[rows]
-            if slope is not None and kept is not None:
+            if slope is not None and copy is not None:
                 ones = torch.ones_like(normaliser[rows])
-                grad = _grad_z(kept, normaliser[rows], target, ones, transform)
+                grad = _grad_z(copy, normaliser[rows], target, ones, transform)
                 slope[rows] = _matmul(grad.to(w.dtype), w).to(slope.dtype)
         ctx.transform, ctx.chunk, ctx.frozen = transform, chunk, frozen
         ctx.dtype = h.dtype  # backward runs outside autocast, yet must recompute the same logits
@@ -167,13 +166,12 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in one dtype: bfloat16 on CUDA where autocast or the weights say so; float32 on
-    CPU, whose half-precision products round their output to half precision."""
+    """Both factors in one dtype: on CUDA bfloat16 where autocast or the weights say so."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     if not hidden.is_cuda:
-        dtype = torch.float32
+        dtype = torch.float32  # a CPU's half-precision products round their output to half
     return hidden.to(dtype), weight.to(dtype)
 
 
@@ -211,7 +209,7 @@ def _grad_z(
     logits: Tensor, normaliser: Tensor, target: Tensor, upstream: Tensor, transform: LogitTransform
 ) -> Tensor:
     """upstream * (onehot(target) - softmax) through the transform; overwrites `logits`."""
-    kept = logits.clone() if transform.softcap is not None else None
+    final = logits.clone() if transform.softcap is not None else None
     grad = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
     grad.scatter_add_(1, target, upstream[:, None])
-    return transform.chain_(grad, kept)
+    return transform.chain_(grad, final)

@@ -15,17 +15,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hafrm.engine import last_layer
-from hafrm.engine.adjustments import checkpoint_around_compiled, fuse_gelu, switch_off_dropout
+from hafrm.engine.adjustments import (
+    READ_INDICES,
+    checkpoint_around_compiled,
+    fuse_gelu,
+    narrow_layer,
+    switch_off_dropout,
+    widen_layer,
+)
 from hafrm.engine.attention import SHARED_PREFIX
-from hafrm.engine.layout import Layout
+from hafrm.engine.layout import Layout, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
-from hafrm.engine.states import States, TokenOutputs, run_plain, run_shared
-from hafrm.errors import ModelError
+from hafrm.errors import ModelError, NumericsError
 
+# Where a backbone remembers the attention it came with; it may be wrapped more than once.
 _STOCK_ATTENTION = "_hafrm_stock_attention"
-"""Where a backbone remembers the attention it came with; it may be wrapped more than once."""
-SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+_SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class Outputs(NamedTuple):
@@ -41,11 +46,26 @@ class Outputs(NamedTuple):
     """The hidden states that the rewards are read from, detached."""
 
 
+class TokenOutputs(NamedTuple):
+    """The state that predicts each response token, and the token's log-prob, float32, nat."""
+
+    hidden: Float[Tensor, "scored hidden"]
+    logps: Float[Tensor, " scored"]
+
+
+class HiddenStates(NamedTuple):
+    """The last layer's output, and the indices where heads read it; others may hold anything."""
+
+    hidden: Float[Tensor, "tokens hidden"]
+    predictor: Int[Tensor, " scored"]
+    last: Int[Tensor, " responses"]
+
+
 class HybridModel(nn.Module):
     """A backbone with a reward head, a policy head, or both.
 
-    `sharing` False runs every response as a padded row of its own through the model's stock attention:
-    the slow twin, and the way for models whose layers cannot share a prefix.
+    `sharing` False runs every response as a padded sequence of its own through the model's stock attention:
+    the reference implementation, and the way for models whose layers cannot share a prefix.
     """
 
     def __init__(
@@ -75,7 +95,7 @@ class HybridModel(nn.Module):
         fuse_gelu(backbone)
         self.share(sharing)
         if layers := decoder_layers(backbone):
-            last_layer.narrow(layers[-1])
+            narrow_layer(layers[-1])
 
     def share(self, sharing: bool) -> None:
         """Lay prompts out once (True) or once per response (False)."""
@@ -100,10 +120,10 @@ class HybridModel(nn.Module):
     def compile_layers(self) -> None:
         """Compile every decoder layer with torch.compile, once for all packed lengths.
 
-        Lengths are symbolic, and attention stays outside the graph, so no row compiles anything anew.
+        Lengths are symbolic and attention stays outside the graph, so no sequence compiles it again.
         """
         layers = decoder_layers(self.backbone)
-        last_layer.widen(layers[-1])  # a graph has no room for hooks that depend on the row
+        widen_layer(layers[-1])  # a graph has no room for hooks that depend on the sequence
         for layer in layers:
             checkpoint_around_compiled(layer)
             layer.compile(dynamic=True)
@@ -135,13 +155,28 @@ class HybridModel(nn.Module):
         states = self.hidden_states(layout, layout.last)
         return states.hidden[states.last].float()
 
-    def hidden_states(self, layout: Layout, read: Int[Tensor, " read"] | None = None) -> States:
-        """Hidden states, true of the rows in `read` at least: by default those that the heads read."""
+    def hidden_states(
+        self, layout: Layout, read: Int[Tensor, " read"] | None = None
+    ) -> HiddenStates:
+        """Hidden states, right at the indices `read` at least: by default those that the heads read."""
         if not self.sharing:
-            return run_plain(self.backbone, layout)
+            # the reference implementation: every response alone, right-padded, stock attention
+            padded = unshare(layout)
+            hidden = self.backbone(
+                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            ).last_hidden_state.flatten(0, 1)
+            return HiddenStates(hidden, padded.predictor, padded.last)
         if read is None:
             read = layout.read if self.reads_scored else layout.last
-        return run_shared(self.backbone, layout, read)
+        hidden = self.backbone(
+            input_ids=layout.input_ids[None],
+            position_ids=layout.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            branch_layout=layout,
+            **{READ_INDICES: read},
+        ).last_hidden_state[0]
+        return HiddenStates(hidden, layout.predictor, layout.last)
 
     def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
         assert self.reward_head is not None
@@ -195,16 +230,14 @@ def hidden_size(config: PretrainedConfig) -> int:
 
 
 def longest_sequence(config: PretrainedConfig) -> int | None:
-    """Tokens that a sequence may have; None: no limit.
-
-    The rotary factors of longrope (Phi-3 with 128k) change beyond a length, and with them those of every
-    shorter sequence of the same row or batch: there the limit is that length.
-    """
+    """Tokens that a prompt with its response may have; None: no limit."""
     text = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
     rope = getattr(text, "rope_parameters", None) or {}
     by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
     for part in by_layer_type or [rope]:
+        # Beyond this length longrope's factors (Phi-3 with 128k) change, and with them those of every
+        # shorter conversation in the same sequence or batch.
         if part.get("rope_type") == "longrope":
             limits.append(part["original_max_position_embeddings"])
     return min((int(limit) for limit in limits if limit is not None), default=None)
@@ -222,11 +255,10 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
-    """Why prompts cannot be shared by this model's layers, or None; a first-batch check guards the rest."""
+    """Why this model's layers cannot share prompts, or None; `self_check` guards the rest."""
     config = backbone.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ())
-    if layers - SHAREABLE_LAYERS:
-        kinds = ", ".join(sorted(layers - SHAREABLE_LAYERS))
+    if strange := set(getattr(config, "layer_types", None) or ()) - _SHAREABLE_LAYERS:
+        kinds = ", ".join(sorted(strange))
         return f"it has layers that carry state or chunk the sequence ({kinds})"
     if getattr(config, "alibi", False):
         return "its ALiBi biases follow row indices, not positions"
@@ -260,12 +292,63 @@ def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
     expected = model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
     model.train(training)
-    found = logit_transform(backbone.config).apply_(head(hidden).float()).log_softmax(-1)
+    ours = logit_transform(backbone.config).apply_(head(hidden).float()).log_softmax(-1)
     # Half-precision logits are off by 1/256 of their size on either side: some hundredths of a nat.
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
-    if not float((found - expected).abs().max()) <= tolerance:
+    if not float((ours - expected).abs().max()) <= tolerance:
         raise ModelError(
             f"{type(model).__name__} computes its logits in a way that hafrm does not know (a dense "
             "layer before the head, or an unknown factor), so log-probs would be wrong; train it with "
             "method bt on a checkpoint of another kind, or report the model"
         )
+
+
+class Disagreement(NamedTuple):
+    """Largest difference between shared and plain outputs, and what is tolerated."""
+
+    hidden: float
+    """Of the states that rewards are read from, relative to their norm."""
+    logp: float
+    """Relative to max(1, |log-prob|)."""
+    tolerance: float
+
+
+@torch.no_grad()
+def self_check(model: HybridModel, layout: Layout, tolerance: float | None = None) -> Disagreement:
+    """Compare shared prompts with one response at a time on a small layout, before anything relies on them.
+
+    `tolerance` is 1e-3 in float32 (a wrong mask is off by 0.1 and more), 0.1 with half-precision weights or
+    autocast. All zero for an unshared model. Raises NumericsError when they disagree.
+    """
+    if not model.sharing:
+        return Disagreement(0.0, 0.0, 0.0)
+    half = torch.is_autocast_enabled(model.device.type)
+    half = half or next(model.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
+    tolerance = tolerance if tolerance is not None else (0.1 if half else 1e-3)
+    states, logps = _head_inputs(model, layout)
+    model.share(False)
+    try:
+        plain_states, plain_logps = _head_inputs(model, layout)
+    finally:
+        model.share(True)
+    hidden = logp = 0.0
+    # Not rewards but the states that they are read from: a reward near 0 is rounded as coarsely as any.
+    if states is not None and plain_states is not None:
+        apart = (states - plain_states).norm(dim=1) / plain_states.norm(dim=1)
+        hidden = float(apart.max())
+    if logps is not None and plain_logps is not None:
+        logp = float(((logps - plain_logps).abs() / plain_logps.abs().clamp(min=1.0)).max())
+    if not (hidden <= tolerance and logp <= tolerance):  # a NaN is no agreement
+        raise NumericsError(
+            "with shared prompts this model gives other numbers than one response at a time: hidden states "
+            f"differ by {hidden:.2g}, log-probs by {logp:.2g} (relative; tolerated {tolerance:g}). Its "
+            "layers cannot share a prefix; set training.sharing: off"
+        )
+    return Disagreement(hidden, logp, tolerance)
+
+
+def _head_inputs(model: HybridModel, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+    """The states that the reward head reads, float32, and the log-probs; None without that head."""
+    outputs = model(layout)
+    states = outputs.reward_states
+    return None if states is None else states.float(), outputs.logps

@@ -1,8 +1,8 @@
-"""Responses of a causal LM to prompts, as token ids: the one place where hafrm lets a model write.
+"""Responses of a causal LM to prompts, as token ids.
 
 What is sampled is what `Sampling` says and nothing else: a model directory's own generation defaults (a
-top-k of 50, a repetition penalty) never enter unseen. The same call gives the same responses. It works on
-a model in training and leaves it as it was found: modes, cache, attention, random state.
+top-k of 50, a repetition penalty) never enter. The same call gives the same responses. A model in
+training is left as it was: modes, cache, attention, random state.
 """
 
 import contextlib
@@ -55,33 +55,37 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
     batch_size: int = 32,
     done: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
-    """For each prompt `num` responses of token ids: with the EOS where the model ended, without it where
-    it ran into the limit.
+    """For each prompt `num` responses as ids, each up to its EOS, or without one at the length limit.
 
-    Prompts of like length share a batch of `batch_size` responses, longest first; `done(responses,
-    tokens)` hears of each batch. The same arguments give the same responses; another batch size others.
+    Prompts of like length share a batch of `batch_size` responses, longest first; after each batch `done`
+    gets its numbers of responses and tokens. Another batch size draws other responses.
 
     Raises ConfigError for an empty prompt, ModelError when prompt and response exceed the model's length.
     """
-    _check(model, prompts, options)
+    _check_lengths(model, prompts, options)
     copies = num if options.temperature > 0 else min(num, 1)
     owners = sorted(
         (i for i in range(len(prompts)) for _ in range(copies)), key=lambda i: -len(prompts[i])
     )
     config = _generation_config(options, eos, pad)
     responses: list[list[list[int]]] = [[] for _ in prompts]
-    with _as_it_was(model), _seeded(seed, model.device), torch.no_grad():
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
         for start in range(0, len(owners), batch_size):
             batch = owners[start : start + batch_size]
-            written = _run(model, [prompts[i] for i in batch], config)
+            written = _generate(model, [prompts[i] for i in batch], config)
             for i, ids in zip(batch, written, strict=True):
-                responses[i].append(_until(eos, ids))
+                # behind the first EOS is padding
+                responses[i].append(ids[: ids.index(eos) + 1] if eos in ids else ids)
             if done is not None:
                 done(len(batch), sum(len(responses[i][-1]) for i in batch))
-    return responses if copies == num else [[*each] * num for each in responses]
+    return responses if copies == num else [own * num for own in responses]
 
 
-def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sampling) -> None:
+def _check_lengths(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sampling
+) -> None:
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise ConfigError(f"prompts {empty[:8]} (by index) are empty; each needs a token or more")
@@ -97,12 +101,9 @@ def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sa
 def _generation_config(options: Sampling, eos: int, pad: int) -> GenerationConfig:
     how: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
-        how = {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": 0,  # transformers' own default is 50
-        }
+        # top_k 0: transformers' own default is 50
+        how = {"do_sample": True, "top_k": 0, "top_p": options.top_p}
+        how["temperature"] = options.temperature
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         eos_token_id=eos,
@@ -113,7 +114,7 @@ def _generation_config(options: Sampling, eos: int, pad: int) -> GenerationConfi
     )
 
 
-def _run(
+def _generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
 ) -> list[list[int]]:
     """What the model writes behind each prompt, filled up with pad to the longest."""
@@ -131,28 +132,22 @@ def _run(
 def _padded_left(
     prompts: Sequence[Sequence[int]], pad: int
 ) -> tuple[Int[Tensor, "prompts tokens"], Int[Tensor, "prompts tokens"]]:
-    """The prompts as one tensor that ends where each of them ends, and its mask."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor([int(token) for token in prompt])
-        mask[row, width - len(prompt) :] = 1
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor([int(token) for token in prompt])
+        mask[i, width - len(prompt) :] = 1
     return ids, mask
 
 
-def _until(eos: int, ids: list[int]) -> list[int]:
-    """The ids up to the first EOS, which stays; what follows is padding."""
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
-
-
 @contextlib.contextmanager
-def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, stock attention and neutral generation defaults for a while."""
     modes = [(module, module.training) for module in model.modules()]
     use_cache = getattr(model.config, "use_cache", None)
     defaults = model.generation_config
-    # transformers fills whatever an explicit config leaves open from the model's own.
+    # transformers fills whatever an explicit config leaves open from the model's own
     model.generation_config = GenerationConfig()
     model.eval()
     try:
@@ -165,12 +160,3 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
             model.config.use_cache = use_cache
         for module, mode in modes:
             module.training = mode
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed`, and give the global random state back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

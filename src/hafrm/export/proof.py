@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hafrm.atomic import atomic_write
-from hafrm.engine.memory import give_back
+from hafrm.engine.packing import free_memory
 from hafrm.errors import HafrmError, NumericsError, VerificationError
 from hafrm.export.golden import GOLDEN
 from hafrm.export.plain_model import TOLERANCE, PlainModel, proof_bytes
@@ -61,7 +61,7 @@ def proof_device(directory: Path) -> torch.device:
     else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    give_back()
+    free_memory()
     shapes = [tensor.shape for tensor in PlainModel(directory).weights.values()]
     needed, free = proof_bytes(sum(map(math.prod, shapes))), torch.cuda.mem_get_info()[0]
     if needed <= free:
@@ -131,7 +131,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
     command = [sys.executable, "-P", "-m", "hafrm.export.checklist"]
     command += [str(directory), str(tolerance)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
-    give_back()
+    free_memory()
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.strip().splitlines()
     if run.returncode not in (0, 1) or not lines:

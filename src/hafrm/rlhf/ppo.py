@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hafrm.engine.memory import is_out_of_memory
+from hafrm.engine.packing import is_out_of_memory
 from hafrm.errors import MemoryBudgetError
 from hafrm.rlhf.ppo_terms import Moments, missing_eos_scores, next_kl_coefficient, scores_of
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, update

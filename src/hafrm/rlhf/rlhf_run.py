@@ -16,7 +16,7 @@ from hafrm.atomic import atomic_directory, fingerprint
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.best_of_n.candidates import read_prompts
 from hafrm.data.encoding import Encoder
-from hafrm.data.sources import local_files
+from hafrm.data.reader import local_files
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.export.stock_export import export_policy, gather_weights

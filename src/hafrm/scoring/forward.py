@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from hafrm.engine.layout import Branches, Layout, lay_out
-from hafrm.engine.memory import give_back, is_out_of_memory
 from hafrm.engine.model import HybridModel, Outputs
-from hafrm.engine.packing import first_fit_decreasing
+from hafrm.engine.packing import first_fit_decreasing, free_memory, is_out_of_memory
 from hafrm.errors import MemoryBudgetError, NumericsError
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
@@ -158,7 +157,7 @@ def _run_or_halve(
             raise
         what = str(error).split("\n", 1)[0]
     # Outside the handler the exception is gone, and with it the tensors of the failed forward.
-    give_back()
+    free_memory()
     tokens = sum(item.group.num_tokens for item in sequence)
     if not halve:
         raise MemoryBudgetError(

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from hafrm.data.sources import parse_sources
+from hafrm.data.reader import parse_sources
 from hafrm.errors import ConfigError
 from hafrm.recipe import MethodSection, Recipe
 from hafrm.recipe_file import with_values

@@ -23,7 +23,7 @@ from hafrm.atomic import atomic_write
 from hafrm.benchmarks.benchmark_files import LoadedBenchmark, find_benchmark_folder, load_benchmark
 from hafrm.benchmarks.benchmark_run import group_by_prompt
 from hafrm.benchmarks.definitions import find_benchmarks
-from hafrm.data.encoding import Encoder, encode_cached
+from hafrm.data.encoding import Encoder
 from hafrm.diagnostics.hidden_states import last_states
 from hafrm.diagnostics.representation import Representation, describe_states
 from hafrm.errors import DivergedError
@@ -142,7 +142,7 @@ def read_study_data(setup: StudySetup) -> StudyData:
         max_prompt_length=data.max_prompt_length,
         too_long="cut",
     )
-    return StudyData(groups, encode_cached(encoder, groups)[0], tuple(placed))
+    return StudyData(groups, encoder.encode(groups)[0], tuple(placed))
 
 
 def read_run_result(folder: Path) -> RunResult | None:

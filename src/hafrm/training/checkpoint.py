@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hafrm.atomic import atomic_directory, check_manifest, fingerprint, write_manifest
-from hafrm.data.sources import local_files
+from hafrm.data.reader import local_files
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe, load_recipe

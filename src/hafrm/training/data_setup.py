@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from hafrm.data.chat_template import choose_pad, read_template
-from hafrm.data.encoding import Encoder, encode_cached
-from hafrm.data.reader import PreferenceData, read_preferences
-from hafrm.data.sources import parse_sources
+from hafrm.data.encoding import Encoder
+from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, uniform_weights, without_prompts
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
@@ -47,8 +46,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     """
     encoder = build_encoder(recipe)
     splits = read_splits(recipe, bad_rows_file)
-    train, report = encode_cached(encoder, splits.train)
-    validation, _ = encode_cached(encoder, splits.validation)
+    train, report = encoder.encode(splits.train)
+    validation, _ = encoder.encode(splits.validation)
     for name, groups in (("data.train", train), ("data.validation", validation)):
         if not any(not c.tie for group in groups for c in group.comparisons):
             raise DataError(

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hafrm.engine.layout import lay_out
-from hafrm.engine.memory import give_back, is_out_of_memory
-from hafrm.engine.model import HybridModel
-from hafrm.engine.selfcheck import self_check
+from hafrm.engine.model import HybridModel, self_check
+from hafrm.engine.packing import free_memory, is_out_of_memory
 from hafrm.errors import HafrmError, MemoryBudgetError
 from hafrm.recipe import Recipe
 from hafrm.run_folder import RunFolder
@@ -206,7 +205,7 @@ class Job:
             # Out here the exception is gone, and with it the tensors of the pass that failed.
             optimizer.zero_grad(set_to_none=True)
             drop_incomplete_state(optimizer)
-            give_back()
+            free_memory()
             before = prefetch.max_tokens
             if parallel.num_ranks() > 1 or not prefetch.halve(step):
                 # Other ranks wait in an exchange that this one has left: they cannot repeat the step.

@@ -17,8 +17,8 @@ import torch
 
 from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
-from hafrm.engine.memory import give_back
 from hafrm.engine.model import HybridModel
+from hafrm.engine.packing import free_memory
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.golden import GOLDEN, read_golden
@@ -91,7 +91,7 @@ def export_run(
             write_fused_rule(aside, rule)
     del weights
     model.to("meta")  # frees its memory even while others refer to it
-    give_back()
+    free_memory()
 
     def check(models: Path) -> None:
         if (models / "reward").is_dir():
