@@ -119,7 +119,7 @@ def test_the_file_keeps_the_contract(tmp_path, candidates):
     )
     found = read_json(tmp_path / "out" / "best_of_n.json")
     assert (found["num_prompts"], found["num_candidates"]) == (6, 3)
-    estimate = {"value", "low", "high", "num", "method", "confidence"}
+    estimate = {"value", "low", "high", "num", "method"}
     for model in found["models"]:
         assert {"name", "curve", "top1_agreement", "examples"} <= model.keys()
         assert [point["n"] for point in model["curve"]] == [1, 2, 3]
