@@ -25,6 +25,7 @@ from hafrm.benchmarks.benchmark_scores import (
 from hafrm.benchmarks.definitions import find_benchmarks
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
+from hafrm.evaluation.comparisons import response_offsets
 from hafrm.evaluation.heads import (
     LoadOptions,
     count_responses,
@@ -113,8 +114,7 @@ def score_items(
     groups, places = group_by_prompt(items)
     tokenized, report = scorer.encoder.encode(groups)
     scores = scorer.score_encoded(tokenized, done).astype(np.float64)
-    # index of each group's first response when all responses are counted through
-    first = np.cumsum([0, *(len(group.responses) for group in groups)])
+    first = response_offsets(groups)
     return [scores[first[group] + np.array(within)] for group, within in places], report
 
 

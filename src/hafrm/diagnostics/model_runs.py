@@ -105,8 +105,7 @@ def diagnose(  # noqa: PLR0913 - every way to say what is diagnosed
     if num_generations:
         find_policies(models, base)  # raises before anything is scored
     comparisons = _read(data, max_bad_fraction)
-    num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * (len(models) + 1))
+    done = count_responses(on_progress, comparisons.num_responses * (len(models) + 1))
     options = LoadOptions(max_length=max_length, dtype=dtype, device=device)
     own_options = LoadOptions(reference, max_length, dtype, device)
     name, heads = next(iter(models.items()))

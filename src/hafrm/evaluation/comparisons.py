@@ -55,6 +55,11 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def num_responses(self) -> int:
+        """Responses of all groups: so many scores a model gives."""
+        return sum(len(group.responses) for group in self.groups)
+
     def take(self, indices: Indices) -> "Comparisons":
         """Those at the given indices."""
         pairs = tuple(self.pairs[i] for i in indices)
@@ -80,8 +85,7 @@ class Comparisons:
 
         Raises NumericsError for a margin that is not finite, which would silently count as wrong.
         """
-        # index of each group's first response when all responses are counted through
-        first = np.cumsum([0, *(len(group.responses) for group in self.groups)])
+        first = response_offsets(self.groups)
         assert len(scores) == first[-1], "one score for each response of each group"
         # float32 would round the difference of two large scores
         start, exact = first[self.owner], scores.astype(np.float64)
@@ -131,6 +135,11 @@ class Comparisons:
     def with_groups(self) -> list[tuple[Group, Comparison]]:
         """Each comparison with its group."""
         return [(self.groups[i], pair) for i, pair in zip(self.owner, self.pairs, strict=True)]
+
+
+def response_offsets(groups: Sequence[Group]) -> Int[np.ndarray, " groups_and_end"]:
+    """Index of each group's first response when all responses are counted through, and their number."""
+    return np.cumsum([0, *(len(group.responses) for group in groups)])
 
 
 def read_comparisons(

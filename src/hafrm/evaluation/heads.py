@@ -188,8 +188,7 @@ def _score_all_heads(
     result, by_token = _Scores(), None
     # the fused score follows from the other two, without a pass of its own
     names = [name for name in scorer_names(heads) if name != FUSED]
-    num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * len(names))
+    done = count_responses(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
@@ -255,8 +254,8 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
         )
     _, comparisons = read_comparisons(data, max_bad_fraction)
     sets = comparisons.sets()
-    num = sum(len(group.responses) for group in comparisons.groups)
-    done = count_responses(on_progress, num * (len(first) + len(second)))
+    num_models = len(first) + len(second)
+    done = count_responses(on_progress, comparisons.num_responses * num_models)
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
         scorer = load_main_head(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hafrm.atomic import atomic_write
 from hafrm.benchmarks.benchmark_scores import score_benchmark
 from hafrm.errors import NumericsError
+from hafrm.evaluation.comparisons import response_offsets
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
@@ -228,7 +229,7 @@ def pick_longer(data: StudyData) -> dict[str, Estimate]:
 
 def _benchmark_scores(scores: SeedScores, data: StudyData) -> tuple[StudyBenchmark, ...]:
     """Every scorer on every benchmark: the published score of each seed, and the mean over seeds."""
-    first = np.cumsum([0, *(len(group.responses) for group in data.groups)])
+    first = response_offsets(data.groups)
     results = []
     for placed in data.benchmarks:
         benchmark, items = placed.loaded.benchmark, placed.loaded.items
