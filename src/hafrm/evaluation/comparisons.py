@@ -71,9 +71,8 @@ class Comparisons:
 
     def by_source(self) -> dict[str, Indices]:
         """The indices of each source's comparisons, sources in their order."""
-        sources = [self.groups[i].source for i in self.owner]
-        names = dict.fromkeys(sources)
-        return {n: np.array([i for i, s in enumerate(sources) if s == n], int) for n in names}
+        sources = np.array([self.groups[i].source for i in self.owner], str)
+        return {n: np.flatnonzero(sources == n) for n in dict.fromkeys(sources.tolist())}
 
     def sets(self) -> dict[str, Indices]:
         """The same, and "all" if there are several sources."""
@@ -95,18 +94,17 @@ class Comparisons:
             margins = exact[chosen] - exact[rejected]
         broken = np.flatnonzero(~np.isfinite(margins))
         if len(broken):
+            group = self.groups[self.owner[broken[0]]].id
             raise NumericsError(
                 f"{len(broken)} of {len(margins)} margins are not finite (first: a comparison of group "
-                f"{self.groups[self.owner[broken[0]]].id!r}); check the model's weights, or run it in "
-                "float32"
+                f"{group!r}); check the model's weights, or run it in float32"
             )
         return np.asarray(margins, np.float64)
 
     def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
         """The comparisons as `pairwise_metrics` takes them."""
         chosen, rejected = (
-            np.array([len(text) for text in texts], int)
-            for texts in (self.chosen_texts, self.rejected_texts)
+            np.array([*map(len, texts)], int) for texts in (self.chosen_texts, self.rejected_texts)
         )
         return ScoredComparisons(self.margins(scores), chosen, rejected, self.prompts, self.ties)
 
