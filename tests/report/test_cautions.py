@@ -11,7 +11,7 @@ from hafrm.diagnostics.breakdown import StyleBias
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
 from hafrm.diagnostics.margins import MarginHistogram, Temperature
 from hafrm.evaluation.comparisons import ScoredComparisons
-from hafrm.evaluation.metrics import Evaluation, SetResult, measure
+from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.report.cautions import cautions
 from hafrm.report.run_files import Material, RunFiles
 from hafrm.statistics import Estimate
@@ -38,7 +38,7 @@ def evaluation(
         np.arange(num).astype(str),
         np.tile(np.array(margins) == 3.0, repeat) & ties,
     )
-    result = SetResult(**vars(measure(scored)), name="test", num_groups=num)
+    result = SetResult(**vars(pairwise_metrics(scored)), name="test", num_groups=num)
     plain = {"num_bad_rows": 0, "left_out": {}, "prompts_cut": 0, "responses_cut": 0, **counts}
     return Evaluation("it", "reward", (result,), seam_merges=0, **plain)  # type: ignore[arg-type]
 
@@ -46,11 +46,10 @@ def evaluation(
 GOOD = evaluation([1, 2, 1, 2, 3, 1, 2, 1, -0.1, -0.1], [True, False] * 5, repeat=100)
 """80 % right, whatever the length."""
 NO_STUDY = StudyResult(
-    *((),) * 7,
     "r.yaml",
     "loss",
-    seeds=(0, 1),
-    benchmarks=(),
+    (0, 1),
+    *((),) * 7,
     pick_longer={},
     learning_rates=(),
     seconds=1.0,
@@ -89,10 +88,10 @@ def test_length_bias_is_compared_with_annotators_where_a_diagnosis_is_there():
     for low, speaks in ((0.05, True), (-0.05, False)):
         excess = Estimate(0.1, low, 0.2, 50, "cluster-bootstrap")
         style = StyleBias("length", 50, *(good.accuracy,) * 2, excess, *(good.accuracy,) * 2)
-        empty = Temperature(1.0, (0.0, 0.0), (0.0, 0.0), 0, 0, ""), good.calibration
+        empty = Temperature(1.0, (0.0, 0.0), (0.0, 0.0), ""), good.calibration
         histogram = MarginHistogram((), (), ())
         parts = SetDiagnosis("test", 50, good.accuracy, *empty, histogram, (style,), (), None)
-        diagnosis = Diagnosis("it", "reward", (parts,), None, (), None, 0, None, ())
+        diagnosis = Diagnosis("it", "reward", (parts,), None, (), None, 0, ())
         spoken = sentences(diagnosis=diagnosis)
         assert any("than annotators do" in sentence for sentence in spoken) is speaks
 

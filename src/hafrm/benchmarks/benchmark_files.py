@@ -94,7 +94,8 @@ def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str
     except RefusedError as refused:
         reason, detail = refused.refusal
         # another data set's columns tell the reader which file this is
-        columns = f"; its columns are {', '.join(map(str, row))[:300]}" * isinstance(row, Mapping)
+        names = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else "none"
         raise DataError(
-            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}{columns}"
+            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}; "
+            f"its columns are {names}"
         ) from None

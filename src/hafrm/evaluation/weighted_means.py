@@ -111,7 +111,7 @@ def _resample(
 ) -> NDArray[np.float64]:
     """[resamples, terms]: the mean of each term in each resample of clusters."""
     draw = np.random.default_rng(SEED)
-    totals, counts = np.float64(0), np.float64(0)
+    totals, counts = np.zeros((2, 1, 1))
     # clusters of the same set of terms are one kind; each kind is resampled by itself
     _, kinds = np.unique(sizes > 0, axis=0, return_inverse=True)
     for kind in range(int(kinds.max()) + 1):

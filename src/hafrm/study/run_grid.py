@@ -129,7 +129,9 @@ def plan_study(
         raise ConfigError(f"learning rates must be above 0, got {list(rates)}")
     names = [set_name(entry) for entry in recipe.data.train]
     _refuse_doubles(names, "training sets")
-    sets = {name: (entry,) for name, entry in zip(names, recipe.data.train, strict=True)}
+    sets: dict[str, tuple[str, ...]] = {
+        n: (e,) for n, e in zip(names, recipe.data.train, strict=True)
+    }
     if mixed and len(sets) > 1:
         sets[MIXED] = recipe.data.train
     first, rate = recipe.training.seed, recipe.training.learning_rate
