@@ -51,7 +51,6 @@ def failing(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
         "plan",
         "evaluate",
         "compare",
-        "diagnose",
         "score",
         "export",
         "verify",
@@ -169,7 +168,7 @@ def test_score_refuses_options_that_make_no_sense(monkeypatch, capsys, model, tm
     assert not out.exists()
 
 
-@pytest.mark.parametrize("verb", ["score", "evaluate", "against", "diagnose", "best-of-n"])
+@pytest.mark.parametrize("verb", ["score", "evaluate", "also", "diagnose", "best-of-n"])
 def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
     model, tmp_path, monkeypatch, verb
 ):
@@ -189,12 +188,12 @@ def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
     arguments = {
         "score": ("score", reward, data, "--out", out),
         "evaluate": ("evaluate", reward, data),
-        "against": ("evaluate", reward, data, "--against", model),
-        "diagnose": ("diagnose", reward, data, "--json", out),
+        "also": ("evaluate", reward, data, "--also", model),
+        "diagnose": ("evaluate", reward, data, "--diagnose", "--json", out),
         "best-of-n": ("best-of-n", reward, "--candidates", answers, "-n", "2", "--out", out),
     }[verb]
     invoke(*arguments, "--dtype", "bfloat16", "--device", "cpu")
-    assert loaded == [("bfloat16", "cpu")] * (2 if verb == "against" else 1)
+    assert loaded == [("bfloat16", "cpu")] * (2 if verb == "also" else 1)
 
 
 def test_evaluate_measures_every_source_and_both_heads(model, tmp_path):

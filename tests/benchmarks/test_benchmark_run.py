@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
 from exports_for_tests import export_both
 from hafrm.benchmarks.benchmark_run import (
     MAX_CANDIDATES,
@@ -22,8 +21,10 @@ from hafrm.benchmarks.rules import Item
 from hafrm.cli import app
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, NumericsError
+from hafrm.evaluation.heads import EvaluationOptions
 from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.reward_model import RewardModel, Scorer
+from support.benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
 from tokenizers_for_tests import chat_tokenizer
 
 
@@ -61,9 +62,6 @@ def item(prompt: str, *candidates: str, name: str = "i") -> Item:
     return Item(name, "PPE Preference", (Message("user", prompt),), candidates)
 
 
-# -- one prompt, one layout ------------------------------------------------------------------
-
-
 def test_all_candidates_of_a_prompt_are_one_group_in_whatever_items_they_stand() -> None:
     items = [item("p", "a", "b"), item("q", "a", "c"), item("p", "b", "d", "b")]
     groups, places = group_by_prompt(items)
@@ -79,8 +77,8 @@ def test_a_prompt_with_very_many_candidates_is_laid_out_again_but_no_item_is_tor
     groups, places = group_by_prompt([*items, items[-1], items[0]])
     assert [len(group.responses) for group in groups] == [60, 30]
     assert max(len(group.responses) for group in groups) <= MAX_CANDIDATES
-    for each, (group, where) in zip([*items, items[-1], items[0]], places, strict=True):
-        assert [groups[group].responses[i] for i in where] == list(each.candidates)
+    for asked, (group, where) in zip([*items, items[-1], items[0]], places, strict=True):
+        assert [groups[group].responses[i] for i in where] == list(asked.candidates)
 
 
 def test_scores_come_back_to_the_candidates_they_belong_to() -> None:
@@ -96,17 +94,14 @@ def test_scores_come_back_to_the_candidates_they_belong_to() -> None:
     assert [len(group.response_ids) for group in scorer.seen] == [3, 2]
 
 
-def test_a_benchmark_scores_what_the_model_scores(model: Path, tmp_path: Path) -> None:
+def test_a_benchmark_scores_what_the_model_scores(model: Path) -> None:
     """float32 packed in another company: within 1e-5 of scoring each prompt by itself."""
     items = [item(f"say sun {k}.", "sun", "the sea is wide", "no") for k in range(4)]
     scorer = RewardModel.from_pretrained(model / "reward")
     scores, _ = score_items(scorer, items)
-    for each, found in zip(items, scores, strict=True):
-        alone = scorer.score(each.prompt[0].content, list(each.candidates))
-        assert found == pytest.approx(alone, abs=1e-5)
-
-
-# -- what is counted, and what is wrong ------------------------------------------------------
+    for asked, values in zip(items, scores, strict=True):
+        alone = scorer.score(asked.prompt[0].content, list(asked.candidates))
+        assert values == pytest.approx(alone, abs=1e-5)
 
 
 def test_what_was_cut_is_counted_for_each_benchmark() -> None:
@@ -126,45 +121,35 @@ def test_answers_that_are_the_same_once_cut_tie_and_are_wrong() -> None:
     assert (got.overall.value, got.num_equal) == (0.0, 1)
 
 
-def test_a_model_whose_scores_are_not_a_number_stops_with_its_item() -> None:
+def test_scores_that_are_not_finite_stop_with_their_item_or_in_the_forward(model: Path) -> None:
     items = [item("p", "sun", "the sun", name="row-7")]
     scores, _ = score_items(CountingScorer(rule=lambda _: float("nan")), items)
     with pytest.raises(NumericsError, match="row-7"):
         score_benchmark(BENCHMARKS["ppe-preference"], items, scores)
-
-
-def test_a_model_with_broken_weights_is_stopped_by_the_forward(model: Path, tmp_path: Path) -> None:
     scorer = RewardModel.from_pretrained(model / "reward")
     scorer.model.reward_head.weight.data.fill_(float("nan"))
     with pytest.raises(NumericsError, match="not finite"):
-        score_items(scorer, [item("p", "sun", "sea")])
-
-
-# -- the verb --------------------------------------------------------------------------------
+        score_items(scorer, items)
 
 
 def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, everything) -> None:
-    found = run_benchmarks(model, ["all"], folder=everything)
-    assert [r.name for r in found.benchmarks] == [*BENCHMARKS][:7]
-    scorers = ["reward", "implicit reward", "pick longer", "pick shorter"]
-    for result in found.benchmarks:
-        assert list(result.scores) == scorers
-        assert result.missing == ()
-        for score in result.scores.values():
+    result = run_benchmarks(model, ["all"], folder=everything)
+    assert [one.name for one in result.benchmarks] == [*BENCHMARKS][:7]
+    for one in result.benchmarks:
+        assert list(one.scores) == ["reward", "implicit reward", "pick longer", "pick shorter"]
+        assert one.missing == ()
+        for score in one.scores.values():
             assert score.overall.low <= score.overall.value <= score.overall.high
-    mean = np.mean([r.scores["reward"].overall.value for r in found.benchmarks])
-    assert found.average["reward"].value == pytest.approx(mean)
+    mean = np.mean([one.scores["reward"].overall.value for one in result.benchmarks])
+    assert result.average["reward"].value == pytest.approx(mean)
     # our right answers are the shorter ones
-    by_name = {r.name: r.scores for r in found.benchmarks}
+    by_name = {one.name: one.scores for one in result.benchmarks}
     assert by_name["judgebench"]["pick shorter"].overall.value == 1.0
     assert by_name["rm-bench"]["pick longer"].overall.value < 0.5
-    assert found.max_lengths == {"reward": 128, "implicit reward": 128}
-
-
-def test_a_reward_directory_alone_has_no_implicit_reward(model, everything) -> None:
-    found = run_benchmarks(model / "reward", ["rewardbench2"], folder=everything)
-    assert list(found.benchmarks[0].scores) == ["reward", "pick longer", "pick shorter"]
-    assert found.average == {}
+    assert result.max_lengths == {"reward": 128, "implicit reward": 128}
+    alone = run_benchmarks(model / "reward", ["rewardbench2"], folder=everything)
+    assert list(alone.benchmarks[0].scores) == ["reward", "pick longer", "pick shorter"]
+    assert alone.average == {}
 
 
 def test_data_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
@@ -175,24 +160,23 @@ def test_data_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
 
 def test_the_command_prints_the_line_and_writes_all_numbers(model, tmp_path) -> None:
     data = write_rewardbench2(tmp_path / "rb2")
-    command = ["evaluate", str(model), "--benchmark", "rewardbench2", "--benchmark-data", str(data)]
+    command = ["evaluate", str(model), str(data), "--benchmark", "rewardbench2"]
     result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output
-    for word in ("RewardBench v2", "pick longer", "Precise IF", "Ties", "equal scores"):
-        assert word in result.output
+    for text in ("RewardBench v2", "pick longer", "Precise IF", "Ties", "equal scores"):
+        assert text in result.output
     assert "9 rows of 1865 published" in result.output
     assert "responses cut 0, prompts cut 0" in result.output
     saved = json.loads((tmp_path / "out.json").read_text())
     (benchmark,) = saved["benchmarks"]
     assert benchmark["scores"]["reward"]["sections"]["Focus"]["num"] == 1
     assert len(saved["template_sha256"]["reward"]) == 64
-    assert saved["average"] == {}
 
 
 def test_a_benchmark_that_is_not_whole_is_marked_and_says_what_it_lacks(model, tmp_path) -> None:
     write_lines(tmp_path / "data/filtered.jsonl", [ROWS["rewardbench"]])
-    command = ["evaluate", str(model / "reward"), "--benchmark", "rewardbench"]
-    result = CliRunner().invoke(app, [*command, "--benchmark-data", str(tmp_path / "data")])
+    command = ["evaluate", str(model / "reward"), str(tmp_path / "data")]
+    result = CliRunner().invoke(app, [*command, "--benchmark", "rewardbench"])
     assert result.exit_code == 0, result.output
     assert "v1*" in result.output
     assert "not the published score: no rows of alpacaeval-length" in result.output
@@ -202,10 +186,9 @@ def test_a_benchmark_that_is_not_whole_is_marked_and_says_what_it_lacks(model, t
     ("options", "message"),
     [
         ([], "needs DATA, or --benchmark"),
-        (["x.jsonl", "--benchmark", "rmb"], "leave DATA"),
-        (["--benchmark", "rmb", "--against", "other"], "leave DATA"),
-        (["x.jsonl", "--benchmark-data", "folder"], "needs --benchmark"),
-        (["x.jsonl", "--against", "other", "--policy", "p"], "own main head"),
+        (["x", "y", "--benchmark", "rmb"], "one folder as DATA"),
+        (["--benchmark", "rmb", "--also", "other"], "goes without --also"),
+        (["--benchmark", "rmb", "--diagnose"], "goes without --also"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, message) -> None:
@@ -214,5 +197,6 @@ def test_options_that_would_be_ignored_are_refused(options, message) -> None:
 
 
 def test_an_unknown_dtype_is_refused(model, everything) -> None:
+    options = EvaluationOptions(dtype="fp8")
     with pytest.raises(ConfigError, match="dtype must be one of"):
-        run_benchmarks(model, ["rewardbench2"], folder=everything, dtype="fp8")
+        run_benchmarks(model, ["rewardbench2"], folder=everything, options=options)

@@ -54,9 +54,6 @@ def score(name: str, items: list[Item], scores: list[CandidateScores]) -> Benchm
     return score_benchmark(BENCHMARKS[name], items, scores)
 
 
-# -- RewardBench 1 ---------------------------------------------------------------------------
-
-
 def test_rewardbench_by_hand() -> None:
     """Reasoning: math-prm 1 of 2, hep-python 1 of 1, with weights 984 and 164 (of what is there).
 
@@ -90,7 +87,7 @@ def slow_rewardbench(rows: list[tuple[str, float, float]]) -> dict[str, float]:
     return result
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_rewardbench_equals_a_slow_loop_on_random_scores_with_ties(seed: int) -> None:
     draw = np.random.default_rng(seed)
     subsets = [subset for counts in COUNTS.values() for subset in counts]
@@ -119,9 +116,6 @@ def test_the_weights_of_all_subsets_are_the_published_counts_and_sum_to_one() ->
         )
         assert sum(sections[section].values()) == pytest.approx(1)
     assert sum(sum(counts.values()) for counts in COUNTS.values()) == 2985 + 984 - 447
-
-
-# -- RewardBench 2 ---------------------------------------------------------------------------
 
 
 def test_best_of_four_by_hand() -> None:
@@ -189,7 +183,7 @@ def slow_ties(rows: list[tuple[str, int, list[float]]]) -> float:
     return 0.3 * sum(accuracies) + 0.2 * first / n + 0.2 * second / n + 0.01 * third / n
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_rewardbench_2_equals_a_slow_loop_on_random_scores(seed: int) -> None:
     """CandidateScores are rounded, so that ties at the top and answers without spread are there."""
     draw = np.random.default_rng(seed)
@@ -218,9 +212,6 @@ def test_rewardbench_2_equals_a_slow_loop_on_random_scores(seed: int) -> None:
     assert got.overall.value == pytest.approx(sum(expected) / 6)
 
 
-# -- RM-Bench --------------------------------------------------------------------------------
-
-
 def test_the_style_matrix_by_hand() -> None:
     """Right answers score 1, 2, 3 from plain to fancy, wrong ones 0, 2, 2.
 
@@ -242,14 +233,14 @@ def slow_rm_bench(rows: list[tuple[str, list[float], list[float]]]) -> dict[str,
             for j, other in enumerate(wrong):
                 pile = "hard" if i < j else "normal" if i == j else "easy"
                 won.setdefault((domain, pile), []).append(int(mine > other))
-    mean = {key: sum(each) / len(each) for key, each in won.items()}
+    mean = {key: sum(v) / len(v) for key, v in won.items()}
     piles, domains = ("hard", "normal", "easy"), ("chat", "code", "math", "safety")
     result = {d: sum(mean[d, p] for p in piles) / 3 for d in domains}
     result |= {p: sum(mean[d, p] for d in domains) / 4 for p in piles}
     return result | {"overall": sum(result[d] for d in domains) / 4}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_rm_bench_equals_a_slow_loop_on_random_scores(seed: int) -> None:
     draw = np.random.default_rng(seed)
     rows = [
@@ -259,11 +250,8 @@ def test_rm_bench_equals_a_slow_loop_on_random_scores(seed: int) -> None:
     ]
     items = [item(domain, 6, right=3, prompt=f"{k}") for k, (domain, _, _) in enumerate(rows)]
     got = score("rm-bench", items, [array(*right, *wrong) for _, right, wrong in rows])
-    found = {n: e.value for n, e in {**got.sections, **got.extras}.items()}
-    assert found | {"overall": got.overall.value} == pytest.approx(slow_rm_bench(rows))
-
-
-# -- the others ------------------------------------------------------------------------------
+    values = {n: e.value for n, e in {**got.sections, **got.extras}.items()}
+    assert values | {"overall": got.overall.value} == pytest.approx(slow_rm_bench(rows))
 
 
 def test_judgebench_counts_all_pairs_alike_by_hand() -> None:
@@ -322,9 +310,6 @@ def test_a_whole_language_is_the_mean_of_its_four_weighted_sections() -> None:
     assert len(BENCHMARKS["m-rewardbench"].sections) == 23
 
 
-# -- baselines, intervals and errors ---------------------------------------------------------
-
-
 def test_the_length_baselines_are_scorers_like_any_other() -> None:
     """Lengths 1 to 6 in order: the three wrong answers of RM-Bench are the longer ones."""
     items = [item("chat", 6, right=3)]
@@ -338,8 +323,8 @@ def test_every_number_has_an_interval_that_holds_it() -> None:
     items = [item(d, 6, right=3, prompt=f"{d}{k}") for d in ("chat", "math") for k in range(30)]
     scores = [draw.normal([0.5] * 3 + [0.0] * 3) for _ in items]
     got = score("rm-bench", items, scores)
-    for each in (got.overall, *got.sections.values(), *got.extras.values()):
-        assert each.low < each.value < each.high
+    for e in (got.overall, *got.sections.values(), *got.extras.values()):
+        assert e.low < e.value < e.high
 
 
 def test_a_plain_accuracy_has_wilsons_interval() -> None:

@@ -4,32 +4,30 @@ from typing import Any
 
 import pytest
 
-from benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
 from hafrm.benchmarks import row_readers
 from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import Item
 from hafrm.data.values import LeftOut, RefusedError
 from hafrm.preferences import Message
+from support.benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
+
+RMB_ROWS = {"Pairwise Helpfulness": RMB_PAIR, "BoN Helpfulness": RMB_LIST}
 
 
 def read(name: str, part: str = "", **changes: Any) -> Item:
-    found = BENCHMARKS[name].read_row(ROWS[name] | changes, part)
-    assert isinstance(found, Item), found
-    return found
-
-
-def test_rewardbench_puts_the_chosen_answer_first() -> None:
-    assert read("rewardbench") == Item(
-        "30", "alpacaeval-easy", (Message("user", QUESTION),), (GOOD, BAD)
+    item = BENCHMARKS[name].read_row(
+        (RMB_ROWS[part] if name == "rmb" else ROWS[name]) | changes, part
     )
+    assert isinstance(item, Item), item
+    return item
 
 
-def test_a_prompt_that_looks_like_a_transcript_stays_one_user_message() -> None:
+def test_rewardbench_puts_the_chosen_answer_first_and_takes_every_text_as_it_is() -> None:
+    prompt = (Message("user", QUESTION),)
+    assert read("rewardbench") == Item("30", "alpacaeval-easy", prompt, (GOOD, BAD))
+    # a prompt that looks like a transcript is one message; empty and repeated answers count
     text = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: hu"
     assert read("rewardbench", prompt=text).prompt == (Message("user", text),)
-
-
-def test_answers_that_are_empty_or_repeated_are_counted_like_any_other() -> None:
     assert read("rewardbench", chosen="", rejected="").candidates == ("", "")
     assert read("rewardbench2", rejected=[BAD, BAD, ""]).candidates == (GOOD, BAD, BAD, "")
 
@@ -80,18 +78,12 @@ def test_ppes_pairs_count_from_0_and_its_columns_from_1() -> None:
 
 
 def test_rmb_keeps_the_conversation_and_puts_the_best_first() -> None:
-    talk = [
-        {"role": "user", "content": "hi", "language": "English"},
-        {"role": "assistant", "content": "ho", "language": "English"},
-        {"role": "user", "content": "hu", "language": "English"},
-    ]
-    pair = row_readers.rmb_pairwise(RMB_PAIR | {"conversation_input": talk}, "Pairwise Helpfulness")
-    assert isinstance(pair, Item)
-    assert [m.role for m in pair.prompt] == ["user", "assistant", "user"]
+    roles = ("user", "assistant", "user")
+    talk = [{"role": role, "content": "hi", "language": "English"} for role in roles]
+    pair = read("rmb", "Pairwise Helpfulness", conversation_input=talk)
+    assert tuple(message.role for message in pair.prompt) == roles
     assert pair.candidates == (GOOD, BAD)
-    best = row_readers.rmb_best_of_n(RMB_LIST, "BoN Helpfulness")
-    assert isinstance(best, Item)
-    assert best.candidates == (GOOD, BAD + "b", BAD + "c")
+    assert read("rmb", "BoN Helpfulness").candidates == (GOOD, BAD + "b", BAD + "c")
 
 
 def test_translations_share_a_cluster_and_prompts_of_other_benchmarks_do_by_their_text() -> None:
@@ -120,20 +112,19 @@ def test_translations_share_a_cluster_and_prompts_of_other_benchmarks_do_by_thei
         ("ppe-correctness", {"sampled_conflict_pairs": [[0]]}, "two of the 32 answers"),
         ("ppe-correctness", {"scores": "no"}, "`scores` must be a list"),
         ("ppe-correctness", {"scores": [True, False] * 20, "sampled_conflict_pairs": [[0, 39]]},
-         "asks for `response_40`"),
+         "no `response_40`"),
+        ("rmb", {"reject": "no"}, "an object with `answer`, got 'no'"),
+        ("rmb", {"conversation_input": [{"role": "user"}]}, "`conversation_input`"),
     ],
 )  # fmt: skip
 def test_a_row_that_breaks_the_form_says_where(
     name: str, changes: dict[str, Any], message: str
 ) -> None:
+    part = {"ppe-correctness": "MATH", "rmb": "Pairwise Helpfulness"}.get(name, "")
     with pytest.raises(RefusedError, match=message):
-        BENCHMARKS[name].read_row(ROWS[name] | changes, "MATH" if "correct" in name else "")
+        read(name, part, **changes)
 
 
-def test_rmb_rows_without_answers_are_refused() -> None:
-    with pytest.raises(RefusedError, match="`reject` must hold an `answer`"):
-        row_readers.rmb_pairwise(RMB_PAIR | {"reject": "no"}, "")
+def test_an_empty_list_of_losers_is_refused() -> None:
     with pytest.raises(RefusedError, match="`loser_list` is empty"):
-        row_readers.rmb_best_of_n(RMB_LIST | {"loser_list": []}, "")
-    with pytest.raises(RefusedError, match="`conversation_input`"):
-        row_readers.rmb_pairwise(RMB_PAIR | {"conversation_input": [{"role": "user"}]}, "")
+        read("rmb", "BoN Helpfulness", loser_list=[])

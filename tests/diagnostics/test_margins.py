@@ -42,13 +42,13 @@ def test_it_is_fitted_on_half_of_the_prompts_and_tested_on_the_other() -> None:
     point of each side, of 40, and has no gap."""
     margins = np.array([2.0, 2.0, 2.0, -2.0] * 10)
     prompts = np.repeat([f"p{i}" for i in range(10)], 4)
-    found = temperature(margins, prompts)
-    assert (found.num_fitted, found.num_tested, found.note) == (20, 20, "")
-    assert found.value == pytest.approx(2 / math.log(3))
+    got = temperature(margins, prompts)
+    assert got.note == ""
+    assert got.value == pytest.approx(2 / math.log(3))
     before = (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
     after = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert found.log_loss == pytest.approx((before, after))
-    assert found.ece == pytest.approx((38 / 40 * (1 / (1 + math.exp(-2)) - 0.75), 0.0), abs=1e-9)
+    assert got.log_loss == pytest.approx((before, after))
+    assert got.ece == pytest.approx((38 / 40 * (1 / (1 + math.exp(-2)) - 0.75), 0.0), abs=1e-9)
 
 
 def test_the_tested_half_is_not_fitted_on() -> None:
@@ -56,41 +56,34 @@ def test_the_tested_half_is_not_fitted_on() -> None:
     fitted = np.random.default_rng(0).permutation(8) < 4
     margins = np.where(fitted, 5.0, -5.0)
     margins[np.flatnonzero(fitted)[0]] = -1.0
-    found = temperature(margins, np.arange(8))
-    assert found.num_fitted == 4
-    assert found.log_loss[0] == pytest.approx(5.0067, abs=1e-4)
-    assert found.value == pytest.approx(fit_temperature(np.array([-1.0, 5.0, 5.0, 5.0])))
+    got = temperature(margins, np.arange(8))
+    assert got.log_loss[0] == pytest.approx(5.0067, abs=1e-4)
+    assert got.value == pytest.approx(fit_temperature(np.array([-1.0, 5.0, 5.0, 5.0])))
 
 
-def test_a_single_prompt_leaves_nothing_to_fit_on() -> None:
-    found = temperature(np.array([1.0, -0.5]), np.array(["p", "p"]))
-    assert math.isnan(found.value)
-    assert found.note == "cannot be fitted"
-    assert math.isnan(found.log_loss[1])
-
-
-def test_a_model_that_is_worse_than_chance_is_left_with_a_coin_s_log_loss() -> None:
-    found = temperature(np.full(20, -1.0), np.arange(20))
-    assert found.note == "no better than chance"
-    assert found.log_loss[1] == pytest.approx(math.log(2))
-    assert math.isinf(found.value)
+@pytest.mark.parametrize(
+    ("margins", "prompts", "note", "loss"),
+    [
+        ([1.0, -0.5], ["p", "p"], "cannot be fitted", math.nan),  # a single prompt
+        ([-1.0] * 20, range(20), "no better than chance", math.log(2)),
+    ],
+)
+def test_where_no_temperature_helps_the_note_says_why(margins, prompts, note, loss) -> None:
+    got = temperature(np.array(margins), np.array(prompts))
+    assert (got.note, math.isfinite(got.value)) == (note, False)
+    assert got.log_loss[1] == pytest.approx(loss, nan_ok=True)
 
 
 def test_right_and_wrong_share_their_edges_and_equal_scores_are_wrong() -> None:
     """|margins| 0.1, 0.1, 0, 1, 0.6 in two bins from 0 to 1: the first holds three, one of them right."""
-    found = margin_histogram(np.array([0.1, -0.1, 0.0, 1.0, -0.6]), num_bins=2)
-    assert found.edges == (0.0, 0.5, 1.0)
-    assert (found.right, found.wrong) == ((1, 1), (2, 1))
+    got = margin_histogram(np.array([0.1, -0.1, 0.0, 1.0, -0.6]), num_bins=2)
+    assert got.edges == (0.0, 0.5, 1.0)
+    assert (got.right, got.wrong) == ((1, 1), (2, 1))
 
 
-def test_every_comparison_is_in_one_bin() -> None:
+def test_every_comparison_is_in_one_bin_and_equal_scores_have_a_histogram_too() -> None:
     margins = np.random.default_rng(0).normal(size=1000)
-    found = margin_histogram(margins)
-    assert sum(found.right) == (margins > 0).sum()
-    assert sum(found.wrong) == (margins <= 0).sum()
-    assert len(found.edges) == len(found.right) + 1
-
-
-def test_equal_scores_alone_have_a_histogram_too() -> None:
-    found = margin_histogram(np.zeros(3), num_bins=2)
-    assert (found.right, found.wrong) == ((0, 0), (3, 0))
+    got = margin_histogram(margins)
+    assert (sum(got.right), sum(got.wrong)) == ((margins > 0).sum(), (margins <= 0).sum())
+    equal = margin_histogram(np.zeros(3), num_bins=2)
+    assert (equal.right, equal.wrong) == ((0, 0), (3, 0))

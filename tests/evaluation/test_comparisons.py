@@ -24,28 +24,14 @@ def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
     assert comparisons.margins(scores).tolist() == [3.0, 7.0, -2.0]
     assert comparisons.ties.tolist() == [False, True, False]
     scored = comparisons.scored(scores)
-    assert (scored.chosen_lengths.tolist(), scored.rejected_lengths.tolist()) == (
-        [1, 2, 1],
-        [1] * 3,
-    )
+    assert scored.chosen_lengths.tolist() == [1, 2, 1]
+    assert scored.rejected_lengths.tolist() == [1, 1, 1]
     decided = comparisons.decided()
     assert len(decided) == 2
     assert decided.margins(scores).tolist() == [3.0, -2.0]
     assert (decided.chosen_texts, decided.rejected_texts) == (["y", "q"], ["x", "p"])
-    assert {name: where.tolist() for name, where in decided.sets().items()} == {
-        "a": [0],
-        "c": [1],
-        "all": [0, 1],
-    }
-
-
-def test_the_longer_response_is_the_longer_text() -> None:
-    pairs = (Comparison(1, 0), Comparison(0, 1))
-    texts = ("short and cut", "longer and cut too")
-    scored = Comparisons.of([Group("a", (Message("user", "hm"),), texts, pairs)]).scored(
-        np.zeros(2)
-    )
-    assert (scored.chosen_lengths - scored.rejected_lengths).tolist() == [5, -5]
+    sets = {name: where.tolist() for name, where in decided.sets().items()}
+    assert sets == {"a": [0], "c": [1], "all": [0, 1]}
 
 
 def test_float32_scores_are_subtracted_in_float64() -> None:

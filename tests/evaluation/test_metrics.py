@@ -37,28 +37,17 @@ def scored(num: int = 200, seed: int = 0, *, ties: bool = True) -> ScoredCompari
     )
 
 
-# Accuracy.
-
-
 def test_equal_scores_are_counted_and_are_not_correct() -> None:
     """Margins 2, 0, -1, 0.5: two of four right, one equal."""
     got = pairwise_accuracy(np.array([2.0, 0.0, -1.0, 0.5]))
-    assert (got.num, got.num_correct, got.num_equal) == (4, 2, 1)
-    assert got.value == 0.5
-
-
-def test_a_scorer_that_always_says_the_same_is_never_right() -> None:
+    assert (got.value, got.num, got.num_correct, got.num_equal) == (0.5, 4, 2, 1)
     assert pairwise_accuracy(np.zeros(10)).value == 0.0
 
 
 def test_the_interval_knows_about_prompts() -> None:
     margins = np.array([1.0, -1.0, 1.0, 1.0])
     assert pairwise_accuracy(margins, np.arange(4)).method == "wilson"
-    clustered = pairwise_accuracy(margins, np.array([0, 0, 1, 1]))
-    assert clustered.method == "cluster-bootstrap"
-
-
-# Calibration.
+    assert pairwise_accuracy(margins, np.array([0, 0, 1, 1])).method == "cluster-bootstrap"
 
 
 def slow_ece(margins: np.ndarray, num_bins: int) -> float:
@@ -100,18 +89,16 @@ def test_calibration_by_hand() -> None:
     assert [b.confidence for b in got.bins] == pytest.approx([0.25, 0.75])
 
 
-def test_an_overconfident_scorer_has_a_calibration_error() -> None:
-    """Sure of all (margin 40) and right in 3 of 4: |3/4 - 1| = 1/4 in the upper bin and its mirror."""
-    got = calibration(np.array([40.0, 40.0, 40.0, -40.0]), num_bins=2)
-    assert got.ece == pytest.approx(0.25)
-
-
-def test_a_coin_has_log_loss_ln_2_and_no_calibration_error() -> None:
-    """All points share p = 1/2 and half of them are right, however they are sorted into bins."""
-    got = calibration(np.zeros(40))
-    assert got.log_loss == pytest.approx(math.log(2))
-    assert got.brier == pytest.approx(0.25)
-    assert got.ece == pytest.approx(0.0, abs=1e-12)
+def test_the_calibration_of_a_sure_scorer_a_coin_and_huge_margins() -> None:
+    """Sure of all (margin 40), right in 3 of 4: |3/4 - 1| = 1/4 in the upper bin and its mirror. A coin's
+    points share p = 1/2 and half of them are right, however they are sorted into bins."""
+    sure = calibration(np.array([40.0, 40.0, 40.0, -40.0]), num_bins=2)
+    assert sure.ece == pytest.approx(0.25)
+    coin = calibration(np.zeros(40))
+    assert (coin.log_loss, coin.brier) == pytest.approx((math.log(2), 0.25))
+    assert coin.ece == pytest.approx(0.0, abs=1e-12)
+    huge = calibration(np.array([1e4, -1e4]))
+    assert (huge.log_loss, huge.brier) == pytest.approx((5000.0, 0.5))
 
 
 def test_outcomes_drawn_from_the_model_are_calibrated_and_scaled_scores_are_not() -> None:
@@ -132,15 +119,6 @@ def test_calibration_does_not_depend_on_order_or_on_which_side_is_named_first() 
         assert lower.confidence == pytest.approx(1 - upper.confidence)
 
 
-def test_huge_margins_give_no_infinity() -> None:
-    got = calibration(np.array([1e4, -1e4]))
-    assert got.log_loss == pytest.approx(5000.0)
-    assert got.brier == pytest.approx(0.5)
-
-
-# Length.
-
-
 def test_length_slices_by_hand() -> None:
     """Chosen against rejected: 10/21 (much shorter), 10/20 (shorter: exactly 2 is not beyond 2), 10/12
     (shorter), 10/11 and 11/10 (about equal), 12/10 (longer), 21/10 (much longer)."""
@@ -148,7 +126,7 @@ def test_length_slices_by_hand() -> None:
     rejected = np.array([21, 20, 12, 11, 10, 10, 10])
     margins = np.array([1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
     slices = length_bias(margins, chosen, rejected).slices
-    assert {name: (each.num, each.num_correct) for name, each in slices.items()} == {
+    assert {name: (part.num, part.num_correct) for name, part in slices.items()} == {
         "much shorter": (1, 1),
         "shorter": (2, 1),
         "about equal": (2, 2),
@@ -158,41 +136,29 @@ def test_length_slices_by_hand() -> None:
 
 
 def test_swapping_the_sides_mirrors_the_length_slices() -> None:
-    given = scored()
-    there = length_bias(given.margins, given.chosen_lengths, given.rejected_lengths)
-    back = length_bias(-given.margins, given.rejected_lengths, given.chosen_lengths)
+    data = scored()
+    there = length_bias(data.margins, data.chosen_lengths, data.rejected_lengths)
+    back = length_bias(-data.margins, data.rejected_lengths, data.chosen_lengths)
     counts = [there.slices[name].num for name in LENGTH_SLICES]
     assert counts == [back.slices[name].num for name in reversed(LENGTH_SLICES)]
-    assert sum(counts) == len(given.ties)
+    assert sum(counts) == len(data.ties)
     assert there.pearson == pytest.approx(back.pearson)
+    # an empty response falls into a slice too
+    empty = length_bias(np.ones(3), np.array([0, 5, 0]), np.array([5, 0, 0]))
+    assert [empty.slices[name].num for name in LENGTH_SLICES] == [1, 0, 1, 0, 1]
 
 
 def test_the_length_baselines_and_equal_lengths_add_up_to_all() -> None:
-    given = scored()
-    got = length_bias(given.margins, given.chosen_lengths, given.rejected_lengths)
-    longer = sum(c > r for c, r in zip(given.chosen_lengths, given.rejected_lengths, strict=True))
-    assert got.pick_longer.num_correct == longer
+    """A scorer that is length equals the pick-longer baseline."""
+    data = scored()
+    difference = data.chosen_lengths - data.rejected_lengths
+    got = length_bias(difference.astype(float), data.chosen_lengths, data.rejected_lengths)
+    assert (got.pearson, got.spearman) == pytest.approx((1.0, 1.0))
+    assert got.pick_longer.num_correct == (difference > 0).sum()
+    assert pairwise_accuracy(difference.astype(float)) == got.pick_longer
     assert got.pick_longer.num_equal == got.pick_shorter.num_equal
     total = got.pick_longer.num_correct + got.pick_shorter.num_correct + got.pick_longer.num_equal
-    assert total == len(given.ties)
-
-
-def test_a_scorer_that_is_length_equals_the_pick_longer_baseline() -> None:
-    given = scored()
-    difference = given.chosen_lengths - given.rejected_lengths
-    got = length_bias(difference.astype(float), given.chosen_lengths, given.rejected_lengths)
-    assert got.pearson == pytest.approx(1.0)
-    assert got.spearman == pytest.approx(1.0)
-    accuracy = pairwise_accuracy(difference.astype(float))
-    assert accuracy.num_correct == got.pick_longer.num_correct
-
-
-def test_empty_responses_fall_into_a_slice_too() -> None:
-    got = length_bias(np.ones(3), np.array([0, 5, 0]), np.array([5, 0, 0]))
-    assert [got.slices[name].num for name in LENGTH_SLICES] == [1, 0, 1, 0, 1]
-
-
-# Correlation and agreement.
+    assert total == len(data.ties)
 
 
 def test_correlations_equal_scipy_with_repeated_values() -> None:
@@ -210,28 +176,20 @@ def test_a_correlation_with_a_constant_is_not_a_number(correlation: type) -> Non
     assert math.isnan(correlation(np.zeros(0), np.zeros(0)))
 
 
-def test_agreement_counts_equal_signs() -> None:
+def test_agreement_counts_equal_signs_and_does_not_depend_on_scale() -> None:
     """Signs (+,+), (+,-), (-,-), (0,0), (0,+): three of five agree."""
     first = np.array([1.0, 2.0, -1.0, 0.0, 0.0])
     second = np.array([9.0, -1.0, -0.1, 0.0, 1.0])
     assert agreement(first, second).same_sign.value == pytest.approx(3 / 5)
-
-
-def test_agreement_does_not_depend_on_scale() -> None:
-    margins = scored().margins
-    got = agreement(margins, 100 * margins)
-    assert got.same_sign.value == 1.0
-    assert got.spearman == pytest.approx(1.0)
-
-
-# All together.
+    scaled = agreement(first, 100 * first)
+    assert (scaled.same_sign.value, scaled.spearman) == pytest.approx((1.0, 1.0))
 
 
 def test_measure_equals_a_loop_over_the_decided_comparisons() -> None:
-    given = scored()
-    got = pairwise_metrics(given)
+    data = scored()
+    got = pairwise_metrics(data)
     right, margins, tied = 0, [], []
-    for margin, tie in zip(given.margins, given.ties, strict=True):
+    for margin, tie in zip(data.margins, data.ties, strict=True):
         (tied if tie else margins).append(margin)
         right += bool(not tie and margin > 0)
     assert (got.accuracy.num_correct, got.accuracy.num) == (right, len(margins))
@@ -239,19 +197,19 @@ def test_measure_equals_a_loop_over_the_decided_comparisons() -> None:
     assert got.ties.num == len(tied) > 0
     assert got.ties.mean_abs_margin == pytest.approx(np.abs(tied).mean())
     assert got.ties.mean_abs_margin_decided == pytest.approx(np.abs(margins).mean())
-    assert sum(each.num for each in got.length.slices.values()) == len(margins)
+    assert sum(part.num for part in got.length.slices.values()) == len(margins)
 
 
 def test_ties_change_nothing_but_their_own_figures() -> None:
-    given = scored(ties=False)
+    data = scored(ties=False)
     tied = ScoredComparisons(
-        np.append(given.margins, 100.0),
-        np.append(given.chosen_lengths, 5),
-        np.append(given.rejected_lengths, 50),
-        np.append(given.prompts, "another"),
-        np.append(given.ties, True),
+        np.append(data.margins, 100.0),
+        np.append(data.chosen_lengths, 5),
+        np.append(data.rejected_lengths, 50),
+        np.append(data.prompts, "another"),
+        np.append(data.ties, True),
     )
-    without, with_one = pairwise_metrics(given), pairwise_metrics(tied)
+    without, with_one = pairwise_metrics(data), pairwise_metrics(tied)
     assert with_one.accuracy == without.accuracy
     assert with_one.calibration == without.calibration
     assert with_one.length == without.length

@@ -1,6 +1,7 @@
 """Two models on the same comparisons: what differs, how sure that is, and how many sets were looked at."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ def files(tmp_path: Path) -> list[str]:
     return [str(one), str(write_preferences(tmp_path / "two.jsonl", num=6, start=100))]
 
 
-def answers(seed: int, share: float = 0.7, num: int = 120, num_seeds: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).random((num_seeds, num)) < share
+def answers(seed: int, fraction: float = 0.7, num: int = 120, num_seeds: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).random((num_seeds, num)) < fraction
 
 
 PROMPTS = np.arange(120)
@@ -77,64 +78,59 @@ def test_models_that_never_differ_have_p_one_and_those_that_always_do_nearly_zer
 def test_the_p_values_of_the_sets_are_adjusted_for_their_number_and_all_is_no_set(
     model, files
 ) -> None:
-    """0.01 and 0.04 of two sets: Holm doubles the first and keeps the second; their sum stays out."""
-    found = compare_models([model / "reward"], [model / "policy"], files)
+    """0.01 and 0.04 of two sets: Holm doubles the first and leaves the second; their union stays out."""
+    result = compare_models([model / "reward"], [model / "policy"], files)
     estimate = Estimate(0.1, 0.0, 0.2, 8, "cluster-bootstrap")
-    from dataclasses import replace
-
     fixed = [
-        replace(each, difference=Difference(estimate, p))
-        for each, p in zip(found.sets, (0.01, 0.04, 0.001), strict=True)
+        replace(s, difference=Difference(estimate, p))
+        for s, p in zip(result.sets, (0.01, 0.04, 0.001), strict=True)
     ]
-    assert [each.name for each in fixed] == ["one", "two", "all"]
-    assert [each.p_adjusted for each in adjusted(fixed)] == [pytest.approx(0.02), 0.04, None]
+    assert [s.name for s in fixed] == ["one", "two", "all"]
+    assert [s.p_adjusted for s in adjusted(fixed)] == [pytest.approx(0.02), 0.04, None]
 
 
 def test_each_side_has_the_accuracy_that_evaluate_gives(model, files) -> None:
-    found = compare_models([model / "reward"], [model / "policy"], files)
+    result = compare_models([model / "reward"], [model / "policy"], files)
     for path, side in ((model / "reward", "first"), (model / "policy", "second")):
-        sets = evaluate(path, files).sets
-        assert [getattr(each, side) for each in found.sets] == [
-            Estimate(a.value, a.low, a.high, a.num, a.method) for a in (s.accuracy for s in sets)
-        ]
-    for each in found.sets:
-        assert each.difference.estimate.value == pytest.approx(each.first.value - each.second.value)
-
-
-def test_a_model_against_itself_differs_in_nothing(model, files) -> None:
-    found = compare_models([model], [model / "reward"], files[:1])
-    (only,) = found.sets
-    assert only.difference.estimate.value == 0
-    assert (only.difference.p_value, only.p_adjusted) == (1.0, 1.0)
+        accuracies = [s.accuracy for s in evaluate(path, files).sets]
+        expected = [Estimate(a.value, a.low, a.high, a.num, a.method) for a in accuracies]
+        assert [getattr(s, side) for s in result.sets] == expected
+    for s in result.sets:
+        assert s.difference.estimate.value == pytest.approx(s.first.value - s.second.value)
+    (same,) = compare_models([model], [model / "reward"], files[:1]).sets
+    assert (same.difference.estimate.value, same.difference.p_value, same.p_adjusted) == (0, 1, 1)
 
 
 def test_seeds_of_one_side_alone_give_their_mean(model, files) -> None:
-    found = compare_models([model / "reward", model / "policy"], [], files[:1])
-    (only,) = found.sets
+    paths = [model / "reward", model / "policy"]
+    (only,) = compare_models(paths, [], files[:1]).sets
     assert only.second is only.difference is None
-    both = [evaluate(path, files[:1]).sets[0] for path in (model / "reward", model / "policy")]
-    mean = np.mean([each.accuracy.value for each in both])
-    assert only.first.value == pytest.approx(mean)
-    assert only.first.method == "t over prompts and seeds"
-
-
-def test_one_seed_against_several_is_refused(model, files) -> None:
+    mean = np.mean([evaluate(path, files[:1]).accuracy.value for path in paths])
+    assert (only.first.value, only.first.method) == (
+        pytest.approx(mean),
+        "t over prompts and seeds",
+    )
     with pytest.raises(ConfigError, match=r"2 models against 1.*several seeds on both sides"):
         compare_models([model, model], [model], files)
 
 
-def test_the_command_prints_the_difference_and_its_p_values(model, files, tmp_path) -> None:
-    command = ["evaluate", str(model / "reward"), *files, "--against", str(model / "policy")]
-    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "out.json")])
-    assert result.exit_code == 0, result.output
-    for word in ("difference", "Holm", "one", "two", "all"):
-        assert word in result.output
-    saved = json.loads((tmp_path / "out.json").read_text())
-    assert saved["sets"][0]["counts"]["num_first_only"] >= 0
-    result = CliRunner().invoke(
-        app, ["evaluate", str(model), *files, "--also", str(model / "reward")]
-    )
-    assert "over seeds" in result.output
+def test_the_command_tells_rivals_from_seeds_by_their_names(model, files, tmp_path) -> None:
+    reward, policy, out = model / "reward", model / "policy", tmp_path / "out.json"
+    for arguments, first, second in (
+        ((reward, "--also", policy), [reward], [policy]),
+        ((f"a={reward}", "--also", f"a={policy}"), [reward, policy], []),
+        (
+            (f"a={reward}", *("--also", f"a={policy}", "--also", f"b={policy}", "--also", policy)),
+            *([reward, policy], [policy, policy]),
+        ),
+    ):
+        path, *options = map(str, arguments)
+        result = CliRunner().invoke(app, ["evaluate", path, *files, *options, "--json", str(out)])
+        assert result.exit_code == 0, result.output
+        saved = json.loads(out.read_text())
+        assert (saved["first"], saved["second"]) == ([*map(str, first)], [*map(str, second)])
+        assert ("Holm" in result.output) == bool(second)
+        assert ("over seeds" in result.output) == (len(first) > 1)
 
 
 def test_rows_that_cannot_be_used_may_be_allowed_for(model, tmp_path):

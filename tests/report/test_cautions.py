@@ -46,11 +46,10 @@ def evaluation(
 GOOD = evaluation([1, 2, 1, 2, 3, 1, 2, 1, -0.1, -0.1], [True, False] * 5, repeat=100)
 """80 % right, whatever the length."""
 NO_STUDY = StudyResult(
-    *((),) * 7,
     "r.yaml",
     "loss",
-    seeds=(0, 1),
-    benchmarks=(),
+    (0, 1),
+    *((),) * 7,
     pick_longer={},
     learning_rates=(),
     seconds=1.0,
@@ -89,10 +88,10 @@ def test_length_bias_is_compared_with_annotators_where_a_diagnosis_is_there():
     for low, speaks in ((0.05, True), (-0.05, False)):
         excess = Estimate(0.1, low, 0.2, 50, "cluster-bootstrap")
         style = StyleBias("length", 50, *(good.accuracy,) * 2, excess, *(good.accuracy,) * 2)
-        empty = Temperature(1.0, (0.0, 0.0), (0.0, 0.0), 0, 0, ""), good.calibration
+        empty = Temperature(1.0, (0.0, 0.0), (0.0, 0.0), ""), good.calibration
         histogram = MarginHistogram((), (), ())
         parts = SetDiagnosis("test", 50, good.accuracy, *empty, histogram, (style,), (), None)
-        diagnosis = Diagnosis("it", "reward", (parts,), None, (), None, 0, None, ())
+        diagnosis = Diagnosis("it", "reward", (parts,), None, (), None, 0, ())
         spoken = sentences(diagnosis=diagnosis)
         assert any("than annotators do" in sentence for sentence in spoken) is speaks
 

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark_rows import write_all
-from hafrm.benchmarks.benchmark_run import run_benchmarks
 from hafrm.errors import CheckpointError, ConfigError, DivergedError, NumericsError
 from hafrm.evaluation import evaluate
 from hafrm.recipe import Recipe
@@ -31,7 +29,7 @@ from hafrm.study.study_result import (
     stacked,
     summarise,
 )
-from hafrm.study.study_runs import RunWorker, StudySetup, read_run_result, read_scores
+from hafrm.study.study_runs import RunWorker, read_run_result, read_scores, read_study_data
 from hafrm.training import loop
 from tiny_runs import write_base, write_preferences
 
@@ -80,10 +78,13 @@ def finished(tmp_path_factory):
     return folder, plan, compare_methods(plan, folder / "out")
 
 
-def test_a_method_is_written_with_its_options_after_colons():
+def test_methods_have_options_after_colons_and_rates_commas_between_them():
     bt, haf = parse_methods(["bt", "haf:alpha=0.05:policy_loss=ipo"])
     assert bt.section == {"name": "bt"}
     assert haf.section == {"name": "haf", "alpha": 0.05, "policy_loss": "ipo"}
+    assert (parse_rates("1e-4, 3e-4"), parse_rates(None)) == ((1e-4, 3e-4), ())
+    with pytest.raises(ConfigError, match="write 1e-4,3e-4"):
+        parse_rates("fast")
 
 
 @pytest.mark.parametrize(
@@ -101,19 +102,12 @@ def test_an_unknown_method_is_refused_before_anything_runs(methods, message):
         parse_methods(methods)
 
 
-def test_learning_rates_are_written_with_commas():
-    assert parse_rates("1e-4, 3e-4") == (1e-4, 3e-4)
-    assert parse_rates(None) == ()
-    with pytest.raises(ConfigError, match="write 1e-4,3e-4"):
-        parse_rates("fast")
-
-
 def test_runs_differ_in_set_method_seed_and_rate_and_in_nothing_else(tmp_path):
     plan = small_plan(tmp_path, num_seeds=2)
     runs = plan.runs({"bt": 1e-3, "haf": 2e-3})
     assert len(runs) == 3 * 2 * 2  # two sets and both together, two seeds, two methods
     assert len({run.folder(tmp_path) for run in runs}) == len(runs)
-    recipes = [run.recipe(plan.recipe) for run in runs]
+    recipes = [plan.recipe_of(run) for run in runs]
     assert [r.data.train for r in recipes[-4:]] == [plan.recipe.data.train] * 4
     for run, recipe in zip(runs, recipes, strict=True):
         same = recipe.model_copy(
@@ -140,7 +134,7 @@ def test_a_study_needs_test_sets_and_weights_that_fit_every_training_set(tmp_pat
 def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):
     plan = plan_study(study_recipe(tmp_path), ["bt"], num_seeds=1)
     np.testing.assert_allclose(plan.rates, [1e-3 / 3, 1e-3, 3e-3])
-    assert plan.tuning_set.name == MIXED
+    assert plan.tuning_runs()[0].train == MIXED
     assert [run.rate for run in plan.tuning_runs()] == list(plan.rates)
 
 
@@ -166,28 +160,20 @@ def test_rates_are_continued_until_the_best_is_inside_unless_they_were_given(tmp
     assert [rate for rate, _ in tuning.tried] == [1e-7, 3e-7]
 
 
-def test_a_method_with_two_heads_has_three_scorers():
-    haf, dpo = parse_methods(["haf", "dpo"])
-    assert scorers_of(haf) == {
-        "haf": "reward",
-        "haf (implicit)": "implicit",
-        "haf (fused)": "fused",
-    }
-    assert scorers_of(dpo) == {"dpo": "implicit"}
-
-
-def test_two_runs_fuse_as_one_run_with_two_heads_does(tmp_path, monkeypatch):
+def test_two_runs_fuse_as_one_run_with_two_heads_does(finished, monkeypatch):
     """The reward of one run and the policy of another, given one run's scores, make its fused score."""
-    plan = small_plan(tmp_path, methods="haf")
-    compare_methods(plan, tmp_path / "out")
-    data = RunWorker(StudySetup(plan.recipe, tmp_path / "out")).data
-    stored = read_scores(plan.runs({"haf": 1e-3})[0].folder(tmp_path / "out"))
+    haf, dpo = parse_methods(["haf", "dpo"])
+    heads = {"haf": "reward", "haf (implicit)": "implicit", "haf (fused)": "fused"}
+    assert (scorers_of(haf), scorers_of(dpo)) == (heads, {"dpo": "implicit"})
+    folder, plan, _ = finished
+    rates = dict.fromkeys(("haf", "bt", "dpo"), 1e-3)
+    stored = read_scores(plan.runs(rates)[1].folder(folder / "out"))
     reward = {k: stored[k] for k in ("reward", study_runs.REWARD_MARGINS)}
     implicit = {k: stored[k] for k in ("implicit", study_runs.TOKEN_MARGINS)}
     by_method = {"haf": stored, "bt": reward, "dpo": implicit}
     monkeypatch.setattr(method_comparison, "read_scores", lambda f: dict(by_method[f.parent.name]))
-    three = small_plan(tmp_path, methods="haf,bt,dpo")
-    scores = scores_of_runs(three.runs(dict.fromkeys(by_method, 1e-3)), data, tmp_path / "out")
+    runs = small_plan(folder, methods="haf,bt,dpo").runs(rates)
+    scores = scores_of_runs(runs, read_study_data(plan.recipe), folder / "out")
     both = [key for key in scores if key[1] == TWO_MODELS]
     assert len(both) == 3
     for train, scorer in both:
@@ -196,8 +182,7 @@ def test_two_runs_fuse_as_one_run_with_two_heads_does(tmp_path, monkeypatch):
 
 def test_domains_pair_each_test_set_with_what_was_trained_on():
     """Sets a, b are trained on; test sets a, b, c: 2 in domain, 2 other, and c after a or b."""
-    found = domains(["a", "b", MIXED], ["a", "b", "c"])
-    assert found == {
+    assert domains(["a", "b", MIXED], ["a", "b", "c"]) == {
         "in domain": [("a", "a"), ("b", "b")],
         "other domain": [("a", "b"), ("b", "a")],
         "held out": [("a", "c"), ("b", "c")],
@@ -227,29 +212,32 @@ def test_the_summary_compares_every_scorer_with_the_first():
         ("a", "bt", "a"): outcome("1000", "1000"),
         ("a", "haf", "a"): outcome("1110", "1110"),
     }
-    found = summarise(outcomes)
-    assert [(a.method, a.accuracy.value) for a in found.accuracies] == [("bt", 0.25), ("haf", 0.75)]
-    assert found.accuracies[1].per_seed == (0.75, 0.75)
-    (difference,) = found.differences
+    got = summarise(outcomes)
+    accuracies = got["accuracies"]
+    assert [(a.method, a.accuracy.value) for a in accuracies] == [("bt", 0.25), ("haf", 0.75)]
+    assert accuracies[1].per_seed == (0.75, 0.75)
+    (difference,), (average,) = got["differences"], got["average_differences"]
     assert (difference.first, difference.second) == ("haf", "bt")
-    assert difference.difference.value == pytest.approx(0.5)
-    (average,) = found.average_differences
-    assert average.difference.value == pytest.approx(0.5)
+    assert difference.difference.value == average.difference.value == pytest.approx(0.5)
     assert average.p_adjusted == pytest.approx(average.p_value)
 
 
 def test_the_result_on_disk_holds_the_whole_matrix_with_intervals(finished):
-    folder, _, result = finished
-    found = read_result(folder / "out" / COMPARISON_FILE, StudyResult)
-    assert found == result
-    assert found.methods == ("bt", "haf", "haf (implicit)", "haf (fused)")
-    assert found.train_sets == ("sun", "sea", MIXED)
-    assert found.test_sets == ("sun", "other")
-    assert len(found.accuracies) == 3 * 4 * 2
-    assert all(0 <= a.accuracy.low <= a.accuracy.high <= 1 for a in found.accuracies)
-    assert {c.second for c in found.differences} == {"bt"}
-    assert list(found.pick_longer) == ["sun", "other"]
-    assert [tuning.chosen for tuning in found.learning_rates] == [1e-3, 1e-3]
+    folder, plan, result = finished
+    assert read_result(folder / "out" / COMPARISON_FILE, StudyResult) == result
+    assert result.methods == ("bt", "haf", "haf (implicit)", "haf (fused)")
+    assert (result.train_sets, result.test_sets) == (("sun", "sea", MIXED), ("sun", "other"))
+    assert len(result.accuracies) == 3 * 4 * 2
+    assert all(0 <= a.accuracy.low <= a.accuracy.high <= 1 for a in result.accuracies)
+    assert {c.second for c in result.differences} == {"bt"}
+    assert list(result.pick_longer) == ["sun", "other"]
+    assert [tuning.chosen for tuning in result.learning_rates] == [1e-3, 1e-3]
+    # a finished run has its metrics and states, and no checkpoints
+    run = plan.runs({"bt": 1e-3, "haf": 1e-3})[0].folder(folder / "out")
+    assert (run / "metrics.jsonl").is_file() and not (run / "checkpoints").exists()
+    states = read_run_result(run)
+    assert 1 <= states.representation.effective_rank <= 32  # the width of the tiny model
+    assert states.state_norm[0] > 0
 
 
 def test_the_tables_have_every_scorer_and_name_where_it_differs(finished):
@@ -286,13 +274,6 @@ def test_finished_runs_are_not_run_again_and_more_seeds_run_only_what_is_new(fin
     assert all(path.name.endswith("seed-1") for path in ran)
 
 
-def test_a_finished_run_keeps_its_metrics_and_no_checkpoints(finished):
-    folder, plan, _ = finished
-    run = plan.tuning_runs()[0].folder(folder / "out")
-    assert (run / "metrics.jsonl").is_file()
-    assert not (run / "checkpoints").exists()
-
-
 def test_only_the_chosen_learning_rate_is_scored_and_it_is_not_trained_twice(tmp_path, monkeypatch):
     plan = plan_study(study_recipe(tmp_path), ["bt"], num_seeds=1, rates=[1e-4, 1e-3], mixed=False)
     out, steps = tmp_path / "out", []
@@ -320,17 +301,9 @@ def test_a_method_with_one_head_keeps_its_validation_margins_for_a_fusion_of_two
     assert stored["dpo"] == {"implicit", study_runs.TOKEN_MARGINS}
 
 
-def test_a_scored_run_says_how_spread_out_its_states_are(finished):
-    folder, plan, _ = finished
-    run = plan.runs({"bt": 1e-3, "haf": 1e-3})[0]
-    result = read_run_result(run.folder(folder / "out"))
-    assert 1 <= result.representation.effective_rank <= 32  # the width of the tiny model
-    assert result.state_norm[0] > 0
-
-
 def test_a_run_that_was_stopped_is_resumed(tmp_path, monkeypatch):
     plan = small_plan(tmp_path, methods="bt")
-    worker = RunWorker(StudySetup(plan.recipe, tmp_path / "out"))
+    worker = RunWorker(plan, tmp_path / "out")
     run = plan.runs({"bt": 1e-3})[0]
     folder = run.folder(tmp_path / "out")
 
@@ -355,62 +328,39 @@ def test_a_folder_of_another_recipe_or_of_other_test_data_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"different: recipe\.training"):
         compare_methods(other, tmp_path / "out")
     file = tmp_path / "test/other.jsonl"
-    text = file.read_text()
-    swapped = (
-        text.replace('"chosen"', '"x"')
-        .replace('"rejected"', '"chosen"')
-        .replace('"x"', '"rejected"')
-    )
-    file.write_text(swapped)
+    swapped = file.read_text().replace('"chosen"', '"x"').replace('"rejected"', '"chosen"')
+    file.write_text(swapped.replace('"x"', '"rejected"'))
     with pytest.raises(CheckpointError, match="different: test data"):
         compare_methods(plan, tmp_path / "out")
-    file.write_text(text)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("hello")
-    with pytest.raises(CheckpointError, match="not empty"):
-        compare_methods(plan, tmp_path / "mine")
 
 
-def test_a_rate_at_which_every_run_diverges_is_an_error_that_says_so(tmp_path, monkeypatch):
-    def diverge(*_: object, **__: object) -> None:
-        raise DivergedError("the loss is nan")
-
-    monkeypatch.setattr(study_runs, "train", diverge)
-    with pytest.raises(NumericsError, match="bt diverges at every learning rate"):
-        compare_methods(small_plan(tmp_path, methods="bt"), tmp_path / "out")
-
-
-def test_a_failed_check_of_the_model_is_no_divergence(tmp_path, monkeypatch):
+def test_only_a_divergence_is_put_down_to_the_learning_rate(tmp_path, monkeypatch):
     """The self-check of shared prompts, say, or the replay of an export: no rate would help."""
+    plan, error = small_plan(tmp_path, methods="bt"), [DivergedError("the loss is nan")]
 
     def fail(*_: object, **__: object) -> None:
-        raise NumericsError("with shared prompts this model gives other numbers")
+        raise error[0]
 
-    plan = small_plan(tmp_path, methods="bt")
     monkeypatch.setattr(study_runs, "train", fail)
-    with pytest.raises(NumericsError, match="shared prompts"):
+    with pytest.raises(NumericsError, match="bt diverges at every learning rate"):
         compare_methods(plan, tmp_path / "out")
-    assert read_run_result(plan.tuning_runs()[0].folder(tmp_path / "out")) is None
+    error[0] = NumericsError("with shared prompts this model gives other numbers")
+    with pytest.raises(NumericsError, match="shared prompts"):
+        compare_methods(plan, tmp_path / "other")
+    assert read_run_result(plan.tuning_runs()[0].folder(tmp_path / "other")) is None
 
 
 @pytest.mark.slow
-def test_scores_and_benchmarks_are_those_of_the_exported_models(tmp_path):
-    data = write_all(tmp_path / "files")
+def test_scores_are_those_of_the_exported_models(tmp_path):
     recipe = study_recipe(tmp_path)
     plan = plan_study(recipe, ["bt", "haf"], num_seeds=1, rates=[1e-3], mixed=False)
-    out = tmp_path / "out"
-    result = compare_methods(
-        plan, out, keep_models=True, benchmarks=["rewardbench2"], benchmark_data=data
-    )
+    result = compare_methods(plan, tmp_path / "out", keep_models=True)
     accuracies = {(a.train, a.method, a.test): a.accuracy.value for a in result.accuracies}
-    scores = {(b.train, b.method): b.score.value for b in result.benchmarks}
     for run in plan.runs({"bt": 1e-3, "haf": 1e-3}):
-        train, method, folder = run.train.name, run.method.name, run.folder(out)
+        folder = run.folder(tmp_path / "out")
         for part in evaluate(folder, recipe.data.test, max_length=64).sets[:-1]:
-            assert accuracies[train, method, part.name] == pytest.approx(part.accuracy.value)
-        benchmarks = run_benchmarks(folder, ["rewardbench2"], folder=data, max_length=64)
-        value = benchmarks.benchmarks[0].scores["reward"].overall.value
-        assert scores[train, method] == pytest.approx(value)
+            value = accuracies[run.train, run.method.name, part.name]
+            assert value == pytest.approx(part.accuracy.value)
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
 """Benchmarks from the hub or from a local folder -> items.
 
 A row that breaks the published form is an error, and not a bad row to skip: a benchmark that lacks rows is
-another benchmark. Subsets that a folder lacks are named in the result. Only rows that the benchmark itself
-does not count (ties, in PPE) are left out, and counted.
+another benchmark. Only rows that the benchmark itself does not count (ties, in PPE) are left out.
 """
 
 from collections import Counter
@@ -37,10 +36,8 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
     """
     items: list[Item] = []
     left_out: Counter[str] = Counter()
-    num_rows = 0
     for part in benchmark.parts:
         for place, row in _rows(benchmark, part, folder):
-            num_rows += 1
             item = _read_row(benchmark, part, row, place)
             if isinstance(item, LeftOut):
                 left_out[item.reason] += 1
@@ -51,27 +48,21 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
         raise DataError(f"{where} has no rows of {benchmark.title} to score")
     hubs = dict.fromkeys(str(part.hub) for part in benchmark.parts)
     data = ", ".join(hubs) if folder is None else str(folder)
+    num_rows = len(items) + left_out.total()
     return LoadedBenchmark(benchmark, tuple(items), num_rows, dict(left_out), data)
 
 
-def find_benchmark_folder(benchmark: Benchmark, root: Path | None, *, alone: bool) -> Path | None:
-    """Where a benchmark's files are: in the folder of its name below `root`, or in `root` itself.
+def find_benchmark_folder(benchmark: Benchmark, root: Path, *, alone: bool) -> Path:
+    """Where a benchmark's files are: in the folder of its name below `root`; `alone`, in `root` itself.
 
-    Raises DataError if several benchmarks are asked for and this one has no folder of its own.
+    Raises DataError if there is no such folder.
     """
-    if root is None:
-        return None
     if not root.is_dir():
         raise DataError(f"{root} is no folder; give one with the files of {benchmark.title}")
-    # several benchmarks have folders of their names, one alone may be the folder itself
     own = root / benchmark.name
-    if own.is_dir():
-        return own
-    if not alone:
-        raise DataError(
-            f"{root} has no folder {benchmark.name} with the files of {benchmark.title}"
-        )
-    return root
+    if own.is_dir() or alone:
+        return own if own.is_dir() else root
+    raise DataError(f"{root} has no folder {benchmark.name} with the files of {benchmark.title}")
 
 
 def _rows(
@@ -84,31 +75,27 @@ def _rows(
         return
     if part.hub is None:
         raise DataError(
-            f"{benchmark.title} is not on the hub; get it from {benchmark.home} and say where it is "
-            "with --benchmark-data"
+            f"{benchmark.title} is not on the hub; get it from {benchmark.home} and give its folder as DATA"
         )
     # the hub is often unreachable from where models are evaluated
     try:
         yield from ((f"row {number} of {part.hub}", row) for number, row in read_hub(part.hub))
     except DataError as error:
-        raise DataError(f"{error}; files of your own: --benchmark-data FOLDER") from error
+        raise DataError(f"{error}; if you have the files, give their folder as DATA") from error
 
 
 def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str) -> Item | LeftOut:
-    if isinstance(row, Refusal):
-        raise DataError(f"{place}: {row.reason}: {row.detail}")
-    columns = (*benchmark.columns, *part.columns)
-    if not isinstance(row, Mapping) or any(column not in row for column in columns):
-        # another data set's columns tell the reader which file this is
-        got = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(
-            f"{place} is not in the published form of {benchmark.title}, which has columns "
-            f"{', '.join(columns)}; got {got}"
-        )
     try:
+        if isinstance(row, Refusal):  # not even JSON
+            raise RefusedError(row)
+        if not isinstance(row, Mapping):
+            raise RefusedError(Refusal("unreadable row", f"not an object: {type(row).__name__}"))
         return benchmark.read_row(row, part.name)
     except RefusedError as refused:
         reason, detail = refused.refusal
+        # another data set's columns tell the reader which file this is
+        names = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else "none"
         raise DataError(
-            f"{place} breaks the form of {benchmark.title}: {reason}: {detail}"
+            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}; "
+            f"its columns are {names}"
         ) from None

@@ -16,7 +16,6 @@ from hafrm.benchmarks.benchmark_scores import (
     BenchmarkResult,
     BenchmarkResults,
     BenchmarkScore,
-    Cuts,
     average_over_quoted,
     length_scores,
     missing_terms,
@@ -25,11 +24,8 @@ from hafrm.benchmarks.benchmark_scores import (
 from hafrm.benchmarks.definitions import find_benchmarks
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
-from hafrm.evaluation.heads import (
-    LoadOptions,
-    load_head,
-    scorer_names,
-)
+from hafrm.evaluation.comparisons import response_offsets
+from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
 from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.loading import find_heads
@@ -39,16 +35,12 @@ MAX_CANDIDATES = 64
 """Most responses of one group: a prompt with more has several groups; no item is split."""
 
 
-def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
+def run_benchmarks(
     model: str | Path,
     names: Sequence[str],
     *,
     folder: Path | None = None,
-    policy: str | Path | None = None,
-    reference: str | Path | None = None,
-    max_length: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
+    options: EvaluationOptions | None = None,
     on_progress: OnProgress = no_progress,
 ) -> BenchmarkResults:
     """The named benchmarks for the model, from the hub or from local files in `folder`.
@@ -58,25 +50,25 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
     """
     benchmarks = find_benchmarks(names)
     alone = len(benchmarks) == 1
-    folders = [find_benchmark_folder(b, folder, alone=alone) for b in benchmarks]
+    folders = [folder and find_benchmark_folder(b, folder, alone=alone) for b in benchmarks]
     loaded = [load_benchmark(b, place) for b, place in zip(benchmarks, folders, strict=True)]
     # raises for an unknown subset before any model is loaded
     missing = [missing_terms(data.benchmark, data.items) for data in loaded]
-    heads = find_heads(model, policy)
+    heads = find_heads(model)
+    head_names = scorer_names(heads)
+    groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
+    num = sum(len(group.responses) for group in groups)
+    done = over_passes(on_progress, num * len(head_names))
     scores: list[dict[str, BenchmarkScore]] = [{} for _ in loaded]
-    cuts: list[dict[str, Cuts]] = [{} for _ in loaded]
+    reports: list[dict[str, EncodingReport]] = [{} for _ in loaded]
     max_lengths, templates = {}, {}
-    grouped = [group_by_prompt(data.items)[0] for data in loaded]
-    num = sum(len(group.responses) for groups in grouped for group in groups)
-    done = over_passes(on_progress, num * len(scorer_names(heads)))
-    for name in scorer_names(heads):
-        scorer = load_head(heads, name, LoadOptions(reference, max_length, dtype, device))
+    for name in head_names:
+        scorer = load_head(heads, name, options or EvaluationOptions())
         max_lengths[name] = scorer.encoder.lengths.max_length
         templates[name] = scorer.encoder.template_sha256
         for i, data in enumerate(loaded):
-            values, report = score_items(scorer, data.items, done)
+            values, reports[i][name] = score_items(scorer, data.items, done)
             scores[i][name] = score_benchmark(data.benchmark, data.items, values)
-            cuts[i][name] = Cuts(report.prompts_cut, report.responses_cut)
         del scorer  # before the next one is loaded
     for i, data in enumerate(loaded):
         for name, sign in ((PICK_LONGER, 1), (PICK_SHORTER, -1)):
@@ -84,15 +76,16 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
             scores[i][name] = score_benchmark(data.benchmark, data.items, lengths)
     results = tuple(
         BenchmarkResult(
-            data.benchmark.name,
-            data.benchmark.title,
-            data.data,
-            data.num_rows,
-            data.benchmark.num_rows,
-            data.left_out,
-            missing[i],
-            scores[i],
-            cuts[i],
+            name=data.benchmark.name,
+            title=data.benchmark.title,
+            data=data.data,
+            num_rows=data.num_rows,
+            num_rows_published=data.benchmark.num_rows,
+            left_out=data.left_out,
+            missing=missing[i],
+            scores=scores[i],
+            prompts_cut={name: report.prompts_cut for name, report in reports[i].items()},
+            responses_cut={name: report.responses_cut for name, report in reports[i].items()},
         )
         for i, data in enumerate(loaded)
     )
@@ -101,9 +94,7 @@ def run_benchmarks(  # noqa: PLR0913 - every way to say what is scored
 
 
 def score_items(
-    scorer: Scorer,
-    items: Sequence[Item],
-    done: OnProgress = no_progress,
+    scorer: Scorer, items: Sequence[Item], done: OnProgress = no_progress
 ) -> tuple[list[CandidateScores], EncodingReport]:
     """One score for each candidate of each item, and what had to be cut.
 
@@ -112,8 +103,7 @@ def score_items(
     groups, places = group_by_prompt(items)
     tokenized, report = scorer.encoder.encode(groups)
     scores = scorer.score_encoded(tokenized, done).astype(np.float64)
-    # index of each group's first response when all responses are counted through
-    first = np.cumsum([0, *(len(group.responses) for group in groups)])
+    first = response_offsets(groups)
     return [scores[first[group] + np.array(within)] for group, within in places], report
 
 

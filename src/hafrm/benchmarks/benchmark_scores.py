@@ -1,10 +1,9 @@
 """Items and their scores -> what a benchmark publishes about a scorer, each number with its interval.
 
-A scorer is an array of scores for each item; no model is known here. The two baselines that look at
-nothing but length are scorers like any other.
+A scorer is an array of scores for each item. The two baselines that look at nothing but length are scorers
+like any other.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,14 +31,6 @@ class BenchmarkScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
-    """What an encoder had to cut."""
-
-    prompts: int
-    responses: int
-
-
-@dataclass(frozen=True, slots=True)
 class BenchmarkResult:
     """One benchmark, by scorer."""
 
@@ -55,8 +46,9 @@ class BenchmarkResult:
     """Terms of the whole benchmark that its data lacks: its score is not the published one then."""
     scores: dict[str, BenchmarkScore]
     """By scorer: the model's heads, then the two baselines."""
-    cuts: dict[str, Cuts]
+    prompts_cut: dict[str, int]
     """By head."""
+    responses_cut: dict[str, int]
 
     def table(self) -> Table:
         """Sections, extras and the score, a column for each scorer."""
@@ -78,8 +70,8 @@ class BenchmarkResult:
         yield f"{self.num_rows} rows{of_all} from {self.data}"
         for reason, number in self.left_out.items():
             yield f"not counted by the benchmark: {reason}: {number} rows"
-        for head, cuts in self.cuts.items():
-            yield f"{head}: responses cut {cuts.responses}, prompts cut {cuts.prompts}"
+        for head, num in self.responses_cut.items():
+            yield f"{head}: responses cut {num}, prompts cut {self.prompts_cut[head]}"
         if self.missing:
             named = ", ".join(self.missing[:6]) + (", ..." if len(self.missing) > 6 else "")
             yield f"* not the published score: no rows of {named}"
@@ -137,13 +129,10 @@ def score_benchmark(
         )
     verdicts = list(benchmark.rule(items, scores))
     terms = _terms(benchmark, verdicts)
-    means = TermMeans(terms)
-    sections = _present(benchmark.sections, terms)
-    # pooled: every verdict weighs the same, so a term weighs by its verdicts
-    if benchmark.pooled:
-        overall: TermWeights = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
-    else:
-        overall = mean_weights(sections.values())
+    means, sections = TermMeans(terms), _present(benchmark.sections, terms)
+    overall = mean_weights(sections.values())
+    if benchmark.pooled:  # every verdict weighs the same, so a term weighs by its verdicts
+        overall = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
     extras = _present(benchmark.extras, terms)
     return BenchmarkScore(
         overall=means.combine(overall),
@@ -172,22 +161,19 @@ def length_scores(items: Sequence[Item], *, sign: int = 1) -> list[CandidateScor
 
 def _terms(benchmark: Benchmark, verdicts: Sequence[ItemVerdict]) -> dict[str, Term]:
     """The verdicts by term, in the benchmark's order."""
-    by_term: dict[str, list[ItemVerdict]] = defaultdict(list)
+    by_term: dict[str, list[ItemVerdict]] = {term: [] for term in benchmark.terms}
     for verdict in verdicts:
+        if verdict.term not in by_term:
+            raise DataError(
+                f"{benchmark.title} has no subset {verdict.term!r}; known are {', '.join(by_term)}"
+            )
         by_term[verdict.term].append(verdict)
-    unknown = sorted(by_term.keys() - set(benchmark.terms))
-    if unknown:
-        raise DataError(
-            f"{benchmark.title} has no subset {unknown[0]!r}; known are {', '.join(benchmark.terms)}"
-        )
-    return {
-        term: Term(
-            np.array([verdict.value for verdict in by_term[term]], np.float64),
-            np.array([verdict.cluster for verdict in by_term[term]]),
-        )
-        for term in benchmark.terms
-        if term in by_term
-    }
+    terms = {}
+    for term, group in by_term.items():
+        if group:
+            values = np.array([verdict.value for verdict in group], np.float64)
+            terms[term] = Term(values, np.array([verdict.cluster for verdict in group]))
+    return terms
 
 
 def _present(
@@ -197,10 +183,9 @@ def _present(
     result: dict[str, TermWeights] = {}
     for section, weights in sections.items():
         there = {name: weight for name, weight in weights.items() if name in terms}
-        if len(there) == len(weights):
-            result[section] = there
-        elif there:
-            # what is there takes the weight of what is missing
-            scale = sum(weights.values()) / sum(there.values())
+        # what is there takes the weight of what is missing; exactly 1 for a whole section
+        if there:
+            is_whole = len(there) == len(weights)
+            scale = 1.0 if is_whole else sum(weights.values()) / sum(there.values())
             result[section] = {name: weight * scale for name, weight in there.items()}
     return result

@@ -24,12 +24,10 @@ TermWeights = Mapping[str, float]
 class BenchmarkPart:
     """Files of one form."""
 
-    name: str = ""
     hub: HubSet | None = None
     files: tuple[str, ...] = ("*",)
     """Patterns of paths in a local folder, best first; `*` crosses slashes, case does not matter."""
-    columns: tuple[str, ...] = ()
-    """What its rows have in addition to the benchmark's columns."""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,17 @@ class Benchmark:
 
     name: str
     title: str
-    columns: tuple[str, ...]
-    """What every row has."""
     read_row: Callable[[Mapping[str, Any], str], Item | LeftOut]
     rule: Callable[[Sequence[Item], Iterable[CandidateScores]], Iterator[ItemVerdict]]
     sections: Mapping[str, TermWeights]
     """The published sections; the score is their mean."""
     parts: tuple[BenchmarkPart, ...]
+    num_rows: int | None = None
+    """Published rows, if known."""
     extras: Mapping[str, TermWeights] = field(default_factory=dict)
     """Other numbers that are quoted."""
     pooled: bool = False
     """The score is the mean of all verdicts, and not of the sections."""
-    num_rows: int | None = None
-    """Published rows, if known."""
     home: str = ""
     """Where to get a benchmark that is not on the hub."""
 
@@ -67,8 +63,8 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """
     wanted = [name for entry in names for name in (QUOTED if entry == "all" else (entry,))]
     for name in wanted:
-        # names differ by a digit or a hyphen, so guess
         if name not in BENCHMARKS:
+            # names differ by a digit or a hyphen
             near = difflib.get_close_matches(name.lower(), BENCHMARKS, 1, cutoff=0.5)
             hint = f"did you mean {near[0]}? " if near else ""
             all_names = ", ".join([*BENCHMARKS, "all"])
@@ -121,6 +117,7 @@ Within a section a subset weighs as its count, and the sections weigh the same. 
 rows, except math-prm: it has 447 rows, and its 984 (983) make mathematics weigh as much as code.
 RewardBench's code has had the two xstest counts both ways round; these are those of the rows.
 """
+_M_REWARDBENCH = "CohereLabsCommunity/multilingual-reward-bench"
 _LANGUAGE_CODES = (
     "arb_Arab ces_Latn deu_Latn ell_Grek fra_Latn heb_Hebr hin_Deva ind_Latn ita_Latn jpn_Jpan kor_Hang "
     "nld_Latn pes_Arab pol_Latn por_Latn ron_Latn rus_Cyrl spa_Latn tur_Latn ukr_Cyrl vie_Latn zho_Hans "
@@ -149,140 +146,103 @@ def _language(language: str) -> TermWeights:
 
 
 _PPE_TASKS = ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus")
-_RMB_SECTIONS = {
-    f"{kind} {goal}": f"*{folder}/{goal}*"
-    for kind, folder in (("Pairwise", "pairwise_set"), ("BoN", "bon_set"))
-    for goal in ("Helpfulness", "Harmlessness")
+_RMB_FILES = {
+    "Pairwise Helpfulness": "*pairwise_set/Helpfulness*",
+    "Pairwise Harmlessness": "*pairwise_set/Harmlessness*",
+    "BoN Helpfulness": "*bon_set/Helpfulness*",
+    "BoN Harmlessness": "*bon_set/Harmlessness*",
 }
-_RMB_COLUMNS = {
-    "Pairwise": ("pair_uid", "chosen", "reject"),
-    "BoN": ("bon_uid", "bon_best", "loser_list"),
-}
-
-
-def _rmb_row(row: Mapping[str, Any], part: str) -> Item | LeftOut:
-    pairwise = part.startswith("Pairwise")
-    return row_readers.rmb_pairwise(row, part) if pairwise else row_readers.rmb_best_of_n(row, part)
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            "rewardbench",
-            "RewardBench v1",
-            ("id", "prompt", "chosen", "rejected", "subset"),
-            row_readers.rewardbench,
-            rules.first_beats_all,
-            _sections(0),
-            (
-                BenchmarkPart(
-                    hub=HubSet("allenai/reward-bench", "filtered"), files=("*filtered*", "*")
-                ),
-            ),
-            num_rows=2985,
+_RM_BENCH = row_readers.RM_BENCH_DOMAINS
+_ALL = (
+    Benchmark(
+        "rewardbench",
+        "RewardBench v1",
+        row_readers.rewardbench,
+        rules.first_beats_all,
+        _sections(0),
+        (BenchmarkPart(HubSet("allenai/reward-bench", "filtered"), ("*filtered*", "*")),),
+        2985,
+    ),
+    Benchmark(
+        "rewardbench2",
+        "RewardBench v2",
+        row_readers.rewardbench2,
+        rules.best_of_four_and_ties,
+        # Ties is a section whose terms do not sum to 1, as published
+        _alone(("Factuality", "Precise IF", "Math", "Safety", "Focus")) | {TIES: TIES_TERMS},
+        (BenchmarkPart(HubSet("allenai/reward-bench-2", "test"), ("*test*", "*")),),
+        1865,
+    ),
+    Benchmark(
+        "ppe-preference",
+        "PPE Preference",
+        row_readers.ppe_preference,
+        rules.first_beats_all,
+        _alone(("PPE Preference",)),
+        (BenchmarkPart(HubSet("lmarena-ai/PPE-Human-Preference-V1", "test")),),
+        16_038,
+    ),
+    Benchmark(
+        "ppe-correctness",
+        "PPE Correctness",
+        row_readers.ppe_correctness,
+        rules.selected_pairs,
+        _alone(_PPE_TASKS),
+        tuple(
+            BenchmarkPart(HubSet(f"lmarena-ai/PPE-{task}-Best-of-K"), (f"*{task}*",), task)
+            for task in _PPE_TASKS
         ),
-        Benchmark(
-            "rewardbench2",
-            "RewardBench v2",
-            ("id", "prompt", "chosen", "rejected", "subset"),
-            row_readers.rewardbench2,
-            rules.best_of_four_and_ties,
-            # Ties is a section whose terms do not sum to 1, as published
-            _alone(("Factuality", "Precise IF", "Math", "Safety", "Focus")) | {TIES: TIES_TERMS},
-            (BenchmarkPart(hub=HubSet("allenai/reward-bench-2", "test"), files=("*test*", "*")),),
-            num_rows=1865,
+        2555,
+    ),
+    Benchmark(
+        "rmb",
+        "RMB",
+        row_readers.rmb,
+        rules.first_beats_all,
+        _alone(_RMB_FILES),
+        tuple(BenchmarkPart(None, (pattern,), name) for name, pattern in _RMB_FILES.items()),
+        home="github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark (folder RMB_dataset)",
+    ),
+    Benchmark(
+        "rm-bench",
+        "RM-Bench",
+        row_readers.rm_bench,
+        rules.styles_against_styles,
+        {
+            domain: {f"{domain} {style}": 1 / len(STYLES) for style in STYLES}
+            for domain in _RM_BENCH
+        },
+        (BenchmarkPart(HubSet("THU-KEG/RM-Bench"), ("*total_dataset*", "*train*", "*")),),
+        1327,
+        # quoted beside the score: one style over all domains
+        {
+            style: {f"{domain} {style}": 1 / len(_RM_BENCH) for domain in _RM_BENCH}
+            for style in STYLES
+        },
+    ),
+    Benchmark(
+        "judgebench",
+        "JudgeBench",
+        row_readers.judgebench,
+        rules.first_beats_all,
+        _alone(row_readers.JUDGEBENCH_PARTS.values()),
+        # the quoted numbers are of GPT-4o's answers, not of Claude's
+        (BenchmarkPart(HubSet("ScalerLab/JudgeBench", "gpt"), ("*gpt*", "*")),),
+        350,
+        pooled=True,
+    ),
+    Benchmark(
+        "m-rewardbench",
+        "M-RewardBench",
+        row_readers.m_rewardbench,
+        rules.first_beats_all,
+        {language: _language(language) for language in LANGUAGES},
+        tuple(
+            BenchmarkPart(HubSet(_M_REWARDBENCH, "test", name), (f"*{name}*",), name)
+            for name in LANGUAGES
         ),
-        Benchmark(
-            "ppe-preference",
-            "PPE Preference",
-            ("question_id", "winner", "prompt", "response_1", "response_2"),
-            row_readers.ppe_preference,
-            rules.first_beats_all,
-            _alone(("PPE Preference",)),
-            (BenchmarkPart(hub=HubSet("lmarena-ai/PPE-Human-Preference-V1", "test")),),
-            num_rows=16_038,
-        ),
-        Benchmark(
-            "ppe-correctness",
-            "PPE Correctness",
-            ("question_id", "prompt", "scores", "sampled_conflict_pairs"),
-            row_readers.ppe_correctness,
-            rules.selected_pairs,
-            _alone(_PPE_TASKS),
-            tuple(
-                BenchmarkPart(task, HubSet(f"lmarena-ai/PPE-{task}-Best-of-K"), (f"*{task}*",))
-                for task in _PPE_TASKS
-            ),
-            num_rows=2555,
-        ),
-        Benchmark(
-            "rmb",
-            "RMB",
-            ("conversation_input",),
-            _rmb_row,
-            rules.first_beats_all,
-            _alone(_RMB_SECTIONS),
-            tuple(
-                BenchmarkPart(name, files=(pattern,), columns=_RMB_COLUMNS[name.partition(" ")[0]])
-                for name, pattern in _RMB_SECTIONS.items()
-            ),
-            home="github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark (folder RMB_dataset)",
-        ),
-        Benchmark(
-            "rm-bench",
-            "RM-Bench",
-            ("id", "prompt", "chosen", "rejected", "domain"),
-            row_readers.rm_bench,
-            rules.styles_against_styles,
-            {
-                domain: {f"{domain} {style}": 1 / len(STYLES) for style in STYLES}
-                for domain in row_readers.RM_BENCH_DOMAINS
-            },
-            (
-                BenchmarkPart(
-                    hub=HubSet("THU-KEG/RM-Bench"), files=("*total_dataset*", "*train*", "*")
-                ),
-            ),
-            # quoted beside the score: one style over all domains
-            extras={
-                style: {
-                    f"{domain} {style}": 1 / len(row_readers.RM_BENCH_DOMAINS)
-                    for domain in row_readers.RM_BENCH_DOMAINS
-                }
-                for style in STYLES
-            },
-            num_rows=1327,
-        ),
-        Benchmark(
-            "judgebench",
-            "JudgeBench",
-            ("pair_id", "source", "question", "response_A", "response_B", "label"),
-            row_readers.judgebench,
-            rules.first_beats_all,
-            _alone(row_readers.JUDGEBENCH_PARTS.values()),
-            # the quoted numbers are of GPT-4o's answers, not of Claude's
-            (BenchmarkPart(hub=HubSet("ScalerLab/JudgeBench", "gpt"), files=("*gpt*", "*")),),
-            pooled=True,
-            num_rows=350,
-        ),
-        Benchmark(
-            "m-rewardbench",
-            "M-RewardBench",
-            ("id", "prompt", "chosen", "rejected", "source"),
-            row_readers.m_rewardbench,
-            rules.first_beats_all,
-            {language: _language(language) for language in LANGUAGES},
-            tuple(
-                BenchmarkPart(
-                    language,
-                    HubSet("CohereLabsCommunity/multilingual-reward-bench", "test", language),
-                    (f"*{language}*",),
-                )
-                for language in LANGUAGES
-            ),
-        ),
-    )
-}
+    ),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 QUOTED = tuple(BENCHMARKS)[:7]
 """The columns of the quoted table (Skywork-Reward-V2's) in its order; its last one is their mean."""

@@ -1,8 +1,7 @@
 """The rules of the benchmarks: items and their scores -> verdicts, exactly as the benchmarks decide.
 
-Whatever a benchmark asks (a pair, best of four, three styles against three), it asks about one prompt and
-several candidates, which are scored together. Comparisons are strict: equal scores are counted and are not
-right; only RewardBench 2 gives them a fraction. Pure functions.
+A benchmark asks about one prompt and several candidates, which are scored together. Comparisons are strict:
+equal scores are counted and are not right; only RewardBench 2 gives them a fraction. Pure functions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,13 +66,9 @@ class ItemVerdict(NamedTuple):
 def first_beats_all(
     items: Sequence[Item], scores: Iterable[CandidateScores]
 ) -> Iterator[ItemVerdict]:
-    """Right if the first candidate scores above every other one.
-
-    For two candidates it is the rule of RewardBench, of JudgeBench for reward models, of PPE's accuracy
-    and of RMB's pairs; for more it is RMB's best-of-n.
-    """
+    """Right if the first candidate, which is the right one, scores above every other one."""
     for item, s in zip(items, scores, strict=True):
-        rival = s[1:].max()  # candidate 0 is the right one
+        rival = s[1:].max()
         yield ItemVerdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
 
 

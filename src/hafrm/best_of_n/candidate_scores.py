@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hafrm.best_of_n.candidates import CHUNK
 from hafrm.errors import ConfigError, DataError, NumericsError
-from hafrm.evaluation.heads import LoadOptions, load_main_head
+from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.resumable import RecordFile
@@ -35,7 +35,7 @@ class ModelScorer:
         """Raises ModelError when there is no model at `path`."""
         self.name, self._path = name or str(path), path
         self.heads = find_heads(path)
-        self._options = LoadOptions(dtype=place.dtype, device=place.device)
+        self._options = EvaluationOptions(dtype=place.dtype, device=place.device)
         self._model: Scorer | None = None
 
     def cache_key(self) -> dict[str, Any]:

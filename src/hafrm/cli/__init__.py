@@ -7,7 +7,7 @@ they stand in the help in the order in which they are imported here.
 """
 
 # ruff: noqa: F401, I001 - verbs register themselves
-from hafrm.cli import train, evaluate, compare, diagnose
+from hafrm.cli import train, evaluate, compare
 from hafrm.cli import score, export, verify, best_of_n, rlhf
 from hafrm.cli import report, data, demo
 from hafrm.cli.entry import app, main

@@ -19,7 +19,7 @@ def compare(  # noqa: PLR0913 - the verb and its options
             help="With commas, the baseline first; options after colons, as haf:alpha=0.05."
         ),
     ] = "bt,dpo,haf,grm-sft",
-    seeds: Annotated[int, typer.Option(help="Runs of each method on each set.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs of each method on each set.", min=1)] = 3,
     learning_rates: Annotated[
         str | None,
         typer.Option(help="With commas (default: recipe's / 3, x 1, x 3, and beyond a best end)."),
@@ -29,13 +29,6 @@ def compare(  # noqa: PLR0913 - the verb and its options
     ] = True,
     processes: Annotated[
         int | None, typer.Option(help="Runs at a time (default: one for each GPU, or one).")
-    ] = None,
-    benchmark: Annotated[
-        list[str] | None,
-        typer.Option(help="Also score a published benchmark, such as rewardbench2; or all."),
-    ] = None,
-    benchmark_data: Annotated[
-        Path | None, typer.Option(help="The folder with its files, if not from the hub.")
     ] = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Export every run's models, not only its scores.")
@@ -63,8 +56,6 @@ def compare(  # noqa: PLR0913 - the verb and its options
         out,
         processes=processes or default_num_processes(),
         keep_models=keep_models,
-        benchmarks=benchmark or (),
-        benchmark_data=benchmark_data,
     )
     show_result(result)
     typer.echo(f"all numbers: {out / COMPARISON_FILE}")

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: how good a model is."""
+"""The verb `evaluate`: how good a model is, and with --diagnose, why."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,27 +19,35 @@ from hafrm.cli.entry import (
 from hafrm.errors import ConfigError
 from hafrm.progress import show_progress
 
+DIAGNOSIS_FILE = "diagnostics.json"
+"""In the run folder, where the report looks for it."""
+
 
 @app.command()
-def evaluate(  # noqa: PLR0913
-    model: Annotated[str, typer.Argument(help="Run folder, or a reward or policy directory.")],
+def evaluate(  # noqa: PLR0913 - the verb and its options
+    model: Annotated[
+        str,
+        typer.Argument(help="Run folder, reward or policy directory; NAME=PATH to give it seeds."),
+    ],
     data: OptionalSources = None,
     *,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="A model to compare MODEL with; by MODEL's NAME=, another seed of it."),
+    ] = None,
     benchmark: Annotated[
-        list[str] | None, typer.Option(help="A published benchmark, such as rewardbench2; or all.")
+        list[str] | None,
+        typer.Option(
+            help="Such as rewardbench2; or all. DATA: the folder of files not from the hub."
+        ),
     ] = None,
-    benchmark_data: Annotated[
-        Path | None, typer.Option(help="The folder with its files, if not from the hub.")
-    ] = None,
-    also: Annotated[list[str] | None, typer.Option(help="Another seed of MODEL.")] = None,
-    against: Annotated[
-        list[str] | None, typer.Option(help="A model to compare MODEL with, pair by pair.")
-    ] = None,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose", help="Temperature, style, slices, labels, hidden states, errors."
+        ),
+    ] = False,
     json_file: JsonFile = None,
-    policy: Annotated[Path | None, typer.Option(help="Also score with this policy.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="The policy's reference, if not the one it names.")
-    ] = None,
     max_length: MaxLength = None,
     max_bad_fraction: MaxBadFraction = 0.02,
     dtype: Dtype = "auto",
@@ -47,39 +55,51 @@ def evaluate(  # noqa: PLR0913
 ) -> None:
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
-    On preferences (DATA) or on published benchmarks; for one model, or compared with others.
+    On preferences (DATA) or on published benchmarks; for one model, or compared with others. The findings
+    of --diagnose are also written to MODEL/diagnostics.json if MODEL is a run folder.
     """
-    _check_options(data, benchmark, benchmark_data, also or against, policy or reference)
+    for is_wrong, message in (
+        (benchmark and (also or diagnose), "--benchmark goes without --also and --diagnose"),
+        (not benchmark and not data, "hafrm evaluate needs DATA, or --benchmark with a name"),
+        (benchmark and len(data or ()) > 1, "--benchmark takes one folder as DATA"),
+    ):
+        if is_wrong:
+            raise ConfigError(message)
     from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
-    from hafrm.evaluation import compare_models  # noqa: PLC0415
+    from hafrm.diagnostics.model_runs import diagnose as diagnose_model  # noqa: PLC0415
+    from hafrm.evaluation import compare_models, heads  # noqa: PLC0415
     from hafrm.evaluation import evaluate as evaluate_model  # noqa: PLC0415
 
     result: HasTables
     how: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
-    heads: dict[str, Any] = {"policy": policy, "reference": reference}
-    with show_progress("scoring responses") as on_progress:
-        how["on_progress"] = on_progress
+    options = heads.EvaluationOptions(**how, max_bad_fraction=max_bad_fraction)
+    (name, path), *others = map(_named, [model, *(also or ())])
+    if diagnose and json_file is None and (Path(path) / "recipe.yaml").is_file():
+        json_file = Path(path) / DIAGNOSIS_FILE
+    with show_progress("scoring responses") as progress:
+        how |= {"on_progress": progress}
         if benchmark:
-            result = run_benchmarks(model, benchmark, folder=benchmark_data, **heads, **how)
-        elif also or against:
-            models = [model, *(also or ())]
-            how["max_bad_fraction"] = max_bad_fraction
-            result = compare_models(models, against or (), data or (), **how)
+            folder = Path(data[0]) if data else None
+            result = run_benchmarks(
+                path, benchmark, folder=folder, options=options, on_progress=progress
+            )
+        elif diagnose:
+            also = [other for _, other in others]
+            result = diagnose_model(
+                path, data or (), also=also, options=options, on_progress=progress
+            )
+        elif also:
+            seeds = [path, *(p for other, p in others if other and other == name)]
+            rivals = [p for other, p in others if not (other and other == name)]
+            result = compare_models(
+                seeds, rivals, data or (), options=options, on_progress=progress
+            )
         else:
-            how["max_bad_fraction"] = max_bad_fraction
-            result = evaluate_model(model, data or (), **heads, **how)
+            result = evaluate_model(path, data or (), max_bad_fraction=max_bad_fraction, **how)
     show_result(result, json_file)
 
 
-def _check_options(
-    data: object, benchmark: object, benchmark_data: object, others: object, head: object
-) -> None:
-    """Refuse combinations in which an option would be ignored."""
-    for is_wrong, message in (
-        (benchmark and (data or others), "--benchmark has its own data: leave DATA and others out"),
-        (not benchmark and benchmark_data, "--benchmark-data needs --benchmark with a name"),
-        (not benchmark and not data, "hafrm evaluate needs DATA, or --benchmark with a name"),
-        (others and head, "--also and --against score each model by its own main head"),
-    ):
-        if is_wrong:
-            raise ConfigError(message)
+def _named(text: str) -> tuple[str, str]:
+    """(NAME, PATH) of NAME=PATH; an existing path may have "=" in it and has no name."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and "/" not in name and not Path(text).exists() else ("", text)

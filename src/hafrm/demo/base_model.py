@@ -1,8 +1,7 @@
 """Trains the demo's own tokenizer and small language model, in about a minute on two cores.
 
-The result is an ordinary transformers directory, the starting point of the reward models: a byte-level
-BPE with a chat template that prints no date, and a Llama in fp32. Conversations are packed into
-sequences in which each attends to itself alone.
+The result is an ordinary transformers directory: a byte-level BPE with a chat template that prints no date,
+and a Llama in fp32. Conversations are packed into sequences in which each attends to itself alone.
 """
 
 import math
@@ -34,22 +33,20 @@ IGNORED = -100
 """Label of a token that nothing predicts: padding, and the first of each conversation."""
 MAX_LENGTH = 256
 """Tokens of a packed sequence."""
+SEQUENCES_PER_STEP = 4
+LEARNING_RATE, WARMUP_FRACTION, WEIGHT_DECAY = 3e-3, 0.05, 0.05
+SEED = 0
+"""Of the weights and of the order of the conversations."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModelPlan:
-    """The size of the model and how long it trains."""
+    """The size of the model."""
 
     width: int = 128
     layers: int = 4
     heads: int = 4
     vocabulary: int = 1024
-    sequences_per_step: int = 4
-    learning_rate: float = 3e-3
-    warmup_fraction: float = 0.05
-    weight_decay: float = 0.05
-    seed: int = 0
-    """Of the weights and of the order of the conversations."""
 
 
 class PackedText(NamedTuple):
@@ -73,17 +70,15 @@ def pretrain(
     plan and number of threads give the same weights. Raises NumericsError for a loss that is not finite.
     """
     plan = plan or BaseModelPlan()
-    tokenizer = _train_tokenizer(
-        [text for conversation in conversations for text in conversation], plan.vocabulary
-    )
-    roles = ("user", "assistant")
+    tokenizer = _train_tokenizer([t for pair in conversations for t in pair], plan.vocabulary)
     messages = [
-        [{"role": r, "content": t} for r, t in zip(roles, c, strict=True)] for c in conversations
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        for prompt, response in conversations
     ]
     texts = list(tokenizer.apply_chat_template(messages, tokenize=False))
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     model = _build_model(tokenizer, plan)
-    losses = list(_train(model, _pack(ids, int(tokenizer.pad_token_id)), plan, on_progress))
+    losses = list(_train(model, _pack(ids, int(tokenizer.pad_token_id)), on_progress))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
@@ -127,7 +122,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, plan: BaseModelPlan) -> Lla
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to change
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(SEED)
         return LlamaForCausalLM(config)
 
 
@@ -141,15 +136,14 @@ def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
             room = MAX_LENGTH
         sequences[-1].append(ids)
         room -= len(ids)
-    return [_pack_one(conversations, pad) for conversations in sequences]
-
-
-def _pack_one(conversations: Sequence[Sequence[int]], pad: int) -> PackedText:
-    num_padding = MAX_LENGTH - sum(map(len, conversations))
-    ids = [i for c in conversations for i in c] + [pad] * num_padding
-    positions = [p for c in conversations for p in range(len(c))] + list(range(num_padding))
-    labels = [i for c in conversations for i in (IGNORED, *c[1:])] + [IGNORED] * num_padding
-    return PackedText(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels))
+    packed = []
+    for texts in sequences:
+        rest = MAX_LENGTH - sum(map(len, texts))
+        ids = [i for text in texts for i in text] + [pad] * rest
+        positions = [p for text in texts for p in range(len(text))] + [*range(rest)]
+        labels = [i for text in texts for i in (IGNORED, *text[1:])] + [IGNORED] * rest
+        packed.append(PackedText(*map(torch.tensor, (ids, positions, labels))))
+    return packed
 
 
 def _loss(model: LlamaForCausalLM, sequences: Sequence[PackedText]) -> Float[Tensor, ""]:
@@ -161,28 +155,20 @@ def _loss(model: LlamaForCausalLM, sequences: Sequence[PackedText]) -> Float[Ten
 
 
 def _train(
-    model: LlamaForCausalLM,
-    sequences: Sequence[PackedText],
-    plan: BaseModelPlan,
-    on_progress: OnProgress,
+    model: LlamaForCausalLM, sequences: Sequence[PackedText], on_progress: OnProgress
 ) -> Iterator[float]:
     """One pass of AdamW with warm-up and cosine, in fp32; yields the loss of each step."""
-    num_steps = -(-len(sequences) // plan.sequences_per_step)
+    num_steps = -(-len(sequences) // SEQUENCES_PER_STEP)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": plan.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    order = np.random.default_rng(plan.seed).permutation(len(sequences))
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}]
+    groups.append({"params": others, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    order = np.random.default_rng(SEED).permutation(len(sequences))
     model.train()
     for step, batch in enumerate(np.array_split(order, num_steps)):
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * _schedule(step, num_steps, plan.warmup_fraction)
+            group["lr"] = LEARNING_RATE * _schedule(step, num_steps)
         loss = _loss(model, [sequences[i] for i in batch])
         if not torch.isfinite(loss):
             raise NumericsError(f"pretraining the demo's model: the loss of step {step} is {loss}")
@@ -195,9 +181,9 @@ def _train(
     model.eval()
 
 
-def _schedule(step: int, num_steps: int, warmup_fraction: float) -> float:
+def _schedule(step: int, num_steps: int) -> float:
     """The factor on the learning rate: linear up, then half a cosine down to a tenth."""
-    warmup = max(1, round(warmup_fraction * num_steps))
+    warmup = max(1, round(WARMUP_FRACTION * num_steps))
     if step < warmup:
         return (step + 1) / warmup
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))

@@ -33,10 +33,8 @@ _WORD_LIMIT = {"chat": 14, "safety": 30}
 @cache
 def tables() -> dict[str, Any]:
     """The facts, word lists and task families of the world."""
-    content: dict[str, Any] = json.loads(
-        files("hafrm.demo").joinpath("tables.json").read_text("utf-8")
-    )
-    return content
+    text = files("hafrm.demo").joinpath("tables.json").read_text("utf-8")
+    return dict(json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,6 @@ class _Finding(NamedTuple):
     relevant: bool
     """Whether the text mentions what was asked about."""
     contradictory: bool = False
-    """Whether the text says both a right and a wrong thing."""
 
 
 def gold_reward(prompt: str | Sequence[Message], response: str) -> float:
@@ -64,8 +61,13 @@ def gold_reward(prompt: str | Sequence[Message], response: str) -> float:
     A prompt is the user's text or a group's messages, of which the last one of a user counts.
     Raises DataError for a prompt that is not of this world.
     """
-    task = parse(prompt if isinstance(prompt, str) else _question(prompt))
-    words = words_of(response)
+    if not isinstance(prompt, str):
+        asked = [message.content for message in prompt if message.role == "user"]
+        if not asked:
+            roles = [message.role for message in prompt]
+            raise DataError(f"the gold reward needs a user message, got roles {roles}")
+        prompt = asked[-1]
+    task, words = parse(prompt), words_of(response)
     if not words:
         return EMPTY_REWARD
     finding = _RULES.get(task.family, _safety)(task, words, response.strip())
@@ -252,11 +254,16 @@ _RULES: dict[str, Callable[[Task, list[str], str], _Finding]] = {
 """The rule of each chat family; safety families share `_safety`."""
 
 
+@cache
+def _lexicon() -> frozenset[str]:
+    return frozenset(tables()["lexicon"])
+
+
 def _manner(words: list[str], text: str, limit: int) -> float:
     """The part of the reward that is the same for every task: manners, repetition, rambling."""
     trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
     repeated = sum(count - 1 for count in trigrams.values())
-    lexicon = _lexicon()
+    lexicon = _lexicon()  # words outside of it count as gibberish
     unknown = sum(word not in lexicon for word in words) / len(words)
     lower = text.lower()
     return (
@@ -267,17 +274,3 @@ def _manner(words: list[str], text: str, limit: int) -> float:
         - 2.0 * unknown
         - 0.3 * (not text.rstrip().endswith((".", "!")))
     )
-
-
-@cache
-def _lexicon() -> frozenset[str]:
-    """Every word of the world; others count as gibberish."""
-    return frozenset(tables()["lexicon"])
-
-
-def _question(prompt: Sequence[Message]) -> str:
-    """The last user message of a conversation."""
-    for message in reversed(prompt):
-        if message.role == "user":
-            return message.content
-    raise DataError(f"the gold reward needs a user message, got roles {[m.role for m in prompt]}")

@@ -52,12 +52,9 @@ class DemoResult:
             for method, evaluation in self.evaluations.items()
         ]
         first = next(iter(self.evaluations.values()))
-        baseline = [s.length.pick_longer for s in first.sets]
-        return Table(
-            "agreement with the gold preference [95 %]",
-            tuple(Column(name) for name in ("method", *TEST_SETS, "all")),
-            (*rows, ("the longer one", *baseline)),
-        )
+        rows.append(("the longer one", *(s.length.pick_longer for s in first.sets)))
+        columns = tuple(map(Column, ("method", *TEST_SETS, "all")))
+        return Table("agreement with the gold preference [95 %]", columns, tuple(rows))
 
 
 def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
@@ -80,9 +77,9 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
     on_stage("5/5 evaluating on four test sets, labelled by the gold preference")
     for method in METHODS:
         sources = [str(data[f"test-{name}"]) for name in TEST_SETS]
-        evaluation = evaluations[method] = evaluate(folder / method, sources)
+        evaluations[method] = evaluate(folder / method, sources)
         # as `hafrm train` leaves them, where it evaluates the recipe's test sets itself
-        write_result(folder / method / "test.json", evaluation)
+        write_result(folder / method / "test.json", evaluations[method])
         write_cards(folder / method)
     report = None
     if not missing_packages():
@@ -112,12 +109,8 @@ def demo_recipe(method: str, base: Path, data: dict[str, Path]) -> Recipe:
                 "max_length": 256,
             },
             "method": {"name": method},
-            "training": {
-                "epochs": 3.0,
-                "batch_size": 16,
-                "learning_rate": METHODS[method],
-                "max_tokens": 2048,
-            },
+            "training": {"epochs": 3.0, "batch_size": 16, "max_tokens": 2048}
+            | {"learning_rate": METHODS[method]},
             "evaluation": {"every": 50, "metric": "loss"},
             "checkpoint": {"every": 0},
             "tracking": {"log_every": 25},

@@ -1,8 +1,8 @@
 """Where a scorer is right: by style features of the texts, and by slices of the data.
 
-A style feature only tells something about comparisons in which one response has more of it than the other.
-A division is a label for each comparison (a tag, a band of prompt lengths); numbers become bands of about a
-quarter each. Features go together (a list makes a text longer), so none of these figures is a cause.
+A style feature only says something about comparisons in which one response has more of it. A division is a
+label for each comparison (a tag, a band of prompt lengths). Features go together (a list makes a text
+longer), so none of these figures is a cause.
 """
 
 import re
@@ -79,27 +79,20 @@ class Slice:
 
 
 def style_biases(
-    margins: Margins,
-    chosen: Sequence[str],
-    rejected: Sequence[str],
-    prompts: PromptKeys,
+    margins: Margins, chosen: Sequence[str], rejected: Sequence[str], prompts: PromptKeys
 ) -> tuple[StyleBias, ...]:
     """The bias of every feature, from the texts of both sides."""
-    texts = dict.fromkeys([*chosen, *rejected])
+    texts = dict.fromkeys([*chosen, *rejected])  # each text is counted once
     result = []
     for feature, count in FEATURES.items():
         counts = {text: count(text) for text in texts}
-        # what the chosen response has more of, below zero if less
         more = np.array([counts[c] - counts[r] for c, r in zip(chosen, rejected, strict=True)], int)
         result.append(style_bias(feature, margins, more, prompts))
     return tuple(result)
 
 
 def style_bias(
-    feature: str,
-    margins: Margins,
-    more: Int[np.ndarray, " comparisons"],
-    prompts: PromptKeys,
+    feature: str, margins: Margins, more: Int[np.ndarray, " comparisons"], prompts: PromptKeys
 ) -> StyleBias:
     """The bias of one feature, of which the chosen response has `more` than the rejected one.
 
@@ -131,7 +124,7 @@ def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
     result = {tag: [group.tags.get(tag, "(none)") for group, _ in pairs] for tag in tags}
     words = [sum(len(message.content.split()) for message in g.prompt) for g, _ in pairs]
     turns = [sum(message.role == "user" for message in g.prompt) for g, _ in pairs]
-    result["prompt length"] = bands(np.array(words), "words")
+    result["prompt length"] = bands(np.array(words), " words")
     result["user turns"] = bands(np.array(turns))
     result["annotated margin"] = bands(np.array([pair.margin for _, pair in pairs]))
     result["votes"] = [vote_label(pair.votes) for _, pair in pairs]
@@ -139,47 +132,47 @@ def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
 
 
 def slice_accuracies(
-    margins: Margins,
-    divisions: Mapping[str, Sequence[str]],
-    prompts: PromptKeys,
+    margins: Margins, divisions: Mapping[str, Sequence[str]], prompts: PromptKeys
 ) -> tuple[Slice, ...]:
-    """Accuracy of each label of each division that has several."""
+    """Accuracy of each label of each division that has several.
+
+    Labels that start with a number come first, by that number; then the others by name.
+    """
+
+    def order(label: str) -> tuple[bool, float, str]:
+        number = _NUMBER.match(label)
+        return number is None, float(number[0]) if number else 0.0, label
+
     result = []
     for tag, all_labels in divisions.items():
         # dtype object: numpy would pad every label to the longest one
         labels = np.array(_without_rare(all_labels), dtype=object)
-        values = in_order(labels.tolist())
+        values = sorted(set(labels.tolist()), key=order)
         # a division with one label says no more than the accuracy of all
-        if len(values) > 1:
-            for value in values:
-                rows = labels == value
-                accuracy = accuracy_interval(margins[rows] > 0, prompts[rows])
-                result.append(Slice(tag, value, accuracy))
+        for value in values if len(values) > 1 else ():
+            rows = labels == value
+            result.append(Slice(tag, value, accuracy_interval(margins[rows] > 0, prompts[rows])))
     return tuple(result)
 
 
-def in_order(labels: Sequence[str]) -> list[str]:
-    """The distinct labels: those that start with a number by that number, then the others by name."""
-
-    def key(label: str) -> tuple[bool, float, str]:
-        number = _NUMBER.match(label)
-        return number is None, float(number[0]) if number else 0.0, label
-
-    return sorted(set(labels), key=key)
-
-
 def bands(values: Num[np.ndarray, " comparisons"], unit: str = "") -> list[str]:
-    """A label for each number: itself if there are few distinct ones, else the range of its quarter.
-
-    Quarters are cut at numbers that occur, so that equal numbers stay together.
-    """
+    """A label for each number: itself if there are few distinct ones, else the range of its quarter."""
     if len(np.unique(values)) <= _OWN_BAND:
-        return [_band_name(value, value, unit) for value in values.tolist()]
-    uppers = np.unique(np.quantile(values, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf"))
-    which = np.searchsorted(uppers, values)
-    lowers = [values[which == k].min().item() for k in range(len(uppers))]
-    names = [_band_name(low, high, unit) for low, high in zip(lowers, uppers.tolist(), strict=True)]
+        return [f"{value:g}{unit}" for value in values.tolist()]
+    which, names = quantile_bands(values, 4), []
+    for k in range(which.max() + 1):
+        low, high = values[which == k].min(), values[which == k].max()
+        names.append((f"{low:g}" if low == high else f"{low:g} to {high:g}") + unit)
     return [names[k] for k in which]
+
+
+def quantile_bands(
+    values: Num[np.ndarray, " comparisons"], num: int
+) -> Int[np.ndarray, " comparisons"]:
+    """The band of each number, at most `num` of about equal mass; equal numbers stay together."""
+    # cut at numbers that occur
+    uppers = np.quantile(values, np.arange(1, num + 1) / num, method="inverted_cdf")
+    return np.searchsorted(np.unique(uppers), values)
 
 
 def vote_label(votes: Votes | None) -> str:
@@ -187,11 +180,6 @@ def vote_label(votes: Votes | None) -> str:
     if votes is None or sum(votes) == 0:
         return "no votes"
     return f"{100 * votes.chosen / sum(votes):.0f} % of votes"
-
-
-def _band_name(low: int | float, high: int | float, unit: str) -> str:
-    text = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    return f"{text} {unit}".strip()
 
 
 def _without_rare(labels: Sequence[str]) -> list[str]:

@@ -24,14 +24,11 @@ class Temperature:
     """The fitted temperature, and log-loss and ECE on the prompts that it was not fitted on."""
 
     value: Real
-    """Below 1: the margins are too small for their accuracy; above 1: too large. Infinite if margins are
-    no better than chance, NaN if no temperature is best (see `fit_temperature`)."""
+    """Above 1: margins too large for their accuracy; infinite: no better than chance; NaN: no best one."""
     log_loss: tuple[Real, Real]
     """As the model is, and with the temperature; ln 2 = 0.693 is a coin's."""
     ece: tuple[Real, Real]
     """As the model is, and with the temperature."""
-    num_fitted: int
-    num_tested: int
     note: str
     """Why there is no finite temperature; "" if there is one."""
 
@@ -49,9 +46,8 @@ class MarginHistogram:
 
 def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
     """Fit on a random half of the prompts, test on the other; NaN if there is only one prompt."""
-    _, cluster = np.unique(prompts, return_inverse=True)
-    num_prompts = int(cluster.max()) + 1 if len(cluster) else 0
-    is_fitted = np.random.default_rng(SEED).permutation(num_prompts) < num_prompts // 2
+    names, cluster = np.unique(prompts, return_inverse=True)
+    is_fitted = np.random.default_rng(SEED).permutation(len(names)) < len(names) // 2
     # split by prompt: comparisons of one prompt on both sides would leak
     tested = margins[~is_fitted[cluster]].astype(np.float64)
     value = fit_temperature(margins[is_fitted[cluster]])
@@ -59,14 +55,9 @@ def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
     # an infinite temperature makes every probability one half
     after = calibration(np.empty(0) if math.isnan(value) else tested / value)
     note = "cannot be fitted" if math.isnan(value) else ""
-    return Temperature(
-        value=value,
-        log_loss=(before.log_loss, after.log_loss),
-        ece=(before.ece, after.ece),
-        num_fitted=len(margins) - len(tested),
-        num_tested=len(tested),
-        note="no better than chance" if math.isinf(value) else note,
-    )
+    note = "no better than chance" if math.isinf(value) else note
+    losses, errors = (before.log_loss, after.log_loss), (before.ece, after.ece)
+    return Temperature(value, losses, errors, note)
 
 
 def fit_temperature(margins: Margins) -> float:

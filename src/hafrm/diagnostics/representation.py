@@ -1,8 +1,7 @@
 """How rich last-token hidden states are, and how far training moved them from the base model's.
 
 The paper's second claim is that the policy loss keeps a reward model's representation from collapsing onto
-the one direction that its reward is read along. All figures are of the covariance of the states, so they
-do not depend on their scale; states are [responses, hidden] arrays.
+the direction of its reward. No figure depends on the states' scale.
 """
 
 import math
@@ -49,18 +48,23 @@ def describe_states(
                 "the model gives hidden states that are not finite; check its weights, or run it in "
                 "float32"
             )
-    fractions = spectrum(states)
-    is_same_size = base is not None and base.shape[1] == states.shape[1]
+    fractions, to_base = spectrum(states), (math.nan, math.nan)
+    p = fractions[fractions > 0]
+    # Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower
+    rank = float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
+    if base is not None:
+        is_same_size = base.shape[1] == states.shape[1]
+        to_base = (
+            linear_cka(states, base),
+            paired_cosine(states, base) if is_same_size else math.nan,
+        )
     return Representation(
         model,
-        effective_rank=effective_rank(fractions),
-        top_fraction=float(fractions[0]) if len(fractions) else math.nan,
-        mean_cosine=mean_cosine(states),
-        spectrum=tuple(fractions[:MAX_SPECTRUM].tolist()),
-        cka_to_base=math.nan if base is None else linear_cka(states, base),
-        cosine_to_base=paired_cosine(states, base)
-        if is_same_size and base is not None
-        else math.nan,
+        rank,
+        float(fractions[0]) if len(fractions) else math.nan,
+        mean_cosine(states),
+        tuple(fractions[:MAX_SPECTRUM].tolist()),
+        *to_base,
     )
 
 
@@ -70,19 +74,10 @@ def spectrum(states: StateMatrix) -> Float[np.ndarray, " directions"]:
     # squared singular values are the covariance's eigenvalues, up to a factor
     values = np.linalg.svd(centred, compute_uv=False) ** 2
     total = values.sum()
-    # equal states leave rounding around their mean, which is no variance
+    # rounding around the mean of equal states is no variance
     if total <= (1e-12 * np.abs(states).max(initial=0.0)) ** 2 * states.size:
         return np.empty(0)
     return np.asarray(values / total, np.float64)
-
-
-def effective_rank(fractions: Float[np.ndarray, " directions"]) -> float:
-    """exp(-sum p log p) of the spectrum; 1 for one direction, NaN for none.
-
-    Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower.
-    """
-    p = fractions[fractions > 0]
-    return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
 
 
 def mean_cosine(states: StateMatrix) -> float:

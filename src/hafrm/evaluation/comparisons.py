@@ -55,6 +55,11 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def num_responses(self) -> int:
+        """Responses of all groups: so many scores a model gives."""
+        return sum(len(group.responses) for group in self.groups)
+
     def take(self, indices: Indices) -> "Comparisons":
         """Those at the given indices."""
         pairs = tuple(self.pairs[i] for i in indices)
@@ -66,9 +71,8 @@ class Comparisons:
 
     def by_source(self) -> dict[str, Indices]:
         """The indices of each source's comparisons, sources in their order."""
-        sources = [self.groups[i].source for i in self.owner]
-        names = dict.fromkeys(sources)
-        return {n: np.array([i for i, s in enumerate(sources) if s == n], int) for n in names}
+        sources = np.array([self.groups[i].source for i in self.owner], str)
+        return {n: np.flatnonzero(sources == n) for n in dict.fromkeys(sources.tolist())}
 
     def sets(self) -> dict[str, Indices]:
         """The same, and "all" if there are several sources."""
@@ -80,8 +84,7 @@ class Comparisons:
 
         Raises NumericsError for a margin that is not finite, which would silently count as wrong.
         """
-        # index of each group's first response when all responses are counted through
-        first = np.cumsum([0, *(len(group.responses) for group in self.groups)])
+        first = response_offsets(self.groups)
         assert len(scores) == first[-1], "one score for each response of each group"
         # float32 would round the difference of two large scores
         start, exact = first[self.owner], scores.astype(np.float64)
@@ -91,18 +94,17 @@ class Comparisons:
             margins = exact[chosen] - exact[rejected]
         broken = np.flatnonzero(~np.isfinite(margins))
         if len(broken):
+            group = self.groups[self.owner[broken[0]]].id
             raise NumericsError(
                 f"{len(broken)} of {len(margins)} margins are not finite (first: a comparison of group "
-                f"{self.groups[self.owner[broken[0]]].id!r}); check the model's weights, or run it in "
-                "float32"
+                f"{group!r}); check the model's weights, or run it in float32"
             )
         return np.asarray(margins, np.float64)
 
     def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
         """The comparisons as `pairwise_metrics` takes them."""
         chosen, rejected = (
-            np.array([len(text) for text in texts], int)
-            for texts in (self.chosen_texts, self.rejected_texts)
+            np.array([*map(len, texts)], int) for texts in (self.chosen_texts, self.rejected_texts)
         )
         return ScoredComparisons(self.margins(scores), chosen, rejected, self.prompts, self.ties)
 
@@ -131,6 +133,11 @@ class Comparisons:
     def with_groups(self) -> list[tuple[Group, Comparison]]:
         """Each comparison with its group."""
         return [(self.groups[i], pair) for i, pair in zip(self.owner, self.pairs, strict=True)]
+
+
+def response_offsets(groups: Sequence[Group]) -> Int[np.ndarray, " groups_and_end"]:
+    """Index of each group's first response when all responses are counted through, and their number."""
+    return np.cumsum([0, *(len(group.responses) for group in groups)])
 
 
 def read_comparisons(

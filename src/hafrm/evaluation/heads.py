@@ -1,13 +1,12 @@
 """Models scored on the same comparisons by each of their heads: `evaluate` one, `compare_models` several.
 
-Takes a run folder, its `model/`, or any directory that stock transformers loads. Each head is a scorer of
-its own: the reward, the implicit reward of the policy, and their fused score. One model is in memory at a
-time, and no model is changed.
+A head is a scorer of its own: the reward, the implicit reward of the policy, and their fused score. One
+model is in memory at a time, and no model is changed.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,9 @@ from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
 from hafrm.errors import ConfigError
-from hafrm.evaluation.comparisons import (
-    Comparisons,
-    Data,
-    ScoredComparisons,
-    read_comparisons,
-)
+from hafrm.evaluation.comparisons import Comparisons, Data, ScoredComparisons, read_comparisons
 from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
-from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.fused import (
     FusedRewardModel,
@@ -37,11 +30,13 @@ from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
 from hafrm.statistics import paired_bootstrap
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
+Scores = dict[str, NDArray[np.float32]]
+"""One score for each response of all groups, by head."""
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """How models are loaded for an evaluation."""
+class EvaluationOptions:
+    """How data is read and models are loaded for an evaluation."""
 
     reference: str | Path | None = None
     """The reference of a policy, if not the one it names."""
@@ -49,15 +44,16 @@ class LoadOptions:
     """Tokens beyond which inputs are cut; None: the model's limit."""
     dtype: str = "auto"
     device: str | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """For `from_pretrained`; raises ConfigError for an unknown dtype or device."""
-        return Placement(self.dtype, self.device).options(self.max_length)
+    max_bad_fraction: float = 0.02
+    """Of a source's rows, that may be left out as bad."""
 
 
-def load_head(heads: Heads, name: str, options: LoadOptions) -> Scorer:
-    """The head called REWARD, IMPLICIT or FUSED, which the model has."""
-    arguments = options.arguments()
+def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
+    """The head called REWARD, IMPLICIT or FUSED, which the model has.
+
+    Raises ConfigError for an unknown dtype or device, ModelError for a model that cannot be loaded.
+    """
+    arguments: dict[str, Any] = Placement(options.dtype, options.device).options(options.max_length)
     if name == REWARD:
         assert heads.reward is not None
         return RewardModel.from_pretrained(heads.reward, **arguments)
@@ -75,8 +71,8 @@ def scorer_names(heads: Heads) -> list[str]:
     return [name for name, folder in folders.items() if folder is not None]
 
 
-def load_main_head(path: str | Path, options: LoadOptions) -> Scorer:
-    """The reward of the model at `path`; of a policy alone, its implicit reward."""
+def load_main_head(path: str | Path, options: EvaluationOptions) -> Scorer:
+    """The model by its first head: the reward head, or the implicit reward of a policy."""
     heads = find_heads(path)
     return load_head(heads, scorer_names(heads)[0], options)
 
@@ -85,7 +81,6 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     model: str | os.PathLike[str],
     data: Data,
     *,
-    policy: str | Path | None = None,
     reference: str | Path | None = None,
     max_length: int | None = None,
     dtype: str = "auto",
@@ -95,7 +90,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
 
-    `policy` adds a policy's implicit reward; `reference` overrides the checkpoint that the policy names.
+    `reference` overrides the checkpoint that the policy names.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
     >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
@@ -103,69 +98,49 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """
     reading, comparisons = read_comparisons(data, max_bad_fraction)
-    heads = find_heads(model, policy)
-    scores = _score_all_heads(
-        heads, comparisons, LoadOptions(reference, max_length, dtype, device), on_progress
-    )
+    options = EvaluationOptions(reference, max_length, dtype, device)
+    scores, report, rule = _score_all_heads(find_heads(model), comparisons, options, on_progress)
     return Evaluation(
         model=str(model),
-        scored_with=next(iter(scores.by_head)),
+        scored_with=next(iter(scores)),
         sets=tuple(
-            _measure_set(name, comparisons.take(indices), scores.by_head)
+            _measure_set(name, comparisons.take(indices), scores)
             for name, indices in comparisons.sets().items()
         ),
         num_bad_rows=len(reading.bad_rows),
         left_out=reading.left_out,
-        prompts_cut=scores.report.prompts_cut,
-        responses_cut=scores.report.responses_cut,
-        seam_merges=scores.report.seam_merges,
-        fused_rule=scores.fused_rule,
+        prompts_cut=report.prompts_cut,
+        responses_cut=report.responses_cut,
+        seam_merges=report.seam_merges,
+        fused_rule=rule,
     )
 
 
-@dataclass
-class _Scores:
-    """One score per response from each of the model's heads, the main head first."""
-
-    by_head: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    report: EncodingReport = field(default_factory=EncodingReport)
-    """Of the main head's encoder."""
-    fused_rule: str | None = None
-
-
 def _score_all_heads(
-    heads: Heads, comparisons: Comparisons, options: LoadOptions, on_progress: OnProgress
-) -> _Scores:
-    """The heads one after another."""
-    result, by_token = _Scores(), None
+    heads: Heads, comparisons: Comparisons, options: EvaluationOptions, on_progress: OnProgress
+) -> tuple[Scores, EncodingReport, str | None]:
+    """Each head's scores, the main head's first, with its encoder's report; and the fused rule in words."""
+    scores, reports, by_token, rule = Scores(), list[EncodingReport](), None, None
     # the fused score follows from the other two, without a pass of its own
     names = [name for name in scorer_names(heads) if name != FUSED]
-    num = sum(len(group.responses) for group in comparisons.groups)
-    done = over_passes(on_progress, num * len(names))
+    done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
-        result.by_head[name] = scorer.score_encoded(tokenized, done)
-        if name == names[0]:
-            result.report = report
+        scores[name] = scorer.score_encoded(tokenized, done)
+        reports.append(report)
         if isinstance(scorer, PolicyModel) and heads.fused is not None:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
-            by_token = per_token(result.by_head[name], _lengths(tokenized), scorer.rule)
+            lengths = np.array([len(ids) for group in tokenized for ids in group.response_ids])
+            by_token = per_token(scores[name], lengths, scorer.rule)
         del scorer  # before the next one is loaded
     if heads.fused is not None and by_token is not None:
         rule = read_fused_rule(heads.fused)
-        result.by_head[FUSED] = fused_scores(result.by_head[REWARD], by_token, rule)
-        result.fused_rule = str(rule)
-    return result
+        scores[FUSED] = fused_scores(scores[REWARD], by_token, rule)
+    return scores, reports[0], None if rule is None else str(rule)
 
 
-def _lengths(groups: Sequence[TokenizedGroup]) -> NDArray[np.int64]:
-    return np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
-
-
-def _measure_set(
-    name: str, comparisons: Comparisons, scores: dict[str, NDArray[np.float32]]
-) -> SetResult:
+def _measure_set(name: str, comparisons: Comparisons, scores: Scores) -> SetResult:
     scored = {head: comparisons.scored(values) for head, values in scores.items()}
     main = next(iter(scored.values()))
     decided = ~main.ties
@@ -182,15 +157,12 @@ def _measure_set(
     return SetResult(**vars(pairwise_metrics(main)), name=name, num_groups=num_groups, **others)
 
 
-def compare_models(  # noqa: PLR0913 - every way to say what is compared
+def compare_models(
     first: Sequence[str | Path],
     second: Sequence[str | Path],
     data: Data,
     *,
-    max_length: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    max_bad_fraction: float = 0.02,
+    options: EvaluationOptions | None = None,
     on_progress: OnProgress = no_progress,
 ) -> ModelComparison:
     """Accuracy of each side on each source, and their difference; several models of a side are its seeds.
@@ -205,17 +177,16 @@ def compare_models(  # noqa: PLR0913 - every way to say what is compared
             f"{len(first)} models against {len(second)}: give several seeds on both sides, or one model "
             "on each, because one seed does not tell how much seeds differ"
         )
-    _, comparisons = read_comparisons(data, max_bad_fraction)
+    options = options or EvaluationOptions()
+    _, comparisons = read_comparisons(data, options.max_bad_fraction)
     sets = comparisons.sets()
-    num = sum(len(group.responses) for group in comparisons.groups)
-    done = over_passes(on_progress, num * (len(first) + len(second)))
+    num_models = len(first) + len(second)
+    done = over_passes(on_progress, comparisons.num_responses * num_models)
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
-        scorer = load_main_head(
-            path, LoadOptions(max_length=max_length, dtype=dtype, device=device)
-        )
-        tokenized, _ = scorer.encoder.encode(comparisons.groups)
-        scores = scorer.score_encoded(tokenized, done)
+        heads = find_heads(path)
+        scorer = load_head(heads, scorer_names(heads)[0], options)
+        scores = scorer.score_encoded(scorer.encoder.encode(comparisons.groups)[0], done)
         # the model is freed here: only its scores are kept
         return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}
 

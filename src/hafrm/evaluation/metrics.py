@@ -1,8 +1,7 @@
 """What scores say about a model: accuracy, calibration, length bias, agreement of two scorers.
 
 Arrays in, frozen results out; NaN means "no data". A scorer is right only if the margin is above zero:
-equal scores are counted, and are not right. Ties stay out of every number except their own. Nothing here
-runs a model or reads a file.
+equal scores are counted, and are not right. Ties stay out of every number except their own.
 """
 
 import math
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Num
-from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import rankdata
 
@@ -19,7 +17,7 @@ from hafrm.results import Real
 from hafrm.statistics import Estimate, accuracy_interval
 from hafrm.table import Cell, Column, Table, columns
 
-_Lengths = Num[np.ndarray, " comparisons"]
+Lengths = Num[np.ndarray, " comparisons"]
 LENGTH_BANDS = (1.1, 2.0)
 """Longer over shorter: up to the first is about equal, above the second is much longer or shorter."""
 LENGTH_SLICES = ("much shorter", "shorter", "about equal", "longer", "much longer")
@@ -85,7 +83,7 @@ class Ties:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How alike two scorers rank the same comparisons; their margins may be on different scales."""
+    """How alike two scorers rank the same comparisons."""
 
     same_sign: Estimate
     """Fraction of comparisons on which both margins have the same sign (both zero included)."""
@@ -155,20 +153,11 @@ class Evaluation:
         return tuple(tables)
 
     def _accuracies(self) -> Table:
-        rows = tuple(
-            (
-                result.name,
-                result.accuracy.num,
-                result.accuracy,
-                result.length.pick_longer,
-                result.mean_margin,
-                result.calibration.log_loss,
-                result.calibration.ece,
-                result.accuracy.num_equal,
-                result.ties.num,
-            )
-            for result in self.sets
-        )
+        rows: list[tuple[Cell, ...]] = []
+        for r in self.sets:
+            fit, equal = r.calibration, r.accuracy.num_equal
+            estimates = r.accuracy, r.length.pick_longer, r.mean_margin, fit.log_loss, fit.ece
+            rows.append((r.name, r.accuracy.num, *estimates, equal, r.ties.num))
         fused = f"fused score, fitted on the run's validation data: {self.fused_rule}"
         notes = [fused] if self.fused_rule else []
         notes += [f"left out: {reason}: {num} rows" for reason, num in self.left_out.items()]
@@ -181,7 +170,7 @@ class Evaluation:
             "mean margin: decimal | log-loss: decimal | ECE: decimal | equal: count | ties: count"
         )
         title = f"{self.model}, scored with the {self.scored_with}"
-        return Table(title, heads, rows, tuple(notes))
+        return Table(title, heads, tuple(rows), tuple(notes))
 
 
 def _by_length(sets: tuple[SetResult, ...]) -> Table:
@@ -197,15 +186,13 @@ def _by_length(sets: tuple[SetResult, ...]) -> Table:
 def _both_heads(sets: tuple[SetResult, ...]) -> Table:
     """Each head's accuracy and that of both together, one below the other."""
     rows: list[tuple[Cell, ...]] = []
-    for result in sets:
-        rows.append((result.name, "reward", result.accuracy, None, None, None))
-        if result.implicit is not None and result.agreement is not None:
-            alike = result.agreement
-            accuracy = result.implicit.accuracy
-            rows.append(("", "implicit reward", accuracy, None, alike.same_sign, alike.spearman))
-        if result.fused is not None:
-            accuracy = result.fused.accuracy
-            rows.append(("", "fused", accuracy, result.fused_gain, None, None))
+    for r in sets:
+        rows.append((r.name, "reward", r.accuracy, None, None, None))
+        if r.implicit is not None and r.agreement is not None:
+            alike = r.agreement.same_sign, r.agreement.spearman
+            rows.append(("", "implicit reward", r.implicit.accuracy, None, *alike))
+        if r.fused is not None:
+            rows.append(("", "fused", r.fused.accuracy, r.fused_gain, None, None))
     heads = columns(
         "set | scorer | accuracy [95 %]: percent | less the reward's [95 %]: percent | "
         "same sign [95 %]: percent | Spearman: decimal"
@@ -216,27 +203,20 @@ def _both_heads(sets: tuple[SetResult, ...]) -> Table:
 def pairwise_metrics(scored: ScoredComparisons) -> PairwiseMetrics:
     """All metrics of one scorer."""
     # a tie has no right answer, and would count as wrong
-    margins, decided = scored.margins, ~scored.ties
-    prompts = scored.prompts[decided]
+    decided = ~scored.ties
+    margins, prompts = scored.margins[decided], scored.prompts[decided]
+    lengths = scored.chosen_lengths[decided], scored.rejected_lengths[decided]
+    tied = mean(np.abs(scored.margins[scored.ties]))
     return PairwiseMetrics(
-        accuracy=pairwise_accuracy(margins[decided], prompts),
-        mean_margin=mean(margins[decided]),
-        calibration=calibration(margins[decided]),
-        length=length_bias(
-            margins[decided],
-            scored.chosen_lengths[decided],
-            scored.rejected_lengths[decided],
-            prompts,
-        ),
-        ties=Ties(
-            num=int(scored.ties.sum()),
-            mean_abs_margin=mean(np.abs(margins[scored.ties])),
-            mean_abs_margin_decided=mean(np.abs(margins[decided])),
-        ),
+        accuracy=pairwise_accuracy(margins, prompts),
+        mean_margin=mean(margins),
+        calibration=calibration(margins),
+        length=length_bias(margins, *lengths, prompts),
+        ties=Ties(int(scored.ties.sum()), tied, mean(np.abs(margins))),
     )
 
 
-def pairwise_accuracy(margins: _Lengths, prompts: PromptKeys | None = None) -> Accuracy:
+def pairwise_accuracy(margins: Lengths, prompts: PromptKeys | None = None) -> Accuracy:
     """Fraction of margins above zero, with a 95 % interval that takes prompts as clusters."""
     correct = margins > 0
     e = accuracy_interval(correct, prompts)
@@ -276,8 +256,8 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
 
 def length_bias(
     margins: Margins,
-    chosen_lengths: _Lengths,
-    rejected_lengths: _Lengths,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
     prompts: PromptKeys | None = None,
 ) -> LengthEffects:
     """Accuracy by length ratio, the two baselines that look at length only, and the correlations.
@@ -290,16 +270,12 @@ def length_bias(
     # an empty response counts as one character
     ratio = np.maximum(chosen, rejected) / np.maximum(np.minimum(chosen, rejected), 1)
     band = np.sign(difference) * np.digitize(ratio, LENGTH_BANDS, right=True)
-
-    def slice_accuracy(rows: NDArray[np.bool_]) -> Accuracy:
-        clusters = None if prompts is None else prompts[rows]
-        return pairwise_accuracy(margins[rows], clusters)
-
+    slices = {}
+    for which, name in enumerate(LENGTH_SLICES, -len(LENGTH_BANDS)):
+        rows = band == which
+        slices[name] = pairwise_accuracy(margins[rows], None if prompts is None else prompts[rows])
     return LengthEffects(
-        slices={
-            name: slice_accuracy(band == which)
-            for which, name in enumerate(LENGTH_SLICES, -len(LENGTH_BANDS))
-        },
+        slices,
         pick_longer=pairwise_accuracy(difference, prompts),
         pick_shorter=pairwise_accuracy(-difference, prompts),
         pearson=pearson(margins, difference),
@@ -307,18 +283,10 @@ def length_bias(
     )
 
 
-def agreement(
-    first_margins: Margins,
-    second_margins: Margins,
-    prompts: PromptKeys | None = None,
-) -> Agreement:
-    """How alike two scorers rank the same comparisons."""
-    same = np.sign(first_margins) == np.sign(second_margins)
-    return Agreement(
-        same_sign=accuracy_interval(same, prompts),
-        pearson=pearson(first_margins, second_margins),
-        spearman=spearman(first_margins, second_margins),
-    )
+def agreement(first: Margins, second: Margins, prompts: PromptKeys | None = None) -> Agreement:
+    """How alike two scorers rank the same comparisons; their margins may be on different scales."""
+    same = accuracy_interval(np.sign(first) == np.sign(second), prompts)
+    return Agreement(same, pearson(first, second), spearman(first, second))
 
 
 def mean(values: Num[np.ndarray, " items"]) -> float:

@@ -58,15 +58,13 @@ class ModelComparison:
         title = "accuracy [95 %]" + (" over seeds" if len(self.first) > 1 else "")
         heads = "set | comparisons: count | first: percent"
         heads += " | second: percent | difference: percent | p: p | p (Holm): p" * bool(self.second)
-        rows = tuple(_cells(result)[: 7 if self.second else 3] for result in self.sets)
+        rows: list[tuple[Cell, ...]] = []
+        for s in self.sets:
+            gap = s.difference
+            tested = () if gap is None else (s.second, gap.estimate, gap.p_value, s.p_adjusted)
+            rows.append((s.name, s.num, s.first, *tested))
         notes = tuple(f"{side}: {', '.join(paths)}" for side, paths in sides if paths)
-        return (Table(title, columns(heads), rows, notes),)
-
-
-def _cells(result: SetComparison) -> tuple[Cell, ...]:
-    difference = result.difference
-    tested = (None, None) if difference is None else (difference.estimate, difference.p_value)
-    return (result.name, result.num, result.first, result.second, *tested, result.p_adjusted)
+        return (Table(title, columns(heads), tuple(rows), notes),)
 
 
 def compare_set(
@@ -91,17 +89,16 @@ def compare_correct(
 ) -> tuple[Difference, McNemar | None]:
     """The difference of two [seeds, comparisons] arrays of right answers, and their discordant counts.
 
-    With several seeds on both sides the interval is over prompts and seeds. For one model on each side it
-    is the paired bootstrap's over prompts, and the p-value is McNemar's exact one, unless prompts have
-    several comparisons, which that test would take as independent.
+    With several seeds on both sides the interval is over prompts and seeds; for one model on each side it
+    is the paired bootstrap's over prompts, with McNemar's exact p-value.
     """
-    # McNemar's test knows nothing of seeds
-    if len(first) > 1:
+    if len(first) > 1:  # McNemar's test knows nothing of seeds
         return seeded_difference(first, second, prompts), None
     counts = mcnemar(first[0], second[0])
     estimate = paired_bootstrap(first[0], second[0], prompts)
     if len(np.unique(prompts)) == len(prompts):
         return Difference(estimate, counts.p_value), counts
+    # several comparisons of a prompt are not independent, as McNemar's test takes them to be
     # 1 where only the first is right, -1 where only the second is
     gaps = first[0].astype(np.float64) - second[0]
     return Difference(estimate, cluster_p_value(gaps, prompts)), counts
@@ -111,11 +108,9 @@ def accuracy_over_seeds(
     correct: Bool[np.ndarray, "seeds comparisons"], prompts: PromptKeys
 ) -> Estimate:
     """The accuracy of one model, or the mean over several seeds."""
-    return (
-        seeded_mean(correct, prompts)
-        if len(correct) > 1
-        else accuracy_interval(correct[0], prompts)
-    )
+    if len(correct) > 1:
+        return seeded_mean(correct, prompts)
+    return accuracy_interval(correct[0], prompts)
 
 
 def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:

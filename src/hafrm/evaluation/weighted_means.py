@@ -34,7 +34,6 @@ class TermMeans:
         if not terms or any(len(term.values) == 0 for term in terms.values()):
             raise ValueError(f"every term needs an item, got {[*terms]}")
         self.terms = dict(terms)
-        self.index = {name: column for column, name in enumerate(self.terms)}
         sums, sizes = _by_cluster([*self.terms.values()])  # [clusters, terms] each
         self.means = sums.sum(0) / sizes.sum(0)
         self.resamples = _resample(sums, sizes)  # [resamples, terms]
@@ -52,7 +51,7 @@ class TermMeans:
         certain, Wilson's interval (a cluster one trial) does not. Deviations add in squares as far as the
         terms' clusters differ (Zou and Donner 2008).
         """
-        columns = [self.index[name] for name in weights]
+        columns = [*map([*self.terms].index, weights)]
         factors = np.array([*weights.values()], np.float64)
         first = self.terms[next(iter(weights))]
         if len(columns) == 1 and factors[0] == 1 and _is_binary(first):
@@ -60,18 +59,20 @@ class TermMeans:
         num = sum(len(self.terms[name].values) for name in weights)
         value = float(self.means[columns] @ factors)
         low, high = np.quantile(self.resamples[:, columns] @ factors, [0.025, 0.975])
-        below, above = self._unanimous([*weights], factors)
+        below, above = self._unanimous(columns, factors)
         low = value - math.hypot(max(0.0, value - low), below)
         high = value + math.hypot(max(0.0, high - value), above)
         return Estimate(value, low, high, num, "cluster-bootstrap")
 
-    def _unanimous(self, names: Sequence[str], factors: NDArray[np.float64]) -> tuple[float, float]:
+    def _unanimous(
+        self, columns: Sequence[int], factors: NDArray[np.float64]
+    ) -> tuple[float, float]:
         """How far below and above its value the sum may be, for its terms whose items all agree."""
-        columns = [self.index[name] for name in names]
-        gaps = np.zeros((2, len(names)))  # below, above
-        for place, (name, column) in enumerate(zip(names, columns, strict=True)):
+        terms = [*self.terms.values()]
+        gaps = np.zeros((2, len(columns)))  # below, above
+        for place, column in enumerate(columns):
             mean = float(self.means[column])
-            if _is_binary(self.terms[name]) and mean in (0.0, 1.0):
+            if _is_binary(terms[column]) and mean in (0.0, 1.0):
                 low, high = wilson(mean, float(self.num_clusters[column]))
                 gaps[:, place] = mean - low, high - mean
         overlap = self.overlap[np.ix_(columns, columns)]
@@ -98,12 +99,11 @@ def _by_cluster(terms: Sequence[Term]) -> tuple[NDArray[np.float64], NDArray[np.
     labels = np.concatenate([term.clusters for term in terms])
     names, rows = np.unique(labels, return_inverse=True)
     columns = np.repeat(np.arange(len(terms)), [len(term.values) for term in terms])
-    place = rows * len(terms) + columns  # index of (cluster, term) in the flat table
-    size = len(names) * len(terms)
-    values = np.concatenate([term.values for term in terms]).astype(np.float64)
-    sums = np.bincount(place, weights=values, minlength=size).reshape(len(names), len(terms))
-    sizes = np.bincount(place, minlength=size).reshape(len(names), len(terms))
-    return np.asarray(sums, np.float64), sizes.astype(np.float64)
+    sums, sizes = np.zeros((2, len(names), len(terms)))
+    # add.at, because a (cluster, term) may have several items
+    np.add.at(sums, (rows, columns), np.concatenate([term.values for term in terms]))
+    np.add.at(sizes, (rows, columns), 1.0)
+    return sums, sizes
 
 
 def _resample(
@@ -111,7 +111,7 @@ def _resample(
 ) -> NDArray[np.float64]:
     """[resamples, terms]: the mean of each term in each resample of clusters."""
     draw = np.random.default_rng(SEED)
-    totals, counts = [], []
+    totals, counts = np.zeros((2, 1, 1))
     # clusters of the same set of terms are one kind; each kind is resampled by itself
     _, kinds = np.unique(sizes > 0, axis=0, return_inverse=True)
     for kind in range(int(kinds.max()) + 1):
@@ -119,6 +119,6 @@ def _resample(
         blocks = [
             (c @ sums[members], c @ sizes[members]) for c in resample_counts(len(members), draw)
         ]
-        totals.append(np.concatenate([total for total, _ in blocks]))
-        counts.append(np.concatenate([count for _, count in blocks]))
-    return np.asarray(sum(totals) / sum(counts), np.float64)
+        total, count = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        totals, counts = totals + total, counts + count
+    return np.asarray(totals / counts, np.float64)

@@ -1,4 +1,4 @@
-"""Sections about reward models: accuracy, calibration, length, and what `hafrm diagnose` says."""
+"""Sections about reward models: accuracy, calibration, length, and what `--diagnose` finds."""
 
 from collections.abc import Iterator
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.errors import DataError, NumericsError
-from hafrm.evaluation.heads import LoadOptions, load_main_head
+from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.actor import Rollout
 from hafrm.rlhf.rlhf_recipe import RewardSection
@@ -30,7 +30,7 @@ Measure = Literal["gold", "independent", "penalised"]
 
 def load_scorer(path: str) -> Scorer:
     """The reward model at a run folder, exported directory or hub id; of a policy, its implicit reward."""
-    return load_main_head(path, LoadOptions())
+    return load_main_head(path, EvaluationOptions())
 
 
 def score_texts(

@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_write
-from hafrm.benchmarks.benchmark_scores import score_benchmark
 from hafrm.errors import NumericsError
+from hafrm.evaluation.comparisons import Comparisons
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
 from hafrm.resumable import ResumableFolder
 from hafrm.scoring.fused import fit_fused, fused_scores, per_token
 from hafrm.scoring.reward_model import ImplicitRule
-from hafrm.statistics import Estimate, accuracy_interval, in_words, over_seeds
+from hafrm.statistics import Estimate, accuracy_interval, in_words
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
-from hafrm.study.study_result import ScorerOutcome, StudyBenchmark, StudyResult, Tuning, summarise
+from hafrm.study.study_result import ScorerOutcome, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
     REWARD_MARGINS,
     TOKEN_MARGINS,
@@ -36,7 +36,6 @@ from hafrm.study.study_runs import (
     RunResult,
     RunWorker,
     StudyData,
-    StudySetup,
     drop_checkpoints,
     read_run_result,
     read_scores,
@@ -50,92 +49,78 @@ COMPARISON_FILE = "comparison.json"
 TWO_MODELS = "bt + dpo (fused)"
 """Two models trained apart and scored together: the control for one backbone with two heads."""
 
+RunPool = ProcessPool[StudyRun, RunResult]
 SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, scorer), an array for each seed."""
 
 
 def compare_methods(
-    plan: StudyPlan,
-    out: Path,
-    *,
-    processes: int = 1,
-    keep_models: bool = False,
-    benchmarks: Sequence[str] = (),
-    benchmark_data: Path | None = None,
+    plan: StudyPlan, out: Path, *, processes: int = 1, keep_models: bool = False
 ) -> StudyResult:
     """Run what of the plan has not been run, and summarise all of it.
 
     Raises CheckpointError for a folder of another recipe or other test data, NumericsError if a method's
     runs diverge at every learning rate or later at the chosen one, and what `train` raises.
     """
-    setup = StudySetup(plan.recipe, out, tuple(benchmarks), benchmark_data, keep_models)
-    data = read_study_data(setup)  # faults of the data come to light before hours of training
+    data = read_study_data(plan.recipe)  # faults of the data come to light before hours of training
+    sections = plan.recipe.model_dump(mode="json").items()
+    cache_key = {f"recipe.{name}": section for name, section in sections}
     with ResumableFolder.open(out, "comparison of methods") as folder:
-        recipe = plan.recipe.model_dump(mode="json")
-        folder.claim(
-            "runs",
-            {
-                **{f"recipe.{name}": section for name, section in recipe.items()},
-                "test data": data.digest,
-            },
-            has_content=(out / "runs").is_dir(),
-        )
+        has_runs = (out / "runs").is_dir()
+        folder.claim("runs", {**cache_key, "test data": data.digest}, has_content=has_runs)
         # for people and the report; the claim above is what counts
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
-        tunings, tuning_runs, runs = _train(plan, setup, processes)
+        with ProcessPool(partial(RunWorker, plan, out, keep_models=keep_models), processes) as pool:
+            progress = _Progress(processes)
+            tunings, tuning_runs = _tune(plan, out, pool, progress)
+            runs = plan.runs({choice.method: choice.chosen for choice in tunings})
+            progress.run(pool, runs)
+        # kept until here, because a chosen run is scored from its best checkpoint
+        for run in tuning_runs:
+            drop_checkpoints(run.folder(out))
+        # a rate that suits the tuning set may be too high for another set or seed
+        for run in runs:
+            outcome = read_run_result(run.folder(out))
+            if outcome is not None and outcome.diverged is not None:
+                raise NumericsError(
+                    f"{run} diverged: {outcome.diverged}. Give smaller --learning-rates"
+                )
         folders = dict.fromkeys(run.folder(out) for run in (*tuning_runs, *runs))
         results = [read_run_result(path) for path in folders]
-        seconds = sum(done.seconds for done in results if done is not None)
-        scores = scores_of_runs(runs, data, out)
         result = StudyResult(
-            **vars(summarise(outcomes_of(scores, data))),
             recipe=str(out / "recipe.yaml"),
             metric=plan.recipe.evaluation.metric,
             seeds=plan.seeds,
-            benchmarks=_benchmark_scores(scores, data),
-            pick_longer=pick_longer(data),
+            pick_longer=pick_longer(data.comparisons),
             learning_rates=tunings,
-            seconds=seconds,
+            seconds=sum(done.seconds for done in results if done is not None),
+            **summarise(outcomes_of(scores_of_runs(runs, data, out), data.comparisons)),
         )
         write_result(out / COMPARISON_FILE, result)
     return result
 
 
-def _train(
-    plan: StudyPlan, setup: StudySetup, processes: int
-) -> tuple[tuple[Tuning, ...], list[StudyRun], list[StudyRun]]:
-    """Do all runs; the learning rates chosen, the runs that chose them, the runs of the result."""
-    out = setup.root
-    with ProcessPool(partial(RunWorker, setup), processes) as pool:
-        tuning = plan.tuning_runs()
-        # the number of runs does not depend on the rates
-        any_rates = {method.name: plan.rates[0] for method in plan.methods}
-        progress = _Progress(len(tuning) + len(plan.runs(any_rates)), processes)
-        pool.run(tuning, progress)
-        for _ in range(plan.num_extra_rates):
-            more = _runs_beyond(plan, _choose_rates(plan, tuning, out))
-            progress.total += len(more)
-            pool.run(more, progress)
-            tuning += more
-        tunings = _choose_rates(plan, tuning, out)
-        for choice in tunings:
-            log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
-        runs = plan.runs({choice.method: choice.chosen for choice in tunings})
-        pool.run(runs, progress)
-    # kept until here, because a chosen run is scored from its best checkpoint
-    for run in tuning:
-        drop_checkpoints(run.folder(out))
-    # a rate that suits the tuning set may be too high for another set or seed
-    for run in runs:
-        result = read_run_result(run.folder(out))
-        if result is not None and result.diverged is not None:
-            raise NumericsError(f"{run} diverged: {result.diverged}. Give smaller --learning-rates")
-    return tunings, tuning, runs
+def _tune(
+    plan: StudyPlan, out: Path, pool: RunPool, progress: "_Progress"
+) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
+    """The learning rate that validates best for each method, and the runs that chose it."""
+    tuning = plan.tuning_runs()
+    # how many runs follow does not depend on the rates
+    progress.later = len(plan.runs({method.name: plan.rates[0] for method in plan.methods}))
+    progress.run(pool, tuning)
 
+    def choose() -> tuple[Tuning, ...]:
+        return tuple(_choose_rate(plan, method, tuning, out) for method in plan.methods)
 
-def _choose_rates(plan: StudyPlan, runs: list[StudyRun], out: Path) -> tuple[Tuning, ...]:
-    """For each method the learning rate whose best step validates best."""
-    return tuple(_choose_rate(plan, method, runs, out) for method in plan.methods)
+    for _ in range(plan.num_extra_rates):
+        rates = [(m, t.next_rate()) for m, t in zip(plan.methods, choose(), strict=True)]
+        more = [plan.tuning_run(method, rate) for method, rate in rates if rate is not None]
+        progress.run(pool, more)
+        tuning += more
+    progress.later = 0
+    for choice in choose():
+        log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
+    return choose(), tuning
 
 
 def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out: Path) -> Tuning:
@@ -149,18 +134,13 @@ def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out
             tried[run.rate] = result.validation.get(metric)
     finite = {rate: sign * value for rate, value in tried.items() if value is not None}
     if not finite:
+        rates = ", ".join(f"{rate:.3g}" for rate in tried)
         raise NumericsError(
-            f"{method.name} diverges at every learning rate tried "
-            f"({', '.join(f'{rate:.3g}' for rate in tried)}): give smaller ones with --learning-rates"
+            f"{method.name} diverges at every learning rate tried ({rates}): give smaller ones with "
+            "--learning-rates"
         )
     best = max(finite, key=finite.__getitem__)
-    return Tuning(method.name, plan.tuning_set.name, best, tuple(sorted(tried.items())))
-
-
-def _runs_beyond(plan: StudyPlan, tunings: Sequence[Tuning]) -> list[StudyRun]:
-    """Runs at rates beyond those tried, of the methods whose best one is at an end of them."""
-    rates = [(method, t.next_rate()) for method, t in zip(plan.methods, tunings, strict=True)]
-    return [plan.tuning_run(method, rate) for method, rate in rates if rate is not None]
+    return Tuning(method.name, runs[0].train, best, tuple(sorted(tried.items())))
 
 
 def scorers_of(method: StudyMethod) -> dict[str, str]:
@@ -184,8 +164,8 @@ def scores_of_runs(
         for scorer, head in scorers_of(run.method).items():
             is_fused = head == "fused"
             values = _fuse(stored, stored, run.method.method, lengths) if is_fused else stored[head]
-            scores[run.train.name, scorer].append(values)
-        by_seed[run.train.name, run.seed][run.method.name] = stored
+            scores[run.train, scorer].append(values)
+        by_seed[run.train, run.seed][run.method.name] = stored
     for (train, _), stored_by_method in by_seed.items():
         if {"bt", "dpo"} <= stored_by_method.keys():
             bt, dpo = stored_by_method["bt"], stored_by_method["dpo"]
@@ -203,63 +183,45 @@ def _fuse(
     return fused_scores(reward["reward"], by_token, rule)
 
 
-def outcomes_of(scores: SeedScores, data: StudyData) -> dict[tuple[str, str, str], ScorerOutcome]:
+def outcomes_of(
+    scores: SeedScores, comparisons: Comparisons
+) -> dict[tuple[str, str, str], ScorerOutcome]:
     """What every scorer got right on every test set, training sets and scorers in their order."""
-    decided = data.comparisons.decided()
+    decided = comparisons.decided()
     sets = {name: decided.take(indices) for name, indices in decided.by_source().items()}
     result = {}
     for (train, scorer), by_seed in scores.items():
-        for name, comparisons in sets.items():
-            margins = np.array([comparisons.margins(values) for values in by_seed])
-            result[train, scorer, name] = ScorerOutcome(margins > 0, margins, comparisons.prompts)
+        for name, pairs in sets.items():
+            margins = np.array([pairs.margins(values) for values in by_seed])
+            result[train, scorer, name] = ScorerOutcome(margins > 0, margins, pairs.prompts)
     return result
 
 
-def pick_longer(data: StudyData) -> dict[str, Estimate]:
+def pick_longer(comparisons: Comparisons) -> dict[str, Estimate]:
     """The accuracy of the longer response, in characters, on each test set."""
-    decided = data.comparisons.decided()
-    lengths = np.array([len(text) for group in data.groups for text in group.responses], np.float32)
-    margins = decided.margins(lengths)
+    decided = comparisons.decided()
+    texts = (text for group in comparisons.groups for text in group.responses)
+    margins = decided.margins(np.array([*map(len, texts)], np.float32))
     return {
         name: accuracy_interval(margins[indices] > 0, decided.prompts[indices])
         for name, indices in decided.by_source().items()
     }
 
 
-def _benchmark_scores(scores: SeedScores, data: StudyData) -> tuple[StudyBenchmark, ...]:
-    """Every scorer on every benchmark: the published score of each seed, and the mean over seeds."""
-    first = np.cumsum([0, *(len(group.responses) for group in data.groups)])
-    results = []
-    for placed in data.benchmarks:
-        benchmark, items = placed.loaded.benchmark, placed.loaded.items
-        places = [first[group] + np.array(within) for group, within in placed.places]
-        for (train, scorer), by_seed in scores.items():
-            exact = [values.astype(np.float64) for values in by_seed]
-            overall = [
-                score_benchmark(benchmark, items, [v[p] for p in places]).overall for v in exact
-            ]
-            per_seed = tuple(estimate.value for estimate in overall)
-            mean = over_seeds(overall)
-            results.append(StudyBenchmark(train, scorer, benchmark.name, mean, per_seed))
-    return tuple(results)
-
-
 class _Progress:
-    """Logs every finished run, and how long the rest may take."""
+    """Does runs, and logs every finished one with how long the rest may take."""
 
-    def __init__(self, total: int, processes: int) -> None:
-        self.total, self.processes = total, processes
-        self.done, self.seconds = 0, 0.0
+    def __init__(self, processes: int) -> None:
+        self.processes, self.later = max(1, processes), 0
+        self.total, self.done, self.seconds = 0, 0, 0.0
 
-    def __call__(self, run: StudyRun, result: RunResult) -> None:
+    def run(self, pool: RunPool, runs: Sequence[StudyRun]) -> None:
+        self.total += len(runs)
+        pool.run(runs, self._log)
+
+    def _log(self, run: StudyRun, result: RunResult) -> None:
         self.done, self.seconds = self.done + 1, self.seconds + result.seconds
-        left = (self.total - self.done) * self.seconds / self.done / max(1, self.processes)
-        log.info(
-            "run %d/%d  %s: %s  (%.0f s; about %.0f min left)",
-            self.done,
-            self.total,
-            run,
-            result.diverged or in_words(result.validation),
-            result.seconds,
-            left / 60,
-        )
+        total = self.total + self.later
+        left = (total - self.done) * self.seconds / self.done / self.processes / 60
+        outcome = result.diverged or in_words(result.validation)
+        log.info(f"run {self.done}/{total}  {run}: {outcome}  (about {left:.0f} min left)")

@@ -41,18 +41,11 @@ class StudyMethod:
 
 
 @dataclass(frozen=True)
-class TrainSet:
-    """What a run trains on."""
-
-    name: str
-    entries: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class StudyRun:
     """One run of a study."""
 
-    train: TrainSet
+    train: str
+    """The training set's name."""
     method: StudyMethod
     rate: float
     seed: int
@@ -63,20 +56,10 @@ class StudyRun:
         """Its folder; the name has everything in which it differs from other runs."""
         # ":" is no name on some file systems
         method = self.method.name.replace(":", ",").replace("/", "_")
-        return root / "runs" / self.train.name / method / f"rate-{self.rate:g}-seed-{self.seed}"
-
-    def recipe(self, base: Recipe) -> Recipe:
-        """The study's recipe, for this run."""
-        changes = {
-            "data.train": self.train.entries,
-            "method": self.method.section,
-            "training.seed": self.seed,
-            "training.learning_rate": self.rate,
-        }
-        return with_values(base, changes, name=f"the recipe of {self}")
+        return root / "runs" / self.train / method / f"rate-{self.rate:g}-seed-{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.method.name} on {self.train.name}, rate {self.rate:.3g}, seed {self.seed}"
+        return f"{self.method.name} on {self.train}, rate {self.rate:.3g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -85,30 +68,35 @@ class StudyPlan:
 
     recipe: Recipe
     methods: tuple[StudyMethod, ...]
-    train_sets: tuple[TrainSet, ...]
+    train_sets: Mapping[str, tuple[str, ...]]
+    """The entries of `data.train` by the set's name; learning rates are chosen on the last set."""
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     num_extra_rates: int = 0
     """How many rates beyond the ends of `rates` a method may try, while the last one is its best."""
 
-    @property
-    def tuning_set(self) -> TrainSet:
-        """Where learning rates are chosen: the last set, which is the mixed one if there are several."""
-        return self.train_sets[-1]
+    def recipe_of(self, run: StudyRun) -> Recipe:
+        """The study's recipe, for this run."""
+        changes = {
+            "data.train": self.train_sets[run.train],
+            "method": run.method.section,
+            "training.seed": run.seed,
+            "training.learning_rate": run.rate,
+        }
+        return with_values(self.recipe, changes, name=f"the recipe of {run}")
 
     def tuning_run(self, method: StudyMethod, rate: float) -> StudyRun:
         """The run that says, by validation data, how well a method does at a learning rate."""
-        return StudyRun(self.tuning_set, method, rate, self.seeds[0], is_scored=False)
+        # the last set is the mixed one if there are several
+        return StudyRun([*self.train_sets][-1], method, rate, self.seeds[0], is_scored=False)
 
     def tuning_runs(self) -> list[StudyRun]:
         """One run for each method and learning rate, with the first seed."""
         return [self.tuning_run(method, rate) for method in self.methods for rate in self.rates]
 
     def runs(self, rates: Mapping[str, float]) -> list[StudyRun]:
-        """All runs that the result is made of, given each method's learning rate.
-
-        Runs on the same data follow each other, so that a process prepares it once.
-        """
+        """All runs that the result is made of, from each method's learning rate."""
+        # runs on the same data follow each other, so that a process prepares it once
         return [
             StudyRun(train, method, rates[method.name], seed)
             for train in self.train_sets
@@ -137,22 +125,22 @@ def plan_study(
             "data.weights lists numbers, which fit one list of sets; a comparison trains on each set "
             "alone too: take uniform, or leave it out"
         )
-    if num_seeds < 1:
-        raise ConfigError(f"--seeds is {num_seeds}; give 1 or more (2 tell how much seeds differ)")
     if any(not rate > 0 for rate in rates):
         raise ConfigError(f"learning rates must be above 0, got {list(rates)}")
-    sets = [TrainSet(set_name(entry), (entry,)) for entry in recipe.data.train]
+    names = [set_name(entry) for entry in recipe.data.train]
+    _refuse_doubles(names, "training sets")
+    sets: dict[str, tuple[str, ...]] = {
+        n: (e,) for n, e in zip(names, recipe.data.train, strict=True)
+    }
     if mixed and len(sets) > 1:
-        sets.append(TrainSet(MIXED, recipe.data.train))
-    _refuse_doubles([train.name for train in sets], "training sets")
-    # the recipe's own seed is the first one
-    first = recipe.training.seed
+        sets[MIXED] = recipe.data.train
+    first, rate = recipe.training.seed, recipe.training.learning_rate
     return StudyPlan(
         recipe,
         parse_methods(methods),
-        tuple(sets),
+        sets,
         seeds=tuple(range(first, first + num_seeds)),
-        rates=tuple(rates) or tuple(recipe.training.learning_rate * f for f in RATE_FACTORS),
+        rates=tuple(rates) or tuple(rate * factor for factor in RATE_FACTORS),
         num_extra_rates=0 if rates else MAX_EXTRA_RATES,
     )
 

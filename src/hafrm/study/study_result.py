@@ -1,13 +1,14 @@
 """What a study says: accuracies with intervals over prompts and seeds, and significant differences.
 
 A *scorer* is a method by its own score, and for a method with two heads also its implicit reward and the
-fused score of both. Every scorer is compared with the first one, the baseline. The averages (in domain,
-other domains, held out) are few and are the findings; the accuracies on single test sets are many. Each of
-the two families has its own adjustment for the number of its tests (Holm).
+fused score of both. Every scorer is compared with the first one, the baseline. Averages over sets (the
+findings) and single test sets are two families of tests, each with its own adjustment (Holm).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -93,17 +94,6 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True)
-class StudyBenchmark:
-    """A scorer's score on one published benchmark, after training on one set."""
-
-    train: str
-    method: str
-    benchmark: str
-    score: Estimate
-    per_seed: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Tuning:
     """How a method's learning rate was chosen."""
 
@@ -126,9 +116,14 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The part of a `StudyResult` that follows from the outcomes alone."""
+class StudyResult:
+    """A finished comparison of methods."""
 
+    recipe: str
+    """The file of the recipe that all runs share."""
+    metric: str
+    """Of validation data, by which learning rates and steps were chosen."""
+    seeds: tuple[int, ...]
     methods: tuple[str, ...]
     """All scorers; the first is the baseline."""
     train_sets: tuple[str, ...]
@@ -138,18 +133,6 @@ class Summary:
     differences: tuple[Contrast, ...]
     """On single test sets."""
     average_differences: tuple[Contrast, ...]
-
-
-@dataclass(frozen=True)
-class StudyResult(Summary):
-    """A finished comparison of methods."""
-
-    recipe: str
-    """The file of the recipe that all runs share."""
-    metric: str
-    """Of validation data, by which learning rates and steps were chosen."""
-    seeds: tuple[int, ...]
-    benchmarks: tuple[StudyBenchmark, ...]
     pick_longer: dict[str, Estimate]
     """Accuracy of the longer response on each test set."""
     learning_rates: tuple[Tuning, ...]
@@ -157,66 +140,49 @@ class StudyResult(Summary):
     """Of all runs, as far as their last process ran them."""
 
     def tables(self) -> tuple[Table, ...]:
-        """The averages, a table for each training set, benchmarks, and how learning rates were chosen."""
-        tables = [self._averages(), *(self._matrix(train) for train in self.train_sets)]
-        if self.benchmarks:
-            tables.append(self._benchmarks())
-        return (*tables, self._learning_rates())
+        """The averages, a table for each training set, and how learning rates were chosen."""
+        matrices = (self._matrix(train) for train in self.train_sets)
+        return (self._averages(), *matrices, self._learning_rates())
 
     def _averages(self) -> Table:
         kinds = list(dict.fromkeys(average.kind for average in self.averages))
         values = {(a.method, a.kind): a.accuracy for a in self.averages}
         significant = [c for c in self.average_differences if c.is_significant]
-        notes = tuple(
-            f"{c.test}: {c.first} - {c.second} = {c.difference}, p {c.p_value:.2g} "
-            f"(Holm {c.p_adjusted:.2g})"
-            for c in significant
-        )
-        heading = "averages that differ significantly (Holm's p < 0.05):"
-        none = (
+        notes = [
             f"no average differs significantly from {self.methods[0]}'s (Holm's p >= 0.05 for all)"
-        )
+        ]
+        if significant:
+            notes = ["averages that differ significantly (Holm's p < 0.05):"]
+        for c in significant:
+            p = f"p {c.p_value:.2g} (Holm {c.p_adjusted:.2g})"
+            notes.append(f"{c.test}: {c.first} - {c.second} = {c.difference}, {p}")
         title = f"mean accuracy [95 % over prompts and {len(self.seeds)} seeds]"
-        rows = self._method_rows(kinds, values, significant)
-        return Table(title, self._columns(kinds), rows, (heading, *notes) if notes else (none,))
+        return self._by_method(title, kinds, values, significant, notes=notes)
 
     def _matrix(self, train: str) -> Table:
         values = {(a.method, a.test): a.accuracy for a in self.accuracies if a.train == train}
         significant = [c for c in self.differences if c.train == train and c.is_significant]
-        rows = self._method_rows(self.test_sets, values, significant)
-        longer: tuple[Cell, ...] = tuple(self.pick_longer[test] for test in self.test_sets)
+        longer = ("pick longer", *(self.pick_longer[test] for test in self.test_sets), None)
         title = f"trained on {train}: accuracy [95 %]"
-        return Table(title, self._columns(self.test_sets), (*rows, ("pick longer", *longer, None)))
+        return self._by_method(title, self.test_sets, values, significant, more=[longer])
 
-    def _columns(self, names: Sequence[str]) -> tuple[Column, ...]:
-        estimates = (Column(name, "percent") for name in names)
-        return (Column("method"), *estimates, Column(f"differs from {self.methods[0]} in"))
-
-    def _method_rows(
+    def _by_method(
         self,
+        title: str,
         names: Sequence[str],
         values: Mapping[tuple[str, str], Estimate],
         significant: Sequence[Contrast],
-    ) -> tuple[tuple[Cell, ...], ...]:
-        return tuple(
-            (
-                method,
-                *(values[method, name] for name in names),
-                ", ".join(c.test for c in significant if c.first == method),
-            )
-            for method in self.methods
-        )
-
-    def _benchmarks(self) -> Table:
-        names = list(dict.fromkeys(b.benchmark for b in self.benchmarks))
-        scores = {(b.train, b.method, b.benchmark): b.score for b in self.benchmarks}
-        rows: tuple[tuple[Cell, ...], ...] = tuple(
-            (train, method, *(scores[train, method, name] for name in names))
-            for train in self.train_sets
-            for method in self.methods
-        )
-        columns = (Column("trained on"), Column("method"), *(Column(n, "percent") for n in names))
-        return Table("published benchmarks [95 %]", columns, rows)
+        *,
+        more: Sequence[tuple[Cell, ...]] = (),
+        notes: Sequence[str] = (),
+    ) -> Table:
+        rows: list[tuple[Cell, ...]] = []
+        for method in self.methods:
+            differs = ", ".join(c.test for c in significant if c.first == method)
+            rows.append((method, *(values[method, name] for name in names), differs))
+        last = Column(f"differs from {self.methods[0]} in")
+        columns = (Column("method"), *(Column(name, "percent") for name in names), last)
+        return Table(title, columns, (*rows, *more), tuple(notes))
 
     def _learning_rates(self) -> Table:
         rows = []
@@ -253,32 +219,32 @@ def domains(
     return {kind: pairs for kind, pairs in kinds.items() if pairs}
 
 
-def summarise(outcomes: Outcomes) -> Summary:
-    """The summary of all outcomes, in their order; the first scorer is the baseline."""
+def summarise(outcomes: Outcomes) -> dict[str, Any]:
+    """The fields of a `StudyResult` that follow from the outcomes; the first scorer is the baseline."""
     trains, scorers, tests = (tuple(dict.fromkeys(key[i] for key in outcomes)) for i in range(3))
-    baseline = scorers[0]
-    single = [
-        _contrast(train, test, scorer, baseline, outcomes)
-        for train in trains
-        for test in tests
-        for scorer in scorers[1:]
-    ]
-    # an average is over (training set, test set) pairs, each of equal weight
-    averages, contrasts = [], []
+    baseline, others = scorers[0], scorers[1:]
+    single, averages, contrasts = list[Contrast](), list[Average](), list[Contrast]()
+    for train, test, scorer in product(trains, tests, others):
+        one, other = outcomes[train, scorer, test], outcomes[train, baseline, test]
+        gap, _ = compare_correct(one.correct, other.correct, one.prompts)
+        single.append(Contrast(train, test, scorer, baseline, gap.estimate, gap.p_value))
     for kind, pairs in domains(trains, tests).items():
         stacks = {
             s: stacked([(test, outcomes[train, s, test]) for train, test in pairs]) for s in scorers
         }
-        for scorer in scorers:
-            averages.append(Average(kind, scorer, _mean(*stacks[scorer]), len(pairs)))
-        for scorer in scorers[1:]:
-            (values, clusters), (others, _) = stacks[scorer], stacks[baseline]
-            gap = _difference_of_means(values, others, clusters)
+        averages += [Average(kind, s, _mean(*stacks[s]), len(pairs)) for s in scorers]
+        for scorer in others:
+            gap = _difference_of_means(stacks[scorer][0], *stacks[baseline])
             contrasts.append(Contrast("", kind, scorer, baseline, gap.estimate, gap.p_value))
-    accuracies = tuple(_set_accuracy(*key, outcome) for key, outcome in outcomes.items())
-    return Summary(
-        scorers, trains, tests, accuracies, tuple(averages), _adjusted(single), _adjusted(contrasts)
-    )
+    return {
+        "methods": scorers,
+        "train_sets": trains,
+        "test_sets": tests,
+        "accuracies": tuple(_set_accuracy(*key, outcome) for key, outcome in outcomes.items()),
+        "averages": tuple(averages),
+        "differences": _adjusted(single),
+        "average_differences": _adjusted(contrasts),
+    }
 
 
 def stacked(
@@ -286,9 +252,9 @@ def stacked(
 ) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
     """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
 
-    A set's right answers are scaled so that each set has equal weight, whatever its size. Prompts of one
-    test set are one cluster each, also if models of several training sets answered them.
+    A prompt of a test set is one cluster, also if models of several training sets answered it.
     """
+    # right answers are scaled so that each set has equal weight, whatever its size:
     # mean over all columns of o * total / (k * n_o) = mean over sets of mean(o)
     total = sum(outcome.correct.shape[1] for _, outcome in outcomes)
     values = [o.correct * (total / (len(outcomes) * o.correct.shape[1])) for _, o in outcomes]
@@ -308,12 +274,6 @@ def _set_accuracy(train: str, scorer: str, test: str, outcome: ScorerOutcome) ->
         ece=float(np.mean([fit.ece for fit in fits])),
         log_loss=float(np.mean([fit.log_loss for fit in fits])),
     )
-
-
-def _contrast(train: str, test: str, first: str, second: str, outcomes: Outcomes) -> Contrast:
-    one, other = (outcomes[train, scorer, test] for scorer in (first, second))
-    gap, _ = compare_correct(one.correct, other.correct, one.prompts)
-    return Contrast(train, test, first, second, gap.estimate, gap.p_value)
 
 
 def _mean(

@@ -1,6 +1,6 @@
 """One run of a study: train it, score the test sets with its best weights, keep the scores.
 
-SeedScores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
+Scores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
 run's folder has its recipe and metrics, `scores.safetensors` and, written last, `result.json`: a run that
 has one is finished, and one that was killed is resumed. A run that only helps to choose a learning rate
 keeps its checkpoints until the choice is made, and scores nothing.
@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +20,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import atomic_write
-from hafrm.benchmarks.benchmark_files import LoadedBenchmark, find_benchmark_folder, load_benchmark
-from hafrm.benchmarks.benchmark_run import group_by_prompt
-from hafrm.benchmarks.definitions import find_benchmarks
 from hafrm.data.encoding import Encoder
 from hafrm.diagnostics.hidden_states import last_states
 from hafrm.diagnostics.representation import Representation, describe_states
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
-from hafrm.preferences import Group, TokenizedGroup
+from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.results import Real, read_result, write_result
-from hafrm.study.run_grid import StudyRun
+from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
 from hafrm.training.data_setup import PreparedData, load_tokenizer, prepare_data
 from hafrm.training.loop import Job, export_job, train
@@ -71,78 +68,32 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class StudySetup:
-    """What all runs of a study have in common."""
-
-    recipe: Recipe
-    root: Path
-    benchmarks: tuple[str, ...] = ()
-    """Published benchmarks to score in addition to the recipe's test sets."""
-    benchmark_data: Path | None = None
-    """The folder with their files; None: from the hub."""
-    keep_models: bool = False
-    """Export every run's models."""
-
-
-@dataclass(frozen=True)
-class PlacedBenchmark:
-    """A benchmark, and where its items' candidates are among a study's groups."""
-
-    loaded: LoadedBenchmark
-    places: list[tuple[int, list[int]]]
-    """Of each item: the index of its group, and its candidates' within it."""
-
-
-@dataclass(frozen=True)
 class StudyData:
-    """The held-out data of a study."""
+    """The test sets of a study, as all its runs see them."""
 
-    groups: list[Group]
-    """Those with comparisons, then the candidates of benchmarks."""
+    comparisons: Comparisons
     tokenized: list[TokenizedGroup]
-    benchmarks: tuple[PlacedBenchmark, ...] = ()
-
-    @property
-    def comparisons(self) -> Comparisons:
-        """Of the test sets."""
-        return Comparisons.of(self.groups)
 
     @property
     def digest(self) -> str:
-        """What stored scores depend on: all texts, comparisons and benchmark items, in their order."""
+        """What stored scores depend on: all texts and comparisons, in their order."""
         digest = hashlib.sha256()
-        for group in self.groups:
+        for group in self.comparisons.groups:
             digest.update(json.dumps(asdict(group), sort_keys=True).encode())
-        for placed in self.benchmarks:
-            items = [asdict(item) for item in placed.loaded.items]
-            digest.update(json.dumps([placed.loaded.benchmark.name, items, placed.places]).encode())
         return digest.hexdigest()
 
 
-def read_study_data(setup: StudySetup) -> StudyData:
-    """The study's test sets and benchmarks, the same for all its runs.
-
-    Raises DataError for a set without comparisons, ConfigError for an unknown benchmark.
-    """
-    data = setup.recipe.data
+def read_study_data(recipe: Recipe) -> StudyData:
+    """The recipe's test sets; raises DataError for one without comparisons."""
+    data = recipe.data
     _, comparisons = read_comparisons(data.test, data.max_bad_fraction)
-    groups = list(comparisons.groups)
-    benchmarks = find_benchmarks(setup.benchmarks)
-    placed = []
-    for benchmark in benchmarks:
-        folder = find_benchmark_folder(benchmark, setup.benchmark_data, alone=len(benchmarks) == 1)
-        loaded = load_benchmark(benchmark, folder)
-        candidates, places = group_by_prompt(loaded.items)
-        shifted = [(len(groups) + group, within) for group, within in places]
-        placed.append(PlacedBenchmark(loaded, shifted))
-        groups += candidates
     encoder = Encoder(
-        load_tokenizer(setup.recipe.model),
+        load_tokenizer(recipe.model),
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         too_long="cut",
     )
-    return StudyData(groups, encoder.encode(groups)[0], tuple(placed))
+    return StudyData(comparisons, encoder.encode(comparisons.groups)[0])
 
 
 def read_run_result(folder: Path) -> RunResult | None:
@@ -164,9 +115,9 @@ def drop_checkpoints(folder: Path) -> None:
 class RunWorker:
     """Runs runs of one study in this process; what several of them need is prepared once."""
 
-    def __init__(self, setup: StudySetup) -> None:
-        self.setup = setup
-        self.data = read_study_data(setup)
+    def __init__(self, plan: StudyPlan, root: Path, *, keep_models: bool = False) -> None:
+        self.plan, self.root, self.keep_models = plan, root, keep_models
+        self.data = read_study_data(plan.recipe)
         self._references: NDArray[np.float32] | None = None
         self._prepared: tuple[str, PreparedData] | None = None
 
@@ -176,7 +127,7 @@ class RunWorker:
         A run that diverges is a result, of its learning rate. Raises what else `train` raises, such as
         CheckpointError for a folder of another recipe.
         """
-        folder, recipe = run.folder(self.setup.root), run.recipe(self.setup.recipe)
+        folder, recipe = run.folder(self.root), self.plan.recipe_of(run)
         before = read_run_result(folder)
         if before is not None and (before.is_scored or before.diverged or not run.is_scored):
             return before
@@ -186,31 +137,30 @@ class RunWorker:
 
         def finish(job: Job) -> None:
             nonlocal states
-            if not run.is_scored:
-                return
-            self._score(job, folder)
-            states = self._states(job)
-            if self.setup.keep_models:
-                export_job(job)
+            if run.is_scored:
+                self._score(job, folder)
+                states = self._states(job)
+                if self.keep_models:
+                    export_job(job)
 
         # a killed run left its recipe, and perhaps a checkpoint
-        resume = (folder / "recipe.yaml").is_file()
-        data = self._data_of(run, recipe)
+        resume, data = (folder / "recipe.yaml").is_file(), self._data_of(run, recipe)
         try:
             trained = train(recipe, folder, resume=resume, data=data, finish=finish)
         # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
         else:
-            result = RunResult(
-                trained.best,
-                trained.best_step,
-                trained.num_steps,
-                time.monotonic() - began,
-                is_scored=run.is_scored,
-                representation=None if states is None else describe_states(str(folder), states),
-                state_norm=None if states is None else _mean_and_std(states),
-            )
+            seconds = time.monotonic() - began
+            result = RunResult(trained.best, trained.best_step, trained.num_steps, seconds)
+            result = replace(result, is_scored=run.is_scored)
+            if states is not None:
+                norms = np.linalg.norm(states, axis=1)
+                result = replace(
+                    result,
+                    representation=describe_states(str(folder), states),
+                    state_norm=(float(norms.mean()), float(norms.std())),
+                )
         # an unscored run may yet be chosen, and is then scored from its checkpoint
         if result.is_scored:
             drop_checkpoints(folder)
@@ -219,7 +169,7 @@ class RunWorker:
 
     def _data_of(self, run: StudyRun, recipe: Recipe) -> PreparedData:
         """Methods with one seed on one set train on the very same data."""
-        key = f"{run.train.name} {run.seed}"
+        key = f"{run.train} {run.seed}"
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = (key, prepare_data(recipe))
         return self._prepared[1]
@@ -229,7 +179,7 @@ class RunWorker:
         if self._references is None:
             method = get_method("dpo")  # any method with a policy head
             ranks = parallel.start()
-            recipe = with_token_budget(self.setup.recipe, method, ranks)
+            recipe = with_token_budget(self.plan.recipe, method, ranks)
             encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
             self._references = reference_logps(
                 build_model(recipe, method, encoder, ranks.device).eval(),
@@ -248,13 +198,13 @@ class RunWorker:
         scores = _head_scores(job, self.data.tokenized, references)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references
-        validation = _head_scores(
-            job, groups, None if of_validation is None else of_validation.logps
-        )
-        for name, values in (
-            (REWARD_MARGINS, validation.rewards),
-            (TOKEN_MARGINS, validation.implicit_per_token),
-        ):
+        references = None if of_validation is None else of_validation.logps
+        validation = _head_scores(job, groups, references)
+        on_validation = {
+            REWARD_MARGINS: validation.rewards,
+            TOKEN_MARGINS: validation.implicit_per_token,
+        }
+        for name, values in on_validation.items():
             if values is not None:
                 margins = decided_margins(groups, values, validation.first)
                 stored[name] = margins.astype(np.float32)
@@ -274,11 +224,6 @@ class RunWorker:
         states = last_states(job.model, first)
         job.model.train(training)
         return states
-
-
-def _mean_and_std(states: NDArray[np.float32]) -> tuple[float, float]:
-    norms = np.linalg.norm(states, axis=1)
-    return float(norms.mean()), float(norms.std())
 
 
 def _head_scores(

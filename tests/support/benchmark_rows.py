@@ -17,11 +17,8 @@ def _ppe_task(name: str) -> dict[str, Any]:
     return {
         "question_id": f"{name}-1",
         "prompt": f"{QUESTION} ({name})",
-        "model_name": "gemma-2-9b-it",
         **answers,
         "scores": [bool(k % 2) for k in range(32)],
-        "mean_score": 0.5,
-        "conflict_pairs": [[0, 1], [2, 3]],
         "sampled_conflict_pairs": [[0, 1], [1, 0], [5, 30]],
     }
 
@@ -31,9 +28,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "id": 30,
         "prompt": QUESTION,
         "chosen": GOOD,
-        "chosen_model": "GPT4-Turbo",
         "rejected": BAD,
-        "rejected_model": "alpaca-7b",
         "subset": "alpacaeval-easy",
     },
     "rewardbench2": {
@@ -41,22 +36,14 @@ ROWS: dict[str, dict[str, Any]] = {
         "prompt": QUESTION,
         "chosen": [GOOD],
         "rejected": [BAD, BAD + "!", BAD + "?"],
-        "num_correct": 1,
-        "num_incorrect": 3,
-        "total_completions": 4,
-        "models": ["a", "b", "c", "d"],
         "subset": "Factuality",
     },
     "ppe-preference": {
         "question_id": "q1",
-        "model_a": "gpt-4",
-        "model_b": "yi-34b-chat",
         "winner": "model_b",
         "prompt": QUESTION,
         "response_1": BAD,
         "response_2": GOOD,
-        "language": "English",
-        "hard_prompt": False,
     },
     "ppe-correctness": _ppe_task("MATH"),
     "rm-bench": {
@@ -68,10 +55,8 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "judgebench": {
         "pair_id": "p1",
-        "original_id": "o1",
         "source": "mmlu-pro-math",
         "question": QUESTION,
-        "response_model": "gpt-4o-2024-05-13",
         "response_A": BAD,
         "response_B": GOOD,
         "label": "B>A",
@@ -82,8 +67,6 @@ ROWS: dict[str, dict[str, Any]] = {
         "chosen": GOOD,
         "rejected": BAD,
         "language": "deu_Latn",
-        "chosen_model": "GPT4-Turbo",
-        "rejected_model": "alpaca-7b",
         "source": "alpacaeval-easy",
     },
 }
@@ -93,14 +76,12 @@ RMB_PAIR = {
     "conversation_input": TALK,
     "chosen": {"llm_name": "a", "answer": GOOD, "score": 5.0},
     "reject": {"llm_name": "b", "answer": BAD, "score": 4.5},
-    "category_path": "Pairwise_set/Harmlessness/S1",
 }
 RMB_LIST = {
     "bon_uid": "2366",
     "conversation_input": TALK,
     "bon_best": {"llm_name": "a", "answer": GOOD},
     "loser_list": [{"llm_name": n, "answer": BAD + n} for n in "bc"],
-    "category_path": "BoN_set/Harmlessness/S1",
 }
 
 
@@ -123,7 +104,7 @@ def write_rewardbench2(folder: Path) -> Path:
     for prompt in (1, 2):
         base = {"prompt": f"A colour? ({prompt})", "rejected": ["a horse"], "subset": "Ties"}
         row = ROWS["rewardbench2"] | base
-        rows.append(row | {"id": f"ref:{prompt}", "chosen": ["red"], "num_correct": 1})
+        rows.append(row | {"id": f"ref:{prompt}", "chosen": ["red"]})
         rows.append(row | {"id": f"tied:{prompt}", "chosen": ["red", "blue", "the colour green"]})
     write_lines(folder / "data/test-00000-of-00001.jsonl", rows)
     return folder
@@ -145,12 +126,11 @@ def write_all(folder: Path) -> Path:
     for task in BENCHMARKS["ppe-correctness"].sections:
         write_lines(folder / f"ppe-correctness/PPE-{task}-Best-of-K/train.jsonl", [_ppe_task(task)])
     for goal in ("Helpfulness/Chat", "Harmlessness"):
-        sets = folder / "rmb/RMB_dataset"
-        (sets / f"Pairwise_set/{goal}").mkdir(parents=True)
-        (sets / f"Pairwise_set/{goal}/S1.json").write_text(json.dumps([RMB_PAIR, RMB_PAIR]))
-        (sets / f"Pairwise_set/{goal}/S11.json").write_text("[]")  # as published: empty
-        (sets / f"BoN_set/{goal}").mkdir(parents=True)
-        (sets / f"BoN_set/{goal}/S1.json").write_text(json.dumps([RMB_LIST]))
+        for kind, rows in (("Pairwise", [RMB_PAIR, RMB_PAIR]), ("BoN", [RMB_LIST])):
+            sets = folder / f"rmb/RMB_dataset/{kind}_set/{goal}"
+            sets.mkdir(parents=True)
+            (sets / "S1.json").write_text(json.dumps(rows))
+            (sets / "S11.json").write_text("[]")  # as published: empty
     domains = ["chat", "code", "math", "safety-refuse", "safety-response"]
     total = folder / "rm-bench/data/total_dataset.json"
     total.parent.mkdir(parents=True)
