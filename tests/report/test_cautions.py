@@ -11,7 +11,7 @@ from hafrm.diagnostics.breakdown import StyleBias
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
 from hafrm.diagnostics.margins import MarginHistogram, Temperature
 from hafrm.evaluation.comparisons import ScoredComparisons
-from hafrm.evaluation.metrics import Evaluation, SetResult, measure
+from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.report.cautions import cautions
 from hafrm.report.run_files import Material, RunFiles
 from hafrm.statistics import Estimate
@@ -38,7 +38,7 @@ def evaluation(
         np.arange(num).astype(str),
         np.tile(np.array(margins) == 3.0, repeat) & ties,
     )
-    result = SetResult(**vars(measure(scored)), name="test", num_groups=num)
+    result = SetResult(**vars(pairwise_metrics(scored)), name="test", num_groups=num)
     plain = {"num_bad_rows": 0, "left_out": {}, "prompts_cut": 0, "responses_cut": 0, **counts}
     return Evaluation("it", "reward", (result,), seam_merges=0, **plain)  # type: ignore[arg-type]
 

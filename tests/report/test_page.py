@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hafrm.best_of_n.candidate_scores import GoldScorer
-from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n, from_files
+from hafrm.best_of_n.drawing import from_files
+from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n
 from hafrm.cli import app
 from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import CheckpointError, ConfigError
