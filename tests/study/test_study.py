@@ -196,7 +196,7 @@ def outcome(*seeds: str) -> ScorerOutcome:
     """Each seed's answers as a string of 1 and 0, a prompt for each comparison."""
     correct = np.array([[c == "1" for c in seed] for seed in seeds])
     prompts = np.array([f"p{i}" for i in range(correct.shape[1])])
-    return ScorerOutcome(correct, np.where(correct, 1.0, -1.0), prompts)
+    return ScorerOutcome(np.where(correct, 1.0, -1.0), prompts)
 
 
 def test_an_average_counts_every_set_alike_whatever_its_size():

@@ -193,7 +193,7 @@ def outcomes_of(
     for (train, scorer), by_seed in scores.items():
         for name, pairs in sets.items():
             margins = np.array([pairs.margins(values) for values in by_seed])
-            result[train, scorer, name] = ScorerOutcome(margins > 0, margins, pairs.prompts)
+            result[train, scorer, name] = ScorerOutcome(margins, pairs.prompts)
     return result
 
 
