@@ -26,7 +26,7 @@ from hafrm.study.study_result import (
     StudyResult,
     Tuning,
     domains,
-    stacked,
+    stack_answers,
     summarise,
 )
 from hafrm.study.study_runs import RunWorker, read_run_result, read_scores, read_study_data
@@ -206,7 +206,7 @@ def outcome(*seeds: str) -> ScorerOutcome:
 
 def test_an_average_counts_every_set_alike_whatever_its_size():
     """4 of 4 and 0 of 1: the mean of the sets is 1/2, of the comparisons 4/5."""
-    values, clusters = stacked([("a", outcome("1111")), ("b", outcome("0"))])
+    values, clusters = stack_answers([("a", outcome("1111")), ("b", outcome("0"))])
     assert values.mean() == pytest.approx(0.5)
     assert list(clusters) == ["a p0", "a p1", "a p2", "a p3", "b p0"]
 

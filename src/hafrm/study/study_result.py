@@ -215,11 +215,13 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     single, averages, contrasts = list[Contrast](), list[Average](), list[Contrast]()
     for train, test, scorer in product(trains, tests, others):
         one, other = outcomes[train, scorer, test], outcomes[train, baseline, test]
+        # both sides answered the same prompts, so those of one are those of the other
         gap, _ = compare_correct(one.correct, other.correct, one.prompts)
         single.append(Contrast(train, test, scorer, baseline, gap.estimate, gap.p_value))
     for kind, pairs in domains(trains, tests).items():
         stacks = {
-            s: stacked([(test, outcomes[train, s, test]) for train, test in pairs]) for s in scorers
+            s: stack_answers([(test, outcomes[train, s, test]) for train, test in pairs])
+            for s in scorers
         }
         averages += [Average(kind, s, accuracy_over_seeds(*stacks[s]), len(pairs)) for s in scorers]
         for scorer in others:
@@ -236,7 +238,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     }
 
 
-def stacked(
+def stack_answers(
     outcomes: Sequence[tuple[str, ScorerOutcome]],
 ) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
     """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
