@@ -26,7 +26,7 @@ from hafrm.study.study_result import (
     StudyResult,
     Tuning,
     domains,
-    stacked,
+    stack_answers,
     summarise,
 )
 from hafrm.study.study_runs import RunWorker, read_run_result, read_scores, read_study_data
@@ -34,8 +34,8 @@ from hafrm.training import loop
 from tiny_runs import write_base, write_preferences
 
 
-def study_recipe(folder: Path, **training: object) -> Recipe:
-    """Two training sets; test sets of one of them, and of a third that nothing is trained on."""
+def study_recipe(folder: Path, *, num_sets: int = 2, **training: object) -> Recipe:
+    """Training sets, two at most; test sets of one of them, and of a third that nothing is trained on."""
     if not (folder / "base").is_dir():
         write_base(folder)
         for part in ("train", "test"):
@@ -48,7 +48,9 @@ def study_recipe(folder: Path, **training: object) -> Recipe:
         {
             "model": {"path": str(folder / "base")},
             "data": {
-                "train": [str(folder / "train/sun.jsonl"), str(folder / "train/sea.jsonl")],
+                "train": [str(folder / f"train/{name}.jsonl") for name in ("sun", "sea")][
+                    :num_sets
+                ],
                 "test": [str(folder / "test/sun.jsonl"), str(folder / "test/other.jsonl")],
                 "validation_fraction": 0.2,
                 "max_length": 64,
@@ -66,15 +68,18 @@ def study_recipe(folder: Path, **training: object) -> Recipe:
     )
 
 
-def small_plan(folder: Path, methods: str = "bt,haf", num_seeds: int = 1) -> StudyPlan:
-    return plan_study(study_recipe(folder), methods.split(","), num_seeds=num_seeds, rates=[1e-3])
+def small_plan(
+    folder: Path, methods: str = "bt,haf", num_seeds: int = 1, num_sets: int = 1
+) -> StudyPlan:
+    recipe = study_recipe(folder, num_sets=num_sets)
+    return plan_study(recipe, methods.split(","), num_seeds=num_seeds, rates=[1e-3])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A study of two methods with one seed."""
     folder = tmp_path_factory.mktemp("study")
-    plan = small_plan(folder)
+    plan = small_plan(folder, num_sets=2)
     return folder, plan, compare_methods(plan, folder / "out")
 
 
@@ -103,7 +108,7 @@ def test_an_unknown_method_is_refused_before_anything_runs(methods, message):
 
 
 def test_runs_differ_in_set_method_seed_and_rate_and_in_nothing_else(tmp_path):
-    plan = small_plan(tmp_path, num_seeds=2)
+    plan = small_plan(tmp_path, num_seeds=2, num_sets=2)
     runs = plan.runs({"bt": 1e-3, "haf": 2e-3})
     assert len(runs) == 3 * 2 * 2  # two sets and both together, two seeds, two methods
     assert len({run.folder(tmp_path) for run in runs}) == len(runs)
@@ -150,12 +155,12 @@ def test_a_rate_that_is_best_at_an_end_has_one_beyond_it_to_try():
 
 def test_rates_are_continued_until_the_best_is_inside_unless_they_were_given(tmp_path):
     """A run of two steps learns more the higher its rate, so the search goes up, three times at most."""
-    low = study_recipe(tmp_path, learning_rate=1e-7)
-    plan = plan_study(low, ["bt"], num_seeds=1, mixed=False)
+    low = study_recipe(tmp_path, num_sets=1, learning_rate=1e-7)
+    plan = plan_study(low, ["bt"], num_seeds=1)
     (tuning,) = compare_methods(plan, tmp_path / "out").learning_rates
     rates = [rate for rate, _ in tuning.tried]
     np.testing.assert_allclose(rates, 1e-7 * 3.0 ** np.arange(-1, 5), rtol=1e-6)
-    fixed = plan_study(low, ["bt"], num_seeds=1, mixed=False, rates=[1e-7, 3e-7])
+    fixed = plan_study(low, ["bt"], num_seeds=1, rates=[1e-7, 3e-7])
     (tuning,) = compare_methods(fixed, tmp_path / "out").learning_rates
     assert [rate for rate, _ in tuning.tried] == [1e-7, 3e-7]
 
@@ -172,7 +177,7 @@ def test_two_runs_fuse_as_one_run_with_two_heads_does(finished, monkeypatch):
     implicit = {k: stored[k] for k in ("implicit", study_runs.TOKEN_MARGINS)}
     by_method = {"haf": stored, "bt": reward, "dpo": implicit}
     monkeypatch.setattr(method_comparison, "read_scores", lambda f: dict(by_method[f.parent.name]))
-    runs = small_plan(folder, methods="haf,bt,dpo").runs(rates)
+    runs = small_plan(folder, methods="haf,bt,dpo", num_sets=2).runs(rates)
     scores = scores_of_runs(runs, read_study_data(plan.recipe), folder / "out")
     both = [key for key in scores if key[1] == TWO_MODELS]
     assert len(both) == 3
@@ -196,12 +201,12 @@ def outcome(*seeds: str) -> ScorerOutcome:
     """Each seed's answers as a string of 1 and 0, a prompt for each comparison."""
     correct = np.array([[c == "1" for c in seed] for seed in seeds])
     prompts = np.array([f"p{i}" for i in range(correct.shape[1])])
-    return ScorerOutcome(correct, np.where(correct, 1.0, -1.0), prompts)
+    return ScorerOutcome(np.where(correct, 1.0, -1.0), prompts)
 
 
 def test_an_average_counts_every_set_alike_whatever_its_size():
     """4 of 4 and 0 of 1: the mean of the sets is 1/2, of the comparisons 4/5."""
-    values, clusters = stacked([("a", outcome("1111")), ("b", outcome("0"))])
+    values, clusters = stack_answers([("a", outcome("1111")), ("b", outcome("0"))])
     assert values.mean() == pytest.approx(0.5)
     assert list(clusters) == ["a p0", "a p1", "a p2", "a p3", "b p0"]
 
@@ -269,7 +274,8 @@ def test_finished_runs_are_not_run_again_and_more_seeds_run_only_what_is_new(fin
     again = compare_methods(plan, folder / "out")
     assert ran == []
     assert again == result
-    compare_methods(small_plan(folder, methods="bt,haf", num_seeds=2), folder / "out")
+    two_seeds = small_plan(folder, methods="bt,haf", num_seeds=2, num_sets=2)
+    compare_methods(two_seeds, folder / "out")
     assert len(ran) == 3 * 2
     assert all(path.name.endswith("seed-1") for path in ran)
 
@@ -324,7 +330,9 @@ def test_a_folder_of_another_recipe_or_of_other_test_data_is_refused(tmp_path):
     """The relabelled test file has as many responses as before."""
     plan = small_plan(tmp_path, methods="bt")
     compare_methods(plan, tmp_path / "out")
-    other = plan_study(study_recipe(tmp_path, steps=3), ["bt"], num_seeds=1, rates=[1e-3])
+    other = plan_study(
+        study_recipe(tmp_path, num_sets=1, steps=3), ["bt"], num_seeds=1, rates=[1e-3]
+    )
     with pytest.raises(CheckpointError, match=r"different: recipe\.training"):
         compare_methods(other, tmp_path / "out")
     file = tmp_path / "test/other.jsonl"

@@ -43,6 +43,7 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
                 left_out[item.reason] += 1
             else:
                 items.append(item)
+    # a folder of another benchmark often has no file that matches
     if not items:
         where = benchmark.title if folder is None else folder
         raise DataError(f"{where} has no rows of {benchmark.title} to score")

@@ -56,6 +56,7 @@ def run_benchmarks(
     missing = [missing_terms(data.benchmark, data.items) for data in loaded]
     heads = find_heads(model)
     head_names = scorer_names(heads)
+    # a first grouping without a model, to know how many scores there will be
     groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
     num = sum(len(group.responses) for group in groups)
     done = over_passes(on_progress, num * len(head_names))

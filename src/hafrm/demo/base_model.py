@@ -76,7 +76,7 @@ def pretrain(
         for prompt, response in conversations
     ]
     texts = list(tokenizer.apply_chat_template(messages, tokenize=False))
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template wrote them
     model = _build_model(tokenizer, plan)
     losses = list(_train(model, _pack(ids, int(tokenizer.pad_token_id)), on_progress))
     model.save_pretrained(directory)
@@ -139,6 +139,7 @@ def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
     packed = []
     for texts in sequences:
         rest = MAX_LENGTH - sum(map(len, texts))
+        # padding is a conversation of its own: its positions start at 0 too
         ids = [i for text in texts for i in text] + [pad] * rest
         positions = [p for text in texts for p in range(len(text))] + [*range(rest)]
         labels = [i for text in texts for i in (IGNORED, *text[1:])] + [IGNORED] * rest

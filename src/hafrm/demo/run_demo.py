@@ -65,6 +65,7 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
     if not base.is_dir():
         conversations = [tuple(c) for c in world["pretraining"]]
         on_stage(f"1/5 pretraining a small language model on {len(conversations)} conversations")
+        # a killed pretraining leaves no half a model behind, which `is_dir` would take for a whole one
         with atomic_directory(base) as aside:
             loss = pretrain(aside, conversations, on_progress=_every_tenth(on_stage))
         on_stage(f"    loss {loss:.3f} nat per token")
@@ -72,7 +73,7 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
     for number, method in enumerate(METHODS, start=2):
         out = folder / method
         on_stage(f"{number}/5 training {LABELS[method]}")
-        if not (out / "model").is_dir():
+        if not (out / "model").is_dir():  # an export is the last thing that a run does
             train(demo_recipe(method, base, data), out, resume=(out / "recipe.yaml").is_file())
     on_stage("5/5 evaluating on four test sets, labelled by the gold preference")
     for method in METHODS:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Shaped
 
 from hafrm.evaluation.comparisons import PromptKeys, ScoredComparisons
 from hafrm.statistics import (
@@ -17,6 +17,7 @@ from hafrm.statistics import (
     McNemar,
     accuracy_interval,
     cluster_p_value,
+    clustered_bootstrap,
     holm,
     mcnemar,
     paired_bootstrap,
@@ -83,34 +84,38 @@ def compare_set(
 
 
 def compare_correct(
-    first: Bool[np.ndarray, "first_seeds comparisons"],
-    second: Bool[np.ndarray, "second_seeds comparisons"],
+    first: Shaped[np.ndarray, "first_seeds comparisons"],
+    second: Shaped[np.ndarray, "second_seeds comparisons"],
     prompts: PromptKeys,
 ) -> tuple[Difference, McNemar | None]:
     """The difference of two [seeds, comparisons] arrays of right answers, and their discordant counts.
 
     With several seeds on both sides the interval is over prompts and seeds; for one model on each side it
-    is the paired bootstrap's over prompts, with McNemar's exact p-value.
+    is the paired bootstrap's over prompts, with McNemar's exact p-value if it applies. Answers that are
+    weighted (floats) have no counts.
     """
     if len(first) > 1:  # McNemar's test knows nothing of seeds
         return seeded_difference(first, second, prompts), None
-    counts = mcnemar(first[0], second[0])
     estimate = paired_bootstrap(first[0], second[0], prompts)
-    if len(np.unique(prompts)) == len(prompts):
+    counts = mcnemar(first[0], second[0]) if first.dtype == bool else None
+    if counts is not None and len(np.unique(prompts)) == len(prompts):
         return Difference(estimate, counts.p_value), counts
     # several comparisons of a prompt are not independent, as McNemar's test takes them to be
-    # 1 where only the first is right, -1 where only the second is
     gaps = first[0].astype(np.float64) - second[0]
     return Difference(estimate, cluster_p_value(gaps, prompts)), counts
 
 
 def accuracy_over_seeds(
-    correct: Bool[np.ndarray, "seeds comparisons"], prompts: PromptKeys
+    correct: Shaped[np.ndarray, "seeds comparisons"], prompts: PromptKeys
 ) -> Estimate:
-    """The accuracy of one model, or the mean over several seeds."""
+    """The accuracy of one model, or the mean over several seeds; answers may be weighted (floats)."""
     if len(correct) > 1:
         return seeded_mean(correct, prompts)
-    return accuracy_interval(correct[0], prompts)
+    if correct.dtype == bool:
+        return accuracy_interval(correct[0], prompts)
+    mean = clustered_bootstrap(correct[0], prompts)
+    # a weighted answer may exceed 1, and so may a resample's mean
+    return replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
 
 
 def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:

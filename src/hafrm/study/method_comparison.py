@@ -12,6 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,9 @@ def compare_methods(
         # for people and the report; the claim above is what counts
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
         with ProcessPool(partial(RunWorker, plan, out, keep_models=keep_models), processes) as pool:
-            progress = _Progress(processes)
-            tunings, tuning_runs = _tune(plan, out, pool, progress)
+            tunings, tuning_runs = _tune(plan, out, pool)
             runs = plan.runs({choice.method: choice.chosen for choice in tunings})
-            progress.run(pool, runs)
+            _run(pool, runs)
         # kept until here, because a chosen run is scored from its best checkpoint
         for run in tuning_runs:
             drop_checkpoints(run.folder(out))
@@ -100,14 +100,21 @@ def compare_methods(
     return result
 
 
-def _tune(
-    plan: StudyPlan, out: Path, pool: RunPool, progress: "_Progress"
-) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
+def _run(pool: RunPool, runs: Sequence[StudyRun]) -> None:
+    """Do the runs, and log every finished one with the time that it took."""
+    done = count(1)
+
+    def log_one(run: StudyRun, result: RunResult) -> None:
+        outcome = result.diverged or in_words(result.validation)
+        log.info(f"{next(done)}/{len(runs)}  {run}: {outcome}  ({result.seconds:.0f} s)")
+
+    pool.run(runs, log_one)
+
+
+def _tune(plan: StudyPlan, out: Path, pool: RunPool) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
     """The learning rate that validates best for each method, and the runs that chose it."""
     tuning = plan.tuning_runs()
-    # how many runs follow does not depend on the rates
-    progress.later = len(plan.runs({method.name: plan.rates[0] for method in plan.methods}))
-    progress.run(pool, tuning)
+    _run(pool, tuning)
 
     def choose() -> tuple[Tuning, ...]:
         return tuple(_choose_rate(plan, method, tuning, out) for method in plan.methods)
@@ -115,9 +122,8 @@ def _tune(
     for _ in range(plan.num_extra_rates):
         rates = [(m, t.next_rate()) for m, t in zip(plan.methods, choose(), strict=True)]
         more = [plan.tuning_run(method, rate) for method, rate in rates if rate is not None]
-        progress.run(pool, more)
+        _run(pool, more)
         tuning += more
-    progress.later = 0
     for choice in choose():
         log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
     return choose(), tuning
@@ -193,35 +199,16 @@ def outcomes_of(
     for (train, scorer), by_seed in scores.items():
         for name, pairs in sets.items():
             margins = np.array([pairs.margins(values) for values in by_seed])
-            result[train, scorer, name] = ScorerOutcome(margins > 0, margins, pairs.prompts)
+            result[train, scorer, name] = ScorerOutcome(margins, pairs.prompts)
     return result
 
 
 def pick_longer(comparisons: Comparisons) -> dict[str, Estimate]:
     """The accuracy of the longer response, in characters, on each test set."""
     decided = comparisons.decided()
-    texts = (text for group in comparisons.groups for text in group.responses)
-    margins = decided.margins(np.array([*map(len, texts)], np.float32))
+    texts = zip(decided.chosen_texts, decided.rejected_texts, strict=True)
+    right = np.array([len(chosen) > len(rejected) for chosen, rejected in texts])
     return {
-        name: accuracy_interval(margins[indices] > 0, decided.prompts[indices])
+        name: accuracy_interval(right[indices], decided.prompts[indices])
         for name, indices in decided.by_source().items()
     }
-
-
-class _Progress:
-    """Does runs, and logs every finished one with how long the rest may take."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes, self.later = max(1, processes), 0
-        self.total, self.done, self.seconds = 0, 0, 0.0
-
-    def run(self, pool: RunPool, runs: Sequence[StudyRun]) -> None:
-        self.total += len(runs)
-        pool.run(runs, self._log)
-
-    def _log(self, run: StudyRun, result: RunResult) -> None:
-        self.done, self.seconds = self.done + 1, self.seconds + result.seconds
-        total = self.total + self.later
-        left = (total - self.done) * self.seconds / self.done / self.processes / 60
-        outcome = result.diverged or in_words(result.validation)
-        log.info(f"run {self.done}/{total}  {run}: {outcome}  (about {left:.0f} min left)")

@@ -134,6 +134,7 @@ def plan_study(
     }
     if mixed and len(sets) > 1:
         sets[MIXED] = recipe.data.train
+    # the recipe's own seed is the first one
     first, rate = recipe.training.seed, recipe.training.learning_rate
     return StudyPlan(
         recipe,
@@ -157,6 +158,7 @@ def parse_methods(written: Sequence[str]) -> tuple[StudyMethod, ...]:
 def _parse_method(text: str) -> StudyMethod:
     name, *options = text.split(":")
     section: dict[str, Any] = {"name": name}
+    # values are YAML, as in a recipe
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
@@ -184,6 +186,7 @@ def parse_rates(written: str | None) -> tuple[float, ...]:
 
 def set_name(entry: str) -> str:
     """The name of a source's results: the one that its groups carry."""
+    # an entry may stand for several named sets, whose groups have names of their own
     sources = parse_sources(entry)
     name = sources[0].name if len(sources) == 1 else entry.partition("#")[0].removeprefix("set:")
     return re.sub(r"[^\w.-]", "_", name)

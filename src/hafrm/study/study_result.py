@@ -15,16 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from hafrm.evaluation.metrics import calibration
 from hafrm.evaluation.paired import accuracy_over_seeds, compare_correct
-from hafrm.statistics import (
-    Difference,
-    Estimate,
-    cluster_p_value,
-    clustered_bootstrap,
-    holm,
-    paired_bootstrap,
-    seeded_difference,
-    seeded_mean,
-)
+from hafrm.statistics import Estimate, holm
 from hafrm.table import Cell, Column, Table
 
 MIXED = "mixed"
@@ -37,9 +28,13 @@ SIGNIFICANT = 0.05
 class ScorerOutcome:
     """One scorer on one test set, after training on one set: every seed's answers."""
 
-    correct: Bool[np.ndarray, "seeds comparisons"]
     margins: Float[np.ndarray, "seeds comparisons"]
     prompts: Shaped[np.ndarray, " comparisons"]
+
+    @property
+    def correct(self) -> Bool[np.ndarray, "seeds comparisons"]:
+        """Whether the chosen response scores higher."""
+        return self.margins > 0
 
 
 Outcomes = Mapping[tuple[str, str, str], ScorerOutcome]
@@ -187,11 +182,9 @@ class StudyResult:
     def _learning_rates(self) -> Table:
         rows = []
         for tuning in self.learning_rates:
-            tried = (
-                f"{rate:.3g}: {'diverged' if value is None else f'{value:.3f}'}"
-                for rate, value in tuning.tried
-            )
-            rows.append((tuning.method, f"{tuning.chosen:.3g}", "  ".join(tried)))
+            values = ((rate, "diverged" if v is None else f"{v:.3f}") for rate, v in tuning.tried)
+            tried = "  ".join(f"{rate:.3g}: {value}" for rate, value in values)
+            rows.append((tuning.method, f"{tuning.chosen:.3g}", tried))
         where = self.learning_rates[0].train
         title = f"learning rates, chosen by validation {self.metric} on {where}"
         return Table(title, (Column("method"), Column("chosen"), Column("tried")), tuple(rows))
@@ -200,11 +193,7 @@ class StudyResult:
 def domains(
     train_sets: Sequence[str], test_sets: Sequence[str]
 ) -> dict[str, list[tuple[str, str]]]:
-    """The (training set, test set) pairs that belong together; kinds without a pair are left out.
-
-    A model is tested on the set that it was trained on (its test part), on another training set's, or on a
-    set that nothing is trained on; the same for training on all sets together.
-    """
+    """The (training set, test set) pairs of each average; kinds without a pair are left out."""
     alone = [name for name in train_sets if name != MIXED]
     held_out = [test for test in test_sets if test not in alone]
     own = [test for test in test_sets if test in alone]
@@ -226,15 +215,17 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     single, averages, contrasts = list[Contrast](), list[Average](), list[Contrast]()
     for train, test, scorer in product(trains, tests, others):
         one, other = outcomes[train, scorer, test], outcomes[train, baseline, test]
+        # both sides answered the same prompts, so those of one are those of the other
         gap, _ = compare_correct(one.correct, other.correct, one.prompts)
         single.append(Contrast(train, test, scorer, baseline, gap.estimate, gap.p_value))
     for kind, pairs in domains(trains, tests).items():
         stacks = {
-            s: stacked([(test, outcomes[train, s, test]) for train, test in pairs]) for s in scorers
+            s: stack_answers([(test, outcomes[train, s, test]) for train, test in pairs])
+            for s in scorers
         }
-        averages += [Average(kind, s, _mean(*stacks[s]), len(pairs)) for s in scorers]
+        averages += [Average(kind, s, accuracy_over_seeds(*stacks[s]), len(pairs)) for s in scorers]
         for scorer in others:
-            gap = _difference_of_means(stacks[scorer][0], *stacks[baseline])
+            gap, _ = compare_correct(stacks[scorer][0], *stacks[baseline])
             contrasts.append(Contrast("", kind, scorer, baseline, gap.estimate, gap.p_value))
     return {
         "methods": scorers,
@@ -247,7 +238,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     }
 
 
-def stacked(
+def stack_answers(
     outcomes: Sequence[tuple[str, ScorerOutcome]],
 ) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
     """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
@@ -264,37 +255,11 @@ def stacked(
 
 
 def _set_accuracy(train: str, scorer: str, test: str, outcome: ScorerOutcome) -> SetAccuracy:
+    accuracy = accuracy_over_seeds(outcome.correct, outcome.prompts)
+    per_seed = tuple(outcome.correct.mean(1).tolist())
     fits = [calibration(margins) for margins in outcome.margins]
-    return SetAccuracy(
-        train,
-        scorer,
-        test,
-        accuracy_over_seeds(outcome.correct, outcome.prompts),
-        tuple(outcome.correct.mean(1).tolist()),
-        ece=float(np.mean([fit.ece for fit in fits])),
-        log_loss=float(np.mean([fit.log_loss for fit in fits])),
-    )
-
-
-def _mean(
-    values: Float[np.ndarray, "seeds comparisons"], clusters: Shaped[np.ndarray, " comparisons"]
-) -> Estimate:
-    if len(values) > 1:
-        return seeded_mean(values, clusters)
-    mean = clustered_bootstrap(values[0], clusters)
-    # scaled answers exceed 1, so a resample's mean may leave [0, 1]
-    return replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
-
-
-def _difference_of_means(
-    values: Float[np.ndarray, "seeds comparisons"],
-    others: Float[np.ndarray, "seeds comparisons"],
-    clusters: Shaped[np.ndarray, " comparisons"],
-) -> Difference:
-    if len(values) > 1:
-        return seeded_difference(values, others, clusters)
-    estimate = paired_bootstrap(values[0], others[0], clusters)
-    return Difference(estimate, cluster_p_value(values[0] - others[0], clusters))
+    ece, loss = (float(np.mean([getattr(fit, n) for fit in fits])) for n in ("ece", "log_loss"))
+    return SetAccuracy(train, scorer, test, accuracy, per_seed, ece, loss)
 
 
 def _adjusted(contrasts: Sequence[Contrast]) -> tuple[Contrast, ...]:

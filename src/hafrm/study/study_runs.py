@@ -11,8 +11,9 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ class RunWorker:
         self.plan, self.root, self.keep_models = plan, root, keep_models
         self.data = read_study_data(plan.recipe)
         self._references: NDArray[np.float32] | None = None
-        self._prepared: tuple[str, PreparedData] | None = None
+        self._prepared: dict[tuple[str, int], PreparedData] = {}
 
     def __call__(self, run: StudyRun) -> RunResult:
         """Train a run and score it, resume it if it was killed, or read its result.
@@ -144,35 +145,34 @@ class RunWorker:
                     export_job(job)
 
         # a killed run left its recipe, and perhaps a checkpoint
-        resume, data = (folder / "recipe.yaml").is_file(), self._data_of(run, recipe)
+        resume, key = (folder / "recipe.yaml").is_file(), (run.train, run.seed)
+        if (
+            key not in self._prepared
+        ):  # methods with one seed on one set train on the very same data
+            self._prepared = {key: prepare_data(recipe)}
         try:
+            data = self._prepared[key]
             trained = train(recipe, folder, resume=resume, data=data, finish=finish)
         # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
         else:
             seconds = time.monotonic() - began
-            result = RunResult(trained.best, trained.best_step, trained.num_steps, seconds)
-            result = replace(result, is_scored=run.is_scored)
-            if states is not None:
-                norms = np.linalg.norm(states, axis=1)
-                result = replace(
-                    result,
-                    representation=describe_states(str(folder), states),
-                    state_norm=(float(norms.mean()), float(norms.std())),
-                )
+            summary = {} if states is None else _summarise_states(str(folder), states)
+            result = RunResult(
+                trained.best,
+                trained.best_step,
+                trained.num_steps,
+                seconds,
+                None,
+                run.is_scored,
+                **summary,
+            )
         # an unscored run may yet be chosen, and is then scored from its checkpoint
         if result.is_scored:
             drop_checkpoints(folder)
         write_result(folder / RUN_RESULT, result)
         return result
-
-    def _data_of(self, run: StudyRun, recipe: Recipe) -> PreparedData:
-        """Methods with one seed on one set train on the very same data."""
-        key = f"{run.train} {run.seed}"
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = (key, prepare_data(recipe))
-        return self._prepared[1]
 
     def _test_references(self) -> NDArray[np.float32]:
         """The starting checkpoint's log-probs of the test sets, computed once."""
@@ -194,12 +194,21 @@ class RunWorker:
 
         The two heads of a fused score may be of one run, or of two runs with one head each.
         """
+
+        def score(
+            groups: Sequence[TokenizedGroup], references: NDArray[np.float32] | None
+        ) -> HeadScores:
+            budget = 2 * job.recipe.training.token_budget
+            model, method, autocast = job.model, job.method, job.autocast
+            return score_heads(
+                model, groups, references, method, max_tokens=budget, autocast=autocast
+            )
+
         references = self._test_references() if job.method.needs_reference else None
-        scores = _head_scores(job, self.data.tokenized, references)
+        scores = score(self.data.tokenized, references)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references
-        references = None if of_validation is None else of_validation.logps
-        validation = _head_scores(job, groups, references)
+        validation = score(groups, None if of_validation is None else of_validation.logps)
         on_validation = {
             REWARD_MARGINS: validation.rewards,
             TOKEN_MARGINS: validation.implicit_per_token,
@@ -226,14 +235,7 @@ class RunWorker:
         return states
 
 
-def _head_scores(
-    job: Job, groups: Sequence[TokenizedGroup], references: NDArray[np.float32] | None
-) -> HeadScores:
-    return score_heads(
-        job.model,
-        groups,
-        references,
-        job.method,
-        max_tokens=2 * job.recipe.training.token_budget,
-        autocast=job.autocast,
-    )
+def _summarise_states(name: str, states: NDArray[np.float32]) -> dict[str, Any]:
+    norms = np.linalg.norm(states, axis=1)
+    norm = float(norms.mean()), float(norms.std())
+    return {"representation": describe_states(name, states), "state_norm": norm}
