@@ -22,10 +22,7 @@ LLAMA3 = {
     ("config", "expected"),
     [
         ({}, {}),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-            {"rope_theta": 1e6},
-        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_theta": 1e6}),
         (
             {"rope_parameters": LLAMA3},
             {

@@ -94,7 +94,7 @@ def test_a_rule_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path):
     )
     assert read_fused_rule(tmp_path) == FusedRule(0.2, 9)  # of a version that wrote an interval
     (tmp_path / "fused.json").write_text(json.dumps({"factor": math.inf}))
-    with pytest.raises(ModelError, match="a number >= 0"):
+    with pytest.raises(ModelError, match="must be >= 0"):
         read_fused_rule(tmp_path)
 
 

@@ -295,13 +295,7 @@ def prefer_own_policy(
     sampling = Sampling(max_new_tokens=min(MAX_NEW_TOKENS, limit // 2))
     room = limit - sampling.max_new_tokens
     prompts = _draw_prompts(groups, num, encoders[next(iter(policies))], room)
-    num_written = 0
-
-    def done(more: int, _: int) -> None:
-        nonlocal num_written
-        num_written += more
-        on_progress(num_written, len(prompts) * len(policies))
-
+    done = over_passes(on_progress, len(prompts) * len(policies))
     written = {n: _write(policies[n], encoders[n], prompts, sampling, done) for n in policies}
     texts = {name: [c.text for c in some] for name, some in written.items()}
     lengths = {name: np.array([c.num_tokens for c in some]) for name, some in written.items()}
@@ -345,7 +339,7 @@ def _write(
     prompts = [group.prompt_ids.tolist() for group in encoder.encode(groups)[0]]
     eos = encoder.eos_id
     pad = eos if encoder.pad_id is None else encoder.pad_id
-    written = sample(model, prompts, 1, sampling, eos=eos, pad=pad, seed=SEED, done=done)
+    written = sample(model, prompts, 1, sampling, eos=eos, pad=pad, seed=SEED, on_progress=done)
     continuations = []
     for (ids,) in written:
         ended = eos in ids

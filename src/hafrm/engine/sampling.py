@@ -6,7 +6,7 @@ a model in training and leaves it as it was found: modes, cache, attention, rand
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hafrm.engine.model import stock_attention
 from hafrm.errors import ConfigError, ModelError
+from hafrm.progress import OnProgress, no_progress
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
     pad: int,
     seed: int,
     batch_size: int = 32,
-    done: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> list[list[list[int]]]:
     """For each prompt `num` responses of token ids: with the EOS where the model ended, without it where
     it ran into the limit.
 
-    Prompts of like length share a batch of `batch_size` responses, longest first; `done(responses,
-    tokens)` hears of each batch. The same arguments give the same responses; another batch size others.
+    Prompts of similar length share a batch of `batch_size` responses, longest first; `on_progress` counts
+    responses. The same arguments give the same responses; another batch size gives others.
 
     Raises ConfigError for an empty prompt, ModelError when prompt and response exceed the model's length.
     """
@@ -76,9 +77,8 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
             written = _run(model, [prompts[i] for i in batch], config)
             for i, ids in zip(batch, written, strict=True):
                 responses[i].append(_until(eos, ids))
-            if done is not None:
-                done(len(batch), sum(len(responses[i][-1]) for i in batch))
-    return responses if copies == num else [[*each] * num for each in responses]
+            on_progress(start + len(batch), len(owners))
+    return responses if copies == num else [[*drawn] * num for drawn in responses]
 
 
 def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sampling) -> None:

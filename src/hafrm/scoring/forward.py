@@ -33,6 +33,8 @@ log = logging.getLogger("hafrm")
 _WINDOW = 512
 """Groups packed together. First fit over all of them would take quadratic time."""
 
+_Response = tuple[int, NDArray[np.int32]]
+"""Its index among all responses, and its ids."""
 PerResponse = tuple[Tensor | None, ...]
 """What a forward returns, one entry per response of its layout each; `Outputs` is one."""
 
@@ -89,17 +91,12 @@ def run_forward(  # noqa: PLR0913
             outputs: Outputs = model(layout.to(device))
         return outputs
 
-    sequences = run_sequences(
-        run,
-        groups,
-        max_tokens=max_tokens,
-        threads=threads,
-        part=part,
-        # One rank of a sharded model cannot run more forwards than the others.
-        halve=not isinstance(model, FSDPModule),
-    )
+    # One rank of a sharded model cannot run more forwards than the others.
+    halve = not isinstance(model, FSDPModule)
     num_done = 0
-    for indices, outputs in sequences:
+    for indices, outputs in run_sequences(
+        run, groups, max_tokens=max_tokens, threads=threads, part=part, halve=halve
+    ):
         for values, output in ((rewards, outputs[0]), (logps, outputs[1])):
             if output is not None:
                 values[indices] = output.float().cpu().numpy()
@@ -184,11 +181,10 @@ def _halves(sequence: list[IndexedGroup]) -> tuple[list[IndexedGroup], list[Inde
         return sequence[: len(sequence) // 2], sequence[len(sequence) // 2 :]
     group, indices = sequence[0]
     cut = len(indices) // 2
-    first, second = (
-        [IndexedGroup(replace(group, response_ids=group.response_ids[half]), indices[half])]
-        for half in (slice(cut), slice(cut, None))
+    left, right = (
+        replace(group, response_ids=r) for r in (group.response_ids[:cut], group.response_ids[cut:])
     )
-    return first, second
+    return [IndexedGroup(left, indices[:cut])], [IndexedGroup(right, indices[cut:])]
 
 
 def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
@@ -204,11 +200,9 @@ def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[li
 
 
 def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGroup]:
-    """All responses grouped by their prompt's ids, split so that each group fits into `max_tokens`.
-
-    A single response that is longer stays whole.
-    """
-    by_prompt: dict[bytes, tuple[NDArray[np.int32], list[tuple[int, NDArray[np.int32]]]]] = {}
+    """All responses grouped by their prompt's ids, split so that each group fits into `max_tokens`; a
+    single response that is longer stays whole."""
+    by_prompt: dict[bytes, tuple[NDArray[np.int32], list[_Response]]] = {}
     index = 0
     for group in groups:
         prompt = np.asarray(group.prompt_ids, np.int32)
@@ -223,10 +217,8 @@ def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGr
     ]
 
 
-def _split(
-    responses: list[tuple[int, NDArray[np.int32]]], room: int
-) -> Iterator[list[tuple[int, NDArray[np.int32]]]]:
-    part: list[tuple[int, NDArray[np.int32]]] = []
+def _split(responses: list[_Response], room: int) -> Iterator[list[_Response]]:
+    part: list[_Response] = []
     size = 0
     for response in responses:
         length = len(response[1])

@@ -44,10 +44,8 @@ def fit_fused(
     reward_margins: Num[np.ndarray, " comparisons"],
     implicit_margins: Num[np.ndarray, " comparisons"],
 ) -> FusedRule:
-    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token).
-
-    The factor is 0, with a note, where the data do not determine it.
-    """
+    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token);
+    0, with a note, where the data do not determine it."""
     x = np.stack([reward_margins, implicit_margins], axis=1).astype(np.float64)
     scale = np.sqrt((x**2).mean(0)) if len(x) else np.zeros(2)
     if not scale.all():
@@ -61,7 +59,7 @@ def fit_fused(
 
     fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
     a, b = (float(value) for value in fit.x / scale)
-    if (x[x.any(1)] @ fit.x > 0).all():
+    if (x[x.any(1)] @ fit.x > 0).all():  # separable: the likelihood has no maximum
         return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
     if a <= 0:
         return FusedRule(0.0, len(x), "beside the implicit reward, the reward explains nothing")
@@ -98,9 +96,7 @@ def read_fused_rule(folder: Path) -> FusedRule:
     except CheckpointError as error:
         raise ModelError(str(error)) from error
     if not 0 <= rule.factor < math.inf:
-        raise ModelError(
-            f"{folder / FUSED_RULE}: factor is {rule.factor}; it must be a number >= 0"
-        )
+        raise ModelError(f"{folder / FUSED_RULE}: factor is {rule.factor}; it must be >= 0")
     return rule
 
 
@@ -115,15 +111,11 @@ class FusedRewardModel(PolicyModel):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> "FusedRewardModel":
-        """Load a run folder, or its `model/`, whose method trained both heads; options as PolicyModel's.
-
-        Raises ModelError if there is no rule, or if a head or the reference cannot be loaded.
-        """
+        """Load a run whose method trained both heads, with PolicyModel's options; else ModelError."""
         folder = find_heads(path).fused
         if folder is None:
             raise ModelError(
-                f"{path} has no {FUSED_RULE}. A run writes it when its method trains both heads (haf, "
-                "grm-sft, ...); score with the reward or the policy alone"
+                f"{path} has no {FUSED_RULE}, which runs that train both heads write; score with one head"
             )
         fused = super().from_pretrained(folder / "policy", **options)
         assert isinstance(fused, cls)

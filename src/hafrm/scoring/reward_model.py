@@ -5,11 +5,12 @@ responses, and give the numbers that other consumers of the directory get. They 
 one can replace the other.
 """
 
-import json
+import contextlib
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,9 +22,10 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.parse import check_prompt, read_prompt
 from hafrm.data.values import MAX_CHARS, RefusedError, check_text
 from hafrm.engine.model import HybridModel
-from hafrm.errors import DataError, ModelError
+from hafrm.errors import CheckpointError, DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
+from hafrm.results import read_result, write_result
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
@@ -49,7 +51,7 @@ class ImplicitRule:
 
 def write_implicit_rule(directory: Path, rule: ImplicitRule) -> None:
     """Write the rule into an exported policy's directory."""
-    (directory / IMPLICIT_RULE).write_text(json.dumps(asdict(rule), indent=1) + "\n")
+    write_result(directory / IMPLICIT_RULE, rule)
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
@@ -58,9 +60,9 @@ def read_implicit_rule(directory: str | Path) -> ImplicitRule:
     if not file.is_file():
         return ImplicitRule(reference=None, per_token=True)
     try:
-        return ImplicitRule(**json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{file} is no rule of an implicit reward: {error}") from error
+        return read_result(file, ImplicitRule)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,8 @@ class Scorer(ABC):
         groups: Sequence[TokenizedGroup],
         on_progress: OnProgress = no_progress,
     ) -> Scores:
-        return run_forward(
-            model,
-            groups,
-            max_tokens=self.max_tokens,
-            threads=self._threads,
-            on_progress=on_progress,
-        )
+        options = {"max_tokens": self.max_tokens, "threads": self._threads}
+        return run_forward(model, groups, on_progress=on_progress, **options)
 
     @overload
     def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
@@ -129,8 +126,11 @@ class Scorer(ABC):
         Raises what `score` raises.
         """
         distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
+        with _refusals_of("a response"):
+            for text in itertools.chain(*distinct):
+                check_text(text, "a response")
         groups = [
-            Group(f"prompt {i}", as_messages(prompt), _checked(texts))
+            Group(f"prompt {i}", as_messages(prompt), texts)
             for i, (prompt, texts) in enumerate(zip(prompts, distinct, strict=True))
             if texts
         ]
@@ -197,10 +197,7 @@ class RewardModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The reward of every response of tokenized groups, in order; `on_progress` counts responses.
-
-        Raises NumericsError for a reward that is not finite.
-        """
+        """The reward of every response; see `Scorer.score_encoded`."""
         pad = self.model.backbone.config.get_text_config().pad_token_id
         groups = [_without_trailing_pad(group, pad) for group in encoded]
         scores = self._run(self.model, groups, on_progress)
@@ -251,14 +248,14 @@ class PolicyModel(Scorer):
                 frozen = load_policy(name, dtype=dtype, device=device)
             except ModelError as error:
                 raise ModelError(
-                    f"{path} needs its reference {name}, which cannot be loaded; say where the reference "
-                    f"is now (--reference): {error}"
+                    f"{path} needs its reference {name}, which cannot be loaded; say where it is now "
+                    f"(--reference): {error}"
                 ) from error
-            sizes = [m.backbone.config.get_text_config().vocab_size for m in (policy, frozen)]
-            if sizes[0] != sizes[1]:
+            size, other = (m.backbone.config.get_text_config().vocab_size for m in (policy, frozen))
+            if size != other:
                 raise ModelError(
-                    f"{path} has a vocabulary of {sizes[0]} tokens, its reference {name} one of "
-                    f"{sizes[1]}; give the checkpoint that the policy was trained from"
+                    f"{path} has a vocabulary of {size} tokens, its reference {name} one of {other}; "
+                    "give the checkpoint that the policy was trained from"
                 )
         rule = replace(rule, reference=None if name is None else str(name))
         encoder = load_encoder(path, policy.backbone.config, max_length)
@@ -267,10 +264,7 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The implicit reward of every response of tokenized groups; `on_progress` counts responses.
-
-        Raises NumericsError for a score that is not finite.
-        """
+        """The implicit reward of every response; see `Scorer.score_encoded`."""
         return self._to_scores(self._run(self.model, encoded, on_progress), encoded)
 
     def _to_scores(self, scores: Scores, groups: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
@@ -310,22 +304,19 @@ def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
 
     Raises DataError for anything else, and for a conversation that does not end before a response.
     """
-    try:
+    with _refusals_of("the prompt"):
         messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
         if not messages:
             raise DataError(
                 "the prompt has no messages; give a text, or messages up to the response"
             )
         check_prompt(messages, MAX_CHARS)
-    except RefusedError as error:
-        raise DataError(f"the prompt cannot be used: {': '.join(error.refusal)}") from error
     return messages
 
 
-def _checked(responses: tuple[str, ...]) -> tuple[str, ...]:
+@contextlib.contextmanager
+def _refusals_of(what: str) -> Iterator[None]:
     try:
-        for response in responses:
-            check_text(response, "a response")
+        yield
     except RefusedError as error:
-        raise DataError(f"a response cannot be used: {': '.join(error.refusal)}") from error
-    return responses
+        raise DataError(f"{what} cannot be used: {': '.join(error.refusal)}") from error
