@@ -96,17 +96,15 @@ class ServerReplay:
     """How a server's rewards compare with the golden ones."""
 
     ok: bool
-    """Whether all rewards are within the tolerance."""
     url: str
     protocol: str
     num: int
     """Conversations."""
     difference: float
-    """The largest to a golden reward, relative to max(1, |reward|)."""
+    """The largest to a golden reward, relative to max(1, |reward|); `worst` ends its conversation."""
     batch_difference: float
     """The largest between a text alone and in a batch."""
     worst: str
-    """The end of the conversation with the largest difference."""
     expected: float
     got: float
     tolerance: float
@@ -148,7 +146,6 @@ def verify_server(
     base = url.rstrip("/")
     path = next((p.path for p in PROTOCOLS if base.endswith(p.path)), "")
     base = base.removesuffix(path)
-    candidates = [protocol for protocol in PROTOCOLS if path in ("", protocol.path)]
     try:
         model = {"model": str(_request(f"{base}/v1/models", api_key)["data"][0]["id"])}
     except (OtherProtocolError, KeyError, IndexError, TypeError):
@@ -158,7 +155,15 @@ def verify_server(
         answer = _request(base + protocol.path, api_key, protocol.request(texts, model))
         return _read_rewards(protocol, answer, len(texts), base)
 
-    protocol = _find_protocol(base, candidates, lambda protocol: ask(protocol, texts[:1]))
+    reasons = []
+    for protocol in (protocol for protocol in PROTOCOLS if path in ("", protocol.path)):
+        try:
+            ask(protocol, texts[:1])
+            break
+        except OtherProtocolError as error:
+            reasons.append(f"\n  {protocol.name}: {error}")
+    else:
+        raise ServerError(f"{base} speaks no protocol that hafrm knows. Tried:{''.join(reasons)}")
     if protocol.adds_bos and (bos := _automatic_bos(golden)):
         texts = [text.removeprefix(bos) for text in texts]
     # Alone and in a batch, because servers differ in batching (sglang#2427).
@@ -191,22 +196,6 @@ def _automatic_bos(golden: Path) -> str:
     config = json.loads(file.read_bytes()) if file.is_file() else {}
     bos = config.get("bos_token") if config.get("add_bos_token") else None
     return str(bos["content"] if isinstance(bos, dict) else bos or "")
-
-
-def _find_protocol(
-    base: str, candidates: Sequence[Protocol], ask: Callable[[Protocol], object]
-) -> Protocol:
-    """The first protocol that the server answers."""
-    reasons = []
-    for protocol in candidates:
-        try:
-            ask(protocol)
-        except OtherProtocolError as error:
-            reasons.append(f"{protocol.name}: {error}")
-        else:
-            return protocol
-    tried = "\n  ".join(reasons)
-    raise ServerError(f"{base} speaks no protocol that hafrm knows. Tried:\n  {tried}")
 
 
 def _read_rewards(protocol: Protocol, answer: Any, num: int, base: str) -> list[float]:

@@ -162,13 +162,11 @@ def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
     for name, module in backbone.named_modules():
         if isinstance(module, LoraLayer):
-            for adapter, scaling in module.scaling.items():
-                a = weights[f"{name}.lora_A.{adapter}.weight"].float()
-                b = weights[f"{name}.lora_B.{adapter}.weight"].float()
-                delta = scaling * (b @ a)
-                if getattr(module, "fan_in_fan_out", False):
-                    delta = delta.t()
-                merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
+            a, b = (weights[f"{name}.lora_{k}.{_ADAPTER}.weight"].float() for k in "AB")
+            delta = module.scaling[_ADAPTER] * (b @ a)
+            if getattr(module, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
+                delta = delta.t()
+            merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
     return merged
 
 
