@@ -20,7 +20,6 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 """Number formats as safetensors and as a config write them."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _HEAD = "score.weight"
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ def sequence_classifier(plain: PlainModel) -> Finding:
 )
 def one_label(plain: PlainModel) -> Finding:
     """`id2label` has one entry: num_labels is not stored, and its default is two (OpenRLHF#1039)."""
-    labels = plain.config.get("id2label")
-    if labels is None:
-        return Finding(False, "no id2label: loaders build two labels")
+    labels = plain.config.get("id2label") or {}  # without it loaders build two
     return Finding(len(labels) == 1, f"id2label {labels}")
 
 
@@ -332,10 +329,8 @@ def last_token(plain: PlainModel) -> Finding:
 )
 def left_is_right_padding(plain: PlainModel) -> Finding:
     """Padded left and padded right give the same rewards (TRL#937, reward-bench#137)."""
-    parts = _parts(plain)
-    right = torch.cat([plain.score(part, "right") for part in parts])
-    left = torch.cat([plain.score(part, "left") for part in parts])
-    bare = torch.cat([plain.score(part, "left", positions=False) for part in parts])
+    right, left = plain.score(plain.texts, "right"), plain.score(plain.texts, "left")
+    bare = plain.score(plain.texts, "left", positions=False)
     holds, observed = _within(plain, largest_difference(left, right))
     shift = largest_difference(bare, right)
     if holds and not shift <= plain.tolerance:
@@ -350,8 +345,7 @@ def left_is_right_padding(plain: PlainModel) -> Finding:
 )
 def batch_1_is_batch_n(plain: PlainModel) -> Finding:
     """A text gets the same reward alone and among others (reward-bench#137, NeMo-Aligner#439)."""
-    together = torch.cat([plain.score(part) for part in _parts(plain)])
-    return _within(plain, largest_difference(together, plain.alone))
+    return _within(plain, largest_difference(plain.score(plain.texts), plain.alone))
 
 
 @clause(
@@ -377,15 +371,6 @@ def _ends(plain: PlainModel) -> set[int]:
         eos = config.get("eos_token_id")
         ends |= set(eos) if isinstance(eos, list) else {eos}
     return {int(end) for end in ends if end is not None}
-
-
-def _parts(plain: PlainModel) -> list[list[str]]:
-    """The texts in batches of different lengths; the last one never holds a single text."""
-    texts = plain.texts
-    parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-1].insert(0, parts[-2].pop())
-    return parts
 
 
 def _within(plain: PlainModel, difference: float) -> Finding:

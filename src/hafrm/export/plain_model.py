@@ -24,8 +24,8 @@ from hafrm.export.golden import GoldenLine
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: a padded batch of a deep model against one text at a time."""
 BATCH_SIZE = 16
+"""Texts that are scored in one padded batch; the checklist scores as many."""
 Side = Literal["left", "right"]
-_MAX_TEXTS = 16
 
 
 _TURNS = (
@@ -165,7 +165,7 @@ class PlainModel:
     @cached_property
     def texts(self) -> list[str]:
         """The conversations that are scored, rendered: golden ones, or PROBES."""
-        golden = [self._render_golden(line) for line in self.golden[:_MAX_TEXTS]]
+        golden = [self._render_golden(line) for line in self.golden[:BATCH_SIZE]]
         return golden or [self.render(probe) for probe in PROBES]
 
     @cached_property

@@ -26,13 +26,6 @@ SERVER_TOLERANCE = 1.5e-2
 TIMEOUT = 60.0
 """Seconds for one answer."""
 _BATCH_SIZE = 8
-_EXPLANATIONS = {
-    401: "it wants an API key (--api-key)",
-    403: "the API key is not accepted",
-    404: "it has no such path",
-    429: "it is overloaded; try again",
-    503: "it is not ready; try again",
-}
 
 
 class OtherProtocolError(ServerError):
@@ -234,11 +227,11 @@ def _request(url: str, api_key: str | None, body: Mapping[str, Any] | None = Non
     except urllib.error.HTTPError as error:
         with error:
             details = " ".join(error.read().decode("utf-8", "replace").split())[:300]
-        why = _EXPLANATIONS.get(error.code, error.reason)
+        hint = " (it wants another --api-key)" if error.code in (401, 403) else ""
         # other codes, such as 401 and 503, have nothing to do with the protocol and end the search
         is_other = error.code in (400, 404, 405, 415, 422, 500, 501)
         kind = OtherProtocolError if is_other else ServerError
-        raise kind(f"{url} answers {error.code}: {why} | {details}") from error
+        raise kind(f"{url} answers {error.code} {error.reason}{hint} | {details}") from error
     except (OSError, http.client.HTTPException) as error:  # a time-out too
         reason = getattr(error, "reason", None) or error
         raise ServerError(f"{url} gives no answer: {reason}; is the server up?") from error

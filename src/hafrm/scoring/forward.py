@@ -141,7 +141,7 @@ def run_sequences(
     for sequence in mine:
         indices = np.concatenate([np.asarray(item.indices, np.int64) for item in sequence])
         yield indices, next(outputs)
-    deque(outputs, maxlen=0)
+    deque(outputs, maxlen=0)  # the filler's forward must run too
 
 
 def _run_or_halve(
@@ -193,7 +193,7 @@ def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[li
     order = sorted(range(len(groups)), key=lambda i: -sizes[i])
     sequences = []
     for start in range(0, len(order), _WINDOW):
-        window = order[start : start + _WINDOW]
+        window = order[start : start + _WINDOW]  # of similar sizes, because they are sorted
         bins = first_fit_decreasing([sizes[i] for i in window], max_tokens)
         sequences += [[window[i] for i in members] for members in bins]
     return sequences
@@ -205,7 +205,7 @@ def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGr
     by_prompt: dict[bytes, tuple[NDArray[np.int32], list[_Response]]] = {}
     index = 0
     for group in groups:
-        prompt = np.asarray(group.prompt_ids, np.int32)
+        prompt = np.asarray(group.prompt_ids, np.int32)  # one dtype: bytes are the key
         _, responses = by_prompt.setdefault(prompt.tobytes(), (prompt, []))
         for ids in group.response_ids:
             responses.append((index, ids))
@@ -236,6 +236,7 @@ def _map(
     threads: int,
 ) -> Iterable[PerResponse]:
     """`run` of every sequence, in order, on as many threads as there are sequences for."""
+    # torch releases the GIL inside its kernels, so threads share one copy of the weights
     workers = min(threads, len(sequences))
     if workers <= 1:
         yield from map(run, sequences)
@@ -257,6 +258,7 @@ def check_finite(scores: Scores) -> None:
         if values is None or np.isfinite(values).all():
             continue
         responses = np.flatnonzero(~np.isfinite(values))
+        # the group of a response: the last one that starts at or before it
         bad = np.unique(np.searchsorted(scores.first, responses, side="right") - 1).tolist()
         raise NumericsError(
             f"the model gives scores that are not finite for {len(bad)} of {len(scores.first)} groups, "

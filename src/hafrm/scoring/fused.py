@@ -5,18 +5,18 @@ writes it beside the exported models. The implicit reward counts per token, beca
 of log-ratios would otherwise outweigh its reward.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Num
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import optimize, special
 
-from hafrm.errors import CheckpointError, ModelError
+from hafrm.errors import ModelError
 from hafrm.preferences import TokenizedGroup
 from hafrm.results import read_result, write_result
 from hafrm.scoring.forward import Scores
@@ -28,7 +28,7 @@ from hafrm.scoring.reward_model import ImplicitRule, PolicyModel
 class FusedRule:
     """How much an implicit reward per token counts against a reward."""
 
-    factor: float
+    factor: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """0: the reward alone."""
     num: int = 0
     """Comparisons that it was fitted on."""
@@ -61,7 +61,7 @@ def fit_fused(
     a, b = (float(value) for value in fit.x / scale)
     if (x[x.any(1)] @ fit.x > 0).all():  # separable: the likelihood has no maximum
         return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
-    if a <= 0:
+    if a <= 0:  # the ratio would turn the reward around
         return FusedRule(0.0, len(x), "beside the implicit reward, the reward explains nothing")
     return FusedRule(max(0.0, b / a), len(x))
 
@@ -90,14 +90,8 @@ def write_fused_rule(folder: Path, rule: FusedRule) -> None:
 
 
 def read_fused_rule(folder: Path) -> FusedRule:
-    """The rule of a folder; raises ModelError for a damaged one."""
-    try:
-        rule = read_result(folder / FUSED_RULE, FusedRule)
-    except CheckpointError as error:
-        raise ModelError(str(error)) from error
-    if not 0 <= rule.factor < math.inf:
-        raise ModelError(f"{folder / FUSED_RULE}: factor is {rule.factor}; it must be >= 0")
-    return rule
+    """The rule of a folder; raises CheckpointError for a damaged one."""
+    return read_result(folder / FUSED_RULE, FusedRule)
 
 
 class FusedRewardModel(PolicyModel):

@@ -8,7 +8,6 @@ directory is run. Nothing here scores.
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,20 +137,10 @@ def load_reward(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
     """A `...ForSequenceClassification` with one label and a linear head; ModelError for anything else."""
-    loaded, missing = _load(
-        AutoModelForSequenceClassification, path, choose_dtype(path, dtype, device)
-    )
-    if missing:
-        kind = str((loaded.config.architectures or ["?"])[0])
-        what = "it is a causal LM (a policy), not a reward model" if "CausalLM" in kind else kind
-        raise ModelError(
-            f"{path} lacks weights for {missing}, which would be random: {what}; give a run folder or the "
-            "directory of a trained reward model"
-        )
+    loaded = _load(AutoModelForSequenceClassification, path, choose_dtype(path, dtype, device))
     if loaded.config.num_labels != 1:
         raise ModelError(
-            f"{path} has {loaded.config.num_labels} labels, but a reward model has one: this is another "
-            "kind of classifier"
+            f"{path} has {loaded.config.num_labels} labels, but a reward model has one"
         )
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
@@ -169,7 +158,7 @@ def load_reward_head(directory: str | Path) -> nn.Linear:
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if "score.weight" in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                weight = tensors.get_tensor("score.weight").float()
+                weight = tensors.get_tensor("score.weight").float()  # [1, hidden]
                 head = nn.Linear(weight.shape[1], 1, bias=False)
                 head.weight = nn.Parameter(weight)
                 return head
@@ -190,12 +179,7 @@ def load_causal_lm(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` for generation; raises ModelError for anything else."""
-    loaded, missing = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
-    if missing:
-        raise ModelError(
-            f"{path} lacks weights for {missing}, which would be random; give a run folder or the "
-            "directory of a causal LM"
-        )
+    loaded = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
     model: PreTrainedModel = loaded.to(device or default_device())
     return model
 
@@ -221,6 +205,7 @@ def load_encoder(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
     limit = longest if max_length is None else max_length
+    # close=False: the template is used as published, whatever it writes after the response
     return Encoder(tokenizer, max_length=limit, too_long=too_long, close=False)
 
 
@@ -238,20 +223,26 @@ def model_digest(path: str | Path) -> str:
     directory = Path(path)
     if not directory.is_dir():
         return f"{path}@{getattr(load_config(path), '_commit_hash', None)}"
+    # not the directory's path, so that a copy is the same model
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
     digests = [f"{file.name} {fingerprint(file)}" for file in files if file.is_file()]
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """The model, and the names of weights that its files lack."""
+def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> Any:
     try:
-        loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a model from {path}: {error}") from error
-    return loaded[0], sorted(loaded[1]["missing_keys"])
+    if info["missing_keys"]:  # transformers only warns, and initialises them
+        kind = (model.config.architectures or ["?"])[0]
+        raise ModelError(
+            f"{path} holds a {kind} without weights for {sorted(info['missing_keys'])}, which would be "
+            f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
+        )
+    return model
 
 
 def default_device() -> torch.device:

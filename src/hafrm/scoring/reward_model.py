@@ -22,7 +22,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.parse import check_prompt, read_prompt
 from hafrm.data.values import MAX_CHARS, RefusedError, check_text
 from hafrm.engine.model import HybridModel
-from hafrm.errors import CheckpointError, DataError, ModelError
+from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import read_result, write_result
@@ -55,14 +55,14 @@ def write_implicit_rule(directory: Path, rule: ImplicitRule) -> None:
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
-    """The rule of an exported policy; without a file it is the mean log-prob per token."""
+    """The rule of an exported policy; without a file it is the mean log-prob per token.
+
+    Raises CheckpointError for a damaged file.
+    """
     file = Path(directory) / IMPLICIT_RULE
     if not file.is_file():
         return ImplicitRule(reference=None, per_token=True)
-    try:
-        return read_result(file, ImplicitRule)
-    except CheckpointError as error:
-        raise ModelError(str(error)) from error
+    return read_result(file, ImplicitRule)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Scorer(ABC):
         self.model = model.eval()
         self.encoder = encoder
         self.max_tokens = max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS)
+        # on a CPU a thread per sequence beats all threads on one sequence (docs/scoring.md)
         self._threads = torch.get_num_threads() if on_cpu else 1
 
     @abstractmethod
@@ -101,8 +102,13 @@ class Scorer(ABC):
         groups: Sequence[TokenizedGroup],
         on_progress: OnProgress = no_progress,
     ) -> Scores:
-        options = {"max_tokens": self.max_tokens, "threads": self._threads}
-        return run_forward(model, groups, on_progress=on_progress, **options)
+        return run_forward(
+            model,
+            groups,
+            max_tokens=self.max_tokens,
+            threads=self._threads,
+            on_progress=on_progress,
+        )
 
     @overload
     def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
@@ -125,6 +131,7 @@ class Scorer(ABC):
 
         Raises what `score` raises.
         """
+        # equal responses would be laid out and run twice
         distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
         with _refusals_of("a response"):
             for text in itertools.chain(*distinct):
@@ -150,14 +157,14 @@ class Scorer(ABC):
     def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
         first, second = self.score(prompt, [chosen, rejected])
-        return 1.0 / (1.0 + math.exp(min(700.0, second - first)))
+        return 1.0 / (1.0 + math.exp(min(700.0, second - first)))  # exp overflows above 709
 
     def best_of(self, prompt: PromptLike, responses: Sequence[str]) -> Best:
         """The response with the highest score; the first one if several are equal."""
         if not responses:
             raise DataError("best_of needs one or more responses; got none")
         rewards = self.score(prompt, responses)
-        index = int(np.argmax(rewards))
+        index = int(np.argmax(rewards))  # the first of equal ones
         return Best(index, responses[index], rewards)
 
 
@@ -269,15 +276,13 @@ class PolicyModel(Scorer):
 
     def _to_scores(self, scores: Scores, groups: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
         """The implicit rewards that the policy's log-probs of these groups give."""
-        assert scores.logps is not None
-        implicit: NDArray[Any] = scores.logps
+        implicit: Any = scores.logps
         if self.reference is not None:
-            frozen = self._run(self.reference, groups).logps
-            assert frozen is not None
-            implicit = implicit - frozen
+            implicit = implicit - self._run(self.reference, groups).logps
         if self.rule.per_token:
             implicit = implicit / scores.lengths
-        return (self.rule.beta * implicit).astype(np.float32)
+        implicit_rewards: NDArray[np.float32] = (self.rule.beta * implicit).astype(np.float32)
+        return implicit_rewards
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:
@@ -285,6 +290,7 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
 
     It changes a group only where pad is the EOS. Some published models were trained that way.
     """
+    # transformers' classifier reads at the last token that is not pad, so trailing EOS = pad is passed over
     if pad is None or all(ids[-1] != pad for ids in group.response_ids):
         return group
     # -1 in front: index 0 for a response of pads alone
