@@ -15,7 +15,7 @@ from hafrm.errors import DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.clauses import CLAUSES
 from hafrm.results import to_plain
-from support.export_faults import FAULTS, change_config
+from support.export_faults import FAULTS, in_config
 from tokenizers_for_tests import chat_tokenizer
 
 
@@ -154,7 +154,7 @@ def test_the_proof_in_a_fresh_process_does_not_load_the_engine():
 def test_code_of_the_directory_is_not_run(export):
     """An unknown model type with an auto_map is what transformers offers to run."""
     FAULTS["code of its own"][1](export)
-    change_config(export, model_type="unheard-of")
+    in_config(model_type="unheard-of")(export)
     assert "stock code" in failed(verify_directory(export))
 
 
