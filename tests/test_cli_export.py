@@ -7,7 +7,6 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from exports_for_tests import export_with_golden
 from hafrm.cli import app, main
 from hafrm.export.checklist import replay_directory
 from hafrm.training import extract, finish
@@ -18,8 +17,8 @@ from tiny_runs import tiny_recipe
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory):
-    return export_with_golden(tmp_path_factory.mktemp("good") / "reward")
+def reward(exported):
+    return exported / "reward"
 
 
 def invoke(*arguments, code=0):

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 
-from exports_for_tests import export_both
 from hafrm import atomic
 from hafrm.bulk import bulk_job
 from hafrm.bulk.bulk_job import BulkOptions, score_files
@@ -28,10 +27,8 @@ SMALL = BulkOptions(rows_per_shard=5)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    export_both(folder)
-    return folder / "reward"
+def model(exported):
+    return exported / "reward"
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from tokenizers_for_tests import chat_tokenizer
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return export_with_golden(tmp_path_factory.mktemp("good") / "reward")
+def good(exported):
+    return exported / "reward"
 
 
 @pytest.fixture

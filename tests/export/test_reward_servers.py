@@ -160,6 +160,7 @@ def test_a_late_an_absent_and_a_wrong_server_are_told_apart(golden, monkeypatch)
         ({"scores": [1.0]}, "of another form"),
         ({"rewards": [1.0, 2.0]}, "2 rewards for 1 texts"),
         ({"rewards": ["high"]}, "'high' instead of a reward"),
+        ({"rewards": [True]}, "True instead of a reward"),
         (
             {"data": [{"index": 0, "data": [0.1, 0.2]}]},
             "gives 2 numbers for a text, but a reward model gives one",

@@ -11,7 +11,7 @@ from transformers import (
     pipeline,
 )
 
-from exports_for_tests import GOLDEN_GROUP, export_both, export_with_golden, hybrid_with_encoder
+from exports_for_tests import GOLDEN_GROUP, export_both, hybrid_with_encoder
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
 from hafrm.export.checklist import replay_directory
@@ -23,8 +23,8 @@ from support.export_faults import FAULTS
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return export_with_golden(tmp_path_factory.mktemp("good") / "reward")
+def good(exported):
+    return exported / "reward"
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"granite", "cohere", "gemma3"}))

@@ -1,10 +1,12 @@
 """A reward model in use: scores follow the response, not its company."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from exports_for_tests import export_both, hybrid_with_encoder
+from exports_for_tests import hybrid_with_encoder
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.export.stock_export import export_reward, gather_weights
 from hafrm.scoring.loading import Placement, choose_dtype
@@ -22,15 +24,8 @@ RESPONSES = ["Mix flour and water.", "No.", "I think that it is a good idea."]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    export_both(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rm(folder):
-    return RewardModel.from_pretrained(folder / "reward")
+def rm(exported):
+    return RewardModel.from_pretrained(exported / "reward")
 
 
 def test_alone_together_repeated_and_in_any_order_a_response_scores_the_same(rm):
@@ -44,9 +39,9 @@ def test_alone_together_repeated_and_in_any_order_a_response_scores_the_same(rm)
     assert batch[0] + batch[2] == pytest.approx([*together[:2], together[1], together[1]], abs=1e-5)
 
 
-def test_a_run_folder_its_model_folder_and_the_directory_load_the_same_model(folder, tmp_path):
-    (tmp_path / "model").symlink_to(folder)
-    expected = RewardModel.from_pretrained(folder / "reward").score(PROMPT, "No.")
+def test_a_run_folder_its_model_folder_and_the_directory_load_the_same_model(exported, tmp_path):
+    (tmp_path / "model").symlink_to(exported)
+    expected = RewardModel.from_pretrained(exported / "reward").score(PROMPT, "No.")
     for path in (tmp_path, tmp_path / "model"):
         assert RewardModel.from_pretrained(path).score(PROMPT, "No.") == expected
         assert PolicyModel.from_pretrained(path).score(PROMPT, "No.") < 0
@@ -80,9 +75,9 @@ def test_what_does_not_fit_is_refused_and_not_cut_in_silence(rm):
         rm.score(PROMPT, "word " * 300)
 
 
-def test_a_causal_lm_and_a_two_label_classifier_are_refused(folder, tmp_path):
+def test_a_causal_lm_and_a_two_label_classifier_are_refused(exported, tmp_path):
     with pytest.raises(ModelError, match="would be random"):
-        RewardModel.from_pretrained(folder / "policy")
+        RewardModel.from_pretrained(exported / "policy")
     LlamaForSequenceClassification(LlamaConfig(vocab_size=400, **SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="2 labels"):
         RewardModel.from_pretrained(tmp_path)
@@ -107,9 +102,9 @@ def test_a_reward_model_of_others_gets_the_score_that_transformers_gives_it(tmp_
     assert ours == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_implicit_reward_is_beta_times_the_log_ratio(folder, tmp_path):
+def test_the_implicit_reward_is_beta_times_the_log_ratio(exported, tmp_path):
     """Against the policy itself as reference it is zero; without one it is the mean log-prob."""
-    policy = folder / "policy"
+    policy = shutil.copytree(exported / "policy", tmp_path / "policy")
     foreign = PolicyModel.from_pretrained(policy).score(PROMPT, RESPONSES)
     assert all(score < 0 for score in foreign)
     write_implicit_rule(policy, ImplicitRule(reference=str(policy), beta=0.1))

@@ -208,7 +208,7 @@ def _read_rewards(protocol: Protocol, answer: Any, num: int, base: str) -> list[
                 f"{where} gives {len(value)} numbers for a text, but a reward model gives one: the server "
                 "returns embeddings, or has several labels"
             )
-        if not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise OtherProtocolError(f"{where} gives {value!r} instead of a reward")
         rewards.append(float(value))
     return rewards
@@ -249,7 +249,8 @@ def _suspicion(
         return ""
     if (got == 1.0).all():
         return "every reward is 1: a softmax over one label (SGLang's /v1/classify does that)"
-    if (np.abs(got - 1.0 / (1.0 + np.exp(-expected))) <= tolerance).all():
+    sigmoids = 1.0 / (1.0 + np.exp(-np.maximum(expected, -700.0)))  # exp overflows above 709
+    if (np.abs(got - sigmoids) <= tolerance).all():
         return "these are sigmoids of the rewards: the server's problem_type is not regression"
     if len(got) > 2 and len(set(got.tolist())) == 1:
         return "every conversation gets the same reward: the text is cut, or read at a pad"

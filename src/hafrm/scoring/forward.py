@@ -180,11 +180,10 @@ def _halves(sequence: list[IndexedGroup]) -> tuple[list[IndexedGroup], list[Inde
     if len(sequence) > 1:
         return sequence[: len(sequence) // 2], sequence[len(sequence) // 2 :]
     group, indices = sequence[0]
-    cut = len(indices) // 2
-    left, right = (
-        replace(group, response_ids=r) for r in (group.response_ids[:cut], group.response_ids[cut:])
-    )
-    return [IndexedGroup(left, indices[:cut])], [IndexedGroup(right, indices[cut:])]
+    ids, cut = group.response_ids, len(indices) // 2
+    first = IndexedGroup(replace(group, response_ids=ids[:cut]), indices[:cut])
+    second = IndexedGroup(replace(group, response_ids=ids[cut:]), indices[cut:])
+    return [first], [second]
 
 
 def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
