@@ -33,6 +33,18 @@ def device():
     return torch.device(CUDA_TESTS_ON)
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A tiny model's `reward`, with five golden scores, and `policy`; copy what a test changes."""
+    from exports_for_tests import GOLDEN_GROUP, export_both
+    from hafrm.export.proof import write_golden
+
+    folder = tmp_path_factory.mktemp("exported")
+    export_both(folder)
+    assert write_golden(folder / "reward", [GOLDEN_GROUP]) == 5
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAFRM_CACHE", str(tmp_path_factory.getbasetemp() / "hafrm-cache"))

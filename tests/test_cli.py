@@ -91,11 +91,9 @@ def test_scores_of_the_command_equal_plain_transformers_alone_and_in_a_batch(mod
         {"prompt": "Say sun.", "response": "   "},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    output = invoke(
-        "score", model / "reward", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"
-    )
+    output = invoke("score", model / "reward", tmp_path / "in.jsonl", "--out", tmp_path / "out")
     assert "6 responses in 4 rows, 1 of them not scored" in output
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "out" / "in.jsonl").read_text().splitlines()]
     assert found[3]["reward"] is None
     assert "empty response" in found[3]["error"]
     assert found[0]["id"] == 7
@@ -131,35 +129,22 @@ def test_a_resumed_run_takes_a_smaller_token_budget_from_the_command_line(
     assert (code, "recipe differs" in error) == (1, True)
 
 
-def test_score_takes_folders_in_parts_and_says_what_is_kept_cut_and_listed(model, tmp_path):
-    rows = [
-        {"prompt": "Say sun.", "response": "sun"},
-        {"prompt": "Say sea.", "response": "sea " * 200},
-        {"prompt": "Say sea."},
-    ]
+def test_score_takes_folders_in_parts_and_says_what_is_listed(model, tmp_path):
+    rows = [{"prompt": "Say sun.", "response": "sun"}, {"prompt": "Say sea."}]
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "in" / f"{name}.jsonl").write_text(text)
-    command = (
-        "score",
-        model / "reward",
-        tmp_path / "in",
-        "--out",
-        tmp_path / "out",
-        "--cut",
-        "--shard",
-    )
-    assert "2 responses in 3 rows, 1 of them not scored" in invoke(*command, "1/2")
+    command = ("score", model / "reward", tmp_path / "in", "--out", tmp_path / "out", "--shard")
+    assert "1 responses in 2 rows, 1 of them not scored" in invoke(*command, "1/2")
     assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["b.jsonl"]
     output = invoke(*command, "0/1")
-    assert "4 responses in 6 rows, 2 of them not scored" in output
+    assert "2 responses in 4 rows, 2 of them not scored" in output
     assert "1 shards were already finished" in output
-    assert "2 prompts and responses were cut" in output
     assert f"listed with reasons: {tmp_path / 'out' / '_score'}" in output.replace("\n", "")
 
 
-@pytest.mark.parametrize("option", [("--shard", "2/2"), ("--dtype", "int8"), ("--processes", "0")])
+@pytest.mark.parametrize("option", [("--shard", "2/2"), ("--dtype", "int8"), ("--device", "gpu")])
 def test_score_refuses_options_that_make_no_sense(monkeypatch, capsys, model, tmp_path, option):
     source = write_preferences(tmp_path / "in.jsonl", num=2)
     out = tmp_path / "out"

@@ -9,18 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exports_for_tests import GOLDEN_GROUP, export_both
-from hafrm.export.proof import write_golden
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "consumers"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    export_both(folder)
-    write_golden(folder / "reward", [GOLDEN_GROUP])
-    return folder
 
 
 def example(name):
@@ -31,21 +20,21 @@ def example(name):
     return module
 
 
-def test_the_pipeline_gives_the_golden_scores_one_by_one_and_in_batches(model):
+def test_the_pipeline_gives_the_golden_scores_one_by_one_and_in_batches(exported):
     """float32; 1e-5 relative to max(1, |reward|), as between padded and single sums of a shallow model."""
-    assert example("text_classification").run(str(model / "reward")) < 1e-5
+    assert example("text_classification").run(str(exported / "reward")) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["grpo", "rloo"])
-def test_trl_rewards_its_completions_with_our_scores(model, tmp_path, trainer):
+def test_trl_rewards_its_completions_with_our_scores(exported, tmp_path, trainer):
     """Two steps of a random policy: the mean reward that TRL logs is the mean that hafrm gives its texts.
 
     float32 on both sides; TRL logs means, padded on the right, hence 1e-4.
     """
     pytest.importorskip("trl")
     pairs = example("trl_online").run(
-        trainer, str(model / "reward"), str(model / "policy"), steps=2
+        trainer, str(exported / "reward"), str(exported / "policy"), steps=2
     )
     assert len(pairs) == 2
     for theirs, ours in pairs:
@@ -53,7 +42,7 @@ def test_trl_rewards_its_completions_with_our_scores(model, tmp_path, trainer):
     assert pairs[0] != pairs[1]
 
 
-def test_a_golden_line_is_enough_for_any_consumer(model):
+def test_a_golden_line_is_enough_for_any_consumer(exported):
     """Messages, the rendered text, its ids and the reward."""
-    lines = (model / "reward" / "golden_scores.jsonl").read_text().splitlines()
+    lines = (exported / "reward" / "golden_scores.jsonl").read_text().splitlines()
     assert set(json.loads(lines[0])) == {"messages", "text", "input_ids", "reward"}

@@ -13,6 +13,6 @@ for _ in $(seq 300); do
   kill -0 $server # ends the script where the server has died
   sleep 1
 done
-for protocol in vllm-classify vllm-pooling; do
-  hafrm verify "http://127.0.0.1:$port" --golden "$directory" --protocol $protocol
+for path in classify pooling; do
+  hafrm verify "http://127.0.0.1:$port/$path" --golden "$directory"
 done

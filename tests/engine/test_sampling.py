@@ -113,18 +113,17 @@ def test_a_backbone_that_shares_prompts_writes_with_its_stock_attention():
     assert hybrid.sharing
 
 
-def test_progress_counts_responses_and_their_tokens():
-    heard = []
-    found = sample(
+def test_progress_counts_responses():
+    progress = []
+    sample(
         *(tiny_causal_lm("llama"), PROMPTS, 2, Sampling(4)),
         eos=EOS,
         pad=PAD,
         seed=0,
         batch_size=3,
-        done=lambda more, tokens: heard.append((more, tokens)),
+        on_progress=lambda *counts: progress.append(counts),
     )
-    assert [more for more, _ in heard] == [3, 3, 2]
-    assert sum(tokens for _, tokens in heard) == sum(len(r) for each in found for r in each)
+    assert progress == [(3, 8), (6, 8), (8, 8)]
 
 
 def test_what_cannot_be_drawn_is_refused_with_the_fix():

@@ -10,17 +10,18 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from export_faults import FAULTS, change_config
 from exports_for_tests import export_with_golden
 from hafrm.errors import DataError, ModelError
-from hafrm.export.checklist import CLAUSES, clauses_on_disk, verify_directory
+from hafrm.export.checklist import verify_directory
+from hafrm.export.clauses import CLAUSES
 from hafrm.results import to_plain
+from support.export_faults import FAULTS, in_config
 from tokenizers_for_tests import chat_tokenizer
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return export_with_golden(tmp_path_factory.mktemp("good") / "reward")
+def good(exported):
+    return exported / "reward"
 
 
 @pytest.fixture
@@ -29,30 +30,35 @@ def export(good, tmp_path):
     return shutil.copytree(good, tmp_path / "reward")
 
 
-def failed(found):
-    return [result.name for result in found.failed]
+def failed(verification):
+    return [result.name for result in verification.failed]
 
 
-def outcomes(found):
-    return {result.name: result.outcome for result in found.clauses}
+def outcomes(verification):
+    return {result.name: result.outcome for result in verification.clauses}
 
 
 def test_a_good_export_passes_every_clause(good):
-    found = verify_directory(good)
-    assert set(outcomes(found).values()) == {"pass"}
-    assert found.ok
-    assert [result.name for result in found.clauses] == [clause.name for clause in CLAUSES]
+    verification = verify_directory(good)
+    assert set(outcomes(verification).values()) == {"pass"}
+    assert verification.ok
+    assert [result.name for result in verification.clauses] == [clause.name for clause in CLAUSES]
+    assert to_plain(verification)["clauses"][0] == {
+        "name": "sequence classifier",
+        "outcome": "pass",
+        "observed": "architectures ['LlamaForSequenceClassification']",
+        "fix": "",
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_by_its_clause_alone(export, fault):
     clause, plant = FAULTS[fault]
     plant(export)
-    found = verify_directory(export)
-    assert failed(found) == [clause]
-    (result,) = found.failed
-    assert result.observed
-    assert result.fix
+    verification = verify_directory(export)
+    assert failed(verification) == [clause]
+    assert verification.failed[0].observed
+    assert verification.failed[0].fix
 
 
 def test_every_clause_on_files_and_text_has_a_planted_fault():
@@ -73,45 +79,34 @@ def patched(monkeypatch, change):
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", changed)
 
 
-def test_a_class_that_reads_one_token_early_is_found(export, monkeypatch):
-    def early(model, rewards, ids, mask):
-        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return model.score(hidden)[:, -2]
-
-    patched(monkeypatch, early)
-    assert "last token" in failed(verify_directory(export))
-    assert "golden scores" not in failed(verify_directory(export))
+def early(model, rewards, ids, mask):
+    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return model.score(hidden)[:, -2]
 
 
-def test_a_model_that_looks_at_pads_on_the_left_is_found(export, monkeypatch):
-    def with_pads(model, rewards, ids, mask):
-        return rewards + (mask[:, :1] == 0)
-
-    patched(monkeypatch, with_pads)
-    assert failed(verify_directory(export)) == ["left = right padding"]
-
-
-def test_a_score_that_depends_on_its_company_is_found(export, monkeypatch):
-    def crowded(model, rewards, ids, mask):
-        return rewards + 0.1 * (len(ids) - 1)
-
-    patched(monkeypatch, crowded)
-    assert failed(verify_directory(export)) == ["batch 1 = batch N"]
-
-
-def test_a_reward_that_is_no_number_never_passes(export, monkeypatch):
-    def broken(model, rewards, ids, mask):
-        return rewards * float("nan")
-
-    patched(monkeypatch, broken)
-    assert failed(verify_directory(export)) == ["finite scores"]
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        (early, "last token"),
+        (lambda _model, rewards, _ids, mask: rewards + (mask[:, :1] == 0), "left = right padding"),
+        (lambda _model, rewards, ids, _mask: rewards + 0.1 * (len(ids) - 1), "batch 1 = batch N"),
+        (lambda _model, rewards, _ids, _mask: rewards * float("nan"), "finite scores"),
+    ],
+)
+def test_a_class_that_scores_otherwise_is_found(good, monkeypatch, change, clause):
+    """It reads one token early, looks at pads on the left or at the batch, or gives no number."""
+    patched(monkeypatch, change)
+    names = failed(verify_directory(good))
+    assert clause in names
+    assert names == [clause] or change is early  # which pads and batches move too
+    assert "golden scores" not in names
 
 
 def test_what_depends_on_a_failed_clause_is_not_judged_and_says_so(export):
     FAULTS["saved as a causal LM"][1](export)
     results = {result.name: result for result in verify_directory(export).clauses}
     assert results["one label"].outcome == "not applicable"
-    assert results["golden scores"].observed == "not checked before this holds: no fresh weights"
+    assert results["golden scores"].observed == "not checked before this holds: sequence classifier"
 
 
 def test_a_model_of_others_is_judged_without_golden_scores_or_with_a_file_of_them(tmp_path):
@@ -133,9 +128,9 @@ def test_a_model_of_others_is_judged_without_golden_scores_or_with_a_file_of_the
     stock = LlamaForSequenceClassification(config).eval()
     stock.save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
-    found = verify_directory(tmp_path / "theirs")
-    assert found.ok
-    assert outcomes(found)["golden scores"] == "not applicable"
+    verification = verify_directory(tmp_path / "theirs")
+    assert verification.ok
+    assert outcomes(verification)["golden scores"] == "not applicable"
     text = "user: Hello<|im_end|>assistant: Goodbye<|im_end|>"
     with torch.no_grad():
         reward = stock(**tokenizer(text, return_tensors="pt")).logits.item()
@@ -159,23 +154,23 @@ def test_the_proof_in_a_fresh_process_does_not_load_the_engine():
 def test_code_of_the_directory_is_not_run(export):
     """An unknown model type with an auto_map is what transformers offers to run."""
     FAULTS["code of its own"][1](export)
-    change_config(export, model_type="unheard-of")
+    in_config(model_type="unheard-of")(export)
     assert "stock code" in failed(verify_directory(export))
 
 
 def test_learned_positions_pass_with_a_word_on_left_padding(tmp_path):
     """GPT-2 counts positions from the row's start unless it is told them."""
-    found = verify_directory(export_with_golden(tmp_path / "gpt2", "gpt2"))
-    (result,) = [r for r in found.clauses if r.name == "left = right padding"]
-    assert found.ok
+    verification = verify_directory(export_with_golden(tmp_path / "gpt2", "gpt2"))
+    (result,) = [r for r in verification.clauses if r.name == "left = right padding"]
+    assert verification.ok
     assert "without position_ids is off by" in result.observed
 
 
 def test_without_the_model_only_files_and_text_are_judged(export):
     FAULTS["an infinite weight"][1](export)
-    found = verify_directory(export, run_model=False)
-    assert found.ok
-    assert len(found.clauses) == len(clauses_on_disk()) == 15
+    verification = verify_directory(export, run_model=False)
+    assert verification.ok
+    assert len(verification.clauses) == 15
 
 
 def test_no_model_an_adapter_and_a_damaged_golden_file_are_refused(good, tmp_path):
@@ -186,24 +181,14 @@ def test_no_model_an_adapter_and_a_damaged_golden_file_are_refused(good, tmp_pat
         verify_directory(tmp_path)
     for text, said in (
         ("", "holds no golden scores"),
-        ("{", "line 1: not JSON"),
-        ("[]", "not a JSON object"),
-        ('{"text": "a", "reward": NaN}', "finite number"),
+        ("{", "line 1:"),
+        ("[]", "line 1:"),
+        ('{"text": "a", "reward": NaN}', "line 1: reward .* finite number"),
         ('{"reward": 1}', "needs `messages`"),
+        ('{"reward": 1, "messages": [{"content": "a"}]}', "needs `messages`"),
     ):
         (tmp_path / "golden.jsonl").write_text(text)
         with pytest.raises(DataError, match=said):
             verify_directory(good, tmp_path / "golden.jsonl")
     with pytest.raises(DataError, match="cannot read"):
         verify_directory(good, tmp_path / "missing.jsonl")
-
-
-def test_the_verdict_is_ready_for_json(good):
-    told = to_plain(verify_directory(good, run_model=False))
-    assert told["ok"] is True
-    assert told["clauses"][0] == {
-        "name": "sequence classifier",
-        "outcome": "pass",
-        "observed": "architectures ['LlamaForSequenceClassification']",
-        "fix": "",
-    }

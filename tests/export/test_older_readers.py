@@ -8,70 +8,39 @@ from transformers import AutoConfig, AutoTokenizer
 from exports_for_tests import export_both
 from hafrm.export.older_transformers import old_config, old_rotary_keys, old_tokenizer
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("rope", "others", "expected"),
     [
-        ({}, {}),
+        (None, {}, {}),
+        (DEFAULT, {}, {"rope_theta": 10000.0}),
+        (SCALING | {"rope_theta": 5e5}, {}, {"rope_theta": 5e5, "rope_scaling": SCALING}),
+        # Phi-2 rotates 0.4 of each head; version 4's default is 0.5
         (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-            {"rope_theta": 1e6},
-        ),
-        (
-            {"rope_parameters": LLAMA3},
-            {
-                "rope_theta": 500000.0,
-                "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
-            },
-        ),
-        (  # Phi-2 rotates 0.4 of each head; version 4's default is 0.5
-            {
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "partial_rotary_factor": 0.4,
-                }
-            },
+            DEFAULT | {"partial_rotary_factor": 0.4},
+            {},
             {"rope_theta": 10000.0, "partial_rotary_factor": 0.4},
         ),
         (
-            {
-                "model_type": "gpt_neox",
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "partial_rotary_factor": 0.25,
-                },
-            },
+            DEFAULT | {"partial_rotary_factor": 0.25},
+            {"model_type": "gpt_neox"},
             {"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
         ),
+        # Gemma 3 has another base for local layers
         (
-            {
-                "rope_parameters": {
-                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                }
-            },
-            {
-                "rope_theta": 1e6,
-                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-                "rope_local_base_freq": 1e4,
-            },
+            {"full_attention": LINEAR | {"rope_theta": 1e6}, "sliding_attention": DEFAULT},
+            {},
+            {"rope_theta": 1e6, "rope_scaling": LINEAR, "rope_local_base_freq": 1e4},
         ),
     ],
     ids=["none", "plain", "llama3", "phi-2", "gpt-neox", "gemma3"],
 )
-def test_rotary_settings_stand_under_their_old_names_too(config, expected):
-    assert old_rotary_keys(config) == expected
+def test_rotary_settings_stand_under_their_old_names_too(rope, others, expected):
+    assert old_rotary_keys({"rope_parameters": rope, **others}) == expected
 
 
 def test_nested_configs_and_the_dtype_are_amended_and_what_is_said_already_stays():

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from hafrm.errors import ConfigError, DataError, ServerError
-from hafrm.export.reward_servers import PROTOCOLS, Address, verify_server
+from hafrm.export import reward_servers
+from hafrm.export.reward_servers import PROTOCOLS, verify_server
 from hafrm.results import to_plain
-from reward_servers import openrlhf, pooling_only, serving, sglang, vllm
+from support.reward_servers import openrlhf, pooling_only, serving, sglang, vllm
 
 GOLDEN = {f"user: {k}</s>assistant: {'so ' * k}</s>": 1.5 * k - 4.0 for k in range(11)}
 BUILDERS = {
@@ -34,19 +35,13 @@ def right(texts):
     return [GOLDEN[text] for text in texts]
 
 
-def asked(url, golden, **options):
-    return verify_server(Address(url, timeout=5.0), golden, **options)
-
-
-@pytest.mark.parametrize("name", PROTOCOLS)
-def test_a_right_server_of_every_protocol_is_found_and_passes(golden, name):
-    with serving(BUILDERS[name](right)) as url:
-        found = asked(url, golden)
-        assert (found.protocol, found.ok, found.num) == (name, True, 11)
-        assert found.difference == found.batch_difference == 0.0
-        assert found.model == ("rm" if name.startswith("vllm") else None)
-        whole = asked(url + PROTOCOLS[name].path, golden, protocol=name)
-        assert (whole.protocol, whole.ok) == (name, True)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)
+def test_a_right_server_of_every_protocol_is_found_and_passes(golden, protocol):
+    with serving(BUILDERS[protocol.name](right)) as url:
+        for address in (url, url + "/", url + protocol.path):
+            replay = verify_server(address, golden)
+            assert (replay.protocol, replay.ok, replay.num) == (protocol.name, True, 11)
+            assert replay.difference == replay.batch_difference == 0.0
 
 
 def test_the_largest_difference_is_told_with_its_conversation(golden):
@@ -56,12 +51,12 @@ def test_the_largest_difference_is_told_with_its_conversation(golden):
         return [{11.0: 11.33, -4.0: -3.97}.get(value, value) for value in right(texts)]
 
     with serving(vllm(off)) as url:
-        found = asked(url, golden)
-        assert not found.ok
-        assert found.difference == pytest.approx(0.03)
-        assert (found.expected, found.got) == (11.0, pytest.approx(11.33))
-        assert found.worst.endswith("so so so so so so so so so so </s>")
-        assert asked(url, golden, tolerance=0.05).ok
+        replay = verify_server(url, golden)
+        assert not replay.ok
+        assert replay.difference == pytest.approx(0.03)
+        assert (replay.expected, replay.got) == (11.0, pytest.approx(11.33))
+        assert replay.worst.endswith("so so so so so so so so so so </s>")
+        assert verify_server(url, golden, tolerance=0.05).ok
 
 
 def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
@@ -71,9 +66,9 @@ def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
         return [value + 0.5 * (len(texts) > 1) for value in right(texts)]
 
     with serving(openrlhf(crowded)) as url:
-        found = asked(url, golden)
-        assert not found.ok
-        assert found.batch_difference == pytest.approx(0.5)
+        replay = verify_server(url, golden)
+        assert not replay.ok
+        assert replay.batch_difference == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -87,18 +82,18 @@ def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
 )
 def test_well_known_mistakes_are_recognised(golden, change, said):
     with serving(vllm(lambda texts: [change(r) for r in right(texts)])) as url:
-        found = asked(url, golden)
-        assert not found.ok
-        assert said in found.suspicion
-        assert bool(found.suspicion) == bool(said)
+        replay = verify_server(url, golden)
+        assert not replay.ok
+        assert said in replay.suspicion
+        assert bool(replay.suspicion) == bool(said)
 
 
 def test_a_reward_that_is_no_number_is_the_largest_difference(golden):
     with serving(openrlhf(lambda texts: [math.nan for _ in texts])) as url:
-        found = asked(url, golden)
-        assert not found.ok
-        assert math.isnan(found.difference)
-        assert to_plain(found)["difference"] is None
+        replay = verify_server(url, golden)
+        assert not replay.ok
+        assert math.isnan(replay.difference)
+        assert to_plain(replay)["difference"] is None
 
 
 def test_the_bos_that_a_server_adds_by_itself_is_not_sent(golden):
@@ -114,82 +109,68 @@ def test_the_bos_that_a_server_adds_by_itself_is_not_sent(golden):
     rows = [json.loads(line) for line in golden.read_text().splitlines()]
     golden.write_text("".join(json.dumps(r | {"text": "<s>" + r["text"]}) + "\n" for r in rows))
     with serving(sglang(lambda texts: listening([t.removeprefix("<s>") for t in texts]))) as url:
-        assert asked(url, golden).ok
+        assert verify_server(url, golden).ok
     assert set(GOLDEN) == set(seen)
     with serving(vllm(lambda texts: right([t.removeprefix("<s>") for t in texts]))) as url:
-        assert asked(url, golden).ok
+        assert verify_server(url, golden).ok
 
 
 def test_only_the_protocols_of_a_path_are_tried_and_all_reasons_are_told(golden):
-    with serving(openrlhf(right)) as url:
-        with pytest.raises(ServerError) as told:
-            asked(url + "/classify", golden)
-        assert "vllm-classify" in str(told.value)
-        assert "sglang-classify" in str(told.value)
-        assert "openrlhf" not in str(told.value)
-        assert "answers 404: it has no such path" in str(told.value)
-        with pytest.raises(ConfigError, match="not an address of protocol openrlhf"):
-            asked(url + "/classify", golden, protocol="openrlhf")
-        with pytest.raises(ConfigError, match="must be auto or one of"):
-            asked(url, golden, protocol="grpc")
+    with serving(openrlhf(right)) as url, pytest.raises(ServerError) as raised:
+        verify_server(url + "/classify", golden)
+    assert "vllm-classify" in str(raised.value)
+    assert "sglang-classify" in str(raised.value)
+    assert "openrlhf" not in str(raised.value)
+    assert "answers 404 Not Found" in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [
-        (401, "wants an API key"),
-        (403, "not accepted"),
-        (422, "another protocol"),
-        (429, "overloaded"),
-        (503, "not ready"),
-    ],
+    [(401, "--api-key"), (422, "no protocol that hafrm knows"), (503, "Service Unavailable")],
 )
 def test_refusals_are_told_with_what_to_do_and_the_servers_own_words(golden, status, said):
     with (
         serving(lambda *_: (status, {"detail": "own words"})) as url,
-        pytest.raises(ServerError, match=said) as told,
+        pytest.raises(ServerError, match=said) as raised,
     ):
-        asked(url, golden)
-    assert "own words" in str(told.value)
+        verify_server(url, golden)
+    assert "own words" in str(raised.value)
 
 
-def test_a_late_an_absent_and_a_wrong_server_are_told_apart(golden):
+def test_a_late_an_absent_and_a_wrong_server_are_told_apart(golden, monkeypatch):
     def late(path, body):
         time.sleep(0.5)
         return 200, {}
 
-    with (
-        serving(late) as url,
-        pytest.raises(ServerError, match=r"no answer within 0\.1 s; raise --timeout"),
-    ):
-        verify_server(Address(url, timeout=0.1), golden)
-    with pytest.raises(ServerError, match="cannot be reached"):
-        asked("http://127.0.0.1:9", golden)
-    with (
-        serving(lambda *_: (200, b"<html>")) as url,
-        pytest.raises(ServerError, match="does not answer JSON"),
-    ):
-        asked(url, golden)
+    with monkeypatch.context() as patch, serving(late) as url:
+        patch.setattr(reward_servers, "TIMEOUT", 0.1)
+        with pytest.raises(ServerError, match="timed out"):
+            verify_server(url, golden)
+    with pytest.raises(ServerError, match="is the server up"):
+        verify_server("http://127.0.0.1:9", golden)
     with pytest.raises(ConfigError, match="begins with http"):
-        Address("ftp://here")
+        verify_server("ftp://here", golden)
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ({"rewards": "many"}, "neither `rewards` nor `scores`"),
+        (b"<html>", "does not answer JSON"),
+        ({"rewards": 1.0}, "of another form"),
+        ({"scores": [1.0]}, "of another form"),
         ({"rewards": [1.0, 2.0]}, "2 rewards for 1 texts"),
         ({"rewards": ["high"]}, "'high' instead of a reward"),
+        ({"rewards": [True]}, "True instead of a reward"),
         (
             {"data": [{"index": 0, "data": [0.1, 0.2]}]},
-            "has 2 numbers, but a reward model gives one",
+            "gives 2 numbers for a text, but a reward model gives one",
         ),
-        ({"data": {}}, "instead of a list"),
+        ({"data": {}}, "0 rewards for 1 texts"),
     ],
 )
 def test_answers_of_another_shape_are_described(golden, answer, said):
     with serving(lambda *_: (200, answer)) as url, pytest.raises(ServerError, match=said):
-        asked(url, golden)
+        verify_server(url, golden)
 
 
 def test_the_key_is_sent_as_a_bearer_token(golden):
@@ -200,17 +181,17 @@ def test_the_key_is_sent_as_a_bearer_token(golden):
         return inner(path, body) if known or path != "/get_reward" else (401, {})
 
     with serving(guarded) as url:
-        assert verify_server(Address(url, "secret", 5.0), golden).ok
+        assert verify_server(url, golden, api_key="secret").ok
         with pytest.raises(ServerError, match="401"):
-            asked(url, golden)
+            verify_server(url, golden)
 
 
-def test_messages_without_text_or_tokenizer_are_refused(tmp_path):
+def test_messages_without_text_are_refused(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = tmp_path / "golden.jsonl"
     file.write_text(json.dumps({"messages": messages, "reward": 1.0}) + "\n")
-    with pytest.raises(DataError, match="no tokenizer beside it"):
-        asked("http://127.0.0.1:9", file)
+    with pytest.raises(DataError, match="without rendered `text`"):
+        verify_server("http://127.0.0.1:9", file)
 
 
 def test_a_server_is_verified_without_torch():

@@ -21,39 +21,29 @@ def score(  # noqa: PLR0913 - the verb and its options
         ),
     ],
     *,
-    out: Annotated[
-        Path,
-        typer.Option(help="The same rows with scores: .jsonl, .jsonl.gz, .parquet or a folder."),
-    ],
+    out: Annotated[Path, typer.Option(help="The folder for the same rows with scores.")],
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows of a shard, the most that a kill can cost.")
+        int, typer.Option(help="Rows of an output file, the most that a kill can cost.")
     ] = ROWS_PER_SHARD,
-    processes: Annotated[
-        int | None, typer.Option(help="On this machine (default: one for each GPU, or one).")
-    ] = None,
     shard: Annotated[
         str, typer.Option(help="i/n: score only part i of n, from 0 to n - 1, in a job array.")
     ] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and response (default: the model's limit).")
+        int | None,
+        typer.Option(help="Leave rows with more tokens unscored (default: the model's limit)."),
     ] = None,
-    cut: Annotated[
-        bool, typer.Option("--cut", help="Cut longer inputs instead of leaving them unscored.")
-    ] = False,
 ) -> None:
     """Add the model's reward to every row, order kept. The same command resumes a job that was stopped."""
-    from hafrm.bulk.bulk_job import BulkOptions, parse_part, score_files  # noqa: PLC0415
+    from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
     from hafrm.errors import ModelError  # noqa: PLC0415
     from hafrm.scoring.loading import find_heads  # noqa: PLC0415
 
-    options = BulkOptions(
-        rows_per_shard, max_length, cut, dtype, processes, parse_part(shard), device
-    )
     reward = find_heads(model).reward
     if reward is None:
         raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
+    options = BulkOptions(rows_per_shard, max_length, dtype, device, shard)
     with show_progress("scoring rows") as on_progress:
         result = score_files(reward, sources, out, options, on_progress)
     typer.echo(
@@ -62,7 +52,5 @@ def score(  # noqa: PLR0913 - the verb and its options
     )
     if result.num_resumed:
         typer.echo(f"{result.num_resumed} shards were already finished")
-    if result.num_cut:
-        typer.echo(f"{result.num_cut} prompts and responses were cut")
-    if result.bad_rows is not None:
-        typer.echo(f"rows without a score are listed with reasons: {result.bad_rows}")
+    if result.num_bad:
+        typer.echo(f"rows without a score are listed with reasons: {out / RECORDS}")

@@ -6,7 +6,7 @@ training is left as it was: modes, cache, attention, random state.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hafrm.engine.model import stock_attention
 from hafrm.errors import ConfigError, ModelError
+from hafrm.progress import OnProgress, no_progress
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
     pad: int,
     seed: int,
     batch_size: int = 32,
-    done: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> list[list[list[int]]]:
     """For each prompt `num` responses as ids, each up to its EOS, or without one at the length limit.
 
-    Prompts of like length share a batch of `batch_size` responses, longest first; after each batch `done`
-    gets its numbers of responses and tokens. Another batch size draws other responses.
+    Prompts of similar length share a batch of `batch_size` responses, longest first; `on_progress` counts
+    responses. The same arguments give the same responses; another batch size gives others.
 
     Raises ConfigError for an empty prompt, ModelError when prompt and response exceed the model's length.
     """
@@ -78,8 +79,7 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
             for i, ids in zip(batch, written, strict=True):
                 # behind the first EOS is padding
                 responses[i].append(ids[: ids.index(eos) + 1] if eos in ids else ids)
-            if done is not None:
-                done(len(batch), sum(len(responses[i][-1]) for i in batch))
+            on_progress(start + len(batch), len(owners))
     return responses if copies == num else [own * num for own in responses]
 
 

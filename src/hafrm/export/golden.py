@@ -4,12 +4,9 @@ One JSON object per line: `messages` or `text`, `reward`, and optionally `input_
 torch or transformers, so a machine without them can verify a server.
 """
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from hafrm.errors import DataError
 
@@ -17,15 +14,23 @@ GOLDEN = "golden_scores.jsonl"
 """The file's name in an exported directory."""
 
 
-@dataclass(frozen=True)
-class GoldenLine:
+class GoldenLine(BaseModel):
     """One conversation and its reward."""
 
-    reward: float
-    messages: tuple[dict[str, str], ...] | None
-    text: str | None
+    model_config = ConfigDict(frozen=True)
+
+    reward: FiniteFloat
+    messages: tuple[dict[str, str], ...] = ()
+    text: str | None = None
     """The conversation, rendered with the exported template."""
-    input_ids: tuple[int, ...] | None
+    input_ids: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _has_conversation(self) -> "GoldenLine":
+        has_turns = all({"role", "content"} <= message.keys() for message in self.messages)
+        if not has_turns or (not self.messages and self.text is None):
+            raise ValueError("needs `messages` (role and content each) or `text`")
+        return self
 
 
 def read_golden(path: Path) -> list[GoldenLine]:
@@ -38,40 +43,15 @@ def read_golden(path: Path) -> list[GoldenLine]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read golden scores from {file}: {error}") from error
-    lines = [
-        _parse(line, f"{file}, line {number}")
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    ]
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            lines += [GoldenLine.model_validate_json(line)] if line.strip() else []
+        except ValidationError as error:
+            what = "; ".join(
+                f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()
+            )
+            raise DataError(f"{file}, line {number}: {what}") from error
     if not lines:
         raise DataError(f"{file} holds no golden scores; `hafrm export` writes some")
     return lines
-
-
-def _parse(line: str, where: str) -> GoldenLine:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: not a JSON object")
-    reward, ids = row.get("reward"), row.get("input_ids")
-    if not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise DataError(f"{where}: `reward` must be a finite number, got {reward!r}")
-    messages, text = row.get("messages"), row.get("text")
-    if not (_conversation(messages) or isinstance(text, str)):
-        raise DataError(f"{where}: needs `messages` (role and content each) or `text`")
-    return GoldenLine(
-        reward=float(reward),
-        messages=_conversation(messages),
-        text=text if isinstance(text, str) else None,
-        input_ids=tuple(ids) if isinstance(ids, list) else None,
-    )
-
-
-def _conversation(messages: Any) -> tuple[dict[str, str], ...] | None:
-    """The messages, or None if they are no conversation."""
-    if not isinstance(messages, list) or not messages:
-        return None
-    is_valid = all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages)
-    return tuple(messages) if is_valid else None

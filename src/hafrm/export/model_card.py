@@ -14,11 +14,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from hafrm.atomic import atomic_write
-from hafrm.export.golden import GOLDEN, read_golden
+from hafrm.export.golden import read_golden
 from hafrm.results import Real, read_result
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import Estimate
-from hafrm.table import Column, Table, to_markdown
+from hafrm.table import Table, columns, to_markdown
 
 CARD = "README.md"
 MAX_EXAMPLE = 400
@@ -130,47 +130,28 @@ def write_cards(run: Path, models: Path | None = None) -> None:
             results=_results({s.name: s for s in test.sets}),
             max_length=recipe["data"]["max_length"],
         )
-        head = _head(recipe, "text-classification", "reward-model") | _model_index(name, test)
-        _write(directory, head, text)
+        _write(directory, recipe, ("text-classification", "reward-model"), text)
     if (directory := models / "policy").is_dir():
         is_policy_only = test.scored_with == "implicit reward"
         implicit = {s.name: s if is_policy_only else s.implicit for s in test.sets}
         text = _POLICY_CARD.format(name=name, training=training, results=_results(implicit))
-        _write(directory, _head(recipe, "text-generation"), text)
+        _write(directory, recipe, ("text-generation",), text)
 
 
-def _write(directory: Path, head: Mapping[str, Any], text: str) -> None:
-    front = StringIO()
-    YAML().dump(dict(head), front)
-    atomic_write(directory / CARD, f"---\n{front.getvalue()}---\n\n{text}")
-
-
-def _head(recipe: Mapping[str, Any], task: str, *tags: str) -> dict[str, Any]:
-    """The front matter that the hub reads."""
+def _write(directory: Path, recipe: Mapping[str, Any], tags: tuple[str, ...], text: str) -> None:
+    """The text below the front matter that the hub reads; its task is the first tag."""
     base = str(recipe["model"]["path"])
     # a hub id is a name, or two with a slash; anything else is a path on this machine
     is_hub = not Path(base).exists() and base.count("/") == 1 and not base.startswith(("/", "."))
-    return {
+    head = {
         "library_name": "transformers",
-        "pipeline_tag": task,
-        "tags": [*tags, "hafrm", str(recipe["method"]["name"])],
+        "pipeline_tag": tags[0],
+        "tags": [*tags[1:], "hafrm", str(recipe["method"]["name"])],
         **({"base_model": base} if is_hub else {}),
     }
-
-
-def _model_index(name: str, test: _TestResult) -> dict[str, Any]:
-    """The results in the hub's form."""
-    results = [
-        {
-            "task": {"type": "text-classification", "name": "preference"},
-            "dataset": {"type": "preferences", "name": item.name},
-            "metrics": [
-                {"type": "accuracy", "name": "pairwise accuracy", "value": item.accuracy.value}
-            ],
-        }
-        for item in test.sets
-    ]
-    return {"model-index": [{"name": name, "results": results}]} if results else {}
+    front = StringIO()
+    YAML().dump(head, front)
+    atomic_write(directory / CARD, f"---\n{front.getvalue()}---\n\n{text}")
 
 
 def _training(recipe: Mapping[str, Any], session: Mapping[str, Any]) -> str:
@@ -197,31 +178,20 @@ def _training(recipe: Mapping[str, Any], session: Mapping[str, Any]) -> str:
 def _results(metrics: Mapping[str, _Metrics | None]) -> str:
     """A table of the test sets by name, or a sentence if there is none."""
     rows = tuple(
-        (
-            name,
-            item.accuracy.num,
-            item.accuracy,
-            item.length.pick_longer,
-            item.calibration.log_loss,
-            item.calibration.ece,
-        )
-        for name, item in metrics.items()
-        if item is not None
+        (name, m.accuracy.num, m.accuracy, m.length.pick_longer, *vars(m.calibration).values())
+        for name, m in metrics.items()
+        if m is not None
     )
-    columns = (
-        Column("test set"),
-        Column("comparisons", "count"),
-        Column("accuracy [95 %]"),
-        Column("pick the longer [95 %]"),
-        Column("log-loss", "decimal"),
-        Column("ECE", "decimal"),
+    heads = "test set | comparisons: count | accuracy [95 %] | pick the longer [95 %] | "
+    heads += "log-loss: decimal | ECE: decimal"
+    return (
+        to_markdown(Table("", columns(heads), rows)) if rows else "Not evaluated on a test set yet."
     )
-    return to_markdown(Table("", columns, rows)) if rows else "Not evaluated on a test set yet."
 
 
 def _example(directory: Path) -> tuple[str, float]:
     """A golden conversation as Python code, and its reward: the first response to the last short prompt."""
-    lines = [(list(g.messages), g.reward) for g in read_golden(directory / GOLDEN) if g.messages]
+    lines = [(list(g.messages), g.reward) for g in read_golden(directory) if g.messages]
     short = [line for line in lines if len(str(line[0])) <= MAX_EXAMPLE]
     last, _ = short[-1] if short else min(lines, key=lambda line: len(str(line[0])))
     messages, reward = next(line for line in lines if line[0][:-1] == last[:-1])

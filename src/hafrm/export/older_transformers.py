@@ -39,20 +39,16 @@ def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}
-    full, local = rope.get("full_attention"), rope.get("sliding_attention")
-    if isinstance(full, Mapping):  # Gemma 3 has another base for local layers
-        keys = _flat(full)
-        return keys | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
-    keys = _flat(rope)
-    if config.get("model_type") == "gpt_neox":
-        return {_GPT_NEOX.get(key, key): value for key, value in keys.items()}
-    return keys
-
-
-def _flat(rope: Mapping[str, Any]) -> dict[str, Any]:
+    local = rope.get("sliding_attention")
+    rope = rope.get("full_attention", rope)  # Gemma 3 has another base for local layers
     keys = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
     scaling = {key: value for key, value in rope.items() if key not in keys}
-    return keys | ({"rope_scaling": scaling} if scaling.get("rope_type") != "default" else {})
+    if scaling.get("rope_type") != "default":
+        keys["rope_scaling"] = scaling
+    if local:
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    names = _GPT_NEOX if config.get("model_type") == "gpt_neox" else {}
+    return {names.get(key, key): value for key, value in keys.items()}
 
 
 def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,28 +24,21 @@ from hafrm.export.golden import GoldenLine
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: a padded batch of a deep model against one text at a time."""
 BATCH_SIZE = 16
+"""Texts that are scored in one padded batch; the checklist scores as many."""
 Side = Literal["left", "right"]
-_MAX_TEXTS = 16
 
 
-def _conversation(*turns: str) -> tuple[dict[str, str], ...]:
-    roles = ("user", "assistant")
-    return tuple({"role": roles[k % 2], "content": turn} for k, turn in enumerate(turns))
-
-
-PROBES = (
-    _conversation("What is the capital of France?", "The capital of France is Paris."),
-    _conversation("Say yes.", "No."),
-    _conversation(
-        "Name three trees.", "Oak, lime and beech.\n\nShall I name more?", "Yes.", "Elm, ash."
-    ),
-    _conversation("Was heißt « déjà vu » auf Deutsch?", "„Schon gesehen“ – ein Gefühl, als …"),
-    _conversation(
-        "Write a function that adds.", "```python\ndef add(a, b):\n    return a + b\n```\n"
-    ),
-    _conversation(
-        "Tell me about the sea. " * 8, "The sea is wide and deep, and its water is salt. " * 6
-    ),
+_TURNS = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Say yes.", "No."),
+    ("Name three trees.", "Oak, lime and beech.\n\nShall I name more?", "Yes.", "Elm, ash."),
+    ("Was heißt « déjà vu » auf Deutsch?", "„Schon gesehen“ – ein Gefühl, als …"),
+    ("Write a function that adds.", "```python\ndef add(a, b):\n    return a + b\n```\n"),
+    ("Tell me about the sea. " * 8, "The sea is wide and deep, and its water is salt. " * 6),
+)
+PROBES = tuple(
+    tuple({"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns))
+    for turns in _TURNS
 )
 """Conversations of different lengths, for directories without golden scores."""
 
@@ -61,10 +54,9 @@ def largest_difference(values: Float[Tensor, " texts"], expected: Float[Tensor, 
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a weights file."""
+    """A tensor in a weights file; its dtype in safetensors' notation, such as BF16."""
 
     dtype: str
-    """In safetensors' notation, such as BF16."""
     shape: tuple[int, ...]
 
 
@@ -98,17 +90,16 @@ class PlainModel:
         """config.json."""
         return self._json("config.json")
 
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json."""
+        return self._json("tokenizer_config.json")
+
     @property
     def text_config(self) -> Mapping[str, Any]:
         """The language model's part of the config, which holds pad, EOS and vocabulary size."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, Mapping) else self.config
-
-    @cached_property
-    def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json; empty if there is none."""
-        file = "tokenizer_config.json"
-        return self._json(file) if (self.path / file).is_file() else {}
 
     @cached_property
     def weights(self) -> dict[str, StoredTensor]:
@@ -135,16 +126,13 @@ class PlainModel:
     @cached_property
     def loaded(self) -> tuple[Any, Mapping[str, Any]]:
         """The classifier in float32, and transformers' report on missing and unexpected weights."""
+        options = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
         try:
             if self.is_adapter:
                 model, info = self._with_adapter(), {}
             else:
                 model, info = AutoModelForSequenceClassification.from_pretrained(
-                    self.path,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
+                    self.path, dtype=torch.float32, **options
                 )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelError(
@@ -168,19 +156,16 @@ class PlainModel:
 
     def render(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> str:
         """A conversation as text, by the directory's chat template or another one."""
+        options = {"chat_template": template, "tokenize": False}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], chat_template=template, tokenize=False
-                )
-            )
+            return str(self.tokenizer.apply_chat_template([*map(dict, messages)], **options))
         except (TemplateError, ValueError, TypeError) as error:
             raise ModelError(f"the chat template cannot render a conversation: {error}") from error
 
     @cached_property
     def texts(self) -> list[str]:
         """The conversations that are scored, rendered: golden ones, or PROBES."""
-        golden = [self._render_golden(line) for line in self.golden[:_MAX_TEXTS]]
+        golden = [self._render_golden(line) for line in self.golden[:BATCH_SIZE]]
         return golden or [self.render(probe) for probe in PROBES]
 
     @cached_property
@@ -200,11 +185,8 @@ class PlainModel:
         model = self.loaded[0]
         batch = self._batch(texts, side)
         stock = model.get_base_model() if self.is_adapter else model
-        if (
-            side == "left"
-            and positions
-            and "position_ids" in inspect.signature(stock.forward).parameters
-        ):
+        has_positions = "position_ids" in inspect.signature(stock.forward).parameters
+        if side == "left" and positions and has_positions:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         rewards: Tensor = model(**batch).logits[:, 0].float().cpu()
         return rewards
@@ -219,13 +201,9 @@ class PlainModel:
     def replay(self, sides: Sequence[Side] = ()) -> GoldenReplay:
         """Score the golden conversations one at a time, and in batches padded on each of `sides`."""
         texts = [self._render_golden(line) for line in self.golden]
-        faults = [
-            f"the template gives other ids for ...{text[-40:]!r}"
-            for text, line in zip(texts, self.golden, strict=True)
-            if line.input_ids and tuple(self.ids(text)) != line.input_ids
-        ]
-        if faults:
-            return GoldenReplay({}, faults)
+        for text, line in zip(texts, self.golden, strict=True):
+            if line.input_ids and tuple(self.ids(text)) != line.input_ids:
+                return GoldenReplay({}, [f"the template gives other ids for ...{text[-40:]!r}"])
         scores = {"alone": torch.cat([self.score([text]) for text in texts])}
         for side in sides:
             batches = (texts[i : i + BATCH_SIZE] for i in range(0, len(texts), BATCH_SIZE))
@@ -250,12 +228,14 @@ class PlainModel:
         return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
     def _json(self, name: str) -> dict[str, Any]:
+        """The object in a file of the directory; empty without such a file."""
+        file = self.path / name
         try:
-            content = json.loads((self.path / name).read_bytes())
+            content = json.loads(file.read_bytes()) if file.is_file() else {}
         except ValueError as error:
-            raise ModelError(f"{self.path / name} is not JSON: {error}") from error
+            raise ModelError(f"{file} is not JSON: {error}") from error
         if not isinstance(content, dict):
-            raise ModelError(f"{self.path / name} holds no JSON object")
+            raise ModelError(f"{file} holds no JSON object")
         return content
 
 

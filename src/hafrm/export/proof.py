@@ -43,8 +43,7 @@ PLAIN = Group(
 def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: str) -> T:
     """What `check` returns for an export, which is renamed to `directory` if it passes.
 
-    If not, the export stays. Raises VerificationError for whatever `check` raises; `again` says how to
-    repeat the proof.
+    Otherwise it stays. Raises VerificationError for what `check` raises; `again` says how to repeat it.
     """
     try:
         result = check(unverified)
@@ -66,19 +65,14 @@ def proof_device(directory: Path) -> torch.device:
     needed, free = proof_bytes(sum(map(math.prod, shapes))), torch.cuda.mem_get_info()[0]
     if needed <= free:
         return torch.device("cuda")
-    log.info(
-        "the golden scores are computed on the CPU: float32 takes %.1f GiB, the GPU has %.1f GiB free",
-        needed / 2**30,
-        free / 2**30,
-    )
+    sizes = f"float32 takes {needed / 2**30:.1f} GiB, the GPU has {free / 2**30:.1f} GiB free"
+    log.info("the golden scores are computed on the CPU: %s", sizes)
     return torch.device("cpu")
 
 
 def num_threads() -> int:
-    """Threads for a proof: this process's own, but all of the host's if it was one of several ranks.
-
-    torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs.
-    """
+    """Threads for a proof: this process's own, but all of the host's if it was one of several ranks."""
+    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return torch.get_num_threads()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -111,13 +105,13 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
                 continue
             reward = float(rewards[start + k])
             line = {"messages": messages, "text": text, "input_ids": ours, "reward": reward}
-            lines.append(json.dumps(line))
+            lines.append(json.dumps(line) + "\n")
     if not lines:
         raise NumericsError(
             f"{directory}: rendering with its chat template and tokenizing gives other ids than training "
-            f"used, in each of {len(rewards)} conversations; fix the tokenizer or its template"
+            "used in every conversation; fix the tokenizer or its template"
         )
-    atomic_write(directory / GOLDEN, "\n".join(lines) + "\n")
+    atomic_write(directory / GOLDEN, "".join(lines))
     return len(lines)
 
 

@@ -1,20 +1,23 @@
 """Write a trained model as stock directories that every consumer loads without our code.
 
 `reward/` is a `<X>ForSequenceClassification` with one label, `problem_type: regression` (otherwise servers
-apply a sigmoid) and a `score` without bias; `policy/` is a `<X>ForCausalLM`. LoRA is merged in float32.
-Both have the tokenizer with the closed chat template of training. They are never one file, because vLLM
-refuses unknown weights.
+apply a sigmoid) and a `score` without bias; `policy/` is a `<X>ForCausalLM`. LoRA is merged in float32, or
+written as a PEFT adapter for consumers that load adapters. All have the tokenizer with the closed chat
+template of training. The two are never one file, because vLLM refuses unknown weights.
 """
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -29,6 +32,9 @@ from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
 from hafrm.export.older_transformers import write_for_older_readers
+
+_ADAPTER = "default"
+"""PEFT's name of the one adapter."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,58 @@ def export_policy(
     _write(stock, weights.backbone, head, encoder, directory)
 
 
+class Base(NamedTuple):
+    """The checkpoint that an adapter belongs to."""
+
+    path: str
+    revision: str | None
+
+
+def export_adapter(model: HybridModel, encoder: Encoder, directory: Path, base: Base) -> None:
+    """Write the reward model's adapters and head in float32, as PEFT loads them, and the tokenizer.
+
+    Raises ModelError for a model without adapters or without a reward head.
+    """
+    layers = {n: m for n, m in model.backbone.named_modules() if isinstance(m, LoraLayer)}
+    if not layers or model.reward_head is None:
+        what = "adapters" if not layers else "reward head"
+        raise ModelError(f"this model has no {what} to export; export its whole weights")
+    weights = {
+        f"{model.backbone.base_model_prefix}.{name}.{part}.weight": getattr(layer, part)[_ADAPTER]
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    # The complete head goes with the adapters: PEFT omits it by default (peft#2502, TRL#1379).
+    weights["score.weight"] = model.reward_head
+    tensors = {
+        f"base_model.model.{name}": module.weight.detach().float().cpu().contiguous()
+        for name, module in weights.items()
+    }
+    one = next(iter(layers.values()))
+    config = LoraConfig(
+        r=one.r[_ADAPTER],
+        lora_alpha=one.lora_alpha[_ADAPTER],
+        target_modules=_targets(model.backbone, layers),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=bool(getattr(one, "fan_in_fan_out", False)),
+        task_type="SEQ_CLS",
+        modules_to_save=["score"],
+        base_model_name_or_path=base.path,
+        revision=base.revision,
+        inference_mode=True,
+    )
+    with atomic_directory(directory) as aside:
+        config.save_pretrained(str(aside))
+        file = aside / "adapter_config.json"
+        content = json.loads(file.read_bytes())
+        content["target_modules"].sort()  # PEFT writes a set, in varying order
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        encoder.export_tokenizer(aside)
+        write_for_older_readers(aside)
+
+
 def _gather(module: nn.Module) -> dict[str, Tensor]:
     """The module's weights on the main rank. One tensor is gathered at a time: ranks share host memory."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
@@ -104,13 +162,11 @@ def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
     for name, module in backbone.named_modules():
         if isinstance(module, LoraLayer):
-            for adapter, scaling in module.scaling.items():
-                a = weights[f"{name}.lora_A.{adapter}.weight"].float()
-                b = weights[f"{name}.lora_B.{adapter}.weight"].float()
-                delta = scaling * (b @ a)
-                if getattr(module, "fan_in_fan_out", False):
-                    delta = delta.t()
-                merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
+            a, b = (weights[f"{name}.lora_{k}.{_ADAPTER}.weight"].float() for k in "AB")
+            delta = module.scaling[_ADAPTER] * (b @ a)
+            if getattr(module, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
+                delta = delta.t()
+            merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
     return merged
 
 
@@ -141,8 +197,10 @@ def _write(
     prefix, dtype = stock.base_model_prefix, stock.dtype
     state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
     state |= {name: value.to(dtype) for name, value in head.items()}
-    if dtype == torch.float16:
-        _check_range(state)
+    if dtype == torch.float16:  # its largest number is 65,504
+        over = [name for name, value in state.items() if not torch.isfinite(value).all()]
+        if over:
+            raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
     surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
     stock.tie_weights()
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
@@ -157,8 +215,12 @@ def _write(
         write_for_older_readers(aside)
 
 
-def _check_range(state: Mapping[str, Tensor]) -> None:
-    """Raises ModelError for a weight beyond float16's largest number, 65,504."""
-    over = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    if over:
-        raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32 instead")
+def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
+    """Short names if they match exactly these layers, else the layers' full names."""
+    short = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    matched = {
+        name
+        for name, module in backbone.named_modules()
+        if name.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, LoraLayer))
+    }
+    return short if matched == set(layers) else sorted(layers)

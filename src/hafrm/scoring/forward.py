@@ -32,6 +32,8 @@ log = logging.getLogger("hafrm")
 _WINDOW = 512
 """Groups packed together. First fit over all of them would take quadratic time."""
 
+_Response = tuple[int, NDArray[np.int32]]
+"""Its index among all responses, and its ids."""
 PerResponse = tuple[Tensor | None, ...]
 """What a forward returns, one entry per response of its layout each; `Outputs` is one."""
 
@@ -88,17 +90,12 @@ def run_forward(  # noqa: PLR0913
             outputs: Outputs = model(layout.to(device))
         return outputs
 
-    sequences = run_sequences(
-        run,
-        groups,
-        max_tokens=max_tokens,
-        threads=threads,
-        part=part,
-        # One rank of a sharded model cannot run more forwards than the others.
-        halve=not isinstance(model, FSDPModule),
-    )
+    # One rank of a sharded model cannot run more forwards than the others.
+    halve = not isinstance(model, FSDPModule)
     num_done = 0
-    for indices, outputs in sequences:
+    for indices, outputs in run_sequences(
+        run, groups, max_tokens=max_tokens, threads=threads, part=part, halve=halve
+    ):
         for values, output in ((rewards, outputs[0]), (logps, outputs[1])):
             if output is not None:
                 values[indices] = output.float().cpu().numpy()
@@ -143,7 +140,7 @@ def run_sequences(
     for sequence in mine:
         indices = np.concatenate([np.asarray(item.indices, np.int64) for item in sequence])
         yield indices, next(outputs)
-    deque(outputs, maxlen=0)
+    deque(outputs, maxlen=0)  # the filler's forward must run too
 
 
 def _run_or_halve(
@@ -182,12 +179,10 @@ def _halves(sequence: list[IndexedGroup]) -> tuple[list[IndexedGroup], list[Inde
     if len(sequence) > 1:
         return sequence[: len(sequence) // 2], sequence[len(sequence) // 2 :]
     group, indices = sequence[0]
-    cut = len(indices) // 2
-    first, second = (
-        [IndexedGroup(replace(group, response_ids=group.response_ids[half]), indices[half])]
-        for half in (slice(cut), slice(cut, None))
-    )
-    return first, second
+    ids, cut = group.response_ids, len(indices) // 2
+    first = IndexedGroup(replace(group, response_ids=ids[:cut]), indices[:cut])
+    second = IndexedGroup(replace(group, response_ids=ids[cut:]), indices[cut:])
+    return [first], [second]
 
 
 def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
@@ -196,21 +191,19 @@ def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[li
     order = sorted(range(len(groups)), key=lambda i: -sizes[i])
     sequences = []
     for start in range(0, len(order), _WINDOW):
-        window = order[start : start + _WINDOW]
+        window = order[start : start + _WINDOW]  # of similar sizes, because they are sorted
         bins = first_fit_decreasing([sizes[i] for i in window], max_tokens)
         sequences += [[window[i] for i in members] for members in bins]
     return sequences
 
 
 def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGroup]:
-    """All responses grouped by their prompt's ids, split so that each group fits into `max_tokens`.
-
-    A single response that is longer stays whole.
-    """
-    by_prompt: dict[bytes, tuple[NDArray[np.int32], list[tuple[int, NDArray[np.int32]]]]] = {}
+    """All responses grouped by their prompt's ids, split so that each group fits into `max_tokens`; a
+    single response that is longer stays whole."""
+    by_prompt: dict[bytes, tuple[NDArray[np.int32], list[_Response]]] = {}
     index = 0
     for group in groups:
-        prompt = np.asarray(group.prompt_ids, np.int32)
+        prompt = np.asarray(group.prompt_ids, np.int32)  # one dtype: bytes are the key
         _, responses = by_prompt.setdefault(prompt.tobytes(), (prompt, []))
         for ids in group.response_ids:
             responses.append((index, ids))
@@ -222,10 +215,8 @@ def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGr
     ]
 
 
-def _split(
-    responses: list[tuple[int, NDArray[np.int32]]], room: int
-) -> Iterator[list[tuple[int, NDArray[np.int32]]]]:
-    part: list[tuple[int, NDArray[np.int32]]] = []
+def _split(responses: list[_Response], room: int) -> Iterator[list[_Response]]:
+    part: list[_Response] = []
     size = 0
     for response in responses:
         length = len(response[1])
@@ -243,6 +234,7 @@ def _map(
     threads: int,
 ) -> Iterable[PerResponse]:
     """`run` of every sequence, in order, on as many threads as there are sequences for."""
+    # torch releases the GIL inside its kernels, so threads share one copy of the weights
     workers = min(threads, len(sequences))
     if workers <= 1:
         yield from map(run, sequences)
@@ -264,6 +256,7 @@ def check_finite(scores: Scores) -> None:
         if values is None or np.isfinite(values).all():
             continue
         responses = np.flatnonzero(~np.isfinite(values))
+        # the group of a response: the last one that starts at or before it
         bad = np.unique(np.searchsorted(scores.first, responses, side="right") - 1).tolist()
         raise NumericsError(
             f"the model gives scores that are not finite for {len(bad)} of {len(scores.first)} groups, "

@@ -5,18 +5,18 @@ writes it beside the exported models. The implicit reward counts per token, beca
 of log-ratios would otherwise outweigh its reward.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Num
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import optimize, special
 
-from hafrm.errors import CheckpointError, ModelError
+from hafrm.errors import ModelError
 from hafrm.preferences import TokenizedGroup
 from hafrm.results import read_result, write_result
 from hafrm.scoring.forward import Scores
@@ -28,7 +28,7 @@ from hafrm.scoring.reward_model import ImplicitRule, PolicyModel
 class FusedRule:
     """How much an implicit reward per token counts against a reward."""
 
-    factor: float
+    factor: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """0: the reward alone."""
     num: int = 0
     """Comparisons that it was fitted on."""
@@ -44,10 +44,8 @@ def fit_fused(
     reward_margins: Num[np.ndarray, " comparisons"],
     implicit_margins: Num[np.ndarray, " comparisons"],
 ) -> FusedRule:
-    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token).
-
-    The factor is 0, with a note, where the data do not determine it.
-    """
+    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token);
+    0, with a note, where the data do not determine it."""
     x = np.stack([reward_margins, implicit_margins], axis=1).astype(np.float64)
     scale = np.sqrt((x**2).mean(0)) if len(x) else np.zeros(2)
     if not scale.all():
@@ -61,9 +59,9 @@ def fit_fused(
 
     fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
     a, b = (float(value) for value in fit.x / scale)
-    if (x[x.any(1)] @ fit.x > 0).all():
+    if (x[x.any(1)] @ fit.x > 0).all():  # separable: the likelihood has no maximum
         return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
-    if a <= 0:
+    if a <= 0:  # the ratio would turn the reward around
         return FusedRule(0.0, len(x), "beside the implicit reward, the reward explains nothing")
     return FusedRule(max(0.0, b / a), len(x))
 
@@ -92,16 +90,8 @@ def write_fused_rule(folder: Path, rule: FusedRule) -> None:
 
 
 def read_fused_rule(folder: Path) -> FusedRule:
-    """The rule of a folder; raises ModelError for a damaged one."""
-    try:
-        rule = read_result(folder / FUSED_RULE, FusedRule)
-    except CheckpointError as error:
-        raise ModelError(str(error)) from error
-    if not 0 <= rule.factor < math.inf:
-        raise ModelError(
-            f"{folder / FUSED_RULE}: factor is {rule.factor}; it must be a number >= 0"
-        )
-    return rule
+    """The rule of a folder; raises CheckpointError for a damaged one."""
+    return read_result(folder / FUSED_RULE, FusedRule)
 
 
 class FusedRewardModel(PolicyModel):
@@ -115,15 +105,11 @@ class FusedRewardModel(PolicyModel):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> "FusedRewardModel":
-        """Load a run folder, or its `model/`, whose method trained both heads; options as PolicyModel's.
-
-        Raises ModelError if there is no rule, or if a head or the reference cannot be loaded.
-        """
+        """Load a run whose method trained both heads, with PolicyModel's options; else ModelError."""
         folder = find_heads(path).fused
         if folder is None:
             raise ModelError(
-                f"{path} has no {FUSED_RULE}. A run writes it when its method trains both heads (haf, "
-                "grm-sft, ...); score with the reward or the policy alone"
+                f"{path} has no {FUSED_RULE}, which runs that train both heads write; score with one head"
             )
         fused = super().from_pretrained(folder / "policy", **options)
         assert isinstance(fused, cls)

@@ -8,7 +8,6 @@ directory is run. Nothing here scores.
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +35,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
 FUSED_RULE = "fused.json"
 """The file beside `reward/` and `policy/` that says how their scores are added."""
-_UNBOUNDED = 2**20
-"""Length limit of models that have no position limit."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,26 @@ def find_heads(path: str | os.PathLike[str], policy: str | Path | None = None) -
 
     `policy` replaces the policy that is there. Raises ModelError if there is no model.
     """
-    root = Path(path)
-    heads = None
-    # a run folder has its exports in model/
-    for folder in (root / "model", root):
-        reward, own = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
-        if reward or own:
-            # the rule of one head alone is of no use
-            has_rule = reward and own and (folder / FUSED_RULE).is_file()
-            heads = Heads(reward, own, folder if has_rule else None)
-            break
-    if heads is None:
-        if root.is_dir() and not (root / "config.json").is_file():
-            raise ModelError(
-                f"{path} holds no model: neither model/reward nor model/policy nor a config.json. A run "
-                "that has not finished has none yet"
-            )
-        heads = Heads(root, None) if is_reward_directory(root) else Heads(None, root)
+    heads = _own_heads(Path(path))
     # the fused rule was fitted with the policy that is replaced
     return heads if policy is None else Heads(heads.reward, Path(policy))
+
+
+def _own_heads(root: Path) -> Heads:
+    for folder in (root / "model", root):  # a run folder has its exports in model/
+        reward, policy = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
+        if reward or policy:
+            # the rule of one head alone is of no use
+            has_rule = reward and policy and (folder / FUSED_RULE).is_file()
+            return Heads(reward, policy, folder if has_rule else None)
+    if root.is_dir() and not (root / "config.json").is_file():
+        raise ModelError(
+            f"{root} holds no model: neither model/reward nor model/policy nor a config.json. A run "
+            "that has not finished has none yet"
+        )
+    architectures = load_config(root).architectures or [""]
+    is_reward = str(architectures[0]).endswith("ForSequenceClassification")
+    return Heads(root, None) if is_reward else Heads(None, root)
 
 
 def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
@@ -112,17 +110,14 @@ AUTO = Placement()
 def choose_dtype(
     path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> torch.dtype:
-    """The dtype to load weights in.
-
-    `auto` is the checkpoint's dtype on a GPU, which is logged, and float32 on a CPU, where half precision
-    is neither faster nor more accurate.
-    """
+    """The dtype to load weights in: `auto` is the checkpoint's on a GPU, which is logged, else float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, Placement(dtype).dtype)
         return chosen
     kind = torch.device(device or default_device()).type
+    # on a CPU half precision is neither faster nor more accurate
     stored = torch.float32 if kind == "cpu" else load_config(path).dtype
     for half in (torch.float16, torch.bfloat16):
         if stored == half and (half == torch.float16 or has_bfloat16(kind)):
@@ -141,30 +136,17 @@ def has_bfloat16(device: str) -> bool:
 def load_reward(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
-    """A `...ForSequenceClassification` with one label and a trained linear head.
-
-    Raises ModelError for anything else.
-    """
-    loaded, missing = _load(
-        AutoModelForSequenceClassification, path, choose_dtype(path, dtype, device)
-    )
-    if missing:
-        kind = str((loaded.config.architectures or ["?"])[0])
-        what = "it is a causal LM (a policy), not a reward model" if "CausalLM" in kind else kind
-        raise ModelError(
-            f"{path} lacks weights for {missing}, which would be random: {what}; give a run folder or the "
-            "directory of a trained reward model"
-        )
+    """A `...ForSequenceClassification` with one label and a linear head; ModelError for anything else."""
+    loaded = _load(AutoModelForSequenceClassification, path, choose_dtype(path, dtype, device))
     if loaded.config.num_labels != 1:
         raise ModelError(
-            f"{path} has {loaded.config.num_labels} labels, but a reward model has one: this is another "
-            "kind of classifier"
+            f"{path} has {loaded.config.num_labels} labels, but a reward model has one"
         )
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
         raise ModelError(
-            f"{path} is a {type(loaded).__name__} without a linear `score` head. hafrm reads rewards from "
-            "such a head; decoder models such as Llama, Qwen or Gemma have one"
+            f"{path} is a {type(loaded).__name__} without a linear `score` head, which decoder models such "
+            "as Llama, Qwen or Gemma have"
         )
     backbone = loaded.base_model
     model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
@@ -176,7 +158,7 @@ def load_reward_head(directory: str | Path) -> nn.Linear:
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if "score.weight" in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                weight = tensors.get_tensor("score.weight").float()
+                weight = tensors.get_tensor("score.weight").float()  # [1, hidden]
                 head = nn.Linear(weight.shape[1], 1, bias=False)
                 head.weight = nn.Parameter(weight)
                 return head
@@ -197,12 +179,7 @@ def load_causal_lm(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` for generation; raises ModelError for anything else."""
-    loaded, missing = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
-    if missing:
-        raise ModelError(
-            f"{path} lacks weights for {missing}, which would be random; give a run folder or the "
-            "directory of a causal LM"
-        )
+    loaded = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
     model: PreTrainedModel = loaded.to(device or default_device())
     return model
 
@@ -218,7 +195,7 @@ def load_encoder(
     Raises ModelError without a usable tokenizer or template, and for a longer `max_length` than the model
     has positions.
     """
-    longest = longest_sequence(config) or _UNBOUNDED
+    longest = longest_sequence(config) or 2**20  # some models have no limit
     if max_length is not None and max_length > longest:
         raise ModelError(
             f"max_length is {max_length}, but {path} takes at most {longest} tokens; lower it"
@@ -228,16 +205,8 @@ def load_encoder(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
     limit = longest if max_length is None else max_length
+    # close=False: the template is used as published, whatever it writes after the response
     return Encoder(tokenizer, max_length=limit, too_long=too_long, close=False)
-
-
-def is_reward_directory(path: str | Path) -> bool:
-    """Whether a directory or hub id holds a sequence classifier rather than a causal LM.
-
-    Raises ModelError when there is no model.
-    """
-    architectures = getattr(load_config(path), "architectures", None) or [""]
-    return str(architectures[0]).endswith("ForSequenceClassification")
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
@@ -254,20 +223,26 @@ def model_digest(path: str | Path) -> str:
     directory = Path(path)
     if not directory.is_dir():
         return f"{path}@{getattr(load_config(path), '_commit_hash', None)}"
+    # not the directory's path, so that a copy is the same model
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
     digests = [f"{file.name} {fingerprint(file)}" for file in files if file.is_file()]
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """The model, and the names of weights that its files lack."""
+def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> Any:
     try:
-        loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a model from {path}: {error}") from error
-    return loaded[0], sorted(loaded[1]["missing_keys"])
+    if info["missing_keys"]:  # transformers only warns, and initialises them
+        kind = (model.config.architectures or ["?"])[0]
+        raise ModelError(
+            f"{path} holds a {kind} without weights for {sorted(info['missing_keys'])}, which would be "
+            f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
+        )
+    return model
 
 
 def default_device() -> torch.device:

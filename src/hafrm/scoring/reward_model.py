@@ -5,11 +5,12 @@ responses, and give the numbers that other consumers of the directory get. They 
 one can replace the other.
 """
 
-import json
+import contextlib
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,6 +25,7 @@ from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
+from hafrm.results import read_result, write_result
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
@@ -49,18 +51,18 @@ class ImplicitRule:
 
 def write_implicit_rule(directory: Path, rule: ImplicitRule) -> None:
     """Write the rule into an exported policy's directory."""
-    (directory / IMPLICIT_RULE).write_text(json.dumps(asdict(rule), indent=1) + "\n")
+    write_result(directory / IMPLICIT_RULE, rule)
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
-    """The rule of an exported policy; without a file it is the mean log-prob per token."""
+    """The rule of an exported policy; without a file it is the mean log-prob per token.
+
+    Raises CheckpointError for a damaged file.
+    """
     file = Path(directory) / IMPLICIT_RULE
     if not file.is_file():
         return ImplicitRule(reference=None, per_token=True)
-    try:
-        return ImplicitRule(**json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{file} is no rule of an implicit reward: {error}") from error
+    return read_result(file, ImplicitRule)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Scorer(ABC):
         self.model = model.eval()
         self.encoder = encoder
         self.max_tokens = max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS)
+        # on a CPU a thread per sequence beats all threads on one sequence (docs/scoring.md)
         self._threads = torch.get_num_threads() if on_cpu else 1
 
     @abstractmethod
@@ -128,9 +131,13 @@ class Scorer(ABC):
 
         Raises what `score` raises.
         """
+        # equal responses would be laid out and run twice
         distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
+        with _refusals_of("a response"):
+            for text in itertools.chain(*distinct):
+                check_text(text, "a response")
         groups = [
-            Group(f"prompt {i}", as_messages(prompt), _checked(texts))
+            Group(f"prompt {i}", as_messages(prompt), texts)
             for i, (prompt, texts) in enumerate(zip(prompts, distinct, strict=True))
             if texts
         ]
@@ -150,14 +157,14 @@ class Scorer(ABC):
     def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
         first, second = self.score(prompt, [chosen, rejected])
-        return 1.0 / (1.0 + math.exp(min(700.0, second - first)))
+        return 1.0 / (1.0 + math.exp(min(700.0, second - first)))  # exp overflows above 709
 
     def best_of(self, prompt: PromptLike, responses: Sequence[str]) -> Best:
         """The response with the highest score; the first one if several are equal."""
         if not responses:
             raise DataError("best_of needs one or more responses; got none")
         rewards = self.score(prompt, responses)
-        index = int(np.argmax(rewards))
+        index = int(np.argmax(rewards))  # the first of equal ones
         return Best(index, responses[index], rewards)
 
 
@@ -197,10 +204,7 @@ class RewardModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The reward of every response of tokenized groups, in order; `on_progress` counts responses.
-
-        Raises NumericsError for a reward that is not finite.
-        """
+        """The reward of every response; see `Scorer.score_encoded`."""
         pad = self.model.backbone.config.get_text_config().pad_token_id
         groups = [_without_trailing_pad(group, pad) for group in encoded]
         scores = self._run(self.model, groups, on_progress)
@@ -251,14 +255,14 @@ class PolicyModel(Scorer):
                 frozen = load_policy(name, dtype=dtype, device=device)
             except ModelError as error:
                 raise ModelError(
-                    f"{path} needs its reference {name}, which cannot be loaded; say where the reference "
-                    f"is now (--reference): {error}"
+                    f"{path} needs its reference {name}, which cannot be loaded; say where it is now "
+                    f"(--reference): {error}"
                 ) from error
-            sizes = [m.backbone.config.get_text_config().vocab_size for m in (policy, frozen)]
-            if sizes[0] != sizes[1]:
+            size, other = (m.backbone.config.get_text_config().vocab_size for m in (policy, frozen))
+            if size != other:
                 raise ModelError(
-                    f"{path} has a vocabulary of {sizes[0]} tokens, its reference {name} one of "
-                    f"{sizes[1]}; give the checkpoint that the policy was trained from"
+                    f"{path} has a vocabulary of {size} tokens, its reference {name} one of {other}; "
+                    "give the checkpoint that the policy was trained from"
                 )
         rule = replace(rule, reference=None if name is None else str(name))
         encoder = load_encoder(path, policy.backbone.config, max_length)
@@ -267,23 +271,18 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The implicit reward of every response of tokenized groups; `on_progress` counts responses.
-
-        Raises NumericsError for a score that is not finite.
-        """
+        """The implicit reward of every response; see `Scorer.score_encoded`."""
         return self._to_scores(self._run(self.model, encoded, on_progress), encoded)
 
     def _to_scores(self, scores: Scores, groups: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
         """The implicit rewards that the policy's log-probs of these groups give."""
-        assert scores.logps is not None
-        implicit: NDArray[Any] = scores.logps
+        implicit: Any = scores.logps
         if self.reference is not None:
-            frozen = self._run(self.reference, groups).logps
-            assert frozen is not None
-            implicit = implicit - frozen
+            implicit = implicit - self._run(self.reference, groups).logps
         if self.rule.per_token:
             implicit = implicit / scores.lengths
-        return (self.rule.beta * implicit).astype(np.float32)
+        implicit_rewards: NDArray[np.float32] = (self.rule.beta * implicit).astype(np.float32)
+        return implicit_rewards
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:
@@ -291,6 +290,7 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
 
     It changes a group only where pad is the EOS. Some published models were trained that way.
     """
+    # transformers' classifier reads at the last token that is not pad, so trailing EOS = pad is passed over
     if pad is None or all(ids[-1] != pad for ids in group.response_ids):
         return group
     # -1 in front: index 0 for a response of pads alone
@@ -310,22 +310,19 @@ def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
 
     Raises DataError for anything else, and for a conversation that does not end before a response.
     """
-    try:
+    with _refusals_of("the prompt"):
         messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
         if not messages:
             raise DataError(
                 "the prompt has no messages; give a text, or messages up to the response"
             )
         check_prompt(messages, MAX_CHARS)
-    except RefusedError as error:
-        raise DataError(f"the prompt cannot be used: {': '.join(error.refusal)}") from error
     return messages
 
 
-def _checked(responses: tuple[str, ...]) -> tuple[str, ...]:
+@contextlib.contextmanager
+def _refusals_of(what: str) -> Iterator[None]:
     try:
-        for response in responses:
-            check_text(response, "a response")
+        yield
     except RefusedError as error:
-        raise DataError(f"a response cannot be used: {': '.join(error.refusal)}") from error
-    return responses
+        raise DataError(f"{what} cannot be used: {': '.join(error.refusal)}") from error

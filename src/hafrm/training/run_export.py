@@ -23,9 +23,14 @@ from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.golden import GOLDEN, read_golden
 from hafrm.export.model_card import write_cards
-from hafrm.export.peft_adapter import Base, export_adapter
 from hafrm.export.proof import PLAIN, check_golden, check_policy, prove, write_golden
-from hafrm.export.stock_export import export_policy, export_reward, gather_weights
+from hafrm.export.stock_export import (
+    Base,
+    export_adapter,
+    export_policy,
+    export_reward,
+    gather_weights,
+)
 from hafrm.preferences import Group, Message
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe

@@ -1,0 +1,193 @@
+"""Inputs are counted and identified by content; rows keep their columns, order and types."""
+
+import gzip
+import io
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hafrm.bulk.scored_rows import render_shard
+from hafrm.bulk.shards import Shard, ShardReader, ShardRows, cut_into_shards, identify
+from hafrm.data.values import Refusal
+from hafrm.errors import DataError
+
+BAD = Refusal("empty response", "`response` is ' '")
+
+
+def write(file, num=5):
+    file.parent.mkdir(exist_ok=True)
+    text = "".join(json.dumps({"prompt": "a", "response": str(i)}) + "\n" for i in range(num))
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return str(file)
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Row groups of 3, and types that a row of plain objects would lose."""
+    table = pa.table(
+        {
+            "prompt": pa.array([f"p{i}" for i in range(8)]).dictionary_encode(),
+            "response": [f"r{i}" for i in range(8)],
+            "when": pa.array([i * 1_000_000_001 for i in range(8)], pa.timestamp("ns")),
+            "small": pa.array(range(8), pa.int8()),
+            "blob": [bytes([255, i]) for i in range(8)],
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=3)
+    return tmp_path / "x.parquet"
+
+
+def lines(rows, scores, *, is_packed=False):
+    data = render_shard(rows, scores, is_packed=is_packed)
+    return [
+        json.loads(line) for line in (gzip.decompress(data) if is_packed else data).splitlines()
+    ]
+
+
+def test_a_folder_is_its_files_by_name_and_what_is_no_data_is_named(tmp_path, caplog):
+    for name in ("b.jsonl", "a.jsonl.gz", "_SUCCESS", ".hidden.jsonl", "notes.md"):
+        write(tmp_path / name)
+    assert [(item.name, item.num_rows) for item in identify([str(tmp_path)])] == [
+        ("a", 5),
+        ("b", 5),
+    ]
+    assert "notes.md is not scored" in caplog.text
+    assert "SUCCESS" not in caplog.text
+
+
+def test_shards_cover_all_rows_once_and_are_of_their_inputs_kind(tmp_path, parquet):
+    """A selection breaks a table; an input without rows still gets an output."""
+    sources = [write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl.gz", 0)]
+    sources += [str(parquet), f"{parquet}#limit=2"]
+    a, b, table, selected = sources
+    assert cut_into_shards(identify([a, b, table]), 4) == (
+        Shard("a-00000-of-00002.jsonl", a, 0, 4),
+        Shard("a-00001-of-00002.jsonl", a, 4, 1),
+        Shard("b.jsonl.gz", b, 0, 0),
+        Shard("x-00000-of-00002.parquet", table, 0, 4),
+        Shard("x-00001-of-00002.parquet", table, 4, 4),
+    )
+    assert cut_into_shards(identify([selected]), 4) == (Shard("x.jsonl", selected, 0, 2),)
+
+
+def test_damaged_missing_and_repeated_inputs_are_refused_by_name(tmp_path, parquet):
+    good = write(tmp_path / "x.jsonl", 3)
+    with pytest.raises(DataError, match=r"would be called x\.jsonl"):
+        cut_into_shards(identify([good, good]), 5)
+    other = write(tmp_path / "x-00000-of-00002.jsonl", 1)
+    with pytest.raises(DataError, match=r"would be called x-00000-of-00002\.jsonl"):
+        cut_into_shards(identify([good, other]), 2)
+    with pytest.raises(DataError, match="no such file"):
+        identify([str(tmp_path / "nowhere.jsonl")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no file"):
+        identify([str(tmp_path / "empty")])
+    torn = Path(write(tmp_path / "torn.jsonl.gz", 500))
+    for damaged in (torn, parquet):
+        damaged.write_bytes(damaged.read_bytes()[:-60])
+        with pytest.raises(DataError, match=damaged.name):
+            identify([good, str(damaged)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 9])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_shards_are_read_in_one_pass_or_out_of_order(tmp_path, parquet, size, kind):
+    """Across row groups; JSON lines keep their line numbers, of which the first is blank here."""
+    source, first = str(parquet), 0
+    if kind == "jsonl":
+        text = "".join(json.dumps({"small": i}) + "\n" for i in range(8))
+        (tmp_path / "x.jsonl").write_text("\n" + text)
+        source, first = str(tmp_path / "x.jsonl"), 1
+    shards = cut_into_shards(identify([source]), size)
+    reader = ShardReader(size)
+    for shard in (*shards, *shards[::2], *shards[::-1]):
+        rows = reader.read(shard)
+        span = range(shard.start, shard.start + shard.num_rows)
+        assert [row["small"] for row in rows.values] == list(span)
+        assert list(rows.numbers) == [first + i for i in span]
+        if kind == "parquet":
+            assert rows.table.equals(pq.read_table(parquet).slice(shard.start, shard.num_rows))
+    with pytest.raises(DataError, match="fewer rows"):
+        reader.read(Shard("x", source, 0, 99))
+
+
+def test_a_table_without_rows_keeps_its_columns(parquet):
+    pq.write_table(pq.read_table(parquet).slice(0, 0), parquet)
+    rows = ShardReader(4).read(*cut_into_shards(identify([str(parquet)]), 4))
+    table = pq.read_table(io.BytesIO(render_shard(rows, [], is_packed=False)))
+    assert table.num_rows == 0
+    assert table.column_names[-3:] == ["blob", "reward", "error"]
+
+
+@pytest.mark.parametrize(
+    ("row", "scores", "added"),
+    [
+        ({"response": "é", "responses": None}, (1.5,), {"reward": 1.5}),
+        ({"responses": ["x", "y"], "response": None}, (1.0, 2.0), {"rewards": [1.0, 2.0]}),
+        ({"completions": ["x"]}, (1.0,), {"rewards": [1.0]}),
+        (
+            {"chosen": "x", "rejected": "y"},
+            (1.0, 2.0),
+            {"chosen_reward": 1.0, "rejected_reward": 2.0},
+        ),
+        (
+            {"chosen": "x", "rejected": " "},
+            BAD,
+            {"chosen_reward": None, "rejected_reward": None, "error": f"{BAD[0]}: {BAD[1]}"},
+        ),
+        ({"responses": []}, BAD, {"rewards": None, "error": f"{BAD[0]}: {BAD[1]}"}),
+        ({"response": "x", "error": "old", "reward": 9.0}, (1.0,), {"reward": 1.0, "error": None}),
+        # half a surrogate pair, which no UTF-8 file can hold
+        ({"response": "\ud800"}, BAD, {"reward": None, "error": f"{BAD[0]}: {BAD[1]}"}),
+        (Refusal("unreadable row", "not JSON"), Refusal("unreadable row", "not JSON"), None),
+    ],
+)
+def test_the_shape_of_a_row_decides_its_columns(row, scores, added):
+    rows = ShardRows([0], [row])
+    expected = (
+        {"reward": None, "error": "unreadable row: not JSON"} if added is None else row | added
+    )
+    assert lines(rows, [scores]) == lines(rows, [scores], is_packed=True) == [expected]
+
+
+def test_parquet_keeps_its_types_and_gets_columns_that_all_its_shards_share(parquet):
+    reader = ShardReader(4)
+    tables = []
+    for shard, scores in zip(
+        cut_into_shards(identify([str(parquet)]), 4), ([(0.1,)] * 4, [BAD] * 4), strict=True
+    ):
+        content = render_shard(reader.read(shard), scores, is_packed=False)
+        tables.append(pq.read_table(io.BytesIO(content)))
+    before = pq.read_table(parquet)
+    both = pa.concat_tables(tables)  # raises where schemas differ
+    assert both.select(before.column_names).equals(before)
+    assert both.column("reward").to_pylist() == [pytest.approx(0.1)] * 4 + [None] * 4
+    assert both.column("error").to_pylist() == [None] * 4 + [f"{BAD[0]}: {BAD[1]}"] * 4
+    assert both.schema.field("reward").type == pa.float32()
+
+
+def test_parquet_with_lists_and_pairs_gets_both_kinds_of_columns():
+    columns = {
+        "prompt": ["a", "a"],
+        "responses": [["x", "y"], None],
+        "chosen": [None, "x"],
+        "rejected": [None, "y"],
+        "rewards": [[9.0], [9.0]],
+    }
+    table = pa.table(columns)
+    rows = ShardRows(range(2), table.to_pylist(), table)
+    content = render_shard(rows, [(1.0, 2.0), (3.0, 4.0)], is_packed=False)
+    result = pq.read_table(io.BytesIO(content))
+    assert result.column("rewards").to_pylist() == [[1.0, 2.0], None]
+    assert result.column("chosen_reward").to_pylist() == [None, 3.0]
+
+
+def test_a_selection_of_parquet_writes_what_json_has_no_word_for_as_text(parquet):
+    (shard,) = cut_into_shards(identify([f"{parquet}#limit=1"]), 4)
+    (row,) = lines(ShardReader(4).read(shard), [(1.0,)])
+    assert datetime.fromisoformat(row["when"]).year == 1970
+    assert row["reward"] == 1.0
