@@ -27,13 +27,13 @@ DIAGNOSIS_FILE = "diagnostics.json"
 def evaluate(  # noqa: PLR0913 - the verb and its options
     model: Annotated[
         str,
-        typer.Argument(help="Run folder, reward or policy directory; NAME=PATH to give it seeds."),
+        typer.Argument(help="Run folder, reward or policy directory; or NAME=PATH."),
     ],
     data: OptionalSources = None,
     *,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="A model to compare MODEL with; by MODEL's NAME=, another seed of it."),
+        typer.Option(help="Another model to compare with; one of MODEL's NAME is a seed of it."),
     ] = None,
     benchmark: Annotated[
         list[str] | None,
