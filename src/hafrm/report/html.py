@@ -7,6 +7,7 @@ per cent of the cell's width, so they fit any width without a script.
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -134,7 +135,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = _unbroken
+    environment.filters["typeset"] = _typeset
     environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["split_interval"] = _split_interval
     return environment
@@ -143,6 +144,11 @@ def _environment() -> Environment:
 def _unbroken(text: str) -> str:
     """The text with no line break between a number and its per cent sign."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _typeset(text: str) -> str:
+    """The same for a sentence, with minus signs before negative numbers."""
+    return _unbroken(re.sub(r"(?<![\w.-])-(?=\d)", MINUS, text))
 
 
 def _split_interval(estimate: Estimate) -> tuple[str, str]:
@@ -228,15 +234,11 @@ def _cell(
             return _HtmlCell(value, "number", interval)
         strength = round(min(125 * abs(cell.value - 0.5), 55))
         return _HtmlCell(value, "heat", interval, heat=strength if cell.value >= 0.5 else -strength)
+    kind = "text" if column.kind == "text" else "number"
     if isinstance(cell, str):
         # "haf, fused" is a head of the run haf
-        colour = colours.get(text.partition(", ")[0])
-        return _HtmlCell(
-            _unbroken(text), "text" if column.kind == "text" else "number", colour=colour
-        )
-    return _HtmlCell(
-        _unbroken(text).replace("-", MINUS), "text" if column.kind == "text" else "number"
-    )
+        return _HtmlCell(_unbroken(text), kind, colour=colours.get(text.partition(", ")[0]))
+    return _HtmlCell(_unbroken(text).replace("-", MINUS), kind)
 
 
 def _add_strips(block: Strips, heading: list[_HtmlCell], rows: Sequence[list[_HtmlCell]]) -> None:
