@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def test_negative_numbers_in_sentences_have_minus_signs_and_names_keep_their_hyp
         "falls by \N{MINUS SIGN}0.1 [\N{MINUS SIGN}0.2, \N{MINUS SIGN}0.05] in run-1, 2026-11-25"
         in html
     )
+
+
+def test_captions_begin_with_a_capital_unless_a_name_stands_there():
+    titles = [replace(ACCURACIES, title=title) for title in ("mean accuracy", "test-chat: words")]
+    assert re.findall("<caption><span>([^<]*)<", html_of(*titles)) == [
+        *("Mean accuracy", "test-chat: words")
+    ]
 
 
 def test_rows_without_a_first_cell_continue_the_group_above():

@@ -175,7 +175,7 @@ class _HtmlTable:
 
     title: str
     is_narrow: bool
-    """Whether intervals stand below their values: there are too many for one line."""
+    """Whether intervals stand below their values, and columns closer: there are too many."""
     heading: tuple[_HtmlCell, ...]
     groups: tuple[tuple[str, tuple[tuple[_HtmlCell, ...], ...]], ...]
     notes: tuple[str, ...]
@@ -205,10 +205,7 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
     if isinstance(block, Strips):
         _add_strips(block, heading, rows)
     if isinstance(block, HeatMap):
-        heading = [
-            heading[0],
-            *(_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading[1:]),
-        ]
+        heading = [_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading]
     is_grouped = any(row[0] == "" for row in table.rows)
     groups: list[tuple[str, tuple[tuple[_HtmlCell, ...], ...]]] = []
     for row in rows:
@@ -217,12 +214,13 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
         elif row[0].text or not groups:
             groups.append((row[0].text, (tuple(row[1:]),)))
         else:
-            title, before = groups[-1]
-            groups[-1] = (title, (*before, tuple(row[1:])))
-    is_narrow = sum(has_intervals) > 3
-    return _HtmlTable(
-        table.title, is_narrow, tuple(heading[is_grouped:]), tuple(groups), table.notes
-    )
+            group, before = groups[-1]
+            groups[-1] = (group, (*before, tuple(row[1:])))
+    is_narrow = sum(has_intervals) > 3 or len(heading) > 8
+    title = table.title
+    if title.partition(" ")[0].isalpha():  # a name, such as "test-chat:", keeps its letters
+        title = title[0].upper() + title[1:]
+    return _HtmlTable(title, is_narrow, tuple(heading[is_grouped:]), tuple(groups), table.notes)
 
 
 def _cell(

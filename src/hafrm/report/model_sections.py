@@ -179,9 +179,10 @@ def diagnosis_section(material: Material) -> PageSection | None:
             continue
         plots = tuple(plot for plot in _diagnosis_plots(run, material) if plot is not None)
         blocks += [Plots(plots, note="Margins above zero are correct.")] if plots else []
-        # tables without headings are texts, which have a section of their own
-        tables = (t for t in run.diagnosis.tables() if any(c.name for c in t.columns))
-        blocks += map(_with_strips, tables)
+        for table in run.diagnosis.tables():
+            # texts, whose tables have no headings, have a section of their own; margins are plots here
+            if any(c.name for c in table.columns) and "|margin|, from" not in table.title:
+                blocks.append(_with_strips(table))
     lead = "Where a model is right, how confident it is, and which labels may be wrong."
     return PageSection("diagnosis", "Diagnosis", lead, tuple(blocks)) if blocks else None
 

@@ -154,6 +154,7 @@ def histogram(
         axes.set_xlabel("margin")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(PLAIN)
         for name, x, colour in (("wrong", 0.0, "bad"), ("right", 1.0, "good")):
             side = "right" if x else "left"
             text = axes.text(x, 1.0, name, ha=side, va="top", transform=axes.transAxes)
@@ -194,7 +195,6 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
         axes.axhline(scale.reference, color=FAINT, linewidth=1.0, linestyle=dotted)
     for x, colour in scale.marks:
         _as_class(axes.axvline(x, linewidth=0.8, alpha=0.7), f"c{colour % NUM_COLOURS}")
-    plain = FuncFormatter(lambda value, _: _tick(value))
     percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
     if scale.diagonal:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)
@@ -202,10 +202,10 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_major_formatter(PLAIN)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(percent if scale.is_fraction else plain)
+        axes.yaxis.set_major_formatter(percent if scale.is_fraction else PLAIN)
     if scale.is_fraction and axes.get_ylim()[0] < 0:
         axes.set_ylim(
             bottom=-0.02 * axes.get_ylim()[1]
@@ -218,11 +218,11 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
         places = sorted({x for s in shown for x in s.x})
         if len(places) <= 9:
             axes.set_xticks(places)
-        axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_major_formatter(PLAIN)
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(percent if scale.diagonal else plain)
+        axes.xaxis.set_major_formatter(percent if scale.diagonal else PLAIN)
 
 
 def _is_wide(shown: Sequence[Series]) -> bool:
@@ -234,6 +234,9 @@ def _is_wide(shown: Sequence[Series]) -> bool:
 def _tick(value: float) -> str:
     text = f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{round(value, 10):.6g}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+PLAIN = FuncFormatter(lambda value, _: _tick(value))
 
 
 def _thinned(series: Series) -> Series:
