@@ -37,7 +37,7 @@ FLOORS = (
     {"study", "best_of_n"},
     {"rlhf"},
     {"report"},
-    {"demo", "tables", "terminal"},
+    {"demo"},
     {"cli", "api", "__main__", "__init__"},
 )
 """From the ground up: a room imports from its own floor or from floors below."""

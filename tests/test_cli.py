@@ -175,9 +175,12 @@ def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
         "evaluate": ("evaluate", reward, data),
         "also": ("evaluate", reward, data, "--also", model),
         "diagnose": ("evaluate", reward, data, "--diagnose", "--json", out),
-        "best-of-n": ("best-of-n", reward, "--candidates", answers, "-n", "2", "--out", out),
+        "best-of-n": ("best-of-n", reward, "--prompts", answers, "-n", "2", "--out", out),
     }[verb]
-    invoke(*arguments, "--dtype", "bfloat16", "--device", "cpu")
+    options = ("--dtype", "bfloat16", "--device", "cpu")
+    if verb == "best-of-n":
+        options = ("--set", "pick.dtype=bfloat16", "--set", "pick.device=cpu")
+    invoke(*arguments, *options)
     assert loaded == [("bfloat16", "cpu")] * (2 if verb == "also" else 1)
 
 

@@ -62,7 +62,7 @@ def sentences(**parts: object) -> list[str]:
 
 def test_a_good_evaluation_calls_for_nothing_but_another_seed():
     (sentence,) = sentences(evaluation=GOOD)
-    assert sentence.startswith("One seed")
+    assert sentence.startswith("Only one seed")
     assert sentences(evaluation=GOOD, study=NO_STUDY) == []
 
 
@@ -70,10 +70,10 @@ def test_a_good_evaluation_calls_for_nothing_but_another_seed():
     ("result", "part"),
     [
         (evaluation([1, 1, 1, -1], [True, True, True, False]), "not clearly better than picking"),
-        (evaluation([1, 1, -1, -1], [True, True, False, False]), "it leans on length"),
-        (evaluation([1, -3], [True, True]), "worse than a coin's (log-loss"),
-        (evaluation([1, 2, 3, -0.1], [True, False] * 2, ties=True), "as sure on the 50 ties"),
-        (evaluation([1, 2, 1, -1], [True, False] * 2, repeat=5), "20 comparisons only"),
+        (evaluation([1, 1, -1, -1], [True, True, False, False]), "depends on length: its accuracy"),
+        (evaluation([1, -3], [True, True]), "worse than a coin toss (log-loss"),
+        (evaluation([1, 2, 3, -0.1], [True, False] * 2, ties=True), "as confident on 50 ties"),
+        (evaluation([1, 2, 1, -1], [True, False] * 2, repeat=5), "on only 20 comparisons"),
         (replace(GOOD, num_bad_rows=3, left_out={"tie": 2}), "(rows left out: 5)"),
         (replace(GOOD, responses_cut=4), "(responses cut: 4)"),
     ],
@@ -100,16 +100,16 @@ def test_over_optimisation_is_what_the_interval_since_the_peak_says():
     for high, speaks in ((-0.1, True), (0.1, False)):
         fall = Estimate(-0.3, -0.5, high, 9, "cluster-bootstrap", False)
         picker = SimpleNamespace(name="bt", peak=4, since_peak=fall)
-        told = sentences(best_of_n=SimpleNamespace(models=(picker,)))
-        assert any("beyond n = 4 the gold score falls" in s for s in told) is speaks
+        spoken = sentences(best_of_n=SimpleNamespace(models=(picker,)))
+        assert any("beyond n = 4 the gold score changes by" in s for s in spoken) is speaks
 
 
 def test_stopped_policies_single_seeds_and_ends_of_a_search_are_named():
     standing = SimpleNamespace(name="bt", stopped=1)
     comparison = SimpleNamespace(standings=(standing,), seeds=(0, 1), models=())
-    assert "bt: 1 RLHF runs were stopped" in sentences(rlhf_comparison=comparison)[0]
+    assert "RLHF runs with bt that stopped early" in sentences(rlhf_comparison=comparison)[0]
     tried = Tuning("haf", "all", 3e-4, ((1e-4, 0.6), (3e-4, 0.5)))
     inside = replace(tried, method="bt", tried=(*tried.tried, (1e-3, 0.7)))
     study = replace(NO_STUDY, seeds=(0,), learning_rates=(tried, inside))
     seed, rate = sentences(study=study)
-    assert seed.startswith("One seed") and "learning rate of haf is" in rate
+    assert seed.startswith("Only one seed") and "learning rate of haf is" in rate

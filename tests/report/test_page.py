@@ -124,7 +124,7 @@ def page(html) -> Page:
 def test_every_section_is_there_in_well_formed_html(page):
     assert page.anchors == [
         *("summary", "accuracy", "comparison", "best-of-n", "rlhf", "training", "calibration"),
-        *("length", "agreement", "diagnosis", "reading", "provenance"),
+        *("length", "agreement", "diagnosis", "examples", "provenance"),
     ]
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "class" not in attrs]
     assert links == [f"#{anchor}" for anchor in page.anchors]
@@ -134,8 +134,8 @@ def test_every_section_is_there_in_well_formed_html(page):
     ("name", "anchors"),
     [
         ("study", "summary comparison provenance"),
-        ("picks", "summary best-of-n reading"),
-        ("ppo", "summary rlhf reading provenance"),
+        ("picks", "summary best-of-n examples"),
+        ("ppo", "rlhf examples provenance"),
     ],
 )
 def test_a_section_appears_where_its_data_is_there(folders, name, anchors):
@@ -198,9 +198,10 @@ def test_significance_is_what_the_study_says(folders, tmp_path):
         words = Page(render_material(read_material([tmp_path / "study"]))).words
         assert ("yes" in words.split()) is significant
         assert ("no average differs significantly" in words) is not significant
+        assert ("differs from bt in" in words) is significant  # no column without a text
 
 
-def test_figures_and_tables_have_names_for_those_who_do_not_see_them(page):
+def test_figures_and_tables_have_names_for_screen_readers(page):
     plots = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
     assert len(plots) > 20
     assert all(len(attrs["aria-label"]) > 15 for attrs in plots)
@@ -272,7 +273,7 @@ def test_the_verb_writes_the_page_and_loads_no_torch(folders, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-    assert Page(out.read_text(encoding="utf-8")).words.startswith("Skip to the summary haf")
+    assert Page(out.read_text(encoding="utf-8")).words.startswith("Skip to the content haf")
 
 
 def test_there_are_at_most_ten_checks():

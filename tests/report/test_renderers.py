@@ -2,12 +2,13 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hafrm.report.html import HeatMap, PageSection, Strips, render_page
-from hafrm.report.plots import MAX_POINTS, Scale, Series, chart, histogram
+from hafrm.report.html import HeatMap, PageSection, Points, Strips, render_page
+from hafrm.report.plots import MAX_POINTS, AxisScale, Series, chart, histogram
 from hafrm.report.result_sections import shortened
 from hafrm.report.run_files import short_paths, short_sources
 from hafrm.statistics import Estimate
@@ -22,7 +23,7 @@ def html_of(*blocks: object, colours: dict[str, int] | None = None) -> str:
     """The main part of a page that holds these blocks."""
     section = PageSection("s", "S", "", blocks)
     page = render_page([section], names=["a"], subtitle="", by="", colours=colours or {})
-    return page[page.index("<main>") : page.index("</main>")]
+    return page[page.index("<main") : page.index("</main>")]
 
 
 ACCURACIES = Table(
@@ -62,6 +63,21 @@ def test_numbers_are_written_as_the_table_writes_them():
     assert ">n/a<" in html and ">\N{MINUS SIGN}2<" in html and "a note of 5 %" in html
 
 
+def test_negative_numbers_in_sentences_have_minus_signs_and_names_keep_their_hyphens():
+    html = html_of(Points("t", ("falls by -0.1 [-0.2, -0.05] in run-1, 2026-11-25",)))
+    assert (
+        "falls by \N{MINUS SIGN}0.1 [\N{MINUS SIGN}0.2, \N{MINUS SIGN}0.05] in run-1, 2026-11-25"
+        in html
+    )
+
+
+def test_captions_begin_with_a_capital_unless_a_name_stands_there():
+    titles = [replace(ACCURACIES, title=title) for title in ("mean accuracy", "test-chat: words")]
+    assert re.findall("<caption><span>([^<]*)<", html_of(*titles)) == [
+        *("Mean accuracy", "test-chat: words")
+    ]
+
+
 def test_rows_without_a_first_cell_continue_the_group_above():
     columns = (Column("set"), Column("model"), Column("n", "count"))
     rows = (("chat", "a", 1), ("", "b", 2), ("safety", "a", 3))
@@ -88,8 +104,8 @@ def test_markdown_has_the_same_texts_and_cannot_be_broken_out_of():
 
 
 def test_a_plot_is_drawn_where_a_point_is_finite_and_says_where_series_begin_and_end():
-    assert chart("t", [Series("s", [1.0], [math.nan])], Scale()) is None
-    plot = chart("t", [Series("s", [1.0, 2.0, 3.0], [0.25, math.nan, 0.5], 1)], Scale())
+    assert chart("t", [Series("s", [1.0], [math.nan])], AxisScale()) is None
+    plot = chart("t", [Series("s", [1.0, 2.0, 3.0], [0.25, math.nan, 0.5], 1)], AxisScale())
     assert plot.description == "t: s from 0.25 to 0.5"
     assert 'class="c1"' in plot.svg
     assert histogram("h", [0.0, 1.0], [0], [0]) is None
@@ -98,10 +114,16 @@ def test_a_plot_is_drawn_where_a_point_is_finite_and_says_where_series_begin_and
     )
 
 
+def test_the_axis_of_a_fraction_that_is_always_zero_has_no_negative_ticks():
+    zeros = [Series("s", [1.0, 2.0], [0.0, 0.0])]
+    assert "\N{MINUS SIGN}" not in chart("t", zeros, AxisScale(is_fraction=True)).svg
+    assert "\N{MINUS SIGN}" in chart("t", zeros, AxisScale()).svg
+
+
 def test_a_long_series_is_averaged_down():
     """1000 points in groups of 4 are 250."""
     x, y = [float(i) for i in range(1000)], [float(i % 4) for i in range(1000)]
-    plot = chart("t", [Series("s", x, y)], Scale())
+    plot = chart("t", [Series("s", x, y)], AxisScale())
     assert MAX_POINTS == 300
     assert plot.description == "t: s from 1.5 to 1.5"
 

@@ -82,7 +82,7 @@ def measured_peak(family: str, plan: MemoryPlan, **sections: object) -> int:
 def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections):
     """Weights, gradients, moments, activations, chunks of logits and what backward holds: within 10 %, at
     640 tokens in chunks of 100 rows of logits."""
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
+    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", 100 * 61)
     sections = {**sections, "training": {"max_tokens": 640, **sections.get("training", {})}}
     plan = planner(family, **sections).plan(Target("cpu", 2**30))
     assert plan.tokens == 640
@@ -93,7 +93,7 @@ def test_the_total_is_the_peak_of_real_joint_steps(monkeypatch, family, sections
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_pass_without_gradients_is_planned_as_it_runs(monkeypatch, family):
     """Over four times the budget, as the reference's: within 10 %, beside weights and moments."""
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * 61)
+    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", 100 * 61)
     ours = planner(family, training={"max_tokens": 256})
     need = ours.plan(Target("cpu", 2**30)).need
     model = real_model(family, ours.recipe)

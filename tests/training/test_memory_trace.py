@@ -180,7 +180,7 @@ def test_predicted_bytes_of_log_probs_are_those_of_the_kernel(monkeypatch, froze
     """float32 products in chunks of 100 rows: within 5 % (columns of one number a row). The gradient that
     is spread over all tokens is tested with the whole step; a trained head is stored in float32."""
     vocab, width = 1000, 64
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 100 * vocab)
+    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", 100 * vocab)
     hidden = torch.randn(scored, width, requires_grad=True)
     weight = torch.randn(vocab, width).to(stored).requires_grad_(not frozen)
     targets = torch.randint(0, vocab, (scored,))

@@ -1,7 +1,6 @@
 """What a reader should be careful about: at most ten checks, each one function and one plain sentence.
 
-A check yields sentences about typed results; whether a difference is significant they say themselves, or
-their intervals do.
+A check yields sentences about typed results. It decides no significance: results or their intervals do.
 """
 
 import math
@@ -43,23 +42,23 @@ def _over_optimised(material: Material) -> Iterator[str]:
         for model in folder.best_of_n.models if folder.best_of_n is not None else ():
             if model.since_peak is not None and model.since_peak.high < 0:
                 yield (
-                    f"Best of n by {model.name}: beyond n = {model.peak} the gold score falls, by "
-                    f"{model.since_peak}; the model's own score is over-optimised."
+                    f"Best of n with {model.name} over-optimises: beyond n = {model.peak} the gold score "
+                    f"changes by {model.since_peak}."
                 )
 
 
-def _stopped_by_kl(material: Material) -> Iterator[str]:
+def _stopped_early(material: Material) -> Iterator[str]:
     for folder in material.folders:
         comparison = folder.rlhf_comparison
         for policy in comparison.standings if comparison is not None else ():
             if policy.stopped:
                 yield (
-                    f"{policy.name}: {policy.stopped} RLHF runs were stopped early, such as for a KL that "
-                    "was too large."
+                    f"RLHF runs with {policy.name} that stopped early, for example because the KL grew "
+                    f"too large: {policy.stopped}."
                 )
 
 
-def _leans_on_length(material: Material) -> Iterator[str]:
+def _depends_on_length(material: Material) -> Iterator[str]:
     for run in material.folders:
         if run.diagnosis is not None:
             for style in run.diagnosis.sets[-1].style:
@@ -73,8 +72,8 @@ def _leans_on_length(material: Material) -> Iterator[str]:
             shorter, longer = slices[LENGTH_SLICES[0]], slices[LENGTH_SLICES[-1]]
             if longer.low > shorter.high or shorter.low > longer.high:
                 yield (
-                    f"{run.name} leans on length: it is right in {shorter} where the chosen response is "
-                    f"much shorter, in {longer} where it is much longer."
+                    f"{run.name} depends on length: its accuracy is {shorter} where the chosen response "
+                    f"is much shorter, and {longer} where it is much longer."
                 )
 
 
@@ -83,18 +82,18 @@ def _poor_probabilities(material: Material) -> Iterator[str]:
         loss = evaluation.sets[-1].calibration.log_loss
         if loss > COIN_LOSS:
             yield (
-                f"The probabilities of {name} are worse than a coin's (log-loss {loss:.3f} against 0.693): "
-                "fit a temperature before you read sigmoid(margin) as a probability."
+                f"The probabilities of {name} are worse than a coin toss (log-loss {loss:.3f} against "
+                "0.693): fit a temperature before you read sigmoid(margin) as a probability."
             )
 
 
-def _sure_of_ties(material: Material) -> Iterator[str]:
+def _confident_on_ties(material: Material) -> Iterator[str]:
     for name, evaluation in _evaluations(material):
         ties = evaluation.sets[-1].ties
         if ties.num and ties.mean_abs_margin >= ties.mean_abs_margin_decided:
             yield (
-                f"{name} is as sure on the {ties.num} ties of annotators as on other comparisons: mean "
-                f"|margin| {ties.mean_abs_margin:.3f} against {ties.mean_abs_margin_decided:.3f}."
+                f"{name} is as confident on {ties.num} ties as on other comparisons: mean |margin| "
+                f"{ties.mean_abs_margin:.3f} against {ties.mean_abs_margin_decided:.3f}."
             )
 
 
@@ -103,7 +102,7 @@ def _few_comparisons(material: Material) -> Iterator[str]:
         accuracy = evaluation.accuracy
         if accuracy.high - accuracy.low > 2 * WIDE:
             yield (
-                f"{name} was tested on {accuracy.num} comparisons only: the interval of its accuracy is "
+                f"{name} was tested on only {accuracy.num} comparisons: the interval of its accuracy is "
                 f"{100 * (accuracy.high - accuracy.low):.0f} points wide."
             )
 
@@ -113,8 +112,8 @@ def _one_seed(material: Material) -> Iterator[str]:
     has_one = any(len(study.seeds) == 1 for study in studies)
     if has_one or (not studies and any(_evaluations(material))):
         yield (
-            "One seed: the intervals are over test comparisons, and do not say what another seed would "
-            "change."
+            "Only one seed was trained: the intervals cover the choice of test comparisons, but not the "
+            "variation between seeds."
         )
 
 
@@ -125,7 +124,7 @@ def _at_the_end_of_the_search(material: Material) -> Iterator[str]:
         if ends:
             yield (
                 f"The best learning rate of {', '.join(ends)} is the lowest or the highest that was tried: "
-                "a better one may lie beyond."
+                "a better one may lie beyond it."
             )
 
 
@@ -138,16 +137,16 @@ def _left_out(material: Material) -> Iterator[str]:
         }
         parts = [f"{what}: {num}" for what, num in counts.items() if num]
         if parts:
-            yield f"The test data of {name} are not complete ({', '.join(parts)})."
+            yield f"The test data of {name} are incomplete ({', '.join(parts)})."
 
 
 CHECKS: tuple[Callable[[Material], Iterator[str]], ...] = (
     _not_above_length,
     _over_optimised,
-    _stopped_by_kl,
-    _leans_on_length,
+    _stopped_early,
+    _depends_on_length,
     _poor_probabilities,
-    _sure_of_ties,
+    _confident_on_ties,
     _few_comparisons,
     _one_seed,
     _at_the_end_of_the_search,

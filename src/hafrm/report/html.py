@@ -7,6 +7,7 @@ per cent of the cell's width, so they fit any width without a script.
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -134,7 +135,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = _unbroken
+    environment.filters["typeset"] = _typeset
     environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["split_interval"] = _split_interval
     return environment
@@ -143,6 +144,11 @@ def _environment() -> Environment:
 def _unbroken(text: str) -> str:
     """The text with no line break between a number and its per cent sign."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _typeset(text: str) -> str:
+    """The same for a sentence, with minus signs before negative numbers."""
+    return _unbroken(re.sub(r"(?<![\w.-])-(?=\d)", MINUS, text))
 
 
 def _split_interval(estimate: Estimate) -> tuple[str, str]:
@@ -169,7 +175,7 @@ class _HtmlTable:
 
     title: str
     is_narrow: bool
-    """Whether intervals stand below their values: there are too many for one line."""
+    """Whether intervals stand below their values, and columns closer: there are too many."""
     heading: tuple[_HtmlCell, ...]
     groups: tuple[tuple[str, tuple[tuple[_HtmlCell, ...], ...]], ...]
     notes: tuple[str, ...]
@@ -199,10 +205,7 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
     if isinstance(block, Strips):
         _add_strips(block, heading, rows)
     if isinstance(block, HeatMap):
-        heading = [
-            heading[0],
-            *(_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading[1:]),
-        ]
+        heading = [_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading]
     is_grouped = any(row[0] == "" for row in table.rows)
     groups: list[tuple[str, tuple[tuple[_HtmlCell, ...], ...]]] = []
     for row in rows:
@@ -211,12 +214,13 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
         elif row[0].text or not groups:
             groups.append((row[0].text, (tuple(row[1:]),)))
         else:
-            title, before = groups[-1]
-            groups[-1] = (title, (*before, tuple(row[1:])))
-    is_narrow = sum(has_intervals) > 3
-    return _HtmlTable(
-        table.title, is_narrow, tuple(heading[is_grouped:]), tuple(groups), table.notes
-    )
+            group, before = groups[-1]
+            groups[-1] = (group, (*before, tuple(row[1:])))
+    is_narrow = sum(has_intervals) > 3 or len(heading) > 8
+    title = table.title
+    if title.partition(" ")[0].isalpha():  # a name, such as "test-chat:", keeps its letters
+        title = title[0].upper() + title[1:]
+    return _HtmlTable(title, is_narrow, tuple(heading[is_grouped:]), tuple(groups), table.notes)
 
 
 def _cell(
@@ -228,15 +232,11 @@ def _cell(
             return _HtmlCell(value, "number", interval)
         strength = round(min(125 * abs(cell.value - 0.5), 55))
         return _HtmlCell(value, "heat", interval, heat=strength if cell.value >= 0.5 else -strength)
+    kind = "text" if column.kind == "text" else "number"
     if isinstance(cell, str):
         # "haf, fused" is a head of the run haf
-        colour = colours.get(text.partition(", ")[0])
-        return _HtmlCell(
-            _unbroken(text), "text" if column.kind == "text" else "number", colour=colour
-        )
-    return _HtmlCell(
-        _unbroken(text).replace("-", MINUS), "text" if column.kind == "text" else "number"
-    )
+        return _HtmlCell(_unbroken(text), kind, colour=colours.get(text.partition(", ")[0]))
+    return _HtmlCell(_unbroken(text).replace("-", MINUS), kind)
 
 
 def _add_strips(block: Strips, heading: list[_HtmlCell], rows: Sequence[list[_HtmlCell]]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from hafrm.evaluation.metrics import LENGTH_SLICES, Calibration, PairwiseMetrics, SetResult
 from hafrm.report.html import Block, PageSection, Plots, Strips
-from hafrm.report.plots import Plot, Scale, Series, chart, estimates, histogram
+from hafrm.report.plots import AxisScale, Plot, Series, chart, estimates, histogram
 from hafrm.report.run_files import Material, RunFiles, short_sources
 from hafrm.statistics import Estimate, wilson
 from hafrm.table import Cell, Column, Table
@@ -19,7 +19,7 @@ SCORER_COLUMNS = (
 
 
 def evaluated_sets(material: Material) -> dict[str, list[Measured]]:
-    """Test sets by the name that the page gives them, each with the runs that were measured on it."""
+    """Test sets by their name on the page, each with the runs that were evaluated on it."""
     pairs = [(run, s) for run in material.folders if run.evaluation for s in run.evaluation.sets]
     names = short_sources(list(dict.fromkeys(s.name for _, s in pairs)))
     result: dict[str, list[Measured]] = {name: [] for name in names.values()}
@@ -49,12 +49,12 @@ def accuracy_section(material: Material) -> PageSection | None:
     )
     notes = (
         "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; a coin gets 0.693. ECE: mean gap between "
-        "stated and observed probability. equal: comparisons with two equal scores, which are wrong.",
+        "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong.",
     )
     table = Table("Accuracy by test set", columns, tuple(rows), notes)
     lead = (
-        "How often the response that annotators preferred gets the higher score, with 95 % intervals. "
-        "The grey rows look at length only; the line is one half."
+        "How often the response that annotators prefer gets the higher score, with 95 % intervals. Grey "
+        "rows are baselines that see only the length; the vertical line is 50 %."
     )
     return PageSection("accuracy", "Accuracy", lead, (Strips(table, ("accuracy [95 %]",)),))
 
@@ -76,17 +76,17 @@ def _scorer_row(name: str, measured: PairwiseMetrics) -> tuple[Cell, ...]:
 
 def calibration_section(material: Material) -> PageSection | None:
     """Whether sigmoid(margin) is a probability: a reliability diagram for each test set."""
-    scale = Scale("stated probability", is_fraction=True, diagonal=True)
+    scale = AxisScale("predicted probability", is_fraction=True, diagonal=True)
     plots = []
     for name, runs in evaluated_sets(material).items():
         series = [
             _reliability(run.name, measured.calibration, material.colours[run.name])
             for run, measured in runs
         ]
-        plots.append(chart(name, series, scale, "how often it came true"))
+        plots.append(chart(name, series, scale, "observed frequency"))
     lead = (
-        "Points on the dashed line mean what they say: of the comparisons in which a model gives one side "
-        "80 %, that side is preferred in 80 %. Below the line a model is surer than it should be."
+        "On the dashed line a model is calibrated: where it gives a response 80 %, annotators prefer that "
+        "response in 80 % of comparisons. Below the line it is overconfident."
     )
     return _plots_section("calibration", "Calibration", lead, plots, material)
 
@@ -101,7 +101,7 @@ def _reliability(name: str, fit: Calibration, colour: int) -> Series:
 def length_section(material: Material) -> PageSection | None:
     """Accuracy by the length of the chosen response against the rejected one."""
     ticks = [name.replace("much ", "much\n").removeprefix("about ") for name in LENGTH_SLICES]
-    scale = Scale("chosen response", is_fraction=True, reference=0.5, ticks=ticks)
+    scale = AxisScale("chosen response", is_fraction=True, reference=0.5, ticks=ticks)
     plots, rows = [], list[tuple[Cell, ...]]()
     for name, runs in evaluated_sets(material).items():
         series = []
@@ -124,8 +124,8 @@ def length_section(material: Material) -> PageSection | None:
     note = "Correlation of the margin with length(chosen) \N{MINUS SIGN} length(rejected); 0: none."
     table = Table("Margin and length", columns, tuple(rows), (note,))
     lead = (
-        "A model that leans on length is right where the chosen response is the longer one, and wrong "
-        "where it is the shorter one. A level row of dots is best."
+        "A model that depends on length is right where the chosen response is longer, and wrong where it "
+        "is shorter. A flat row of dots is best."
     )
     return _plots_section("length", "Length", lead, plots, material, table)
 
@@ -146,7 +146,7 @@ def _plots_section(
 
 
 def agreement_section(material: Material) -> PageSection | None:
-    """How alike the two heads of a model judge."""
+    """How often the two heads of a model prefer the same response."""
     rows: list[tuple[Cell, ...]] = []
     for name, runs in evaluated_sets(material).items():
         for run, measured in runs:
@@ -164,8 +164,8 @@ def agreement_section(material: Material) -> PageSection | None:
     )
     table = Table("Reward and implicit reward of one model", columns, tuple(rows))
     lead = (
-        "Both heads were trained on one backbone: how often they prefer the same response says how much of "
-        "what one has learned the other knows."
+        "The reward head and the language-model head share one backbone: how often they prefer the same "
+        "response."
     )
     blocks = (Strips(table, ("same preference [95 %]",)),)
     return PageSection("agreement", "Agreement", lead, blocks)
@@ -178,11 +178,12 @@ def diagnosis_section(material: Material) -> PageSection | None:
         if run.diagnosis is None:
             continue
         plots = tuple(plot for plot in _diagnosis_plots(run, material) if plot is not None)
-        blocks += [Plots(plots, note="Right of zero the model is right.")] if plots else []
-        # tables without headings are texts, which have a section of their own
-        tables = (t for t in run.diagnosis.tables() if any(c.name for c in t.columns))
-        blocks += map(_with_strips, tables)
-    lead = "Where a model is right, how sure it is, and which labels may be wrong."
+        blocks += [Plots(plots, note="Margins above zero are correct.")] if plots else []
+        for table in run.diagnosis.tables():
+            # texts, whose tables have no headings, have a section of their own; margins are plots here
+            if any(c.name for c in table.columns) and "|margin|, from" not in table.title:
+                blocks.append(_with_strips(table))
+    lead = "Where a model is right, how confident it is, and which labels may be wrong."
     return PageSection("diagnosis", "Diagnosis", lead, tuple(blocks)) if blocks else None
 
 
@@ -217,7 +218,7 @@ def _diagnosis_plots(run: RunFiles, material: Material) -> Iterator[Plot | None]
             ("Accuracy by disagreement", [band.accuracy for band in bands], 0.5),
             ("Annotators split", [band.split for band in bands], None),
         ):
-            scale = Scale("disagreement of models", is_fraction=True, reference=reference)
+            scale = AxisScale("disagreement of models", is_fraction=True, reference=reference)
             series = estimates("comparisons", places, values, colour, style="dots")
             yield chart(f"{title}, {run.name}", [series], scale)
     spectra = {r.model: r.spectrum for r in diagnosis.representations}
@@ -227,7 +228,7 @@ def _diagnosis_plots(run: RunFiles, material: Material) -> Iterator[Plot | None]
     ]
     if diagnosis.base is not None:
         lines.append(_spectrum("base", diagnosis.base.spectrum, colour, style="dashed"))
-    scale = Scale("principal direction", x_log=2, y_log=True)
+    scale = AxisScale("principal direction", x_log=2, y_log=True)
     yield chart(f"Spectrum, {run.name}", lines, scale, "fraction of variance; dashed: base")
 
 

@@ -1,7 +1,7 @@
 """`hafrm report`: folders in, one self-contained page out. Nothing is fetched, and no script is in it.
 
-The page is complete or absent. It forbids itself any connection, so that even text that got through
-unescaped could load nothing.
+The page is complete or absent. Its content security policy forbids any connection, so that even text that
+was not escaped could load nothing.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def render_material(material: Material) -> str:
         model_sections.length_section,
         model_sections.agreement_section,
         model_sections.diagnosis_section,
-        result_sections.reading_section,
+        result_sections.examples_section,
         run_sections.provenance_section,
     )
     sections = [section for make in makers if (section := make(material)) is not None]
@@ -85,4 +85,5 @@ def _subtitle(material: Material) -> str:
         "RLHF runs": sum(f.is_rlhf for f in folders),
         "comparisons of policies": sum(f.rlhf_comparison is not None for f in folders),
     }
-    return ", ".join(f"{what}: {num}" for what, num in counts.items() if num)
+    text = ", ".join(f"{what}: {num}" for what, num in counts.items() if num)
+    return text[:1].upper() + text[1:]

@@ -20,13 +20,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import (
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-)
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from hafrm.statistics import Estimate
 
@@ -70,7 +64,7 @@ _LONG = re.compile(r"\d+\.\d{2,}")
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn plot: its title stands above it, its description is read where it cannot be seen."""
+    """A drawn plot with the title above it and a description for screen readers."""
 
     title: str
     svg: Markup
@@ -95,7 +89,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """How the axes of a plot are read."""
 
     x_name: str = "step"
@@ -107,7 +101,7 @@ class Scale:
     reference: float | None = None
     """A level to compare with."""
     diagonal: bool = False
-    """Stated against observed probabilities, from one half up."""
+    """Predicted against observed probabilities, from one half up."""
     ticks: Sequence[str] = ()
     """Names of 0, 1, 2, ... on the horizontal axis."""
     marks: Sequence[tuple[float, int]] = ()
@@ -125,7 +119,7 @@ def estimates(
     return Series(name, x, y, colour, low, high, **options)
 
 
-def chart(title: str, series: Sequence[Series], scale: Scale, unit: str = "") -> Plot | None:
+def chart(title: str, series: Sequence[Series], scale: AxisScale, unit: str = "") -> Plot | None:
     """A plot of all series that have a finite point; None without any."""
     shown = [_thinned(s) for s in series if np.isfinite(np.asarray(s.y, float)).any()]
     if not shown:
@@ -160,6 +154,7 @@ def histogram(
         axes.set_xlabel("margin")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(PLAIN)
         for name, x, colour in (("wrong", 0.0, "bad"), ("right", 1.0, "good")):
             side = "right" if x else "left"
             text = axes.text(x, 1.0, name, ha=side, va="top", transform=axes.transAxes)
@@ -193,14 +188,13 @@ def _draw(axes: Axes, series: Series, aside: float) -> None:
         _as_class(dots, colour)
 
 
-def _set_axes(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
+def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     dotted: Any = (0, (2, 3))
     axes.set_xlabel(scale.x_name)
     if scale.reference is not None:
         axes.axhline(scale.reference, color=FAINT, linewidth=1.0, linestyle=dotted)
     for x, colour in scale.marks:
         _as_class(axes.axvline(x, linewidth=0.8, alpha=0.7), f"c{colour % NUM_COLOURS}")
-    plain = FuncFormatter(lambda value, _: _tick(value))
     percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
     if scale.diagonal:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)
@@ -208,10 +202,14 @@ def _set_axes(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_major_formatter(PLAIN)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(percent if scale.is_fraction else plain)
+        axes.yaxis.set_major_formatter(percent if scale.is_fraction else PLAIN)
+    if scale.is_fraction and axes.get_ylim()[0] < 0:
+        axes.set_ylim(
+            bottom=-0.02 * axes.get_ylim()[1]
+        )  # zeros are drawn whole, above no negative tick
     if scale.ticks:
         axes.set_xticks(range(len(scale.ticks)), list(scale.ticks))
         axes.set_xlim(-0.5, len(scale.ticks) - 0.5)
@@ -220,11 +218,11 @@ def _set_axes(axes: Axes, scale: Scale, shown: Sequence[Series]) -> None:
         places = sorted({x for s in shown for x in s.x})
         if len(places) <= 9:
             axes.set_xticks(places)
-        axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_major_formatter(PLAIN)
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(percent if scale.diagonal else plain)
+        axes.xaxis.set_major_formatter(percent if scale.diagonal else PLAIN)
 
 
 def _is_wide(shown: Sequence[Series]) -> bool:
@@ -236,6 +234,9 @@ def _is_wide(shown: Sequence[Series]) -> bool:
 def _tick(value: float) -> str:
     text = f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{round(value, 10):.6g}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+PLAIN = FuncFormatter(lambda value, _: _tick(value))
 
 
 def _thinned(series: Series) -> Series:
@@ -254,7 +255,7 @@ def _thinned(series: Series) -> Series:
 
 
 def _description(title: str, shown: Sequence[Series]) -> str:
-    """Where each series begins and ends, for those who do not see the plot."""
+    """Where each series begins and ends, for screen readers."""
     parts = []
     for s in shown:
         values = [y for y in s.y if math.isfinite(y)]

@@ -1,9 +1,11 @@
 """Sections about comparisons: methods of a study, best of n, policies of RLHF; and texts to read."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import compress
 
 from hafrm.report.html import Block, Details, HeatMap, PageSection, Plots, Strips, Texts
-from hafrm.report.plots import Plot, Scale, Series, chart, estimates
+from hafrm.report.plots import AxisScale, Plot, Series, chart, estimates
 from hafrm.report.run_files import Material, RunFiles, Sample, short_sources
 from hafrm.study.study_result import Contrast
 from hafrm.table import Cell, Column, Table
@@ -24,7 +26,7 @@ def study_section(material: Material) -> PageSection | None:
         if study is None:
             continue
         *accuracies, learning_rates = study.tables()
-        blocks += map(HeatMap, accuracies)
+        blocks += [HeatMap(_without_empty_columns(table)) for table in accuracies]
         differences = _differences(
             "Differences from the baseline", (*study.average_differences, *study.differences)
         )
@@ -39,6 +41,12 @@ def study_section(material: Material) -> PageSection | None:
         "significant if its p-value, adjusted for the number of tests (Holm), is below 0.05."
     )
     return PageSection("comparison", "Methods", lead, tuple(blocks)) if blocks else None
+
+
+def _without_empty_columns(table: Table) -> Table:
+    has_text = [any(cells) for cells in zip(*table.rows, strict=True)]
+    rows = tuple(tuple(compress(row, has_text)) for row in table.rows)
+    return replace(table, columns=tuple(compress(table.columns, has_text)), rows=rows)
 
 
 def _differences(title: str, contrasts: Sequence[Contrast]) -> Strips:
@@ -68,7 +76,7 @@ def best_of_n_section(material: Material) -> PageSection | None:
         if result is None:
             continue
         plots: list[Plot | None] = []
-        for x_name, scale in (("n", Scale("n", x_log=2)), ("KL", Scale("KL, nat"))):
+        for x_name, scale in (("n", AxisScale("n", x_log=2)), ("KL", AxisScale("KL, nat"))):
             gold, own = list[Series](), list[Series]()
             for model in result.models:
                 places = [float(p.n) if x_name == "n" else p.kl for p in model.curve]
@@ -85,8 +93,8 @@ def best_of_n_section(material: Material) -> PageSection | None:
             has_wins = "wins - losses" in names
             blocks.append(Strips(table, ("wins - losses",), 0.0) if has_wins else table)
     lead = (
-        "The answer that a model scores highest of n. Its own score rises by construction; the gold score "
-        "says whether the answer is better."
+        "Of n answers to each prompt, the one that a model scores highest. The model's own score rises by "
+        "construction; the gold score shows whether the answers improve."
     )
     return PageSection("best-of-n", "Best of n", lead, tuple(blocks)) if blocks else None
 
@@ -100,7 +108,7 @@ def _gain(series: Series) -> Series:
 
 
 def policies_section(material: Material) -> PageSection | None:
-    """What reward models make of the same policy: scores, wins, proxy and gold reward over KL."""
+    """Policies trained by different reward models: scores, wins, proxy and gold reward over KL."""
     blocks: list[Block] = []
     for folder in material.folders:
         result = folder.rlhf_comparison
@@ -111,36 +119,34 @@ def policies_section(material: Material) -> PageSection | None:
             series = []
             for curve in result.curves:
                 values = [p.gold if title == "Gold reward" else p.proxy for p in curve.points]
-                known = [
+                points = [
                     (p.kl, v) for p, v in zip(curve.points, values, strict=True) if v is not None
                 ]
                 name = f"{curve.model}, seed {curve.seed}"
-                x, y = [kl for kl, _ in known], [value for _, value in known]
+                x, y = [kl for kl, _ in points], [value for _, value in points]
                 series.append(Series(name, x, y, material.colours[curve.model]))
-            plots.append(chart(f"{title} over KL", series, Scale("KL, nat")))
+            plots.append(chart(f"{title} over KL", series, AxisScale("KL, nat")))
         key = tuple((model, material.colours[model]) for model in result.models)
         seeds = ", ".join(map(str, result.seeds))
         shown = tuple(p for p in plots if p is not None)
-        blocks += [Plots(shown, key, f"A line for each seed ({seeds}).")] if shown else []
+        blocks += [Plots(shown, key, f"One line per seed ({seeds}).")] if shown else []
         scores, wins = result.tables()
         blocks.append(Strips(scores, ("gain over start [95 %]",), 0.0))
         blocks.append(Strips(wins, ("wins - losses",), 0.0))
-    lead = (
-        "Policies trained from one start by different reward models, on prompts that trained none."
-    )
+    lead = "Policies trained from the same start by different reward models, on held-out prompts."
     return PageSection("policies", "Policies", lead, tuple(blocks)) if blocks else None
 
 
-def reading_section(material: Material) -> PageSection | None:
-    """Comparisons that look wrong, picked answers, samples of RLHF; closed until opened."""
+def examples_section(material: Material) -> PageSection | None:
+    """Worst errors, picked answers, RLHF samples; folded until opened."""
     blocks: list[Block] = []
     for folder in material.folders:
-        parts = (("comparisons that look wrong", _worst), ("picked answers", _picked))
-        for title, make in (*parts, ("samples of RLHF", _samples)):
+        parts = (("worst errors", _worst), ("picked answers", _picked))
+        for title, make in (*parts, ("RLHF samples", _samples)):
             texts = tuple(make(folder))[:MAX_TEXTS]
             blocks += [Details(f"{folder.name}: {title}", texts)] if texts else []
-    lead = "Numbers hide what a model has learned; texts show it. They are shown as they are in the data."
-    return PageSection("reading", "To read", lead, tuple(blocks)) if blocks else None
+    lead = "The texts behind the numbers, exactly as they are in the data."
+    return PageSection("examples", "Examples", lead, tuple(blocks)) if blocks else None
 
 
 def _worst(folder: RunFiles) -> Iterator[Details]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from hafrm.report.cautions import cautions
 from hafrm.report.html import Block, Details, Headline, Listing, PageSection, Plots, Points, Strips
 from hafrm.report.model_sections import SCORER_COLUMNS, length_rules
-from hafrm.report.plots import Plot, Scale, Series, chart
+from hafrm.report.plots import AxisScale, Plot, Series, chart
 from hafrm.report.run_files import Material, MetricsRecord, RunFiles, Session, short_sources
 from hafrm.table import Cell, Column, Table
 
@@ -32,8 +32,8 @@ TRAINING_CURVES = (
     Curve("Loss", ("loss",), "nat"),
     Curve("Reward loss", ("reward_loss",), "nat", reference=COIN),
     Curve("Policy loss", ("policy_loss",)),
-    # a model without a reward head is judged by its implicit reward
-    Curve("Accuracy", ("accuracy", "implicit_accuracy"), "of the head that judges", True, 0.5),
+    # a model without a reward head is evaluated by its implicit reward
+    Curve("Accuracy", ("accuracy", "implicit_accuracy"), "of the scoring head", True, 0.5),
     Curve("Implicit accuracy", ("implicit_accuracy",), "policy head", True, 0.5),
     Curve("Margin", ("margin", "implicit_margin"), "chosen over rejected", reference=0.0),
     Curve("Implicit margin", ("implicit_margin",), "policy head", reference=0.0),
@@ -47,7 +47,7 @@ RLHF_CURVES = (
     Curve("Gold reward", ("gold",)),
     Curve("KL from the start", ("kl",), "nat per response"),
     Curve("Response length", ("length",), "tokens"),
-    Curve("Ended by themselves", ("ended",), "responses", is_fraction=True),
+    Curve("Complete responses", ("ended",), "ended by EOS", is_fraction=True),
     Curve("Entropy", ("entropy",), "nat per token"),
     Curve("Clipped updates", ("clip_fraction",), is_fraction=True),
     Curve("Policy loss", ("policy_loss",)),
@@ -55,18 +55,18 @@ RLHF_CURVES = (
 )
 
 
-def summary_section(material: Material) -> PageSection:
-    """The number that matters, what was trained, and what to be careful about."""
+def summary_section(material: Material) -> PageSection | None:
+    """The accuracies, what was trained, and what to be careful about."""
     blocks: list[Block] = [*_accuracies(material)]
     trained = _trained_table(material)
     blocks += [] if trained is None else [trained]
     sentences = tuple(cautions(material))
-    blocks += [Points("Be careful", sentences)] if sentences else []
-    return PageSection("summary", "Summary", "", tuple(blocks))
+    blocks += [Points("Cautions", sentences)] if sentences else []
+    return PageSection("summary", "Summary", "", tuple(blocks)) if blocks else None
 
 
 def _accuracies(material: Material) -> Iterator[Block]:
-    """One run's accuracy large; those of several runs in a table."""
+    """The accuracy of one run in large type; those of several runs in a table."""
     pairs = [(run, run.evaluation.sets[-1]) for run in material.folders if run.evaluation]
     if not pairs:
         return
@@ -75,7 +75,7 @@ def _accuracies(material: Material) -> Iterator[Block]:
     which = "all test sets together" if names == {"all"} else " and ".join(short[n] for n in names)
     first = pairs[0][1]
     if len(pairs) == 1:
-        label = f"of {first.accuracy.num} held-out comparisons judged right, {which}"
+        label = f"accuracy on {first.accuracy.num} held-out comparisons, {which}"
         yield Headline(first.accuracy, label)
         return
     rows: list[tuple[Cell, ...]] = [(r.name, s.accuracy, s.accuracy.num) for r, s in pairs]
@@ -125,8 +125,8 @@ def training_section(material: Material) -> PageSection | None:
     if not shown:
         return None
     lead = (
-        "Faint lines are training, each point the mean since the last one; dots are validation, with 95 % "
-        "intervals. The upright line is the step that was exported."
+        "Faint lines: training batches, averaged between logged steps. Dots: validation, with 95 % "
+        "intervals. The vertical line is the exported step."
     )
     return PageSection("training", "Training", lead, (Plots(shown, material.key(runs)),))
 
@@ -140,15 +140,15 @@ def rlhf_section(material: Material) -> PageSection | None:
         for run in runs:
             # batches are noisy: held-out prompts where there are any
             records = run.records("held-out") or run.records("rlhf")
-            known = [r for r in records if {"kl", name} <= r.values.keys()]
-            series.append(_series(run, known, name, material, x="kl"))
-        plots.append(chart(title, series, Scale("KL, nat")))
+            points = [r for r in records if {"kl", name} <= r.values.keys()]
+            series.append(_series(run, points, name, material, x="kl"))
+        plots.append(chart(title, series, AxisScale("KL, nat")))
     shown = tuple(plot for plot in plots if plot is not None)
     if not shown:
         return None
     lead = (
-        "A policy is trained to get high rewards from a reward model. Where the reward still rises and the "
-        "gold reward falls, the policy exploits the model's mistakes."
+        "The policy learns to get high rewards from a reward model. Where the reward still rises but the "
+        "gold reward falls, the policy exploits the reward model's errors."
     )
     note = "Lines are training batches; dots are held-out prompts, with 95 % intervals."
     return PageSection("rlhf", "RLHF", lead, (Plots(shown, material.key(runs), note),))
@@ -183,7 +183,7 @@ def _curve_plot(curve: Curve, runs: Sequence[RunFiles], material: Material) -> P
         best = best_record(run)
         if best is not None and held_out:
             marks.append((float(best.step), material.colours[run.name]))
-    scale = Scale(
+    scale = AxisScale(
         is_fraction=curve.is_fraction, reference=curve.reference, y_log=curve.y_log, marks=marks
     )
     return chart(curve.title, series, scale, curve.unit)
@@ -214,7 +214,7 @@ def _series(
 
 
 def provenance_section(material: Material) -> PageSection | None:
-    """Where every number comes from: commands, commits, versions, seeds, digests, recipes."""
+    """What every number depends on: commands, commits, versions, seeds, digests, recipes."""
     is_alone = len(material.folders) == 1
     blocks: list[Block] = [
         Details(folder.name, parts, is_open=is_alone)
@@ -223,7 +223,7 @@ def provenance_section(material: Material) -> PageSection | None:
     ]
     versions = _versions(material)
     blocks += [] if versions is None else [versions]
-    lead = "Enough to make every number again."
+    lead = "What is needed to reproduce every number."
     return PageSection("provenance", "Provenance", lead, tuple(blocks)) if blocks else None
 
 
@@ -234,7 +234,7 @@ def _provenance(folder: RunFiles) -> Iterator[Block]:
         session = folder.sessions[-1]
         digests = tuple((name, digest) for name, digest in session.data.items())
         if digests:
-            yield Table("Digests of the data", (Column("file"), Column("SHA-256")), digests)
+            yield Table("Data digests", (Column("file"), Column("SHA-256")), digests)
         counts = tuple(_counts(session))
         if counts:
             columns = (Column(""), Column("", "count"))
@@ -247,7 +247,7 @@ def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
     yield "started", session.started
     yield "command", session.command
     if session.git is not None:
-        changed = ", with changes that are in no commit" if session.git.changed else ""
+        changed = ", with uncommitted changes" if session.git.changed else ""
         yield "commit", session.git.commit + changed
     yield "platform", session.platform
     yield "seed", str(session.seed)
