@@ -8,8 +8,8 @@ import typer
 from hafrm.cli.entry import app, show_result
 
 
-@app.command(name="best-of-n")
-def best_of_n(  # noqa: PLR0913 - the verb and its options
+@app.command("best-of-n")
+def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     models: Annotated[
         list[str],
         typer.Argument(help="Run folders, reward or policy directories: PATH or NAME=PATH."),

@@ -8,8 +8,8 @@ import typer
 from hafrm.cli.entry import app, show_result
 
 
-@app.command()
-def compare(  # noqa: PLR0913 - the verb and its options
+@app.command("compare")
+def compare_command(  # noqa: PLR0913 - the verb and its options
     recipe: Annotated[str, typer.Argument(help="A recipe in YAML, with data.test.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     *,

@@ -9,8 +9,8 @@ from hafrm.cli.entry import JsonFile, Sources, app, show_result
 from hafrm.errors import ConfigError
 
 
-@app.command()
-def data(
+@app.command("data")
+def data_command(
     sources: Sources,
     *,
     model: Annotated[

@@ -8,8 +8,8 @@ import typer
 from hafrm.cli.entry import app
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for its data, runs and report.")] = Path(
         "demo-run"
     ),

@@ -23,8 +23,8 @@ DIAGNOSIS_FILE = "diagnostics.json"
 """In the run folder, where the report looks for it."""
 
 
-@app.command()
-def evaluate(  # noqa: PLR0913 - the verb and its options
+@app.command("evaluate")
+def evaluate_command(  # noqa: PLR0913 - the verb and its options
     model: Annotated[
         str,
         typer.Argument(help="Run folder, reward or policy directory; or NAME=PATH."),

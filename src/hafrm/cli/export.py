@@ -8,8 +8,8 @@ import typer
 from hafrm.cli.entry import app
 
 
-@app.command()
-def export(
+@app.command("export")
+def export_command(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
     *,
     out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],

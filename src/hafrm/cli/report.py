@@ -8,8 +8,8 @@ import typer
 from hafrm.cli.entry import app
 
 
-@app.command()
-def report(
+@app.command("report")
+def report_command(
     folders: Annotated[
         list[Path],
         typer.Argument(help="Run folders, and outputs of compare, best-of-n, rlhf."),

@@ -11,8 +11,8 @@ from hafrm.cli.entry import app, show_result
 from hafrm.statistics import in_words
 
 
-@app.command()
-def rlhf(
+@app.command("rlhf")
+def rlhf_command(
     recipe: Annotated[str | None, typer.Argument(help="An RLHF recipe in YAML.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     *,

@@ -10,8 +10,8 @@ from hafrm.cli.entry import Device, Dtype, app
 from hafrm.progress import show_progress
 
 
-@app.command()
-def score(  # noqa: PLR0913 - the verb and its options
+@app.command("score")
+def score_command(  # noqa: PLR0913 - the verb and its options
     model: Annotated[str, typer.Argument(help="Run folder or reward directory.")],
     sources: Annotated[
         list[str],

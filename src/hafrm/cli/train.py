@@ -11,8 +11,8 @@ from hafrm.progress import show_progress
 from hafrm.statistics import in_words
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")] = None,
@@ -54,8 +54,8 @@ def train(
         parallel.stop()
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def plan_command(
     recipe: Annotated[str, typer.Argument(help="A recipe in YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     memory: Annotated[

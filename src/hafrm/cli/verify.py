@@ -8,8 +8,8 @@ import typer
 from hafrm.cli.entry import JsonFile, app, show_result
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     target: Annotated[
         str, typer.Argument(help="Any reward directory, a run folder, or a server's URL.")
     ],
