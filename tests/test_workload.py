@@ -1,13 +1,17 @@
-"""benchmarks/workload.py: rows are on disk as they come, and none takes the others along."""
+"""The benchmarks on a GPU: rows are on disk as they come, and none takes the others along."""
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "workload.py"
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "benchmarks" / "workload.py"
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +44,38 @@ def test_nothing_is_started_once_the_time_is_up(workload, tmp_path):
     rows = workload.Rows(tmp_path, "train", seconds=-1.0)
     row = rows.add({"contender": "a"}, lambda: pytest.fail("it was started"))
     assert "the time is up" in row["error"]
+
+
+def commands(tmp_path: Path, call: int) -> list[str]:
+    """What a call of tools/gpu.sh runs, each behind the allocator's settings."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$PYTORCH_CUDA_ALLOC_CONF $*" >> {tmp_path}/commands\n')
+    python.chmod(0o755)
+    environment = os.environ | {
+        "PYTHON": str(python),
+        "INPUTS": str(tmp_path),
+        "OUT": str(tmp_path / "out"),
+        "DEVICE": "cpu",
+    }
+    environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    subprocess.run(
+        ["bash", ROOT / "tools/gpu.sh", str(call)],  # noqa: S607
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    return (tmp_path / "commands").read_text().splitlines()
+
+
+def test_a_time_limit_loses_no_test_s_result(tmp_path):
+    (tests,) = (line for line in commands(tmp_path, 1) if "-m pytest" in line)
+    assert " -vv " in tests
+    assert f" --junitxml={tmp_path}/out/tests.xml " in tests
+
+
+def test_benchmarks_run_with_the_allocator_of_training_and_no_row_twice(tmp_path):
+    """More tokens than a step has make the same micro-batch, so a budget makes no row of its own."""
+    lines = commands(tmp_path, 3)
+    assert all(line.startswith("expandable_segments:True ") for line in lines)
+    rows = [re.sub(r"--(max-tokens|seconds|only) [^-]*", "", line) for line in lines]
+    assert len(rows) == len(set(rows))

@@ -22,13 +22,16 @@ from hafrm.errors import (
     MemoryBudgetError,
     NumericsError,
 )
-from hafrm.recipe_file import dump_recipe
+from hafrm.recipe_file import dump_recipe, load_as
+from hafrm.rlhf import actor, rlhf_run
 from hafrm.rlhf import rewards as rewards_module
-from hafrm.rlhf import rlhf_run
+from hafrm.rlhf import train_policy as train_policy_module
 from hafrm.rlhf.ppo import Ppo
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfRun, prompts_of_step
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
+from hafrm.scoring.loading import default_device
 from hafrm.scoring.reward_model import RewardModel
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 from tokenizers_for_tests import llama_like_tokenizer
@@ -261,16 +264,39 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert len(asked) == len(rlhf.prompts.train)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
-def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, lora):
-    training = {"steps": 1, "precision": "bf16", "gradient_checkpointing": True}
+@pytest.mark.parametrize(
+    ("precision", "lora"),
+    [("auto", None), ("bf16", {"rank": 2, "alpha": 4.0})],
+    ids=["full", "lora"],
+)
+def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, monkeypatch, precision, lora):
+    """auto is bf16 where the device computes in it, and the run's own recipe says so."""
+    monkeypatch.setattr(train_policy_module, "has_bfloat16", lambda _: True)
+    training = {"steps": 1, "precision": precision, "gradient_checkpointing": True}
     sections = {"training": training} | ({} if lora is None else {"lora": lora})
     train_policy(tiny_rlhf(tmp_path, **sections), tmp_path / "run")
+    recorded = load_as(RlhfRecipe, tmp_path / "run/recipe.yaml")
+    assert recorded.training.precision == "bf16"
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model/policy")
     assert stock.dtype == torch.bfloat16
     batches = [r for r in numbers(tmp_path / "run/metrics.jsonl") if r["phase"] == "rlhf"]
     assert abs(batches[0]["kl"]) < 0.1  # before the first update policy and reference are one
     assert all(np.isfinite(r["policy_loss"]) for r in batches)
+
+
+def test_a_policy_loads_on_its_device_and_its_bf16_adapters_read_bf16(tmp_path, monkeypatch):
+    """peft by itself copies every adapter's input to float32, which autocast casts back."""
+    devices, dtypes = [], set()
+    real = actor.load_base
+    monkeypatch.setattr(actor, "load_base", lambda *a: devices.append(a[2]) or real(*a))
+    recipe = tiny_rlhf(tmp_path, training={"precision": "bf16"}, lora={"rank": 2, "alpha": 4.0})
+    rlhf = RlhfRun(recipe, RunFolder.create(tmp_path / "run", dump_recipe(recipe)), None)
+    assert devices == [default_device()]
+    for name, module in rlhf.actor.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
+    rlhf.actor.write(rlhf.prompts.held_out[:1], 1, seed=0)
+    assert dtypes == {torch.bfloat16}
 
 
 def test_a_batch_that_does_not_fit_says_how_to_resume(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from hafrm.errors import CheckpointError, ConfigError, DivergedError, NumericsError
 from hafrm.evaluation import evaluate
-from hafrm.recipe import Recipe
+from hafrm.recipe import LoraSection, Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.results import read_result
 from hafrm.study import method_comparison, study_runs
@@ -30,7 +30,7 @@ from hafrm.study.study_result import (
     summarise,
 )
 from hafrm.study.study_runs import RunWorker, read_run_result, read_scores, read_study_data
-from hafrm.training import loop
+from hafrm.training import loop, model_setup
 from tiny_runs import write_base, write_preferences
 
 
@@ -324,6 +324,30 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, monkeypatch):
     lines = (folder / "metrics.jsonl").read_text()
     assert worker(run).num_steps == 2
     assert (folder / "metrics.jsonl").read_text() == lines  # no step was run twice
+
+
+def test_a_run_of_adapters_in_bf16_measures_its_states_in_bf16(tmp_path):
+    """The base is bfloat16 and the adapters float32: only autocast can multiply the two."""
+    recipe = study_recipe(tmp_path, precision="bf16").model_copy(
+        update={"lora": LoraSection(rank=2)}
+    )
+    plan = plan_study(recipe, ["bt"], num_seeds=1, rates=[1e-3])
+    result = RunWorker(plan, tmp_path / "out")(plan.runs({"bt": 1e-3})[0])
+    assert np.isfinite(result.state_norm).all() and result.state_norm[0] > 0
+
+
+def test_references_are_computed_in_the_precision_that_runs_train_in(tmp_path, monkeypatch):
+    """On a device that computes in bfloat16, auto gives the numbers of bf16."""
+    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
+
+    def references(precision: str) -> np.ndarray:
+        recipe = study_recipe(tmp_path, precision=precision)
+        plan = plan_study(recipe, ["dpo"], num_seeds=1, rates=[1e-3])
+        return RunWorker(plan, tmp_path / "out")._test_references()
+
+    auto, bf16, fp32 = (references(precision) for precision in ("auto", "bf16", "fp32"))
+    np.testing.assert_array_equal(auto, bf16)
+    assert not np.array_equal(auto, fp32)
 
 
 def test_a_folder_of_another_recipe_or_of_other_test_data_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The hidden states that rewards are read from, for the measurements of collapse and representation."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from hafrm.scoring.reward_model import MAX_TOKENS, MAX_TOKENS_CPU
 
 
 def last_states(
-    model: HybridModel, groups: Sequence[Branches]
+    model: HybridModel, groups: Sequence[Branches], autocast: torch.dtype | None = None
 ) -> Float[np.ndarray, "responses hidden"]:
     """The hidden state of every response's last token, float32, in the order of `groups`."""
     on_cpu = model.device.type == "cpu"
@@ -24,8 +25,9 @@ def last_states(
     num = sum(len(group.response_ids) for group in groups)
 
     def run(layout: Layout) -> PerResponse:
-        with torch.no_grad():
-            return (model.last_states(layout.to(model.device)),)
+        device, half = model.device, contextlib.nullcontext()
+        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
+            return (model.last_states(layout.to(device)),)
 
     sequences = run_sequences(
         run,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -125,7 +126,8 @@ class Actor:
         """
         bf16, lora = recipe.training.precision == "bf16", recipe.lora
         # only frozen weights may be bf16: a small update of a bf16 weight rounds to nothing
-        causal = load_base(recipe.model, torch.bfloat16 if bf16 and lora else torch.float32)
+        dtype = torch.bfloat16 if bf16 and lora else torch.float32
+        causal = load_base(recipe.model, dtype, default_device())
         longest = recipe.data.max_prompt_length + recipe.sampling.max_new_tokens
         positions = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and longest > positions:
@@ -133,11 +135,15 @@ class Actor:
                 f"data.max_prompt_length and sampling.max_new_tokens make {longest} tokens, but the model "
                 f"takes {positions}: lower one of them"
             )
-        causal.to(default_device())  # type: ignore[arg-type]
         backbone, head = split_causal_lm(causal)
         if lora is not None:
             causal.requires_grad_(False)
             inject_lora(lora, backbone)
+            if bf16:
+                # peft would copy every input to float32, which autocast casts back
+                for part in backbone.modules():
+                    if isinstance(part, LoraLayer):
+                        part.cast_input_dtype_enabled = False
         sharing = share and sharing_obstacle(backbone) is None
         model = HybridModel(backbone, policy_head=head, sharing=sharing)
         reference = Reference(model, adapters=lora is not None)

@@ -32,7 +32,7 @@ from hafrm.rlhf.actor import encode_prompts, response_text, sampling_of
 from hafrm.rlhf.rewards import load_scorer, score_texts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult
-from hafrm.rlhf.train_policy import open_rlhf_run, train_policy
+from hafrm.rlhf.train_policy import open_rlhf_run, train_policy, with_rlhf_precision
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
@@ -165,7 +165,8 @@ class ComparisonWorker:
 
         Raises CheckpointError where the folder is of a run with another recipe or reward model.
         """
-        folder, recipe = self.folder / "runs" / run.folder, recipe_for(self.recipe, run)
+        folder = self.folder / "runs" / run.folder
+        recipe = with_rlhf_precision(recipe_for(self.recipe, run))
         resume = (folder / "recipe.yaml").is_file()
         if (folder / "model").is_dir():
             open_rlhf_run(recipe, folder, resume=True)
@@ -186,8 +187,7 @@ class ComparisonWorker:
         encoder = Encoder(load_tokenizer(policy), max_length=LONGEST)
         groups = read_prompts(recipe.comparison.test, max_bad_fraction=recipe.data.max_bad_fraction)
         prompts = encode_prompts(groups, encoder, recipe.data.max_prompt_length)
-        causal = load_base(policy, torch.float32)
-        causal.to(default_device())  # type: ignore[arg-type]
+        causal = load_base(policy, torch.float32, default_device())
         responses = sample(
             causal,
             [prompt.ids.tolist() for prompt in prompts],

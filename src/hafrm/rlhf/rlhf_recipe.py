@@ -126,8 +126,8 @@ class RlhfTrainingSection(Section):
     """2-norm that the gradient is clipped to; 0: not clipped (paper: 0)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the prompts' order, of sampling and of the held-out prompts."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast over fp32 master weights, frozen weights in bf16 (paper: bf16 over 4-bit weights)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights, frozen in bf16 (paper: 4-bit)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_tokens: int = Field(default=8192, ge=1)

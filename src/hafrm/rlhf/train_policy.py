@@ -1,5 +1,6 @@
 """`train_policy`: a policy trained against reward models, in a run folder, by the recipe's algorithm."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import check_trl, run_trl
 from hafrm.run_folder import RunFolder
+from hafrm.scoring.loading import default_device, has_bfloat16
 from hafrm.training import parallel
+
+log = logging.getLogger("hafrm")
 
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 """Keys of `training` that a resumed run may change: memory and speed, and gradients by rounding only."""
@@ -41,6 +45,7 @@ def train_policy(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
+    recipe = with_rlhf_precision(recipe)
     run = open_rlhf_run(recipe, folder, resume=resume)
     with run.lock():
         torch.manual_seed(recipe.training.seed)
@@ -48,6 +53,16 @@ def train_policy(
         rlhf = RlhfRun(recipe, run, gold, share=native)
         rlhf.record_provenance()
         return Ppo(rlhf).train(resume=resume) if native else run_trl(rlhf)
+
+
+def with_rlhf_precision(recipe: RlhfRecipe) -> RlhfRecipe:
+    """The recipe with training.precision decided for this machine, as `with_precision` does."""
+    if recipe.training.precision != "auto":
+        return recipe
+    precision = "bf16" if has_bfloat16(default_device().type) else "fp32"
+    log.info("training.precision auto: %s on %s", precision, default_device())
+    training = recipe.training.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"training": training})
 
 
 def open_rlhf_run(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
