@@ -14,7 +14,7 @@ from hafrm.export.checklist import replay_directory
 from hafrm.training import run_export
 from hafrm.training.loop import train
 from reward_servers import openrlhf, serving
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 
 @pytest.fixture(scope="module")

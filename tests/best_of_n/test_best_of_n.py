@@ -17,7 +17,7 @@ from hafrm.best_of_n.picks import kl_of_best
 from hafrm.best_of_n.run_best_of_n import Comparing, best_of_n
 from hafrm.cli import app, main
 from hafrm.errors import DataError
-from tiny_runs import write_base
+from support.tiny_runs import write_base
 
 
 def write(file, rows):

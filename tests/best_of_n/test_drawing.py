@@ -15,7 +15,7 @@ from hafrm.engine.sampling import Sampling
 from hafrm.errors import ConfigError, ModelError, ServerError
 from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
-from tiny_runs import write_base
+from support.tiny_runs import write_base
 from tokenizers_for_tests import plain_tokenizer
 
 PROMPTS = [Group(f"p-{i}", (Message("user", f"Say {i}."),), (), source="p") for i in range(5)]

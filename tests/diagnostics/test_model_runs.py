@@ -16,7 +16,7 @@ from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.report.terminal import print_tables
 from hafrm.results import read_result, write_result
-from tiny_runs import WORDS, write_base
+from support.tiny_runs import WORDS, write_base
 
 
 def write_rows(file: Path, num: int, *, start: int = 0, votes: bool = False) -> Path:

@@ -217,7 +217,7 @@ def _group(rollouts: Any, text: str) -> Any:
 @pytest.mark.slow
 def test_a_retained_policy_head_can_be_the_policy_and_its_reward_head_the_reward(tmp_path):
     from hafrm.training.loop import train
-    from tiny_runs import tiny_recipe
+    from support.tiny_runs import tiny_recipe
 
     train(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "haf")
     recipe = tiny_rlhf(

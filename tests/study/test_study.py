@@ -33,7 +33,7 @@ from hafrm.study.study_result import (
 )
 from hafrm.study.study_runs import RunWorker, StudySetup, read_run_result, read_scores
 from hafrm.training import loop
-from tiny_runs import write_base, write_preferences
+from support.tiny_runs import write_base, write_preferences
 
 
 def study_recipe(folder: Path, **training: object) -> Recipe:

@@ -26,7 +26,7 @@ from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.training import loop, run_export, validation
 from hafrm.training.data_setup import prepare_data
 from hafrm.training.loop import StoppedError, train
-from tiny_runs import tiny_recipe, write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture(autouse=True)

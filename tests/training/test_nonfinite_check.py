@@ -5,7 +5,7 @@ import torch
 
 from hafrm.errors import NumericsError
 from hafrm.training.step import NonFiniteCheck
-from training_for_tests import micro_batches, pairs
+from support.step_pairs import micro_batches, pairs
 
 
 def an_optimizer() -> tuple[torch.nn.Parameter, torch.optim.AdamW]:

@@ -10,7 +10,7 @@ from hafrm.training.loop import train
 from hafrm.training.memory_plan import plan_recipe
 from hafrm.training.methods import resolve_method
 from hafrm.training.model_setup import with_precision
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hafrm.training.parallel import Ranks
 from hafrm.training.runtime import Prefetch
 from hafrm.training.step_batches import ComparisonOrder, MicroBatch
-from training_for_tests import pairs
+from support.step_pairs import pairs
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -20,7 +20,7 @@ from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export
 from hafrm.training.loop import train
 from hafrm.training.run_export import ExportOptions, export_from_run
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
 

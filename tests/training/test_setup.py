@@ -14,7 +14,7 @@ from hafrm.training.data_setup import prepare_data
 from hafrm.training.methods import get_method
 from hafrm.training.model_setup import build_model
 from support.published_rows import PUBLISHED
-from tiny_runs import tiny_recipe, write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture

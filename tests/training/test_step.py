@@ -23,7 +23,7 @@ from hafrm.training.step import (
 )
 from hafrm.training.step_batches import MicroBatch, References
 from models_for_tests import tiny_hybrid
-from training_for_tests import micro_batches, pairs
+from support.step_pairs import micro_batches, pairs
 
 
 def stepped(

@@ -8,7 +8,7 @@ from hafrm.training.methods import get_method
 from hafrm.training.step import DECAY, build_optimizer, take_step
 from hafrm.training.step_batches import MicroBatch
 from models_for_tests import tiny_hybrid
-from training_for_tests import micro_batches, pairs
+from support.step_pairs import micro_batches, pairs
 
 
 def trained(batches: list[MicroBatch], name: str, steps: int = 2, **options: float | str):
