@@ -159,6 +159,8 @@ def count_weights(model: HybridModel) -> Weights:
         if p.dim() > 1 and "lora_" not in name:
             times = visited if p.dim() == 3 else 1  # stacked experts, of which a token meets a few
             features += times * sum(p.shape[-2:])
+            if "qkv" in name or "query_key_value" in name:  # rotated parts are copies of its output
+                features += max(p.shape)
             if "gate" in name:
                 product = times * p.shape[-2:].numel() // width
                 gated = max(gated, product // 2 if "gate_up" in name else product)
