@@ -184,9 +184,3 @@ def test_a_budget_below_the_largest_group_is_not_halved_any_further():
             pass
         largest = max(batch.layout.num_tokens for batch in source.take(0))
         assert largest // 2 < source.max_tokens <= largest
-
-
-def test_leaving_waits_for_no_step():
-    with feed(1000) as source:
-        source.take(0)
-    assert source._worker._shutdown

@@ -307,12 +307,6 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     )
 
 
-def test_another_recipe_may_not_resume_a_run(tmp_path):
-    train(tiny_recipe(tmp_path), tmp_path / "run")
-    with pytest.raises(CheckpointError, match="recipe differs"):
-        train(tiny_recipe(tmp_path, training={"seed": 1}), tmp_path / "run", resume=True)
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
     """A real process, killed once a checkpoint stands; SIGTERM saves and exits with 143."""

@@ -65,15 +65,6 @@ def test_one_row_of_sixteen_equals_many_uneven_micro_batches():
         assert torch.allclose(value, weights_small[name], atol=1e-6), name
 
 
-def test_alpha_zero_equals_plain_bradley_terry():
-    groups = pairs()
-    batches = micro_batches(groups, 10_000)
-    _, haf = stepped(tiny_hybrid(), batches, "haf", alpha=0.0)
-    _, bt = stepped(tiny_hybrid(), batches, "bt")
-    for name, value in bt.items():
-        assert torch.equal(value, haf[name]), name
-
-
 def test_dpo_starts_at_ln_2():
     """log pi = log pi_ref at step 0, so -log sigmoid(0) = ln 2, to float32 rounding of the cache."""
     groups = pairs()
@@ -343,12 +334,3 @@ def test_the_groups_named_are_those_of_the_first_broken_step():
         guard.check()
     assert all(name in str(caught.value) for name in second[0].ids)
     assert not any(f"{name}," in str(caught.value) for name in first[0].ids)
-
-
-def test_finite_steps_pass_and_are_forgotten():
-    _, optimizer = an_optimizer()
-    guard = Unwatched(torch.device("cpu"))
-    for _ in range(3):
-        guard.protect(optimizer, micro_batches(pairs(), 40), torch.tensor([True]))
-    guard.check()
-    assert guard._unchecked == []

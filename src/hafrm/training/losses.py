@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-EPSILON = 1e-6
-"""Keeps NormBT's factor finite where two responses have the same state."""
+EPSILON = 1e-6  # keeps NormBT's factor finite where two responses have the same state
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,8 +125,7 @@ class ExportOptions:
     """What `hafrm export` writes, from where, and how it is stored."""
 
     head: Head = "reward"
-    dtype: str | None = None
-    """One of DTYPES; None: what the run computed in, as at its end."""
+    dtype: str | None = None  # one of DTYPES; None: what the run computed in, as at its end
     merge_lora: bool | None = None
     """False: adapters beside the base checkpoint; None: merged, if there are any."""
     checkpoint: str | None = None
@@ -153,15 +152,11 @@ class Exported:
 
     directory: Path
     head: Head
-    source: str
-    """`model` or the checkpoint's name."""
+    source: str  # `model` or the checkpoint's name
     dtype: str
-    merged: bool | None
-    """None where the run has no adapters."""
-    num_golden: int
-    """Conversations whose scores (or log-probs) plain transformers has replayed."""
-    difference: float
-    """The largest, relative to max(1, |score|)."""
+    merged: bool | None  # none where the run has no adapters
+    num_golden: int  # conversations whose scores (or log-probs) plain transformers has replayed
+    difference: float  # the largest, relative to max(1, |score|)
 
 
 class _Source(NamedTuple):
