@@ -1,54 +1,33 @@
 """What a run costs on many GPUs, on paper: FLOPs, bytes, traffic and comparisons per second under FSDP2.
 
     python benchmarks/scale.py --config llama-70b --lora --lengths long --gpus 8 16 32 64
-    python benchmarks/scale.py --check
 
-Weights and bytes are counted on the run's own model on the meta device (hafrm.training.memory_trace), FLOPs
-by benchmarks/step_flops.py; peak, utilisation and bandwidths are assumptions and can be given. No GPU
-and no weights are needed. `--check` compares predictions with measured numbers on this machine's CPU:
-FLOPs with torch's counter, saved bytes with autograd's hook, memory with the growth of a process that
-takes real steps, with freed blocks given back and as glibc's heap keeps them (Linux).
+Weights are counted on the run's own model on the meta device, bytes are the memory plan's
+(hafrm.training.memory_plan), FLOPs those of benchmarks/step_flops.py; peak, utilisation and bandwidths
+are assumptions and can be given. No GPU and no weights are needed.
 """
 
 import argparse
-import contextlib
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import transformers
-from numpy.typing import NDArray
 from step_flops import count, reference_flops, step_flops, work_of
-from torch.utils.flop_counter import FlopCounterMode
 
-from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.model import HybridModel, split_causal_lm
-from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
-from hafrm.training.memory_plan import Target
-from hafrm.training.memory_trace import (
+from hafrm.training.memory_plan import (
     FLOAT32,
     HALF,
     MemoryNeed,
+    Target,
     count_weights,
-    logprob_bytes,
-    meta_model,
-    state_bytes,
-    trace,
+    memory_need,
 )
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import assemble
-from hafrm.training.step import build_optimizer, take_step
-from hafrm.training.step_batches import MicroBatch
+from hafrm.training.model_setup import meta_model
 
 HAF = get_method("haf")
 GIB, NODE = 2**30, 8
@@ -79,16 +58,6 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         num_hidden_layers=32,
         num_attention_heads=32,
         partial_rotary_factor=0.4,
-    ),
-    "small-llama": lambda: transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-    ),
-    "small-gpt2": lambda: transformers.GPT2Config(
-        vocab_size=8000, n_embd=256, n_layer=6, n_head=4, n_positions=512
     ),
 }
 LENGTHS = {"hh": (160, 70, 70), "long": (300, 400, 400)}
@@ -145,9 +114,8 @@ class Scenario:
         self.recipe, self.comparison = recipe, comparison
         self.batch = recipe.training.batch_size
         self.checkpointing = recipe.training.gradient_checkpointing
-        self.model = meta_model(config, recipe, HAF)
-        self.counts, self.weights = count(self.model), count_weights(self.model)
-        self.model.backbone.to(torch.bfloat16)  # as FSDP2 gathers it
+        model = meta_model(config, recipe, HAF)
+        self.counts, self.weights = count(model), count_weights(model)
         prompt, chosen, rejected = comparison
         self.work = work_of([(prompt, (chosen, rejected))] * self.batch)
         self.flops = step_flops(self.counts, self.work, checkpointing=self.checkpointing)
@@ -159,7 +127,11 @@ class Scenario:
             tokens = -(-self.work.tokens // (gpus * micro_batches))
             need = self.bytes(gpus, tokens, accumulates=micro_batches > 1)
             fits = need.step <= target.usable
-            if fits or need.states > target.usable or tokens <= sum(self.comparison):
+            if (
+                fits
+                or need.step - need.activations - need.working > target.usable
+                or tokens <= sum(self.comparison)
+            ):
                 break
         traffic = self.traffic(gpus, micro_batches)
         return Row(
@@ -174,16 +146,10 @@ class Scenario:
         )
 
     def bytes(self, gpus: int, tokens: int, *, accumulates: bool) -> MemoryNeed:
-        """The need of one GPU: layers gathered in bfloat16, the micro-batch traced."""
-        states = state_bytes(self.weights, shards=gpus, gathered=HALF, accumulates=accumulates)
-        shape = shape_of(self.comparison, tokens, groups=4)  # memory follows tokens, not groups
-        footprint = trace(self.model, shape, half=True)
-        logprobs = logprob_bytes(self.weights, shape, device="cuda", product=HALF, stored=HALF)
-        return MemoryNeed(
-            *states,
-            activations=footprint.kept,
-            working=max(logprobs, footprint.working),
-            passes=state_bytes(self.weights)[0],
+        """The need of one GPU of those that share the weights by FSDP2."""
+        target = Target("cuda", 0, gpus)
+        return memory_need(
+            self.recipe, self.weights, target, tokens, tokens, accumulates=accumulates
         )
 
     def traffic(self, gpus: int, micro_batches: int) -> float:
@@ -201,14 +167,6 @@ class Scenario:
         trained = not self.counts.adapters
         backward = (HALF + FLOAT32 * trained) / (2 + 2 * trained + 2 * self.checkpointing)
         return max(forward, backward) * machine.speed / bandwidth
-
-
-def shape_of(comparison: Comparison, tokens: int, groups: int) -> list[tuple[int, tuple[int, int]]]:
-    """`groups` comparisons of these proportions that make up `tokens`."""
-    prompt, chosen, rejected = (
-        max(1, round(part * tokens / groups / sum(comparison))) for part in comparison
-    )
-    return [(prompt, (chosen, rejected))] * groups
 
 
 def recipe_of(**sections: Any) -> Recipe:
@@ -240,9 +198,7 @@ def report(scenario: Scenario, machine: Machine, gpus: list[int]) -> None:
         f"{reference_flops(counts, work).total / flops.total:.2f} of a step\n"
     )
     rows = [scenario.row(number, machine) for number in gpus]
-    print(
-        f"Before it is sharded every GPU holds {rows[0].bytes.passes / GIB:.0f} GiB of weights.\n"
-    )
+    print(f"Before it is sharded every GPU holds {rows[0].bytes.passes / GIB:.0f} GiB.\n")
     print(
         "| GPUs | weights | gradients | optimiser | exchange | activations | working | all | fits |"
     )
@@ -268,183 +224,6 @@ def report(scenario: Scenario, machine: Machine, gpus: list[int]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Check:
-    """A small run whose prediction is measured."""
-
-    config: str
-    training: dict[str, Any]
-    lora: dict[str, Any] | None = None
-
-
-CHECKS = {
-    "Llama, 23 M": Check("small-llama", {}),
-    "Llama, 23 M, checkpointed": Check("small-llama", {"gradient_checkpointing": True}),
-    "Llama, 23 M, LoRA 16": Check("small-llama", {}, {"rank": 16}),
-    "GPT-2, 7 M": Check("small-gpt2", {}),
-}
-CHECK_GROUPS = 4
-"""Comparisons like HH-RLHF's, 1,200 tokens."""
-
-
-def recipe_for(check: Check) -> Recipe:
-    return recipe_of(training=check.training, **({"lora": check.lora} if check.lora else {}))
-
-
-def predict(check: Check) -> dict[str, float]:
-    """FLOPs of a micro-batch, bytes that autograd saves, and the growth of memory in a step."""
-    model = meta_model(config_of(check.config), recipe_for(check), HAF)
-    weights, work = count_weights(model), work_of(check_shape())
-    flops = step_flops(
-        count(model), work, checkpointing=bool(check.training.get("gradient_checkpointing"))
-    )
-    footprint = trace(model, check_shape(), half=False)
-    logprobs = logprob_bytes(weights, check_shape(), device="cpu", product=FLOAT32, stored=FLOAT32)
-    _, gradients, _, _ = state_bytes(weights)
-    kept_by_head = FLOAT32 * weights.width * work.scored  # the rows that predict, or their gradient
-    return {
-        "flops": flops.total,
-        "saved": footprint.kept + kept_by_head,
-        "grown": gradients + footprint.kept + max(logprobs, footprint.working),
-    }
-
-
-def layout_of(shape: list[tuple[int, tuple[int, int]]]) -> Layout:
-    """A layout of groups of these lengths whose token ids mean nothing."""
-
-    def ids(number: int) -> NDArray[np.int32]:
-        return np.zeros(number, np.int32)
-
-    return lay_out([TokenizedGroup(ids(p), tuple(map(ids, r))) for p, r in shape])
-
-
-def check_shape() -> list[tuple[int, tuple[int, int]]]:
-    prompt, chosen, rejected = LENGTHS["hh"]
-    return [(prompt, (chosen, rejected))] * CHECK_GROUPS
-
-
-def measure(check: Check, *, growth_only: bool) -> dict[str, float]:
-    """The same of real steps in this process, after a small one has warmed it up."""
-    torch.manual_seed(0)
-    causal = transformers.AutoModelForCausalLM.from_config(config_of(check.config))
-    model = assemble(*split_causal_lm(causal), recipe_for(check), HAF)
-    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
-    layout = layout_of(check_shape())
-
-    def step(layout: Layout) -> None:
-        parts = [micro_batch(layout)] * 2  # the second finds the gradients in place
-        number = 2 * len(parts[0].ids)
-        take_step(model, optimizer, parts, HAF, num_comparisons=number, max_grad_norm=1.0)
-
-    step(layout_of([(4, (3, 2))]))
-    with peak_growth() as grown:
-        step(layout)
-    if growth_only:
-        return {"grown": grown[0]}
-    with FlopCounterMode(display=False, custom_mapping=counted()) as counter:
-        outputs = model(layout)
-        (outputs.rewards.sum() + outputs.logps.sum()).backward()
-    return {
-        "flops": counter.get_total_flops(),
-        "saved": saved_bytes(model, layout),
-        "grown": grown[0],
-    }
-
-
-def micro_batch(layout: Layout) -> MicroBatch:
-    number = layout.num_responses // 2
-    chosen = torch.arange(number) * 2
-    return MicroBatch(
-        layout=layout,
-        chosen=chosen,
-        rejected=chosen + 1,
-        margins=torch.zeros(number),
-        weights=torch.ones(number),
-        reference_logps=torch.zeros(2 * number),
-        ids=("",) * number,
-    )
-
-
-@contextlib.contextmanager
-def peak_growth() -> Iterator[list[int]]:
-    """Bytes that the process grew at its fullest over its size before (Linux)."""
-
-    def status(name: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    grown: list[int] = []
-    before = status("VmRSS")
-    yield grown
-    grown.append(status("VmHWM") - before)
-
-
-def saved_bytes(model: HybridModel, layout: Layout) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(layout)
-        assert outputs.rewards.requires_grad
-    return sum(found.values())
-
-
-def counted() -> dict[Any, Callable[..., int]]:
-    """What torch's counter leaves out on a CPU: attention, by its causal part, and `addmm_`."""
-
-    def attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
-        batch, heads, q, dim = query
-        return int(4 * batch * heads * dim * (q * (key[2] - q) + q * q / 2))
-
-    aten = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda _, query, key, *__, **___: 2 * attention(query, key)
-        ),
-        aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1],
-    }
-
-
-GIVEN_BACK = {"MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Makes glibc take every tensor from the system and give it back at once."""
-
-
-def check() -> None:
-    print("| run | quantity | predicted | measured | predicted / measured |\n|---|---|---|---|---|")
-    units = {"flops": ("GFLOP of a micro-batch", 1e9), "saved": ("MiB saved", 2**20)}
-    units |= {"grown": ("MiB grown", 2**20), "heap": ("MiB grown, glibc's heap", 2**20)}
-    for name, small in CHECKS.items():
-        measured, predicted = measure_apart(name, GIVEN_BACK), predict(small)
-        measured["heap"] = measure_apart(name, {}, "--growth-only")["grown"]
-        predicted["heap"] = predicted["grown"]
-        for key, (words, unit) in units.items():
-            if key == "saved" and small.training.get("gradient_checkpointing"):
-                continue  # a checkpoint holds its inputs itself: no hook sees them
-            ours, real = predicted[key] / unit, measured[key] / unit
-            print(f"| {name} | {words} | {ours:.1f} | {real:.1f} | {ours / real:.3f} |", flush=True)
-
-
-def measure_apart(name: str, environment: dict[str, str], *options: str) -> dict[str, float]:
-    """`measure` in a process of its own."""
-    run = subprocess.run(
-        [sys.executable, __file__, "--measure", name, *options],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **environment},
-    )
-    measured: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return measured
-
-
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -463,35 +242,28 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached")
     parser.add_argument("--node-bandwidth", type=float, default=400.0, help="GB/s within a node")
     parser.add_argument("--network", type=float, default=50.0, help="GB/s a GPU between nodes")
-    parser.add_argument("--check", action="store_true", help="compare with measurements on a CPU")
-    parser.add_argument("--measure", choices=CHECKS, help=argparse.SUPPRESS)
-    parser.add_argument("--growth-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     transformers.logging.set_verbosity_error()
-    if args.measure:
-        print(json.dumps(measure(CHECKS[args.measure], growth_only=args.growth_only)))
-    elif args.check:
-        check()
-    else:
-        training = {
-            "precision": "bf16",
-            "gradient_checkpointing": not args.no_checkpointing,
-            "batch_size": args.batch,
-        }
-        recipe = recipe_of(training=training, **({"lora": {}} if args.lora else {}))
-        comparison = tuple(args.tokens or LENGTHS[args.lengths])
-        machine = Machine(
-            peak=args.peak * 1e12,
-            mfu=args.mfu,
-            node=args.node_bandwidth * 1e9,
-            network=args.network * 1e9,
-            memory=args.memory,
-        )
-        report(Scenario(config_of(args.config), recipe, comparison), machine, args.gpus)
+    training = {
+        "precision": "bf16",
+        "gradient_checkpointing": not args.no_checkpointing,
+        "batch_size": args.batch,
+        "parallel": "fsdp",
+    }
+    recipe = recipe_of(training=training, **({"lora": {}} if args.lora else {}))
+    comparison = tuple(args.tokens or LENGTHS[args.lengths])
+    machine = Machine(
+        peak=args.peak * 1e12,
+        mfu=args.mfu,
+        node=args.node_bandwidth * 1e9,
+        network=args.network * 1e9,
+        memory=args.memory,
+    )
+    report(Scenario(config_of(args.config), recipe, comparison), machine, args.gpus)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 
 import hafrm
-from tiny_runs import WORDS, write_base
+from support.tiny_runs import WORDS, write_base
 
 RECIPE = {
     "model.path": "",

@@ -21,7 +21,7 @@ from hafrm.scoring.loading import find_heads
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import train
-from tiny_runs import tiny_recipe, write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hafrm.training import run_export
 from hafrm.training.loop import train
 from support.export_faults import FAULTS
 from support.reward_servers import openrlhf, serving
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 
 @pytest.fixture(scope="module")

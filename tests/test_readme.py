@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hafrm.training.loop import train
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -1,4 +1,4 @@
-"""benchmarks/scale.py: its traffic and times by hand, its command line, and (slow) its check."""
+"""benchmarks/scale.py: its traffic and times by hand, its command line."""
 
 import importlib.util
 import sys
@@ -34,7 +34,12 @@ def tiny_config() -> transformers.PretrainedConfig:
 
 
 def scenario(scale, *, lora: bool = False, checkpointing: bool = True):
-    training = {"precision": "bf16", "gradient_checkpointing": checkpointing, "batch_size": 8}
+    training = {
+        "precision": "bf16",
+        "gradient_checkpointing": checkpointing,
+        "batch_size": 8,
+        "parallel": "fsdp",
+    }
     recipe = scale.recipe_of(training=training, **({"lora": {"rank": 4}} if lora else {}))
     return scale.Scenario(tiny_config(), recipe, (30, 20, 10))
 
@@ -81,7 +86,8 @@ def test_what_does_not_fit_whole_is_cut_into_micro_batches(scale):
     """LoRA, whose gradients are small: one GPU with room for the states and some of the activations."""
     ours = scenario(scale, lora=True, checkpointing=False)
     whole = ours.row(1, machine(scale))
-    states = whole.bytes.states / 2**30
+    need = whole.bytes
+    states = (need.step - need.activations - need.working) / 2**30
     cut = ours.row(
         1, machine(scale, memory=(states + 0.4 * (whole.bytes.step / 2**30 - states)) / 0.9)
     )
@@ -112,14 +118,3 @@ def test_the_built_in_shapes_are_the_models_they_are_named_after(scale):
         recipe = scale.recipe_of(training={"precision": "bf16"})
         weights = scale.Scenario(scale.config_of(name), recipe, (1, 1, 1)).weights
         assert weights.total / 1e9 == pytest.approx(billions, rel=0.001)
-
-
-@pytest.mark.slow
-def test_a_small_run_is_predicted(scale):
-    """FLOPs within 1 %, saved bytes and the growth of a real process within 5 %."""
-    name = "GPT-2, 7 M"
-    predicted = scale.predict(scale.CHECKS[name])
-    measured = scale.measure_apart(name, scale.GIVEN_BACK)
-    assert predicted["flops"] == pytest.approx(measured["flops"], rel=0.01)
-    assert predicted["saved"] == pytest.approx(measured["saved"], rel=0.05)
-    assert predicted["grown"] == pytest.approx(measured["grown"], rel=0.05)

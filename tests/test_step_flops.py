@@ -9,13 +9,13 @@ import transformers
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flops_for_tests import COUNTED
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
-from hafrm.training.memory_trace import meta_model
 from hafrm.training.methods import get_method
+from hafrm.training.model_setup import meta_model
 from models_for_tests import tiny_hybrid, token_groups
-from tiny_meta_models import adapted, recipe_of
+from support.counted_flops import COUNTED
+from support.recipe_models import real_model, recipe_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from step_flops import count, reference_flops, step_flops, work_of
@@ -69,7 +69,7 @@ def test_predicted_flops_of_checkpointing_are_too_high_by_the_products_not_repea
 def test_predicted_flops_of_lora_are_too_high_by_the_first_layers_inputs():
     """Nothing asks for the gradient of the first layer's input: half of its projections' backward, in a
     model of two layers less than a tenth."""
-    model = adapted("llama")
+    model = real_model("llama", recipe_of(lora={"rank": 4}))
     predicted = step_flops(count(model), work_of(SHAPE)).total
     assert 1.0 <= predicted / counted_flops(model) < 1.1
 

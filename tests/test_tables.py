@@ -14,7 +14,7 @@ from hafrm.report.terminal import print_tables
 from hafrm.statistics import Estimate
 from hafrm.table import Column, Table
 from support.benchmark_rows import write_all
-from tiny_runs import write_preferences
+from support.tiny_runs import write_preferences
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from hafrm.errors import DataError
 from hafrm.results import read_result
 from hafrm.scoring.reward_model import RewardModel
 from support.chat_endpoint import fails, says, serving
-from tiny_runs import write_base
+from support.tiny_runs import write_base
 
 
 def write(file, rows):

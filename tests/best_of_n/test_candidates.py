@@ -24,7 +24,7 @@ from hafrm.errors import DataError, ModelError, ServerError
 from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
 from support.chat_endpoint import fails, says, serving
-from tiny_runs import write_base
+from support.tiny_runs import write_base
 from tokenizers_for_tests import plain_tokenizer
 
 PROMPTS = [Group(f"p-{i}", (Message("user", f"Say {i}."),), (), source="p") for i in range(5)]

@@ -20,7 +20,7 @@ from hafrm.run_folder import read_json_lines
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.loop import train
 from support.tiny_rlhf import tiny_rlhf
-from tiny_runs import tiny_recipe, write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 from tokenizers_for_tests import chat_tokenizer
 
 pytestmark = pytest.mark.cuda

@@ -25,7 +25,7 @@ from hafrm.training.runtime import Prefetch
 from hafrm.training.step import NonFiniteCheck, StepResult, build_optimizer, take_step
 from hafrm.training.step_batches import ComparisonOrder, MicroBatch
 from models_for_tests import tiny_hybrid, token_groups
-from training_for_tests import SHAPES, micro_batches, pairs
+from support.step_pairs import SHAPES, micro_batches, pairs
 
 pytestmark = pytest.mark.cuda
 

@@ -17,7 +17,7 @@ from hafrm.errors import ConfigError, ModelError
 from hafrm.evaluation.heads import EvaluationOptions
 from hafrm.report.terminal import print_tables
 from hafrm.results import read_result, write_result
-from tiny_runs import WORDS, write_base
+from support.tiny_runs import WORDS, write_base
 
 
 def write_rows(file: Path, num: int, *, start: int = 0, votes: bool = False) -> Path:

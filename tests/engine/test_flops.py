@@ -6,10 +6,10 @@ import transformers
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flops_for_tests import COUNTED
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, new_reward_head, split_causal_lm
 from models_for_tests import token_groups
+from support.counted_flops import COUNTED
 
 WIDTH, LAYERS, VOCAB = 384, 6, 32000
 HEAD = WIDTH * VOCAB

@@ -6,7 +6,7 @@ import pytest
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import Comparison, Group, Message
-from tiny_runs import write_preferences
+from support.tiny_runs import write_preferences
 
 
 def group(name: str, responses: list[str], **comparison: object) -> Group:

@@ -15,7 +15,7 @@ from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
-from tiny_runs import write_preferences
+from support.tiny_runs import write_preferences
 
 
 @pytest.fixture(scope="module")

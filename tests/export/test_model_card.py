@@ -15,7 +15,7 @@ from hafrm.export.proof import write_golden
 from hafrm.preferences import Group, Message
 from hafrm.recipe_file import dump_recipe
 from report_files import session, write_json
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 CONVERSATION = Group("g", (Message("user", "Say sun."),), ("Here you are: sun.", "no " * 300))
 

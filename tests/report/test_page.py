@@ -30,7 +30,7 @@ from hafrm.study.method_comparison import compare_methods
 from hafrm.study.run_grid import plan_study
 from hafrm.training.loop import train
 from support.tiny_rlhf import tiny_rlhf
-from tiny_runs import tiny_recipe, write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 
 HOSTILE = (
     "<script>alert('x')</script> & \"q\" $\\alpha$ </style><img src=https://evil.example/x> \x1b"

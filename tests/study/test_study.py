@@ -31,7 +31,7 @@ from hafrm.study.study_result import (
 )
 from hafrm.study.study_runs import RunWorker, read_run_result, read_scores, read_study_data
 from hafrm.training import loop, model_setup
-from tiny_runs import write_base, write_preferences
+from support.tiny_runs import write_base, write_preferences
 
 
 def study_recipe(folder: Path, *, num_sets: int = 2, **training: object) -> Recipe:

@@ -13,7 +13,7 @@ from transformers import (
 
 from hafrm.recipe_file import build_as
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from tiny_runs import WORDS, write_base
+from support.tiny_runs import WORDS, write_base
 from tokenizers_for_tests import chat_tokenizer
 
 

@@ -15,10 +15,11 @@ from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.training.loop import train
-from tiny_runs import tiny_recipe
+from support.tiny_runs import tiny_recipe
 
 STEP_WIDE = {"reward_loss": "normbt", "sum_to_zero": 0.1}
-WORKER = Path(__file__).resolve().parents[1] / "parallel_worker.py"
+TESTS = Path(__file__).resolve().parents[1]
+WORKER = TESTS / "support/parallel_worker.py"
 
 
 def launch(recipe: Recipe, folder: Path, *options: str) -> None:
@@ -34,7 +35,7 @@ def on_two_ranks(*arguments: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
+    shared["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), *arguments],
@@ -116,6 +117,15 @@ def test_a_sharded_run_is_resumed_by_one_process_from_its_gathered_checkpoint(tm
 def test_what_two_ranks_exchange_is_what_one_process_has(tmp_path, check):
     """The checks are functions of parallel_worker."""
     on_two_ranks(check, str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_other_ranks_have_ended_before_the_proof_begins(tmp_path, mode):
+    """The proof takes an hour on one host: an exchange on the devices would time out."""
+    recipe = tiny_recipe(tmp_path, training={"parallel": mode}, method={"name": "bt"})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    on_two_ranks("ends_first", str(tmp_path))
+    assert (tmp_path / "run/model/reward").is_dir()
 
 
 def test_a_sharded_run_saves_every_moment_and_exports_its_best_step_though_it_is_not_the_last(

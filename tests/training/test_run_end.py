@@ -3,9 +3,7 @@
 import gc
 import json
 import os
-import socket
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -15,12 +13,9 @@ import torch
 from hafrm.errors import NumericsError, VerificationError
 from hafrm.export import plain_model, proof
 from hafrm.export.checklist import replay_directory
-from hafrm.recipe_file import dump_recipe
 from hafrm.training import loop, run_export
 from hafrm.training.loop import train
-from tiny_runs import tiny_recipe
-
-WORKER = Path(__file__).resolve().parents[1] / "export_worker.py"
+from support.tiny_runs import tiny_recipe
 
 
 def replay(folder: Path) -> dict[str, float]:
@@ -136,26 +131,3 @@ def test_the_replay_has_all_threads_where_torchrun_left_one_to_each_rank(reward,
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
     proof.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == "96"
-
-
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_other_ranks_have_ended_before_the_proof_begins(tmp_path, mode):
-    """The main rank's proof waits for a file that the other writes when its training has returned."""
-    recipe = tiny_recipe(tmp_path, training={"parallel": mode}, method={"name": "bt"})
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    assert (tmp_path / "run/model/reward").is_dir()

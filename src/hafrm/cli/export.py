@@ -42,5 +42,3 @@ def export_command(
         f"plain transformers gives the same {done.num_golden} {what} (largest difference "
         f"{done.difference:.2g})"
     )
-    if done.moved is not None:
-        typer.echo(f"rewards are within {done.moved:.2g} of those of {run / 'model' / 'reward'}")

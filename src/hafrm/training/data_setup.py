@@ -20,8 +20,7 @@ from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import DataSection, ModelSection, Recipe
 
-NUM_GOLDEN = 16
-"""Held-out conversations whose scores are exported."""
+NUM_GOLDEN = 16  # held-out conversations whose scores are exported
 VALIDATION_SEED = 2**32
 """Beyond the seeds that a user can split with: cut by the same hash as a user's own test split, nothing
 would be left to validate on."""
@@ -34,8 +33,7 @@ class PreparedData:
     encoder: Encoder
     train: list[TokenizedGroup]
     validation: list[TokenizedGroup]
-    golden: list[Group]
-    """Held-out conversations whose scores are exported for consumers to replay."""
+    golden: list[Group]  # held-out conversations whose scores are exported for consumers to replay
     counts: dict[str, Any]
 
 
@@ -73,8 +71,7 @@ class Splits(NamedTuple):
     reading: PreferenceData
     train: Sequence[Group]
     validation: Sequence[Group]
-    num_dropped: int
-    """Groups left out because another split has their prompt."""
+    num_dropped: int  # groups left out because another split has their prompt
 
 
 def read_splits(recipe: Recipe, bad_rows_file: Path | None = None) -> Splits:

@@ -59,8 +59,7 @@ class TrainResult:
     folder: Path
     num_steps: int
     best_step: int
-    best: dict[str, float]
-    """Validation metrics of the exported step."""
+    best: dict[str, float]  # validation metrics of the exported step
 
     def __fspath__(self) -> str:
         return str(self.folder)

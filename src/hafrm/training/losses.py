@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-EPSILON = 1e-6
-"""Keeps NormBT's factor finite where two responses have the same state."""
+EPSILON = 1e-6  # keeps NormBT's factor finite where two responses have the same state
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +74,9 @@ def sum_to_zero_loss(
 ) -> Float[Tensor, " comparisons"]:
     """BSR's penalty (arXiv 2505.07271): n * mean^2 over the step's 2 n rewards, a part per comparison.
 
-    The paper squares the sum of a batch's rewards; its code, LinkedIn-XFACT/RM-Robustness, takes n times
-    the squared mean, and so does this. With the mean m held constant, the parts n * (2 m s - m^2), s being
-    the mean of a comparison's two rewards, average over the step to n * m^2, and their gradients to its
-    gradient, n * 2 m * dm.
+    The paper squares the sum of a batch's rewards; its code (LinkedIn-XFACT/RM-Robustness) takes n times
+    the squared mean, and so does this. With the mean m held constant, parts n * (2 m s - m^2), s the mean
+    of a comparison's two rewards, average to n * m^2 and have its gradient.
     """
     mean, own = mean_reward.detach(), (chosen_rewards + rejected_rewards) / 2
     return num_comparisons * (2 * mean * own - mean**2)
@@ -112,10 +110,9 @@ def reference_free_dpo_loss(
 def ipo_loss(batch: PolicyLogps, *, beta: float) -> Float[Tensor, " comparisons"]:
     """Identity preference optimisation on log-ratios **per token**; `beta` is the paper's tau.
 
-    The paper writes the log-ratio of whole responses. Its target 1/(2 tau) is one constant, which sums
-    would make harder for short responses than for long ones; its authors average over tokens
-    (huggingface.co/blog/pref-tuning, huggingface/trl#1265), and so does TRL. Raises ValueError without
-    reference log-probs.
+    The paper writes the log-ratio of whole responses; its authors and TRL average over tokens
+    (huggingface.co/blog/pref-tuning, huggingface/trl#1265), since the target is one constant for short and
+    long ones. Raises ValueError without reference log-probs.
     """
     chosen, rejected = _log_ratios(batch)
     gap = chosen / batch.chosen_counts - rejected / batch.rejected_counts
@@ -136,8 +133,8 @@ def simpo_loss(batch: PolicyLogps, *, beta: float, gamma: float) -> Float[Tensor
 def orpo_loss(batch: PolicyLogps, *, beta: float) -> Float[Tensor, " comparisons"]:
     """Mean negative log-prob of the chosen response plus `beta` (the paper's lambda) times the odds ratio.
 
-    The likelihoods inside the odds are geometric means over tokens, as in the paper. The SFT term reads
-    response tokens only; the authors' and TRL's trainers also train on the prompt there.
+    The likelihoods inside the odds are geometric means over tokens. The SFT term reads response tokens
+    only; the authors' and TRL's trainers also train on the prompt there.
     """
     chosen, rejected = _mean_logps(batch)
     # Eq. 4 of arXiv 2403.07691, odds = p / (1 - p), in logarithms.
@@ -149,11 +146,9 @@ def orpo_loss(batch: PolicyLogps, *, beta: float) -> Float[Tensor, " comparisons
 def kto_loss(batch: PolicyLogps, *, beta: float) -> Float[Tensor, " comparisons"]:
     """KTO over pairs: the mean of its desirable and undesirable losses, reference point z0 = 0.
 
-    The paper estimates z0 >= 0, a KL divergence, from mismatched prompts and responses of the same
-    micro-batch. That is a further forward, and it would make a comparison's loss depend on what it was
-    packed with. Zero is the estimate's floor and its value at the start. So fixed, the loss is half of
-    APO-zero (arXiv 2408.06266, Eq. 7). Bounded by 1, it forgives mislabelled pairs. Raises ValueError
-    without reference log-probs.
+    The paper estimates z0 >= 0 from mismatched pairs of the micro-batch: another forward, and a loss that
+    depends on packing. Zero is the estimate's floor and start; the loss is then half of APO-zero (arXiv
+    2408.06266, Eq. 7). Raises ValueError without reference log-probs.
     """
     chosen, rejected = _log_ratios(batch)
     # Eq. 7 of arXiv 2402.01306 with lambda_D = lambda_U = 1: 1 - sigmoid(x) = sigmoid(-x).

@@ -1,54 +1,45 @@
-"""The memory that a run will need, before anything is loaded, and the token budget that fits.
+"""An estimate of the memory that a run needs, before anything is loaded, and the token budget that fits.
 
-Nothing is loaded and no data is read, so lengths are taken from `data.max_length`. It is an estimate: what
-an allocator wastes is left to a spare part. Start at `plan_recipe` and `with_token_budget`.
+Weights are counted on torch's meta device; activations follow one formula (`layer_bytes`), which
+docs/scale.md compares with a trace. A step that runs out of memory all the same is repeated in halves by
+the loop. Start at `plan_recipe`.
 """
 
-import dataclasses
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
-from hafrm.engine.model import HybridModel
+from hafrm.engine.logprobs import chunk_rows
+from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError, ModelError
 from hafrm.export.plain_model import proof_bytes
-from hafrm.recipe import LoraSection, Recipe
-from hafrm.recipe_file import build_recipe
+from hafrm.recipe import Recipe
 from hafrm.table import Column, Table
 from hafrm.training import parallel
-from hafrm.training.memory_trace import (
-    FLOAT32,
-    HALF,
-    Footprint,
-    MemoryNeed,
-    count_weights,
-    logprob_bytes,
-    meta_model,
-    state_bytes,
-    trace,
-)
 from hafrm.training.methods import Method
-from hafrm.training.model_setup import with_precision
+from hafrm.training.model_setup import meta_model, with_precision
 from hafrm.training.reference import REFERENCE_TOKENS
 
 log = logging.getLogger("hafrm")
 
 GIB = 2**30
-LARGEST = 2**15
-"""Tokens beyond which a micro-batch gains nothing: its matrix products cannot become more efficient."""
-GRAIN = 256
-"""Token budgets are multiples of this, so that a few bytes more or less do not change one."""
+FLOAT32, HALF = 4, 2  # bytes of a number
+LARGEST = 2**15  # tokens beyond which matrix products become no more efficient
+GRAIN = 256  # tokens between two automatic budgets
+# Left alone: a GPU's allocator leaves gaps, and glibc's heap holds up to 2.4 times what is alive.
 SPARE = {"cuda": 0.1, "cpu": 0.6}
-"""Fraction of the memory left alone: on a GPU for the allocator's gaps; on a CPU, where glibc's heap has
-been measured to hold up to 2.4 times what is alive (docs/scale.md)."""
-MOST_RANKS = 64
+REMEDIES = (
+    "training.max_tokens=auto, training.gradient_checkpointing=true, training.precision=bf16, "
+    "lora.rank=64, more GPUs with training.parallel=fsdp"
+)
+SCORED = 0.6  # of a micro-batch's tokens, in responses: two fifths of a comparison are its prompt
 
 
 @dataclass(frozen=True)
@@ -61,8 +52,48 @@ class Target:
 
     @property
     def usable(self) -> int:
-        """Bytes without the spare part."""
         return int(self.memory * (1 - SPARE[self.device]))
+
+
+class Weights(NamedTuple):
+    """Numbers of weights by what they cost, and the widths that decide a layer's activations."""
+
+    total: int
+    trainable: int
+    frozen_bytes: int
+    layer: int
+    layer_trainable: int
+    outside: int  # of no layer, and not the reward head
+    outside_trainable: int
+    adapters: bool  # LoRA: the policy head is frozen too
+    layers: int
+    width: int
+    vocab: int  # of the policy head; 0 without one
+    features: int  # inputs and outputs of a layer's matrices, and a gated MLP's product
+    normed: int  # numbers of a token that a layer's norms read
+    head_normed: int  # the same of norms over attention heads (Qwen3, Gemma3)
+    rms: bool
+    capped_heads: int  # attention heads, where their scores are soft-capped
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of one rank at its fullest moments: in a step's backward pass, and in passes without one."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    exchange: int  # FSDP2's gathered layers and whole gradients; DDP's buckets are the gradients
+    activations: int  # what autograd keeps of the micro-batch
+    working: int  # what backward holds at once: of a layer, or logits and the head's gradient
+    passes: (
+        int  # without gradients: the reference's, over whole weights under FSDP2 too, or validation
+    )
+
+    @property
+    def step(self) -> int:
+        states = self.weights + self.gradients + self.optimiser + self.exchange
+        return states + self.activations + self.working
 
 
 @dataclass(frozen=True)
@@ -71,36 +102,27 @@ class MemoryPlan:
 
     target: Target
     sharded: bool
-    max_tokens: int
-    """The budget; for auto, the largest that fits."""
-    tokens: int
-    """Of the largest micro-batch: the budget, or all of a step where that is less."""
+    max_tokens: int  # for auto, the largest budget that fits
+    tokens: int  # of the largest micro-batch: the budget, or all of a step where that is less
     need: MemoryNeed
-    host: int
-    """Bytes of host memory that the main rank takes to write a checkpoint or the export."""
-    proof: int
-    """Bytes that a GPU must have free to replay the export's scores; otherwise a CPU does it."""
-    remedies: tuple[tuple[str, "MemoryPlan"], ...] = ()
-    """Changes to a recipe that does not fit, each with its plan."""
+    host: int  # bytes of the main rank's host, to write a checkpoint or the export
+    proof: int  # bytes that a GPU must have free to replay the export's scores; else a CPU does it
 
     @property
     def fits(self) -> bool:
-        """Whether the need stays within the usable part."""
-        return self.need.total <= self.target.usable
+        return max(self.need.passes, self.need.step) <= self.target.usable
 
     def __str__(self) -> str:
-        size = {name: f"{value / GIB:.3g}" for name, value in dataclasses.asdict(self.need).items()}
-        parts = ", ".join(f"{name} {value}" for name, value in size.items() if value != "0")
+        verdict = "fits" if self.fits else f"does not fit; what needs less: {REMEDIES}"
         return (
-            f"a step of micro-batches of {self.tokens} tokens takes {self.need.step / GIB:.3g} GiB "
-            f"({parts}); {'fits' if self.fits else 'does not fit'} into the usable "
-            f"{self.target.usable / GIB:.3g}; training.max_tokens {self.max_tokens}"
+            f"{self.need.step / GIB:.3g} GiB for a step in micro-batches of {self.tokens} tokens, "
+            f"{self.need.passes / GIB:.3g} for passes without gradients, "
+            f"{self.target.usable / GIB:.3g} usable: training.max_tokens {self.max_tokens} {verdict}"
         )
 
     def tables(self) -> tuple[Table, ...]:
-        """What a run needs and, where it does not fit, what would."""
-        need, target = self.need, self.target
-        place = f"{target.ranks} {'GPU' if target.device == 'cuda' else 'CPU'} rank(s), each"
+        """One table: what a run needs and, where it does not fit, what would need less."""
+        need = self.need
         rows = (
             ("weights", need.weights, "in shards" if self.sharded else "whole"),
             ("gradients", need.gradients, "float32"),
@@ -108,201 +130,220 @@ class MemoryPlan:
             ("exchange between ranks", need.exchange, "FSDP2's gathered layers and gradients"),
             ("activations", need.activations, f"a micro-batch of {self.tokens:,} tokens"),
             ("working memory", need.working, "of the backward pass"),
-            ("a step in all", need.step, f"of {target.usable / GIB:.4g} usable"),
+            ("a step in all", need.step, f"of {self.target.usable / GIB:.4g} usable"),
             ("passes without gradients", need.passes, "reference (whole weights), validation"),
             ("host memory of the first rank", self.host, "a checkpoint or the export"),
             ("proof of the export", self.proof, "float32, after training, else on the CPU"),
         )
-        verdict = "fits" if self.fits else "does NOT fit"
-        table = Table(
-            f"memory of {place}",
-            (Column("what"), Column("GiB", "general"), Column("note")),
-            tuple((name, size / GIB, note) for name, size, note in rows if size),
-            (f"{verdict} with training.max_tokens {self.max_tokens}",),
-        )
-        changes = tuple(
-            (change, "yes" if plan.fits else "no", plan.need.total / GIB, plan.max_tokens)
-            for change, plan in self.remedies
-        )
-        columns = (
-            Column("with"),
-            Column("fits"),
-            Column("GiB", "general"),
-            Column("tokens", "count"),
-        )
-        return (table, Table("what would fit", columns, changes)) if changes else (table,)
+        title = f"memory of {self.target.ranks} {self.target.device.upper()} rank(s), each"
+        columns = (Column("what"), Column("GiB", "general"), Column("note"))
+        sizes = tuple((name, size / GIB, note) for name, size, note in rows if size)
+        return (Table(title, columns, sizes, (str(self),)),)
 
 
-class Planner:
-    """Plans one recipe for any target; each size of micro-batch is traced once."""
+def count_weights(model: HybridModel) -> Weights:
+    """The weights of a model, which may be on the meta device, by what they cost."""
 
-    def __init__(self, recipe: Recipe, method: Method, config: PretrainedConfig) -> None:
-        """Raises ModelError for a config that is no causal LM's."""
-        self.recipe, self._method, self._config = recipe, method, config
-        self._half = recipe.training.precision == "bf16"
-        self._models: dict[bool, HybridModel] = {}
-        self._footprints: dict[tuple[int, bool, bool], Footprint] = {}
-        self.weights = count_weights(self._model(sharded=False))
+    def size(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+        sizes = [(p.numel(), p.requires_grad) for p in parameters]
+        return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
-    def plan(self, target: Target) -> MemoryPlan:
-        """The need at the recipe's token budget; for auto, at the largest that fits, or at the smallest
-        allowed if none does. Raises ModelError where the model cannot be traced."""
-        budget = self.recipe.training.max_tokens
-        budget = self._largest(target) if budget == "auto" else budget
-        weights, sharded, tokens = self.weights, self._sharded(target), self._tokens(budget)
-        # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
-        export = FLOAT32 * weights.trainable + weights.frozen_bytes
-        export += weights.total * (FLOAT32 * weights.adapters + HALF * self._half)
-        host = max(3 * FLOAT32 * weights.trainable, export)
-        need, proof = self.need(target, budget), proof_bytes(weights.total)
+    config, head = model.backbone.config.get_text_config(), model.policy_head
+    layers, width = list(decoder_layers(model.backbone)), hidden_size(model.backbone.config)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    if model.reward_head is not None:
+        inside.add(id(model.reward_head.weight))
+    features, gated, normed, head_normed = 0, 0, 0, 0
+    visited = getattr(config, "num_experts_per_tok", None) or 1
+    for name, p in layers[0].named_parameters() if layers else ():
+        if p.dim() > 1 and "lora_" not in name:
+            times = visited if p.dim() == 3 else 1  # stacked experts, of which a token meets a few
+            features += times * sum(p.shape[-2:])
+            if "qkv" in name or "query_key_value" in name:  # rotated parts are copies of its output
+                features += max(p.shape)
+            if "gate" in name:
+                product = times * p.shape[-2:].numel() // width
+                gated = max(gated, product // 2 if "gate_up" in name else product)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")) and p.numel() < width:
+            heads = config.num_attention_heads if "q_norm" in name else config.num_key_value_heads
+            head_normed += p.numel() * heads
+        elif p.dim() == 1 and name.endswith("weight"):
+            normed += p.numel()
+    return Weights(
+        *size(model.parameters()),
+        sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        *max((size(layer.parameters()) for layer in layers), default=(0, 0)),
+        *size(p for p in model.parameters() if id(p) not in inside),
+        adapters=any("lora_" in name for name, _ in model.named_parameters()),
+        layers=len(layers),
+        width=width,
+        vocab=0 if head is None else head.out_features,
+        features=features + gated,
+        normed=normed,
+        head_normed=head_normed,
+        rms=any("RMSNorm" in type(m).__name__ for m in model.backbone.modules()),
+        capped_heads=config.num_attention_heads
+        if getattr(config, "attn_logit_softcapping", None)
+        else 0,
+    )
+
+
+def state_bytes(
+    weights: Weights, *, shards: int = 1, gathered: int = FLOAT32, accumulates: bool = False
+) -> tuple[int, int, int, int]:
+    """(weights, gradients, optimiser, exchange) of a rank: alone or under DDP, or one of FSDP2's `shards`.
+
+    FSDP2 gathers this layer and the next, in `gathered` bytes a number, and what is outside of layers,
+    which stays from forward to backward. On their way: the gradients of one layer, as they are and in
+    float32, and those of the outside. Where a step `accumulates` over several micro-batches, gradients
+    stay whole on every rank until the last.
+    """
+    trained = FLOAT32 * weights.trainable
+    parts = trained + weights.frozen_bytes, trained, 2 * trained
+    if shards == 1:
+        return *parts, 0
+    exchange = gathered * (2 * weights.layer + weights.outside + weights.outside_trainable)
+    exchange += (gathered + FLOAT32) * weights.layer_trainable
+    whole, gradients, optimiser = (-(-part // shards) for part in parts)
+    return whole, gradients, optimiser, exchange + (trained if accumulates else 0)
+
+
+def layer_bytes(recipe: Recipe, weights: Weights, *, sharded: bool) -> int:
+    """Bytes that autograd keeps of one token in one layer: inputs and outputs of its matrices, a gated
+    MLP's product, and what norms keep, in bytes a number that are fitted to traces (docs/scale.md)."""
+    size, norm = FLOAT32, 2.0
+    if recipe.training.precision == "bf16":
+        size, norm = HALF, 4.0  # the float32 input of a LayerNorm
+        if weights.rms:  # over float32 weights autocast casts the norm's output for every matrix
+            norm = 2.0 if sharded or weights.adapters else 7.25
+    capped = 8 * weights.capped_heads * recipe.data.max_length  # Gemma2's scores are written out
+    return int(size * weights.features + norm * weights.normed + 7.5 * weights.head_normed) + capped
+
+
+def activation_bytes(
+    recipe: Recipe, weights: Weights, tokens: int, *, sharded: bool
+) -> tuple[int, int, int]:
+    """(kept for backward, held above that in backward, held in a pass without gradients), no log-probs."""
+    half, frozen = recipe.training.precision == "bf16", sharded or weights.adapters
+    layer = tokens * layer_bytes(recipe, weights, sharded=sharded)
+    stream = tokens * weights.width * (HALF if half and frozen else FLOAT32)
+    # Autocast keeps a bfloat16 copy of every trained weight until backward has used it.
+    copies = HALF * weights.layers * weights.layer_trainable if half and not sharded else 0
+    gradient = weights.layer_trainable  # bytes: a matrix is a quarter of a layer
+    ends = 2 * stream  # embeddings and the last norm
+    if recipe.training.gradient_checkpointing:  # keeps a layer's input alone, and no copies
+        working = max(copies + layer, 5 * layer // 4 + gradient)
+        return ends + weights.layers * stream, working, copies + layer
+    return ends + copies + weights.layers * layer, layer // 3 + gradient, copies + layer
+
+
+def logprob_bytes(
+    recipe: Recipe, weights: Weights, tokens: int, target: Target, *, train: bool
+) -> int:
+    """Bytes that `token_logprobs` holds at its fullest: logits, copies of the head, hidden states."""
+    if not weights.vocab:
+        return 0
+    half, scored = recipe.training.precision == "bf16", int(SCORED * tokens)
+    half_product = half and target.device == "cuda"
+    half_head = half and (weights.adapters or (train and is_sharded(recipe, target)))
+    # float32 products share a buffer; others bring a new one while the last is still referred to. A frozen
+    # head gives its gradient in forward, from a copy of both.
+    chunks = 3 if train and (weights.adapters or half_product) else 1 + half_product
+    logits = FLOAT32 * chunks * min(scored, chunk_rows(weights.vocab, target.device))
+    head = (
+        0 if half_product == half_head else HALF if half_product else FLOAT32
+    )  # cast for products
+    if train and not weights.adapters:
+        head += FLOAT32 * (1 + half_product)  # its gradient, summed over chunks
+    states = FLOAT32 * weights.width * (tokens + scored + scored * train)
+    return (logits + head * weights.width) * weights.vocab + states
+
+
+def memory_need(
+    recipe: Recipe, weights: Weights, target: Target, tokens: int, budget: int, *, accumulates: bool
+) -> MemoryNeed:
+    """The need with micro-batches of `tokens`, of a step that takes several if it `accumulates`; passes
+    without gradients take a multiple of `budget`."""
+    sharded, reference = is_sharded(recipe, target), REFERENCE_TOKENS * budget
+    shards = target.ranks if sharded else 1
+    gathered = HALF if recipe.training.precision == "bf16" else FLOAT32
+    states = state_bytes(weights, shards=shards, gathered=gathered, accumulates=accumulates)
+    kept, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
+    *_, forward = activation_bytes(recipe, weights, reference, sharded=False)
+    # The reference's pass runs before FSDP2 shards the weights.
+    beside = max(state_bytes(weights)[0], states[0] + states[2])
+    return MemoryNeed(
+        *states,
+        activations=kept,
+        working=max(working, logprob_bytes(recipe, weights, tokens, target, train=True)),
+        passes=beside
+        + max(forward, logprob_bytes(recipe, weights, reference, target, train=False)),
+    )
+
+
+def is_sharded(recipe: Recipe, target: Target) -> bool:
+    """Whether `parallel.wrap` would use FSDP2."""
+    mode = recipe.training.parallel
+    return target.ranks > 1 and (mode == "fsdp" or (mode == "auto" and target.device == "cuda"))
+
+
+def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
+    """The plan at the recipe's token budget; for auto, at the largest that fits, or at the smallest allowed
+    if none does."""
+    training, least = recipe.training, 2 * recipe.data.max_length
+    step = training.batch_size * least
+    # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
+    export = FLOAT32 * weights.trainable + weights.frozen_bytes
+    export += weights.total * (FLOAT32 * weights.adapters + HALF * (training.precision == "bf16"))
+    host = max(3 * FLOAT32 * weights.trainable, export)
+
+    def plan(budget: int) -> MemoryPlan:
+        tokens = min(budget, step)
+        # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
+        accumulates = tokens < -(-step * 5 // (8 * target.ranks))
+        need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
+        sharded, proof = is_sharded(recipe, target), proof_bytes(weights.total)
         return MemoryPlan(target, sharded, budget, tokens, need, host, proof)
 
-    def need(self, target: Target, budget: int) -> MemoryNeed:
-        """The need with micro-batches of up to this many tokens."""
-        tokens, sharded = self._tokens(budget), self._sharded(target)
-        states = state_bytes(
-            self.weights,
-            shards=target.ranks if sharded else 1,
-            gathered=HALF if self._half else FLOAT32,
-            accumulates=tokens < self._one_micro_batch(target),
-        )
-        step = self._footprint(tokens, sharded)
-        reference = self._footprint(REFERENCE_TOKENS * budget, False, train=False).working
-        head = self._logprobs(REFERENCE_TOKENS * budget, target, train=False)
-        whole, *_ = state_bytes(self.weights)
-        return MemoryNeed(
-            *states,
-            activations=step.kept,
-            working=max(step.working, self._logprobs(tokens, target, train=True)),
-            passes=max(whole, states[0] + states[2]) + max(reference, head),
-        )
-
-    def _largest(self, target: Target) -> int:
-        """The largest budget that fits, within an eighth; the smallest allowed where none does."""
-        least = 2 * self.recipe.data.max_length
-        most, one = self._tokens(max(LARGEST, least)), self._one_micro_batch(target)
-        ranges = [(least, most)]
-        if self._sharded(target) and least < one <= most:
-            ranges = [(one, most), (least, one - 1)]  # below, the need jumps by whole gradients
-
-        def fits(budget: int) -> bool:
-            return self.need(target, budget).total <= target.usable
-
-        for least, most in ranges:
-            if fits(most):
-                return most
-            if fits(least):
-                break
-        else:
-            return 2 * self.recipe.data.max_length
-        while most - least > max(GRAIN, least // 8):
-            middle = (least + most) // 2 // GRAIN * GRAIN
-            if middle <= least:
-                break
-            least, most = (middle, most) if fits(middle) else (least, middle)
-        return least
-
-    def _logprobs(self, tokens: int, target: Target, *, train: bool) -> int:
-        half_head = self._half and (self.weights.adapters or (train and self._sharded(target)))
-        return logprob_bytes(
-            self.weights,
-            self.shape(tokens),
-            device=target.device,
-            product=HALF if self._half and target.device == "cuda" else FLOAT32,
-            stored=HALF if half_head else FLOAT32,
-            train=train,
-        )
-
-    def _footprint(self, tokens: int, sharded: bool, *, train: bool = True) -> Footprint:
-        key = (tokens, sharded, train)
-        if key not in self._footprints:
-            model, shape = self._model(sharded), self.shape(tokens)
-            self._footprints[key] = trace(model, shape, half=self._half, train=train)
-        return self._footprints[key]
-
-    def _model(self, sharded: bool) -> HybridModel:
-        if sharded not in self._models:
-            model = meta_model(self._config, self.recipe, self._method)
-            if sharded and self._half:
-                nn.Module.to(model.backbone, torch.bfloat16)  # as FSDP2 gathers it
-            self._models[sharded] = model
-        return self._models[sharded]
-
-    def _tokens(self, budget: int) -> int:
-        """Of the largest micro-batch that a step can fill."""
-        return min(budget, self.recipe.training.batch_size * 2 * self.recipe.data.max_length)
-
-    def shape(self, tokens: int) -> list[tuple[int, tuple[int, int]]]:
-        """Comparisons that make up `tokens`, with two fifths of each in the prompt and in one response.
-
-        Memory follows tokens, so few groups are enough; more where scores are soft-capped, which makes a
-        matrix that grows with the square of a group.
-        """
-        group = 5 * max(4, self.recipe.data.max_length) // 4
-        text = self._config.get_text_config()
-        most = 16 if getattr(text, "attn_logit_softcapping", None) is not None else 4
-        groups = max(1, min(most, tokens // group))
-        sizes = [tokens * (i + 1) // groups - tokens * i // groups for i in range(groups)]
-        return [(2 * n // 5, (n - 2 * n // 5 - n // 5, n // 5)) for n in sizes]
-
-    def _one_micro_batch(self, target: Target) -> int:
-        """Tokens that hold a rank's part of a step at once, were all its comparisons as in `shape`."""
-        training, length = self.recipe.training, self.recipe.data.max_length
-        return -(-training.batch_size * 5 * length // (4 * target.ranks))
-
-    def _sharded(self, target: Target) -> bool:
-        mode = self.recipe.training.parallel
-        return target.ranks > 1 and (mode == "fsdp" or (mode == "auto" and target.device == "cuda"))
+    if training.max_tokens != "auto":
+        return plan(training.max_tokens)
+    # Not a bisection: where a step takes several micro-batches, FSDP2 keeps whole gradients.
+    budgets = range(min(max(LARGEST, least), step), least, -GRAIN)
+    return next((p for p in map(plan, budgets) if p.fits), plan(least))
 
 
 def plan_recipe(
     recipe: Recipe, method: Method, *, memory: float | None = None, ranks: int = 1
 ) -> MemoryPlan:
-    """The plan of one of `ranks` ranks on a GPU of `memory` GiB, by default on this machine's device, with
-    what to change where it does not fit.
+    """The plan of one of `ranks` ranks on a GPU of `memory` GiB, by default on this machine's device.
 
-    Raises ModelError for a model that cannot be found, or cannot be traced.
+    Raises ModelError for a model that cannot be found or is no causal LM.
     """
-    if memory is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        target = target_here(parallel.Ranks(0, ranks, device))
-    else:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = target_here(parallel.Ranks(0, ranks, device))
+    if memory is not None:
         target = Target("cuda", int(memory * GIB), ranks)
-    recipe, config = with_precision(recipe, target.device), _load_config(recipe)
-    plan = _plan(recipe, method, config, target)
-    if plan.fits:
-        return plan
-    return replace(plan, remedies=tuple(_remedies(recipe, method, config, target)))
+    return _choose(with_precision(recipe, target.device), method, target)[1]
 
 
 def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> Recipe:
     """The recipe with training.max_tokens as a number and, for adapters, training.parallel chosen, the
     same on all ranks; call before anything is loaded. Logs the plan in a line.
 
-    Raises ConfigError where it is auto and not even the smallest budget fits, ModelError where it is
-    auto and the model cannot be traced. A number is taken as it is, with a warning.
+    Raises ConfigError where it is auto and not even the smallest budget fits. A number is taken as it is,
+    with a warning.
     """
     auto = recipe.training.max_tokens == "auto"
-    target, config = target_here(ranks), _load_config(recipe)
-    for choice in _choices(recipe, target):
-        try:
-            plan = Planner(choice, method, config).plan(target)
-        except ModelError as error:
-            if auto:
-                raise
-            log.warning("no plan: %s", error)
-            return recipe
-        budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
-        if budget:
-            break
+    choice, plan = _choose(recipe, method, target_here(ranks))
+    budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
     if auto and budget == 0:
         raise ConfigError(
-            f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan}. "
-            "`hafrm plan` says what to change; a number is taken unchecked"
+            f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan} "
+            "(a number is taken unchecked)"
         )
     if parallel.is_main():
         log.log(logging.INFO if budget else logging.WARNING, "plan: %s", plan)
-    return _changed(choice, {"training.max_tokens": budget}) if auto else choice
+    return _with_training(choice, max_tokens=budget) if auto else choice
 
 
 def target_here(ranks: parallel.Ranks) -> Target:
@@ -316,63 +357,24 @@ def target_here(ranks: parallel.Ranks) -> Target:
     return Target("cpu", memory // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), ranks.size)
 
 
-def _load_config(recipe: Recipe) -> PretrainedConfig:
+def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
+    """The recipe with its plan; with DDP for adapters on several GPUs where the recipe leaves it open and
+    copies fit: DDP exchanges the adapters' gradients once a step, FSDP2 gathers the model twice for each
+    micro-batch."""
     path, revision = recipe.model.path, recipe.model.revision
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a config from model.path {path!r}: {error}") from error
-    return config
+    weights = count_weights(meta_model(config, recipe, method))
+    if recipe.lora and recipe.training.parallel == "auto" and is_sharded(recipe, target):
+        copies = _with_training(recipe, parallel="ddp")
+        plan = plan_memory(copies, weights, target)
+        if parallel.smallest(plan.fits):  # on all ranks, which must agree
+            return copies, plan
+    return recipe, plan_memory(recipe, weights, target)
 
 
-def _choices(recipe: Recipe, target: Target) -> list[Recipe]:
-    """The recipe; before it one with DDP, if adapters are trained on several GPUs and the recipe leaves it
-    open: DDP exchanges the adapters' gradients once a step, FSDP gathers the whole model twice for each
-    micro-batch."""
-    is_open = recipe.training.parallel == "auto" and target.device == "cuda" and target.ranks > 1
-    ddp = [_changed(recipe, {"training.parallel": "ddp"})] if recipe.lora and is_open else []
-    return [*ddp, recipe]
-
-
-def _plan(recipe: Recipe, method: Method, config: PretrainedConfig, target: Target) -> MemoryPlan:
-    """As `with_token_budget` would choose it."""
-    plans = (Planner(choice, method, config).plan(target) for choice in _choices(recipe, target))
-    plan = next(plans)
-    return plan if plan.fits else next(plans, plan)
-
-
-def _remedies(
-    recipe: Recipe, method: Method, config: PretrainedConfig, target: Target
-) -> Iterator[tuple[str, MemoryPlan]]:
-    """Changes to a recipe that does not fit, from harmless to far-reaching, each with its plan at the
-    largest token budget that fits; at last more ranks, as far as they could hold their shards."""
-    changes: dict[str, Any] = {"training.max_tokens": "auto"}
-    yield _words(changes), _plan(_changed(recipe, changes), method, config, target)
-    for key, value in (("gradient_checkpointing", True), ("precision", "bf16")):
-        if getattr(recipe.training, key) != value:
-            changes[f"training.{key}"] = value
-            yield _words(changes), _plan(_changed(recipe, changes), method, config, target)
-    if recipe.lora is None:
-        adapted = {**changes, "lora.rank": LoraSection().rank}
-        yield _words(adapted), _plan(_changed(recipe, adapted), method, config, target)
-    planner = Planner(_changed(recipe, {**changes, "training.parallel": "fsdp"}), method, config)
-    while target.ranks < MOST_RANKS:
-        target = replace(target, ranks=2 * target.ranks)
-        whole, *_ = state_bytes(planner.weights)
-        if max(whole, sum(state_bytes(planner.weights, shards=target.ranks))) <= target.usable:
-            plan = planner.plan(target)
-            yield f"{target.ranks} ranks {_words(changes)} training.parallel=fsdp", plan
-            if plan.fits:
-                return
-
-
-def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    values = recipe.model_dump(mode="json")
-    for key, value in changes.items():
-        section, name = key.split(".")
-        values[section] = {**(values[section] or {}), name: value}
-    return build_recipe(values)
-
-
-def _words(changes: dict[str, Any]) -> str:
-    return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+def _with_training(recipe: Recipe, **changes: Any) -> Recipe:
+    training = recipe.training.model_copy(update=changes)
+    return recipe.model_copy(update={"training": training})

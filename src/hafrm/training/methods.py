@@ -1,9 +1,7 @@
 """Methods: named objectives, each a preset of reward loss, policy loss and their weights.
 
-A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry
-in METHODS. No other code asks for a method's name: the loop reads `trains_reward`, `trains_policy`,
-`needs_reference` and `reads_step`, and scoring reads `scores_with`. `joint_loss` adds the two losses up,
-per comparison; the step divides by its global count.
+A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry in
+METHODS. No other code asks for a method's name. `joint_loss` adds the two losses up, per comparison.
 """
 
 import difflib
@@ -26,11 +24,9 @@ class PolicyLoss:
     """A loss on the policy head, what it needs, and how its policy scores a response by itself."""
 
     function: Callable[..., Float[Tensor, " comparisons"]]
-    options: Mapping[str, float] = field(default_factory=dict)
-    """The function's keyword arguments with the values that its paper or TRL takes."""
+    options: Mapping[str, float] = field(default_factory=dict)  # with its paper's or TRL's values
     needs_reference: bool = True
-    per_token: bool = False
-    """The loss compares log-probs per token, so the implicit reward does."""
+    per_token: bool = False  # the loss compares log-probs per token, so the implicit reward does
 
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
@@ -63,25 +59,21 @@ class Method:
     """
 
     name: str
-    reward_weight: float = 1.0
-    """Factor on the Bradley-Terry loss; 0 trains the policy only. It does not follow alpha: for GRM's
-    convex sum with another alpha, give reward_weight = 1 - alpha too."""
-    alpha: float = 0.0
-    """Factor on the policy loss; 0 trains the reward only. The paper's code takes 0.2."""
-    policy_loss: str | None = None
-    """A key of POLICY_LOSSES."""
-    beta: float = 1.0
-    """The policy loss's temperature (the paper's tau, ORPO's lambda), and the implicit reward's factor."""
-    gamma: float = 0.0
-    """SimPO's target margin, in units of beta * log-prob per token."""
-    label_smoothing: float = 0.0
-    """Assumed probability that a label is wrong, in the reward loss and in DPO's."""
-    centering: float = 0.0
-    """Factor on (chosen + rejected)^2, which keeps rewards near zero; TRL suggests 0.01."""
-    reward_loss: str = "bt"
-    """One of REWARD_LOSSES."""
-    sum_to_zero: float = 0.0
-    """Factor on BSR's penalty, comparisons of a step times their mean reward squared; BSR takes 0.001."""
+    reward_weight: float = 1.0  # 0 trains the policy only; GRM's convex sum takes 1 - alpha
+    alpha: float = (
+        0.0  # factor on the policy loss; 0 trains the reward only; the paper's code takes 0.2
+    )
+    policy_loss: str | None = None  # a key of POLICY_LOSSES
+    beta: float = (
+        1.0  # the policy loss's temperature (the paper's tau), and the implicit reward's factor
+    )
+    gamma: float = 0.0  # SimPO's target margin, in units of beta * log-prob per token
+    label_smoothing: float = (
+        0.0  # assumed probability of a wrong label, in the reward loss and in DPO's
+    )
+    centering: float = 0.0  # factor on (chosen + rejected)^2; TRL suggests 0.01
+    reward_loss: str = "bt"  # one of REWARD_LOSSES
+    sum_to_zero: float = 0.0  # factor on BSR's penalty; BSR takes 0.001
 
     def __post_init__(self) -> None:
         for name in ("reward_weight", "alpha", "gamma", "centering", "sum_to_zero"):
@@ -110,12 +102,10 @@ class Method:
 
     @property
     def trains_reward(self) -> bool:
-        """Whether the reward head is trained."""
         return self.reward_weight > 0
 
     @property
     def trains_policy(self) -> bool:
-        """Whether the policy head is trained, so that log-probs are needed."""
         return self.alpha > 0 and self.policy_loss is not None
 
     @property
@@ -125,7 +115,6 @@ class Method:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether training needs the starting checkpoint's log-probs."""
         return self.trains_policy and self.scores_against_reference
 
     @property
@@ -135,12 +124,10 @@ class Method:
 
     @property
     def scores_against_reference(self) -> bool:
-        """Whether the implicit reward subtracts the reference's log-probs."""
         return self.policy_loss is None or POLICY_LOSSES[self.policy_loss].needs_reference
 
     @property
     def scores_per_token(self) -> bool:
-        """Whether the implicit reward is per token already."""
         return self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
 
     def implicit_rewards(
@@ -149,12 +136,8 @@ class Method:
         counts: Int[Tensor, " responses"],
         reference_logps: Float[Tensor, " responses"] | None = None,
     ) -> Float[Tensor, " responses"]:
-        """The policy's score of each response: the quantity that its loss compares.
-
-        beta * log-ratio for DPO and KTO, the same per token for IPO, beta * log-prob per token for SimPO,
-        ORPO and SFT, beta * log-prob for reference-free DPO and GRM's SFT. A method without policy loss
-        scores as DPO with its beta (1.0). Raises ConfigError where a reference is needed and missing.
-        """
+        """The policy's score of each response: the quantity that its loss compares. A method without policy
+        loss scores as DPO with its beta. Raises ConfigError where a reference is needed and missing."""
         if self.scores_against_reference and reference_logps is None:
             raise ConfigError(
                 f"the implicit reward of method {self.name!r} compares with the reference, whose "
@@ -257,25 +240,20 @@ def _unknown(what: str, value: str, allowed: Collection[str]) -> str:
 class StepStatistics(NamedTuple):
     """What a reward loss reads of a whole optimiser step; constants for the gradient."""
 
-    distances: Float[Tensor, " comparisons"]
-    """||h_chosen - h_rejected|| of the comparisons of this micro-batch."""
-    mean_distance: Float[Tensor, ""]
-    """Running mean over steps."""
-    mean_reward: Float[Tensor, ""]
-    """Over all responses compared in the step, on all ranks."""
-    num_comparisons: int
-    """Of the step, on all ranks."""
+    distances: Float[Tensor, " comparisons"]  # ||h_chosen - h_rejected|| in this micro-batch
+    mean_distance: Float[Tensor, ""]  # running mean over steps
+    mean_reward: Float[Tensor, ""]  # over all responses compared in the step, on all ranks
+    num_comparisons: int  # of the step, on all ranks
 
 
 class JointLoss(NamedTuple):
     """The loss of each comparison and its parts."""
 
-    total: Float[Tensor, " comparisons"]
-    """What is trained on: both parts in the method's proportions, times the comparison's weight."""
-    reward: Float[Tensor, " comparisons"] | None
-    """The unweighted reward part, for logging; None where the method has none."""
+    total: Float[Tensor, " comparisons"]  # trained on: both parts, times the comparison's weight
+    reward: (
+        Float[Tensor, " comparisons"] | None
+    )  # unweighted, for logging; None where there is none
     policy: Float[Tensor, " comparisons"] | None
-    """The unweighted policy part, for logging; None where the method has none."""
 
 
 def joint_loss(

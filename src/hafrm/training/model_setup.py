@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import (
@@ -87,6 +87,20 @@ def load_base(
             "random; give the checkpoint of a causal LM with its LM head"
         )
     return cast("PreTrainedModel", causal)
+
+
+def meta_model(config: PretrainedConfig, recipe: Recipe, method: Method) -> HybridModel:
+    """The model of `build_model` on torch's meta device: shapes without contents; draws no random number.
+
+    Raises ModelError for a config that is no causal LM's.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            causal = AutoModelForCausalLM.from_config(config, dtype=starting_dtype(recipe))
+        except ValueError as error:
+            path = recipe.model.path
+            raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
+        return assemble(causal.base_model, causal.get_output_embeddings(), recipe, method)
 
 
 def assemble(

@@ -28,8 +28,7 @@ from hafrm.training.step_batches import ComparisonRef, References, step_groups
 
 log = logging.getLogger("hafrm")
 
-REFERENCE_TOKENS = 4
-"""Times the token budget: this pass keeps nothing for a backward pass."""
+REFERENCE_TOKENS = 4  # times the token budget: this pass keeps nothing for a backward pass
 
 
 def reference_cache_key(

@@ -130,8 +130,7 @@ class ExportOptions:
     """What `hafrm export` writes, from where, and how it is stored."""
 
     head: Head = "reward"
-    dtype: str | None = None
-    """One of DTYPES; None: what the run computed in, as at its end."""
+    dtype: str | None = None  # one of DTYPES; None: what the run computed in, as at its end
     merge_lora: bool | None = None
     """False: adapters beside the base checkpoint; None: merged, if there are any."""
     checkpoint: str | None = None
@@ -158,23 +157,15 @@ class Exported:
 
     directory: Path
     head: Head
-    source: str
-    """`model` or the checkpoint's name."""
+    source: str  # `model` or the checkpoint's name
     dtype: str
-    merged: bool | None
-    """None where the run has no adapters."""
-    num_golden: int
-    """Conversations whose scores (or log-probs) plain transformers has replayed."""
-    difference: float
-    """The largest, relative to max(1, |score|)."""
-    moved: float | None
-    """How far rewards are from the run's own golden ones; None where it has none."""
+    merged: bool | None  # none where the run has no adapters
+    num_golden: int  # conversations whose scores (or log-probs) plain transformers has replayed
+    difference: float  # the largest, relative to max(1, |score|)
 
 
 class _Source(NamedTuple):
-    """A model in memory with what its export needs."""
-
-    name: str
+    name: str  # `model` or the checkpoint's
     model: HybridModel
     encoder: Encoder
     golden: Sequence[Group]
@@ -183,9 +174,8 @@ class _Source(NamedTuple):
 def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None) -> Exported:
     """Write one head of a run as a stock directory `to`, which appears once it is proved.
 
-    Raises ConfigError for options that this run cannot follow, CheckpointError for a run without such a
-    checkpoint or a `to` that exists, ModelError and NumericsError for a model that must not be used,
-    VerificationError for one that is written but not proved.
+    Raises ConfigError and CheckpointError for what this run cannot give, ModelError and NumericsError for a
+    model that must not be used, VerificationError for one that is written but not proved.
     """
     options = options or ExportOptions()
     if to.exists():
@@ -193,7 +183,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
     run = RunFolder.open(folder)
     recipe = load_recipe(run.recipe_path)
     method = resolve_method(recipe)
-    _check_possible(run, recipe, method, options)
+    _check_possible(recipe, method, options)
     dtype = DTYPES[options.dtype] if options.dtype else _export_dtype(recipe)
     checkpoint = _choose_checkpoint(run, options, dtype)
     if checkpoint is None:
@@ -233,15 +223,12 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
         merged=None if recipe.lora is None else merge,
         num_golden=num,
         difference=difference,
-        moved=_largest_move(run, to) if options.head == "reward" else None,
     )
 
 
-def _check_possible(run: RunFolder, recipe: Recipe, method: Method, options: ExportOptions) -> None:
+def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> None:
     if recipe.lora is None and options.merge_lora is not None:
-        raise ConfigError(
-            f"{run.path} trained all weights and has no adapters: remove --merge-lora or --no-merge-lora"
-        )
+        raise ConfigError("the run has no adapters: remove --merge-lora or --no-merge-lora")
     if options.head == "reward" and not method.trains_reward:
         raise ConfigError(f"method {method.name} trains no reward head; export its --policy")
     if options.head == "policy" and not method.trains_policy:
@@ -250,28 +237,19 @@ def _check_possible(run: RunFolder, recipe: Recipe, method: Method, options: Exp
 
 def _choose_checkpoint(run: RunFolder, options: ExportOptions, dtype: torch.dtype) -> Path | None:
     """The checkpoint to export; None for the finished run's `model/`."""
-    by_step = {step_of(path): path for path in run.checkpoints()}
-    best = -1  # before the first validation
-    if by_step:
-        best = int(json.loads((by_step[max(by_step)] / STATE).read_text())["best_step"])
     finished = run.model_path / options.head
     if options.checkpoint is None and finished.is_dir() and options.merge_lora is not False:
         stored = load_config(finished).dtype
-        if stored in (dtype, torch.float32):
+        if stored in (dtype, torch.float32):  # no other dtype undoes the rounding of a coarse one
             return None
-        if best not in by_step:
-            raise ConfigError(
-                f"{finished} is stored in {stored}, whose rounding no other dtype undoes, and the "
-                "checkpoint that it came from is gone: remove --dtype"
-            )
-        log.info("exporting %s, which is more precise than %s", by_step[best], finished)
-        return by_step[best]
+    by_step = {step_of(path): path for path in run.checkpoints()}
     if not by_step:
         raise CheckpointError(
-            f"{run.path} has no complete checkpoint yet: wait for the first one (checkpoint.every steps), "
-            "or set that lower"
+            f"{run.path} has no complete checkpoint to export: wait for the first one (checkpoint.every "
+            "steps), or remove --dtype and --checkpoint where the run has finished"
         )
     latest = max(by_step)
+    best = int(json.loads((by_step[latest] / STATE).read_text())["best_step"])  # -1 before any
     steps = {"best": best, "latest": latest, None: best if best in by_step else latest}
     if options.checkpoint in steps:
         step = steps[options.checkpoint]
@@ -282,7 +260,7 @@ def _choose_checkpoint(run: RunFolder, options: ExportOptions, dtype: torch.dtyp
             f"--checkpoint must be best, latest or a step, got {options.checkpoint!r}"
         )
     if step not in by_step:
-        reason = "nothing has been validated yet" if step < 0 else f"step {step} is not kept"
+        reason = "nothing has been validated yet" if step < 0 else f"step {step} is not there"
         raise CheckpointError(
             f"{run.path} has no such checkpoint ({reason}); it has those of steps {sorted(by_step)}"
         )
@@ -302,12 +280,7 @@ def _from_checkpoint(run: RunFolder, recipe: Recipe, checkpoint: Path) -> _Sourc
     training = recipe.training.model_copy(update={"compile": False})
     recipe = recipe.model_copy(update={"training": training})
     model = build_model(recipe, resolve_method(recipe), encoder, torch.device("cpu"))
-    try:
-        load_weights(checkpoint, model)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{checkpoint} has just been removed by its run, which keeps the newest ones only; try again"
-        ) from error
+    load_weights(checkpoint, model)
     golden = _recorded_golden(run)
     if golden is None:
         try:
@@ -352,13 +325,3 @@ def _write_reward(
         (whole / GOLDEN).rename(made / GOLDEN)
         shutil.rmtree(whole)
     return num_golden
-
-
-def _largest_move(run: RunFolder, made: Path) -> float | None:
-    """How far the new golden rewards are from the run's, over the conversations that both have."""
-    if not (run.model_path / "reward" / GOLDEN).is_file():
-        return None
-    before = {line.input_ids: line.reward for line in read_golden(run.model_path / "reward")}
-    after = {line.input_ids: line.reward for line in read_golden(made)}
-    both = [(before[ids], after[ids]) for ids in before.keys() & after.keys()]
-    return max((abs(b - a) / max(1.0, abs(b)) for b, a in both), default=None)

@@ -43,10 +43,8 @@ class StepResult:
 
     sums: Float[Tensor, " measures"]
     """MEASURES summed over this rank's comparisons; divide by the global count."""
-    grad_norm: Float[Tensor, ""]
-    """2-norm of the whole gradient before clipping."""
-    num_tokens: int
-    """Packed tokens that this rank ran."""
+    grad_norm: Float[Tensor, ""]  # 2-norm of the whole gradient before clipping
+    num_tokens: int  # packed tokens that this rank ran
     distance: Float[Tensor, ""] | None = None
     """NormBT's running mean distance, which the next step reads."""
 

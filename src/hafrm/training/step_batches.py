@@ -34,8 +34,7 @@ class MicroBatch:
     weights: Float[Tensor, " comparisons"]
     """Zero in the filler of a rank that has no comparisons left."""
     reference_logps: Float[Tensor, " responses"] | None
-    ids: tuple[str, ...]
-    """The group of every comparison, for messages."""
+    ids: tuple[str, ...]  # the group of every comparison, for messages
 
     def pinned(self) -> "MicroBatch":
         """The same micro-batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -134,10 +133,8 @@ class ComparisonOrder:
 class References:
     """Cached reference log-probs of the responses of a data set, in its order."""
 
-    logps: NDArray[np.float32]
-    """NaN for a response that the run never reaches."""
-    first: NDArray[np.int64]
-    """Index of each group's first response in `logps`."""
+    logps: NDArray[np.float32]  # NaN for a response that the run never reaches
+    first: NDArray[np.int64]  # index of each group's first response in `logps`
 
 
 class StepGroup(NamedTuple):
@@ -145,10 +142,8 @@ class StepGroup(NamedTuple):
 
     tokens: TokenizedGroup
     """Only the responses that the step compares, and the step's comparisons among them."""
-    group_index: int
-    """Of the whole group in the data set."""
-    responses: tuple[int, ...]
-    """Index of each response in the whole group, in rising order."""
+    group_index: int  # of the whole group in the data set
+    responses: tuple[int, ...]  # index of each response in the whole group, in rising order
 
 
 def plan_step(

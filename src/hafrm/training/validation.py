@@ -25,12 +25,10 @@ class HeadScores:
     """Each head's score of every response; None where the method does not train it."""
 
     rewards: NDArray[np.float32] | None
-    implicit: NDArray[np.float32] | None
-    """The policy's implicit reward, as the method defines it."""
+    implicit: NDArray[np.float32] | None  # the policy's implicit reward, as the method defines it
     implicit_per_token: NDArray[np.float32] | None
     """The same divided by the response's tokens, EOS included."""
-    first: NDArray[np.int64]
-    """Index of each group's first response."""
+    first: NDArray[np.int64]  # index of each group's first response
 
 
 def score_heads(

@@ -7,9 +7,8 @@ import transformers
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
-from hafrm.training.memory_trace import meta_model
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import assemble
+from hafrm.training.model_setup import assemble, meta_model
 from models_for_tests import FAMILIES, tiny_causal_lm
 
 
@@ -36,8 +35,3 @@ def real_model(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
 def meta_of(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
     """The same on the meta device."""
     return meta_model(config_of(family), recipe, get_method(method))
-
-
-def adapted(family: str, **lora: Any) -> HybridModel:
-    """The family's real model with LoRA."""
-    return real_model(family, recipe_of(lora={"rank": 4, **lora}))

@@ -6,6 +6,7 @@ parallel_worker.py CHECK FOLDER
 
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from hafrm.export.stock_export import gather_weights
 from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import run_forward
-from hafrm.training import checkpoint, loop, parallel
+from hafrm.training import checkpoint, loop, parallel, run_export
 from hafrm.training.step import build_optimizer
 from models_for_tests import SHAPES, tiny_hybrid, token_groups
-from training_for_tests import pairs
+from support.step_pairs import pairs
 
 RANK = int(os.environ["RANK"])
 
@@ -150,10 +151,28 @@ def sharded_model(folder: str) -> None:
     scores()
 
 
+def ends_first(folder: str) -> None:
+    """A run whose proof passes once the other rank's training has returned, and fails after 30 s."""
+    ended = Path(folder) / "other-rank-has-ended"
+
+    def check(_: Path) -> dict[str, float]:
+        until = time.monotonic() + 30
+        while not ended.exists():
+            assert time.monotonic() < until, "the other rank waits for the proof"
+            time.sleep(0.05)
+        return {}
+
+    run_export.check_golden = check
+    loop.train(load_recipe(f"{folder}/recipe.yaml"), Path(folder) / "run")
+    if RANK == 1:
+        ended.touch()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     command, *arguments = sys.argv[1:]
     checks = {"train": run_training, "hosts": hosts, "sharded_model": sharded_model}
+    checks["ends_first"] = ends_first
     try:
         checks[command](*arguments)
     finally:
