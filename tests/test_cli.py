@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from exports_for_tests import export_both
 from hafrm.cli import app, main
 from hafrm.data.reader import read_preferences
 from hafrm.errors import DataError, ModelError
@@ -21,6 +20,7 @@ from hafrm.scoring.loading import find_heads
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import train
+from support.exports import export_both
 from support.tiny_runs import tiny_recipe, write_preferences
 
 

@@ -13,8 +13,8 @@ from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
 from hafrm.training.methods import get_method
 from hafrm.training.model_setup import meta_model
-from models_for_tests import tiny_hybrid, token_groups
 from support.counted_flops import COUNTED
+from support.models import tiny_hybrid, token_groups
 from support.recipe_models import real_model, recipe_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

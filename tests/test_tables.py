@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from exports_for_tests import export_both
 from hafrm.benchmarks.benchmark_run import run_benchmarks
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.report.terminal import print_tables
 from hafrm.statistics import Estimate
 from hafrm.table import Column, Table
 from support.benchmark_rows import write_all
+from support.exports import export_both
 from support.tiny_runs import write_preferences
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from exports_for_tests import export_both
 from hafrm.benchmarks.benchmark_run import (
     MAX_CANDIDATES,
     group_by_prompt,
@@ -25,7 +24,8 @@ from hafrm.evaluation.heads import EvaluationOptions
 from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.reward_model import RewardModel, Scorer
 from support.benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
-from tokenizers_for_tests import chat_tokenizer
+from support.exports import export_both
+from support.tokenizers import chat_tokenizer
 
 
 @pytest.fixture(scope="module")

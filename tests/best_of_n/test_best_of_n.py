@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from exports_for_tests import export_both
 from hafrm.best_of_n import policies
 from hafrm.best_of_n.candidate_scores import GoldScorer
 from hafrm.best_of_n.candidates import from_files
@@ -19,6 +18,7 @@ from hafrm.errors import DataError
 from hafrm.results import read_result
 from hafrm.scoring.reward_model import RewardModel
 from support.chat_endpoint import fails, says, serving
+from support.exports import export_both
 from support.tiny_runs import write_base
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from exports_for_tests import export_both
 from hafrm.best_of_n.candidate_scores import (
     GoldScorer,
     ModelScorer,
@@ -14,6 +13,7 @@ from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
+from support.exports import export_both
 
 GROUPS = [
     Group("a", (Message("user", "How do I bake bread?"),), ("Mix flour.", "No.", "Wait and see.")),

@@ -25,7 +25,7 @@ from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
 from support.chat_endpoint import fails, says, serving
 from support.tiny_runs import write_base
-from tokenizers_for_tests import plain_tokenizer
+from support.tokenizers import plain_tokenizer
 
 PROMPTS = [Group(f"p-{i}", (Message("user", f"Say {i}."),), (), source="p") for i in range(5)]
 ROUND = DrawRound(0, 0, 0)

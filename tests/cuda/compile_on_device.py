@@ -6,7 +6,7 @@ import sys
 import torch
 
 from hafrm.engine.layout import lay_out
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 LONGER = (*SHAPES, (40, (8, 90)), (150, (5, 5)))
 

@@ -10,7 +10,7 @@ from hafrm.engine import attention
 from hafrm.engine.attention import shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda
 

@@ -21,7 +21,7 @@ from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.loop import train
 from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe, write_preferences
-from tokenizers_for_tests import chat_tokenizer
+from support.tokenizers import chat_tokenizer
 
 pytestmark = pytest.mark.cuda
 

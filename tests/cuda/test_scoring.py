@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from exports_for_tests import export_both
 from hafrm.scoring.forward import run_forward
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.exports import export_both
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda
 

@@ -24,7 +24,7 @@ from hafrm.training.methods import get_method
 from hafrm.training.runtime import Prefetch
 from hafrm.training.step import NonFiniteCheck, StepResult, build_optimizer, take_step
 from hafrm.training.step_batches import ComparisonOrder, MicroBatch
-from models_for_tests import tiny_hybrid, token_groups
+from support.models import tiny_hybrid, token_groups
 from support.step_pairs import SHAPES, micro_batches, pairs
 
 pytestmark = pytest.mark.cuda

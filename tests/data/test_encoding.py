@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from hafrm.data.encoding import Encoder, LengthPolicy
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
-from helpers import SHARED, needs_shared
-from tokenizers_for_tests import (
+from support.shared_files import SHARED, needs_shared
+from support.tokenizers import (
     CHATML,
     GEMMA_LIKE,
     LLAMA3_LIKE,

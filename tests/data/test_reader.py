@@ -17,7 +17,7 @@ import pytest
 from hafrm.data.reader import read_preferences as read
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message
-from helpers import SHARED, needs_shared
+from support.shared_files import SHARED, needs_shared
 
 
 def pair(prompt: str = "p", chosen: str = "a", rejected: str = "b", **extra: Any) -> dict[str, Any]:

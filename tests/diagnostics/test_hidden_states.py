@@ -9,7 +9,7 @@ from hafrm.engine.layout import lay_out, unshare
 from hafrm.errors import MemoryBudgetError
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import run_forward
-from models_for_tests import SHAPES, TokenGroup, tiny_hybrid, token_groups
+from support.models import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
 

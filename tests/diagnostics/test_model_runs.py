@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from exports_for_tests import export_both
 from hafrm.cli import app
 from hafrm.diagnostics.diagnosis import Diagnosis
 from hafrm.diagnostics.model_runs import diagnose
@@ -17,6 +16,7 @@ from hafrm.errors import ConfigError, ModelError
 from hafrm.evaluation.heads import EvaluationOptions
 from hafrm.report.terminal import print_tables
 from hafrm.results import read_result, write_result
+from support.exports import export_both
 from support.tiny_runs import WORDS, write_base
 
 

@@ -14,7 +14,7 @@ from hafrm.engine import attention
 from hafrm.engine.attention import shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 MODULE = torch.nn.Module()
 HEADS = {"as many keys": (4, 4), "grouped": (4, 2), "one key head": (4, 1)}

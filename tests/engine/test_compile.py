@@ -19,7 +19,7 @@ def test_compiled_layers_equal_plain_ones_and_are_compiled_once_for_all_lengths(
 ):
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, str(TESTS / "compile_worker.py"), family, checkpointing],
+        [sys.executable, str(TESTS / "support" / "compile_worker.py"), family, checkpointing],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, new_reward_head, split_causal_lm
-from models_for_tests import token_groups
 from support.counted_flops import COUNTED
+from support.models import token_groups
 
 WIDTH, LAYERS, VOCAB = 384, 6, 32000
 HEAD = WIDTH * VOCAB

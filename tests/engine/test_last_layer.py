@@ -13,7 +13,7 @@ from hafrm.engine.adjustments import narrow_layer, widen_layer
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, decoder_layers, new_reward_head
 from hafrm.scoring.forward import run_forward
-from models_for_tests import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
+from support.models import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
 
 
 def reward_model(family: str) -> HybridModel:

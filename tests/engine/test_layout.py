@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hafrm.engine.layout import Layout, lay_out, unshare
-from models_for_tests import SHAPES, TokenGroup, token_groups
+from support.models import SHAPES, TokenGroup, token_groups
 
 
 def group(prompt: list[int], *responses: list[int]) -> TokenGroup:

@@ -27,7 +27,7 @@ from hafrm.engine.model import (
     split_causal_lm,
 )
 from hafrm.errors import ModelError, NumericsError
-from models_for_tests import (
+from support.models import (
     FAMILIES,
     GPT2,
     GROUPED,

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError, ModelError
-from models_for_tests import VOCAB, tiny_causal_lm
+from support.models import VOCAB, tiny_causal_lm
 
 EOS, PAD = 2, 0
 PROMPTS = [[5, 9, 11, 30], [7], [8, 8, 21, 3, 4, 50, 60], [12, 13]]

@@ -7,7 +7,7 @@ import torch
 
 from hafrm.engine.layout import lay_out, unshare
 from hafrm.engine.logprobs import LogitTransform, token_entropies, token_logprobs
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 
 @pytest.mark.parametrize("sharing", [True, False])

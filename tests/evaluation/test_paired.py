@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from exports_for_tests import export_both
 from hafrm.cli import app
 from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
+from support.exports import export_both
 from support.tiny_runs import write_preferences
 
 

@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from exports_for_tests import export_with_golden
 from hafrm.errors import DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.clauses import CLAUSES
 from hafrm.results import to_plain
 from support.export_faults import FAULTS, in_config
-from tokenizers_for_tests import chat_tokenizer
+from support.exports import export_with_golden
+from support.tokenizers import chat_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from exports_for_tests import export_both
 from hafrm.export.model_card import write_cards
 from hafrm.export.proof import write_golden
 from hafrm.preferences import Group, Message
 from hafrm.recipe_file import dump_recipe
-from report_files import session, write_json
+from support.exports import export_both
+from support.report_files import session, write_json
 from support.tiny_runs import tiny_recipe
 
 CONVERSATION = Group("g", (Message("user", "Say sun."),), ("Here you are: sun.", "no " * 300))

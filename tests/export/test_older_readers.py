@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from exports_for_tests import export_both
 from hafrm.export.older_transformers import old_config, old_rotary_keys, old_tokenizer
+from support.exports import export_both
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -11,15 +11,15 @@ from transformers import (
     pipeline,
 )
 
-from exports_for_tests import GOLDEN_GROUP, export_both, hybrid_with_encoder
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
 from hafrm.export.checklist import replay_directory
 from hafrm.export.stock_export import StockWeights, export_reward, gather_weights
 from hafrm.preferences import Message
 from hafrm.scoring.reward_model import RewardModel
-from models_for_tests import FAMILIES
 from support.export_faults import FAULTS
+from support.exports import GOLDEN_GROUP, export_both, hybrid_with_encoder
+from support.models import FAMILIES
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, Outputs
-from models_for_tests import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
+from support.models import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
 
 TOLERANCE = 1e-5
 """float32, values of order 1 to 100: reassociated sums, nothing else."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
 from hafrm.engine.packing import first_fit_decreasing
-from models_for_tests import SHAPES, VOCAB, TokenGroup, tiny_causal_lm, tiny_hybrid, token_groups
+from support.models import SHAPES, VOCAB, TokenGroup, tiny_causal_lm, tiny_hybrid, token_groups
 
 FAMILIES = ["llama", "mistral", "gemma2", "gpt2"]
 """Rotary; a window smaller than the pairs; soft-capping and both kinds of layer; learned positions."""

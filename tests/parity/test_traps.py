@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.logprobs import token_logprobs
-from models_for_tests import TokenGroup, tiny_causal_lm, tiny_hybrid, token_groups
+from support.models import TokenGroup, tiny_causal_lm, tiny_hybrid, token_groups
 
 PROMPT, FIRST, SECOND = 9, 6, 5
 PAIR = token_groups(((PROMPT, (FIRST, SECOND)),))

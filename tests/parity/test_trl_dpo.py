@@ -19,7 +19,7 @@ from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.training.losses import PolicyLogps
 from hafrm.training.methods import get_method, joint_loss
-from models_for_tests import TokenGroup, tiny_causal_lm
+from support.models import TokenGroup, tiny_causal_lm
 
 pytestmark = [
     pytest.mark.slow,  # importing TRL takes 6 s

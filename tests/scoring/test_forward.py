@@ -9,7 +9,7 @@ from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import MemoryBudgetError, NumericsError
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import plan_sequences, run_forward, share_prompts
-from models_for_tests import SHAPES, TokenGroup, tiny_hybrid, token_groups
+from support.models import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
 NUM_RESPONSES = sum(len(group.response_ids) for group in GROUPS)

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from exports_for_tests import export_both
 from hafrm.errors import CheckpointError, ModelError
 from hafrm.scoring.fused import (
     FusedRewardModel,
@@ -17,6 +16,7 @@ from hafrm.scoring.fused import (
     write_fused_rule,
 )
 from hafrm.scoring.reward_model import ImplicitRule, PolicyModel, RewardModel, write_implicit_rule
+from support.exports import export_both
 
 PROMPT = "How do I bake bread?"
 RESPONSES = ["Mix flour and water.", "No.", "I think that it is a good idea."]

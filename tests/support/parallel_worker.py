@@ -27,7 +27,7 @@ from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import run_forward
 from hafrm.training import checkpoint, loop, parallel, run_export
 from hafrm.training.step import build_optimizer
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 from support.step_pairs import pairs
 
 RANK = int(os.environ["RANK"])

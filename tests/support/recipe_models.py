@@ -9,7 +9,7 @@ from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.training.methods import get_method
 from hafrm.training.model_setup import assemble, meta_model
-from models_for_tests import FAMILIES, tiny_causal_lm
+from support.models import FAMILIES, tiny_causal_lm
 
 
 def config_of(family: str) -> transformers.PretrainedConfig:

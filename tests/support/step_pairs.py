@@ -2,7 +2,7 @@
 
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.step_batches import ComparisonRef, MicroBatch, build_micro_batch, plan_step
-from models_for_tests import token_groups
+from support.models import token_groups
 
 SHAPES = [(3 + i % 7, (2 + i % 5, 3 + i % 4)) for i in range(16)]
 

@@ -14,7 +14,7 @@ from transformers import (
 from hafrm.recipe_file import build_as
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from support.tiny_runs import WORDS, write_base
-from tokenizers_for_tests import chat_tokenizer
+from support.tokenizers import chat_tokenizer
 
 
 def write_reward(

@@ -18,7 +18,7 @@ from hafrm.training.step_batches import (
     build_micro_batch,
     plan_step,
 )
-from models_for_tests import token_groups
+from support.models import token_groups
 from support.step_pairs import pairs
 
 

@@ -33,8 +33,8 @@ from hafrm.training.model_setup import meta_model
 from hafrm.training.parallel import Ranks
 from hafrm.training.step import build_optimizer, take_step
 from hafrm.training.step_batches import MicroBatch
-from models_for_tests import FAMILIES, token_groups
 from support.live_bytes import LiveBytes
+from support.models import FAMILIES, token_groups
 from support.recipe_models import meta_of, real_model, recipe_of
 from support.tiny_runs import tiny_recipe
 

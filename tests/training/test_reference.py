@@ -18,7 +18,7 @@ from hafrm.training.reference import (
     weights_digest,
 )
 from hafrm.training.step_batches import ComparisonRef
-from models_for_tests import tiny_hybrid, token_groups
+from support.models import tiny_hybrid, token_groups
 
 
 def groups(seed: int = 0) -> list[TokenizedGroup]:

@@ -24,7 +24,7 @@ from hafrm.training.step import (
     take_step,
 )
 from hafrm.training.step_batches import MicroBatch, References
-from models_for_tests import tiny_hybrid
+from support.models import tiny_hybrid
 from support.step_pairs import micro_batches, pairs
 
 

@@ -6,7 +6,7 @@ import threading
 import torch
 
 from hafrm.engine.layout import lay_out
-from models_for_tests import SHAPES, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 OTHERS = (((9, (5, 7)),) * 3, ((2, (30, 4, 4)), (17, (3,))), ((40, (8, 9)), (5, (5, 5))))
 """Rows of other lengths, one of them shorter and one longer than the first."""
