@@ -83,7 +83,6 @@ def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, 
     output = invoke("export", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "bf16")
     assert "exported the reward model from model in bf16" in output
     assert "plain transformers gives the same" in output
-    assert "rewards are within" in output
     assert "clauses hold" in invoke("verify", tmp_path / "out")
     error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--out", tmp_path / "out")
     assert "exists already" in error

@@ -24,8 +24,8 @@ from hafrm.evaluation.heads import EvaluationOptions
 from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.reward_model import RewardModel, Scorer
 from support.benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
+from support.chat_tokenizers import chat_tokenizer
 from support.exports import export_both
-from support.tokenizers import chat_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from hafrm.errors import DataError, ModelError, ServerError
 from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
 from support.chat_endpoint import fails, says, serving
+from support.chat_tokenizers import plain_tokenizer
 from support.tiny_runs import write_base
-from support.tokenizers import plain_tokenizer
 
 PROMPTS = [Group(f"p-{i}", (Message("user", f"Say {i}."),), (), source="p") for i in range(5)]
 ROUND = DrawRound(0, 0, 0)

@@ -19,9 +19,9 @@ from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.loop import train
+from support.chat_tokenizers import chat_tokenizer
 from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe, write_preferences
-from support.tokenizers import chat_tokenizer
 
 pytestmark = pytest.mark.cuda
 

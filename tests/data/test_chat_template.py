@@ -18,7 +18,7 @@ from hafrm.data.chat_template import render_conversations as render
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import Group, Message
-from support.tokenizers import (
+from support.chat_tokenizers import (
     CHATML,
     GEMMA_LIKE,
     LLAMA3_LIKE,

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from hafrm.data.encoding import Encoder, LengthPolicy
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
-from support.shared_files import SHARED, needs_shared
-from support.tokenizers import (
+from support.chat_tokenizers import (
     CHATML,
     GEMMA_LIKE,
     LLAMA3_LIKE,
@@ -28,6 +27,7 @@ from support.tokenizers import (
     llama_like_tokenizer,
     plain_tokenizer,
 )
+from support.shared_files import SHARED, needs_shared
 
 TOKENIZERS = {
     name: (lambda t=template: chat_tokenizer(t)) for name, template in TEMPLATES.items()

@@ -14,9 +14,9 @@ from hafrm.errors import DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.clauses import CLAUSES
 from hafrm.results import to_plain
+from support.chat_tokenizers import chat_tokenizer
 from support.export_faults import FAULTS, in_config
 from support.exports import export_with_golden
-from support.tokenizers import chat_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollou
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection
 from hafrm.training.model_setup import inject_lora
 from hafrm.training.step import build_optimizer
+from support.chat_tokenizers import chat_tokenizer
 from support.models import tiny_causal_lm, token_groups
 from support.reference_ppo import ReferencePpo, ReferenceRules
-from support.tokenizers import chat_tokenizer
 
 SHAPES = [(5, (4, 7)), (3, (1, 2)), (9, (6, 3)), (4, (5, 5))]
 SCORES = [1.0, -0.5, 2.0, 0.3, -1.2, 0.7, 0.0, 1.5]

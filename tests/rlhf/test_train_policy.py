@@ -33,8 +33,8 @@ from hafrm.rlhf.train_policy import train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.loading import default_device
 from hafrm.scoring.reward_model import RewardModel
+from support.chat_tokenizers import llama_like_tokenizer
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
-from support.tokenizers import llama_like_tokenizer
 
 RICH: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "alpha": 4.0},

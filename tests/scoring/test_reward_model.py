@@ -10,8 +10,8 @@ from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.export.stock_export import export_reward, gather_weights
 from hafrm.scoring.loading import Placement, choose_dtype
 from hafrm.scoring.reward_model import ImplicitRule, PolicyModel, RewardModel, write_implicit_rule
+from support.chat_tokenizers import chat_tokenizer
 from support.exports import hybrid_with_encoder
-from support.tokenizers import chat_tokenizer
 
 PROMPT = "How do I bake bread?"
 SIZES = {

@@ -10,8 +10,8 @@ from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_
 from hafrm.export.proof import write_golden
 from hafrm.export.stock_export import export_policy, export_reward, gather_weights
 from hafrm.preferences import Group, Message
+from support.chat_tokenizers import chat_tokenizer
 from support.models import FAMILIES
-from support.tokenizers import chat_tokenizer
 
 
 def hybrid_with_encoder(family: str = "llama") -> tuple[HybridModel, Encoder]:

@@ -13,8 +13,8 @@ from transformers import (
 
 from hafrm.recipe_file import build_as
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from support.chat_tokenizers import chat_tokenizer
 from support.tiny_runs import WORDS, write_base
-from support.tokenizers import chat_tokenizer
 
 
 def write_reward(

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
-from support.tokenizers import chat_tokenizer
+from support.chat_tokenizers import chat_tokenizer
 
 WORDS = ["sun", "sea", "tree", "boat", "bird", "rain", "song", "moon", "leaf", "hill"]
 

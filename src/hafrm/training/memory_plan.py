@@ -250,9 +250,7 @@ def logprob_bytes(
     # head gives its gradient in forward, from a copy of both.
     chunks = 3 if train and (weights.adapters or half_product) else 1 + half_product
     logits = FLOAT32 * chunks * min(scored, chunk_rows(weights.vocab, target.device))
-    head = (
-        0 if half_product == half_head else HALF if half_product else FLOAT32
-    )  # cast for products
+    head = FLOAT32 * half_head if not half_product else HALF * (not half_head)  # cast for products
     if train and not weights.adapters:
         head += FLOAT32 * (1 + half_product)  # its gradient, summed over chunks
     states = FLOAT32 * weights.width * (tokens + scored + scored * train)
@@ -272,13 +270,9 @@ def memory_need(
     *_, forward = activation_bytes(recipe, weights, reference, sharded=False)
     # The reference's pass runs before FSDP2 shards the weights.
     beside = max(state_bytes(weights)[0], states[0] + states[2])
-    return MemoryNeed(
-        *states,
-        activations=kept,
-        working=max(working, logprob_bytes(recipe, weights, tokens, target, train=True)),
-        passes=beside
-        + max(forward, logprob_bytes(recipe, weights, reference, target, train=False)),
-    )
+    working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
+    forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
+    return MemoryNeed(*states, kept, working, passes=beside + forward)
 
 
 def is_sharded(recipe: Recipe, target: Target) -> bool:
