@@ -25,6 +25,5 @@ def test_no_public_class_or_function_has_the_name_of_another():
     assert repeated(public) == []
 
 
-@REDESIGN
 def test_no_module_has_the_name_of_another():
     assert repeated(Counter(f.stem for f in FILES if not f.stem.startswith("_"))) == []
