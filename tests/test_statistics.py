@@ -15,7 +15,6 @@ from hafrm.statistics import (
     holm,
     in_words,
     mcnemar,
-    over_seeds,
     paired_bootstrap,
     seeded_difference,
     seeded_mean,
@@ -303,15 +302,3 @@ def test_one_seed_says_nothing_about_another() -> None:
         seeded_mean(drawn(0, num_seeds=1))
     with pytest.raises(ValueError, match="at least two seeds"):
         seeded_difference(drawn(0), drawn(0, num_seeds=1))
-
-
-def test_a_mean_over_seeds_adds_the_spread_of_items_and_of_seeds_in_squares() -> None:
-    """Values 0.4 and 0.6, each +- 0.1 over items: t(1) 12.706 x 0.1414 / 1.414 = 1.2706 over seeds."""
-    both = [
-        Estimate(value, value - 0.1, value + 0.1, 10, "wilson", proportion=False)
-        for value in (0.4, 0.6)
-    ]
-    got = over_seeds(both)
-    assert got.value == pytest.approx(0.5)
-    assert got.high - got.value == pytest.approx(np.hypot(0.1, 1.27062), rel=1e-4)
-    assert over_seeds(both[:1]) == both[0]

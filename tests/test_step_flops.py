@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +14,7 @@ from hafrm.training.methods import get_method
 from hafrm.training.model_setup import meta_model
 from support.counted_flops import COUNTED
 from support.models import tiny_hybrid, token_groups
-from support.recipe_models import real_model, recipe_of
+from support.recipe_models import real_model, recipe_of, tiny_mixtral_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from step_flops import count, reference_flops, step_flops, work_of
@@ -83,15 +82,5 @@ def test_predicted_flops_of_a_reference_pass_are_those_of_a_forward():
 def test_a_token_meets_its_part_of_stacked_experts():
     """Mixtral, 8 experts of which a token visits 2: two layers of attention 32 x (32 + 16 + 16 + 32), a
     router 8 x 32, and 2 x 3 x 32 x 48 of experts."""
-    config = transformers.MixtralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-    )
-    counts = count(meta_model(config, recipe_of(), get_method("haf")))
+    counts = count(meta_model(tiny_mixtral_config(), recipe_of(), get_method("haf")))
     assert counts.matrices == 2 * (32 * 96 + 8 * 32 + 2 * 3 * 32 * 48)

@@ -250,24 +250,6 @@ def seeded_difference(
     return Difference(estimate, _t_test(mean, math.sqrt(variance), degrees))
 
 
-def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of one number over seeds, each with its interval over the same items.
-
-    For numbers that are no plain means, such as a benchmark's score. A single one is returned as it is.
-    """
-    if len(estimates) == 1:
-        return estimates[0]
-    # half-widths over items (their mean over seeds) and over seeds (Student's t) add in squares
-    values = np.array([e.value for e in estimates])
-    some, mean = estimates[0], float(values.mean())
-    spread = _t_point(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    low = mean - math.hypot(float(np.mean([e.value - e.low for e in estimates])), spread)
-    high = mean + math.hypot(float(np.mean([e.high - e.value for e in estimates])), spread)
-    if some.proportion:
-        low, high = max(0.0, low), min(1.0, high)
-    return Estimate(mean, low, high, some.num, SEEDS_METHOD, some.proportion)
-
-
 def _bootstrap(
     sums: Num[np.ndarray, "clusters columns"],
     sizes: Float[np.ndarray, " clusters"],

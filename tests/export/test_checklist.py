@@ -68,7 +68,7 @@ def test_every_clause_on_files_and_text_has_a_planted_fault():
 
 
 def patched(monkeypatch, change):
-    """Rewards as `change(model, rewards, ids, mask)` makes them, whoever asks for them."""
+    """Rewards as `change(model, rewards, ids, mask)` returns them, in every forward."""
     forward = GenericForSequenceClassification.forward
 
     def changed(self, input_ids=None, attention_mask=None, **rest):

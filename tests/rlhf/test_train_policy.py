@@ -25,7 +25,6 @@ from hafrm.errors import (
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.rlhf import actor, rlhf_run
 from hafrm.rlhf import rewards as rewards_module
-from hafrm.rlhf import train_policy as train_policy_module
 from hafrm.rlhf.ppo import Ppo
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfRun, prompts_of_step
@@ -33,6 +32,7 @@ from hafrm.rlhf.train_policy import train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.loading import default_device
 from hafrm.scoring.reward_model import RewardModel
+from hafrm.training import model_setup
 from support.chat_tokenizers import llama_like_tokenizer
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
@@ -271,7 +271,7 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
 )
 def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, monkeypatch, precision, lora):
     """auto is bf16 where the device computes in it, and the run's own recipe says so."""
-    monkeypatch.setattr(train_policy_module, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
     training = {"steps": 1, "precision": precision, "gradient_checkpointing": True}
     sections = {"training": training} | ({} if lora is None else {"lora": lora})
     train_policy(tiny_rlhf(tmp_path, **sections), tmp_path / "run")

@@ -35,3 +35,17 @@ def real_model(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
 def meta_of(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
     """The same on the meta device."""
     return meta_model(config_of(family), recipe, get_method(method))
+
+
+def tiny_mixtral_config() -> transformers.PretrainedConfig:
+    """Two layers of 8 experts, of which a token is sent to 2."""
+    return transformers.MixtralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )

@@ -35,7 +35,7 @@ from hafrm.training.step import build_optimizer, take_step
 from hafrm.training.step_batches import MicroBatch
 from support.live_bytes import LiveBytes
 from support.models import FAMILIES, token_groups
-from support.recipe_models import meta_of, real_model, recipe_of
+from support.recipe_models import meta_of, real_model, recipe_of, tiny_mixtral_config
 from support.tiny_runs import tiny_recipe
 
 HAF = get_method("haf")
@@ -133,19 +133,7 @@ def test_the_widths_of_a_layer_are_those_of_its_matrices_and_norms():
 def test_of_stacked_experts_a_token_meets_those_it_is_sent_to():
     """Mixtral, 2 of 8 experts: attention as above, a router 32 + 8, 2 x (32 + 96) and 2 x (48 + 32) of
     experts, and 2 x 48 of their gated products."""
-    import transformers
-
-    config = transformers.MixtralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-    )
-    weights = count_weights(meta_model(config, recipe_of(), HAF))
+    weights = count_weights(meta_model(tiny_mixtral_config(), recipe_of(), HAF))
     assert weights.features == 2 * 64 + 2 * 48 + 40 + 2 * 128 + 2 * 80 + 2 * 48
 
 

@@ -141,7 +141,7 @@ class BestOfN:
                 for row, last, model in zip(rows, lasts, self.models, strict=True)
             ]
             rows += [(b.name, None, b.gold[-1], None, None) for b in self.baselines]
-            # the best of one is a random candidate, whoever picks
+            # with n = 1 every model picks the same random candidate
             chance = self.models[0].curve[0].gold
             rows.append(("a random one", None, chance, None, self.top1_chance))
         title = f"best of {self.num_candidates} on {self.num_prompts} prompts [95 %]"

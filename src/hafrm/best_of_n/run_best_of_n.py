@@ -224,7 +224,7 @@ def _compare_picks(
     if sample or len(methods) == 1:
         pairs += [(name, ONE_SAMPLE) for name in methods]
         methods[ONE_SAMPLE] = np.array([c.drawn[0] for c in scored.candidates], np.int64)
-    # (prompt, pick, pick) in index order: the judge sees two candidates once, whoever picked them
+    # (prompt, pick, pick) in index order, so that the judge compares two candidates only once
     disputed = {
         (i, int(min(p, q)), int(max(p, q)))
         for a, b in pairs

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -25,7 +24,7 @@ from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import default_device
-from hafrm.training.model_setup import inject_lora, load_base
+from hafrm.training.model_setup import inject_lora, leave_casting_to_autocast, load_base
 
 log = logging.getLogger("hafrm")
 
@@ -140,10 +139,7 @@ class Actor:
             causal.requires_grad_(False)
             inject_lora(lora, backbone)
             if bf16:
-                # peft would copy every input to float32, which autocast casts back
-                for part in backbone.modules():
-                    if isinstance(part, LoraLayer):
-                        part.cast_input_dtype_enabled = False
+                leave_casting_to_autocast(backbone)
         sharing = share and sharing_obstacle(backbone) is None
         model = HybridModel(backbone, policy_head=head, sharing=sharing)
         reference = Reference(model, adapters=lora is not None)

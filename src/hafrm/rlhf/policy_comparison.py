@@ -32,11 +32,12 @@ from hafrm.rlhf.actor import encode_prompts, response_text, sampling_of
 from hafrm.rlhf.rewards import load_scorer, score_texts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult
-from hafrm.rlhf.train_policy import open_rlhf_run, train_policy, with_rlhf_precision
+from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 from hafrm.table import Table, columns
+from hafrm.training.checkpoint import open_run
 from hafrm.training.data_setup import load_tokenizer
 from hafrm.training.model_setup import load_base
 
@@ -169,7 +170,7 @@ class ComparisonWorker:
         recipe = with_rlhf_precision(recipe_for(self.recipe, run))
         resume = (folder / "recipe.yaml").is_file()
         if (folder / "model").is_dir():
-            open_rlhf_run(recipe, folder, resume=True)
+            open_run(recipe, folder, resume=True)
         else:
             if resume and recipe.algorithm.name != "ppo":
                 shutil.rmtree(folder)  # TRL's runs keep no checkpoints

@@ -1,25 +1,19 @@
 """`train_policy`: a policy trained against reward models, in a run folder, by the recipe's algorithm."""
 
-import logging
 from pathlib import Path
 
 import torch
 
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.rlhf.ppo import Ppo
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import check_trl, run_trl
-from hafrm.run_folder import RunFolder
-from hafrm.scoring.loading import default_device, has_bfloat16
+from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
-
-log = logging.getLogger("hafrm")
-
-MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
-"""Keys of `training` that a resumed run may change: memory and speed, and gradients by rounding only."""
+from hafrm.training.checkpoint import open_run
+from hafrm.training.model_setup import choose_precision
 
 
 def train_policy(
@@ -46,7 +40,7 @@ def train_policy(
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
     recipe = with_rlhf_precision(recipe)
-    run = open_rlhf_run(recipe, folder, resume=resume)
+    run = open_run(recipe, folder, resume=resume)
     with run.lock():
         torch.manual_seed(recipe.training.seed)
         # TRL runs the backbone itself, in the attention that transformers gave it
@@ -57,26 +51,6 @@ def train_policy(
 
 def with_rlhf_precision(recipe: RlhfRecipe) -> RlhfRecipe:
     """The recipe with training.precision decided for this machine, as `with_precision` does."""
-    if recipe.training.precision != "auto":
-        return recipe
-    precision = "bf16" if has_bfloat16(default_device().type) else "fp32"
-    log.info("training.precision auto: %s on %s", precision, default_device())
+    precision = choose_precision(recipe.training.precision, default_device().type)
     training = recipe.training.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"training": training})
-
-
-def open_rlhf_run(recipe: RlhfRecipe, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder, made or opened; raises CheckpointError where that is unsafe."""
-    if not resume:
-        return RunFolder.create(folder, dump_recipe(recipe))
-    run = RunFolder.open(folder)
-    began = load_as(RlhfRecipe, run.recipe_path)
-    same = {name: getattr(began.training, name) for name in MAY_CHANGE}
-    training = recipe.training.model_copy(update=same)
-    if recipe.model_copy(update={"training": training}) != began:
-        raise CheckpointError(
-            f"the recipe differs from the one that {folder} was started with; resume with "
-            f"{run.recipe_path}, or start a new folder (a resumed run may only change "
-            f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
-        )
-    return run

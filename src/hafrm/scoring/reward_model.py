@@ -255,8 +255,8 @@ class PolicyModel(Scorer):
                 frozen = load_policy(name, dtype=dtype, device=device)
             except ModelError as error:
                 raise ModelError(
-                    f"{path} needs its reference {name}, which cannot be loaded; say where it is now "
-                    f"(--reference): {error}"
+                    f"{path} needs its reference {name}, which cannot be loaded; pass "
+                    f"reference= with its present place: {error}"
                 ) from error
             size, other = (m.backbone.config.get_text_config().vocab_size for m in (policy, frozen))
             if size != other:

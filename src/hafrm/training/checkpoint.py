@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from hafrm.atomic import atomic_directory, check_manifest, fingerprint, write_manifest
 from hafrm.data.reader import local_files
 from hafrm.errors import CheckpointError
-from hafrm.recipe import Recipe
-from hafrm.recipe_file import dump_recipe, load_recipe
+from hafrm.recipe import Recipe, Section
+from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
 from hafrm.training.data_setup import PreparedData
@@ -32,19 +32,22 @@ MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 only in their rounding."""
 
 
-def open_run(recipe: Recipe, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe."""
+def open_run(recipe: Section, folder: Path, *, resume: bool) -> RunFolder:
+    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe.
+
+    `recipe` is a Recipe, or another root with a section `training` that has the keys of MAY_CHANGE.
+    """
     return parallel.from_main(
         lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
     )
 
 
-def _reopen(recipe: Recipe, folder: Path) -> RunFolder:
+def _reopen(recipe: Section, folder: Path) -> RunFolder:
     run = RunFolder.open(folder)
-    first = load_recipe(run.recipe_path)
-    may_change = {name: getattr(first.training, name) for name in MAY_CHANGE}
-    training = recipe.training.model_copy(update=may_change)
-    if recipe.model_copy(update={"training": training}) != first:
+    now, first = recipe.model_dump(), load_as(type(recipe), run.recipe_path).model_dump()
+    for name in MAY_CHANGE:
+        now["training"][name] = first["training"][name]
+    if now != first:
         raise CheckpointError(
             f"the recipe differs from the one that {folder} was started with; resume with "
             f"{run.recipe_path}, or start a new folder (a resumed run may only change "

@@ -32,13 +32,19 @@ def with_precision(recipe: Recipe, device: str) -> Recipe:
 
     A run's own copy records what it computed in, and a resume on another machine cannot change that.
     """
-    if recipe.training.precision != "auto":
-        return recipe
+    precision = choose_precision(recipe.training.precision, device)
+    training = recipe.training.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"training": training})
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """`bf16` or `fp32`: the recipe's word, or for `auto` what the device type computes in."""
+    if precision != "auto":
+        return precision
     precision = "bf16" if has_bfloat16(device) else "fp32"
     if parallel.is_main():
         log.info("training.precision auto: %s on %s", precision, device)
-    training = recipe.training.model_copy(update={"precision": precision})
-    return recipe.model_copy(update={"training": training})
+    return precision
 
 
 def build_model(
@@ -113,7 +119,7 @@ def assemble(
         policy_head.requires_grad_(False)
         inject_lora(lora, backbone)
         if training.precision == "bf16":
-            _leave_casting_to_autocast(backbone)
+            leave_casting_to_autocast(backbone)
     head = None
     if method.trains_reward:
         generator = torch.Generator().manual_seed(training.seed)
@@ -153,7 +159,7 @@ def inject_lora(lora: LoraSection, backbone: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
-def _leave_casting_to_autocast(backbone: PreTrainedModel) -> None:
+def leave_casting_to_autocast(backbone: PreTrainedModel) -> None:
     """Keep peft from copying every adapted layer's input to float32, which autocast would cast back to
     bfloat16. The model then runs under autocast only."""
     for module in backbone.modules():
