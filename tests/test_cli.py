@@ -19,7 +19,7 @@ from hafrm.scoring.fused import FusedRule, write_fused_rule
 from hafrm.scoring.loading import find_heads
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import run_export
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.exports import export_both
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -121,7 +121,7 @@ def test_a_resumed_run_takes_a_smaller_token_budget_from_the_command_line(
 ):
     """The run is finished, so nothing is trained any more: what counts is what may be said."""
     monkeypatch.setattr(run_export, "check_golden", lambda _: {})
-    train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     output = invoke("train", "--resume", tmp_path / "run", "training.max_tokens=128")
     assert "trained 6 steps" in output
     given = ("train", "--resume", tmp_path / "run", "training.max_tokens=128", "training.seed=5")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hafrm.cli import app, main
 from hafrm.export.checklist import replay_directory
 from hafrm.training import run_export
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.export_faults import FAULTS
 from support.reward_servers import openrlhf, serving
 from support.tiny_runs import tiny_recipe
@@ -79,7 +79,7 @@ def test_verify_refuses_what_cannot_be_meant(reward, tmp_path, monkeypatch, caps
 def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, capsys):
     for module in (run_export,):
         monkeypatch.setattr(module, "check_golden", lambda path: replay_directory(path).differences)
-    train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     output = invoke("export", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "bf16")
     assert "exported the reward model from model in bf16" in output
     assert "plain transformers gives the same" in output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.tiny_runs import tiny_recipe
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_it_is_eight_lines_of_code():
 
 
 def test_it_runs_on_any_reward_model_and_prints_what_it_promises_in_kind(tmp_path):
-    train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     rewards, preference, best = printed(tmp_path / "run/model/reward")
     assert len(literal_eval(rewards)) == len(literal_eval(PROMISED[0])) == 2
     assert 0 < float(preference) < 1

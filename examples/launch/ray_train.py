@@ -21,14 +21,14 @@ from hafrm.recipe_file import load_recipe
 def train_worker(job: dict[str, Any]) -> None:
     """What every worker runs; Ray has set RANK, LOCAL_RANK and WORLD_SIZE."""
     # the process that only submits the job must not load the engine, nor touch a GPU
-    from hafrm.training.loop import train  # noqa: PLC0415
+    from hafrm.training.loop import run_training  # noqa: PLC0415
 
     os.chdir(job["directory"])
     out = Path(job["out"])
     if job["resume"]:
-        train(load_recipe(out / "recipe.yaml"), out, resume=True)
+        run_training(load_recipe(out / "recipe.yaml"), out, resume=True)
     else:
-        train(load_recipe(job["recipe"], job["overrides"]), out)
+        run_training(load_recipe(job["recipe"], job["overrides"]), out)
 
 
 def main() -> None:

@@ -32,9 +32,9 @@ def train(
         rm = hafrm.RewardModel.from_pretrained("run/model/reward")
 
     `recipe` is a Recipe, a YAML file, or its values, nested or with dotted keys. `data` are rows in memory
-    to train on, in the place of `data.train`. Raises what `hafrm.training.loop.train` raises.
+    to train on, in the place of `data.train`. Raises what `hafrm.training.loop.run_training` raises.
     """
-    from hafrm.training.loop import train as run_training  # noqa: PLC0415 - torch only when it trains
+    from hafrm.training.loop import run_training  # noqa: PLC0415 - torch only when it trains
 
     changes = {} if data is None else {"data.train": [str(_keep_rows(data))]}
     if isinstance(recipe, Recipe):

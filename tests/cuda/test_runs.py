@@ -18,7 +18,7 @@ from hafrm.export.proof import check_golden
 from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.reward_model import RewardModel
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.chat_tokenizers import chat_tokenizer
 from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe, write_preferences
@@ -36,7 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_precision_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(device, tmp_path):
     """The run's own recipe says which, so that it is resumed alike anywhere."""
-    train(tiny_recipe(tmp_path, training={"precision": "auto"}), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path, training={"precision": "auto"}), tmp_path / "run")
     on_gpu = device.type == "cuda"
     decided = load_recipe(tmp_path / "run/recipe.yaml").training.precision
     assert decided == ("bf16" if on_gpu else "fp32")
@@ -51,7 +51,7 @@ def test_a_bfloat16_export_is_replayed_by_plain_transformers_and_scores_alike(
     """Its float32 scores to 1e-4 of its golden ones, its bfloat16 scores to the rounding of two layers."""
     sections = {} if lora is None else {"lora": lora}
     recipe = tiny_recipe(tmp_path, training={"precision": "bf16"}, **sections)
-    train(recipe, tmp_path / "run")
+    run_training(recipe, tmp_path / "run")
     export = tmp_path / "run/model/reward"
     assert {t.dtype for t in load_file(export / "model.safetensors").values()} == {torch.bfloat16}
     assert max(check_golden(export).values()) < 1e-4
@@ -85,8 +85,8 @@ def test_a_run_ended_by_sigterm_resumes_to_the_losses_of_a_whole_one(device, tmp
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143
     assert not (killed / "model").exists()
-    train(recipe, killed, resume=True)
-    train(recipe, tmp_path / "whole")
+    run_training(recipe, killed, resume=True)
+    run_training(recipe, tmp_path / "whole")
     assert (killed / "model/reward/golden_scores.jsonl").is_file()
     assert len(losses(killed)) == 100
     # Rounding grows from step to step, so the last ones say little.
@@ -131,7 +131,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_halves_to_the_same_losses
         free_memory()
         torch.cuda.reset_peak_memory_stats()
         training = {**CALM, "steps": 3, "batch_size": 64, "max_tokens": max_tokens}
-        train(tiny_recipe(tmp_path, training=training), tmp_path / name)
+        run_training(tiny_recipe(tmp_path, training=training), tmp_path / name)
         return torch.cuda.max_memory_reserved()
 
     small, large = trained("small", 256), trained("large", 8192)

@@ -28,7 +28,7 @@ from hafrm.results import write_result
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.study.method_comparison import compare_methods
 from hafrm.study.run_grid import plan_study
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -89,7 +89,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     test.write_text(test.read_text() + json.dumps(hostile) + "\n")
     other = write_preferences(root / "other.jsonl", 12, start=200)
     recipe = tiny_recipe(root, training={"steps": 8}, tracking={"log_every": 2})
-    train(recipe, root / "haf")
+    run_training(recipe, root / "haf")
     sources = [str(test), str(other)]
     write_result(root / "haf" / "test.json", evaluate(root / "haf", sources))
     diagnosis = diagnose(root / "haf", sources, also=[root / "haf" / "model" / "policy"])

@@ -212,10 +212,10 @@ def test_a_reward_model_with_another_tokenizer_is_asked_through_text(tmp_path):
 
 @pytest.mark.slow
 def test_a_retained_policy_head_can_be_the_policy_and_its_reward_head_the_reward(tmp_path):
-    from hafrm.training.loop import train
+    from hafrm.training.loop import run_training
     from support.tiny_runs import tiny_recipe
 
-    train(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "haf")
+    run_training(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "haf")
     recipe = tiny_rlhf(
         tmp_path,
         model={"path": str(tmp_path / "haf/model/policy")},

@@ -113,7 +113,7 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(exported, tmp_path):
     twice = PolicyModel.from_pretrained(policy).score(PROMPT, RESPONSES)
     assert twice == pytest.approx([2 * score for score in foreign], rel=1e-5)
     write_implicit_rule(policy, ImplicitRule(reference=str(tmp_path / "gone")))
-    with pytest.raises(ModelError, match="--reference"):
+    with pytest.raises(ModelError, match="reference= with its present place"):
         PolicyModel.from_pretrained(policy)
 
 

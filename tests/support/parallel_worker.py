@@ -46,7 +46,9 @@ def run_training(recipe: str, folder: str, *options: str) -> None:
 
         loop.validate = falling
     finish = (lambda _: None) if "--no-export" in options else None
-    loop.train(load_recipe(recipe), Path(folder), resume="--resume" in options, finish=finish)
+    loop.run_training(
+        load_recipe(recipe), Path(folder), resume="--resume" in options, finish=finish
+    )
 
 
 def hosts(_: str) -> None:
@@ -163,7 +165,7 @@ def ends_first(folder: str) -> None:
         return {}
 
     run_export.check_golden = check
-    loop.train(load_recipe(f"{folder}/recipe.yaml"), Path(folder) / "run")
+    loop.run_training(load_recipe(f"{folder}/recipe.yaml"), Path(folder) / "run")
     if RANK == 1:
         ended.touch()
 

@@ -25,7 +25,7 @@ from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.training import loop, run_export, validation
 from hafrm.training.data_setup import prepare_data
-from hafrm.training.loop import StoppedError, train
+from hafrm.training.loop import StoppedError, run_training
 from support.tiny_runs import tiny_recipe, write_preferences
 
 
@@ -71,7 +71,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 @pytest.mark.parametrize("method", ["haf", "bt", "dpo", "grm-sft", "simpo"])
 def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path, method):
     recipe = tiny_recipe(tmp_path, method={"name": method})
-    result = train(recipe, tmp_path / "run")
+    result = run_training(recipe, tmp_path / "run")
     assert result.num_steps == 6
     assert result.best.keys() >= {"accuracy", "loss"}
     model = tmp_path / "run/model"
@@ -106,7 +106,7 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
 
     monkeypatch.setattr(validation, "fit_fused", fit)
     recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5})
-    train(recipe, tmp_path / "run")
+    run_training(recipe, tmp_path / "run")
     model = tmp_path / "run/model"
     assert read_fused_rule(model) == FusedRule(0.25)
     groups = prepare_data(recipe).validation
@@ -123,7 +123,7 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
 def test_training_learns_the_rule_of_the_data(tmp_path):
     """Chosen responses say "Here you are", so thirty steps are plenty."""
     recipe = tiny_recipe(tmp_path, training={"steps": 30, "batch_size": 8})
-    result = train(recipe, tmp_path / "run")
+    result = run_training(recipe, tmp_path / "run")
     assert result.best["accuracy"] == 1.0
     rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
     assert rm.probability("Say moon.", "Here you are: moon.", "I would say hill and so on") > 0.7
@@ -145,10 +145,10 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_half_the_budget(
     tmp_path, monkeypatch, caplog
 ):
     """The run equals one that had the smaller budget from the start, to the bit."""
-    train(tiny_recipe(tmp_path, training={"max_tokens": 128}), tmp_path / "small")
+    run_training(tiny_recipe(tmp_path, training={"max_tokens": 128}), tmp_path / "small")
     short_of_memory(monkeypatch, limit=128)
     with caplog.at_level("WARNING", "hafrm"):
-        train(tiny_recipe(tmp_path, training={"max_tokens": 256}), tmp_path / "halved")
+        run_training(tiny_recipe(tmp_path, training={"max_tokens": 256}), tmp_path / "halved")
     assert caplog.text.count("repeating it with 128") == 1
     assert_same_run(tmp_path / "small", tmp_path / "halved")
 
@@ -160,16 +160,16 @@ def test_a_group_that_cannot_fit_ends_the_run_and_the_error_says_how_to_go_on(
     with monkeypatch.context() as context:
         short_of_memory(context, limit=10)
         with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens="):
-            train(recipe, tmp_path / "run")
+            run_training(recipe, tmp_path / "run")
     smaller = tiny_recipe(tmp_path, training={"max_tokens": 128})
-    assert train(smaller, tmp_path / "run", resume=True).num_steps == 6
+    assert run_training(smaller, tmp_path / "run", resume=True).num_steps == 6
 
 
 def test_a_resumed_run_may_change_what_changes_no_gradient_and_nothing_else(tmp_path):
-    train(tiny_recipe(tmp_path), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path), tmp_path / "run")
     other = tiny_recipe(tmp_path, training={"learning_rate": 1e-4})
     with pytest.raises(CheckpointError, match=r"recipe differs.*only change training\.max_tokens"):
-        train(other, tmp_path / "run", resume=True)
+        run_training(other, tmp_path / "run", resume=True)
 
 
 def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)
     recipe = tiny_recipe(tmp_path, lora={"rank": 4, "alpha": 8.0}, evaluation={"every": 0})
-    train(recipe, tmp_path / "run")
+    run_training(recipe, tmp_path / "run")
     assert "reward_head.weight" in seen["trainable"]
     assert all("lora_" in n or n == "reward_head.weight" for n in seen["trainable"])
     rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
@@ -196,14 +196,14 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     "training", [{"gradient_checkpointing": True}, {"sharing": "off"}, {"max_tokens": 128}]
 )
 def test_how_a_step_is_run_changes_no_loss(tmp_path, training):
-    train(tiny_recipe(tmp_path), tmp_path / "plain")
-    train(tiny_recipe(tmp_path, training=training), tmp_path / "other")
+    run_training(tiny_recipe(tmp_path), tmp_path / "plain")
+    run_training(tiny_recipe(tmp_path, training=training), tmp_path / "other")
     for ours, theirs in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "other"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_bf16_trains_and_exports_bf16(tmp_path):
-    train(tiny_recipe(tmp_path, training={"precision": "bf16"}), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path, training={"precision": "bf16"}), tmp_path / "run")
     assert all(value.dtype == torch.bfloat16 for value in weights(tmp_path / "run").values())
 
 
@@ -214,7 +214,7 @@ def test_what_is_exported_is_the_best_validated_step(tmp_path, monkeypatch):
         loop, "validate", lambda *_, **__: {"accuracy": next(told), "loss": 0.5, "margin": 0.0}
     )
     recipe = tiny_recipe(tmp_path, evaluation={"every": 2}, checkpoint={"every": 0, "keep": 1})
-    result = train(recipe, tmp_path / "run")
+    result = run_training(recipe, tmp_path / "run")
     assert (result.best_step, result.best["accuracy"]) == (4, 0.9)
     saved = load_file(tmp_path / "run/checkpoints/step-4/model.safetensors")
     exported = load_file(tmp_path / "run/model/reward/model.safetensors")
@@ -224,15 +224,15 @@ def test_what_is_exported_is_the_best_validated_step(tmp_path, monkeypatch):
 def test_prompts_of_the_test_set_may_not_be_trained_on(tmp_path):
     leaking = write_preferences(tmp_path / "test.jsonl", num=3)
     with pytest.raises(DataError, match=r"data\.test"):
-        train(tiny_recipe(tmp_path, data={"test": [str(leaking)]}), tmp_path / "run")
+        run_training(tiny_recipe(tmp_path, data={"test": [str(leaking)]}), tmp_path / "run")
 
 
 def test_an_unknown_method_and_a_length_that_the_model_lacks_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'haf'"):
-        train(tiny_recipe(tmp_path, method={"name": "hafr"}), tmp_path / "a")
+        run_training(tiny_recipe(tmp_path, method={"name": "hafr"}), tmp_path / "a")
     long = tiny_recipe(tmp_path, data={"max_length": 500}, training={"max_tokens": 1000})
     with pytest.raises(ConfigError, match="256 tokens"):
-        train(long, tmp_path / "b")
+        run_training(long, tmp_path / "b")
 
 
 def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_refused(tmp_path):
@@ -246,14 +246,14 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
     with pytest.raises(
         ConfigError, match="32 tokens, because a longer one would change the rotary"
     ):
-        train(recipe, tmp_path / "run")
+        run_training(recipe, tmp_path / "run")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    train(recipe, tmp_path / "run")
+    run_training(recipe, tmp_path / "run")
     with pytest.raises(CheckpointError):
-        train(recipe, tmp_path / "run")
+        run_training(recipe, tmp_path / "run")
 
 
 def test_nothing_is_pickled(tmp_path, monkeypatch):
@@ -265,42 +265,42 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, evaluation={"every": 0})
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
     with pytest.raises(StoppedError, match="--resume"):
-        train(recipe, tmp_path / "run")
+        run_training(recipe, tmp_path / "run")
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: False)
-    train(recipe, tmp_path / "run", resume=True)
+    run_training(recipe, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("method", [{}, {"name": "normbt"}])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
     recipe = tiny_recipe(tmp_path, method=method)
-    train(recipe, tmp_path / "whole")
+    run_training(recipe, tmp_path / "whole")
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
     for step in range(1, 6):
         with pytest.raises(StoppedError, match=f"after step {step} of 6"):
-            train(recipe, tmp_path / "parts", resume=step > 1)
-    train(recipe, tmp_path / "parts", resume=True)
+            run_training(recipe, tmp_path / "parts", resume=step > 1)
+    run_training(recipe, tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 0})
-    train(recipe, tmp_path / "whole")
+    run_training(recipe, tmp_path / "whole")
     told = iter([False, False, True])
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: next(told))
     with pytest.raises(StoppedError):
-        train(recipe, tmp_path / "run")
+        run_training(recipe, tmp_path / "run")
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: False)
     broken = tmp_path / "run/checkpoints/step-3/model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
-    train(recipe, tmp_path / "run", resume=True)
+    run_training(recipe, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    first = train(recipe, tmp_path / "run")
+    first = run_training(recipe, tmp_path / "run")
     before = weights(tmp_path / "run")
-    again = train(recipe, tmp_path / "run", resume=True)
+    again = run_training(recipe, tmp_path / "run", resume=True)
     assert (first.best_step, first.best) == (again.best_step, again.best)
     assert all(
         torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items()
@@ -325,13 +325,13 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
     code = process.wait(timeout=60)
     assert code == (143 if name == "SIGTERM" else -signal.SIGKILL)
     assert not (tmp_path / "killed/model").exists()
-    train(recipe, tmp_path / "killed", resume=True)
-    train(recipe, tmp_path / "whole")
+    run_training(recipe, tmp_path / "killed", resume=True)
+    run_training(recipe, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_provenance_and_metrics_say_what_was_run(tmp_path):
-    train(tiny_recipe(tmp_path), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path), tmp_path / "run")
     (session,) = json.loads((tmp_path / "run/provenance.json").read_text())["sessions"]
     assert session["seed"] == 0
     assert session["counts"]["train_comparisons"] > 20
@@ -349,7 +349,7 @@ def test_provenance_and_metrics_say_what_was_run(tmp_path):
 
 def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_path):
     with pytest.raises(ConfigError, match=r"pip install 'hafrm\[mlflow\]'"):
-        train(tiny_recipe(tmp_path, tracking={"report_to": ["mlflow"]}), tmp_path / "a")
+        run_training(tiny_recipe(tmp_path, tracking={"report_to": ["mlflow"]}), tmp_path / "a")
     pytest.importorskip("tensorboard")
-    train(tiny_recipe(tmp_path, tracking={"report_to": ["tensorboard"]}), tmp_path / "b")
+    run_training(tiny_recipe(tmp_path, tracking={"report_to": ["tensorboard"]}), tmp_path / "b")
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))

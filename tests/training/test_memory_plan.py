@@ -15,7 +15,7 @@ from hafrm.errors import ConfigError, ModelError
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.training import memory_plan, model_setup, run_export
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from hafrm.training.memory_plan import (
     LARGEST,
     MemoryPlan,
@@ -280,14 +280,14 @@ def test_an_automatic_budget_is_used_logged_and_recorded_and_changes_no_loss(
     here = Target("cpu", 8 * MIB)
     monkeypatch.setattr(memory_plan, "target_here", lambda _: here)
     with caplog.at_level(logging.INFO, "hafrm"):
-        train(auto, tmp_path / "auto")
+        run_training(auto, tmp_path / "auto")
     expected = plan_of(auto, here).max_tokens
     assert expected == 256
     assert f"training.max_tokens {expected}" in caplog.text
     recorded = json.loads((tmp_path / "auto/provenance.json").read_text())["sessions"][0]
     assert recorded["training.max_tokens"] == expected
     assert 'max_tokens: "auto"' in (tmp_path / "auto/recipe.yaml").read_text()
-    train(fixed, tmp_path / "fixed")
+    run_training(fixed, tmp_path / "fixed")
     for ours, theirs in zip(
         read_json_lines(tmp_path / "auto/metrics.jsonl"),
         read_json_lines(tmp_path / "fixed/metrics.jsonl"),
@@ -322,7 +322,7 @@ def test_an_automatic_budget_that_cannot_fit_stops_before_a_folder_is_made(tmp_p
     monkeypatch.setattr(memory_plan, "target_here", lambda _: Target("cpu", MIB))
     recipe = tiny_recipe(tmp_path, training={"max_tokens": "auto"})
     with pytest.raises(ConfigError, match=r"not even 2 x data\.max_length tokens fit"):
-        train(recipe, tmp_path / "run")
+        run_training(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.tiny_runs import tiny_recipe
 
 STEP_WIDE = {"reward_loss": "normbt", "sum_to_zero": 0.1}
@@ -90,7 +90,7 @@ def recipe_for(folder: Path, mode: str, lora: bool, method: dict[str, Any] | Non
 def test_two_processes_train_as_one(tmp_path, mode, lora, method):
     """Rewards and distances are added over ranks, or each would follow its own tokens."""
     recipe = recipe_for(tmp_path, mode, lora, method)
-    train(recipe, tmp_path / "one")
+    run_training(recipe, tmp_path / "one")
     launch(recipe, tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
@@ -100,7 +100,7 @@ def test_a_sharded_run_is_resumed_by_one_process_from_its_gathered_checkpoint(tm
     """Checkpoints hold whole tensors, so the number of processes may change."""
     recipe = recipe_for(tmp_path, "fsdp", lora=False)
     launch(recipe, tmp_path / "two")
-    train(recipe, tmp_path / "one")
+    run_training(recipe, tmp_path / "one")
     for late in ("step-6", "step-4"):
         folder = tmp_path / "two/checkpoints" / late
         if late == "step-6":
@@ -109,7 +109,7 @@ def test_a_sharded_run_is_resumed_by_one_process_from_its_gathered_checkpoint(tm
             folder.rmdir()
     model = tmp_path / "two/model"
     model.rename(tmp_path / "set-aside")
-    train(recipe, tmp_path / "two", resume=True)
+    run_training(recipe, tmp_path / "two", resume=True)
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 

@@ -14,7 +14,7 @@ from hafrm.errors import NumericsError, VerificationError
 from hafrm.export import plain_model, proof
 from hafrm.export.checklist import replay_directory
 from hafrm.training import loop, run_export
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from support.tiny_runs import tiny_recipe
 
 
@@ -33,13 +33,13 @@ def test_a_run_whose_proof_fails_keeps_its_models_and_resume_repeats_the_proof(
     run = tmp_path / "run"
     monkeypatch.setattr(run_export, "check_golden", disagree)
     with pytest.raises(VerificationError, match=r"2e-4.*kept as .*model\.unverified.*--resume"):
-        train(recipe, run)
+        run_training(recipe, run)
     assert not (run / "model").exists()
     kept = run / "model.unverified"
     assert {p.name for p in kept.iterdir()} == {"reward", "policy", "fused.json"}
     before = (kept / "reward/model.safetensors").read_bytes()
     monkeypatch.setattr(run_export, "check_golden", replay)
-    train(recipe, run, resume=True)
+    run_training(recipe, run, resume=True)
     assert not kept.exists()
     assert (run / "model/reward/model.safetensors").read_bytes() == before
     assert (run / "model/reward/README.md").is_file()
@@ -51,7 +51,7 @@ def test_a_proof_that_runs_out_of_memory_keeps_the_models_too(tmp_path, monkeypa
 
     monkeypatch.setattr(run_export, "write_golden", fail)
     with pytest.raises(VerificationError, match="out of memory"):
-        train(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
+        run_training(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     assert (tmp_path / "run/model.unverified/reward/model.safetensors").is_file()
 
 
@@ -79,7 +79,7 @@ def test_weights_and_optimizer_are_gone_before_the_proof(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "build_model", model_of)
     monkeypatch.setattr(loop, "build_optimizer", optimizer_of)
     monkeypatch.setattr(run_export, "check_golden", look)
-    train(tiny_recipe(tmp_path), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path), tmp_path / "run")
     assert seen["optimizer"] is None
     assert seen["devices"] == {"meta"}
 
@@ -90,7 +90,7 @@ def reward(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_export, "check_golden", lambda _: {})
-        train(tiny_recipe(folder, method={"name": "bt"}), folder / "run")
+        run_training(tiny_recipe(folder, method={"name": "bt"}), folder / "run")
     return folder / "run/model/reward"
 
 

@@ -18,7 +18,7 @@ from hafrm.errors import (
 from hafrm.export.checklist import replay_directory, verify_directory
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from hafrm.training.run_export import ExportOptions, export_from_run
 from support.tiny_runs import tiny_recipe
 
@@ -43,7 +43,7 @@ def trained(folder, **sections):
     """A finished run of six steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_export, "check_golden", lambda _: {})
-        train(tiny_recipe(folder, **sections), folder / "run")
+        run_training(tiny_recipe(folder, **sections), folder / "run")
     return folder / "run"
 
 

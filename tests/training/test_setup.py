@@ -13,7 +13,7 @@ from hafrm.errors import CheckpointError, ConfigError, DataError
 from hafrm.recipe_file import load_recipe
 from hafrm.training import model_setup, run_export
 from hafrm.training.data_setup import prepare_data
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 from hafrm.training.memory_plan import plan_recipe
 from hafrm.training.methods import get_method, resolve_method
 from hafrm.training.model_setup import build_model, with_precision
@@ -170,13 +170,13 @@ def test_a_run_records_the_precision_that_auto_was_and_resumes_in_no_other(
     monkeypatch.setattr(run_export, "check_golden", lambda _: {})
     recipe, run = tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run"
     with caplog.at_level("INFO", "hafrm"):
-        train(recipe, run)
+        run_training(recipe, run)
     assert "training.precision auto: fp32 on cpu" in caplog.text
     assert load_recipe(run / "recipe.yaml").training.precision == "fp32"
-    train(recipe, run, resume=True)
+    run_training(recipe, run, resume=True)
     monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
     with pytest.raises(CheckpointError, match="recipe differs"):
-        train(recipe, run, resume=True)
+        run_training(recipe, run, resume=True)
 
 
 def test_a_plan_for_a_gpu_is_one_in_bf16(tmp_path):

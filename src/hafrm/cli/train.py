@@ -37,7 +37,7 @@ def train_command(
     from hafrm.training import loop, parallel  # noqa: PLC0415
 
     try:
-        result = loop.train(loaded, folder, resume=resume is not None)
+        result = loop.run_training(loaded, folder, resume=resume is not None)
         if not parallel.is_main():
             return
         typer.echo(

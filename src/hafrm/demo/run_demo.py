@@ -22,7 +22,7 @@ from hafrm.recipe_file import build_recipe
 from hafrm.report.page import missing_packages, write_report
 from hafrm.results import write_result
 from hafrm.table import Cell, Column, Table
-from hafrm.training.loop import train
+from hafrm.training.loop import run_training
 
 METHODS = {"haf": 1e-3, "bt": 1e-3, "dpo": 5e-4}
 """Peak learning rates that suit so small a model; the best step is chosen by validation."""
@@ -74,7 +74,9 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
         out = folder / method
         on_stage(f"{number}/5 training {LABELS[method]}")
         if not (out / "model").is_dir():  # an export is the last thing that a run does
-            train(demo_recipe(method, base, data), out, resume=(out / "recipe.yaml").is_file())
+            run_training(
+                demo_recipe(method, base, data), out, resume=(out / "recipe.yaml").is_file()
+            )
     on_stage("5/5 evaluating on four test sets, labelled by the gold preference")
     for method in METHODS:
         sources = [str(data[f"test-{name}"]) for name in TEST_SETS]

@@ -32,7 +32,7 @@ from hafrm.results import Real, read_result, write_result
 from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
 from hafrm.training.data_setup import PreparedData, load_tokenizer, prepare_data
-from hafrm.training.loop import Job, export_job, train
+from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
 from hafrm.training.model_setup import build_model, with_precision
@@ -152,7 +152,7 @@ class RunWorker:
             self._prepared = {key: prepare_data(recipe)}
         try:
             data = self._prepared[key]
-            trained = train(recipe, folder, resume=resume, data=data, finish=finish)
+            trained = run_training(recipe, folder, resume=resume, data=data, finish=finish)
         # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))

@@ -65,7 +65,7 @@ class TrainResult:
         return str(self.folder)
 
 
-def train(
+def run_training(
     recipe: Recipe,
     folder: Path,
     *,
