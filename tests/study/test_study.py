@@ -269,8 +269,8 @@ def test_finished_runs_are_not_run_again_and_more_seeds_run_only_what_is_new(fin
         ran.append(run_folder)
         return real(recipe, run_folder, **options)
 
-    real = study_runs.train
-    monkeypatch.setattr(study_runs, "train", watched)
+    real = study_runs.run_training
+    monkeypatch.setattr(study_runs, "run_training", watched)
     again = compare_methods(plan, folder / "out")
     assert ran == []
     assert again == result
@@ -373,7 +373,7 @@ def test_only_a_divergence_is_put_down_to_the_learning_rate(tmp_path, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise error[0]
 
-    monkeypatch.setattr(study_runs, "train", fail)
+    monkeypatch.setattr(study_runs, "run_training", fail)
     with pytest.raises(NumericsError, match="bt diverges at every learning rate"):
         compare_methods(plan, tmp_path / "out")
     error[0] = NumericsError("with shared prompts this model gives other numbers")

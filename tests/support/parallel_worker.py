@@ -94,6 +94,9 @@ def shards(folder: str) -> None:
     before = checkpoint.trainable_weights(model)
     assert bool(before) == (RANK == 0)
     run = RunFolder(Path(folder))
+    with torch.no_grad():
+        model(layout)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}, "the root stays gathered"
     model.set_reshard_after_forward(False)  # as FSDP2 treats a root by default
     with torch.no_grad():
         model(layout)
@@ -113,6 +116,9 @@ def shards(folder: str) -> None:
     assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
     weights = gather_weights(model)
     assert bool(weights.backbone) == bool(weights.policy_head) == (RANK == 0)
+    storages = [p.to_local().untyped_storage() for p in model.parameters()]
+    parallel.release(model)
+    assert sum(storage.nbytes() for storage in storages) == 0
 
 
 def scores() -> None:
@@ -162,10 +168,12 @@ def ends_first(folder: str) -> None:
         while not ended.exists():
             assert time.monotonic() < until, "the other rank waits for the proof"
             time.sleep(0.05)
+        assert not dist.is_initialized(), "nccl waits for ranks that have not left the group"
         return {}
 
     run_export.check_golden = check
     loop.run_training(load_recipe(f"{folder}/recipe.yaml"), Path(folder) / "run")
+    assert parallel.is_main() == (RANK == 0)  # although the group has ended
     if RANK == 1:
         ended.touch()
 

@@ -329,7 +329,7 @@ def test_an_automatic_budget_that_cannot_fit_stops_before_a_folder_is_made(tmp_p
 def test_a_number_that_will_not_fit_is_warned_of_and_taken(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(memory_plan, "target_here", lambda _: Target("cpu", MIB))
     recipe = tiny_recipe(tmp_path)
-    assert with_token_budget(recipe, HAF, HERE) is recipe
+    assert with_token_budget(recipe, HAF, HERE).training.max_tokens == 256
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "does not fit" in record.message

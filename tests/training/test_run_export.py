@@ -73,11 +73,11 @@ def steps(run):
     return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
 def test_a_finished_run_is_exported_again_in_another_dtype(finished, tmp_path, name):
     """Every weight is the run's own, rounded once."""
     done = export_from_run(finished, tmp_path / "out", ExportOptions(dtype=name))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    dtype = getattr(torch, name)
     before, after = weights(finished / "model/reward"), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value.to(dtype)) for key, value in before.items())
@@ -134,7 +134,7 @@ def test_merged_lora_scores_as_the_trained_model_and_keeps_its_head(lora, tmp_pa
 def test_an_adapter_is_written_with_its_head_and_gives_the_merged_scores(lora, tmp_path):
     """Replayed by PEFT on the base checkpoint: OpenRLHF#1342 lost the head here."""
     done = export_from_run(lora, tmp_path / "out", ExportOptions(merge_lora=False))
-    assert (done.merged, done.dtype) == (False, "fp32")
+    assert (done.merged, done.dtype) == (False, "float32")
     assert done.difference < 1e-4
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "golden_scores.jsonl"} <= names
@@ -148,7 +148,7 @@ def test_an_adapter_is_written_with_its_head_and_gives_the_merged_scores(lora, t
 
 
 def test_the_policy_comes_out_with_its_rule_and_the_same_log_probs(finished, tmp_path):
-    done = export_from_run(finished, tmp_path / "out", ExportOptions("policy", "bf16"))
+    done = export_from_run(finished, tmp_path / "out", ExportOptions("policy", "bfloat16"))
     assert done.head == "policy"
     assert done.num_golden > 5
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -165,8 +165,8 @@ def test_what_a_run_cannot_give_is_refused_with_the_reason(finished, lora, tmp_p
     refused(finished, "has no adapters", merge_lora=True)
     refused(finished, "has no adapters", merge_lora=False)
     refused(lora, "trains no policy head", head="policy")
-    refused(finished, "one of fp32, bf16, fp16", dtype="int8")
-    refused(lora, "adapters stay in fp32", dtype="bf16", merge_lora=False)
+    refused(finished, "one of float32, bfloat16, float16", dtype="int8")
+    refused(lora, "adapters stay in float32", dtype="bfloat16", merge_lora=False)
     refused(finished, "only reward models", head="policy", merge_lora=False)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
@@ -180,18 +180,18 @@ def test_a_policy_only_run_says_that_it_has_no_reward_head(tmp_path):
 
 
 def test_rounding_is_not_taken_back_but_the_checkpoint_is_taken(finished, tmp_path):
-    """model/ in bfloat16 and fp32 asked for: the float32 checkpoint is the source, or it is refused."""
+    """model/ in bfloat16 and float32 asked for: the float32 checkpoint is the source, or it is refused."""
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "model/reward")
-    coarse = ExportOptions(dtype="bf16", checkpoint="best")
+    coarse = ExportOptions(dtype="bfloat16", checkpoint="best")
     export_from_run(run, run / "model/reward", coarse)
-    done = export_from_run(run, tmp_path / "fine", ExportOptions(dtype="fp32"))
+    done = export_from_run(run, tmp_path / "fine", ExportOptions(dtype="float32"))
     assert done.source.startswith("step-")
     expected, found = weights(finished / "model/reward"), weights(tmp_path / "fine")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        export_from_run(run, tmp_path / "again", ExportOptions(dtype="fp32"))
+        export_from_run(run, tmp_path / "again", ExportOptions(dtype="float32"))
 
 
 def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
@@ -220,7 +220,7 @@ def test_weights_beyond_float16_are_refused(unfinished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_export, "gather_weights", large)
     with pytest.raises(ModelError, match=r"score\.weight.*do not fit into float16"):
-        export_from_run(unfinished, tmp_path / "out", ExportOptions(dtype="fp16"))
+        export_from_run(unfinished, tmp_path / "out", ExportOptions(dtype="float16"))
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ def export_command(
         bool, typer.Option("--policy", help="The policy (a causal LM) instead of the reward model.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp32 or fp16 (default: the run's own).")
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: the run's own).")
     ] = None,
     merge_lora: Annotated[
         bool | None,

@@ -300,7 +300,7 @@ def inputs_fit(plain: PlainModel) -> Finding:
 @clause(
     "finite scores",
     *("no fresh weights", "chat template", "ids have embeddings"),
-    fix="look for weights that are not finite; if the dtype is float16, export bf16 or fp32 instead",
+    fix="look for weights that are not finite; if the dtype is float16, export bfloat16 or float32 instead",
 )
 def finite_scores(plain: PlainModel) -> Finding:
     """Every reward is a number; float16 overflows where float32 did not (reward-bench runs float16)."""

@@ -109,9 +109,9 @@ class _TestResult:
     sets: tuple[_TestSet, ...] = ()
 
 
-def write_cards(run: Path, models: Path | None = None) -> None:
-    """Write the cards of a run's exported models; `models`: where they are, if not in place yet."""
-    models = models or run / "model"
+def write_cards(run: Path, exports: Mapping[str, Path] | None = None) -> None:
+    """Write the cards of a run's exported models; `exports`: where each head's is, if not in `model/`."""
+    exports = exports or {head: run / "model" / head for head in ("reward", "policy")}
     folder = RunFolder.open(run)
     recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_text())
     sessions: list[dict[str, Any]] = [{}]
@@ -120,7 +120,7 @@ def write_cards(run: Path, models: Path | None = None) -> None:
     test_file = run / "test.json"
     test = read_result(test_file, _TestResult) if test_file.is_file() else _TestResult()
     name, training = folder.path.resolve().name, _training(recipe, sessions[-1])
-    if (directory := models / "reward").is_dir():
+    if (directory := exports.get("reward")) and directory.is_dir():
         messages, reward = _example(directory)
         text = _REWARD_CARD.format(
             name=name,
@@ -131,7 +131,7 @@ def write_cards(run: Path, models: Path | None = None) -> None:
             max_length=recipe["data"]["max_length"],
         )
         _write(directory, recipe, ("text-classification", "reward-model"), text)
-    if (directory := models / "policy").is_dir():
+    if (directory := exports.get("policy")) and directory.is_dir():
         is_policy_only = test.scored_with == "implicit reward"
         implicit = {s.name: s if is_policy_only else s.implicit for s in test.sets}
         text = _POLICY_CARD.format(name=name, training=training, results=_results(implicit))

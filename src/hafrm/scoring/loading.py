@@ -137,7 +137,8 @@ def load_reward(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
     """A `...ForSequenceClassification` with one label and a linear head; ModelError for anything else."""
-    loaded = _load(AutoModelForSequenceClassification, path, choose_dtype(path, dtype, device))
+    dtype = choose_dtype(path, dtype, device)
+    loaded = _load(AutoModelForSequenceClassification, path, dtype, device)
     if loaded.config.num_labels != 1:
         raise ModelError(
             f"{path} has {loaded.config.num_labels} labels, but a reward model has one"
@@ -149,8 +150,7 @@ def load_reward(
             "as Llama, Qwen or Gemma have"
         )
     backbone = loaded.base_model
-    model = HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or default_device())
+    return HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
 
 
 def load_reward_head(directory: str | Path) -> nn.Linear:
@@ -169,18 +169,16 @@ def load_policy(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
     """A `...ForCausalLM` that scores; raises ModelError for anything else."""
-    dtype = choose_dtype(path, dtype, device)
-    backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device="cpu"))
-    model = HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
-    return model.to(device or default_device())
+    backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device=device))
+    return HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
 
 
 def load_causal_lm(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` for generation; raises ModelError for anything else."""
-    loaded = _load(AutoModelForCausalLM, path, choose_dtype(path, dtype, device))
-    model: PreTrainedModel = loaded.to(device or default_device())
+    dtype = choose_dtype(path, dtype, device)
+    model: PreTrainedModel = _load(AutoModelForCausalLM, path, dtype, device)
     return model
 
 
@@ -229,10 +227,17 @@ def model_digest(path: str | Path) -> str:
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _load(auto: Any, path: str | Path, dtype: torch.dtype) -> Any:
+def _load(
+    auto: Any, path: str | Path, dtype: torch.dtype, device: str | torch.device | None
+) -> Any:
     try:
         model, info = auto.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, use_safetensors=True
+            path,
+            dtype=dtype,
+            # shard by shard onto the device, never whole on the host first
+            device_map={"": device or default_device()},
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a model from {path}: {error}") from error

@@ -35,7 +35,7 @@ from hafrm.training.data_setup import PreparedData, load_tokenizer, prepare_data
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import build_model, with_precision
+from hafrm.training.model_setup import build_model
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
 from hafrm.training.validation import HeadScores, decided_margins, score_heads
 
@@ -180,8 +180,7 @@ class RunWorker:
             method = get_method("dpo")  # any method with a policy head
             ranks = parallel.start()
             # decided as `train` does, so that policy and reference are computed alike
-            recipe = with_precision(self.plan.recipe, ranks.device.type)
-            recipe = with_token_budget(recipe, method, ranks)
+            recipe = with_token_budget(self.plan.recipe, method, ranks)
             encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
             self._references = reference_logps(
                 build_model(recipe, method, encoder, ranks.device).eval(),

@@ -321,12 +321,13 @@ def plan_recipe(
 
 
 def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> Recipe:
-    """The recipe with training.max_tokens as a number and, for adapters, training.parallel chosen, the
-    same on all ranks; call before anything is loaded. Logs the plan in a line.
+    """The recipe with training.max_tokens as a number, precision decided and, for adapters,
+    training.parallel chosen, the same on all ranks; call before anything is loaded. Logs the plan.
 
     Raises ConfigError where it is auto and not even the smallest budget fits. A number is taken as it is,
     with a warning.
     """
+    recipe = with_precision(recipe, ranks.device.type)  # what the plan is of
     auto = recipe.training.max_tokens == "auto"
     choice, plan = _choose(recipe, method, target_here(ranks))
     budget = parallel.smallest(plan.max_tokens if plan.fits else 0)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
+from hafrm.engine.packing import free_memory
 from hafrm.errors import HafrmError
 from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.forward import Scores, check_finite, run_forward
@@ -33,6 +34,8 @@ HOSTS_TIMEOUT = timedelta(hours=12)
 """For what one rank does while the others wait: tokenising, writing checkpoints, verifying an export."""
 _hosts: dist.ProcessGroup | None = None
 """A gloo group for messages between hosts: a launcher may have made the default group with nccl only."""
+_rank = 0
+"""Kept here, because the main rank stays the main one when the group has ended."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ class Ranks:
 
 def start() -> Ranks:
     """Join the process group that the launcher announced, if any."""
-    global _hosts  # noqa: PLW0603 - a process has one process group, and torch keeps it globally too
+    global _hosts, _rank  # noqa: PLW0603 - torch keeps a process's one group globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    _rank = rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         # Every step has other lengths, which fragment memory. Read at the first allocation on a GPU.
@@ -69,7 +72,9 @@ def start() -> Ranks:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """End the process group, if there is one. All ranks call at about the same time: on nccl the first
+    to end waits for the last.
+    """
     global _hosts  # noqa: PLW0603
     _hosts = None
     if dist.is_initialized():
@@ -83,7 +88,7 @@ def num_ranks() -> int:
 
 def is_main() -> bool:
     """Whether this process writes files and shows progress."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return _rank == 0
 
 
 def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Module:
@@ -104,7 +109,7 @@ def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Mo
         fully_shard(layer, mp_policy=policy)
     if model.reward_head is not None:
         fully_shard(model.reward_head)
-    # By default FSDP2 leaves the root gathered after a forward.
+    # By default FSDP2 leaves the root gathered after a forward, and an export would take the copies.
     fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     return model
 
@@ -123,12 +128,24 @@ def unwrap(model: nn.Module) -> HybridModel:
 
 def reshard(model: nn.Module) -> None:
     """Drop what FSDP2 has gathered, so that parameters are their float32 shards. A forward without a
-    backward may leave copies in their place, which have no optimiser state and which no write reaches."""
+    backward leaves copies in place of the root's, which have no optimiser state and which no write
+    reaches.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     if isinstance(model, FSDPModule):
         assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def release(model: HybridModel) -> None:
+    """Free the memory of the weights, even while others refer to the model, which is empty afterwards."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        if isinstance(parameter, DTensor):  # FSDP2 refers to the shards by itself
+            parameter.to_local().untyped_storage().resize_(0)
+    model.to("meta")
+    free_memory()
 
 
 @contextlib.contextmanager

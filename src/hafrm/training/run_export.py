@@ -15,10 +15,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from hafrm.atomic import atomic_directory
+from hafrm.atomic import atomic_directory, remove_directory
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
-from hafrm.engine.packing import free_memory
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.golden import GOLDEN, read_golden
@@ -36,7 +35,7 @@ from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder, step_of
 from hafrm.scoring.fused import write_fused_rule
-from hafrm.scoring.loading import load_config, load_encoder, load_policy, load_reward
+from hafrm.scoring.loading import DTYPES, load_config, load_encoder, load_policy, load_reward
 from hafrm.scoring.reward_model import ImplicitRule, write_implicit_rule
 from hafrm.training import parallel
 from hafrm.training.checkpoint import STATE, load_weights
@@ -48,8 +47,10 @@ from hafrm.training.validation import fit_on_validation
 
 log = logging.getLogger("hafrm")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What weights can be stored in, by their short names."""
+STORED = DTYPES[1:]  # not auto
+"""Dtypes that weights can be stored in."""
+MERGED = "merged"
+"""Where the merged model lies beside an adapter until its scores are recorded."""
 Head = Literal["reward", "policy"]
 
 
@@ -64,13 +65,10 @@ def export_run(
     """Write `model/reward` and `model/policy`, as far as the method trained them, and where it trained
     both the rule of their fused score, fitted on validation with its `references`.
 
-    All ranks call. Those that write nothing return before the proof, which may take an hour. The model is
-    empty afterwards: its memory is the proof's. Raises VerificationError where the proof fails; the models
-    are then kept.
+    All ranks call. Their process group ends once the weights are gathered, and those that write nothing
+    return before the proof, which may take an hour. The model is empty afterwards: its memory is the
+    proof's. Raises VerificationError where the proof fails; the models are then kept.
     """
-    folder = run.path / "model"
-    if folder.is_dir():
-        return
     dtype = _export_dtype(recipe)
     rule = None
     if method.trains_reward and method.trains_policy:
@@ -84,6 +82,7 @@ def export_run(
         )
         log.info("fitted on validation: %s", rule)
     weights = gather_weights(model)
+    parallel.stop()
     if not parallel.is_main():
         return
     with atomic_directory(run.unverified_path, replace=True) as aside:
@@ -95,19 +94,18 @@ def export_run(
         if rule is not None:
             write_fused_rule(aside, rule)
     del weights
-    model.to("meta")  # frees its memory even while others refer to it
-    free_memory()
+    parallel.release(model)
 
     def check(models: Path) -> None:
         if (models / "reward").is_dir():
             num_golden = write_golden(models / "reward", data.golden)
             differences = check_golden(models / "reward")
             log.info("%d golden scores replayed by plain transformers: %s", num_golden, differences)
-        write_cards(run.path, models)
+        write_cards(run.path, {head: models / head for head in ("reward", "policy")})
 
     prove(
         run.unverified_path,
-        folder,
+        run.path / "model",
         check,
         f"the training is finished and loses nothing. Repeat the export and its proof with: hafrm train "
         f"--resume {run.path}; or see what differs with: hafrm verify {run.unverified_path / 'reward'}",
@@ -130,19 +128,19 @@ class ExportOptions:
     """What `hafrm export` writes, from where, and how it is stored."""
 
     head: Head = "reward"
-    dtype: str | None = None  # one of DTYPES; None: what the run computed in, as at its end
+    dtype: str | None = None  # one of STORED; None: what the run computed in, as at its end
     merge_lora: bool | None = None
     """False: adapters beside the base checkpoint; None: merged, if there are any."""
     checkpoint: str | None = None
     """best, latest or a step; None: `model/` if the run has finished, else the best or latest."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.merge_lora is False and self.dtype not in (None, "fp32"):
+        if self.dtype is not None and self.dtype not in STORED:
+            raise ConfigError(f"--dtype must be one of {', '.join(STORED)}, got {self.dtype!r}")
+        if self.merge_lora is False and self.dtype not in (None, "float32"):
             raise ConfigError(
-                f"--dtype {self.dtype} needs merged weights: adapters stay in fp32, as they were trained; "
-                "remove --dtype or --no-merge-lora"
+                f"--dtype {self.dtype} needs merged weights: adapters stay in float32; remove"
+                " --dtype or --no-merge-lora"
             )
         if self.merge_lora is False and self.head == "policy":
             raise ConfigError(
@@ -184,7 +182,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
     recipe = load_recipe(run.recipe_path)
     method = resolve_method(recipe)
     _check_possible(recipe, method, options)
-    dtype = DTYPES[options.dtype] if options.dtype else _export_dtype(recipe)
+    dtype = getattr(torch, options.dtype) if options.dtype else _export_dtype(recipe)
     checkpoint = _choose_checkpoint(run, options, dtype)
     if checkpoint is None:
         source = _from_model(run, options.head)
@@ -192,26 +190,21 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
         source = _from_checkpoint(run, recipe, checkpoint)
     merge = options.merge_lora is not False
     unverified = to.with_name(f"{to.name}.unverified")
-    with atomic_directory(unverified, replace=True) as aside:
-        made = aside / options.head
-        num_golden = 0
-        if options.head == "reward":
-            num_golden = _write_reward(source, recipe, made, dtype, merge=merge)
-        else:
-            export_policy(gather_weights(source.model), source.encoder, made, dtype=dtype)
-            write_implicit_rule(made, _implicit_rule(recipe, method))
-        # A card of an adapter would say how to load a whole model; test results are of `model/` alone.
-        if merge and (checkpoint is None or not (run.path / "test.json").is_file()):
-            write_cards(run.path, aside)
-        for file in list(made.iterdir()):
-            file.rename(aside / file.name)
-        made.rmdir()
-    source.model.to("meta")  # its memory is the proof's
+    if unverified.exists():
+        remove_directory(unverified)
+    _write_head(source, recipe, method, options, unverified, dtype)
+    parallel.release(source.model)
 
     def check(directory: Path) -> tuple[int, float]:
         if options.head == "policy":
-            return check_policy(directory, source.golden)
-        return num_golden, max(check_golden(directory).values())
+            result = check_policy(directory, source.golden)
+        else:
+            complete = directory if merge else directory / MERGED
+            result = _check_reward(directory, complete, source.golden)
+        # A card of an adapter would say how to load a whole model; test results are of `model/` alone.
+        if merge and (checkpoint is None or not (run.path / "test.json").is_file()):
+            write_cards(run.path, {options.head: directory})
+        return result
 
     num, difference = prove(unverified, to, check, "the same command repeats it and its proof")
     stored = dtype if merge else torch.float32
@@ -219,7 +212,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
         directory=to,
         head=options.head,
         source=source.name,
-        dtype=next(name for name, value in DTYPES.items() if value == stored),
+        dtype=str(stored).removeprefix("torch."),
         merged=None if recipe.lora is None else merge,
         num_golden=num,
         difference=difference,
@@ -306,22 +299,35 @@ def _recorded_golden(run: RunFolder) -> list[Group] | None:
     return [group for group in groups if group.prompt != PLAIN.prompt]
 
 
-def _write_reward(
-    source: _Source, recipe: Recipe, made: Path, dtype: torch.dtype, *, merge: bool
-) -> int:
-    """Write the reward model with its golden scores; returns their number."""
-    whole = made if merge else made.with_name("whole")
-    export_reward(
-        gather_weights(source.model), source.encoder, whole, dtype=dtype if merge else torch.float32
-    )
-    num_golden = write_golden(whole, source.golden)
-    checklist = verify_directory(whole, run_model=False)
+def _write_head(
+    source: _Source,
+    recipe: Recipe,
+    method: Method,
+    options: ExportOptions,
+    made: Path,
+    dtype: torch.dtype,
+) -> None:
+    if options.head == "policy":
+        export_policy(gather_weights(source.model), source.encoder, made, dtype=dtype)
+        write_implicit_rule(made, _implicit_rule(recipe, method))
+        return
+    complete = made
+    if options.merge_lora is False:
+        base = Base(recipe.model.path, recipe.model.revision)
+        export_adapter(source.model, source.encoder, made, base)
+        complete, dtype = made / MERGED, torch.float32
+    export_reward(gather_weights(source.model), source.encoder, complete, dtype=dtype)
+
+
+def _check_reward(directory: Path, complete: Path, golden: Sequence[Group]) -> tuple[int, float]:
+    """Record the golden scores of the complete model and replay them with the directory that is exported,
+    which may be an adapter; returns their number and the largest difference."""
+    num_golden = write_golden(complete, golden)
+    checklist = verify_directory(complete, run_model=False)
     if not checklist.ok:
         faults = "; ".join(f"{r.name}: {r.observed} ({r.fix})" for r in checklist.failed)
         raise ModelError(f"the export would not serve every consumer: {faults}")
-    if not merge:
-        base = Base(recipe.model.path, recipe.model.revision)
-        export_adapter(source.model, source.encoder, made, base)
-        (whole / GOLDEN).rename(made / GOLDEN)
-        shutil.rmtree(whole)
-    return num_golden
+    if complete != directory:
+        (complete / GOLDEN).rename(directory / GOLDEN)
+        shutil.rmtree(complete)
+    return num_golden, max(check_golden(directory).values())
