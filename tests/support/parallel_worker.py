@@ -20,7 +20,7 @@ import torch.testing._internal.distributed.fake_pg
 from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
-from hafrm.errors import CheckpointError, MemoryBudgetError, NumericsError
+from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError, NumericsError
 from hafrm.export.stock_export import gather_weights
 from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder
@@ -174,6 +174,8 @@ def ends_first(folder: str) -> None:
     run_export.check_golden = check
     loop.run_training(load_recipe(f"{folder}/recipe.yaml"), Path(folder) / "run")
     assert parallel.is_main() == (RANK == 0)  # although the group has ended
+    with pytest.raises(ConfigError, match="launch them again"):
+        parallel.start()
     if RANK == 1:
         ended.touch()
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
 from hafrm.engine.packing import free_memory
-from hafrm.errors import HafrmError
+from hafrm.errors import ConfigError, HafrmError
 from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.forward import Scores, check_finite, run_forward
 
@@ -36,6 +36,7 @@ _hosts: dist.ProcessGroup | None = None
 """A gloo group for messages between hosts: a launcher may have made the default group with nccl only."""
 _rank = 0
 """Kept here, because the main rank stays the main one when the group has ended."""
+_has_ended = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that the launcher announced, if any."""
+    """Join the process group that the launcher announced, if any.
+
+    Raises ConfigError for the second run of a process that is one of several ranks: torch cannot set up a
+    launcher's group twice.
+    """
     global _hosts, _rank  # noqa: PLW0603 - torch keeps a process's one group globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
     _rank = rank = int(os.environ.get("RANK", "0"))
@@ -60,6 +65,10 @@ def start() -> Ranks:
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         # Every step has other lengths, which fragment memory. Read at the first allocation on a GPU.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if size > 1 and _has_ended:
+        raise ConfigError(
+            "several processes train one run only: launch them again for the next run"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -75,9 +84,10 @@ def stop() -> None:
     """End the process group, if there is one. All ranks call at about the same time: on nccl the first
     to end waits for the last.
     """
-    global _hosts  # noqa: PLW0603
+    global _hosts, _has_ended  # noqa: PLW0603
     _hosts = None
     if dist.is_initialized():
+        _has_ended = True
         dist.destroy_process_group()
 
 
