@@ -42,12 +42,6 @@ def test_every_shipped_recipe_loads_and_survives_being_written_out(path: Path, t
     assert load_as(KINDS[path], tmp_path / "again.yaml") == recipe
 
 
-def test_there_is_a_small_a_full_and_a_lora_recipe_and_two_for_rlhf():
-    assert {path.stem for path in RECIPES} >= {"tiny-cpu", "phi2-full", "mistral-7b-lora"}
-    rlhf = {path.stem for path, kind in KINDS.items() if kind is RlhfRecipe}
-    assert rlhf >= {"ppo-paper", "rlhf-tiny-cpu"}
-
-
 def test_the_ppo_recipe_holds_the_numbers_of_the_paper_s_script_and_of_trl_s_old_defaults():
     """facts: 30,000 episodes of 2, lr 1e-6, 384/128 tokens, T 0.5, top-p 0.8, penalty 1.2, clip 3;
     TRL: adaptive KL from 0.2 to 6 over 10,000, 4 epochs, lambda 0.95, value weight 0.1."""
@@ -88,13 +82,6 @@ def test_the_paper_recipes_hold_the_numbers_of_its_released_code():
     assert lora.training.learning_rate == 3e-5
     assert lora.lora is not None
     assert (lora.lora.rank, lora.lora.alpha) == (64, 16)
-
-
-@pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
-def test_every_value_in_a_shipped_recipe_is_explained_or_obvious(path: Path):
-    """A newcomer learns from the comments, so at least half of the values carry one."""
-    values = [x for x in path.read_text().splitlines() if re.match(r"\s+\w+: \S", x)]
-    assert sum("#" in line for line in values) >= len(values) / 2
 
 
 @pytest.mark.parametrize(("page", "root"), [("recipes", Recipe), ("rlhf-recipes", RlhfRecipe)])
@@ -190,59 +177,12 @@ def test_the_slurm_script_queues_again_only_after_a_stop_by_signal(tmp_path: Pat
         assert ("requeue 7" in done.stdout) == queued
 
 
-def test_the_slurm_script_gives_every_task_its_rank_and_the_signal(tmp_path: Path):
-    """Run with a stand-in srun that is one task: its Python must replace the shell (exec)."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "srun").write_text(
-        '#!/bin/sh\nshift\nexport SLURM_PROCID=3 SLURM_NTASKS=8 SLURM_LOCALID=1\nexec "$@"\n'
-    )
-    (tools / "scontrol").write_text("#!/bin/sh\necho node-one\n")
-    (tools / "python").write_text(
-        '#!/bin/sh\necho "$PPID $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $*"\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(LAUNCH / "slurm.sbatch"), "a.yaml", "out dir", "x.y=1"],  # noqa: S607
-        cwd=tmp_path,
-        env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split(maxsplit=1)[1].strip() == (
-        "3 8 1 node-one 20007 -m hafrm train a.yaml --out out dir x.y=1"
-    )
-
-
-@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_launch_yaml_loads_and_names_recipes_that_exist(path: Path):
-    values = YAML(typ="safe").load(path.read_text())
-    assert isinstance(values, dict)
-    named = re.findall(r"recipes/[\w-]+\.yaml", path.read_text())
-    assert all((ROOT / name).is_file() for name in named)
-
-
 def test_the_accelerate_file_only_starts_processes():
     """accelerate's own sharding and casting would be a second, untested engine."""
     values = YAML(typ="safe").load((LAUNCH / "accelerate.yaml").read_text())
     assert values["distributed_type"] == "MULTI_GPU"
     assert values["mixed_precision"] == "no"
     assert not [key for key in values if "fsdp" in key or "deepspeed" in key]
-
-
-def test_the_skypilot_commands_parse_as_shell():
-    values = YAML(typ="safe").load((LAUNCH / "skypilot.yaml").read_text())
-    for part in ("setup", "run"):
-        checked = subprocess.run(
-            ["bash", "-n"],  # noqa: S607
-            input=values[part],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert checked.returncode == 0, checked.stderr
 
 
 def test_the_ray_file_calls_the_training_function_with_arguments_that_it_has():
@@ -253,10 +193,11 @@ def test_the_ray_file_calls_the_training_function_with_arguments_that_it_has():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.keywords
     }
     loop = ast.parse((ROOT / "src/hafrm/training/loop.py").read_text())
-    function = next(n for n in loop.body if isinstance(n, ast.FunctionDef) and n.name == "train")
-    assert len(calls["train"].args) == len(function.args.args)
-    known = {argument.arg for argument in function.args.kwonlyargs}
-    assert {keyword.arg for keyword in calls["train"].keywords} <= known
+    functions = {n.name: n for n in loop.body if isinstance(n, ast.FunctionDef)}
+    (name,) = calls.keys() & functions.keys()
+    arguments = functions[name].args
+    assert len(calls[name].args) == len(arguments.args)
+    assert {k.arg for k in calls[name].keywords} <= {a.arg for a in arguments.kwonlyargs}
 
 
 def test_the_list_of_launch_files_is_complete():

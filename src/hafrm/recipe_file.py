@@ -1,10 +1,9 @@
 """Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; every problem in one message, with its place.
 
 Relative paths stay as written and mean the current directory; `~` is expanded. The schema is
-`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`. No torch is imported.
+`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,17 +17,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, did_you_mean
 from hafrm.recipe import Recipe, Section, describe_keys, sections_of
 
 Root = TypeVar("Root", bound=Section)
 
-_NO_AUTO = (
-    "give a number, such as 0.2; `hafrm compare` with several alphas shows how much it matters"
-)
+_NO_AUTO = "give a number, such as 0.2"
 REMOVED = {
     "method.alpha=auto": f"alpha is no longer set automatically: {_NO_AUTO}",
     "method.gradient_ratio": f"removed; set method.alpha instead: {_NO_AUTO}",
+    "data.weights=uniform": "removed; give one number for each entry of data.train",
     "evaluation.judge": "renamed to evaluation.reward_model",
     "data.too_long=drop": "removed from RLHF recipes: longer prompts are always left out and counted",
     "data.too_long=refuse": "removed: longer prompts are always left out and counted",
@@ -44,7 +42,7 @@ REMOVED = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `section.key=value` overrides applied in order.
 
-    Raises ConfigError with every problem of the file and the overrides, and where each one is.
+    Raises ConfigError with every problem, and where each one is.
     """
     return load_as(Recipe, path, overrides)
 
@@ -56,8 +54,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
         text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
         values = draft.parse(text)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the recipe {path}: {reason}") from error
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if values is not None and not isinstance(values, dict):
@@ -250,24 +247,13 @@ def _shown(value: Any) -> str:
 
 
 def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
-    """The keys most like an unknown one, or else all keys of its section."""
-    name, section = str(location[-1]).lower(), str(location[0]) if len(location) > 1 else None
-    sections = sections_of(root)
-    if section is None and (near := difflib.get_close_matches(name, sections, 1)):
-        return f"; did you mean {near[0]}?"
-    scores = {}
-    for key in describe_keys(root):
-        home, leaf = key.name.split(".")
-        scores[key.name] = _likeness(name, leaf) + 0.1 * (home == section)
-    best = max(scores.values())
-    if best >= 0.65:
-        return f"; did you mean {' or '.join(k for k, score in scores.items() if score == best)}?"
-    allowed = sections if section is None else sections[section].model_fields
-    return f"; allowed here: {', '.join(allowed)}"
-
-
-def _likeness(name: str, leaf: str) -> float:
-    initials = "".join(word[0] for word in leaf.split("_"))
-    if name == initials or leaf in name:  # lr, num_train_epochs
-        return 0.8 + len(leaf) / 1000
-    return difflib.SequenceMatcher(None, name, leaf).ratio()
+    """The keys like an unknown one, here or in other sections, or else all keys of its section."""
+    sections, name = sections_of(root), str(location[-1])
+    allowed = list(sections[str(location[0])].model_fields if len(location) > 1 else sections)
+    hint = did_you_mean(name, allowed)
+    homes = {
+        leaf: f"{home}.{leaf}" for home, kind in sections.items() for leaf in kind.model_fields
+    }
+    if not hint and name in homes:  # right key, wrong section
+        hint = f"did you mean {homes[name]}? "
+    return f"; {hint}allowed here: {', '.join(allowed)}"

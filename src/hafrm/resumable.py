@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hafrm.atomic import LOCK, atomic_write, clear_leftovers, is_leftover, lock_directory
+from hafrm.atomic import atomic_write, clear_leftovers, is_unused, lock_directory
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
 from hafrm.results import to_plain
@@ -57,10 +57,7 @@ class ResumableFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, kind: str) -> Iterator["ResumableFolder"]:
-        """A new folder, or one in which a job of this kind was started, locked inside the block.
-
-        Raises CheckpointError for a folder that holds something else, or that another process uses.
-        """
+        """A new folder, or one in which a job of this kind was started, locked inside the block."""
         folder = cls(path, kind)
         folder._check_is_ours()
         with write_errors(path):
@@ -72,10 +69,7 @@ class ResumableFolder:
             yield folder
 
     def records(self, name: str, cache_key: CacheKey) -> RecordFile:
-        """The JSON-lines file `name`, to be added to.
-
-        Raises CheckpointError where the file has records that depend on something else.
-        """
+        """The JSON-lines file `name`, to be added to; raises CheckpointError as `claim` does."""
         file = RecordFile(self.path / name)
         self.claim(name, cache_key, has_content=bool(file.records))
         return file
@@ -83,27 +77,22 @@ class ResumableFolder:
     def claim(self, name: str, cache_key: CacheKey, *, has_content: bool) -> None:
         """Note what output `name` depends on; raises CheckpointError where its content depends on more."""
         new = json.loads(json.dumps(to_plain(cache_key), sort_keys=True))
-        outputs = self._read()
-        old = outputs.get(name)
-        if old == new:
-            return
-        if has_content:
-            differing = sorted(
-                k for k in {**new, **(old or {})} if new.get(k) != (old or {}).get(k)
-            )
-            raise CheckpointError(
-                f"{self.path / name} was made with other settings (different: {', '.join(differing)}): "
-                "give another --out, or remove that file to make it again"
-            )
-        self._write({**outputs, name: new})
-
-    def _read(self) -> dict[str, Any]:
         file = self.path / MANIFEST
         try:
             outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error!r}; give another --out") from error
-        return outputs
+        old = outputs.get(name)
+        if old == new:
+            return
+        if has_content:
+            old = old or {}
+            differing = sorted(k for k in {**new, **old} if new.get(k) != old.get(k))
+            raise CheckpointError(
+                f"{self.path / name} was made with other settings (different: {', '.join(differing)}): "
+                "give another --out, or remove that file to make it again"
+            )
+        self._write({**outputs, name: new})
 
     def _write(self, outputs: Mapping[str, Any]) -> None:
         content = {"kind": self.kind, "outputs": outputs, "process": describe_process()}
@@ -112,22 +101,16 @@ class ResumableFolder:
 
     def _check_is_ours(self) -> None:
         manifest = self.path / MANIFEST
-        if self.path.is_file():
-            raise CheckpointError(f"{self.path} is a file; give a folder")
-        if manifest.is_file():
-            try:
-                kind = json.loads(manifest.read_bytes()).get("kind")
-            except (ValueError, AttributeError):
-                kind = None
-            if kind == self.kind:
-                return
-        elif not self.path.is_dir() or not any(
-            e.name != LOCK and not is_leftover(e) for e in self.path.iterdir()
-        ):
+        if not self.path.exists() or (self.path.is_dir() and is_unused(self.path)):
             return
-        raise CheckpointError(
-            f"{self.path} is not empty and holds no job of this kind ({self.kind}): give another --out"
-        )
+        try:
+            kind = json.loads(manifest.read_bytes()).get("kind")
+        except (OSError, ValueError, AttributeError):
+            kind = None
+        if kind != self.kind:
+            raise CheckpointError(
+                f"{self.path} is not empty and holds no job of this kind ({self.kind}): give another --out"
+            )
 
 
 @contextlib.contextmanager

@@ -1,13 +1,11 @@
 """Row shapes: what each understood shape says, and the reason for which every broken row is refused."""
 
-import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from hafrm.data.parse import MAX_RANKED, ParsedRow, parse_row
-from hafrm.data.values import BAD_ROW_REASONS, Refusal
+from hafrm.data.parse import MAX_RANKED, ParsedRow, Reason, Refusal, parse_row
 from hafrm.preferences import Comparison, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
@@ -28,7 +26,7 @@ def good(row: object, **options: Any) -> ParsedRow:
 def reason(row: object, **options: Any) -> str:
     refusal = parse_row(row, **options)
     assert isinstance(refusal, Refusal), refusal
-    assert refusal.reason in BAD_ROW_REASONS
+    assert refusal.reason in get_args(Reason)
     assert refusal.detail.isprintable() and len(refusal.detail) < 1000
     return refusal.reason
 
@@ -58,10 +56,6 @@ def reason(row: object, **options: Any) -> str:
         {"chosen": "Why is the sky blue?\nScattering.", "rejected": "Why is the sky blue?\nPaint."},
         {"prompt": [ASKED], "responses": ["Scattering.", "Paint."], "ranks": [1, 2]},
         {"prompt": "Why is the sky blue?", "responses": ["Scattering.", "Paint."], "scores": [5, 2.5]},
-        {"context": [ASKED], "completions": [
-            {"rank": 0, "completion": [said("Scattering.")]},
-            {"rank": 1, "completion": [said("Paint.")]},
-        ]},
     ],
 )  # fmt: skip
 def test_every_shape_of_the_same_pair_reads_the_same(row: dict[str, Any]) -> None:
@@ -91,20 +85,11 @@ def test_turns_between_the_prompt_and_the_response_join_the_prompt() -> None:
 
 
 def test_a_repeated_prompt_may_have_a_system_message_before_it() -> None:
-    whole = [{"role": "system", "content": "Be brief."}, ASKED]
+    tools = [said("looking it up"), {"role": "tool", "content": "42"}]
+    whole = [{"role": "system", "content": "Be brief."}, ASKED, *tools, tools[1], ASKED]
     row = PAIR | {"chosen": [*whole, said("Scattering.")], "rejected": [*whole, said("Paint.")]}
-    assert [message.role for message in good(row).prompt] == ["system", "user"]
-
-
-def test_system_and_tool_messages_are_allowed_in_prompts() -> None:
-    prompt = [
-        {"role": "system", "content": ""},
-        ASKED,
-        said("looking it up"),
-        {"role": "tool", "content": "42"},
-        {"role": "tool", "content": "43"},
-    ]
-    assert len(good(PAIR | {"prompt": prompt}).prompt) == 5
+    roles = [message.role for message in good(row).prompt]
+    assert roles == ["system", "user", "assistant", "tool", "tool", "user"]
 
 
 def test_responses_with_an_explicit_prompt_are_kept_to_the_letter() -> None:
@@ -175,21 +160,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-HOSTILE = [
-    None,
-    3,
-    1.5,
-    True,
-    b"bytes",
-    {},
-    {"a": 1},
-    [],
-    [[]],
-    [["x"]],
-    [None],
-    {1, 2},
-    nested(500),
-]
+HOSTILE = [None, 3, True, b"bytes", {}, {"a": 1}, [], [[]], [["x"]], [None], {1, 2}, nested(500)]
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
@@ -199,7 +170,7 @@ def test_a_value_of_the_wrong_type_is_refused_and_never_raises(column: str, valu
 
 
 @pytest.mark.parametrize("value", HOSTILE[1:])
-@pytest.mark.parametrize("column", ["responses", "completions", "response", "context"])
+@pytest.mark.parametrize("column", ["responses", "response"])
 def test_hostile_lists_of_responses_are_refused_and_never_raise(column: str, value: Any) -> None:
     assert reason({"prompt": "p", column: value, "ranks": value}, need_comparisons=False)
 
@@ -276,7 +247,6 @@ def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) 
     [
         ({"prompt": "p", "chosen": "a"}, "missing column"),
         ({"chosen": "I am sure: yes.", "rejected": "I am sure: no."}, "missing column"),
-        ({"chosen": "same", "rejected": "same"}, "chosen equals rejected"),
         ({"chosen": [said("a")], "rejected": [said("b")]}, "missing column"),
         ({"chosen": "Hi\n\nAssistant: a", "rejected": "Hi\n\nAssistant: b"}, "wrong roles"),
         ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: b"},
@@ -296,8 +266,6 @@ def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) 
         ({"prompt": "p", "responses": [], "ranks": []}, "missing column"),
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "missing column"),
         ({"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]}, "empty response"),
-        ({"prompt": "p", "completions": [{"completion": "a"}]}, "missing column"),
-        ({"prompt": "p", "completions": [{"rank": 1, "completion": 5}]}, "not a string"),
         ({"question": "q", "answer": "a"}, "missing column"),
     ],
 )  # fmt: skip
@@ -311,16 +279,3 @@ def test_a_long_ranking_is_refused_before_its_pairs_are_made() -> None:
     row = {"prompt": "p", "responses": texts, "ranks": list(range(size))}
     assert reason(row) == "too long"
     assert len(good({"prompt": "p", "responses": texts}, need_comparisons=False).responses) == size
-
-
-def test_the_nan_that_json_lets_through_is_caught() -> None:
-    for text in ('{"margin": NaN}', '{"margin": -Infinity}', '{"margin": 1e999}'):
-        assert reason(PAIR | json.loads(text)) == "non-finite margin"
-    scores = json.loads('{"prompt": "p", "responses": ["a", "b"], "scores": [NaN, 1]}')
-    assert reason(scores) == "bad number"
-
-
-def test_text_outside_the_basic_plane_is_no_lone_surrogate() -> None:
-    assert (
-        good(PAIR | {"chosen": json.loads('"\\ud83d\\ude00"')}).responses[0] == "\N{GRINNING FACE}"
-    )

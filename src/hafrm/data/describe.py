@@ -1,7 +1,6 @@
 """What is in preference data, in numbers: sizes, lengths, length bias, and what sharing prompts saves.
 
-Pure arithmetic over what was read (and, with an encoder, over its token ids). Lengths are in words, split
-at white space, until there are tokens.
+Lengths are in words, split at white space; with an encoder, also in tokens.
 """
 
 from collections import Counter
@@ -16,20 +15,12 @@ from hafrm.data.reader import PreferenceData
 from hafrm.data.splits import normalised_key
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Table, columns
 
 Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]
 """`Encoder.encode`."""
-
-
-@dataclass(frozen=True, slots=True)
-class LengthSummary:
-    """Mean, median, 95th percentile (nearest rank) and maximum; all 0 when there is nothing."""
-
-    mean: float
-    p50: int
-    p95: int
-    max: int
+Lengths = tuple[float, int, int, int]
+"""Mean, median, 95th percentile (nearest rank) and maximum; all 0 when there is nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +28,6 @@ class Description:
     """Everything that `hafrm data` shows."""
 
     counts: dict[str, int]
-    """Rows, groups, prompts (distinct but for case and white space), responses, comparisons, ..."""
     bad_rows: dict[str, int]
     """By reason."""
     left_out: dict[str, int]
@@ -47,7 +37,7 @@ class Description:
     """Comparisons of each source."""
     tags: dict[str, dict[str, int]]
     """Comparisons by tag (split, subset, ...) and value; "" are those of groups without the tag."""
-    lengths: dict[str, LengthSummary]
+    lengths: dict[str, Lengths]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""
     longer_is_chosen: Estimate
     """Fraction of comparisons without ties."""
@@ -58,13 +48,11 @@ class Description:
 
     def tables(self) -> tuple[Table, ...]:
         """What is in the data, what is wrong with it, and its lengths."""
-        facts = Table("what is in it", (Column(""), Column("")), tuple(self._facts()))
-        reasons = (Column("reason"), Column("rows", "count"))
-        bad = Table("bad rows", reasons, tuple(self.bad_rows.items()))
-        counts = (Column(name, "count") for name in ("p50", "p95", "max"))
-        head = (Column(""), Column("mean", "general"), *counts)
-        rows = tuple((n, x.mean, x.p50, x.p95, x.max) for n, x in self.lengths.items())
-        return (facts, *([bad] if self.bad_rows else []), Table("lengths", head, rows))
+        bad = Table("bad rows", columns("reason | rows: count"), tuple(self.bad_rows.items()))
+        head = columns("of | mean: general | p50: count | p95: count | max: count")
+        lengths = tuple((name, *numbers) for name, numbers in self.lengths.items())
+        facts = Table("what is in it", columns("what | value"), tuple(self._facts()))
+        return (facts, *([bad] if self.bad_rows else []), Table("lengths", head, lengths))
 
     def _facts(self) -> Iterator[tuple[Cell, ...]]:
         yield from self.counts.items()
@@ -85,7 +73,6 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
     """Counts and lengths of what was read; `encode` (an `Encoder.encode`) adds those of tokens."""
     groups = data.groups
     pairs = [(group, pair) for group in groups for pair in group.comparisons]
-    votes = [pair.votes for _, pair in pairs if pair.votes is not None]
     sides = [
         (_words(group.responses[pair.chosen]), _words(group.responses[pair.rejected]))
         for group, pair in pairs
@@ -113,16 +100,13 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         counts={
             "rows": data.num_rows,
             "bad rows": len(data.bad_rows),
-            "comparisons repeated": data.num_repeated,
             "groups": len(groups),
             "prompts": len({normalised_key(group.prompt) for group in groups}),
             "responses": sum(len(group.responses) for group in groups),
             "comparisons": len(pairs),
             "ties": sum(pair.tie for _, pair in pairs),
             "with margin": sum(pair.margin != 0 for _, pair in pairs),
-            "with votes": len(votes),
-            # votes for more than one outcome
-            "contested": sum(sum(count > 0 for count in vote) > 1 for vote in votes),
+            "with votes": sum(pair.votes is not None for _, pair in pairs),
         },
         bad_rows=dict(Counter(row.reason for row in data.bad_rows).most_common()),
         left_out=data.left_out,
@@ -143,11 +127,10 @@ def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
     """
     packed = paired = 0
     for group in groups:
-        sizes, prompt = [len(ids) for ids in group.response_ids], len(group.prompt_ids)
-        if group.comparisons:
-            packed += prompt + sum(sizes)
+        packed += group.num_tokens if group.comparisons else 0
         for pair in group.comparisons:
-            paired += 2 * prompt + sizes[pair.chosen] + sizes[pair.rejected]
+            sides = group.response_ids[pair.chosen], group.response_ids[pair.rejected]
+            paired += sum(len(group.prompt_ids) + len(ids) for ids in sides)
     return 1 - packed / paired if paired else 0.0
 
 
@@ -155,9 +138,9 @@ def _words(text: str) -> int:
     return len(text.split())
 
 
-def _lengths(values: Iterable[int]) -> LengthSummary:
+def _lengths(values: Iterable[int]) -> Lengths:
     ordered = sorted(values)
     if not ordered:
-        return LengthSummary(0.0, 0, 0, 0)
+        return 0.0, 0, 0, 0
     p50, p95 = (ordered[ceil(fraction * len(ordered)) - 1] for fraction in (0.50, 0.95))
-    return LengthSummary(sum(ordered) / len(ordered), p50, p95, ordered[-1])
+    return sum(ordered) / len(ordered), p50, p95, ordered[-1]

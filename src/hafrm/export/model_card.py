@@ -113,7 +113,7 @@ def write_cards(run: Path, models: Path | None = None) -> None:
     """Write the cards of a run's exported models; `models`: where they are, if not in place yet."""
     models = models or run / "model"
     folder = RunFolder.open(run)
-    recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_text())
+    recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_path.read_text("utf-8"))
     sessions: list[dict[str, Any]] = [{}]
     if folder.provenance_path.is_file():
         sessions = json.loads(folder.provenance_path.read_bytes()).get("sessions") or sessions
