@@ -120,61 +120,64 @@ def test_every_launch_script_parses_and_names_recipes_that_exist(path: Path):
         assert path.stat().st_mode & stat.S_IXUSR
 
 
-def run_with_recorder(script: Path, folder: Path, *arguments: str) -> list[str]:
-    """The command line that a launch script ends in, seen by a stand-in for its launcher."""
-    tools = folder / "tools"
-    tools.mkdir(exist_ok=True)
-    for name in ("python", "torchrun", "accelerate"):
-        (tools / name).write_text(f'#!/bin/sh\necho {name}\nfor a in "$@"; do echo "$a"; done\n')
-        (tools / name).chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(script), *arguments],  # noqa: S607
+def run_script(
+    name: str, folder: Path, tools: dict[str, str], *arguments: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """A launch script run in a folder, with shell stand-ins for the programs that it starts."""
+    bin_folder = folder / "tools"
+    bin_folder.mkdir(parents=True, exist_ok=True)
+    for tool, script in tools.items():
+        (bin_folder / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (bin_folder / tool).chmod(0o755)
+    return subprocess.run(
+        ["bash", str(LAUNCH / name), *arguments],  # noqa: S607
         cwd=folder,
-        env={"PATH": f"{tools}:/usr/bin:/bin"},
+        env={"PATH": f"{bin_folder}:/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("name", ["one-gpu.sh", "torchrun-8gpu-fsdp.sh", "accelerate.sh"])
 def test_a_launch_script_starts_a_run_the_first_time_and_resumes_it_after(
     name: str, tmp_path: Path
 ):
-    first = run_with_recorder(LAUNCH / name, tmp_path, "r.yaml", "my run", "training.seed=1")
+    tools = dict.fromkeys(("python", "torchrun", "accelerate"), 'for a in "$@"; do echo "$a"; done')
+    command = (name, tmp_path, tools, "r.yaml", "my run", "training.seed=1")
+    first = run_script(*command).stdout.splitlines()
     start = first.index("train")
     assert first[start - 2 : start + 4] == ["-m", "hafrm", "train", "r.yaml", "--out", "my run"]
     assert first[-1] == "training.seed=1"
     (tmp_path / "my run").mkdir()
     (tmp_path / "my run" / "recipe.yaml").touch()
-    again = run_with_recorder(LAUNCH / name, tmp_path, "r.yaml", "my run", "training.seed=1")
+    again = run_script(*command).stdout.splitlines()
     assert again[-3:] == ["train", "--resume", "my run"]
 
 
-def test_the_slurm_script_queues_again_only_after_a_stop_by_signal(tmp_path: Path):
+@pytest.mark.parametrize(("status", "queued"), [(143, True), (1, False), (0, False)])
+def test_the_slurm_script_queues_again_only_after_a_stop_by_signal(tmp_path, status, queued):
     """srun ends with 143 when the run saved its state after SIGTERM, with 1 when it failed."""
-    for status, queued in (("143", True), ("1", False), ("0", False)):
-        tools = tmp_path / status
-        tools.mkdir()
-        (tools / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
-        (tools / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
-        for tool in tools.iterdir():
-            tool.chmod(0o755)
-        done = subprocess.run(
-            ["bash", str(LAUNCH / "slurm.sbatch")],  # noqa: S607
-            cwd=tmp_path,
-            env={
-                "PATH": f"{tools}:/usr/bin:/bin",
-                "SLURM_JOB_ID": "7",
-                "SLURM_JOB_NODELIST": "n[1-2]",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == int(status), done.stderr
-        assert ("requeue 7" in done.stdout) == queued
+    tools = {"srun": f"exit {status}", "scontrol": 'echo "$@"'}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = run_script("slurm.sbatch", tmp_path, tools, **job)
+    assert done.returncode == status, done.stderr
+    assert ("requeue 7" in done.stdout) == queued
+
+
+def test_the_slurm_script_gives_every_task_its_rank_and_the_signal(tmp_path: Path):
+    """Run with a stand-in srun that is one task: its Python must replace the shell (exec)."""
+    ranks = "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT"
+    tools = {
+        "srun": 'shift\nexport SLURM_PROCID=3 SLURM_NTASKS=8 SLURM_LOCALID=1\nexec "$@"',
+        "scontrol": "echo node-one",
+        "python": f'echo "$PPID {ranks} $*"',
+    }
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    done = run_script("slurm.sbatch", tmp_path, tools, "a.yaml", "out dir", "x.y=1", **job)
+    assert done.stdout.split(maxsplit=1)[1].strip() == (
+        "3 8 1 node-one 20007 -m hafrm train a.yaml --out out dir x.y=1"
+    )
 
 
 def test_the_accelerate_file_only_starts_processes():

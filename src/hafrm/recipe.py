@@ -8,6 +8,7 @@ converted and no unknown key is accepted. `hafrm.recipe_file` reads and writes r
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
@@ -280,6 +281,7 @@ class Key(NamedTuple):
     meaning: str
 
 
+@cache
 def describe_keys(root: type[Section] = Recipe) -> tuple[Key, ...]:
     """Every key that a recipe may hold, in the order of the schema."""
     keys = []

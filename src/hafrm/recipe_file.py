@@ -250,10 +250,9 @@ def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
     """The keys like an unknown one, here or in other sections, or else all keys of its section."""
     sections, name = sections_of(root), str(location[-1])
     allowed = list(sections[str(location[0])].model_fields if len(location) > 1 else sections)
-    hint = did_you_mean(name, allowed)
     homes = {
         leaf: f"{home}.{leaf}" for home, kind in sections.items() for leaf in kind.model_fields
     }
-    if not hint and name in homes:  # right key, wrong section
-        hint = f"did you mean {homes[name]}? "
+    # the right key of another section, or a mistyped one of this
+    hint = f"did you mean {homes[name]}? " if name in homes else did_you_mean(name, allowed)
     return f"; {hint}allowed here: {', '.join(allowed)}"
