@@ -53,6 +53,11 @@ def save(run: RunFolder, step: int) -> Path:
     return run.checkpoint_path(step)
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", "x: 1\n")
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -252,8 +257,7 @@ with RunFolder.open(sys.argv[1]).lock():
 """
 
 
-def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_a_second_process_is_kept_out_until_the_first_ends(run: RunFolder):
     holder = python(HOLDS_THE_LOCK, str(run.path))
     message = f"in use by process {holder.pid}"
     with pytest.raises(CheckpointError, match=message), run.lock():
@@ -269,9 +273,8 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path: Path):
 
 
 def test_metrics_are_read_back_numbers_that_json_lacks_as_null_and_those_of_numpy_plain(
-    tmp_path: Path,
+    run: RunFolder,
 ):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     run.append_metrics({"step": 1, "kind": "train", "by_source": {"\u00e9": [1, 2.5]}})
     run.append_metrics(
         {"step": 2, "a": math.nan, "b": [math.inf, np.float32(0.5)], "c": np.int64(3)}
@@ -284,10 +287,9 @@ def test_metrics_are_read_back_numbers_that_json_lacks_as_null_and_those_of_nump
 
 @pytest.mark.parametrize("cut", [1, 11, 21])
 def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
-    tmp_path: Path, cut: int
+    run: RunFolder, cut: int
 ):
     """The second record is {"step": 2, "x": 2.5} and a line end, 22 bytes: torn after 1 to 21."""
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     for step in (1, 2):
         run.append_metrics({"step": step, "x": 2.5})
     whole = run.metrics_path.read_bytes()
@@ -299,8 +301,7 @@ def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
     assert read_json_lines(run.metrics_path) == [{"step": 1, "x": 2.5}, {"step": 2, "x": 3.5}]
 
 
-def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_rest(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_rest(run: RunFolder):
     for step in (10, 20, 30):
         run.append_metrics({"step": step, "kind": "train", "x": 1e-5})
         run.append_metrics({"step": step, "kind": "validation"})
@@ -315,9 +316,8 @@ def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_r
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: RunFolder, caplog: pytest.LogCaptureFixture
 ):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     save(run, 10)
     (save(run, 20) / "state.json").write_text("{}")
     assert run.latest_checkpoint() == run.checkpoint_path(10)
@@ -331,9 +331,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written
     assert run.latest_checkpoint() == run.checkpoint_path(20)
 
 
-def test_pruning_keeps_the_newest_and_the_protected_and_counts_no_damaged_ones(tmp_path: Path):
+def test_pruning_keeps_the_newest_and_the_protected_and_counts_no_damaged_ones(run: RunFolder):
     """A damaged one must not count: pruning to one would delete the only checkpoint that works."""
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     for step in (10, 100, 20, 30, 40):
         save(run, step)
     (run.checkpoints_path / "step-007").mkdir()
@@ -370,8 +369,7 @@ def test_a_checkpoint_half_deleted_by_a_kill_is_gone(
         assert names(run.checkpoints_path) == {"step-20"}
 
 
-def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(run: RunFolder):
     save(run, 10)
     (run.checkpoints_path / ".step-20.0a1b2c3d.tmp").mkdir()
     (run.checkpoints_path / ".step-20.0a1b2c3d.tmp" / "model.safetensors").touch()
@@ -383,8 +381,9 @@ def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(tmp_pa
         assert names(run.path) == {".lock", ".mine.tmp", "checkpoints", "notes.txt", "recipe.yaml"}
 
 
-def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(
+    run: RunFolder, tmp_path: Path
+):
     (tmp_path / "data").write_bytes(b"abc")
     digest = fingerprint(tmp_path / "data")
     run.record_provenance(seed=3, data={"data": digest}, details={"device": "cpu"})

@@ -1,7 +1,7 @@
 """Descriptions: every number of a small set worked out by hand, and its form as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,9 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
     """Decided pairs in words: (3, 1), (1, 2), (2, 2); so 1 longer, 1 shorter, 1 equal. Prompts: 3, 3
     and 2 + 2 + 1 + 1 = 6 words. Distinct responses: 3, 1, 2 | 2, 2 | 4, 1 words, 15 in all."""
     described = describe_data(read([ROWS], max_bad_fraction=0.5))
-    assert described.counts == {
+    bias = described.facts.pop("longer is chosen")
+    assert (bias.value, bias.num, str(bias)) == (1 / 3, 3, "33.3 % [6.1, 79.2]")
+    assert described.facts == {
         "rows": 5,
         "bad rows": 1,
         "groups": 3,
@@ -78,10 +80,11 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
         "ties": 1,
         "with margin": 1,
         "with votes": 2,
+        "from memory": "4 comparisons",
+        "by split": "train: 2, (none): 2",
+        "columns not read": "extra",
     }
-    assert (described.bad_rows, described.unread_columns) == ({"empty response": 1}, ("extra",))
-    assert described.sources == {"memory": 4}
-    assert described.tags == {"split": {"train": 2, "": 2}}
+    assert described.bad_rows == {"empty response": 1}
     assert described.lengths == {
         "user turns": (4 / 3, 1, 2, 2),
         "prompt words": (4.0, 3, 6, 6),
@@ -89,8 +92,6 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
         "chosen words": (2.0, 2, 3, 3),
         "rejected words": (5 / 3, 2, 2, 2),
     }
-    assert (described.longer_is_chosen.value, described.longer_is_chosen.num) == (1 / 3, 3)
-    assert described.saved_fraction is None
 
 
 def test_the_shared_share_counts_prompts_and_responses_once() -> None:
@@ -109,14 +110,12 @@ def test_token_statistics_come_from_the_encoder() -> None:
     assert described.lengths["prompt tokens"] == (10.0, 10, 10, 10)
     assert described.lengths["response tokens"] == (23 / 7, 3, 7, 7)
     assert described.lengths["sequence tokens"][-1] == 17
-    assert (described.saved_fraction, described.encoding) == (1 - 53 / 104, asdict(Report()))
 
 
 def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
     described = describe_data(read([ROWS], max_bad_fraction=0.5), encode)
     facts, bad, lengths = ({row[0]: row[1:] for row in t.texts()} for t in described.tables())
     assert facts["longer is chosen"] == ("33.3 % [6.1, 79.2]",)
-    assert facts["by split"] == ("train: 2, (none): 2",)
     assert facts["shared prompts save"] == ("49.0 % of all tokens",)
     assert facts["encoding: prompts cut"] == ("3",) and "encoding: dropped" not in facts
     assert bad == {"empty response": ("1",)}
@@ -128,7 +127,6 @@ def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
 def test_unlabelled_data_is_described_without_comparisons() -> None:
     rows = [{"prompt": "p q", "response": "a b"}]
     described = describe_data(read([rows], need_comparisons=False), encode)
-    assert (described.counts["groups"], described.counts["comparisons"]) == (1, 0)
+    assert (described.facts["groups"], described.facts["comparisons"]) == (1, 0)
     assert described.lengths["chosen words"] == (0.0, 0, 0, 0)
-    assert str(described.longer_is_chosen) == "n/a"
-    assert described.saved_fraction == 0.0
+    assert str(described.facts["longer is chosen"]) == "n/a"

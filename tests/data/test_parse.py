@@ -109,20 +109,6 @@ def test_ranked_responses_make_all_pairs_and_keep_ties() -> None:
     assert {c.weight for c in good(row).comparisons} == {0.5}
 
 
-def test_the_margin_of_rated_responses_is_their_difference_only_when_the_row_says_so() -> None:
-    row = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [1, 4.5, 1]}
-    assert {c.margin for c in good(row).comparisons} == {0.0}
-    assert {c.margin for c in good(row | {"margin": 2}).comparisons if not c.tie} == {2.0}
-    asked = good(row | {"margin": "difference"}).comparisons
-    assert asked == (
-        Comparison(1, 0, margin=3.5),
-        Comparison(0, 2, tie=True),
-        Comparison(1, 2, margin=3.5),
-    )
-    ranked = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "margin": "difference"}
-    assert reason(ranked) == "non-finite margin"
-
-
 def test_one_text_twice_among_ranked_responses_is_not_compared_with_itself() -> None:
     row = {"prompt": "p", "responses": ["a", "b", "a"], "scores": [1, 0, 1]}
     assert good(row).comparisons == (Comparison(0, 1), Comparison(2, 1))
@@ -260,8 +246,6 @@ def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) 
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, math.nan]}, "bad number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]}, "bad number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "votes": [1, 2]}, "bad number"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1e308, -1e308], "margin": "difference"},
-         "non-finite margin"),
         ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "missing column"),
         ({"prompt": "p", "responses": [], "ranks": []}, "missing column"),
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "missing column"),

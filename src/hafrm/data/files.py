@@ -24,10 +24,7 @@ NumberedRows = Iterator[tuple[int, object]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _TEXT_CELLS = frozenset({"prompt", "chosen", "rejected", "response"})
-_NUMBER_CELLS = frozenset({"margin", "weight"})
-_JSON_CELLS = frozenset(
-    {"context", "responses", "completions", "ranks", "ranking", "scores", "ratings", "votes"}
-)
+_JSON_CELLS = frozenset({"responses", "ranks", "ranking", "scores", "ratings", "votes"})
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
 _HUB_NAME = re.compile(
     r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
@@ -160,7 +157,7 @@ def _csv_row(header: list[str], cells: list[str]) -> object:
 
 def _csv_value(column: str, cell: str) -> object:
     # a number, JSON, or text unless it clearly is messages
-    if column in _NUMBER_CELLS:
+    if column in {"margin", "weight"}:
         try:
             return float(cell)
         except ValueError:

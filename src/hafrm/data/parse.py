@@ -103,10 +103,9 @@ def parse_row(
     """What the row says, or the first rule that it breaks.
 
     A tie is `tie: true` or `label: "tie"` beside chosen and rejected, or an equal rank or score. Optional
-    are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`. Rated
-    rows have margin 0 unless they give a number, or `margin: "difference"` for the difference of the two
-    scores. `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a
-    prompt alone. `max_chars` limits the prompt and each response.
+    are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`.
+    `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a prompt alone.
+    `max_chars` limits the prompt and each response.
     """
     try:
         if not isinstance(row, Mapping):
@@ -171,19 +170,18 @@ def _read_responses(row: RawRow) -> _Contents:
     if len(values) != len(texts):
         refuse("bad number", f"{len(texts)} responses, but {len(values)} {column}")
     goodness = [sign * as_number(value, column) for value in values]
-    return prompt, texts, _compare_all(row, texts, goodness, rated=sign > 0)
+    return prompt, texts, _compare_all(row, texts, goodness)
 
 
 def _compare_all(
-    row: RawRow, texts: tuple[str, ...], goodness: list[float], *, rated: bool
+    row: RawRow, texts: tuple[str, ...], goodness: list[float]
 ) -> tuple[Comparison, ...]:
     """Every pair of responses; equal values tie, and a text is not compared with itself."""
     if len(texts) > MAX_RANKED:
         refuse("too long", f"{len(texts)} labelled responses, at most {MAX_RANKED} are compared")
     if row.get("votes") is not None:
         refuse("bad number", "`votes` belong to one pair, not to a list of responses")
-    by_difference = rated and row.get("margin") == "difference"
-    margin, weight = _margin_and_weight({**row, "margin": None} if by_difference else row)
+    margin, weight = _margin_and_weight(row)
     comparisons = []
     for i, j in combinations(range(len(texts)), 2):
         gap = goodness[i] - goodness[j]
@@ -193,10 +191,8 @@ def _compare_all(
         elif gap == 0:
             comparisons.append(Comparison(i, j, weight=weight, tie=True))
         else:
-            # the difference of two finite scores may still overflow
-            own = as_number(abs(gap), "margin", "non-finite margin") if by_difference else margin
             best, worst = (i, j) if gap > 0 else (j, i)
-            comparisons.append(Comparison(best, worst, margin=own, weight=weight))
+            comparisons.append(Comparison(best, worst, margin=margin, weight=weight))
     return tuple(comparisons)
 
 
