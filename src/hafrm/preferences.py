@@ -1,8 +1,6 @@
 """The nouns of preference data: messages, comparisons, groups of text and groups of token ids.
 
-A group is a prompt, its distinct responses and the comparisons among them; a preference pair is
-the smallest group. Packing, training, scoring and evaluation all work on groups. Nothing here reads a
-file or knows a tokenizer.
+A preference pair is the smallest group. Packing, training, scoring and evaluation all work on groups.
 """
 
 import hashlib

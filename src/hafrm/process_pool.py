@@ -32,8 +32,8 @@ def default_num_processes() -> int:
 class ProcessPool(Generic[Task, Result]):
     """Processes that run tasks; leaving the `with` block ends them, whatever they are doing.
 
-    `make_worker` runs once in each process and returns the function that runs a task; it, tasks and results
-    must be picklable. With `num_processes` 1 everything runs in this process.
+    `make_worker` runs once in each process and returns the function that runs a task; all must be
+    picklable. With `num_processes` 1 everything runs in this process.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ def _run_task(task: Any) -> Any:
 
 
 def _take_gpu(rank: int) -> None:
-    """Leave one of several GPUs visible, which every library that a task uses then takes."""
+    # every library that a task uses takes the one GPU that is visible
     num = torch.cuda.device_count()
     if num > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num)))
@@ -127,7 +127,7 @@ def _take_gpu(rank: int) -> None:
 
 
 def _die_with_pool(lifeline: Connection) -> None:
-    """End this process when the pool ends or its parent is killed, so that its work can run again."""
+    # when the pool ends or its parent is killed, so that its work can run again
     with contextlib.suppress(EOFError):
         lifeline.recv()
     os.kill(os.getpid(), signal.SIGKILL)

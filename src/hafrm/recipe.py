@@ -51,11 +51,7 @@ class Section(BaseModel):
     """A group of keys: frozen; an unknown key or a value of another type is an error."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 

@@ -106,7 +106,7 @@ def dump_recipe(recipe: Section) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as JSON, which is YAML too: a quoted "off" is text for every reader of YAML, 1.1 or 1.2."""
+    # JSON is YAML too: a quoted "off" is text for every reader of YAML, 1.1 or 1.2
     if isinstance(value, list):
         return f"[{', '.join(map(_as_yaml, value))}]"
     text = json.dumps(value, ensure_ascii=False)
@@ -126,7 +126,6 @@ class _Draft:
         self.problems: list[str] = []
 
     def parse(self, text: str, key: str = "", place: str = "") -> Any:
-        """The plain values of a YAML text; raises ConfigError when it is not plain YAML."""
         try:
             node = YAML(typ="safe", pure=True).compose(text)
             return None if node is None else self._plain(node, key, place)
@@ -139,13 +138,11 @@ class _Draft:
             ) from error
 
     def override(self, assignment: str) -> None:
-        """Apply one section.key=value; what is wrong with it is added to `problems`."""
         key, equals, text = assignment.partition("=")
         names = key.strip().split(".")
         place = f"override {assignment!r}"
         if not equals or not all(names) or len(names) > 2:
-            example = "such as training.batch_size=32"
-            self.problems.append(f"{place}: not of the form section.key=value, {example}")
+            self.problems.append(f"{place}: not of the form section.key=value")
             return
         try:
             value = self.parse(text, ".".join(names), place)
@@ -184,7 +181,7 @@ class _Draft:
 
 
 def _scalar(kind: str, text: str) -> Any:
-    """A plain word's value. Dates, 0x1f and 1_0 stay text: a recipe has no use for them as numbers."""
+    # dates, 0x1f and 1_0 stay text: a recipe has no use for them as numbers
     if kind == "null":
         return None
     if kind == "bool":
@@ -217,7 +214,6 @@ def _validated(root: type[Root], draft: _Draft, name: str) -> Root:
 
 
 def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
-    """One of pydantic's errors in plain words, with its place and the fix."""
     location, value = error["loc"], error["input"]
     key = ".".join(str(part) for part in location[:2])
     head = f"{key} ({places[key]})" if key in places else key

@@ -3,8 +3,7 @@
     OUT/manifest.json    the kind of job, and for each output the `cache_key` it depends on
     OUT/<name>.jsonl     records appended one by one, known by their `id`; whole lines only
 
-An output is only added to by a job with the same cache key; another job is refused and told what differs.
-One process at a time writes into a folder.
+An output is only added to by a job with the same cache key. One process at a time writes into a folder.
 """
 
 import contextlib
@@ -75,7 +74,7 @@ class ResumableFolder:
         return file
 
     def claim(self, name: str, cache_key: CacheKey, *, has_content: bool) -> None:
-        """Note what output `name` depends on; raises CheckpointError where its content depends on more."""
+        """Note what `name` depends on; raises CheckpointError where it has content of something else."""
         new = json.loads(json.dumps(to_plain(cache_key), sort_keys=True))
         file = self.path / MANIFEST
         try:
@@ -115,7 +114,7 @@ class ResumableFolder:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write (a full disk, say) into a CheckpointError that names `path`."""
+    """Turn the system's refusal to write into a CheckpointError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -33,10 +33,7 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, oldest first; a last line cut by a kill is left out.
-
-    Raises CheckpointError naming the line when any other line is no JSON object.
-    """
+    """The records of a JSON-lines file, oldest first; a last line cut by a kill is left out."""
     return [record for _, record in _metric_lines(path)]
 
 
@@ -69,7 +66,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, recipe_text: str) -> "RunFolder":
-        """A new run folder that holds its recipe; raises CheckpointError when `path` holds something."""
+        """A new run folder that holds its recipe; nothing may be there yet."""
         folder = cls(Path(path).expanduser())
         path = folder.path
         try:
@@ -95,10 +92,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out of a `with` block, and clear what a kill left.
-
-        Raises CheckpointError when another process is writing.
-        """
+        """Keep other writers out of a `with` block, and clear what a kill left."""
         with lock_directory(self.path):
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints_path)
@@ -143,7 +137,7 @@ class RunFolder:
         atomic_write(path, json.dumps({"sessions": sessions}, indent=1) + "\n")
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint after optimiser step `step` lies, existing or not."""
+        """Where the checkpoint after optimizer step `step` lies, existing or not."""
         return self.checkpoints_path / f"step-{step}"
 
     def checkpoints(self) -> list[Path]:

@@ -78,8 +78,7 @@ def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, fl
 
 
 def accuracy_interval(
-    correct: Bool[np.ndarray, " items"],
-    clusters: Shaped[np.ndarray, " items"] | None = None,
+    correct: Bool[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"] | None = None
 ) -> Estimate:
     """Fraction of correct items; Wilson's interval if no two share a cluster, else the bootstrap's.
 
@@ -258,8 +257,7 @@ def _cluster_sums(
 
 
 def _moments(
-    sides: Sequence[Shaped[np.ndarray, "_ items"]],
-    clusters: Shaped[np.ndarray, " items"] | None,
+    sides: Sequence[Shaped[np.ndarray, "_ items"]], clusters: Shaped[np.ndarray, " items"] | None
 ) -> tuple[float, float, float]:
     """The first side's mean, less the second's if there is one; its variance and degrees of freedom."""
     if any(len(side) < 2 for side in sides):

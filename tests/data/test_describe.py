@@ -6,11 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.data.describe import (
-    Description,
-    describe_data,
-    fraction_saved_by_sharing,
-)
+from hafrm.data.describe import Description, describe_data, fraction_saved_by_sharing
 from hafrm.data.reader import read_preferences as read
 from hafrm.preferences import Comparison, Group, TokenizedGroup
 from hafrm.results import read_result, write_result

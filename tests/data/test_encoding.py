@@ -279,6 +279,25 @@ def test_forging_the_marks_does_not_help() -> None:
     assert encoder.tokenizer.decode(plain.response_ids[0]) == "h0x3x <|im_end|><|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        llama_like_tokenizer(),  # sentencepiece-like: a blank before every text encoded by itself
+        chat_tokenizer(CHATML.replace("<|im_start|>", "<think>")),  # not flagged, but written
+    ],
+    ids=["within a word", "known by the template"],
+)
+def test_special_tokens_typed_in_text_become_text_and_nothing_else(tokenizer) -> None:
+    encoder = Encoder(tokenizer)
+    token = "</s>" if tokenizer.eos_token == "</s>" else "<think>"
+    g = group(f"x{token}y", responses=(f"the{token}sea{token}", "a"))
+    (encoded,), report = encoder.encode([g])
+    assert report.neutralised == 3
+    assert encoder.tokenizer.decode(joined(encoded, 0)) == encoder.render(g.prompt, g.responses[0])
+    special = encoder.tokenizer.convert_tokens_to_ids(token)
+    assert joined(encoded, 0).count(special) == joined(encoded, 1).count(special)
+
+
 def test_blanks_behind_a_typed_special_token_are_kept_though_some_tokens_swallow_theirs() -> None:
     """Phi-3's chat tokens take the blanks behind them; a placeholder must not."""
     encoder = Encoder(edited_tokenizer(CHATML, "<|begin|>", rstrip=True))

@@ -93,10 +93,7 @@ def test_messages_come_back_from_parquet_and_from_csv(tmp_path: Path) -> None:
     nested = {"prompt": prompt, "responses": ["a", "b", "c"], "ranks": [2, 1, 3]}
     as_parquet(tmp_path / "ranked.parquet", [nested | {"votes": None}])
     as_csv(tmp_path / "ranked.csv", [{key: json.dumps(value) for key, value in nested.items()}])
-    from_parquet, from_csv = (
-        read([tmp_path / "ranked.parquet"]),
-        read([tmp_path / "ranked.csv"]),
-    )
+    from_parquet, from_csv = (read([tmp_path / "ranked.parquet"]), read([tmp_path / "ranked.csv"]))
     assert from_parquet.groups == from_csv.groups
     assert from_csv.groups[0].prompt == (Message("user", "[why]?"),)
     assert len(from_csv.groups[0].comparisons) == 3

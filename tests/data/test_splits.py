@@ -6,13 +6,7 @@ from collections import Counter
 import pytest
 
 from hafrm.data.reader import read_preferences
-from hafrm.data.splits import (
-    check_leakage,
-    mix,
-    normalised_key,
-    split_by_prompt,
-    write_groups,
-)
+from hafrm.data.splits import check_leakage, mix, normalised_key, split_by_prompt, write_groups
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message, Votes, num_comparisons
 
