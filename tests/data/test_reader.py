@@ -67,23 +67,16 @@ def test_every_kind_of_file_reads_the_same(name: str, tmp_path: Path) -> None:
     reading = read([str(tmp_path / name)])
     stem = {"SET.JSONL.GZ": "SET", "set.v2.jsonl.xz": "set.v2"}
     source = stem.get(name, "set")
-    assert reading.groups == (
+    assert reading.groups == tuple(
         Group(
-            f"{source}-0",
-            (Message("user", "one\ntwo"),),
-            ('quoted "a", \N{SNOWMAN}', "b\r\nc"),
-            (Comparison(0, 1, margin=1.5),),
+            f"{source}-{number}",
+            (Message("user", row["prompt"]),),
+            (row["chosen"], row["rejected"]),
+            (Comparison(0, 1, margin=row["margin"]),),
             source,
-            {"split": "train"},
-        ),
-        Group(
-            f"{source}-1",
-            (Message("user", "second"),),
-            ("x", "y"),
-            (Comparison(0, 1, margin=-2.0),),
-            source,
-            {"split": "test"},
-        ),
+            {"split": row["split"]},
+        )
+        for number, row in enumerate(ROWS)
     )
     assert (reading.num_rows, reading.bad_rows) == (2, ())
 
@@ -128,14 +121,11 @@ def test_bad_csv_rows_are_counted_by_reason(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     reading = read([path], max_bad_fraction=1.0)
-    assert [(bad.row, bad.reason) for bad in reading.bad_rows] == [
-        (0, "non-finite margin"),
-        (1, "unreadable row"),
-        (2, "empty response"),
-        (3, "unreadable row"),
-        (4, "unreadable row"),
-        (5, "unreadable row"),
-    ]
+    assert [bad.row for bad in reading.bad_rows] == [0, 1, 2, 3, 4, 5]
+    reasons = [bad.reason for bad in reading.bad_rows]
+    assert reasons == ["non-finite margin", "unreadable row", "empty response"] + (
+        ["unreadable row"] * 3
+    )
     assert [group.id for group in reading.groups] == ["bad-6"]
 
 
@@ -182,15 +172,6 @@ def test_a_small_bad_file_does_not_hide_behind_a_large_good_one(tmp_path: Path) 
     assert len(read([good, poor], max_bad_fraction=0.5).groups) == 61
 
 
-def test_unlabelled_rows_are_groups_without_comparisons_when_asked_for() -> None:
-    rows = [{"prompt": "p", "response": "a"}, {"prompt": "p", "responses": ["b", "a"]}, pair("p")]
-    reading = read([rows], need_comparisons=False)
-    assert reading.groups[0].responses == ("a", "b")
-    assert reading.groups[0].comparisons == (Comparison(0, 1),)
-    with pytest.raises(DataError):
-        read([rows])
-
-
 def test_rows_of_one_prompt_become_one_group_with_distinct_responses() -> None:
     rows = [
         pair("p", "a", "b", id="first", label="human", subset="s"),
@@ -219,15 +200,9 @@ def test_disagreement_is_kept_and_repetition_is_a_bad_row() -> None:
         pair("p", "b", "a", tie=True),
     ]
     reading = read([rows], max_bad_fraction=0.5)
-    assert [(bad.row, bad.reason) for bad in reading.bad_rows] == [
-        (2, "duplicate"),
-        (4, "duplicate"),
-    ]
-    assert reading.groups[0].comparisons == (
-        Comparison(0, 1),
-        Comparison(1, 0),
-        Comparison(0, 1, tie=True),
-    )
+    assert [(b.row, b.reason) for b in reading.bad_rows] == [(2, "duplicate"), (4, "duplicate")]
+    compared = (Comparison(0, 1), Comparison(1, 0), Comparison(0, 1, tie=True))
+    assert reading.groups[0].comparisons == compared
 
 
 def test_a_selection_picks_rows_by_tag_and_number(tmp_path: Path) -> None:
@@ -265,11 +240,7 @@ def test_two_files_of_one_stem_are_told_apart_and_one_file_is_not_read_twice(
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "no such file"),
-        (
-            "set.txt",
-            b"x",
-            r"unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .parquet",
-        ),
+        ("set.txt", b"x", r"allowed are .json, .jsonl, .ndjson, .csv, .parquet"),
         ("set.gz", b"x", "unknown kind"),
         ("set", b"x", "unknown kind"),
         ("set.parquet.gz", b"x", "unknown kind"),
@@ -401,6 +372,10 @@ def test_original_transcripts_read_into_dialogues_and_lose_the_rows_that_they_sh
 
 
 def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:
+    """As are unlabelled responses where no comparisons are."""
+    unlabelled = [{"prompt": "p", "response": "a"}, {"prompt": "p", "responses": ["b", "a"]}]
+    (group,) = read([[*unlabelled, pair("p")]], need_comparisons=False).groups
+    assert (group.responses, group.comparisons) == (("a", "b"), (Comparison(0, 1),))
     rows = [
         {"prompt": "q1"},
         {"prompt": "q2", "chosen": "a", "rejected": "b"},
@@ -411,9 +386,7 @@ def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:
     reading = read([rows], need_responses=False, max_bad_fraction=0.5)
     assert [group.prompt[-1].content for group in reading.groups] == ["q1", "q2", "q3"]
     assert [len(group.responses) for group in reading.groups] == [0, 2, 0]
-    assert [(bad.row, bad.reason) for bad in reading.bad_rows] == [
-        (2, "duplicate"),
-        (4, "missing column"),
-    ]
+    reasons = [(bad.row, bad.reason) for bad in reading.bad_rows]
+    assert reasons == [(2, "duplicate"), (4, "missing column")]
     with pytest.raises(DataError, match="no responses that could be compared"):
         read([rows[:1]])
