@@ -151,6 +151,12 @@ def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> N
     assert choose_pad(chat_tokenizer(pad_token=None), "a <|pad|> b") == "<|endoftext|>"
 
 
+def several_templates():
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -164,12 +170,6 @@ def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> N
 def test_a_tokenizer_that_cannot_be_prepared_is_refused_with_the_fix(make, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         prepare_tokenizer(make(), close=True)
-
-
-def several_templates():
-    tokenizer = chat_tokenizer()
-    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
-    return tokenizer
 
 
 def test_other_people_s_reward_models_must_have_a_template() -> None:
