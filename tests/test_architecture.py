@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,22 @@ def test_what_is_public_has_a_docstring():
         and not ast.get_docstring(node)
     ]
     assert silent == []
+
+
+def repeated(names: Counter[str]) -> list[str]:
+    return sorted(name for name, times in names.items() if times > 1)
+
+
+def test_no_public_class_or_function_has_the_name_of_another():
+    public = Counter[str]()
+    for tree in TREES.values():
+        names = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        public.update(name for name in names if not name.startswith("_"))
+    assert repeated(public) == []
+
+
+def test_no_module_has_the_name_of_another():
+    assert repeated(Counter(f.stem for f in MODULES if not f.stem.startswith("_"))) == []
 
 
 def test_no_future_annotations_and_no_paths_of_a_machine():

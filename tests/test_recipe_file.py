@@ -201,14 +201,6 @@ def test_keys_that_contradict_each_other_are_refused_with_the_fix(section, keys,
     assert fix in str(caught.value)
 
 
-def test_an_automatic_token_budget_may_be_any_size_and_is_written_as_it_was_given(tmp_path: Path):
-    recipe = recipe_of(tmp_path, SMALLEST, "training.max_tokens=auto", "data.max_length=9000")
-    assert recipe.training.max_tokens == "auto"
-    assert 'max_tokens: "auto"' in dump_recipe(recipe)
-    with pytest.raises(AssertionError, match="planned"):
-        _ = recipe.training.token_budget
-
-
 def test_a_home_directory_is_expanded_and_other_paths_stay_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

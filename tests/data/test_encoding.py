@@ -1,10 +1,9 @@
 """What we score is what consumers of the export score, and people cannot type control tokens."""
 
-import gzip
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hafrm.data.encoding import Encoder, LengthPolicy
+from hafrm.data.reader import read_preferences
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from support.chat_tokenizers import (
@@ -72,7 +72,7 @@ def joined(encoded: TokenizedGroup, k: int) -> list[int]:
     return [*encoded.prompt_ids.tolist(), *encoded.response_ids[k].tolist()]
 
 
-def num_differing(encoder: Encoder, groups: list[Group], encoded: list[TokenizedGroup]) -> int:
+def num_differing(encoder: Encoder, groups: Sequence[Group], encoded: list[TokenizedGroup]) -> int:
     return sum(
         joined(e, k) != consumer_ids(encoder, g.prompt, response)
         for g, e in zip(groups, encoded, strict=True)
@@ -93,7 +93,7 @@ def test_clean_text_gets_the_ids_that_a_consumer_gets(name: str, tmp_path: Path)
             assert np.flatnonzero(ids == encoder.eos_id).tolist() == [len(ids) - 1]
 
 
-def assert_reloads_from_its_export(encoder: Encoder, groups: list[Group], folder: Path) -> None:
+def assert_reloads_from_its_export(encoder: Encoder, groups: Sequence[Group], folder: Path) -> None:
     """The exported tokenizer gives the same ids, through its template and for the rendered text."""
     encoder.export_tokenizer(folder)
     reloaded = AutoTokenizer.from_pretrained(folder)
@@ -188,17 +188,6 @@ def test_a_template_that_looks_into_the_response_still_gives_one_prompt() -> Non
     assert encoder.tokenizer.decode(encoded.response_ids[0]) == "\ncount\n</think>\n\n4<|im_end|>"
 
 
-def test_groups_of_one_and_of_many_responses_and_without_comparisons_encode_alike() -> None:
-    encoder = Encoder(chat_tokenizer())
-    many = group("Hi", responses=tuple(f"answer {k}" for k in range(40)))
-    (together,), _ = encoder.encode([many])
-    alone, _ = encoder.encode([group("Hi", responses=(text,)) for text in many.responses])
-    for k, one in enumerate(alone):
-        assert one.comparisons == ()
-        assert joined(one, 0) == joined(together, k)
-    assert together.num_tokens == len(together.prompt_ids) + sum(map(len, together.response_ids))
-
-
 def test_encoded_groups_carry_what_their_groups_said_and_cannot_be_changed() -> None:
     g = Group(
         "a", (Message("user", "Hi"),), ("b", "c"), (Comparison(1, 0),), "src", {"subset": "x"}
@@ -212,10 +201,6 @@ def test_encoded_groups_carry_what_their_groups_said_and_cannot_be_changed() -> 
             ids[0] = 1
 
 
-def _from(state: dict[str, Any]) -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(state))
-
-
 def edited_tokenizer(
     template: str, token: str, *, lowercase: bool = False, **changes: bool
 ) -> PreTrainedTokenizerFast:
@@ -226,8 +211,8 @@ def edited_tokenizer(
     if lowercase:
         state["normalizer"] = {"type": "Lowercase"}
     named = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
-    edited = PreTrainedTokenizerFast(tokenizer_object=_from(state), **named)
-    return _with_template(edited, template)
+    backend = Tokenizer.from_str(json.dumps(state))
+    return _with_template(PreTrainedTokenizerFast(tokenizer_object=backend, **named), template)
 
 
 def special_ids(encoder: Encoder, ids: list[int]) -> list[int]:
@@ -319,7 +304,8 @@ def test_unknown_characters_are_no_special_tokens() -> None:
     state = json.loads(llama_like_tokenizer().backend_tokenizer.to_str())
     state["model"]["byte_fallback"] = False
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=_from(state), **named))
+    backend = Tokenizer.from_str(json.dumps(state))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, **named))
     g = group("What is \u6f22?", responses=("a \u6f22 b", "<unk>"))
     (encoded,), report = encoder.encode([g])
     assert joined(encoded, 0) == consumer_ids(encoder, g.prompt, g.responses[0])
@@ -451,20 +437,6 @@ def real_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def helpful(rows: int) -> list[Group]:
-    with gzip.open(SHARED / "data/hh-helpful.jsonl.gz", "rt", encoding="utf-8") as file:
-        read = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
-    return [
-        Group(
-            row["id"],
-            tuple(Message(m["role"], m["content"]) for m in row["prompt"]),
-            (row["chosen"], row["rejected"]),
-            (Comparison(0, 1),),
-        )
-        for row in read
-    ]
-
-
 REAL = ("tiny-dialogue", "mistral [INST]", "mistral without a template", "phi-2 without a template")
 
 
@@ -474,7 +446,7 @@ def test_real_preferences_get_the_ids_of_a_consumer_and_no_special_token_can_be_
     name: str, tmp_path: Path
 ) -> None:
     """At most 0.5 % merges (tiny-dialogue, whose header ends in a line break: 9 of 4,704 responses)."""
-    groups = helpful(200)
+    groups = read_preferences([f"{SHARED}/data/hh-helpful.jsonl.gz#limit=200"]).groups
     encoder = Encoder(real_tokenizer(name), max_length=100_000)
     encoded, report = encoder.encode(groups)
     assert num_differing(encoder, groups, encoded) == report.seam_merges <= 2
