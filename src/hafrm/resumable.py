@@ -20,8 +20,7 @@ from hafrm.results import to_plain
 from hafrm.run_folder import read_json_lines
 
 MANIFEST = "manifest.json"
-CacheKey = Mapping[str, Any]
-"""Everything that a stored result depends on, by name, as JSON has it."""
+CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
 
 
 class RecordFile:

@@ -42,8 +42,7 @@ class Table:
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...] = ()
-    """Sentences a reader needs beside the numbers."""
+    notes: tuple[str, ...] = ()  # sentences a reader needs beside the numbers
 
     def texts(self) -> tuple[tuple[str, ...], ...]:
         """Every cell as text, row by row."""

@@ -17,8 +17,7 @@ from hafrm.preferences import Group, TokenizedGroup
 from hafrm.statistics import Estimate, accuracy_interval
 from hafrm.table import Table, columns
 
-Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]
-"""`Encoder.encode`."""
+Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]  # `Encoder.encode`
 Lengths = tuple[float, int, int, int]
 """Mean, median, 95th percentile (nearest rank) and maximum; all 0 when there is nothing."""
 
@@ -29,8 +28,7 @@ class Description:
 
     facts: dict[str, int | str | Estimate]
     """Rows, groups, prompts (distinct but for case and white space), responses, comparisons, ..."""
-    bad_rows: dict[str, int]
-    """By reason."""
+    bad_rows: dict[str, int]  # by reason
     lengths: dict[str, Lengths]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""
 

@@ -83,8 +83,7 @@ class EncodingReport:
     """Comparisons of two responses with the same ids (once trimmed or cut): they teach nothing."""
     seam_merges: int = 0
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
-    neutralised: int = 0
-    """Special tokens typed in messages, encoded as plain text."""
+    neutralised: int = 0  # special tokens typed in messages, encoded as plain text
 
 
 class Encoder:

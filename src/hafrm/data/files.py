@@ -200,8 +200,7 @@ class HubSet:
     config: str | None = None
     folder: str | None = None
     """The folder in the repository, where it has several that are no configs."""
-    file: str | None = None
-    """The JSON file in the repository, where only a loading script names it."""
+    file: str | None = None  # the JSON file in the repository, where only a loading script names it
     revision: str | None = None
 
     def __str__(self) -> str:

@@ -50,8 +50,7 @@ class NamedSet:
 
     name: str
     read_row: Callable[[RawRow], OurRow | LeftOut]
-    hub: dict[str, HubSet]
-    """Where each part is."""
+    hub: dict[str, HubSet]  # where each part is
     parts: tuple[str, ...] = ("train", "test")
     """In the order in which they are kept apart: no prompt of a later part stays in an earlier one."""
     test_fraction: float = 0.0

@@ -25,8 +25,7 @@ SHAPES = (
     "prompt, and response or responses: unlabelled, to be scored but not trained on",
     "prompt: alone, for a model to respond to",
 )
-TAGS = ("split", "subset", "source", "label")
-"""Columns that become a group's tags."""
+TAGS = ("split", "subset", "source", "label")  # columns that become a group's tags
 COLUMNS = frozenset(
     {
         *("prompt", "chosen", "rejected", "response", "responses"),
@@ -53,8 +52,7 @@ Reason = Literal[
 ]
 MAX_CHARS = 200_000
 """Limit of a prompt or response in characters, checked before any tokenizer sees it."""
-MAX_RANKED = 256
-"""Most responses that one row may rank: k of them make k(k-1)/2 comparisons."""
+MAX_RANKED = 256  # most responses that one row may rank: k of them make k(k-1)/2 comparisons
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -42,8 +42,7 @@ class BadRow:
     """A row that was left out, and why."""
 
     source: str
-    row: int
-    """Counted from 0: the line of a JSON-lines file, else the record."""
+    row: int  # counted from 0: the line of a JSON-lines file, else the record
     reason: str
     detail: str
 
@@ -54,10 +53,8 @@ class PreferenceData:
 
     groups: tuple[Group, ...]
     bad_rows: tuple[BadRow, ...]
-    num_rows: int
-    """Rows looked at, the bad ones included."""
-    unread_columns: tuple[str, ...] = ()
-    """Columns that no shape understands."""
+    num_rows: int  # rows looked at, the bad ones included
+    unread_columns: tuple[str, ...] = ()  # columns that no shape understands
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows of named sets that these do not use, by reason; not in `num_rows`."""
     num_groups: tuple[int, ...] = ()
