@@ -23,22 +23,20 @@ def make_worker():
 
 
 @pytest.mark.parametrize("num", [1, 2])
-def test_every_task_runs_once_and_is_reported(num):
+def test_every_task_runs_once_an_error_of_ours_comes_through_and_a_kill_is_told(num):
     reported = []
     with ProcessPool(make_worker, num) as pool:
         pool.run(["a", "b", "c"], lambda task, result: reported.append((task, result)))
         pool.run(["d"], lambda task, result: reported.append((task, result)))
+        with pytest.raises(DataError, match="no such row"):
+            pool.run(["refuse", "a"], lambda *_: None)
+        if num == 2:
+            with pytest.raises(CheckpointError, match="died"):
+                pool.run(["die"], lambda *_: None)
     assert sorted(task for task, _ in reported) == ["a", "b", "c", "d"]
     assert all(result.startswith(f"{task} by ") for task, result in reported)
     in_this_process = {result.endswith(f" {os.getpid()}") for _, result in reported}
     assert in_this_process == {num == 1}
-
-
-def test_an_error_of_ours_comes_through_and_a_killed_process_is_a_checkpoint_error():
-    with ProcessPool(make_worker, 2) as pool, pytest.raises(DataError, match="no such row"):
-        pool.run(["refuse", "a"], lambda *_: None)
-    with ProcessPool(make_worker, 2) as pool, pytest.raises(CheckpointError, match="died"):
-        pool.run(["die"], lambda *_: None)
 
 
 @pytest.mark.parametrize(("visible", "rank", "expected"), [(None, 3, "1"), ("4,6", 1, "6")])

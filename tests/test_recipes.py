@@ -42,12 +42,6 @@ def test_every_shipped_recipe_loads_and_survives_being_written_out(path: Path, t
     assert load_as(KINDS[path], tmp_path / "again.yaml") == recipe
 
 
-def test_there_is_a_small_a_full_and_a_lora_recipe_and_two_for_rlhf():
-    assert {path.stem for path in RECIPES} >= {"tiny-cpu", "phi2-full", "mistral-7b-lora"}
-    rlhf = {path.stem for path, kind in KINDS.items() if kind is RlhfRecipe}
-    assert rlhf >= {"ppo-paper", "rlhf-tiny-cpu"}
-
-
 def test_the_ppo_recipe_holds_the_numbers_of_the_paper_s_script_and_of_trl_s_old_defaults():
     """facts: 30,000 episodes of 2, lr 1e-6, 384/128 tokens, T 0.5, top-p 0.8, penalty 1.2, clip 3;
     TRL: adaptive KL from 0.2 to 6 over 10,000, 4 epochs, lambda 0.95, value weight 0.1."""
@@ -90,13 +84,6 @@ def test_the_paper_recipes_hold_the_numbers_of_its_released_code():
     assert (lora.lora.rank, lora.lora.alpha) == (64, 16)
 
 
-@pytest.mark.parametrize("path", EVERY_RECIPE, ids=lambda path: path.stem)
-def test_every_value_in_a_shipped_recipe_is_explained_or_obvious(path: Path):
-    """A newcomer learns from the comments, so at least half of the values carry one."""
-    values = [x for x in path.read_text().splitlines() if re.match(r"\s+\w+: \S", x)]
-    assert sum("#" in line for line in values) >= len(values) / 2
-
-
 @pytest.mark.parametrize(("page", "root"), [("recipes", Recipe), ("rlhf-recipes", RlhfRecipe)])
 def test_the_reference_lists_exactly_the_keys_with_their_bounds_and_defaults(page, root):
     document = (ROOT / "docs" / f"{page}.md").read_text()
@@ -133,95 +120,64 @@ def test_every_launch_script_parses_and_names_recipes_that_exist(path: Path):
         assert path.stat().st_mode & stat.S_IXUSR
 
 
-def run_with_recorder(script: Path, folder: Path, *arguments: str) -> list[str]:
-    """The command line that a launch script ends in, seen by a stand-in for its launcher."""
-    tools = folder / "tools"
-    tools.mkdir(exist_ok=True)
-    for name in ("python", "torchrun", "accelerate"):
-        (tools / name).write_text(f'#!/bin/sh\necho {name}\nfor a in "$@"; do echo "$a"; done\n')
-        (tools / name).chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(script), *arguments],  # noqa: S607
+def run_script(
+    name: str, folder: Path, tools: dict[str, str], *arguments: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """A launch script run in a folder, with shell stand-ins for the programs that it starts."""
+    bin_folder = folder / "tools"
+    bin_folder.mkdir(parents=True, exist_ok=True)
+    for tool, script in tools.items():
+        (bin_folder / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (bin_folder / tool).chmod(0o755)
+    return subprocess.run(
+        ["bash", str(LAUNCH / name), *arguments],  # noqa: S607
         cwd=folder,
-        env={"PATH": f"{tools}:/usr/bin:/bin"},
+        env={"PATH": f"{bin_folder}:/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("name", ["one-gpu.sh", "torchrun-8gpu-fsdp.sh", "accelerate.sh"])
 def test_a_launch_script_starts_a_run_the_first_time_and_resumes_it_after(
     name: str, tmp_path: Path
 ):
-    first = run_with_recorder(LAUNCH / name, tmp_path, "r.yaml", "my run", "training.seed=1")
+    tools = dict.fromkeys(("python", "torchrun", "accelerate"), 'for a in "$@"; do echo "$a"; done')
+    command = (name, tmp_path, tools, "r.yaml", "my run", "training.seed=1")
+    first = run_script(*command).stdout.splitlines()
     start = first.index("train")
     assert first[start - 2 : start + 4] == ["-m", "hafrm", "train", "r.yaml", "--out", "my run"]
     assert first[-1] == "training.seed=1"
     (tmp_path / "my run").mkdir()
     (tmp_path / "my run" / "recipe.yaml").touch()
-    again = run_with_recorder(LAUNCH / name, tmp_path, "r.yaml", "my run", "training.seed=1")
+    again = run_script(*command).stdout.splitlines()
     assert again[-3:] == ["train", "--resume", "my run"]
 
 
-def test_the_slurm_script_queues_again_only_after_a_stop_by_signal(tmp_path: Path):
+@pytest.mark.parametrize(("status", "queued"), [(143, True), (1, False), (0, False)])
+def test_the_slurm_script_queues_again_only_after_a_stop_by_signal(tmp_path, status, queued):
     """srun ends with 143 when the run saved its state after SIGTERM, with 1 when it failed."""
-    for status, queued in (("143", True), ("1", False), ("0", False)):
-        tools = tmp_path / status
-        tools.mkdir()
-        (tools / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
-        (tools / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
-        for tool in tools.iterdir():
-            tool.chmod(0o755)
-        done = subprocess.run(
-            ["bash", str(LAUNCH / "slurm.sbatch")],  # noqa: S607
-            cwd=tmp_path,
-            env={
-                "PATH": f"{tools}:/usr/bin:/bin",
-                "SLURM_JOB_ID": "7",
-                "SLURM_JOB_NODELIST": "n[1-2]",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == int(status), done.stderr
-        assert ("requeue 7" in done.stdout) == queued
+    tools = {"srun": f"exit {status}", "scontrol": 'echo "$@"'}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = run_script("slurm.sbatch", tmp_path, tools, **job)
+    assert done.returncode == status, done.stderr
+    assert ("requeue 7" in done.stdout) == queued
 
 
 def test_the_slurm_script_gives_every_task_its_rank_and_the_signal(tmp_path: Path):
     """Run with a stand-in srun that is one task: its Python must replace the shell (exec)."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "srun").write_text(
-        '#!/bin/sh\nshift\nexport SLURM_PROCID=3 SLURM_NTASKS=8 SLURM_LOCALID=1\nexec "$@"\n'
-    )
-    (tools / "scontrol").write_text("#!/bin/sh\necho node-one\n")
-    (tools / "python").write_text(
-        '#!/bin/sh\necho "$PPID $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $*"\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(LAUNCH / "slurm.sbatch"), "a.yaml", "out dir", "x.y=1"],  # noqa: S607
-        cwd=tmp_path,
-        env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    ranks = "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT"
+    tools = {
+        "srun": 'shift\nexport SLURM_PROCID=3 SLURM_NTASKS=8 SLURM_LOCALID=1\nexec "$@"',
+        "scontrol": "echo node-one",
+        "python": f'echo "$PPID {ranks} $*"',
+    }
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    done = run_script("slurm.sbatch", tmp_path, tools, "a.yaml", "out dir", "x.y=1", **job)
     assert done.stdout.split(maxsplit=1)[1].strip() == (
         "3 8 1 node-one 20007 -m hafrm train a.yaml --out out dir x.y=1"
     )
-
-
-@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_launch_yaml_loads_and_names_recipes_that_exist(path: Path):
-    values = YAML(typ="safe").load(path.read_text())
-    assert isinstance(values, dict)
-    named = re.findall(r"recipes/[\w-]+\.yaml", path.read_text())
-    assert all((ROOT / name).is_file() for name in named)
 
 
 def test_the_accelerate_file_only_starts_processes():
@@ -232,19 +188,6 @@ def test_the_accelerate_file_only_starts_processes():
     assert not [key for key in values if "fsdp" in key or "deepspeed" in key]
 
 
-def test_the_skypilot_commands_parse_as_shell():
-    values = YAML(typ="safe").load((LAUNCH / "skypilot.yaml").read_text())
-    for part in ("setup", "run"):
-        checked = subprocess.run(
-            ["bash", "-n"],  # noqa: S607
-            input=values[part],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert checked.returncode == 0, checked.stderr
-
-
 def test_the_ray_file_calls_the_training_function_with_arguments_that_it_has():
     """Ray is not installed here, so the call is compared with the function's signature as text."""
     calls = {
@@ -253,10 +196,11 @@ def test_the_ray_file_calls_the_training_function_with_arguments_that_it_has():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.keywords
     }
     loop = ast.parse((ROOT / "src/hafrm/training/loop.py").read_text())
-    function = next(n for n in loop.body if isinstance(n, ast.FunctionDef) and n.name == "train")
-    assert len(calls["train"].args) == len(function.args.args)
-    known = {argument.arg for argument in function.args.kwonlyargs}
-    assert {keyword.arg for keyword in calls["train"].keywords} <= known
+    functions = {n.name: n for n in loop.body if isinstance(n, ast.FunctionDef)}
+    (name,) = calls.keys() & functions.keys()
+    arguments = functions[name].args
+    assert len(calls[name].args) == len(arguments.args)
+    assert {k.arg for k in calls[name].keywords} <= {a.arg for a in arguments.kwonlyargs}
 
 
 def test_the_list_of_launch_files_is_complete():

@@ -35,20 +35,14 @@ def test_folders_of_something_else_files_and_folders_in_use_are_refused(tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name, message in (("run", "not empty"), ("file", "is a file")):
-        with (
-            pytest.raises(CheckpointError, match=message),
-            ResumableFolder.open(tmp_path / name, "b"),
-        ):
+
+    def refused(name: str, kind: str, message: str) -> None:
+        folder = ResumableFolder.open(tmp_path / name, kind)
+        with pytest.raises(CheckpointError, match=message), folder:
             pass
-    with (
-        ResumableFolder.open(tmp_path / "out", "b"),
-        pytest.raises(CheckpointError, match="in use"),
-        ResumableFolder.open(tmp_path / "out", "b"),
-    ):
-        pass
-    with (
-        pytest.raises(CheckpointError, match="no job of this kind"),
-        ResumableFolder.open(tmp_path / "out", "other"),
-    ):
-        pass
+
+    for name in ("run", "file"):
+        refused(name, "b", "not empty")
+    with ResumableFolder.open(tmp_path / "out", "b"):
+        refused("out", "b", "in use")
+    refused("out", "other", "no job of this kind")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,21 +53,17 @@ def save(run: RunFolder, step: int) -> Path:
     return run.checkpoint_path(step)
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", "x: 1\n")
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
 class SaveFailedError(Exception):
     """What the tests raise in the middle of a save."""
-
-
-def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path):
-    atomic_write(tmp_path / "a", "first")
-    atomic_write(tmp_path / "a", "zweite \u2014 \u00e9\n")
-    assert (tmp_path / "a").read_text(encoding="utf-8") == "zweite \u2014 \u00e9\n"
-    atomic_write(tmp_path / "a", b"\x00\r\n")
-    assert (tmp_path / "a").read_bytes() == b"\x00\r\n"
-    assert names(tmp_path) == {"a"}
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -97,52 +94,25 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
     assert order == ["sync", "rename", "sync"]
 
 
-def test_a_written_file_has_ordinary_permissions(tmp_path: Path):
-    """A temporary file of mode 0600 would hide a shared run from the rest of the team."""
-    before = os.umask(0o022)
-    try:
-        atomic_write(tmp_path / "a", "x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
-
-
-def test_an_atomic_directory_has_no_name_before_the_block_ends(tmp_path: Path):
-    target = tmp_path / "deep" / "out"
-    with atomic_directory(target) as aside:
-        (aside / "sub").mkdir()
-        (aside / "sub" / "file").write_text("x")
-        assert not target.exists()
-        assert aside.parent == target.parent
-    assert (target / "sub" / "file").read_text() == "x"
-    assert names(target.parent) == {"out"}
-
-
-def test_an_error_inside_the_block_leaves_what_was_there(tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+def test_a_directory_is_replaced_only_when_asked_and_not_after_an_error(tmp_path: Path):
+    with atomic_directory(tmp_path / "deep" / "out") as aside:
+        (aside / "old").touch()
+        assert names(tmp_path / "deep") == {aside.name}
+    out = tmp_path / "deep" / "out"
 
     def save_and_fail() -> None:
-        with atomic_directory(tmp_path / "out", replace=True) as aside:
+        with atomic_directory(out, replace=True) as aside:
             (aside / "new").touch()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         save_and_fail()
-    assert names(tmp_path) == {"out"}
-    assert names(tmp_path / "out") == {"old"}
-
-
-def test_a_directory_that_exists_is_replaced_only_when_asked(tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    with pytest.raises(CheckpointError, match="exists already"), atomic_directory(tmp_path / "out"):
+    with pytest.raises(CheckpointError, match="exists already"), atomic_directory(out):
         pass
-    assert names(tmp_path / "out") == {"old"}
-    with atomic_directory(tmp_path / "out", replace=True) as aside:
+    assert (names(out), names(out.parent)) == ({"old"}, {"out"})
+    with atomic_directory(out, replace=True) as aside:
         (aside / "new").touch()
-    assert names(tmp_path / "out") == {"new"}
-    assert names(tmp_path) == {"out"}
+    assert (names(out), names(out.parent)) == ({"new"}, {"out"})
 
 
 def test_every_file_and_directory_is_synced_before_the_rename(
@@ -180,7 +150,7 @@ with run.lock():
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.013, 0.05, 0.11])
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.11])
 def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
     tmp_path: Path, delay: float
 ):
@@ -207,41 +177,33 @@ def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
     assert run.latest_checkpoint() == run.checkpoint_path(step + 1)
 
 
-def test_a_manifest_lists_every_file_and_an_untouched_directory_passes(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("large", lambda path: path.write_bytes(b"1234")),
+        ("sub/b", lambda path: path.write_bytes(b"abd")),
+        ("sub/b", Path.unlink),
+        ("c", Path.touch),
+    ],
+    ids=["shorter", "changed", "gone", "added"],
+)
+def test_damage_of_any_kind_is_noticed_and_the_file_named(tmp_path: Path, monkeypatch, name, harm):
+    """Large files are known by their size: hashing tens of gigabytes at every resume takes minutes."""
+    monkeypatch.setattr(atomic, "HASHED_BYTES", 4)
     (tmp_path / "sub").mkdir()
+    (tmp_path / "large").write_bytes(b"12345")
     (tmp_path / "sub" / "b").write_bytes(b"abc")
-    (tmp_path / "a").touch()
     write_manifest(tmp_path)
-    files = json.loads((tmp_path / "manifest.json").read_text())["files"]
     # sha256 of "abc" is FIPS 180-2's first example
     digest = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert files["sub/b"] == {"size": 3, "digest": digest}
-    assert set(files) == {"a", "sub/b"}
+    assert json.loads((tmp_path / "manifest.json").read_text())["files"] == {
+        "large": {"size": 5},
+        "sub/b": {"size": 3, "digest": digest},
+    }
     check_manifest(tmp_path)
-
-
-def test_damage_of_any_kind_is_found_and_the_file_named(tmp_path: Path):
-    def damaged(name: str, harm: str) -> Path:
-        folder = tmp_path / harm
-        (folder / "sub").mkdir(parents=True)
-        (folder / "a").write_bytes(b"12345")
-        (folder / "sub" / "b").write_bytes(b"12345")
-        write_manifest(folder)
-        path = folder / name
-        if harm == "shorter":
-            path.write_bytes(b"1234")
-        elif harm == "changed":
-            path.write_bytes(b"12346")
-        elif harm == "gone":
-            path.unlink()
-        else:
-            path.touch()
-        return path
-
-    for name, harm in (("a", "shorter"), ("sub/b", "changed"), ("sub/b", "gone"), ("c", "added")):
-        path = damaged(name, harm)
-        with pytest.raises(CheckpointError, match=re.escape(str(path))):
-            check_manifest(tmp_path / harm)
+    harm(tmp_path / name)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / name))):
+        check_manifest(tmp_path)
 
 
 def test_a_damaged_or_missing_manifest_is_an_incomplete_checkpoint(tmp_path: Path):
@@ -253,23 +215,12 @@ def test_a_damaged_or_missing_manifest_is_an_incomplete_checkpoint(tmp_path: Pat
             check_manifest(tmp_path)
 
 
-def test_a_large_file_is_checked_by_its_size_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Hashing tens of gigabytes at every resume would take minutes."""
-    monkeypatch.setattr(atomic, "HASHED_BYTES", 4)
-    (tmp_path / "large").write_bytes(b"12345")
-    (tmp_path / "small").write_bytes(b"1234")
-    write_manifest(tmp_path)
-    files = json.loads((tmp_path / "manifest.json").read_text())["files"]
-    assert files["large"] == {"size": 5}
-    assert "digest" in files["small"]
-    check_manifest(tmp_path)
-
-
-def test_a_new_run_folder_holds_its_recipe_and_can_be_opened(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "runs" / "one", "seed: 0\n")
-    assert run.recipe_text() == "seed: 0\n"
-    assert RunFolder.open(str(run.path)).recipe_text() == "seed: 0\n"
-    assert run.checkpoints() == []
+def test_a_new_run_folder_holds_its_recipe_and_what_a_kill_left_counts_as_nothing(tmp_path: Path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".recipe.yaml.0123abcd.tmp").touch()
+    run = RunFolder.create(tmp_path, "seed: 0\n")
+    assert names(tmp_path) == {".lock", "recipe.yaml"}
+    assert RunFolder.open(str(run.path)).recipe_path.read_text() == "seed: 0\n"
     assert run.latest_checkpoint() is None
     assert read_json_lines(run.metrics_path) == []
 
@@ -283,20 +234,9 @@ def test_a_folder_that_holds_something_is_never_overwritten_unasked(tmp_path: Pa
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     with pytest.raises(CheckpointError, match="--resume"):
         RunFolder.create(run.path, "x: 2\n")
-    assert run.recipe_text() == "x: 1\n"
-
-
-def test_a_folder_left_by_a_kill_before_its_recipe_counts_as_empty(tmp_path: Path):
-    (tmp_path / ".lock").touch()
-    (tmp_path / ".recipe.yaml.0123abcd.tmp").touch()
-    RunFolder.create(tmp_path, "x: 1\n")
-    assert names(tmp_path) == {".lock", "recipe.yaml"}
-
-
-def test_a_file_in_the_place_of_a_run_folder_is_told(tmp_path: Path):
-    (tmp_path / "run").touch()
+    assert run.recipe_path.read_text() == "x: 1\n"
     with pytest.raises(CheckpointError, match="cannot make the run folder"):
-        RunFolder.create(tmp_path / "run", "x: 1\n")
+        RunFolder.create(tmp_path / "thesis.tex", "x: 1\n")
 
 
 def test_opening_what_is_no_run_folder_says_what_would_be_one(tmp_path: Path):
@@ -317,20 +257,14 @@ with RunFolder.open(sys.argv[1]).lock():
 """
 
 
-def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_a_second_process_is_kept_out_until_the_first_ends(run: RunFolder):
     holder = python(HOLDS_THE_LOCK, str(run.path))
     message = f"in use by process {holder.pid}"
     with pytest.raises(CheckpointError, match=message), run.lock():
         pass
-    assert RunFolder.open(run.path).recipe_text() == "x: 1\n", "reading needs no lock"
     holder.communicate("done\n")
     with run.lock():
         pass
-
-
-def test_a_lock_whose_holder_was_killed_blocks_nobody(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     holder = python(HOLDS_THE_LOCK, str(run.path))
     kill(holder)
     assert (run.path / ".lock").read_text() == str(holder.pid), "the stale file is still there"
@@ -338,25 +272,9 @@ def test_a_lock_whose_holder_was_killed_blocks_nobody(tmp_path: Path):
         assert (run.path / ".lock").read_text() == str(os.getpid())
 
 
-def test_a_file_system_without_locks_is_a_warning_and_no_obstacle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    import fcntl
-
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    with run.lock():
-        run.append_metrics({"step": 1})
-    assert "cannot be locked" in caplog.text
-
-
 def test_metrics_are_read_back_numbers_that_json_lacks_as_null_and_those_of_numpy_plain(
-    tmp_path: Path,
+    run: RunFolder,
 ):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     run.append_metrics({"step": 1, "kind": "train", "by_source": {"\u00e9": [1, 2.5]}})
     run.append_metrics(
         {"step": 2, "a": math.nan, "b": [math.inf, np.float32(0.5)], "c": np.int64(3)}
@@ -369,10 +287,9 @@ def test_metrics_are_read_back_numbers_that_json_lacks_as_null_and_those_of_nump
 
 @pytest.mark.parametrize("cut", [1, 11, 21])
 def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
-    tmp_path: Path, cut: int
+    run: RunFolder, cut: int
 ):
     """The second record is {"step": 2, "x": 2.5} and a line end, 22 bytes: torn after 1 to 21."""
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     for step in (1, 2):
         run.append_metrics({"step": step, "x": 2.5})
     whole = run.metrics_path.read_bytes()
@@ -384,8 +301,7 @@ def test_a_last_line_torn_anywhere_is_dropped_and_the_next_one_stands_alone(
     assert read_json_lines(run.metrics_path) == [{"step": 1, "x": 2.5}, {"step": 2, "x": 3.5}]
 
 
-def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_rest(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_rest(run: RunFolder):
     for step in (10, 20, 30):
         run.append_metrics({"step": step, "kind": "train", "x": 1e-5})
         run.append_metrics({"step": step, "kind": "validation"})
@@ -394,31 +310,14 @@ def test_truncation_drops_later_steps_of_every_kind_and_keeps_the_bytes_of_the_r
     assert run.metrics_path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
     run.truncate_after(5)
     assert run.metrics_path.read_bytes() == b""
-    RunFolder.create(tmp_path / "other", "x: 1\n").truncate_after(3)
-
-
-def test_a_damaged_line_in_the_middle_is_told_by_its_number(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     run.metrics_path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object"):
         read_json_lines(run.metrics_path)
 
 
-def test_checkpoints_are_listed_by_step_and_the_latest_is_the_highest(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    for step in (9, 100, 20):
-        save(run, step)
-    (run.checkpoints_path / "step-007").mkdir()
-    (run.checkpoints_path / "step-best").mkdir()
-    assert [path.name for path in run.checkpoints()] == ["step-9", "step-20", "step-100"]
-    assert run.latest_checkpoint() == run.checkpoint_path(100)
-    assert run_folder.step_of(run.checkpoint_path(100)) == 100
-
-
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: RunFolder, caplog: pytest.LogCaptureFixture
 ):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
     save(run, 10)
     (save(run, 20) / "state.json").write_text("{}")
     assert run.latest_checkpoint() == run.checkpoint_path(10)
@@ -432,11 +331,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_its_step_written
     assert run.latest_checkpoint() == run.checkpoint_path(20)
 
 
-def test_pruning_keeps_the_newest_and_the_protected_and_counts_no_damaged_ones(tmp_path: Path):
+def test_pruning_keeps_the_newest_and_the_protected_and_counts_no_damaged_ones(run: RunFolder):
     """A damaged one must not count: pruning to one would delete the only checkpoint that works."""
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    for step in (10, 20, 30, 40):
+    for step in (10, 100, 20, 30, 40):
         save(run, step)
+    (run.checkpoints_path / "step-007").mkdir()
+    assert run_folder.step_of(run.latest_checkpoint()) == 100
+    shutil.rmtree(run.checkpoint_path(100))
+    (run.checkpoints_path / "step-007").rmdir()
     run.prune(keep=2, protect=[10, 999, -1])
     assert names(run.checkpoints_path) == {"step-10", "step-30", "step-40"}
     run.prune(keep=5)
@@ -467,8 +369,7 @@ def test_a_checkpoint_half_deleted_by_a_kill_is_gone(
         assert names(run.checkpoints_path) == {"step-20"}
 
 
-def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(run: RunFolder):
     save(run, 10)
     (run.checkpoints_path / ".step-20.0a1b2c3d.tmp").mkdir()
     (run.checkpoints_path / ".step-20.0a1b2c3d.tmp" / "model.safetensors").touch()
@@ -480,8 +381,9 @@ def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(tmp_pa
         assert names(run.path) == {".lock", ".mine.tmp", "checkpoints", "notes.txt", "recipe.yaml"}
 
 
-def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(tmp_path: Path):
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
+def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(
+    run: RunFolder, tmp_path: Path
+):
     (tmp_path / "data").write_bytes(b"abc")
     digest = fingerprint(tmp_path / "data")
     run.record_provenance(seed=3, data={"data": digest}, details={"device": "cpu"})
@@ -496,30 +398,20 @@ def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(tm
     assert set(first) >= {"command", "git", "platform"}
 
 
-def test_provenance_tells_neither_the_host_nor_the_home_directory(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_provenance_tells_neither_the_host_nor_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setattr(sys, "argv", ["/opt/bin/hafrm", "train", "/home/someone/a b.yaml", "x.y=1"])
     process = describe_process()
     assert process["command"] == "hafrm train '~/a b.yaml' x.y=1"
-    text = json.dumps(process)
-    assert "someone" not in text
-    assert os.uname().nodename not in text.split()
+    assert not {"someone", os.uname().nodename} & set(re.findall(r"[\w.-]+", json.dumps(process)))
 
 
 def test_provenance_names_the_commit_and_whether_files_differ_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        done = subprocess.run(
-            ["git", *identity, *arguments],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.strip()
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

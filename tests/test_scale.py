@@ -71,17 +71,6 @@ def test_traffic_hides_from_where_a_layer_computes_as_long_as_the_next_is_moved(
     assert ours.hiding_tokens(machine(scale), 4e9) == pytest.approx(125 * times)
 
 
-def test_a_row_divides_the_step_among_gpus_and_takes_the_slow_links_beyond_a_node(scale):
-    """8 comparisons of 60 tokens: 60 each on 8 GPUs, 30 on 16."""
-    ours = scenario(scale)
-    near, far = (ours.row(gpus, machine(scale)) for gpus in (8, 16))
-    assert (near.micro_batches, near.tokens, near.fits) == (1, 60, True)
-    assert (far.micro_batches, far.tokens) == (1, 30)
-    assert near.compute_seconds == pytest.approx(ours.flops.total / 8 / 5e11)
-    assert near.traffic_seconds == pytest.approx(near.traffic / 4e9)
-    assert far.traffic_seconds == pytest.approx(far.traffic / 1e9)
-
-
 def test_what_does_not_fit_whole_is_cut_into_micro_batches(scale):
     """LoRA, whose gradients are small: one GPU with room for the states and some of the activations."""
     ours = scenario(scale, lora=True, checkpointing=False)
@@ -109,12 +98,3 @@ def test_the_script_prints_its_tables_for_a_config_file(scale, tmp_path, capsys)
     assert "38,400 tokens" in output
     with pytest.raises(SystemExit, match="llama-70b"):
         scale.main(["--config", str(tmp_path / "nowhere")])
-
-
-def test_the_built_in_shapes_are_the_models_they_are_named_after(scale):
-    """Published sizes: Llama-3-70B 70.6 G, Mistral-7B-v0.3 7.25 G, Phi-2 2.78 G."""
-    sizes = {"llama-70b": 70.55, "mistral-7b": 7.248, "phi-2": 2.780}
-    for name, billions in sizes.items():
-        recipe = scale.recipe_of(training={"precision": "bf16"})
-        weights = scale.Scenario(scale.config_of(name), recipe, (1, 1, 1)).weights
-        assert weights.total / 1e9 == pytest.approx(billions, rel=0.001)

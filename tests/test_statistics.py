@@ -46,27 +46,9 @@ def test_wilson_equals_scipy(correct: int, num: int) -> None:
     assert got.value == correct / num
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert (got.low, got.high) == wilson(correct / num, num)
-
-
-def test_wilson_by_hand() -> None:
-    """50 of 100, z = 1.959964: centre 0.5, half = z sqrt(0.0025 + z^2/40000) / (1 + z^2/100).
-
-    z^2 = 3.841459; sqrt(0.0025 + 0.0000960365) = 0.0509513; * z = 0.0998627; / 1.03841459 = 0.0961685.
-    """
-    assert wilson(0.5, 100) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
-
-
-def test_wilsons_ends_are_exact_and_no_trials_leave_everything_possible() -> None:
-    assert wilson(0.0, 0) == (0.0, 1.0)
-    assert wilson(0.0, 5)[0] == 0.0
-    assert wilson(1.0, 5)[1] == 1.0 and wilson(1.0, 10)[0] < 0.8
-
-
-def test_unclustered_accuracy_takes_wilsons_interval() -> None:
-    correct = np.array([True] * 6 + [False] * 4)
-    expected = Estimate(0.6, *wilson(0.6, 10), 10, "wilson")
-    assert accuracy_interval(correct) == expected
-    assert accuracy_interval(correct, np.arange(10)) == expected
+    assert got == accuracy_interval(np.arange(num) < correct, np.arange(num))
+    # the two ends are exact; without items everything is possible
+    assert (wilson(0.0, num)[0], wilson(1.0, num)[1], wilson(0.0, 0)) == (0.0, 1.0, (0.0, 1.0))
 
 
 def test_repeated_prompts_take_the_clustered_bootstrap() -> None:
@@ -84,12 +66,6 @@ def test_unanimous_items_keep_an_honest_width(right: bool) -> None:
     assert (got.value, got.low, got.high, got.num) == (right, *wilson(float(right), 4), 8)
 
 
-def test_no_items_are_not_an_error() -> None:
-    got = accuracy_interval(np.zeros(0, bool), np.zeros(0, int))
-    assert math.isnan(got.value)
-    assert (got.low, got.high) == (0.0, 1.0)
-
-
 def clusters_and_values(num_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Items that share half their variance with the others of their cluster; sizes 1 to 6."""
     draw = np.random.default_rng(seed)
@@ -104,7 +80,7 @@ def test_the_bootstrap_equals_a_slow_loop_in_distribution() -> None:
     got = clustered_bootstrap(values, clusters, proportion=False)
     draw = np.random.default_rng(99)
     means = []
-    for _ in range(4000):
+    for _ in range(2000):
         picked = draw.choice(60, 60)
         means.append(np.concatenate([values[clusters == c] for c in picked]).mean())
     low, high = np.quantile(means, [0.025, 0.975])
@@ -118,23 +94,18 @@ def test_the_bootstrap_of_two_clusters_by_hand() -> None:
     """Clusters {1, 1, 1} and {0}: resamples are AA (1), AB or BA (3/4), BB (0), with 1/4, 1/2, 1/4."""
     got = clustered_bootstrap(np.array([1, 1, 1, 0]), np.array(["a", "a", "a", "b"]))
     assert (got.value, got.low, got.high) == (0.75, 0.0, 1.0)
-
-
-def test_the_bootstrap_agrees_with_the_cluster_standard_error() -> None:
-    clusters, values = clusters_and_values(400, seed=1)
-    got = clustered_bootstrap(values, clusters, proportion=False)
-    error = cluster_standard_error(values, clusters)
-    assert (got.high - got.low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+    alone = clustered_bootstrap(np.array([1.0, 0.0]), np.array([7, 7]))
+    assert (alone.value, math.isnan(alone.low)) == (0.5, True)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """300 draws with true mean 0: 95 % coverage has a standard error of 1.3 points; 3 of them are 4."""
+    """150 draws with true mean 0: 95 % coverage has a standard error of 1.8 points; 3 of them are 5."""
     covered = 0
-    for seed in range(300):
+    for seed in range(150):
         clusters, values = clusters_and_values(80, seed=1000 + seed)
         got = clustered_bootstrap(values, clusters)
         covered += got.low <= 0 <= got.high
-    assert 0.90 <= covered / 300 <= 0.99
+    assert 0.89 <= covered / 150 <= 0.99
 
 
 def test_blocks_of_resamples_do_not_change_the_result() -> None:
@@ -146,23 +117,11 @@ def test_blocks_of_resamples_do_not_change_the_result() -> None:
     assert (first.low, first.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
 
 
-def test_one_cluster_has_a_value_and_no_interval() -> None:
-    got = clustered_bootstrap(np.array([1.0, 0.0]), np.array([7, 7]))
-    assert got.value == 0.5
-    assert math.isnan(got.low)
-    assert math.isnan(clustered_bootstrap(np.zeros(0)).value)
-
-
-def test_a_model_does_not_differ_from_itself() -> None:
-    correct = np.random.default_rng(0).random(50) < 0.5
-    got = paired_bootstrap(correct, correct, np.repeat(np.arange(25), 2))
-    assert (got.value, got.low, got.high) == (0.0, 0.0, 0.0)
-    assert mcnemar(correct, correct).p_value == 1.0
-
-
 def test_the_paired_bootstrap_swaps_sign_with_its_arguments() -> None:
     draw = np.random.default_rng(1)
     first, second = draw.random((2, 90)) < 0.6
+    itself = paired_bootstrap(first, first)
+    assert (itself.value, itself.low, itself.high) == (0.0, 0.0, 0.0)
     there, back = paired_bootstrap(first, second), paired_bootstrap(second, first)
     assert (there.value, there.low, there.high) == pytest.approx(
         (-back.value, -back.high, -back.low)
@@ -180,12 +139,6 @@ def test_mcnemar_equals_the_exact_binomial_test(first_only: int, second_only: in
     assert got.p_value == pytest.approx(expected, rel=1e-10)
 
 
-def test_mcnemar_by_hand() -> None:
-    """One against five: 2 * (C(6,0) + C(6,1)) / 2^6 = 14/64 = 0.21875."""
-    first = np.array([True] + [False] * 5)
-    assert mcnemar(first, ~first).p_value == pytest.approx(0.21875)
-
-
 def test_the_cluster_standard_error_equals_a_double_loop() -> None:
     """Sum of the products of deviations over all pairs of items in one cluster."""
     clusters, values = clusters_and_values(12, seed=4)
@@ -197,13 +150,8 @@ def test_the_cluster_standard_error_equals_a_double_loop() -> None:
     )
     got = cluster_standard_error(values, clusters)
     assert got == pytest.approx(math.sqrt(total) / len(values))
-
-
-def test_without_clusters_it_is_the_usual_standard_error() -> None:
-    values = np.random.default_rng(5).normal(size=40)
-    expected = values.std() / math.sqrt(40)
-    assert cluster_standard_error(values) == pytest.approx(expected)
-    assert cluster_standard_error(values, np.arange(40)) == pytest.approx(expected)
+    usual = values.std() / math.sqrt(len(values))
+    assert cluster_standard_error(values) == pytest.approx(usual)
     assert math.isnan(cluster_standard_error(np.zeros(0)))
 
 
@@ -211,9 +159,6 @@ def test_holm_by_hand() -> None:
     """Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, 0.04; never below the one before: 0.06."""
     got = holm(np.array([0.04, 0.01, 0.03]))
     assert got.tolist() == pytest.approx([0.06, 0.03, 0.06])
-
-
-def test_holm_never_exceeds_one_and_takes_nothing() -> None:
     assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
     assert holm(np.zeros(0)).shape == (0,)
 
@@ -237,23 +182,6 @@ def test_the_mean_over_seeds_by_hand() -> None:
     assert (got.low, got.high) == pytest.approx((max(0.0, 0.75 - half), 1.0))
     mean = seeded_mean(np.array([[True, False], [True, True]]), proportion=False)
     assert (mean.low, mean.high) == pytest.approx((0.75 - half, 0.75 + half))
-
-
-def test_seeds_that_differ_widen_the_interval_however_many_prompts_there_are() -> None:
-    many = drawn(0, num_items=20_000, seed_sd=0.05)
-    got = seeded_mean(many)
-    of_seeds = stats.t.ppf(0.975, 3) * many.mean(1).std(ddof=1) / 2
-    assert (got.high - got.low) / 2 == pytest.approx(of_seeds, rel=0.1)
-    alike = drawn(0, num_items=20_000, seed_sd=0.0)
-    assert seeded_mean(alike).high - seeded_mean(alike).low < 0.3 * (got.high - got.low)
-
-
-def test_identical_seeds_leave_the_variation_over_prompts() -> None:
-    """Then it is the usual interval of a mean, with Student's t over the prompts."""
-    row = np.random.default_rng(1).random(50) < 0.6
-    got = seeded_mean(np.tile(row, (3, 1)))
-    expected = stats.t.interval(0.95, 49, row.mean(), stats.sem(row))
-    assert (got.low, got.high) == pytest.approx(expected)
 
 
 def test_prompts_with_several_comparisons_count_once() -> None:
@@ -289,12 +217,8 @@ def test_a_difference_swaps_sign_with_its_arguments_and_is_that_of_the_means() -
     assert there.estimate.low == pytest.approx(-back.estimate.high)
     assert there.p_value == pytest.approx(back.p_value)
     assert (there.p_value < 0.05) == (not there.estimate.low <= 0 <= there.estimate.high)
-
-
-def test_equal_sides_have_no_difference_and_p_one() -> None:
-    same = np.tile(np.array([True, False, True]), (2, 1))
-    got = seeded_difference(same, same)
-    assert (got.estimate.value, got.estimate.low, got.estimate.high, got.p_value) == (0, 0, 0, 1)
+    same = seeded_difference(first, first)
+    assert (same.estimate.value, same.p_value) == (0, 1)
 
 
 def test_one_seed_says_nothing_about_another() -> None:

@@ -26,19 +26,10 @@ if TYPE_CHECKING:
     from hafrm.recipe_file import load_recipe
     from hafrm.scoring.reward_model import PolicyModel, RewardModel
 
-_MODULE_OF = {
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "HafrmError": "errors",
-    "MemoryBudgetError": "errors",
-    "ModelError": "errors",
-    "NumericsError": "errors",
+_MODULE_OF = {  # the others are errors
     "PolicyModel": "scoring.reward_model",
     "Recipe": "recipe",
     "RewardModel": "scoring.reward_model",
-    "ServerError": "errors",
-    "VerificationError": "errors",
     "evaluate": "evaluation",
     "load_recipe": "recipe_file",
     "read_preferences": "data.reader",
@@ -66,9 +57,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module 'hafrm' has no attribute {name!r}")
-    return getattr(import_module(f"hafrm.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(f"hafrm.{_MODULE_OF.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -50,17 +50,17 @@ def train(
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as sections: {"model.path": "x"} is {"model": {"path": "x"}}."""
-    nested: dict[str, Any] = {
-        k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()
-    }
-    for key in [key for key in nested if "." in key]:
-        section, _, name = key.partition(".")
-        nested[section] = {**(nested.get(section) or {}), name: nested.pop(key)}
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, name = key.partition(".")
+        new = {name: value} if dot else value
+        both = isinstance(new, Mapping) and isinstance(nested.get(section), Mapping)
+        nested[section] = {**nested[section], **new} if both else new
     return nested
 
 
 def _keep_rows(rows: Rows) -> Path:
-    """The rows as a file named after their content, so that a resumed run reads the same path."""
+    # a file named after its content, so that a resumed run reads the same path
     text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     path = cache_folder("rows") / f"rows-{digest}.jsonl"

@@ -1,8 +1,7 @@
 """Files and directories that are complete or absent, whatever kills the process that writes them.
 
 Content is written beside its place under a hidden name (`.<name>.<random>.tmp`), synced to the disk
-and renamed. A manifest lists what a directory must hold, so that a copy cut short is noticed. What
-a kill leaves behind are the hidden names alone, which `clear_leftovers` removes.
+and renamed; `clear_leftovers` removes what a kill leaves. A manifest lists what a directory must hold.
 """
 
 import contextlib
@@ -22,8 +21,7 @@ from hafrm.errors import CheckpointError
 log = logging.getLogger("hafrm")
 LOCK = ".lock"
 MANIFEST = "manifest.json"
-HASHED_BYTES = 16 * 2**20
-"""Files up to this size are hashed; hashing tens of gigabytes of weights would stall a resume."""
+HASHED_BYTES = 16 * 2**20  # larger files are not hashed: tens of gigabytes would stall a resume
 
 
 @contextlib.contextmanager
@@ -51,8 +49,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill, which becomes `path` when the block ends without an error.
 
-    On an error it is removed and `path` is untouched. Raises CheckpointError when `path` exists and is not
-    to be replaced.
+    On an error it is removed and `path` is untouched.
     """
     if path.exists() and not replace:
         raise CheckpointError(f"{path} exists already: remove it or choose another place")
@@ -66,9 +63,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 _sync(Path(directory, name))
             _sync(Path(directory))
         if path.exists():
-            remove_directory(
-                path
-            )  # a kill right here leaves neither: replace only what can be remade
+            remove_directory(path)  # a kill right here leaves neither: replace what can be remade
         aside.rename(path)
         _sync(path.parent)
     finally:
@@ -80,7 +75,6 @@ def _aside(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,8 +90,13 @@ def remove_directory(path: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether the name is one that this module writes under, and nobody else's `.tmp`."""
+    """Whether the name is one that this module writes under."""
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
+
+
+def is_unused(directory: Path) -> bool:
+    """Whether the directory holds nothing but a lock and what killed writers left."""
+    return all(entry.name == LOCK or is_leftover(entry) for entry in directory.iterdir())
 
 
 def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
@@ -113,7 +112,7 @@ def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> No
 
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of `directory` in a `with` block; raises CheckpointError when another process does."""
+    """Hold the lock of `directory`; raises CheckpointError when another process does."""
     import fcntl  # noqa: PLC0415 - absent on Windows, where run folders can still be read
 
     with (directory / LOCK).open("a+b", buffering=0) as file:
@@ -144,10 +143,10 @@ def write_manifest(directory: Path) -> None:
     """List every file of `directory` with its size, and its digest when small, in its manifest."""
     files: dict[str, dict[str, Any]] = {}
     for name in _file_names(directory):
-        size = (directory / name).stat().st_size
-        files[name] = {"size": size}
-        if size <= HASHED_BYTES:
-            files[name]["digest"] = fingerprint(directory / name)
+        path = directory / name
+        files[name] = {"size": path.stat().st_size}
+        if files[name]["size"] <= HASHED_BYTES:
+            files[name]["digest"] = fingerprint(path)
     atomic_write(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -165,12 +164,9 @@ def check_manifest(directory: Path) -> None:
         if name not in present or name not in sizes:
             state = "missing" if name in sizes else "not in the manifest"
             raise CheckpointError(f"{directory / name} is {state}: the checkpoint is incomplete")
-        size, digest = sizes[name]
-        got = (directory / name).stat().st_size
-        if got != size:
-            raise CheckpointError(f"{directory / name} has {got} bytes, the manifest says {size}")
-        if digest is not None and fingerprint(directory / name) != digest:
-            raise CheckpointError(f"{directory / name} was changed after it was written")
+        (size, digest), path = sizes[name], directory / name
+        if path.stat().st_size != size or (digest is not None and fingerprint(path) != digest):
+            raise CheckpointError(f"{path} was changed after it was written")
 
 
 def _file_names(directory: Path) -> list[str]:

@@ -1,18 +1,10 @@
 """What hafrm raises: one root, and children that also are the standard error they replace.
 
-    HafrmError
-    |-- ConfigError (ValueError)       a recipe, an option or a method name
-    |-- DataError (ValueError)         preference data that cannot be used
-    |-- ModelError (ValueError)        a model or tokenizer that cannot do what was asked of it
-    |-- CheckpointError (RuntimeError) a run folder or checkpoint that cannot be used
-    |-- NumericsError (RuntimeError)   numbers that must not be built upon
-    |   `-- DivergedError              a loss or gradient of training that is not finite
-    |-- VerificationError (RuntimeError) an export that is written, but not proved
-    |-- ServerError (ConnectionError)  a server that cannot be reached, or answers otherwise than it should
-    `-- MemoryBudgetError (MemoryError) a pass that does not fit, however it is cut
-
 Every message says what is wrong, the value got, what is allowed, and the fix.
 """
+
+import difflib
+from collections.abc import Iterable
 
 
 class HafrmError(Exception):
@@ -53,3 +45,9 @@ class ServerError(HafrmError, ConnectionError):
 
 class MemoryBudgetError(HafrmError, MemoryError):
     """A pass does not fit into the device's memory, however it is cut."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """The hint "did you mean X? " for a mistyped name, or "" when no option is like it."""
+    near = difflib.get_close_matches(name.lower(), list(options), 1)
+    return f"did you mean {near[0]}? " if near else ""

@@ -1,8 +1,6 @@
 """The nouns of preference data: messages, comparisons, groups of text and groups of token ids.
 
-A group is a prompt, its distinct responses and the comparisons among them; a preference pair is
-the smallest group. Packing, training, scoring and evaluation all work on groups. Nothing here reads a
-file or knows a tokenizer.
+A preference pair is the smallest group. Packing, training, scoring and evaluation all work on groups.
 """
 
 import hashlib
@@ -38,8 +36,7 @@ class Comparison:
     rejected: int
     margin: float = 0.0
     """Strength of the preference in reward units: the Bradley-Terry loss asks for r_c - r_r > margin."""
-    weight: float = 1.0
-    """Factor on this comparison's losses."""
+    weight: float = 1.0  # factor on this comparison's losses
     tie: bool = False
     """True: neither was preferred. Ties are kept for evaluation and not trained on."""
     votes: Votes | None = None
@@ -64,8 +61,7 @@ class TokenizedGroup:
     """A group as token ids; prompt_ids + response_ids[k] is the k-th conversation."""
 
     prompt_ids: NDArray[np.int32]
-    response_ids: tuple[NDArray[np.int32], ...]
-    """Each ends in the EOS that the reward is read at."""
+    response_ids: tuple[NDArray[np.int32], ...]  # each ends in the EOS that the reward is read at
     comparisons: tuple[Comparison, ...] = ()
     id: str = ""
     source: str = ""

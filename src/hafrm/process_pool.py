@@ -1,7 +1,6 @@
 """`ProcessPool`: tasks on several processes of one machine, such as the runs of a comparison.
 
-A process has a GPU of its own where there are several; on a CPU the processes share its cores: two small
-models with one core each train faster than one with two.
+A process has a GPU of its own where there are several; on a CPU the processes share its cores.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
@@ -33,15 +32,15 @@ def default_num_processes() -> int:
 class ProcessPool(Generic[Task, Result]):
     """Processes that run tasks; leaving the `with` block ends them, whatever they are doing.
 
-    `make_worker` runs once in each process and returns the function that runs a task; it, tasks and results
-    must be picklable. With `num_processes` 1 everything runs in this process.
+    `make_worker` runs once in each process and returns the function that runs a task; all must be
+    picklable. With `num_processes` 1 everything runs in this process.
     """
 
     def __init__(
         self, make_worker: Callable[[], Callable[[Task], Result]], num_processes: int
     ) -> None:
         self._make_worker, self._num = make_worker, num_processes
-        self._here: Callable[[Task], Result] | None = None
+        self._here: Callable[[Task], Result] | None = None  # the function of this process
         self._executor: ProcessPoolExecutor | None = None
         # spawn: a forked child inherits locks that threads of torch or tokenizers hold
         self._context = multiprocessing.get_context("spawn")
@@ -67,9 +66,7 @@ class ProcessPool(Generic[Task, Result]):
                 on_done(task, self._here(task))
             return
         executor = self._executor or self._start()
-        futures: dict[Future[Any], Task] = {
-            executor.submit(_run_task, task): task for task in tasks
-        }
+        futures = {executor.submit(_run_task, task): task for task in tasks}
         for future in as_completed(futures):
             try:
                 result = future.result()
@@ -95,11 +92,9 @@ class ProcessPool(Generic[Task, Result]):
         return self._executor
 
 
-class _Worker:
-    """What a worker process keeps between tasks."""
-
-    make: Callable[[], Callable[[Any], Any]]
-    function: Callable[[Any], Any] | None = None
+_worker: list[
+    Callable[..., Any]
+] = []  # of this process: what makes its function, then that function
 
 
 def _start_worker(
@@ -113,18 +108,18 @@ def _start_worker(
     logging.getLogger("hafrm").setLevel(logging.WARNING)
     _take_gpu(ranks.get())
     threading.Thread(target=_die_with_pool, args=(lifeline,), daemon=True).start()
-    _Worker.make = make_worker
+    _worker.append(make_worker)
 
 
 def _run_task(task: Any) -> Any:
     # made at the first task, not in the initializer: an error there would only break the pool
-    if _Worker.function is None:
-        _Worker.function = _Worker.make()
-    return _Worker.function(task)
+    if len(_worker) == 1:
+        _worker.append(_worker[0]())
+    return _worker[1](task)
 
 
 def _take_gpu(rank: int) -> None:
-    """Leave one of several GPUs visible, which every library that a task uses then takes."""
+    # every library that a task uses takes the one GPU that is visible
     num = torch.cuda.device_count()
     if num > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num)))
@@ -132,7 +127,7 @@ def _take_gpu(rank: int) -> None:
 
 
 def _die_with_pool(lifeline: Connection) -> None:
-    """End this process when the pool ends or its parent is killed, so that its work can run again."""
+    # when the pool ends or its parent is killed, so that its work can run again
     with contextlib.suppress(EOFError):
         lifeline.recv()
     os.kill(os.getpid(), signal.SIGKILL)

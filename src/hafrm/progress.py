@@ -1,6 +1,6 @@
 """Progress of long work: the one callback that reports it, and the line on a terminal that shows it.
 
-Library code calls `OnProgress`; only the command line shows anything. rich is loaded when it is used.
+Library code calls `OnProgress`; only the command line shows anything.
 """
 
 import logging
@@ -13,8 +13,7 @@ log = logging.getLogger("hafrm")
 OnProgress = Callable[[int, int], None]
 """Called as on_progress(done, total), both counted from the start; a total of 0 is not known."""
 
-LOG_SECONDS = 30.0
-"""Between two lines of progress in a log."""
+LOG_SECONDS = 30.0  # between two lines of progress in a log
 
 
 def no_progress(done: int, total: int) -> None:
@@ -35,10 +34,7 @@ def over_passes(on_progress: OnProgress, total: int) -> OnProgress:
 
 @contextmanager
 def show_progress(what: str) -> Iterator[OnProgress]:
-    """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left".
-
-    On a terminal the line is rewritten; elsewhere it is logged, at most every LOG_SECONDS.
-    """
+    """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left" on a terminal, or else in the log."""
     from rich.console import Console  # noqa: PLC0415
 
     start = last = time.monotonic()

@@ -1,7 +1,6 @@
 """What computed a result: versions, command line, platform and commit of this very process.
 
-It is meant to be published beside the result, so neither the host's name nor the home directory is
-in it. No package is imported to learn its version.
+It is meant to be published beside the result: without the host's name and the home directory.
 """
 
 import contextlib
@@ -9,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -43,22 +41,17 @@ def _versions() -> dict[str, str]:
 
 
 def _command_line() -> str:
-    """The command as typed, with the home directory as `~`: a run folder may be published."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     home = os.path.expanduser("~")
     return command if home in {"~", "/"} else command.replace(home + "/", "~/")
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the current directory and whether files differ from it; None outside git."""
-    git = shutil.which("git")
-    if git is None:
-        return None
     answers = []
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
-            done = subprocess.run([git, *command], capture_output=True, timeout=20, check=True)
-        except (OSError, subprocess.SubprocessError):
+            done = subprocess.run(["git", *command], capture_output=True, timeout=20, check=True)  # noqa: S607
+        except (OSError, subprocess.SubprocessError):  # no git, or outside a repository
             return None
         answers.append(done.stdout.decode("utf-8", "replace").strip())
     return {"commit": answers[0], "changed": bool(answers[1])}

@@ -1,10 +1,9 @@
 """Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; every problem in one message, with its place.
 
 Relative paths stay as written and mean the current directory; `~` is expanded. The schema is
-`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`. No torch is imported.
+`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,17 +17,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, did_you_mean
 from hafrm.recipe import Recipe, Section, describe_keys, sections_of
 
 Root = TypeVar("Root", bound=Section)
 
-_NO_AUTO = (
-    "give a number, such as 0.2; `hafrm compare` with several alphas shows how much it matters"
-)
+_NO_AUTO = "give a number, such as 0.2"
 REMOVED = {
     "method.alpha=auto": f"alpha is no longer set automatically: {_NO_AUTO}",
     "method.gradient_ratio": f"removed; set method.alpha instead: {_NO_AUTO}",
+    "data.weights=uniform": "removed; give one number for each entry of data.train",
     "evaluation.judge": "renamed to evaluation.reward_model",
     "data.too_long=drop": "removed from RLHF recipes: longer prompts are always left out and counted",
     "data.too_long=refuse": "removed: longer prompts are always left out and counted",
@@ -44,7 +42,7 @@ REMOVED = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `section.key=value` overrides applied in order.
 
-    Raises ConfigError with every problem of the file and the overrides, and where each one is.
+    Raises ConfigError with every problem, and where each one is.
     """
     return load_as(Recipe, path, overrides)
 
@@ -56,8 +54,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
         text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
         values = draft.parse(text)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the recipe {path}: {reason}") from error
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if values is not None and not isinstance(values, dict):
@@ -109,7 +106,7 @@ def dump_recipe(recipe: Section) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as JSON, which is YAML too: a quoted "off" is text for every reader of YAML, 1.1 or 1.2."""
+    # JSON is YAML too: a quoted "off" is text for every reader of YAML, 1.1 or 1.2
     if isinstance(value, list):
         return f"[{', '.join(map(_as_yaml, value))}]"
     text = json.dumps(value, ensure_ascii=False)
@@ -129,7 +126,6 @@ class _Draft:
         self.problems: list[str] = []
 
     def parse(self, text: str, key: str = "", place: str = "") -> Any:
-        """The plain values of a YAML text; raises ConfigError when it is not plain YAML."""
         try:
             node = YAML(typ="safe", pure=True).compose(text)
             return None if node is None else self._plain(node, key, place)
@@ -142,13 +138,11 @@ class _Draft:
             ) from error
 
     def override(self, assignment: str) -> None:
-        """Apply one section.key=value; what is wrong with it is added to `problems`."""
         key, equals, text = assignment.partition("=")
         names = key.strip().split(".")
         place = f"override {assignment!r}"
         if not equals or not all(names) or len(names) > 2:
-            example = "such as training.batch_size=32"
-            self.problems.append(f"{place}: not of the form section.key=value, {example}")
+            self.problems.append(f"{place}: not of the form section.key=value")
             return
         try:
             value = self.parse(text, ".".join(names), place)
@@ -187,7 +181,7 @@ class _Draft:
 
 
 def _scalar(kind: str, text: str) -> Any:
-    """A plain word's value. Dates, 0x1f and 1_0 stay text: a recipe has no use for them as numbers."""
+    # dates, 0x1f and 1_0 stay text: a recipe has no use for them as numbers
     if kind == "null":
         return None
     if kind == "bool":
@@ -220,7 +214,6 @@ def _validated(root: type[Root], draft: _Draft, name: str) -> Root:
 
 
 def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:
-    """One of pydantic's errors in plain words, with its place and the fix."""
     location, value = error["loc"], error["input"]
     key = ".".join(str(part) for part in location[:2])
     head = f"{key} ({places[key]})" if key in places else key
@@ -250,24 +243,12 @@ def _shown(value: Any) -> str:
 
 
 def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
-    """The keys most like an unknown one, or else all keys of its section."""
-    name, section = str(location[-1]).lower(), str(location[0]) if len(location) > 1 else None
-    sections = sections_of(root)
-    if section is None and (near := difflib.get_close_matches(name, sections, 1)):
-        return f"; did you mean {near[0]}?"
-    scores = {}
-    for key in describe_keys(root):
-        home, leaf = key.name.split(".")
-        scores[key.name] = _likeness(name, leaf) + 0.1 * (home == section)
-    best = max(scores.values())
-    if best >= 0.65:
-        return f"; did you mean {' or '.join(k for k, score in scores.items() if score == best)}?"
-    allowed = sections if section is None else sections[section].model_fields
-    return f"; allowed here: {', '.join(allowed)}"
-
-
-def _likeness(name: str, leaf: str) -> float:
-    initials = "".join(word[0] for word in leaf.split("_"))
-    if name == initials or leaf in name:  # lr, num_train_epochs
-        return 0.8 + len(leaf) / 1000
-    return difflib.SequenceMatcher(None, name, leaf).ratio()
+    """The keys like an unknown one, here or in other sections, or else all keys of its section."""
+    sections, name = sections_of(root), str(location[-1])
+    allowed = list(sections[str(location[0])].model_fields if len(location) > 1 else sections)
+    homes = {
+        leaf: f"{home}.{leaf}" for home, kind in sections.items() for leaf in kind.model_fields
+    }
+    # the right key of another section, or a mistyped one of this
+    hint = f"did you mean {homes[name]}? " if name in homes else did_you_mean(name, allowed)
+    return f"; {hint}allowed here: {', '.join(allowed)}"

@@ -1,8 +1,6 @@
 """Results on disk: frozen dataclasses to JSON and back, through pydantic.
 
-A result that one verb writes and another reads (report, compare) passes through here, so that both speak
-of the same typed fields. JSON has no nan and no infinity: both are written as null, which a field of
-type `Real` reads as nan.
+JSON has no nan and no infinity: both are written as null, which a field of type `Real` reads as nan.
 """
 
 import dataclasses
@@ -51,10 +49,7 @@ def write_result(path: Path, result: Any) -> None:
 
 
 def read_result(path: Path, kind: type[T]) -> T:
-    """Read a result that `write_result` wrote.
-
-    Raises CheckpointError for a file that is missing, damaged, or of another version of hafrm.
-    """
+    """Read a result that `write_result` wrote; raises CheckpointError for any other file."""
     try:
         return from_plain(kind, json.loads(path.read_bytes()))
     except (OSError, ValueError, ValidationError) as error:

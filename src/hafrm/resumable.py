@@ -3,8 +3,7 @@
     OUT/manifest.json    the kind of job, and for each output the `cache_key` it depends on
     OUT/<name>.jsonl     records appended one by one, known by their `id`; whole lines only
 
-An output is only added to by a job with the same cache key; another job is refused and told what differs.
-One process at a time writes into a folder.
+An output is only added to by a job with the same cache key. One process at a time writes into a folder.
 """
 
 import contextlib
@@ -14,15 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hafrm.atomic import LOCK, atomic_write, clear_leftovers, is_leftover, lock_directory
+from hafrm.atomic import atomic_write, clear_leftovers, is_unused, lock_directory
 from hafrm.errors import CheckpointError
 from hafrm.provenance import describe_process
 from hafrm.results import to_plain
 from hafrm.run_folder import read_json_lines
 
 MANIFEST = "manifest.json"
-CacheKey = Mapping[str, Any]
-"""Everything that a stored result depends on, by name, as JSON has it."""
+CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
 
 
 class RecordFile:
@@ -57,10 +55,7 @@ class ResumableFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, kind: str) -> Iterator["ResumableFolder"]:
-        """A new folder, or one in which a job of this kind was started, locked inside the block.
-
-        Raises CheckpointError for a folder that holds something else, or that another process uses.
-        """
+        """A new folder, or one in which a job of this kind was started, locked inside the block."""
         folder = cls(path, kind)
         folder._check_is_ours()
         with write_errors(path):
@@ -72,38 +67,30 @@ class ResumableFolder:
             yield folder
 
     def records(self, name: str, cache_key: CacheKey) -> RecordFile:
-        """The JSON-lines file `name`, to be added to.
-
-        Raises CheckpointError where the file has records that depend on something else.
-        """
+        """The JSON-lines file `name`, to be added to; raises CheckpointError as `claim` does."""
         file = RecordFile(self.path / name)
         self.claim(name, cache_key, has_content=bool(file.records))
         return file
 
     def claim(self, name: str, cache_key: CacheKey, *, has_content: bool) -> None:
-        """Note what output `name` depends on; raises CheckpointError where its content depends on more."""
+        """Note what `name` depends on; raises CheckpointError where it has content of something else."""
         new = json.loads(json.dumps(to_plain(cache_key), sort_keys=True))
-        outputs = self._read()
-        old = outputs.get(name)
-        if old == new:
-            return
-        if has_content:
-            differing = sorted(
-                k for k in {**new, **(old or {})} if new.get(k) != (old or {}).get(k)
-            )
-            raise CheckpointError(
-                f"{self.path / name} was made with other settings (different: {', '.join(differing)}): "
-                "give another --out, or remove that file to make it again"
-            )
-        self._write({**outputs, name: new})
-
-    def _read(self) -> dict[str, Any]:
         file = self.path / MANIFEST
         try:
             outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error!r}; give another --out") from error
-        return outputs
+        old = outputs.get(name)
+        if old == new:
+            return
+        if has_content:
+            old = old or {}
+            differing = sorted(k for k in {**new, **old} if new.get(k) != old.get(k))
+            raise CheckpointError(
+                f"{self.path / name} was made with other settings (different: {', '.join(differing)}): "
+                "give another --out, or remove that file to make it again"
+            )
+        self._write({**outputs, name: new})
 
     def _write(self, outputs: Mapping[str, Any]) -> None:
         content = {"kind": self.kind, "outputs": outputs, "process": describe_process()}
@@ -112,27 +99,21 @@ class ResumableFolder:
 
     def _check_is_ours(self) -> None:
         manifest = self.path / MANIFEST
-        if self.path.is_file():
-            raise CheckpointError(f"{self.path} is a file; give a folder")
-        if manifest.is_file():
-            try:
-                kind = json.loads(manifest.read_bytes()).get("kind")
-            except (ValueError, AttributeError):
-                kind = None
-            if kind == self.kind:
-                return
-        elif not self.path.is_dir() or not any(
-            e.name != LOCK and not is_leftover(e) for e in self.path.iterdir()
-        ):
+        if not self.path.exists() or (self.path.is_dir() and is_unused(self.path)):
             return
-        raise CheckpointError(
-            f"{self.path} is not empty and holds no job of this kind ({self.kind}): give another --out"
-        )
+        try:
+            kind = json.loads(manifest.read_bytes()).get("kind")
+        except (OSError, ValueError, AttributeError):
+            kind = None
+        if kind != self.kind:
+            raise CheckpointError(
+                f"{self.path} is not empty and holds no job of this kind ({self.kind}): give another --out"
+            )
 
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write (a full disk, say) into a CheckpointError that names `path`."""
+    """Turn the system's refusal to write into a CheckpointError that names `path`."""
     try:
         yield
     except OSError as error:

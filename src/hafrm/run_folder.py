@@ -3,8 +3,7 @@
     recipe.yaml  provenance.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/
 
 A file or folder under its final name is complete (see `hafrm.atomic`). One process at a time writes
-into a folder; the kernel drops its lock when it dies, however it dies. Only text and JSON are read here,
-never a pickle; torch is never imported.
+into a folder; the kernel drops its lock when it dies, however it dies.
 """
 
 import contextlib
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import (
-    LOCK,
     atomic_write,
     check_manifest,
     clear_leftovers,
-    is_leftover,
+    is_unused,
     lock_directory,
     remove_directory,
 )
@@ -35,10 +33,7 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, oldest first; a last line cut by a kill is left out.
-
-    Raises CheckpointError naming the line when any other line is no JSON object.
-    """
+    """The records of a JSON-lines file, oldest first; a last line cut by a kill is left out."""
     return [record for _, record in _metric_lines(path)]
 
 
@@ -56,13 +51,6 @@ def _metric_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return pairs
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    assert isinstance(record["step"], int), "a resume drops records by their step"
-    line = json.dumps(to_plain(record), allow_nan=False) + "\n"
-    with path.open("ab") as file:
-        file.write(line.encode("utf-8"))
-
-
 class RunFolder:
     """One run on disk. Any process may read it; the one that writes holds its `lock`."""
 
@@ -78,14 +66,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, recipe_text: str) -> "RunFolder":
-        """A new run folder that holds its recipe; raises CheckpointError when `path` holds something."""
-        path = Path(path).expanduser()
-        _check_empty(path)  # before a lock file would be left there
+        """A new run folder that holds its recipe; nothing may be there yet."""
+        folder = cls(Path(path).expanduser())
+        path = folder.path
         try:
+            _check_empty(path)  # before a lock file would be left there
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
-        folder = cls(path)
         with lock_directory(path):
             _check_empty(path)
             clear_leftovers(path)
@@ -104,10 +92,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out of a `with` block, and clear what a kill left.
-
-        Raises CheckpointError when another process is writing.
-        """
+        """Keep other writers out of a `with` block, and clear what a kill left."""
         with lock_directory(self.path):
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints_path)
@@ -118,17 +103,19 @@ class RunFolder:
                     path.rename(path.with_suffix(".damaged"))
             yield
 
-    def recipe_text(self) -> str:
-        """The resolved recipe, as YAML."""
-        return self.recipe_path.read_text(encoding="utf-8")
-
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it."""
-        _append(self.metrics_path, record)
+        self._append(self.metrics_path, record)
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
         """As `append_metrics`, to samples.jsonl, which holds what a policy wrote."""
-        _append(self.samples_path, record)
+        self._append(self.samples_path, record)
+
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
+        assert isinstance(record["step"], int), "a resume drops records by their step"
+        line = json.dumps(to_plain(record), allow_nan=False) + "\n"
+        with path.open("ab") as file:
+            file.write(line.encode("utf-8"))
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps, and torn last lines, before a resume writes them again."""
@@ -150,7 +137,7 @@ class RunFolder:
         atomic_write(path, json.dumps({"sessions": sessions}, indent=1) + "\n")
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint after optimiser step `step` lies, existing or not."""
+        """Where the checkpoint after optimizer step `step` lies, existing or not."""
         return self.checkpoints_path / f"step-{step}"
 
     def checkpoints(self) -> list[Path]:
@@ -188,8 +175,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _check_empty(path: Path) -> None:
-    """Raises CheckpointError unless only a lock and what killed writers left is there."""
-    if path.is_dir() and any(e.name != LOCK and not is_leftover(e) for e in path.iterdir()):
+    if path.is_dir() and not is_unused(path):
         raise CheckpointError(
             f"{path} is not empty: resume its run with --resume {path}, or give another --out"
         )

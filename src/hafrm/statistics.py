@@ -1,9 +1,8 @@
 """`Estimate`, a number with its confidence interval, and the tests that compare two models.
 
 Comparisons of one prompt are not independent, so intervals resample whole prompts (clusters), and models
-are compared on the same comparisons. With several training seeds the seeds vary too, and the intervals
-include that. Arrays in, small frozen results out; every random draw is seeded. Nothing here knows a model,
-data or files.
+are compared on the same comparisons. With several training seeds the intervals include their variation.
+Every random draw is seeded. Nothing here knows a model, data or files.
 """
 
 import math
@@ -17,11 +16,9 @@ from scipy import special
 
 from hafrm.results import Real
 
-NUM_RESAMPLES = 2000
-"""Enough for the 2.5 % and 97.5 % quantiles to move by less than a tenth of the interval's width."""
+NUM_RESAMPLES = 2000  # the bounds then move by less than a tenth of the interval's width
 SEED = 0
-Z95 = 1.959963984540054
-"""Two-sided 95 % point of the normal distribution."""
+Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 SEEDS_METHOD = "t over prompts and seeds"
 
 
@@ -32,15 +29,13 @@ class Estimate:
     value: Real
     low: Real
     high: Real
-    num: int
-    """Items behind the value (not clusters)."""
-    method: str
-    """How the interval was made, such as wilson or cluster-bootstrap."""
+    num: int  # items behind the value (not clusters)
+    method: str  # how the interval was made, such as wilson or cluster-bootstrap
     proportion: bool = True
     """Whether the value is a fraction or a difference of fractions; these are printed in per cent."""
 
     def __str__(self) -> str:
-        """The value and its bounds, such as "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
+        """As "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
         if math.isnan(self.value):
             return "n/a"
         scale, digits, unit = (100, 1, " %") if self.proportion else (1, 3, "")
@@ -52,22 +47,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference of two means, and its p-value under no difference."""
+    """A difference of two means, and its two-sided p-value under no difference."""
 
     estimate: Estimate
     p_value: float
-    """Two-sided."""
 
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
     """Exact test of whether two models are right equally often, on the comparisons where they differ."""
 
-    num_first_only: int
-    """Comparisons that only the first model had right."""
+    num_first_only: int  # comparisons that only the first model had right
     num_second_only: int
-    p_value: float
-    """Two-sided; 1.0 where the two never differ."""
+    p_value: float  # two-sided; 1.0 where the two never differ
 
 
 def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, float]:
@@ -86,8 +78,7 @@ def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, fl
 
 
 def accuracy_interval(
-    correct: Bool[np.ndarray, " items"],
-    clusters: Shaped[np.ndarray, " items"] | None = None,
+    correct: Bool[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"] | None = None
 ) -> Estimate:
     """Fraction of correct items; Wilson's interval if no two share a cluster, else the bootstrap's.
 
@@ -111,7 +102,6 @@ def clustered_bootstrap(
 ) -> Estimate:
     """Mean of the values with the percentile interval from resampling whole clusters.
 
-    A resample's mean is over all items of its clusters, so large prompts count as they do in the value.
     Without clusters every item is its own. Fewer than two clusters give a NaN interval.
     """
     sums, sizes = _cluster_sums(np.asarray(values, np.float64), clusters)
@@ -119,10 +109,8 @@ def clustered_bootstrap(
 
 
 def bootstrap_columns(values: Float[np.ndarray, "items columns"]) -> tuple[Estimate, ...]:
-    """The mean of every column of quantities, with the interval that `clustered_bootstrap` gives it.
-
-    All columns share their resamples, so a curve of many points costs little more than one of them.
-    """
+    """The mean of every column of quantities, with the interval that `clustered_bootstrap` gives it."""
+    # all columns share their resamples, so a curve of many points costs little more than one of them
     return _bootstrap(values, np.ones(len(values)), proportion=False)
 
 
@@ -131,10 +119,7 @@ def paired_bootstrap(
     second: Shaped[np.ndarray, " items"],
     clusters: Shaped[np.ndarray, " items"] | None = None,
 ) -> Estimate:
-    """mean(first) - mean(second) over the same items, resampled together by cluster.
-
-    With two arrays of correct answers it is the difference of two accuracies.
-    """
+    """mean(first) - mean(second) over the same items, resampled together by cluster."""
     # items that are hard for both cancel: narrower than two separate intervals suggest
     return clustered_bootstrap(np.subtract(first, second, dtype=np.float64), clusters)
 
@@ -154,10 +139,7 @@ def resample_counts(
 def cluster_standard_error(
     values: Shaped[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"] | None = None
 ) -> float:
-    """Standard error of the mean of clustered items; NaN without items.
-
-    Without clusters it is the usual one, which divides by n and not n - 1.
-    """
+    """Standard error of the mean of clustered items (dividing by n, not n - 1); NaN without items."""
     items = np.asarray(values, np.float64)
     if len(items) == 0:
         return math.nan
@@ -221,10 +203,7 @@ def seeded_mean(
     *,
     proportion: bool = True,
 ) -> Estimate:
-    """The mean over seeds and items, with an interval for another seed on other prompts.
-
-    Raises ValueError for fewer than two seeds, which say nothing about a third.
-    """
+    """The mean over (at least two) seeds and items, with an interval for another seed on other prompts."""
     mean, variance, degrees = _moments((values,), clusters)
     half = _t_point(degrees) * math.sqrt(variance)
     low, high = mean - half, mean + half
@@ -240,10 +219,7 @@ def seeded_difference(
     *,
     proportion: bool = True,
 ) -> Difference:
-    """mean(first) - mean(second) on the same items; the seeds of the two sides are not paired.
-
-    Raises ValueError for fewer than two seeds on either side.
-    """
+    """mean(first) - mean(second) on the same items; the seeds of the two sides are not paired."""
     mean, variance, degrees = _moments((first, second), clusters)
     half, num = _t_point(degrees) * math.sqrt(variance), first.shape[1]
     estimate = Estimate(mean, mean - half, mean + half, num, SEEDS_METHOD, proportion)
@@ -256,7 +232,6 @@ def _bootstrap(
     *,
     proportion: bool,
 ) -> tuple[Estimate, ...]:
-    """The mean of each column over all items, with its percentile interval over resampled clusters."""
     num, columns = int(sizes.sum()), sums.shape[1]
     means = sums.sum(0) / num if num else np.full(columns, math.nan)
     bounds = np.full((2, columns), math.nan)
@@ -274,7 +249,6 @@ def _bootstrap(
 def _cluster_sums(
     items: Num[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sum of the items and number of items of each cluster."""
     if clusters is None:
         return items.astype(np.float64), np.ones(len(items))
     _, index = np.unique(clusters, return_inverse=True)
@@ -283,14 +257,9 @@ def _cluster_sums(
 
 
 def _moments(
-    sides: Sequence[Shaped[np.ndarray, "_ items"]],
-    clusters: Shaped[np.ndarray, " items"] | None,
+    sides: Sequence[Shaped[np.ndarray, "_ items"]], clusters: Shaped[np.ndarray, " items"] | None
 ) -> tuple[float, float, float]:
-    """The first side's mean, less the second's if there is one; its variance and degrees of freedom.
-
-    Variance over prompts (by cluster) of the items' means over seeds, plus that over each side's seeds
-    of the seeds' means.
-    """
+    """The first side's mean, less the second's if there is one; its variance and degrees of freedom."""
     if any(len(side) < 2 for side in sides):
         raise ValueError("an interval over seeds needs at least two seeds on each side")
     values = [np.asarray(side, np.float64) for side in sides]
@@ -299,7 +268,8 @@ def _moments(
     over_prompts = cluster_standard_error(items, clusters) ** 2
     if num_clusters > 1:  # from n to n - 1 in the denominator
         over_prompts *= num_clusters / (num_clusters - 1)
-    # the interaction of seed and prompt is in both, so the sum errs on the wide side
+    # over prompts of the items' means over seeds, plus over each side's seeds of the seeds' means; the
+    # interaction of seed and prompt is in both, so the sum errs on the wide side
     parts = [(over_prompts, num_clusters - 1)]
     parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in values]
     # Welch-Satterthwaite: V^2 / sum(V_i^2 / df_i)
@@ -309,12 +279,11 @@ def _moments(
 
 
 def _t_point(degrees: int | float) -> float:
-    """The two-sided 95 % point of Student's t."""
+    # two-sided 95 % point
     return Z95 if math.isinf(degrees) else float(special.stdtrit(degrees, 0.975))
 
 
 def _t_test(mean: float, error: float, degrees: int | float) -> float:
-    """Two-sided p-value of a mean of 0, given its standard error."""
     if error == 0:
         return 1.0 if mean == 0 else 0.0
     return float(2 * special.stdtr(degrees, -abs(mean) / error))

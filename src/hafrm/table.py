@@ -1,7 +1,7 @@
 """`Table`: what every result is shown as, on the terminal, on the report page and in model cards.
 
 A result has `tables()`, which returns these; `hafrm.report` renders them. How a number or an interval is
-written is decided here and nowhere else. Nothing here computes, prints or knows a renderer.
+written is decided here and nowhere else.
 """
 
 import math
@@ -42,24 +42,13 @@ class Table:
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...] = ()
-    """Sentences a reader needs beside the numbers."""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ValueError(
-                    f"table {self.title!r}: a row has {len(row)} cells, there are "
-                    f"{len(self.columns)} columns"
-                )
+    notes: tuple[str, ...] = ()  # sentences a reader needs beside the numbers
 
     def texts(self) -> tuple[tuple[str, ...], ...]:
         """Every cell as text, row by row."""
+        kinds = [column.kind for column in self.columns]
         return tuple(
-            tuple(
-                format_cell(cell, column.kind)
-                for cell, column in zip(row, self.columns, strict=True)
-            )
+            tuple(format_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True))
             for row in self.rows
         )
 
@@ -102,7 +91,6 @@ def _markdown_cell(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """The text with what Markdown and HTML would read as markup made plain."""
     for mark in ("\\", "`", "*", "_", "<"):
         text = text.replace(mark, "\\" + mark)
     return text

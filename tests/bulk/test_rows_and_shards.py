@@ -12,7 +12,7 @@ import pytest
 
 from hafrm.bulk.scored_rows import render_shard
 from hafrm.bulk.shards import Shard, ShardReader, ShardRows, cut_into_shards, identify
-from hafrm.data.values import Refusal
+from hafrm.data.parse import Refusal
 from hafrm.errors import DataError
 
 BAD = Refusal("empty response", "`response` is ' '")

@@ -50,7 +50,7 @@ ODD = {
 }
 
 
-def test_a_line_break_behind_the_eos_is_cut() -> None:
+def test_a_line_break_behind_the_eos_is_cut_and_a_missing_eos_is_appended() -> None:
     tokenizer = chat_tokenizer(CHATML)
     closed = close_template(tokenizer, CHATML)
     (text,) = render(tokenizer, closed, [[SYSTEM, ANSWER]])
@@ -58,13 +58,8 @@ def test_a_line_break_behind_the_eos_is_cut() -> None:
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>assistant\nMix flour, water and salt. <|im_end|>"
     )
-
-
-def test_an_eos_is_appended_to_a_template_that_writes_none() -> None:
-    tokenizer = chat_tokenizer(GEMMA_LIKE)
     (text,) = render(tokenizer, close_template(tokenizer, GEMMA_LIKE), [[USER, ANSWER]])
     assert text.endswith("<|im_start|>model\nMix flour, water and salt.<|sep|>\n<|im_end|>")
-    assert text.count("<|im_end|>") == 1
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), *ODD.values()], ids=[*TEMPLATES, *ODD])
@@ -135,64 +130,49 @@ def test_the_plain_template_writes_turns_as_text_with_the_eos_after_each_answer(
     assert prompt.endswith("bread?\n\n\nAssistant:")
 
 
-def test_the_plain_template_begins_with_bos_only_if_the_tokenizer_adds_one() -> None:
-    for tokenizer, begins in ((plain_tokenizer(), "User:"), (llama_like_tokenizer(), "<s>User:")):
-        own = prepare_tokenizer(tokenizer, close=True)
-        assert own.apply_chat_template([USER, ANSWER], tokenize=False).startswith(begins)
-
-
 def test_preparing_leaves_the_tokenizer_given_alone() -> None:
     tokenizer = llama_like_tokenizer()
     own = prepare_tokenizer(tokenizer, close=True)
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert own("a").input_ids == own("a", add_special_tokens=False).input_ids
+    assert own.apply_chat_template([USER, ANSWER], tokenize=False).startswith("<s>User:")
     assert tokenizer.chat_template is None
     assert tokenizer.pad_token is None
     assert len(own) == len(tokenizer)
 
 
 def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> None:
+    """One that no template writes; a pad of its own stays."""
     own = prepare_tokenizer(chat_tokenizer(pad_token="<|im_end|>"), close=True)
     assert own.pad_token == "<|pad|>"
     assert prepare_tokenizer(llama_like_tokenizer(), close=True).pad_token == "<unk>"
-    assert (
-        prepare_tokenizer(chat_tokenizer(pad_token="<|begin|>"), close=True).pad_token
-        == "<|begin|>"
-    )
+    own = prepare_tokenizer(chat_tokenizer(pad_token="<|begin|>"), close=True)
+    assert own.pad_token == "<|begin|>"
+    assert choose_pad(chat_tokenizer(pad_token=None), "a <|pad|> b") == "<|endoftext|>"
 
 
-def test_a_token_that_the_template_writes_does_not_serve_as_pad() -> None:
-    tokenizer = chat_tokenizer(pad_token=None)
-    assert choose_pad(tokenizer, written="") == "<|pad|>"
-    assert choose_pad(tokenizer, written="a <|pad|> b") == "<|endoftext|>"
+def several_templates():
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    return tokenizer
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (several_templates, "several chat templates"),
         (lambda: chat_tokenizer(eos_token=None), r"no EOS token.*Set tokenizer\.eos_token"),
         (lambda: plain_tokenizer(pad=False), "no pad token other than its EOS.*add_special_tokens"),
         (ByT5Tokenizer, r"fast tokenizer.*ByT5Tokenizer"),
     ],
-    ids=["no EOS", "nothing can serve as pad", "slow"],
+    ids=["no default", "no EOS", "nothing can serve as pad", "slow"],
 )
 def test_a_tokenizer_that_cannot_be_prepared_is_refused_with_the_fix(make, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         prepare_tokenizer(make(), close=True)
 
 
-def test_several_templates_need_a_default() -> None:
-    tokenizer = chat_tokenizer()
-    tokenizer.chat_template = {"tool_use": CHATML, "default": LLAMA3_LIKE}
-    assert prepare_tokenizer(tokenizer, close=True).chat_template == LLAMA3_LIKE
-    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
-    with pytest.raises(ModelError, match="several chat templates"):
-        prepare_tokenizer(tokenizer, close=True)
-
-
-def test_other_peoples_reward_models_keep_their_template_and_must_have_one() -> None:
-    foreign = prepare_tokenizer(chat_tokenizer(CHATML), close=False)
-    assert foreign.chat_template == CHATML
+def test_other_people_s_reward_models_must_have_a_template() -> None:
     with pytest.raises(ModelError, match="no chat template"):
         prepare_tokenizer(plain_tokenizer(), close=False)
 
@@ -222,16 +202,9 @@ def test_the_papers_templates_write_what_its_code_trains_on(name: str, text: str
     encoder = Encoder(chat_tokenizer(read_template(name)))
     assert encoder.render([Message("user", "How?")], "So.") == text
     assert encoder.template == PAPER_TEMPLATES[name]  # it ends at the EOS as it is
-
-
-@pytest.mark.parametrize("name", PAPER_TEMPLATES)
-def test_under_the_papers_templates_no_response_merges_with_its_prompt(name: str) -> None:
-    encoder = Encoder(chat_tokenizer(read_template(name)))
     talk = (Message("user", "a b"), Message("assistant", "c"), Message("user", "d e"))
     groups = [Group("g", talk, ("f g", "h")), Group("h", talk[:1], ("so it is", "no"))]
-    encoded, report = encoder.encode(groups)
-    assert report.seam_merges == 0
-    assert all(ids[-1] == encoder.eos_id for group in encoded for ids in group.response_ids)
+    assert encoder.encode(groups)[1].seam_merges == 0
 
 
 def test_a_template_may_come_from_a_file_and_an_unknown_one_tells_the_known(tmp_path) -> None:

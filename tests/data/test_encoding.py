@@ -1,12 +1,9 @@
 """What we score is what consumers of the export score, and people cannot type control tokens."""
 
-import gzip
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hafrm.data.encoding import Encoder, LengthPolicy
+from hafrm.data.reader import read_preferences
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from support.chat_tokenizers import (
@@ -74,7 +72,7 @@ def joined(encoded: TokenizedGroup, k: int) -> list[int]:
     return [*encoded.prompt_ids.tolist(), *encoded.response_ids[k].tolist()]
 
 
-def num_differing(encoder: Encoder, groups: list[Group], encoded: list[TokenizedGroup]) -> int:
+def num_differing(encoder: Encoder, groups: Sequence[Group], encoded: list[TokenizedGroup]) -> int:
     return sum(
         joined(e, k) != consumer_ids(encoder, g.prompt, response)
         for g, e in zip(groups, encoded, strict=True)
@@ -87,24 +85,22 @@ def test_clean_text_gets_the_ids_that_a_consumer_gets(name: str, tmp_path: Path)
     encoder = Encoder(TOKENIZERS[name]())
     encoded, report = encoder.encode(CLEAN)
     assert num_differing(encoder, CLEAN, encoded) == report.seam_merges == 0
-    assert (report.groups, report.responses, report.neutralised) == (5, 12, 0)
+    assert report.neutralised == 0
     assert_reloads_from_its_export(encoder, CLEAN, tmp_path)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_response_ends_in_the_only_eos_it_has(name: str) -> None:
-    encoder = Encoder(TOKENIZERS[name](), max_length=24, max_prompt_length=8)
-    for encoded in encoder.encode(CLEAN)[0]:
-        for ids in encoded.response_ids:
+    short = Encoder(TOKENIZERS[name](), max_length=24, max_prompt_length=8)
+    for group_ids in short.encode(CLEAN)[0]:
+        for ids in group_ids.response_ids:  # cut or not, each ends in the only EOS it has
             assert np.flatnonzero(ids == encoder.eos_id).tolist() == [len(ids) - 1]
 
 
-def assert_reloads_from_its_export(encoder: Encoder, groups: list[Group], folder: Path) -> None:
+def assert_reloads_from_its_export(encoder: Encoder, groups: Sequence[Group], folder: Path) -> None:
     """The exported tokenizer gives the same ids, through its template and for the rendered text."""
     encoder.export_tokenizer(folder)
     reloaded = AutoTokenizer.from_pretrained(folder)
     assert reloaded.pad_token_id == encoder.pad_id != reloaded.eos_token_id == encoder.eos_id
     assert reloaded.chat_template == encoder.template
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (config["add_bos_token"], config["add_eos_token"]) == (False, False)
     for g, encoded in zip(groups, encoder.encode(groups)[0], strict=True):
         for k, response in enumerate(g.responses):
             turns = [m._asdict() for m in (*g.prompt, Message("assistant", response))]
@@ -112,14 +108,6 @@ def assert_reloads_from_its_export(encoder: Encoder, groups: list[Group], folder
             text = reloaded.apply_chat_template(turns, tokenize=False)
             assert ids == joined(encoded, k) == reloaded(text).input_ids
             assert ids == reloaded(text, add_special_tokens=False).input_ids
-
-
-def test_an_export_says_that_it_adds_no_bos_and_no_eos(tmp_path: Path) -> None:
-    Encoder(llama_like_tokenizer()).export_tokenizer(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert (config["add_bos_token"], config["add_eos_token"]) == (False, False)
-    processor = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
-    assert processor is None or not processor["special_tokens"]
 
 
 def test_a_blank_behind_the_colon_would_break_the_prefix_and_ours_does_not() -> None:
@@ -135,14 +123,6 @@ def test_a_blank_behind_the_colon_would_break_the_prefix_and_ours_does_not() -> 
     assert together == joined(encoded, 0)[:-1]
 
 
-def test_line_breaks_that_would_always_merge_go_with_the_response() -> None:
-    """GPT-2's pattern makes "\\n\\n" one token at the end of a prompt and two before a word."""
-    encoder = Encoder(chat_tokenizer(LLAMA3_LIKE))
-    (encoded,), report = encoder.encode([group("Hi", responses=("Good day",))])
-    assert report.seam_merges == 0
-    assert encoder.tokenizer.decode(encoded.response_ids[0]) == "\n\nGood day<|im_end|>"
-
-
 def test_a_merge_across_the_seam_is_counted_and_loses_no_text() -> None:
     """ChatML's header ends in a line break; a response that begins with two makes three for a consumer."""
     encoder = Encoder(chat_tokenizer(CHATML))
@@ -152,6 +132,33 @@ def test_a_merge_across_the_seam_is_counted_and_loses_no_text() -> None:
     assert joined(encoded, 0) == consumer_ids(encoder, g.prompt, g.responses[0])
     assert joined(encoded, 1) != consumer_ids(encoder, g.prompt, g.responses[1])
     assert encoder.tokenizer.decode(joined(encoded, 1)) == encoder.render(g.prompt, g.responses[1])
+
+
+@pytest.mark.parametrize(
+    ("template", "responses", "decoded"),
+    [
+        # GPT-2's pattern makes "\n\n" one token at the end of a prompt and two before a word
+        (LLAMA3_LIKE, ("Good day",), "\n\nGood day<|im_end|>"),
+        (GEMMA_LIKE, ("  yes \n", "no"), "yes<|sep|>\n<|im_end|>"),  # trims
+        (CHATML, ("<think>well</think>yes",), "<think>well</think>yes<|im_end|>"),  # not special
+    ],
+)
+def test_a_response_decodes_to_what_the_template_writes_behind_the_prompt(
+    template: str, responses: tuple[str, ...], decoded: str
+) -> None:
+    encoder = Encoder(chat_tokenizer(template))
+    g = group("Hi", responses=responses)
+    (encoded,), report = encoder.encode([g])
+    assert (report.seam_merges, report.neutralised) == (0, 0)
+    assert encoder.tokenizer.decode(encoded.response_ids[0]) == decoded
+    assert joined(encoded, 0) == consumer_ids(encoder, g.prompt, responses[0])
+
+
+def test_another_model_s_template_keeps_what_it_writes_behind_its_eos() -> None:
+    encoder = Encoder(chat_tokenizer(CHATML), close=False)
+    (encoded,), _ = encoder.encode([group("Hi", responses=("Good day", "x"))])
+    assert encoder.template == CHATML
+    assert encoder.tokenizer.decode(encoded.response_ids[0]) == "Good day<|im_end|>\n"
 
 
 def test_a_response_encoded_apart_gets_no_blank_that_nobody_wrote() -> None:
@@ -171,14 +178,6 @@ def test_a_response_encoded_apart_gets_no_blank_that_nobody_wrote() -> None:
     assert text == " " + encoder.render(g.prompt, g.responses[0])
 
 
-def test_trimmed_content_is_encoded_as_trimmed() -> None:
-    encoder = Encoder(chat_tokenizer(GEMMA_LIKE))
-    (encoded,), report = encoder.encode([group(" Hi ", responses=("  yes \n", "yes", "no"))])
-    assert np.array_equal(encoded.response_ids[0], encoded.response_ids[1])
-    assert encoder.tokenizer.decode(encoded.response_ids[0]) == "yes<|sep|>\n<|im_end|>"
-    assert report.indistinct == 1
-
-
 def test_a_template_that_looks_into_the_response_still_gives_one_prompt() -> None:
     """The reasoning is moved in front of the answer, so the responses part before their own text."""
     encoder = Encoder(chat_tokenizer(QWEN3_LIKE))
@@ -187,34 +186,6 @@ def test_a_template_that_looks_into_the_response_still_gives_one_prompt() -> Non
     assert num_differing(encoder, [g], [encoded]) == report.seam_merges == 0
     assert encoder.tokenizer.decode(encoded.prompt_ids).endswith("<|im_start|>assistant\n<think>")
     assert encoder.tokenizer.decode(encoded.response_ids[0]) == "\ncount\n</think>\n\n4<|im_end|>"
-
-
-def test_groups_of_one_and_of_many_responses_and_without_comparisons_encode_alike() -> None:
-    encoder = Encoder(chat_tokenizer())
-    many = group("Hi", responses=tuple(f"answer {k}" for k in range(40)))
-    (together,), _ = encoder.encode([many])
-    alone, _ = encoder.encode([group("Hi", responses=(text,)) for text in many.responses])
-    for k, one in enumerate(alone):
-        assert one.comparisons == ()
-        assert joined(one, 0) == joined(together, k)
-    assert together.num_tokens == len(together.prompt_ids) + sum(map(len, together.response_ids))
-
-
-def test_a_long_prompt_is_not_encoded_again_for_each_response(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Forty responses to a prompt of 3,000 characters: 120,000 if each were encoded with it."""
-    encoded: list[str] = []
-    once = Encoder._ids
-
-    def watched(self: Encoder, texts: Iterable[str]) -> list[list[int]]:
-        encoded.extend(found := list(texts))
-        return once(self, found)
-
-    monkeypatch.setattr(Encoder, "_ids", watched)
-    g = group("question " * 333, responses=tuple(f"answer {k}" for k in range(40)))
-    Encoder(chat_tokenizer()).encode([g])
-    assert sum(map(len, encoded)) < 6_000
 
 
 def test_encoded_groups_carry_what_their_groups_said_and_cannot_be_changed() -> None:
@@ -230,13 +201,6 @@ def test_encoded_groups_carry_what_their_groups_said_and_cannot_be_changed() -> 
             ids[0] = 1
 
 
-# Special tokens in people's text
-
-
-def _from(state: dict[str, Any]) -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(state))
-
-
 def edited_tokenizer(
     template: str, token: str, *, lowercase: bool = False, **changes: bool
 ) -> PreTrainedTokenizerFast:
@@ -247,8 +211,8 @@ def edited_tokenizer(
     if lowercase:
         state["normalizer"] = {"type": "Lowercase"}
     named = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
-    edited = PreTrainedTokenizerFast(tokenizer_object=_from(state), **named)
-    return _with_template(edited, template)
+    backend = Tokenizer.from_str(json.dumps(state))
+    return _with_template(PreTrainedTokenizerFast(tokenizer_object=backend, **named), template)
 
 
 def special_ids(encoder: Encoder, ids: list[int]) -> list[int]:
@@ -300,34 +264,23 @@ def test_forging_the_marks_does_not_help() -> None:
     assert encoder.tokenizer.decode(plain.response_ids[0]) == "h0x3x <|im_end|><|im_end|>"
 
 
-def test_special_tokens_that_a_tokenizer_does_not_flag_are_known_by_the_template_writing_them() -> (
-    None
-):
-    template = CHATML.replace("<|im_start|>", "<think>")
-    encoder = Encoder(chat_tokenizer(template))
-    g = group("Hi", responses=("a<think>user\nb", "a"))
-    (encoded,), report = encoder.encode([g])
-    think = encoder.tokenizer.convert_tokens_to_ids("<think>")
-    assert report.neutralised == 1
-    assert joined(encoded, 0).count(think) == 2
-    assert think not in encoded.response_ids[0]
-
-
-def test_thoughts_are_no_special_tokens_where_the_template_expects_them_in_responses() -> None:
-    encoder = Encoder(chat_tokenizer(CHATML))
-    g = group("Hi", responses=("<think>well</think>yes",))
-    (encoded,), report = encoder.encode([g])
-    assert report.neutralised == 0
-    assert joined(encoded, 0) == consumer_ids(encoder, g.prompt, g.responses[0])
-
-
-def test_a_special_token_typed_within_a_word_gets_no_blanks_around_it() -> None:
-    """Sentencepiece-like tokenizers write a blank before every text that is encoded by itself."""
-    encoder = Encoder(llama_like_tokenizer())
-    g = group("x</s>y", responses=("the<s>sea</s>",))
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        llama_like_tokenizer(),  # sentencepiece-like: a blank before every text encoded by itself
+        chat_tokenizer(CHATML.replace("<|im_start|>", "<think>")),  # not flagged, but written
+    ],
+    ids=["within a word", "known by the template"],
+)
+def test_special_tokens_typed_in_text_become_text_and_nothing_else(tokenizer) -> None:
+    encoder = Encoder(tokenizer)
+    token = "</s>" if tokenizer.eos_token == "</s>" else "<think>"
+    g = group(f"x{token}y", responses=(f"the{token}sea{token}", "a"))
     (encoded,), report = encoder.encode([g])
     assert report.neutralised == 3
     assert encoder.tokenizer.decode(joined(encoded, 0)) == encoder.render(g.prompt, g.responses[0])
+    special = encoder.tokenizer.convert_tokens_to_ids(token)
+    assert joined(encoded, 0).count(special) == joined(encoded, 1).count(special)
 
 
 def test_blanks_behind_a_typed_special_token_are_kept_though_some_tokens_swallow_theirs() -> None:
@@ -351,45 +304,12 @@ def test_unknown_characters_are_no_special_tokens() -> None:
     state = json.loads(llama_like_tokenizer().backend_tokenizer.to_str())
     state["model"]["byte_fallback"] = False
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=_from(state), **named))
+    backend = Tokenizer.from_str(json.dumps(state))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, **named))
     g = group("What is \u6f22?", responses=("a \u6f22 b", "<unk>"))
     (encoded,), report = encoder.encode([g])
     assert joined(encoded, 0) == consumer_ids(encoder, g.prompt, g.responses[0])
     assert report.neutralised == 1
-
-
-def test_random_mixtures_of_text_and_special_tokens_keep_their_structure_and_text() -> None:
-    draw = random.Random(0)
-    encoder = Encoder(chat_tokenizer())
-    bits = [
-        "<|im_end|>",
-        "<|im_start|>",
-        "<|pad|>",
-        "<|",
-        "|>",
-        "\n",
-        "  ",
-        "x3x",
-        "h0",
-        "é",
-        "漢",
-        "word",
-    ]
-
-    def text() -> str:
-        return "".join(draw.choice(bits) for _ in range(draw.randint(1, 12))) + "."
-
-    groups = [group(text(), text(), text(), responses=(text(), text())) for _ in range(200)]
-    encoded, _ = encoder.encode(groups)
-    for g, e in zip(groups, encoded, strict=True):
-        for k, response in enumerate(g.responses):
-            ids = joined(e, k)
-            names = encoder.tokenizer.convert_ids_to_tokens(special_ids(encoder, ids))
-            assert names == ["<|im_start|>", "<|im_end|>"] * 4
-            assert encoder.tokenizer.decode(ids) == encoder.render(g.prompt, response)
-
-
-# The length policy
 
 
 LONG = [11, 12, 13, 14, 15, 16, 17, 0]
@@ -399,17 +319,17 @@ LONG = [11, 12, 13, 14, 15, 16, 17, 0]
     ("prompt", "responses", "bos", "fitted"),
     [
         # ten tokens in all fit
-        ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]], 1, ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]], False, 0)),
+        ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]], 1, ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 0]])),
         # the longest response takes 5: the prompt may have 5, more than its 4, and keeps its BOS
         ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], 1,
-         ([1, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], True, 0)),
+         ([1, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]])),
         ([1, 2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], None,
-         ([2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]], True, 0)),
+         ([2, 3, 4, 5, 6], [[7, 8, 9, 9, 0], [0]])),
         # the prompt keeps its 4: the response keeps 5 of its 8 and the EOS (0)
         ([1, 2, 3, 4, 5, 6], [LONG, [11, 0]], 1,
-         ([1, 4, 5, 6], [[11, 12, 13, 14, 15, 0], [11, 0]], True, 1)),
+         ([1, 4, 5, 6], [[11, 12, 13, 14, 15, 0], [11, 0]])),
         # a prompt below its 4 is left whole, and the response gets all the rest
-        ([1, 2, 3], [LONG], 1, ([1, 2, 3], [[11, 12, 13, 14, 15, 16, 0]], False, 1)),
+        ([1, 2, 3], [LONG], 1, ([1, 2, 3], [[11, 12, 13, 14, 15, 16, 0]])),
     ],
 )  # fmt: skip
 def test_prompts_lose_their_oldest_tokens_and_responses_their_last(
@@ -419,9 +339,8 @@ def test_prompts_lose_their_oldest_tokens_and_responses_their_last(
     assert LengthPolicy(10, 4).fit(prompt, responses, bos) == fitted
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_no_policy_exceeds_its_length_or_empties_anything(seed: int) -> None:
-    draw = random.Random(seed)
+def test_no_policy_exceeds_its_length_or_empties_anything() -> None:
+    draw = random.Random(0)
     for _ in range(300):
         length = draw.randint(4, 30)
         policy = LengthPolicy(length, draw.choice([None, draw.randint(2, length - 2)]))
@@ -429,23 +348,24 @@ def test_no_policy_exceeds_its_length_or_empties_anything(seed: int) -> None:
         responses = [[*range(draw.randint(0, 60)), 999] for _ in range(draw.randint(1, 4))]
         fitted = policy.fit(prompt, responses, 100)
         assert fitted is not None
-        assert fitted.prompt[0] == 100
-        assert fitted.prompt[1:] == prompt[len(prompt) - len(fitted.prompt) + 1 :]
-        for before, after in zip(responses, fitted.responses, strict=True):
+        assert fitted[0][0] == 100
+        assert fitted[0][1:] == prompt[len(prompt) - len(fitted[0]) + 1 :]
+        for before, after in zip(responses, fitted[1], strict=True):
             assert after[-1] == 999
             assert after[:-1] == before[: len(after) - 1]
-            assert len(fitted.prompt) + len(after) <= length
+            assert len(fitted[0]) + len(after) <= length
 
 
 def test_cuts_and_drops_are_counted() -> None:
     groups = [group("word " * 30, responses=("long " * 40, "yes")), group("Hi")]
     cut, report = Encoder(chat_tokenizer(), max_length=40, max_prompt_length=15).encode(groups)
-    assert (report.prompts_cut, report.responses_cut, report.dropped, report.groups) == (1, 1, 0, 2)
+    assert (report.prompts_cut, report.responses_cut, report.dropped, len(cut)) == (1, 1, 0, 2)
     assert len(cut[0].prompt_ids) == 15
     assert len(cut[0].response_ids[0]) == 25
-    kept, report = Encoder(chat_tokenizer(), max_length=40, too_long="drop").encode(groups)
-    assert (report.prompts_cut, report.responses_cut, report.dropped, report.groups) == (0, 0, 1, 1)
-    assert [len(e.response_ids) for e in kept] == [2]
+    rest, report = Encoder(chat_tokenizer(), max_length=40, too_long="drop").encode(groups)
+    assert (report.prompts_cut, report.responses_cut, report.dropped, len(rest)) == (0, 0, 1, 1)
+    _, report = Encoder(chat_tokenizer()).encode([group("Hi", responses=("yes", "yes"))])
+    assert report.indistinct == 1
 
 
 @pytest.mark.parametrize(("length", "prompt_length"), [(3, None), (100, 1), (100, 99), (100, 0)])
@@ -454,14 +374,6 @@ def test_lengths_that_leave_nothing_of_a_prompt_or_response_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"data.max_prompt_length must be between 2.*Raise"):
         Encoder(chat_tokenizer(), max_length=length, max_prompt_length=prompt_length)
-
-
-def test_a_policy_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match='"cut" or "drop", got'):
-        LengthPolicy.__post_init__(SimpleNamespace(too_long="truncate"))
-
-
-# Refusals, other people's models, caches
 
 
 @pytest.mark.parametrize(
@@ -491,15 +403,6 @@ def test_a_template_that_closes_for_some_responses_only_is_caught_at_work() -> N
         encoder.encode([group("Hi", responses=("once", "twice"))])
 
 
-def test_a_literal_template_keeps_what_it_writes_behind_its_eos() -> None:
-    encoder = Encoder(chat_tokenizer(CHATML), close=False)
-    g = group("Hi", responses=("Good day", "x"))
-    (encoded,), _ = encoder.encode([g])
-    assert encoder.template == CHATML
-    assert encoder.tokenizer.decode(encoded.response_ids[0]) == "Good day<|im_end|>\n"
-    assert joined(encoded, 1) == consumer_ids(encoder, g.prompt, "x")
-
-
 def test_a_fingerprint_follows_whatever_decides_the_ids() -> None:
     base = Encoder(chat_tokenizer())
     assert base.cache_key == Encoder(chat_tokenizer()).cache_key
@@ -518,9 +421,6 @@ def test_a_fingerprint_follows_whatever_decides_the_ids() -> None:
     assert base.template_sha256 == others[0].template_sha256
 
 
-# Real tokenizers and real preferences
-
-
 def real_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = SHARED / "models"
     if name == "tiny-dialogue":
@@ -537,51 +437,27 @@ def real_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def helpful(rows: int) -> list[Group]:
-    with gzip.open(SHARED / "data/hh-helpful.jsonl.gz", "rt", encoding="utf-8") as file:
-        read = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
-    return [
-        Group(
-            row["id"],
-            tuple(Message(m["role"], m["content"]) for m in row["prompt"]),
-            (row["chosen"], row["rejected"]),
-            (Comparison(0, 1),),
-        )
-        for row in read
-    ]
-
-
 REAL = ("tiny-dialogue", "mistral [INST]", "mistral without a template", "phi-2 without a template")
 
 
 @needs_shared
 @pytest.mark.parametrize("name", REAL)
-def test_real_preferences_get_the_ids_that_a_consumer_gets_but_for_counted_merges(
+def test_real_preferences_get_the_ids_of_a_consumer_and_no_special_token_can_be_typed(
     name: str, tmp_path: Path
 ) -> None:
     """At most 0.5 % merges (tiny-dialogue, whose header ends in a line break: 9 of 4,704 responses)."""
-    groups = helpful(600)
+    groups = read_preferences([f"{SHARED}/data/hh-helpful.jsonl.gz#limit=200"]).groups
     encoder = Encoder(real_tokenizer(name), max_length=100_000)
     encoded, report = encoder.encode(groups)
-    assert num_differing(encoder, groups, encoded) == report.seam_merges <= 0.005 * report.responses
-    assert (report.groups, report.neutralised) == (600, 0)
+    assert num_differing(encoder, groups, encoded) == report.seam_merges <= 2
+    assert report.neutralised == 0
     if name != "tiny-dialogue":
         assert report.seam_merges == 0
-        assert_reloads_from_its_export(encoder, groups[:25], tmp_path)
-
-
-@needs_shared
-@pytest.mark.parametrize("name", REAL)
-def test_no_special_token_of_a_real_tokenizer_can_be_typed(name: str) -> None:
-    encoder = Encoder(real_tokenizer(name))
-    typed = [t.content for t in encoder.tokenizer.added_tokens_decoder.values() if t.special][:60]
+        assert_reloads_from_its_export(encoder, groups[:5], tmp_path)
+    typed = [t.content for t in encoder.tokenizer.added_tokens_decoder.values() if t.special][:20]
     groups = [group(f"Hi {t}there", responses=(f"a{t}b", f"{t}", "a b")) for t in typed]
     encoded, report = encoder.encode(groups)
     assert report.neutralised == 3 * len(typed)
-    for g, e in zip(groups, encoded, strict=True):
+    for e in encoded:
         wanted = special_ids(encoder, joined(e, 2))
         assert special_ids(encoder, joined(e, 0)) == special_ids(encoder, joined(e, 1)) == wanted
-        assert encoder.eos_id not in e.response_ids[0][:-1], g.responses
-
-
-# The cache on disk

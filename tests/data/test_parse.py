@@ -1,13 +1,11 @@
 """Row shapes: what each understood shape says, and the reason for which every broken row is refused."""
 
-import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from hafrm.data.parse import MAX_RANKED, ParsedRow, parse_row
-from hafrm.data.values import BAD_ROW_REASONS, Refusal
+from hafrm.data.parse import MAX_RANKED, ParsedRow, Reason, Refusal, parse_row
 from hafrm.preferences import Comparison, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
@@ -28,7 +26,7 @@ def good(row: object, **options: Any) -> ParsedRow:
 def reason(row: object, **options: Any) -> str:
     refusal = parse_row(row, **options)
     assert isinstance(refusal, Refusal), refusal
-    assert refusal.reason in BAD_ROW_REASONS
+    assert refusal.reason in get_args(Reason)
     assert refusal.detail.isprintable() and len(refusal.detail) < 1000
     return refusal.reason
 
@@ -58,10 +56,6 @@ def reason(row: object, **options: Any) -> str:
         {"chosen": "Why is the sky blue?\nScattering.", "rejected": "Why is the sky blue?\nPaint."},
         {"prompt": [ASKED], "responses": ["Scattering.", "Paint."], "ranks": [1, 2]},
         {"prompt": "Why is the sky blue?", "responses": ["Scattering.", "Paint."], "scores": [5, 2.5]},
-        {"context": [ASKED], "completions": [
-            {"rank": 0, "completion": [said("Scattering.")]},
-            {"rank": 1, "completion": [said("Paint.")]},
-        ]},
     ],
 )  # fmt: skip
 def test_every_shape_of_the_same_pair_reads_the_same(row: dict[str, Any]) -> None:
@@ -91,20 +85,11 @@ def test_turns_between_the_prompt_and_the_response_join_the_prompt() -> None:
 
 
 def test_a_repeated_prompt_may_have_a_system_message_before_it() -> None:
-    whole = [{"role": "system", "content": "Be brief."}, ASKED]
+    tools = [said("looking it up"), {"role": "tool", "content": "42"}]
+    whole = [{"role": "system", "content": "Be brief."}, ASKED, *tools, tools[1], ASKED]
     row = PAIR | {"chosen": [*whole, said("Scattering.")], "rejected": [*whole, said("Paint.")]}
-    assert [message.role for message in good(row).prompt] == ["system", "user"]
-
-
-def test_system_and_tool_messages_are_allowed_in_prompts() -> None:
-    prompt = [
-        {"role": "system", "content": ""},
-        ASKED,
-        said("looking it up"),
-        {"role": "tool", "content": "42"},
-        {"role": "tool", "content": "43"},
-    ]
-    assert len(good(PAIR | {"prompt": prompt}).prompt) == 5
+    roles = [message.role for message in good(row).prompt]
+    assert roles == ["system", "user", "assistant", "tool", "tool", "user"]
 
 
 def test_responses_with_an_explicit_prompt_are_kept_to_the_letter() -> None:
@@ -122,20 +107,6 @@ def test_ranked_responses_make_all_pairs_and_keep_ties() -> None:
         (1, 0, False), (2, 0, False), (0, 3, False), (1, 2, True), (1, 3, False), (2, 3, False)
     }  # fmt: skip
     assert {c.weight for c in good(row).comparisons} == {0.5}
-
-
-def test_the_margin_of_rated_responses_is_their_difference_only_when_the_row_says_so() -> None:
-    row = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [1, 4.5, 1]}
-    assert {c.margin for c in good(row).comparisons} == {0.0}
-    assert {c.margin for c in good(row | {"margin": 2}).comparisons if not c.tie} == {2.0}
-    asked = good(row | {"margin": "difference"}).comparisons
-    assert asked == (
-        Comparison(1, 0, margin=3.5),
-        Comparison(0, 2, tie=True),
-        Comparison(1, 2, margin=3.5),
-    )
-    ranked = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "margin": "difference"}
-    assert reason(ranked) == "non-finite margin"
 
 
 def test_one_text_twice_among_ranked_responses_is_not_compared_with_itself() -> None:
@@ -175,21 +146,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-HOSTILE = [
-    None,
-    3,
-    1.5,
-    True,
-    b"bytes",
-    {},
-    {"a": 1},
-    [],
-    [[]],
-    [["x"]],
-    [None],
-    {1, 2},
-    nested(500),
-]
+HOSTILE = [None, 3, True, b"bytes", {}, {"a": 1}, [], [[]], [["x"]], [None], {1, 2}, nested(500)]
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
@@ -199,7 +156,7 @@ def test_a_value_of_the_wrong_type_is_refused_and_never_raises(column: str, valu
 
 
 @pytest.mark.parametrize("value", HOSTILE[1:])
-@pytest.mark.parametrize("column", ["responses", "completions", "response", "context"])
+@pytest.mark.parametrize("column", ["responses", "response"])
 def test_hostile_lists_of_responses_are_refused_and_never_raise(column: str, value: Any) -> None:
     assert reason({"prompt": "p", column: value, "ranks": value}, need_comparisons=False)
 
@@ -213,24 +170,19 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
     ("change", "expected"),
     [
         ({"chosen": ""}, "empty response"),
-        ({"rejected": " \n\t"}, "empty response"),
         ({"rejected": [said("")]}, "empty response"),
         ({"prompt": "  "}, "empty prompt"),
-        ({"prompt": ""}, "empty prompt"),
         ({"prompt": []}, "missing column"),
         ({"chosen": "Paint."}, "chosen equals rejected"),
-        ({"chosen": " Paint.\n"}, "chosen equals rejected"),
         (
             {"chosen": [{"role": "user", "content": "Other?"}, said("Scattering.")]},
             "prompts differ",
         ),
         ({"chosen": [ASKED, said("Eh?"), ASKED, said("Scattering.")]}, "prompts differ"),
         ({"chosen": [ASKED]}, "wrong roles"),
-        ({"chosen": []}, "wrong roles"),
         ({"chosen": [{"role": "gpt", "content": "x"}]}, "wrong roles"),
         ({"chosen": [{"role": ["assistant"], "content": "x"}]}, "wrong roles"),
         ({"prompt": [ASKED, said("x")]}, "wrong roles"),
-        ({"prompt": [ASKED, ASKED]}, "wrong roles"),
         ({"prompt": [ASKED, said("x"), said("y"), ASKED]}, "wrong roles"),
         ({"prompt": [{"content": "x"}]}, "wrong roles"),
         ({"prompt": "\n\nHuman: a\n\nAssistant: b"}, "wrong roles"),
@@ -243,20 +195,14 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
         ({"id": []}, "not a string"),
         ({"split": {"a": 1}}, "not a string"),
         ({"margin": math.nan}, "non-finite margin"),
-        ({"margin": -math.inf}, "non-finite margin"),
         ({"margin": 10**400}, "non-finite margin"),
         ({"margin": "1.0"}, "non-finite margin"),
-        ({"margin": True}, "non-finite margin"),
-        ({"weight": math.nan}, "non-finite margin"),
         ({"weight": -0.5}, "non-finite margin"),
         ({"votes": [1]}, "bad number"),
         ({"votes": [1, -1]}, "bad number"),
         ({"votes": [1, 0.5]}, "bad number"),
         ({"votes": {"chosen": 1}}, "bad number"),
-        ({"votes": {"chosen": 1, "rejected": ""}}, "bad number"),
-        ({"votes": {"chosen": 1, "rejected": math.nan}}, "bad number"),
         ({"votes": {"chosen": 1, "rejected": 1, 3: 1}}, "bad number"),
-        ({"votes": "3-2"}, "bad number"),
         ({"tie": "yes"}, "bad number"),
         ({"chosen": "x" * 201}, "too long"),
         ({"prompt": "x" * 201}, "too long"),
@@ -264,7 +210,6 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
         ({"chosen": "a\ud800b"}, "lone surrogate"),
         ({"prompt": "\udfff"}, "lone surrogate"),
         ({"prompt": "a\0b"}, "lone surrogate"),
-        ({"id": "\ud800"}, "lone surrogate"),
     ],
 )
 def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) -> None:
@@ -276,7 +221,6 @@ def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) 
     [
         ({"prompt": "p", "chosen": "a"}, "missing column"),
         ({"chosen": "I am sure: yes.", "rejected": "I am sure: no."}, "missing column"),
-        ({"chosen": "same", "rejected": "same"}, "chosen equals rejected"),
         ({"chosen": [said("a")], "rejected": [said("b")]}, "missing column"),
         ({"chosen": "Hi\n\nAssistant: a", "rejected": "Hi\n\nAssistant: b"}, "wrong roles"),
         ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: b"},
@@ -286,19 +230,12 @@ def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) 
         ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: r\n\nAssistant: b"},
          "prompts differ"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "bad number"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, None]}, "bad number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, math.nan]}, "bad number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]}, "bad number"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "votes": [1, 2]}, "bad number"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1e308, -1e308], "margin": "difference"},
-         "non-finite margin"),
-        ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "missing column"),
         ({"prompt": "p", "responses": [], "ranks": []}, "missing column"),
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "missing column"),
         ({"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]}, "empty response"),
-        ({"prompt": "p", "completions": [{"completion": "a"}]}, "missing column"),
-        ({"prompt": "p", "completions": [{"rank": 1, "completion": 5}]}, "not a string"),
-        ({"question": "q", "answer": "a"}, "missing column"),
     ],
 )  # fmt: skip
 def test_each_broken_shape_has_its_reason(row: dict[str, Any], expected: str) -> None:
@@ -311,16 +248,3 @@ def test_a_long_ranking_is_refused_before_its_pairs_are_made() -> None:
     row = {"prompt": "p", "responses": texts, "ranks": list(range(size))}
     assert reason(row) == "too long"
     assert len(good({"prompt": "p", "responses": texts}, need_comparisons=False).responses) == size
-
-
-def test_the_nan_that_json_lets_through_is_caught() -> None:
-    for text in ('{"margin": NaN}', '{"margin": -Infinity}', '{"margin": 1e999}'):
-        assert reason(PAIR | json.loads(text)) == "non-finite margin"
-    scores = json.loads('{"prompt": "p", "responses": ["a", "b"], "scores": [NaN, 1]}')
-    assert reason(scores) == "bad number"
-
-
-def test_text_outside_the_basic_plane_is_no_lone_surrogate() -> None:
-    assert (
-        good(PAIR | {"chosen": json.loads('"\\ud83d\\ude00"')}).responses[0] == "\N{GRINNING FACE}"
-    )

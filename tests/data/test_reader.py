@@ -4,19 +4,18 @@ import csv
 import gzip
 import json
 import lzma
-import os
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from hafrm.data.reader import read_preferences as read
-from hafrm.errors import ConfigError, DataError
+from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message
+from support.fake_hub import fake_datasets
 from support.shared_files import SHARED, needs_shared
 
 
@@ -52,7 +51,6 @@ def as_parquet(path: Path, rows: Sequence[dict[str, Any]] = ROWS) -> None:
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 WRITERS: dict[str, Callable[[Path], object]] = {
     "set.json": lambda path: path.write_text(json.dumps(ROWS)),
-    "set.data.json": lambda path: path.write_text(json.dumps({"data": ROWS, "version": 1})),
     "set.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "set.jsonl": lambda path: path.write_bytes(LINES),
     "set.ndjson": lambda path: path.write_bytes(LINES),
@@ -67,27 +65,20 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 def test_every_kind_of_file_reads_the_same(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
     reading = read([str(tmp_path / name)])
-    stem = {"SET.JSONL.GZ": "SET", "set.v2.jsonl.xz": "set.v2", "set.data.json": "set.data"}
+    stem = {"SET.JSONL.GZ": "SET", "set.v2.jsonl.xz": "set.v2"}
     source = stem.get(name, "set")
-    assert reading.groups == (
+    assert reading.groups == tuple(
         Group(
-            f"{source}-0",
-            (Message("user", "one\ntwo"),),
-            ('quoted "a", \N{SNOWMAN}', "b\r\nc"),
-            (Comparison(0, 1, margin=1.5),),
+            f"{source}-{number}",
+            (Message("user", row["prompt"]),),
+            (row["chosen"], row["rejected"]),
+            (Comparison(0, 1, margin=row["margin"]),),
             source,
-            {"split": "train"},
-        ),
-        Group(
-            f"{source}-1",
-            (Message("user", "second"),),
-            ("x", "y"),
-            (Comparison(0, 1, margin=-2.0),),
-            source,
-            {"split": "test"},
-        ),
+            {"split": row["split"]},
+        )
+        for number, row in enumerate(ROWS)
     )
-    assert (reading.num_rows, reading.bad_rows, reading.num_repeated) == (2, (), 0)
+    assert (reading.num_rows, reading.bad_rows) == (2, ())
 
 
 def test_messages_come_back_from_parquet_and_from_csv(tmp_path: Path) -> None:
@@ -95,10 +86,7 @@ def test_messages_come_back_from_parquet_and_from_csv(tmp_path: Path) -> None:
     nested = {"prompt": prompt, "responses": ["a", "b", "c"], "ranks": [2, 1, 3]}
     as_parquet(tmp_path / "ranked.parquet", [nested | {"votes": None}])
     as_csv(tmp_path / "ranked.csv", [{key: json.dumps(value) for key, value in nested.items()}])
-    from_parquet, from_csv = (
-        read([tmp_path / "ranked.parquet"]),
-        read([tmp_path / "ranked.csv"]),
-    )
+    from_parquet, from_csv = (read([tmp_path / "ranked.parquet"]), read([tmp_path / "ranked.csv"]))
     assert from_parquet.groups == from_csv.groups
     assert from_csv.groups[0].prompt == (Message("user", "[why]?"),)
     assert len(from_csv.groups[0].comparisons) == 3
@@ -133,22 +121,12 @@ def test_bad_csv_rows_are_counted_by_reason(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     reading = read([path], max_bad_fraction=1.0)
-    assert [(bad.row, bad.reason) for bad in reading.bad_rows] == [
-        (0, "non-finite margin"),
-        (1, "unreadable row"),
-        (2, "empty response"),
-        (3, "unreadable row"),
-        (4, "unreadable row"),
-        (5, "unreadable row"),
-    ]
+    assert [bad.row for bad in reading.bad_rows] == [0, 1, 2, 3, 4, 5]
+    reasons = [bad.reason for bad in reading.bad_rows]
+    assert reasons == ["non-finite margin", "unreadable row", "empty response"] + (
+        ["unreadable row"] * 3
+    )
     assert [group.id for group in reading.groups] == ["bad-6"]
-
-
-def test_a_cell_larger_than_the_csv_default_is_read(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
-    as_csv(tmp_path / "large.csv", [pair(chosen="x" * 150_000)])
-    assert len(read([tmp_path / "large.csv"]).groups[0].responses[0]) == 150_000
-    assert csv.field_size_limit() == before
 
 
 def test_unreadable_lines_are_bad_rows_under_their_line_number(tmp_path: Path) -> None:
@@ -187,33 +165,18 @@ def test_the_side_file_is_written_before_the_error_and_emptied_when_all_is_well(
 
 
 def test_a_small_bad_file_does_not_hide_behind_a_large_good_one(tmp_path: Path) -> None:
-    good = jsonl(tmp_path / "good.jsonl", [pair(f"p{index}") for index in range(1000)])
+    good = jsonl(tmp_path / "good.jsonl", [pair(f"p{index}") for index in range(60)])
     poor = jsonl(tmp_path / "poor.jsonl", [pair(), pair("q", "a", "")])
     with pytest.raises(DataError, match=r"1 of 2 rows of .*poor"):
         read([good, poor])
-    assert len(read([good, poor], max_bad_fraction=0.5).groups) == 1001
-
-
-def test_a_file_without_usable_columns_is_one_short_error(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "wrong.jsonl", [{"question": "q", "answer": "a\ud800"}] * 50)
-    with pytest.raises(DataError, match=r"no usable columns: .*\['question', 'answer'\]") as caught:
-        read([path], max_bad_fraction=1.0)
-    assert "prompt, chosen, rejected" in str(caught.value) and str(caught.value).count("answer") < 3
-
-
-def test_unlabelled_rows_are_groups_without_comparisons_when_asked_for() -> None:
-    rows = [{"prompt": "p", "response": "a"}, {"prompt": "p", "responses": ["b", "a"]}, pair("p")]
-    reading = read([rows], need_comparisons=False)
-    assert reading.groups[0].responses == ("a", "b")
-    assert reading.groups[0].comparisons == (Comparison(0, 1),)
-    with pytest.raises(DataError):
-        read([rows])
+    assert len(read([good, poor], max_bad_fraction=0.5).groups) == 61
 
 
 def test_rows_of_one_prompt_become_one_group_with_distinct_responses() -> None:
     rows = [
         pair("p", "a", "b", id="first", label="human", subset="s"),
-        pair("q", "a", "b"),
+        pair("q", "a", "b", tools=[]),
+        pair("p", "c", "a", label="human", subset="other"),
         pair("p", "c", "a", label="machine", subset="s"),
         {"prompt": "p", "responses": ["c", "b", "d"], "ranks": [1, 2, 2], "subset": "s"},
     ]
@@ -225,6 +188,7 @@ def test_rows_of_one_prompt_become_one_group_with_distinct_responses() -> None:
     ]  # fmt: skip
     assert group.tags == {"subset": "s"}, "rows disagree about the label"
     assert reading.groups[1].id == "memory-1"
+    assert reading.unread_columns == ("tools",)
 
 
 def test_disagreement_is_kept_and_repetition_is_a_bad_row() -> None:
@@ -236,76 +200,27 @@ def test_disagreement_is_kept_and_repetition_is_a_bad_row() -> None:
         pair("p", "b", "a", tie=True),
     ]
     reading = read([rows], max_bad_fraction=0.5)
-    assert [(bad.row, bad.reason) for bad in reading.bad_rows] == [
-        (2, "duplicate"),
-        (4, "duplicate"),
-    ]
-    assert reading.groups[0].comparisons == (
-        Comparison(0, 1),
-        Comparison(1, 0),
-        Comparison(0, 1, tie=True),
-    )
-
-
-def test_comparisons_that_a_ranking_repeats_are_counted() -> None:
-    """a > b is known, a > c and b > c are new; then "a" twice in one row repeats a > d once."""
-    rows = [
-        pair("p", "a", "b"),
-        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]},
-        {"prompt": "p", "responses": ["a", "d", "a"], "ranks": [1, 2, 1]},
-    ]
-    reading = read([rows])
-    assert (len(reading.groups[0].comparisons), reading.num_repeated, reading.bad_rows) == (
-        4,
-        2,
-        (),
-    )
-
-
-def test_prompts_of_two_subsets_stay_two_groups() -> None:
-    reading = read([[pair(subset="easy"), pair(subset="hard"), pair(subset="easy", chosen="c")]])
-    assert [(g.tags["subset"], len(g.comparisons)) for g in reading.groups] == [
-        ("easy", 2),
-        ("hard", 1),
-    ]
-
-
-def test_one_prompt_in_two_splits_is_leakage() -> None:
-    rows = [
-        pair("A  prompt", split="train"),
-        pair("other", split="test"),
-        pair("a prompt", split="test"),
-    ]
-    with pytest.raises(DataError, match="1 prompts are in two splits") as caught:
-        read([rows])
-    assert "memory-0 is train" in str(caught.value) and "memory-2 is test" in str(caught.value)
-    assert read([rows[1:]]).num_rows == 2
+    assert [(b.row, b.reason) for b in reading.bad_rows] == [(2, "duplicate"), (4, "duplicate")]
+    compared = (Comparison(0, 1), Comparison(1, 0), Comparison(0, 1, tie=True))
+    assert reading.groups[0].comparisons == compared
 
 
 def test_a_selection_picks_rows_by_tag_and_number(tmp_path: Path) -> None:
     rows = [pair(f"p{index}", split="train" if index % 2 else "test") for index in range(10)]
-    path = jsonl(tmp_path / "set.jsonl", rows)
-    assert [g.id for g in read([f"{path}#split=train"]).groups] == [
-        f"set-{i}" for i in (1, 3, 5, 7, 9)
-    ]
-    assert [g.id for g in read([f"{path}#split=test&limit=2"]).groups] == [
-        "set-0",
-        "set-2",
-    ]
+    path = jsonl(tmp_path / "set#1.jsonl", rows)  # "#" may be part of a name
+    picked = [group.id for group in read([f"{path}#split=train"]).groups]
+    assert picked == [f"set#1-{i}" for i in (1, 3, 5, 7, 9)]
+    picked = [group.id for group in read([f"{path}#split=test&limit=2"]).groups]
+    assert picked == ["set#1-0", "set#1-2"]
+    assert read([path]).num_rows == 10
     assert read([f"{path}#limit=3"]).num_rows == 3
     both = read([f"{path}#split=test", f"{path}#split=train"])
-    assert {group.source for group in both.groups} == {"set"} and both.num_rows == 10
+    assert {group.source for group in both.groups} == {"set#1"} and both.num_rows == 10
     with pytest.raises(DataError, match="has no row with split=dev"):
         read([f"{path}#split=dev"])
     for wrong in ("split", "split=", "colour=red", "limit=0", "limit=x", "split=train&"):
         with pytest.raises(DataError, match="limit"):
             read([f"{path}#{wrong}"])
-
-
-def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "c#1.jsonl", [pair()])
-    assert read([path]).groups[0].source == "c#1"
-    assert read([f"{path}#limit=1"]).groups[0].source == "c#1"
 
 
 def test_two_files_of_one_stem_are_told_apart_and_one_file_is_not_read_twice(
@@ -321,37 +236,29 @@ def test_two_files_of_one_stem_are_told_apart_and_one_file_is_not_read_twice(
         read([tmp_path / "a/set.jsonl", str(tmp_path / "a/set.jsonl")])
 
 
-def test_columns_that_nobody_reads_are_named() -> None:
-    assert read([[pair(score_chosen=1.0, tools=[])]]).unread_columns == (
-        "score_chosen",
-        "tools",
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "no such file"),
-        (
-            "set.txt",
-            b"x",
-            r"unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .parquet",
-        ),
+        ("set.txt", b"x", r"allowed are .json, .jsonl, .ndjson, .csv, .parquet"),
         ("set.gz", b"x", "unknown kind"),
         ("set", b"x", "unknown kind"),
-        ("set.pkl", b"x", "unknown kind"),
         ("set.parquet.gz", b"x", "unknown kind"),
         ("set.jsonl", b"", "has no rows"),
-        ("set.jsonl", b"\n \n", "has no rows"),
         ("set.json", b"", "has no rows"),
         ("set.json", b"[]", "has no rows"),
         ("set.csv", b"", "has no rows"),
         ("set.csv", b"prompt,chosen,rejected\n", "has no rows"),
         ("set.csv", b'"prompt,chosen\n', "a quote that never closes"),
-        ("set.csv", b'prompt\nfirst\n"second\nthird\n', r"never closes, after \['first'\]"),
+        ("set.csv", b'prompt\nfirst\n"second\nthird\n', "a quote that never closes"),
         ("set.csv", b'"prompt"x\nfirst\n', "column names"),
         ("set.csv", b"prompt,prompt\n", "distinct column names"),
-        ("set.json", b'{"rows": []}', "must hold a list of rows or"),
+        ("set.json", b'{"rows": []}', "must hold a list of rows"),
+        (
+            "set.jsonl",
+            b'{"question": 1, "answer": 2}',
+            r"no usable columns: .*\['question', 'answer'\]",
+        ),
         ("set.json", b'{"a": 1}\n{"a": 2}\n', "name it .jsonl"),
         ("set.json", b"[" * 100_000, "is not JSON"),
         ("set.jsonl", '{"prompt": "\u00e9"}'.encode("latin-1"), "not UTF-8 text .*near row 0"),
@@ -360,8 +267,6 @@ def test_columns_that_nobody_reads_are_named() -> None:
         ("set.csv", b"prompt\n\xff\n", "not UTF-8"),
         ("set.jsonl.gz", LINES, "cannot be read"),
         ("set.jsonl.gz", gzip.compress(LINES)[:-20], "cannot be read"),
-        ("set.jsonl.xz", lzma.compress(LINES)[:-20], "cannot be read"),
-        ("set.parquet", b"", "Parquet"),
         ("set.parquet", b"PAR1 nothing PAR1", "Parquet"),
     ],
 )
@@ -386,16 +291,8 @@ def test_directories_empty_lists_bare_strings_and_bad_rows_alone_are_clear_error
         read([])
     with pytest.raises(DataError, match="list of sources"):
         read("set.jsonl")
-    with pytest.raises(ConfigError, match="max_bad_fraction"):
-        read([[pair()]], max_bad_fraction=1.5)
     with pytest.raises(DataError, match="2 of 2 rows"):  # whatever is allowed
         read([[pair(chosen=""), pair(chosen="\0")]], max_bad_fraction=1.0)
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object]) -> None:
-    fake = ModuleType("datasets")
-    monkeypatch.setattr(fake, "load_dataset", load, raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +313,7 @@ def test_hub_names_are_taken_apart(
         calls.append((name, config, split, revision))
         return [pair("p"), pair("q")]
 
-    hub(monkeypatch, load)
+    fake_datasets(monkeypatch, load)
     reading = read([f"{text}#limit=1"])
     assert calls == [call]
     assert (reading.groups[0].id, reading.groups[0].source) == (f"{source}-0", source)
@@ -427,7 +324,7 @@ def test_hub_errors_are_data_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **options: object) -> object:
         raise ValueError("Unknown split 'dev'")
 
-    hub(monkeypatch, load)
+    fake_datasets(monkeypatch, load)
     with pytest.raises(DataError, match=r"hub:org/pairs:dev cannot be loaded: Unknown split 'dev'"):
         read(["hub:org/pairs:dev"])
     for wrong in ("hub:pairs", "hub::train", "hub:a:b:c:d"):
@@ -440,12 +337,12 @@ def test_the_datasets_library_itself_reads_a_local_folder(
 ) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    load = partial(datasets.load_dataset, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", load)
     folder = tmp_path / "pairs"
     folder.mkdir()
     jsonl(folder / "train.jsonl", [pair("p", [{"role": "assistant", "content": "a"}], "b")])
-    monkeypatch.setattr(datasets, "load_dataset", with_cache(datasets, tmp_path / "cache"))
     reading = read([f"hub:{folder}:train"])
     assert (reading.groups[0].source, reading.groups[0].responses) == ("pairs", ("a", "b"))
     with pytest.raises(DataError, match="cannot be loaded"):
@@ -459,82 +356,14 @@ def test_a_dataset_in_memory_reads_as_the_list_of_its_rows() -> None:
     assert read([Dataset.from_list(rows)]) == read([rows])
 
 
-def with_cache(datasets: ModuleType, folder: Path) -> Callable[..., object]:
-    load = datasets.load_dataset
-    return lambda *args, **options: load(*args, cache_dir=str(folder), **options)
-
-
-# In a process of its own, to see what reading imports.
-SUMMARISE = """
-import json, sys
-from collections import Counter
-from hafrm.data.reader import read_preferences
-for path in sys.argv[1:]:
-    data = read_preferences([path], max_bad_fraction=0.2)
-    print(json.dumps({
-        "name": data.groups[0].source,
-        "rows": data.num_rows,
-        "bad": Counter(row.reason for row in data.bad_rows),
-        "groups": len(data.groups),
-        "single_turn": sum(len(group.prompt) == 1 for group in data.groups),
-        "responses": sum(len(group.responses) for group in data.groups),
-        "comparisons": sum(len(group.comparisons) for group in data.groups),
-        "heavy": sorted({"torch", "transformers", "datasets", "pyarrow"} & set(sys.modules)),
-    }))
-"""
-
-
-@pytest.fixture(scope="module")
-def real() -> dict[str, Any]:
-    """What each shared file holds, by name."""
-    paths = sorted(str(path) for path in (SHARED / "data").glob("*.jsonl.gz"))
-    source = Path(__file__).resolve().parents[2] / "src"
-    done = subprocess.run(
-        [sys.executable, "-c", SUMMARISE, *paths],
-        env=os.environ | {"PYTHONPATH": str(source)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    summaries = [json.loads(line) for line in done.stdout.splitlines()]
-    return {summary["name"]: summary for summary in summaries}
-
-
 @needs_shared
-def test_every_shared_set_reads_almost_whole_and_without_heavy_imports(
-    real: dict[str, Any],
-) -> None:
-    """Only pandalm has many bad rows: 52 empty outputs and 80 repeats."""
-    expected = {
-        "alpacaeval": 12_000, "arena": 6000, "convarg": 12_792, "hh-harmless": 2312,
-        "hh-helpful": 2352, "hhh": 221, "llmbar": 1200, "pandalm": 894, "webgpt": 656,
-    }  # fmt: skip
-    for name, num_rows in expected.items():
-        num_bad = sum(real[name]["bad"].values())
-        assert num_bad <= (0.15 if name == "pandalm" else 0.02) * num_rows
-        assert (real[name]["rows"], real[name]["comparisons"]) == (num_rows, num_rows - num_bad)
-        assert real[name]["heavy"] == []
-
-
-@needs_shared
-def test_the_shared_sets_group_by_prompt_and_lose_the_rows_that_they_should(
-    real: dict[str, Any],
-) -> None:
+def test_original_transcripts_read_into_dialogues_and_lose_the_rows_that_they_should() -> None:
     """Of harmless-base's 2,312 rows 4 have an empty response, 5 differ before the last assistant turn and
-    4 have two assistant turns in a row; 662 are single-turn. convarg has few prompts and votes."""
-    harmless, convarg = real["hh-harmless"], real["convarg"]
-    assert harmless["bad"] == {"empty response": 4, "prompts differ": 5, "wrong roles": 4}
-    assert 655 <= harmless["single_turn"] <= 662
-    assert (convarg["groups"], convarg["responses"]) == (32, 1038)
-    assert convarg["bad"] == {"duplicate": 205}
-    groups = read([f"{SHARED}/data/convarg.jsonl.gz#limit=200"]).groups
-    assert all(c.votes is not None for group in groups for c in group.comparisons)
-
-
-@needs_shared
-def test_original_transcripts_read_into_sensible_dialogues() -> None:
-    reading = read([f"{SHARED}/data/hh-harmless.jsonl.gz#limit=300"])
-    assert len(reading.groups) > 295
+    4 have two assistant turns in a row; 662 are single-turn."""
+    reading = read([f"{SHARED}/data/hh-harmless.jsonl.gz"])
+    reasons = Counter(row.reason for row in reading.bad_rows)
+    assert reasons == {"empty response": 4, "prompts differ": 5, "wrong roles": 4}
+    assert 655 <= sum(len(group.prompt) == 1 for group in reading.groups) <= 662
     for group in reading.groups:
         roles = [message.role for message in group.prompt]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1] == "user"
@@ -543,6 +372,10 @@ def test_original_transcripts_read_into_sensible_dialogues() -> None:
 
 
 def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:
+    """As are unlabelled responses where no comparisons are."""
+    unlabelled = [{"prompt": "p", "response": "a"}, {"prompt": "p", "responses": ["b", "a"]}]
+    (group,) = read([[*unlabelled, pair("p")]], need_comparisons=False).groups
+    assert (group.responses, group.comparisons) == (("a", "b"), (Comparison(0, 1),))
     rows = [
         {"prompt": "q1"},
         {"prompt": "q2", "chosen": "a", "rejected": "b"},
@@ -553,9 +386,7 @@ def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:
     reading = read([rows], need_responses=False, max_bad_fraction=0.5)
     assert [group.prompt[-1].content for group in reading.groups] == ["q1", "q2", "q3"]
     assert [len(group.responses) for group in reading.groups] == [0, 2, 0]
-    assert [(bad.row, bad.reason) for bad in reading.bad_rows] == [
-        (2, "duplicate"),
-        (4, "missing column"),
-    ]
+    reasons = [(bad.row, bad.reason) for bad in reading.bad_rows]
+    assert reasons == [(2, "duplicate"), (4, "missing column")]
     with pytest.raises(DataError, match="no responses that could be compared"):
         read([rows[:1]])

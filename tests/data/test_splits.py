@@ -2,19 +2,11 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
 from hafrm.data.reader import read_preferences
-from hafrm.data.splits import (
-    check_leakage,
-    mix,
-    normalised_key,
-    split_by_prompt,
-    uniform_weights,
-    write_groups,
-)
+from hafrm.data.splits import check_leakage, mix, normalised_key, split_by_prompt, write_groups
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message, Votes, num_comparisons
 
@@ -103,12 +95,6 @@ def test_leakage_names_the_number_of_prompts_and_some_of_them() -> None:
     check_leakage([], test)
 
 
-def test_mixing_without_options_is_concatenation() -> None:
-    first, second = GROUPS[:3], GROUPS[1:5]
-    assert mix([first, second], seed=0) == [*first, *second]
-    assert mix([], seed=0) == []
-
-
 def test_a_cap_keeps_exactly_so_many_comparisons_of_each_set_in_their_order() -> None:
     sets = [[group(f"{name}{index}", num_pairs=7) for index in range(10)] for name in "ab"]
     small = [group("small", num_pairs=3)]
@@ -134,36 +120,9 @@ def test_a_trimmed_group_keeps_its_comparisons_texts_and_no_unused_response() ->
 
 
 def test_weights_multiply_the_comparisons_own() -> None:
+    assert mix([GROUPS[:3], GROUPS[1:5]]) == [*GROUPS[:3], *GROUPS[1:5]]
     mixed = mix([[group("a")], [group("b", 2)]], weights=[1.0, 0.25], seed=0)
     assert [[c.weight for c in each.comparisons] for each in mixed] == [[2.0], [0.5, 0.5]]
-
-
-def test_wrong_mixing_options_are_errors() -> None:
-    for weights in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
-        with pytest.raises(ConfigError, match="weights"):
-            mix([GROUPS, GROUPS], weights=weights, seed=0)
-    with pytest.raises(ConfigError, match="cap"):
-        mix([GROUPS], cap=0, seed=0)
-
-
-def test_uniform_weights_give_every_set_the_same_say_and_a_mean_of_one() -> None:
-    """Of 6 and 2 comparisons: 8 / 2 sets = 4 for each, so 4/6 and 4/2."""
-    sets = [[group("a", 4), group("b", 2)], [group("c", 2)]]
-    assert uniform_weights(sets) == pytest.approx([4 / 6, 2.0])
-    mixed = mix(sets, weights=uniform_weights(sets))
-    totals = Counter(
-        {g.id: sum(pair.weight / 2.0 for pair in g.comparisons) for g in mixed}
-    )  # the pairs came with a weight of 2
-    assert totals["id-a"] + totals["id-b"] == pytest.approx(totals["id-c"])
-    assert totals.total() == pytest.approx(8)
-
-
-def test_uniform_weights_know_the_cap_and_count_no_ties_and_no_empty_set() -> None:
-    """Capped at 3 the sets have 3 and 2; a set of ties has no say, and gets the weight of nobody."""
-    tied = replace(group("d"), comparisons=(Comparison(0, 1, tie=True),))
-    sets = [[group("a", 4), group("b", 2)], [group("c", 2)], [tied]]
-    assert uniform_weights(sets, cap=3) == pytest.approx([2.5 / 3, 2.5 / 2, 1.0])
-    assert uniform_weights([[]]) == [1.0]
 
 
 def test_written_groups_read_back_with_ids_margins_weights_votes_ties_and_unlabelled_responses(

@@ -17,6 +17,7 @@ from hafrm.training.loop import run_training
 from hafrm.training.memory_plan import plan_recipe
 from hafrm.training.methods import get_method, resolve_method
 from hafrm.training.model_setup import build_model, with_precision
+from support.fake_hub import fake_datasets
 from support.published_rows import PUBLISHED
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -54,23 +55,18 @@ def test_weights_go_to_the_entries_in_their_order(tmp_path, two_files):
     }
 
 
-def test_uniform_weights_make_the_sets_equal_with_and_without_a_cap(tmp_path, two_files):
-    """32 comparisons in two sets: 16 for each, 16/24 and 16/8; capped 18 in two: 9/10 and 9/8."""
-    found = weights(tmp_path, two_files, weights="uniform")
-    assert found == {"big": [pytest.approx(16 / 24)] * 24, "small": [2.0] * 8}
-    found = weights(tmp_path, two_files, weights="uniform", cap=10)
-    assert found == {"big": [pytest.approx(0.9)] * 10, "small": [pytest.approx(9 / 8)] * 8}
-
-
 def test_a_group_of_sets_is_one_entry_with_one_weight_and_a_cap_for_each_member(
-    tmp_path, two_files
+    tmp_path, two_files, monkeypatch
 ):
-    for name in ("beaver-safe", "hh-harmless"):
+    def load(name, *_, split, **__):
+        name = "beaver-safe" if "Safe" in name else "hh-harmless"
         text = json.dumps(PUBLISHED[name])
-        rows = [text.replace("How do I pick a lock?", f"Say {name} {i}.") for i in range(6)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    group = f"set:safety={tmp_path}#split=train"
-    found = weights(tmp_path, [group, two_files[1]], weights=[2.0, 1.0], cap=5)
+        rows = [text.replace("How do I pick a lock?", f"Say {name} {i} {split}.") for i in range(6)]
+        return [json.loads(row) for row in rows]
+
+    fake_datasets(monkeypatch, load)
+    entries = ["set:safety#split=train", two_files[1]]
+    found = weights(tmp_path, entries, weights=[2.0, 1.0], cap=5)
     assert found == {"beaver-safe": [2.0] * 5, "hh-harmless": [2.0] * 5, "small": [1.0] * 5}
 
 
@@ -88,7 +84,7 @@ def test_what_named_sets_leave_out_is_recorded(tmp_path):
     assert prepare_data(recipe).counts["left_out"] == {"tie": 3}
 
 
-@pytest.mark.parametrize("given", [[1.0], [1.0, -1.0], "alike", [1, 2, 3]])
+@pytest.mark.parametrize("given", [[1.0], [1.0, -1.0], "uniform", [1, 2, 3]])
 def test_wrong_weights_are_refused(tmp_path, two_files, given):
     with pytest.raises(ConfigError, match=r"data\.weights"):
         tiny_recipe(tmp_path, data={"train": two_files, "weights": given})

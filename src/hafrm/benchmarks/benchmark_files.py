@@ -12,7 +12,8 @@ from pathlib import Path
 from hafrm.benchmarks.definitions import Benchmark, BenchmarkPart
 from hafrm.benchmarks.rules import Item
 from hafrm.data.files import find_files, read_file, read_hub
-from hafrm.data.values import LeftOut, Refusal, RefusedError
+from hafrm.data.named_sets import LeftOut
+from hafrm.data.parse import Refusal, RefusedError
 from hafrm.errors import DataError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hafrm.benchmarks import row_readers, rules
 from hafrm.benchmarks.rules import STYLES, TIES, TIES_TERMS, CandidateScores, Item, ItemVerdict
 from hafrm.data.files import HubSet
-from hafrm.data.values import LeftOut
+from hafrm.data.named_sets import LeftOut
 from hafrm.errors import ConfigError
 
 TermWeights = Mapping[str, float]

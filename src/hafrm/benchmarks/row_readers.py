@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hafrm.benchmarks.rules import TIES, Item
-from hafrm.data.parse import read_messages
-from hafrm.data.values import LeftOut, cell_of, choice_of, refuse, show, text_of
+from hafrm.data.named_sets import LeftOut, choice_of, text_of
+from hafrm.data.parse import cell_of, read_messages, refuse, show
 from hafrm.preferences import Message
 
 PublishedRow = Mapping[str, Any]

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from hafrm.best_of_n.endpoint import Reply
 from hafrm.best_of_n.policies import DrawRound, EndpointPolicy, LocalPolicy
+from hafrm.data.parse import RefusedError, check_text
 from hafrm.data.reader import read_preferences
-from hafrm.data.values import RefusedError, check_text
 from hafrm.errors import DataError
 from hafrm.preferences import Group, Message, prompt_key
 from hafrm.progress import OnProgress, no_progress

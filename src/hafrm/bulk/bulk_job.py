@@ -29,7 +29,7 @@ from hafrm.bulk.shards import (
     identify,
 )
 from hafrm.data.files import is_known_kind
-from hafrm.data.values import Refusal
+from hafrm.data.parse import Refusal
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError

@@ -13,8 +13,7 @@ from typing import Any
 
 from hafrm.bulk.shards import ShardRows
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import parse_row
-from hafrm.data.values import Refusal
+from hafrm.data.parse import Refusal, parse_row
 from hafrm.errors import DataError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress

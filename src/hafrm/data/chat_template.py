@@ -1,13 +1,11 @@
 """Chat templates and tokenizers prepared for reward models; what is prepared here is what is exported.
 
 A reward is read at the last token, so what a consumer renders must end in the very EOS that was trained
-on: the template is closed (it ends at the EOS) and prints no date, and pad is not EOS. Rendering is
-transformers' own `apply_chat_template`; a changed template is tried on probe conversations. The tokenizer
-passed in is never changed; no vocabulary grows. Start at `prepare_tokenizer`.
+on: the template is closed (it ends at the EOS) and prints no date, and pad is not EOS. A changed template
+is tried on probe conversations. The tokenizer passed in is never changed. Start at `prepare_tokenizer`.
 """
 
 import copy
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -32,7 +30,7 @@ PLAIN_TEMPLATE = (
 )
 
 # What the paper (HAF-RM, arXiv 2407.04185) trains its two models on. Its code knows single turns only; an
-# earlier answer ends at the EOS here, as the last one does. Blanks are where PLAIN_TEMPLATE has them.
+# earlier answer ends at the EOS here, as the last one does.
 PAPER_TEMPLATES = {
     "paper-phi-2": (
         "{% for message in messages %}"
@@ -62,16 +60,8 @@ _USER = {"role": "user", "content": "hafrmQuestion"}
 _EARLIER = {"role": "assistant", "content": "hafrmEarlier"}
 _SYSTEM = {"role": "system", "content": "hafrmSystem"}
 _ANSWER = {"role": "assistant", "content": _MARK}
-_ENDS_IN_ANSWER: tuple[ChatTurns, ...] = (
-    (_USER, _ANSWER),
-    (_USER, _EARLIER, _USER, _ANSWER),
-    (_SYSTEM, _USER, _ANSWER),
-)
-_ENDS_IN_QUESTION: tuple[ChatTurns, ...] = (
-    (_USER,),
-    (_USER, _EARLIER, _USER),
-    (_SYSTEM, _USER),
-)
+_ENDS_IN_QUESTION = ((_USER,), (_USER, _EARLIER, _USER), (_SYSTEM, _USER))
+_ENDS_IN_ANSWER = tuple((*turns, _ANSWER) for turns in _ENDS_IN_QUESTION)
 # by preference: pad itself (not the one for filling in the middle), reserved tokens, unknown
 _PAD_LIKE = (r"(?<!fim_)(?<!fim-)pad", r"reserved|unused|control_\d", r"endoftext|unk")
 
@@ -121,7 +111,7 @@ def render_conversations(
     *,
     add_generation_prompt: bool = False,
 ) -> list[str]:
-    """The text that transformers' `apply_chat_template` gives for each conversation."""
+    """The text that `apply_chat_template` gives for each conversation."""
     rendered = tokenizer.apply_chat_template(
         [[dict(message) for message in conversation] for conversation in conversations],
         chat_template=template,
@@ -133,7 +123,6 @@ def render_conversations(
 
 
 def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -> str:
-    """The tokenizer's own template, or the plain one, with BOS if the tokenizer adds BOS by itself."""
     if tokenizer.chat_template is not None:
         try:
             return str(tokenizer.get_chat_template())
@@ -153,7 +142,7 @@ def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) ->
 
 
 def read_template(name: str) -> str:
-    """The template of that name in PAPER_TEMPLATES, or in that file; raises ConfigError otherwise."""
+    """The template of that name in PAPER_TEMPLATES, or in that file."""
     if name in PAPER_TEMPLATES:
         return PAPER_TEMPLATES[name]
     try:
@@ -168,8 +157,7 @@ def read_template(name: str) -> str:
 def freeze_date(template: str) -> str:
     """The template with every `strftime_now("...")` replaced by `FROZEN_DATE` in that format.
 
-    A template that prints today's date gives another score tomorrow. Raises ModelError when it asks for the
-    date without a literal format.
+    Raises ModelError when it asks for the date without a literal format.
     """
     frozen = _TODAY.sub(lambda match: repr(FROZEN_DATE.strftime(match[2])), template)
     left = _TODAY_LEFT.search(frozen)
@@ -186,8 +174,7 @@ def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     """The template, wrapped if needed, so that a rendering whose last turn is the assistant's ends exactly
     at the EOS: cut right after it, or with one appended when it writes none.
 
-    Everything else (generation prompts, conversations that end in a question) renders as before; a closed
-    template is returned unchanged. Raises ModelError for a template that cannot be closed.
+    Everything else renders as before. Raises ModelError for a template that cannot be closed.
     """
     eos = tokenizer.eos_token
     tails = {text.rpartition(_MARK)[2] for text in _rendered_answers(tokenizer, template)}
@@ -209,8 +196,7 @@ def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
 def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     """What the template writes in probe conversations that end in a question, as one text."""
     # not those that end in an answer: some templates write <think> there, which responses may contain
-    texts = [_tried(tokenizer, template, probe) for probe in _ENDS_IN_QUESTION]
-    return "\n".join(itertools.chain(*texts))
+    return "\n".join(text for p in _ENDS_IN_QUESTION for text in _tried(tokenizer, template, p))
 
 
 def _tried(
@@ -230,14 +216,13 @@ def _tried(
 
 
 def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
-    """Renderings of the probes that end in an answer; the first of them must succeed."""
-    try:
+    try:  # the first must succeed, a template may refuse the others
         render_conversations(tokenizer, template, _ENDS_IN_ANSWER[:1])
     except TemplateError as error:
         raise ModelError(
             f"The chat template fails on a question and an answer: {error}. Repair tokenizer.chat_template."
         ) from error
-    texts = [*itertools.chain(*(_tried(tokenizer, template, p) for p in _ENDS_IN_ANSWER))]
+    texts = [text for p in _ENDS_IN_ANSWER for text in _tried(tokenizer, template, p)]
     if any(text.count(_MARK) != 1 for text in texts):
         raise ModelError(
             "The chat template does not write the assistant's content exactly once. "
@@ -247,7 +232,6 @@ def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list
 
 
 def _wrapped(template: str, *, surplus: str, missing: str) -> str:
-    """The template captured in a block, then cut by `surplus` or followed by `missing`."""
     # The line break after the opening tag and the empty expression before the closing one keep the
     # template's first and last line: transformers renders with trim_blocks and lstrip_blocks. And
     # jinja drops one final line break of a template; inside a block it would stay.
@@ -265,7 +249,6 @@ def _wrapped(template: str, *, surplus: str, missing: str) -> str:
 def _check_wrapping(
     tokenizer: PreTrainedTokenizerFast, template: str, closed: str, eos: str
 ) -> None:
-    """Raise ModelError unless the wrapped template renders the probes as before, up to the EOS."""
     for probe in (*_ENDS_IN_ANSWER, *_ENDS_IN_QUESTION):
         for prompt in (False, True):
             before = _tried(tokenizer, template, probe, prompt=prompt)
@@ -282,10 +265,9 @@ def _check_wrapping(
 
 def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
     """The tokenizer's pad if it differs from EOS, else a reserved or unknown token that no template writes
-    (`written` is what it does write). With pad == eos consumers read the reward one token early.
-
-    Raises ModelError when the vocabulary holds no token that could serve.
+    (`written` is what it does write). Raises ModelError when no token can serve.
     """
+    # with pad == eos, consumers would read the reward one token early
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return str(tokenizer.pad_token)
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}

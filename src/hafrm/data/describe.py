@@ -1,11 +1,10 @@
 """What is in preference data, in numbers: sizes, lengths, length bias, and what sharing prompts saves.
 
-Pure arithmetic over what was read (and, with an encoder, over its token ids). Lengths are in words, split
-at white space, until there are tokens.
+Lengths are in words, split at white space; with an encoder, also in tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -16,76 +15,36 @@ from hafrm.data.reader import PreferenceData
 from hafrm.data.splits import normalised_key
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Table, columns
 
-Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]
-"""`Encoder.encode`."""
-
-
-@dataclass(frozen=True, slots=True)
-class LengthSummary:
-    """Mean, median, 95th percentile (nearest rank) and maximum; all 0 when there is nothing."""
-
-    mean: float
-    p50: int
-    p95: int
-    max: int
+Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]  # `Encoder.encode`
+Lengths = tuple[float, int, int, int]
+"""Mean, median, 95th percentile (nearest rank) and maximum; all 0 when there is nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """Everything that `hafrm data` shows."""
 
-    counts: dict[str, int]
+    facts: dict[str, int | str | Estimate]
     """Rows, groups, prompts (distinct but for case and white space), responses, comparisons, ..."""
-    bad_rows: dict[str, int]
-    """By reason."""
-    left_out: dict[str, int]
-    """Rows of named sets that these do not use, by reason."""
-    unread_columns: tuple[str, ...]
-    sources: dict[str, int]
-    """Comparisons of each source."""
-    tags: dict[str, dict[str, int]]
-    """Comparisons by tag (split, subset, ...) and value; "" are those of groups without the tag."""
-    lengths: dict[str, LengthSummary]
+    bad_rows: dict[str, int]  # by reason
+    lengths: dict[str, Lengths]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""
-    longer_is_chosen: Estimate
-    """Fraction of comparisons without ties."""
-    saved_fraction: float | None
-    """Fraction of all tokens that need not be computed when prompts are shared; needs an encoder."""
-    encoding: dict[str, int]
-    """The encoder's counts: what it cut, dropped or neutralised."""
 
     def tables(self) -> tuple[Table, ...]:
         """What is in the data, what is wrong with it, and its lengths."""
-        facts = Table("what is in it", (Column(""), Column("")), tuple(self._facts()))
-        reasons = (Column("reason"), Column("rows", "count"))
-        bad = Table("bad rows", reasons, tuple(self.bad_rows.items()))
-        counts = (Column(name, "count") for name in ("p50", "p95", "max"))
-        head = (Column(""), Column("mean", "general"), *counts)
-        rows = tuple((n, x.mean, x.p50, x.p95, x.max) for n, x in self.lengths.items())
-        return (facts, *([bad] if self.bad_rows else []), Table("lengths", head, rows))
-
-    def _facts(self) -> Iterator[tuple[Cell, ...]]:
-        yield from self.counts.items()
-        yield from ((f"left out: {reason}", n) for reason, n in self.left_out.items())
-        yield from ((f"from {name}", f"{n} comparisons") for name, n in self.sources.items())
-        for tag, values in self.tags.items():
-            first = list(values.items())[:8]
-            yield f"by {tag}", ", ".join(f"{value or '(none)'}: {n}" for value, n in first)
-        yield "longer is chosen", self.longer_is_chosen
-        if self.unread_columns:
-            yield "columns not read", ", ".join(self.unread_columns[:12])
-        if self.saved_fraction is not None:
-            yield "shared prompts save", f"{100 * self.saved_fraction:.1f} % of all tokens"
-        yield from ((f"encoding: {n.replace('_', ' ')}", x) for n, x in self.encoding.items() if x)
+        bad = Table("bad rows", columns("reason | rows: count"), tuple(self.bad_rows.items()))
+        head = columns("of | mean: general | p50: count | p95: count | max: count")
+        lengths = tuple((name, *numbers) for name, numbers in self.lengths.items())
+        facts = Table("what is in it", columns("what | value"), tuple(self.facts.items()))
+        return (facts, *([bad] if self.bad_rows else []), Table("lengths", head, lengths))
 
 
 def describe_data(data: PreferenceData, encode: Encode | None = None) -> Description:
     """Counts and lengths of what was read; `encode` (an `Encoder.encode`) adds those of tokens."""
     groups = data.groups
     pairs = [(group, pair) for group in groups for pair in group.comparisons]
-    votes = [pair.votes for _, pair in pairs if pair.votes is not None]
     sides = [
         (_words(group.responses[pair.chosen]), _words(group.responses[pair.rejected]))
         for group, pair in pairs
@@ -98,7 +57,26 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         "chosen words": _lengths(chosen for chosen, _ in sides),
         "rejected words": _lengths(rejected for _, rejected in sides),
     }
-    saved_fraction, encoding = None, {}
+    facts: dict[str, int | str | Estimate] = {
+        "rows": data.num_rows,
+        "bad rows": len(data.bad_rows),
+        "groups": len(groups),
+        "prompts": len({normalised_key(group.prompt) for group in groups}),
+        "responses": sum(len(group.responses) for group in groups),
+        "comparisons": len(pairs),
+        "ties": sum(pair.tie for _, pair in pairs),
+        "with margin": sum(pair.margin != 0 for _, pair in pairs),
+        "with votes": sum(pair.votes is not None for _, pair in pairs),
+        "longer is chosen": accuracy_interval(np.array([c > r for c, r in sides], bool)),
+    }
+    facts |= {f"left out: {reason}": num for reason, num in data.left_out.items()}
+    sources = Counter(group.source for group, _ in pairs)
+    facts |= {f"from {name}": f"{num} comparisons" for name, num in sources.items()}
+    for tag in sorted({tag for group in groups for tag in group.tags}):
+        values = Counter(group.tags.get(tag, "(none)") for group, _ in pairs)
+        facts[f"by {tag}"] = ", ".join(f"{value}: {num}" for value, num in [*values.items()][:8])
+    if data.unread_columns:
+        facts["columns not read"] = ", ".join(data.unread_columns[:12])
     if encode is not None:
         encoded, report = encode(groups)
         sizes = [(len(g.prompt_ids), len(ids)) for g in encoded for ids in g.response_ids]
@@ -107,33 +85,12 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
             "response tokens": _lengths(response for _, response in sizes),
             "sequence tokens": _lengths(map(sum, sizes)),
         }
-        saved_fraction, encoding = fraction_saved_by_sharing(encoded), asdict(report)
-    tags = sorted({tag for group in groups for tag in group.tags})
-    return Description(
-        counts={
-            "rows": data.num_rows,
-            "bad rows": len(data.bad_rows),
-            "comparisons repeated": data.num_repeated,
-            "groups": len(groups),
-            "prompts": len({normalised_key(group.prompt) for group in groups}),
-            "responses": sum(len(group.responses) for group in groups),
-            "comparisons": len(pairs),
-            "ties": sum(pair.tie for _, pair in pairs),
-            "with margin": sum(pair.margin != 0 for _, pair in pairs),
-            "with votes": len(votes),
-            # votes for more than one outcome
-            "contested": sum(sum(count > 0 for count in vote) > 1 for vote in votes),
-        },
-        bad_rows=dict(Counter(row.reason for row in data.bad_rows).most_common()),
-        left_out=data.left_out,
-        unread_columns=data.unread_columns,
-        sources=dict(Counter(group.source for group, _ in pairs)),
-        tags={tag: dict(Counter(g.tags.get(tag, "") for g, _ in pairs)) for tag in tags},
-        lengths=lengths,
-        longer_is_chosen=accuracy_interval(np.array([c > r for c, r in sides], bool)),
-        saved_fraction=saved_fraction,
-        encoding=encoding,
-    )
+        saved = fraction_saved_by_sharing(encoded)
+        facts["shared prompts save"] = f"{100 * saved:.1f} % of all tokens"
+        counts = asdict(report).items()
+        facts |= {f"encoding: {name.replace('_', ' ')}": num for name, num in counts if num}
+    bad_rows = dict(Counter(row.reason for row in data.bad_rows).most_common())
+    return Description(facts, bad_rows, lengths)
 
 
 def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
@@ -143,11 +100,10 @@ def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
     """
     packed = paired = 0
     for group in groups:
-        sizes, prompt = [len(ids) for ids in group.response_ids], len(group.prompt_ids)
-        if group.comparisons:
-            packed += prompt + sum(sizes)
+        packed += group.num_tokens if group.comparisons else 0
         for pair in group.comparisons:
-            paired += 2 * prompt + sizes[pair.chosen] + sizes[pair.rejected]
+            sides = group.response_ids[pair.chosen], group.response_ids[pair.rejected]
+            paired += sum(len(group.prompt_ids) + len(ids) for ids in sides)
     return 1 - packed / paired if paired else 0.0
 
 
@@ -155,9 +111,9 @@ def _words(text: str) -> int:
     return len(text.split())
 
 
-def _lengths(values: Iterable[int]) -> LengthSummary:
+def _lengths(values: Iterable[int]) -> Lengths:
     ordered = sorted(values)
     if not ordered:
-        return LengthSummary(0.0, 0, 0, 0)
+        return 0.0, 0, 0, 0
     p50, p95 = (ordered[ceil(fraction * len(ordered)) - 1] for fraction in (0.50, 0.95))
-    return LengthSummary(sum(ordered) / len(ordered), p50, p95, ordered[-1])
+    return sum(ordered) / len(ordered), p50, p95, ordered[-1]

@@ -1,9 +1,8 @@
 """Groups of text -> groups of token ids, exactly as a consumer of the exported template gets them.
 
-Prompt and response are encoded so that all responses of a group share the prompt's ids, and for text
-without special tokens prompt ids + response ids are the ids of the rendered conversation; where a merge
-across the seam would give other ids, the two are encoded apart and the case is counted. Every response ends
-in the EOS, once, even when it is cut. Never pads, never shuffles.
+All responses of a group share the prompt's ids, and for text without special tokens prompt ids + response
+ids are the ids of the rendered conversation; where a merge across the seam would give other ids, the two
+are encoded apart and the case is counted. Every response ends in the EOS, once, even when it is cut.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,18 +23,9 @@ from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
-_RESPONSES_AT_ONCE = 2048
+_GROUPS_AT_ONCE = 256
 # part of the cache key: raise it when the same input gives other ids
 _SCHEME = "hafrm-encoding-1"
-
-
-class FittedIds(NamedTuple):
-    """Ids that fit, and what was cut to make them fit."""
-
-    prompt: list[int]
-    responses: list[list[int]]
-    prompt_cut: bool = False
-    responses_cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +42,6 @@ class LengthPolicy:
     too_long: Literal["cut", "drop"] = "cut"
 
     def __post_init__(self) -> None:
-        if self.too_long not in ("cut", "drop"):
-            raise ConfigError(f'data.too_long must be "cut" or "drop", got {self.too_long!r}.')
         # two on each side: BOS and a token of the prompt, a token of the response and EOS
         if not 2 <= self.min_prompt_room <= self.max_length - 2:
             raise ConfigError(
@@ -63,62 +51,43 @@ class LengthPolicy:
             )
 
     @property
-    def min_prompt_room(self) -> int:
-        """Tokens of a prompt that long responses cannot take away."""
+    def min_prompt_room(self) -> int:  # what long responses cannot take away
         return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
 
     def fit(
         self, prompt: list[int], responses: list[list[int]], bos_id: int | None
-    ) -> FittedIds | None:
+    ) -> tuple[list[int], list[list[int]]] | None:
         """The ids cut to fit; None when they do not fit and are to be dropped."""
         longest = max(len(ids) for ids in responses)
         if len(prompt) + longest <= self.max_length:
-            return FittedIds(prompt, responses)
+            return prompt, responses
         if self.too_long == "drop":
             return None
         room = max(self.min_prompt_room, self.max_length - longest)
-        prompt_cut = len(prompt) > room
-        if prompt_cut:
+        if len(prompt) > room:
             head = prompt[:1] if prompt[0] == bos_id else []
             prompt = head + prompt[len(prompt) - room + len(head) :]
         room = self.max_length - len(prompt)
-        cut = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in responses]
-        return FittedIds(prompt, cut, prompt_cut, sum(len(ids) > room for ids in responses))
+        return prompt, [i if len(i) <= room else [*i[: room - 1], i[-1]] for i in responses]
 
 
 @dataclass(slots=True)
 class EncodingReport:
     """What encoding did, as counts."""
 
-    groups: int = 0
-    responses: int = 0
-    prompt_tokens: int = 0
-    response_tokens: int = 0
     prompts_cut: int = 0
     responses_cut: int = 0
     dropped: int = 0
-    """Groups that were too long, under too_long="drop"; the counts above are of the others."""
+    """Groups that were too long, under too_long="drop"; the other counts are without them."""
     indistinct: int = 0
     """Comparisons of two responses with the same ids (once trimmed or cut): they teach nothing."""
     seam_merges: int = 0
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
-    neutralised: int = 0
-    """Special tokens typed in messages, encoded as plain text."""
-
-    def add(self, group: TokenizedGroup) -> None:
-        """Count a finished group."""
-        self.groups += 1
-        self.responses += len(group.response_ids)
-        self.prompt_tokens += len(group.prompt_ids)
-        self.response_tokens += sum(len(ids) for ids in group.response_ids)
-        self.indistinct += sum(
-            np.array_equal(group.response_ids[c.chosen], group.response_ids[c.rejected])
-            for c in group.comparisons
-        )
+    neutralised: int = 0  # special tokens typed in messages, encoded as plain text
 
 
 class Encoder:
-    """Encodes groups with a model's chat template, under an explicit length policy (`LengthPolicy`).
+    """Encodes groups with a model's chat template, under a `LengthPolicy`.
 
     close=True is for models that we train and export, close=False for other reward models, whose template
     is used as it is.
@@ -147,7 +116,7 @@ class Encoder:
 
     @property
     def template_sha256(self) -> str:
-        """Hexadecimal digest of the exported template, for model cards and caches."""
+        """Hexadecimal digest of the exported template."""
         return hashlib.sha256(self.template.encode()).hexdigest()
 
     @cached_property
@@ -170,10 +139,8 @@ class Encoder:
         """
         report = EncodingReport()
         encoded: list[TokenizedGroup] = []
-        for chunk in _chunks(groups):
-            for group in self._encode_chunk(chunk, report):
-                report.add(group)
-                encoded.append(group)
+        for start in range(0, len(groups), _GROUPS_AT_ONCE):
+            encoded += self._encode_chunk(groups[start : start + _GROUPS_AT_ONCE], report)
         return encoded, report
 
     def export_tokenizer(self, directory: Path) -> None:
@@ -186,7 +153,7 @@ class Encoder:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _encode_chunk(
-        self, groups: list[Group], report: EncodingReport
+        self, groups: Sequence[Group], report: EncodingReport
     ) -> Iterator[TokenizedGroup]:
         rendered, marker = self._renderer.render_groups(groups)
         prompts = [marker.to_encode(texts.prompt) for texts in rendered]
@@ -214,17 +181,20 @@ class Encoder:
             if fitted is None:
                 report.dropped += 1
                 continue
-            report.prompts_cut += fitted.prompt_cut
-            report.responses_cut += fitted.responses_cut
-            arrays = [_array(part) for part in (fitted.prompt, *fitted.responses)]
+            cut = [len(a) < len(b) for a, b in zip(fitted[1], responses, strict=True)]
+            report.prompts_cut += len(fitted[0]) < len(prompt)
+            report.responses_cut += sum(cut)
+            report.indistinct += sum(
+                fitted[1][c.chosen] == fitted[1][c.rejected] for c in group.comparisons
+            )
+            arrays = [_array(part) for part in (fitted[0], *fitted[1])]
             names = group.id, group.source, group.tags
             yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)
         report.neutralised += marker.num_marked
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of whole texts, each distinct one encoded once."""
         wanted = list(texts)
-        distinct = list(dict.fromkeys(wanted))
+        distinct = list(dict.fromkeys(wanted))  # each encoded once
         encodings = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(distinct, encodings, strict=True)}
         return [ids[text] for text in wanted]
@@ -244,27 +214,12 @@ class Encoder:
         return self._ids([response])[0]
 
     def _checked(self, ids: list[int], where: str) -> list[int]:
-        """The response's ids, which end in the only EOS among them (unless the template is foreign)."""
         if self.close and not (ids and ids[-1] == self.eos_id and ids.count(self.eos_id) == 1):
             raise ModelError(
                 f"{where}: the chat template does not end this response in exactly one EOS "
                 f"{self.tokenizer.eos_token!r}. Repair tokenizer.chat_template, or set it to None."
             )
         return ids
-
-
-def _chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """The groups in order, as few at a time as have _RESPONSES_AT_ONCE responses."""
-    chunk: list[Group] = []
-    num_responses = 0
-    for group in groups:
-        chunk.append(group)
-        num_responses += len(group.responses)
-        if num_responses >= _RESPONSES_AT_ONCE:
-            yield chunk
-            chunk, num_responses = [], 0
-    if chunk:
-        yield chunk
 
 
 def _array(ids: list[int]) -> NDArray[np.int32]:

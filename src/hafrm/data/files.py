@@ -1,8 +1,7 @@
 """Files and hub data sets -> numbered raw rows; nothing here knows what a row means.
 
 A line that cannot be decoded becomes a `Refusal` in its place, so that it is counted; a file that cannot
-be read at all is a `DataError`. Row numbers start at 0: line numbers of JSON lines, record numbers (without
-the header) of everything else.
+be read at all is a `DataError`. Row numbers start at 0: the line of JSON lines, else the record.
 """
 
 import csv
@@ -18,17 +17,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hafrm.data.values import Refusal, show
+from hafrm.data.parse import Refusal, show
 from hafrm.errors import DataError
 
 NumberedRows = Iterator[tuple[int, object]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _TEXT_CELLS = frozenset({"prompt", "chosen", "rejected", "response"})
-_NUMBER_CELLS = frozenset({"margin", "weight"})
-_JSON_CELLS = frozenset(
-    {"context", "responses", "completions", "ranks", "ranking", "scores", "ratings", "votes"}
-)
+_JSON_CELLS = frozenset({"responses", "ranks", "ranking", "scores", "ratings", "votes"})
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
 _HUB_NAME = re.compile(
     r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
@@ -51,15 +47,9 @@ def is_known_kind(path: Path) -> bool:
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The readable files below a folder that match the first pattern that matches any.
-
-    A pattern is compared, in lower case, with the path relative to the folder; "*" crosses slashes.
-    """
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and (set(map(str.lower, path.suffixes[-2:])) & _READERS.keys())
-    )
+    """The readable files below a folder that match the first pattern that matches any."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_known_kind(path))
+    # "*" crosses slashes
     names = [path.relative_to(folder).as_posix().lower() for path in files]
     for pattern in patterns:
         matches = [f for f, n in zip(files, names, strict=True) if fnmatch(n, pattern.lower())]
@@ -69,10 +59,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def read_file(path: Path) -> NumberedRows:
-    """(row number, row or `Refusal`) of every row of a file, in order.
-
-    Raises `DataError` when it is missing, of an unknown kind, damaged or not UTF-8.
-    """
+    """(row number, row or `Refusal`) of every row of a file, in order."""
     if not path.exists():
         raise DataError(f"{path}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():
@@ -123,11 +110,9 @@ def _read_json(path: Path, packed: str) -> NumberedRows:
     except (ValueError, RecursionError) as error:
         hint = "name it .jsonl if it has one object per line"
         raise DataError(f"{path} is not JSON: {error}; {hint}") from error
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        form = "a list of rows or {'data': [...]}"
-        raise DataError(f"{path} must hold {form}, got {show(content)}")
-    yield from enumerate(rows)
+    if not isinstance(content, list):
+        raise DataError(f"{path} must hold a list of rows, got {show(content)}")
+    yield from enumerate(content)
 
 
 def _read_csv(path: Path, packed: str) -> NumberedRows:
@@ -145,7 +130,6 @@ def _read_csv(path: Path, packed: str) -> NumberedRows:
 
 
 def _csv_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str] | Refusal]:
-    last: list[str] = []
     while True:
         try:
             cells = next(reader)
@@ -153,12 +137,10 @@ def _csv_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str] 
             return
         except csv.Error as error:
             if "end of data" in str(error):  # all rows behind the open quote are in this one cell
-                problem = f"a quote that never closes, after {show(last)}"
-                raise DataError(f"{path} has {problem}") from error
+                raise DataError(f"{path} has a quote that never closes") from error
             yield Refusal("unreadable row", f"not CSV: {error}")
         else:
             if cells:  # not an empty line
-                last = cells
                 yield cells
 
 
@@ -175,7 +157,7 @@ def _csv_row(header: list[str], cells: list[str]) -> object:
 
 def _csv_value(column: str, cell: str) -> object:
     # a number, JSON, or text unless it clearly is messages
-    if column in _NUMBER_CELLS:
+    if column in {"margin", "weight"}:
         try:
             return float(cell)
         except ValueError:
@@ -218,19 +200,16 @@ class HubSet:
     config: str | None = None
     folder: str | None = None
     """The folder in the repository, where it has several that are no configs."""
-    file: str | None = None
-    """The file in the repository, where only a loading script names it (datasets runs none any more)."""
+    file: str | None = None  # the JSON file in the repository, where only a loading script names it
     revision: str | None = None
 
     def __str__(self) -> str:
-        """As it is written in a recipe, as far as that is possible."""
-        within = [part for part in (self.config or self.folder, self.split) if part]
-        revision = f"@{self.revision}" if self.revision else ""
-        return ":".join([f"hub:{self.name}{revision}", *within])
+        within = self.config or self.folder
+        return f"hub:{self.name}{f':{within}' if within else ''}:{self.split}"
 
 
 def parse_hub(location: str) -> HubSet:
-    """The data set that "hub:name[@revision][:config]:split" names; raises `DataError` otherwise."""
+    """The data set that "hub:name[@revision][:config]:split" names."""
     match = _HUB_NAME.fullmatch(location)
     if match is None:
         raise DataError(f"{location!r} is not of the form hub:name[@revision][:config]:split")
@@ -238,15 +217,13 @@ def parse_hub(location: str) -> HubSet:
 
 
 def read_hub(hub: HubSet) -> NumberedRows:
-    """(row number, row) of every row, in order; raises `DataError` when it cannot be loaded."""
+    """(row number, row) of every row, in order."""
     import datasets  # noqa: PLC0415  (1.4 s)
 
     try:
         if hub.file is not None:
-            builder = "parquet" if hub.file.endswith(".parquet") else "json"
-            revision = f"@{hub.revision}" if hub.revision else ""
-            url = f"hf://datasets/{hub.name}{revision}/{hub.file}"
-            table = datasets.load_dataset(builder, data_files=url, split="train")
+            url = f"hf://datasets/{hub.name}/{hub.file}"
+            table = datasets.load_dataset("json", data_files=url, split="train")
         else:
             folder = {} if hub.folder is None else {"data_dir": hub.folder}
             table = datasets.load_dataset(

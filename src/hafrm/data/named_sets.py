@@ -6,34 +6,38 @@ filter takes it out, or raises `RefusedError`), one entry in `SETS` and one line
 `read_named_set` reads one part of a set; a row whose prompt is in a later part too is left out.
 """
 
-import difflib
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hafrm.data.files import HubSet, NumberedRows, find_files, read_file, read_hub, stem
-from hafrm.data.parse import HUMAN, ParsedRow, parse_row
-from hafrm.data.splits import normalised_key
-from hafrm.data.values import (
-    LeftOut,
+from hafrm.data.files import HubSet, NumberedRows, find_files, read_file, read_hub
+from hafrm.data.parse import (
+    HUMAN,
+    ParsedRow,
     RawRow,
     Refusal,
     RefusedError,
+    as_number,
     cell_of,
-    choice_of,
-    number_of,
+    parse_row,
     refuse,
     show,
-    text_of,
 )
-from hafrm.errors import DataError
+from hafrm.data.splits import normalised_key
+from hafrm.errors import DataError, did_you_mean
 
 OurRow = dict[str, Any]
 _Parts = dict[str | None, list[tuple[int, object]]]  # numbered rows by part
+
+
+class LeftOut(NamedTuple):
+    """Why a good row of a published set is not used; rows are counted by reason."""
+
+    reason: str
+
 
 _WHOLE = ""  # the part of a set that is published in one piece
 _MANY_TURNS = LeftOut("more than one turn")
@@ -46,19 +50,16 @@ class NamedSet:
 
     name: str
     read_row: Callable[[RawRow], OurRow | LeftOut]
-    hub: dict[str, HubSet] = field(default_factory=dict)
-    """Where each part is; a set that is not on the hub must be given as a path."""
+    hub: dict[str, HubSet]  # where each part is
     parts: tuple[str, ...] = ("train", "test")
     """In the order in which they are kept apart: no prompt of a later part stays in an earlier one."""
     test_fraction: float = 0.0
     """The first rows that are the test part, where the set is published in one piece."""
-    home: str = ""
-    """Where to get a set that is not on the hub."""
 
     @property
     def in_one_piece(self) -> bool:
         """Whether the parts are distinguished by rows, not by files."""
-        return _WHOLE in self.hub or not self.hub
+        return _WHOLE in self.hub
 
     def is_one_part(self, path: str | None) -> bool:
         """Whether the path is a file that is one part, such as HH's test.jsonl.gz."""
@@ -67,13 +68,11 @@ class NamedSet:
 
 def hh(row: RawRow) -> OurRow | LeftOut:
     """hh-rlhf: two transcripts. The paper keeps dialogues with a single human turn."""
-    sides = {side: text_of(row, side) for side in ("chosen", "rejected")}
+    sides: OurRow = {side: text_of(row, side) for side in ("chosen", "rejected")}
     for side, text in sides.items():
         if not text.startswith(HUMAN):
             refuse("unreadable row", f"`{side}` does not start with a human turn: {show(text)}")
-    if any(text.count(HUMAN) > 1 for text in sides.values()):
-        return _MANY_TURNS
-    return dict(sides)
+    return _MANY_TURNS if any(text.count(HUMAN) > 1 for text in sides.values()) else sides
 
 
 def beaver_safe(row: RawRow) -> OurRow | LeftOut:
@@ -107,7 +106,8 @@ def chatbot_arena(row: RawRow) -> OurRow | LeftOut:
 
 def ultrafeedback(row: RawRow) -> OurRow | LeftOut:
     """UltraFeedback as H4 binarized it: two dialogues and their scores; equal scores are a tie."""
-    scores = [number_of(row, f"score_{side}") for side in ("chosen", "rejected")]
+    names = ("score_chosen", "score_rejected")
+    scores = [as_number(cell_of(row, name), name) for name in names]
     if scores[0] < scores[1]:
         refuse("bad number", f"the chosen response scores {scores[0]}, the rejected {scores[1]}")
     sides = {side: _messages(row, side) for side in ("chosen", "rejected")}
@@ -140,35 +140,22 @@ def skywork(row: RawRow) -> OurRow | LeftOut:
     return {**sides, "source": text_of(row, "source")}
 
 
-def webgpt(row: RawRow) -> OurRow | LeftOut:
-    """OpenAI's WebGPT comparisons: two answers whose scores sum to 0; equal scores are a tie."""
-    question = cell_of(row, "question")
-    if not isinstance(question, Mapping):
-        refuse("not a string", f"`question` must hold full_text, got {show(question)}")
-    answers = [text_of(row, "answer_0"), text_of(row, "answer_1")]
-    gap = number_of(row, "score_1") - number_of(row, "score_0")
-    return _pair(_user(text_of(question, "full_text")), *answers, first_is_better=_by_sign(gap))
+def text_of(row: RawRow, column: str) -> str:
+    """The text in a column."""
+    value = cell_of(row, column)
+    if not isinstance(value, str):
+        refuse("not a string", f"`{column}` must be text, got {show(value)}")
+    return value
 
 
-def shp(row: RawRow) -> OurRow | LeftOut:
-    """Stanford Human Preferences: a post and two comments; its domain is the subset."""
-    label = choice_of(row, "labels", (0, 1))
-    comments = [text_of(row, "human_ref_A"), text_of(row, "human_ref_B")]
-    ours = _pair(_user(text_of(row, "history")), *comments, first_is_better=label == 1)
-    return ours | {"subset": text_of(row, "domain")}
-
-
-def pandalm(row: RawRow) -> OurRow | LeftOut:
-    """PandaLM's test set: three annotators say 1, 2 or 0 (tie); two of them decide, else it is a tie."""
-    responses = [text_of(row, "response1"), text_of(row, "response2")]
-    if not all(text.strip() for text in responses):
-        return LeftOut("empty response")
-    votes = [choice_of(row, f"annotator{i}", (0, 1, 2)) for i in (1, 2, 3)]
-    first, second, tie = (votes.count(side) for side in (1, 2, 0))
-    majority = first - second if max(first, second) > 1 else 0
-    counts = [first, second, tie] if majority >= 0 else [second, first, tie]
-    ours = _pair(_instruction(row), *responses, first_is_better=_by_sign(-majority))
-    return ours | {"votes": counts}
+def choice_of(row: RawRow, column: str, allowed: Sequence[Any]) -> Any:
+    """The value in a column, which must be one of those allowed, type included."""
+    value = cell_of(row, column)
+    # 1 == True in Python, but a label 1 is not a label True
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
+        choices = ", ".join(map(str, allowed))
+        refuse("bad number", f"`{column}` must be one of {choices}; got {show(value)}")
+    return value
 
 
 def _by_sign(strength: int | float) -> bool | None:
@@ -188,10 +175,8 @@ def _user(text: str) -> list[dict[str, str]]:
 
 
 def _instruction(row: RawRow) -> list[dict[str, str]]:
-    """An Alpaca instruction; its input may be empty, null or (PandaLM) not a number."""
-    extra = cell_of(row, "input")
-    absent = extra is None or (isinstance(extra, float) and math.isnan(extra))
-    more = "" if absent else text_of(row, "input")
+    """An Alpaca instruction; its input may be empty or null."""
+    more = "" if cell_of(row, "input") is None else text_of(row, "input")
     text = text_of(row, "instruction")
     return _user(f"{text}\n{more}" if more.strip() else text)
 
@@ -214,44 +199,27 @@ def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet
 
 
 _HALVES, _VALIDATED = ("train", "test"), ("train", "validation")
+_HELPFUL = _hub("Anthropic/hh-rlhf", *_HALVES, folder="helpful-base")
+_HARMLESS = _hub("Anthropic/hh-rlhf", *_HALVES, folder="harmless-base")
 _ALPACA = _hub("tatsu-lab/alpaca_farm", file="alpaca_human_preference.json")
 _ARENA = _hub("lmsys/chatbot_arena_conversations")
-# the set's own loading script no longer runs; the hub's Parquet copy does
-_WEBGPT = _hub(
-    "openai/webgpt_comparisons",
-    file="default/train/*.parquet",
-    revision="refs/convert/parquet",
-)
-_PANDALM = "github.com/WeOpenML/PandaLM (data/testset-v1.json)"
+_ULTRA = _hub("HuggingFaceH4/ultrafeedback_binarized", *_HALVES, end="_prefs")
+_HELPSTEER2 = _hub("nvidia/HelpSteer2", folder="preference")
+_HELPSTEER3 = _hub("nvidia/HelpSteer3", *_VALIDATED, config="preference")
+_SKYWORK = _hub("Skywork/Skywork-Reward-Preference-80K-v0.2")
 
 SETS: dict[str, NamedSet] = {
     entry.name: entry
     for entry in (
-        NamedSet("hh-harmless", hh, _hub("Anthropic/hh-rlhf", *_HALVES, folder="harmless-base")),
-        NamedSet("hh-helpful", hh, _hub("Anthropic/hh-rlhf", *_HALVES, folder="helpful-base")),
+        NamedSet("hh-harmless", hh, _HARMLESS),
+        NamedSet("hh-helpful", hh, _HELPFUL),
         NamedSet("beaver-safe", beaver_safe, _hub("PKU-Alignment/PKU-SafeRLHF", *_HALVES)),
         NamedSet("alpaca-human", alpaca_human, _ALPACA, test_fraction=0.10),
         NamedSet("chatbot-arena", chatbot_arena, _ARENA, test_fraction=0.05),
-        NamedSet(
-            "ultrafeedback",
-            ultrafeedback,
-            _hub("HuggingFaceH4/ultrafeedback_binarized", *_HALVES, end="_prefs"),
-        ),
-        NamedSet(
-            "helpsteer2", helpsteer2, _hub("nvidia/HelpSteer2", folder="preference"), _VALIDATED
-        ),
-        NamedSet(
-            "helpsteer3",
-            helpsteer3,
-            _hub("nvidia/HelpSteer3", *_VALIDATED, config="preference"),
-            _VALIDATED,
-        ),
-        NamedSet(
-            "skywork-80k", skywork, _hub("Skywork/Skywork-Reward-Preference-80K-v0.2"), ("train",)
-        ),
-        NamedSet("webgpt", webgpt, _WEBGPT, ("train",)),
-        NamedSet("shp", shp, _hub("stanfordnlp/SHP", *_VALIDATED, "test"), (*_VALIDATED, "test")),
-        NamedSet("pandalm", pandalm, parts=("test",), home=_PANDALM),
+        NamedSet("ultrafeedback", ultrafeedback, _ULTRA),
+        NamedSet("helpsteer2", helpsteer2, _HELPSTEER2, _VALIDATED),
+        NamedSet("helpsteer3", helpsteer3, _HELPSTEER3, _VALIDATED),
+        NamedSet("skywork-80k", skywork, _SKYWORK, ("train",)),
     )
 }
 """Every named set; the first five are the paper's."""
@@ -263,42 +231,32 @@ SET_GROUPS: dict[str, tuple[str, ...]] = {
 """The paper's two groups: what is trained on one set of a group is tested on the others."""
 
 
-def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | None]]:
-    """(set, file or folder on this machine) of "set:name" or "set:name=path": one, or a group's members.
+def find_sets(location: str, part: str | None) -> list[tuple[str, NamedSet, str | None]]:
+    """(location, set, file or folder) of "set:name" or "set:name=path": one, or a group's members.
 
     Raises `DataError` for an unknown name, a missing path, and a part that the set does not have or that
     must be named and is not.
     """
     name, equals, path = location.removeprefix("set:").partition("=")
-    if equals and not path:
-        raise DataError(f"{location!r} names no file; write set:{name}=path, or set:{name} alone")
-    members = _members(name, str(Path(path).expanduser()) if equals else None)
-    for named, place in members:
+    members = [name] if name in SETS else SET_GROUPS.get(name, ())
+    if not members:
+        names = f"sets are {', '.join(SETS)}; groups of sets are {', '.join(SET_GROUPS)}"
+        raise DataError(f"unknown set {name!r}; {did_you_mean(name, [*SETS, *SET_GROUPS])}{names}")
+    if equals and (not path or name in SET_GROUPS):
+        raise DataError(
+            f"{location!r}: give one set as set:name=path, and without = what is on the hub"
+        )
+    own = str(Path(path).expanduser()) if equals else None
+    for named in map(SETS.__getitem__, members):
         options = " or ".join(f"'#split={option}'" for option in named.parts)
         if part is not None and part not in named.parts:
             raise DataError(f"set:{named.name} has no part {part!r}; write {options} behind it")
-        if part is None and len(named.parts) > 1 and not named.is_one_part(place):
+        if part is None and len(named.parts) > 1 and not named.is_one_part(own):
             raise DataError(f"set:{named.name} has several parts; write {options} behind it")
-    return members
-
-
-def _members(name: str, path: str | None) -> list[tuple[NamedSet, str | None]]:
-    if name in SETS:
-        return [(SETS[name], path)]
-    if name not in SET_GROUPS:
-        near = difflib.get_close_matches(name, [*SETS, *SET_GROUPS], 1)
-        hint = f"did you mean set:{near[0]}? " if near else ""
-        names = f"sets are {', '.join(SETS)}; groups of sets are {', '.join(SET_GROUPS)}"
-        raise DataError(f"unknown set {name!r}; {hint}{names}")
-    members = SET_GROUPS[name]
-    if path is None:
-        return [(SETS[member], None) for member in members]
-    if not Path(path).is_dir():
-        raise DataError(f"{path} is no folder; set:{name} needs one with {', '.join(members)}")
-    places = {stem(entry): str(entry) for entry in sorted(Path(path).iterdir())}
-    if absent := [member for member in members if member not in places]:
-        raise DataError(f"{path} has no file or folder called {' or '.join(absent)}")
-    return [(SETS[member], places[member]) for member in members]
+    places = {
+        member: f"set:{member}" if own is None else f"set:{member}={own}" for member in members
+    }
+    return [(place, SETS[member], own) for member, place in places.items()]
 
 
 def read_named_set(
@@ -324,7 +282,7 @@ def read_named_set(
 def _read_parts(
     named: NamedSet, path: str | None, part: str, later: tuple[str, ...], left_out: Counter[str]
 ) -> _Parts:
-    """The wanted part and the later ones, as far as they are there; only the wanted one is counted."""
+    # the wanted part and the later ones, as far as they are there; only the wanted one is counted
     if not named.in_one_piece:
         by_part: _Parts = {}
         by_part[part] = list(_converted(named, _open_part(named, path, part), left_out))
@@ -343,13 +301,7 @@ def _read_parts(
 
 
 def _open_part(named: NamedSet, path: str | None, part: str) -> NumberedRows:
-    """The published rows of a part; those of several files are numbered through."""
     if path is None:
-        if part not in named.hub:
-            raise DataError(
-                f"set:{named.name} is not on the hub; get it from {named.home} and write "
-                f"set:{named.name}=path"
-            )
         yield from read_hub(named.hub[part])
         return
     files = [Path(path)] if Path(path).is_file() else _part_files(named, Path(path), part)
@@ -357,7 +309,7 @@ def _open_part(named: NamedSet, path: str | None, part: str) -> NumberedRows:
         called = f" called like {part}" if part else ""
         raise DataError(f"{path}: no such file, or no file{called} in it (for set:{named.name})")
     start = 0
-    for file in files:
+    for file in files:  # numbered through
         number = -1
         for number, row in read_file(file):
             yield start + number, row
@@ -365,7 +317,7 @@ def _open_part(named: NamedSet, path: str | None, part: str) -> NumberedRows:
 
 
 def _part_files(named: NamedSet, folder: Path, part: str) -> list[Path]:
-    """The files of a part in a folder: a download of the hub's repository, or files of those names."""
+    # a folder is a download of the hub's repository, or holds files of those names
     patterns = []
     if (hub := named.hub.get(part)) is not None:
         name = Path(hub.file).name if hub.file else hub.split
@@ -377,12 +329,8 @@ def _part_files(named: NamedSet, folder: Path, part: str) -> list[Path]:
 def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> NumberedRows:
     """The rows in our columns, without those that the set's filter leaves out."""
     for number, row in rows:
-        ours: object = row
-        if not isinstance(row, dict | Refusal):
-            ours = Refusal(
-                "unreadable row", f"expected an object with named columns, got {show(row)}"
-            )
-        elif isinstance(row, dict):
+        ours: object = row  # what is no row at all, `parse_row` refuses
+        if isinstance(row, dict):
             try:
                 ours = named.read_row(row)
             except RefusedError as refused:

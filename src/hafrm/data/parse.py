@@ -1,51 +1,58 @@
 """One raw row of a preference file -> prompt, responses and comparisons, or why it is refused.
 
 The shapes that are understood are listed in `SHAPES`. Nothing is repaired: a row is refused with the first
-rule that it breaks. Text stays as it was written; only the
-turns of a transcript lose the blanks around them. Start at `parse_row`. Reads no file, knows no template.
+rule that it breaks. Rows come from anywhere, so a value may be of any type and size: a check returns it in
+its proper type or raises `RefusedError`, and quoted values are short and safe to print. Text stays as it
+was written; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
 """
 
+import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
+from numbers import Real
+from os.path import commonprefix
+from typing import Any, Literal, NamedTuple, NoReturn
 
-from hafrm.data.values import (
-    MAX_CHARS,
-    RawRow,
-    Refusal,
-    RefusedError,
-    as_label,
-    as_list,
-    as_number,
-    as_votes,
-    cell_of,
-    check_text,
-    refuse,
-    show,
-)
-from hafrm.preferences import Comparison, Message
+from hafrm.preferences import Comparison, Message, Votes
 
 SHAPES = (
     "prompt, chosen, rejected: text or messages",
     "chosen, rejected: whole dialogues, as messages or as \\n\\nHuman: ... \\n\\nAssistant: ... text",
     "prompt, responses, and ranks or ranking (low is good) or scores or ratings (high is good)",
-    "context, completions: [{rank, completion}, ...] (low is good)",
     "prompt, and response or responses: unlabelled, to be scored but not trained on",
     "prompt: alone, for a model to respond to",
 )
-TAGS = ("split", "subset", "source", "label")
-"""Columns that become a group's tags."""
+TAGS = ("split", "subset", "source", "label")  # columns that become a group's tags
 COLUMNS = frozenset(
     {
-        *("prompt", "context", "chosen", "rejected", "response", "responses", "completions"),
+        *("prompt", "chosen", "rejected", "response", "responses"),
         *("ranks", "ranking", "scores", "ratings", "margin", "weight", "votes", "tie", "id"),
         *TAGS,
     }
 )
 """Every column that some shape understands; others are ignored and reported."""
-MAX_RANKED = 256
-"""Most responses that one row may rank: k of them make k(k-1)/2 comparisons."""
+Reason = Literal[
+    "empty response",
+    "empty prompt",
+    "chosen equals rejected",
+    "prompts differ",
+    "wrong roles",
+    "not a string",
+    "non-finite margin",  # a margin or weight that is no usable number
+    "bad number",  # votes, ranks, scores
+    "too long",
+    "lone surrogate",  # and NUL
+    "duplicate",
+    "missing column",
+    "unreadable row",
+    "not encodable",  # the chat template or the tokenizer refuses it
+]
+MAX_CHARS = 200_000
+"""Limit of a prompt or response in characters, checked before any tokenizer sees it."""
+MAX_RANKED = 256  # most responses that one row may rank: k of them make k(k-1)/2 comparisons
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -53,8 +60,24 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 
+RawRow = Mapping[Any, Any]
 Messages = tuple[Message, ...]
 _Contents = tuple[Messages, tuple[str, ...], tuple[Comparison, ...]]
+
+
+class Refusal(NamedTuple):
+    """Why a row is bad: a `Reason`, and the value that was seen."""
+
+    reason: str
+    detail: str
+
+
+class RefusedError(Exception):
+    """A row breaks a rule; raised and caught within the reading of one row."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +101,9 @@ def parse_row(
     """What the row says, or the first rule that it breaks.
 
     A tie is `tie: true` or `label: "tie"` beside chosen and rejected, or an equal rank or score. Optional
-    are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`. Rated
-    rows have margin 0 unless they give a number, or `margin: "difference"` for the difference of the two
-    scores. `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a
-    prompt alone. `max_chars` limits the prompt and each response.
+    are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`.
+    `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a prompt alone.
+    `max_chars` limits the prompt and each response.
     """
     try:
         if not isinstance(row, Mapping):
@@ -92,8 +114,8 @@ def parse_row(
             check_text(response, "a response", max_chars)
         if need_comparisons and not comparisons:
             refuse("missing column", "nothing to compare: no two responses with a label")
-        name = "" if row.get("id") is None else as_label(row["id"], "id")
-        tags = {tag: as_label(row[tag], tag) for tag in TAGS if row.get(tag) is not None}
+        name = "" if row.get("id") is None else _label(row["id"], "id")
+        tags = {tag: _label(row[tag], tag) for tag in TAGS if row.get(tag) is not None}
         return ParsedRow(prompt, responses, comparisons, name, tags)
     except RefusedError as refused:
         return refused.refusal
@@ -102,8 +124,6 @@ def parse_row(
 def _read_shape(row: RawRow, need_responses: bool) -> _Contents:
     if row.get("chosen") is not None or row.get("rejected") is not None:
         return _read_pair(row)
-    if row.get("completions") is not None:
-        return _read_responses(_with_ranks(row))
     if row.get("responses") is not None:
         return _read_responses(row)
     prompt = read_prompt(row.get("prompt"), "prompt")
@@ -127,25 +147,13 @@ def _read_pair(row: RawRow) -> _Contents:
     if tie is not None and not isinstance(tie, bool):
         refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
     tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
-    margin, weight = _margin(row), _weight(row)
-    comparison = Comparison(0, 1, margin, weight, tie, votes=as_votes(row.get("votes")))
+    margin, weight = _margin_and_weight(row)
+    comparison = Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes")))
     return prompt, texts, (comparison,)
 
 
-def _with_ranks(row: RawRow) -> RawRow:
-    """A row of completions, each with its rank, as a row of responses and ranks."""
-    items = as_list(row["completions"], "completions")
-    for item in items:
-        if not isinstance(item, Mapping) or not {"rank", "completion"} <= item.keys():
-            refuse("missing column", f"a completion needs rank and completion, got {show(item)}")
-    prompt = row.get("prompt") if row.get("context") is None else row["context"]
-    texts, ranks = [item["completion"] for item in items], [item["rank"] for item in items]
-    others = {name: row.get(name) for name in ("margin", "weight", "votes")}
-    return others | {"prompt": prompt, "responses": texts, "ranks": ranks}
-
-
 def _read_responses(row: RawRow) -> _Contents:
-    responses = as_list(row["responses"], "responses")
+    responses = _list(row["responses"], "responses")
     if not responses:
         refuse("missing column", "the list of responses is empty")
     sides = {f"response {index}": value for index, value in enumerate(responses)}
@@ -156,24 +164,23 @@ def _read_responses(row: RawRow) -> _Contents:
     if len(orders) > 1:
         refuse("bad number", f"both {orders[0]} and {orders[1]} are given; keep one of them")
     column, sign = orders[0], _ORDERS[orders[0]]
-    values = as_list(row[column], column)
+    values = _list(row[column], column)
     if len(values) != len(texts):
         refuse("bad number", f"{len(texts)} responses, but {len(values)} {column}")
     goodness = [sign * as_number(value, column) for value in values]
-    return prompt, texts, _compare_all(row, texts, goodness, rated=sign > 0)
+    return prompt, texts, _compare_all(row, texts, goodness)
 
 
 def _compare_all(
-    row: RawRow, texts: tuple[str, ...], goodness: list[float], *, rated: bool
+    row: RawRow, texts: tuple[str, ...], goodness: list[float]
 ) -> tuple[Comparison, ...]:
     """Every pair of responses; equal values tie, and a text is not compared with itself."""
     if len(texts) > MAX_RANKED:
         refuse("too long", f"{len(texts)} labelled responses, at most {MAX_RANKED} are compared")
     if row.get("votes") is not None:
         refuse("bad number", "`votes` belong to one pair, not to a list of responses")
-    by_difference = rated and row.get("margin") == "difference"
-    margin = 0.0 if by_difference else _margin(row)
-    weight, comparisons = _weight(row), []
+    margin, weight = _margin_and_weight(row)
+    comparisons = []
     for i, j in combinations(range(len(texts)), 2):
         gap = goodness[i] - goodness[j]
         if texts[i].strip() == texts[j].strip():
@@ -182,10 +189,8 @@ def _compare_all(
         elif gap == 0:
             comparisons.append(Comparison(i, j, weight=weight, tie=True))
         else:
-            # the difference of two finite scores may still overflow
-            own = as_number(abs(gap), "margin", "non-finite margin") if by_difference else margin
             best, worst = (i, j) if gap > 0 else (j, i)
-            comparisons.append(Comparison(best, worst, margin=own, weight=weight))
+            comparisons.append(Comparison(best, worst, margin=margin, weight=weight))
     return tuple(comparisons)
 
 
@@ -239,12 +244,8 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Messages, object, object]:
         # the first turn of some files lacks the two line breaks that announce a turn
         turns = _read_transcript("\n\n" + chosen.lstrip(), "chosen")
         return (), turns, _read_transcript("\n\n" + rejected.lstrip(), "rejected")
-    if chosen == rejected:
-        refuse("chosen equals rejected", show(chosen))
-    pairs = zip(chosen, rejected, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     # only whole lines count: two answers that share their first words share no prompt
-    cut = chosen.rfind("\n", 0, shared) + 1
+    cut = commonprefix([chosen, rejected]).rfind("\n") + 1  # noqa: RUF071 - of text, not of paths
     if not chosen[:cut].strip():
         refuse("missing column", "no `prompt`; the texts are no transcripts and share no line")
     return (Message("user", chosen[:cut].strip()),), chosen[cut:], rejected[cut:]
@@ -287,7 +288,6 @@ def _read_message(turn: object, column: str) -> Message:
 
 
 def _read_transcript(text: str, column: str) -> Messages:
-    """The turns of an Anthropic transcript, stripped."""
     before, *turns = _TURN.split(text)
     if before.strip():
         refuse("wrong roles", f"`{column}` has text before its first turn: {show(before)}")
@@ -312,14 +312,82 @@ def check_prompt(prompt: Messages, max_chars: int) -> None:
         refuse("wrong roles", f"the prompt ends in role {prompt[-1].role!r}, not user or tool")
 
 
-def _margin(row: RawRow) -> float:
-    value = row.get("margin")
-    return 0.0 if value is None else as_number(value, "margin", "non-finite margin")
-
-
-def _weight(row: RawRow) -> float:
-    value = row.get("weight")
-    weight = 1.0 if value is None else as_number(value, "weight", "non-finite margin")
+def _margin_and_weight(row: RawRow) -> tuple[float, float]:
+    values = [row.get(name) for name in ("margin", "weight")]
+    margin, weight = (
+        default if value is None else as_number(value, name, "non-finite margin")
+        for name, default, value in zip(("margin", "weight"), (0.0, 1.0), values, strict=True)
+    )
     if weight < 0:
         refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
-    return weight
+    return margin, weight
+
+
+def _votes(value: object) -> Votes | None:
+    """Votes from {chosen, rejected, tie} or [chosen, rejected(, tie)]; None when a row has none."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        value = dict(zip(Votes._fields, value, strict=False)) if len(value) <= 3 else None
+    if not isinstance(value, Mapping) or not {"chosen", "rejected"} <= value.keys() <= set(
+        Votes._fields
+    ):
+        refuse("bad number", f"`votes` must count chosen, rejected and tie, got {show(value)}")
+    # a column that only some rows fill comes back from Parquet as null in the others
+    numbers = {k: 0.0 if n is None else as_number(n, "votes") for k, n in value.items()}
+    if any(number < 0 or number % 1 for number in numbers.values()):
+        refuse("bad number", f"`votes` must be whole and not negative, got {show(value)}")
+    return Votes(**{name: int(number) for name, number in numbers.items()})
+
+
+def _list(value: object, column: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        refuse("not a string", f"`{column}` must be a list, got {show(value)}")
+    return list(value)
+
+
+def _label(value: object, column: str) -> str:
+    if not isinstance(value, str | int | float):
+        refuse("not a string", f"`{column}` must be text or a number, got {show(value)}")
+    check_text(str(value), f"`{column}`")
+    return str(value)
+
+
+def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
+    """A finite number; text and booleans are refused, whatever they look like."""
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an integer above 1e308
+        number = math.inf
+    if isinstance(value, bool) or not math.isfinite(number):
+        refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
+    return number
+
+
+def check_text(text: str, name: str, max_chars: int = MAX_CHARS) -> None:
+    """Refuse text that is too long, or that no UTF-8 file and no tokenizer can hold."""
+    if len(text) > max_chars:
+        refuse("too long", f"{name} has {len(text):,} characters, the limit is {max_chars:,}")
+    # lone surrogates, which no encoding has, and NUL, which C strings end at
+    if bad := re.search("[\ud800-\udfff\0]", text):
+        refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
+
+
+def refuse(reason: Reason, detail: str) -> NoReturn:
+    """Raise `RefusedError`."""
+    raise RefusedError(Refusal(reason, detail))
+
+
+def show(value: object) -> str:
+    """A short, safe `repr`: cut in width and depth, lone surrogates escaped."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 60, 60
+    return short.repr(value)
+
+
+def cell_of(row: RawRow, column: str) -> Any:
+    """The value in a column, whatever it is."""
+    if column not in row:
+        columns = show([str(name)[:40] for name in row])
+        refuse("missing column", f"no `{column}`; columns: {columns}")
+    return row[column]

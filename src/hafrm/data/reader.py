@@ -1,15 +1,14 @@
 """Preference data from files, hub data sets, named sets and lists -> groups, every bad row accounted for.
 
 Rows of one source that share a prompt (and a subset) become one group, in which each response is stored
-once. A bad row is counted, listed in a side file and left out; too many of them stop the reading. Nothing
-is dropped, repaired or reordered without a trace in the result. Start at `read_preferences`.
+once. A bad row is counted, listed in a side file and left out; too many of them stop the reading.
+Start at `read_preferences`.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from typing import Any
 from hafrm.atomic import atomic_write
 from hafrm.data.files import NumberedRows, find_files, parse_hub, read_file, read_hub, stem
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
-from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, parse_row
-from hafrm.data.splits import normalised_key
-from hafrm.data.values import Refusal, show
-from hafrm.errors import ConfigError, DataError
+from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, Refusal, parse_row, show
+from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message
 
 RawRows = Iterable[Mapping[str, Any]]
@@ -31,17 +28,13 @@ RawRows = Iterable[Mapping[str, Any]]
 class Source:
     """One place to read rows from, and which of its rows are wanted."""
 
-    location: str
-    """The path or hub name as written, without the selection; "memory" for a list."""
-    name: str
-    """The file's stem without any suffix, or the data set's name; groups carry it."""
+    location: str  # as written, without the selection; "memory" for a list
+    name: str  # the file's stem or the data set's name, which groups carry
     where: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
     rows: RawRows | None = None
-    named: NamedSet | None = None
-    """The published set whose form the rows have."""
-    path: str | None = None
-    """The file or folder on this machine, where it is one."""
+    named: NamedSet | None = None  # the published set whose form the rows have
+    path: str | None = None  # the file or folder on this machine, where it is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +42,8 @@ class BadRow:
     """A row that was left out, and why."""
 
     source: str
-    """The path, hub name or "memory" that it came from."""
-    row: int
-    """Counted from 0: the line of a JSON-lines file, else the record."""
+    row: int  # counted from 0: the line of a JSON-lines file, else the record
     reason: str
-    """One of `hafrm.data.values.BAD_ROW_REASONS`."""
     detail: str
 
 
@@ -63,14 +53,10 @@ class PreferenceData:
 
     groups: tuple[Group, ...]
     bad_rows: tuple[BadRow, ...]
-    num_rows: int
-    """Rows looked at, the bad ones included."""
-    num_repeated: int = 0
-    """Comparisons left out of good rows because an earlier row of the same group made them."""
-    unread_columns: tuple[str, ...] = ()
-    """Columns that no shape understands."""
+    num_rows: int  # rows looked at, the bad ones included
+    unread_columns: tuple[str, ...] = ()  # columns that no shape understands
     left_out: dict[str, int] = field(default_factory=dict)
-    """Rows of named sets that these do not use, by reason; not counted in `num_rows`."""
+    """Rows of named sets that these do not use, by reason; not in `num_rows`."""
     num_groups: tuple[int, ...] = ()
     """Of each source in its order (a group of sets counts as its members); together all `groups`."""
 
@@ -90,41 +76,30 @@ def read_preferences(
     `parse_sources` says what a source is. A group's id is its first row's, else "<source name>-<row>"; its
     tags are those on which its rows agree. `need_comparisons=False` takes unlabelled rows too,
     `need_responses=False` every row for its prompt. A row that only repeats earlier rows is bad
-    ("duplicate"), but left out of a named set, whose repetitions are the publisher's; the opposite order of
-    a pair is disagreement, and stays.
+    ("duplicate"); the opposite order of a pair is disagreement, and stays.
 
     Raises `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction`
-    bad ones, and when rows of one prompt disagree about their `split`. `bad_rows_file` is written in any
-    case: one JSON object for each bad row.
+    bad ones. `bad_rows_file` is written in any case: one JSON object for each bad row.
     """
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
-    parse = partial(
-        parse_row,
-        need_comparisons=need_comparisons and need_responses,
-        need_responses=need_responses,
-    )
+    needs = {"need_comparisons": need_comparisons and need_responses}
+    needs["need_responses"] = need_responses
     readers = [_SourceReader(source) for source in _distinct_sources(sources)]
     for reader in readers:
         for number, row in iter_rows(reader.source, reader.left_out):
-            reader.add(number, row, row if isinstance(row, Refusal) else parse(row))
+            reader.add(number, row, row if isinstance(row, Refusal) else parse_row(row, **needs))
     bad_rows = tuple(row for reader in readers for row in reader.bad_rows)
     if bad_rows_file is not None:
         bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(bad_rows_file, "".join(json.dumps(asdict(row)) + "\n" for row in bad_rows))
     for reader in readers:
         reader.check(max_bad_fraction, bad_rows_file)
-    by_source = [[draft.group(r.source.name) for draft in r.drafts.values()] for r in readers]
-    groups = tuple(group for members in by_source for group in members)
-    _check_splits(groups)
     return PreferenceData(
-        groups,
+        tuple(draft.group() for reader in readers for draft in reader.drafts.values()),
         bad_rows,
         num_rows=sum(reader.num_rows for reader in readers),
-        num_repeated=sum(reader.num_repeated for reader in readers),
         unread_columns=tuple(sorted({c for r in readers for c in r.columns} - COLUMNS)),
         left_out=dict(sum((reader.left_out for reader in readers), Counter())),
-        num_groups=tuple(map(len, by_source)),
+        num_groups=tuple(len(reader.drafts) for reader in readers),
     )
 
 
@@ -145,15 +120,8 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     where, limit = _parse_selection(selection, str(entry))
     if location.startswith("set:"):
         return [
-            Source(
-                f"set:{named.name}" if path is None else f"set:{named.name}={path}",
-                named.name,
-                where,
-                limit,
-                named=named,
-                path=path,
-            )
-            for named, path in find_sets(location, where.get("split"))
+            Source(place, named.name, where, limit, named=named, path=path)
+            for place, named, path in find_sets(location, where.get("split"))
         ]
     if not location.startswith("hub:"):
         return [Source(location, stem(Path(location)), where, limit, path=location)]
@@ -180,8 +148,8 @@ def local_files(entry: str) -> list[Path]:
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
     """(row number, row or `Refusal`) for every wanted row, in order.
 
-    `left_out` counts, by reason, the rows that a named set does not use.
-    Raises `DataError` when the source is missing, of an unknown kind, damaged or not UTF-8.
+    `left_out` counts, by reason, the rows that a named set does not use. Raises `DataError` for a source
+    that cannot be read.
     """
     left_out = Counter() if left_out is None else left_out
     if source.rows is not None:
@@ -219,7 +187,7 @@ def _parse_selection(selection: str, entry: str) -> tuple[dict[str, str], int | 
 
 
 def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
-    """The sources, each under its own name: two files of one stem must not look like one."""
+    # each under its own name: two files of one stem must not look like one
     if isinstance(entries, str | Path) or any(isinstance(entry, Mapping) for entry in entries):
         raise DataError(f"expected a list of sources (a list of rows is one), got {show(entries)}")
     if not entries:
@@ -228,16 +196,13 @@ def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
     names: dict[str, str] = {}  # name -> location
     for index, entry in enumerate(entries):
         for source in parse_sources(entry):
-            selection = (source.location, source.where, source.limit)
-            if source.rows is None and selection in [
-                (other.location, other.where, other.limit) for other in sources
-            ]:
-                raise DataError(f"{entry} is given twice")
             place = source.location if source.rows is None else f"list {index}"
             name, copy = source.name, 2
             while names.setdefault(name, place) != place:
                 name, copy = f"{source.name}~{copy}", copy + 1
             sources.append(replace(source, name=name))
+            if source.rows is None and sources[-1] in sources[:-1]:
+                raise DataError(f"{entry} is given twice")
     return sources
 
 
@@ -248,30 +213,29 @@ class _Draft:
     id: str
     prompt: tuple[Message, ...]
     tags: dict[str, str]
+    source: str
     responses: dict[str, int] = field(default_factory=dict)
     comparisons: dict[tuple[int, int, bool], Comparison] = field(default_factory=dict)
     num_rows: int = 0
 
-    def add(self, parsed: ParsedRow) -> int | Refusal:
-        """Take in what a row says; the number of its comparisons that an earlier row made."""
-        old_size, num_repeated = len(self.responses), 0
+    def add(self, parsed: ParsedRow) -> bool:
+        """Take in what a row says; whether any of it is new."""
+        old_size = len(self.responses), len(self.comparisons)
         place = [self.responses.setdefault(text, len(self.responses)) for text in parsed.responses]
         for pair in parsed.comparisons:
             ends = place[pair.chosen], place[pair.rejected]
             # a tie is the same in both orders
             key = (min(ends), max(ends), True) if pair.tie else (*ends, False)
-            num_repeated += key in self.comparisons
             self.comparisons.setdefault(key, replace(pair, chosen=ends[0], rejected=ends[1]))
-        is_new = num_repeated < len(parsed.comparisons) or len(self.responses) > old_size
-        if self.num_rows and not is_new:
-            return Refusal("duplicate", f"an earlier row of group {self.id!r} says all of it")
-        self.num_rows += 1
-        self.tags = {tag: text for tag, text in self.tags.items() if parsed.tags.get(tag) == text}
-        return num_repeated
+        is_new = not self.num_rows or (len(self.responses), len(self.comparisons)) != old_size
+        if is_new:
+            self.num_rows += 1
+            self.tags = {t: text for t, text in self.tags.items() if parsed.tags.get(t) == text}
+        return is_new
 
-    def group(self, source: str) -> Group:
+    def group(self) -> Group:
         responses, comparisons = tuple(self.responses), tuple(self.comparisons.values())
-        return Group(self.id, self.prompt, responses, comparisons, source, self.tags)
+        return Group(self.id, self.prompt, responses, comparisons, self.source, self.tags)
 
 
 @dataclass(slots=True)
@@ -280,7 +244,6 @@ class _SourceReader:
 
     source: Source
     num_rows: int = 0
-    num_repeated: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -291,38 +254,36 @@ class _SourceReader:
         self.num_rows += 1
         if isinstance(row, Mapping):
             self.columns.update(map(str, row))
-        outcome: int | Refusal
         if isinstance(parsed, Refusal):
-            outcome = parsed
-        else:
-            # a comparison belongs to its own subset, and `_check_splits` must see a prompt with two splits
-            key = (parsed.prompt, parsed.tags.get("subset"), parsed.tags.get("split"))
-            if key not in self.drafts:
-                name = parsed.id or f"{self.source.name}-{number}"
-                self.drafts[key] = _Draft(name, parsed.prompt, parsed.tags)
-            outcome = self.drafts[key].add(parsed)
-        if not isinstance(outcome, Refusal):
-            self.num_repeated += outcome
-        elif self.source.named and outcome.reason == "duplicate":
+            self.bad_rows.append(BadRow(self.source.location, number, *parsed))
+            return
+        # a comparison belongs to its own subset and split
+        key = (parsed.prompt, parsed.tags.get("subset"), parsed.tags.get("split"))
+        if key not in self.drafts:
+            name = parsed.id or f"{self.source.name}-{number}"
+            self.drafts[key] = _Draft(name, parsed.prompt, parsed.tags, self.source.name)
+        draft = self.drafts[key]
+        if draft.add(parsed):
+            return
+        if self.source.named:  # its repetitions are the publisher's
             self.num_rows -= 1
             self.left_out["repeats an earlier row"] += 1
         else:
-            self.bad_rows.append(BadRow(self.source.location, number, *outcome))
+            detail = f"an earlier row of group {draft.id!r} says all of it"
+            self.bad_rows.append(BadRow(self.source.location, number, "duplicate", detail))
 
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:
         """Raise `DataError` when the source has no usable rows, or too many bad ones."""
         place, num_bad = self.source.location, len(self.bad_rows)
         if not self.num_rows:
             wanted = "&".join(f"{tag}={value}" for tag, value in self.source.where.items())
-            unused = ", ".join(f"{reason}: {n:,}" for reason, n in self.left_out.items())
-            why = f"; left out are {unused}" if unused else ""
+            why = f"; left out are {dict(self.left_out)}" if self.left_out else ""
             raise DataError(f"{place} has no row{f' with {wanted}' if wanted else 's'}{why}")
         reasons = Counter(row.reason for row in self.bad_rows)
         if reasons["missing column"] == self.num_rows:
             detail = self.bad_rows[0].detail
             if self.source.named is not None:
-                name = self.source.named.name
-                raise DataError(f"{place} is not in the published form of {name}: {detail}")
+                raise DataError(f"{place} is not in the set's published form: {detail}")
             shapes = "".join(f"\n  {shape}" for shape in SHAPES)
             raise DataError(f"{place} has no usable columns: {detail}. Understood are{shapes}")
         if num_bad <= max_bad_fraction * self.num_rows and num_bad < self.num_rows:
@@ -337,23 +298,4 @@ class _SourceReader:
             f"{num_bad:,} of {self.num_rows:,} rows of {place} are bad "
             f"({num_bad / self.num_rows:.1%}; allowed: {max_bad_fraction:.1%}):{table}\n{listed}"
             "Correct them, or raise data.max_bad_fraction (--max-bad-fraction) to leave them out."
-        )
-
-
-def _check_splits(groups: Sequence[Group]) -> None:
-    """A prompt that is in two splits leaks from one into the other."""
-    seen: dict[str, Group] = {}
-    torn: dict[str, tuple[Group, Group]] = {}
-    for group in groups:
-        if "split" in group.tags:
-            key = normalised_key(group.prompt)
-            first = seen.setdefault(key, group)
-            if first.tags["split"] != group.tags["split"]:
-                torn.setdefault(key, (first, group))
-    if torn:
-        first, second = next(iter(torn.values()))
-        raise DataError(
-            f"{len(torn):,} prompts are in two splits at once, such as {show(first.prompt[-1].content)}"
-            f" ({first.id} is {first.tags['split']}, {second.id} is {second.tags['split']}); "
-            "give each prompt one split, or leave one of them out with '#split=...'"
         )

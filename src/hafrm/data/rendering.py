@@ -1,10 +1,9 @@
 """Groups as text, cut where the response begins; special tokens typed in messages stay plain text.
 
-The template is rendered with the real responses, so the text is what a consumer renders, whatever the
-template does to it (trimming, say); a probe in the place of the response shows where to cut. `<|im_end|>`
-typed inside a message would end the turn for the model, and a forged turn would be scored: each special
-token in a message is a mark when the template sees it, a placeholder token for the tokenizer, and spelled
-out as plain text in the ids. Text without special tokens passes unchanged.
+The template is rendered with the real responses, so the text is what a consumer renders; a probe in the
+place of the response shows where to cut. `<|im_end|>` typed inside a message would end the turn for the
+model, and a forged turn would be scored: each special token in a message is a mark when the template sees
+it, a placeholder token for the tokenizer, and spelled out as plain text in the ids.
 """
 
 import hashlib
@@ -26,29 +25,26 @@ from hafrm.preferences import Group, Message
 
 
 class SpecialTokens:
-    """The strings that a tokenizer turns into control ids, and the ids of each string as plain text.
-
-    These are the added tokens flagged as special, the named ones (EOS, ...), and those that the template
-    writes around turns (`written`), since some ChatML tokenizers do not flag theirs. Blank ones are not.
-    """
+    """The strings that a tokenizer turns into control ids, and the ids of each string as plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, written: str) -> None:
         backend = tokenizer.backend_tokenizer
         named = set(tokenizer.all_special_tokens)
-        added = {
+        visible = {
             index: token
             for index, token in sorted(tokenizer.added_tokens_decoder.items())
             if not token.content.isspace()
-            and (token.special or token.content in named or token.content in written)
+        }
+        # some ChatML tokenizers do not flag the tokens that the template writes around turns (`written`)
+        added = {
+            index: token
+            for index, token in visible.items()
+            if token.special or token.content in named or token.content in written
         }
         texts = [token.content for token in added.values()]
         self.pattern = _any_of(texts)
         # <think> and the like split a text without being special: good places to cut, allowed in messages
-        self.boundary = _any_of(
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if not token.content.isspace()
-        )
+        self.boundary = _any_of(token.content for token in visible.values())
         self.index = {text: number for number, text in enumerate(texts)}
         ends = {tokenizer.bos_token, tokenizer.eos_token}
         # plain text may encode to <unk>, except where <unk> also is the EOS (GPT-2)
@@ -67,10 +63,8 @@ class SpecialTokens:
         self.spellings = [_spell_out(backend, text, self.is_special) for text in texts]
 
     def find_tail(self, text: str, ids: Sequence[int]) -> tuple[int, int]:
-        """Where the last special token begins in a text and in its ids; (0, 0) when there is none.
-
-        No token after it depends on the text before it.
-        """
+        """Where the last special token begins in a text and in its ids; (0, 0) when there is none."""
+        # no token after it depends on the text before it
         matches = list(self.pattern.finditer(text))
         places = np.flatnonzero(self.is_special[ids])
         if not matches or matches[-1][0] not in self._splitting or not places.size:
@@ -100,16 +94,12 @@ class Marker:
 
     def to_encode(self, marked: str) -> str:
         """A rendered text with the placeholder token in place of each mark: the tokenizer's input."""
-        if not self.num_marked:
-            return marked
         return self._mark.sub(lambda _: self._special.placeholder, marked)
 
     def spell(self, ids: list[int], marked: str, where: str) -> list[int]:
-        """The ids of a rendered text, the placeholders spelled out as the text that was typed.
-
-        Special tokens in the text and special ids correspond one to one, in order. Where they do not (a
-        normaliser turned other characters into a special token) it raises DataError.
-        """
+        """The ids of a rendered text, the placeholders spelled out as the text that was typed."""
+        # special tokens in the text and special ids correspond one to one, in order, unless a normaliser
+        # turned other characters into a special token
         places = np.flatnonzero(self._special.is_special[ids])
         matches = list(self._either.finditer(marked))
         if len(matches) != places.size:
@@ -117,8 +107,6 @@ class Marker:
                 f"{where}: its text holds {len(matches)} special tokens but encodes to {places.size}: "
                 "some of it is turned into a special token by the tokenizer. Remove it from the data."
             )
-        if not self.num_marked:
-            return ids
         spelled, start = list[int](), 0
         for match, place in zip(matches, places.tolist(), strict=True):
             if match[1] is not None:
@@ -151,8 +139,7 @@ class Renderer:
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
         """The marked and cut texts of each group, and the marker that reads the marks.
 
-        Raises DataError for a group without prompt or responses, with lone surrogates, or that the template
-        refuses or renders without any prompt.
+        Raises DataError for a group that has no prompt or responses, or that the template refuses.
         """
         marker = Marker(self._special, _checked_texts(groups))
         probe = marker.word + "r"
@@ -180,7 +167,6 @@ class Renderer:
         return rendered, marker
 
     def _cut(self, before: str, conversations: list[str]) -> RenderedGroup:
-        """Cut the conversations where the response begins, which is behind the text `before`."""
         # Some templates look into the response (for reasoning, say) and write another text before it: the
         # cut is then behind the last added token that all share.
         if not all(text.startswith(before) for text in conversations):
@@ -220,7 +206,7 @@ class Renderer:
 
 
 def _checked_texts(groups: Sequence[Group]) -> list[str]:
-    """All texts of the groups, after the checks that a tokenizer would fail without naming the group."""
+    # a tokenizer would fail on these without naming the group
     texts: list[str] = []
     for group in groups:
         if not group.prompt or not group.responses:
@@ -240,10 +226,7 @@ def _checked_texts(groups: Sequence[Group]) -> list[str]:
 
 
 def _spell_out(backend: Tokenizer, text: str, is_special: NDArray[np.bool_]) -> list[int]:
-    """The ids of a special token's string as plain text, in the middle of a line.
-
-    Raises ModelError when even its single characters give a special id.
-    """
+    """The ids of a special token's string as plain text, in the middle of a line."""
     for parts in ([text], list(text)):
         ids = [i for part in parts for i in _plain_ids(backend, part)]
         if not is_special[ids].any():
@@ -271,6 +254,5 @@ def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest where several match, as the tokenizer does."""
-    longest_first = sorted(texts, key=len, reverse=True)
+    longest_first = sorted(texts, key=len, reverse=True)  # as the tokenizer matches
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

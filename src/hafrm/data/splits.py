@@ -7,7 +7,6 @@ are never copied to two sides and never changed, except that `mix` may trim and 
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,8 +28,8 @@ def split_by_prompt(
 ) -> tuple[list[Group], list[Group]]:
     """(rest, held out), disjoint by prompt, each in the order of `groups`.
 
-    `fraction` of the prompts is held out in expectation, not exactly, so that adding data never moves a
-    prompt to the other side. Only where all prompts fall on one side, the nearest one changes it.
+    `fraction` is met in expectation only, so that adding data never moves a prompt to the other side.
+    Raises ConfigError for a fraction outside [0, 1) and DataError for a single prompt.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
@@ -41,6 +40,7 @@ def split_by_prompt(
     if len(place) < 2:
         raise DataError(f"cannot hold out a part of {len(groups)} groups that share one prompt")
     held_out = {key for key, value in place.items() if value < fraction}
+    # neither side may be empty: then the nearest prompt changes sides
     held_out = held_out or {min(place, key=place.__getitem__)}
     if len(held_out) == len(place):
         held_out.remove(max(place, key=place.__getitem__))
@@ -61,22 +61,15 @@ def check_leakage(
 ) -> None:
     """Raise `DataError` when both have a prompt, with the number of such prompts and some of them."""
     seen = {normalised_key(group.prompt) for group in train}
-    shared: dict[str, Group] = {}
-    for group in test:
-        key = normalised_key(group.prompt)
-        if key in seen:
-            shared.setdefault(key, group)
-    if not shared:
-        return
-    total = len({normalised_key(group.prompt) for group in test})
-    examples = "\n".join(
-        f"  {group.id}: {group.prompt[-1].content[:80]!r}" for group in list(shared.values())[:3]
-    )
-    raise DataError(
-        f"{len(shared):,} of {total:,} prompts of {names[1]} are in {names[0]} too, such as\n"
-        f"{examples}\nRemove them from one of the two, split one set by prompt, or leave them out of "
-        "training with data.shared_prompts=drop."
-    )
+    by_key = {normalised_key(group.prompt): group for group in reversed(test)}
+    shared = [group for key, group in reversed(by_key.items()) if key in seen]
+    if shared:
+        examples = "\n".join(f"  {g.id}: {g.prompt[-1].content[:80]!r}" for g in shared[:3])
+        raise DataError(
+            f"{len(shared):,} of {len(by_key):,} prompts of {names[1]} are in {names[0]} too, such as\n"
+            f"{examples}\nRemove them from one of the two, split one set by prompt, or leave them out "
+            "of training with data.shared_prompts=drop."
+        )
 
 
 def mix(
@@ -91,40 +84,20 @@ def mix(
     Which comparisons a cap keeps depends on `seed` and on the groups, not on their order; the group that
     crosses the cap is trimmed. `weights` (one for each set) multiply the comparisons' own.
     """
-    factors = [1.0] * len(sets) if weights is None else list(weights)
-    if len(factors) != len(sets):
-        raise ConfigError(f"{len(sets)} sets need {len(sets)} weights, got {len(factors)}")
-    if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
-        raise ConfigError(f"weights must be finite and not negative, got {factors}")
-    if cap is not None and cap < 1:
-        raise ConfigError(f"cap must be at least 1 comparison, got {cap}")
     mixed: list[Group] = []
-    for groups, factor in zip(sets, factors, strict=True):
+    for groups, factor in zip(sets, weights or [1.0] * len(sets), strict=True):
         for group in groups if cap is None else _cap(groups, cap, seed):
             weighed = (replace(pair, weight=pair.weight * factor) for pair in group.comparisons)
             mixed.append(group if factor == 1 else replace(group, comparisons=tuple(weighed)))
     return mixed
 
 
-def uniform_weights(sets: Sequence[Sequence[Group]], cap: int | None = None) -> list[float]:
-    """Weights that make every set count alike; they average 1 over the comparisons.
-
-    `cap` is that of `mix`. Ties, which are not trained on, do not count.
-    """
-    sizes = [sum(not c.tie for group in groups for c in group.comparisons) for groups in sets]
-    sizes = [size if cap is None else min(size, cap) for size in sizes]
-    mean = sum(sizes) / max(1, sum(size > 0 for size in sizes))
-    return [mean / size if size else 1.0 for size in sizes]
-
-
 def _uniform(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the key and the seed only."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _cap(groups: Sequence[Group], cap: int, seed: int) -> list[Group]:
-    """Groups with `cap` comparisons in total, drawn by hash; whole except the last one drawn."""
     order = sorted(
         range(len(groups)),
         key=lambda i: _uniform(f"{groups[i].id}:{prompt_key(groups[i].prompt)}", seed),
@@ -146,14 +119,9 @@ def _trim(group: Group, size: int, seed: int) -> Group:
     pairs = [group.comparisons[index] for index in sorted(drawn)]
     used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
     place = {old: new for new, old in enumerate(used)}
-    return replace(
-        group,
-        responses=tuple(group.responses[index] for index in used),
-        comparisons=tuple(
-            replace(pair, chosen=place[pair.chosen], rejected=place[pair.rejected])
-            for pair in pairs
-        ),
-    )
+    moved = (replace(p, chosen=place[p.chosen], rejected=place[p.rejected]) for p in pairs)
+    responses = tuple(group.responses[index] for index in used)
+    return replace(group, responses=responses, comparisons=tuple(moved))
 
 
 def write_groups(groups: Sequence[Group], file: Path) -> int:

@@ -113,7 +113,7 @@ def write_cards(run: Path, exports: Mapping[str, Path] | None = None) -> None:
     """Write the cards of a run's exported models; `exports`: where each head's is, if not in `model/`."""
     exports = exports or {head: run / "model" / head for head in ("reward", "policy")}
     folder = RunFolder.open(run)
-    recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_text())
+    recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_path.read_text("utf-8"))
     sessions: list[dict[str, Any]] = [{}]
     if folder.provenance_path.is_file():
         sessions = json.loads(folder.provenance_path.read_bytes()).get("sessions") or sessions

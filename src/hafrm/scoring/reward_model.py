@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import check_prompt, read_prompt
-from hafrm.data.values import MAX_CHARS, RefusedError, check_text
+from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, check_text, read_prompt
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup

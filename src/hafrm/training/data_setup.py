@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from hafrm.data.chat_template import choose_pad, read_template
 from hafrm.data.encoding import Encoder
 from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
-from hafrm.data.splits import check_leakage, mix, split_by_prompt, uniform_weights, without_prompts
+from hafrm.data.splits import check_leakage, mix, split_by_prompt, without_prompts
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import DataSection, ModelSection, Recipe
@@ -107,9 +107,7 @@ def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> list[Group]
     ends = list(itertools.accumulate(reading.num_groups))
     sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]
     weights: list[float] | None = None
-    if data.weights == "uniform":
-        weights = uniform_weights(sets, data.cap)
-    elif data.weights is not None:
+    if data.weights is not None:
         # An entry may name several sets, which share its weight.
         weights = [
             weight
