@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply, require_some
+from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
 from support.chat_endpoint import fails, says, serving
@@ -51,19 +51,6 @@ def test_replies_come_in_the_order_asked_with_settings_and_several_at_a_time(con
         assert body == {"model": "m", "messages": None, "temperature": 0.0, "seed": 3}
 
 
-def test_a_single_rejected_request_is_a_reply_and_all_of_them_an_error(connect):
-    def answer(body):
-        return fails(400, "too long") if content(body) == "long" else says("ok")
-
-    with serving(answer) as fake:
-        replies = connect(fake).ask([conversation("long"), conversation("a")], {})
-        assert "too long" in (replies[0].error or "")
-        assert replies[1].text == "ok"
-        require_some(replies, fake.url)
-        with pytest.raises(ServerError, match=r"rejects every request.*too long"):
-            require_some(replies[:1], fake.url)
-
-
 def test_the_only_model_is_taken_and_several_must_be_named(connect):
     with serving(lambda _: says("ok")) as fake:
         assert connect(fake).model == "m"
@@ -92,13 +79,6 @@ def test_refusals_and_limits_are_distinguished_from_answers(connect):
         replies = connect(fake, concurrency=1).ask([conversation(c) for c in "abcd"], {})
     assert [reply.refused for reply in replies] == [True, True, False, False]
     assert [reply.ended for reply in replies] == [True, True, False, True]
-
-
-def test_errors_of_the_server_are_repeated(connect):
-    left = [fails(429, retry_after="0"), fails(503, retry_after="0")]
-    with serving(lambda _: left.pop() if left else says("ok")) as fake:
-        assert texts(connect(fake, retries=2).ask([conversation("a")], {})) == ["ok"]
-        assert len(fake.asked) == 3
 
 
 @pytest.mark.parametrize(

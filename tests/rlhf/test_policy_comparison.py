@@ -200,6 +200,10 @@ def test_a_run_that_the_watchdog_stops_ends_with_1_and_exports(tmp_path):
     assert code == 1
     assert "stopped early: the KL from the start policy" in output
     assert (tmp_path / "run/model/policy").is_dir()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["num_steps"] < 20
+    code, output = invoke("rlhf", "--resume", tmp_path / "run")
+    assert (code, json.loads((tmp_path / "run/result.json").read_text())) == (1, result)
 
 
 @pytest.mark.parametrize(

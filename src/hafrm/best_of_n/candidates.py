@@ -311,9 +311,6 @@ class EndpointPolicy:
                 require_some(answers, self.endpoint.url)
         return replies
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 Policy = LocalPolicy | EndpointPolicy
 
@@ -333,7 +330,8 @@ def draw_candidates(
             drawn = _draw_chunk(policy, chunk, section, start)
             file.add([c.to_record() for c in drawn if c.prompt.id not in file.records])
         on_progress(start + len(chunk), len(prompts))
-    policy.close()  # the models that score need the memory
+    if isinstance(policy, LocalPolicy):
+        policy.close()  # the models that score need the memory
     return [Candidates.from_record(file.records[prompt.id]) for prompt in prompts]
 
 

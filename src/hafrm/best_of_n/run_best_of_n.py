@@ -129,23 +129,8 @@ def best_of_n(
         drawn = _gather(folder, options, policy)
         usable, left_out = _usable(drawn)
         candidates, scores, golden = _score(folder, usable, models, gold, left_out)
-        picks = {name: best_indices(s) for name, s in scores.items()}
-        pairs = list(combinations(picks, 2))
-        if pick.sample or len(models) == 1:
-            pairs += [(name, ONE_SAMPLE) for name in scores]
-            picks[ONE_SAMPLE] = np.array([c.drawn[0] for c in candidates], np.int64)
-        disputed = _disputed(picks, pairs)
-        wins: tuple[Wins, ...] = ()
-        if judge is not None:
-            verdicts = _ask(judge, candidates, disputed)
-            atomic_write(out / "verdicts.jsonl", _lines(_verdict_rows(candidates, verdicts)))
-            wins = tuple(_wins(pair, picks, verdicts, judge.name) for pair in pairs)
-        elif gold is not None and golden is not None:
-            signs = {
-                key: np.sign(golden[key[0]][key[1]] - golden[key[0]][key[2]]) for key in disputed
-            }
-            verdicts = {key: PairVerdict(int(sign)) for key, sign in signs.items()}
-            wins = tuple(_wins(pair, picks, verdicts, gold.name) for pair in pairs)
+        by = gold if judge is None else judge
+        wins = _compare_picks(candidates, scores, golden, by, out, sample=pick.sample)
         sizes = [len(c.texts) for c in candidates]
         num = max(sizes) if policy is None else options.draw.num
         result = BestOfN(
@@ -236,7 +221,8 @@ def _score(
         file = folder.records(f"scores/{file_name(name)}.jsonl", key)
         with show_progress(f"scores by {scorer.name}") as on_progress:
             all_scores[name] = score_all(scorer, groups, file, on_progress)
-        scorer.close()  # the next one needs the memory
+        if isinstance(scorer, ModelScorer):
+            scorer.close()  # the next one needs the memory
     usable, why = [], ""
     for i in range(len(candidates)):
         refusals = {name: s[i] for name, s in all_scores.items() if isinstance(s[i], str)}
@@ -255,17 +241,39 @@ def _score(
     return [candidates[i] for i in usable], scores, golden
 
 
-def _disputed(
-    picks: Mapping[str, NDArray[np.int64]], pairs: Iterable[tuple[str, str]]
-) -> list[Pair]:
-    """Every two candidates that methods pick for one prompt, once, in the order of their indices."""
+def _compare_picks(
+    candidates: Sequence[Candidates],
+    scores: Mapping[str, PerPrompt],
+    golden: PerPrompt | None,
+    by: LlmJudge | CandidateScorer | None,
+    out: Path,
+    *,
+    sample: bool,
+) -> tuple[Wins, ...]:
+    """Every two methods against each other, by the judge or the gold score; empty without either."""
+    picks = {name: best_indices(own) for name, own in scores.items()}
+    pairs = list(combinations(picks, 2))
+    if sample or len(picks) == 1:
+        pairs += [(name, ONE_SAMPLE) for name in scores]
+        picks[ONE_SAMPLE] = np.array([c.drawn[0] for c in candidates], np.int64)
+    # in the order of their indices, so that two candidates are compared only once
     disputed = {
         (i, int(min(p, q)), int(max(p, q)))
         for first, second in pairs
         for i, (p, q) in enumerate(zip(picks[first], picks[second], strict=True))
         if p != q
     }
-    return sorted(disputed)
+    if isinstance(by, LlmJudge):
+        verdicts = _ask(by, candidates, sorted(disputed))
+        atomic_write(out / "verdicts.jsonl", _lines(_verdict_rows(candidates, verdicts)))
+    elif by is not None and golden is not None:
+        verdicts = {
+            (i, p, q): PairVerdict(int(np.sign(golden[i][p] - golden[i][q])))
+            for i, p, q in disputed
+        }
+    else:
+        return ()
+    return tuple(_wins(pair, picks, verdicts, by.name) for pair in pairs)
 
 
 def _ask(
