@@ -22,7 +22,7 @@ from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
-from hafrm.scoring.forward import run_forward
+from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import default_device
 from hafrm.training.model_setup import inject_lora, leave_casting_to_autocast, load_base
 
@@ -192,16 +192,15 @@ class Actor:
     def kls(self, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
         """log pi - log pi_ref of every response, nat: their mean estimates KL(pi || pi_ref)."""
 
-        def logps(model: HybridModel) -> NDArray[np.float32]:
-            scores = run_forward(
-                model, rollouts, max_tokens=self.max_tokens, autocast=self.autocast
-            )
-            assert scores.logps is not None
-            return scores.logps
+        def run(model: HybridModel) -> Scores:
+            return run_forward(model, rollouts, max_tokens=self.max_tokens, autocast=self.autocast)
 
-        policy = logps(self.model)
+        policy = run(self.model).logps
         with self.reference.model() as start:
-            return policy - logps(start)
+            reference = run(start).logps
+        assert policy is not None
+        assert reference is not None
+        return policy - reference
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """Autocast as the run trains, or nothing."""

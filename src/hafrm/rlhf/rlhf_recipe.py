@@ -177,22 +177,24 @@ class RlhfRecipe(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "RlhfRecipe":
-        problems = [*self._reward_problems(), *self._batch_problems()]
+        problems = list(self._batch_problems())
         if not self.data.validation and not self.data.validation_fraction:
             problems.append(
                 "data.validation is empty and data.validation_fraction is 0: nothing to select the best "
                 "step by; give sources, or a fraction such as 0.05"
             )
+        comparison = self.comparison
+        if self.judge != EndpointSection() and (comparison is None or comparison.judge is None):
+            problems.append(
+                "settings of `judge` need comparison.judge, its URL: give it, or remove them"
+            )
+        if self.reward.model is None and comparison is None:
+            problems.append(
+                "reward.model is missing: name one (or comparison.models, to compare several)"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    def _reward_problems(self) -> Iterator[str]:
-        judged = self.comparison is not None and self.comparison.judge is not None
-        if self.judge != EndpointSection() and not judged:
-            yield "settings of `judge` need comparison.judge, its URL: give it, or remove them"
-        if self.reward.model is None and self.comparison is None:
-            yield "reward.model is missing: name one (or comparison.models, to compare several)"
 
     def _batch_problems(self) -> Iterator[str]:
         size, per_prompt = self.training.batch_size, self.training.responses_per_prompt

@@ -5,6 +5,7 @@ uninterrupted one would have taken, bit for bit on a CPU, since prompts, samples
 follow from (seed, step) alone.
 """
 
+import importlib.util
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollou
 from hafrm.rlhf.rewards import score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
-from hafrm.rlhf.trl_runs import check_trl, run_trl
+from hafrm.rlhf.trl_runs import run_trl
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
@@ -49,8 +50,11 @@ def train_policy(
             f"algorithm {recipe.algorithm.name} runs on TRL, whose checkpoints are pickles, so it keeps "
             "none: start again with another --out, or take algorithm ppo, which resumes"
         )
-    if not native:
-        check_trl(recipe)
+    if not native and importlib.util.find_spec("trl") is None:
+        raise ConfigError(
+            f"algorithm.name {recipe.algorithm.name} runs on TRL, which is not installed: "
+            "pip install 'hafrm[rlhf]', or take algorithm ppo"
+        )
     if parallel.start().size > 1:
         raise ConfigError(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "

@@ -5,7 +5,6 @@ TRL's checkpoints are pickles, so none are written: the best weights wait in mem
 """
 
 import importlib
-import importlib.util
 import logging
 import tempfile
 import warnings
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from hafrm.errors import ConfigError, DataError
+from hafrm.errors import DataError
 from hafrm.rlhf.actor import Prompt, response_text
 from hafrm.rlhf.rewards import score_texts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
@@ -26,15 +25,6 @@ from hafrm.scoring.reward_model import as_messages
 from hafrm.training.checkpoint import trainable_weights
 
 log = logging.getLogger("hafrm")
-
-
-def check_trl(recipe: RlhfRecipe) -> None:
-    """Raise ConfigError where TRL is not installed."""
-    if importlib.util.find_spec("trl") is None:
-        raise ConfigError(
-            f"algorithm.name {recipe.algorithm.name} runs on TRL, which is not installed: "
-            "pip install 'hafrm[rlhf]', or take algorithm ppo"
-        )
 
 
 def run_trl(rlhf: RlhfRun) -> RlhfResult:
@@ -62,7 +52,10 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
         )
         trainer.remove_callback(PrinterCallback)  # our log says it already
         trainer.train()
-    watcher.restore_best()
+    parameters = dict(rlhf.actor.model.named_parameters())
+    with torch.no_grad():
+        for key, value in watcher.best.items():
+            parameters[key].copy_(value)
     return rlhf.finish(watcher.step)
 
 
@@ -139,7 +132,7 @@ class _Watcher(TrainerCallback):
 
     def __init__(self, rlhf: RlhfRun) -> None:
         self.rlhf, self.step = rlhf, 0
-        self._best: dict[str, Tensor] = trainable_weights(rlhf.actor.model)
+        self.best: dict[str, Tensor] = trainable_weights(rlhf.actor.model)
         self._rewards: list[float] = []
 
     def reward(
@@ -166,10 +159,9 @@ class _Watcher(TrainerCallback):
             return  # the summary at the end
         self.step += 1
         self.rlhf.log_batch(self.step, self._values(logs))
-        if self.rlhf.is_due(self.step, self.rlhf.recipe.evaluation.every) and self.rlhf.evaluate(
-            self.step
-        ):
-            self._best = trainable_weights(self.rlhf.actor.model)
+        due = self.rlhf.is_due(self.step, self.rlhf.recipe.evaluation.every)
+        if due and self.rlhf.evaluate(self.step):
+            self.best = trainable_weights(self.rlhf.actor.model)
         stopped = self.rlhf.result.stopped is not None
         control.should_training_stop = control.should_training_stop or stopped
 
@@ -191,10 +183,3 @@ class _Watcher(TrainerCallback):
             "grad_norm": float(logs["grad_norm"]),
             "learning_rate": float(logs["learning_rate"]),
         }
-
-    def restore_best(self) -> None:
-        """Put the best step's weights back."""
-        parameters = dict(self.rlhf.actor.model.named_parameters())
-        with torch.no_grad():
-            for name, value in self._best.items():
-                parameters[name].copy_(value)
