@@ -8,15 +8,25 @@ Within one process and without vLLM, `hafrm rlhf` does the same and watches the 
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
+from hafrm import RewardModel
 from hafrm.data.reader import read_preferences
-from hafrm.rlhf.adapters import trl_reward
-from hafrm.rlhf.rewards import Rewards
-from hafrm.rlhf.rlhf_recipe import RewardSection
+
+
+def reward_function(path: str) -> Callable[..., list[float]]:
+    """The reward model as TRL asks for it."""
+    model = RewardModel.from_pretrained(path)
+
+    def hafrm_reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        answers = [[completion[-1]["content"]] for completion in completions]
+        # the prompt of several completions is laid out once
+        return [own[0] for own in model.score_batch(prompts, answers)]
+
+    return hafrm_reward
 
 
 def options(out: str) -> dict[str, Any]:
@@ -41,12 +51,13 @@ def options(out: str) -> dict[str, Any]:
 
 def main(policy: str, prompts: str, out: str) -> None:
     """Train."""
-    models = tuple(os.environ["HAFRM_REWARD"].split(","))
+    from trl import GRPOConfig, GRPOTrainer  # noqa: PLC0415 - the rest runs without TRL
+
     groups = read_preferences([prompts], need_responses=False).groups
     rows = [{"prompt": [message._asdict() for message in group.prompt]} for group in groups]
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=trl_reward(Rewards.load(RewardSection(models=models))),
+        reward_funcs=reward_function(os.environ["HAFRM_REWARD"]),
         args=GRPOConfig(**options(out)),
         train_dataset=Dataset.from_list(rows),
     )

@@ -17,30 +17,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hafrm import RewardModel
 from hafrm.data.reader import read_preferences
-from hafrm.rlhf.adapters import verl_score
-from hafrm.rlhf.rewards import Rewards
-from hafrm.rlhf.rlhf_recipe import RewardSection
 
 
 @cache
-def _score() -> Any:
-    models = tuple(os.environ["HAFRM_REWARD"].split(","))
-    return verl_score(Rewards.load(RewardSection(models=models)))
+def reward_model() -> RewardModel:
+    """The reward model, loaded when it is first asked."""
+    return RewardModel.from_pretrained(os.environ["HAFRM_REWARD"])
 
 
-def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> dict[str, float]:
-    """What verl calls for every response."""
-    score: dict[str, float] = _score()(
-        data_source, solution_str, ground_truth, extra_info, **kwargs
-    )
-    return score
+def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> dict[str, float]:
+    """What verl calls for every response; Parquet gives the messages back as an array."""
+    return {"score": reward_model().score(list(extra_info["prompt"]), solution_str)}
 
 
 def write_parquet(prompts: str, out: str) -> int:

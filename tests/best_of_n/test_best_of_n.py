@@ -4,17 +4,15 @@ import json
 import re
 import sys
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hafrm.best_of_n import policies
-from hafrm.best_of_n.candidate_scores import GoldScorer
-from hafrm.best_of_n.candidates import from_files
+from hafrm.best_of_n import candidates as candidates_module
 from hafrm.best_of_n.picks import BestOfN, kl_of_best
-from hafrm.best_of_n.run_best_of_n import best_of_n
+from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n
 from hafrm.cli import app, main
 from hafrm.errors import DataError
+from hafrm.recipe_file import build_as
 from hafrm.results import read_result
 from hafrm.scoring.reward_model import RewardModel
 from support.chat_endpoint import fails, says, serving
@@ -31,19 +29,31 @@ ROWS = [
     {"prompt": f"Say {i}.", "responses": [f"{c * (1 + (i + k) % 4)}" for k, c in enumerate("abcd")]}
     for i in range(6)
 ]
-
-
-def by_length(_, response):
-    return float(len(response))
-
-
-def by_letter(_, response):
-    return -float(ord(response[0]))
+GOLDS = {
+    "length": lambda _, response: float(len(response)),
+    "letter": lambda _, response: -float(ord(response[0])),
+    "middling": lambda _, response: 3.0 * (len(response) == 2),
+}
 
 
 @pytest.fixture
 def candidates(tmp_path):
     return str(write(tmp_path / "candidates.jsonl", ROWS))
+
+
+@pytest.fixture(scope="module")
+def rm(tmp_path_factory):
+    """A run folder with a reward model and a policy."""
+    folder = tmp_path_factory.mktemp("runs") / "rm"
+    export_both(folder / "model")
+    return folder
+
+
+def pick(out, rows, models, golds=GOLDS, **options):
+    """A job whose models are rewards that are known."""
+    prompts = str(write(out.parent / f"{out.name}-rows.jsonl", rows))
+    values = {"pick": {"models": models, "prompts": [prompts], **options}}
+    return best_of_n(build_as(BestOfNOptions, values), out, golds=golds)
 
 
 def read_json(file):
@@ -65,33 +75,29 @@ def refused(monkeypatch, capsys, *arguments):
     return error
 
 
-def test_curves_wins_and_agreement_by_hand(tmp_path):
+def test_curves_and_wins_by_hand(tmp_path):
     """Two prompts with candidates "a", "bb" and "ccc", "d".
 
     By letter the picks are "a" and "ccc", by length "bb" and "ccc". With length as gold: the letter's
-    gold curve is (1.5 + 2) / 2 = 1.75, then (1 + 3) / 2 = 2; the length's ends in 2.5. Top-1: 1 of 2 and 2
-    of 2. Letter against length: a loss and a tie (the same pick)."""
+    gold curve is (1.5 + 2) / 2 = 1.75, then (1 + 3) / 2 = 2; the length's ends in 2.5. Letter against
+    length: a loss and a tie (the same pick)."""
     rows = [{"prompt": "x", "responses": ["a", "bb"]}, {"prompt": "y", "responses": ["ccc", "d"]}]
-    result = best_of_n(
-        from_files([str(write(tmp_path / "c.jsonl", rows))], 4),
-        [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
-        tmp_path / "out",
-        gold=GoldScorer("truth", by_length),
-    )
+    result = pick(tmp_path / "out", rows, ["letter", "long=length"], gold="length")
     letter, length = result.models
+    assert (letter.name, length.name) == ("letter", "long")
     assert [point.gold.value for point in letter.curve] == [1.75, 2.0]
     assert [point.gold.value for point in length.curve] == [1.75, 2.5]
     assert [point.proxy.value for point in length.curve] == [1.75, 2.5]
     assert [point.kl for point in length.curve] == [kl_of_best(1), kl_of_best(2)]
-    assert (letter.top1_agreement.value, length.top1_agreement.value) == (0.5, 1.0)
     assert (letter.peak, letter.since_peak.value) == (2, 0.0)
-    assert result.top1_chance == 0.5
     (wins,) = result.wins
     assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.0, 0.5, 0.5)
-    assert (wins.difference.value, wins.same, wins.judge) == (-0.5, 0.5, "truth")
-    assert [baseline.gold[-1].value for baseline in result.baselines] == [2.5, 2.5]
-    assert [example.picked for example in letter.examples] == ["a", "ccc"]
-    assert letter.examples[0].gold == 1.0
+    assert (wins.difference.value, wins.same, wins.judge) == (-0.5, 0.5, "length")
+    assert [baseline.curve[-1].gold.value for baseline in result.baselines] == [2.5, 2.5]
+    assert read_result(tmp_path / "out" / "best_of_n.json", BestOfN) == result
+    picks = [json.loads(line) for line in (tmp_path / "out/picks.jsonl").read_text().splitlines()]
+    assert [p["response"] for p in picks] == ["a", "ccc", "bb", "ccc"]
+    assert (picks[0]["reward"], picks[0]["gold"]) == (-97.0, 1.0)
 
 
 def test_a_gold_score_that_falls_while_the_own_score_rises_is_reported(tmp_path):
@@ -99,67 +105,41 @@ def test_a_gold_score_that_falls_while_the_own_score_rises_is_reported(tmp_path)
     once and the third twice: gold 1. So n = 1 gives 1, n = 2 gives 1, n = 3 gives 0: the peak is at 1, and
     1 is lost since."""
     rows = [{"prompt": str(i), "responses": ["a", "bb", "ccc"]} for i in range(3)]
-    result = best_of_n(
-        from_files([str(write(tmp_path / "c.jsonl", rows))], 3),
-        [GoldScorer("length", by_length)],
-        tmp_path / "out",
-        gold=GoldScorer("truth", lambda _, text: 3.0 * (len(text) == 2)),
-    )
-    (model,) = result.models
+    (model,) = pick(tmp_path / "out", rows, ["length"], gold="middling").models
     assert [point.gold.value for point in model.curve] == pytest.approx([1, 1, 0])
     assert [point.proxy.value for point in model.curve] == pytest.approx([2, 8 / 3, 3])
     assert (model.peak, model.since_peak.value, model.gain.value) == (1, -1.0, -1.0)
-    assert model.beta > 0
 
 
-def test_the_files_keep_the_contract(tmp_path, candidates):
-    best_of_n(
-        from_files([candidates], 3),
-        [GoldScorer("letter", by_letter), GoldScorer("length", by_length)],
-        tmp_path / "out",
-        gold=GoldScorer("truth", by_length),
-        sample=True,
-    )
-    result = read_result(tmp_path / "out" / "best_of_n.json", BestOfN)
-    assert (result.num_prompts, result.num_candidates) == (6, 3)
-    assert [point.n for point in result.models[0].curve] == [1, 2, 3]
-    pairs = [(wins.first, wins.second) for wins in result.wins]
-    assert pairs == [("letter", "length"), ("letter", "one sample"), ("length", "one sample")]
-    for wins in result.wins:
-        assert wins.win.value + wins.tie.value + wins.lose.value == pytest.approx(1)
-        assert wins.reliability is None
-    lines = (tmp_path / "out" / "picks.jsonl").read_text().splitlines()
-    assert len(lines) == 12
-    assert json.loads(lines[0]).keys() == {"id", "model", "prompt", "response", "reward", "gold"}
-
-
-def test_prompts_that_some_model_cannot_score_are_left_out_for_all_and_counted(
-    tmp_path, candidates
-):
+def test_prompts_that_cannot_be_used_are_left_out_for_all_and_counted(tmp_path):
     def some(prompt, response):
         if prompt[-1].content == "Say 3.":
             raise DataError("unknown")
-        return by_length(prompt, response)
-
-    models = [GoldScorer("some", some), GoldScorer("all", by_length)]
-    result = best_of_n(from_files([candidates], 4), models, tmp_path / "out")
-    assert result.num_prompts == 5
-    assert result.counts.left_out == {"not scored by some: unknown prompt": 1}
-    assert result.wins == ()
-    assert result.models[0].curve[0].gold is None
+        return float(len(response))
 
     def nobody(*_):
         raise DataError("unknown")
 
+    golds = GOLDS | {"some": some, "nobody": nobody}
+    rows = [*ROWS, {"prompt": "alone", "response": "x"}]
+    result = pick(tmp_path / "out", rows, ["some", "length"], golds)
+    assert result.num_prompts == 5
+    assert result.left_out == {
+        "fewer than two different candidates": 1,
+        "not scored by some: unknown prompt": 1,
+    }
+    assert result.wins == ()
+    assert result.models[0].curve[0].gold is None
     with pytest.raises(DataError, match="not scored by nobody: unknown prompt"):
-        best_of_n(from_files([candidates], 4), [GoldScorer("nobody", nobody)], tmp_path / "none")
+        pick(tmp_path / "none", ROWS, ["nobody"], golds)
+    with pytest.raises(DataError, match="none of 1 prompts has two different candidates"):
+        pick(tmp_path / "alone", rows[-1:], ["length"])
 
 
-def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, monkeypatch):
-    export_both(tmp_path / "rm" / "model")
+def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, rm, monkeypatch):
     base = write_base(tmp_path)
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(5)])
-    models = (f"rm={tmp_path / 'rm'}", f"own={tmp_path / 'rm' / 'model' / 'policy'}")
+    models = (f"rm={rm}", f"own={rm / 'model' / 'policy'}")
     command = (*models, "--prompts", prompts, "--policy", base, "-n", 4)
     command += ("--set", "draw.max_new_tokens=6")
     out = tmp_path / "out"
@@ -179,7 +159,7 @@ def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, monkeypatch
     (out / "scores" / "own.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
     with monkeypatch.context() as context:
         context.setattr(RewardModel, "from_pretrained", None)
-        context.setattr(policies, "load_causal_lm", None)
+        context.setattr(candidates_module, "load_causal_lm", None)
         invoke(*command, "--out", out)
     assert read_json(out / "best_of_n.json") == first
 
@@ -190,10 +170,8 @@ def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, monkeypatch
     assert values == pytest.approx([p["proxy"]["value"] for p in first["models"][0]["curve"]])
 
 
-def test_an_endpoint_writes_and_another_judges(tmp_path):
-    def policy(body):
-        texts = {"0": ["a", "bb", "cc"], "1": ["x", "yyy", "z"], "2": ["same", "same", "same"]}
-        return says(*texts[body["messages"][0]["content"]])
+def test_an_endpoint_writes_and_another_judges(tmp_path, rm):
+    texts = {"0": ["a", "bb", "cc"] * 2, "1": ["x", "yyy", "z"] * 2, "2": ["same"] * 6}
 
     def judge(body):
         text = body["messages"][0]["content"]
@@ -201,10 +179,12 @@ def test_an_endpoint_writes_and_another_judges(tmp_path):
         return says("Verdict: " + ("tie" if len(a) == len(b) else "AB"[len(b) > len(a)]))
 
     prompts = write(tmp_path / "p.jsonl", [{"prompt": str(i)} for i in range(3)])
-    export_both(tmp_path / "rm" / "model")
     out = tmp_path / "out"
-    with serving(policy) as writer, serving(judge) as reader:
-        command = (tmp_path / "rm", "--prompts", prompts, "--policy", writer.url, "-n", 3)
+    with (
+        serving(lambda body: says(texts[body["messages"][0]["content"]].pop(0))) as writer,
+        serving(judge) as reader,
+    ):
+        command = (rm, "--prompts", prompts, "--policy", writer.url, "-n", 3)
         command += ("--judge", reader.url, "--set", "policy.request={seed: 5}", "--out", out)
         invoke(*command)
         assert all(body["seed"] == 5 for body in writer.asked)
@@ -214,29 +194,26 @@ def test_an_endpoint_writes_and_another_judges(tmp_path):
         assert len(reader.asked) == asked
     result = read_json(out / "best_of_n.json")
     assert result["judge"] == "m"
-    assert result["counts"]["left_out"] == {"fewer than two different candidates": 1}
+    assert result["left_out"] == {"fewer than two different candidates": 1}
     (wins,) = result["wins"]
     assert (wins["first"], wins["second"]) == ("rm", "one sample")
+    verdicts = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    assert verdicts
+    assert all(len(verdict["by_order"]) == 2 for verdict in verdicts)
 
 
-def test_a_reward_model_can_be_the_gold_score(tmp_path, candidates):
+def test_a_reward_model_can_be_the_gold_score(tmp_path, candidates, rm):
     """Measured by itself a model never loses and always picks the gold best."""
-    export_both(tmp_path / "rm" / "model")
-    rm, out = tmp_path / "rm", tmp_path / "out"
+    out = tmp_path / "out"
     invoke(f"a={rm}", "--prompts", candidates, "--gold", rm, "--out", out)
-    (model,) = read_json(out / "best_of_n.json")["models"]
-    assert model["top1_agreement"]["value"] == 1.0
-    assert [p["gold"]["value"] for p in model["curve"]] == pytest.approx(
-        [p["proxy"]["value"] for p in model["curve"]]
-    )
-    (wins,) = read_json(out / "best_of_n.json")["wins"]
-    assert wins["lose"]["value"] == 0.0
-    assert np.isfinite(model["alpha"])
+    result = read_json(out / "best_of_n.json")
+    (model,), (wins,) = result["models"], result["wins"]
+    curve = [p["proxy"]["value"] for p in model["curve"]]
+    assert [p["gold"]["value"] for p in model["curve"]] == pytest.approx(curve)
+    assert (wins["lose"]["value"], wins["judge"]) == (0.0, f"gold ({rm})")
 
 
-def test_a_judge_that_fails_half_way_resumes_and_pays_once(tmp_path, candidates):
-    export_both(tmp_path / "rm" / "model")
-    command = (f"a={tmp_path / 'rm'}", f"b={tmp_path / 'rm' / 'model' / 'policy'}")
+def test_a_judge_that_fails_half_way_resumes_and_pays_once(tmp_path, candidates, rm):
     down = [True]
 
     def judge(body):
@@ -244,25 +221,27 @@ def test_a_judge_that_fails_half_way_resumes_and_pays_once(tmp_path, candidates)
         return fails(500, "down") if broken else says("Verdict: A")
 
     with serving(judge) as fake:
-        command += ("--prompts", candidates, "--out", tmp_path / "out", "--judge", fake.url)
+        command = (f"a={rm}", f"b={rm / 'model' / 'policy'}", "--prompts", candidates)
+        command += ("--out", tmp_path / "out", "--judge", fake.url)
         command += ("--set", "pick.sample=true", "--set", "judge.retries=0")
+        command += ("--set", "judge.concurrency=1")
         assert CliRunner().invoke(app, ["best-of-n", *map(str, command)]).exit_code != 0
         assert not (tmp_path / "out" / "best_of_n.json").exists()
         down.clear()
-        before = {json.dumps(body) for body in fake.asked}
+        asked = [json.dumps(body) for body in fake.asked]
+        paid = {body for body in asked if "Say 4." not in body}
         fake.asked.clear()
         invoke(*command)
-        assert sum("Say 4." not in json.dumps(body) for body in fake.asked) < len(before)
+        assert paid
+        assert not paid & {json.dumps(body) for body in fake.asked}
     for wins in read_json(tmp_path / "out" / "best_of_n.json")["wins"]:
         assert wins["reliability"] is None or wins["reliability"]["position_bias"] == 1.0
         assert wins["difference"]["value"] == 0.0
 
 
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
-    monkeypatch, capsys, tmp_path, candidates
+    monkeypatch, capsys, tmp_path, candidates, rm
 ):
-    export_both(tmp_path / "rm" / "model")
-    rm, given = tmp_path / "rm", ("--prompts", candidates, "--out", tmp_path / "out")
     for options, message in (
         ((rm, "--set", "judge.model=x"), "need --judge URL"),
         ((rm, "--set", "policy.model=x"), "need --policy URL"),
@@ -271,19 +250,17 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
         ((rm, "--set", "pick.dtype=int8"), "--dtype must be one of"),
         ((f"gold={rm}",), "the name 'gold' is taken"),
         ((rm, rm), "the name 'rm' is taken"),
-        ((rm, "--set", "draw.temprature=1"), "did you mean draw.temperature"),
+        ((rm, "--set", "draw.temprature=1"), "did you mean temperature"),
+        ((rm, "--set", "judge.template=x"), "removed"),
         ((tmp_path / "nothing",), "no model directory"),
         ((rm, "--gold", "moon"), "moon"),
         ((rm, "--policy", rm / "model" / "reward"), "cannot write"),
     ):
-        error = refused(monkeypatch, capsys, *options, *given)
+        command = (*options, "--prompts", candidates, "--out", tmp_path / "out")
+        error = refused(monkeypatch, capsys, *command)
         assert message in " ".join(error.split()), message
     assert not (tmp_path / "out").exists()
-
-
-def test_candidates_made_with_other_settings_are_refused(tmp_path, candidates, monkeypatch, capsys):
-    export_both(tmp_path / "rm" / "model")
-    command = (tmp_path / "rm", "--prompts", candidates, "--out", tmp_path / "out")
+    command = (rm, "--prompts", candidates, "--out", tmp_path / "out")
     invoke(*command)
     error = refused(monkeypatch, capsys, *command, "-n", 2)
     assert "was made with other settings (different: candidates)" in " ".join(error.split())

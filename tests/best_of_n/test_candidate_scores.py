@@ -1,4 +1,4 @@
-"""Scorers: the reward of every candidate, kept, and the names of models."""
+"""Scorers: the reward of every candidate, stored, and the names of models."""
 
 import pytest
 
@@ -22,29 +22,20 @@ GROUPS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "model"
-    export_both(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"), [("", RewardModel), ("reward", RewardModel), ("policy", PolicyModel)]
-)
-def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(folder, path, kind):
-    scorer = ModelScorer(folder / path, "m")
-    *scored, refused = scorer.score(GROUPS)
-    plain = kind.from_pretrained(folder / (path or "reward"))
-    for group, scores in zip(GROUPS, scored, strict=False):
-        alone = plain.score(group.prompt[0].content, list(group.responses))
-        assert scores == pytest.approx(alone, abs=1e-5)
-    assert "longer than 128 tokens" in refused
-    assert scorer.score([]) == []
-    scorer.close()
-    assert ModelScorer(folder / path).cache_key() == scorer.cache_key()
-    other = "reward" if path == "policy" else "policy"
-    assert ModelScorer(folder / other).cache_key() != scorer.cache_key()
+def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(tmp_path):
+    export_both(tmp_path)
+    for path, kind in (("", RewardModel), ("policy", PolicyModel)):
+        scorer = ModelScorer(tmp_path / path, "m")
+        *scored, refused = scorer.score(GROUPS)
+        plain = kind.from_pretrained(tmp_path / (path or "reward"))
+        for group, scores in zip(GROUPS, scored, strict=False):
+            alone = plain.score(group.prompt[0].content, list(group.responses))
+            assert scores == pytest.approx(alone, abs=1e-5)
+        assert "longer than 128 tokens" in refused
+        assert scorer.score([]) == []
+        assert ModelScorer(tmp_path / path).cache_key() == scorer.cache_key()
+    reward, policy = (ModelScorer(tmp_path / head) for head in ("reward", "policy"))
+    assert reward.cache_key() != policy.cache_key()
 
 
 def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):

@@ -1,7 +1,6 @@
 """Candidates out of files of any shape, and from policies: distinct, bounded, the same after a kill."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -9,17 +8,17 @@ import torch
 from hafrm.best_of_n import candidates as candidates_module
 from hafrm.best_of_n.candidates import (
     Candidates,
+    DrawRound,
     DrawSection,
+    EndpointPolicy,
+    LocalPolicy,
     draw_candidates,
     drawing_key,
-    is_usable_text,
     read_candidates,
     read_prompts,
 )
-from hafrm.best_of_n.endpoint import Choice, Endpoint, EndpointSection, Reply
-from hafrm.best_of_n.policies import DrawRound, EndpointPolicy, LocalPolicy
+from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply
 from hafrm.data.reader import read_preferences
-from hafrm.engine.sampling import Sampling
 from hafrm.errors import DataError, ModelError, ServerError
 from hafrm.preferences import Group, Message
 from hafrm.resumable import RecordFile
@@ -52,23 +51,18 @@ def test_prompts_come_from_rows_of_any_shape_once_each_with_ids_of_their_own(tmp
         ("p-3", "d"),
     ]
     assert all((g.source, g.responses, g.comparisons) == ("p", (), ()) for g in prompts)
+    candidates = read_candidates(
+        [
+            write(
+                tmp_path / "c.jsonl", [{"prompt": "a", "responses": ["x", "y", "x", "z"]}, rows[2]]
+            )
+        ],
+        2,
+    )
+    assert [c.texts for c in candidates] == [["x", "y"], ["x", "y"]]
+    assert all(c.group.comparisons == () for c in candidates)
     with pytest.raises(DataError, match="bad"):
         read_prompts([write(tmp_path / "bad.jsonl", [*rows, {"prompt": "  "}])])
-
-
-def test_candidates_are_the_first_distinct_responses_of_prompts_that_have_several(tmp_path, caplog):
-    rows = [
-        {"prompt": "a", "responses": ["x", "y", "x", "z"]},
-        {"prompt": "b", "response": "alone"},
-        {"prompt": "c", "chosen": "good", "rejected": "bad"},
-    ]
-    with caplog.at_level(logging.WARNING, "hafrm"):
-        candidates = read_candidates([write(tmp_path / "c.jsonl", rows)], 2)
-    assert [c.texts for c in candidates] == [["x", "y"], ["good", "bad"]]
-    assert all(c.group.comparisons == () for c in candidates)
-    assert "1 of 3 prompts have fewer than two responses" in caplog.text
-    with pytest.raises(DataError, match=r"none of 1 prompts has two responses.*--policy"):
-        read_candidates([write(tmp_path / "d.jsonl", rows[1:2])], 4)
 
 
 def test_a_record_gives_back_what_was_drawn_and_is_a_row_of_data(tmp_path):
@@ -81,11 +75,6 @@ def test_a_record_gives_back_what_was_drawn_and_is_a_row_of_data(tmp_path):
     ).groups
     assert (group.id, group.prompt) == ("p-0", PROMPTS[0].prompt)
     assert group.responses == ("x", "y")
-
-
-@pytest.mark.parametrize("text", ["", " \n", "a\0b", "\ud800"])
-def test_a_draw_that_is_not_text_is_no_candidate(text):
-    assert not is_usable_text(text)
 
 
 class Scripted(EndpointPolicy):
@@ -101,9 +90,9 @@ class Scripted(EndpointPolicy):
         self.asked.append((len(prompts), num, draw_round))
         replies = [self.texts(prompt.id, draw_round.num_before) for prompt in prompts]
         return [
-            Reply((), texts)
+            [Reply(error=texts)]
             if isinstance(texts, str)
-            else Reply(tuple(Choice(text, refused=False, ended=text != "half") for text in texts))
+            else [Reply(text, ended=text != "half") for text in texts]
             for texts in replies
         ]
 
@@ -130,25 +119,17 @@ def test_distinct_candidates_are_drawn_in_two_rounds_at_most(tmp_path):
         [],
         ["x", "y", "z"],
     ]
-    assert [c.num_draws for c in drawn] == [3, 6, 6, 0, 6]
     assert [c.num_blank for c in drawn] == [0, 0, 0, 0, 2]
     assert (drawn[2].num_cut, drawn[3].error) == (1, "too long: far")
     assert policy.asked == [(5, 3, ROUND), (3, 3, DrawRound(0, 0, 3))]
 
 
-def test_repeats_are_kept_where_samples_must_be_independent(tmp_path):
-    policy = Scripted(lambda *_: ["a", "b", "a"])
-    section = DrawSection(num=3, repeats=True)
-    (candidates,) = draw_candidates(policy, PROMPTS[:1], section, RecordFile(tmp_path / "c"))
-    assert (candidates.group.responses, candidates.drawn) == (("a", "b"), [0, 1, 0])
-
-
 def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(candidates_module, "CHUNK", 2)
-    base, section = write_base(tmp_path), DrawSection(num=3)
+    base, section = write_base(tmp_path), DrawSection(num=3, max_new_tokens=5, batch_size=4)
 
     def draw(file):
-        policy = LocalPolicy(base, Sampling(5), batch_size=4)
+        policy = LocalPolicy(base, section)
         return draw_candidates(policy, PROMPTS, section, RecordFile(tmp_path / file))
 
     whole = draw("whole.jsonl")
@@ -160,23 +141,25 @@ def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_pat
 
 
 def test_the_cache_key_changes_with_whatever_changes_candidates(tmp_path):
-    base, section = write_base(tmp_path), DrawSection(num=3)
-    policy = LocalPolicy(base, Sampling(5))
-    keys = [
-        drawing_key(policy, PROMPTS, section),
-        drawing_key(policy, PROMPTS[:2], section),
-        drawing_key(policy, PROMPTS, DrawSection(num=3, seed=1)),
-        drawing_key(LocalPolicy(base, Sampling(6)), PROMPTS, section),
-    ]
-    assert len({json.dumps(key) for key in keys}) == 4
-    assert drawing_key(LocalPolicy(base, Sampling(5)), PROMPTS, section) == keys[0]
+    base = write_base(tmp_path)
+
+    def key(prompts=PROMPTS, **options):
+        section = DrawSection(num=3, **options)
+        return json.dumps(drawing_key(LocalPolicy(base, section), prompts, section))
+
+    keys = [key(), key(PROMPTS[:2]), key(seed=1), key(max_new_tokens=6), key(temperature=0.5)]
+    assert len(set(keys)) == 5
+    assert key() == keys[0]
 
 
 def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp_path):
-    policy = LocalPolicy(write_base(tmp_path), Sampling(5, temperature=0.0))
+    policy = LocalPolicy(write_base(tmp_path), DrawSection(max_new_tokens=5, temperature=0.0))
+    long = Group("long", (Message("user", "word " * 140),), ())
+    refused, answered = policy.write([long, PROMPTS[0]], 2, ROUND)
+    assert "the policy has room for 251" in refused[0].error
+    assert len(answered) == 2
     tokenizer = policy.encoder.tokenizer
     assert policy.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    policy.write(PROMPTS[:1], 1, ROUND)  # loads the model
     asked = []
 
     def end_at_once(input_ids=None, **_):
@@ -184,19 +167,10 @@ def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp
         return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.end_of_turn)], 1)
 
     policy._model.generate = end_at_once
-    (reply,) = policy.write(PROMPTS[:1], 2, ROUND)
-    assert reply.choices == (Choice("", refused=False, ended=True),) * 2
+    assert policy.write(PROMPTS[:1], 2, ROUND) == [[Reply(""), Reply("")]]
     messages = [{"role": "user", "content": "Say 0."}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(asked[0][0]).strip() == prompt.strip()
-
-
-def test_prompts_that_leave_no_room_are_refused_in_their_place(tmp_path):
-    policy = LocalPolicy(write_base(tmp_path), Sampling(200))
-    long = Group("long", (Message("user", "word " * 80),), ())
-    refused, answered = policy.write([long, PROMPTS[0]], 2, ROUND)
-    assert "room for 56" in refused.error
-    assert len(answered.choices) == 2
 
 
 def test_policies_without_template_are_refused_with_the_fix(tmp_path):
@@ -204,44 +178,36 @@ def test_policies_without_template_are_refused_with_the_fix(tmp_path):
     plain_tokenizer().save_pretrained(base)
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match=r"no chat template.*chat_template\.jinja"):
-        LocalPolicy(base, Sampling(5))
+        LocalPolicy(base, DrawSection())
     (base / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     )
-    policy = LocalPolicy(base, Sampling(5))
+    policy = LocalPolicy(base, DrawSection())
     assert policy.end_of_turn == policy.encoder.eos_id
 
 
 def connect(fake, cache) -> EndpointPolicy:
     endpoint = Endpoint(fake.url, EndpointSection(retries=0), cache=cache)
-    return EndpointPolicy(endpoint, Sampling(7, 0.5, 0.9))
+    return EndpointPolicy(endpoint, DrawSection(max_new_tokens=7, temperature=0.5, top_p=0.9))
 
 
-@pytest.mark.parametrize("kind", ["knows n", "ignores n", "rejects n"])
-def test_an_endpoint_gives_as_many_draws_as_asked_whatever_it_makes_of_n(kind, tmp_path):
+def test_an_endpoint_gives_as_many_draws_as_asked(tmp_path):
     counter = iter(range(1000))
-
-    def answer(body):
-        n = body.get("n", 1)
-        if kind == "rejects n" and n > 1:
-            return fails(400, "n must be 1")
-        return says(*(f"draw {next(counter)}" for _ in range(n if kind == "knows n" else 1)))
-
-    with serving(answer) as fake:
+    with serving(lambda _: says(f"draw {next(counter)}")) as fake:
         replies = connect(fake, tmp_path).write(PROMPTS[:2], 3, ROUND)
         body = fake.asked[0]
-    assert [len(reply.choices) for reply in replies] == [3, 3]
-    assert len({choice.text for reply in replies for choice in reply.choices}) == 6
+    assert [len(own) for own in replies] == [3, 3]
+    assert len({reply.text for own in replies for reply in own}) == 6
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.5, 0.9, 7)
 
 
 def test_a_prompt_that_an_endpoint_rejects_is_refused_in_its_place(tmp_path):
     def answer(body):
-        return fails(400, "too long") if "0" in body["messages"][0]["content"] else says("x", "y")
+        return fails(400, "too long") if "0" in body["messages"][0]["content"] else says("x")
 
     with serving(answer) as fake:
-        refused, answered = connect(fake, tmp_path).write(PROMPTS[:2], 2, ROUND)
+        (refused,), answered = connect(fake, tmp_path).write(PROMPTS[:2], 2, ROUND)
         assert "too long" in refused.error
-        assert [choice.text for choice in answered.choices] == ["x", "y"]
+        assert [reply.text for reply in answered] == ["x", "x"]
         with pytest.raises(ServerError, match=r"rejects every request.*request"):
             connect(fake, tmp_path).write(PROMPTS[:1], 2, ROUND)

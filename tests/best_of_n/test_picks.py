@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hafrm.best_of_n.candidates import Candidates
-from hafrm.best_of_n.picks import curve_values, expected_picks, fit_gold, kl_of_best
+from hafrm.best_of_n.picks import curve_values, expected_picks, kl_of_best
 from hafrm.preferences import Group
 from hafrm.statistics import bootstrap_columns, clustered_bootstrap
 
@@ -55,14 +55,6 @@ def test_kl_by_hand():
     """log 1 - 0 = 0; log 4 - 3/4 = 0.6363."""
     assert kl_of_best(1) == 0.0
     assert kl_of_best(4) == pytest.approx(0.6363, abs=1e-4)
-
-
-def test_the_fit_finds_the_law_that_made_the_points():
-    """gain = d (0.8 - 0.3 d) with d = sqrt(KL)."""
-    kl = np.array([kl_of_best(n) for n in range(1, 17)])
-    gain = np.sqrt(kl) * (0.8 - 0.3 * np.sqrt(kl))
-    assert fit_gold(kl, gain) == pytest.approx((0.8, 0.3))
-    assert all(math.isnan(x) for x in fit_gold(kl[:2], gain[:2]))
 
 
 def test_columns_share_resamples_and_equal_the_bootstrap_of_each_alone():

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hafrm.best_of_n.candidate_scores import GoldScorer
-from hafrm.best_of_n.candidates import from_files
-from hafrm.best_of_n.run_best_of_n import best_of_n
+from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n
 from hafrm.cli import app
 from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.evaluation import evaluate
+from hafrm.recipe_file import build_as
 from hafrm.report import page as page_module
 from hafrm.report.cautions import CHECKS
 from hafrm.report.page import render_material, write_report
@@ -97,12 +96,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     rows = [{"prompt": f"{HOSTILE} {i}", "responses": ["a", "bb", "ccc", "dddd"]} for i in range(6)]
     candidates = root / "candidates.jsonl"
     candidates.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    best_of_n(
-        from_files([str(candidates)], 4),
-        [GoldScorer("length", by_length), GoldScorer("short", lambda _, text: -len(text))],
-        root / "picks",
-        gold=GoldScorer("gold", by_length),
-    )
+    options = {"models": ["length", "short"], "prompts": [str(candidates)], "gold": "length"}
+    golds = {"length": by_length, "short": lambda _, text: -len(text)}
+    best_of_n(build_as(BestOfNOptions, {"pick": options}), root / "picks", golds=golds)
     data = {"train": [str(root / "train.jsonl")], "test": sources}
     base = tiny_recipe(root, data=data, training={"steps": 8}, evaluation={"every": 4})
     plan = plan_study(base, ["bt", "haf"], num_seeds=1, rates=[1e-3, 3e-3])
@@ -134,7 +130,7 @@ def test_every_section_is_there_in_well_formed_html(page):
     ("name", "anchors"),
     [
         ("study", "summary comparison provenance"),
-        ("picks", "summary best-of-n examples"),
+        ("picks", "summary best-of-n"),
         ("ppo", "rlhf examples provenance"),
     ],
 )

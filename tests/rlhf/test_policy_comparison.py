@@ -12,6 +12,7 @@ from hafrm.cli import app
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.preferences import Message
 from hafrm.recipe_file import build_as, dump_recipe
+from hafrm.results import to_plain
 from hafrm.rlhf import policy_comparison
 from hafrm.rlhf.policy_comparison import (
     ComparisonRun,
@@ -19,7 +20,6 @@ from hafrm.rlhf.policy_comparison import (
     answer_wins,
     compare_policies,
     plan_runs,
-    recipe_for,
 )
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
@@ -51,30 +51,29 @@ def recipe_file(folder: Path, recipe: RlhfRecipe) -> Path:
 
 
 def test_a_comparison_writes_its_contract_and_repeats_no_finished_run(tmp_path, monkeypatch):
-    result = compare_policies(comparison(tmp_path), tmp_path / "out", gold=gold)
+    recipe = comparison(tmp_path, evaluation={"reward_model": str(tmp_path / "other")})
+    file = recipe_file(tmp_path, recipe)
+    code, output = invoke("rlhf", file, "--out", tmp_path / "out", "--processes", 1)
+    assert code == 0, output
+    assert "test answers, scored by" in output
+    assert "answers against each other" in output
     written = json.loads((tmp_path / "out/rlhf_comparison.json").read_text())
     assert (written["models"], written["seeds"]) == (["one", "two"], [0])
-    assert [curve["model"] for curve in written["curves"]] == ["one", "two"]
-    assert written["curves"][0]["points"][0].keys() == {"step", "kl", "proxy", "gold"}
-    assert [point["step"] for point in written["curves"][0]["points"]] == [0, 1]
     pairs = [(win["first"], win["second"]) for win in written["wins"]]
     assert pairs == [("start", "one"), ("start", "two"), ("one", "two")]
     for win in written["wins"]:
         values = [win[name]["value"] for name in ("win", "tie", "lose")]
         assert sum(values) == pytest.approx(1.0)
         assert win["difference"]["value"] == pytest.approx(values[0] - values[2])
-    assert len(result.tables()) == 2
     answers = json.loads((tmp_path / "out/runs/one-0/answers.json").read_text())
     assert len(answers["texts"]) == len(answers["prompts"]) == 6
     monkeypatch.setattr(policy_comparison, "train_policy", None)  # nothing is left to train
-    again = compare_policies(comparison(tmp_path), tmp_path / "out", gold=gold)
-    assert (again.standings, again.wins) == (result.standings, result.wins)
-    swapped = comparison(tmp_path).comparison.model_copy(
-        update={"models": (f"one={tmp_path / 'other'}",)}
-    )
-    other = comparison(tmp_path).model_copy(update={"comparison": swapped})
+    again = compare_policies(recipe, tmp_path / "out")
+    assert to_plain([again.standings, again.wins]) == [written["standings"], written["wins"]]
+    models = {"models": (f"one={tmp_path / 'other'}",)}
+    swapped = recipe.model_copy(update={"comparison": recipe.comparison.model_copy(update=models)})
     with pytest.raises(CheckpointError, match="the recipe differs"):
-        compare_policies(other, tmp_path / "out", gold=gold)
+        compare_policies(swapped, tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -82,7 +81,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     recipe = comparison(tmp_path, evaluation={"reward_model": str(tmp_path / "reward")})
     one = compare_policies(recipe, tmp_path / "a", num_processes=1)
     two = compare_policies(recipe, tmp_path / "b", num_processes=2)
-    assert (two.standings, two.wins, two.curves) == (one.standings, one.wins, one.curves)
+    assert (two.standings, two.wins) == (one.standings, one.wins)
 
 
 def test_a_run_that_was_started_is_resumed(tmp_path, monkeypatch):
@@ -109,9 +108,9 @@ def test_runs_differ_in_reward_model_and_seed_alone(tmp_path):
     runs = plan_runs(["a=A", "b=B", "b=C"], 2)
     assert [run.folder for run in runs] == ["a-0", "b-0", "a-1", "b-1"]
     assert [run.path for run in runs if run.model == "b"] == ["B", "C"]
-    recipe = comparison(tmp_path, reward={"clip": 2.0})
-    own = recipe_for(recipe, ComparisonRun("b", "B", 1))
-    assert (own.reward.models, own.training.seed, own.reward.clip) == (("B",), 1, 2.0)
+    recipe = comparison(tmp_path, reward={"clip": 2.0}, training={"precision": "fp32"})
+    own = ComparisonRun("b", "B", 1).recipe(recipe)
+    assert (own.reward.model, own.training.seed, own.reward.clip) == ("B", 1, 2.0)
     assert own.comparison is None
     same = {name: getattr(recipe, name) for name in ("reward", "training", "comparison")}
     assert own.model_copy(update=same) == recipe
@@ -194,33 +193,29 @@ def test_the_verb_trains_says_what_it_selected_and_leaves_a_finished_run(tmp_pat
 def test_a_run_that_the_watchdog_stops_ends_with_1_and_exports(tmp_path):
     wild = {
         "training": {"steps": 20, "learning_rate": 3.0},
-        "watch": {"max_kl": 1.0, "patience": 1, "min_entropy_fraction": 0.0},
+        "watch": {"max_kl": 1.0, "patience": 1},
     }
     file = recipe_file(tmp_path, tiny_rlhf(tmp_path, **wild))
     code, output = invoke("rlhf", file, "--out", tmp_path / "run")
     assert code == 1
     assert "stopped early: the KL from the start policy" in output
     assert (tmp_path / "run/model/policy").is_dir()
-
-
-def test_a_recipe_that_names_several_models_compares_them(tmp_path):
-    file = recipe_file(tmp_path, comparison(tmp_path))
-    model = f"evaluation.reward_model={tmp_path / 'reward'}"
-    code, output = invoke("rlhf", file, model, "--out", tmp_path / "out", "--processes", 1)
-    assert code == 0, output
-    assert "test answers, scored by" in output
-    assert "answers against each other" in output
-    assert (tmp_path / "out/rlhf_comparison.json").is_file()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["num_steps"] < 20
+    code, output = invoke("rlhf", "--resume", tmp_path / "run")
+    assert (code, json.loads((tmp_path / "run/result.json").read_text())) == (1, result)
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
         ("evaluation.judge=x", "renamed to evaluation.reward_model"),
-        ("reward.kinds=[fused]", "removed; reward.models takes"),
+        ("reward.kinds=[fused]", "removed; reward.model takes"),
         ("data.too_long=drop", "longer prompts are always left out"),
-        ("reward.models=[]", "reward.models is missing"),
-        ("reward.rule=min", "a rule is for several"),
+        ("reward.models=[a]", "renamed to reward.model"),
+        ("reward.model=null", "reward.model is missing"),
+        ("reward.rule=min", "reward.model is one reward model"),
+        ("watch.hacking_window=3", "removed"),
         ("judge.model=m", "need comparison.judge"),
         ("comparison.models=[a=b]", "comparison.test: missing"),
         ("--gold=silver", "--gold is 'silver'"),

@@ -1,10 +1,11 @@
 """RLOO and GRPO through TRL: the recipe in its words, and whole runs (slow, TRL takes long to load)."""
 
+import importlib.util
 import json
 
 import pytest
 
-from hafrm.errors import CheckpointError, ConfigError, NumericsError
+from hafrm.errors import CheckpointError, ConfigError
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.rlhf.trl_runs import micro_batch, trl_options
 from hafrm.run_folder import read_json_lines
@@ -43,6 +44,16 @@ def test_trl_s_algorithms_compare_several_responses(tmp_path):
         tiny_rlhf(tmp_path, algorithm=RLOO, training={"responses_per_prompt": 1})
 
 
+def test_without_trl_its_algorithms_name_the_extra(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "trl" else find(name)
+    )
+    with pytest.raises(ConfigError, match=r"pip install 'hafrm\[rlhf\]'"):
+        train_policy(tiny_rlhf(tmp_path, algorithm=RLOO), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rloo", "grpo"])
 def test_a_run_writes_the_same_things_as_ours(tmp_path, name):
@@ -51,7 +62,7 @@ def test_a_run_writes_the_same_things_as_ours(tmp_path, name):
     records = read_json_lines(tmp_path / "run/metrics.jsonl")
     batches = [r for r in records if r["phase"] == "rlhf"]
     assert [r["step"] for r in batches] == [1, 2, 3, 4]
-    for key in ("reward", "kl", "length", "entropy", "clip_fraction", "policy_loss", "gold"):
+    for key in ("reward", "kl", "length", "entropy", "clip_fraction", "policy_loss"):
         assert all(isinstance(r[key], float) for r in batches), key
     assert [r["step"] for r in records if r["phase"] == "held-out"] == [0, 2, 4]
     assert (tmp_path / "run/model/policy/model.safetensors").is_file()
@@ -59,19 +70,3 @@ def test_a_run_writes_the_same_things_as_ours(tmp_path, name):
     assert json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])["step"] == 0
     leftovers = {p.name for p in (tmp_path / "run").iterdir()}
     assert not {"trl", "training_args.bin"} & leftovers
-
-
-@pytest.mark.slow
-def test_a_reward_that_is_not_finite_stops_the_run_that_trl_would_continue(tmp_path, monkeypatch):
-    from hafrm.rlhf import rewards
-
-    score, calls = rewards.score_texts, []
-
-    def broken(*args):
-        calls.append(1)
-        values = score(*args)
-        return values if len(calls) < 3 else values * float("nan")
-
-    monkeypatch.setattr(rewards, "score_texts", broken)
-    with pytest.raises(NumericsError, match="not finite"):
-        train_policy(tiny_rlhf(tmp_path, algorithm=RLOO), tmp_path / "run")

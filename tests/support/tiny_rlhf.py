@@ -63,7 +63,7 @@ def tiny_rlhf(folder: Path, **sections: dict[str, Any]) -> RlhfRecipe:
         "model": {"path": str(folder / "base")},
         "data": {"train": [str(folder / "prompts.jsonl")], "validation_fraction": 0.3}
         | {"max_prompt_length": 40},
-        "reward": {"models": [str(folder / "reward")]},
+        "reward": {"model": str(folder / "reward")},
         "sampling": {"max_new_tokens": 6},
         "algorithm": {"epochs": 2, "mini_batches": 2},
         "training": {"steps": 4, "batch_size": 8, "responses_per_prompt": 2}

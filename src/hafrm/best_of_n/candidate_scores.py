@@ -106,9 +106,6 @@ class GoldScorer:
                 scores.append(f"unknown prompt: {error}")
         return scores
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 CandidateScorer = ModelScorer | GoldScorer
 

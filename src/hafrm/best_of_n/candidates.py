@@ -1,35 +1,44 @@
 """Candidates: read from files, or drawn from a policy until there are enough of them.
 
 `candidates.jsonl` of a best-of-n job is a file of rows like any other, so it can be read again. Prompts are
-drawn in chunks that depend on nothing but the chunk, so a killed job resumes to the same candidates.
+drawn in chunks that depend on nothing but the chunk, so a killed job resumes to the same candidates. A
+prompt that a policy cannot answer is refused in its place and costs no other prompt its draws.
 """
 
 import hashlib
 import json
-import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import Field
+from transformers import AutoTokenizer, PreTrainedModel
 
-from hafrm.best_of_n.endpoint import Reply
-from hafrm.best_of_n.policies import DrawRound, EndpointPolicy, LocalPolicy
+from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
+from hafrm.data.encoding import Encoder
 from hafrm.data.parse import RefusedError, check_text
 from hafrm.data.reader import read_preferences
-from hafrm.errors import DataError
+from hafrm.engine.sampling import Sampling, sample
+from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, prompt_key
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section
-from hafrm.resumable import RecordFile, ResumableFolder
+from hafrm.resumable import RecordFile
+from hafrm.scoring.loading import (
+    AUTO,
+    Placement,
+    choose_dtype,
+    find_heads,
+    load_causal_lm,
+    load_config,
+    model_digest,
+)
 
-log = logging.getLogger("hafrm")
-Gather = Callable[[ResumableFolder, OnProgress], list["Candidates"]]
-"""Where the candidates of a job come from."""
-Policy = LocalPolicy | EndpointPolicy
 CHUNK = 64  # prompts whose work is lost by a kill
+_NO_LIMIT = 2**20
 
 
 class DrawSection(Section):
@@ -50,6 +59,10 @@ class DrawSection(Section):
     batch_size: int = Field(default=32, ge=1)
     """Candidates that a policy on this machine writes at a time."""
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
 
 @dataclass
 class Candidates:
@@ -58,7 +71,6 @@ class Candidates:
     prompt: Group  # without responses
     texts: list[str] = field(default_factory=list)
     """The draws that are candidates, in their order; repeated only with `draw.repeats`."""
-    num_draws: int = 0
     num_cut: int = 0  # draws that reached the token limit
     num_blank: int = 0  # draws that were not text, and so are not candidates
     error: str | None = None  # why the policy could not answer this prompt
@@ -74,13 +86,12 @@ class Candidates:
         indices = {text: k for k, text in enumerate(dict.fromkeys(self.texts))}
         return [indices[text] for text in self.texts]
 
-    def add(self, reply: Reply, section: DrawSection) -> None:
+    def add(self, replies: Sequence[Reply], section: DrawSection) -> None:
         """Take in what a policy wrote, as far as it is new and needed."""
-        self.error = reply.error
-        for choice in reply.choices:
-            text = choice.text.strip()
-            self.num_draws += 1
-            self.num_cut += not choice.ended
+        self.error = replies[0].error
+        for reply in replies if self.error is None else ():
+            text = reply.text.strip()
+            self.num_cut += not reply.ended
             self.num_blank += not is_usable_text(text)
             is_new = section.repeats or text not in self.texts
             if is_usable_text(text) and is_new and len(self.texts) < section.num:
@@ -104,7 +115,7 @@ class Candidates:
         return cls(group, record["responses"], *(record[name] for name in _STORED))
 
 
-_STORED = ("num_draws", "num_cut", "num_blank", "error")
+_STORED = ("num_cut", "num_blank", "error")
 
 
 def candidates_digest(candidates: Sequence[Candidates]) -> str:
@@ -130,30 +141,11 @@ def read_prompts(
 
 
 def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
-    """The first `num` distinct responses to each prompt that has several.
-
-    Prompts with fewer than two responses are left out with a warning. Raises DataError when no prompt has
-    two.
-    """
-    groups = read_preferences(sources, need_comparisons=False).groups
-    single = [group.id for group in groups if len(group.responses) < 2]
-    if len(single) == len(groups):
-        raise DataError(
-            f"{', '.join(sources)}: none of {len(groups)} prompts has two responses or more, so there is "
-            "nothing to pick from; give rows with `prompt` and `responses`, or let a policy write them "
-            "(--policy)"
-        )
-    if single:
-        log.warning(
-            "%d of %d prompts have fewer than two responses and are left out, such as %s",
-            len(single),
-            len(groups),
-            single[0],
-        )
-    usable = _with_distinct_ids([group for group in groups if len(group.responses) > 1])
+    """The first `num` distinct responses to each prompt."""
+    groups = _with_distinct_ids(read_preferences(sources, need_comparisons=False).groups)
     return [
         Candidates(replace(g, responses=(), comparisons=()), list(g.responses[:num]))
-        for g in usable
+        for g in groups
     ]
 
 
@@ -177,6 +169,152 @@ def is_usable_text(text: str) -> bool:
     return bool(text.strip())
 
 
+class DrawRound(NamedTuple):
+    """Which draws these are; the same round gives the same draws."""
+
+    seed: int
+    chunk: int
+    num_before: int  # draws made for these prompts before
+
+
+class LocalPolicy:
+    """A causal LM in a directory that stock transformers loads, asked through its chat template."""
+
+    def __init__(self, path: str | Path, section: DrawSection, place: Placement = AUTO) -> None:
+        """`path` is a `...ForCausalLM` directory, a hub id, or a run folder with a policy.
+
+        Raises ModelError for anything else, and for a tokenizer without a chat template.
+        """
+        directory = find_heads(path).policy
+        if directory is None:
+            raise ModelError(
+                f"{path} is a reward model and cannot write; give --policy the directory of a causal LM"
+            )
+        self._directory, self._device = directory, place.device
+        self.options, self.batch_size = section.sampling, section.batch_size
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if tokenizer.chat_template is None:
+            raise ModelError(
+                f"the policy {path} has no chat template, so it is unknown how it is asked; write one to "
+                "its chat_template.jinja, or take a policy trained on chats"
+            )
+        self.encoder = Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
+        self.end_of_turn = _end_of_turn(self.encoder)
+        self._dtype = choose_dtype(directory, place.dtype, place.device)
+        text_config = load_config(directory).get_text_config()
+        self._positions = getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT
+        self._model: PreTrainedModel | None = None  # loaded when something must be drawn
+
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its responses depend on; a batch is drawn together, so its size is part of it."""
+        return {
+            "policy": f"{model_digest(self._directory)} {self.encoder.cache_key} {self._dtype}",
+            **asdict(self.options),
+            "batch_size": self.batch_size,
+        }
+
+    def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
+        """For each prompt `num` replies, or one error where the template or the length forbids it."""
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        if self._model is None:
+            self._model = load_causal_lm(self._directory, dtype=self._dtype, device=self._device)
+        # torch takes seeds of 63 bits
+        seed = int(np.random.SeedSequence(draw_round).generate_state(1, np.uint64)[0] >> 1)
+        responses = iter(
+            sample(
+                self._model,
+                [prompt for prompt in ids if not isinstance(prompt, str)],
+                num,
+                self.options,
+                eos=self.end_of_turn,
+                pad=self.end_of_turn if self.encoder.pad_id is None else self.encoder.pad_id,
+                seed=seed,
+                batch_size=self.batch_size,
+            )
+        )
+        return [
+            [Reply(error=prompt)]
+            if isinstance(prompt, str)
+            else [self._decode(response) for response in next(responses)]
+            for prompt in ids
+        ]
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._model = None
+
+    def _prompt_ids(self, prompt: Group) -> list[int] | str:
+        """The prompt up to the response, or why it cannot be answered."""
+        try:
+            # the encoder needs a response to find where the prompt ends
+            (encoded,), _ = self.encoder.encode([replace(prompt, responses=("x",))])
+        except DataError as error:
+            return f"not encodable: {error}"
+        room = self._positions - self.options.max_new_tokens
+        ids: list[int] = encoded.prompt_ids.tolist()
+        if len(ids) > room:
+            return f"too long: the prompt has {len(ids)} tokens, the policy has room for {room}"
+        return ids
+
+    def _decode(self, ids: list[int]) -> Reply:
+        ended = bool(ids) and ids[-1] == self.end_of_turn
+        text = self.encoder.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return Reply(str(text), ended=ended)
+
+
+def _end_of_turn(encoder: Encoder) -> int:
+    """The first special token after a response: what an assistant's turn ends in, or else the EOS."""
+    example = Group("example", (Message("user", "x"),), ("x",))
+    (encoded,), _ = encoder.encode([example])
+    special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [token for token in encoded.response_ids[0].tolist() if token in special]
+    return int(ends[0] if ends else encoder.eos_id)
+
+
+class EndpointPolicy:
+    """A chat model behind an endpoint."""
+
+    def __init__(self, endpoint: Endpoint, section: DrawSection) -> None:
+        self.endpoint = endpoint
+        self._settings = {
+            "temperature": section.temperature,
+            "top_p": section.top_p,
+            "max_tokens": section.max_new_tokens,
+        }
+
+    def cache_key(self) -> dict[str, Any]:
+        """Everything its responses depend on."""
+        return {"policy": self.endpoint.cache_key(self._settings)}
+
+    def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
+        """For each prompt `num` replies, or one error where the endpoint rejects it.
+
+        Raises ServerError when it rejects every prompt, or cannot be used.
+        """
+        replies: list[list[Reply]] = [[] for _ in prompts]
+        # one by one: some servers reject n > 1, others answer once whatever n is
+        for k in range(num):
+            accepted = [i for i, own in enumerate(replies) if not own or own[0].error is None]
+            answers = self.endpoint.ask(
+                [prompts[i].prompt for i in accepted],
+                self._settings,
+                repetition=(draw_round.seed, draw_round.num_before + k),
+            )
+            for i, answer in zip(accepted, answers, strict=True):
+                if answer.error is None:
+                    replies[i].append(answer)
+                else:
+                    replies[i] = [Reply(error=f"not encodable: {answer.error}")]
+            if k == 0:
+                require_some(answers, self.endpoint.url)
+        return replies
+
+
+Policy = LocalPolicy | EndpointPolicy
+
+
 def draw_candidates(
     policy: Policy,
     prompts: Sequence[Group],
@@ -192,6 +330,8 @@ def draw_candidates(
             drawn = _draw_chunk(policy, chunk, section, start)
             file.add([c.to_record() for c in drawn if c.prompt.id not in file.records])
         on_progress(start + len(chunk), len(prompts))
+    if isinstance(policy, LocalPolicy):
+        policy.close()  # the models that score need the memory
     return [Candidates.from_record(file.records[prompt.id]) for prompt in prompts]
 
 
@@ -205,8 +345,8 @@ def _draw_chunk(
         draw_round = DrawRound(section.seed, start, num_before)
         prompts = [c.prompt for c in lacking]
         replies = policy.write(prompts, section.num, draw_round) if prompts else []
-        for c, reply in zip(lacking, replies, strict=True):
-            c.add(reply, section)
+        for c, own in zip(lacking, replies, strict=True):
+            c.add(own, section)
     return candidates
 
 
@@ -216,27 +356,3 @@ def drawing_key(policy: Policy, prompts: Sequence[Group], section: DrawSection) 
     digest = hashlib.sha256(repr(keys).encode("utf-8", "surrogatepass")).hexdigest()
     own = section.model_dump(include={"num", "repeats", "seed"})
     return {**policy.cache_key(), **own, "prompts": digest}
-
-
-def from_policy(policy: Policy, prompts: Sequence[Group], section: DrawSection) -> Gather:
-    """Candidates that a policy writes."""
-
-    def gather(folder: ResumableFolder, on_progress: OnProgress) -> list[Candidates]:
-        file = folder.records("candidates.jsonl", drawing_key(policy, prompts, section))
-        candidates = draw_candidates(policy, prompts, section, file, on_progress)
-        policy.close()  # the models that score need the memory
-        return candidates
-
-    return gather
-
-
-def from_files(sources: Sequence[str], num: int) -> Gather:
-    """Candidates that files hold, the first `num` of each prompt."""
-
-    def gather(folder: ResumableFolder, _: OnProgress) -> list[Candidates]:
-        candidates = read_candidates(sources, num)
-        file = folder.records("candidates.jsonl", {"candidates": candidates_digest(candidates)})
-        file.add([c.to_record() for c in candidates if c.prompt.id not in file.records])
-        return candidates
-
-    return gather

@@ -41,20 +41,15 @@ class EndpointSection(Section):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One answer of a model."""
-
-    text: str
-    refused: bool  # the model refused, or the endpoint filtered what it wrote
-    ended: bool  # the model ended by itself, not at the token limit
-
-
-@dataclass(frozen=True)
 class Reply:
-    """The answers to one request."""
+    """A model's answer to one request."""
 
-    choices: tuple[Choice, ...]
-    error: str | None = None  # why the endpoint rejected the request; then there are no choices
+    text: str = ""
+    ended: bool = True  # the model ended by itself, not at the token limit
+    refused: bool = False  # the model refused, or the endpoint filtered what it wrote
+    error: str | None = (
+        None  # why the endpoint, or the policy, rejects the request; then there is no text
+    )
 
 
 class Endpoint:
@@ -109,11 +104,8 @@ class Endpoint:
 
     def cache_key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What replies depend on, except the conversations."""
-        return {
-            "url": self.url,
-            "model": self.model,
-            "request": {**settings, **self.section.request},
-        }
+        request = {**settings, **self.section.request}
+        return {"url": self.url, "model": self.model, "request": request}
 
     def ask(
         self,
@@ -127,7 +119,12 @@ class Endpoint:
         `repetition` distinguishes repeated requests, which the cache would otherwise answer alike.
         Raises ServerError when the endpoint cannot be used.
         """
-        bodies = [self._body(messages, settings) for messages in conversations]
+        options = {**settings, **self.section.request}
+        body = {"model": self.model} | {n: v for n, v in options.items() if v is not None}
+        bodies = [
+            {**body, "messages": [message._asdict() for message in messages]}
+            for messages in conversations
+        ]
         with ThreadPoolExecutor(self.section.concurrency) as pool:
             futures = [pool.submit(self._reply, body, repetition) for body in bodies]
             try:
@@ -137,39 +134,30 @@ class Endpoint:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _body(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [message._asdict() for message in messages],
-            **settings,
-            **self.section.request,
-        }
-        return {name: value for name, value in body.items() if value is not None}
-
     def _reply(self, body: dict[str, Any], repetition: tuple[int, ...]) -> Reply:
         # the whole request is the key, the API key is not part of it
         request = {"url": self.url, "body": body, "repetition": list(repetition)}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()
         content = self._cache.get(key)
         if content is not None:
-            return Reply(_choices(json.loads(content)))
+            return _first_choice(json.loads(content))
         # settings that the client does not know (top_k, a template's options) pass through unchanged
         extra = {name: v for name, v in body.items() if name not in ("model", "messages")}
         create = self._client.chat.completions.with_raw_response.create
         try:
             response = create(model=body["model"], messages=body["messages"], extra_body=extra)
             content = response.http_response.text
-            choices = _choices(json.loads(content))
+            reply = _first_choice(json.loads(content))
         except self._openai.APIStatusError as error:
             if error.status_code in _REJECTED:
-                return Reply((), f"status {error.status_code}: {_one_line(error.response.text)}")
+                return Reply(error=f"status {error.status_code}: {_one_line(error.response.text)}")
             raise self._unusable(error) from error
         except self._openai.OpenAIError as error:
             raise self._unusable(error) from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self._unusable(f"this is no chat completion: {content}") from error
         self._cache.set(key, content)
-        return Reply(choices)
+        return reply
 
     def _unusable(self, reason: object) -> ServerError:
         return ServerError(
@@ -193,19 +181,15 @@ def is_url(text: str | None) -> bool:
     return text is not None and text.startswith(("http://", "https://"))
 
 
-def _choices(body: Mapping[str, Any]) -> tuple[Choice, ...]:
-    """The answers in a chat completion; raises KeyError, TypeError or ValueError where it is none."""
-    choices = []
-    for choice in body["choices"]:
-        message, reason = choice["message"], choice.get("finish_reason")
-        text = message.get("content")
-        if text is not None and not isinstance(text, str):
-            raise TypeError("the content is not text")
-        refused = bool(message.get("refusal")) or reason == "content_filter"
-        choices.append(Choice(text or "", refused, reason != "length"))
-    if not choices:
-        raise ValueError("no choices")
-    return tuple(choices)
+def _first_choice(body: Mapping[str, Any]) -> Reply:
+    """The answer in a chat completion; raises an IndexError, KeyError or TypeError where it is none."""
+    choice = body["choices"][0]
+    message, reason = choice["message"], choice.get("finish_reason")
+    text = message.get("content")
+    if text is not None and not isinstance(text, str):
+        raise TypeError("the content is not text")
+    refused = bool(message.get("refusal")) or reason == "content_filter"
+    return Reply(text or "", ended=reason != "length", refused=refused)
 
 
 def _one_line(text: str) -> str:

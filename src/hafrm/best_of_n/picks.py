@@ -7,7 +7,7 @@ prompts: candidates of one prompt are not independent.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from hafrm.best_of_n.candidates import Candidates
 from hafrm.best_of_n.judges import JudgeReliability, PairVerdict, judge_reliability
-from hafrm.results import Real
 from hafrm.statistics import (
     Estimate,
     accuracy_interval,
@@ -41,16 +40,6 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class PickExample:
-    """What a model picked for one prompt."""
-
-    prompt: str
-    picked: str
-    reward: float
-    gold: float | None
-
-
-@dataclass(frozen=True)
 class PickerResult:
     """One reward model as a picker; without a gold score all but the first two are empty."""
 
@@ -62,32 +51,6 @@ class PickerResult:
     since_peak: Estimate | None = None
     """Gold score of the pick among all, minus that of the pick at the peak, prompt by prompt; the peak is
     chosen on the same prompts, which makes a fall look larger than it is."""
-    alpha: Real = math.nan  # of the fit gold(n) - gold(1) = d (alpha - beta d), d = sqrt(KL)
-    beta: Real = math.nan
-    top1_agreement: Estimate | None = None
-    """Fraction of prompts whose pick is (one of) the gold score's best."""
-    examples: tuple[PickExample, ...] = ()
-
-
-@dataclass(frozen=True)
-class PickBaseline:
-    """What picks without a reward model: its gold curve."""
-
-    name: str
-    gold: tuple[Estimate, ...]  # for n = 1, 2, ..
-
-
-@dataclass(frozen=True)
-class CandidateCounts:
-    """What the candidates are, and what was left out."""
-
-    num_fewer: int = 0
-    """Prompts with fewer candidates than asked for; their best of more is the best of all."""
-    mean_candidates: float = 0.0
-    num_cut: int = 0  # draws that reached the token limit
-    num_blank: int = 0  # draws that were not text
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Prompts that are not measured, by reason."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +77,13 @@ class BestOfN:
     num_candidates: int
     gold: str | None
     judge: str | None
-    counts: CandidateCounts
+    mean_candidates: float  # per prompt
+    num_fewer: int  # prompts with fewer than num_candidates; their best of more is the best of all
+    num_cut: int  # draws that reached the token limit
+    num_blank: int  # draws that were not text
+    left_out: dict[str, int]  # prompts that are not measured, by reason
     models: tuple[PickerResult, ...]
-    baselines: tuple[PickBaseline, ...]
-    top1_chance: Real | None  # top-1 agreement of a random pick with the gold score
+    baselines: tuple[PickerResult, ...]  # picks without a reward model
     wins: tuple[Wins, ...]
 
     def tables(self) -> tuple[Table, ...]:
@@ -135,47 +101,42 @@ class BestOfN:
             (model.name, last.proxy) for model, last in zip(self.models, lasts, strict=True)
         ]
         if self.gold is not None:
-            heads += " | gold score | above a random one | picks the gold best: percent"
+            heads += " | gold score | above a random one"
             rows = [
-                (*row, last.gold, model.gain, model.top1_agreement)
+                (*row, last.gold, model.gain)
                 for row, last, model in zip(rows, lasts, self.models, strict=True)
             ]
-            rows += [(b.name, None, b.gold[-1], None, None) for b in self.baselines]
+            rows += [(b.name, None, b.curve[-1].gold, None) for b in self.baselines]
             # with n = 1 every model picks the same random candidate
             chance = self.models[0].curve[0].gold
-            rows.append(("a random one", None, chance, None, self.top1_chance))
+            rows.append(("a random one", None, chance, None))
         title = f"best of {self.num_candidates} on {self.num_prompts} prompts [95 %]"
         return Table(title, columns(heads), tuple(rows), tuple(self._notes()))
 
     def _curves(self, *, golden: bool) -> Table:
         num = self.num_candidates
         powers = sorted({2**k for k in range(num.bit_length()) if 2**k <= num} | {num})
-        baselines = self.baselines if golden else ()
+        pickers = (*self.models, *self.baselines) if golden else self.models
         rows = []
         for n in powers:
-            points = [model.curve[n - 1] for model in self.models]
+            points = [picker.curve[n - 1] for picker in pickers]
             estimates = [point.gold if golden else point.proxy for point in points]
-            estimates += [baseline.gold[n - 1] for baseline in baselines]
             rows.append((n, f"{points[0].kl:.2f}", *estimates))
-        names = ("n", "KL", *(m.name for m in self.models), *(b.name for b in baselines))
+        names = ("n", "KL", *(picker.name for picker in pickers))
         title = f"{'gold' if golden else 'own'} score of the best of n [95 %]"
         return Table(title, tuple(Column(name) for name in names), tuple(rows))
 
     def _notes(self) -> Iterator[str]:
-        counts = self.counts
         yield (
-            f"candidates: {counts.mean_candidates:.1f} a prompt; prompts with fewer than "
-            f"{self.num_candidates}: {counts.num_fewer}; draws cut at the token limit: "
-            f"{counts.num_cut}, blank: {counts.num_blank}"
+            f"candidates: {self.mean_candidates:.1f} a prompt; prompts with fewer than "
+            f"{self.num_candidates}: {self.num_fewer}; draws cut at the token limit: {self.num_cut}, "
+            f"blank: {self.num_blank}"
         )
-        for why, num in counts.left_out.items():
+        for why, num in self.left_out.items():
             yield f"left out: {num} prompts: {why}"
         for model in self.models if self.gold is not None else ():
             fall = f", since then {model.since_peak}" if model.peak != self.num_candidates else ""
-            yield (
-                f"{model.name}: gold(n) - gold(1) = d ({model.alpha:.3f} - {model.beta:.3f} d), "
-                f"d = sqrt(KL); highest at n = {model.peak}{fall}"
-            )
+            yield f"{model.name}: gold score highest at n = {model.peak}{fall}"
 
 
 def expected_picks(
@@ -207,23 +168,6 @@ def kl_of_best(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def fit_gold(
-    kl: Float[np.ndarray, " points"], gain: Float[np.ndarray, " points"]
-) -> tuple[float, float]:
-    """(alpha, beta) of gain = d (alpha - beta d) with d = sqrt(KL), by least squares; NaN for fewer than
-    three points.
-
-    The form that Gao et al. (arXiv 2210.10760, Eq. 1) found for best-of-n: `gain` is the gold reward
-    above that of n = 1, and beta above 0 bends the curve down again, at d = alpha / (2 beta).
-    """
-    if len(kl) < 3:
-        return math.nan, math.nan
-    d = np.sqrt(np.asarray(kl, np.float64))
-    design: NDArray[np.float64] = np.stack([d, -(d**2)], axis=1)
-    (alpha, beta), *_ = np.linalg.lstsq(design, np.asarray(gain, np.float64), rcond=None)
-    return float(alpha), float(beta)
-
-
 def best_indices(scores: PerPrompt) -> NDArray[np.int64]:
     """The index of the best candidate of each prompt; the first of equals."""
     return np.array([int(np.argmax(s)) for s in scores], np.int64)
@@ -253,32 +197,23 @@ def measure_picker(
         nothing = [None] * num
         return PickerResult(name, tuple(map(CurvePoint, sizes, kl, proxy, nothing)))
     values = curve_values(candidates, scores, gold, num)
-    means = values.mean(0)
-    peak = int(np.argmax(means)) + 1
-    alpha, beta = fit_gold(np.array(kl), means - means[0])
-    best = zip(best_indices(scores), gold, strict=True)
-    hits = np.array([g[k] == g.max() for k, g in best], bool)
+    peak = int(np.argmax(values.mean(0))) + 1
     return PickerResult(
         name=name,
         curve=tuple(map(CurvePoint, sizes, kl, proxy, bootstrap_columns(values))),
         gain=clustered_bootstrap(values[:, -1] - values[:, 0], proportion=False),
         peak=peak,
         since_peak=clustered_bootstrap(values[:, -1] - values[:, peak - 1], proportion=False),
-        alpha=alpha,
-        beta=beta,
-        top1_agreement=accuracy_interval(hits),
     )
 
 
 def measure_baselines(
     candidates: Sequence[Candidates], gold: PerPrompt, num: int
-) -> tuple[PickBaseline, ...]:
-    """Gold curves of picking the longest candidate, and of picking by the gold score itself."""
+) -> tuple[PickerResult, ...]:
+    """Curves of picking the longest candidate, and of picking by the gold score itself."""
     lengths = [np.array([len(t) for t in c.group.responses], np.float64) for c in candidates]
-    return tuple(
-        PickBaseline(name, bootstrap_columns(curve_values(candidates, scores, gold, num)))
-        for name, scores in (("longest", lengths), ("gold itself", gold))
-    )
+    baselines = {"longest": lengths, "gold itself": gold}
+    return tuple(measure_picker(n, candidates, s, gold, num) for n, s in baselines.items())
 
 
 def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:

@@ -40,14 +40,13 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
 
     Curves with intervals, gold score over KL where a gold score is known, wins between models.
     """
-    from hafrm.best_of_n.options import BestOfNOptions, run_best_of_n  # noqa: PLC0415
+    from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
-    from hafrm.progress import show_progress  # noqa: PLC0415
     from hafrm.recipe_file import build_as  # noqa: PLC0415
 
     pick = {"models": models, "prompts": prompts, "policy": policy, "gold": gold, "judge": judge}
     values = {"pick": pick, "draw": {"num": num, "seed": seed}}
     options = build_as(BestOfNOptions, values, "the options", overrides=settings or ())
-    result = run_best_of_n(options, out, golds={"demo": gold_reward}, show_progress=show_progress)
+    result = best_of_n(options, out, golds={"demo": gold_reward})
     show_result(result)
     typer.echo(f"every number is in {out / 'best_of_n.json'}, every pick in {out / 'picks.jsonl'}")

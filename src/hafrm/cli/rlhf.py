@@ -30,7 +30,7 @@ def rlhf_command(
     """Train a policy against reward models with PPO, RLOO or GRPO, as a recipe says.
 
     With comparison.models each of them trains a policy from one start, and the policies are compared; the
-    same command resumes a comparison. Exit code 1 where the watchdog stopped a run; its best step is
+    same command resumes a comparison. Exit code 1 where a run was stopped early; its best step is
     exported all the same.
     """
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415

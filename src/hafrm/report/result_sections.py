@@ -108,28 +108,12 @@ def _gain(series: Series) -> Series:
 
 
 def policies_section(material: Material) -> PageSection | None:
-    """Policies trained by different reward models: scores, wins, proxy and gold reward over KL."""
+    """Policies trained by different reward models: scores and wins."""
     blocks: list[Block] = []
     for folder in material.folders:
         result = folder.rlhf_comparison
         if result is None:
             continue
-        plots: list[Plot | None] = []
-        for title in ("Gold reward", "Proxy reward"):
-            series = []
-            for curve in result.curves:
-                values = [p.gold if title == "Gold reward" else p.proxy for p in curve.points]
-                points = [
-                    (p.kl, v) for p, v in zip(curve.points, values, strict=True) if v is not None
-                ]
-                name = f"{curve.model}, seed {curve.seed}"
-                x, y = [kl for kl, _ in points], [value for _, value in points]
-                series.append(Series(name, x, y, material.colours[curve.model]))
-            plots.append(chart(f"{title} over KL", series, AxisScale("KL, nat")))
-        key = tuple((model, material.colours[model]) for model in result.models)
-        seeds = ", ".join(map(str, result.seeds))
-        shown = tuple(p for p in plots if p is not None)
-        blocks += [Plots(shown, key, f"One line per seed ({seeds}).")] if shown else []
         scores, wins = result.tables()
         blocks.append(Strips(scores, ("gain over start [95 %]",), 0.0))
         blocks.append(Strips(wins, ("wins - losses",), 0.0))
@@ -138,11 +122,10 @@ def policies_section(material: Material) -> PageSection | None:
 
 
 def examples_section(material: Material) -> PageSection | None:
-    """Worst errors, picked answers, RLHF samples; folded until opened."""
+    """Worst errors and RLHF samples; folded until opened."""
     blocks: list[Block] = []
     for folder in material.folders:
-        parts = (("worst errors", _worst), ("picked answers", _picked))
-        for title, make in (*parts, ("RLHF samples", _samples)):
+        for title, make in (("worst errors", _worst), ("RLHF samples", _samples)):
             texts = tuple(make(folder))[:MAX_TEXTS]
             blocks += [Details(f"{folder.name}: {title}", texts)] if texts else []
     lead = "The texts behind the numbers, exactly as they are in the data."
@@ -159,14 +142,6 @@ def _worst(folder: RunFiles) -> Iterator[Details]:
             note += f", votes {' to '.join(map(str, example.votes))}"
         texts = [(n, getattr(example, n)) for n in ("prompt", "chosen", "rejected")]
         yield _passage(note, texts)
-
-
-def _picked(folder: RunFiles) -> Iterator[Details]:
-    for model in folder.best_of_n.models if folder.best_of_n is not None else ():
-        for example in model.examples:
-            note = f"picked by {model.name}, score {example.reward:.2f}"
-            note += "" if example.gold is None else f", gold {example.gold:.2f}"
-            yield _passage(note, [("prompt", example.prompt), ("picked", example.picked)])
 
 
 def _samples(folder: RunFiles) -> Iterator[Details]:

@@ -53,23 +53,61 @@ class Rollout:
 
 
 def encode_prompts(groups: Sequence[Group], encoder: Encoder, max_length: int) -> list[Prompt]:
-    """The prompts of at most `max_length` tokens: what the policy's template writes up to the response.
-
-    A prompt is never cut, since half a question is another question.
-    """
+    """The prompts of at most `max_length` tokens; none is cut, since half a question is another one."""
     # the encoder cuts prompt from response where two different responses begin
     asked = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
     encoded, _ = encoder.encode(asked)
-    prompts = [
+    fitting = [
         Prompt(group.id, group.prompt, e.prompt_ids)
         for group, e in zip(groups, encoded, strict=True)
+        if len(e.prompt_ids) <= max_length
     ]
-    fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_length]
-    if len(fitting) < len(prompts):
+    if len(fitting) < len(groups):
         log.info(
-            "%d of %d prompts are too long and left out", len(prompts) - len(fitting), len(prompts)
+            "%d of %d prompts are too long and left out", len(groups) - len(fitting), len(groups)
         )
     return fitting
+
+
+def write_responses(
+    causal: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    num: int,
+    section: SamplingSection,
+    *,
+    seed: int,
+) -> list[Rollout]:
+    """`num` responses to each prompt; the same weights, prompts and seed give the same ones."""
+    drawn = sample(
+        causal,
+        [prompt.ids.tolist() for prompt in prompts],
+        num,
+        Sampling(**section.model_dump(exclude={"batch_size"})),
+        eos=encoder.eos_id,
+        pad=encoder.pad_id,
+        seed=seed,
+        batch_size=section.batch_size,
+    )
+    return [
+        Rollout(
+            prompt,
+            tuple(np.array(ids, np.int32) for ids in responses),
+            tuple(response_text(encoder, ids) for ids in responses),
+            tuple(ids[-1] == encoder.eos_id for ids in responses),
+        )
+        for prompt, responses in zip(prompts, drawn, strict=True)
+    ]
+
+
+def response_text(encoder: Encoder, ids: Sequence[int]) -> str:
+    """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
+    own = [token for token in ids if token != encoder.eos_id]
+    text = encoder.tokenizer.decode(
+        own, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    # a template's blank before the answer is the response's first token, and not part of its text
+    return str(text).lstrip(" ")
 
 
 class Reference:
@@ -93,29 +131,24 @@ class Reference:
                 part.enable_adapters(True)
 
 
+@dataclass(eq=False)
 class Actor:
     """A policy and its reference, ready to write and to be measured."""
 
-    def __init__(  # noqa: PLR0913 - two views of one model, its start, its tokenizer, two budgets
-        self,
-        causal: PreTrainedModel,
-        model: HybridModel,
-        reference: Reference,
-        encoder: Encoder,
-        *,
-        sampling: Sampling,
-        batch_size: int,
-        max_tokens: int,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        """Log-probs of `model` and its reference become those at the sampling temperature."""
-        self.causal, self.model, self.reference, self.encoder = causal, model, reference, encoder
-        self.sampling, self.batch_size = sampling, batch_size
-        self.max_tokens, self.autocast = max_tokens, autocast
-        at_temperature = replace(model.transform, temperature=sampling.temperature)
-        model.transform = at_temperature
-        with reference.model() as start:
-            start.transform = at_temperature
+    causal: PreTrainedModel
+    model: HybridModel  # around the same weights as `causal`
+    reference: Reference
+    encoder: Encoder
+    sampling: SamplingSection
+    max_tokens: int  # of a packed sequence
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        # the log-probs of what is sampled are those at the sampling temperature
+        temperature = self.sampling.temperature
+        self.model.transform = replace(self.model.transform, temperature=temperature)
+        with self.reference.model() as start:
+            start.transform = self.model.transform
 
     @classmethod
     def load(cls, recipe: RlhfRecipe, encoder: Encoder, *, share: bool = True) -> "Actor":
@@ -145,67 +178,32 @@ class Actor:
         reference = Reference(model, adapters=lora is not None)
         if recipe.training.gradient_checkpointing:
             model.checkpoint_activations()
-        return cls(
-            causal,
-            model,
-            reference,
-            encoder,
-            sampling=sampling_of(recipe.sampling),
-            batch_size=recipe.sampling.batch_size,
-            max_tokens=recipe.training.max_tokens,
-            autocast=torch.bfloat16 if bf16 else None,
-        )
+        autocast = torch.bfloat16 if bf16 else None
+        budget = recipe.training.max_tokens
+        return cls(causal, model, reference, encoder, recipe.sampling, budget, autocast)
 
     def write(self, prompts: Sequence[Prompt], num: int, seed: int) -> list[Rollout]:
-        """`num` responses to each prompt; the same weights, prompts and seed give the same ones."""
-        eos = self.encoder.eos_id
+        """`num` responses to each prompt, in the precision of training."""
         with self.precision():
-            drawn = sample(
-                self.causal,
-                [prompt.ids.tolist() for prompt in prompts],
-                num,
-                self.sampling,
-                eos=eos,
-                pad=self.encoder.pad_id,
-                seed=seed,
-                batch_size=self.batch_size,
+            return write_responses(
+                self.causal, self.encoder, prompts, num, self.sampling, seed=seed
             )
-        return [
-            Rollout(
-                prompt,
-                tuple(np.array(ids, np.int32) for ids in responses),
-                tuple(response_text(self.encoder, ids) for ids in responses),
-                tuple(ids[-1] == eos for ids in responses),
-            )
-            for prompt, responses in zip(prompts, drawn, strict=True)
-        ]
 
-    def logps(self, rollouts: Sequence[Rollout]) -> tuple[Scores, Scores]:
-        """Log-prob sums of every response under the policy and under its reference, nat."""
-        policy = self._forward(self.model, rollouts)
+    def kls(self, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
+        """log pi - log pi_ref of every response, nat: their mean estimates KL(pi || pi_ref)."""
+
+        def run(model: HybridModel) -> Scores:
+            return run_forward(model, rollouts, max_tokens=self.max_tokens, autocast=self.autocast)
+
+        policy = run(self.model).logps
         with self.reference.model() as start:
-            return policy, self._forward(start, rollouts)
-
-    def _forward(self, model: HybridModel, rollouts: Sequence[Rollout]) -> Scores:
-        return run_forward(model, rollouts, max_tokens=self.max_tokens, autocast=self.autocast)
+            reference = run(start).logps
+        assert policy is not None
+        assert reference is not None
+        return policy - reference
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """Autocast as the run trains, or nothing."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, self.autocast)
-
-
-def sampling_of(section: SamplingSection) -> Sampling:
-    """How the recipe lets the policy write."""
-    return Sampling(**section.model_dump(exclude={"batch_size"}))
-
-
-def response_text(encoder: Encoder, ids: Sequence[int]) -> str:
-    """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
-    own = [token for token in ids if token != encoder.eos_id]
-    text = encoder.tokenizer.decode(
-        own, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    # a template's blank before the answer is the response's first token, and not part of its text
-    return str(text).lstrip(" ")

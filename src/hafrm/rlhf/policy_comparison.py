@@ -7,7 +7,6 @@ run folder. Answers are sampled again, from the same seeds.
 
 import itertools
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,25 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from hafrm.best_of_n.candidate_scores import GoldReward, named_models
 from hafrm.best_of_n.candidates import read_prompts
-from hafrm.best_of_n.judges import AnswerPair, JudgeSection, LlmJudge, PairVerdict, load_judge
+from hafrm.best_of_n.endpoint import EndpointSection
+from hafrm.best_of_n.judges import AnswerPair, LlmJudge, PairVerdict, load_judge
 from hafrm.best_of_n.picks import Wins, measure_wins, wins_table
 from hafrm.data.encoding import Encoder
-from hafrm.engine.sampling import sample
 from hafrm.errors import ConfigError
 from hafrm.preferences import Message
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe import ModelSection
 from hafrm.results import read_result, write_result
-from hafrm.rlhf.actor import encode_prompts, response_text, sampling_of
-from hafrm.rlhf.rewards import load_scorer, score_texts
+from hafrm.rlhf.actor import encode_prompts, write_responses
+from hafrm.rlhf.rewards import load_scorer, score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult
 from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
-from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 from hafrm.table import Table, columns
@@ -46,25 +43,6 @@ _TEST_SEED = 2**61  # beyond the seeds of training and of held-out prompts
 
 
 @dataclass(frozen=True)
-class CurveSample:
-    """One evaluation of a run on its held-out prompts."""
-
-    step: int
-    kl: float
-    proxy: float
-    gold: float | None
-
-
-@dataclass(frozen=True)
-class PolicyCurve:
-    """Proxy and gold reward against the KL from the start, evaluation by evaluation."""
-
-    model: str
-    seed: int
-    points: tuple[CurveSample, ...]
-
-
-@dataclass(frozen=True)
 class PolicyScore:
     """How the answers of one reward model's policies score, over all seeds and prompts."""
 
@@ -74,7 +52,7 @@ class PolicyScore:
     gain: Estimate | None  # over the start policy's answers to the same prompts
     length: float  # characters per answer
     kl: float  # from the start, nat per response, at the exported steps; 0 for the start
-    stopped: int  # seeds that the watchdog stopped
+    stopped: int  # seeds that were stopped early
 
 
 @dataclass(frozen=True)
@@ -85,9 +63,7 @@ class RlhfComparison:
     seeds: tuple[int, ...]
     scored_by: str  # what gives the scores: gold, evaluation.reward_model's path, or nothing
     standings: tuple[PolicyScore, ...]
-    curves: tuple[PolicyCurve, ...]
     wins: tuple[Wins, ...]
-    seconds: float  # of this call; runs that were there already take none
 
     def tables(self) -> tuple[Table, ...]:
         """Every policy's score beside the start's, then wins."""
@@ -123,6 +99,17 @@ class ComparisonRun:
     def folder(self) -> str:
         return f"{self.model}-{self.seed}"
 
+    def recipe(self, shared: RlhfRecipe) -> RlhfRecipe:
+        """The shared recipe with the run's reward model and seed."""
+        update = {
+            "reward": shared.reward.model_copy(update={"model": self.path}),
+            "training": shared.training.model_copy(update={"seed": self.seed}),
+            # so that more test prompts or another judge leave the runs as they are
+            "comparison": None,
+            "judge": EndpointSection(),
+        }
+        return with_rlhf_precision(shared.model_copy(update=update))
+
 
 def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:
     """All runs of PATH or NAME=PATH models, seed by seed, so that a stopped comparison has some of each.
@@ -139,20 +126,6 @@ def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:
     ]
 
 
-def recipe_for(recipe: RlhfRecipe, run: ComparisonRun) -> RlhfRecipe:
-    """The shared recipe with the run's reward model and seed."""
-    reward = {"models": (run.path,), "rule": "mean"}  # a rule is for several models
-    return recipe.model_copy(
-        update={
-            "reward": recipe.reward.model_copy(update=reward),
-            "training": recipe.training.model_copy(update={"seed": run.seed}),
-            # so that more test prompts or another judge leave the runs as they are
-            "comparison": None,
-            "judge": JudgeSection(),
-        }
-    )
-
-
 @dataclass(frozen=True)
 class ComparisonWorker:
     """Trains the policies of a comparison and samples their answers; finished runs are not repeated."""
@@ -162,16 +135,15 @@ class ComparisonWorker:
     gold: GoldReward | None
 
     def __call__(self, run: ComparisonRun) -> PolicyAnswers:
-        """Start or resume the run, or find it done; the answers of its policy.
+        """Start or resume the run, unless it is done; the answers of its policy.
 
         Raises CheckpointError where the folder is of a run with another recipe or reward model.
         """
-        folder = self.folder / "runs" / run.folder
-        recipe = with_rlhf_precision(recipe_for(self.recipe, run))
-        resume = (folder / "recipe.yaml").is_file()
+        folder, recipe = self.folder / "runs" / run.folder, run.recipe(self.recipe)
         if (folder / "model").is_dir():
             open_run(recipe, folder, resume=True)
         else:
+            resume = (folder / "recipe.yaml").is_file()
             if resume and recipe.algorithm.name != "ppo":
                 shutil.rmtree(folder)  # TRL's runs keep no checkpoints
                 resume = False
@@ -189,25 +161,20 @@ class ComparisonWorker:
         groups = read_prompts(recipe.comparison.test, max_bad_fraction=recipe.data.max_bad_fraction)
         prompts = encode_prompts(groups, encoder, recipe.data.max_prompt_length)
         causal = load_base(policy, torch.float32, default_device())
-        responses = sample(
-            causal,
-            [prompt.ids.tolist() for prompt in prompts],
-            1,
-            sampling_of(recipe.sampling),
-            eos=encoder.eos_id,
-            pad=encoder.pad_id,
-            seed=_TEST_SEED + seed,
-            batch_size=recipe.sampling.batch_size,
-        )
+        seed = _TEST_SEED + seed
+        rollouts = write_responses(causal, encoder, prompts, 1, recipe.sampling, seed=seed)
         messages = tuple(prompt.messages for prompt in prompts)
-        texts = tuple(response_text(encoder, ids) for (ids,) in responses)
+        texts = tuple(text for r in rollouts for text in r.texts)
         scores: Sequence[float] = ()
         if self.gold is not None:
-            scores = [float(self.gold(m, text)) for m, text in zip(messages, texts, strict=True)]
+            scores = [self.gold(m, text) for m, text in zip(messages, texts, strict=True)]
         elif recipe.evaluation.reward_model is not None:
             scorer = load_scorer(recipe.evaluation.reward_model)
-            scores = score_texts(scorer, messages, [[text] for text in texts]).tolist()
+            scores = score_rollouts(scorer, rollouts).tolist()
         return PolicyAnswers(messages, texts, tuple(scores))
+
+
+Answers = Mapping[tuple[str, int], PolicyAnswers]  # by the policy's name and the seed
 
 
 def compare_policies(
@@ -233,92 +200,60 @@ def compare_policies(
             "LLM that is asked, or evaluation.reward_model, a reward model that trains none of them"
         )
     judge = None if comparison.judge is None else load_judge(comparison.judge, recipe.judge)
-    start = time.perf_counter()
-    seeds = range(comparison.seeds)
     runs = plan_runs(comparison.models, comparison.seeds)
     make_worker = partial(ComparisonWorker, recipe, folder, gold)
-    worker = make_worker()
-    answers = {(START, seed): worker.answer(recipe.model, seed) for seed in seeds}
-    by_run: dict[str, PolicyAnswers] = {}
+    start = make_worker()
+    seeds = range(comparison.seeds)
+    by_run: dict[ComparisonRun, PolicyAnswers] = {}
 
     def note(run: ComparisonRun, result: PolicyAnswers) -> None:
-        by_run[run.folder] = result
+        by_run[run] = result
         on_run(f"{len(by_run)}/{len(runs)} {run.folder} is done")
 
+    answers = {(START, seed): start.answer(recipe.model, seed) for seed in seeds}
     with ProcessPool(make_worker, num_processes) as pool:
         pool.run(runs, note)
     # runs end in any order, and standings follow the order of the models
-    answers |= {(run.model, run.seed): by_run[run.folder] for run in runs}
+    answers |= {(run.model, run.seed): by_run[run] for run in runs}
+    models = tuple(dict.fromkeys(run.model for run in runs))
     result = RlhfComparison(
-        models=tuple(dict.fromkeys(run.model for run in runs)),
+        models=models,
         seeds=tuple(seeds),
         scored_by=scored_by or "nothing",
-        standings=tuple(_standings(answers, runs, folder, seeds)),
-        curves=tuple(_curve(run, folder) for run in runs),
+        standings=tuple(_standing(name, answers, seeds, folder) for name in (START, *models)),
         wins=tuple(answer_wins(answers, seeds, judge, scored_by or "")),
-        seconds=time.perf_counter() - start,
     )
     write_result(folder / "rlhf_comparison.json", result)
     return result
 
 
-def _curve(run: ComparisonRun, folder: Path) -> PolicyCurve:
-    records = read_json_lines(folder / "runs" / run.folder / "metrics.jsonl")
-    points = tuple(
-        CurveSample(r["step"], r["kl"], r["reward"], r.get("gold"))
-        for r in records
-        if r.get("phase") == "held-out"
+def _standing(name: str, answers: Answers, seeds: Sequence[int], folder: Path) -> PolicyScore:
+    """One reward model's policies over prompts, and over seeds where there are several; or the start."""
+    score = gain = None
+    own = np.array([answers[name, s].scores for s in seeds])  # [seeds, prompts]
+    base = np.array([answers[START, s].scores for s in seeds])
+    if own.size and len(seeds) == 1:
+        score = clustered_bootstrap(own[0], proportion=False)
+        gain = clustered_bootstrap(own[0] - base[0], proportion=False)
+    elif own.size:
+        score = seeded_mean(own, proportion=False)
+        gain = seeded_difference(own, base, proportion=False).estimate
+    results = [
+        read_result(folder / "runs" / f"{name}-{seed}" / "result.json", RlhfResult)
+        for seed in (() if name == START else seeds)
+    ]
+    return PolicyScore(
+        name,
+        score,
+        None if name == START else gain,
+        float(np.mean([len(text) for seed in seeds for text in answers[name, seed].texts])),
+        float(np.mean([r.best["kl"] for r in results])) if results else 0.0,
+        sum(r.stopped is not None for r in results),
     )
-    return PolicyCurve(run.model, run.seed, points)
-
-
-def _standings(
-    answers: Mapping[tuple[str, int], PolicyAnswers],
-    runs: Sequence[ComparisonRun],
-    folder: Path,
-    seeds: Sequence[int],
-) -> list[PolicyScore]:
-    """Every reward model's policies, the start first."""
-    standings = []
-    for name in dict.fromkeys(name for name, _ in answers):
-        folders = [folder / "runs" / run.folder for run in runs if run.model == name]
-        results = [read_result(path / "result.json", RlhfResult) for path in folders]
-        score = gain = None
-        if answers[START, seeds[0]].scores:
-            mine, base = (np.array([answers[n, s].scores for s in seeds]) for n in (name, START))
-            score, gain = _score_and_gain(mine, base)
-        texts = [text for seed in seeds for text in answers[name, seed].texts]
-        standings.append(
-            PolicyScore(
-                name,
-                score,
-                None if name == START else gain,
-                float(np.mean([len(text) for text in texts])),
-                float(np.mean([r.best["kl"] for r in results])) if results else 0.0,
-                sum(r.stopped is not None for r in results),
-            )
-        )
-    return standings
-
-
-def _score_and_gain(
-    scores: Float[np.ndarray, "seeds prompts"], base: Float[np.ndarray, "seeds prompts"]
-) -> tuple[Estimate, Estimate]:
-    """The mean score and its gain over `base`: over prompts, and over seeds where there are several."""
-    if len(scores) == 1:
-        return (
-            clustered_bootstrap(scores[0], proportion=False),
-            clustered_bootstrap(scores[0] - base[0], proportion=False),
-        )
-    gain = seeded_difference(scores, base, proportion=False)
-    return seeded_mean(scores, proportion=False), gain.estimate
 
 
 def answer_wins(
-    answers: Mapping[tuple[str, int], PolicyAnswers],
-    seeds: Sequence[int],
-    judge: LlmJudge | None,
-    scored_by: str,
+    answers: Answers, seeds: Sequence[int], judge: LlmJudge | None, scored_by: str
 ) -> list[Wins]:
     """Every two policies, answer against answer, over all prompts and seeds."""
     names = list(dict.fromkeys(name for name, _ in answers))
@@ -332,8 +267,7 @@ def answer_wins(
         ]
         if judge is None:
             gaps = [np.array(a.scores) - np.array(b.scores) for a, b in sides]
-            signs = np.sign(np.concatenate(gaps)).astype(int).tolist()
-            verdicts = [PairVerdict(sign) for sign in signs]
+            verdicts = [PairVerdict(int(sign)) for sign in np.sign(np.concatenate(gaps))]
         else:
             verdicts = judge.compare(pairs)
         same = np.array([pair.first == pair.second for pair in pairs])

@@ -4,8 +4,7 @@ Tokens of all responses are concatenated ("flat"), and `lengths` says how many b
 reduced over tokens unless its name says so: the update divides by the whole mini-batch's count.
 
 Shapes: tokens = response tokens of all responses, time = steps of the longest response. Sources:
-PPO = arXiv 1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences),
-K = joschu.net/blog/kl-approx.html.
+PPO = arXiv 1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences).
 """
 
 import math
@@ -25,35 +24,14 @@ _TINY = 1e-8
 
 def to_rows(flat: Tokens, lengths: Lengths) -> Float[Tensor, "responses time"]:
     """One row for each response, padded with zeros on the right."""
-    rows = flat.new_zeros(len(lengths), int(lengths.max()))
-    rows[_filled(lengths, rows.shape[1])] = flat
+    filled = _filled(lengths)
+    rows = flat.new_zeros(filled.shape)
+    rows[filled] = flat
     return rows
 
 
-def to_flat(rows: Float[Tensor, "responses time"], lengths: Lengths) -> Tokens:
-    """The tokens of `to_rows` again."""
-    return rows[_filled(lengths, rows.shape[1])]
-
-
-def _filled(lengths: Lengths, time: int) -> Bool[Tensor, "responses time"]:
-    return torch.arange(time, device=lengths.device)[None, :] < lengths[:, None]
-
-
-def log_ratios(logps: Tokens, reference_logps: Tokens) -> Tokens:
-    """log pi - log pi_ref of every sampled token, nat: K's k1, whose mean is KL(pi || pi_ref)."""
-    return logps - reference_logps
-
-
-def sums_by_response(flat: Tokens, lengths: Lengths) -> Float[Tensor, " responses"]:
-    """The sum over each response's tokens."""
-    return to_rows(flat, lengths).sum(1)
-
-
-def missing_eos_scores(
-    scores: Float[Tensor, " responses"], ended: Bool[Tensor, " responses"], penalty: float
-) -> Float[Tensor, " responses"]:
-    """The scores, less `penalty` (reward units) for responses that were cut before their EOS."""
-    return torch.where(ended, scores, scores - penalty)
+def _filled(lengths: Lengths) -> Bool[Tensor, "responses time"]:
+    return torch.arange(int(lengths.max()), device=lengths.device)[None, :] < lengths[:, None]
 
 
 def token_rewards(
@@ -91,7 +69,7 @@ def estimate_advantages(
     for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
-    flat = to_flat(advantages, lengths)
+    flat = advantages[_filled(lengths)]
     return Advantages(flat, flat + values)
 
 
@@ -129,21 +107,6 @@ def clipped_tokens(logps: Tokens, old_logps: Tokens, clip: float) -> Float[Tenso
     return (((logps - old_logps).exp() - 1.0).abs() > clip).float().sum()
 
 
-@torch.no_grad()
-def squared_log_ratios(logps: Tokens, old_logps: Tokens) -> Float[Tensor, ""]:
-    """K's k2, sum over tokens of (log rho)^2 / 2: how far this update has moved the policy."""
-    return 0.5 * (logps - old_logps).square().sum()
-
-
-@torch.no_grad()
-def explained_variance(values: Tokens, returns: Tokens) -> float:
-    """1 - Var(R - V) / Var(R): 1 is a perfect value head, 0 a constant one; NaN where R is constant."""
-    variance = returns.var(unbiased=False)
-    if not variance > 0:
-        return float("nan")
-    return float(1.0 - (returns - values).var(unbiased=False) / variance)
-
-
 def next_kl_coefficient(
     coefficient: float, kl: float, num_responses: int, *, target: float | None, horizon: int
 ) -> float:
@@ -168,16 +131,14 @@ class Moments:
 
     def including(self, values: Float[Tensor, " responses"]) -> "Moments":
         """The moments with a batch added."""
-        num = len(values)
-        batch = values.double()
+        num, batch = len(values), values.double()
         mean = float(batch.mean())
-        squares = float((batch - mean).square().sum())
-        total = self.count + num
-        delta = mean - self.mean
+        delta, total = mean - self.mean, self.count + num
+        squares = self.squares + float((batch - mean).square().sum())
         return Moments(
             total,
             self.mean + delta * num / total,
-            self.squares + squares + delta**2 * self.count * num / total,
+            squares + delta**2 * self.count * num / total,
         )
 
     @property
@@ -188,10 +149,16 @@ class Moments:
 
 
 def scores_of(
-    rewards: Float[Tensor, " responses"], moments: Moments, section: RewardSection
+    rewards: Float[Tensor, " responses"],
+    ended: Bool[Tensor, " responses"],
+    moments: Moments,
+    section: RewardSection,
 ) -> Float[Tensor, " responses"]:
-    """Rewards centred, scaled and clipped as the recipe says, given moments that include this batch."""
+    """Rewards centred, scaled and clipped as the recipe says, given moments that include this batch; less
+    the penalty of responses that were cut before their EOS."""
     # order and meaning as TRL's use_score_norm, use_score_scaling and score_clip
     scores = rewards - moments.mean if section.center else rewards
     scores = scores / moments.std if section.scale else scores
-    return scores if section.clip is None else scores.clamp(-section.clip, section.clip)
+    if section.clip is not None:
+        scores = scores.clamp(-section.clip, section.clip)
+    return torch.where(ended, scores, scores - section.missing_eos_penalty)

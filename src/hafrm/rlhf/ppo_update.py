@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -24,11 +24,8 @@ from hafrm.rlhf.ppo_terms import (
     Advantages,
     clipped_tokens,
     estimate_advantages,
-    explained_variance,
-    log_ratios,
     policy_losses,
-    squared_log_ratios,
-    sums_by_response,
+    to_rows,
     token_rewards,
     value_losses,
     whiten,
@@ -43,8 +40,7 @@ class TokenValues(NamedTuple):
 
     logps: Float[Tensor, " scored"]  # log-prob of the token, nat
     values: Float[Tensor, " scored"]  # reward to come, judged before the token is sampled
-    entropies: Float[Tensor, " scored"] | None
-    """Of the distribution that the token was drawn from, nat; where it was asked for."""
+    hidden: Float[Tensor, "scored hidden"]  # the state that predicts it, as the backbone computes
 
 
 class PolicyWithValue(nn.Module):
@@ -61,17 +57,12 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(head.weight)
         self.value_head = head.to(model.device)
 
-    def forward(self, layout: Layout, *, entropies: bool = False) -> TokenValues:
+    def forward(self, layout: Layout) -> TokenValues:
         """Log-probs and values of all response tokens of the layout, in its order."""
         hidden, logps = self.model.tokens(layout)
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.value_head(hidden.float())
-        return TokenValues(logps, values[:, 0], self._entropies(hidden) if entropies else None)
-
-    def _entropies(self, hidden: Float[Tensor, "scored hidden"]) -> Float[Tensor, " scored"]:
-        head = self.model.policy_head
-        assert head is not None
-        return token_entropies(hidden, head.weight, bias=head.bias, transform=self.model.transform)
+        return TokenValues(logps, values[:, 0], hidden)
 
     @property
     def device(self) -> torch.device:
@@ -89,19 +80,16 @@ def pack(
     rollouts: Sequence[Rollout], chosen: NDArray[np.int64], max_tokens: int, device: torch.device
 ) -> list[PackedRollouts]:
     """Packed sequences of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
-    lengths = [len(ids) for r in rollouts for ids in r.response_ids]
-    starts = np.cumsum([0, *lengths])
+    starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])
     first = first_responses(rollouts)
-    groups = [rollouts[i] for i in chosen]
     # indices of `shared` count the responses to the chosen prompts only
     of_batch = np.concatenate([first[i] + np.arange(len(rollouts[i].texts)) for i in chosen])
-    shared = share_prompts(groups, max_tokens)
+    shared = share_prompts([rollouts[i] for i in chosen], max_tokens)
     sequences = []
     for plan in plan_sequences([item.group for item in shared], max_tokens):
-        part = [shared[i].group for i in plan]
         responses = of_batch[np.concatenate([shared[i].indices for i in plan])]
         tokens = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in responses])
-        layout = lay_out(part).to(device)
+        layout = lay_out([shared[i].group for i in plan]).to(device)
         sequences.append(PackedRollouts(layout, torch.from_numpy(tokens).to(device)))
     return sequences
 
@@ -112,43 +100,38 @@ class Measured:
 
     rollouts: list[Rollout]
     lengths: Int[Tensor, " responses"]
-    ended: Bool[Tensor, " responses"]
     logps: Float[Tensor, " tokens"]
     values: Float[Tensor, " tokens"]
-    entropies: Float[Tensor, " tokens"]
-    ratios: Float[Tensor, " tokens"]  # log pi - log pi_ref
+    entropies: Float[Tensor, " tokens"]  # of the distribution that each token was drawn from, nat
+    ratios: Float[Tensor, " tokens"]
+    """log pi - log pi_ref, nat: the mean of this estimate of the KL is KL(pi || pi_ref)."""
 
     @property
     def kls(self) -> Float[Tensor, " responses"]:
-        """log pi - log pi_ref of each whole response, nat: their mean estimates KL(pi || pi_ref)."""
-        return sums_by_response(self.ratios, self.lengths)
+        """log pi - log pi_ref of each whole response, nat."""
+        return to_rows(self.ratios, self.lengths).sum(1)
 
 
 @torch.no_grad()
 def measure_rollouts(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollout]) -> Measured:
     """Old log-probs, values, entropies and the reference's log-probs of every response token."""
-    device = policy.device
+    device, head = policy.device, policy.model.policy_head
+    assert head is not None
     lengths = torch.tensor([len(ids) for r in rollouts for ids in r.response_ids])
     num = int(lengths.sum())
     logps, values, entropies, reference = (torch.zeros(num, device=device) for _ in range(4))
     sequences = pack(rollouts, np.arange(len(rollouts)), actor.max_tokens, device)
     with actor.precision():
-        for sequence in sequences:
-            output = policy(sequence.layout, entropies=True)
-            logps[sequence.tokens], values[sequence.tokens] = output.logps, output.values
-            entropies[sequence.tokens] = output.entropies
+        for layout, tokens in sequences:
+            output = policy(layout)
+            logps[tokens], values[tokens] = output.logps, output.values
+            entropies[tokens] = token_entropies(
+                output.hidden, head.weight, bias=head.bias, transform=policy.model.transform
+            )
         with actor.reference.model() as start:
-            for sequence in sequences:
-                reference[sequence.tokens] = start.tokens(sequence.layout).logps
-    return Measured(
-        rollouts,
-        lengths.to(device),
-        torch.tensor([end for r in rollouts for end in r.ended], device=device),
-        logps,
-        values,
-        entropies,
-        log_ratios(logps, reference),
-    )
+            for layout, tokens in sequences:
+                reference[tokens] = start.tokens(layout).logps
+    return Measured(rollouts, lengths.to(device), logps, values, entropies, logps - reference)
 
 
 def advantages_of(
@@ -165,19 +148,6 @@ def advantages_of(
     return Advantages(whiten(advantages), returns)
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateStats:
-    """Means over all tokens of all updates of a batch."""
-
-    policy_loss: float
-    value_loss: float
-    clip_fraction: float  # fraction of tokens whose ratio left 1 -+ clip
-    update_kl: float  # (log ratio)^2 / 2 per token, against the policy that wrote the responses
-    explained_variance: float
-    """Of the returns by the values before the first update; NaN where the returns are constant."""
-    grad_norm: float  # before clipping, mean over updates
-
-
 def update(  # noqa: PLR0913 - what is trained, on what, by which rules
     policy: PolicyWithValue,
     optimizer: torch.optim.Optimizer,
@@ -188,13 +158,13 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
     *,
     seed: tuple[int, int],
     max_grad_norm: float,
-) -> UpdateStats:
-    """All updates of a batch; `seed` orders the prompts of each epoch.
+) -> dict[str, float]:
+    """All updates of a batch, and their metrics, means over all tokens; `seed` orders the prompts.
 
     Raises NumericsError before an update whose loss or gradient is not finite.
     """
     order = np.random.default_rng(seed)
-    sums = torch.zeros(5, device=policy.device)
+    sums = torch.zeros(4, device=policy.device)
     norms: list[float] = []
     for _ in range(algorithm.epochs):
         shuffled = order.permutation(len(batch.rollouts))
@@ -212,15 +182,13 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    tokens, policy_loss, value_loss, clipped, moved = sums.tolist()
-    return UpdateStats(
-        policy_loss / tokens,
-        value_loss / tokens,
-        clipped / tokens,
-        moved / tokens,
-        explained_variance(batch.values, targets.returns),
-        float(np.mean(norms)),
-    )
+    tokens, policy_loss, value_loss, clipped = sums.tolist()
+    return {
+        "policy_loss": policy_loss / tokens,
+        "value_loss": value_loss / tokens,
+        "clip_fraction": clipped / tokens,
+        "grad_norm": float(np.mean(norms)),  # before clipping
+    }
 
 
 def _accumulate(
@@ -231,29 +199,19 @@ def _accumulate(
     algorithm: AlgorithmSection,
     actor: Actor,
 ) -> Float[Tensor, " sums"]:
-    """The gradient of a whole mini-batch; its (tokens, policy loss, value loss, clipped, moved), summed."""
-    num_tokens = sum(len(sequence.tokens) for sequence in sequences)
-    sums = torch.zeros(5, device=policy.device)
-    for sequence in sequences:
+    """The gradient of a whole mini-batch; sums of its tokens, both losses and the clipped tokens."""
+    num_tokens = sum(len(tokens) for _, tokens in sequences)
+    sums = torch.zeros(4, device=policy.device)
+    for layout, tokens in sequences:
         with actor.precision():
-            output = policy(sequence.layout)
-        where = sequence.tokens
-        old = batch.logps[where]
-        policy_loss = policy_losses(
-            output.logps, old, targets.advantages[where], algorithm.clip
-        ).sum()
-        value_loss = value_losses(
-            output.values, batch.values[where], targets.returns[where], algorithm.value_clip
-        ).sum()
+            output = policy(layout)
+        old, clip = batch.logps[tokens], algorithm.clip
+        policy_loss = policy_losses(output.logps, old, targets.advantages[tokens], clip).sum()
+        old_values, returns = batch.values[tokens], targets.returns[tokens]
+        value_loss = value_losses(output.values, old_values, returns, algorithm.value_clip).sum()
         # PPO, Eq. 9: L = L_clip + c L_value, as means over the tokens of the whole mini-batch
         ((policy_loss + algorithm.value_weight * value_loss) / num_tokens).backward()
-        sums += torch.stack(
-            [
-                torch.tensor(float(len(where)), device=policy.device),
-                policy_loss.detach(),
-                value_loss.detach(),
-                clipped_tokens(output.logps, old, algorithm.clip),
-                squared_log_ratios(output.logps, old),
-            ]
-        )
+        num = torch.tensor(float(len(tokens)), device=policy.device)
+        clipped = clipped_tokens(output.logps, old, clip)
+        sums += torch.stack([num, policy_loss.detach(), value_loss.detach(), clipped])
     return sums

@@ -1,7 +1,6 @@
-"""What responses are worth: the rewards that train a policy, and the held-out measures that select a step.
+"""What responses are worth: the reward that trains a policy, and the held-out measures that judge it.
 
-Reward models are asked through text, so they may have other tokenizers than the policy. Held-out prompts
-and their seed never change within a run, so two evaluations differ by the policy alone. A reward that is
+The reward model is asked through text, so it may have another tokenizer than the policy. A reward that is
 not finite is an error, never a number.
 """
 
@@ -13,19 +12,17 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from hafrm.best_of_n.candidate_scores import GoldReward
-from hafrm.errors import DataError, NumericsError
+from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.actor import Rollout
-from hafrm.rlhf.rlhf_recipe import RewardSection
 from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import Estimate, clustered_bootstrap
 
-Conversation = Sequence[Message]
 Responses = Float[np.ndarray, " responses"]
 Measure = Literal["gold", "independent", "penalised"]
-"""What selects a step: the gold reward, evaluation.reward_model's, or the minimum minus a KL penalty."""
+"""What selects a step: the gold reward, evaluation.reward_model's, or the reward minus a KL penalty."""
+WINDOW = 4  # evaluations over which a fall of the held-out measure is looked for
 
 
 def load_scorer(path: str) -> Scorer:
@@ -34,18 +31,19 @@ def load_scorer(path: str) -> Scorer:
 
 
 def score_texts(
-    scorer: Scorer, prompts: Sequence[Conversation], responses: Sequence[Sequence[str]]
+    scorer: Scorer, prompts: Sequence[Sequence[Message]], responses: Sequence[Sequence[str]]
 ) -> NDArray[np.float32]:
     """The reward of every response, prompt by prompt; equal responses to a prompt are run once.
 
-    Raises DataError for a conversation that the reward model's template or length refuses.
+    Raises DataError for a conversation that the reward model's template or length refuses, NumericsError
+    for a reward that is not finite.
     """
     groups = [
         Group(id=str(i), prompt=tuple(prompt), responses=tuple(dict.fromkeys(texts)))
         for i, (prompt, texts) in enumerate(zip(prompts, responses, strict=True))
     ]
     encoded, report = scorer.encoder.encode(groups)
-    num_long = max(report.prompts_cut, report.responses_cut, report.dropped)
+    num_long = max(report.prompts_cut, report.responses_cut)
     if num_long:
         raise DataError(
             f"{num_long} prompts (of {len(groups)}), or responses to them, do not fit into the "
@@ -60,45 +58,9 @@ def score_texts(
     return np.array(rewards, np.float32)
 
 
-class Rewards:
-    """The reward models of a run and the rule that joins them."""
-
-    def __init__(self, scorers: Sequence[Scorer], rule: Literal["mean", "min"] = "mean") -> None:
-        self.scorers, self.rule = list(scorers), rule
-        self.scales = [(0.0, 1.0)] * len(self.scorers)
-        """Mean and standard deviation of each model's rewards of the start policy's responses."""
-
-    @classmethod
-    def load(cls, section: RewardSection) -> "Rewards":
-        """The models that a recipe names."""
-        return cls([load_scorer(path) for path in section.models], section.rule)
-
-    def by_model(
-        self, prompts: Sequence[Conversation], responses: Sequence[Sequence[str]]
-    ) -> Float[np.ndarray, "models responses"]:
-        """Every model's reward of every response, on the common scale."""
-        rows = [score_texts(scorer, prompts, responses) for scorer in self.scorers]
-        for number, row in enumerate(rows):
-            num_bad = int((~np.isfinite(row)).sum())
-            if num_bad:
-                raise NumericsError(
-                    f"reward model {number} gives rewards that are not finite for {num_bad} of {len(row)} "
-                    "responses; stopped before anything was learned from them"
-                )
-        scaled = [(row - mean) / std for row, (mean, std) in zip(rows, self.scales, strict=True)]
-        return np.asarray(np.stack(scaled), np.float32)
-
-    def combine(self, by_model: Float[np.ndarray, "models responses"]) -> Responses:
-        """One reward per response: the models' mean, or their minimum."""
-        return np.asarray(by_model.min(0) if self.rule == "min" else by_model.mean(0))
-
-    def fit_scales(
-        self, prompts: Sequence[Conversation], responses: Sequence[Sequence[str]]
-    ) -> None:
-        """Put several models on one scale; a single one is left as it is."""
-        if len(self.scorers) > 1:  # a minimum over different offsets would follow one model alone
-            rows = [score_texts(scorer, prompts, responses) for scorer in self.scorers]
-            self.scales = [(float(row.mean()), float(row.std()) or 1.0) for row in rows]
+def score_rollouts(scorer: Scorer, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
+    """The reward of every response of a policy."""
+    return score_texts(scorer, [r.prompt.messages for r in rollouts], [r.texts for r in rollouts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +68,8 @@ class HeldOut:
     """One evaluation; an entry per held-out prompt."""
 
     rollouts: list[Rollout]
-    rewards: Responses  # by the rule of the recipe: the proxy, which training raises
-    lowest: Responses  # the minimum over the reward models
+    rewards: Responses  # the proxy, which training raises
     kls: Responses
-    lengths: NDArray[np.int64]
-    ended: NDArray[np.bool_]
     independent: Responses | None  # by evaluation.reward_model
     gold: Responses | None
 
@@ -120,7 +79,7 @@ class HeldOut:
             return "gold", self.gold
         if self.independent is not None:
             return "independent", self.independent
-        return "penalised", self.lowest - kl_penalty * self.kls
+        return "penalised", self.rewards - kl_penalty * self.kls
 
     def estimates(self) -> dict[str, Estimate]:
         """Means with intervals over prompts, of every reward there is."""
@@ -132,23 +91,21 @@ class HeldOut:
         }
 
 
-def gold_rewards(gold: GoldReward | None, rollouts: Sequence[Rollout]) -> Responses | None:
-    """The gold reward of every response, where it is known."""
-    if gold is None:
+def reward_hacking(history: Sequence[tuple[float, Sequence[float]]]) -> str | None:
+    """Why to stop after the last of the evaluations (mean reward, other measure per prompt), or None.
+
+    Reward hacking: over WINDOW evaluations the reward that is trained on has risen on held-out prompts, and
+    a measure that is not trained on has fallen by more than two standard errors, prompt by prompt.
+    """
+    if len(history) < WINDOW:
         return None
-    values = [gold(r.prompt.messages, text) for r in rollouts for text in r.texts]
-    return np.array(values, np.float32)
-
-
-def length_slope(rewards: Responses, lengths: NDArray[np.int64]) -> float:
-    """Reward per token of length, by least squares over responses; 0 where all have one length."""
-    x = lengths - lengths.mean()
-    total = float((x * x).sum())
-    return float((x * (rewards - rewards.mean())).sum()) / total if total > 0 else 0.0
-
-
-def length_matched(
-    rewards: Responses, lengths: NDArray[np.int64], slope: float, length: float
-) -> Responses:
-    """The rewards as if every response had `length` tokens: without what growing longer earned."""
-    return np.asarray(rewards - slope * (lengths - length), np.float32)
+    (reward_then, then), (reward_now, now) = history[-WINDOW], history[-1]
+    change = np.array(now) - np.array(then)
+    error = float(change.std(ddof=1)) / len(change) ** 0.5
+    if reward_now <= reward_then or float(change.mean()) >= -2.0 * error:
+        return None
+    return (
+        f"reward hacking: over {WINDOW} evaluations the held-out reward rose from {reward_then:.3f} to "
+        f"{reward_now:.3f} while the measure that selects steps fell by {-change.mean():.3f} (standard "
+        f"error {error:.3f}): raise algorithm.kl_coefficient, or take another reward model"
+    )

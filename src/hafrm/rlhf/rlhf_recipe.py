@@ -1,16 +1,15 @@
-"""What an RLHF recipe may say: every key, with its type, bounds, default, unit and the paper's value.
+"""The schema of an RLHF recipe: every key, with its type, bounds, default, unit and the paper's value.
 
 The paper is HAF-RM (arXiv 2407.04185), its values those of its released PPO script. Read and written as
-training recipes are (`hafrm.recipe_file.load_as`); sections that mean the same are the same. Nothing here
-touches a file or imports torch.
+training recipes are (`hafrm.recipe_file.load_as`). Nothing here touches a file or imports torch.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from hafrm.best_of_n.judges import JudgeSection
+from hafrm.best_of_n.endpoint import EndpointSection
 from hafrm.recipe import (
     CheckpointSection,
     Location,
@@ -21,10 +20,6 @@ from hafrm.recipe import (
     Text,
     TrackingSection,
 )
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class PromptSection(Section):
@@ -45,10 +40,8 @@ class PromptSection(Section):
 class RewardSection(Section):
     """What a response is worth."""
 
-    models: Sources = ()
-    """One or several reward models: run folders, exported directories or hub ids."""
-    rule: Literal["mean", "min"] = "mean"
-    """How the rewards of several models become one."""
+    model: Location | None = None
+    """The reward model: a run folder, exported directory or hub id; null: see `comparison.models`."""
     scale: bool = False
     """ppo: divide by the running standard deviation of all rewards so far (paper: true)."""
     center: bool = False
@@ -118,10 +111,6 @@ class RlhfTrainingSection(Section):
     """Course of the learning rate after the warm-up (paper: constant)."""
     warmup_fraction: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the steps in which it rises from 0 (paper: 0)."""
-    betas: Annotated[tuple[float, float], BeforeValidator(_tuple)] = (0.9, 0.999)
-    """AdamW's averaging factors (paper: 0.9, 0.999)."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's term against division by zero (paper: 1e-8)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """2-norm that the gradient is clipped to; 0: not clipped (paper: 0)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -144,7 +133,7 @@ class HeldOutSection(Section):
     reward_model: Location | None = None
     """A second reward model that takes no part in training and selects the best step."""
     kl_penalty: float = Field(default=0.05, ge=0)
-    """Without it the best step has the highest held-out minimum over the models - this * KL."""
+    """Without it the best step has the highest held-out reward - this * KL."""
 
 
 class WatchdogSection(Section):
@@ -152,42 +141,21 @@ class WatchdogSection(Section):
 
     max_kl: float = Field(default=50.0, gt=0)
     """KL per response (nat, mean of a batch) that stops the run."""
-    min_entropy_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the first batch's entropy per token under which the policy has collapsed."""
     patience: int = Field(default=3, ge=1)
-    """Batches in a row that must break one of the two rules above."""
-    hacking_window: int = Field(default=4, ge=2)
-    """Evaluations over which the training reward rises and the held-out measure falls: reward hacking."""
-
-
-class RlhfTrackingSection(TrackingSection):
-    """Where progress is shown; metrics.jsonl and samples.jsonl are always written."""
-
-    log_every: int = Field(default=1, ge=1)
-    """Steps between two lines of metrics."""
-    samples: int = Field(default=4, ge=0)
-    """Held-out responses written to samples.jsonl at each evaluation."""
+    """Batches in a row that must exceed it."""
 
 
 class ComparisonSection(Section):
     """Several reward models, compared by the policies that each of them trains."""
 
     models: Sources = Field(min_length=1)
-    """PATH or NAME=PATH, in the place of reward.models; each seed takes the next path of one NAME."""
+    """PATH or NAME=PATH, in the place of reward.model; each seed takes the next path of one NAME."""
     test: Sources = Field(min_length=1)
     """Sources of prompts that neither train nor select anything; the policies answer them."""
     seeds: int = Field(default=1, ge=1)
     """Runs of each reward model, with the seeds 0, 1, ..."""
     judge: Text | None = None
     """URL of an LLM that compares answers; null: the gold reward, or evaluation.reward_model."""
-
-
-PPO_ONLY = (
-    *("reward.scale", "reward.center", "reward.clip", "algorithm.mini_batches"),
-    *("algorithm.kl_target", "algorithm.kl_horizon", "algorithm.gamma", "algorithm.lam"),
-    *("algorithm.value_weight", "algorithm.value_rate", "algorithm.value_clip"),
-)
-"""Keys that only ppo uses; rloo and grpo log which of them they ignore."""
 
 
 class RlhfRecipe(Section):
@@ -203,54 +171,46 @@ class RlhfRecipe(Section):
     evaluation: HeldOutSection = HeldOutSection()
     watch: WatchdogSection = WatchdogSection()
     checkpoint: CheckpointSection = CheckpointSection(every=50)
-    tracking: RlhfTrackingSection = RlhfTrackingSection()
+    tracking: TrackingSection = TrackingSection(log_every=1)
     comparison: ComparisonSection | None = None
-    judge: JudgeSection = JudgeSection()
+    judge: EndpointSection = EndpointSection()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "RlhfRecipe":
-        problems = [*self._reward_problems(), *self._batch_problems()]
+        problems = list(self._batch_problems())
         if not self.data.validation and not self.data.validation_fraction:
             problems.append(
                 "data.validation is empty and data.validation_fraction is 0: nothing to select the best "
                 "step by; give sources, or a fraction such as 0.05"
             )
+        comparison = self.comparison
+        if self.judge != EndpointSection() and (comparison is None or comparison.judge is None):
+            problems.append(
+                "settings of `judge` need comparison.judge, its URL: give it, or remove them"
+            )
+        if self.reward.model is None and comparison is None:
+            problems.append(
+                "reward.model is missing: name one (or comparison.models, to compare several)"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _reward_problems(self) -> Iterator[str]:
-        reward, judge = self.reward, self.comparison and self.comparison.judge
-        if self.judge != JudgeSection() and judge is None:
-            yield "settings of `judge` need comparison.judge, its URL: give it, or remove them"
-        if self.comparison is not None:
-            return  # each of its runs has one reward model
-        if not reward.models:
-            yield (
-                "reward.models is missing: name one or several reward models (or comparison.models, to "
-                "compare them)"
-            )
-        elif len(reward.models) == 1 and reward.rule != "mean":
-            yield (
-                f"reward.rule is {reward.rule!r} and reward.models names one model: a rule is for "
-                "several; remove it, or name more models"
-            )
-
     def _batch_problems(self) -> Iterator[str]:
         size, per_prompt = self.training.batch_size, self.training.responses_per_prompt
+        name, mini_batches = self.algorithm.name, self.algorithm.mini_batches
         if size % per_prompt:
             yield (
                 f"training.batch_size is {size} and training.responses_per_prompt {per_prompt}: the first "
                 "must be a multiple of the second"
             )
-        if self.algorithm.name != "ppo":
-            if per_prompt < 2:
-                yield (
-                    f"training.responses_per_prompt is {per_prompt}, and {self.algorithm.name} compares "
-                    "the responses to a prompt: set it to 2 or more (TRL's default: 8 for grpo)"
-                )
-        elif self.algorithm.mini_batches > max(1, size // per_prompt):
+        if name != "ppo" and per_prompt < 2:
             yield (
-                f"algorithm.mini_batches is {self.algorithm.mini_batches}, but a batch has "
-                f"{size // per_prompt} prompts: lower it, or raise training.batch_size"
+                f"training.responses_per_prompt is {per_prompt}, and {name} compares the responses to a "
+                "prompt: set it to 2 or more (TRL's default: 8 for grpo)"
+            )
+        if name == "ppo" and mini_batches > max(1, size // per_prompt):
+            yield (
+                f"algorithm.mini_batches is {mini_batches}, but a batch has {size // per_prompt} prompts: "
+                "lower it, or raise training.batch_size"
             )

@@ -1,19 +1,37 @@
-"""`train_policy`: a policy trained against reward models, in a run folder, by the recipe's algorithm."""
+"""`train_policy`: a policy trained against reward models, by PPO from top to bottom here, or by TRL.
 
+Every number of a PPO run follows from its recipe and data: a resumed run repeats the batches that an
+uninterrupted one would have taken, bit for bit on a CPU, since prompts, samples and the order of updates
+follow from (seed, step) alone.
+"""
+
+import importlib.util
+import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from hafrm.best_of_n.candidate_scores import GoldReward
-from hafrm.errors import CheckpointError, ConfigError
-from hafrm.rlhf.ppo import Ppo
+from hafrm.engine.packing import is_out_of_memory
+from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
+from hafrm.results import from_plain
+from hafrm.rlhf.ppo_terms import Moments, next_kl_coefficient, scores_of
+from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, update
+from hafrm.rlhf.rewards import score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
-from hafrm.rlhf.trl_runs import check_trl, run_trl
+from hafrm.rlhf.trl_runs import run_trl
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
-from hafrm.training.checkpoint import open_run
+from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
+from hafrm.training.loop import StoppedError
 from hafrm.training.model_setup import choose_precision
+from hafrm.training.runtime import StopSignal, learning_rate
+from hafrm.training.step import build_optimizer
+
+log = logging.getLogger("hafrm")
+_SAMPLES = 2**16  # batches have sampling seeds of their own: seed * this + step
 
 
 def train_policy(
@@ -32,8 +50,11 @@ def train_policy(
             f"algorithm {recipe.algorithm.name} runs on TRL, whose checkpoints are pickles, so it keeps "
             "none: start again with another --out, or take algorithm ppo, which resumes"
         )
-    if not native:
-        check_trl(recipe)
+    if not native and importlib.util.find_spec("trl") is None:
+        raise ConfigError(
+            f"algorithm.name {recipe.algorithm.name} runs on TRL, which is not installed: "
+            "pip install 'hafrm[rlhf]', or take algorithm ppo"
+        )
     if parallel.start().size > 1:
         raise ConfigError(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
@@ -54,3 +75,132 @@ def with_rlhf_precision(recipe: RlhfRecipe) -> RlhfRecipe:
     precision = choose_precision(recipe.training.precision, default_device().type)
     training = recipe.training.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"training": training})
+
+
+class Ppo:
+    """One PPO run: what all runs share, what is trained, and what is remembered between batches."""
+
+    def __init__(self, rlhf: RlhfRun) -> None:
+        self.rlhf, self.recipe = rlhf, rlhf.recipe
+        self.policy = PolicyWithValue(rlhf.actor.model)
+        algorithm = self.recipe.algorithm
+        self.optimizer = build_optimizer(
+            self.policy.model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
+        )
+        head = {"params": [self.policy.value_head.weight], "weight_decay": 0.0}
+        self.optimizer.add_param_group(head | {"rate": algorithm.value_rate})
+        self.kl_coefficient = algorithm.kl_coefficient
+        self.moments = Moments()
+
+    def train(self, *, resume: bool) -> RlhfResult:
+        """The run from wherever it stands to its exported policy."""
+        rlhf, num_steps = self.rlhf, self.recipe.training.steps
+        step = self._resume() if resume else None
+        stop = StopSignal()
+        with stop, rlhf.log:
+            if step is None:
+                rlhf.evaluate(0)
+                self._save(step := 0)
+            while step < num_steps and rlhf.result.stopped is None:
+                self._batch(step)
+                step += 1
+                improved = rlhf.is_due(step, self.recipe.evaluation.every) and rlhf.evaluate(step)
+                stopping = bool(stop.received)
+                if improved or stopping or rlhf.is_due(step, self.recipe.checkpoint.every):
+                    self._save(step)
+                if stopping and step < num_steps and rlhf.result.stopped is None:
+                    raise StoppedError(
+                        f"stopped by signal {stop.received} after step {step} of {num_steps}; resume "
+                        f"with: hafrm rlhf --resume {rlhf.folder.path}"
+                    )
+        best_step = rlhf.result.best_step
+        if best_step != step:
+            load_weights(rlhf.folder.checkpoint_path(best_step), self.policy)
+        return rlhf.finish(step)
+
+    def _batch(self, step: int) -> None:
+        """One batch; raises MemoryBudgetError where it does not fit, with how to resume."""
+        try:
+            self._take_batch(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryBudgetError(
+                f"batch {step + 1} ran out of memory ({str(error).splitlines()[0]}). Resume with: hafrm "
+                f"rlhf --resume {self.rlhf.folder.path} "
+                f"training.max_tokens={self.recipe.training.max_tokens // 2}; or start again with "
+                "training.gradient_checkpointing: true or a smaller sampling.batch_size"
+            ) from error
+
+    def _take_batch(self, step: int) -> None:
+        """Sample, reward, measure, and take all updates that the batch is good for."""
+        training, algorithm, rlhf = self.recipe.training, self.recipe.algorithm, self.rlhf
+        rate = learning_rate(training, step, training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("rate", 1.0)
+        rollouts = rlhf.actor.write(
+            rlhf.prompts_of_step(step),
+            training.responses_per_prompt,
+            seed=training.seed * _SAMPLES + step,
+        )
+        device = self.policy.device
+        rewards = torch.from_numpy(score_rollouts(rlhf.reward_model, rollouts)).to(device)
+        ended = torch.tensor([end for r in rollouts for end in r.ended], device=device)
+        measured = measure_rollouts(self.policy, rlhf.actor, rollouts)
+        self.moments = self.moments.including(rewards)
+        scores = scores_of(rewards, ended, self.moments, self.recipe.reward)
+        metrics = update(
+            self.policy,
+            self.optimizer,
+            measured,
+            advantages_of(measured, scores, algorithm, self.kl_coefficient),
+            algorithm,
+            rlhf.actor,
+            seed=(training.seed, step),
+            max_grad_norm=training.max_grad_norm,
+        )
+        kl = float(measured.kls.mean())
+        values = {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(unbiased=False)),
+            "length": float(measured.lengths.float().mean()),
+            "ended": float(ended.float().mean()),
+            "entropy": float(measured.entropies.mean()),
+            **metrics,
+            "kl": kl,
+            "kl_coefficient": self.kl_coefficient,
+            "learning_rate": rate,
+        }
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient,
+            kl,
+            training.batch_size,
+            target=algorithm.kl_target,
+            horizon=algorithm.kl_horizon,
+        )
+        rlhf.log_batch(step + 1, values)
+
+    def _save(self, step: int) -> None:
+        run, folder = self.rlhf.result, self.rlhf.folder
+        state = {
+            "run": asdict(run),
+            "kl_coefficient": self.kl_coefficient,
+            "moments": asdict(self.moments),
+        }
+        save_checkpoint(folder, step, self.policy, self.optimizer, state)
+        folder.prune(keep=self.recipe.checkpoint.keep, protect=[run.best_step])
+
+    def _resume(self) -> int | None:
+        """The step of the last checkpoint, its state in place; None where there is none."""
+        folder = self.rlhf.folder.latest_checkpoint()
+        if folder is None:
+            self.rlhf.folder.truncate_after(-1)
+            return None
+        state = load_checkpoint(folder, self.policy, self.optimizer)
+        self.rlhf.result = from_plain(RlhfResult, state["run"])
+        self.kl_coefficient = state["kl_coefficient"]
+        self.moments = Moments(**state["moments"])
+        step = int(state["step"])
+        self.rlhf.folder.truncate_after(step)
+        log.info("resuming after step %d of %d", step, self.recipe.training.steps)
+        return step

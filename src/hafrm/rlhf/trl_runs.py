@@ -1,11 +1,10 @@
-"""RLOO and GRPO on TRL's trainers, with our rewards, our held-out measures and our watchdog.
+"""RLOO and GRPO on TRL's trainers, with our rewards, our held-out measures and our reasons to stop.
 
 TRL writes, computes the loss and steps; all completions of a prompt are scored in one shared layout.
 TRL's checkpoints are pickles, so none are written: the best weights wait in memory and are exported.
 """
 
 import importlib
-import importlib.util
 import logging
 import tempfile
 import warnings
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from hafrm.errors import ConfigError, DataError
+from hafrm.errors import DataError
 from hafrm.rlhf.actor import Prompt, response_text
-from hafrm.rlhf.adapters import by_prompt
-from hafrm.rlhf.rewards import Conversation
-from hafrm.rlhf.rlhf_recipe import PPO_ONLY, RlhfRecipe
+from hafrm.rlhf.rewards import score_texts
+from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.scoring.reward_model import as_messages
 from hafrm.training.checkpoint import trainable_weights
@@ -29,23 +27,11 @@ from hafrm.training.checkpoint import trainable_weights
 log = logging.getLogger("hafrm")
 
 
-def check_trl(recipe: RlhfRecipe) -> None:
-    """Raise ConfigError where TRL is not installed."""
-    if importlib.util.find_spec("trl") is None:
-        raise ConfigError(
-            f"algorithm.name {recipe.algorithm.name} runs on TRL, which is not installed: "
-            "pip install 'hafrm[rlhf]', or take algorithm ppo"
-        )
-
-
 def run_trl(rlhf: RlhfRun) -> RlhfResult:
     """Train with RLOO or GRPO as the run's recipe says."""
     from datasets import Dataset  # noqa: PLC0415 - TRL takes seconds to load
 
-    name = rlhf.recipe.algorithm.name
-    ignored = [key for key in PPO_ONLY if not _is_default(rlhf.recipe, key)]
-    if ignored:
-        log.warning("%s ignores %s, which only ppo uses", name, ", ".join(ignored))
+    name = rlhf.recipe.algorithm.name.upper()
     rlhf.evaluate(0)
     watcher = _Watcher(rlhf)
     prompts = usable_prompts(rlhf)
@@ -54,8 +40,8 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
         # renames between TRL and transformers, which no user can do anything about
         warnings.simplefilter("ignore", FutureWarning)
         trl: Any = importlib.import_module("trl")
-        config = getattr(trl, f"{name.upper()}Config")
-        trainer = getattr(trl, f"{name.upper()}Trainer")(
+        config = getattr(trl, f"{name}Config")
+        trainer = getattr(trl, f"{name}Trainer")(
             model=rlhf.actor.causal,
             reward_funcs=watcher.reward,
             # what the recipe does not say keeps TRL's default
@@ -66,14 +52,11 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
         )
         trainer.remove_callback(PrinterCallback)  # our log says it already
         trainer.train()
-    watcher.restore_best()
+    parameters = dict(rlhf.actor.model.named_parameters())
+    with torch.no_grad():
+        for key, value in watcher.best.items():
+            parameters[key].copy_(value)
     return rlhf.finish(watcher.step)
-
-
-def _is_default(recipe: RlhfRecipe, key: str) -> bool:
-    section, name = key.split(".")
-    values = getattr(recipe, section)
-    return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
 def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
@@ -95,9 +78,6 @@ def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.schedule.replace("constant", "constant_with_warmup"),
         "warmup_steps": round(training.warmup_fraction * training.steps * algorithm.epochs),
-        "adam_beta1": training.betas[0],
-        "adam_beta2": training.betas[1],
-        "adam_epsilon": training.eps,
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
         "bf16": training.precision == "bf16",
@@ -119,15 +99,14 @@ def micro_batch(recipe: RlhfRecipe) -> int:
 
 
 def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
-    """The prompts that TRL's own rendering gives the ids that ours does.
+    """The prompts that TRL's own rendering gives the ids that ours does; raises DataError without any.
 
     TRL renders a conversation as one text, so a control token typed by a user would be one to the policy:
-    such prompts are left out and counted. Blanks before the answer may differ. Raises DataError where no
-    prompt is left.
+    such prompts are left out and counted. Blanks before the answer may differ.
     """
-    tokenizer = rlhf.actor.encoder.tokenizer
+    tokenizer, prompts = rlhf.actor.encoder.tokenizer, rlhf.train_prompts
     usable = []
-    for prompt in rlhf.prompts.train:
+    for prompt in prompts:
         messages = [message._asdict() for message in prompt.messages]
         rendered: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -136,14 +115,14 @@ def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
         rest = str(tokenizer.decode(rendered[len(ours) :]))
         if rendered[: len(ours)] == ours and not rest.strip():
             usable.append(prompt)
-    num_lost = len(rlhf.prompts.train) - len(usable)
     if not usable:
         raise DataError(
             "TRL's rendering of every prompt differs from the one that held-out prompts get (control "
             "tokens in the text, or a template whose generation prompt is not what it writes before an "
-            "answer): repair the chat template, or take algorithm ppo"
+            "answer): fix the chat template, or take algorithm ppo"
         )
-    if num_lost:
+    if len(usable) < len(prompts):
+        num_lost = len(prompts) - len(usable)
         log.warning("%d prompts hold control tokens and are left out under TRL", num_lost)
     return usable
 
@@ -153,10 +132,8 @@ class _Watcher(TrainerCallback):
 
     def __init__(self, rlhf: RlhfRun) -> None:
         self.rlhf, self.step = rlhf, 0
-        self._best: dict[str, Tensor] = trainable_weights(rlhf.actor.model)
+        self.best: dict[str, Tensor] = trainable_weights(rlhf.actor.model)
         self._rewards: list[float] = []
-        self._gold: list[float] = []
-        self._kl = 0.0
 
     def reward(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
@@ -165,13 +142,11 @@ class _Watcher(TrainerCallback):
 
         Raises NumericsError for a reward that is not finite, which TRL would skip.
         """
-        asked: list[Conversation] = [as_messages(prompt) for prompt in prompts]
         encoder = self.rlhf.actor.encoder
-        texts = [response_text(encoder, ids) for ids in completion_ids]
-        if self.rlhf.gold is not None:
-            gold = self.rlhf.gold
-            self._gold += [gold(p, text) for p, text in zip(asked, texts, strict=True)]
-        rewards = by_prompt(self.rlhf.rewards, asked, texts)
+        texts = [[response_text(encoder, ids)] for ids in completion_ids]
+        # the prompt of several completions is laid out once all the same
+        messages = [as_messages(prompt) for prompt in prompts]
+        rewards = score_texts(self.rlhf.reward_model, messages, texts).tolist()
         self._rewards += rewards
         penalty = self.rlhf.recipe.reward.missing_eos_penalty
         ended = [ids[-1] == encoder.eos_id for ids in completion_ids]
@@ -184,36 +159,27 @@ class _Watcher(TrainerCallback):
             return  # the summary at the end
         self.step += 1
         self.rlhf.log_batch(self.step, self._values(logs))
-        if self.rlhf.is_due(self.step, self.rlhf.recipe.evaluation.every):
-            if self.rlhf.evaluate(self.step):
-                self._best = trainable_weights(self.rlhf.actor.model)
-            self._kl = self.rlhf.last_kl
-        control.should_training_stop = control.should_training_stop or self.rlhf.stopped is not None
+        due = self.rlhf.is_due(self.step, self.rlhf.recipe.evaluation.every)
+        if due and self.rlhf.evaluate(self.step):
+            self.best = trainable_weights(self.rlhf.actor.model)
+        stopped = self.rlhf.result.stopped is not None
+        control.should_training_stop = control.should_training_stop or stopped
 
-    def _values(self, logs: Mapping[str, Any]) -> dict[str, float | None]:
+    def _values(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """TRL's numbers under our names; its KL is per token, ours per response."""
         length = float(logs["completions/mean_length"])
-        gold = sum(self._gold) / len(self._gold) if self._gold else None
         rewards = np.array(self._rewards)
-        self._gold, self._rewards = [], []
+        self._rewards = []
         return {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std()),
-            "gold": gold,
-            "kl": float(logs["kl"]) * length if "kl" in logs else self._kl,
+            # without a KL penalty TRL computes none: that of the last evaluation
+            "kl": float(logs["kl"]) * length if "kl" in logs else self.rlhf.last_kl,
             "length": length,
             "ended": 1.0 - float(logs["completions/clipped_ratio"]),
             "entropy": float(logs["entropy"]),
             "clip_fraction": float(logs["clip_ratio/region_mean"]),
-            "policy_loss": float(logs["loss"]) if "loss" in logs else None,
-            "value_loss": None,
-            "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
+            "policy_loss": float(logs["loss"]),
+            "grad_norm": float(logs["grad_norm"]),
             "learning_rate": float(logs["learning_rate"]),
         }
-
-    def restore_best(self) -> None:
-        """Put the best step's weights back."""
-        parameters = dict(self.rlhf.actor.model.named_parameters())
-        with torch.no_grad():
-            for name, value in self._best.items():
-                parameters[name].copy_(value)
