@@ -35,20 +35,18 @@ class Item:
 
     id: str
     part: str
-    """The subset, domain or language that it counts for."""
+    """The subset or domain that it counts for."""
     prompt: tuple[Message, ...]
     candidates: tuple[str, ...]
     num_correct: int = 1
     """So many of the first candidates are right."""
     pairs: tuple[tuple[int, int], ...] = ()
     """(better, worse), for a benchmark that compares selected pairs."""
-    origin: str = ""
-    """What it shares with items that depend on it; empty: its prompt."""
 
     @property
     def cluster(self) -> str:
         """What is resampled together."""
-        return self.origin or prompt_key(self.prompt)
+        return prompt_key(self.prompt)
 
 
 class ItemVerdict(NamedTuple):
@@ -91,6 +89,7 @@ def best_of_four_and_ties(
     right if the worst right answer scores above the best wrong one; the other terms ask whether that gap
     is wider than the spread among equally right answers.
     """
+    # version -> prompt -> (gap, spread)
     versions: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for item, s in zip(items, scores, strict=True):
         if item.part != TIES:

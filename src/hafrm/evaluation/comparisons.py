@@ -147,11 +147,10 @@ def read_comparisons(
 
     Raises DataError if no comparison is decided, and what `read` raises.
     """
-    if isinstance(data, str | Path):
-        sources: list[Any] = [data]
+    if isinstance(data, str | Path) or (len(data) and isinstance(data[0], Mapping)):
+        sources: list[Any] = [data]  # a list of rows is one source
     else:
-        # a list of rows is one source
-        sources = [data] if len(data) and isinstance(data[0], Mapping) else list(data)
+        sources = list(data)
     reading = read_preferences(sources, max_bad_fraction=max_bad_fraction)
     comparisons = Comparisons.of([group for group in reading.groups if group.comparisons])
     if not len(comparisons.decided()):

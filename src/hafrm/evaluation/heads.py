@@ -57,12 +57,11 @@ def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
     if name == REWARD:
         assert heads.reward is not None
         return RewardModel.from_pretrained(heads.reward, **arguments)
-    arguments["reference"] = options.reference
     if name == IMPLICIT:
         assert heads.policy is not None
-        return PolicyModel.from_pretrained(heads.policy, **arguments)
+        return PolicyModel.from_pretrained(heads.policy, reference=options.reference, **arguments)
     assert heads.fused is not None
-    return FusedRewardModel.from_pretrained(heads.fused, **arguments)
+    return FusedRewardModel.from_pretrained(heads.fused, reference=options.reference, **arguments)
 
 
 def scorer_names(heads: Heads) -> list[str]:
@@ -153,8 +152,7 @@ def _measure_set(name: str, comparisons: Comparisons, scores: Scores) -> SetResu
         others["fused"] = pairwise_metrics(scored[FUSED])
         right = scored[FUSED].margins[decided] > 0
         others["fused_gain"] = paired_bootstrap(right, margins > 0, prompts)
-    num_groups = len(set(comparisons.owner.tolist()))
-    return SetResult(**vars(pairwise_metrics(main)), name=name, num_groups=num_groups, **others)
+    return SetResult(**vars(pairwise_metrics(main)), name=name, **others)
 
 
 def compare_models(
@@ -184,8 +182,7 @@ def compare_models(
     done = over_passes(on_progress, comparisons.num_responses * num_models)
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
-        heads = find_heads(path)
-        scorer = load_head(heads, scorer_names(heads)[0], options)
+        scorer = load_main_head(path, options)
         scores = scorer.score_encoded(scorer.encoder.encode(comparisons.groups)[0], done)
         # the model is freed here: only its scores are kept
         return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}

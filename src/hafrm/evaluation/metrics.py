@@ -110,7 +110,6 @@ class SetResult(PairwiseMetrics):
     """
 
     name: str
-    num_groups: int
     implicit: PairwiseMetrics | None = None
     """Of the implicit reward, if the model has both heads."""
     agreement: Agreement | None = None
@@ -260,10 +259,7 @@ def length_bias(
     rejected_lengths: Lengths,
     prompts: PromptKeys | None = None,
 ) -> LengthEffects:
-    """Accuracy by length ratio, the two baselines that look at length only, and the correlations.
-
-    The baselines follow the rule for scores: responses of equal length are not right.
-    """
+    """Accuracy by length ratio, the two baselines that look at length only, and the correlations."""
     chosen, rejected = chosen_lengths.astype(np.float64), rejected_lengths.astype(np.float64)
     difference = chosen - rejected
     # bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices

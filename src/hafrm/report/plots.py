@@ -1,6 +1,6 @@
-"""Plots as inline SVG: lines, dots with whiskers, histograms, drawn by matplotlib.
+"""Plots as inline SVG: lines and dots with whiskers, drawn by matplotlib.
 
-Colours are classes of the page's style sheet (`c0` ... and `good`, `bad`), so one drawing serves light and
+Colours are classes of the page's style sheet (`c0` ...), so one drawing serves light and
 dark. Nothing global is touched: neither pyplot nor matplotlib's settings.
 """
 
@@ -136,32 +136,12 @@ def chart(title: str, series: Sequence[Series], scale: AxisScale, unit: str = ""
             _draw(axes, s, aside)
         _set_axes(axes, scale, shown)
 
-    return Plot(title, _svg(title, fill, height), _description(title, shown), unit, height)
-
-
-def histogram(
-    title: str, edges: Sequence[float], right: Sequence[int], wrong: Sequence[int], unit: str = ""
-) -> Plot | None:
-    """Comparisons by |margin|: right ones to the right of zero, wrong ones to the left."""
-    if not sum(right) + sum(wrong):
-        return None
-
-    def fill(axes: Axes) -> None:
-        for counts, sign, name in ((right, 1, "good"), (wrong, -1, "bad")):
-            bars = axes.stairs(counts[::sign], [sign * e for e in edges][::sign], fill=True)
-            _as_class(bars, name)
-        axes.axvline(0, color=FAINT)
-        axes.set_xlabel("margin")
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(PLAIN)
-        for name, x, colour in (("wrong", 0.0, "bad"), ("right", 1.0, "good")):
-            side = "right" if x else "left"
-            text = axes.text(x, 1.0, name, ha=side, va="top", transform=axes.transAxes)
-            _as_class(text, colour)
-
-    words = f"{title}: {sum(right)} comparisons right and {sum(wrong)} wrong"
-    return Plot(title, _svg(title, fill, HEIGHT), words, unit)
+    # for screen readers: where each series begins and ends
+    ends = []
+    for s in shown:
+        values = [y for y in s.y if math.isfinite(y)]
+        ends.append(f"{s.name} from {values[0]:.4g} to {values[-1]:.4g}")
+    return Plot(title, _svg(title, fill, height), f"{title}: {'; '.join(ends)}", unit, height)
 
 
 def _draw(axes: Axes, series: Series, aside: float) -> None:
@@ -246,21 +226,10 @@ def _thinned(series: Series) -> Series:
         return series
 
     def averaged(values: Sequence[float]) -> list[float]:
-        starts = range(0, len(values), size)
-        return [float(np.mean(values[i : i + size])) for i in starts]
+        return [float(np.mean(values[i : i + size])) for i in range(0, len(values), size)]
 
-    values = (series.x, series.y, series.low, series.high)
-    x, y, low, high = map(averaged, values)
+    x, y, low, high = map(averaged, (series.x, series.y, series.low, series.high))
     return replace(series, x=x, y=y, low=low, high=high)
-
-
-def _description(title: str, shown: Sequence[Series]) -> str:
-    """Where each series begins and ends, for screen readers."""
-    parts = []
-    for s in shown:
-        values = [y for y in s.y if math.isfinite(y)]
-        parts.append(f"{s.name} from {values[0]:.4g} to {values[-1]:.4g}")
-    return f"{title}: {'; '.join(parts)}"
 
 
 def _as_class(artist: Artist, name: str) -> None:

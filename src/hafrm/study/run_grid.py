@@ -21,9 +21,7 @@ from hafrm.study.study_result import MIXED
 from hafrm.training.methods import Method, get_method
 
 RATE_FACTORS = (1 / 3, 1.0, 3.0)
-"""Learning rates tried first, as multiples of the recipe's, unless others are given."""
-MAX_EXTRA_RATES = 3
-"""How many further rates a method may try if its best one is at the end of those tried."""
+"""Learning rates tried, as multiples of the recipe's, unless others are given."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,6 @@ class StudyPlan:
     """The entries of `data.train` by the set's name; learning rates are chosen on the last set."""
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
-    num_extra_rates: int = 0
-    """How many rates beyond the ends of `rates` a method may try, while the last one is its best."""
 
     def recipe_of(self, run: StudyRun) -> Recipe:
         """The study's recipe, for this run."""
@@ -85,14 +81,14 @@ class StudyPlan:
         }
         return with_values(self.recipe, changes, name=f"the recipe of {run}")
 
-    def tuning_run(self, method: StudyMethod, rate: float) -> StudyRun:
-        """The run that says, by validation data, how well a method does at a learning rate."""
-        # the last set is the mixed one if there are several
-        return StudyRun([*self.train_sets][-1], method, rate, self.seeds[0], is_scored=False)
-
     def tuning_runs(self) -> list[StudyRun]:
         """One run for each method and learning rate, with the first seed."""
-        return [self.tuning_run(method, rate) for method in self.methods for rate in self.rates]
+        train = [*self.train_sets][-1]  # the mixed one if there are several
+        return [
+            StudyRun(train, method, rate, self.seeds[0], is_scored=False)
+            for method in self.methods
+            for rate in self.rates
+        ]
 
     def runs(self, rates: Mapping[str, float]) -> list[StudyRun]:
         """All runs that the result is made of, from each method's learning rate."""
@@ -115,8 +111,7 @@ def plan_study(
 ) -> StudyPlan:
     """The plan for these methods; each entry of the recipe's `data.train` is a training set of its own.
 
-    Raises ConfigError for an unknown method or option, methods named twice, a recipe without test sets,
-    and one whose `data.weights` are numbers, which fit one list of sets only.
+    Raises ConfigError for an unknown method or option, and a recipe that does not fit a comparison.
     """
     if not recipe.data.test:
         raise ConfigError("data.test names no source: a comparison of methods needs held-out data")
@@ -142,7 +137,6 @@ def plan_study(
         sets,
         seeds=tuple(range(first, first + num_seeds)),
         rates=tuple(rates) or tuple(rate * factor for factor in RATE_FACTORS),
-        num_extra_rates=0 if rates else MAX_EXTRA_RATES,
     )
 
 
