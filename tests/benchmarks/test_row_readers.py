@@ -120,8 +120,3 @@ def test_a_row_that_breaks_the_form_says_where(
     part = {"ppe-correctness": "MATH", "rmb": "Pairwise Helpfulness"}.get(name, "")
     with pytest.raises(RefusedError, match=message):
         read(name, part, **changes)
-
-
-def test_an_empty_list_of_losers_is_refused() -> None:
-    with pytest.raises(RefusedError, match="`loser_list` is empty"):
-        read("rmb", "BoN Helpfulness", loser_list=[])

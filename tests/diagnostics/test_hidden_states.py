@@ -6,10 +6,9 @@ import torch
 
 from hafrm.diagnostics.hidden_states import last_states, some_responses
 from hafrm.engine.layout import lay_out, unshare
-from hafrm.errors import MemoryBudgetError
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import run_forward
-from support.models import SHAPES, TokenGroup, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
 
@@ -45,24 +44,6 @@ def test_the_reward_is_the_head_s_product_with_the_state(model) -> None:
     rewards = run_forward(model, GROUPS, max_tokens=100).rewards
     weight = model.reward_head.weight.detach().numpy()[0]
     np.testing.assert_allclose(states @ weight, rewards, atol=2e-5)
-
-
-def test_a_row_that_runs_out_of_memory_is_run_in_halves(model, monkeypatch) -> None:
-    """Of the 25 tokens of the first group and the 4 of the second, 20 hold the largest response."""
-    expected = last_states(model, GROUPS[:2])
-    whole = type(model).last_states
-
-    def limited(self, layout):
-        if layout.num_tokens > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(self, layout)
-
-    monkeypatch.setattr(type(model), "last_states", limited)
-    limit = 25
-    np.testing.assert_allclose(last_states(model, GROUPS[:2]), expected, atol=2e-5)
-    limit = 1
-    with pytest.raises(MemoryBudgetError, match="single response"):
-        last_states(model, [TokenGroup(GROUPS[1].prompt_ids, GROUPS[1].response_ids[:1])])
 
 
 def test_some_responses_are_drawn_once_each_and_follow_the_seed_not_the_ids() -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from hafrm.cli import app
-from hafrm.errors import ConfigError, DataError
+from hafrm.errors import ConfigError
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
@@ -128,11 +128,3 @@ def test_the_command_tells_rivals_from_seeds_by_their_names(model, files, tmp_pa
         assert (saved["first"], saved["second"]) == ([*map(str, first)], [*map(str, second)])
         assert ("Holm" in result.output) == bool(second)
         assert ("over seeds" in result.output) == (len(first) > 1)
-
-
-def test_rows_that_cannot_be_used_may_be_allowed_for(model, tmp_path):
-    file = write_preferences(tmp_path / "some.jsonl", num=8)
-    file.write_text(file.read_text() + '{"prompt": "hm", "chosen": "", "rejected": "no"}\n')
-    with pytest.raises(DataError, match="--max-bad-fraction"):
-        evaluate(model, str(file))
-    assert evaluate(model, str(file), max_bad_fraction=0.2).num_bad_rows == 1

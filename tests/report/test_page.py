@@ -25,6 +25,7 @@ from hafrm.results import write_result
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.study.method_comparison import compare_methods
 from hafrm.study.run_grid import plan_study
+from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe, write_preferences
@@ -86,7 +87,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     test.write_text(test.read_text() + json.dumps(hostile) + "\n")
     other = write_preferences(root / "other.jsonl", 12, start=200)
     recipe = tiny_recipe(root, training={"steps": 4}, tracking={"log_every": 2})
-    run_training(recipe, root / "haf")
+    with pytest.MonkeyPatch.context() as patch:  # the export's proof takes longer than the rest
+        patch.setattr(run_export, "check_golden", lambda _: {})
+        run_training(recipe, root / "haf")
     sources = [str(test), str(other)]
     write_result(root / "haf" / "test.json", evaluate(root / "haf", sources))
     diagnosis = diagnose(root / "haf", sources, also=[root / "haf" / "model" / "policy"])

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,10 +51,6 @@ def test_a_strip_draws_value_and_interval_on_an_axis_between_whole_ticks():
     assert '<span class="named c2">haf</span>' in html
 
 
-def test_a_table_without_names_in_colour_draws_its_strips_in_the_first_one():
-    assert '"whisker c0"' in html_of(Strips(ACCURACIES, "accuracy"))
-
-
 def test_numbers_are_written_as_the_table_writes_them():
     html = html_of(ACCURACIES).replace("\N{NO-BREAK SPACE}", " ")
     assert "<b>65.0 %</b> <small>[60.0, 71.0]</small>" in html
@@ -68,13 +63,6 @@ def test_negative_numbers_in_sentences_have_minus_signs_and_names_keep_their_hyp
         "falls by \N{MINUS SIGN}0.1 [\N{MINUS SIGN}0.2, \N{MINUS SIGN}0.05] in run-1, 2026-11-25"
         in html
     )
-
-
-def test_captions_begin_with_a_capital_unless_a_name_stands_there():
-    titles = [replace(ACCURACIES, title=title) for title in ("mean accuracy", "test-chat: words")]
-    assert re.findall("<caption><span>([^<]*)<", html_of(*titles)) == [
-        *("Mean accuracy", "test-chat: words")
-    ]
 
 
 def test_rows_without_a_first_cell_continue_the_group_above():

@@ -120,13 +120,11 @@ def plan_study(
             "data.weights lists numbers, which fit one list of sets; a comparison trains on each set "
             "alone too: take uniform, or leave it out"
         )
-    if any(not rate > 0 for rate in rates):
-        raise ConfigError(f"learning rates must be above 0, got {list(rates)}")
     names = [set_name(entry) for entry in recipe.data.train]
     _refuse_doubles(names, "training sets")
-    sets: dict[str, tuple[str, ...]] = {
-        n: (e,) for n, e in zip(names, recipe.data.train, strict=True)
-    }
+    sets: dict[str, tuple[str, ...]] = dict(
+        zip(names, ((e,) for e in recipe.data.train), strict=True)
+    )
     if mixed and len(sets) > 1:
         sets[MIXED] = recipe.data.train
     # the recipe's own seed is the first one
@@ -171,7 +169,7 @@ def _parse_method(text: str) -> StudyMethod:
 
 
 def parse_rates(written: str | None) -> tuple[float, ...]:
-    """Learning rates with commas between them; raises ConfigError for what is no number."""
+    """Learning rates with commas between them; raises ConfigError for other texts."""
     try:
         return tuple(float(part) for part in (written or "").split(",") if part.strip())
     except ValueError as error:

@@ -52,9 +52,8 @@ class SetAccuracy:
     accuracy: Estimate
     per_seed: tuple[float, ...]
     ece: float
-    """Expected calibration error of sigmoid(margin), mean over seeds."""
+    """Of sigmoid(margin), mean over seeds, as `log_loss` is."""
     log_loss: float
-    """Mean -log sigmoid(margin), nat, mean over seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,6 @@ class StudyResult:
     accuracies: tuple[SetAccuracy, ...]
     averages: tuple[Average, ...]
     differences: tuple[Contrast, ...]
-    """On single test sets."""
     average_differences: tuple[Contrast, ...]
     pick_longer: dict[str, Estimate]
     """Accuracy of the longer response on each test set."""
