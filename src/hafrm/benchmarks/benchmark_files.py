@@ -18,15 +18,13 @@ from hafrm.errors import DataError
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
-    """The items of a benchmark, and where they are from."""
+    """The items of a benchmark, and where they are from; `BenchmarkResult` explains the fields."""
 
     benchmark: Benchmark
     items: tuple[Item, ...]
     num_rows: int
     left_out: dict[str, int]
-    """Rows that the benchmark does not count, by reason."""
     data: str
-    """The folder, or the names on the hub."""
 
 
 def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBenchmark:
@@ -88,9 +86,6 @@ def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str
         raise RefusedError(refusal)
     except RefusedError as refused:
         reason, detail = refused.refusal
-        # another data set's columns tell the reader which file this is
-        names = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else "none"
         raise DataError(
-            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}; "
-            f"its columns are {names}"
+            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}"
         ) from None

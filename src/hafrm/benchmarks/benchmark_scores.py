@@ -4,7 +4,7 @@ A scorer is an array of scores for each item. The two baselines that look at not
 like any other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,18 +61,16 @@ class BenchmarkResult:
         rows.append(("all", *(s.overall for s in scores)))
         rows.append(("equal scores", *(s.num_equal for s in scores)))
         columns = (Column("section"), *(Column(name, "count") for name in self.scores))
-        return Table(self.title, columns, tuple(rows), tuple(self._notes()))
-
-    def _notes(self) -> Iterator[str]:
-        published = self.num_rows_published
+        published, lacking = self.num_rows_published, ", ".join(self.missing)
         of_all = "" if published in (None, self.num_rows) else f" of {published} published"
-        yield f"{self.num_rows} rows{of_all} from {self.data}"
-        for reason, number in self.left_out.items():
-            yield f"not counted by the benchmark: {reason}: {number} rows"
-        yield f"responses cut {self.responses_cut}, prompts cut {self.prompts_cut}"
-        if self.missing:
-            named = ", ".join(self.missing[:6]) + (", ..." if len(self.missing) > 6 else "")
-            yield f"* not the published score: no rows of {named}"
+        left_out = (f"{reason}: {number} rows" for reason, number in self.left_out.items())
+        notes = [
+            f"{self.num_rows} rows{of_all} from {self.data}",
+            *(f"not counted by the benchmark: {reason}" for reason in left_out),
+            f"responses cut {self.responses_cut}, prompts cut {self.prompts_cut}",
+            *([f"* not the published score: no rows of {lacking}"] if lacking else []),
+        ]
+        return Table(self.title, columns, tuple(rows), tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +94,7 @@ class BenchmarkResults:
             mean = [self.average[scorer]] if self.average else []
             rows.append((scorer, *(b.scores[scorer].overall for b in self.benchmarks), *mean))
         title = f"{self.model} on published benchmarks [95 %]"
-        line = Table(title, tuple(columns), tuple(rows))
-        return (line, *(b.table() for b in self.benchmarks))
+        return (Table(title, tuple(columns), tuple(rows)), *(b.table() for b in self.benchmarks))
 
 
 def score_benchmark(
@@ -122,13 +119,12 @@ def score_benchmark(
     overall = {name: weight / len(sections) for name, weight in parts}
     if benchmark.pooled:  # every verdict weighs the same, so a term weighs by its verdicts
         overall = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
-    extras = _present(benchmark.extras, terms)
-    return BenchmarkScore(
-        overall=means.combine(overall),
-        sections={name: means.combine(weights) for name, weights in sections.items()},
-        extras={name: means.combine(weights) for name, weights in extras.items()},
-        num_equal=sum(verdict.num_equal for verdict in verdicts),
+    published, extras = (
+        {name: means.combine(weights) for name, weights in group.items()}
+        for group in (sections, _present(benchmark.extras, terms))
     )
+    num_equal = sum(verdict.num_equal for verdict in verdicts)
+    return BenchmarkScore(means.combine(overall), published, extras, num_equal)
 
 
 def missing_terms(benchmark: Benchmark, items: Sequence[Item]) -> tuple[str, ...]:

@@ -132,12 +132,10 @@ def styles_against_styles(
     matrix[i, j] says whether right answer i scores above wrong answer j. Above the diagonal the wrong one
     is fancier (hard), on it both are written alike (normal), below it the right one is fancier (easy).
     """
-    places = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3)}
-    places["easy"] = np.tril_indices(3, -1)
+    places = np.triu_indices(3, 1), np.diag_indices(3), np.tril_indices(3, -1)
     for item, s in zip(items, scores, strict=True):
         # [right style, wrong style]
         above, equal = s[:3, None] > s[None, 3:], s[:3, None] == s[None, 3:]
-        for style in STYLES:
-            where = places[style]
+        for style, where in zip(STYLES, places, strict=True):
             value, num_equal = float(above[where].mean()), int(equal[where].sum())
             yield ItemVerdict(f"{item.part} {style}", item.cluster, value, num_equal)

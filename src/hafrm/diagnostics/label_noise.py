@@ -158,10 +158,9 @@ def worst_errors(
 def cut_text(text: str, *, end: bool = False) -> str:
     """The text's first (or last) characters, with the number of those that are left out."""
     text, most = text.strip(), MAX_EXAMPLE_CHARS
-    if len(text) <= most:
-        return text
     note = f"[{len(text) - most} more characters]"
-    return f"{note} {text[-most:]}" if end else f"{text[:most]} {note}"
+    cut = f"{note} {text[-most:]}" if end else f"{text[:most]} {note}"
+    return text if len(text) <= most else cut
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:

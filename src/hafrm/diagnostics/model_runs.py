@@ -60,8 +60,6 @@ def diagnose(
 
     `also` are further models (seeds, methods), for the label audit and to compare states with. `base` is
     the checkpoint that training began with; a run folder's is its recipe's.
-
-    Raises NumericsError for scores that are not finite, and what `evaluate` raises.
     """
     options = options or EvaluationOptions()
     name, names = str(model), [str(model), *map(str, also)]
@@ -94,7 +92,6 @@ def diagnose(
 def _score(
     name: str, heads: Heads, comparisons: Comparisons, options: EvaluationOptions, done: OnProgress
 ) -> ScoredModel:
-    """The model's main head on the comparisons; the model is freed again."""
     head = scorer_names(heads)[0]
     log.info("scoring with %s", name)
     scorer = load_head(heads, head, options)

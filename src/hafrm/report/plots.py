@@ -178,7 +178,10 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
     if scale.diagonal:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)
-    if scale.y_log and _is_wide(shown):
+    values = np.concatenate([np.asarray(s.y, float) for s in shown])
+    # only a logarithm shows the small values
+    is_wide = np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values)
+    if scale.y_log and is_wide:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -186,10 +189,9 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(percent if scale.is_fraction else PLAIN)
+    # zeros are drawn whole, above no negative tick
     if scale.is_fraction and axes.get_ylim()[0] < 0:
-        axes.set_ylim(
-            bottom=-0.02 * axes.get_ylim()[1]
-        )  # zeros are drawn whole, above no negative tick
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     if scale.ticks:
         axes.set_xticks(range(len(scale.ticks)), list(scale.ticks))
         axes.set_xlim(-0.5, len(scale.ticks) - 0.5)
@@ -203,12 +205,6 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(percent if scale.diagonal else PLAIN)
-
-
-def _is_wide(shown: Sequence[Series]) -> bool:
-    """Whether only a logarithm shows the small values."""
-    values = np.concatenate([np.asarray(s.y, float) for s in shown])
-    return bool(np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values))
 
 
 def _tick(value: float) -> str:
@@ -258,7 +254,6 @@ def _svg(title: str, fill: Callable[[Axes], None], height: int) -> Markup:
     inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")
     inside = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>p{prefix}", inside)
     inside = re.sub(r"#[0-9a-f]{6}(?=[;\"])", "currentColor", inside)
-    inside = re.sub(
-        r"<[^>]*>", lambda tag: _LONG.sub(lambda n: f"{float(n[0]):.1f}", tag[0]), inside
-    )
+    # a tenth of a pixel is enough
+    inside = re.sub(r"<[^>]*>", lambda t: _LONG.sub(lambda n: f"{float(n[0]):.1f}", t[0]), inside)
     return Markup(inside.replace("\n", " "))  # noqa: S704 - matplotlib escapes its texts

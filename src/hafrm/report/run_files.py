@@ -59,7 +59,6 @@ class Session:
     """Digests of data files."""
     git: GitState | None = None
     counts: dict[str, int | dict[str, int]] = field(default_factory=dict)
-    """Rows and tokens of the training data."""
     template_sha256: str | None = None
 
 
@@ -97,7 +96,7 @@ class RunFiles:
     """One folder, read; None and () where a file is absent."""
 
     name: str
-    """What the page calls it: the shortest end of its path that no other folder has."""
+    """The shortest end of its path that no other folder has."""
     recipe: Recipe | None
     """Of a reward model's run."""
     recipe_text: str
@@ -202,8 +201,7 @@ def short_paths(paths: Sequence[Path]) -> list[str]:
     names = []
     for path in paths:
         others = [other.parts for other in paths if other != path]
-        lengths = range(1, len(path.parts) + 1)
-        ends = (path.parts[-length:] for length in lengths)
+        ends = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
         unique = (e for e in ends if all(other[-len(e) :] != e for other in others))
         names.append("/".join(next(unique, path.parts)))
     return names

@@ -17,13 +17,13 @@ class Curve:
 
     title: str
     names: tuple[str, ...]
-    """Logged names: the first that a run has; for a run without it, the next."""
+    """The first of these that a run has is drawn."""
     unit: str = ""
     is_fraction: bool = False
     reference: float | None = None
     y_log: bool = False
     second: str = ""
-    """A logged name that is drawn dashed in the same plot."""
+    """Drawn dashed in the same plot."""
 
 
 COIN = 0.6931
@@ -139,7 +139,7 @@ def rlhf_section(material: Material) -> PageSection:
 
 
 def best_record(run: RunFiles) -> MetricsRecord | None:
-    """The validation record of the step that a run exports: best by its metric, the loss at a tie."""
+    """The record of the step that a run exports: best by its metric, and by the loss at a tie."""
     metric = "accuracy" if run.recipe is None else run.recipe.evaluation.metric
     sign = -1.0 if metric == "loss" else 1.0
     records = [r for r in run.records("validation") if {metric, "loss"} <= r.values.keys()]
@@ -182,19 +182,11 @@ def _series(
     style: str = "line",
 ) -> Series:
     has_bounds = style == "dots" and f"{name}_low" in records[0].values
-    low, high = (
-        [r.values[f"{name}_{end}"] for r in records] if has_bounds else ()
-        for end in ("low", "high")
-    )
-    return Series(
-        run.name,
-        [float(r.step) if x == "step" else r.values[x] for r in records],
-        [r.values[name] for r in records],
-        material.colours[run.name],
-        low,
-        high,
-        style,  # type: ignore[arg-type]
-    )
+    ends = [f"{name}_low", f"{name}_high"] if has_bounds else []
+    low, high = [[r.values[end] for r in records] for end in ends] or [[], []]
+    places = [float(r.step) if x == "step" else r.values[x] for r in records]
+    values, colour = [r.values[name] for r in records], material.colours[run.name]
+    return Series(run.name, places, values, colour, low, high, style)  # type: ignore[arg-type]
 
 
 def provenance_section(material: Material) -> PageSection:
@@ -217,10 +209,6 @@ def _provenance(folder: RunFiles) -> Iterator[Block]:
         digests = tuple((name, digest) for name, digest in session.data.items())
         if digests:
             yield Table("Data digests", (Column("file"), Column("SHA-256")), digests)
-        counts = tuple(_counts(session))
-        if counts:
-            heads = (Column(""), Column("", "count"))
-            yield Details("Rows and tokens", (Table("Rows and tokens", heads, counts),))
     if folder.recipe_text:
         yield Details("Recipe", (Listing(folder.recipe_text),))
 
@@ -235,13 +223,6 @@ def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
     yield "seed", str(session.seed)
     if session.template_sha256 is not None:
         yield "chat template, SHA-256", session.template_sha256
-
-
-def _counts(session: Session) -> Iterator[tuple[Cell, ...]]:
-    for name, value in session.counts.items():
-        nested = value if isinstance(value, dict) else {"": value}
-        for part, num in nested.items():
-            yield f"{name} {part}".replace("_", " ").strip(), num
 
 
 def _versions(material: Material) -> Iterator[Table]:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
 from hafrm.training.model_setup import build_model, with_precision
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
-from hafrm.training.validation import HeadScores, decided_margins, score_heads
+from hafrm.training.validation import decided_margins, score_heads
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
@@ -168,25 +169,19 @@ class RunWorker:
     def _score(self, job: Job, folder: Path) -> None:
         """Keep the scores of the test sets, and the validation margins that a fused score is fitted on."""
 
-        def score(
-            groups: Sequence[TokenizedGroup], references: NDArray[np.float32] | None
-        ) -> HeadScores:
-            budget = 2 * job.recipe.training.token_budget
-            model, method, autocast = job.model, job.method, job.autocast
-            return score_heads(
-                model, groups, references, method, max_tokens=budget, autocast=autocast
-            )
-
+        budget = 2 * job.recipe.training.token_budget
+        score = partial(score_heads, job.model, max_tokens=budget, autocast=job.autocast)
         references = self._test_references() if job.method.needs_reference else None
-        scores = score(self.data.tokenized, references)
+        scores = score(self.data.tokenized, references, job.method)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references
-        validation = score(groups, None if of_validation is None else of_validation.logps)
-        on_validation = {
-            REWARD_MARGINS: validation.rewards,
-            TOKEN_MARGINS: validation.implicit_per_token,
-        }
-        for name, values in on_validation.items():
+        reference_of_validation = None if of_validation is None else of_validation.logps
+        validation = score(groups, reference_of_validation, job.method)
+        on_validation = (
+            (REWARD_MARGINS, validation.rewards),
+            (TOKEN_MARGINS, validation.implicit_per_token),
+        )
+        for name, values in on_validation:
             if values is not None:
                 margins = decided_margins(groups, values, validation.first)
                 stored[name] = margins.astype(np.float32)
