@@ -10,7 +10,7 @@ import pytest
 
 from hafrm.benchmarks.benchmark_files import find_benchmark_folder, load_benchmark
 from hafrm.benchmarks.benchmark_scores import missing_terms
-from hafrm.benchmarks.definitions import BENCHMARKS, QUOTED, find_benchmarks
+from hafrm.benchmarks.definitions import BENCHMARKS, find_benchmarks
 from hafrm.errors import ConfigError, DataError
 from support.benchmark_rows import RMB_PAIR, ROWS, write_all, write_lines
 
@@ -78,7 +78,6 @@ def test_every_benchmark_on_the_hub_loads_its_evaluation_split(monkeypatch, name
         "ppe-correctness": ("lmarena-ai/PPE-MMLU-Pro-Best-of-K", None, "train"),
         "rm-bench": ("THU-KEG/RM-Bench", None, "train"),
         "judgebench": ("ScalerLab/JudgeBench", None, "gpt"),
-        "m-rewardbench": ("CohereLabsCommunity/multilingual-reward-bench", "arb_Arab", "test"),
     }
     assert calls[0] == where[name]
 
@@ -91,30 +90,15 @@ def test_what_the_hub_does_not_give_says_where_to_get_it(monkeypatch) -> None:
         load_benchmark(BENCHMARKS["rm-bench"])
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("rewardbench-2", "unknown benchmark 'rewardbench-2'; did you mean rewardbench2?"),
-        ("RewardBench2", "did you mean rewardbench2?"),
-        ("judge-bench", "did you mean judgebench?"),
-        ("ppe", "unknown benchmark 'ppe'; known are rewardbench, .*m-rewardbench, all"),
-        ("xyz", "unknown benchmark 'xyz'; known are rewardbench, rewardbench2, ppe-preference"),
-    ],
-)
-def test_an_unknown_name_tells_the_nearest_one(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        find_benchmarks([name])
-
-
 def test_all_stands_for_the_quoted_table_and_no_name_counts_twice() -> None:
-    assert [b.name for b in find_benchmarks(["all"])] == list(QUOTED)
     assert [b.title for b in find_benchmarks(["all"])] == [
         "RewardBench v1", "RewardBench v2", "PPE Preference", "PPE Correctness", "RMB", "RM-Bench",
         "JudgeBench",
     ]  # fmt: skip
-    both = find_benchmarks(["m-rewardbench", "all", "rewardbench"])
-    assert len(both) == 8
-    assert both[0].name == "m-rewardbench"
+    both = find_benchmarks(["judgebench", "all", "rewardbench"])
+    assert (len(both), both[0].name) == (7, "judgebench")
+    with pytest.raises(ConfigError, match=r"'ppe'; known are rewardbench, .*judgebench, all"):
+        find_benchmarks(["ppe"])
 
 
 @pytest.mark.parametrize(
@@ -124,10 +108,10 @@ def test_all_stands_for_the_quoted_table_and_no_name_counts_twice() -> None:
          r"row 0 of .*test.jsonl breaks .* of RewardBench v2: missing column: no `rejected`"),
         # left out, a row would change the published number without a word
         ("judgebench", "gpt.jsonl", json.dumps(ROWS["judgebench"] | {"label": "?"}),
-         r"row 0 of .*gpt.jsonl breaks the published form of JudgeBench: bad number.*; its columns"),
+         r"row 0 of .*gpt.jsonl breaks the published form of JudgeBench: bad number"),
         ("judgebench", "gpt.jsonl", "{", r"row 0 of .*gpt.jsonl .*unreadable row: not JSON"),
-        ("judgebench", "gpt.jsonl", "[1]", "not an object: list"),
-        ("rmb", "BoN_set/Helpfulness/x.jsonl", json.dumps(RMB_PAIR), "no `bon_uid`"),
+        ("judgebench", "gpt.jsonl", "[1]", "not an object"),
+        ("rmb", "BoN_set/Helpfulness/x.jsonl", json.dumps(RMB_PAIR), "no `loser_list`"),
     ],
 )  # fmt: skip
 def test_a_row_that_breaks_the_form_stops_the_loading(
@@ -151,9 +135,9 @@ def test_a_folder_without_rows_says_so(tmp_path: Path) -> None:
 def test_a_benchmark_is_looked_for_in_the_folder_of_its_name_first(tmp_path: Path) -> None:
     benchmark = BENCHMARKS["rmb"]
     assert find_benchmark_folder(benchmark, tmp_path, alone=True) == tmp_path
-    with pytest.raises(DataError, match="has no folder rmb with the files of RMB"):
+    with pytest.raises(DataError, match=r"no folder .*rmb with the files of RMB"):
         find_benchmark_folder(benchmark, tmp_path, alone=False)
     (tmp_path / "rmb").mkdir()
     assert find_benchmark_folder(benchmark, tmp_path, alone=True) == tmp_path / "rmb"
-    with pytest.raises(DataError, match="is no folder; give one with the files of RMB"):
+    with pytest.raises(DataError, match=r"no folder .*missing with the files of RMB"):
         find_benchmark_folder(benchmark, tmp_path / "missing", alone=True)

@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from hafrm.benchmarks.benchmark_run import (
-    MAX_CANDIDATES,
     group_by_prompt,
     run_benchmarks,
     score_items,
@@ -19,8 +18,7 @@ from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import Item
 from hafrm.cli import app
 from hafrm.data.encoding import Encoder
-from hafrm.errors import ConfigError, NumericsError
-from hafrm.evaluation.heads import EvaluationOptions
+from hafrm.errors import ConfigError
 from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.reward_model import RewardModel, Scorer
 from support.benchmark_rows import ROWS, write_all, write_lines, write_rewardbench2
@@ -72,15 +70,6 @@ def test_all_candidates_of_a_prompt_are_one_group_in_whatever_items_they_stand()
     assert places == [(0, [0, 1]), (1, [0, 1]), (0, [1, 2, 1])]
 
 
-def test_a_prompt_with_very_many_candidates_is_laid_out_again_but_no_item_is_torn() -> None:
-    items = [item("p", *(f"{k}-{n}" for n in range(10))) for k in range(8)]
-    groups, places = group_by_prompt([*items, items[-1], items[0]])
-    assert [len(group.responses) for group in groups] == [60, 30]
-    assert max(len(group.responses) for group in groups) <= MAX_CANDIDATES
-    for asked, (group, where) in zip([*items, items[-1], items[0]], places, strict=True):
-        assert [groups[group].responses[i] for i in where] == list(asked.candidates)
-
-
 def test_scores_come_back_to_the_candidates_they_belong_to() -> None:
     scorer, calls = CountingScorer(), []
     texts = ["one", "one two three", "one two", "one"]
@@ -104,37 +93,18 @@ def test_a_benchmark_scores_what_the_model_scores(model: Path) -> None:
         assert values == pytest.approx(alone, abs=1e-5)
 
 
-def test_what_was_cut_is_counted_for_each_benchmark() -> None:
-    short, long = "sun", "sun " * 60
-    items = [item("p", short, long), item("q", short, "sea"), item("the sea " * 60, short, "no")]
-    _, report = score_items(CountingScorer(max_length=40), items)
-    assert (report.responses_cut, report.prompts_cut) == (1, 1)
-    _, whole = score_items(CountingScorer(max_length=200), items)
-    assert (whole.responses_cut, whole.prompts_cut) == (0, 0)
-
-
 def test_answers_that_are_the_same_once_cut_tie_and_are_wrong() -> None:
     long = "sun " * 60
     items = [item("p", long + "sea", long + "no")]
-    scores, _ = score_items(CountingScorer(max_length=40), items)
+    scores, report = score_items(CountingScorer(max_length=40), items)
+    assert (report.responses_cut, report.prompts_cut) == (2, 0)
     got = score_benchmark(BENCHMARKS["ppe-preference"], items, scores)
     assert (got.overall.value, got.num_equal) == (0.0, 1)
 
 
-def test_scores_that_are_not_finite_stop_with_their_item_or_in_the_forward(model: Path) -> None:
-    items = [item("p", "sun", "the sun", name="row-7")]
-    scores, _ = score_items(CountingScorer(rule=lambda _: float("nan")), items)
-    with pytest.raises(NumericsError, match="row-7"):
-        score_benchmark(BENCHMARKS["ppe-preference"], items, scores)
-    scorer = RewardModel.from_pretrained(model / "reward")
-    scorer.model.reward_head.weight.data.fill_(float("nan"))
-    with pytest.raises(NumericsError, match="not finite"):
-        score_items(scorer, items)
-
-
 def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, everything) -> None:
     result = run_benchmarks(model, ["all"], folder=everything)
-    assert [one.name for one in result.benchmarks] == [*BENCHMARKS][:7]
+    assert [one.name for one in result.benchmarks] == [*BENCHMARKS]
     for one in result.benchmarks:
         assert list(one.scores) == ["reward", "implicit reward", "pick longer", "pick shorter"]
         assert one.missing == ()
@@ -146,7 +116,7 @@ def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, e
     by_name = {one.name: one.scores for one in result.benchmarks}
     assert by_name["judgebench"]["pick shorter"].overall.value == 1.0
     assert by_name["rm-bench"]["pick longer"].overall.value < 0.5
-    assert result.max_lengths == {"reward": 128, "implicit reward": 128}
+    assert result.max_length == 128
     alone = run_benchmarks(model / "reward", ["rewardbench2"], folder=everything)
     assert list(alone.benchmarks[0].scores) == ["reward", "pick longer", "pick shorter"]
     assert alone.average == {}
@@ -170,7 +140,6 @@ def test_the_command_prints_the_line_and_writes_all_numbers(model, tmp_path) -> 
     saved = json.loads((tmp_path / "out.json").read_text())
     (benchmark,) = saved["benchmarks"]
     assert benchmark["scores"]["reward"]["sections"]["Focus"]["num"] == 1
-    assert len(saved["template_sha256"]["reward"]) == 64
 
 
 def test_a_benchmark_that_is_not_whole_is_marked_and_says_what_it_lacks(model, tmp_path) -> None:
@@ -194,9 +163,3 @@ def test_a_benchmark_that_is_not_whole_is_marked_and_says_what_it_lacks(model, t
 def test_options_that_would_be_ignored_are_refused(options, message) -> None:
     result = CliRunner().invoke(app, ["evaluate", "model", *options])
     assert isinstance(result.exception, ConfigError) and message in str(result.exception)
-
-
-def test_an_unknown_dtype_is_refused(model, everything) -> None:
-    options = EvaluationOptions(dtype="fp8")
-    with pytest.raises(ConfigError, match="dtype must be one of"):
-        run_benchmarks(model, ["rewardbench2"], folder=everything, options=options)

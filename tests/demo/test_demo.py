@@ -97,22 +97,10 @@ def test_the_gold_reward_orders_hand_written_answers(prompt, good, bad):
     assert gold_reward(prompt, good) > gold_reward((Message("user", prompt),), bad)
 
 
-def test_rambling_is_worse_than_the_same_answer_said_once():
-    prompt, answer = "i am emma. please add three and five.", "the answer is eight."
-    assert gold_reward(prompt, answer) > gold_reward(prompt, " ".join([answer] * 6))
-    assert gold_reward(prompt, "") == -3.0
-
-
 @pytest.mark.parametrize("prompt", ["what is love?", (Message("system", "be brief."),)])
 def test_a_prompt_of_another_world_is_refused(prompt):
     with pytest.raises(DataError):
         gold_reward(prompt, "yes.")
-
-
-def test_rules_out_of_range_are_refused(generator):
-    for wrong in ({"flip_rate": 1.5}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            generator.Rules(**wrong)
 
 
 def test_pretraining_lowers_the_loss_repeatably_and_leaves_a_transformers_directory(

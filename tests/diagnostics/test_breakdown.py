@@ -109,9 +109,3 @@ def test_rare_labels_are_put_together() -> None:
     got = slice_accuracies(np.ones(32), {"t": labels}, np.arange(32))
     assert len(got) == MAX_VALUES
     assert {s.value: s.accuracy.num for s in got}["(7 others)"] == 7
-
-
-@pytest.mark.parametrize("prompts", [np.arange(4), np.array([0, 0, 1, 1])])
-def test_slices_know_about_prompts(prompts) -> None:
-    got = slice_accuracies(np.array([1.0, -1, 1, 1]), {"t": ["a", "a", "a", "b"]}, prompts)
-    assert got[0].accuracy.method == ("wilson" if len(set(prompts)) == 4 else "cluster-bootstrap")

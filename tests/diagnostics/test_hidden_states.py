@@ -6,10 +6,9 @@ import torch
 
 from hafrm.diagnostics.hidden_states import last_states, some_responses
 from hafrm.engine.layout import lay_out, unshare
-from hafrm.errors import MemoryBudgetError
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import run_forward
-from support.models import SHAPES, TokenGroup, tiny_hybrid, token_groups
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
 
@@ -30,14 +29,14 @@ def model():
 @pytest.mark.parametrize("sharing", [True, False])
 def test_states_are_those_of_a_plain_padded_run_at_the_last_token(model, sharing: bool) -> None:
     """float32, 2e-5: sums in another order."""
-    found = last_states(tiny_hybrid(sharing=sharing).eval(), GROUPS)
+    states = last_states(tiny_hybrid(sharing=sharing).eval(), GROUPS)
     padded = unshare(lay_out(GROUPS))
     model.share(False)
     with torch.no_grad():
         plain = model.backbone(input_ids=padded.input_ids, attention_mask=padded.attention_mask)
     model.share(True)
     expected = plain.last_hidden_state.flatten(0, 1)[padded.last].numpy()
-    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(states, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_the_reward_is_the_head_s_product_with_the_state(model) -> None:
@@ -45,25 +44,6 @@ def test_the_reward_is_the_head_s_product_with_the_state(model) -> None:
     rewards = run_forward(model, GROUPS, max_tokens=100).rewards
     weight = model.reward_head.weight.detach().numpy()[0]
     np.testing.assert_allclose(states @ weight, rewards, atol=2e-5)
-    assert last_states(model, []).shape == (0, 0)
-
-
-def test_a_row_that_runs_out_of_memory_is_run_in_halves(model, monkeypatch) -> None:
-    """Of the 25 tokens of the first group and the 4 of the second, 20 hold the largest response."""
-    expected = last_states(model, GROUPS[:2])
-    whole = type(model).last_states
-
-    def limited(self, layout):
-        if layout.num_tokens > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(self, layout)
-
-    monkeypatch.setattr(type(model), "last_states", limited)
-    limit = 25
-    np.testing.assert_allclose(last_states(model, GROUPS[:2]), expected, atol=2e-5)
-    limit = 1
-    with pytest.raises(MemoryBudgetError, match="single response"):
-        last_states(model, [TokenGroup(GROUPS[1].prompt_ids, GROUPS[1].response_ids[:1])])
 
 
 def test_some_responses_are_drawn_once_each_and_follow_the_seed_not_the_ids() -> None:

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from hafrm.diagnostics.representation import (
-    MAX_SPECTRUM,
     describe_states,
     linear_cka,
     mean_cosine,
-    paired_cosine,
     spectrum,
 )
 from hafrm.errors import NumericsError
@@ -27,7 +25,6 @@ def test_two_equal_directions_have_rank_two_wherever_they_lie() -> None:
     got = describe_states("m", 5 + 3 * CROSS)
     assert got.effective_rank == pytest.approx(2.0)
     assert got.top_fraction == pytest.approx(0.5)
-    assert got.spectrum == pytest.approx((0.5, 0.5))
 
 
 def test_three_parts_to_one_by_hand() -> None:
@@ -41,7 +38,6 @@ def test_the_spectrum_is_that_of_the_covariance() -> None:
     states = random_states()
     values = np.linalg.eigvalsh(np.cov(states.astype(np.float64), rowvar=False))[::-1]
     np.testing.assert_allclose(spectrum(states), values / values.sum(), atol=1e-12)
-    assert len(describe_states("m", random_states(200, 100)).spectrum) == MAX_SPECTRUM
 
 
 def test_collapsed_states_have_rank_one_and_equal_ones_none() -> None:
@@ -71,15 +67,7 @@ def test_cka_is_blind_to_rotation_scale_and_place_and_not_to_more() -> None:
     assert linear_cka(states, 3 * states @ rotation + 4) == pytest.approx(1.0)
     assert linear_cka(states, random_states(seed=5)) < 0.5
     assert math.isnan(linear_cka(states, np.ones((50, 3))))
-
-
-def test_a_model_is_like_itself_and_sizes_may_differ() -> None:
-    states = random_states()
-    same = describe_states("m", states, states)
-    assert (same.cka_to_base, same.cosine_to_base) == pytest.approx((1.0, 1.0))
-    assert paired_cosine(states, -states) == pytest.approx(-1.0)
-    narrower = describe_states("m", states, states[:, :3])
-    assert math.isnan(narrower.cosine_to_base) and not math.isnan(narrower.cka_to_base)
+    assert describe_states("m", states, states).cka_to_base == pytest.approx(1.0)
     assert math.isnan(describe_states("m", states).cka_to_base)
 
 

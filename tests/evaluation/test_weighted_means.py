@@ -48,15 +48,6 @@ def test_one_term_of_right_and_wrong_has_the_interval_of_an_accuracy() -> None:
     assert single == wilson_interval(3, 4)
 
 
-def test_the_interval_of_separate_terms_is_that_of_independent_means() -> None:
-    """se^2 = (0.5^2 * var0 / n0 + 0.5^2 * var1 / n1); the bootstrap's half-width is 1.96 of it."""
-    draw = np.random.default_rng(1)
-    terms = [term(draw.normal(size=400)), term(2 * draw.normal(size=900))]
-    got = TermMeans(apart(*terms)).combine({"t0": 0.5, "t1": 0.5})
-    error = np.sqrt(sum(0.25 * t.values.var() / len(t.values) for t in terms))
-    assert width(got) / 2 == pytest.approx(1.96 * error, rel=0.06)
-
-
 def test_translations_of_one_prompt_are_drawn_together() -> None:
     """The same answers in two languages are no more news than in one: the width stays. Taken for
     independent, it would shrink by the square root of 2."""
@@ -68,15 +59,6 @@ def test_translations_of_one_prompt_are_drawn_together() -> None:
     assert width(together.combine(halves)) == pytest.approx(width(one), rel=1e-9)
     independent = width(separate.combine({"t0": 0.5, "t1": 0.5}))
     assert independent == pytest.approx(width(one) / np.sqrt(2), rel=0.06)
-
-
-def test_small_terms_are_as_large_in_every_resample_as_they_are() -> None:
-    """A term of two items keeps two: its resampled means are 0, 1/2 and 1, in shares 1/4, 1/2, 1/4."""
-    means = TermMeans(apart(term([0, 1]), term(np.arange(300.0))))
-    means_of_two, counts = np.unique(means.resamples[:, 0], return_counts=True)
-    assert means_of_two.tolist() == [0.0, 0.5, 1.0]
-    assert (counts / 2000).tolist() == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
-    assert np.isfinite(means.resamples).all()
 
 
 def test_the_draws_equal_a_slow_loop_in_distribution() -> None:
@@ -117,28 +99,6 @@ def test_items_that_all_agree_keep_an_honest_width() -> None:
     assert (wrong.value, wrong.low, wrong.high) == pytest.approx((0.0, 0.0, expected))
 
 
-def test_the_same_prompts_in_two_terms_are_no_more_certain_than_in_one() -> None:
-    """Two terms of the same 20 clusters, all right in one and all wrong in the other: the deviations add
-    up as they are, 0.3 and 0.2 of Wilson's."""
-    gap = 1 - wilson_interval(20, 20).low
-    means = TermMeans({"a": term(np.ones(20)), "b": term(np.zeros(20))})
-    got = means.combine({"a": 0.3, "b": 0.2})
-    assert (got.low, got.high) == pytest.approx((0.3 - 0.3 * gap, 0.3 + 0.2 * gap))
-    turned = means.combine({"a": 0.3, "b": -0.2})
-    assert (turned.low, turned.high) == pytest.approx((0.3 - 0.5 * gap, 0.3))
-
-
-def test_a_unanimous_subset_widens_the_interval_of_a_composite_that_varies() -> None:
-    draw = np.random.default_rng(6)
-    varied = term(draw.random(200) < 0.5)
-    means = TermMeans(apart(varied, term(np.ones(10))))
-    got = means.combine({"t0": 0.5, "t1": 0.5})
-    alone = np.quantile(means.resamples @ [0.5, 0.5], 0.025)
-    gap = (1 - wilson_interval(10, 10).low) / 2
-    assert got.value - got.low == pytest.approx(np.hypot(got.value - alone, gap))
-    assert got.high == pytest.approx(np.quantile(means.resamples @ [0.5, 0.5], 0.975))
-
-
 def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch) -> None:
     """100 draws of three subsets: coverage 0.95 within three standard errors of 2.2 points. Where subsets
     are nearly always right, the bootstrap alone covers 70 %."""
@@ -151,11 +111,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch) -> None:
             got = TermMeans(terms).combine(dict.fromkeys(terms, 1 / 3))
             covered += got.low <= sum(truth) / 3 <= got.high
         assert covered / 100 >= 0.88
-
-
-def test_a_mean_that_does_not_vary_has_no_width() -> None:
-    got = TermMeans({"a": term([0.25, 0.25, 0.25])}).combine({"a": 1.0})
-    assert (got.value, got.low, got.high) == (0.25, 0.25, 0.25)
 
 
 def test_a_term_without_items_is_refused() -> None:

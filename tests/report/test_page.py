@@ -11,22 +11,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n
-from hafrm.cli import app
 from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.evaluation import evaluate
 from hafrm.recipe_file import build_as
 from hafrm.report import page as page_module
-from hafrm.report.cautions import CHECKS
 from hafrm.report.page import render_material, write_report
 from hafrm.report.run_files import read_material
 from hafrm.results import write_result
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.study.method_comparison import compare_methods
 from hafrm.study.run_grid import plan_study
+from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe, write_preferences
@@ -87,8 +85,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     hostile = {"prompt": HOSTILE, "chosen": "yes " + HOSTILE, "rejected": "no"}
     test.write_text(test.read_text() + json.dumps(hostile) + "\n")
     other = write_preferences(root / "other.jsonl", 12, start=200)
-    recipe = tiny_recipe(root, training={"steps": 8}, tracking={"log_every": 2})
-    run_training(recipe, root / "haf")
+    recipe = tiny_recipe(root, training={"steps": 4}, tracking={"log_every": 2})
+    with pytest.MonkeyPatch.context() as patch:  # the export's proof takes longer than the rest
+        patch.setattr(run_export, "check_golden", lambda _: {})
+        run_training(recipe, root / "haf")
     sources = [str(test), str(other)]
     write_result(root / "haf" / "test.json", evaluate(root / "haf", sources))
     diagnosis = diagnose(root / "haf", sources, also=[root / "haf" / "model" / "policy"])
@@ -100,8 +100,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     golds = {"length": by_length, "short": lambda _, text: -len(text)}
     best_of_n(build_as(BestOfNOptions, {"pick": options}), root / "picks", golds=golds)
     data = {"train": [str(root / "train.jsonl")], "test": sources}
-    base = tiny_recipe(root, data=data, training={"steps": 8}, evaluation={"every": 4})
-    plan = plan_study(base, ["bt", "haf"], num_seeds=1, rates=[1e-3, 3e-3])
+    base = tiny_recipe(root, data=data, training={"steps": 4}, evaluation={"every": 4})
+    plan = plan_study(base, ["bt", "haf"], num_seeds=1, rates=[1e-3])
     compare_methods(plan, root / "study")
     train_policy(tiny_rlhf(root), root / "ppo")
     return {name: root / name for name in ("haf", "picks", "study", "ppo")}
@@ -135,7 +135,9 @@ def test_every_section_is_there_in_well_formed_html(page):
     ],
 )
 def test_a_section_appears_where_its_data_is_there(folders, name, anchors):
-    assert Page(render_material(read_material([folders[name]]))).anchors == anchors.split()
+    html = render_material(read_material([folders[name]]))
+    assert Page(html).anchors == anchors.split()
+    assert render_material(read_material([folders[name]])) == html  # same folders, same page
 
 
 def test_nothing_is_fetched_and_nothing_is_run(page, html):
@@ -224,10 +226,6 @@ def test_plots_have_no_colours_of_their_own_so_that_dark_mode_has_them_too(html)
         assert "<text" in plot  # text is text
 
 
-def test_the_same_folders_give_the_same_page(folders, html):
-    assert render_material(read_material([*folders.values()])) == html
-
-
 def test_a_long_run_makes_no_long_page(folders, tmp_path):
     """20,000 logged steps; a page about one run stays below 1 MB."""
     lines = (
@@ -258,22 +256,15 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
 
 
 def test_the_verb_writes_the_page_and_loads_no_torch(folders, tmp_path):
-    out = tmp_path / "page.html"
-    result = CliRunner().invoke(app, ["report", str(folders["haf"]), "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    assert "page.html" in result.output
+    out, heavy = tmp_path / "page.html", {"torch", "transformers", "datasets", "pandas"}
+    arguments = ["report", str(folders["haf"]), "--out", str(out)]
     code = (
-        "import sys, pathlib; from hafrm.report.page import write_report;"
-        f"write_report([pathlib.Path({str(folders['haf'])!r})], pathlib.Path({str(out)!r}));"
-        "print({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules) or '')"
+        "import sys; from hafrm.cli import app;"
+        f"app({arguments}, standalone_mode=False); print({heavy} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    assert "page.html" in done.stdout and done.stdout.endswith("set()\n")
     assert Page(out.read_text(encoding="utf-8")).words.startswith("Skip to the content haf")
-
-
-def test_there_are_at_most_ten_checks():
-    assert len(CHECKS) <= 10
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 from hafrm.errors import CheckpointError, ConfigError, DivergedError, NumericsError
 from hafrm.evaluation import evaluate
-from hafrm.recipe import LoraSection, Recipe
+from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.results import read_result
 from hafrm.study import method_comparison, study_runs
@@ -24,7 +24,6 @@ from hafrm.study.study_result import (
     MIXED,
     ScorerOutcome,
     StudyResult,
-    Tuning,
     domains,
     stack_answers,
     summarise,
@@ -143,28 +142,6 @@ def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):
     assert [run.rate for run in plan.tuning_runs()] == list(plan.rates)
 
 
-def test_a_rate_that_is_best_at_an_end_has_one_beyond_it_to_try():
-    def beyond(chosen: float, *tried: float) -> float | None:
-        return Tuning("bt", MIXED, chosen, tuple((rate, 0.5) for rate in tried)).next_rate()
-
-    assert beyond(4.0, 1.0, 2.0, 4.0) == 8.0
-    assert beyond(1.0, 4.0, 1.0, 2.0) == 0.5
-    assert beyond(2.0, 1.0, 2.0, 4.0) is None
-    assert beyond(1.0, 1.0) is None  # one rate has no spacing
-
-
-def test_rates_are_continued_until_the_best_is_inside_unless_they_were_given(tmp_path):
-    """A run of two steps learns more the higher its rate, so the search goes up, three times at most."""
-    low = study_recipe(tmp_path, num_sets=1, learning_rate=1e-7)
-    plan = plan_study(low, ["bt"], num_seeds=1)
-    (tuning,) = compare_methods(plan, tmp_path / "out").learning_rates
-    rates = [rate for rate, _ in tuning.tried]
-    np.testing.assert_allclose(rates, 1e-7 * 3.0 ** np.arange(-1, 5), rtol=1e-6)
-    fixed = plan_study(low, ["bt"], num_seeds=1, rates=[1e-7, 3e-7])
-    (tuning,) = compare_methods(fixed, tmp_path / "out").learning_rates
-    assert [rate for rate, _ in tuning.tried] == [1e-7, 3e-7]
-
-
 def test_two_runs_fuse_as_one_run_with_two_heads_does(finished, monkeypatch):
     """The reward of one run and the policy of another, given one run's scores, make its fused score."""
     haf, dpo = parse_methods(["haf", "dpo"])
@@ -237,12 +214,9 @@ def test_the_result_on_disk_holds_the_whole_matrix_with_intervals(finished):
     assert {c.second for c in result.differences} == {"bt"}
     assert list(result.pick_longer) == ["sun", "other"]
     assert [tuning.chosen for tuning in result.learning_rates] == [1e-3, 1e-3]
-    # a finished run has its metrics and states, and no checkpoints
+    # a finished run has its metrics, and no checkpoints
     run = plan.runs({"bt": 1e-3, "haf": 1e-3})[0].folder(folder / "out")
     assert (run / "metrics.jsonl").is_file() and not (run / "checkpoints").exists()
-    states = read_run_result(run)
-    assert 1 <= states.representation.effective_rank <= 32  # the width of the tiny model
-    assert states.state_norm[0] > 0
 
 
 def test_the_tables_have_every_scorer_and_name_where_it_differs(finished):
@@ -274,9 +248,8 @@ def test_finished_runs_are_not_run_again_and_more_seeds_run_only_what_is_new(fin
     again = compare_methods(plan, folder / "out")
     assert ran == []
     assert again == result
-    two_seeds = small_plan(folder, methods="bt,haf", num_seeds=2, num_sets=2)
-    compare_methods(two_seeds, folder / "out")
-    assert len(ran) == 3 * 2
+    compare_methods(small_plan(folder, "bt", num_seeds=2, num_sets=2), folder / "out")
+    assert len(ran) == 3
     assert all(path.name.endswith("seed-1") for path in ran)
 
 
@@ -324,16 +297,6 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, monkeypatch):
     lines = (folder / "metrics.jsonl").read_text()
     assert worker(run).num_steps == 2
     assert (folder / "metrics.jsonl").read_text() == lines  # no step was run twice
-
-
-def test_a_run_of_adapters_in_bf16_measures_its_states_in_bf16(tmp_path):
-    """The base is bfloat16 and the adapters float32: only autocast can multiply the two."""
-    recipe = study_recipe(tmp_path, precision="bf16").model_copy(
-        update={"lora": LoraSection(rank=2)}
-    )
-    plan = plan_study(recipe, ["bt"], num_seeds=1, rates=[1e-3])
-    result = RunWorker(plan, tmp_path / "out")(plan.runs({"bt": 1e-3})[0])
-    assert np.isfinite(result.state_norm).all() and result.state_norm[0] > 0
 
 
 def test_references_are_computed_in_the_precision_that_runs_train_in(tmp_path, monkeypatch):

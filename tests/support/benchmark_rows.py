@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hafrm.benchmarks.definitions import BENCHMARKS, LANGUAGES
+from hafrm.benchmarks.definitions import BENCHMARKS
 
 GOOD, BAD = "two plus two is four.", "it is five, and so on and so on."
 QUESTION = "What is two plus two?"
@@ -60,14 +60,6 @@ ROWS: dict[str, dict[str, Any]] = {
         "response_A": BAD,
         "response_B": GOOD,
         "label": "B>A",
-    },
-    "m-rewardbench": {
-        "id": 30,
-        "prompt": QUESTION,
-        "chosen": GOOD,
-        "rejected": BAD,
-        "language": "deu_Latn",
-        "source": "alpacaeval-easy",
     },
 }
 
@@ -140,7 +132,4 @@ def write_all(folder: Path) -> Path:
     gpt = "dataset=judgebench,response_model=gpt-4o-2024-05-13.jsonl"
     write_lines(folder / "judgebench" / gpt, _varied(ROWS["judgebench"], "source", sources))
     write_lines(folder / "judgebench/claude.jsonl", [ROWS["judgebench"]] * 3)
-    for language in LANGUAGES:
-        rows = _varied(ROWS["m-rewardbench"], "source", subsets)
-        write_lines(folder / f"m-rewardbench/{language}/test.jsonl", rows)
     return folder

@@ -19,15 +19,13 @@ from hafrm.errors import DataError
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
-    """The items of a benchmark, and where they are from."""
+    """The items of a benchmark, and where they are from; `BenchmarkResult` explains the fields."""
 
     benchmark: Benchmark
     items: tuple[Item, ...]
     num_rows: int
     left_out: dict[str, int]
-    """Rows that the benchmark does not count, by reason."""
     data: str
-    """The folder, or the names on the hub."""
 
 
 def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBenchmark:
@@ -35,23 +33,19 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
 
     Raises DataError for a folder without its files, an unreadable or unfit row, and no rows at all.
     """
-    items: list[Item] = []
-    left_out: Counter[str] = Counter()
-    for part in benchmark.parts:
-        for place, row in _rows(benchmark, part, folder):
-            item = _read_row(benchmark, part, row, place)
-            if isinstance(item, LeftOut):
-                left_out[item.reason] += 1
-            else:
-                items.append(item)
-    # a folder of another benchmark often has no file that matches
-    if not items:
-        where = benchmark.title if folder is None else folder
-        raise DataError(f"{where} has no rows of {benchmark.title} to score")
+    rows = [
+        _read_row(benchmark, part, row, place)
+        for part in benchmark.parts
+        for place, row in _rows(benchmark, part, folder)
+    ]
+    items = tuple(row for row in rows if isinstance(row, Item))
+    left_out = Counter(row.reason for row in rows if isinstance(row, LeftOut))
     hubs = dict.fromkeys(str(part.hub) for part in benchmark.parts)
     data = ", ".join(hubs) if folder is None else str(folder)
-    num_rows = len(items) + left_out.total()
-    return LoadedBenchmark(benchmark, tuple(items), num_rows, dict(left_out), data)
+    # a folder of another benchmark often has no file that matches
+    if not items:
+        raise DataError(f"{data} has no rows of {benchmark.title} to score")
+    return LoadedBenchmark(benchmark, items, len(rows), dict(left_out), data)
 
 
 def find_benchmark_folder(benchmark: Benchmark, root: Path, *, alone: bool) -> Path:
@@ -59,12 +53,11 @@ def find_benchmark_folder(benchmark: Benchmark, root: Path, *, alone: bool) -> P
 
     Raises DataError if there is no such folder.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder; give one with the files of {benchmark.title}")
     own = root / benchmark.name
-    if own.is_dir() or alone:
-        return own if own.is_dir() else root
-    raise DataError(f"{root} has no folder {benchmark.name} with the files of {benchmark.title}")
+    own = root if alone and not own.is_dir() else own
+    if not own.is_dir():
+        raise DataError(f"there is no folder {own} with the files of {benchmark.title}")
+    return own
 
 
 def _rows(
@@ -88,16 +81,12 @@ def _rows(
 
 def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str) -> Item | LeftOut:
     try:
-        if isinstance(row, Refusal):  # not even JSON
-            raise RefusedError(row)
-        if not isinstance(row, Mapping):
-            raise RefusedError(Refusal("unreadable row", f"not an object: {type(row).__name__}"))
-        return benchmark.read_row(row, part.name)
+        if isinstance(row, Mapping):
+            return benchmark.read_row(row, part.name)
+        refusal = row if isinstance(row, Refusal) else Refusal("unreadable row", "not an object")
+        raise RefusedError(refusal)
     except RefusedError as refused:
         reason, detail = refused.refusal
-        # another data set's columns tell the reader which file this is
-        names = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else "none"
         raise DataError(
-            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}; "
-            f"its columns are {names}"
+            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}"
         ) from None

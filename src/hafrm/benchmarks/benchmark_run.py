@@ -16,23 +16,20 @@ from hafrm.benchmarks.benchmark_scores import (
     BenchmarkResult,
     BenchmarkResults,
     BenchmarkScore,
-    average_over_quoted,
     length_scores,
     missing_terms,
     score_benchmark,
 )
-from hafrm.benchmarks.definitions import find_benchmarks
+from hafrm.benchmarks.definitions import BENCHMARKS, find_benchmarks
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
 from hafrm.evaluation.comparisons import response_offsets
 from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
+from hafrm.evaluation.weighted_means import mean_of
 from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.loading import find_heads
 from hafrm.scoring.reward_model import Scorer
-
-MAX_CANDIDATES = 64
-"""Most responses of one group: a prompt with more has several groups; no item is split."""
 
 
 def run_benchmarks(
@@ -56,27 +53,26 @@ def run_benchmarks(
     missing = [missing_terms(data.benchmark, data.items) for data in loaded]
     heads = find_heads(model)
     head_names = scorer_names(heads)
-    # a first grouping without a model, to know how many scores there will be
     groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
     num = sum(len(group.responses) for group in groups)
     done = over_passes(on_progress, num * len(head_names))
     scores: list[dict[str, BenchmarkScore]] = [{} for _ in loaded]
-    reports: list[dict[str, EncodingReport]] = [{} for _ in loaded]
-    max_lengths, templates = {}, {}
+    reports: list[list[EncodingReport]] = [[] for _ in loaded]
+    max_lengths = []
     for name in head_names:
         scorer = load_head(heads, name, options or EvaluationOptions())
-        max_lengths[name] = scorer.encoder.lengths.max_length
-        templates[name] = scorer.encoder.template_sha256
+        max_lengths.append(scorer.encoder.lengths.max_length)
         for i, data in enumerate(loaded):
-            values, reports[i][name] = score_items(scorer, data.items, done)
+            values, report = score_items(scorer, data.items, done)
+            reports[i].append(report)
             scores[i][name] = score_benchmark(data.benchmark, data.items, values)
         del scorer  # before the next one is loaded
+    results = []
     for i, data in enumerate(loaded):
         for name, sign in ((PICK_LONGER, 1), (PICK_SHORTER, -1)):
             lengths = length_scores(data.items, sign=sign)
             scores[i][name] = score_benchmark(data.benchmark, data.items, lengths)
-    results = tuple(
-        BenchmarkResult(
+        result = BenchmarkResult(
             name=data.benchmark.name,
             title=data.benchmark.title,
             data=data.data,
@@ -85,13 +81,15 @@ def run_benchmarks(
             left_out=data.left_out,
             missing=missing[i],
             scores=scores[i],
-            prompts_cut={name: report.prompts_cut for name, report in reports[i].items()},
-            responses_cut={name: report.responses_cut for name, report in reports[i].items()},
+            prompts_cut=reports[i][0].prompts_cut,
+            responses_cut=reports[i][0].responses_cut,
         )
-        for i, data in enumerate(loaded)
-    )
-    average = average_over_quoted(results)
-    return BenchmarkResults(str(model), max_lengths, templates, average, results)
+        results.append(result)
+    average = {}
+    if len(results) == len(BENCHMARKS):
+        overalls = {name: [one[name].overall for one in scores] for name in scores[0]}
+        average = {name: mean_of(values) for name, values in overalls.items()}
+    return BenchmarkResults(str(model), max_lengths[0], average, tuple(results))
 
 
 def score_items(
@@ -109,22 +107,15 @@ def score_items(
 
 
 def group_by_prompt(items: Sequence[Item]) -> tuple[list[Group], list[tuple[int, list[int]]]]:
-    """The groups of all items' prompts, and where each item's candidates are: (group, responses)."""
-    responses: list[dict[str, int]] = []
-    prompts: list[tuple[Message, ...]] = []
-    open_group: dict[tuple[Message, ...], int] = {}
+    """A group for each prompt, and where each item's candidates are: (group, responses)."""
+    # prompt -> its number, and its texts with their indices; equal texts share one
+    prompts: dict[tuple[Message, ...], tuple[int, dict[str, int]]] = {}
     places = []
     for item in items:
-        # the last group of this prompt, unless the item would make it too large
-        group = open_group.get(item.prompt)
-        if group is None or len({*responses[group], *item.candidates}) > MAX_CANDIDATES:
-            group = open_group[item.prompt] = len(prompts)
-            prompts.append(item.prompt)
-            responses.append({})
-        texts = responses[group]  # text -> its index in the group; equal texts share it
-        places.append((group, [texts.setdefault(text, len(texts)) for text in item.candidates]))
+        number, texts = prompts.setdefault(item.prompt, (len(prompts), {}))
+        places.append((number, [texts.setdefault(t, len(texts)) for t in item.candidates]))
     groups = [
-        Group(f"prompt {i}", prompt, tuple(texts))
-        for i, (prompt, texts) in enumerate(zip(prompts, responses, strict=True))
+        Group(f"prompt {number}", prompt, tuple(texts))
+        for prompt, (number, texts) in prompts.items()
     ]
     return groups, places

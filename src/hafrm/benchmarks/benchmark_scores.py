@@ -4,15 +4,15 @@ A scorer is an array of scores for each item. The two baselines that look at not
 like any other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hafrm.benchmarks.definitions import QUOTED, Benchmark, TermWeights, mean_weights
+from hafrm.benchmarks.definitions import Benchmark, TermWeights
 from hafrm.benchmarks.rules import CandidateScores, Item, ItemVerdict
 from hafrm.errors import DataError, NumericsError
-from hafrm.evaluation.weighted_means import Term, TermMeans, mean_of
+from hafrm.evaluation.weighted_means import Term, TermMeans
 from hafrm.statistics import Estimate
 from hafrm.table import Cell, Column, Table
 
@@ -46,9 +46,8 @@ class BenchmarkResult:
     """Terms of the whole benchmark that its data lacks: its score is not the published one then."""
     scores: dict[str, BenchmarkScore]
     """By scorer: the model's heads, then the two baselines."""
-    prompts_cut: dict[str, int]
-    """By head."""
-    responses_cut: dict[str, int]
+    prompts_cut: int
+    responses_cut: int
 
     def table(self) -> Table:
         """Sections, extras and the score, a column for each scorer."""
@@ -62,19 +61,16 @@ class BenchmarkResult:
         rows.append(("all", *(s.overall for s in scores)))
         rows.append(("equal scores", *(s.num_equal for s in scores)))
         columns = (Column("section"), *(Column(name, "count") for name in self.scores))
-        return Table(self.title, columns, tuple(rows), tuple(self._notes()))
-
-    def _notes(self) -> Iterator[str]:
-        published = self.num_rows_published
+        published, lacking = self.num_rows_published, ", ".join(self.missing)
         of_all = "" if published in (None, self.num_rows) else f" of {published} published"
-        yield f"{self.num_rows} rows{of_all} from {self.data}"
-        for reason, number in self.left_out.items():
-            yield f"not counted by the benchmark: {reason}: {number} rows"
-        for head, num in self.responses_cut.items():
-            yield f"{head}: responses cut {num}, prompts cut {self.prompts_cut[head]}"
-        if self.missing:
-            named = ", ".join(self.missing[:6]) + (", ..." if len(self.missing) > 6 else "")
-            yield f"* not the published score: no rows of {named}"
+        left_out = (f"{reason}: {number} rows" for reason, number in self.left_out.items())
+        notes = [
+            f"{self.num_rows} rows{of_all} from {self.data}",
+            *(f"not counted by the benchmark: {reason}" for reason in left_out),
+            f"responses cut {self.responses_cut}, prompts cut {self.prompts_cut}",
+            *([f"* not the published score: no rows of {lacking}"] if lacking else []),
+        ]
+        return Table(self.title, columns, tuple(rows), tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,35 +78,23 @@ class BenchmarkResults:
     """All benchmarks of one run, and what their scores depend on."""
 
     model: str
-    max_lengths: dict[str, int]
-    """Tokens beyond which inputs were cut, by head."""
-    template_sha256: dict[str, str]
-    """Digest of each head's chat template."""
+    max_length: int
+    """Tokens beyond which inputs were cut."""
     average: dict[str, Estimate]
-    """Each scorer's mean over the quoted table; empty unless all of that table was run."""
+    """Each scorer's mean over all benchmarks; empty unless all were run."""
     benchmarks: tuple[BenchmarkResult, ...]
 
     def tables(self) -> tuple[Table, ...]:
         """The line that papers quote, for the model's heads and the baselines; then each benchmark."""
         columns = [Column("scorer")]
         columns += [Column(b.title + "*" * bool(b.missing), "percent") for b in self.benchmarks]
-        # only the whole quoted table has an average
         columns += [Column("Avg.", "percent")] * bool(self.average)
         rows: list[tuple[Cell, ...]] = []
         for scorer in self.benchmarks[0].scores:
             mean = [self.average[scorer]] if self.average else []
             rows.append((scorer, *(b.scores[scorer].overall for b in self.benchmarks), *mean))
         title = f"{self.model} on published benchmarks [95 %]"
-        line = Table(title, tuple(columns), tuple(rows))
-        return (line, *(b.table() for b in self.benchmarks))
-
-
-def average_over_quoted(results: Sequence[BenchmarkResult]) -> dict[str, Estimate]:
-    """Each scorer's mean over the quoted table; empty unless all of it is there."""
-    quoted = [result for result in results if result.name in QUOTED]
-    if len(quoted) < len(QUOTED):
-        return {}
-    return {name: mean_of([r.scores[name].overall for r in quoted]) for name in quoted[0].scores}
+        return (Table(title, tuple(columns), tuple(rows)), *(b.table() for b in self.benchmarks))
 
 
 def score_benchmark(
@@ -130,16 +114,17 @@ def score_benchmark(
     verdicts = list(benchmark.rule(items, scores))
     terms = _terms(benchmark, verdicts)
     means, sections = TermMeans(terms), _present(benchmark.sections, terms)
-    overall = mean_weights(sections.values())
+    # sections weigh the same
+    parts = [part for section in sections.values() for part in section.items()]
+    overall = {name: weight / len(sections) for name, weight in parts}
     if benchmark.pooled:  # every verdict weighs the same, so a term weighs by its verdicts
         overall = {name: len(t.values) / len(verdicts) for name, t in terms.items()}
-    extras = _present(benchmark.extras, terms)
-    return BenchmarkScore(
-        overall=means.combine(overall),
-        sections={name: means.combine(weights) for name, weights in sections.items()},
-        extras={name: means.combine(weights) for name, weights in extras.items()},
-        num_equal=sum(verdict.num_equal for verdict in verdicts),
+    published, extras = (
+        {name: means.combine(weights) for name, weights in group.items()}
+        for group in (sections, _present(benchmark.extras, terms))
     )
+    num_equal = sum(verdict.num_equal for verdict in verdicts)
+    return BenchmarkScore(means.combine(overall), published, extras, num_equal)
 
 
 def missing_terms(benchmark: Benchmark, items: Sequence[Item]) -> tuple[str, ...]:
@@ -168,12 +153,11 @@ def _terms(benchmark: Benchmark, verdicts: Sequence[ItemVerdict]) -> dict[str, T
                 f"{benchmark.title} has no subset {verdict.term!r}; known are {', '.join(by_term)}"
             )
         by_term[verdict.term].append(verdict)
-    terms = {}
-    for term, group in by_term.items():
-        if group:
-            values = np.array([verdict.value for verdict in group], np.float64)
-            terms[term] = Term(values, np.array([verdict.cluster for verdict in group]))
-    return terms
+    return {
+        term: Term(np.array([v.value for v in group]), np.array([v.cluster for v in group]))
+        for term, group in by_term.items()
+        if group
+    }
 
 
 def _present(
@@ -185,7 +169,6 @@ def _present(
         there = {name: weight for name, weight in weights.items() if name in terms}
         # what is there takes the weight of what is missing; exactly 1 for a whole section
         if there:
-            is_whole = len(there) == len(weights)
-            scale = 1.0 if is_whole else sum(weights.values()) / sum(there.values())
+            scale = sum(weights.values()) / sum(there.values())
             result[section] = {name: weight * scale for name, weight in there.items()}
     return result

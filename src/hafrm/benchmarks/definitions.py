@@ -1,11 +1,8 @@
 """The benchmarks that `hafrm evaluate --benchmark` knows: where they are, their rules and their weights.
 
-A new one is a function in `row_readers`, a rule in `rules` if none fits, and an entry here. The first seven
-are the columns of the table that papers on reward models quote.
+A new one is a function in `row_readers`, a rule in `rules` if none fits, and an entry here.
 """
 
-import difflib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,92 +54,38 @@ class Benchmark:
 
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names; "all" means those that papers quote.
-
-    Raises ConfigError with the nearest name for an unknown one.
-    """
-    wanted = [name for entry in names for name in (QUOTED if entry == "all" else (entry,))]
+    """The benchmarks of these names, or "all"; raises ConfigError for an unknown one."""
+    wanted = [name for entry in names for name in (BENCHMARKS if entry == "all" else (entry,))]
     for name in wanted:
         if name not in BENCHMARKS:
-            # names differ by a digit or a hyphen
-            near = difflib.get_close_matches(name.lower(), BENCHMARKS, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]}? " if near else ""
             all_names = ", ".join([*BENCHMARKS, "all"])
-            raise ConfigError(f"unknown benchmark {name!r}; {hint}known are {all_names}")
+            raise ConfigError(f"unknown benchmark {name!r}; known are {all_names}")
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
-
-
-def mean_weights(sections: Iterable[TermWeights]) -> TermWeights:
-    """The weights of the mean of several sections, which may share terms."""
-    parts = list(sections)
-    total: dict[str, float] = defaultdict(float)
-    for weights in parts:
-        for name, weight in weights.items():
-            total[name] += weight / len(parts)
-    return total
 
 
 def _alone(names: Iterable[str]) -> dict[str, TermWeights]:
     return {name: {name: 1.0} for name in names}
 
 
-_SUBSETS = """
-Chat        alpacaeval-easy         100   79
-Chat        alpacaeval-length        95   79
-Chat        alpacaeval-hard          95   76
-Chat        mt-bench-easy            28   24
-Chat        mt-bench-med             40   38
-Chat_Hard   mt-bench-hard            37   35
-Chat_Hard   llmbar-natural          100   76
-Chat_Hard   llmbar-adver-neighbor   134  124
-Chat_Hard   llmbar-adver-GPTInst     92   87
-Chat_Hard   llmbar-adver-GPTOut      47   42
-Chat_Hard   llmbar-adver-manual      46   43
-Safety      refusals-dangerous      100  100
-Safety      refusals-offensive      100  100
-Safety      xstest-should-refuse    154  154
-Safety      xstest-should-respond   250  247
-Safety      donotanswer             136  135
-Reasoning   math-prm                984  983
-Reasoning   hep-cpp                 164  164
-Reasoning   hep-go                  164  164
-Reasoning   hep-java                164  164
-Reasoning   hep-js                  164  164
-Reasoning   hep-python              164  163
-Reasoning   hep-rust                164  164
-"""
-"""Section, subset, its count in RewardBench 1 and in each language of M-RewardBench, as in their code.
-
-Within a section a subset weighs as its count, and the sections weigh the same. The counts are those of the
-rows, except math-prm: it has 447 rows, and its 984 (983) make mathematics weigh as much as code.
-RewardBench's code has had the two xstest counts both ways round; these are those of the rows.
-"""
-_M_REWARDBENCH = "CohereLabsCommunity/multilingual-reward-bench"
-_LANGUAGE_CODES = (
-    "arb_Arab ces_Latn deu_Latn ell_Grek fra_Latn heb_Hebr hin_Deva ind_Latn ita_Latn jpn_Jpan kor_Hang "
-    "nld_Latn pes_Arab pol_Latn por_Latn ron_Latn rus_Cyrl spa_Latn tur_Latn ukr_Cyrl vie_Latn zho_Hans "
-    "zho_Hant"
-)
-LANGUAGES = tuple(_LANGUAGE_CODES.split())
-"""M-RewardBench's, by the names of its configurations."""
+_SUBSETS = {
+    "Chat": "alpacaeval-easy 100, alpacaeval-length 95, alpacaeval-hard 95, mt-bench-easy 28, "
+    "mt-bench-med 40",
+    "Chat Hard": "mt-bench-hard 37, llmbar-natural 100, llmbar-adver-neighbor 134, "
+    "llmbar-adver-GPTInst 92, llmbar-adver-GPTOut 47, llmbar-adver-manual 46",
+    # RewardBench's code has had the two xstest counts both ways round; these are those of the rows
+    "Safety": "refusals-dangerous 100, refusals-offensive 100, xstest-should-refuse 154, "
+    "xstest-should-respond 250, donotanswer 136",
+    # math-prm has 447 rows: its 984 make mathematics weigh as much as code
+    "Reasoning": "math-prm 984, hep-cpp 164, hep-go 164, hep-java 164, hep-js 164, hep-python 164, "
+    "hep-rust 164",
+}
+"""RewardBench's sections, which weigh the same, and their subsets with the counts that they weigh by."""
 
 
-def _sections(column: int) -> dict[str, TermWeights]:
-    """Each subset's fraction of its section (they sum to 1), from a column of _SUBSETS."""
-    counts: dict[str, dict[str, int]] = defaultdict(dict)
-    for line in _SUBSETS.split("\n")[1:-1]:
-        section, subset, *numbers = line.split()
-        counts[section.replace("_", " ")][subset] = int(numbers[column])
-    return {
-        section: {subset: num / sum(subsets.values()) for subset, num in subsets.items()}
-        for section, subsets in counts.items()
-    }
-
-
-def _language(language: str) -> TermWeights:
-    """The weights of a language's subsets: the mean of its four sections."""
-    weights = mean_weights(_sections(1).values())
-    return {f"{language} {subset}": weight for subset, weight in weights.items()}
+def _by_count(subsets: str) -> TermWeights:
+    """Each subset's fraction of its section."""
+    counts = {name: int(num) for name, num in map(str.split, subsets.split(", "))}
+    return {name: num / sum(counts.values()) for name, num in counts.items()}
 
 
 _PPE_TASKS = ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus")
@@ -159,7 +102,7 @@ _ALL = (
         "RewardBench v1",
         row_readers.rewardbench,
         rules.first_beats_all,
-        _sections(0),
+        {section: _by_count(subsets) for section, subsets in _SUBSETS.items()},
         (BenchmarkPart(HubSet("allenai/reward-bench", "filtered"), ("*filtered*", "*")),),
         2985,
     ),
@@ -231,18 +174,6 @@ _ALL = (
         350,
         pooled=True,
     ),
-    Benchmark(
-        "m-rewardbench",
-        "M-RewardBench",
-        row_readers.m_rewardbench,
-        rules.first_beats_all,
-        {language: _language(language) for language in LANGUAGES},
-        tuple(
-            BenchmarkPart(HubSet(_M_REWARDBENCH, "test", name), (f"*{name}*",), name)
-            for name in LANGUAGES
-        ),
-    ),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
-QUOTED = tuple(BENCHMARKS)[:7]
-"""The columns of the quoted table (Skywork-Reward-V2's) in its order; its last one is their mean."""
+"""The columns of the table that papers quote (Skywork-Reward-V2's) in its order."""

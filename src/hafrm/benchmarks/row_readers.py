@@ -28,60 +28,47 @@ RM_BENCH_DOMAINS = ("chat", "code", "math", "safety")
 _TIES_ID = re.compile(r"(ref|tied):\d+")
 
 
-def rewardbench(row: PublishedRow, part: str) -> Item | LeftOut:
+def rewardbench(row: PublishedRow, _: str) -> Item | LeftOut:
     """RewardBench 1: a prompt, the chosen and the rejected answer, and the subset."""
-    assert not part
     answers = text_of(row, "chosen"), text_of(row, "rejected")
-    return Item(_id(row, "id"), text_of(row, "subset"), _prompt(row, "prompt"), answers)
+    return Item(str(cell_of(row, "id")), text_of(row, "subset"), _prompt(row, "prompt"), answers)
 
 
-def m_rewardbench(row: PublishedRow, part: str) -> Item | LeftOut:
-    """M-RewardBench: RewardBench in the language `part`; `source` is the subset."""
-    answers, origin = (text_of(row, "chosen"), text_of(row, "rejected")), _id(row, "id")
-    subset = f"{part} {text_of(row, 'source')}"
-    # the translations of one prompt share their id, and are resampled together
-    return Item(f"{part}:{origin}", subset, _prompt(row, "prompt"), answers, origin=origin)
-
-
-def rewardbench2(row: PublishedRow, part: str) -> Item | LeftOut:
+def rewardbench2(row: PublishedRow, _: str) -> Item | LeftOut:
     """RewardBench 2: right answers, wrong answers, and the subset; Ties has each prompt in two versions."""
-    assert not part
     right, wrong = _texts(row, "chosen"), _texts(row, "rejected")
-    subset, name = text_of(row, "subset"), _id(row, "id")
+    subset, name = text_of(row, "subset"), str(cell_of(row, "id"))
     if subset == TIES and not _TIES_ID.fullmatch(name):
         refuse("bad number", f"an `id` of Ties must be ref:<number> or tied:<number>, got {name!r}")
     return Item(name, subset, _prompt(row, "prompt"), (*right, *wrong), num_correct=len(right))
 
 
-def rm_bench(row: PublishedRow, part: str) -> Item | LeftOut:
+def rm_bench(row: PublishedRow, _: str) -> Item | LeftOut:
     """RM-Bench: three right and three wrong answers, each concise, detailed and in markdown."""
-    assert not part
     right, wrong = _texts(row, "chosen"), _texts(row, "rejected")
     if (len(right), len(wrong)) != (3, 3):
         refuse("bad number", "`chosen` and `rejected` must hold three answers each, in 3 styles")
     domain = _starting(row, "domain", RM_BENCH_DOMAINS)
-    return Item(_id(row, "id"), domain, _prompt(row, "prompt"), (*right, *wrong), 3)
+    return Item(str(cell_of(row, "id")), domain, _prompt(row, "prompt"), (*right, *wrong), 3)
 
 
-def judgebench(row: PublishedRow, part: str) -> Item | LeftOut:
+def judgebench(row: PublishedRow, _: str) -> Item | LeftOut:
     """JudgeBench: two answers of which one is right; its category follows from `source`."""
-    assert not part
     answers = text_of(row, "response_A"), text_of(row, "response_B")
     # the right answer first, as in all items
     ordered = answers if choice_of(row, "label", ("A>B", "B>A")) == "A>B" else answers[::-1]
     category = JUDGEBENCH_PARTS[_starting(row, "source", JUDGEBENCH_PARTS)]
-    return Item(_id(row, "pair_id"), category, _prompt(row, "question"), ordered)
+    return Item(str(cell_of(row, "pair_id")), category, _prompt(row, "question"), ordered)
 
 
-def ppe_preference(row: PublishedRow, part: str) -> Item | LeftOut:
+def ppe_preference(row: PublishedRow, _: str) -> Item | LeftOut:
     """PPE's human preferences; ties are left out, as in the accuracy that papers quote."""
-    assert not part
     if text_of(row, "winner").startswith("tie"):
         return LeftOut("tie")
     answers = text_of(row, "response_1"), text_of(row, "response_2")
     first = choice_of(row, "winner", ("model_a", "model_b")) == "model_a"
     ordered = answers if first else answers[::-1]
-    return Item(_id(row, "question_id"), "PPE Preference", _prompt(row, "prompt"), ordered)
+    return Item(str(cell_of(row, "question_id")), "PPE Preference", _prompt(row, "prompt"), ordered)
 
 
 def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
@@ -98,30 +85,31 @@ def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
     # pairs count from 0 and columns from 1
     answers = tuple(text_of(row, f"response_{answer + 1}") for answer in used)
     placed = tuple((used.index(better), used.index(worse)) for better, worse in pairs)
-    return Item(_id(row, "question_id"), part, _prompt(row, "prompt"), answers, pairs=placed)
+    return Item(
+        str(cell_of(row, "question_id")), part, _prompt(row, "prompt"), answers, pairs=placed
+    )
 
 
 def rmb(row: PublishedRow, part: str) -> Item | LeftOut:
     """RMB: a conversation and its best answer, against one that lost to it (Pairwise) or several (BoN)."""
     if part.startswith("Pairwise"):
-        name, best, losers = _id(row, "pair_uid"), "chosen", [cell_of(row, "reject")]
+        name, best, losers = "pair_uid", "chosen", [cell_of(row, "reject")]
     else:
-        name, best = _id(row, "bon_uid"), "bon_best"
-        losers = [*_list(cell_of(row, "loser_list"), "loser_list")]
+        name, best, losers = (
+            "bon_uid",
+            "bon_best",
+            [*_list(cell_of(row, "loser_list"), "loser_list")],
+        )
     if not losers:
         refuse("bad number", "`loser_list` is empty")
-    answers = []
-    for value in (cell_of(row, best), *losers):
+    answers = [cell_of(row, best), *losers]
+    for value in answers:
         if not isinstance(value, Mapping) or not isinstance(value.get("answer"), str):
             refuse(
                 "not a string", f"every answer must be an object with `answer`, got {show(value)}"
             )
-        answers.append(str(value["answer"]))
-    return Item(name, part, _prompt(row, "conversation_input"), tuple(answers))
-
-
-def _id(row: PublishedRow, column: str) -> str:
-    return str(cell_of(row, column))
+    texts = tuple(value["answer"] for value in answers)
+    return Item(str(cell_of(row, name)), part, _prompt(row, "conversation_input"), texts)
 
 
 def _prompt(row: PublishedRow, column: str) -> tuple[Message, ...]:

@@ -35,20 +35,18 @@ class Item:
 
     id: str
     part: str
-    """The subset, domain or language that it counts for."""
+    """The subset or domain that it counts for."""
     prompt: tuple[Message, ...]
     candidates: tuple[str, ...]
     num_correct: int = 1
     """So many of the first candidates are right."""
     pairs: tuple[tuple[int, int], ...] = ()
     """(better, worse), for a benchmark that compares selected pairs."""
-    origin: str = ""
-    """What it shares with items that depend on it; empty: its prompt."""
 
     @property
     def cluster(self) -> str:
         """What is resampled together."""
-        return self.origin or prompt_key(self.prompt)
+        return prompt_key(self.prompt)
 
 
 class ItemVerdict(NamedTuple):
@@ -91,6 +89,7 @@ def best_of_four_and_ties(
     right if the worst right answer scores above the best wrong one; the other terms ask whether that gap
     is wider than the spread among equally right answers.
     """
+    # version -> prompt -> (gap, spread)
     versions: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for item, s in zip(items, scores, strict=True):
         if item.part != TIES:
@@ -133,12 +132,10 @@ def styles_against_styles(
     matrix[i, j] says whether right answer i scores above wrong answer j. Above the diagonal the wrong one
     is fancier (hard), on it both are written alike (normal), below it the right one is fancier (easy).
     """
-    places = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3)}
-    places["easy"] = np.tril_indices(3, -1)
+    places = np.triu_indices(3, 1), np.diag_indices(3), np.tril_indices(3, -1)
     for item, s in zip(items, scores, strict=True):
         # [right style, wrong style]
         above, equal = s[:3, None] > s[None, 3:], s[:3, None] == s[None, 3:]
-        for style in STYLES:
-            where = places[style]
+        for style, where in zip(STYLES, places, strict=True):
             value, num_equal = float(above[where].mean()), int(equal[where].sum())
             yield ItemVerdict(f"{item.part} {style}", item.cluster, value, num_equal)

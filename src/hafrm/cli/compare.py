@@ -22,7 +22,7 @@ def compare_command(  # noqa: PLR0913 - the verb and its options
     seeds: Annotated[int, typer.Option(help="Runs of each method on each set.", min=1)] = 3,
     learning_rates: Annotated[
         str | None,
-        typer.Option(help="With commas (default: recipe's / 3, x 1, x 3, and beyond a best end)."),
+        typer.Option(help="With commas (default: the recipe's / 3, x 1, x 3)."),
     ] = None,
     mixed: Annotated[
         bool, typer.Option(help="Also train on all sets together, and tune there.")

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,13 +48,8 @@ class BaseModelPlan:
     vocabulary: int = 1024
 
 
-class PackedText(NamedTuple):
-    """Conversations one after another; `position_ids` start again at 0 with each of them."""
-
-    input_ids: Int[Tensor, " tokens"]
-    position_ids: Int[Tensor, " tokens"]
-    labels: Int[Tensor, " tokens"]
-    """The token itself, to be predicted from the one before it."""
+PackedText = Int[Tensor, "3 tokens"]
+"""Ids, positions (from 0 in each conversation) and labels of conversations one after another."""
 
 
 def pretrain(
@@ -66,8 +60,8 @@ def pretrain(
 ) -> float:
     """Train tokenizer and model on (prompt, response) texts and save both in the directory.
 
-    Returns the mean loss of the last tenth of the steps, in nats per token. The same conversations,
-    plan and number of threads give the same weights. Raises NumericsError for a loss that is not finite.
+    Returns the mean loss of the last tenth of the steps, in nats per token. The same conversations, plan
+    and number of threads give the same weights.
     """
     plan = plan or BaseModelPlan()
     tokenizer = _train_tokenizer([t for pair in conversations for t in pair], plan.vocabulary)
@@ -143,13 +137,13 @@ def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
         ids = [i for text in texts for i in text] + [pad] * rest
         positions = [p for text in texts for p in range(len(text))] + [*range(rest)]
         labels = [i for text in texts for i in (IGNORED, *text[1:])] + [IGNORED] * rest
-        packed.append(PackedText(*map(torch.tensor, (ids, positions, labels))))
+        packed.append(torch.tensor([ids, positions, labels]))
     return packed
 
 
 def _loss(model: LlamaForCausalLM, sequences: Sequence[PackedText]) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the tokens in nats, each conversation on its own."""
-    ids, positions, labels = (torch.stack(column) for column in zip(*sequences, strict=True))
+    ids, positions, labels = torch.stack([*sequences], dim=1)
     # without an attention mask transformers takes positions that start again for a new sequence
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

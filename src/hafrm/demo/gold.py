@@ -58,7 +58,6 @@ class _Finding(NamedTuple):
     correct: float
     """From -1 (wrong, or unsafe) over 0 (no answer) to 1 (right)."""
     relevant: bool
-    """Whether the text mentions what was asked about."""
     contradictory: bool = False
 
 
@@ -69,22 +68,16 @@ def gold_reward(prompt: str | Sequence[Message], response: str) -> float:
     Raises DataError for a prompt that is not of this world.
     """
     if not isinstance(prompt, str):
-        asked = [message.content for message in prompt if message.role == "user"]
-        if not asked:
-            roles = [message.role for message in prompt]
-            raise DataError(f"the gold reward needs a user message, got roles {roles}")
-        prompt = asked[-1]
+        prompt = next((m.content for m in reversed(prompt) if m.role == "user"), "")
     task, words = parse(prompt), words_of(response)
     if not words:
         return EMPTY_REWARD
-    finding = _RULES.get(task.family, _safety)(task, words, response.strip())
-    limit = _WORD_LIMIT[tables()["families"][task.family]["group"]]
-    return (
-        1.5 * finding.correct
-        + 0.5 * finding.relevant
-        - 1.0 * finding.contradictory
-        + _manner(words, response, limit)
+    correct, relevant, contradictory = _RULES.get(task.family, _safety)(
+        task, words, response.strip()
     )
+    limit = _WORD_LIMIT[tables()["families"][task.family]["group"]]
+    content = 1.5 * correct + 0.5 * relevant - 1.0 * contradictory
+    return content + _manner(words, response, limit)
 
 
 @lru_cache(maxsize=4096)  # many responses are judged for each prompt
@@ -257,7 +250,7 @@ _RULES: dict[str, Callable[[Task, list[str], str], _Finding]] = {
 """The rule of each chat family; safety families share `_safety`."""
 
 
-@cache
+@cache  # for speed: every word of every response is looked up
 def _lexicon() -> frozenset[str]:
     return frozenset(tables()["lexicon"])
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Num
-from numpy.typing import NDArray
 
 from hafrm.evaluation.comparisons import Comparisons, Margins, PromptKeys
 from hafrm.preferences import Votes
@@ -47,7 +46,7 @@ FEATURES: Mapping[str, Callable[[str], int]] = {
     "exclamations": lambda text: text.count("!"),
     "refusals": lambda text: len(REFUSALS.findall(text.lower().replace("’", "'"))),
 }
-"""What is counted in a response; length is in characters."""
+"""What is counted in a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +55,14 @@ class StyleBias:
 
     feature: str
     num: int
-    """These comparisons."""
     picks_more: Estimate
     """Fraction in which the scorer prefers the response with more of it."""
     annotators_pick_more: Estimate
-    """Fraction in which annotators did."""
     excess: Estimate
-    """The scorer's fraction minus the annotators', on the same comparisons."""
+    """The scorer's fraction minus the annotators'."""
     accuracy_more: Estimate
     """Accuracy if the chosen response has more of it."""
     accuracy_less: Estimate
-    """Accuracy if it has less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +90,20 @@ def style_biases(
 def style_bias(
     feature: str, margins: Margins, more: Int[np.ndarray, " comparisons"], prompts: PromptKeys
 ) -> StyleBias:
-    """The bias of one feature, of which the chosen response has `more` than the rejected one.
-
-    A scorer with equal scores prefers neither, and so not the one with more.
-    """
+    """The bias of one feature, of which the chosen response has `more` than the rejected one."""
     differ = more != 0
     margins, more, prompts = margins[differ], more[differ], prompts[differ]
-    # the scorer prefers the side with more if both signs agree; annotators prefer the chosen one
-    picks, annotators = margins * more > 0, more > 0
-
-    def accuracy(rows: NDArray[np.bool_]) -> Estimate:
-        return accuracy_interval(margins[rows] > 0, prompts[rows])
-
+    # the scorer prefers the side with more if both signs agree, and neither if scores are equal;
+    # annotators prefer the chosen one
+    picks, annotators, right = margins * more > 0, more > 0, margins > 0
     return StyleBias(
         feature=feature,
         num=len(margins),
         picks_more=accuracy_interval(picks, prompts),
         annotators_pick_more=accuracy_interval(annotators, prompts),
         excess=paired_bootstrap(picks, annotators, prompts),
-        accuracy_more=accuracy(annotators),
-        accuracy_less=accuracy(~annotators),
+        accuracy_more=accuracy_interval(right[annotators], prompts[annotators]),
+        accuracy_less=accuracy_interval(right[~annotators], prompts[~annotators]),
     )
 
 

@@ -1,14 +1,14 @@
 """What `hafrm evaluate --diagnose` finds, and its tables. No model is run here."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hafrm.diagnostics.breakdown import Slice, StyleBias
 from hafrm.diagnostics.label_noise import WRONG, LabelNoise, WorstExample
-from hafrm.diagnostics.margins import MarginHistogram, Temperature
+from hafrm.diagnostics.margins import Temperature
 from hafrm.diagnostics.representation import Representation
-from hafrm.evaluation.metrics import Accuracy, Agreement, Calibration
+from hafrm.evaluation.metrics import Accuracy
 from hafrm.table import Cell, Column, Table, columns
 
 NUM_SHOWN_EXAMPLES = 3
@@ -26,13 +26,8 @@ class SetDiagnosis:
     """Comparisons that are no ties."""
     accuracy: Accuracy
     temperature: Temperature
-    calibration: Calibration
-    """As the model is, without a temperature."""
-    margins: MarginHistogram
     style: tuple[StyleBias, ...]
     slices: tuple[Slice, ...]
-    agreement: Agreement | None
-    """Of reward and implicit reward, if the model has both heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,50 +48,43 @@ class Diagnosis:
     worst: tuple[WorstExample, ...]
 
     def tables(self) -> tuple[Table, ...]:
-        """Calibration, style, slices, agreement, label noise, representations, examples."""
-        return tuple(self._tables())
-
-    def _tables(self) -> Iterator[Table]:
-        yield self._calibration()
-        yield from map(_style, self.sets)  # a table each: features are many
-        yield _slices(self.sets)
-        if any(result.agreement for result in self.sets):
-            yield _agreement(self.sets)
-        if self.label_noise is not None:
-            yield _label_noise(self.label_noise)
-        yield self._representations()
+        """Calibration, style, slices, label noise, representations, examples."""
+        # style: a table each, features are many
+        parts = [self._calibration(), *map(_style, self.sets), _slices(self.sets)]
+        parts += [] if self.label_noise is None else [_label_noise(self.label_noise)]
+        parts.append(self._representations())
         wrong = [example for example in self.worst if example.why.startswith(WRONG)]
         doubtful = [example for example in self.worst if not example.why.startswith(WRONG)]
-        for title, examples in (("largest wrong margins", wrong), ("doubtful labels", doubtful)):
-            if examples:
-                yield _examples(title, examples[:NUM_SHOWN_EXAMPLES])
+        parts += [_examples("largest wrong margins", wrong)] if wrong else []
+        parts += [_examples("doubtful labels", doubtful)] if doubtful else []
+        return tuple(parts)
 
     def _calibration(self) -> Table:
-        rows = []
-        for r in self.sets:
-            fit, ece = r.temperature, r.calibration.ece
-            temperature = fit.note or fit.value
-            rows.append((r.name, r.num, r.accuracy, ece, temperature, *fit.log_loss, *fit.ece))
+        fits = ((r, r.temperature) for r in self.sets)
+        rows = tuple(
+            (r.name, r.num, r.accuracy, fit.note or fit.value, *fit.log_loss, *fit.ece)
+            for r, fit in fits
+        )
         heads = columns(
-            "set | comparisons: count | accuracy: percent | ECE: decimal | T: decimal | "
+            "set | comparisons: count | accuracy: percent | T: decimal | "
             "log-loss: decimal | with T: decimal | ECE: decimal | with T: decimal"
         )
         title = f"{self.model}, scored with the {self.scored_with}: accuracy [95 %] and calibration"
         note = "T is fitted on half of the prompts; the columns after it are of the other half"
-        return Table(title, heads, tuple(rows), (note,))
+        return Table(title, heads, rows, (note,))
 
     def _representations(self) -> Table:
         heads = columns(
             "model | effective rank: decimal | top direction: decimal | mean cosine: decimal | "
-            "CKA to base: decimal | cosine to base: decimal"
+            "CKA to base: decimal"
         )
         rows: list[tuple[Cell, ...]] = []
         for r in (*self.representations, *([] if self.base is None else [self.base])):
             name = r.model + (" (base)" if r is self.base else "")
             # None is an empty cell: without a base there is nothing that could be missing
-            to_base = (None if math.isnan(x) else x for x in (r.cka_to_base, r.cosine_to_base))
+            to_base = None if math.isnan(r.cka_to_base) else r.cka_to_base
             rank = f"{r.effective_rank:.1f}"
-            rows.append((name, rank, r.top_fraction, r.mean_cosine, *to_base))
+            rows.append((name, rank, r.top_fraction, r.mean_cosine, to_base))
         title = f"last-token hidden states of {self.num_states} responses"
         return Table(title, heads, tuple(rows))
 
@@ -131,13 +119,6 @@ def _slices(sets: Sequence[SetDiagnosis]) -> Table:
     return Table("accuracy by slice [95 %]", heads, tuple(rows))
 
 
-def _agreement(sets: Sequence[SetDiagnosis]) -> Table:
-    pairs = [(r.name, r.agreement) for r in sets if r.agreement is not None]
-    rows = tuple((name, a.same_sign, a.pearson, a.spearman) for name, a in pairs)
-    heads = columns("set | same sign [95 %]: percent | Pearson: decimal | Spearman: decimal")
-    return Table("reward and implicit reward", heads, rows)
-
-
 def _label_noise(noise: LabelNoise) -> Table:
     levels = [(f"disagreement {band.low:.2f}", band) for band in noise.by_disagreement]
     levels += [(f"|mean margin| {b.low:.2f} to {b.high:.2f}", b) for b in noise.by_margin]
@@ -155,7 +136,7 @@ def _label_noise(noise: LabelNoise) -> Table:
 
 def _examples(title: str, examples: Sequence[WorstExample]) -> Table:
     rows = []
-    for example in examples:
+    for example in examples[:NUM_SHOWN_EXAMPLES]:
         doubt = example.why.removeprefix(WRONG).removeprefix("; ")
         remarks = [f"margin {example.margin:.2f}", *([doubt] if doubt else [])]
         if example.votes is not None:

@@ -45,7 +45,6 @@ class LabelNoise:
     """What models and votes say about the labels."""
 
     models: tuple[str, ...]
-    num: int
     num_with_votes: int
     by_disagreement: tuple[NoiseBand, ...]
     """One for each level that occurs; empty for one model."""
@@ -60,11 +59,10 @@ class LabelNoise:
 
 @dataclass(frozen=True, slots=True)
 class WorstExample:
-    """One comparison to read."""
+    """One comparison to read; long texts are cut, the prompt at its start."""
 
     set: str
     prompt: str
-    """Its end."""
     chosen: str
     rejected: str
     margin: float
@@ -77,14 +75,12 @@ def audit_labels(
     comparisons: Comparisons, margins: ModelMargins, models: Sequence[str]
 ) -> LabelNoise | None:
     """The audit by all models; None for a single model on data without votes."""
-    rows = [[math.nan] * 3 if p.votes is None else [*p.votes] for p in comparisons.pairs]
-    votes = np.array(rows, np.float64).reshape(-1, 3)  # [comparisons, outcomes]
-    prompts = comparisons.prompts
-    voted = ~np.isnan(votes).any(axis=1)
+    votes, prompts = [pair.votes for pair in comparisons.pairs], comparisons.prompts
+    voted = np.array([v is not None for v in votes])
     if len(models) == 1 and not voted.any():
         return None
     # more than one outcome has votes; a tie is an outcome
-    split = (np.nan_to_num(votes) > 0).sum(axis=1) > 1
+    split = np.array([v is not None and sum(num > 0 for num in v) > 1 for v in votes])
     mean, levels = mean_margin(margins), disagreement(margins)
 
     def fraction_split(rows: NDArray[np.bool_]) -> Estimate:
@@ -95,20 +91,18 @@ def audit_labels(
 
     def band(rows: NDArray[np.bool_], low: float, high: float) -> NoiseBand:
         correct = accuracy_interval(mean[rows] > 0, prompts[rows])
-        return NoiseBand(low, high, int(rows.sum()), correct, fraction_split(rows))
+        return NoiseBand(float(low), float(high), int(rows.sum()), correct, fraction_split(rows))
 
     by_level = [band(levels == level, level, level) for level in np.unique(levels).tolist()]
     size = np.abs(mean)
     which = quantile_bands(size, NUM_BANDS)
     cuts = [which == k for k in range(which.max() + 1)]
-    by_margin = [band(rows, float(size[rows].min()), float(size[rows].max())) for rows in cuts]
     against = np.all(margins < 0, axis=0)
     return LabelNoise(
         models=tuple(models),
-        num=len(mean),
         num_with_votes=int(voted.sum()),
         by_disagreement=tuple(by_level) if len(margins) > 1 else (),
-        by_margin=tuple(by_margin),
+        by_margin=tuple(band(rows, size[rows].min(), size[rows].max()) for rows in cuts),
         against=accuracy_interval(against, prompts),
         split_against=fraction_split(against),
         split_others=fraction_split(~against),
@@ -116,10 +110,7 @@ def audit_labels(
 
 
 def disagreement(margins: ModelMargins) -> Margins:
-    """Fraction of the models in the minority, 0 to 0.5; a margin of zero is half a vote for each side.
-
-    It does not depend on the label.
-    """
+    """Fraction of the models in the minority, 0 to 0.5; a margin of zero is half a vote for each side."""
     first = np.mean((np.sign(margins) + 1) / 2, axis=0)  # fraction for the chosen response
     # rounded, so that 1/3 of three models is one level whatever the sum's order
     return np.asarray(np.minimum(first, 1 - first).round(12), np.float64)
@@ -154,41 +145,35 @@ def worst_errors(
     why = {i: f"{WRONG}; {doubt(i)}" if i in set(against) else WRONG for i in worst}
     more = _distinct(comparisons, [*worst, *against], num + len(worst))[len(worst) :]
     why |= {index: doubt(index) for index in more}
-    return tuple(_example(comparisons, own, index, reason) for index, reason in why.items())
+    examples = []
+    for index, reason in why.items():
+        group, pair = comparisons.groups[comparisons.owner[index]], comparisons.pairs[index]
+        chosen, rejected = group.responses[pair.chosen], group.responses[pair.rejected]
+        texts = prompt_text(group.prompt), cut_text(chosen), cut_text(rejected)
+        margin = float(own[index])
+        examples.append(WorstExample(group.source, *texts, margin, pair.votes, reason))
+    return tuple(examples)
 
 
 def cut_text(text: str, *, end: bool = False) -> str:
     """The text's first (or last) characters, with the number of those that are left out."""
     text, most = text.strip(), MAX_EXAMPLE_CHARS
-    if len(text) <= most:
-        return text
     note = f"[{len(text) - most} more characters]"
-    return f"{note} {text[-most:]}" if end else f"{text[:most]} {note}"
+    cut = f"{note} {text[-most:]}" if end else f"{text[:most]} {note}"
+    return text if len(text) <= most else cut
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:
-    """A single user message as it is; a conversation with its roles; cut at its start."""
-    if len(prompt) == 1 and prompt[0].role == "user":
-        return cut_text(prompt[0].content, end=True)
-    return cut_text("\n".join(f"{m.role}: {m.content}" for m in prompt), end=True)
+    """The end of a single message, or of a conversation with its roles."""
+    is_single = len(prompt) == 1 and prompt[0].role == "user"
+    lines = [m.content if is_single else f"{m.role}: {m.content}" for m in prompt]
+    return cut_text("\n".join(lines), end=True)
 
 
 def _distinct(comparisons: Comparisons, indices: Sequence[int], num: int) -> list[int]:
     """The first `num` indices, of those with one prompt and rejected response only the first."""
+    prompts, rejected = comparisons.prompts, comparisons.rejected_texts
     first: dict[tuple[str, str], int] = {}
     for index in indices:
-        if len(first) == num:
-            break
-        first.setdefault(
-            (str(comparisons.prompts[index]), comparisons.rejected_texts[index]), index
-        )
-    return list(first.values())
-
-
-def _example(comparisons: Comparisons, margins: Margins, index: int, why: str) -> WorstExample:
-    group = comparisons.groups[comparisons.owner[index]]
-    chosen, rejected = comparisons.chosen_texts[index], comparisons.rejected_texts[index]
-    texts = prompt_text(group.prompt), cut_text(chosen), cut_text(rejected)
-    return WorstExample(
-        group.source, *texts, float(margins[index]), comparisons.pairs[index].votes, why
-    )
+        first.setdefault((str(prompts[index]), rejected[index]), index)
+    return list(first.values())[:num]

@@ -1,7 +1,7 @@
-"""How far margins are from probabilities: a fitted temperature, and histograms of right and wrong margins.
+"""How far margins are from probabilities: the temperature that fits best, p = sigmoid(margin / T).
 
-Temperature scaling (Guo et al. 2017, arXiv 1706.04599) for comparisons: p = sigmoid(margin / T). It is
-fitted on half of the prompts and tested on the others, so that the gain is one that a user would see.
+Temperature scaling (Guo et al. 2017, arXiv 1706.04599) for comparisons, fitted on half of the prompts and
+tested on the others, so that the gain is one that a user would see.
 """
 
 import math
@@ -16,8 +16,6 @@ from hafrm.evaluation.metrics import calibration
 from hafrm.results import Real
 from hafrm.statistics import SEED
 
-NUM_MARGIN_BINS = 20
-
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
@@ -31,17 +29,6 @@ class Temperature:
     """As the model is, and with the temperature."""
     note: str
     """Why there is no finite temperature; "" if there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class MarginHistogram:
-    """Comparisons by |margin|: a scorer whose margins say how sure it may be is wrong on the left."""
-
-    edges: tuple[float, ...]
-    """One more than bins, equal steps from 0 to the largest |margin|; the last bin has its upper edge."""
-    right: tuple[int, ...]
-    wrong: tuple[int, ...]
-    """Equal scores among them, in the first bin."""
 
 
 def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
@@ -63,7 +50,6 @@ def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
 def fit_temperature(margins: Margins) -> float:
     """The T > 0 that minimises the mean of -log sigmoid(margin / T).
 
-    In s = 1/T the loss is convex, so its slope, mean(-margin * sigmoid(-s * margin)), has one root.
     Infinity if the mean margin is not above zero (a coin does better than any T). NaN if nothing is wrong,
     because then a smaller T is always better, and if all margins are zero.
     """
@@ -75,6 +61,7 @@ def fit_temperature(margins: Margins) -> float:
     if margins.min() >= 0:
         return math.nan
 
+    # in s = 1/T the loss is convex, so its slope has one root
     def slope(s: float) -> float:
         return float(np.mean(-margins * expit(-s * margins)))
 
@@ -83,13 +70,3 @@ def fit_temperature(margins: Margins) -> float:
     while slope(high) < 0:
         high *= 2
     return 1 / float(brentq(slope, 0.0, high, xtol=1e-15 * high, rtol=1e-15))
-
-
-def margin_histogram(margins: Margins, *, num_bins: int = NUM_MARGIN_BINS) -> MarginHistogram:
-    """Counts of right and wrong comparisons over shared bins of |margin|."""
-    sizes = np.abs(margins.astype(np.float64))
-    # all scores equal: any scale will do
-    top = float(sizes.max()) if len(sizes) and sizes.max() > 0 else 1.0
-    edges = np.linspace(0.0, top, num_bins + 1)
-    right, wrong = (np.histogram(sizes[rows], edges)[0] for rows in (margins > 0, margins <= 0))
-    return MarginHistogram(tuple(edges.tolist()), tuple(right.tolist()), tuple(wrong.tolist()))

@@ -6,28 +6,22 @@ are made here.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
 from hafrm.diagnostics.hidden_states import last_states, some_responses
 from hafrm.diagnostics.label_noise import audit_labels, worst_errors
-from hafrm.diagnostics.margins import margin_histogram, temperature
-from hafrm.diagnostics.representation import describe_states
+from hafrm.diagnostics.margins import temperature
+from hafrm.diagnostics.representation import StateMatrix, describe_states
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import ConfigError, ModelError
-from hafrm.evaluation.comparisons import Comparisons, Data, Indices, Margins, read_comparisons
-from hafrm.evaluation.heads import (
-    IMPLICIT,
-    EvaluationOptions,
-    load_head,
-    scorer_names,
-)
-from hafrm.evaluation.metrics import agreement, calibration, pairwise_accuracy
+from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
+from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
+from hafrm.evaluation.metrics import pairwise_accuracy
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
@@ -49,7 +43,7 @@ class ScoredModel:
     scored_with: str
     tokenized: list[TokenizedGroup]
     margins: Margins
-    states: Float[np.ndarray, "responses hidden"]
+    states: StateMatrix
     """Of some of the responses, the same ones for all models."""
 
 
@@ -66,8 +60,6 @@ def diagnose(
 
     `also` are further models (seeds, methods), for the label audit and to compare states with. `base` is
     the checkpoint that training began with; a run folder's is its recipe's.
-
-    Raises NumericsError for scores that are not finite, and what `evaluate` raises.
     """
     options = options or EvaluationOptions()
     name, names = str(model), [str(model), *map(str, also)]
@@ -78,18 +70,15 @@ def diagnose(
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
-    done = over_passes(on_progress, comparisons.num_responses * (len(models) + 1))
-    own = _score(name, models[name], comparisons, options, done)
-    implicit = _implicit_margins(models[name], comparisons, options, done)
+    done = over_passes(on_progress, comparisons.num_responses * len(models))
+    own, *others = (_score(path, models[path], comparisons, options, done) for path in names)
     start = None if base is None else _base_states(base, own)
-    options = replace(options, reference=None)  # it is of the first model's policy
-    others = [_score(path, models[path], comparisons, options, done) for path in names[1:]]
     margins = np.stack([scored.margins for scored in (own, *others)])
     return Diagnosis(
         model=name,
         scored_with=own.scored_with,
         sets=tuple(
-            _diagnose_set(part, comparisons.take(where), own.margins, implicit, where)
+            _diagnose_set(part, comparisons.take(where), own.margins[where])
             for part, where in comparisons.sets().items()
         ),
         label_noise=audit_labels(comparisons, margins, names),
@@ -103,7 +92,6 @@ def diagnose(
 def _score(
     name: str, heads: Heads, comparisons: Comparisons, options: EvaluationOptions, done: OnProgress
 ) -> ScoredModel:
-    """The model's main head on the comparisons; the model is freed again."""
     head = scorer_names(heads)[0]
     log.info("scoring with %s", name)
     scorer = load_head(heads, head, options)
@@ -114,17 +102,6 @@ def _score(
     return ScoredModel(name, head, tokenized, margins, _states(scorer.model, tokenized))
 
 
-def _implicit_margins(
-    heads: Heads, comparisons: Comparisons, options: EvaluationOptions, done: OnProgress
-) -> Margins | None:
-    """Margins of the policy's implicit reward, if the model has both heads."""
-    if heads.reward is None or heads.policy is None:
-        return None
-    scorer = load_head(heads, IMPLICIT, options)
-    tokenized, _ = scorer.encoder.encode(comparisons.groups)
-    return comparisons.margins(scorer.score_encoded(tokenized, done))
-
-
 def _base_of(run: Path) -> Path | None:
     """The model that a run folder's recipe began with, if it is still there."""
     recipe = run / "recipe.yaml"
@@ -132,32 +109,23 @@ def _base_of(run: Path) -> Path | None:
     return base if base is not None and base.is_dir() else None
 
 
-def _diagnose_set(
-    name: str, comparisons: Comparisons, margins: Margins, implicit: Margins | None, where: Indices
-) -> SetDiagnosis:
-    """The comparisons of one set, which are at `where` among all margins."""
-    prompts, own = comparisons.prompts, margins[where]
-    texts = comparisons.chosen_texts, comparisons.rejected_texts
+def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetDiagnosis:
+    prompts, texts = comparisons.prompts, (comparisons.chosen_texts, comparisons.rejected_texts)
     return SetDiagnosis(
         name=name,
         num=len(comparisons),
-        accuracy=pairwise_accuracy(own, prompts),
-        temperature=temperature(own, prompts),
-        calibration=calibration(own),
-        margins=margin_histogram(own),
-        style=style_biases(own, *texts, prompts),
-        slices=slice_accuracies(own, divisions_of(comparisons), prompts),
-        agreement=None if implicit is None else agreement(own, implicit[where], prompts),
+        accuracy=pairwise_accuracy(margins, prompts),
+        temperature=temperature(margins, prompts),
+        style=style_biases(margins, *texts, prompts),
+        slices=slice_accuracies(margins, divisions_of(comparisons), prompts),
     )
 
 
-def _states(
-    model: HybridModel, groups: Sequence[TokenizedGroup]
-) -> Float[np.ndarray, "responses hidden"]:
+def _states(model: HybridModel, groups: Sequence[TokenizedGroup]) -> StateMatrix:
     return last_states(model, some_responses(groups, MAX_STATES, seed=SEED))
 
 
-def _base_states(path: Path, trained: ScoredModel) -> Float[np.ndarray, "responses hidden"]:
+def _base_states(path: Path, trained: ScoredModel) -> StateMatrix:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     model = load_policy(path, dtype="auto", device=None)
     config = model.backbone.config

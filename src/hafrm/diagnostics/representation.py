@@ -13,9 +13,6 @@ from jaxtyping import Float
 from hafrm.errors import NumericsError
 from hafrm.results import Real
 
-MAX_SPECTRUM = 64
-"""Directions that are written out."""
-
 StateMatrix = Float[np.ndarray, "responses hidden"]
 
 
@@ -30,12 +27,8 @@ class Representation:
     """Of the variance, along its first direction."""
     mean_cosine: Real
     """Between two different responses' states: near 1, all states point the same way."""
-    spectrum: tuple[float, ...]
-    """Fractions of the variance along its principal directions, largest first, at most MAX_SPECTRUM."""
     cka_to_base: Real = math.nan
     """Linear CKA, 1 for equal up to rotation and scale; NaN without a base model."""
-    cosine_to_base: Real = math.nan
-    """Mean cosine of the two states of a response; NaN for hidden sizes that differ."""
 
 
 def describe_states(
@@ -48,24 +41,13 @@ def describe_states(
                 "the model gives hidden states that are not finite; check its weights, or run it in "
                 "float32"
             )
-    fractions, to_base = spectrum(states), (math.nan, math.nan)
+    fractions = spectrum(states)
     p = fractions[fractions > 0]
     # Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower
     rank = float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
-    if base is not None:
-        is_same_size = base.shape[1] == states.shape[1]
-        to_base = (
-            linear_cka(states, base),
-            paired_cosine(states, base) if is_same_size else math.nan,
-        )
-    return Representation(
-        model,
-        rank,
-        float(fractions[0]) if len(fractions) else math.nan,
-        mean_cosine(states),
-        tuple(fractions[:MAX_SPECTRUM].tolist()),
-        *to_base,
-    )
+    top = float(fractions[0]) if len(fractions) else math.nan
+    cka = math.nan if base is None else linear_cka(states, base)
+    return Representation(model, rank, top, mean_cosine(states), cka)
 
 
 def spectrum(states: StateMatrix) -> Float[np.ndarray, " directions"]:
@@ -82,17 +64,14 @@ def spectrum(states: StateMatrix) -> Float[np.ndarray, " directions"]:
 
 def mean_cosine(states: StateMatrix) -> float:
     """Mean cosine over all pairs of different responses (anisotropy, arXiv 1909.00512)."""
-    num = len(states)
+    num, exact = len(states), states.astype(np.float64)
     if num < 2:
         return math.nan
+    # a state of zeros stays zero
+    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300)
     # |sum of unit vectors|^2 is the sum over all pairs, of which num are of a state with itself
-    total = np.sum(_unit(states).sum(axis=0) ** 2)
+    total = np.sum(unit.sum(axis=0) ** 2)
     return float((total - num) / (num * (num - 1)))
-
-
-def paired_cosine(first: StateMatrix, second: StateMatrix) -> float:
-    """Mean over responses of the cosine between their two states."""
-    return float(np.mean(np.sum(_unit(first) * _unit(second), axis=1)))
 
 
 def linear_cka(
@@ -107,9 +86,3 @@ def linear_cka(
     x, y = (s.astype(np.float64) - s.mean(axis=0, dtype=np.float64) for s in (first, second))
     cross, own, other = (np.linalg.norm(a.T @ b) for a, b in ((y, x), (x, x), (y, y)))
     return float(cross**2 / (own * other)) if own * other > 0 else math.nan
-
-
-def _unit(states: StateMatrix) -> StateMatrix:
-    exact = states.astype(np.float64)
-    # a state of zeros stays zero
-    return np.asarray(exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300))

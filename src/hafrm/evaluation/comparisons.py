@@ -103,9 +103,8 @@ class Comparisons:
 
     def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
         """The comparisons as `pairwise_metrics` takes them."""
-        chosen, rejected = (
-            np.array([*map(len, texts)], int) for texts in (self.chosen_texts, self.rejected_texts)
-        )
+        texts = self.chosen_texts, self.rejected_texts
+        chosen, rejected = (np.array([*map(len, side)], int) for side in texts)
         return ScoredComparisons(self.margins(scores), chosen, rejected, self.prompts, self.ties)
 
     @cached_property
@@ -122,12 +121,12 @@ class Comparisons:
 
     @cached_property
     def chosen_texts(self) -> list[str]:
-        """The response that annotators preferred."""
+        """The responses that annotators preferred."""
         return [g.responses[pair.chosen] for g, pair in self.with_groups()]
 
     @cached_property
     def rejected_texts(self) -> list[str]:
-        """The other one."""
+        """The other ones."""
         return [g.responses[pair.rejected] for g, pair in self.with_groups()]
 
     def with_groups(self) -> list[tuple[Group, Comparison]]:
@@ -147,11 +146,10 @@ def read_comparisons(
 
     Raises DataError if no comparison is decided, and what `read` raises.
     """
-    if isinstance(data, str | Path):
-        sources: list[Any] = [data]
+    if isinstance(data, str | Path) or (len(data) and isinstance(data[0], Mapping)):
+        sources: list[Any] = [data]  # a list of rows is one source
     else:
-        # a list of rows is one source
-        sources = [data] if len(data) and isinstance(data[0], Mapping) else list(data)
+        sources = list(data)
     reading = read_preferences(sources, max_bad_fraction=max_bad_fraction)
     comparisons = Comparisons.of([group for group in reading.groups if group.comparisons])
     if not len(comparisons.decided()):

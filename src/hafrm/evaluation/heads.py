@@ -19,12 +19,7 @@ from hafrm.evaluation.comparisons import Comparisons, Data, ScoredComparisons, r
 from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
-from hafrm.scoring.fused import (
-    FusedRewardModel,
-    fused_scores,
-    per_token,
-    read_fused_rule,
-)
+from hafrm.scoring.fused import FusedRewardModel, fused_scores, per_token, read_fused_rule
 from hafrm.scoring.loading import Heads, Placement, find_heads
 from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
 from hafrm.statistics import paired_bootstrap
@@ -36,33 +31,26 @@ Scores = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How data is read and models are loaded for an evaluation."""
+    """How data is read and models are loaded; `evaluate` says what each option means."""
 
     reference: str | Path | None = None
-    """The reference of a policy, if not the one it names."""
     max_length: int | None = None
-    """Tokens beyond which inputs are cut; None: the model's limit."""
     dtype: str = "auto"
     device: str | None = None
     max_bad_fraction: float = 0.02
-    """Of a source's rows, that may be left out as bad."""
 
 
 def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
-    """The head called REWARD, IMPLICIT or FUSED, which the model has.
-
-    Raises ConfigError for an unknown dtype or device, ModelError for a model that cannot be loaded.
-    """
+    """The head called REWARD, IMPLICIT or FUSED, which the model has."""
     arguments: dict[str, Any] = Placement(options.dtype, options.device).options(options.max_length)
     if name == REWARD:
         assert heads.reward is not None
         return RewardModel.from_pretrained(heads.reward, **arguments)
-    arguments["reference"] = options.reference
     if name == IMPLICIT:
         assert heads.policy is not None
-        return PolicyModel.from_pretrained(heads.policy, **arguments)
+        return PolicyModel.from_pretrained(heads.policy, reference=options.reference, **arguments)
     assert heads.fused is not None
-    return FusedRewardModel.from_pretrained(heads.fused, **arguments)
+    return FusedRewardModel.from_pretrained(heads.fused, reference=options.reference, **arguments)
 
 
 def scorer_names(heads: Heads) -> list[str]:
@@ -90,7 +78,8 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
 
-    `reference` overrides the checkpoint that the policy names.
+    `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens (the
+    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
     >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
@@ -100,13 +89,11 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     reading, comparisons = read_comparisons(data, max_bad_fraction)
     options = EvaluationOptions(reference, max_length, dtype, device)
     scores, report, rule = _score_all_heads(find_heads(model), comparisons, options, on_progress)
+    sets = comparisons.sets().items()
     return Evaluation(
         model=str(model),
         scored_with=next(iter(scores)),
-        sets=tuple(
-            _measure_set(name, comparisons.take(indices), scores)
-            for name, indices in comparisons.sets().items()
-        ),
+        sets=tuple(_measure_set(name, comparisons.take(where), scores) for name, where in sets),
         num_bad_rows=len(reading.bad_rows),
         left_out=reading.left_out,
         prompts_cut=report.prompts_cut,
@@ -153,8 +140,7 @@ def _measure_set(name: str, comparisons: Comparisons, scores: Scores) -> SetResu
         others["fused"] = pairwise_metrics(scored[FUSED])
         right = scored[FUSED].margins[decided] > 0
         others["fused_gain"] = paired_bootstrap(right, margins > 0, prompts)
-    num_groups = len(set(comparisons.owner.tolist()))
-    return SetResult(**vars(pairwise_metrics(main)), name=name, num_groups=num_groups, **others)
+    return SetResult(**vars(pairwise_metrics(main)), name=name, **others)
 
 
 def compare_models(
@@ -167,10 +153,8 @@ def compare_models(
 ) -> ModelComparison:
     """Accuracy of each side on each source, and their difference; several models of a side are its seeds.
 
-    Each model is scored by its reward, or by its implicit reward if it is a policy only. Without a second
-    side the result is the first one's accuracy over its seeds.
-
-    Raises ConfigError for one seed against many, and what `evaluate` raises.
+    Without a second side the result is the first one's accuracy over its seeds. Raises ConfigError for one
+    seed against many, and what `evaluate` raises.
     """
     if second and (len(first) == 1) != (len(second) == 1):
         raise ConfigError(
@@ -180,18 +164,14 @@ def compare_models(
     options = options or EvaluationOptions()
     _, comparisons = read_comparisons(data, options.max_bad_fraction)
     sets = comparisons.sets()
-    num_models = len(first) + len(second)
-    done = over_passes(on_progress, comparisons.num_responses * num_models)
+    done = over_passes(on_progress, comparisons.num_responses * len([*first, *second]))
 
     def score(path: str | Path) -> dict[str, ScoredComparisons]:
-        heads = find_heads(path)
-        scorer = load_head(heads, scorer_names(heads)[0], options)
+        scorer = load_main_head(path, options)
         scores = scorer.score_encoded(scorer.encoder.encode(comparisons.groups)[0], done)
         # the model is freed here: only its scores are kept
         return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}
 
-    sides = [[score(path) for path in paths] for paths in (first, second)]
-    results = [
-        compare_set(name, *([model[name] for model in side] for side in sides)) for name in sets
-    ]
+    one, other = ([score(path) for path in paths] for paths in (first, second))
+    results = [compare_set(n, [model[n] for model in one], [m[n] for m in other]) for n in sets]
     return ModelComparison(tuple(map(str, first)), tuple(map(str, second)), adjusted(results))

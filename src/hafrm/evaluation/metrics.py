@@ -35,12 +35,10 @@ class Accuracy(Estimate):
 
 @dataclass(frozen=True, slots=True)
 class CalibrationBin:
-    """One point of a reliability diagram."""
+    """One point of a reliability diagram: mean predicted probability, and how often it came true."""
 
     confidence: float
-    """Mean predicted probability."""
     accuracy: float
-    """Fraction of these predictions that came true."""
     num: int
 
 
@@ -50,8 +48,6 @@ class Calibration:
 
     log_loss: Real
     """Mean -log p (nat); the label is always "chosen". ln 2 = 0.693 is what a coin gets."""
-    brier: Real
-    """Mean (1 - p)^2; a coin gets 0.25."""
     ece: Real
     """Expected calibration error: the mean gap between confidence and accuracy over `bins`."""
     bins: tuple[CalibrationBin, ...]
@@ -64,7 +60,6 @@ class LengthEffects:
     slices: dict[str, Accuracy]
     """Accuracy by how long the chosen response is against the rejected one: LENGTH_SLICES."""
     pick_longer: Accuracy
-    """A scorer that always prefers the longer response; `num_equal` are of equal length."""
     pick_shorter: Accuracy
     pearson: Real
     """Correlation of the margin with length(chosen) - length(rejected)."""
@@ -78,7 +73,6 @@ class Ties:
     num: int
     mean_abs_margin: Real
     mean_abs_margin_decided: Real
-    """The same of the other comparisons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +98,16 @@ class PairwiseMetrics:
 
 @dataclass(frozen=True)
 class SetResult(PairwiseMetrics):
-    """One source, or all of them together.
+    """One source, or all of them together, by the reward (of a policy alone, the implicit reward).
 
-    Measured of the reward, or of the implicit reward if the model is a policy only.
+    The implicit reward and the fused score are there if the model has them beside the reward.
     """
 
     name: str
-    num_groups: int
     implicit: PairwiseMetrics | None = None
-    """Of the implicit reward, if the model has both heads."""
     agreement: Agreement | None = None
     """Of reward and implicit reward."""
     fused: PairwiseMetrics | None = None
-    """Of the fused score, if the run left a rule for it."""
     fused_gain: Estimate | None = None
     """Accuracy of the fused score minus that of the reward, paired."""
 
@@ -138,7 +129,6 @@ class Evaluation:
     seam_merges: int
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
     fused_rule: str | None = None
-    """What the fused score is."""
 
     @property
     def accuracy(self) -> Accuracy:
@@ -147,10 +137,9 @@ class Evaluation:
 
     def tables(self) -> tuple[Table, ...]:
         """Accuracy of every set with the length baseline beside it, accuracy by length, both heads."""
-        tables = [self._accuracies(), _by_length(self.sets)]
-        if any(result.implicit for result in self.sets):
-            tables.append(_both_heads(self.sets))
-        return tuple(tables)
+        has_both = any(result.implicit for result in self.sets)
+        heads = [_both_heads(self.sets)] if has_both else []
+        return (self._accuracies(), _by_length(self.sets), *heads)
 
     def _accuracies(self) -> Table:
         rows: list[tuple[Cell, ...]] = []
@@ -225,7 +214,7 @@ def pairwise_accuracy(margins: Lengths, prompts: PromptKeys | None = None) -> Ac
 
 
 def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
-    """Log loss, Brier score and expected calibration error of p = sigmoid(margin).
+    """Log loss and expected calibration error of p = sigmoid(margin).
 
     For the calibration error each comparison counts from both sides, (p, right) and (1 - p, wrong):
     otherwise all labels would be "chosen" and only p = 1 would be calibrated. The bins have equal mass;
@@ -248,7 +237,6 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
     gaps = [b.num * abs(b.accuracy - b.confidence) for b in bins]
     return Calibration(
         log_loss=mean(np.logaddexp(0.0, -margins)),  # -log sigmoid(m) without overflow
-        brier=mean(expit(-margins) ** 2),
         ece=sum(gaps) / len(order) if len(order) else math.nan,
         bins=bins,
     )
@@ -260,10 +248,7 @@ def length_bias(
     rejected_lengths: Lengths,
     prompts: PromptKeys | None = None,
 ) -> LengthEffects:
-    """Accuracy by length ratio, the two baselines that look at length only, and the correlations.
-
-    The baselines follow the rule for scores: responses of equal length are not right.
-    """
+    """Accuracy by length ratio, the two baselines that look at length only, and the correlations."""
     chosen, rejected = chosen_lengths.astype(np.float64), rejected_lengths.astype(np.float64)
     difference = chosen - rejected
     # bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices

@@ -14,7 +14,6 @@ from hafrm.evaluation.comparisons import PromptKeys, ScoredComparisons
 from hafrm.statistics import (
     Difference,
     Estimate,
-    McNemar,
     accuracy_interval,
     cluster_p_value,
     clustered_bootstrap,
@@ -39,8 +38,6 @@ class SetComparison:
     second: Estimate | None = None
     difference: Difference | None = None
     """First minus second."""
-    counts: McNemar | None = None
-    """If each side is one model: how often only one of them was right."""
     p_adjusted: float | None = None
     """The difference's p-value, adjusted (Holm) for the number of sources."""
 
@@ -78,31 +75,31 @@ def compare_set(
     accuracy = accuracy_over_seeds(right, prompts)
     if not second:
         return SetComparison(name, len(prompts), accuracy)
-    difference, counts = compare_correct(right, others, prompts)
-    other = accuracy_over_seeds(others, prompts)
-    return SetComparison(name, len(prompts), accuracy, other, difference, counts)
+    other, difference = (
+        accuracy_over_seeds(others, prompts),
+        compare_correct(right, others, prompts),
+    )
+    return SetComparison(name, len(prompts), accuracy, other, difference)
 
 
 def compare_correct(
     first: Shaped[np.ndarray, "first_seeds comparisons"],
     second: Shaped[np.ndarray, "second_seeds comparisons"],
     prompts: PromptKeys,
-) -> tuple[Difference, McNemar | None]:
-    """The difference of two [seeds, comparisons] arrays of right answers, and their discordant counts.
+) -> Difference:
+    """The difference of two [seeds, comparisons] arrays of right answers, which may be weighted (floats).
 
     With several seeds on both sides the interval is over prompts and seeds; for one model on each side it
-    is the paired bootstrap's over prompts, with McNemar's exact p-value if it applies. Answers that are
-    weighted (floats) have no counts.
+    is the paired bootstrap's over prompts, with McNemar's exact p-value if it applies.
     """
     if len(first) > 1:  # McNemar's test knows nothing of seeds
-        return seeded_difference(first, second, prompts), None
+        return seeded_difference(first, second, prompts)
     estimate = paired_bootstrap(first[0], second[0], prompts)
-    counts = mcnemar(first[0], second[0]) if first.dtype == bool else None
-    if counts is not None and len(np.unique(prompts)) == len(prompts):
-        return Difference(estimate, counts.p_value), counts
+    if first.dtype == bool and len(np.unique(prompts)) == len(prompts):
+        return Difference(estimate, mcnemar(first[0], second[0]).p_value)
     # several comparisons of a prompt are not independent, as McNemar's test takes them to be
     gaps = first[0].astype(np.float64) - second[0]
-    return Difference(estimate, cluster_p_value(gaps, prompts)), counts
+    return Difference(estimate, cluster_p_value(gaps, prompts))
 
 
 def accuracy_over_seeds(

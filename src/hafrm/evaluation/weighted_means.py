@@ -96,8 +96,7 @@ def _is_binary(term: Term) -> bool:
 
 def _by_cluster(terms: Sequence[Term]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """[clusters, terms]: the sum of the values, and the number of items."""
-    labels = np.concatenate([term.clusters for term in terms])
-    names, rows = np.unique(labels, return_inverse=True)
+    names, rows = np.unique(np.concatenate([t.clusters for t in terms]), return_inverse=True)
     columns = np.repeat(np.arange(len(terms)), [len(term.values) for term in terms])
     sums, sizes = np.zeros((2, len(names), len(terms)))
     # add.at, because a (cluster, term) may have several items

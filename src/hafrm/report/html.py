@@ -29,9 +29,8 @@ class Strips:
     """A table with an interval strip after one of its columns."""
 
     table: Table
-    columns: tuple[str, ...]
-    """The column whose intervals are drawn in colour, and others to compare with, in grey."""
-    reference: float | None = 0.5
+    column: str
+    reference: float = 0.5
     """Where every row has a line."""
 
 
@@ -50,6 +49,14 @@ class Plots:
     key: tuple[tuple[str, int], ...] = ()
     """Names with their colours, where there are several."""
     note: str = ""
+
+
+def drawn(
+    plots: Iterable[Plot | None], key: tuple[tuple[str, int], ...] = (), note: str = ""
+) -> tuple[Plots, ...]:
+    """The plots that have something to draw, as one block; none without any."""
+    shown = tuple(plot for plot in plots if plot is not None)
+    return (Plots(shown, key, note),) if shown else ()
 
 
 @dataclass(frozen=True)
@@ -171,13 +178,14 @@ class _HtmlCell:
 
 @dataclass(frozen=True)
 class _HtmlTable:
-    """A table as the template writes it; rows whose first cell is "" continue the group above."""
+    """A table as the template writes it."""
 
     title: str
     is_narrow: bool
     """Whether intervals stand below their values, and columns closer: there are too many."""
-    heading: tuple[_HtmlCell, ...]
-    groups: tuple[tuple[str, tuple[tuple[_HtmlCell, ...], ...]], ...]
+    heading: Sequence[_HtmlCell]
+    groups: Sequence[tuple[str, Sequence[Sequence[_HtmlCell]]]]
+    """Each with its name; "" where the table has none."""
     notes: tuple[str, ...]
 
 
@@ -206,21 +214,18 @@ def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _Ht
         _add_strips(block, heading, rows)
     if isinstance(block, HeatMap):
         heading = [_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading]
+    # rows whose first cell is "" continue the group above
     is_grouped = any(row[0] == "" for row in table.rows)
-    groups: list[tuple[str, tuple[tuple[_HtmlCell, ...], ...]]] = []
+    groups: list[tuple[str, list[Sequence[_HtmlCell]]]] = [] if is_grouped else [("", [])]
     for row in rows:
-        if not is_grouped:
-            groups = [("", (*groups[0][1], tuple(row)) if groups else (tuple(row),))]
-        elif row[0].text or not groups:
-            groups.append((row[0].text, (tuple(row[1:]),)))
-        else:
-            group, before = groups[-1]
-            groups[-1] = (group, (*before, tuple(row[1:])))
+        if is_grouped and (row[0].text or not groups):
+            groups.append((row[0].text, []))
+        groups[-1][1].append(row[is_grouped:])
     is_narrow = sum(has_intervals) > 3 or len(heading) > 8
     title = table.title
     if title.partition(" ")[0].isalpha():  # a name, such as "test-chat:", keeps its letters
         title = title[0].upper() + title[1:]
-    return _HtmlTable(title, is_narrow, tuple(heading[is_grouped:]), tuple(groups), table.notes)
+    return _HtmlTable(title, is_narrow, heading[is_grouped:], groups, table.notes)
 
 
 def _cell(
@@ -240,18 +245,17 @@ def _cell(
 
 
 def _add_strips(block: Strips, heading: list[_HtmlCell], rows: Sequence[list[_HtmlCell]]) -> None:
-    """Insert the strips after the first of their columns, and their axis in the heading."""
-    names = [column.name for column in block.table.columns]
-    places = [names.index(name) for name in block.columns]
-    shown = [[row[place] for place in places] for row in block.table.rows]
-    axis = _Axis.around((cell for row in shown for cell in row), block.reference)
+    """Insert the strips after their column, and their axis in the heading."""
+    place = [column.name for column in block.table.columns].index(block.column)
+    cells = [row[place] for row in block.table.rows]
+    axis = _Axis.around(cells, block.reference)
     has_colours = any(cell.colour is not None for row in rows for cell in row)
-    heading.insert(places[0] + 1, _HtmlCell("", "strip", strip=axis.heading()))
-    for row, cells in zip(rows, shown, strict=True):
+    heading.insert(place + 1, _HtmlCell("", "strip", strip=axis.heading()))
+    for row, value in zip(rows, cells, strict=True):
         colour = next((cell.colour for cell in row if cell.colour is not None), None)
         if colour is None and not has_colours:
             colour = 0
-        row.insert(places[0] + 1, _HtmlCell("", "strip", strip=axis.strip(cells, colour)))
+        row.insert(place + 1, _HtmlCell("", "strip", strip=axis.strip(value, colour)))
 
 
 @dataclass(frozen=True)
@@ -259,16 +263,15 @@ class _Axis:
     """What a strip's width stands for."""
 
     ticks: tuple[float, ...]
-    reference: float | None
+    reference: float
     is_fraction: bool
 
     @classmethod
-    def around(cls, cells: Iterable[Cell], reference: float | None) -> "_Axis":
+    def around(cls, cells: Sequence[Cell], reference: float) -> "_Axis":
         """An axis between two ticks, around all intervals and the reference."""
         estimates = [c for c in cells if isinstance(c, Estimate) and not math.isnan(c.value)]
-        values = [v for e in estimates for v in (e.value, e.low, e.high)]
-        values += [] if reference is None else [reference]
-        finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+        values = [reference, *(v for e in estimates for v in (e.value, e.low, e.high))]
+        finite = [v for v in values if math.isfinite(v)]
         low, high = min(finite), max(finite)
         ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, max(high, low + 0.02))
         return cls(tuple(map(float, ticks)), reference, all(e.proportion for e in estimates))
@@ -283,22 +286,15 @@ class _Axis:
             texts.append(text.format(self._place(tick), anchor, f"{value:g}".replace("-", MINUS)))
         return _svg("axis", texts)
 
-    def strip(self, cells: Sequence[Cell], colour: int | None) -> Markup:
-        """Dots with their intervals, one below the other; those after the first are grey."""
-        drawn = []
-        if self.reference is not None:
-            drawn.append(
-                self._line("reference", self.reference, self.reference, -4, STRIP_HEIGHT + 4)
-            )
-        for number, cell in enumerate(cells):
-            if not isinstance(cell, Estimate) or math.isnan(cell.value):
-                continue
-            # nine pixels between two marks of a row
-            y = STRIP_HEIGHT // 2 + round(9 * (number - (len(cells) - 1) / 2))
-            is_grey = colour is None or number > 0
-            mark = "base" if is_grey else f"c{colour % NUM_COLOURS}" if colour is not None else ""
+    def strip(self, cell: Cell, colour: int | None) -> Markup:
+        """A dot with its interval, grey without a colour."""
+        middle, line = self.reference, self._line
+        drawn = [line("reference", middle, middle, -4, STRIP_HEIGHT + 4)]
+        if isinstance(cell, Estimate) and not math.isnan(cell.value):
+            y = STRIP_HEIGHT // 2
+            mark = "base" if colour is None else f"c{colour % NUM_COLOURS}"
             if math.isfinite(cell.low) and math.isfinite(cell.high):
-                drawn.append(self._line(f"whisker {mark}", cell.low, cell.high, y, y))
+                drawn.append(line(f"whisker {mark}", cell.low, cell.high, y, y))
             dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="3.5"/>')
             drawn.append(dot.format(mark, self._place(cell.value), y))
         return _svg("strip", drawn)

@@ -42,25 +42,25 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
 def render_material(material: Material) -> str:
     """The page as HTML; a section appears where its data is there."""
     # these need the extra
-    from hafrm.report import model_sections, result_sections, run_sections  # noqa: PLC0415
+    from hafrm.report import result_sections, run_sections  # noqa: PLC0415
     from hafrm.report.html import render_page  # noqa: PLC0415
 
     makers = (
         run_sections.summary_section,
-        model_sections.accuracy_section,
+        result_sections.accuracy_section,
         result_sections.study_section,
         result_sections.best_of_n_section,
         run_sections.rlhf_section,
         result_sections.policies_section,
         run_sections.training_section,
-        model_sections.calibration_section,
-        model_sections.length_section,
-        model_sections.agreement_section,
-        model_sections.diagnosis_section,
+        result_sections.calibration_section,
+        result_sections.length_section,
+        result_sections.agreement_section,
+        result_sections.diagnosis_section,
         result_sections.examples_section,
         run_sections.provenance_section,
     )
-    sections = [section for make in makers if (section := make(material)) is not None]
+    sections = [section for make in makers if (section := make(material)).blocks]
     by = "hafrm"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         by += f" {importlib.metadata.version('hafrm')}"

@@ -1,6 +1,6 @@
-"""Plots as inline SVG: lines, dots with whiskers, histograms, drawn by matplotlib.
+"""Plots as inline SVG: lines and dots with whiskers, drawn by matplotlib.
 
-Colours are classes of the page's style sheet (`c0` ... and `good`, `bad`), so one drawing serves light and
+Colours are classes of the page's style sheet (`c0` ...), so one drawing serves light and
 dark. Nothing global is touched: neither pyplot nor matplotlib's settings.
 """
 
@@ -136,32 +136,12 @@ def chart(title: str, series: Sequence[Series], scale: AxisScale, unit: str = ""
             _draw(axes, s, aside)
         _set_axes(axes, scale, shown)
 
-    return Plot(title, _svg(title, fill, height), _description(title, shown), unit, height)
-
-
-def histogram(
-    title: str, edges: Sequence[float], right: Sequence[int], wrong: Sequence[int], unit: str = ""
-) -> Plot | None:
-    """Comparisons by |margin|: right ones to the right of zero, wrong ones to the left."""
-    if not sum(right) + sum(wrong):
-        return None
-
-    def fill(axes: Axes) -> None:
-        for counts, sign, name in ((right, 1, "good"), (wrong, -1, "bad")):
-            bars = axes.stairs(counts[::sign], [sign * e for e in edges][::sign], fill=True)
-            _as_class(bars, name)
-        axes.axvline(0, color=FAINT)
-        axes.set_xlabel("margin")
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(PLAIN)
-        for name, x, colour in (("wrong", 0.0, "bad"), ("right", 1.0, "good")):
-            side = "right" if x else "left"
-            text = axes.text(x, 1.0, name, ha=side, va="top", transform=axes.transAxes)
-            _as_class(text, colour)
-
-    words = f"{title}: {sum(right)} comparisons right and {sum(wrong)} wrong"
-    return Plot(title, _svg(title, fill, HEIGHT), words, unit)
+    # for screen readers: where each series begins and ends
+    ends = []
+    for s in shown:
+        values = [y for y in s.y if math.isfinite(y)]
+        ends.append(f"{s.name} from {values[0]:.4g} to {values[-1]:.4g}")
+    return Plot(title, _svg(title, fill, height), f"{title}: {'; '.join(ends)}", unit, height)
 
 
 def _draw(axes: Axes, series: Series, aside: float) -> None:
@@ -198,7 +178,10 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
     if scale.diagonal:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)
-    if scale.y_log and _is_wide(shown):
+    values = np.concatenate([np.asarray(s.y, float) for s in shown])
+    # only a logarithm shows the small values
+    is_wide = np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values)
+    if scale.y_log and is_wide:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -206,10 +189,9 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(percent if scale.is_fraction else PLAIN)
+    # zeros are drawn whole, above no negative tick
     if scale.is_fraction and axes.get_ylim()[0] < 0:
-        axes.set_ylim(
-            bottom=-0.02 * axes.get_ylim()[1]
-        )  # zeros are drawn whole, above no negative tick
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     if scale.ticks:
         axes.set_xticks(range(len(scale.ticks)), list(scale.ticks))
         axes.set_xlim(-0.5, len(scale.ticks) - 0.5)
@@ -223,12 +205,6 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(percent if scale.diagonal else PLAIN)
-
-
-def _is_wide(shown: Sequence[Series]) -> bool:
-    """Whether only a logarithm shows the small values."""
-    values = np.concatenate([np.asarray(s.y, float) for s in shown])
-    return bool(np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values))
 
 
 def _tick(value: float) -> str:
@@ -246,21 +222,10 @@ def _thinned(series: Series) -> Series:
         return series
 
     def averaged(values: Sequence[float]) -> list[float]:
-        starts = range(0, len(values), size)
-        return [float(np.mean(values[i : i + size])) for i in starts]
+        return [float(np.mean(values[i : i + size])) for i in range(0, len(values), size)]
 
-    values = (series.x, series.y, series.low, series.high)
-    x, y, low, high = map(averaged, values)
+    x, y, low, high = map(averaged, (series.x, series.y, series.low, series.high))
     return replace(series, x=x, y=y, low=low, high=high)
-
-
-def _description(title: str, shown: Sequence[Series]) -> str:
-    """Where each series begins and ends, for screen readers."""
-    parts = []
-    for s in shown:
-        values = [y for y in s.y if math.isfinite(y)]
-        parts.append(f"{s.name} from {values[0]:.4g} to {values[-1]:.4g}")
-    return f"{title}: {'; '.join(parts)}"
 
 
 def _as_class(artist: Artist, name: str) -> None:
@@ -289,7 +254,6 @@ def _svg(title: str, fill: Callable[[Axes], None], height: int) -> Markup:
     inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")
     inside = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>p{prefix}", inside)
     inside = re.sub(r"#[0-9a-f]{6}(?=[;\"])", "currentColor", inside)
-    inside = re.sub(
-        r"<[^>]*>", lambda tag: _LONG.sub(lambda n: f"{float(n[0]):.1f}", tag[0]), inside
-    )
+    # a tenth of a pixel is enough
+    inside = re.sub(r"<[^>]*>", lambda t: _LONG.sub(lambda n: f"{float(n[0]):.1f}", t[0]), inside)
     return Markup(inside.replace("\n", " "))  # noqa: S704 - matplotlib escapes its texts

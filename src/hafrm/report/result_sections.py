@@ -1,14 +1,16 @@
-"""Sections about comparisons: methods of a study, best of n, policies of RLHF; and texts to read."""
+"""Sections about results: evaluations, diagnoses, studies, best of n, RLHF policies; texts to read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
 
-from hafrm.report.html import Block, Details, HeatMap, PageSection, Plots, Strips, Texts
+from hafrm.evaluation.metrics import LENGTH_SLICES, PairwiseMetrics, SetResult
+from hafrm.report.html import Block, Details, HeatMap, PageSection, Strips, Texts, drawn
 from hafrm.report.plots import AxisScale, Plot, Series, chart, estimates
 from hafrm.report.run_files import Material, RunFiles, Sample, short_sources
+from hafrm.statistics import Estimate, wilson
 from hafrm.study.study_result import Contrast
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Table, columns
 
 MAX_CHARS = 1600
 """Of a text to read; a longer one is cut in the middle."""
@@ -16,9 +18,156 @@ MAX_TEXTS = 20
 """Of one kind from one folder."""
 MAX_ROWS = 24
 """Of a table that is shown without being opened."""
+SCORER_COLUMNS = "scorer | accuracy [95 %]: percent | comparisons: count"
 
 
-def study_section(material: Material) -> PageSection | None:
+def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResult]]]:
+    """Test sets by their name on the page, each with the runs that were evaluated on it."""
+    pairs = [(run, s) for run in material.folders if run.evaluation for s in run.evaluation.sets]
+    names = short_sources(list(dict.fromkeys(s.name for _, s in pairs)))
+    result: dict[str, list[tuple[RunFiles, SetResult]]] = {name: [] for name in names.values()}
+    for run, measured in pairs:
+        result[names[measured.name]].append((run, measured))
+    return result
+
+
+def length_rules(measured: SetResult) -> dict[str, Estimate]:
+    """What picking by length alone gets right."""
+    length = measured.length
+    return {"pick the longer": length.pick_longer, "pick the shorter": length.pick_shorter}
+
+
+def accuracy_section(material: Material) -> PageSection:
+    """Accuracy on every test set, beside what length alone gets right."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, runs in evaluated_sets(material).items():
+        scorers: list[tuple[str, PairwiseMetrics]] = [(run.name, s) for run, s in runs]
+        for run, s in runs:
+            others = (("implicit reward", s.implicit), ("fused", s.fused))
+            scorers += [(f"{run.name}, {head}", m) for head, m in others if m is not None]
+        part: list[tuple[Cell, ...]] = []
+        for scorer, m in scorers:
+            fit, counts = m.calibration, (m.accuracy.num, m.accuracy.num_equal)
+            part.append((scorer, m.accuracy, counts[0], fit.log_loss, fit.ece, counts[1]))
+        rules = length_rules(runs[0][1]).items()
+        part += [(rule, value, value.num, None, None, None) for rule, value in rules]
+        rows += [(name if i == 0 else "", *row) for i, row in enumerate(part)]
+    notes = (
+        "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; a coin gets 0.693. ECE: mean gap between "
+        "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong.",
+    )
+    heads = columns(
+        f"test set | {SCORER_COLUMNS} | log-loss: decimal | ECE: decimal | equal: count"
+    )
+    table = Table("Accuracy by test set", heads, tuple(rows), notes)
+    lead = (
+        "How often the response that annotators prefer gets the higher score, with 95 % intervals. Grey "
+        "rows are baselines that see only the length; the vertical line is 50 %."
+    )
+    blocks = (Strips(table, "accuracy [95 %]"),) if rows else ()
+    return PageSection("accuracy", "Accuracy", lead, blocks)
+
+
+def calibration_section(material: Material) -> PageSection:
+    """Whether sigmoid(margin) is a probability: a reliability diagram for each test set."""
+    scale = AxisScale("predicted probability", is_fraction=True, diagonal=True)
+    plots = []
+    for name, runs in evaluated_sets(material).items():
+        series = []
+        for run, measured in runs:
+            # both sides of each comparison are in the bins, so the lower half mirrors the upper one
+            bins = [b for b in measured.calibration.bins if b.confidence >= 0.5]
+            values = [
+                Estimate(b.accuracy, *wilson(b.accuracy, b.num), b.num, "wilson") for b in bins
+            ]
+            places, colour = [b.confidence for b in bins], material.colours[run.name]
+            series.append(estimates(run.name, places, values, colour, style="dots"))
+        plots.append(chart(name, series, scale, "observed frequency"))
+    lead = (
+        "On the dashed line a model is calibrated: where it gives a response 80 %, annotators prefer that "
+        "response in 80 % of comparisons. Below the line it is overconfident."
+    )
+    blocks = drawn(plots, _evaluated_key(material))
+    return PageSection("calibration", "Calibration", lead, blocks)
+
+
+def length_section(material: Material) -> PageSection:
+    """Accuracy by the length of the chosen response against the rejected one."""
+    ticks = [name.replace("much ", "much\n").removeprefix("about ") for name in LENGTH_SLICES]
+    scale = AxisScale("chosen response", is_fraction=True, reference=0.5, ticks=ticks)
+    places = [float(i) for i in range(len(LENGTH_SLICES))]
+    plots, rows = list[Plot | None](), list[tuple[Cell, ...]]()
+    for name, runs in evaluated_sets(material).items():
+        series = []
+        for run, measured in runs:
+            length, colour = measured.length, material.colours[run.name]
+            values = [length.slices[band] for band in LENGTH_SLICES]
+            series.append(estimates(run.name, places, values, colour, style="dots"))
+            row = (run.name, length.pick_longer, length.pearson, length.spearman)
+            rows.append((name if run is runs[0][0] else "", *row))
+        plots.append(chart(name, series, scale, "accuracy"))
+    heads = columns(
+        "test set | model | annotators prefer the longer: percent | Pearson: decimal | "
+        "Spearman: decimal"
+    )
+    note = "Correlation of the margin with length(chosen) \N{MINUS SIGN} length(rejected); 0: none."
+    table = Table("Margin and length", heads, tuple(rows), (note,))
+    lead = (
+        "A model that depends on length is right where the chosen response is longer, and wrong where it "
+        "is shorter. A flat row of dots is best."
+    )
+    blocks: tuple[Block, ...] = drawn(plots, _evaluated_key(material))
+    return PageSection("length", "Length", lead, (*blocks, table) if blocks else ())
+
+
+def _evaluated_key(material: Material) -> tuple[tuple[str, int], ...]:
+    return material.key(run.name for run in material.folders if run.evaluation is not None)
+
+
+def agreement_section(material: Material) -> PageSection:
+    """How often the two heads of a model prefer the same response."""
+    rows = tuple(
+        (name, run.name, both.same_sign, both.pearson, both.spearman)
+        for name, runs in evaluated_sets(material).items()
+        for run, measured in runs
+        if (both := measured.agreement) is not None
+    )
+    heads = (
+        "test set | model | same preference [95 %]: percent | Pearson: decimal | Spearman: decimal"
+    )
+    table = Table("Reward and implicit reward of one model", columns(heads), rows)
+    lead = (
+        "The reward head and the language-model head share one backbone: how often they prefer the same "
+        "response."
+    )
+    blocks = (Strips(table, "same preference [95 %]"),) if rows else ()
+    return PageSection("agreement", "Agreement", lead, blocks)
+
+
+def diagnosis_section(material: Material) -> PageSection:
+    """Every table of each diagnosis, and label noise by how many models disagree."""
+    blocks: list[Block] = []
+    for run in material.folders:
+        if run.diagnosis is None:
+            continue
+        noise, plots = run.diagnosis.label_noise, list[Plot | None]()
+        bands = () if noise is None else noise.by_disagreement
+        for title, values, reference in (
+            ("Accuracy by disagreement", [band.accuracy for band in bands], 0.5),
+            ("Annotators split", [band.split for band in bands], None),
+        ):
+            scale = AxisScale("disagreement of models", is_fraction=True, reference=reference)
+            colour, places = material.colours[run.name], [band.low for band in bands]
+            series = estimates("comparisons", places, values, colour, style="dots")
+            plots.append(chart(f"{title}, {run.name}", [series], scale))
+        blocks += drawn(plots)
+        # texts, whose tables have no headings, have a section of their own
+        blocks += [t for t in run.diagnosis.tables() if any(c.name for c in t.columns)]
+    lead = "Where a model is right, how confident it is, and which labels may be wrong."
+    return PageSection("diagnosis", "Diagnosis", lead, tuple(blocks))
+
+
+def study_section(material: Material) -> PageSection:
     """Accuracies of methods as heat maps, every difference from the baseline, learning rates."""
     blocks: list[Block] = []
     for folder in material.folders:
@@ -27,20 +176,16 @@ def study_section(material: Material) -> PageSection | None:
             continue
         *accuracies, learning_rates = study.tables()
         blocks += [HeatMap(_without_empty_columns(table)) for table in accuracies]
-        differences = _differences(
-            "Differences from the baseline", (*study.average_differences, *study.differences)
-        )
-        if len(differences.table.rows) > MAX_ROWS:
-            num = len(differences.table.rows)
-            blocks.append(Details(f"All {num} differences from the baseline", (differences,)))
-        else:
-            blocks.append(differences)
+        differences = _differences((*study.average_differences, *study.differences))
+        num = len(differences.table.rows)
+        folded = Details(f"All {num} differences from the baseline", (differences,))
+        blocks.append(folded if num > MAX_ROWS else differences)
         blocks.append(Details("Learning rates", (learning_rates,)))
     lead = (
         "Methods trained on the same data and tested on the same comparisons. A difference is "
         "significant if its p-value, adjusted for the number of tests (Holm), is below 0.05."
     )
-    return PageSection("comparison", "Methods", lead, tuple(blocks)) if blocks else None
+    return PageSection("comparison", "Methods", lead, tuple(blocks))
 
 
 def _without_empty_columns(table: Table) -> Table:
@@ -49,7 +194,7 @@ def _without_empty_columns(table: Table) -> Table:
     return replace(table, columns=tuple(compress(table.columns, has_text)), rows=rows)
 
 
-def _differences(title: str, contrasts: Sequence[Contrast]) -> Strips:
+def _differences(contrasts: Sequence[Contrast]) -> Strips:
     rows: list[tuple[Cell, ...]] = []
     before = ""
     for c in contrasts:
@@ -58,17 +203,16 @@ def _differences(title: str, contrasts: Sequence[Contrast]) -> Strips:
         name = f"{c.first} \N{MINUS SIGN} {c.second}"
         rows.append(("" if group == before else group, c.test, name, c.difference, *p_values))
         before = group
-    columns = (
-        *map(Column, ("trained on", "tested on", "methods")),
-        Column("difference [95 %]", "percent"),
-        Column("p", "p"),
-        Column("p (Holm)", "p"),
-        Column("significant"),
+    heads = columns(
+        "trained on | tested on | methods | difference [95 %]: percent | p: p | p (Holm): p | "
+        "significant"
     )
-    return Strips(Table(title, columns, tuple(rows)), ("difference [95 %]",), 0.0)
+    return Strips(
+        Table("Differences from the baseline", heads, tuple(rows)), "difference [95 %]", 0.0
+    )
 
 
-def best_of_n_section(material: Material) -> PageSection | None:
+def best_of_n_section(material: Material) -> PageSection:
     """Own and gold score of the answer that each model picks, over n and over KL."""
     blocks: list[Block] = []
     for folder in material.folders:
@@ -86,17 +230,15 @@ def best_of_n_section(material: Material) -> PageSection | None:
             plots.append(chart(f"Gold score over {x_name}", gold, scale))
             # rewards have no zero of their own: only gains over one answer can be compared
             plots.append(chart(f"Own score over {x_name}", list(map(_gain, own)), scale, "gain"))
-        key = tuple((m.name, material.colours[m.name]) for m in result.models)
-        blocks.append(Plots(tuple(p for p in plots if p is not None), key))
+        blocks += drawn(plots, material.key(m.name for m in result.models))
         for table in result.tables():
-            names = [column.name for column in table.columns]
-            has_wins = "wins - losses" in names
-            blocks.append(Strips(table, ("wins - losses",), 0.0) if has_wins else table)
+            has_wins = any(column.name == "wins - losses" for column in table.columns)
+            blocks.append(Strips(table, "wins - losses", 0.0) if has_wins else table)
     lead = (
         "Of n answers to each prompt, the one that a model scores highest. The model's own score rises by "
         "construction; the gold score shows whether the answers improve."
     )
-    return PageSection("best-of-n", "Best of n", lead, tuple(blocks)) if blocks else None
+    return PageSection("best-of-n", "Best of n", lead, tuple(blocks))
 
 
 def _gain(series: Series) -> Series:
@@ -107,7 +249,7 @@ def _gain(series: Series) -> Series:
     return Series(series.name, series.x, y, series.colour, low, high)
 
 
-def policies_section(material: Material) -> PageSection | None:
+def policies_section(material: Material) -> PageSection:
     """Policies trained by different reward models: scores and wins."""
     blocks: list[Block] = []
     for folder in material.folders:
@@ -115,13 +257,13 @@ def policies_section(material: Material) -> PageSection | None:
         if result is None:
             continue
         scores, wins = result.tables()
-        blocks.append(Strips(scores, ("gain over start [95 %]",), 0.0))
-        blocks.append(Strips(wins, ("wins - losses",), 0.0))
+        blocks.append(Strips(scores, "gain over start [95 %]", 0.0))
+        blocks.append(Strips(wins, "wins - losses", 0.0))
     lead = "Policies trained from the same start by different reward models, on held-out prompts."
-    return PageSection("policies", "Policies", lead, tuple(blocks)) if blocks else None
+    return PageSection("policies", "Policies", lead, tuple(blocks))
 
 
-def examples_section(material: Material) -> PageSection | None:
+def examples_section(material: Material) -> PageSection:
     """Worst errors and RLHF samples; folded until opened."""
     blocks: list[Block] = []
     for folder in material.folders:
@@ -129,7 +271,7 @@ def examples_section(material: Material) -> PageSection | None:
             texts = tuple(make(folder))[:MAX_TEXTS]
             blocks += [Details(f"{folder.name}: {title}", texts)] if texts else []
     lead = "The texts behind the numbers, exactly as they are in the data."
-    return PageSection("examples", "Examples", lead, tuple(blocks)) if blocks else None
+    return PageSection("examples", "Examples", lead, tuple(blocks))
 
 
 def _worst(folder: RunFiles) -> Iterator[Details]:

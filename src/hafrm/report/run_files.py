@@ -3,37 +3,38 @@
 Any file may be absent; a folder with none of them, or a file that is not what its name says, is an error.
 """
 
-from collections.abc import Iterator, Sequence
+import pkgutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from hafrm.diagnostics.diagnosis import Diagnosis
 from hafrm.errors import CheckpointError
-from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.results import Real, from_plain, read_result
 from hafrm.run_folder import read_json_lines
-from hafrm.study.study_result import StudyResult
 
 if TYPE_CHECKING:
     from hafrm.best_of_n.picks import BestOfN
+    from hafrm.diagnostics.diagnosis import Diagnosis
+    from hafrm.evaluation.metrics import Evaluation
     from hafrm.rlhf.policy_comparison import RlhfComparison
+    from hafrm.study.study_result import StudyResult
 
-T = TypeVar("T")
-
-RESULTS = (
-    "test.json",
-    "diagnostics.json",
-    "comparison.json",
-    "best_of_n.json",
-    "rlhf_comparison.json",
-)
-LOGS = ("metrics.jsonl", "samples.jsonl")
+RESULTS = {
+    "evaluation": ("test.json", "hafrm.evaluation.metrics:Evaluation"),
+    "diagnosis": ("diagnostics.json", "hafrm.diagnostics.diagnosis:Diagnosis"),
+    "study": ("comparison.json", "hafrm.study.study_result:StudyResult"),
+    # the modules of these two load torch
+    "best_of_n": ("best_of_n.json", "hafrm.best_of_n.picks:BestOfN"),
+    "rlhf_comparison": ("rlhf_comparison.json", "hafrm.rlhf.policy_comparison:RlhfComparison"),
+}
+"""Fields of `RunFiles`: the file of each, and its type, which is imported when the file is there."""
+FILES = ("metrics.jsonl", "samples.jsonl", *(file for file, _ in RESULTS.values()))
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Session:
     """Digests of data files."""
     git: GitState | None = None
     counts: dict[str, int | dict[str, int]] = field(default_factory=dict)
-    """Rows and tokens of the training data."""
     template_sha256: str | None = None
 
 
@@ -96,19 +96,18 @@ class RunFiles:
     """One folder, read; None and () where a file is absent."""
 
     name: str
-    """What the page calls it: the shortest end of its path that no other folder has."""
-    path: Path
+    """The shortest end of its path that no other folder has."""
     recipe: Recipe | None
     """Of a reward model's run."""
     recipe_text: str
     sessions: tuple[Session, ...]
     metrics: tuple[MetricsRecord, ...]
     samples: tuple[Sample, ...]
-    evaluation: Evaluation | None
-    diagnosis: Diagnosis | None
-    study: StudyResult | None
-    best_of_n: "BestOfN | None"
-    rlhf_comparison: "RlhfComparison | None"
+    evaluation: "Evaluation | None" = None
+    diagnosis: "Diagnosis | None" = None
+    study: "StudyResult | None" = None
+    best_of_n: "BestOfN | None" = None
+    rlhf_comparison: "RlhfComparison | None" = None
 
     @property
     def is_training(self) -> bool:
@@ -134,24 +133,16 @@ class Material:
     @cached_property
     def colours(self) -> dict[str, int]:
         """The number of a colour for each run and model, the same in every plot and table."""
-        names = dict.fromkeys(self._coloured())
-        return {name: number for number, name in enumerate(names)}
-
-    def _coloured(self) -> Iterator[str]:
+        names = [f.name for f in self.folders if f.evaluation or f.diagnosis or f.metrics]
         for folder in self.folders:
-            if folder.evaluation or folder.diagnosis or folder.metrics:
-                yield folder.name
-        for folder in self.folders:
-            if folder.study is not None:
-                yield from folder.study.methods
-            if folder.best_of_n is not None:
-                yield from (model.name for model in folder.best_of_n.models)
-            if folder.rlhf_comparison is not None:
-                yield from folder.rlhf_comparison.models
+            names += folder.study.methods if folder.study else ()
+            names += (m.name for m in folder.best_of_n.models) if folder.best_of_n else ()
+            names += folder.rlhf_comparison.models if folder.rlhf_comparison else ()
+        return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
-    def key(self, folders: Sequence[RunFiles]) -> tuple[tuple[str, int], ...]:
-        """Names and colours of some folders, for plots."""
-        return tuple((folder.name, self.colours[folder.name]) for folder in folders)
+    def key(self, names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+        """Names with their colours, for plots."""
+        return tuple((name, self.colours[name]) for name in names)
 
 
 def read_material(paths: Sequence[Path]) -> Material:
@@ -164,53 +155,35 @@ def read_material(paths: Sequence[Path]) -> Material:
 def _read(path: Path, name: str) -> RunFiles:
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}: give the folder of a run or of a result")
-    if not any((path / file).is_file() for file in (*RESULTS, *LOGS)):
-        raise CheckpointError(_nothing_in(path))
+    if not any((path / file).is_file() for file in FILES):
+        inside = sorted(p for p in path.iterdir() if any((p / file).is_file() for file in FILES))
+        hint = (
+            f"did you mean {' '.join(map(str, inside[:4]))}?" if inside else "give a run's folder"
+        )
+        raise CheckpointError(f"{path} holds nothing to report, none of {', '.join(FILES)}: {hint}")
     metrics = tuple(map(_record, read_json_lines(path / "metrics.jsonl")))
-    recipe, provenance = path / "recipe.yaml", _optional(path / "provenance.json", ProvenanceFile)
+    recipe, provenance = path / "recipe.yaml", path / "provenance.json"
     is_training = any(record.kind == "train" for record in metrics)
+    results: dict[str, Any] = {
+        field: read_result(path / file, pkgutil.resolve_name(kind))
+        for field, (file, kind) in RESULTS.items()
+        if (path / file).is_file()
+    }
     return RunFiles(
         name=name,
-        path=path,
         recipe=load_recipe(recipe) if is_training and recipe.is_file() else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        sessions=() if provenance is None else provenance.sessions,
+        sessions=read_result(provenance, ProvenanceFile).sessions if provenance.is_file() else (),
         metrics=metrics,
         samples=tuple(_samples(path / "samples.jsonl")),
-        evaluation=_optional(path / "test.json", Evaluation),
-        diagnosis=_optional(path / "diagnostics.json", Diagnosis),
-        study=_optional(path / "comparison.json", StudyResult),
-        best_of_n=_best_of_n(path / "best_of_n.json"),
-        rlhf_comparison=_rlhf_comparison(path / "rlhf_comparison.json"),
+        **results,
     )
-
-
-def _optional(path: Path, kind: type[T]) -> T | None:
-    return read_result(path, kind) if path.is_file() else None
-
-
-def _best_of_n(path: Path) -> "BestOfN | None":
-    if not path.is_file():
-        return None
-    from hafrm.best_of_n.picks import BestOfN  # noqa: PLC0415 - loads torch
-
-    return read_result(path, BestOfN)
-
-
-def _rlhf_comparison(path: Path) -> "RlhfComparison | None":
-    if not path.is_file():
-        return None
-    from hafrm.rlhf.policy_comparison import RlhfComparison  # noqa: PLC0415 - loads torch
-
-    return read_result(path, RlhfComparison)
 
 
 def _record(line: dict[str, Any]) -> MetricsRecord:
     kind = str(line.get("kind") or line.get("phase"))
-    values = {name: v for name, v in line.items() if name not in ("step", "kind", "phase")}
-    return MetricsRecord(
-        int(line["step"]), kind, {n: v for n, v in values.items() if isinstance(v, int | float)}
-    )
+    values = {name: v for name, v in line.items() if isinstance(v, int | float) and name != "step"}
+    return MetricsRecord(int(line["step"]), kind, values)
 
 
 def _samples(path: Path) -> Iterator[Sample]:
@@ -223,22 +196,12 @@ def _samples(path: Path) -> Iterator[Sample]:
             ) from error
 
 
-def _nothing_in(path: Path) -> str:
-    names = (*LOGS, *RESULTS)
-    inside = sorted(p for p in path.iterdir() if any((p / name).is_file() for name in names))
-    hint = "give the folder of a run, or the --out of hafrm compare or hafrm best-of-n"
-    if inside:
-        hint = f"did you mean {' '.join(map(str, inside[:4]))}?"
-    return f"{path} holds nothing to report, none of {', '.join(names)}: {hint}"
-
-
 def short_paths(paths: Sequence[Path]) -> list[str]:
     """The shortest end of each path that no other path has."""
     names = []
     for path in paths:
         others = [other.parts for other in paths if other != path]
-        lengths = range(1, len(path.parts) + 1)
-        ends = (path.parts[-length:] for length in lengths)
+        ends = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
         unique = (e for e in ends if all(other[-len(e) :] != e for other in others))
         names.append("/".join(next(unique, path.parts)))
     return names

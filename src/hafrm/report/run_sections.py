@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hafrm.report.cautions import cautions
-from hafrm.report.html import Block, Details, Headline, Listing, PageSection, Plots, Points, Strips
-from hafrm.report.model_sections import SCORER_COLUMNS, length_rules
+from hafrm.report.html import Block, Details, Headline, Listing, PageSection, Points, Strips, drawn
 from hafrm.report.plots import AxisScale, Plot, Series, chart
+from hafrm.report.result_sections import SCORER_COLUMNS, length_rules
 from hafrm.report.run_files import Material, MetricsRecord, RunFiles, Session, short_sources
-from hafrm.table import Cell, Column, Table
+from hafrm.table import Cell, Column, Table, columns
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Curve:
 
     title: str
     names: tuple[str, ...]
-    """Logged names: the first that a run has; for a run without it, the next."""
+    """The first of these that a run has is drawn."""
     unit: str = ""
     is_fraction: bool = False
     reference: float | None = None
     y_log: bool = False
     second: str = ""
-    """A logged name that is drawn dashed in the same plot."""
+    """Drawn dashed in the same plot."""
 
 
 COIN = 0.6931
@@ -55,14 +55,12 @@ RLHF_CURVES = (
 )
 
 
-def summary_section(material: Material) -> PageSection | None:
+def summary_section(material: Material) -> PageSection:
     """The accuracies, what was trained, and what to be careful about."""
-    blocks: list[Block] = [*_accuracies(material)]
-    trained = _trained_table(material)
-    blocks += [] if trained is None else [trained]
+    blocks: list[Block] = [*_accuracies(material), *_trained_table(material)]
     sentences = tuple(cautions(material))
     blocks += [Points("Cautions", sentences)] if sentences else []
-    return PageSection("summary", "Summary", "", tuple(blocks)) if blocks else None
+    return PageSection("summary", "Summary", "", tuple(blocks))
 
 
 def _accuracies(material: Material) -> Iterator[Block]:
@@ -80,58 +78,46 @@ def _accuracies(material: Material) -> Iterator[Block]:
         return
     rows: list[tuple[Cell, ...]] = [(r.name, s.accuracy, s.accuracy.num) for r, s in pairs]
     rule, value = max(length_rules(first).items(), key=lambda item: item[1].value)
-    table = Table(f"Accuracy on {which}", SCORER_COLUMNS, (*rows, (rule, value, value.num)))
-    yield Strips(table, ("accuracy [95 %]",))
+    heads = columns(SCORER_COLUMNS)
+    table = Table(f"Accuracy on {which}", heads, (*rows, (rule, value, value.num)))
+    yield Strips(table, "accuracy [95 %]")
 
 
-def _trained_table(material: Material) -> Table | None:
-    rows = []
+def _trained_table(material: Material) -> Iterator[Table]:
+    rows: list[tuple[Cell, ...]] = []
     for run in material.folders:
         if run.recipe is None:
             continue
-        recipe = run.recipe
-        training, sources = recipe.training, short_sources(recipe.data.train)
-        method = recipe.method.name
-        method += f", LoRA of rank {recipe.lora.rank}" if recipe.lora else ""
+        training, sources = run.recipe.training, short_sources(run.recipe.data.train)
+        lora = f", LoRA of rank {run.recipe.lora.rank}" if run.recipe.lora else ""
+        base = run.recipe.model.path.rstrip("/").rpartition("/")[2]
         counts = run.sessions[-1].counts if run.sessions else {}
         comparisons = counts.get("train_comparisons")
-        rows.append(
-            (
-                run.name,
-                method,
-                recipe.model.path.rstrip("/").rpartition("/")[2],
-                ", ".join(sources.values()),
-                comparisons if isinstance(comparisons, int) else None,
-                run.metrics[-1].step,
-                training.batch_size,
-                training.learning_rate,
-            )
-        )
-    columns = (
-        *map(Column, ("run", "method", "base model", "training data")),
-        Column("comparisons", "count"),
-        Column("steps", "count"),
-        Column("batch", "count"),
-        Column("learning rate", "general"),
+        num = comparisons if isinstance(comparisons, int) else None
+        what = run.name, run.recipe.method.name + lora, base, ", ".join(sources.values())
+        steps = run.metrics[-1].step, training.batch_size, training.learning_rate
+        rows.append((*what, num, *steps))
+    heads = columns(
+        "run | method | base model | training data | comparisons: count | steps: count | batch: count | "
+        "learning rate: general"
     )
-    return Table("What was trained", columns, tuple(rows)) if rows else None
+    if rows:
+        yield Table("What was trained", heads, tuple(rows))
 
 
-def training_section(material: Material) -> PageSection | None:
+def training_section(material: Material) -> PageSection:
     """Curves of everything that reward models log while they are trained."""
     runs = [run for run in material.folders if run.is_training]
     plots = [_curve_plot(curve, runs, material) for curve in TRAINING_CURVES]
-    shown = tuple(plot for plot in plots if plot is not None)
-    if not shown:
-        return None
     lead = (
         "Faint lines: training batches, averaged between logged steps. Dots: validation, with 95 % "
         "intervals. The vertical line is the exported step."
     )
-    return PageSection("training", "Training", lead, (Plots(shown, material.key(runs)),))
+    blocks = drawn(plots, material.key(run.name for run in runs))
+    return PageSection("training", "Training", lead, blocks)
 
 
-def rlhf_section(material: Material) -> PageSection | None:
+def rlhf_section(material: Material) -> PageSection:
     """Curves of RLHF runs over steps; reward and gold reward over KL."""
     runs = [run for run in material.folders if run.is_rlhf]
     plots = [_curve_plot(curve, runs, material) for curve in RLHF_CURVES]
@@ -143,19 +129,17 @@ def rlhf_section(material: Material) -> PageSection | None:
             points = [r for r in records if {"kl", name} <= r.values.keys()]
             series.append(_series(run, points, name, material, x="kl"))
         plots.append(chart(title, series, AxisScale("KL, nat")))
-    shown = tuple(plot for plot in plots if plot is not None)
-    if not shown:
-        return None
     lead = (
         "The policy learns to get high rewards from a reward model. Where the reward still rises but the "
         "gold reward falls, the policy exploits the reward model's errors."
     )
     note = "Lines are training batches; dots are held-out prompts, with 95 % intervals."
-    return PageSection("rlhf", "RLHF", lead, (Plots(shown, material.key(runs), note),))
+    blocks = drawn(plots, material.key(run.name for run in runs), note)
+    return PageSection("rlhf", "RLHF", lead, blocks)
 
 
 def best_record(run: RunFiles) -> MetricsRecord | None:
-    """The validation record of the step that a run exports: best by its metric, the loss at a tie."""
+    """The record of the step that a run exports: best by its metric, and by the loss at a tie."""
     metric = "accuracy" if run.recipe is None else run.recipe.evaluation.metric
     sign = -1.0 if metric == "loss" else 1.0
     records = [r for r in run.records("validation") if {metric, "loss"} <= r.values.keys()]
@@ -198,22 +182,14 @@ def _series(
     style: str = "line",
 ) -> Series:
     has_bounds = style == "dots" and f"{name}_low" in records[0].values
-    low, high = (
-        [r.values[f"{name}_{end}"] for r in records] if has_bounds else ()
-        for end in ("low", "high")
-    )
-    return Series(
-        run.name,
-        [float(r.step) if x == "step" else r.values[x] for r in records],
-        [r.values[name] for r in records],
-        material.colours[run.name],
-        low,
-        high,
-        style,  # type: ignore[arg-type]
-    )
+    ends = [f"{name}_low", f"{name}_high"] if has_bounds else []
+    low, high = [[r.values[end] for r in records] for end in ends] or [[], []]
+    places = [float(r.step) if x == "step" else r.values[x] for r in records]
+    values, colour = [r.values[name] for r in records], material.colours[run.name]
+    return Series(run.name, places, values, colour, low, high, style)  # type: ignore[arg-type]
 
 
-def provenance_section(material: Material) -> PageSection | None:
+def provenance_section(material: Material) -> PageSection:
     """What every number depends on: commands, commits, versions, seeds, digests, recipes."""
     is_alone = len(material.folders) == 1
     blocks: list[Block] = [
@@ -221,10 +197,8 @@ def provenance_section(material: Material) -> PageSection | None:
         for folder in material.folders
         if (parts := tuple(_provenance(folder)))
     ]
-    versions = _versions(material)
-    blocks += [] if versions is None else [versions]
     lead = "What is needed to reproduce every number."
-    return PageSection("provenance", "Provenance", lead, tuple(blocks)) if blocks else None
+    return PageSection("provenance", "Provenance", lead, (*blocks, *_versions(material)))
 
 
 def _provenance(folder: RunFiles) -> Iterator[Block]:
@@ -235,10 +209,6 @@ def _provenance(folder: RunFiles) -> Iterator[Block]:
         digests = tuple((name, digest) for name, digest in session.data.items())
         if digests:
             yield Table("Data digests", (Column("file"), Column("SHA-256")), digests)
-        counts = tuple(_counts(session))
-        if counts:
-            columns = (Column(""), Column("", "count"))
-            yield Details("Rows and tokens", (Table("Rows and tokens", columns, counts),))
     if folder.recipe_text:
         yield Details("Recipe", (Listing(folder.recipe_text),))
 
@@ -255,26 +225,16 @@ def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
         yield "chat template, SHA-256", session.template_sha256
 
 
-def _counts(session: Session) -> Iterator[tuple[Cell, ...]]:
-    for name, value in session.counts.items():
-        nested = value if isinstance(value, dict) else {"": value}
-        for part, num in nested.items():
-            yield f"{name} {part}".replace("_", " ").strip(), num
-
-
-def _versions(material: Material) -> Table | None:
+def _versions(material: Material) -> Iterator[Table]:
     """A column for each set of versions that differs from the others."""
-    columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    folders_by_versions: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for folder in material.folders:
         if folder.sessions:
             versions = tuple(folder.sessions[-1].versions.items())
-            columns.setdefault(versions, []).append(folder.name)
-    if not columns:
-        return None
-    packages = dict.fromkeys(package for versions in columns for package, _ in versions)
-    rows = tuple(
-        (package, *(dict(versions).get(package, "") for versions in columns))
-        for package in packages
-    )
-    names = (", ".join(folders) for folders in columns.values())
-    return Table("Versions", (Column("package"), *map(Column, names)), rows)
+            folders_by_versions.setdefault(versions, []).append(folder.name)
+    if folders_by_versions:
+        sets = [dict(versions) for versions in folders_by_versions]
+        packages = dict.fromkeys(package for versions in sets for package in versions)
+        rows = tuple((name, *(versions.get(name, "") for versions in sets)) for name in packages)
+        names = (", ".join(folders) for folders in folders_by_versions.values())
+        yield Table("Versions", (Column("package"), *map(Column, names)), rows)

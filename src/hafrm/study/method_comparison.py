@@ -4,8 +4,7 @@
 
 First each method's learning rate is chosen, by validation on the last training set (all of them mixed, if
 there are several) with the first seed; then the runs of all sets and seeds follow. The same command
-resumes a comparison that was killed; further methods, sets or seeds in the same folder run only what is
-new.
+resumes; further methods, sets or seeds in the same folder run only what is new.
 """
 
 import logging
@@ -61,7 +60,7 @@ def compare_methods(
     """Run what of the plan has not been run, and summarise all of it.
 
     Raises CheckpointError for a folder of another recipe or other test data, NumericsError if a method's
-    runs diverge at every learning rate or later at the chosen one, and what `train` raises.
+    runs diverge at every learning rate or at the chosen one.
     """
     data = read_study_data(plan.recipe)  # faults of the data come to light before hours of training
     sections = plan.recipe.model_dump(mode="json").items()
@@ -79,21 +78,20 @@ def compare_methods(
         for run in tuning_runs:
             drop_checkpoints(run.folder(out))
         # a rate that suits the tuning set may be too high for another set or seed
+        results = {run: read_run_result(run.folder(out)) for run in (*tuning_runs, *runs)}
         for run in runs:
-            outcome = read_run_result(run.folder(out))
-            if outcome is not None and outcome.diverged is not None:
+            done = results[run]
+            if done is not None and done.diverged is not None:
                 raise NumericsError(
-                    f"{run} diverged: {outcome.diverged}. Give smaller --learning-rates"
+                    f"{run} diverged: {done.diverged}. Give smaller --learning-rates"
                 )
-        folders = dict.fromkeys(run.folder(out) for run in (*tuning_runs, *runs))
-        results = [read_run_result(path) for path in folders]
         result = StudyResult(
             recipe=str(out / "recipe.yaml"),
             metric=plan.recipe.evaluation.metric,
             seeds=plan.seeds,
             pick_longer=pick_longer(data.comparisons),
             learning_rates=tunings,
-            seconds=sum(done.seconds for done in results if done is not None),
+            seconds=sum(done.seconds for done in results.values() if done is not None),
             **summarise(outcomes_of(scores_of_runs(runs, data, out), data.comparisons)),
         )
         write_result(out / COMPARISON_FILE, result)
@@ -113,31 +111,19 @@ def _run(pool: RunPool, runs: Sequence[StudyRun]) -> None:
 
 def _tune(plan: StudyPlan, out: Path, pool: RunPool) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
     """The learning rate that validates best for each method, and the runs that chose it."""
-    tuning = plan.tuning_runs()
-    _run(pool, tuning)
-
-    def choose() -> tuple[Tuning, ...]:
-        return tuple(_choose_rate(plan, method, tuning, out) for method in plan.methods)
-
-    for _ in range(plan.num_extra_rates):
-        rates = [(m, t.next_rate()) for m, t in zip(plan.methods, choose(), strict=True)]
-        more = [plan.tuning_run(method, rate) for method, rate in rates if rate is not None]
-        _run(pool, more)
-        tuning += more
-    for choice in choose():
+    runs = plan.tuning_runs()
+    _run(pool, runs)
+    choices = tuple(_choose_rate(plan, method, runs, out) for method in plan.methods)
+    for choice in choices:
         log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
-    return choose(), tuning
+    return choices, runs
 
 
 def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out: Path) -> Tuning:
     metric = plan.recipe.evaluation.metric
     sign = -1.0 if metric == "loss" else 1.0  # the highest is best
-    tried: dict[float, float | None] = {}
-    for run in runs:
-        if run.method == method:
-            result = read_run_result(run.folder(out))
-            assert result is not None
-            tried[run.rate] = result.validation.get(metric)
+    results = {run.rate: read_run_result(run.folder(out)) for run in runs if run.method == method}
+    tried = {rate: r.validation.get(metric) for rate, r in results.items() if r is not None}
     finite = {rate: sign * value for rate, value in tried.items() if value is not None}
     if not finite:
         rates = ", ".join(f"{rate:.3g}" for rate in tried)
@@ -182,7 +168,6 @@ def scores_of_runs(
 def _fuse(
     reward: Arrays, policy: Arrays, method: Method, lengths: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """The reward of one run fused with the implicit reward of the same run or another."""
     rule = fit_fused(reward[REWARD_MARGINS], policy[TOKEN_MARGINS])
     implicit_rule = ImplicitRule(None, method.beta, method.scores_per_token)
     by_token = per_token(policy["implicit"], lengths, implicit_rule)

@@ -21,9 +21,7 @@ from hafrm.study.study_result import MIXED
 from hafrm.training.methods import Method, get_method
 
 RATE_FACTORS = (1 / 3, 1.0, 3.0)
-"""Learning rates tried first, as multiples of the recipe's, unless others are given."""
-MAX_EXTRA_RATES = 3
-"""How many further rates a method may try if its best one is at the end of those tried."""
+"""Learning rates tried, as multiples of the recipe's, unless others are given."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,6 @@ class StudyPlan:
     """The entries of `data.train` by the set's name; learning rates are chosen on the last set."""
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
-    num_extra_rates: int = 0
-    """How many rates beyond the ends of `rates` a method may try, while the last one is its best."""
 
     def recipe_of(self, run: StudyRun) -> Recipe:
         """The study's recipe, for this run."""
@@ -85,14 +81,14 @@ class StudyPlan:
         }
         return with_values(self.recipe, changes, name=f"the recipe of {run}")
 
-    def tuning_run(self, method: StudyMethod, rate: float) -> StudyRun:
-        """The run that says, by validation data, how well a method does at a learning rate."""
-        # the last set is the mixed one if there are several
-        return StudyRun([*self.train_sets][-1], method, rate, self.seeds[0], is_scored=False)
-
     def tuning_runs(self) -> list[StudyRun]:
         """One run for each method and learning rate, with the first seed."""
-        return [self.tuning_run(method, rate) for method in self.methods for rate in self.rates]
+        train = [*self.train_sets][-1]  # the mixed one if there are several
+        return [
+            StudyRun(train, method, rate, self.seeds[0], is_scored=False)
+            for method in self.methods
+            for rate in self.rates
+        ]
 
     def runs(self, rates: Mapping[str, float]) -> list[StudyRun]:
         """All runs that the result is made of, from each method's learning rate."""
@@ -115,8 +111,7 @@ def plan_study(
 ) -> StudyPlan:
     """The plan for these methods; each entry of the recipe's `data.train` is a training set of its own.
 
-    Raises ConfigError for an unknown method or option, methods named twice, a recipe without test sets,
-    and one whose `data.weights` are numbers, which fit one list of sets only.
+    Raises ConfigError for an unknown method or option, and a recipe that does not fit a comparison.
     """
     if not recipe.data.test:
         raise ConfigError("data.test names no source: a comparison of methods needs held-out data")
@@ -125,13 +120,11 @@ def plan_study(
             "data.weights lists numbers, which fit one list of sets; a comparison trains on each set "
             "alone too: take uniform, or leave it out"
         )
-    if any(not rate > 0 for rate in rates):
-        raise ConfigError(f"learning rates must be above 0, got {list(rates)}")
     names = [set_name(entry) for entry in recipe.data.train]
     _refuse_doubles(names, "training sets")
-    sets: dict[str, tuple[str, ...]] = {
-        n: (e,) for n, e in zip(names, recipe.data.train, strict=True)
-    }
+    sets: dict[str, tuple[str, ...]] = dict(
+        zip(names, ((e,) for e in recipe.data.train), strict=True)
+    )
     if mixed and len(sets) > 1:
         sets[MIXED] = recipe.data.train
     # the recipe's own seed is the first one
@@ -142,7 +135,6 @@ def plan_study(
         sets,
         seeds=tuple(range(first, first + num_seeds)),
         rates=tuple(rates) or tuple(rate * factor for factor in RATE_FACTORS),
-        num_extra_rates=0 if rates else MAX_EXTRA_RATES,
     )
 
 
@@ -177,7 +169,7 @@ def _parse_method(text: str) -> StudyMethod:
 
 
 def parse_rates(written: str | None) -> tuple[float, ...]:
-    """Learning rates with commas between them; raises ConfigError for what is no number."""
+    """Learning rates with commas between them; raises ConfigError for other texts."""
     try:
         return tuple(float(part) for part in (written or "").split(",") if part.strip())
     except ValueError as error:

@@ -38,7 +38,7 @@ class ScorerOutcome:
 
 
 Outcomes = Mapping[tuple[str, str, str], ScorerOutcome]
-"""By (training set, scorer, test set)."""
+"""By (training set, scorer, test set); every training set and scorer has all test sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,8 @@ class SetAccuracy:
     accuracy: Estimate
     per_seed: tuple[float, ...]
     ece: float
-    """Expected calibration error of sigmoid(margin), mean over seeds."""
+    """Of sigmoid(margin), mean over seeds, as `log_loss` is."""
     log_loss: float
-    """Mean -log sigmoid(margin), nat, mean over seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,6 @@ class Average:
     """Which: see `domains`."""
     method: str
     accuracy: Estimate
-    num_sets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +95,7 @@ class Tuning:
     """The training set whose validation part decided."""
     chosen: float
     tried: tuple[tuple[float, float | None], ...]
-    """(rate, the deciding validation metric); None if the run diverged."""
-
-    def next_rate(self) -> float | None:
-        """The rate to try next if the best one is the lowest or the highest tried, which is no optimum."""
-        rates = sorted(rate for rate, _ in self.tried)
-        if len(rates) < 2 or self.chosen not in (rates[0], rates[-1]):
-            return None
-        # geometric: the next rate keeps the ratio of the last two
-        if self.chosen == rates[0]:
-            return rates[0] ** 2 / rates[1]
-        return rates[-1] ** 2 / rates[-2]
+    """(rate, the deciding validation metric) by rate; None if the run diverged."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,6 @@ class StudyResult:
     accuracies: tuple[SetAccuracy, ...]
     averages: tuple[Average, ...]
     differences: tuple[Contrast, ...]
-    """On single test sets."""
     average_differences: tuple[Contrast, ...]
     pick_longer: dict[str, Estimate]
     """Accuracy of the longer response on each test set."""
@@ -140,7 +127,6 @@ class StudyResult:
         return (self._averages(), *matrices, self._learning_rates())
 
     def _averages(self) -> Table:
-        kinds = list(dict.fromkeys(average.kind for average in self.averages))
         values = {(a.method, a.kind): a.accuracy for a in self.averages}
         significant = [c for c in self.average_differences if c.is_significant]
         notes = [
@@ -152,32 +138,29 @@ class StudyResult:
             p = f"p {c.p_value:.2g} (Holm {c.p_adjusted:.2g})"
             notes.append(f"{c.test}: {c.first} - {c.second} = {c.difference}, {p}")
         title = f"mean accuracy [95 % over prompts and {len(self.seeds)} seeds]"
-        return self._by_method(title, kinds, values, significant, notes=notes)
+        return replace(self._by_method(title, values, significant), notes=tuple(notes))
 
     def _matrix(self, train: str) -> Table:
         values = {(a.method, a.test): a.accuracy for a in self.accuracies if a.train == train}
         significant = [c for c in self.differences if c.train == train and c.is_significant]
         longer = ("pick longer", *(self.pick_longer[test] for test in self.test_sets), None)
-        title = f"trained on {train}: accuracy [95 %]"
-        return self._by_method(title, self.test_sets, values, significant, more=[longer])
+        table = self._by_method(f"trained on {train}: accuracy [95 %]", values, significant)
+        return replace(table, rows=(*table.rows, longer))
 
     def _by_method(
         self,
         title: str,
-        names: Sequence[str],
         values: Mapping[tuple[str, str], Estimate],
         significant: Sequence[Contrast],
-        *,
-        more: Sequence[tuple[Cell, ...]] = (),
-        notes: Sequence[str] = (),
     ) -> Table:
+        names = list(dict.fromkeys(name for _, name in values))
         rows: list[tuple[Cell, ...]] = []
         for method in self.methods:
             differs = ", ".join(c.test for c in significant if c.first == method)
             rows.append((method, *(values[method, name] for name in names), differs))
         last = Column(f"differs from {self.methods[0]} in")
         columns = (Column("method"), *(Column(name, "percent") for name in names), last)
-        return Table(title, columns, (*rows, *more), tuple(notes))
+        return Table(title, columns, tuple(rows))
 
     def _learning_rates(self) -> Table:
         rows = []
@@ -216,16 +199,16 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     for train, test, scorer in product(trains, tests, others):
         one, other = outcomes[train, scorer, test], outcomes[train, baseline, test]
         # both sides answered the same prompts, so those of one are those of the other
-        gap, _ = compare_correct(one.correct, other.correct, one.prompts)
+        gap = compare_correct(one.correct, other.correct, one.prompts)
         single.append(Contrast(train, test, scorer, baseline, gap.estimate, gap.p_value))
     for kind, pairs in domains(trains, tests).items():
         stacks = {
             s: stack_answers([(test, outcomes[train, s, test]) for train, test in pairs])
             for s in scorers
         }
-        averages += [Average(kind, s, accuracy_over_seeds(*stacks[s]), len(pairs)) for s in scorers]
+        averages += [Average(kind, s, accuracy_over_seeds(*stacks[s])) for s in scorers]
         for scorer in others:
-            gap, _ = compare_correct(stacks[scorer][0], *stacks[baseline])
+            gap = compare_correct(stacks[scorer][0], *stacks[baseline])
             contrasts.append(Contrast("", kind, scorer, baseline, gap.estimate, gap.p_value))
     return {
         "methods": scorers,

@@ -10,10 +10,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from safetensors.numpy import load_file, save
 
 from hafrm.atomic import atomic_write
 from hafrm.data.encoding import Encoder
-from hafrm.diagnostics.hidden_states import last_states
-from hafrm.diagnostics.representation import Representation, describe_states
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
-from hafrm.results import Real, read_result, write_result
+from hafrm.results import read_result, write_result
 from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
 from hafrm.training.data_setup import PreparedData, load_tokenizer, prepare_data
@@ -37,13 +35,11 @@ from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
 from hafrm.training.model_setup import build_model
 from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
-from hafrm.training.validation import HeadScores, decided_margins, score_heads
+from hafrm.training.validation import decided_margins, score_heads
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
 """Margins on validation data, which alone decide how the fused score weighs the two heads."""
-NUM_STATE_RESPONSES = 256
-"""Responses whose last-token states are measured."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -62,10 +58,6 @@ class RunResult:
     """The error of a run whose loss or gradient was not finite."""
     is_scored: bool = True
     """Whether the test sets were scored."""
-    representation: Representation | None = None
-    """Of the last-token states of the first test responses."""
-    state_norm: tuple[Real, Real] | None = None
-    """Mean and standard deviation of these states' norms."""
 
 
 @dataclass(frozen=True)
@@ -123,51 +115,34 @@ class RunWorker:
         self._prepared: dict[tuple[str, int], PreparedData] = {}
 
     def __call__(self, run: StudyRun) -> RunResult:
-        """Train a run and score it, resume it if it was killed, or read its result.
-
-        A run that diverges is a result, of its learning rate. Raises what else `train` raises, such as
-        CheckpointError for a folder of another recipe.
-        """
+        """Train a run and score it, resume it if it was killed, or read its result."""
         folder, recipe = run.folder(self.root), self.plan.recipe_of(run)
         before = read_run_result(folder)
         if before is not None and (before.is_scored or before.diverged or not run.is_scored):
             return before
         # a tuning run that turns out to be the chosen one is only scored now
         began = time.monotonic() - (0.0 if before is None else before.seconds)
-        states: NDArray[np.float32] | None = None
 
         def finish(job: Job) -> None:
-            nonlocal states
             if run.is_scored:
                 self._score(job, folder)
-                states = self._states(job)
                 if self.keep_models:
                     export_job(job)
 
         # a killed run left its recipe, and perhaps a checkpoint
         resume, key = (folder / "recipe.yaml").is_file(), (run.train, run.seed)
-        if (
-            key not in self._prepared
-        ):  # methods with one seed on one set train on the very same data
+        # methods with one seed on one set train on the very same data
+        if key not in self._prepared:
             self._prepared = {key: prepare_data(recipe)}
         try:
             data = self._prepared[key]
             trained = run_training(recipe, folder, resume=resume, data=data, finish=finish)
+            steps = trained.best, trained.best_step, trained.num_steps
+            seconds = time.monotonic() - began
+            result = RunResult(*steps, seconds, is_scored=run.is_scored)
         # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
-        else:
-            seconds = time.monotonic() - began
-            summary = {} if states is None else _summarise_states(str(folder), states)
-            result = RunResult(
-                trained.best,
-                trained.best_step,
-                trained.num_steps,
-                seconds,
-                None,
-                run.is_scored,
-                **summary,
-            )
         # an unscored run may yet be chosen, and is then scored from its checkpoint
         if result.is_scored:
             drop_checkpoints(folder)
@@ -191,52 +166,23 @@ class RunWorker:
         return self._references
 
     def _score(self, job: Job, folder: Path) -> None:
-        """Keep the scores of the test sets, and the validation margins that a fused score is fitted on.
+        """Keep the scores of the test sets, and the validation margins that a fused score is fitted on."""
 
-        The two heads of a fused score may be of one run, or of two runs with one head each.
-        """
-
-        def score(
-            groups: Sequence[TokenizedGroup], references: NDArray[np.float32] | None
-        ) -> HeadScores:
-            budget = 2 * job.recipe.training.token_budget
-            model, method, autocast = job.model, job.method, job.autocast
-            return score_heads(
-                model, groups, references, method, max_tokens=budget, autocast=autocast
-            )
-
+        budget = 2 * job.recipe.training.token_budget
+        score = partial(score_heads, job.model, max_tokens=budget, autocast=job.autocast)
         references = self._test_references() if job.method.needs_reference else None
-        scores = score(self.data.tokenized, references)
+        scores = score(self.data.tokenized, references, job.method)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references
-        validation = score(groups, None if of_validation is None else of_validation.logps)
-        on_validation = {
-            REWARD_MARGINS: validation.rewards,
-            TOKEN_MARGINS: validation.implicit_per_token,
-        }
-        for name, values in on_validation.items():
+        reference_of_validation = None if of_validation is None else of_validation.logps
+        validation = score(groups, reference_of_validation, job.method)
+        on_validation = (
+            (REWARD_MARGINS, validation.rewards),
+            (TOKEN_MARGINS, validation.implicit_per_token),
+        )
+        for name, values in on_validation:
             if values is not None:
                 margins = decided_margins(groups, values, validation.first)
                 stored[name] = margins.astype(np.float32)
         arrays = {name: values for name, values in stored.items() if values is not None}
         atomic_write(folder / SCORES_FILE, save(arrays))
-
-    def _states(self, job: Job) -> NDArray[np.float32]:
-        """The states that rewards are read from, of the same texts for all runs."""
-        first: list[TokenizedGroup] = []
-        for group in self.data.tokenized:
-            if sum(len(g.response_ids) for g in first) >= NUM_STATE_RESPONSES:
-                break
-            first.append(group)
-        # dropout is off in eval mode; the mode is restored for the export
-        training = job.model.training
-        job.model.eval()
-        states = last_states(job.model, first, job.autocast)
-        job.model.train(training)
-        return states
-
-
-def _summarise_states(name: str, states: NDArray[np.float32]) -> dict[str, Any]:
-    norms = np.linalg.norm(states, axis=1)
-    norm = float(norms.mean()), float(norms.std())
-    return {"representation": describe_states(name, states), "state_norm": norm}
