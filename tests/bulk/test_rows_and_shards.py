@@ -17,6 +17,8 @@ from hafrm.data.values import Refusal
 from hafrm.errors import DataError
 
 BAD = Refusal("empty response", "`response` is ' '")
+ERROR = {"error": "empty response: `response` is ' '"}
+PAIR = ("chosen_reward", "rejected_reward")
 
 
 def write(file, num=5):
@@ -126,20 +128,12 @@ def test_a_table_without_rows_keeps_its_columns(parquet):
         ({"response": "é", "responses": None}, (1.5,), {"reward": 1.5}),
         ({"responses": ["x", "y"], "response": None}, (1.0, 2.0), {"rewards": [1.0, 2.0]}),
         ({"completions": ["x"]}, (1.0,), {"rewards": [1.0]}),
-        (
-            {"chosen": "x", "rejected": "y"},
-            (1.0, 2.0),
-            {"chosen_reward": 1.0, "rejected_reward": 2.0},
-        ),
-        (
-            {"chosen": "x", "rejected": " "},
-            BAD,
-            {"chosen_reward": None, "rejected_reward": None, "error": f"{BAD[0]}: {BAD[1]}"},
-        ),
-        ({"responses": []}, BAD, {"rewards": None, "error": f"{BAD[0]}: {BAD[1]}"}),
+        ({"chosen": "x", "rejected": "y"}, (1.0, 2.0), dict(zip(PAIR, (1.0, 2.0), strict=True))),
+        ({"chosen": "x", "rejected": " "}, BAD, dict.fromkeys(PAIR) | ERROR),
+        ({"responses": []}, BAD, {"rewards": None} | ERROR),
         ({"response": "x", "error": "old", "reward": 9.0}, (1.0,), {"reward": 1.0, "error": None}),
         # half a surrogate pair, which no UTF-8 file can hold
-        ({"response": "\ud800"}, BAD, {"reward": None, "error": f"{BAD[0]}: {BAD[1]}"}),
+        ({"response": "\ud800"}, BAD, {"reward": None} | ERROR),
         (Refusal("unreadable row", "not JSON"), Refusal("unreadable row", "not JSON"), None),
     ],
 )
@@ -160,7 +154,7 @@ def test_parquet_keeps_its_types_and_gets_columns_that_all_its_shards_share(parq
     both = pa.concat_tables(tables)  # raises where schemas differ
     assert both.select(before.column_names).equals(before)
     assert both.column("reward").to_pylist() == [pytest.approx(0.1)] * 4 + [None] * 4
-    assert both.column("error").to_pylist() == [None] * 4 + [f"{BAD[0]}: {BAD[1]}"] * 4
+    assert both.column("error").to_pylist() == [None] * 4 + [ERROR["error"]] * 4
     assert both.schema.field("reward").type == pa.float32()
 
 

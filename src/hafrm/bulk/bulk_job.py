@@ -6,7 +6,7 @@
     OUT/_score/part-I-of-N/bad_rows.jsonl  rows without a score: source, row, reason, detail
 
 The same command resumes a job after its last finished shard. Several machines may write into one folder,
-each its own part. Readers of data folders (Spark, pyarrow) ignore names with a leading underscore.
+each its own part. Readers of data folders (Spark, pyarrow) ignore names that begin with an underscore.
 """
 
 import hashlib
@@ -32,9 +32,7 @@ from hafrm.data.values import Refusal
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
-from hafrm.results import from_plain
 from hafrm.resumable import ResumableFolder, write_errors
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
@@ -50,22 +48,21 @@ class BulkOptions:
     """How a job runs; the scores and outputs depend on the first three only."""
 
     rows_per_shard: int = ROWS_PER_SHARD
-    """The most that a kill can cost; each shard becomes an output file."""
-    max_length: int | None = None
-    """Tokens of prompt and response, longer rows are not scored; None: as many as the model takes."""
+    max_length: int | None = (
+        None  # longer rows are not scored; None: as many tokens as the model takes
+    )
     dtype: str = "auto"
     device: str | None = None
-    shard: str = "0/1"
-    """i/n: score only every n-th shard, from the i-th on, counted from 0; for job arrays."""
+    shard: str = (
+        "0/1"  # i/n: only every n-th shard, from the i-th on, counted from 0; for job arrays
+    )
 
     @property
     def part(self) -> tuple[int, int]:
         """(i, n); raises ConfigError for a `shard` of another form."""
         i, _, n = self.shard.partition("/")
         if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-            raise ConfigError(
-                f"--shard must be i/n with i from 0 to n - 1, such as 0/8, got {self.shard!r}"
-            )
+            raise ConfigError(f"--shard is i/n with i from 0 to n - 1, as 0/8, not {self.shard}")
         return int(i), int(n)
 
 
@@ -77,16 +74,6 @@ class BulkResult:
     num_responses: int
     num_bad: int  # rows without a score
     num_resumed: int  # shards that an earlier call had finished
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """The result of a finished shard, and what identifies its file."""
-
-    id: str  # the shard's file name
-    num_responses: int
-    num_bad: int
-    digest: str  # of the output file
 
 
 def score_files(
@@ -127,16 +114,18 @@ def score_files(
                 atomic_write(out / shard.file, content)
             bad = _bad_rows(shard, rows, scores)
             bad_rows.add([row for row in bad if row["id"] not in bad_rows.records])
-            num_responses = sum(len(s) for s in scores if not isinstance(s, Refusal))
-            digest = "sha256:" + hashlib.sha256(content).hexdigest()
-            record = ShardRecord(shard.file, num_responses, len(bad), digest)
-            records.add([asdict(record)])  # last: it makes the shard count as finished
-            finished[record.id] = record
+            finished[shard.file] = {
+                "id": shard.file,
+                "num_responses": sum(len(s) for s in scores if not isinstance(s, Refusal)),
+                "num_bad": len(bad),
+                "digest": "sha256:" + hashlib.sha256(content).hexdigest(),
+            }
+            records.add([finished[shard.file]])  # last: it makes the shard count as finished
             on_rows(shard.num_rows, shard.num_rows)
     return BulkResult(
         num_rows=sum(shard.num_rows for shard in shards),
-        num_responses=sum(record.num_responses for record in finished.values()),
-        num_bad=sum(record.num_bad for record in finished.values()),
+        num_responses=sum(record["num_responses"] for record in finished.values()),
+        num_bad=sum(record["num_bad"] for record in finished.values()),
         num_resumed=num_resumed,
     )
 
@@ -146,9 +135,8 @@ def _check_output(out: Path) -> None:
         raise ConfigError(f"--out is a folder, and {out} looks like a file")
     names = [p.name for p in out.iterdir() if p.name[0] != "."] if out.is_dir() else []
     if names and RECORDS not in names:
-        raise CheckpointError(
-            f"{out} is not empty ({min(names)}) and holds no job of {KIND}: give another --out"
-        )
+        what = f"is not empty ({min(names)}) and holds no job of {KIND}"
+        raise CheckpointError(f"{out} {what}: give another --out")
 
 
 def _cache_key(model: str | Path, inputs: Sequence[Input], options: BulkOptions) -> dict[str, Any]:
@@ -194,7 +182,10 @@ def _score_in_turn(
             if i < len(shards):
                 upcoming = executor.submit(prepare)
             if encoded.groups and not is_checked:
-                _check_sharing(model, encoded.groups)
+                # a few short groups against one response at a time, as other consumers score
+                shortest = sorted(encoded.groups, key=lambda group: group.num_tokens)[:3]
+                few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]
+                self_check(model.model, lay_out(few).to(model.model.device))
                 is_checked = True
 
             def on_responses(done: int, total: int, num_rows: int = shard.num_rows) -> None:
@@ -204,24 +195,15 @@ def _score_in_turn(
             yield rows, score_rows(model, encoded, on_responses)
 
 
-def _check_sharing(model: RewardModel, groups: Sequence[TokenizedGroup]) -> None:
-    """Compare a few short groups with one response at a time, which is how other consumers score."""
-    shortest = sorted(groups, key=lambda group: group.num_tokens)[:3]
-    few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]
-    self_check(model.model, lay_out(few).to(model.model.device))
-
-
-def _finished_shards(out: Path, shards: Sequence[Shard]) -> dict[str, ShardRecord]:
+def _finished_shards(out: Path, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
     """Records of shards, from all parts, whose output files are as they were written."""
     names = {shard.file for shard in shards}
-    finished = {}
-    for file in sorted((out / RECORDS).glob(f"part-*/{SHARDS}")):
-        for line in read_json_lines(file):
-            try:
-                record = from_plain(ShardRecord, line)
-            except ValueError as error:
-                raise CheckpointError(f"{file} is damaged: {error}; give another --out") from error
-            output = out / record.id
-            if record.id in names and output.is_file() and fingerprint(output) == record.digest:
-                finished[record.id] = record
-    return finished
+    files = sorted((out / RECORDS).glob(f"part-*/{SHARDS}"))
+    records = [record for file in files for record in read_json_lines(file)]
+    return {
+        record["id"]: record
+        for record in records
+        if record["id"] in names
+        and (out / record["id"]).is_file()
+        and fingerprint(out / record["id"]) == record["digest"]
+    }

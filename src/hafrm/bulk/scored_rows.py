@@ -18,15 +18,10 @@ from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.reward_model import RewardModel
 
-RowScores = tuple[float, ...] | Refusal
-"""The scores of a row's responses, in the row's order, or why it was not scored."""
-_Names = tuple[str, ...]
-PAIR: _Names = ("chosen_reward", "rejected_reward")
-LIST: _Names = ("rewards",)
-SINGLE: _Names = ("reward",)
-"""The score columns of a row, by its shape."""
-ERROR = "error"
-"""The column that says why a row has no score."""
+RowScores = tuple[float, ...] | Refusal  # of a row's responses, in order, or why there are none
+# the score columns of a row, by its shape, and the one that says why it has no score
+PAIR: tuple[str, ...] = ("chosen_reward", "rejected_reward")
+LIST, SINGLE, ERROR = ("rewards",), ("reward",), "error"
 
 
 class EncodedRows(NamedTuple):
@@ -58,7 +53,6 @@ def encode_rows(encoder: Encoder, rows: ShardRows) -> EncodedRows:
 def _encode(
     encoder: Encoder, groups: Sequence[Group]
 ) -> tuple[list[TokenizedGroup], dict[str, Refusal]]:
-    """Tokenized groups, and refusals by id."""
     try:
         encoded, _ = encoder.encode(groups)
     except DataError as error:  # one group fails the whole list: halve it until that group is alone

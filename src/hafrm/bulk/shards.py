@@ -19,8 +19,7 @@ from hafrm.errors import DataError
 
 log = logging.getLogger("hafrm")
 
-ROWS_PER_SHARD = 4096
-"""Enough to fill packed sequences with inputs of similar length, and little to lose."""
+ROWS_PER_SHARD = 4096  # enough to fill packed sequences with inputs of similar length
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,13 @@ class ShardRows:
 
 
 def identify(sources: Sequence[str]) -> tuple[Input, ...]:
-    """The inputs that paths, folders and hub sets mean, in the order given.
-
-    Raises DataError for a source that is missing, damaged or of an unknown kind.
-    """
+    """The inputs that paths, folders and hub sets mean; DataError for one that cannot be read."""
     inputs = []
     for source in [source for item in sources for source in _expand(item)]:
         parsed = parse_source(source)
-        # reads all of it, so a damaged file stops here
-        num_rows = sum(1 for _ in iter_rows(parsed))
-        is_remote = parsed.location.startswith("hub:")
-        digest = parsed.location if is_remote else fingerprint(Path(parsed.location))
+        place = parsed.location
+        num_rows = sum(1 for _ in iter_rows(parsed))  # reads all of it: a damaged file stops here
+        digest = place if place.startswith("hub:") else fingerprint(Path(place))
         inputs.append(Input(source, parsed.name, num_rows, digest))
     return tuple(inputs)
 
@@ -92,18 +87,16 @@ def is_table(source: Source) -> bool:
 
 
 def cut_into_shards(inputs: Sequence[Input], rows_per_shard: int) -> tuple[Shard, ...]:
-    """The shards of all inputs, in order; an input that fits into one keeps its name.
+    """The shards of all inputs, in order; DataError when two outputs would have the same name.
 
-    Parquet stays Parquet and everything else becomes JSON lines, compressed if the input is. An input
-    without rows is one empty shard, so every input has an output. Raises DataError when two outputs would
-    have the same name.
+    Parquet stays Parquet and everything else becomes JSON lines, compressed if the input is.
     """
     shards: list[Shard] = []
     for item in inputs:
         parsed = parse_source(item.source)
         is_packed = Path(parsed.location).suffix.lower() in {".gz", ".xz"}
         suffix = ".parquet" if is_table(parsed) else ".jsonl.gz" if is_packed else ".jsonl"
-        total = max(1, -(-item.num_rows // rows_per_shard))
+        total = max(1, -(-item.num_rows // rows_per_shard))  # one for an empty input too
         for k in range(total):
             name = item.name if total == 1 else f"{item.name}-{k:05d}-of-{total:05d}"
             start = k * rows_per_shard
@@ -116,10 +109,7 @@ def cut_into_shards(inputs: Sequence[Input], rows_per_shard: int) -> tuple[Shard
 
 
 def read_shards(shards: Sequence[Shard], rows_per_shard: int) -> Iterator[ShardRows]:
-    """The rows of shards in the order of `cut_into_shards`, some of which may be left out.
-
-    Raises DataError for a source that has fewer rows by now.
-    """
+    """The rows of shards in the order of `cut_into_shards`, some of which may be left out."""
     for name, of_source in groupby(shards, key=lambda shard: shard.source):
         source, index = parse_source(name), 0
         blocks = (_table_blocks if is_table(source) else _row_blocks)(source, rows_per_shard)
@@ -134,12 +124,10 @@ def read_shards(shards: Sequence[Shard], rows_per_shard: int) -> Iterator[ShardR
 
 
 def _row_blocks(source: Source, size: int) -> Iterator[ShardRows]:
-    rows = iter(iter_rows(source))
-    block = list(islice(rows, size))
-    while True:  # an empty source is one empty block
+    rows, is_first = iter(iter_rows(source)), True
+    while (block := list(islice(rows, size))) or is_first:  # an empty source is one empty block
         yield ShardRows([number for number, _ in block], [row for _, row in block])
-        if not (block := list(islice(rows, size))):
-            return
+        is_first = False
 
 
 def _table_blocks(source: Source, size: int) -> Iterator[ShardRows]:

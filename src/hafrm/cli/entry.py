@@ -41,12 +41,6 @@ _SOURCES = typer.Argument(
 )
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
-MaxLength = Annotated[
-    int | None, typer.Option(help="Cut longer inputs to this many tokens (default: the model's).")
-]
-MaxBadFraction = Annotated[
-    float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
-]
 Dtype = Annotated[
     str,
     typer.Option(help="float32, bfloat16, float16; auto: as stored on a GPU, float32 on a CPU."),
@@ -76,7 +70,7 @@ class HasTables(Protocol):
         """What it shows."""
 
 
-def recipe_and_folder(
+def parse_run(
     recipe: str | None, overrides: list[str] | None, out: Path | None, resume: Path | None
 ) -> tuple[str, list[str], Path]:
     """The recipe, its overrides and the run folder that `train` and `rlhf` mean."""

@@ -5,17 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hafrm.cli.entry import (
-    Device,
-    Dtype,
-    HasTables,
-    JsonFile,
-    MaxBadFraction,
-    MaxLength,
-    OptionalSources,
-    app,
-    show_result,
-)
+from hafrm.cli.entry import Device, Dtype, HasTables, JsonFile, OptionalSources, app, show_result
 from hafrm.errors import ConfigError
 from hafrm.progress import show_progress
 
@@ -40,8 +30,12 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
         bool, typer.Option("--diagnose", help="Temperature, style, slices, labels, hidden states.")
     ] = False,
     json_file: JsonFile = None,
-    max_length: MaxLength = None,
-    max_bad_fraction: MaxBadFraction = 0.02,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut longer inputs to this many tokens (default: no).")
+    ] = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
+    ] = 0.02,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -51,7 +45,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     of --diagnose are also written to MODEL/diagnostics.json if MODEL is a run folder.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
-        raise ConfigError("--benchmark takes no --also, no --diagnose, and one folder as DATA")
+        raise ConfigError(
+            "--benchmark goes without --also and --diagnose; it takes one folder as DATA"
+        )
     if not benchmark and not data:
         raise ConfigError("hafrm evaluate needs DATA, or --benchmark with a name")
     from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415

@@ -5,16 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import (
-    Out,
-    Overrides,
-    Processes,
-    Recipe,
-    Resume,
-    app,
-    recipe_and_folder,
-    show_result,
-)
+from hafrm.cli.entry import Out, Overrides, Processes, Recipe, Resume, app, parse_run, show_result
 from hafrm.errors import ConfigError
 from hafrm.statistics import in_words
 
@@ -43,7 +34,7 @@ def rlhf_command(
 
     if gold not in (None, "demo"):
         raise ConfigError(f"--gold is {gold!r}; only demo's reward is known")
-    source, changes, folder = recipe_and_folder(recipe, overrides, out, resume)
+    source, changes, folder = parse_run(recipe, overrides, out, resume)
     loaded = load_as(RlhfRecipe, source, changes)
     truth = gold_reward if gold else None
 

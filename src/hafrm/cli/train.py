@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import Out, Overrides, Recipe, Resume, app, recipe_and_folder, show_result
+from hafrm.cli.entry import Out, Overrides, Recipe, Resume, app, parse_run, show_result
 from hafrm.progress import show_progress
 from hafrm.recipe_file import load_recipe
 from hafrm.statistics import in_words
@@ -15,7 +15,7 @@ def train_command(
     recipe: Recipe = None, overrides: Overrides = None, out: Out = None, resume: Resume = None
 ) -> None:
     """Train a reward model as a recipe says, and export it once others can load it."""
-    source, changes, folder = recipe_and_folder(recipe, overrides, out, resume)
+    source, changes, folder = parse_run(recipe, overrides, out, resume)
     loaded = load_recipe(source, changes)
     from hafrm.evaluation import evaluate  # noqa: PLC0415
     from hafrm.export.model_card import write_cards  # noqa: PLC0415

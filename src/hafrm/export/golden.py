@@ -21,8 +21,7 @@ class GoldenLine(BaseModel):
 
     reward: FiniteFloat
     messages: tuple[dict[str, str], ...] = ()
-    text: str | None = None
-    """The conversation, rendered with the exported template."""
+    text: str | None = None  # the conversation, rendered with the exported template
     input_ids: tuple[int, ...] | None = None
 
     @model_validator(mode="after")

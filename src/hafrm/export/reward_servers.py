@@ -75,18 +75,14 @@ class ServerReplay:
     ok: bool
     url: str
     protocol: str
-    num: int
-    """Conversations."""
-    difference: float
-    """The largest to a golden reward, relative to max(1, |reward|); `worst` ends its conversation."""
-    batch_difference: float
-    """The largest between a text alone and in a batch."""
-    worst: str
+    num: int  # conversations
+    difference: float  # the largest to a golden reward, relative to max(1, |reward|)
+    batch_difference: float  # the largest between a text alone and in a batch
+    worst: str  # the end of the conversation with the largest difference
     expected: float
     got: float
     tolerance: float
-    suspicion: str
-    """A known mistake that the differences look like; empty if none does."""
+    suspicion: str  # a known mistake that the differences look like; empty if none does
 
     def tables(self) -> tuple[Table, ...]:
         """Protocol, differences, and where they are largest."""

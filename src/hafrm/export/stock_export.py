@@ -110,7 +110,6 @@ def export_adapter(
     config = LoraConfig(
         r=one.r[_ADAPTER],
         lora_alpha=one.lora_alpha[_ADAPTER],
-        target_modules=_targets(model.backbone, layers),
         fan_in_fan_out=bool(getattr(one, "fan_in_fan_out", False)),
         task_type="SEQ_CLS",
         modules_to_save=["score"],
@@ -118,6 +117,8 @@ def export_adapter(
         revision=revision,
         inference_mode=True,
     )
+    # set here: the constructor makes a set of it, which is written in varying order
+    config.target_modules = _targets(model.backbone, layers)
     with atomic_directory(directory) as aside:
         config.save_pretrained(str(aside))
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -44,10 +44,8 @@ class Scores:
 
     rewards: NDArray[np.float32] | None
     logps: NDArray[np.float32] | None
-    lengths: NDArray[np.int64]
-    """Tokens of each response, EOS included."""
-    first: NDArray[np.int64]
-    """Index of each group's first response."""
+    lengths: NDArray[np.int64]  # tokens of each response, EOS included
+    first: NDArray[np.int64]  # index of each group's first response
 
 
 class IndexedGroup(NamedTuple):

@@ -40,11 +40,9 @@ MAX_TOKENS_CPU = 1024
 class ImplicitRule:
     """How a policy scores a response; written into its directory, because its weights do not say."""
 
-    reference: str | None
-    """Path or hub id of the frozen starting checkpoint; None: the log-prob alone."""
+    reference: str | None  # path or hub id of the frozen starting checkpoint; None: log-prob alone
     beta: float = 1.0
-    per_token: bool = False
-    """Divide by the response's tokens."""
+    per_token: bool = False  # divide by the response's tokens
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
