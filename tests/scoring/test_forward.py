@@ -8,6 +8,7 @@ from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import MemoryBudgetError, NumericsError
 from hafrm.preferences import TokenizedGroup
+from hafrm.scoring import forward
 from hafrm.scoring.forward import plan_sequences, run_forward, share_prompts
 from support.models import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
@@ -79,14 +80,15 @@ def test_a_score_that_is_no_number_is_an_error_in_every_thread(model):
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every forward of more than `limit` tokens fails as CUDA's allocator fails."""
-    forward = HybridModel.forward
+    run = HybridModel.forward
 
     def limited(self: HybridModel, layout: Layout) -> Outputs:
         if layout.num_tokens > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, layout)
+        return run(self, layout)
 
     monkeypatch.setattr(HybridModel, "forward", limited)
+    monkeypatch.setattr(forward, "free_memory", lambda: None)  # slow, and nothing is short here
 
 
 def test_a_row_that_runs_out_of_memory_is_run_in_halves_with_the_same_scores(

@@ -31,7 +31,8 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     ] = False,
     json_file: JsonFile = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Cut longer inputs to this many tokens (default: no).")
+        int | None,
+        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
     ] = None,
     max_bad_fraction: Annotated[
         float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
