@@ -4,7 +4,6 @@ What needs an environment of its own (rewardbench, vLLM) is in examples/consumer
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -40,9 +39,3 @@ def test_trl_rewards_its_completions_with_our_scores(exported, tmp_path, trainer
     for theirs, ours in pairs:
         assert theirs == pytest.approx(ours, abs=1e-4)
     assert pairs[0] != pairs[1]
-
-
-def test_a_golden_line_is_enough_for_any_consumer(exported):
-    """Messages, the rendered text, its ids and the reward."""
-    lines = (exported / "reward" / "golden_scores.jsonl").read_text().splitlines()
-    assert set(json.loads(lines[0])) == {"messages", "text", "input_ids", "reward"}

@@ -9,15 +9,16 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaModel
+from safetensors.torch import load_file
 
 from hafrm import atomic
 from hafrm.bulk import bulk_job
 from hafrm.bulk.bulk_job import BulkOptions, score_files
-from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError, NumericsError
+from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError
 from hafrm.resumable import RecordFile
 from hafrm.scoring.reward_model import RewardModel
 from support.export_faults import FAULTS
@@ -94,47 +95,28 @@ def test_every_row_keeps_its_place_and_gets_the_scores_it_gets_alone(model, rm, 
     assert [row["id"] for row in rows] == list(range(15))
     for row in rows:
         if row["id"] % 4 == 3:
-            assert row["reward"] is None
-            assert "empty response" in row["error"]
+            assert row["reward"] is None and "empty response" in row["error"]
             continue
-        if "responses" in row:
-            scores, responses = row["rewards"], row["responses"]
-        elif "chosen" in row:
-            scores = [row["chosen_reward"], row["rejected_reward"]]
-            responses = [row["chosen"], row["rejected"]]
-        else:
-            scores, responses = [row["reward"]], [row["response"]]
-        assert scores == pytest.approx(rm.score(row["prompt"], responses), abs=1e-5)
+        scores = row.get("rewards") or [v for k, v in row.items() if k.endswith("reward")]
+        texts = [row[k] for k in ("response", "chosen", "rejected") if k in row]
+        expected = rm.score(row["prompt"], row.get("responses", texts))
+        assert scores == pytest.approx(expected, abs=1e-5)
     assert (result.num_rows, result.num_bad, result.num_resumed) == (15, 3, 0)
-    listed = [
-        json.loads(line)
-        for p in (tmp_path / "out").glob("_score/*/bad_rows.jsonl")
-        for line in p.open()
-    ]
-    assert sorted((Path(bad["source"]).name, bad["row"]) for bad in listed) == [
-        ("a.jsonl", 3),
-        ("a.jsonl", 7),
-        ("a.jsonl", 11),
+    (file,) = (tmp_path / "out").glob("_score/*/bad_rows.jsonl")
+    assert [(Path(b["source"]).name, b["row"]) for b in read_lines(file)] == [
+        ("a.jsonl", row) for row in (3, 7, 11)
     ]
     assert progress[-1] == (15, 15)
     assert progress == sorted(progress)
 
 
 def test_parquet_goes_in_and_comes_out(model, rm, tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    table = pa.table(
-        {
-            "prompt": ["Say sun.", "Say sea.", "Say sun."],
-            "responses": [["sun", "no"], [], ["rain"]],
-            "n": pa.array([1, 2, 3], pa.int16()),
-        }
-    )
+    prompts = ["Say sun.", "Say sea.", "Say sun."]
+    table = pa.table({"prompt": prompts, "responses": [["sun", "no"], [], ["rain"]]})
     pq.write_table(table, tmp_path / "a.parquet")
     score_files(model, [str(tmp_path / "a.parquet")], tmp_path / "out", BulkOptions(2))
     result = pq.read_table(tmp_path / "out")  # as readers of data folders do
-    assert result.select(["prompt", "responses", "n"]).equals(table)
+    assert result.select(["prompt", "responses"]).equals(table)
     rewards = result.column("rewards").to_pylist()
     assert rewards[0] == pytest.approx(rm.score("Say sun.", ["sun", "no"]), abs=1e-5)
     assert rewards[1] is None
@@ -168,7 +150,7 @@ def run_and_kill(action, at):
 
 def test_a_job_killed_anywhere_resumes_and_ends_in_the_same_bytes(model, tmp_path, scored):
     """Killed before every single write, in turn; no finished shard is scored twice."""
-    source = write(tmp_path / "a.jsonl", range(13))  # 3 shards, 3 lists of bad rows
+    source = write(tmp_path / "a.jsonl", range(9))  # 2 shards, 2 lists of bad rows
     score_files(model, [source], tmp_path / "plain", SMALL)
     expected = outputs(tmp_path / "plain")
     for at in range(1, 100):
@@ -179,42 +161,37 @@ def test_a_job_killed_anywhere_resumes_and_ends_in_the_same_bytes(model, tmp_pat
         finished = sum(file.read_text().count("\n") for file in lists)
         result = score_files(model, [source], out, SMALL)
         assert result.num_resumed == finished
-        assert len(scored) == 3 - finished
+        assert len(scored) == 2 - finished
         assert outputs(out) == expected
         shutil.rmtree(out)
         if not killed:
             break
-    assert at > 9  # the manifest, and for each shard its file, bad rows and record
+    assert at > 6  # the manifest, and for each shard its file, bad rows and record
 
 
-def test_a_finished_job_is_not_scored_again(model, tmp_path, monkeypatch):
-    source = write(tmp_path / "a.jsonl", range(6))
-    first = score_files(model, [source], tmp_path / "out", SMALL)
-    monkeypatch.setattr(bulk_job, "RewardModel", None)
-    again = score_files(model, [source], tmp_path / "out", SMALL)
-    assert (again.num_resumed, again.num_rows) == (2, 6)
-    assert (again.num_bad, again.num_responses) == (first.num_bad, first.num_responses)
-
-
-def test_changed_input_options_or_model_are_refused_by_name(model, tmp_path):
-    source = write(tmp_path / "a.jsonl", range(6))
-    score_files(model, [source], tmp_path / "out", SMALL)
-    for wanted, selection in (("inputs", "#limit=3"), ("inputs", "")):
-        if not selection:
-            write(tmp_path / "a.jsonl", range(1, 7))
-        with pytest.raises(CheckpointError, match=rf"different: {wanted}\)"):
-            score_files(model, [source + selection], tmp_path / "out", SMALL)
-    write(tmp_path / "a.jsonl", range(6))
-    with pytest.raises(CheckpointError, match=r"different: max_length, tokenizer\)|tokenizer"):
-        score_files(model, [source], tmp_path / "out", BulkOptions(5, max_length=64))
+def test_a_finished_job_is_not_scored_again_and_another_is_refused_by_what_differs(
+    model, tmp_path, monkeypatch
+):
+    out, source = tmp_path / "out", write(tmp_path / "a.jsonl", range(6))
+    first = score_files(model, [source], out, SMALL)
     other = shutil.copytree(model, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
-    with pytest.raises(CheckpointError, match=r"different: model\)"):
-        score_files(other, [source], tmp_path / "out", SMALL)
+    changed = write(tmp_path / "other" / "a.jsonl", range(1, 7))
+    monkeypatch.setattr(bulk_job, "RewardModel", None)  # nothing is scored any more
+    for path, wanted, options, differs in (
+        (model, source + "#limit=3", SMALL, r"inputs\)"),
+        (model, changed, SMALL, r"inputs\)"),
+        (model, source, BulkOptions(5, max_length=64), "max_length"),
+        (other, source, SMALL, r"model\)"),
+    ):
+        with pytest.raises(CheckpointError, match=f"different: {differs}"):
+            score_files(path, [wanted], out, options)
     moved = shutil.move(source, tmp_path / "other" / "a.jsonl")
-    assert score_files(model, [str(moved)], tmp_path / "out", SMALL).num_resumed == 2
+    again = score_files(model, [str(moved)], out, SMALL)
+    assert (again.num_resumed, again.num_rows) == (2, 6)
+    assert (again.num_bad, again.num_responses) == (first.num_bad, first.num_responses)
 
 
 def test_the_parts_of_a_job_array_are_together_the_whole_and_have_the_same_settings(
@@ -235,30 +212,18 @@ def test_the_parts_of_a_job_array_are_together_the_whole_and_have_the_same_setti
     assert score_files(model, [source], tmp_path / "parts", SMALL).num_resumed == 4
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [({"shard": s}, "i/n") for s in ("2/2", "3", "a/b", "-1/2", "1/")]
-    + [
-        ({"dtype": "int8"}, "--dtype"),
-        ({"device": "gpu"}, "--device"),
-        ({"rows_per_shard": 0}, "per"),
-    ],
-)
-def test_options_without_a_meaning_are_refused(model, tmp_path, options, error):
-    source = write(tmp_path / "a.jsonl", range(2))
-    with pytest.raises(ConfigError, match=error):
-        score_files(model, [source], tmp_path / "out", BulkOptions(**options))
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("shard", ["2/2", "3", "a/b", "-1/2", "1/"])
+def test_a_part_that_there_is_not_is_refused(shard):
+    with pytest.raises(ConfigError, match="i/n"):
+        _ = BulkOptions(shard=shard).part
 
 
 def test_a_folder_with_other_things_and_a_file_are_no_output(model, tmp_path):
     """So an output never replaces an input, because that lies in a folder with other things."""
     (tmp_path / "in").mkdir()
     source = write(tmp_path / "in" / "a.jsonl", range(3))
-    before = Path(source).read_bytes()
     with pytest.raises(CheckpointError, match=r"not empty \(a.jsonl\)"):
         score_files(model, [source], tmp_path / "in")
-    assert Path(source).read_bytes() == before
     with pytest.raises(ConfigError, match="looks like a file"):
         score_files(model, [source], tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
@@ -267,24 +232,16 @@ def test_a_folder_with_other_things_and_a_file_are_no_output(model, tmp_path):
 GOOD = {"prompt": "Say sun.", "response": "sun"}
 SYSTEM = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 BAD_INPUT = [
-    ({}, "missing column"),
-    ({"response": "sun"}, "missing column"),
     ({"prompt": "Say sun."}, "missing column"),
-    ({"question": "Say sun.", "answer": "sun"}, "missing column"),
     ({"prompt": "Say sun.", "responses": []}, "empty"),
-    ({"prompt": "Say sun.", "responses": [""]}, "empty response"),
     ({"prompt": "Say sun.", "responses": ["sun", None]}, "not a string"),
     ({"prompt": "Say sun.", "chosen": "sun", "rejected": " "}, "empty response"),
     ({"prompt": "", "response": "sun"}, "empty prompt"),
-    ({"prompt": 3, "response": "sun"}, "not a string"),
     ({"prompt": "Say " + "sun " * 300, "response": "sun"}, "more than 128 tokens"),
     ({"prompt": "Say sun.", "response": "sun " * 300}, "more than 128 tokens"),
     ({"prompt": "Say \ud800.", "response": "sun"}, "surrogate"),
     (["Say sun.", "sun"], "unreadable row"),
-    (
-        {"prompt": SYSTEM, "response": "x"},
-        "not encodable: The chat template refuses group 'row 29'",
-    ),
+    ({"prompt": SYSTEM, "response": "x"}, "not encodable: The chat template refuses group"),
 ]
 
 
@@ -307,42 +264,20 @@ def test_bad_rows_get_null_and_a_reason_and_their_neighbours_their_scores(model,
         assert all(v is None for name, v in row.items() if name.endswith(("reward", "rewards")))
 
 
-def test_a_file_that_is_no_data_stops_the_job_before_anything_is_written(model, tmp_path):
-    (tmp_path / "in.parquet").write_bytes(b"PAR1 and then nothing")
-    for name in ("in.parquet", "missing.jsonl"):
-        with pytest.raises(DataError, match=name):
-            score_files(model, [str(tmp_path / name)], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def pickle_only(folder):
     weights = load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
-def narrow_head(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["score.weight"] = weights["score.weight"][:, :-1].clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def bare_backbone(folder):
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    LlamaModel(LlamaConfig(num_attention_heads=4, vocab_size=600, **size)).save_pretrained(folder)
-
-
 HEADLESS = {
     "policy": ("policy", lambda _: None),
     "value head beside": ("policy", FAULTS["a value head beside it"][1]),
-    "bare backbone": ("reward", bare_backbone),
     "head lost": ("reward", FAULTS["no head"][1]),
     "head of two": ("reward", FAULTS["a head of two rows"][1]),
     "backbone weight lost": ("reward", FAULTS["a weight lost"][1]),
     "pickle only": ("reward", pickle_only),
     "weights cut short": ("reward", FAULTS["weights cut short"][1]),
-    "other shapes": ("reward", narrow_head),
-    "no weights": ("reward", lambda folder: (folder / "model.safetensors").unlink()),
 }
 
 
@@ -368,20 +303,18 @@ def test_a_model_that_cannot_share_prompts_stops_the_job(model, tmp_path, monkey
     assert not (tmp_path / "out" / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "gone"])
-def test_a_damaged_shard_is_scored_again_and_no_other(model, tmp_path, scored, damage):
-    source = write(tmp_path / "in.jsonl", range(12))
+def test_a_damaged_or_lost_shard_is_scored_again_and_no_other(model, tmp_path, scored):
+    source = write(tmp_path / "in.jsonl", range(17))
     score_files(model, [source], tmp_path / "out", SMALL)
-    shard = tmp_path / "out" / "in-00001-of-00003.jsonl"
-    before = shard.read_bytes()
-    if damage == "gone":
-        shard.unlink()
-    else:
-        shard.write_bytes(before[:50] if damage == "cut" else b"")
+    shards = sorted((tmp_path / "out").glob("in-*"))[1:]
+    before = [shard.read_bytes() for shard in shards]
+    shards[0].unlink()
+    shards[1].write_bytes(before[1][:50])
+    shards[2].write_bytes(b"")
     scored.clear()
     result = score_files(model, [source], tmp_path / "out", SMALL)
-    assert (len(scored), result.num_resumed) == (1, 2)
-    assert shard.read_bytes() == before
+    assert (len(scored), result.num_resumed) == (3, 1)
+    assert [shard.read_bytes() for shard in shards] == before
 
 
 def test_a_full_disk_ends_the_job_by_name_and_the_next_call_resumes(model, tmp_path, monkeypatch):
@@ -403,8 +336,6 @@ def test_a_full_disk_ends_the_job_by_name_and_the_next_call_resumes(model, tmp_p
             score_files(model, [source], tmp_path / "out", SMALL)
     assert not list(tmp_path.rglob(".*.tmp"))
     assert score_files(model, [source], tmp_path / "out", SMALL).num_resumed >= 1
-    score_files(model, [source], tmp_path / "again", SMALL)
-    assert outputs(tmp_path / "out") == outputs(tmp_path / "again")
 
 
 def test_the_next_shard_is_encoded_while_one_is_scored(model, tmp_path, monkeypatch):

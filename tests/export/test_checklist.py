@@ -7,16 +7,14 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from hafrm.errors import DataError, ModelError
-from hafrm.export.checklist import verify_directory
-from hafrm.export.clauses import CLAUSES
+from hafrm.export.checklist import CLAUSES, verify_directory
 from hafrm.results import to_plain
-from support.chat_tokenizers import chat_tokenizer
 from support.export_faults import FAULTS, in_config
-from support.exports import export_with_golden
+from support.exports import export_with_golden, save_stock_classifier
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +65,6 @@ def test_every_clause_on_files_and_text_has_a_planted_fault():
     assert {clause for clause, _ in FAULTS.values()} == {c.name for c in CLAUSES} - by_hand
 
 
-def patched(monkeypatch, change):
-    """Rewards as `change(model, rewards, ids, mask)` returns them, in every forward."""
-    forward = GenericForSequenceClassification.forward
-
-    def changed(self, input_ids=None, attention_mask=None, **rest):
-        output = forward(self, input_ids=input_ids, attention_mask=attention_mask, **rest)
-        output.logits = change(self, output.logits, input_ids, attention_mask)
-        return output
-
-    monkeypatch.setattr(LlamaForSequenceClassification, "forward", changed)
-
-
 def early(model, rewards, ids, mask):
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
     return model.score(hidden)[:, -2]
@@ -95,7 +81,14 @@ def early(model, rewards, ids, mask):
 )
 def test_a_class_that_scores_otherwise_is_found(good, monkeypatch, change, clause):
     """It reads one token early, looks at pads on the left or at the batch, or gives no number."""
-    patched(monkeypatch, change)
+    forward = GenericForSequenceClassification.forward
+
+    def changed(self, input_ids=None, attention_mask=None, **rest):
+        output = forward(self, input_ids=input_ids, attention_mask=attention_mask, **rest)
+        output.logits = change(self, output.logits, input_ids, attention_mask)
+        return output
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", changed)
     names = failed(verify_directory(good))
     assert clause in names
     assert names == [clause] or change is early  # which pads and batches move too
@@ -111,44 +104,29 @@ def test_what_depends_on_a_failed_clause_is_not_judged_and_says_so(export):
 
 def test_a_model_of_others_is_judged_without_golden_scores_or_with_a_file_of_them(tmp_path):
     """A stock classifier with a closed template, not made by hafrm; its golden file is made by hand."""
-    tokenizer = chat_tokenizer(
-        "{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] ~ eos_token }}{% endfor %}"
+    folder, golden = tmp_path / "theirs", tmp_path / "golden.jsonl"
+    stock, tokenizer = save_stock_classifier(
+        folder,
+        "{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] ~ eos_token }}{% endfor %}",
     )
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_attention_heads=2,
-        num_labels=1,
-        problem_type="regression",
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sizes,
-    )
-    stock = LlamaForSequenceClassification(config).eval()
-    stock.save_pretrained(tmp_path / "theirs")
-    tokenizer.save_pretrained(tmp_path / "theirs")
-    verification = verify_directory(tmp_path / "theirs")
+    verification = verify_directory(folder)
     assert verification.ok
     assert outcomes(verification)["golden scores"] == "not applicable"
     text = "user: Hello<|im_end|>assistant: Goodbye<|im_end|>"
     with torch.no_grad():
         reward = stock(**tokenizer(text, return_tensors="pt")).logits.item()
-    golden = tmp_path / "golden.jsonl"
     golden.write_text(json.dumps({"text": text, "reward": reward}) + "\n")
-    assert outcomes(verify_directory(tmp_path / "theirs", golden))["golden scores"] == "pass"
+    assert outcomes(verify_directory(folder, golden))["golden scores"] == "pass"
     golden.write_text(json.dumps({"text": text, "reward": reward + 0.01}) + "\n")
-    assert failed(verify_directory(tmp_path / "theirs", golden)) == ["golden scores"]
+    assert failed(verify_directory(folder, golden)) == ["golden scores"]
 
 
-def test_the_proof_in_a_fresh_process_does_not_load_the_engine():
-    code = (
-        "import sys, hafrm.export.checklist;"
-        "print([m for m in sys.modules if m.startswith(('hafrm.engine', 'hafrm.scoring'))])"
-    )
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+def test_the_proof_loads_no_engine_and_a_server_is_verified_without_torch():
+    loaded = "[m for m in sys.modules if m in {'torch', 'hafrm.engine', 'hafrm.scoring'}]"
+    code = f"import sys, hafrm.export.reward_servers; print({loaded});"
+    code += f"import hafrm.export.checklist; print({loaded})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["[]", "['torch']"]
 
 
 def test_code_of_the_directory_is_not_run(export):
@@ -170,7 +148,7 @@ def test_without_the_model_only_files_and_text_are_judged(export):
     FAULTS["an infinite weight"][1](export)
     verification = verify_directory(export, run_model=False)
     assert verification.ok
-    assert len(verification.clauses) == 15
+    assert len(verification.clauses) == 14
 
 
 def test_no_model_an_adapter_and_a_damaged_golden_file_are_refused(good, tmp_path):
@@ -179,16 +157,14 @@ def test_no_model_an_adapter_and_a_damaged_golden_file_are_refused(good, tmp_pat
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="LoRA adapter"):
         verify_directory(tmp_path)
-    for text, said in (
+    for text, message in (
         ("", "holds no golden scores"),
-        ("{", "line 1:"),
         ("[]", "line 1:"),
-        ('{"text": "a", "reward": NaN}', "line 1: reward .* finite number"),
-        ('{"reward": 1}', "needs `messages`"),
+        ('{"text": "a", "reward": NaN}', "line 1: .*reward.* finite number"),
         ('{"reward": 1, "messages": [{"content": "a"}]}', "needs `messages`"),
     ):
         (tmp_path / "golden.jsonl").write_text(text)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             verify_directory(good, tmp_path / "golden.jsonl")
     with pytest.raises(DataError, match="cannot read"):
         verify_directory(good, tmp_path / "missing.jsonl")

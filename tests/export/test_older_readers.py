@@ -19,12 +19,6 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
         (None, {}, {}),
         (DEFAULT, {}, {"rope_theta": 10000.0}),
         (SCALING | {"rope_theta": 5e5}, {}, {"rope_theta": 5e5, "rope_scaling": SCALING}),
-        # Phi-2 rotates 0.4 of each head; version 4's default is 0.5
-        (
-            DEFAULT | {"partial_rotary_factor": 0.4},
-            {},
-            {"rope_theta": 10000.0, "partial_rotary_factor": 0.4},
-        ),
         (
             DEFAULT | {"partial_rotary_factor": 0.25},
             {"model_type": "gpt_neox"},
@@ -37,7 +31,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
             {"rope_theta": 1e6, "rope_scaling": LINEAR, "rope_local_base_freq": 1e4},
         ),
     ],
-    ids=["none", "plain", "llama3", "phi-2", "gpt-neox", "gemma3"],
+    ids=["none", "plain", "llama3", "gpt-neox", "gemma3"],
 )
 def test_rotary_settings_stand_under_their_old_names_too(rope, others, expected):
     assert old_rotary_keys({"rope_parameters": rope, **others}) == expected
@@ -52,15 +46,14 @@ def test_nested_configs_and_the_dtype_are_amended_and_what_is_said_already_stays
 
 
 def test_the_tokenizer_is_of_a_class_that_both_have_and_keeps_its_extra_tokens():
-    given = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
-    assert old_tokenizer(given) == {
+    new = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
+    assert old_tokenizer(new) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "additional_special_tokens": ["<a>"],
     }
-    assert old_tokenizer({"tokenizer_class": "Qwen2Tokenizer"}) == {
-        "tokenizer_class": "Qwen2Tokenizer"
-    }
+    own = {"tokenizer_class": "Qwen2Tokenizer"}
+    assert old_tokenizer(own) == own
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt-neox", "gemma3", "gpt2"])

@@ -35,13 +35,10 @@ def test_stock_classes_load_an_export_and_give_our_numbers(tmp_path, family):
     ours = model(lay_out([ids]))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
     loaded = []
-    for kind, name in (
-        (AutoModelForSequenceClassification, "reward"),
-        (AutoModelForCausalLM, "policy"),
-    ):
+    kinds = {"reward": AutoModelForSequenceClassification, "policy": AutoModelForCausalLM}
+    for name, kind in kinds.items():
         stock, info = kind.from_pretrained(tmp_path / name, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
+        assert not info["missing_keys"] and not info["unexpected_keys"]
         loaded.append(stock)
     stock, policy = loaded
     assert stock.config.num_labels == 1
@@ -101,9 +98,7 @@ def test_nothing_is_left_when_writing_fails_midway_or_there_is_no_head(tmp_path,
     "fault", ["two labels", "no problem type", "pad is EOS", "no EOS", "other rewards"]
 )
 def test_the_golden_replay_finds_a_planted_fault(good, tmp_path, fault):
-    replay = replay_directory(good)
-    assert not replay.faults
-    assert max(replay.differences.values()) < 1e-5
+    """A good directory is within 1e-5, alone and padded on either side; see test_run_end.py."""
     folder = shutil.copytree(good, tmp_path / "reward")
     FAULTS[fault][1](folder)
     replay = replay_directory(folder)

@@ -109,10 +109,6 @@ TWO_LABELS = {"id2label": {"0": "A", "1": "B"}, "label2id": {"A": 0, "B": 1}}
 
 FAULTS: dict[str, tuple[str, Plant]] = {
     "saved as a causal LM": ("sequence classifier", in_config(architectures=["LlamaForCausalLM"])),
-    "called a reward model": (
-        "sequence classifier",
-        in_config(architectures=["LlamaForRewardModel"]),
-    ),
     "two labels": ("one label", in_config(**TWO_LABELS)),
     "labels not said": ("one label", in_config(id2label=None, label2id=None)),
     "no problem type": ("raw reward", in_config(problem_type=None)),
@@ -130,8 +126,6 @@ FAULTS: dict[str, tuple[str, Plant]] = {
         in_weights(lambda w: w.update({"score.weight": w["score.weight"].repeat(2, 1)})),
     ),
     "a value head beside it": ("head without bias", _value_head),
-    "no dtype": ("dtype stated", in_config(dtype=None, torch_dtype=None)),
-    "another dtype": ("dtype stated", in_config(dtype="bfloat16")),
     "another rotary base for older readers": ("rotary settings", in_config(rope_theta=20000.0)),
     "a weight lost": (
         "no fresh weights",
@@ -148,8 +142,8 @@ FAULTS: dict[str, tuple[str, Plant]] = {
         in_template(lambda t: "{{ strftime_now('%d %B %Y') }}" + t),
     ),
     "pad is EOS": ("pad is not EOS", _pad_is_eos),
-    "the pad of another tokenizer": ("pad is not EOS", in_config(pad_token_id=3)),
     "no pad": ("pad is not EOS", in_config(pad_token_id=None)),
+    "the pad of another tokenizer": ("pad is not EOS", in_config(pad_token_id=3)),
     "a token without embedding": ("ids have embeddings", _add_token),
     "two BOS": ("BOS once", _double_bos),
     "a BOS for some": ("BOS once", _add_bos),

@@ -1,6 +1,7 @@
 """A tiny hybrid model of any family with a chat tokenizer that fits it, exported to disk."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -10,7 +11,7 @@ from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_
 from hafrm.export.proof import write_golden
 from hafrm.export.stock_export import export_policy, export_reward, gather_weights
 from hafrm.preferences import Group, Message
-from support.chat_tokenizers import chat_tokenizer
+from support.chat_tokenizers import CHATML, chat_tokenizer
 from support.models import FAMILIES
 
 
@@ -40,6 +41,27 @@ def export_both(folder: Path, family: str = "llama") -> tuple[HybridModel, Encod
     export_reward(weights, encoder, folder / "reward")
     export_policy(weights, encoder, folder / "policy")
     return model, encoder
+
+
+def save_stock_classifier(folder: Path, template: str = CHATML) -> tuple[Any, Any]:
+    """A random reward model not made by hafrm, on disk and as (model, tokenizer)."""
+    tokenizer = chat_tokenizer(template)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        problem_type="regression",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    stock = transformers.LlamaForSequenceClassification(config).eval()
+    stock.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return stock, tokenizer
 
 
 GOLDEN_GROUP = Group(

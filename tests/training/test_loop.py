@@ -20,8 +20,9 @@ from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetEr
 from hafrm.export.checklist import replay_directory
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
+from hafrm.results import read_result
 from hafrm.run_folder import read_json_lines
-from hafrm.scoring.fused import FusedRule, read_fused_rule
+from hafrm.scoring.fused import FusedRule
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.training import loop, run_export, validation
 from hafrm.training.data_setup import prepare_data
@@ -108,7 +109,7 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
     recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5})
     run_training(recipe, tmp_path / "run")
     model = tmp_path / "run/model"
-    assert read_fused_rule(model) == FusedRule(0.25)
+    assert read_result(model / "fused.json", FusedRule) == FusedRule(0.25)
     groups = prepare_data(recipe).validation
     assert len(groups) > 4
     ends = np.cumsum([len(group.response_ids) for group in groups])

@@ -6,14 +6,13 @@
     OUT/_score/part-I-of-N/bad_rows.jsonl  rows without a score: source, row, reason, detail
 
 The same command resumes a job after its last finished shard. Several machines may write into one folder,
-each its own part. Readers of data folders (Spark, pyarrow) ignore names with a leading underscore.
+each its own part. Readers of data folders (Spark, pyarrow) ignore names that begin with an underscore.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,18 @@ from hafrm.bulk.shards import (
     ROWS_PER_SHARD,
     Input,
     Shard,
-    ShardReader,
     ShardRows,
     cut_into_shards,
     identify,
+    read_shards,
 )
 from hafrm.data.files import is_known_kind
 from hafrm.data.parse import Refusal
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
-from hafrm.results import from_plain
-from hafrm.resumable import RecordFile, ResumableFolder, write_errors
+from hafrm.resumable import ResumableFolder, write_errors
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
 from hafrm.scoring.reward_model import RewardModel
@@ -51,24 +48,21 @@ class BulkOptions:
     """How a job runs; the scores and outputs depend on the first three only."""
 
     rows_per_shard: int = ROWS_PER_SHARD
-    """The most that a kill can cost; each shard becomes an output file."""
-    max_length: int | None = None
-    """Tokens of prompt and response, longer rows are not scored; None: as many as the model takes."""
+    max_length: int | None = (
+        None  # longer rows are not scored; None: as many tokens as the model takes
+    )
     dtype: str = "auto"
-    """Of the weights: auto, float32, bfloat16 or float16."""
     device: str | None = None
-    """None: the GPU where there is one, else the CPU."""
-    shard: str = "0/1"
-    """i/n: score only every n-th shard, from the i-th on, counted from 0; for job arrays."""
+    shard: str = (
+        "0/1"  # i/n: only every n-th shard, from the i-th on, counted from 0; for job arrays
+    )
 
     @property
     def part(self) -> tuple[int, int]:
         """(i, n); raises ConfigError for a `shard` of another form."""
         i, _, n = self.shard.partition("/")
         if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-            raise ConfigError(
-                f"--shard must be i/n with i from 0 to n - 1, such as 0/8, got {self.shard!r}"
-            )
+            raise ConfigError(f"--shard is i/n with i from 0 to n - 1, as 0/8, not {self.shard}")
         return int(i), int(n)
 
 
@@ -78,22 +72,8 @@ class BulkResult:
 
     num_rows: int
     num_responses: int
-    num_bad: int
-    """Rows without a score."""
-    num_resumed: int
-    """Shards that an earlier call had finished."""
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """The result of a finished shard, and what identifies its file."""
-
-    id: str
-    """The shard's file name."""
-    num_responses: int
-    num_bad: int
-    digest: str
-    """Of the output file."""
+    num_bad: int  # rows without a score
+    num_resumed: int  # shards that an earlier call had finished
 
 
 def score_files(
@@ -105,38 +85,58 @@ def score_files(
 ) -> BulkResult:
     """Write every row of `sources` with its scores into the folder `out`.
 
-    A row with `response` gets `reward`; `responses` or `completions` get `rewards`, in their order; a
-    pair gets `chosen_reward` and `rejected_reward`. `on_progress` counts rows that are not scored yet.
-
-    Raises DataError for inputs that cannot be used, ModelError for a directory without a reward model,
-    CheckpointError when `out` holds another job or cannot be written, NumericsError for scores that are
-    not finite, or that sharing a prompt changes.
+    `on_progress` counts rows that are not scored yet. Raises DataError for inputs that cannot be used,
+    ModelError for a directory without a reward model, CheckpointError when `out` holds another job or
+    cannot be written, NumericsError for scores that are not finite, or that sharing a prompt changes.
     """
     options = options or BulkOptions()
     Placement(options.dtype, options.device)
     i, n = options.part
-    if is_known_kind(out) and not out.is_dir():
-        raise ConfigError(
-            f"--out is a folder, and {out} looks like a file; give a name without ending"
-        )
     dtype = str(choose_dtype(model, options.dtype, options.device)).removeprefix("torch.")
     options = replace(options, dtype=dtype)  # a later call or another part must use the same
     inputs = identify(sources)
-    shards = cut_into_shards(inputs, options.rows_per_shard)
+    shards = cut_into_shards(inputs, options.rows_per_shard)[i::n]
     cache_key = _cache_key(model, inputs, options)
-    names = [p.name for p in out.iterdir() if p.name[0] != "."] if out.is_dir() else []
-    if names and RECORDS not in names:
-        raise CheckpointError(
-            f"{out} is not empty ({min(names)}) and holds no job of {KIND}: give another --out"
-        )
-    mine = shards[i::n]
+    _check_output(out)
     with ResumableFolder.open(out / RECORDS / f"part-{i}-of-{n}", KIND) as part:
         for other in (out / RECORDS).glob(f"part-*/{SHARDS}"):
             has_content = other.stat().st_size > 0
             ResumableFolder(other.parent, KIND).claim(SHARDS, cache_key, has_content=has_content)
-        clear_leftovers(out, {shard.file for shard in mine})
+        clear_leftovers(out, {shard.file for shard in shards})
         records, bad_rows = part.records(SHARDS, cache_key), part.records(BAD_ROWS, cache_key)
-        return _score_shards(model, out, records, bad_rows, mine, options, on_progress)
+        finished = _finished_shards(out, shards)
+        todo, num_resumed = [s for s in shards if s.file not in finished], len(finished)
+        on_rows = over_passes(on_progress, sum(shard.num_rows for shard in todo))
+        scored = _score_in_turn(model, todo, options, on_rows) if todo else ()
+        for shard, (rows, scores) in zip(todo, scored, strict=True):
+            content = render_shard(rows, scores, is_packed=shard.file.endswith(".gz"))
+            with write_errors(out / shard.file):
+                atomic_write(out / shard.file, content)
+            bad = _bad_rows(shard, rows, scores)
+            bad_rows.add([row for row in bad if row["id"] not in bad_rows.records])
+            finished[shard.file] = {
+                "id": shard.file,
+                "num_responses": sum(len(s) for s in scores if not isinstance(s, Refusal)),
+                "num_bad": len(bad),
+                "digest": "sha256:" + hashlib.sha256(content).hexdigest(),
+            }
+            records.add([finished[shard.file]])  # last: it makes the shard count as finished
+            on_rows(shard.num_rows, shard.num_rows)
+    return BulkResult(
+        num_rows=sum(shard.num_rows for shard in shards),
+        num_responses=sum(record["num_responses"] for record in finished.values()),
+        num_bad=sum(record["num_bad"] for record in finished.values()),
+        num_resumed=num_resumed,
+    )
+
+
+def _check_output(out: Path) -> None:
+    if is_known_kind(out) and not out.is_dir():
+        raise ConfigError(f"--out is a folder, and {out} looks like a file")
+    names = [p.name for p in out.iterdir() if p.name[0] != "."] if out.is_dir() else []
+    if names and RECORDS not in names:
+        what = f"is not empty ({min(names)}) and holds no job of {KIND}"
+        raise CheckpointError(f"{out} {what}: give another --out")
 
 
 def _cache_key(model: str | Path, inputs: Sequence[Input], options: BulkOptions) -> dict[str, Any]:
@@ -154,103 +154,56 @@ def _cache_key(model: str | Path, inputs: Sequence[Input], options: BulkOptions)
     }
 
 
-def _score_shards(  # noqa: PLR0913 - where results go, and what is to do
-    model: str | Path,
-    out: Path,
-    records: RecordFile,
-    bad_rows: RecordFile,
-    shards: Sequence[Shard],
-    options: BulkOptions,
-    on_progress: OnProgress,
-) -> BulkResult:
-    """Score the shards that are not finished; the sum over all of them."""
-    finished = _finished_shards(out, shards)
-    todo = [shard for shard in shards if shard.file not in finished]
-    num_resumed = len(finished)
-    on_rows = over_passes(on_progress, sum(shard.num_rows for shard in todo))
-    for shard, rows, scores in _scored_shards(model, todo, options, on_rows):
-        content = render_shard(rows, scores, is_packed=shard.file.endswith(".gz"))
-        with write_errors(out / shard.file):
-            atomic_write(out / shard.file, content)
-        bad = [
-            {"id": f"{shard.file}:{number}", "source": shard.source, "row": number, **s._asdict()}
-            for number, s in zip(rows.numbers, scores, strict=True)
-            if isinstance(s, Refusal)
-        ]
-        bad_rows.add([row for row in bad if row["id"] not in bad_rows.records])
-        record = ShardRecord(
-            id=shard.file,
-            num_responses=sum(len(s) for s in scores if not isinstance(s, Refusal)),
-            num_bad=len(bad),
-            digest="sha256:" + hashlib.sha256(content).hexdigest(),
-        )
-        records.add([asdict(record)])  # last: it makes the shard count as finished
-        finished[record.id] = record
-        on_rows(shard.num_rows, shard.num_rows)
-    return BulkResult(
-        num_rows=sum(shard.num_rows for shard in shards),
-        num_responses=sum(record.num_responses for record in finished.values()),
-        num_bad=sum(record.num_bad for record in finished.values()),
-        num_resumed=num_resumed,
-    )
+def _bad_rows(shard: Shard, rows: ShardRows, scores: Sequence[RowScores]) -> list[dict[str, Any]]:
+    return [
+        {"id": f"{shard.file}:{number}", "source": shard.source, "row": number, **s._asdict()}
+        for number, s in zip(rows.numbers, scores, strict=True)
+        if isinstance(s, Refusal)
+    ]
 
 
-def _scored_shards(
+def _score_in_turn(
     path: str | Path, shards: Sequence[Shard], options: BulkOptions, on_rows: OnProgress
-) -> Iterator[tuple[Shard, ShardRows, list[RowScores]]]:
-    """Each shard with its rows and their scores; the next one is encoded while one is scored."""
-    if not shards:
-        return  # a finished job loads no model
-    model = RewardModel.from_pretrained(
-        path,
-        dtype=options.dtype,
-        device=options.device,
-        max_length=options.max_length,
-        too_long="drop",
-    )
-    reader = ShardReader(options.rows_per_shard)
-    is_checked = False
+) -> Iterator[tuple[ShardRows, list[RowScores]]]:
+    """The rows and scores of every shard; the next one is encoded while one is scored."""
+    place: dict[str, Any] = {"dtype": options.dtype, "device": options.device}
+    place |= {"max_length": options.max_length, "too_long": "drop"}
+    model = RewardModel.from_pretrained(path, **place)
+    all_rows, is_checked = read_shards(shards, options.rows_per_shard), False
 
-    def prepare(shard: Shard) -> tuple[ShardRows, EncodedRows]:
-        rows = reader.read(shard)
+    def prepare() -> tuple[ShardRows, EncodedRows]:
+        rows = next(all_rows)
         return rows, encode_rows(model.encoder, rows)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as executor:
-        # one thread, so that shards are read in order
-        prepared = executor.submit(prepare, shards[0])
-        for shard, following in zip_longest(shards, shards[1:]):
-            rows, encoded = prepared.result()
-            if following is not None:
-                prepared = executor.submit(prepare, following)
+    with ThreadPoolExecutor(1) as executor:  # one thread, so that shards are read in order
+        upcoming = executor.submit(prepare)
+        for i, shard in enumerate(shards, start=1):
+            rows, encoded = upcoming.result()
+            if i < len(shards):
+                upcoming = executor.submit(prepare)
             if encoded.groups and not is_checked:
-                _check_sharing(model, encoded.groups)
+                # a few short groups against one response at a time, as other consumers score
+                shortest = sorted(encoded.groups, key=lambda group: group.num_tokens)[:3]
+                few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]
+                self_check(model.model, lay_out(few).to(model.model.device))
                 is_checked = True
 
             def on_responses(done: int, total: int, num_rows: int = shard.num_rows) -> None:
                 # never all rows: the shard is done only when it is written
                 on_rows(num_rows * done // (total + 1), num_rows)
 
-            yield shard, rows, score_rows(model, encoded, on_responses)
+            yield rows, score_rows(model, encoded, on_responses)
 
 
-def _check_sharing(model: RewardModel, groups: Sequence[TokenizedGroup]) -> None:
-    """Compare a few short groups with one response at a time, which is how other consumers score."""
-    shortest = sorted(groups, key=lambda group: group.num_tokens)[:3]
-    few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]
-    self_check(model.model, lay_out(few).to(model.model.device))
-
-
-def _finished_shards(out: Path, shards: Sequence[Shard]) -> dict[str, ShardRecord]:
+def _finished_shards(out: Path, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
     """Records of shards, from all parts, whose output files are as they were written."""
     names = {shard.file for shard in shards}
-    finished = {}
-    for file in sorted((out / RECORDS).glob(f"part-*/{SHARDS}")):
-        for line in read_json_lines(file):
-            try:
-                record = from_plain(ShardRecord, line)
-            except ValueError as error:
-                raise CheckpointError(f"{file} is damaged: {error}; give another --out") from error
-            output = out / record.id
-            if record.id in names and output.is_file() and fingerprint(output) == record.digest:
-                finished[record.id] = record
-    return finished
+    files = sorted((out / RECORDS).glob(f"part-*/{SHARDS}"))
+    records = [record for file in files for record in read_json_lines(file)]
+    return {
+        record["id"]: record
+        for record in records
+        if record["id"] in names
+        and (out / record["id"]).is_file()
+        and fingerprint(out / record["id"]) == record["digest"]
+    }

@@ -1,15 +1,13 @@
 """Rows to token ids, to scores, and back into JSON lines or Parquet beside the original columns.
 
 `encode_rows` needs only the tokenizer and `score_rows` the model, so one shard can be encoded while another
-is scored. A row that cannot be scored keeps its place and does not affect others. A Parquet table keeps its
-columns and their types, because columns are added to it as it was read; other rows become JSON objects.
+is scored. A row that cannot be scored keeps its place and does not affect others.
 """
 
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hafrm.bulk.shards import ShardRows
 from hafrm.data.encoding import Encoder
@@ -19,29 +17,21 @@ from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.reward_model import RewardModel
 
-RowScores = tuple[float, ...] | Refusal
-"""The scores of a row's responses, in the row's order, or why it was not scored."""
-PAIR, LIST, SINGLE = ("chosen_reward", "rejected_reward"), ("rewards",), ("reward",)
-"""The score columns of a row, by its shape."""
-ERROR = "error"
-"""The column that says why a row has no score."""
+RowScores = tuple[float, ...] | Refusal  # of a row's responses, in order, or why there are none
+# the score columns of a row, by its shape, and the one that says why it has no score
+PAIR: tuple[str, ...] = ("chosen_reward", "rejected_reward")
+LIST, SINGLE, ERROR = ("rewards",), ("reward",), "error"
 
 
-@dataclass(frozen=True)
-class EncodedRows:
+class EncodedRows(NamedTuple):
     """Rows ready for the model."""
 
-    rows: tuple[tuple[str, ...] | Refusal, ...]
-    """Each row's responses in its order, or why it cannot be scored."""
-    groups: tuple[TokenizedGroup, ...]
-    """One for each row that can be scored, with its distinct responses."""
+    rows: list[tuple[str, ...] | Refusal]  # the responses in order, or why they cannot be scored
+    groups: list[TokenizedGroup]  # one for each row that can be scored, with its distinct responses
 
 
 def encode_rows(encoder: Encoder, rows: ShardRows) -> EncodedRows:
-    """The rows as token ids; one that cannot be read or rendered, or is too long, is a refusal.
-
-    Raises ModelError for a chat template that drops every response.
-    """
+    """The rows as token ids; one that cannot be read or rendered, or is too long, is a refusal."""
     parsed = [
         row if isinstance(row, Refusal) else parse_row(row, need_comparisons=False)
         for row in rows.values
@@ -52,17 +42,16 @@ def encode_rows(encoder: Encoder, rows: ShardRows) -> EncodedRows:
         if not isinstance(row, Refusal)
     ]
     encoded, refused = _encode(encoder, groups)
-    responses = tuple(
+    responses = [
         row if isinstance(row, Refusal) else refused.get(f"row {number}", row.responses)
         for number, row in zip(rows.numbers, parsed, strict=True)
-    )
-    return EncodedRows(responses, tuple(encoded))
+    ]
+    return EncodedRows(responses, encoded)
 
 
 def _encode(
     encoder: Encoder, groups: Sequence[Group]
 ) -> tuple[list[TokenizedGroup], dict[str, Refusal]]:
-    """Tokenized groups, and refusals by id."""
     try:
         encoded, _ = encoder.encode(groups)
     except DataError as error:  # one group fails the whole list: halve it until that group is alone
@@ -74,17 +63,13 @@ def _encode(
     fitting = {group.id for group in encoded}
     limit = encoder.lengths.max_length
     detail = f"prompt and response have more than {limit:,} tokens, which is the limit"
-    refused = {group.id: Refusal("too long", detail) for group in groups if group.id not in fitting}
-    return encoded, refused
+    return encoded, {g.id: Refusal("too long", detail) for g in groups if g.id not in fitting}
 
 
 def score_rows(
     model: RewardModel, encoded: EncodedRows, on_progress: OnProgress = no_progress
 ) -> list[RowScores]:
-    """The scores of each row; `on_progress` counts distinct responses.
-
-    Raises NumericsError for a score that is not finite.
-    """
+    """The scores of each row; `on_progress` counts distinct responses."""
     scores = iter(model.score_encoded(encoded.groups, on_progress).tolist())
     result: list[RowScores] = []
     for row in encoded.rows:
@@ -108,10 +93,8 @@ def render_shard(rows: ShardRows, scores: Sequence[RowScores], *, is_packed: boo
 def _line(row: object, scores: RowScores) -> str:
     columns = dict(row) if isinstance(row, Mapping) else {}
     columns |= _score_columns(columns, scores)
-    if isinstance(scores, Refusal):
-        columns[ERROR] = f"{scores.reason}: {scores.detail}"
-    elif ERROR in columns:
-        columns[ERROR] = None  # it is from an earlier scoring of these rows
+    if isinstance(scores, Refusal) or ERROR in columns:  # perhaps of an earlier scoring
+        columns[ERROR] = _error(scores)
     line = json.dumps(columns, ensure_ascii=False, default=str)
     try:
         line.encode()
@@ -120,14 +103,15 @@ def _line(row: object, scores: RowScores) -> str:
     return line + "\n"
 
 
+def _error(scores: RowScores) -> str | None:
+    return f"{scores.reason}: {scores.detail}" if isinstance(scores, Refusal) else None
+
+
 def _score_columns(row: Mapping[str, Any], scores: RowScores) -> dict[str, Any]:
     """The columns that a row gets, by its shape as the reader sees it; null where it has no score."""
-    if row.get("chosen") is not None or row.get("rejected") is not None:
-        names: tuple[str, ...] = PAIR
-    elif row.get("completions") is not None or row.get("responses") is not None:
-        names = LIST
-    else:
-        names = SINGLE
+    columns = {name for name, value in row.items() if value is not None}
+    is_pair = columns & {"chosen", "rejected"}
+    names = PAIR if is_pair else LIST if columns & {"completions", "responses"} else SINGLE
     if isinstance(scores, Refusal):
         return dict.fromkeys(names)
     return {LIST[0]: list(scores)} if names == LIST else dict(zip(names, scores, strict=True))
@@ -139,21 +123,16 @@ def _render_table(rows: ShardRows, scores: Sequence[RowScores]) -> bytes:
 
     table = rows.table
     # All shards of a file must have the same columns, whatever rows they hold.
-    names: tuple[str, ...] = ()
-    if {"chosen", "rejected"} & set(table.column_names):
-        names += PAIR
-    if {"responses", "completions"} & set(table.column_names):
-        names += LIST
-    if "response" in table.column_names or not names:
-        names += SINGLE
+    before = set(table.column_names)
+    names = PAIR if before & {"chosen", "rejected"} else ()
+    names += LIST if before & {"responses", "completions"} else ()
+    names += SINGLE if "response" in before or not names else ()
     columns = [_score_columns(dict(row), s) for row, s in zip(rows.values, scores, strict=True)]  # type: ignore[call-overload]
     kinds = {name: pa.list_(pa.float32()) if name in LIST else pa.float32() for name in names}
     added = {name: pa.array([row.get(name) for row in columns], kinds[name]) for name in names}
-    errors = [f"{s.reason}: {s.detail}" if isinstance(s, Refusal) else None for s in scores]
-    added[ERROR] = pa.array(errors, pa.string())
+    added[ERROR] = pa.array([_error(row) for row in scores], pa.string())
+    table = table.drop_columns([name for name in added if name in before])  # of an earlier scoring
     for name, column in added.items():
-        if name in table.column_names:  # it is from an earlier scoring
-            table = table.drop_columns([name])
         table = table.append_column(name, column)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

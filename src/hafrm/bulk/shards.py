@@ -1,39 +1,35 @@
 """Inputs of a bulk job: counted, identified by content, cut into shards of rows, and read.
 
-An input is a file or a hub data set; a folder means the files in it. All inputs are examined before the
-first row is scored, so a damaged one stops a job at its start. pyarrow is imported for Parquet only.
+An input is a file or a hub data set; a folder means the files in it. All inputs are read once before the
+first row is scored, so a damaged one stops a job at its start.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import fingerprint
 from hafrm.data.files import is_known_kind
 from hafrm.data.reader import Source, iter_rows, parse_source
-from hafrm.errors import ConfigError, DataError
+from hafrm.errors import DataError
 
 log = logging.getLogger("hafrm")
 
-ROWS_PER_SHARD = 4096
-"""Enough to fill packed sequences with inputs of similar length, and little to lose."""
+ROWS_PER_SHARD = 4096  # enough to fill packed sequences with inputs of similar length
 
 
 @dataclass(frozen=True)
 class Input:
     """One source, and everything about it that must be the same when a job resumes."""
 
-    source: str
-    """As the user gave it: a path, perhaps with a selection, or hub:name:split."""
-    name: str
-    """Of its outputs, without number and ending."""
+    source: str  # as the user gave it: a path, perhaps with a selection, or hub:name:split
+    name: str  # of its outputs, without number and ending
     num_rows: int
-    digest: str
-    """Of the file's content; a hub set is identified by name and revision."""
+    digest: str  # of the file's content; a hub set is identified by its name
 
 
 @dataclass(frozen=True)
@@ -50,27 +46,21 @@ class Shard:
 class ShardRows:
     """The rows of a shard, as read."""
 
-    numbers: Sequence[int]
-    """Counted from 0 in the whole source: the line of a JSON-lines file, else the record."""
-    values: Sequence[object]
-    """A mapping for each row, or why the row cannot be read."""
-    table: Any = None
-    """The same rows as a pyarrow table, if the source is a Parquet file."""
+    numbers: Sequence[
+        int
+    ]  # from 0 in the whole source: the line of a JSON-lines file, else the record
+    values: Sequence[object]  # a mapping for each row, or why the row cannot be read
+    table: Any = None  # the same rows as a pyarrow table, if the source is a Parquet file
 
 
 def identify(sources: Sequence[str]) -> tuple[Input, ...]:
-    """The inputs that paths, folders and hub sets mean, in the order given.
-
-    Raises DataError for a source that is missing, damaged or of an unknown kind.
-    """
+    """The inputs that paths, folders and hub sets mean; DataError for one that cannot be read."""
     inputs = []
     for source in [source for item in sources for source in _expand(item)]:
         parsed = parse_source(source)
-        num_rows = sum(
-            1 for _ in iter_rows(parsed)
-        )  # reads all of it, so a damaged file stops here
-        is_remote = parsed.location.startswith("hub:")
-        digest = parsed.location if is_remote else fingerprint(Path(parsed.location))
+        place = parsed.location
+        num_rows = sum(1 for _ in iter_rows(parsed))  # reads all of it: a damaged file stops here
+        digest = place if place.startswith("hub:") else fingerprint(Path(place))
         inputs.append(Input(source, parsed.name, num_rows, digest))
     return tuple(inputs)
 
@@ -97,20 +87,16 @@ def is_table(source: Source) -> bool:
 
 
 def cut_into_shards(inputs: Sequence[Input], rows_per_shard: int) -> tuple[Shard, ...]:
-    """The shards of all inputs, in order; an input that fits into one keeps its name.
+    """The shards of all inputs, in order; DataError when two outputs would have the same name.
 
-    Parquet stays Parquet and everything else becomes JSON lines, compressed if the input is. An input
-    without rows is one empty shard, so every input has an output. Raises ConfigError for less than one row
-    per shard, DataError when two outputs would have the same name.
+    Parquet stays Parquet and everything else becomes JSON lines, compressed if the input is.
     """
-    if rows_per_shard < 1:
-        raise ConfigError(f"--rows-per-shard must be 1 or more, got {rows_per_shard}")
     shards: list[Shard] = []
     for item in inputs:
         parsed = parse_source(item.source)
         is_packed = Path(parsed.location).suffix.lower() in {".gz", ".xz"}
         suffix = ".parquet" if is_table(parsed) else ".jsonl.gz" if is_packed else ".jsonl"
-        total = max(1, -(-item.num_rows // rows_per_shard))
+        total = max(1, -(-item.num_rows // rows_per_shard))  # one for an empty input too
         for k in range(total):
             name = item.name if total == 1 else f"{item.name}-{k:05d}-of-{total:05d}"
             start = k * rows_per_shard
@@ -118,44 +104,30 @@ def cut_into_shards(inputs: Sequence[Input], rows_per_shard: int) -> tuple[Shard
             shards.append(Shard(name + suffix, item.source, start, num_rows))
     name, number = Counter(shard.file for shard in shards).most_common(1)[0]
     if number > 1:
-        raise DataError(
-            f"two outputs would be called {name}: give each input once, and those of one name a --out each"
-        )
+        raise DataError(f"two outputs would be called {name}: give those of one name a --out each")
     return tuple(shards)
 
 
-class ShardReader:
-    """Reads shards; those of one source in ascending order take one pass over it."""
-
-    def __init__(self, rows_per_shard: int) -> None:
-        self._size = rows_per_shard
-        self._source: str | None = None
-        self._next = 0
-        self._blocks: Iterator[ShardRows] = iter(())
-
-    def read(self, shard: Shard) -> ShardRows:
-        """The shard's rows; raises DataError for a source that has fewer rows by now."""
-        if shard.source != self._source or shard.start < self._next:
-            source = parse_source(shard.source)
-            self._source, self._next = shard.source, 0
-            blocks = _table_blocks if is_table(source) else _row_blocks
-            self._blocks = blocks(source, self._size)
-        # Other shards' blocks are read and passed over, because JSON lines have no index.
-        skip = (shard.start - self._next) // self._size
-        rows = next(islice(self._blocks, skip, None), None)
-        self._next = shard.start + self._size
-        if rows is None or len(rows.values) != shard.num_rows:
-            raise DataError(f"{shard.source} has fewer rows than when this job began")
-        return rows
+def read_shards(shards: Sequence[Shard], rows_per_shard: int) -> Iterator[ShardRows]:
+    """The rows of shards in the order of `cut_into_shards`, some of which may be left out."""
+    for name, of_source in groupby(shards, key=lambda shard: shard.source):
+        source, index = parse_source(name), 0
+        blocks = (_table_blocks if is_table(source) else _row_blocks)(source, rows_per_shard)
+        for shard in of_source:
+            # other shards' blocks are read and skipped, because JSON lines have no index
+            skip = shard.start // rows_per_shard - index
+            index += skip + 1
+            rows = next(islice(blocks, skip, None), None)
+            if rows is None or len(rows.values) != shard.num_rows:
+                raise DataError(f"{name} has fewer rows than when this job began")
+            yield rows
 
 
 def _row_blocks(source: Source, size: int) -> Iterator[ShardRows]:
-    rows = iter(iter_rows(source))
-    block = list(islice(rows, size))
-    while True:  # an empty source is one empty block
+    rows, is_first = iter(iter_rows(source)), True
+    while (block := list(islice(rows, size))) or is_first:  # an empty source is one empty block
         yield ShardRows([number for number, _ in block], [row for _, row in block])
-        if not (block := list(islice(rows, size))):
-            return
+        is_first = False
 
 
 def _table_blocks(source: Source, size: int) -> Iterator[ShardRows]:

@@ -11,13 +11,11 @@ from hafrm.cli.entry import app, show_result
 @app.command("best-of-n")
 def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     models: Annotated[
-        list[str],
-        typer.Argument(help="Run folders, reward or policy directories: PATH or NAME=PATH."),
+        list[str], typer.Argument(help="Runs, reward or policy directories: PATH or NAME=PATH.")
     ],
     *,
     prompts: Annotated[
-        list[str],
-        typer.Option(help="Rows with prompts; without --policy their responses are candidates."),
+        list[str], typer.Option(help="Prompts; without --policy their responses are candidates.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for all results; a killed job resumes.")],
     policy: Annotated[
@@ -30,10 +28,7 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     judge: Annotated[str | None, typer.Option(help="Compares picks: an LLM at a URL.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other candidates.")] = 0,
     settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="section.key=value, such as draw.temperature=0.7 (docs/best_of_n.md)."
-        ),
+        list[str] | None, typer.Option("--set", help="section.key=value (docs/best_of_n.md).")
     ] = None,
 ) -> None:
     """Score the same candidates with every model and compare what each picks, for n = 1 to N.

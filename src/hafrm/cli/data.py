@@ -17,10 +17,7 @@ def data_command(
         str | None, typer.Option(help="Also count tokens with this model's tokenizer.")
     ] = None,
     split: Annotated[
-        float | None,
-        typer.Option(
-            help="Write this fraction of the prompts to OUT/test.jsonl, the rest to train."
-        ),
+        float | None, typer.Option(help="Fraction of prompts for OUT/test.jsonl, not train.jsonl.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the parts of --split.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
@@ -30,11 +27,11 @@ def data_command(
     from hafrm.data.describe import describe_data  # noqa: PLC0415
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
 
-    if (split is None) != (out is None):
-        raise ConfigError("--split FRACTION and --out DIR belong together; give both or neither")
     if split is not None and out is not None:
         _write_parts(sources, split, out, seed)
         return
+    if split is not None or out is not None:
+        raise ConfigError("--split FRACTION and --out DIR belong together; give both or neither")
     encode = None
     if model is not None:
         from transformers import AutoTokenizer  # noqa: PLC0415

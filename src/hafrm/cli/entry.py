@@ -3,15 +3,14 @@
 import logging
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
-from hafrm.errors import HafrmError
+from hafrm.errors import ConfigError, HafrmError
 from hafrm.table import Table
-
-STOPPED = 143
 
 app = typer.Typer(
     name="hafrm",
@@ -34,7 +33,7 @@ def main() -> None:
         app()
     except HafrmError as error:
         typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
-        sys.exit(STOPPED if type(error).__name__ == "StoppedError" else 1)
+        sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
 
 
 _SOURCES = typer.Argument(
@@ -42,17 +41,9 @@ _SOURCES = typer.Argument(
 )
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
-MaxLength = Annotated[
-    int | None, typer.Option(help="Cut longer inputs to this many tokens (default: the model's).")
-]
-MaxBadFraction = Annotated[
-    float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
-]
 Dtype = Annotated[
     str,
-    typer.Option(
-        help="float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on a CPU."
-    ),
+    typer.Option(help="float32, bfloat16, float16; auto: as stored on a GPU, float32 on a CPU."),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")
@@ -62,12 +53,36 @@ JsonFile = Annotated[
 ]
 
 
+Recipe = Annotated[str | None, typer.Argument(help="A recipe in YAML.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
+Out = Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")]
+Resume = Annotated[Path | None, typer.Option(help="Resume this run folder.")]
+Processes = Annotated[
+    int | None, typer.Option(help="Runs at a time (default: one for each GPU).", min=1)
+]
+
+
 @runtime_checkable
 class HasTables(Protocol):
     """A result that people see."""
 
     def tables(self) -> tuple[Table, ...]:
         """What it shows."""
+
+
+def parse_run(
+    recipe: str | None, overrides: list[str] | None, out: Path | None, resume: Path | None
+) -> tuple[str, list[str], Path]:
+    """The recipe, its overrides and the run folder that `train` and `rlhf` mean."""
+    changes = overrides or []
+    if resume is None:
+        if recipe is None:
+            raise ConfigError("this needs a recipe, or --resume with a run folder")
+        return recipe, changes, out or Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    # the first override is then parsed as the recipe
+    if recipe is not None and "=" in recipe:
+        changes, recipe = [recipe, *changes], None
+    return recipe or str(resume / "recipe.yaml"), changes, resume
 
 
 def show_result(result: HasTables, json_file: Path | None = None) -> None:

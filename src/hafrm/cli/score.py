@@ -7,6 +7,7 @@ import typer
 
 from hafrm.bulk.shards import ROWS_PER_SHARD
 from hafrm.cli.entry import Device, Dtype, app
+from hafrm.errors import ModelError
 from hafrm.progress import show_progress
 
 
@@ -15,29 +16,22 @@ def score_command(  # noqa: PLR0913 - the verb and its options
     model: Annotated[str, typer.Argument(help="Run folder or reward directory.")],
     sources: Annotated[
         list[str],
-        typer.Argument(
-            help="Rows with prompt and response(s): files (.jsonl .parquet .json .csv, .gz), folders "
-            "of them, file#split=test, hub:name:split."
-        ),
+        typer.Argument(help="Files, folders, file#split=test, hub:name:split (docs/scoring.md)."),
     ],
     *,
     out: Annotated[Path, typer.Option(help="The folder for the same rows with scores.")],
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows of an output file, the most that a kill can cost.")
+        int, typer.Option(help="Rows of an output file, the most that a kill can cost.", min=1)
     ] = ROWS_PER_SHARD,
-    shard: Annotated[
-        str, typer.Option(help="i/n: score only part i of n, from 0 to n - 1, in a job array.")
-    ] = "0/1",
+    shard: Annotated[str, typer.Option(help="i/n: only part i of n, from 0 to n - 1.")] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,
     max_length: Annotated[
-        int | None,
-        typer.Option(help="Leave rows with more tokens unscored (default: the model's limit)."),
+        int | None, typer.Option(help="Do not score longer rows (default: the model's limit).")
     ] = None,
 ) -> None:
     """Add the model's reward to every row, order kept. The same command resumes a job that was stopped."""
     from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
-    from hafrm.errors import ModelError  # noqa: PLC0415
     from hafrm.scoring.loading import find_heads  # noqa: PLC0415
 
     reward = find_heads(model).reward

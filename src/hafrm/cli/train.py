@@ -1,37 +1,22 @@
 """The verbs `train` and `plan`: run a recipe, and the memory that it will need."""
 
-from datetime import datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hafrm.cli.entry import app, show_result
+from hafrm.cli.entry import Out, Overrides, Recipe, Resume, app, parse_run, show_result
 from hafrm.progress import show_progress
+from hafrm.recipe_file import load_recipe
 from hafrm.statistics import in_words
 
 
 @app.command("train")
 def train_command(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Resume this run folder.")] = None,
+    recipe: Recipe = None, overrides: Overrides = None, out: Out = None, resume: Resume = None
 ) -> None:
     """Train a reward model as a recipe says, and export it once others can load it."""
-    from hafrm.errors import ConfigError  # noqa: PLC0415
-    from hafrm.recipe_file import load_recipe  # noqa: PLC0415
-
-    if resume is not None:
-        if recipe is not None and "=" in recipe:  # the first override stands where a recipe would
-            overrides = [recipe, *(overrides or ())]
-            recipe = None
-        recipe, folder = recipe or str(resume / "recipe.yaml"), resume
-    elif recipe is None:
-        raise ConfigError("hafrm train needs a recipe, or --resume with a run folder")
-    else:
-        folder = out or Path("runs") / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    loaded = load_recipe(recipe, overrides or ())
+    source, changes, folder = parse_run(recipe, overrides, out, resume)
+    loaded = load_recipe(source, changes)
     from hafrm.evaluation import evaluate  # noqa: PLC0415
     from hafrm.export.model_card import write_cards  # noqa: PLC0415
     from hafrm.training import loop, parallel  # noqa: PLC0415
@@ -57,15 +42,13 @@ def train_command(
 @app.command("plan")
 def plan_command(
     recipe: Annotated[str, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    overrides: Overrides = None,
     memory: Annotated[
-        float | None,
-        typer.Option(help="GiB of each GPU (default: this machine's GPU, or its part of RAM)."),
+        float | None, typer.Option(help="GiB of each GPU (default: this machine's GPU, or RAM).")
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
     """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
-    from hafrm.recipe_file import load_recipe  # noqa: PLC0415
     from hafrm.training.memory_plan import plan_recipe  # noqa: PLC0415
     from hafrm.training.methods import resolve_method  # noqa: PLC0415
 

@@ -1,7 +1,7 @@
 """Models scored on the same comparisons by each of their heads: `evaluate` one, `compare_models` several.
 
-A head is a scorer of its own: the reward, the implicit reward of the policy, and their fused score. One
-model is in memory at a time, and no model is changed.
+A head is a scorer of its own: the reward, and the implicit reward of the policy; their fused score follows
+from the two. One model is in memory at a time, and no model is changed.
 """
 
 import os
@@ -19,7 +19,8 @@ from hafrm.evaluation.comparisons import Comparisons, Data, ScoredComparisons, r
 from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
-from hafrm.scoring.fused import FusedRewardModel, fused_scores, per_token, read_fused_rule
+from hafrm.results import read_result
+from hafrm.scoring.fused import FusedRule, fused_scores
 from hafrm.scoring.loading import Heads, Placement, find_heads
 from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
 from hafrm.statistics import paired_bootstrap
@@ -41,21 +42,23 @@ class EvaluationOptions:
 
 
 def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
-    """The head called REWARD, IMPLICIT or FUSED, which the model has."""
-    arguments: dict[str, Any] = Placement(options.dtype, options.device).options(options.max_length)
+    """The head called REWARD or IMPLICIT, which the model has.
+
+    Raises ConfigError for an unknown dtype or device, ModelError for a model that cannot be loaded.
+    """
+    place = Placement(options.dtype, options.device)
+    arguments: dict[str, Any] = {**vars(place), "max_length": options.max_length}
     if name == REWARD:
         assert heads.reward is not None
         return RewardModel.from_pretrained(heads.reward, **arguments)
-    if name == IMPLICIT:
-        assert heads.policy is not None
-        return PolicyModel.from_pretrained(heads.policy, reference=options.reference, **arguments)
-    assert heads.fused is not None
-    return FusedRewardModel.from_pretrained(heads.fused, reference=options.reference, **arguments)
+    arguments["reference"] = options.reference
+    assert heads.policy is not None
+    return PolicyModel.from_pretrained(heads.policy, **arguments)
 
 
 def scorer_names(heads: Heads) -> list[str]:
     """The heads that the model has; the first one is what it is used by."""
-    folders = {REWARD: heads.reward, IMPLICIT: heads.policy, FUSED: heads.fused}
+    folders = {REWARD: heads.reward, IMPLICIT: heads.policy}
     return [name for name, folder in folders.items() if folder is not None]
 
 
@@ -107,23 +110,22 @@ def _score_all_heads(
     heads: Heads, comparisons: Comparisons, options: EvaluationOptions, on_progress: OnProgress
 ) -> tuple[Scores, EncodingReport, str | None]:
     """Each head's scores, the main head's first, with its encoder's report; and the fused rule in words."""
-    scores, reports, by_token, rule = Scores(), list[EncodingReport](), None, None
-    # the fused score follows from the other two, without a pass of its own
-    names = [name for name in scorer_names(heads) if name != FUSED]
+    scores, reports, lengths, rule = Scores(), list[EncodingReport](), None, None
+    names = scorer_names(heads)
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options)
         tokenized, report = scorer.encoder.encode(comparisons.groups)
         scores[name] = scorer.score_encoded(tokenized, done)
         reports.append(report)
-        if isinstance(scorer, PolicyModel) and heads.fused is not None:
+        if isinstance(scorer, PolicyModel) and not scorer.rule.per_token:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
             lengths = np.array([len(ids) for group in tokenized for ids in group.response_ids])
-            by_token = per_token(scores[name], lengths, scorer.rule)
         del scorer  # before the next one is loaded
-    if heads.fused is not None and by_token is not None:
-        rule = read_fused_rule(heads.fused)
-        scores[FUSED] = fused_scores(scores[REWARD], by_token, rule)
+    if heads.fused is not None:
+        rule = read_result(heads.fused, FusedRule)
+        # it follows from the other two, without a pass of its own
+        scores[FUSED] = fused_scores(scores[REWARD], scores[IMPLICIT], rule, lengths)
     return scores, reports[0], None if rule is None else str(rule)
 
 

@@ -1,6 +1,7 @@
-"""The checklist for anybody's reward directory: `verify_directory` checks it clause by clause.
+"""The checklist: what a reward directory, anybody's, needs so that every consumer gets its scores.
 
-Its clauses are in `clauses`. Nothing is changed on disk.
+`verify_directory` checks the clauses of `CLAUSES` in their order: first files, then tokenizer and template,
+then the rewards that plain transformers computes. Nothing is changed on disk.
 
     python -m hafrm.export.checklist DIR [TOLERANCE]
 
@@ -8,24 +9,40 @@ replays the golden scores of a directory in a process that has not loaded hafrm'
 at a time, and in batches padded on either side. It prints a line of JSON; exit code 1 means disagreement.
 """
 
+import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
+
+import torch
 
 from hafrm.errors import ModelError
-from hafrm.export.clauses import CLAUSES, Clause
 from hafrm.export.golden import GOLDEN, read_golden
-from hafrm.export.plain_model import TOLERANCE, Finding, GoldenReplay, PlainModel
+from hafrm.export.older_transformers import old_rotary_keys
+from hafrm.export.plain_model import (
+    PROBES,
+    TOLERANCE,
+    Finding,
+    GoldenReplay,
+    PlainModel,
+    largest_difference,
+)
 from hafrm.table import Column, Table
 
-ClauseOutcome = Literal["pass", "fail", "not applicable"]
-_OUTCOMES: dict[bool | None, ClauseOutcome] = {True: "pass", False: "fail", None: "not applicable"}
-_MARKS: dict[ClauseOutcome, str] = {"pass": "pass", "fail": "FAIL", "not applicable": "-"}
-_SETTINGS = ("one label", "raw reward", "no fresh weights", "pad is not EOS", "BOS once")
-"""Clauses without which a consumer gets other scores without an error."""
+Check = Callable[[PlainModel], Finding]
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_OTHER_HEADS = ("v_head.", "value_head.", "classifier.", "score.bias")
+
+
+class Clause(NamedTuple):
+    """One thing that a reward directory must fulfil, once the clauses that it `needs` hold."""
+
+    name: str
+    check: Check
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,10 +50,9 @@ class ClauseResult:
     """The outcome of one clause."""
 
     name: str
-    outcome: ClauseOutcome
+    outcome: str  # pass, fail or not applicable
     observed: str
-    fix: str
-    """Empty unless the clause failed."""
+    fix: str  # empty unless the clause failed
 
 
 @dataclass(frozen=True)
@@ -54,14 +70,12 @@ class Verification:
 
     def tables(self) -> tuple[Table, ...]:
         """Every clause with what was observed and, if it failed, how to fix it."""
-        num_checked = sum(r.outcome != "not applicable" for r in self.clauses)
-        num_failed = len(self.failed)
+        num_checked = sum(result.outcome != "not applicable" for result in self.clauses)
         rows = tuple(
-            (_MARKS[r.outcome], r.name, f"{r.observed}\nfix: {r.fix}" if r.fix else r.observed)
+            (r.outcome, r.name, f"{r.observed}\nfix: {r.fix}" if r.fix else r.observed)
             for r in self.clauses
         )
-        note = f"{num_checked - num_failed} of {num_checked} clauses hold"
-        note += "" if self.ok else f", {num_failed} do not"
+        note = f"{num_checked - len(self.failed)} of {num_checked} clauses hold"
         columns = (Column(""), Column("clause"), Column("observed"))
         return (Table(self.path, columns, rows, (note,)),)
 
@@ -74,18 +88,16 @@ def verify_directory(
     Golden scores are replayed from `golden`, or from the directory's own file if it has one.
     Raises ModelError when there is no model, DataError for a damaged golden file.
     """
-    if not (path / "config.json").is_file():
-        is_adapter = (path / "adapter_config.json").is_file()
-        what = (
-            "a LoRA adapter, which is verified when it is exported; merge it (hafrm export RUN "
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{path} is a LoRA adapter, which is verified when it is exported; merge it (hafrm export RUN "
             "--out DIR --merge-lora) to verify what servers load"
-            if is_adapter
-            else "not a model directory: it has no config.json"
         )
-        raise ModelError(f"{path} is {what}")
-    own = path / GOLDEN
-    file = golden or (own if own.is_file() else None)
-    plain = PlainModel(path, [] if file is None else read_golden(file), tolerance)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a model directory: it has no config.json")
+    if golden is None and (path / GOLDEN).is_file():
+        golden = path
+    plain = PlainModel(path, [] if golden is None else read_golden(golden), tolerance)
     needs_model = set[str]() if run_model else {"no fresh weights"}
     for clause in CLAUSES:
         if needs_model & set(clause.needs):
@@ -94,33 +106,35 @@ def verify_directory(
 
 
 def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
-    """Check the clauses in order; one whose needs do not hold is not applicable, and says why."""
-    results: dict[str, ClauseResult] = {}
-    # What keeps a clause from being checked: a failed clause, whatever lies between the two.
+    """Check the clauses in order; one whose needs do not hold is not applicable."""
+    results: list[ClauseResult] = []
+    # what keeps a clause from being checked: a failed clause, whatever lies between the two
     reasons: dict[str, str] = {}
     for clause in clauses:
         reason = next((reasons[name] for name in clause.needs if name in reasons), None)
-        if reason is not None:
-            finding = Finding(None, f"not checked before this holds: {reason}")
-        else:
+        if reason is None:
             try:
-                finding = clause.check(plain)
+                holds, observed = clause.check(plain)
             except ModelError as error:
-                finding = Finding(False, str(error))
-        if reason is not None or finding.holds is False:
+                holds, observed = False, str(error)
+        else:
+            holds, observed = None, f"not checked before this holds: {reason}"
+        if reason is not None or holds is False:
             reasons[clause.name] = reason or clause.name
-        fix = clause.fix if finding.holds is False else ""
-        outcome = _OUTCOMES[finding.holds]
-        results[clause.name] = ClauseResult(clause.name, outcome, finding.observed, fix)
-    is_ok = all(result.outcome != "fail" for result in results.values())
-    return Verification(str(plain.path), is_ok, tuple(results.values()))
+        fix = _FIXES[clause.name] if holds is False else ""
+        outcome = "not applicable" if holds is None else "pass" if holds else "fail"
+        results.append(ClauseResult(clause.name, outcome, observed, fix))
+    is_ok = all(result.outcome != "fail" for result in results)
+    return Verification(str(plain.path), is_ok, tuple(results))
 
 
 def replay_directory(directory: Path) -> GoldenReplay:
     """Largest differences to the golden scores, and what else is wrong with the directory."""
     plain = PlainModel(directory, read_golden(directory))
-    # An adapter has no config of its own: it is its base model's.
-    names = ("BOS once",) if plain.is_adapter else _SETTINGS
+    # without these a consumer gets other scores and no error; an adapter has no config of its own
+    names = {"BOS once"}
+    if not plain.is_adapter:
+        names |= {"one label", "raw reward", "no fresh weights", "pad is not EOS"}
     failed = check_clauses(plain, [clause for clause in CLAUSES if clause.name in names]).failed
     if failed:
         return GoldenReplay({}, [f"{result.name}: {result.observed}" for result in failed])
@@ -137,6 +151,236 @@ def replay_as_process() -> None:
     sys.stdout.write(json.dumps({"ok": is_ok, **result._asdict()}) + "\n")
     sys.exit(0 if is_ok else 1)
 
+
+def _config(key: str, is_right: Callable[[Any], bool]) -> Check:
+    """A check of one value in config.json."""
+    return lambda plain: Finding(
+        is_right(plain.config.get(key)), f"{key} {plain.config.get(key)!r}"
+    )
+
+
+def _is_classifier(names: Any) -> bool:
+    # other names are other tasks to servers: vLLM turns ...ForRewardModel into an embedding model; a
+    # ...ForCausalLM is loaded with a random head (reward-bench#210)
+    return len(names or ()) == 1 and str(names[0]).endswith("ForSequenceClassification")
+
+
+def _stock_code(plain: PlainModel) -> Finding:
+    # an auto_map asks for trust_remote_code, and some servers run it unasked
+    names = ("config.json", "tokenizer_config.json")
+    code = [f"auto_map in {name}" for name in names if plain.read_json(name).get("auto_map")]
+    code += sorted(file.name for file in plain.path.rglob("*.py"))
+    return Finding(not code, ", ".join(code) or "no auto_map and no Python files")
+
+
+def _safetensors_only(plain: PlainModel) -> Finding:
+    # a pickle runs code when it is loaded
+    pickles = sorted(f.name for f in plain.path.rglob("*") if f.suffix in _PICKLES)
+    if pickles:
+        return Finding(False, f"pickles: {', '.join(pickles)}")
+    return Finding(bool(plain.weights), f"{len(plain.weights)} tensors in safetensors")
+
+
+def _head_without_bias(plain: PlainModel) -> Finding:
+    # vLLM and SGLang have no place for a bias; without score.weight loaders initialise one at random
+    others = sorted(name for name in plain.weights if name.startswith(_OTHER_HEADS))
+    shape, width = plain.weights.get("score.weight", ()), plain.text_config.get("hidden_size")
+    right = len(shape) == 2 and shape[0] == 1 and width in (None, shape[1])
+    return Finding(right and not others, f"score.weight {list(shape)}, other heads {others}")
+
+
+def _rotary_settings(plain: PlainModel) -> Finding:
+    # without the old names transformers 4 uses other frequencies, and says nothing (vllm#42624)
+    for config in (plain.config, plain.text_config):
+        for key, value in old_rotary_keys(config).items():
+            # 10,000 is what version 4 takes where nothing is said, for most classes
+            theirs = config.get(key, 10000.0 if key == "rope_theta" else None)
+            if theirs != value:
+                return Finding(False, f"{key} is {value}, but {theirs} for transformers 4")
+    return Finding(True, "transformers 4 and 5 rotate alike")
+
+
+def _no_fresh_weights(plain: PlainModel) -> Finding:
+    # transformers initialises what it misses at random, with a warning only (ms-swift#6129)
+    model, info = plain.loaded
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
+    observed = f"freshly initialised: {', '.join(missing[:4])}"
+    return Finding(not missing, observed if missing else f"{type(model).__name__}, complete")
+
+
+def _nothing_left_over(plain: PlainModel) -> Finding:
+    # vLLM refuses a file with an LM head (vllm#21176)
+    surplus = sorted(plain.loaded[1]["unexpected_keys"])
+    return Finding(not surplus, f"surplus: {', '.join(surplus[:4]) or 'none'}")
+
+
+def _chat_template(plain: PlainModel) -> Finding:
+    if not plain.tokenizer.chat_template:
+        return Finding(False, "the tokenizer has no chat template")
+    turns = [(turn["content"], plain.render(probe)) for probe in PROBES for turn in probe]
+    lost = [content for content, text in turns if content.strip() not in text]
+    if lost:
+        return Finding(False, f"the template leaves out {lost[0][:40]!r}")
+    return Finding(True, f"{type(plain.tokenizer).__name__}, renders {len(PROBES)} conversations")
+
+
+def _no_date(plain: PlainModel) -> Finding:
+    template = str(plain.tokenizer.chat_template)
+    # The macro hides the clock that transformers offers. 1 and 31 differ as text and as numbers.
+    clock = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"
+    first, second = (plain.render(PROBES[0], clock.format(d) + template) for d in (1, 31))
+    return Finding(first == second, "the same" if first == second else "the template writes a date")
+
+
+def _pad_is_not_eos(plain: PlainModel) -> Finding:
+    # transformers skips trailing pads, servers do not: with pad = EOS it reads one token early
+    # (transformers#35352, RLHFlow#49)
+    pad, theirs = plain.text_config.get("pad_token_id"), plain.tokenizer.pad_token_id
+    if pad is None:  # where a nested config leaves it to the outer one
+        pad = plain.config.get("pad_token_id")
+    ends = plain.ends
+    right = pad is not None and pad == theirs and pad not in ends
+    return Finding(right, f"pad {pad} in the config, {theirs} in the tokenizer; EOS {sorted(ends)}")
+
+
+def _ids_have_embeddings(plain: PlainModel) -> Finding:
+    tokens, size = len(plain.tokenizer), plain.text_config.get("vocab_size")
+    return Finding(size is not None and tokens <= size, f"{tokens} tokens, {size} embeddings")
+
+
+def _bos_once(plain: PlainModel) -> Finding:
+    # pipelines add special tokens, TRL and OpenRLHF do not: to a BOS of the template's a second one comes
+    for text in plain.texts:
+        added, bare = (plain.ids(text, add_special_tokens=special) for special in (True, False))
+        if added != bare:
+            observed = f"the tokenizer adds ids: {added[:2]}... {added[-2:]}"
+            return Finding(False, f"{observed}; BOS is {plain.tokenizer.bos_token_id}")
+    return Finding(True, "no id is added to a rendered text")
+
+
+def _ends_in_eos(plain: PlainModel) -> Finding:
+    # the reward is read where it was trained, at the EOS (TRL#5813, gpt-neox#1285)
+    trained = {line.input_ids[-1] for line in plain.golden if line.input_ids}
+    for text in map(plain.render, PROBES):
+        last = plain.ids(text)[-1]
+        if last not in plain.ends or (trained and last not in trained):
+            observed = f"it ends in {text[-24:]!r}, id {last}; EOS {sorted(plain.ends)}"
+            return Finding(False, f"{observed}; training read at {sorted(trained)}")
+    return Finding(True, f"it ends in {plain.tokenizer.convert_ids_to_tokens(last)!r}")
+
+
+def _inputs_fit(plain: PlainModel) -> Finding:
+    # decoders refuse token_type_ids
+    taken = set(inspect.signature(type(plain.loaded[0]).forward).parameters)
+    refused = set(plain.tokenizer("a")) - taken
+    return Finding(not refused, f"the model refuses {', '.join(sorted(refused)) or 'no input'}")
+
+
+def _finite_scores(plain: PlainModel) -> Finding:
+    # float16, which reward-bench runs, overflows where float32 did not
+    low, high = float(plain.alone.min()), float(plain.alone.max())
+    is_finite = bool(torch.isfinite(plain.alone).all())
+    return Finding(is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}")
+
+
+def _last_token(plain: PlainModel) -> Finding:
+    # vLLM and SGLang read at the literal last token (TRL#6952, TRL#3750)
+    by_hand = torch.tensor([plain.score_by_hand(text) for text in plain.texts])
+    return _within(plain, largest_difference(plain.alone, by_hand))
+
+
+def _left_is_right_padding(plain: PlainModel) -> Finding:
+    # TRL#937, reward-bench#137
+    right, left = plain.score(plain.texts, "right"), plain.score(plain.texts, "left")
+    bare = plain.score(plain.texts, "left", positions=False)
+    holds, observed = _within(plain, largest_difference(left, right))
+    shift = largest_difference(bare, right)
+    if holds and not shift <= plain.tolerance:
+        observed += f"; left padding without position_ids is off by {shift:.2g}: pad right"
+    return Finding(holds, observed)
+
+
+def _batch_1_is_batch_n(plain: PlainModel) -> Finding:
+    # reward-bench#137, NeMo-Aligner#439
+    return _within(plain, largest_difference(plain.score(plain.texts), plain.alone))
+
+
+def _golden_scores(plain: PlainModel) -> Finding:
+    if not plain.golden:
+        return Finding(None, "the directory has no golden_scores.jsonl, and none was given")
+    replay = plain.replay()
+    if replay.faults:
+        return Finding(False, replay.faults[0])
+    holds, observed = _within(plain, replay.differences["alone"])
+    return Finding(holds, f"{len(plain.golden)} replayed, {observed}")
+
+
+def _within(plain: PlainModel, difference: float) -> Finding:
+    observed = f"largest difference {difference:.2g} (tolerated {plain.tolerance:g})"
+    return Finding(difference <= plain.tolerance, observed)  # False for NaN
+
+
+_CLASSIFIER, _TEMPLATE = ("sequence classifier",), ("chat template",)
+_FILES = (*_CLASSIFIER, "one label", "stock code", "safetensors only", "not quantised")
+_SCORES = ("finite scores", "pad is not EOS")
+_TEXTS = ("BOS once", "ends in EOS", "no date in the template")
+CLAUSES = (
+    Clause("sequence classifier", _config("architectures", _is_classifier)),
+    # num_labels is not stored, and its default is two (OpenRLHF#1039)
+    Clause("one label", _config("id2label", lambda names: len(names or {}) == 1), _CLASSIFIER),
+    # or pipelines and vLLM give the reward's sigmoid (vllm#20807)
+    Clause("raw reward", _config("problem_type", lambda k: k == "regression"), _CLASSIFIER),
+    Clause("stock code", _stock_code),
+    Clause("safetensors only", _safetensors_only),
+    # left over from the base model: loaders would quantise again
+    Clause("not quantised", _config("quantization_config", lambda left: not left)),
+    Clause("head without bias", _head_without_bias, (*_CLASSIFIER, "safetensors only")),
+    Clause("rotary settings", _rotary_settings),
+    Clause("no fresh weights", _no_fresh_weights, (*_FILES, "head without bias")),
+    Clause("nothing left over", _nothing_left_over, ("no fresh weights",)),
+    Clause("chat template", _chat_template),
+    Clause("no date in the template", _no_date, _TEMPLATE),
+    Clause("pad is not EOS", _pad_is_not_eos, _TEMPLATE),
+    Clause("ids have embeddings", _ids_have_embeddings, _TEMPLATE),
+    Clause("BOS once", _bos_once, _TEMPLATE),
+    Clause("ends in EOS", _ends_in_eos, _TEMPLATE),
+    Clause("inputs fit", _inputs_fit, ("no fresh weights", *_TEMPLATE)),
+    Clause("finite scores", _finite_scores, ("no fresh weights", "ids have embeddings")),
+    Clause("last token", _last_token, _SCORES),
+    Clause("left = right padding", _left_is_right_padding, _SCORES),
+    Clause("batch 1 = batch N", _batch_1_is_batch_n, _SCORES),
+    Clause("golden scores", _golden_scores, ("last token", *_TEXTS)),
+)
+"""In the order of checking: a clause comes after those that it needs."""
+
+_FIXES = {
+    "sequence classifier": "save it by AutoModelForSequenceClassification, or hafrm export it again",
+    "one label": 'write "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0} into config.json',
+    "raw reward": 'write "problem_type": "regression" into config.json',
+    "stock code": "remove auto_map and the Python files; the class must be one of transformers",
+    "safetensors only": "save the weights with safetensors and delete the pickles",
+    "not quantised": "dequantise the weights and remove quantization_config from config.json",
+    "head without bias": "keep one row score.weight; a bias shifts all rewards equally, so it can be "
+    'dropped; after LoRA, train with modules_to_save=["score"] and merge',
+    "rotary settings": "write rope_theta (rope_scaling, partial_rotary_factor) into config.json beside "
+    "rope_parameters",
+    "no fresh weights": "export again from the trained model: a copy or merge has lost weights",
+    "nothing left over": "save the classifier's own weights only; an LM head has its own directory",
+    "chat template": "set tokenizer.chat_template to the format of training; save the tokenizer here",
+    "no date in the template": "replace strftime_now(...) in the template with a fixed date",
+    "pad is not EOS": "choose an unused token as pad, in the tokenizer and in config.json",
+    "ids have embeddings": "save the tokenizer that was trained with, or resize the embeddings",
+    "BOS once": 'write "add_bos_token": false, "add_eos_token": false into tokenizer_config.json, or take '
+    "the BOS out of the tokenizer's post-processor",
+    "ends in EOS": "make the template end an assistant's last turn at the EOS, with nothing after it",
+    "inputs fit": 'write "model_input_names": ["input_ids", "attention_mask"] into '
+    "tokenizer_config.json",
+    "finite scores": "look for weights that are not finite; instead of float16, export bfloat16",
+    "last token": "the class reads the reward elsewhere: use a stock decoder classifier",
+    "left = right padding": "the model attends to pads: pad right, or use other attention",
+    "batch 1 = batch N": "find what depends on the batch (normalisation, dropout, a kernel)",
+    "golden scores": "weights, tokenizer or template are not those that were exported; export again",
+}
 
 if __name__ == "__main__":
     replay_as_process()

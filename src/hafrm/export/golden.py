@@ -1,7 +1,7 @@
 """The golden file: conversations with the reward that every consumer of an export must get.
 
 One JSON object per line: `messages` or `text`, `reward`, and optionally `input_ids`. Nothing here loads
-torch or transformers, so a machine without them can verify a server.
+torch, so a machine without it can verify a server.
 """
 
 from pathlib import Path
@@ -21,8 +21,7 @@ class GoldenLine(BaseModel):
 
     reward: FiniteFloat
     messages: tuple[dict[str, str], ...] = ()
-    text: str | None = None
-    """The conversation, rendered with the exported template."""
+    text: str | None = None  # the conversation, rendered with the exported template
     input_ids: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
@@ -34,10 +33,7 @@ class GoldenLine(BaseModel):
 
 
 def read_golden(path: Path) -> list[GoldenLine]:
-    """The lines of a golden file, or of the one in a directory.
-
-    Raises DataError for a file that is missing, empty or damaged.
-    """
+    """The lines of a golden file, or of the one in a directory; DataError for a damaged one."""
     file = path / GOLDEN if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
@@ -48,10 +44,8 @@ def read_golden(path: Path) -> list[GoldenLine]:
         try:
             lines += [GoldenLine.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
-            what = "; ".join(
-                f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()
-            )
-            raise DataError(f"{file}, line {number}: {what}") from error
+            what = error.errors()[0]
+            raise DataError(f"{file}, line {number}: {what['loc']} {what['msg']}") from error
     if not lines:
         raise DataError(f"{file} holds no golden scores; `hafrm export` writes some")
     return lines

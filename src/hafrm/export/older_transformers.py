@@ -1,8 +1,7 @@
 """Exports for transformers 4: its keys in config.json and tokenizer_config.json beside version 5's.
 
 Version 5 moved rotary settings into `rope_parameters`, which version 4 ignores: it computes with its
-class's default base without a warning (vllm-project/vllm#42624). Version 5 also names a tokenizer class
-that version 4 lacks. The old keys are written beside the new ones; version 5 reads both.
+class's default base without a warning (vllm-project/vllm#42624). Version 5 reads both.
 """
 
 import json
@@ -52,17 +51,13 @@ def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer's config with a class that both versions have, and extra tokens under the old key.
-
-    Not under both keys: version 5 would then drop them (huggingface/transformers#47838).
-    model_input_names is set, because version 4's class adds token_type_ids, which decoders refuse.
-    """
+    """The tokenizer's config with a class that both versions have, and extra tokens under the old key."""
     result = dict(config)
     if result.get("tokenizer_class") == "TokenizersBackend":
         result["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # or version 4's class adds token_type_ids, which decoders refuse
         result.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    extra = result.get("extra_special_tokens")
-    if isinstance(extra, list):
-        del result["extra_special_tokens"]
-        result["additional_special_tokens"] = extra
+    if isinstance(result.get("extra_special_tokens"), list):
+        # not under both keys: version 5 would then drop them (huggingface/transformers#47838)
+        result["additional_special_tokens"] = result.pop("extra_special_tokens")
     return result

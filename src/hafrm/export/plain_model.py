@@ -1,13 +1,14 @@
 """A reward directory as plain transformers sees it: files, tokenizer, model and scores.
 
-Each part is read when it is first used. hafrm's engine takes no part, so these scores are what any
-consumer gets. No code of the directory is run and no pickle is read.
+hafrm's engine takes no part, so these scores are any consumer's. No code of the directory is run and no
+pickle is read.
 """
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,15 +22,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hafrm.errors import ModelError
 from hafrm.export.golden import GoldenLine
 
+log = logging.getLogger("hafrm")
+
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: a padded batch of a deep model against one text at a time."""
 BATCH_SIZE = 16
 """Texts that are scored in one padded batch; the checklist scores as many."""
 Side = Literal["left", "right"]
-
-
 _TURNS = (
-    ("What is the capital of France?", "The capital of France is Paris."),
     ("Say yes.", "No."),
     ("Name three trees.", "Oak, lime and beech.\n\nShall I name more?", "Yes.", "Elm, ash."),
     ("Was heißt « déjà vu » auf Deutsch?", "„Schon gesehen“ – ein Gefühl, als …"),
@@ -44,20 +44,24 @@ PROBES = tuple(
 
 
 def proof_bytes(num_weights: int) -> int:
-    """Free GPU memory that a model needs in float32, with its activations for one batch."""
+    """GPU memory that a model needs in float32, with its activations for one batch."""
     return int(1.3 * 4 * num_weights) + 2**31
+
+
+def device_for(num_weights: int) -> torch.device:
+    """The GPU if the model fits into its free memory in float32, else the CPU."""
+    if torch.cuda.is_available():
+        needed, free = proof_bytes(num_weights), torch.cuda.mem_get_info()[0]
+        if needed <= free:
+            return torch.device("cuda")
+        sizes = f"float32 takes {needed / 2**30:.1f} GiB, the GPU has {free / 2**30:.1f} GiB free"
+        log.info("the golden scores are computed on the CPU: %s", sizes)
+    return torch.device("cpu")
 
 
 def largest_difference(values: Float[Tensor, " texts"], expected: Float[Tensor, " texts"]) -> float:
     """The largest difference, relative to max(1, |expected|)."""
     return float(((values - expected).abs() / expected.abs().clamp(min=1.0)).max())
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a weights file; its dtype in safetensors' notation, such as BF16."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Finding(NamedTuple):
@@ -70,10 +74,8 @@ class Finding(NamedTuple):
 class GoldenReplay(NamedTuple):
     """What replaying golden scores gave."""
 
-    differences: dict[str, float]
-    """The largest, by the way of scoring: alone, right, left (padding)."""
-    faults: list[str]
-    """Why the scores cannot be compared."""
+    differences: dict[str, float]  # the largest, by the way of scoring: alone, padded right or left
+    faults: list[str]  # why the scores cannot be compared
 
 
 class PlainModel:
@@ -88,12 +90,7 @@ class PlainModel:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        return self._json("config.json")
-
-    @cached_property
-    def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json."""
-        return self._json("tokenizer_config.json")
+        return self.read_json("config.json")
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -102,18 +99,17 @@ class PlainModel:
         return nested if isinstance(nested, Mapping) else self.config
 
     @cached_property
-    def weights(self) -> dict[str, StoredTensor]:
-        """Every tensor in the safetensors files, by name, without its values."""
-        tensors: dict[str, StoredTensor] = {}
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor in the safetensors files, by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(self.path.glob("*.safetensors")):
             try:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - no mapping
-                        part = opened.get_slice(name)
-                        tensors[name] = StoredTensor(part.get_dtype(), tuple(part.get_shape()))
+                        shapes[name] = tuple(opened.get_slice(name).get_shape())
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file} is damaged: {error}") from error
-        return tensors
+        return shapes
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -123,50 +119,55 @@ class PlainModel:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"AutoTokenizer cannot load it: {error}") from error
 
+    @property
+    def ends(self) -> set[int]:
+        """Every id that the directory's files name as EOS."""
+        ends = {self.tokenizer.eos_token_id}
+        for config in (self.config, self.text_config):
+            eos = config.get("eos_token_id")
+            ends |= set(eos) if isinstance(eos, list) else {eos}
+        return {int(end) for end in ends if end is not None}
+
     @cached_property
     def loaded(self) -> tuple[Any, Mapping[str, Any]]:
         """The classifier in float32, and transformers' report on missing and unexpected weights."""
-        options = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        load = partial(load, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
         try:
             if self.is_adapter:
-                model, info = self._with_adapter(), {}
+                model, info = self._with_adapter(load), {}
             else:
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    self.path, dtype=torch.float32, **options
-                )
+                model, info = load(self.path, output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(
-                f"AutoModelForSequenceClassification cannot load it: {error}"
-            ) from error
-        return model.eval().to(device_for(model)), info
+            raise ModelError(f"transformers cannot load the classifier: {error}") from error
+        return model.eval().to(device_for(sum(p.numel() for p in model.parameters()))), info
 
-    def _with_adapter(self) -> Any:
+    def _with_adapter(self, load: Callable[..., Any]) -> Any:
         from peft import PeftConfig, PeftModel  # noqa: PLC0415 - heavy, and only for adapters
 
         adapter = PeftConfig.from_pretrained(str(self.path))
-        base = AutoModelForSequenceClassification.from_pretrained(
-            adapter.base_model_name_or_path,
-            revision=adapter.revision,
-            num_labels=1,
-            dtype=torch.float32,
-        )
+        base = load(adapter.base_model_name_or_path, revision=adapter.revision, num_labels=1)
         # An adapter cannot carry the pad id, which the classifier needs to find the last token.
         base.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return PeftModel.from_pretrained(base, str(self.path))
 
     def render(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> str:
         """A conversation as text, by the directory's chat template or another one."""
-        options = {"chat_template": template, "tokenize": False}
+        render, turns = self.tokenizer.apply_chat_template, [*map(dict, messages)]
         try:
-            return str(self.tokenizer.apply_chat_template([*map(dict, messages)], **options))
+            return str(render(turns, chat_template=template, tokenize=False))
         except (TemplateError, ValueError, TypeError) as error:
             raise ModelError(f"the chat template cannot render a conversation: {error}") from error
 
     @cached_property
+    def golden_texts(self) -> list[str]:
+        """The golden conversations, rendered."""
+        return [self.render(g.messages) if g.messages else str(g.text) for g in self.golden]
+
+    @property
     def texts(self) -> list[str]:
-        """The conversations that are scored, rendered: golden ones, or PROBES."""
-        golden = [self._render_golden(line) for line in self.golden[:BATCH_SIZE]]
-        return golden or [self.render(probe) for probe in PROBES]
+        """The conversations that are scored, rendered: some golden ones, or PROBES."""
+        return self.golden_texts[:BATCH_SIZE] or [self.render(probe) for probe in PROBES]
 
     @cached_property
     def alone(self) -> Float[Tensor, " texts"]:
@@ -200,7 +201,7 @@ class PlainModel:
 
     def replay(self, sides: Sequence[Side] = ()) -> GoldenReplay:
         """Score the golden conversations one at a time, and in batches padded on each of `sides`."""
-        texts = [self._render_golden(line) for line in self.golden]
+        texts = self.golden_texts
         for text, line in zip(texts, self.golden, strict=True):
             if line.input_ids and tuple(self.ids(text)) != line.input_ids:
                 return GoldenReplay({}, [f"the template gives other ids for ...{text[-40:]!r}"])
@@ -209,38 +210,18 @@ class PlainModel:
             batches = (texts[i : i + BATCH_SIZE] for i in range(0, len(texts), BATCH_SIZE))
             scores[side] = torch.cat([self.score(batch, side) for batch in batches])
         expected = torch.tensor([line.reward for line in self.golden])
-        return GoldenReplay(
-            {name: largest_difference(values, expected) for name, values in scores.items()}, []
-        )
-
-    def _render_golden(self, line: GoldenLine) -> str:
-        return self.render(line.messages) if line.messages else str(line.text)
+        return GoldenReplay({k: largest_difference(v, expected) for k, v in scores.items()}, [])
 
     def _batch(self, texts: Sequence[str], side: Side) -> dict[str, Tensor]:
-        batch = self.tokenizer(
-            list(texts),
-            return_tensors="pt",
-            padding=len(texts) > 1,
-            padding_side=side,
-            add_special_tokens=False,
-        )
+        options = {"return_tensors": "pt", "padding": len(texts) > 1, "padding_side": side}
+        batch = self.tokenizer(list(texts), add_special_tokens=False, **options)
         device = self.loaded[0].device
         return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
         """The object in a file of the directory; empty without such a file."""
         file = self.path / name
         try:
-            content = json.loads(file.read_bytes()) if file.is_file() else {}
-        except ValueError as error:
-            raise ModelError(f"{file} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ModelError(f"{file} holds no JSON object")
-        return content
-
-
-def device_for(model: Any) -> torch.device:
-    """The GPU if the model fits into its free memory, else the CPU."""
-    needed = proof_bytes(sum(p.numel() for p in model.parameters()))
-    fits = torch.cuda.is_available() and needed <= torch.cuda.mem_get_info()[0]
-    return torch.device("cuda" if fits else "cpu")
+            return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{file} holds no JSON object: {error}") from error

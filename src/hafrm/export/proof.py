@@ -1,12 +1,10 @@
 """Proof that exported directories give every consumer our scores.
 
-For a reward model, `write_golden` records conversations, ids and float32 rewards, and `check_golden`
-replays them with plain transformers in a fresh process. For a policy, `check_policy` compares log-probs
-with plain transformers in this process. `prove` renames an export once it has passed.
+For a reward model, `write_golden` records conversations, ids and rewards, and `check_golden` replays them
+with plain transformers in a fresh process. For a policy, `check_policy` compares log-probs in this process.
 """
 
 import json
-import logging
 import math
 import os
 import subprocess
@@ -23,53 +21,33 @@ from hafrm.atomic import atomic_write
 from hafrm.engine.packing import free_memory
 from hafrm.errors import NumericsError, VerificationError
 from hafrm.export.golden import GOLDEN
-from hafrm.export.plain_model import TOLERANCE, PlainModel, proof_bytes
+from hafrm.export.plain_model import TOLERANCE, PlainModel, device_for
 from hafrm.preferences import Group, Message
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.scoring.loading import load_encoder, load_policy
 from hafrm.scoring.reward_model import MAX_TOKENS_CPU, RewardModel
 
-log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
-PLAIN = Group(
-    id="plain",
-    prompt=(Message("user", "What is the capital of France?"),),
-    responses=("The capital of France is Paris.", "No."),
-)
+_QUESTION = (Message("user", "What is the capital of France?"),)
+PLAIN = Group("plain", _QUESTION, ("The capital of France is Paris.", "No."))
 """Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
 
 
 def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: str) -> T:
-    """What `check` returns for an export, which is renamed to `directory` if it passes.
+    """What `check` returns for an export, which is renamed to `directory` if it passes, and else stays.
 
-    Otherwise it stays. Raises VerificationError for what `check` raises; `again` says how to repeat it.
+    Raises VerificationError for whatever `check` raises; `again` says how to repeat it.
     """
     try:
         result = check(unverified)
-    except (
-        Exception
-    ) as error:  # whatever a consumer's library raises: the training must not be lost
+    # whatever a consumer's library raises: the training must not be lost
+    except Exception as error:
         raise VerificationError(
             f"the export is not verified: {error}. It is complete and kept as {unverified}; {again}"
         ) from error
     unverified.rename(directory)
     return result
-
-
-def proof_device(directory: Path) -> torch.device:
-    """The device for an export in float32: the GPU if weights and activations fit into its free memory,
-    else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    free_memory()
-    shapes = [tensor.shape for tensor in PlainModel(directory).weights.values()]
-    needed, free = proof_bytes(sum(map(math.prod, shapes))), torch.cuda.mem_get_info()[0]
-    if needed <= free:
-        return torch.device("cuda")
-    sizes = f"float32 takes {needed / 2**30:.1f} GiB, the GPU has {free / 2**30:.1f} GiB free"
-    log.info("the golden scores are computed on the CPU: %s", sizes)
-    return torch.device("cpu")
 
 
 def num_threads() -> int:
@@ -81,17 +59,15 @@ def num_threads() -> int:
 
 
 def write_golden(directory: Path, groups: Sequence[Group]) -> int:
-    """Score every response of `groups` with the exported weights and record what consumers must get.
+    """Score every response of `groups` with the exported weights; returns the number of golden lines.
 
     Conversations with special tokens in their text, and those cut, are left out, because a consumer that
-    renders and tokenizes them gets other ids. Returns the number of lines.
-
-    Raises NumericsError when consumers get other ids for all of them.
+    renders and tokenizes them gets other ids. Raises NumericsError when that leaves none.
     """
     torch.set_num_threads(num_threads())
-    model = RewardModel.from_pretrained(
-        directory, dtype=torch.float32, device=proof_device(directory)
-    )
+    free_memory()
+    device = device_for(sum(map(math.prod, PlainModel(directory).weights.values())))
+    model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
     tokenizer = model.encoder.tokenizer
     groups = [*groups, PLAIN]
     encoded, _ = model.encoder.encode(groups)
@@ -110,8 +86,8 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
             lines.append(json.dumps(line) + "\n")
     if not lines:
         raise NumericsError(
-            f"{directory}: rendering with its chat template and tokenizing gives other ids than training "
-            "used in every conversation; fix the tokenizer or its template"
+            f"{directory}: rendered and tokenized, every conversation gets other ids than in training; fix "
+            "the tokenizer or its template"
         )
     atomic_write(directory / GOLDEN, "".join(lines))
     return len(lines)
@@ -120,12 +96,10 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
 def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Largest differences of plain transformers' scores, alone and padded right and left.
 
-    Raises NumericsError when they exceed the tolerance, and when ids, labels, weights or settings would
-    give a consumer other scores.
+    Raises NumericsError when they exceed the tolerance, or the directory gives consumers other scores.
     """
     # -P: modules of the current directory must not be imported
-    command = [sys.executable, "-P", "-m", "hafrm.export.checklist"]
-    command += [str(directory), str(tolerance)]
+    command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     free_memory()
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -150,8 +124,7 @@ def check_policy(
 ) -> tuple[int, float]:
     """Number of responses whose log-probs plain transformers reproduces, and the largest difference.
 
-    It is relative to max(1, |log-prob|), in float32 whatever dtype the weights are stored in. Raises
-    NumericsError for a larger one, ModelError for a directory that is not a complete causal LM.
+    It is relative to max(1, |log-prob|), in float32. Raises NumericsError beyond the tolerance.
     """
     model = load_policy(directory, dtype=torch.float32, device="cpu")
     encoder = load_encoder(directory, model.backbone.config, None)
@@ -171,7 +144,7 @@ def check_policy(
     difference = float((np.abs(logps - plain) / np.maximum(1.0, np.abs(plain))).max())
     if not difference <= tolerance:  # True for NaN
         raise NumericsError(
-            f"{directory} gives plain transformers other log-probs than hafrm: they differ by "
-            f"{difference:.2g} (tolerated {tolerance:g})"
+            f"log-probs of {directory} differ from plain transformers' by {difference:.2g} (tolerated "
+            f"{tolerance:g})"
         )
     return len(expected), difference

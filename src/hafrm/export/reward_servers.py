@@ -1,23 +1,22 @@
 """Replay golden scores on a running reward server: vLLM, SGLang or OpenRLHF, over HTTP.
 
 `PROTOCOLS` follows vLLM's pooling entrypoints, SGLang's native /classify and OpenRLHF's serve_rm. The text
-is the whole conversation, rendered by the exported template with its special tokens; the server must
-neither add a second BOS nor apply a sigmoid. torch is not loaded: a machine without it can verify a server.
+is the whole conversation, rendered. torch is not loaded: a machine without it can verify a server.
 """
 
 import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from hafrm.errors import ConfigError, DataError, ServerError
+from hafrm.errors import DataError, ServerError
 from hafrm.export.golden import read_golden
 from hafrm.table import Column, Table
 
@@ -32,54 +31,39 @@ class OtherProtocolError(ServerError):
     """The server does not know the path or the request, or its answer has another form."""
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """One way to request rewards."""
 
     name: str
     path: str
-    request: Callable[[Sequence[str], dict[str, Any]], dict[str, Any]]
-    """The body for rendered conversations; the second argument names the model, if the server does."""
+    request: Callable[[list[str]], dict[str, Any]]
+    """The body for rendered conversations."""
     rewards: Callable[[Any], list[Any]]
     """A reward for each text, perhaps in a list of its own; KeyError or TypeError for another answer."""
-    adds_bos: bool = False
-    """Whether the server always tokenizes with added special tokens."""
 
 
-def _vllm_request(texts: Sequence[str], model: dict[str, Any]) -> dict[str, Any]:
-    return {**model, "input": list(texts), "use_activation": False, "add_special_tokens": False}
+def _vllm(texts: list[str]) -> dict[str, Any]:
+    return {"input": texts, "use_activation": False, "add_special_tokens": False}
 
 
-def _in_order(answer: Any, key: str) -> list[Any]:
+def _sorted(answer: Any, key: str) -> list[Any]:
     return [row[key] for row in sorted(answer["data"], key=lambda row: row["index"])]
 
 
+def _embeddings(answer: Any) -> list[Any]:
+    # a single text is answered by an object instead of a list
+    return [row["embedding"] for row in (answer if isinstance(answer, list) else [answer])]
+
+
+def _openrlhf(texts: list[str]) -> dict[str, Any]:
+    return {"query": texts, "prompts": [""] * len(texts), "labels": [""] * len(texts)}
+
+
 PROTOCOLS = (
-    Protocol("vllm-classify", "/classify", _vllm_request, lambda a: _in_order(a, "probs")),
-    Protocol(
-        "sglang-classify",
-        "/classify",
-        lambda texts, model: {**model, "text": list(texts)},
-        # a single text is answered by an object instead of a list
-        lambda a: [row["embedding"] for row in (a if isinstance(a, list) else [a])],
-        adds_bos=True,
-    ),
-    Protocol(
-        "vllm-pooling",
-        "/pooling",
-        lambda texts, model: {**_vllm_request(texts, model), "encoding_format": "float"},
-        lambda a: _in_order(a, "data"),
-    ),
-    Protocol(
-        "openrlhf",
-        "/get_reward",
-        lambda texts, _: {
-            "query": [*texts],
-            "prompts": [""] * len(texts),
-            "labels": [""] * len(texts),
-        },
-        lambda a: list(a["rewards"]),
-    ),
+    Protocol("vllm-classify", "/classify", _vllm, lambda answer: _sorted(answer, "probs")),
+    Protocol("sglang-classify", "/classify", lambda t: {"text": t}, _embeddings),
+    Protocol("vllm-pooling", "/pooling", _vllm, lambda answer: _sorted(answer, "data")),
+    Protocol("openrlhf", "/get_reward", _openrlhf, lambda answer: list(answer["rewards"])),
 )
 """In the order in which a server is tried."""
 
@@ -91,18 +75,14 @@ class ServerReplay:
     ok: bool
     url: str
     protocol: str
-    num: int
-    """Conversations."""
-    difference: float
-    """The largest to a golden reward, relative to max(1, |reward|); `worst` ends its conversation."""
-    batch_difference: float
-    """The largest between a text alone and in a batch."""
-    worst: str
+    num: int  # conversations
+    difference: float  # the largest to a golden reward, relative to max(1, |reward|)
+    batch_difference: float  # the largest between a text alone and in a batch
+    worst: str  # the end of the conversation with the largest difference
     expected: float
     got: float
     tolerance: float
-    suspicion: str
-    """A known mistake that the differences look like; empty if none does."""
+    suspicion: str  # a known mistake that the differences look like; empty if none does
 
     def tables(self) -> tuple[Table, ...]:
         """Protocol, differences, and where they are largest."""
@@ -115,10 +95,8 @@ class ServerReplay:
         ]
         if not self.ok:
             rows.append(("where", f"{self.got:.5g} instead of {self.expected:.5g}: …{self.worst}"))
-        verdict = "the server gives the exported scores"
-        if not self.ok:
-            verdict = "the server does NOT give the exported scores"
-            verdict += f"; {self.suspicion}" if self.suspicion else ""
+        verdict = f"the server {'gives' if self.ok else 'does NOT give'} the exported scores"
+        verdict += f"; {self.suspicion}" if self.suspicion else ""
         return (Table(self.url, (Column(""), Column("")), tuple(rows), (verdict,)),)
 
 
@@ -127,11 +105,9 @@ def verify_server(
 ) -> ServerReplay:
     """Send every golden conversation to a server, alone and in a batch, and compare the rewards.
 
-    A `url` that ends in a protocol's path tries no other path. Raises ConfigError for a URL that is none,
-    DataError for a golden file without rendered texts, ServerError for a server without answers.
+    A `url` that ends in a protocol's path tries no other path. Raises DataError for a golden file without
+    rendered texts, ServerError for a server without answers.
     """
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"a server's address begins with http:// or https://, got {url}")
     lines = read_golden(golden)
     texts = [line.text for line in lines if line.text is not None]
     if len(texts) < len(lines):
@@ -144,9 +120,10 @@ def verify_server(
     except (OtherProtocolError, KeyError, IndexError, TypeError):
         model = {}  # only vLLM and SGLang name theirs
 
-    def ask(protocol: Protocol, texts: Sequence[str]) -> list[float]:
-        answer = _request(base + protocol.path, api_key, protocol.request(texts, model))
-        return _read_rewards(protocol, answer, len(texts), base)
+    def ask(protocol: Protocol, texts: list[str]) -> list[float]:
+        where = base + protocol.path
+        answer = _request(where, api_key, model | protocol.request(texts))
+        return _read_rewards(protocol, answer, len(texts), where)
 
     reasons = []
     for protocol in (protocol for protocol in PROTOCOLS if path in ("", protocol.path)):
@@ -157,8 +134,6 @@ def verify_server(
             reasons.append(f"\n  {protocol.name}: {error}")
     else:
         raise ServerError(f"{base} speaks no protocol that hafrm knows. Tried:{''.join(reasons)}")
-    if protocol.adds_bos and (bos := _automatic_bos(golden)):
-        texts = [text.removeprefix(bos) for text in texts]
     # Alone and in a batch, because servers differ in batching (sglang#2427).
     alone = [ask(protocol, [text])[0] for text in texts]
     batches = (texts[i : i + _BATCH_SIZE] for i in range(0, len(texts), _BATCH_SIZE))
@@ -179,39 +154,20 @@ def verify_server(
         expected=float(expected[worst]),
         got=float(got[way, worst]),
         tolerance=tolerance,
-        suspicion=_suspicion(expected, got[0], tolerance),
+        suspicion="" if largest <= tolerance else _suspicion(expected, got[0], tolerance),
     )
 
 
-def _automatic_bos(golden: Path) -> str:
-    """The BOS that a server adds because the tokenizer beside the golden file does."""
-    file = (golden if golden.is_dir() else golden.parent) / "tokenizer_config.json"
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
-    bos = config.get("bos_token") if config.get("add_bos_token") else None
-    return str(bos["content"] if isinstance(bos, dict) else bos or "")
-
-
-def _read_rewards(protocol: Protocol, answer: Any, num: int, base: str) -> list[float]:
-    where = f"{base}{protocol.path}"
+def _read_rewards(protocol: Protocol, answer: Any, num: int, where: str) -> list[float]:
     try:
-        values = protocol.rewards(answer)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise OtherProtocolError(f"{where} gives an answer of another form: {error!r}") from error
-    if len(values) != num:
-        raise OtherProtocolError(f"{where} gives {len(values)} rewards for {num} texts")
-    rewards = []
-    for value in values:
-        while isinstance(value, list) and len(value) == 1:
-            value = value[0]  # noqa: PLW2901 - unwrapped
-        if isinstance(value, list):
-            raise OtherProtocolError(
-                f"{where} gives {len(value)} numbers for a text, but a reward model gives one: the server "
-                "returns embeddings, or has several labels"
-            )
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise OtherProtocolError(f"{where} gives {value!r} instead of a reward")
-        rewards.append(float(value))
-    return rewards
+        # a number for each text, or a list of one
+        rewards = np.array(protocol.rewards(answer), dtype=np.float64).reshape(num)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise OtherProtocolError(
+            f"{where} does not give one reward for each of {num} texts: {error!r}; it may return "
+            "embeddings, or have several labels"
+        ) from error
+    return [float(reward) for reward in rewards]
 
 
 def _request(url: str, api_key: str | None, body: Mapping[str, Any] | None = None) -> Any:
@@ -220,10 +176,10 @@ def _request(url: str, api_key: str | None, body: Mapping[str, Any] | None = Non
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)  # noqa: S310 - the scheme was checked
+    request = urllib.request.Request(url, data, headers)  # noqa: S310 - the caller gives http
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # noqa: S310
-            content = answer.read()
+            return json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
             details = " ".join(error.read().decode("utf-8", "replace").split())[:300]
@@ -232,21 +188,16 @@ def _request(url: str, api_key: str | None, body: Mapping[str, Any] | None = Non
         is_other = error.code in (400, 404, 405, 415, 422, 500, 501)
         kind = OtherProtocolError if is_other else ServerError
         raise kind(f"{url} answers {error.code} {error.reason}{hint} | {details}") from error
-    except (OSError, http.client.HTTPException) as error:  # a time-out too
-        reason = getattr(error, "reason", None) or error
-        raise ServerError(f"{url} gives no answer: {reason}; is the server up?") from error
-    try:
-        return json.loads(content)
     except ValueError as error:
-        raise OtherProtocolError(f"{url} does not answer JSON: {content[:300]!r}") from error
+        raise OtherProtocolError(f"{url} does not answer JSON: {error}") from error
+    except (OSError, http.client.HTTPException) as error:  # a time-out too
+        raise ServerError(f"{url} gives no answer: {error}; is the server up?") from error
 
 
 def _suspicion(
     expected: Float[np.ndarray, " texts"], got: Float[np.ndarray, " texts"], tolerance: float
 ) -> str:
-    """The known mistake of servers that the rewards look like."""
-    if (np.abs(got - expected) <= tolerance * np.maximum(1.0, np.abs(expected))).all():
-        return ""
+    """The known mistake of servers that wrong rewards look like."""
     if (got == 1.0).all():
         return "every reward is 1: a softmax over one label (SGLang's /v1/classify does that)"
     sigmoids = 1.0 / (1.0 + np.exp(-np.maximum(expected, -700.0)))  # exp overflows above 709

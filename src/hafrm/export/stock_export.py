@@ -1,17 +1,15 @@
 """Write a trained model as stock directories that every consumer loads without our code.
 
-`reward/` is a `<X>ForSequenceClassification` with one label, `problem_type: regression` (otherwise servers
-apply a sigmoid) and a `score` without bias; `policy/` is a `<X>ForCausalLM`. LoRA is merged in float32, or
-written as a PEFT adapter for consumers that load adapters. All have the tokenizer with the closed chat
-template of training. The two are never one file, because vLLM refuses unknown weights.
+`reward/` is a `<X>ForSequenceClassification` with one label and a `score` without bias; `policy/` is a
+`<X>ForCausalLM`. LoRA is merged in float32, or written as a PEFT adapter. All have the tokenizer with the
+closed chat template of training. The two are never one file, because vLLM refuses unknown weights.
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,14 +61,14 @@ def export_reward(
 ) -> None:
     """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias.
 
-    Raises ModelError if there is no reward head, or transformers has no classifier of this kind.
+    Raises ModelError if transformers has no classifier of this kind, or it cannot hold the model.
     """
     if not weights.reward_head:
         raise ModelError("this model has no reward head to export; export its policy instead")
     config = copy.deepcopy(weights.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
-    config.problem_type = "regression"
+    config.problem_type = "regression"  # or servers apply a sigmoid
     stock = _stock(AutoModelForSequenceClassification, config, encoder, dtype)
     head = {f"score.{name}": value for name, value in weights.reward_head.items()}
     _write(stock, weights.backbone, head, encoder, directory)
@@ -79,10 +77,7 @@ def export_reward(
 def export_policy(
     weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock causal LM: backbone and retained LM head.
-
-    Raises ModelError if there is no policy head.
-    """
+    """Write the stock causal LM: backbone and retained LM head."""
     if not weights.policy_head:
         raise ModelError("this model has no policy head to export; export its reward model instead")
     stock = _stock(AutoModelForCausalLM, copy.deepcopy(weights.config), encoder, dtype)
@@ -92,22 +87,14 @@ def export_policy(
     _write(stock, weights.backbone, head, encoder, directory)
 
 
-class Base(NamedTuple):
-    """The checkpoint that an adapter belongs to."""
-
-    path: str
-    revision: str | None
-
-
-def export_adapter(model: HybridModel, encoder: Encoder, directory: Path, base: Base) -> None:
+def export_adapter(
+    model: HybridModel, encoder: Encoder, directory: Path, base: str, revision: str | None
+) -> None:
     """Write the reward model's adapters and head in float32, as PEFT loads them, and the tokenizer.
 
-    Raises ModelError for a model without adapters or without a reward head.
+    `base` is the checkpoint that they belong to.
     """
     layers = {n: m for n, m in model.backbone.named_modules() if isinstance(m, LoraLayer)}
-    if not layers or model.reward_head is None:
-        what = "adapters" if not layers else "reward head"
-        raise ModelError(f"this model has no {what} to export; export its whole weights")
     weights = {
         f"{model.backbone.base_model_prefix}.{name}.{part}.weight": getattr(layer, part)[_ADAPTER]
         for name, layer in layers.items()
@@ -123,22 +110,17 @@ def export_adapter(model: HybridModel, encoder: Encoder, directory: Path, base: 
     config = LoraConfig(
         r=one.r[_ADAPTER],
         lora_alpha=one.lora_alpha[_ADAPTER],
-        target_modules=_targets(model.backbone, layers),
-        lora_dropout=0.0,
-        bias="none",
         fan_in_fan_out=bool(getattr(one, "fan_in_fan_out", False)),
         task_type="SEQ_CLS",
         modules_to_save=["score"],
-        base_model_name_or_path=base.path,
-        revision=base.revision,
+        base_model_name_or_path=base,
+        revision=revision,
         inference_mode=True,
     )
+    # set here: the constructor makes a set of it, which is written in varying order
+    config.target_modules = _targets(model.backbone, layers)
     with atomic_directory(directory) as aside:
         config.save_pretrained(str(aside))
-        file = aside / "adapter_config.json"
-        content = json.loads(file.read_bytes())
-        content["target_modules"].sort()  # PEFT writes a set, in varying order
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         encoder.export_tokenizer(aside)
         write_for_older_readers(aside)
@@ -173,17 +155,14 @@ def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 def _stock(
     auto: Any, config: PretrainedConfig, encoder: Encoder, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The stock class with this config, on the meta device."""
     config.dtype = dtype
     config.pad_token_id, config.eos_token_id = encoder.pad_id, encoder.eos_id
     try:
         with torch.device("meta"):
-            stock: PreTrainedModel = auto.from_config(config, dtype=dtype)
+            return cast("PreTrainedModel", auto.from_config(config, dtype=dtype))
     except ValueError as error:
-        raise ModelError(
-            f"transformers has no {auto.__name__} for {type(config).__name__}"
-        ) from error
-    return stock
+        name = type(config).__name__
+        raise ModelError(f"transformers has no {auto.__name__} for {name}") from error
 
 
 def _write(
@@ -193,7 +172,6 @@ def _write(
     encoder: Encoder,
     directory: Path,
 ) -> None:
-    """Put the weights into the stock class and save it, completely or not at all."""
     prefix, dtype = stock.base_model_prefix, stock.dtype
     state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
     state |= {name: value.to(dtype) for name, value in head.items()}

@@ -1,17 +1,17 @@
 """Run a model over many groups without gradients: rewards and log-probs of every response.
 
-The one inference path: reference log-probs, validation, evaluation and scoring all use it, laid out and
-packed as in training. Groups with the same prompt ids share one layout, wherever they come from, and one
-too large for a packed sequence is split. The longest sequences run first, so memory peaks at the start;
-results are in the order of the input.
+The one inference path: reference log-probs, validation, evaluation and scoring all use it. Groups with the
+same prompt ids share one layout, and one too large for a packed sequence is split. The longest sequences
+run first, so memory peaks at the start; results are in the order of the input.
 """
 
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -44,10 +44,8 @@ class Scores:
 
     rewards: NDArray[np.float32] | None
     logps: NDArray[np.float32] | None
-    lengths: NDArray[np.int64]
-    """Tokens of each response, EOS included."""
-    first: NDArray[np.int64]
-    """Index of each group's first response."""
+    lengths: NDArray[np.int64]  # tokens of each response, EOS included
+    first: NDArray[np.int64]  # index of each group's first response
 
 
 class IndexedGroup(NamedTuple):
@@ -55,6 +53,9 @@ class IndexedGroup(NamedTuple):
 
     group: TokenizedGroup
     indices: list[int]
+
+
+_Run = Callable[[list[IndexedGroup]], PerResponse]
 
 
 def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
@@ -73,21 +74,18 @@ def run_forward(  # noqa: PLR0913
     on_progress: OnProgress = no_progress,
     part: tuple[int, int] = (0, 1),
 ) -> Scores:
-    """Scores of all responses, from packed sequences of up to `max_tokens` tokens.
+    """Scores of all responses, from packed sequences of up to `max_tokens` tokens, `threads` at a time.
 
-    `threads` sequences run at a time. Several threads are for a CPU that this process has to itself: there
-    they beat one sequence on all cores (docs/scoring.md). `on_progress` counts responses. `part` = (i, n)
-    runs every n-th sequence, and leaves the scores of the others 0.
-    Raises NumericsError for a score that is not finite, except for a part.
+    `on_progress` counts responses. `part` = (i, n) runs every n-th sequence, and leaves the scores of the
+    others 0. Raises NumericsError for a score that is not finite, except for a part.
     """
     lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
     rewards, logps = (np.zeros(len(lengths), np.float32) for _ in range(2))
 
     def run(layout: Layout) -> Outputs:
-        half = contextlib.nullcontext()
-        device = model.device
-        with torch.no_grad(), half if autocast is None else torch.autocast(device.type, autocast):
-            outputs: Outputs = model(layout.to(device))
+        half = torch.autocast(model.device.type, autocast) if autocast else nullcontext()
+        with torch.no_grad(), half:
+            outputs: Outputs = model(layout.to(model.device))
         return outputs
 
     # One rank of a sharded model cannot run more forwards than the others.
@@ -121,19 +119,17 @@ def run_sequences(
     part: tuple[int, int] = (0, 1),
     halve: bool = True,
 ) -> Iterator[tuple[NDArray[np.int64], PerResponse]]:
-    """(indices of responses, what `run` returns for them) of every packed sequence.
+    """(indices of responses, what `run` returns for them) of every packed sequence, or of a `part`.
 
-    `part` = (i, n) takes every n-th sequence from the i-th on.
-    Raises MemoryBudgetError for a single response that does not fit into memory, and without `halve` for
-    any sequence.
+    Raises MemoryBudgetError for a single response, or without `halve` a sequence, that does not fit.
     """
     shared = share_prompts(groups, max_tokens)
     plan = plan_sequences([item.group for item in shared], max_tokens)
     sequences = [[shared[i] for i in members] for members in plan]
     index, num_parts = part
     mine = sequences[index::num_parts]
-    # All ranks must run equally many forwards, because each gathers shards: a rank with one sequence less
-    # runs the shortest group again and drops the result.
+    # All ranks must run equally many forwards, because each one gathers shards: a rank with one sequence
+    # less runs the shortest group again and drops the result.
     is_short = len(mine) < -(-len(sequences) // num_parts)
     filler = [[min(shared, key=lambda item: item.group.num_tokens)]] if is_short else []
     outputs = iter(_map(lambda s: _run_or_halve(run, s, halve), [*mine, *filler], threads))
@@ -156,33 +152,22 @@ def _run_or_halve(
     # Outside the handler the exception is gone, and with it the tensors of the failed forward.
     free_memory()
     tokens = sum(item.group.num_tokens for item in sequence)
-    if not halve:
-        raise MemoryBudgetError(
-            f"a sequence of {tokens} tokens does not fit into memory ({what}), and a sharded model cannot "
-            "run it in halves; lower training.max_tokens"
-        )
-    if len(sequence) == 1 and len(sequence[0].indices) == 1:
-        raise MemoryBudgetError(
-            f"a single response of {tokens} tokens (with its prompt) does not fit into memory ({what}); "
-            "load the model in bfloat16, or set a smaller max_length"
-        )
+    if not halve or len(sequence) == len(sequence[0].indices) == 1:
+        fix = "load the model in bfloat16, or set a smaller max_length"
+        fix = fix if halve else "lower training.max_tokens"
+        raise MemoryBudgetError(f"{tokens} tokens do not fit into memory ({what}); {fix}")
     log.warning("a sequence of %d tokens ran out of memory (%s); running two halves", tokens, what)
-    first, second = (_run_or_halve(run, half, halve) for half in _halves(sequence))
+    if len(sequence) == 1:  # one prompt: split between its responses, else between prompts
+        group, indices = sequence[0]
+        ids, cut = group.response_ids, len(indices) // 2
+        parts = ((ids[:cut], indices[:cut]), (ids[cut:], indices[cut:]))
+        sequence = [IndexedGroup(replace(group, response_ids=i), where) for i, where in parts]
+    cut = len(sequence) // 2
+    first, second = (_run_or_halve(run, half, halve) for half in (sequence[:cut], sequence[cut:]))
     return tuple(
         None if a is None or b is None else torch.cat([a, b])
         for a, b in zip(first, second, strict=True)
     )
-
-
-def _halves(sequence: list[IndexedGroup]) -> tuple[list[IndexedGroup], list[IndexedGroup]]:
-    """The same responses in the same order, split between two prompts or two responses of one prompt."""
-    if len(sequence) > 1:
-        return sequence[: len(sequence) // 2], sequence[len(sequence) // 2 :]
-    group, indices = sequence[0]
-    ids, cut = group.response_ids, len(indices) // 2
-    first = IndexedGroup(replace(group, response_ids=ids[:cut]), indices[:cut])
-    second = IndexedGroup(replace(group, response_ids=ids[cut:]), indices[cut:])
-    return [first], [second]
 
 
 def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
@@ -198,16 +183,13 @@ def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[li
 
 
 def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGroup]:
-    """All responses grouped by their prompt's ids, split so that each group fits into `max_tokens`; a
-    single response that is longer stays whole."""
+    """All responses grouped by their prompt's ids, split to fit into `max_tokens` as far as possible."""
     by_prompt: dict[bytes, tuple[NDArray[np.int32], list[_Response]]] = {}
-    index = 0
+    index = count()
     for group in groups:
         prompt = np.asarray(group.prompt_ids, np.int32)  # one dtype: bytes are the key
         _, responses = by_prompt.setdefault(prompt.tobytes(), (prompt, []))
-        for ids in group.response_ids:
-            responses.append((index, ids))
-            index += 1
+        responses += [(next(index), ids) for ids in group.response_ids]
     return [
         IndexedGroup(TokenizedGroup(prompt, tuple(ids for _, ids in part)), [i for i, _ in part])
         for prompt, responses in by_prompt.values()
@@ -228,23 +210,16 @@ def _split(responses: list[_Response], room: int) -> Iterator[list[_Response]]:
     yield part
 
 
-def _map(
-    run: Callable[[list[IndexedGroup]], PerResponse],
-    sequences: list[list[IndexedGroup]],
-    threads: int,
-) -> Iterable[PerResponse]:
-    """`run` of every sequence, in order, on as many threads as there are sequences for."""
-    # torch releases the GIL inside its kernels, so threads share one copy of the weights
+def _map(run: _Run, sequences: list[list[IndexedGroup]], threads: int) -> Iterable[PerResponse]:
+    # on a CPU a thread per sequence beats all threads on one (docs/scoring.md); torch releases the GIL
+    # inside its kernels, so threads share one copy of the weights
     workers = min(threads, len(sequences))
     if workers <= 1:
         yield from map(run, sequences)
         return
-    before = torch.get_num_threads()
-    cores = max(1, threads // workers)
+    before, cores = torch.get_num_threads(), max(1, threads // workers)
     try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(cores,)
-        ) as pool:
+        with ThreadPoolExecutor(workers, "score", torch.set_num_threads, (cores,)) as pool:
             yield from pool.map(run, sequences)
     finally:
         torch.set_num_threads(before)  # torch takes it as the default of threads that start later
@@ -252,13 +227,13 @@ def _map(
 
 def check_finite(scores: Scores) -> None:
     """Raise NumericsError for scores that are not finite, naming their groups by index."""
+    bad = np.zeros(len(scores.lengths), bool)
     for values in (scores.rewards, scores.logps):
-        if values is None or np.isfinite(values).all():
-            continue
-        responses = np.flatnonzero(~np.isfinite(values))
+        bad |= False if values is None else ~np.isfinite(values)
+    if bad.any():
         # the group of a response: the last one that starts at or before it
-        bad = np.unique(np.searchsorted(scores.first, responses, side="right") - 1).tolist()
+        owners = np.searchsorted(scores.first, np.flatnonzero(bad), side="right") - 1
         raise NumericsError(
-            f"the model gives scores that are not finite for {len(bad)} of {len(scores.first)} groups, "
-            f"such as {bad[:8]} (by index); check its weights, or run it in float32"
+            f"the model gives scores that are not finite, in groups {np.unique(owners)[:8].tolist()} (by "
+            "index); check its weights, or run it in float32"
         )

@@ -1,27 +1,17 @@
 """Both heads in one score: reward + factor * implicit reward per token.
 
 A run that trains both heads fits the factor on its validation comparisons, never on a test set, and
-writes it beside the exported models. The implicit reward counts per token, because a long response's sum
-of log-ratios would otherwise outweigh its reward.
+writes it beside the exported models.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Num
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy import optimize, special
-
-from hafrm.errors import ModelError
-from hafrm.preferences import TokenizedGroup
-from hafrm.results import read_result, write_result
-from hafrm.scoring.forward import Scores
-from hafrm.scoring.loading import FUSED_RULE, find_heads, load_reward_head
-from hafrm.scoring.reward_model import ImplicitRule, PolicyModel
 
 
 @dataclass(frozen=True)
@@ -68,56 +58,11 @@ def fit_fused(
 
 def fused_scores(
     rewards: Float[np.ndarray, " responses"],
-    implicit_per_token: Float[np.ndarray, " responses"],
-    rule: FusedRule,
-) -> Float[np.ndarray, " responses"]:
-    """reward + factor * implicit reward per token, float32; linear, so margins work as well."""
-    return (rewards + rule.factor * implicit_per_token).astype(np.float32)
-
-
-def per_token(
     implicit: Float[np.ndarray, " responses"],
-    lengths: Num[np.ndarray, " responses"],
-    rule: ImplicitRule,
+    rule: FusedRule,
+    lengths: Num[np.ndarray, " responses"] | None,
 ) -> Float[np.ndarray, " responses"]:
-    """Implicit rewards divided by tokens, EOS included, unless their rule divides already."""
-    return implicit if rule.per_token else (implicit / lengths).astype(np.float32)
-
-
-def write_fused_rule(folder: Path, rule: FusedRule) -> None:
-    """Write the rule beside `reward` and `policy`."""
-    write_result(folder / FUSED_RULE, rule)
-
-
-def read_fused_rule(folder: Path) -> FusedRule:
-    """The rule of a folder; raises CheckpointError for a damaged one."""
-    return read_result(folder / FUSED_RULE, FusedRule)
-
-
-class FusedRewardModel(PolicyModel):
-    """Both heads of a run as one score; rewards and log-probs come from one forward.
-
-    >>> rm = FusedRewardModel.from_pretrained("run")
-    >>> rm.best_of("What is 2+2?", ["3", "4"]).response
-    """
-
-    fused_rule: FusedRule
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> "FusedRewardModel":
-        """Load a run whose method trained both heads, with PolicyModel's options; else ModelError."""
-        folder = find_heads(path).fused
-        if folder is None:
-            raise ModelError(
-                f"{path} has no {FUSED_RULE}, which runs that train both heads write; score with one head"
-            )
-        fused = super().from_pretrained(folder / "policy", **options)
-        assert isinstance(fused, cls)
-        fused.model.reward_head = load_reward_head(folder / "reward").to(fused.model.device)
-        fused.fused_rule = read_fused_rule(folder)
-        return fused
-
-    def _to_scores(self, scores: Scores, groups: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
-        assert scores.rewards is not None
-        implicit = per_token(super()._to_scores(scores, groups), scores.lengths, self.rule)
-        return fused_scores(scores.rewards, implicit, self.fused_rule)
+    """Fused scores, float32, from sums over `lengths` tokens; None if `implicit` counts per token."""
+    # a long response's sum of log-ratios would outweigh its reward
+    by_token = implicit if lengths is None else (implicit / lengths).astype(np.float32)
+    return (rewards + rule.factor * by_token).astype(np.float32)

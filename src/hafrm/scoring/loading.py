@@ -1,8 +1,7 @@
 """Find and load models: `find_heads` in a run folder, `load_*` from directories of stock transformers.
 
-A directory that lacks weights is refused, because transformers would initialise them at random: a score
-from a random head is worse than none. Only safetensors are read, never a pickle, and no code of a model
-directory is run. Nothing here scores.
+A directory that lacks weights is refused: a score from a random head is worse than none. Only safetensors
+are read, never a pickle, and no code of a model directory is run. Nothing here scores.
 """
 
 import hashlib
@@ -10,10 +9,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,26 +43,21 @@ class Heads:
     reward: Path | None
     policy: Path | None
     fused: Path | None = None
-    """The folder with both heads and the rule of their fused score."""
+    """The file with the rule of their fused score."""
 
 
-def find_heads(path: str | os.PathLike[str], policy: str | Path | None = None) -> Heads:
+def find_heads(path: str | os.PathLike[str]) -> Heads:
     """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
 
-    `policy` replaces the policy that is there. Raises ModelError if there is no model.
+    Raises ModelError if there is no model.
     """
-    heads = _own_heads(Path(path))
-    # the fused rule was fitted with the policy that is replaced
-    return heads if policy is None else Heads(heads.reward, Path(policy))
-
-
-def _own_heads(root: Path) -> Heads:
+    root = Path(path)
     for folder in (root / "model", root):  # a run folder has its exports in model/
         reward, policy = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
         if reward or policy:
+            rule = folder / FUSED_RULE
             # the rule of one head alone is of no use
-            has_rule = reward and policy and (folder / FUSED_RULE).is_file()
-            return Heads(reward, policy, folder if has_rule else None)
+            return Heads(reward, policy, rule if reward and policy and rule.is_file() else None)
     if root.is_dir() and not (root / "config.json").is_file():
         raise ModelError(
             f"{root} holds no model: neither model/reward nor model/policy nor a config.json. A run "
@@ -95,13 +89,8 @@ class Placement:
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
-            raise ConfigError(
-                f"--device must be cpu, cuda or cuda:1, got {self.device!r}"
-            ) from None
-
-    def options(self, max_length: int | None) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained`."""
-        return {"dtype": self.dtype, "device": self.device, "max_length": max_length}
+            message = f"--device must be cpu, cuda or cuda:1, got {self.device!r}"
+            raise ConfigError(message) from None
 
 
 AUTO = Placement()
@@ -114,8 +103,7 @@ def choose_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, Placement(dtype).dtype)
-        return chosen
+        return cast("torch.dtype", getattr(torch, Placement(dtype).dtype))
     kind = torch.device(device or default_device()).type
     # on a CPU half precision is neither faster nor more accurate
     stored = torch.float32 if kind == "cpu" else load_config(path).dtype
@@ -139,36 +127,21 @@ def load_reward(
     """A `...ForSequenceClassification` with one label and a linear head; ModelError for anything else."""
     dtype = choose_dtype(path, dtype, device)
     loaded = _load(AutoModelForSequenceClassification, path, dtype, device)
-    if loaded.config.num_labels != 1:
-        raise ModelError(
-            f"{path} has {loaded.config.num_labels} labels, but a reward model has one"
-        )
+    if (num := loaded.config.num_labels) != 1:
+        raise ModelError(f"{path} has {num} labels, but a reward model has one")
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
         raise ModelError(
-            f"{path} is a {type(loaded).__name__} without a linear `score` head, which decoder models such "
-            "as Llama, Qwen or Gemma have"
+            f"{path} is a {type(loaded).__name__} without a linear `score` head, as decoders have"
         )
     backbone = loaded.base_model
     return HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
 
 
-def load_reward_head(directory: str | Path) -> nn.Linear:
-    """Only the `score` head of an exported reward model; raises ModelError if there is none."""
-    for file in sorted(Path(directory).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            if "score.weight" in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                weight = tensors.get_tensor("score.weight").float()  # [1, hidden]
-                head = nn.Linear(weight.shape[1], 1, bias=False)
-                head.weight = nn.Parameter(weight)
-                return head
-    raise ModelError(f"{directory} holds no score.weight; give a run's exported reward model")
-
-
 def load_policy(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
-    """A `...ForCausalLM` that scores; raises ModelError for anything else."""
+    """A `...ForCausalLM` that scores."""
     backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device=device))
     return HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
 
@@ -176,10 +149,9 @@ def load_policy(
 def load_causal_lm(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """A stock `...ForCausalLM` for generation; raises ModelError for anything else."""
+    """A stock `...ForCausalLM` for generation; ModelError for anything else."""
     dtype = choose_dtype(path, dtype, device)
-    model: PreTrainedModel = _load(AutoModelForCausalLM, path, dtype, device)
-    return model
+    return cast("PreTrainedModel", _load(AutoModelForCausalLM, path, dtype, device))
 
 
 def load_encoder(
@@ -188,16 +160,10 @@ def load_encoder(
     max_length: int | None,
     too_long: Literal["cut", "drop"] = "cut",
 ) -> Encoder:
-    """The directory's tokenizer and unchanged template, for inputs of up to `max_length` tokens.
-
-    Raises ModelError without a usable tokenizer or template, and for a longer `max_length` than the model
-    has positions.
-    """
+    """The directory's tokenizer and unchanged template, for inputs of up to `max_length` tokens."""
     longest = longest_sequence(config) or 2**20  # some models have no limit
     if max_length is not None and max_length > longest:
-        raise ModelError(
-            f"max_length is {max_length}, but {path} takes at most {longest} tokens; lower it"
-        )
+        raise ModelError(f"max_length is {max_length}, but {path} takes at most {longest} tokens")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

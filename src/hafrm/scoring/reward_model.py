@@ -1,16 +1,14 @@
 """`RewardModel` scores responses with a reward head, `PolicyModel` with a policy's implicit reward.
 
-Both load a run folder or any directory that stock transformers loads, lay a prompt out once for all its
-responses, and give the numbers that other consumers of the directory get. They have the same methods, so
-one can replace the other.
+Both load a run folder or any directory that stock transformers loads, and give the numbers that its other
+consumers get. They have the same methods, so one can replace the other.
 """
 
-import contextlib
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -19,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, check_text, read_prompt
+from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, read_prompt
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
-from hafrm.results import read_result, write_result
-from hafrm.scoring.forward import Scores, run_forward
+from hafrm.results import read_result
+from hafrm.scoring.forward import run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
 PromptLike = str | Sequence[Mapping[str, Any] | Message]
@@ -41,27 +39,17 @@ MAX_TOKENS_CPU = 1024
 class ImplicitRule:
     """How a policy scores a response; written into its directory, because its weights do not say."""
 
-    reference: str | None
-    """Path or hub id of the frozen starting checkpoint; None: the log-prob alone."""
+    reference: str | None  # path or hub id of the frozen starting checkpoint; None: log-prob alone
     beta: float = 1.0
-    per_token: bool = False
-    """Divide by the response's tokens."""
-
-
-def write_implicit_rule(directory: Path, rule: ImplicitRule) -> None:
-    """Write the rule into an exported policy's directory."""
-    write_result(directory / IMPLICIT_RULE, rule)
+    per_token: bool = False  # divide by the response's tokens
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
-    """The rule of an exported policy; without a file it is the mean log-prob per token.
-
-    Raises CheckpointError for a damaged file.
-    """
+    """The rule of an exported policy; without a file it is the mean log-prob per token."""
     file = Path(directory) / IMPLICIT_RULE
-    if not file.is_file():
-        return ImplicitRule(reference=None, per_token=True)
-    return read_result(file, ImplicitRule)
+    if file.is_file():
+        return read_result(file, ImplicitRule)
+    return ImplicitRule(reference=None, per_token=True)
 
 
 @dataclass(frozen=True)
@@ -82,9 +70,11 @@ class Scorer(ABC):
         on_cpu = model.device.type == "cpu"
         self.model = model.eval()
         self.encoder = encoder
-        self.max_tokens = max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS)
-        # on a CPU a thread per sequence beats all threads on one sequence (docs/scoring.md)
-        self._threads = torch.get_num_threads() if on_cpu else 1
+        self._run = partial(
+            run_forward,
+            max_tokens=max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS),
+            threads=torch.get_num_threads() if on_cpu else 1,
+        )
 
     @abstractmethod
     def score_encoded(
@@ -95,20 +85,6 @@ class Scorer(ABC):
         Raises NumericsError for a score that is not finite.
         """
 
-    def _run(
-        self,
-        model: HybridModel,
-        groups: Sequence[TokenizedGroup],
-        on_progress: OnProgress = no_progress,
-    ) -> Scores:
-        return run_forward(
-            model,
-            groups,
-            max_tokens=self.max_tokens,
-            threads=self._threads,
-            on_progress=on_progress,
-        )
-
     @overload
     def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
     @overload
@@ -116,8 +92,7 @@ class Scorer(ABC):
     def score(self, prompt: PromptLike, responses: str | Sequence[str]) -> float | list[float]:
         """The score of one response, or of each of several responses to the same prompt.
 
-        Raises DataError for a prompt that is no conversation, and when prompt and response are longer
-        than the model takes.
+        Raises DataError for a prompt that is no conversation, and for what is longer than the model takes.
         """
         if isinstance(responses, str):
             return self.score_batch([prompt], [[responses]])[0][0]
@@ -126,15 +101,9 @@ class Scorer(ABC):
     def score_batch(
         self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """The scores of `responses[i]`, the responses to `prompts[i]`; equal ones are run once.
-
-        Raises what `score` raises.
-        """
+        """The scores of `responses[i]`, the responses to `prompts[i]`."""
         # equal responses would be laid out and run twice
         distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
-        with _refusals_of("a response"):
-            for text in itertools.chain(*distinct):
-                check_text(text, "a response")
         groups = [
             Group(f"prompt {i}", as_messages(prompt), texts)
             for i, (prompt, texts) in enumerate(zip(prompts, distinct, strict=True))
@@ -147,11 +116,8 @@ class Scorer(ABC):
                 "that this model was loaded with; shorten them, or load it with a larger max_length"
             )
         scores = iter(self.score_encoded(encoded).tolist())
-        by_text = [{text: next(scores) for text in texts} for texts in distinct]
-        return [
-            [scores_of[text] for text in texts]
-            for scores_of, texts in zip(by_text, responses, strict=True)
-        ]
+        score_of = [{text: next(scores) for text in texts} for texts in distinct]
+        return [[score_of[i][text] for text in texts] for i, texts in enumerate(responses)]
 
     def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
@@ -191,9 +157,7 @@ class RewardModel(Scorer):
 
         `dtype` auto is the checkpoint's on a GPU, float32 on a CPU. `score` refuses inputs longer than
         `max_length` (default: what the model takes); `encoder.encode` cuts or drops them, as `too_long`
-        says. Packed sequences hold up to `max_tokens` tokens (default: what suits the device).
-
-        Raises ModelError for more than one label, and for a head that is missing, untrained or not linear.
+        says. Raises ModelError for more than one label, and for a head that is missing or not linear.
         """
         directory = head_directory(path, "reward")
         model = load_reward(directory, dtype=dtype, device=device)
@@ -203,30 +167,25 @@ class RewardModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The reward of every response; see `Scorer.score_encoded`."""
+        """The reward of every response."""
         pad = self.model.backbone.config.get_text_config().pad_token_id
         groups = [_without_trailing_pad(group, pad) for group in encoded]
-        scores = self._run(self.model, groups, on_progress)
+        scores = self._run(self.model, groups, on_progress=on_progress)
         assert scores.rewards is not None
         return scores.rewards
 
 
 class PolicyModel(Scorer):
-    """The implicit reward of a policy: beta * (log pi - log pi_ref), DPO's reward (arXiv 2305.18290).
-
-    The rule in the policy's directory says which reference it has and whether it counts per token.
-    """
+    """The implicit reward of a policy: beta * (log pi - log pi_ref), DPO's reward (arXiv 2305.18290)."""
 
     def __init__(
         self,
         model: HybridModel,
         encoder: Encoder,
-        *,
         reference: HybridModel | None,
         rule: ImplicitRule,
-        max_tokens: int | None = None,
     ) -> None:
-        super().__init__(model, encoder, max_tokens=max_tokens)
+        super().__init__(model, encoder)
         self.reference = None if reference is None else reference.eval()
         self.rule = rule
 
@@ -239,7 +198,6 @@ class PolicyModel(Scorer):
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         max_length: int | None = None,
-        max_tokens: int | None = None,
     ) -> "PolicyModel":
         """Load a run folder or a `...ForCausalLM` directory; `reference` replaces the one in its rule.
 
@@ -263,33 +221,25 @@ class PolicyModel(Scorer):
                     f"{path} has a vocabulary of {size} tokens, its reference {name} one of {other}; "
                     "give the checkpoint that the policy was trained from"
                 )
-        rule = replace(rule, reference=None if name is None else str(name))
         encoder = load_encoder(path, policy.backbone.config, max_length)
-        return cls(policy, encoder, reference=frozen, rule=rule, max_tokens=max_tokens)
+        return cls(policy, encoder, frozen, rule)
 
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The implicit reward of every response; see `Scorer.score_encoded`."""
-        return self._to_scores(self._run(self.model, encoded, on_progress), encoded)
-
-    def _to_scores(self, scores: Scores, groups: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
-        """The implicit rewards that the policy's log-probs of these groups give."""
+        """The implicit reward of every response."""
+        scores = self._run(self.model, encoded, on_progress=on_progress)
         implicit: Any = scores.logps
         if self.reference is not None:
-            implicit = implicit - self._run(self.reference, groups).logps
+            implicit = implicit - self._run(self.reference, encoded).logps
         if self.rule.per_token:
             implicit = implicit / scores.lengths
-        implicit_rewards: NDArray[np.float32] = (self.rule.beta * implicit).astype(np.float32)
-        return implicit_rewards
+        return np.asarray(self.rule.beta * implicit, np.float32)
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:
-    """The group up to the last token that is not pad, where the stock classifier reads the reward.
-
-    It changes a group only where pad is the EOS. Some published models were trained that way.
-    """
-    # transformers' classifier reads at the last token that is not pad, so trailing EOS = pad is passed over
+    """The group up to the last token that is not pad, where the stock classifier reads the reward."""
+    # only where pad is the EOS, as in some published models: transformers then reads before the EOS
     if pad is None or all(ids[-1] != pad for ids in group.response_ids):
         return group
     # -1 in front: index 0 for a response of pads alone
@@ -298,30 +248,18 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
     )
     if any(len(ids) == 0 for ids in shorter):
         raise DataError(
-            f"a response of group {group.id!r} holds only pad tokens, so this model has no reward for it; "
-            "leave the response out"
+            f"a response of group {group.id!r} holds only pad tokens, so this model has no reward for it"
         )
     return replace(group, response_ids=shorter)
 
 
 def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
-    """A prompt in any accepted form as messages, under the rules of preference files.
-
-    Raises DataError for anything else, and for a conversation that does not end before a response.
-    """
-    with _refusals_of("the prompt"):
+    """A prompt in any accepted form as messages, under the rules of preference files; else DataError."""
+    try:
         messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
         if not messages:
-            raise DataError(
-                "the prompt has no messages; give a text, or messages up to the response"
-            )
+            raise DataError("the prompt has no messages; give messages up to the response")
         check_prompt(messages, MAX_CHARS)
-    return messages
-
-
-@contextlib.contextmanager
-def _refusals_of(what: str) -> Iterator[None]:
-    try:
-        yield
     except RefusedError as error:
-        raise DataError(f"{what} cannot be used: {': '.join(error.refusal)}") from error
+        raise DataError(f"the prompt cannot be used: {': '.join(error.refusal)}") from error
+    return messages

@@ -24,8 +24,7 @@ from hafrm.process_pool import ProcessPool
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
 from hafrm.resumable import ResumableFolder
-from hafrm.scoring.fused import fit_fused, fused_scores, per_token
-from hafrm.scoring.reward_model import ImplicitRule
+from hafrm.scoring.fused import fit_fused, fused_scores
 from hafrm.statistics import Estimate, accuracy_interval, in_words
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import ScorerOutcome, StudyResult, Tuning, summarise
@@ -169,9 +168,8 @@ def _fuse(
     reward: Arrays, policy: Arrays, method: Method, lengths: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     rule = fit_fused(reward[REWARD_MARGINS], policy[TOKEN_MARGINS])
-    implicit_rule = ImplicitRule(None, method.beta, method.scores_per_token)
-    by_token = per_token(policy["implicit"], lengths, implicit_rule)
-    return fused_scores(reward["reward"], by_token, rule)
+    divided_by = None if method.scores_per_token else lengths
+    return fused_scores(reward["reward"], policy["implicit"], rule, divided_by)
 
 
 def outcomes_of(

@@ -24,7 +24,6 @@ from hafrm.export.golden import GOLDEN, read_golden
 from hafrm.export.model_card import write_cards
 from hafrm.export.proof import PLAIN, check_golden, check_policy, prove, write_golden
 from hafrm.export.stock_export import (
-    Base,
     export_adapter,
     export_policy,
     export_reward,
@@ -33,10 +32,17 @@ from hafrm.export.stock_export import (
 from hafrm.preferences import Group, Message
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
+from hafrm.results import write_result
 from hafrm.run_folder import RunFolder, step_of
-from hafrm.scoring.fused import write_fused_rule
-from hafrm.scoring.loading import DTYPES, load_config, load_encoder, load_policy, load_reward
-from hafrm.scoring.reward_model import ImplicitRule, write_implicit_rule
+from hafrm.scoring.loading import (
+    DTYPES,
+    FUSED_RULE,
+    load_config,
+    load_encoder,
+    load_policy,
+    load_reward,
+)
+from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule
 from hafrm.training import parallel
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.data_setup import NUM_GOLDEN, PreparedData, build_encoder, read_splits
@@ -90,9 +96,9 @@ def export_run(
             export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
         if model.policy_head is not None:
             export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
-            write_implicit_rule(aside / "policy", _implicit_rule(recipe, method))
+            write_result(aside / "policy" / IMPLICIT_RULE, _implicit_rule(recipe, method))
         if rule is not None:
-            write_fused_rule(aside, rule)
+            write_result(aside / FUSED_RULE, rule)
     del weights
     parallel.release(model)
 
@@ -309,12 +315,12 @@ def _write_head(
 ) -> None:
     if options.head == "policy":
         export_policy(gather_weights(source.model), source.encoder, made, dtype=dtype)
-        write_implicit_rule(made, _implicit_rule(recipe, method))
+        write_result(made / IMPLICIT_RULE, _implicit_rule(recipe, method))
         return
     complete = made
     if options.merge_lora is False:
-        base = Base(recipe.model.path, recipe.model.revision)
-        export_adapter(source.model, source.encoder, made, base)
+        base = recipe.model.path, recipe.model.revision
+        export_adapter(source.model, source.encoder, made, *base)
         complete, dtype = made / MERGED, torch.float32
     export_reward(gather_weights(source.model), source.encoder, complete, dtype=dtype)
 
