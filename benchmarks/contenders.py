@@ -24,7 +24,7 @@ from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training.methods import Method, get_method
-from hafrm.training.model_setup import assemble, starting_dtype
+from hafrm.training.setup import assemble, starting_dtype
 from hafrm.training.step import NonFiniteCheck, build_optimizer, take_step
 from hafrm.training.step_batches import (
     ComparisonOrder,

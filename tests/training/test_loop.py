@@ -24,8 +24,8 @@ from hafrm.run_folder import read_json_lines
 from hafrm.scoring.fused import FusedRule, read_fused_rule
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from hafrm.training import loop, run_export, validation
-from hafrm.training.data_setup import prepare_data
 from hafrm.training.loop import StoppedError, run_training
+from hafrm.training.setup import prepare_data
 from support.tiny_runs import tiny_recipe, write_preferences
 
 

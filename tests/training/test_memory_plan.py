@@ -14,7 +14,7 @@ from hafrm.engine.layout import lay_out
 from hafrm.errors import ConfigError, ModelError
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
-from hafrm.training import memory_plan, model_setup, run_export
+from hafrm.training import memory_plan, run_export, setup
 from hafrm.training.loop import run_training
 from hafrm.training.memory_plan import (
     LARGEST,
@@ -29,8 +29,8 @@ from hafrm.training.memory_plan import (
     with_token_budget,
 )
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import meta_model
 from hafrm.training.parallel import Ranks
+from hafrm.training.setup import meta_model
 from hafrm.training.step import build_optimizer, take_step
 from hafrm.training.step_batches import MicroBatch
 from support.live_bytes import LiveBytes
@@ -353,7 +353,7 @@ def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(tiny_recipe(tmp_path, training={"batch_size": 2})))
     (tmp_path / "base/model.safetensors").unlink()
-    monkeypatch.setattr(model_setup, "load_base", None)
+    monkeypatch.setattr(setup, "load_base", None)
     fine = CliRunner().invoke(app, ["plan", str(file), "--memory", "80"])
     assert fine.exit_code == 0, fine.output
     for word in ("weights", "gradients", "optimiser", "activations", "a step in all", "fits"):

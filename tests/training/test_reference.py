@@ -11,7 +11,7 @@ from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.resumable import cache_folder
 from hafrm.training import parallel, reference
-from hafrm.training.reference import (
+from hafrm.training.passes import (
     reference_cache_key,
     reference_logps,
     references_of,

@@ -11,12 +11,11 @@ from peft.tuners.lora import LoraLayer
 from hafrm.engine.layout import lay_out
 from hafrm.errors import CheckpointError, ConfigError, DataError
 from hafrm.recipe_file import load_recipe
-from hafrm.training import model_setup, run_export
-from hafrm.training.data_setup import prepare_data
+from hafrm.training import run_export, setup
 from hafrm.training.loop import run_training
 from hafrm.training.memory_plan import plan_recipe
 from hafrm.training.methods import get_method, resolve_method
-from hafrm.training.model_setup import build_model, with_precision
+from hafrm.training.setup import build_model, prepare_data, with_precision
 from support.published_rows import PUBLISHED
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -174,7 +173,7 @@ def test_a_run_records_the_precision_that_auto_was_and_resumes_in_no_other(
     assert "training.precision auto: fp32 on cpu" in caplog.text
     assert load_recipe(run / "recipe.yaml").training.precision == "fp32"
     run_training(recipe, run, resume=True)
-    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(setup, "has_bfloat16", lambda _: True)
     with pytest.raises(CheckpointError, match="recipe differs"):
         run_training(recipe, run, resume=True)
 

@@ -13,7 +13,7 @@ from hafrm.errors import NumericsError
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.losses import reward_loss
 from hafrm.training.methods import get_method
-from hafrm.training.reference import reference_logps
+from hafrm.training.passes import reference_logps
 from hafrm.training.step import (
     DECAY,
     MEASURES,

@@ -1,7 +1,7 @@
 """Which groups run in one forward: bins under a token budget; and what to do when memory still runs out.
 
-First-fit decreasing packs a stream of groups into few sequences; a training step is spread over exactly
-the same number of micro-batches on every rank, as even as the groups allow. Sizes in, indices out.
+First-fit decreasing packs a stream of groups into few sequences; a training step is spread evenly over
+the same number of micro-batches on every rank. Sizes in, indices out.
 """
 
 import gc

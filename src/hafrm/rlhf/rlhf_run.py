@@ -37,7 +37,7 @@ from hafrm.rlhf.rlhf_log import RlhfLog
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.rlhf.watchdog import Watchdog
 from hafrm.run_folder import RunFolder
-from hafrm.training.data_setup import load_tokenizer
+from hafrm.training.setup import load_tokenizer
 
 LONGEST = 2**20  # tokens after which an encoder would cut: no prompt is cut, long ones are left out
 _SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part nests in another

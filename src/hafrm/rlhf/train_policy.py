@@ -13,7 +13,7 @@ from hafrm.rlhf.trl_runs import check_trl, run_trl
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import open_run
-from hafrm.training.model_setup import choose_precision
+from hafrm.training.setup import choose_precision
 
 
 def train_policy(

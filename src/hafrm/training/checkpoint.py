@@ -2,8 +2,7 @@
 
 safetensors and JSON only, never a pickle. A checkpoint is complete or absent: written aside, synced,
 renamed, and checked against its manifest at resume. Only the main rank holds whole tensors, gathered and
-scattered one by one; frozen weights are not stored, since the base checkpoint has them. `open_run` decides
-whether a run folder may be resumed.
+scattered one by one; frozen weights are not stored, since the base checkpoint has them.
 """
 
 import contextlib
@@ -24,12 +23,11 @@ from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
-from hafrm.training.data_setup import PreparedData
+from hafrm.training.setup import PreparedData
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
-"""Keys of `training` that a resumed run may set differently: they change memory and speed, and gradients
-only in their rounding."""
+"""Keys of `training` that a resumed run may set differently: they change gradients only in rounding."""
 
 
 def open_run(recipe: Section, folder: Path, *, resume: bool) -> RunFolder:
@@ -139,7 +137,7 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in parallel.inside(model).named_parameters() if p.requires_grad}
+    return {n: p for n, p in parallel.unwrap(model).named_parameters() if p.requires_grad}
 
 
 def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
