@@ -81,7 +81,7 @@ def test_export_says_what_it_wrote_and_how_it_was_proved(tmp_path, monkeypatch, 
         monkeypatch.setattr(module, "check_golden", lambda path: replay_directory(path).differences)
     run_training(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
     output = invoke("export", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "bfloat16")
-    assert "exported the reward model from model in bfloat16" in output
+    assert "exported the reward model from step-6 in bfloat16" in output
     assert "plain transformers gives the same" in output
     assert "clauses hold" in invoke("verify", tmp_path / "out")
     error = refused(monkeypatch, capsys, "export", tmp_path / "run", "--out", tmp_path / "out")

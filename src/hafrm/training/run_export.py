@@ -182,7 +182,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None
 
 def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> None:
     head, dtype, adapter = options.head, options.dtype, options.merge_lora is False
-    rewards, policy = method.trains_reward, method.trains_policy
+    rewards, policy, name = method.trains_reward, method.trains_policy, method.name
     refusals = (
         (
             dtype not in (None, *STORED),
@@ -200,8 +200,11 @@ def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> N
             adapter and head == "policy",
             "only reward models are written as adapters: remove --policy or --no-merge-lora",
         ),
-        (head == "reward" and not rewards, "the run has no reward head; export its --policy"),
-        (head == "policy" and not policy, "the run has no policy head; remove --policy"),
+        (
+            head == "reward" and not rewards,
+            f"method {name} trains no reward head; export its --policy",
+        ),
+        (head == "policy" and not policy, f"method {name} trains no policy head; remove --policy"),
     )
     for refused, message in refusals:
         if refused:
