@@ -44,22 +44,9 @@ def test_the_row_of_the_docstring_has_these_index_tensors():
     assert layout.query_lengths == [6, 2, 3, 2]
     assert layout.key_lengths == [6, 5, 3, 4]
     assert (layout.num_tokens, layout.num_responses) == (13, 4)
-
-
-def test_the_bounds_are_the_int32_that_varlen_kernels_ask_for():
-    layout = lay_out(DRAWING)
+    # as the varlen kernels ask for bounds
     assert layout.cu_queries.dtype == layout.cu_keys.dtype == torch.int32
     assert layout.input_ids.dtype == layout.key_index.dtype == torch.int64
-
-
-def test_a_single_response_is_the_plain_sequence():
-    """Prompt and response in order, nothing gathered twice, one segment."""
-    layout = lay_out([group([5, 6], [7, 8, 9])])
-    assert layout.input_ids.tolist() == [5, 6, 7, 8, 9]
-    assert layout.position_ids.tolist() == layout.key_index.tolist() == [0, 1, 2, 3, 4]
-    assert layout.predictor.tolist() == [1, 2, 3]
-    assert layout.last.tolist() == [4]
-    assert layout.cu_queries.tolist() == layout.cu_keys.tolist() == [0, 5]
 
 
 def test_a_layout_of_many_groups_is_the_groups_layouts_one_after_another():
@@ -89,15 +76,8 @@ def test_a_layout_of_many_groups_is_the_groups_layouts_one_after_another():
     ids=["empty prompt", "no response", "empty response", "second response empty"],
 )
 def test_a_group_that_nothing_could_score_is_refused(bad):
-    with pytest.raises(
-        ValueError, match="a prompt and one or more responses of at least one token"
-    ):
+    with pytest.raises(ValueError, match=r"got \d prompt tokens and responses of \["):
         lay_out([group([1], [2]), bad])
-
-
-def test_the_refusal_names_the_lengths_it_got():
-    with pytest.raises(ValueError, match=r"got 2 prompt tokens and responses of \[1, 0\]"):
-        lay_out([group([1, 2], [3], [])])
 
 
 def slow_unshare(layout: Layout, pad_id: int) -> tuple[list[list[int]], list[list[int]], list[int]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,18 +62,6 @@ def test_log_probs_and_gradients_equal_log_softmax_and_gather(chunk, with_bias, 
     slow_grads = torch.autograd.grad(expected, leaves, upstream.double())
     for grad, slow in zip(grads, slow_grads, strict=True):
         torch.testing.assert_close(grad, slow, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_an_upstream_gradient_that_is_zero_for_some_tokens_leaves_them_out(chunk):
-    hidden, weight, _, targets = inputs()
-    upstream = torch.zeros(SCORED)
-    upstream[4] = 1.0
-    found = token_logprobs(hidden, weight, targets, chunk=chunk)
-    (grad,) = torch.autograd.grad(found, hidden, upstream)
-    assert grad[4].abs().max() > 0
-    grad[4] = 0
-    assert (grad == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -145,14 +133,6 @@ def test_a_frozen_head_is_never_recomputed_in_backward():
         assert (forward.count, backward.count) == (forward_products, backward_products)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_without_gradients_there_is_one_product_per_chunk(frozen):
-    hidden, weight, _, targets = inputs()
-    with torch.no_grad(), Products() as products:
-        token_logprobs(hidden * 1, weight.detach() if frozen else weight, targets, chunk=4)
-    assert products.count == 4
-
-
 def test_a_tied_weight_gets_the_gradients_of_both_its_uses():
     """As embedding and as head: hidden states are looked up in the weight itself."""
     _, weight, _, targets = inputs()
@@ -173,25 +153,19 @@ def long_response(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(0, 500, (300,))
 
 
-def test_half_precision_inputs_cost_less_than_a_hundredth_of_a_nat_over_300_tokens():
+def test_half_precision_costs_less_than_a_hundredth_of_a_nat_over_300_tokens():
     """Against float64 on the same rounded inputs. The outputs would lose 0.4 nat in bfloat16, whose
-    step at 30 is 0.125 (checked here, so that the bound is known to bite)."""
-    hidden, weight, targets = long_response(torch.bfloat16)
-    found = token_logprobs(hidden, weight, targets, chunk=64)
-    expected = slow_logprobs(hidden, weight, targets, None, LogitTransform())
-    assert found.dtype == torch.float32
-    assert abs(found.double().sum() - expected.sum()) < 1e-2
-    assert abs(found.bfloat16().double().sum() - expected.sum()) > 1e-2
-
-
-def test_half_precision_gradients_come_back_in_half_precision_and_are_right_to_a_percent():
+    step at 30 is 0.125 (checked here, so that the bound is known to bite). Gradients are half, to 1 %."""
     hidden, weight, targets = long_response(torch.bfloat16)
     upstream = torch.randn(300)
-    found = token_logprobs(hidden, weight, targets, chunk=64)
-    grads = torch.autograd.grad(found, (hidden, weight), upstream)
-    slow = slow_logprobs(hidden, weight, targets, None, LogitTransform())
-    expected = torch.autograd.grad(slow, (hidden, weight), upstream.double())
-    for grad, exact in zip(grads, expected, strict=True):
+    ours = token_logprobs(hidden, weight, targets, chunk=64)
+    expected = slow_logprobs(hidden, weight, targets, None, LogitTransform())
+    assert ours.dtype == torch.float32
+    assert abs(ours.double().sum() - expected.sum()) < 1e-2
+    assert abs(ours.bfloat16().double().sum() - expected.sum()) > 1e-2
+    grads = torch.autograd.grad(ours, (hidden, weight), upstream)
+    exact_grads = torch.autograd.grad(expected, (hidden, weight), upstream.double())
+    for grad, exact in zip(grads, exact_grads, strict=True):
         assert grad.dtype == torch.bfloat16
         assert (grad.float() - exact).norm() < 1e-2 * exact.norm()
 
@@ -300,14 +274,6 @@ def test_a_gpu_holds_eight_times_as_many_logits_as_a_cpu():
     assert logprobs.chunk_rows(151_936, "cuda") == 883
 
 
-def test_a_vocabulary_larger_than_a_chunk_is_taken_a_row_at_a_time(monkeypatch):
-    hidden, weight, _, targets = inputs()
-    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", VOCAB - 1)
-    found = token_logprobs(hidden, weight, targets)
-    expected = slow_logprobs(hidden, weight, targets, None, LogitTransform())
-    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
-
-
 def test_logits_that_overflow_a_naive_exponential_are_no_problem():
     """exp(200) is infinite in float32; log-probs of 0 and -200 are not."""
     hidden = torch.tensor([[200.0], [200.0]], requires_grad=True)
@@ -317,12 +283,3 @@ def test_logits_that_overflow_a_naive_exponential_are_no_problem():
     found.sum().backward()
     assert torch.isfinite(hidden.grad).all()
     assert torch.isfinite(weight.grad).all()
-
-
-def test_sum_of_log_probs_equals_the_cross_entropy_of_a_linear_layer():
-    """An independent twin: torch's own loss through torch's own module."""
-    hidden, _, _, targets = inputs()
-    head = nn.Linear(HIDDEN, VOCAB)
-    found = token_logprobs(hidden, head.weight, targets, bias=head.bias).sum()
-    expected = -F.cross_entropy(head(hidden), targets, reduction="sum")
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
