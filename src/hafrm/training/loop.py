@@ -85,10 +85,10 @@ def run_training(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
-    with run.lock() if ranks.is_main else nullcontext():
+    with run.lock() if parallel.is_main() else nullcontext():
         if data is None:
-            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
-        if ranks.is_main:
+            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if parallel.is_main() else None)
+        if parallel.is_main():
             record_provenance(run, planned, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
         return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
@@ -141,7 +141,7 @@ class Job:
             max_tokens=training.token_budget,
             ranks=ranks,
         )
-        metrics = MetricsLog(self.run, self.recipe, self.num_steps, start)
+        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
         with stop, metrics, batches:
             for step in range(start, self.num_steps):
                 rate = learning_rate(training, step, self.num_steps)
@@ -210,10 +210,8 @@ class Job:
                     f"training.max_tokens={before // 2} training.gradient_checkpointing=true; if a single "
                     "group is too large, lower data.max_length"
                 )
-            what = f"micro-batches of {before} tokens ({reason})"
-            log.warning(
-                f"step {step + 1} ran out of memory with {what}; repeating it with {prefetch.max_tokens}"
-            )
+            again = f"repeating it with {prefetch.max_tokens} instead of {before} tokens"
+            log.warning("step %d ran out of memory (%s); %s", step + 1, reason, again)
 
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step."""

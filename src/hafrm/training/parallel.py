@@ -42,10 +42,6 @@ class Ranks:
     size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 def start() -> Ranks:
     """Join the process group that the launcher announced, if any."""

@@ -3,7 +3,6 @@
 import logging
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TextColumn
 from torch import Tensor
 
 from hafrm.errors import ConfigError
@@ -101,10 +98,9 @@ class Prefetch:
     def halve(self, step: int) -> bool:
         """Halve the token budget; False where every micro-batch of `step` is a single group already."""
         groups = step_groups(self._groups, self._refs(step))
-        longest = max(group.tokens.num_tokens for group in groups)
-        if self.max_tokens <= longest:
+        if self.max_tokens <= max(group.tokens.num_tokens for group in groups):
             return False
-        self.max_tokens = max(self.max_tokens // 2, 1)
+        self.max_tokens //= 2
         return True
 
     def _refs(self, step: int) -> list[ComparisonRef]:
@@ -146,54 +142,43 @@ class StopSignal:
 
 
 class MetricsLog:
-    """metrics.jsonl, trackers, and a progress bar on a terminal; use as a context manager.
+    """metrics.jsonl, trackers and the log; use as a context manager.
 
     Only the main rank writes. Device values are fetched once per logging interval, never inside a step.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int, done: int) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         if parallel.is_main():
             self._trackers = start_trackers(run.path, recipe.tracking, dump_recipe(recipe))
-        self._bar = Progress(
-            *Progress.get_default_columns(),
-            TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
-            console=Console(stderr=True),
-            disable=not (parallel.is_main() and sys.stderr.isatty()),
-        )
-        self._task = self._bar.add_task("training", total=num_steps, completed=done, note="")
 
     def __enter__(self) -> "MetricsLog":
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
         for tracker in self._trackers:
             tracker.finish()
 
     def step(self, number: int, rate: float, result: StepResult, nonfinite: NonFiniteCheck) -> None:
         """Count update `number` (from 1); check and write a line when the interval is full."""
         self._steps.append(result)
-        self._bar.update(self._task, completed=number)
         if number % self._recipe.tracking.log_every == 0 or number == self._num_steps:
             nonfinite.check()
             self._flush(number, rate)
 
     def _flush(self, number: int, rate: float) -> None:
         comparisons = len(self._steps) * self._recipe.training.batch_size
-        tokens = torch.tensor(float(sum(step.num_tokens for step in self._steps)))
         sums = torch.stack([step.sums for step in self._steps]).sum(0)
         means = (parallel.add_up(sums) / comparisons).tolist()
-        total_tokens = float(parallel.add_up(tokens.to(sums.device)))
+        tokens = float(sum(step.num_tokens for step in self._steps))
+        total_tokens = float(parallel.add_up(sums.new_tensor(tokens)))
         norm = float(torch.stack([step.grad_norm for step in self._steps]).mean())
         seconds = time.perf_counter() - self._since
-        values = {
-            name: mean for name, mean in zip(MEASURES, means, strict=True) if not math.isnan(mean)
-        }
+        pairs = zip(MEASURES, means, strict=True)
+        values = {name: mean for name, mean in pairs if not math.isnan(mean)}
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
                 values |= with_bounds(name, values[name], comparisons)
@@ -204,8 +189,6 @@ class MetricsLog:
             "tokens_per_second": total_tokens / seconds,
         }
         self._steps, self._since = [], time.perf_counter()
-        note = f"loss {values['loss']:.4f}  {values['comparisons_per_second']:.1f} comparisons/s"
-        self._bar.update(self._task, note=note)
         self.report("train", number, values)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:

@@ -127,30 +127,18 @@ def measure(
     """MEASURES summed over the micro-batch's comparisons; fillers count for nothing."""
     absent = torch.full_like(batch.weights, float("nan"))
 
-    def sides(scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sides(scores: Tensor | None) -> list[Tensor]:
+        """Whether the chosen scores higher, by how much, and both."""
         if scores is None:
-            return absent, absent
-        return scores[batch.chosen], scores[batch.rejected]
-
-    def is_right(margin: Tensor) -> Tensor:
-        return torch.where(margin.isnan(), margin, (margin > 0).float())
+            return [absent] * 4
+        chosen, rejected = scores[batch.chosen], scores[batch.rejected]
+        return [(chosen > rejected).float(), chosen - rejected, chosen, rejected]
 
     implicit = None
     if outputs.logps is not None and method.trains_policy:
         implicit = method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
-    chosen, rejected = sides(outputs.rewards)
-    implicit_chosen, implicit_rejected = sides(implicit)
-    values = [
-        loss.total,
-        absent if loss.reward is None else loss.reward,
-        absent if loss.policy is None else loss.policy,
-        is_right(chosen - rejected),
-        chosen - rejected,
-        chosen,
-        rejected,
-        is_right(implicit_chosen - implicit_rejected),
-        implicit_chosen - implicit_rejected,
-    ]
+    parts = [absent if part is None else part for part in (loss.reward, loss.policy)]
+    values = [loss.total, *parts, *sides(outputs.rewards), *sides(implicit)[:2]]
     return torch.where(batch.weights != 0, torch.stack(values), 0.0).sum(1)
 
 
