@@ -269,6 +269,18 @@ def test_what_cannot_fit_stops_an_automatic_budget_and_a_number_is_warned_of_and
     assert "does not fit" in record.message
 
 
+def test_a_plan_counts_the_host_memory_and_where_the_export_is_proved():
+    """bf16 LoRA: gathered weights (2 bytes a frozen one), merged in float32, cast. Training all weights
+    in float32: a checkpoint of weights and two moments. A proof takes 5.2 bytes a weight and 2 GiB."""
+    lora, gpu = {"training": BF16, "lora": {"rank": 4}}, Target("cuda", 2**32)
+    counts, adapted = count_weights(meta_of("llama", recipe_of(**lora))), plan(gpu, **lora)
+    gathered = 4 * counts.trainable + counts.frozen_bytes
+    assert adapted.host == gathered + (4 + 2) * counts.total
+    assert adapted.proof == int(5.2 * counts.total) + 2**31
+    whole = count_weights(meta_of("llama", recipe_of()))
+    assert plan(gpu, training={"precision": "fp32"}).host == 12 * whole.trainable
+
+
 def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_whether_it_fits(
     tmp_path, monkeypatch
 ):

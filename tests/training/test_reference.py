@@ -11,10 +11,9 @@ from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.resumable import cache_folder
 from hafrm.training import parallel
 from hafrm.training.passes import (
-    reference_cache_key,
+    reference_cache,
     reference_logps,
     references_of,
-    weights_digest,
 )
 from hafrm.training.step_batches import ComparisonRef
 from support.models import tiny_hybrid, token_groups
@@ -82,26 +81,20 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
     assert held_out.first.tolist() == [0]
 
 
-def test_the_key_follows_weights_ids_and_dtype():
-    model = tiny_hybrid()
-    key = reference_cache_key(model, groups(), None, "weights")
-    assert key == reference_cache_key(tiny_hybrid(), groups(), None, "weights")
-    assert key != reference_cache_key(model, groups(), None, "others")
-    assert key != reference_cache_key(model, groups(seed=1), None, "weights")
-    assert key != reference_cache_key(model, groups(), torch.bfloat16, "weights")
-
-
-def test_a_checkpoints_files_or_its_commit_stand_for_its_weights_and_else_nothing_is_cached(
-    base, tmp_path
-):
-    model = tiny_hybrid()
-    reference_logps(model, groups(), max_tokens=100, path=base)
-    (tmp_path / "base/model.safetensors").write_bytes(b"two")
-    reference_logps(model, groups(), max_tokens=100, path=base)
-    assert len(list(cache_folder("reference").iterdir())) == 2
-    (tmp_path / "base/model.safetensors").unlink()
-    assert weights_digest(base, model) is None
-    reference_logps(model, groups(), max_tokens=100, path=base)
-    assert len(list(cache_folder("reference").iterdir())) == 2
+def test_the_file_follows_the_checkpoints_files_or_its_commit_token_ids_and_dtype(base, tmp_path):
+    model, file = tiny_hybrid(), tmp_path / "base/model.safetensors"
+    names = {
+        reference_cache(model, groups(), None, base),
+        reference_cache(model, groups(seed=1), None, base),
+        reference_cache(model, groups(), torch.bfloat16, base),
+    }
+    assert reference_cache(tiny_hybrid(), groups(), None, base) in names
+    file.write_bytes(b"two")
+    names.add(reference_cache(model, groups(), None, base))
     model.backbone.config._commit_hash = "abc"
-    assert weights_digest("some/model", model) == "some/model@abc"
+    names.add(reference_cache(model, groups(), None, "some/model"))
+    assert len(names) == 5
+    file.unlink()
+    assert reference_cache(model, groups(), None, base) is None
+    reference_logps(model, groups(), max_tokens=100, path=base)
+    assert not cache_folder("reference").exists()

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_exported_by_name_and_one_that_is_not_there_is_refused(f
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        export_from_run(run, tmp_path / "out")
+        export_from_run(run, tmp_path / "out", ExportOptions())
 
 
 def test_merged_lora_scores_as_the_trained_model_and_keeps_its_head(lora, tmp_path):
@@ -147,7 +147,7 @@ def test_what_a_run_cannot_give_is_refused_with_the_reason(finished, lora, tmp_p
             export_from_run(run, tmp_path / "out", ExportOptions(**options))
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
-        export_from_run(finished, tmp_path / "out")
+        export_from_run(finished, tmp_path / "out", ExportOptions())
 
 
 def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
@@ -159,10 +159,10 @@ def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(run_export, "check_golden", disagree)
         with pytest.raises(VerificationError, match=r"differ.*kept as .*out\.unverified"):
-            export_from_run(finished, tmp_path / "out")
+            export_from_run(finished, tmp_path / "out", ExportOptions())
     assert {p.name for p in tmp_path.iterdir()} == {"out.unverified"}
     assert RewardModel.from_pretrained(tmp_path / "out.unverified").score("Say sun.", "sun")
-    export_from_run(finished, tmp_path / "out")
+    export_from_run(finished, tmp_path / "out", ExportOptions())
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
@@ -184,12 +184,12 @@ def test_data_that_is_gone_costs_conversations_only(finished, tmp_path, caplog):
     run = shutil.copytree(finished, tmp_path / "run")
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("train.jsonl", "moved.jsonl"))
-    assert export_from_run(run, tmp_path / "out").num_golden == 2
+    assert export_from_run(run, tmp_path / "out", ExportOptions()).num_golden == 2
     assert "fewer conversations are replayed" in caplog.text
 
 
 @pytest.mark.slow
 def test_the_proof_runs_in_a_fresh_process(finished, lora, tmp_path):
-    assert export_from_run(finished, tmp_path / "whole").difference < 1e-4
+    assert export_from_run(finished, tmp_path / "whole", ExportOptions()).difference < 1e-4
     adapter = ExportOptions(merge_lora=False)
     assert export_from_run(lora, tmp_path / "adapter", adapter).difference < 1e-4

@@ -167,22 +167,6 @@ def sft_logsigmoid_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
     return -F.logsigmoid(beta * _in_float32(batch.chosen_logps))
 
 
-def implicit_rewards(
-    policy_logps: Float[Tensor, " responses"],
-    reference_logps: Float[Tensor, " responses"] | None,
-    beta: float,
-    counts: Int[Tensor, " responses"] | None = None,
-) -> Float[Tensor, " responses"]:
-    """beta * (log pi - log pi_ref) of each response: what DPO scores with (arXiv 2305.18290, Eq. 5).
-
-    Without reference, beta * log pi. With `counts`, per token instead of summed.
-    """
-    logps = _in_float32(policy_logps)
-    if reference_logps is not None:
-        logps = logps - _in_float32(reference_logps)
-    return beta * (logps if counts is None else logps / counts)
-
-
 def _preference_nll(
     gap: PerComparison, flipped_gap: PerComparison, label_smoothing: float
 ) -> PerComparison:

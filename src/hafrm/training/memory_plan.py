@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from hafrm.engine.logprobs import chunk_rows
 from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError, ModelError
+from hafrm.export.plain_model import proof_bytes
 from hafrm.recipe import Recipe
 from hafrm.table import Column, Table
 from hafrm.training import parallel
@@ -101,6 +102,8 @@ class MemoryPlan:
     max_tokens: int  # for auto, the largest budget that fits
     tokens: int  # of the largest micro-batch: the budget, or all of a step where that is less
     need: MemoryNeed
+    host: int  # bytes of the main rank's host, to write a checkpoint or the export
+    proof: int  # bytes that a GPU must have free to replay the export's scores; else a CPU does it
 
     @property
     def fits(self) -> bool:
@@ -125,6 +128,8 @@ class MemoryPlan:
             ("working memory", need.working, "of the backward pass"),
             ("a step in all", need.step, f"of {self.target.usable / GIB:.4g} usable"),
             ("passes without gradients", need.passes, "reference (whole weights), validation"),
+            ("host memory of the first rank", self.host, "a checkpoint or the export"),
+            ("proof of the export", self.proof, "float32, after training, else on the CPU"),
         )
         title = f"memory of {self.target.ranks} {self.target.device.upper()} rank(s), each"
         columns = (Column("what"), Column("GiB", "general"), Column("note"))
@@ -269,13 +274,18 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
     """The plan at the recipe's token budget; for auto, at the largest that fits, or else the smallest."""
     training, least = recipe.training, 2 * recipe.data.max_length
     step = training.batch_size * least
+    # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
+    export = FLOAT32 * weights.trainable + weights.frozen_bytes
+    export += weights.total * (FLOAT32 * weights.adapters + HALF * (training.precision == "bf16"))
+    host = max(3 * FLOAT32 * weights.trainable, export)
 
     def plan(budget: int) -> MemoryPlan:
         tokens = min(budget, step)
         # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
         accumulates = tokens < -(-step * 5 // (8 * target.ranks))
         need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
-        return MemoryPlan(target, is_sharded(recipe, target), budget, tokens, need)
+        sharded, proof = is_sharded(recipe, target), proof_bytes(weights.total)
+        return MemoryPlan(target, sharded, budget, tokens, need, host, proof)
 
     if training.max_tokens != "auto":
         return plan(training.max_tokens)

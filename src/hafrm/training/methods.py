@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -125,12 +126,11 @@ class Method:
                 f"the implicit reward of method {self.name!r} compares with the reference: compute its "
                 "log-probs with the starting checkpoint"
             )
-        return losses.implicit_rewards(
-            logps,
-            reference_logps if self.scores_against_reference else None,
-            self.beta,
-            counts if self.scores_per_token else None,
-        )
+        # beta * (log pi - log pi_ref), arXiv 2305.18290, Eq. 5
+        logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
+        if self.scores_against_reference and reference_logps is not None:
+            logps = logps - reference_logps
+        return self.beta * (logps / counts if self.scores_per_token else logps)
 
 
 def _preset(name: str, policy_loss: str | None = None, **values: Any) -> Method:

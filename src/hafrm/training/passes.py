@@ -35,22 +35,20 @@ log = logging.getLogger("hafrm")
 REFERENCE_TOKENS = 4  # times the token budget: this pass keeps nothing for a backward pass
 
 
-def weights_digest(path: str, model: HybridModel) -> str | None:
-    """What identifies the weights that `model` was loaded from: the digest of a folder's files, or a hub
-    id's commit; None where neither says anything (files other than safetensors)."""
-    if Path(path).is_dir():
-        return model_digest(path) if any(Path(path).glob("*.safetensors")) else None
-    commit = getattr(model.backbone.config, "_commit_hash", None)
-    return f"{path}@{commit}" if commit else None
-
-
-def reference_cache_key(
+def reference_cache(
     model: HybridModel,
     groups: Sequence[TokenizedGroup],
     autocast: torch.dtype | None,
-    weights: str,
-) -> str:
-    """Content key over the weights' digest, token ids (hence template, lengths and data) and dtype."""
+    path: str | None,
+) -> Path | None:
+    """The file of these log-probs, by a key over weights, token ids (hence template, lengths and data) and
+    dtype. The checkpoint `path` stands for the weights: by a digest of its files, or by its commit on the
+    hub. None where neither identifies them."""
+    weights: str | None = getattr(model.backbone.config, "_commit_hash", None)
+    if path is not None and Path(path).is_dir():
+        weights = model_digest(path) if any(Path(path).glob("*.safetensors")) else None
+    if path is None or weights is None:
+        return None
     assert model.policy_head is not None
     dtypes = f"{autocast} {model.policy_head.weight.dtype}"
     digest = hashlib.sha256(repr((2, dtypes, model.transform, weights)).encode())
@@ -59,7 +57,7 @@ def reference_cache_key(
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(ids, np.int32).tobytes())
         digest.update(b"|")
-    return digest.hexdigest()
+    return cache_folder("reference") / f"{digest.hexdigest()}.safetensors"
 
 
 def reference_logps(
@@ -75,16 +73,11 @@ def reference_logps(
     Every rank calls, before the model is wrapped, and computes its part. `path` is the checkpoint that the
     model still equals; without it nothing is cached.
     """
-    counts = np.array([len(ids) for group in groups for ids in group.response_ids])
 
     def look() -> tuple[Path | None, NDArray[np.float32] | None]:
-        weights = None if path is None else weights_digest(path, model)
-        if weights is None:
-            return None, None
-        key = reference_cache_key(model, groups, autocast, weights)
-        file = cache_folder("reference") / f"{key}.safetensors"
+        file = reference_cache(model, groups, autocast, path)
         try:
-            return file, load_file(file)["logps"]
+            return file, None if file is None else load_file(file)["logps"]
         except (FileNotFoundError, SafetensorError):  # a damaged file is computed again
             return file, None
 
@@ -97,7 +90,7 @@ def reference_logps(
         assert logps is not None
         if file is not None and parallel.is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, save({"logps": logps, "counts": counts}))
+            atomic_write(file, save({"logps": logps}))
     return References(logps, first_responses(groups))
 
 

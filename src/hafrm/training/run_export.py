@@ -9,9 +9,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -118,20 +117,18 @@ def _implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
     return ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
 
 
-@dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(NamedTuple):
     """What `hafrm export` writes, from where, and how it is stored."""
 
     head: Head = "reward"
     dtype: str | None = None  # one of STORED; None: what the run computed in, as at its end
-    merge_lora: bool | None = None
-    """False: adapters beside the base checkpoint; None: merged, if there are any."""
-    checkpoint: str = "best"
-    """best (the latest before any validation), latest or a step."""
+    merge_lora: bool | None = (
+        None  # False: adapters beside the base; None: merged, if there are any
+    )
+    checkpoint: str = "best"  # (the latest before any validation), latest or a step
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """What was written, and the proof of it."""
 
     head: Head
@@ -142,13 +139,12 @@ class Exported:
     difference: float  # the largest, relative to max(1, |score|)
 
 
-def export_from_run(folder: Path, to: Path, options: ExportOptions | None = None) -> Exported:
+def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     """Write one head of a run as a stock directory `to`, which appears once it is proved.
 
     Raises ConfigError and CheckpointError for what this run cannot give, ModelError and NumericsError for a
     model that must not be used, VerificationError for one that is written but not proved.
     """
-    options = options or ExportOptions()
     if to.exists():
         raise CheckpointError(f"{to} exists already: remove it or choose another place")
     run = RunFolder.open(folder)
