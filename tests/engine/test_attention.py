@@ -355,11 +355,7 @@ def test_the_flash_attn_call_is_the_varlen_call_with_soft_capping(monkeypatch):
     """Its argument names, from the package's documentation (2.6 and later), and the same numbers."""
 
     def slow_flash(
-        *args: Any,
-        softmax_scale: float,
-        causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
+        *args: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int], softcap: float
     ) -> Tensor:
         assert causal and softcap == 2.0
         return slow_varlen(

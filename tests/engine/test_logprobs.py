@@ -86,12 +86,7 @@ def test_only_the_gradients_that_are_needed_are_made_and_they_are_right(needed):
 class Products(TorchDispatchMode):
     """How many matrix products ran, and the elements of the largest tensor put out."""
 
-    PRODUCTS = (
-        torch.ops.aten.mm,
-        torch.ops.aten.addmm,
-        torch.ops.aten.addmm_,
-        torch.ops.aten.bmm,
-    )
+    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm)
 
     def __init__(self) -> None:
         super().__init__()

@@ -186,12 +186,7 @@ def test_the_lm_heads_scaling_and_soft_capping_are_read_from_the_config(family, 
 # Dropout
 
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-FALCON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
 HALF = {"attention_dropout": 0.5, "hidden_dropout": 0.5}
 NOISY = {

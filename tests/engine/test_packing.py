@@ -6,12 +6,7 @@ import random
 import pytest
 import torch
 
-from hafrm.engine.packing import (
-    first_fit_decreasing,
-    is_out_of_memory,
-    plan_micro_batches,
-    spread,
-)
+from hafrm.engine.packing import first_fit_decreasing, is_out_of_memory, plan_micro_batches, spread
 
 
 def draws(num: int = 300) -> list[tuple[list[int], int]]:

@@ -42,12 +42,7 @@ def random_batch(num: int = 64, dtype: torch.dtype = torch.float64) -> PolicyLog
 
     counts = torch.randint(1, 40, (2, num), generator=draw)
     return PolicyLogps(
-        logps(counts[0]),
-        logps(counts[1]),
-        counts[0],
-        counts[1],
-        logps(counts[0]),
-        logps(counts[1]),
+        logps(counts[0]), logps(counts[1]), counts[0], counts[1], logps(counts[0]), logps(counts[1])
     )
 
 
@@ -73,11 +68,7 @@ def call(name: str, given: PolicyLogps) -> Tensor:
         (3.0, {"margin": 3.0}, math.log(2)),  # a gap of 3 with a margin of 3 is worth a gap of 0
         (3.0, {"margin": 1.0}, softplus(-2)),
         # gap 2, margin 0.5, eps 0.1: 0.9 * softplus(-(2 - 0.5)) + 0.1 * softplus(-(-2 - 0.5))
-        (
-            2.0,
-            {"margin": 0.5, "label_smoothing": 0.1},
-            0.9 * softplus(-1.5) + 0.1 * softplus(2.5),
-        ),
+        (2.0, {"margin": 0.5, "label_smoothing": 0.1}, 0.9 * softplus(-1.5) + 0.1 * softplus(2.5)),
     ],
 )
 def test_reward_loss_is_the_likelihood_of_bradley_terry(gap, options, expected) -> None:

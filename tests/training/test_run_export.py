@@ -8,13 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hafrm.errors import (
-    CheckpointError,
-    ConfigError,
-    ModelError,
-    NumericsError,
-    VerificationError,
-)
+from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError, VerificationError
 from hafrm.export.checklist import replay_directory, verify_directory
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export

@@ -32,9 +32,7 @@ class PolicyLoss:
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
     "dpo": PolicyLoss(losses.dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}),
     "dpo-noref": PolicyLoss(
-        losses.reference_free_dpo_loss,
-        {"beta": 0.1, "label_smoothing": 0.0},
-        needs_reference=False,
+        losses.reference_free_dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}, needs_reference=False
     ),
     "ipo": PolicyLoss(losses.ipo_loss, {"beta": 0.1}, per_token=True),
     "simpo": PolicyLoss(
