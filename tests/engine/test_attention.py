@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hafrm.engine import attention
 from hafrm.engine.attention import Rule, attend_by_group, attend_by_segment, shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
+from support.dispatched import Dispatched
 from support.models import SHAPES, tiny_hybrid, token_groups
 
 MODULE = torch.nn.Module()
@@ -113,21 +113,6 @@ def test_a_layout_serves_layers_with_and_without_a_window():
         compare(found, slow_attention(q, k, v, full_mask(layout, window), None, None), (q, k, v))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation put out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for part in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(part, Tensor):
-                self.numel = max(self.numel, part.numel())
-        return out
-
-
 MANY = tuple((9, (5, 7)) for _ in range(16))
 """336 tokens in 32 segments of at most 16 keys: far fewer elements per segment than tokens^2."""
 
@@ -138,7 +123,7 @@ def test_nothing_of_tokens_by_tokens_is_built_forward_or_backward(window, softca
     """The largest tensors are the row's queries, keys and outputs: 4 heads * 336 * 8 elements."""
     layout = lay_out(token_groups(MANY))
     q, k, v = tensors(layout, (4, 4))
-    with LargestTensor() as largest:
+    with Dispatched() as largest:
         found, _ = shared_prefix_attention(
             MODULE, q, k, v, branch_layout=layout, sliding_window=window, softcap=softcap
         )
@@ -146,16 +131,6 @@ def test_nothing_of_tokens_by_tokens_is_built_forward_or_backward(window, softca
     assert layout.num_tokens == 336
     assert largest.numel == q.numel() < layout.num_tokens**2
     assert all(mask.shape[0] <= 16 and mask.shape[1] <= 16 for mask in layout.masks.values())
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_no_model_builds_a_mask_of_tokens_by_tokens_around_it(family):
-    """Widest otherwise: 336 tokens times at most 128 (GPT-2's inner layer), and parameters."""
-    model, layout = tiny_hybrid(family), lay_out(token_groups(MANY))
-    with LargestTensor() as largest:
-        outputs = model(layout)
-        (outputs.rewards.sum() + outputs.logps.sum()).backward()
-    assert largest.numel <= layout.num_tokens * 128 < layout.num_tokens**2
 
 
 def test_under_autocast_the_query_is_in_half_precision_when_the_backend_is_chosen(monkeypatch):

@@ -1,15 +1,13 @@
 """Chunked log-probs against log_softmax and gather, in values, gradients, precision and memory."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hafrm.engine import logprobs
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
+from support.dispatched import Dispatched
 
 SCORED, HIDDEN, VOCAB = 13, 8, 31
 CHUNKS = [1, 7, SCORED, SCORED + 5]
@@ -83,25 +81,6 @@ def test_only_the_gradients_that_are_needed_are_made_and_they_are_right(needed):
         torch.testing.assert_close(grad, expected, atol=2e-5, rtol=1e-5)
 
 
-class Products(TorchDispatchMode):
-    """How many matrix products ran, and the elements of the largest tensor put out."""
-
-    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.count += func.overloadpacket in self.PRODUCTS
-        for part in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(part, Tensor):
-                self.numel = max(self.numel, part.numel())
-        return out
-
-
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_a_frozen_head_gives_the_same_gradient_of_the_hidden_states(chunk, transform):
@@ -121,11 +100,11 @@ def test_a_frozen_head_is_never_recomputed_in_backward():
     a trained head makes one in forward and three (logits, hidden, weight) in backward."""
     hidden, weight, _, targets = inputs()
     for head, forward_products, backward_products in ((weight.detach(), 8, 0), (weight, 4, 12)):
-        with Products() as forward:
+        with Dispatched() as forward:
             found = token_logprobs(hidden, head, targets, chunk=4)
-        with Products() as backward:
+        with Dispatched() as backward:
             found.sum().backward()
-        assert (forward.count, backward.count) == (forward_products, backward_products)
+        assert (forward.products, backward.products) == (forward_products, backward_products)
 
 
 def test_a_tied_weight_gets_the_gradients_of_both_its_uses():
@@ -247,7 +226,7 @@ def wide() -> tuple[Tensor, Tensor, Tensor]:
 def test_no_tensor_of_the_head_ever_holds_more_than_a_chunk_of_logits(frozen, softcap):
     hidden, weight, targets = wide()
     weight.requires_grad_(not frozen)
-    with Products() as products:
+    with Dispatched() as products:
         found = token_logprobs(
             hidden, weight, targets, transform=LogitTransform(softcap=softcap), chunk=16
         )
@@ -258,7 +237,7 @@ def test_no_tensor_of_the_head_ever_holds_more_than_a_chunk_of_logits(frozen, so
 def test_the_default_chunk_follows_from_the_vocabulary(monkeypatch):
     hidden, weight, targets = wide()
     monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", 20 * WIDE["vocab"] + 7)
-    with Products() as products:
+    with Dispatched() as products:
         token_logprobs(hidden, weight, targets).sum().backward()
     assert products.numel == 20 * WIDE["vocab"]
 

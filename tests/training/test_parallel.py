@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
-from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support import forked, parallel_worker
 from support.tiny_runs import tiny_recipe
@@ -57,11 +56,6 @@ def assert_same_training(one: Path, two: Path) -> None:
         assert first.keys() == second.keys()
         for name, value in first.items():
             assert torch.allclose(value, second[name], atol=1e-5), name
-
-
-@pytest.fixture(autouse=True)
-def _no_proof_here(monkeypatch):
-    monkeypatch.setattr(run_export, "check_golden", lambda _: {})
 
 
 def recipe_for(folder: Path, mode: str, **sections: Any) -> Recipe:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError, VerificationError
-from hafrm.export.checklist import replay_directory, verify_directory
+from hafrm.export.checklist import verify_directory
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
@@ -19,36 +19,13 @@ from support.tiny_runs import tiny_recipe
 LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
 
 
-@pytest.fixture(autouse=True)
-def _replay_in_this_process(monkeypatch, request):
-    """The same code as in the fresh process, without importing torch again for seconds."""
-    if "fresh_process" not in request.node.name:
-        monkeypatch.setattr(run_export, "check_golden", replay)
-
-
-def replay(folder):
-    result = replay_directory(folder)
-    assert not result.faults
-    assert max(result.differences.values()) < 1e-4
-    return result.differences
-
-
-def trained(folder, **sections):
-    """A finished run of six steps, saved at 2, 4 and 6, validated at 3 and 6."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_export, "check_golden", lambda _: {})
-        run_training(tiny_recipe(folder, **sections), folder / "run")
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("haf"))
-
-
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("lora"), lora=LORA, method={"name": "bt"})
+    folder = tmp_path_factory.mktemp("lora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_export, "check_golden", lambda _: {})
+        run_training(tiny_recipe(folder, lora=LORA, method={"name": "bt"}), folder / "run")
+    return folder / "run"
 
 
 def weights(folder):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hafrm.errors import NumericsError
 from hafrm.preferences import Comparison, TokenizedGroup
@@ -22,6 +21,7 @@ from hafrm.training.step import (
     losses_of,
 )
 from hafrm.training.step_batches import MicroBatch, References
+from support.dispatched import Dispatched
 from support.models import tiny_hybrid
 from support.step_pairs import adamw, micro_batches, one_step, pairs
 
@@ -103,18 +103,6 @@ def test_a_non_finite_loss_or_gradient_stops_before_the_update_and_names_the_gro
         assert torch.equal(parameter, before[name]), name
 
 
-class Operations(TorchDispatchMode):
-    """Names of all operations, those of the backward pass too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "method",
     [
@@ -130,12 +118,12 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_a_device(method):
     model, groups = tiny_hybrid(), pairs()
     batches = micro_batches(groups, 40, frozen(groups))
     optimizer, guard = adamw(model), Unwatched(torch.device("cpu"))
-    with Operations() as seen:
+    with Dispatched() as seen:
         one_step(model, batches, method, optimizer, nonfinite=guard)
     assert "_fused_adamw_" in seen.names
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero"}
     assert not seen.names & waiting
-    with Operations() as seen:
+    with Dispatched() as seen:
         guard.check()
     assert "_local_scalar_dense" in seen.names
 
@@ -204,16 +192,6 @@ def test_normbt_starts_at_the_mean_distance_of_its_first_step_and_averages_from_
     )
     torch.testing.assert_close(first, mean)
     torch.testing.assert_close(later, DECAY * 7.0 + (1 - DECAY) * mean)
-
-
-def test_equal_distances_leave_bradley_terry():
-    """A pair alone in its step has the mean distance: its factor is 1 but for epsilon."""
-    batches = micro_batches(pairs()[:1], 10_000)
-    normbt, bt = (
-        one_step(tiny_hybrid(seed=0), batches, get_method(name), num_comparisons=1).sums[0]
-        for name in ("normbt", "bt")
-    )
-    torch.testing.assert_close(normbt, bt, rtol=1e-4, atol=0)
 
 
 def an_optimizer() -> tuple[torch.nn.Parameter, torch.optim.AdamW]:

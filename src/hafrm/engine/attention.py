@@ -23,8 +23,7 @@ from transformers import AttentionInterface
 
 from hafrm.engine.layout import Layout
 
-SHARED_PREFIX = "hafrm_shared_prefix"
-"""The name under which transformers knows this attention."""
+SHARED_PREFIX = "hafrm_shared_prefix"  # the name under which transformers knows this attention
 
 try:  # CUDA only; private in older releases of torch
     from torch.nn.attention.varlen import varlen_attn
@@ -46,12 +45,9 @@ _VARLEN_COMPLETE = {"scale", "window_size"} <= _PARAMETERS
 class Rule:
     """How attention scores are computed, the same for every token of a layer."""
 
-    scaling: float | None = None
-    """Factor of the products; None: 1 / sqrt(dim)."""
-    window: int | None = None
-    """Keys that a token sees, itself included; None: all before it."""
-    softcap: float | None = None
-    """Scores are capped to softcap * tanh(score / softcap) (Gemma-2)."""
+    scaling: float | None = None  # factor of the products; None: 1 / sqrt(dim)
+    window: int | None = None  # keys that a token sees, itself included; None: all before it
+    softcap: float | None = None  # scores are capped to softcap * tanh(score / softcap) (Gemma-2)
 
     @property
     def flash_window(self) -> tuple[int, int]:
@@ -241,8 +237,7 @@ class _Batch:
     """Where each token lies in the sequence; padding repeats the group's first, nobody attends to it."""
     real: Bool[Tensor, "groups longest"]
     positions: Int[Tensor, "groups longest"]
-    branches: Int[Tensor, "groups longest"]
-    """-1 for the prompt."""
+    branches: Int[Tensor, "groups longest"]  # -1 for the prompt
 
 
 def attend_by_group(

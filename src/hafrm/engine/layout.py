@@ -52,8 +52,7 @@ class Layout:
     last: Int[Tensor, " responses"]
     """Index of each response's last real token, where its reward is read."""
     lengths: Int[Tensor, " responses"]
-    read: Int[Tensor, " read"]
-    """What a head may read: each prompt's last token, and all branches."""
+    read: Int[Tensor, " read"]  # what a head may read: each prompt's last token, and all branches
     key_index: Int[Tensor, " keys"]
     """Indices of every segment's keys: a prompt appears once per branch."""
     cu_queries: Int[Tensor, " bounds"]
@@ -149,8 +148,7 @@ class PaddedLayout:
 
     input_ids: Int[Tensor, "responses length"]
     attention_mask: Int[Tensor, "responses length"]
-    predictor: Int[Tensor, " scored"]
-    """As in Layout, into the flattened [responses * length]."""
+    predictor: Int[Tensor, " scored"]  # as in Layout, into the flattened [responses * length]
     last: Int[Tensor, " responses"]
 
 

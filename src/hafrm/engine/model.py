@@ -36,12 +36,9 @@ _SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 class Outputs(NamedTuple):
     """What one forward gives, per response; a head that the model lacks gives None."""
 
-    rewards: Float[Tensor, " responses"] | None
-    """w . h_last, float32."""
-    logps: Float[Tensor, " responses"] | None
-    """Sum of the response tokens' log-probs, float32, nat."""
-    lengths: Int[Tensor, " responses"]
-    """Response tokens, the EOS included."""
+    rewards: Float[Tensor, " responses"] | None  # w . h_last, float32
+    logps: Float[Tensor, " responses"] | None  # sum of the response tokens' log-probs, float32, nat
+    lengths: Int[Tensor, " responses"]  # response tokens, the EOS included
     reward_states: Float[Tensor, "responses hidden"] | None
     """The hidden states that the rewards are read from, detached."""
 
@@ -225,8 +222,7 @@ def longest_sequence(config: PretrainedConfig) -> int | None:
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """What the model's own LM head does after its product: soft-capping (Gemma-2), a factor (Cohere's
-    logit_scale) or a divisor (Granite's logits_scaling)."""
+    """What the model's own LM head does after its product: a cap (Gemma-2), a factor or divisor."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
@@ -286,10 +282,8 @@ def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
 class Disagreement(NamedTuple):
     """Largest difference between shared and plain outputs, and what is tolerated."""
 
-    hidden: float
-    """Of the states that rewards are read from, relative to their norm."""
-    logp: float
-    """Relative to max(1, |log-prob|)."""
+    hidden: float  # of the states that rewards are read from, relative to their norm
+    logp: float  # relative to max(1, |log-prob|)
     tolerance: float
 
 

@@ -29,11 +29,8 @@ def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def plan_micro_batches(
     sizes: Sequence[int], budget: int, num_ranks: int = 1
 ) -> list[list[list[int]]]:
-    """`plan[rank][micro_batch]` -> indices; every rank has the same number of micro-batches.
-
-    The number is the smallest for which the even spread stays under `budget` (or under the largest
-    single item). A rank for which nothing is left gets empty micro-batches.
-    """
+    """`plan[rank][micro_batch]` -> indices: as few micro-batches, some of them empty, as an even spread
+    under `budget` (or under the largest single item) needs, and the same number on every rank."""
     limit = max([budget, *sizes])
     rounds = max(1, -(-sum(sizes) // (limit * num_ranks)))
     while True:

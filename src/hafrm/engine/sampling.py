@@ -22,12 +22,9 @@ from hafrm.progress import OnProgress, no_progress
 class Sampling:
     """How responses are drawn."""
 
-    max_new_tokens: int
-    """Tokens of a response at most, its EOS included."""
-    temperature: float = 1.0
-    """Divides the logits; 0: always the likeliest token."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    max_new_tokens: int  # tokens of a response at most, its EOS included
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
     repetition_penalty: float = 1.0
     """Divides the logits of tokens that are there already (arXiv 1909.05858); 1: none."""
 

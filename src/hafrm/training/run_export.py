@@ -51,8 +51,7 @@ from hafrm.training.setup import (
 log = logging.getLogger("hafrm")
 
 STORED = DTYPES[1:]  # not auto
-MERGED = "merged"
-"""Where the merged model lies beside an adapter until its scores are recorded."""
+MERGED = "merged"  # where the merged model lies beside an adapter until its scores are recorded
 Head = Literal["reward", "policy"]
 
 
