@@ -1,6 +1,5 @@
 """Log-probs, states and entropies of single response tokens, and a temperature, against plain torch."""
 
-
 import pytest
 import torch
 

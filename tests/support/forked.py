@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -38,9 +39,12 @@ def _run(log: Path, target: Callable[..., None], arguments: tuple, variables: di
     target(*arguments)
 
 
-def command(*arguments: str) -> None:
-    """`hafrm ARGUMENTS`."""
+def train_slowly(*arguments: str) -> None:
+    """`hafrm train ARGUMENTS`, with steps that leave time to send a signal."""
     from hafrm.cli import main
+    from hafrm.training import loop
 
-    sys.argv = ["hafrm", *arguments]
+    take_step = loop.take_step
+    loop.take_step = lambda *args, **options: time.sleep(0.05) or take_step(*args, **options)
+    sys.argv = ["hafrm", "train", *arguments]
     main()

@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatc
 
 def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path):
     """Real processes, each ended once a new checkpoint stands; SIGTERM saves and exits with 143."""
-    steps = {"training": {"steps": 40}, "checkpoint": {"every": 5}, "evaluation": {"every": 20}}
+    steps = {"training": {"steps": 16}, "checkpoint": {"every": 2}, "evaluation": {"every": 8}}
     recipe, run, file = (
         tiny_recipe(tmp_path, **steps),
         tmp_path / "killed",
@@ -281,7 +281,7 @@ def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path)
     before: set[Path] = set()
     for name, code in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 143)):
         options = [str(file), "--out", str(run)] if name == "SIGKILL" else ["--resume", str(run)]
-        process = forked.start(tmp_path / "log", forked.command, "train", *options)
+        process = forked.start(tmp_path / "log", forked.train_slowly, *options)
         deadline = time.monotonic() + 60
         while before >= set(run.glob("checkpoints/step-*")):
             assert process.is_alive(), (tmp_path / "log").read_text()

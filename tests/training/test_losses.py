@@ -13,23 +13,13 @@ from hafrm.training.methods import POLICY_LOSSES
 
 
 def batch(
-    chosen: list[float],
-    rejected: list[float],
-    reference: tuple[list[float], list[float]] | None = None,
-    counts: tuple[list[int], list[int]] | None = None,
-    dtype: torch.dtype = torch.float32,
+    chosen: float,
+    rejected: float,
+    reference: tuple[float, float] = (0.0, 0.0),
+    counts: tuple[int, int] = (1, 1),
 ) -> PolicyLogps:
-    ones = [1] * len(chosen)
-    chosen_counts, rejected_counts = counts or (ones, ones)
-    references = reference or ([0.0] * len(chosen), [0.0] * len(chosen))
-    return PolicyLogps(
-        torch.tensor(chosen, dtype=dtype),
-        torch.tensor(rejected, dtype=dtype),
-        torch.tensor(chosen_counts),
-        torch.tensor(rejected_counts),
-        torch.tensor(references[0], dtype=dtype),
-        torch.tensor(references[1], dtype=dtype),
-    )
+    """One comparison."""
+    return PolicyLogps(*(torch.tensor([x]) for x in (chosen, rejected, *counts, *reference)))
 
 
 def random_batch(num: int = 64, dtype: torch.dtype = torch.float64) -> PolicyLogps:
@@ -131,9 +121,9 @@ def test_the_parts_of_the_sum_to_zero_penalty_average_to_it_and_so_do_their_grad
 
 # The policy losses, one by one.
 
-GAPS = batch([-10.0], [-20.0], ([-12.0], [-15.0]), ([4], [10]))
+GAPS = batch(-10.0, -20.0, (-12.0, -15.0), (4, 10))
 """Log-ratios +2 and -5, over 4 and 10 tokens +0.5 and -0.5."""
-HALVES = batch([3 * math.log(0.5)], [2 * math.log(0.25)], counts=([3], [2]))
+HALVES = batch(3 * math.log(0.5), 2 * math.log(0.25), counts=(3, 2))
 """Geometric means p = 1/2 and 1/4, so odds 1 and 1/3, odds ratio 3 and sigmoid(ln 3) = 3/4."""
 
 
@@ -151,9 +141,9 @@ HALVES = batch([3 * math.log(0.5)], [2 * math.log(0.25)], counts=([3], [2]))
         (losses.simpo_loss(GAPS, beta=2.0, gamma=0.4), softplus(1.4)),
         (losses.orpo_loss(HALVES, beta=0.1), math.log(2) - 0.1 * math.log(0.75)),
         # log-ratios ln 3 and -ln 3: 1 - sigmoid(ln 3) = 1/4 on either side
-        (losses.kto_loss(batch([math.log(3)], [-math.log(3)]), beta=1.0), 0.25),
+        (losses.kto_loss(batch(math.log(3), -math.log(3)), beta=1.0), 0.25),
         (losses.sft_loss(GAPS), 2.5),
-        (losses.sft_logsigmoid_loss(batch([-20.0], [-1.0]), beta=0.1), softplus(2.0)),
+        (losses.sft_logsigmoid_loss(batch(-20.0, -1.0), beta=0.1), softplus(2.0)),
     ],
 )
 def test_policy_losses_by_hand(loss: Tensor, expected: float) -> None:
@@ -162,30 +152,24 @@ def test_policy_losses_by_hand(loss: Tensor, expected: float) -> None:
 
 def test_orpo_odds_are_exact_for_nearly_certain_and_nearly_impossible_responses() -> None:
     """Against float64 arithmetic: 1 - exp(x) loses every digit in float32 near x = 0."""
-    means = [-1e-6, -1e-4, -0.1, -0.6931, -0.6932, -5.0, -30.0]
-    given = batch(means, [-1.0] * len(means))
-    log_odds = [m - math.log(-math.expm1(m)) + 1.0 + math.log(-math.expm1(-1.0)) for m in means]
-    expected = [-m + softplus(-odds) for m, odds in zip(means, log_odds, strict=True)]
-    torch.testing.assert_close(
-        losses.orpo_loss(given, beta=1.0), torch.tensor(expected), rtol=1e-6, atol=1e-6
-    )
+    for mean in (-1e-6, -1e-4, -0.1, -0.6931, -0.6932, -5.0, -30.0):
+        odds = mean - math.log(-math.expm1(mean)) + 1.0 + math.log(-math.expm1(-1.0))
+        loss = losses.orpo_loss(batch(mean, -1.0), beta=1.0)
+        assert loss.item() == pytest.approx(-mean + softplus(-odds), rel=1e-6, abs=1e-6)
 
 
 # All policy losses alike.
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
-def test_no_policy_loss_looks_at_its_neighbours(name: str) -> None:
+def test_policy_losses_look_at_no_neighbours_and_their_gradients_equal_finite_differences(
+    name: str,
+) -> None:
     """One comparison at a time gives the same numbers: otherwise packing would change gradients."""
-    given = random_batch(8)
-    columns = [getattr(given, each.name) for each in fields(PolicyLogps)]
-    alone = [call(name, PolicyLogps(*(c[i : i + 1] for c in columns))) for i in range(8)]
-    torch.testing.assert_close(call(name, given), torch.cat(alone))
-
-
-@pytest.mark.parametrize("name", POLICY_LOSSES)
-def test_policy_gradients_equal_finite_differences(name: str) -> None:
     given = random_batch(6)
+    columns = [getattr(given, field.name) for field in fields(PolicyLogps)]
+    alone = [call(name, PolicyLogps(*(c[i : i + 1] for c in columns))) for i in range(6)]
+    torch.testing.assert_close(call(name, given), torch.cat(alone))
 
     def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
         return call(name, replace(given, chosen_logps=chosen, rejected_logps=rejected))

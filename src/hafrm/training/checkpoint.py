@@ -31,10 +31,7 @@ MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 
 
 def open_run(recipe: Section, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe.
-
-    `recipe` is a Recipe, or another root with a section `training` that has the keys of MAY_CHANGE.
-    """
+    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe."""
     return parallel.from_main(
         lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
     )
@@ -97,10 +94,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights, moments and RNG in place and return its state.
-
-    Raises CheckpointError when a file is missing or damaged, or belongs to another model.
-    """
+    """Put a checkpoint's weights, moments and RNG in place and return its state, unless it is damaged."""
     parallel.from_main(lambda: check_manifest(folder))
     load_weights(folder, model)
     parameters = _trainable(model)

@@ -180,7 +180,11 @@ def get_method(name: str, **overrides: Any) -> Method:
         shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
         preset = _preset(name, policy_loss, **{key: getattr(preset, key) for key in shared})
     method = replace(preset, **values)
-    used = _options_in_use(method)
+    used = {"reward_weight", "policy_loss"}  # weights taken as if they were not 0
+    if method.trains_reward:
+        used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
+    if method.policy_loss is not None:
+        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
     for key, value in values.items():
         if key not in used and value != getattr(preset, key):
             raise ConfigError(
@@ -199,16 +203,6 @@ def resolve_method(recipe: Recipe) -> Method:
     """The recipe's method with its overrides; raises ConfigError as `get_method` does."""
     section = recipe.method.model_dump()
     return get_method(section.pop("name"), **section)
-
-
-def _options_in_use(method: Method) -> set[str]:
-    """The fields that change what the method computes, its weights taken as if they were not 0."""
-    used = {"reward_weight", "policy_loss"}
-    if method.trains_reward:
-        used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
-    if method.policy_loss is not None:
-        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
-    return used
 
 
 class StepStatistics(NamedTuple):

@@ -106,14 +106,14 @@ def references_of(  # noqa: PLR0913 - two sets, what is reached, and how the pas
 ) -> tuple[References, References]:
     """`reference_logps` of the training and the validation groups, from one pass or one file.
 
-    Of the training groups only the responses of `refs`, the comparisons that the run reaches, are
-    computed. The others are NaN, so that a loss which read one would stop the run.
+    Of the training groups only responses of `refs`, the comparisons that the run reaches, are computed.
     """
     used = step_groups(train, refs)
     groups = [*(group.tokens for group in used), *validation]
     log.info("reference log-probs of %d responses", sum(len(g.response_ids) for g in groups))
     both = reference_logps(model, groups, max_tokens=max_tokens, autocast=autocast, path=path)
     first = first_responses(train)
+    # NaN where nothing is computed: a loss which read one would stop the run
     logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
     place = [first[group.group_index] + response for group in used for response in group.responses]
     cut = len(place)

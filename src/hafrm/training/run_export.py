@@ -106,12 +106,10 @@ def export_run(
 
 
 def _export_dtype(recipe: Recipe) -> torch.dtype:
-    """What a run's models are stored in: what it computed in."""
     return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 
 def _implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
-    """How the trained policy scores a response by itself."""
     reference = recipe.model.path if method.scores_against_reference else None
     return ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
 
