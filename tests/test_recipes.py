@@ -253,10 +253,12 @@ def test_the_ray_file_calls_the_training_function_with_arguments_that_it_has():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.keywords
     }
     loop = ast.parse((ROOT / "src/hafrm/training/loop.py").read_text())
-    function = next(n for n in loop.body if isinstance(n, ast.FunctionDef) and n.name == "train")
-    assert len(calls["train"].args) == len(function.args.args)
+    function = next(
+        n for n in loop.body if isinstance(n, ast.FunctionDef) and n.name == "run_training"
+    )
+    assert len(calls["run_training"].args) == len(function.args.args)
     known = {argument.arg for argument in function.args.kwonlyargs}
-    assert {keyword.arg for keyword in calls["train"].keywords} <= known
+    assert {keyword.arg for keyword in calls["run_training"].keywords} <= known
 
 
 def test_the_list_of_launch_files_is_complete():

@@ -255,13 +255,13 @@ def memory_need(
     shards = target.ranks if sharded else 1
     gathered = HALF if recipe.training.precision == "bf16" else FLOAT32
     states = state_bytes(weights, shards=shards, gathered=gathered, accumulates=accumulates)
-    kept, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
+    saved, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
     *_, forward = activation_bytes(recipe, weights, reference, sharded=False)
     # The reference's pass runs before FSDP2 shards the weights.
     beside = max(state_bytes(weights)[0], states[0] + states[2])
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
-    return MemoryNeed(*states, kept, working, passes=beside + forward)
+    return MemoryNeed(*states, saved, working, passes=beside + forward)
 
 
 def is_sharded(recipe: Recipe, target: Target) -> bool:
