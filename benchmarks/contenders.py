@@ -158,7 +158,11 @@ class Ours:
         batches = [build_micro_batch(parts, references) for parts in plan]
         if not self.sharing:
             batches = [self._apart(b, parts) for b, parts in zip(batches, plan, strict=True)]
-        return [b.pinned() for b in batches] if w.device.type == "cuda" else batches
+        return (
+            [b.moved(torch.Tensor.pin_memory) for b in batches]
+            if w.device.type == "cuda"
+            else batches
+        )
 
     @staticmethod
     def _apart(batch: MicroBatch, parts: Any) -> MicroBatch:
