@@ -24,7 +24,7 @@ from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import first_responses, run_forward
 from hafrm.training.methods import Method, get_method
-from hafrm.training.model_setup import assemble, starting_dtype
+from hafrm.training.setup import assemble, starting_dtype
 from hafrm.training.step import NonFiniteCheck, build_optimizer, take_step
 from hafrm.training.step_batches import (
     ComparisonOrder,
@@ -158,7 +158,11 @@ class Ours:
         batches = [build_micro_batch(parts, references) for parts in plan]
         if not self.sharing:
             batches = [self._apart(b, parts) for b, parts in zip(batches, plan, strict=True)]
-        return [b.pinned() for b in batches] if w.device.type == "cuda" else batches
+        return (
+            [b.moved(torch.Tensor.pin_memory) for b in batches]
+            if w.device.type == "cuda"
+            else batches
+        )
 
     @staticmethod
     def _apart(batch: MicroBatch, parts: Any) -> MicroBatch:

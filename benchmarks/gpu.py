@@ -24,9 +24,9 @@ from transformers.activations import NewGELUActivation
 from workload import SHAPES, Rows, Workload, best_time, load, synchronise
 
 from hafrm.engine import attention
+from hafrm.engine.attention import Rule, attend_by_group, attend_by_segment
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.logprobs import token_logprobs
-from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 
 WARM_STEPS = 2
 

@@ -30,8 +30,8 @@ from hafrm.recipe_file import build_recipe
 from hafrm.scoring.forward import run_forward
 from hafrm.statistics import Estimate, accuracy_interval
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import build_model
-from hafrm.training.reference import reference_logps
+from hafrm.training.passes import reference_logps
+from hafrm.training.setup import build_model
 from hafrm.training.step import NonFiniteCheck, build_optimizer, take_step
 from hafrm.training.step_batches import ComparisonOrder, ComparisonRef, build_micro_batch, plan_step
 

@@ -17,7 +17,7 @@ from workload import Workload
 from hafrm.engine.logprobs import token_logprobs
 from hafrm.engine.model import hidden_size, new_reward_head, split_causal_lm
 from hafrm.recipe import LoraSection
-from hafrm.training.model_setup import inject_lora
+from hafrm.training.setup import inject_lora
 
 ALPHA, BETA = 0.2, 0.1
 """HAF's weights."""

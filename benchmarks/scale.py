@@ -27,7 +27,7 @@ from hafrm.training.memory_plan import (
     memory_need,
 )
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import meta_model
+from hafrm.training.setup import meta_model
 
 HAF = get_method("haf")
 GIB, NODE = 2**30, 8

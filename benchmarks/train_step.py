@@ -27,7 +27,7 @@ from workload import BATCH, SHAPES, Peaks, Rows, Workload, load, measure_peaks
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.recipe import LoraSection
 from hafrm.training.memory_plan import count_weights
-from hafrm.training.model_setup import inject_lora
+from hafrm.training.setup import inject_lora
 
 JOINT = "hafrm joint (haf)"
 GIB = 2**30

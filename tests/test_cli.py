@@ -98,7 +98,7 @@ def test_export_says_what_it_wrote_and_how_it_was_proved(run, tmp_path, monkeypa
     monkeypatch.setattr(run_export, "check_golden", lambda path: replay_directory(path).differences)
     command = ("export", run, "--out", tmp_path / "out")
     output = invoke(*command, "--dtype", "bfloat16")
-    assert "exported the reward model from model in bfloat16" in output
+    assert "exported the reward model from step-6 in bfloat16" in output
     assert "plain transformers gives the same" in output
     assert "clauses hold" in invoke("verify", tmp_path / "out")
     assert "exists already" in refused(*command)

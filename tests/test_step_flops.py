@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import meta_model
+from hafrm.training.setup import meta_model
 from support.counted_flops import COUNTED
 from support.models import tiny_hybrid, token_groups
 from support.recipe_models import real_model, recipe_of, tiny_mixtral_config

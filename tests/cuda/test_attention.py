@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from hafrm.engine import attention
-from hafrm.engine.attention import shared_prefix_attention
+from hafrm.engine.attention import Rule, attend_by_group, attend_by_segment, shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 from support.models import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda

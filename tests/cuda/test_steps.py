@@ -129,7 +129,7 @@ def test_a_step_in_bfloat16_never_waits_for_the_device(device):
     optimizer = adamw(model)
     batches = micro_batches(pairs(), max_tokens=100)
     if device.type == "cuda":
-        batches = [batch.pinned() for batch in batches]
+        batches = [batch.moved(torch.Tensor.pin_memory) for batch in batches]
     run(model, batches, torch.bfloat16, optimizer, guard)
     with waiting_is_an_error(device):
         run(model, batches, torch.bfloat16, optimizer, guard)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hafrm.engine import attention
-from hafrm.engine.attention import shared_prefix_attention
+from hafrm.engine.attention import Rule, attend_by_group, attend_by_segment, shared_prefix_attention
 from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
+from support.dispatched import Dispatched
 from support.models import SHAPES, tiny_hybrid, token_groups
 
 MODULE = torch.nn.Module()
@@ -84,20 +83,13 @@ def compare(found: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_segments_attend_as_the_full_mask_says(heads, window, softcap, scaling):
-    """Contiguous, as transformers' own: AFMoE and JetMoE `view` the output."""
+    """Values may be narrower than keys. Contiguous, as transformers' own: AFMoE `view`s the output."""
     layout = lay_out(token_groups(SHAPES))
-    q, k, v = tensors(layout, heads)
+    q, k, v = tensors(layout, heads, value_dim=6)
     options = {"sliding_window": window, "softcap": softcap, "scaling": scaling}
     found, weights = shared_prefix_attention(MODULE, q, k, v, branch_layout=layout, **options)
     assert weights is None and found.is_contiguous()
     compare(found, slow_attention(q, k, v, full_mask(layout, window), scaling, softcap), (q, k, v))
-
-
-def test_values_may_be_of_another_width_than_keys():
-    layout = lay_out(token_groups(SHAPES))
-    q, k, v = tensors(layout, (4, 4), value_dim=6)
-    found, _ = shared_prefix_attention(MODULE, q, k, v, branch_layout=layout)
-    compare(found, slow_attention(q, k, v, full_mask(layout), None, None), (q, k, v))
 
 
 def test_a_window_that_only_the_module_knows_is_used():
@@ -121,21 +113,6 @@ def test_a_layout_serves_layers_with_and_without_a_window():
         compare(found, slow_attention(q, k, v, full_mask(layout, window), None, None), (q, k, v))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation put out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for part in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(part, Tensor):
-                self.numel = max(self.numel, part.numel())
-        return out
-
-
 MANY = tuple((9, (5, 7)) for _ in range(16))
 """336 tokens in 32 segments of at most 16 keys: far fewer elements per segment than tokens^2."""
 
@@ -146,7 +123,7 @@ def test_nothing_of_tokens_by_tokens_is_built_forward_or_backward(window, softca
     """The largest tensors are the row's queries, keys and outputs: 4 heads * 336 * 8 elements."""
     layout = lay_out(token_groups(MANY))
     q, k, v = tensors(layout, (4, 4))
-    with LargestTensor() as largest:
+    with Dispatched() as largest:
         found, _ = shared_prefix_attention(
             MODULE, q, k, v, branch_layout=layout, sliding_window=window, softcap=softcap
         )
@@ -154,30 +131,6 @@ def test_nothing_of_tokens_by_tokens_is_built_forward_or_backward(window, softca
     assert layout.num_tokens == 336
     assert largest.numel == q.numel() < layout.num_tokens**2
     assert all(mask.shape[0] <= 16 and mask.shape[1] <= 16 for mask in layout.masks.values())
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
-def test_no_model_builds_a_mask_of_tokens_by_tokens_around_it(family):
-    """Widest otherwise: 336 tokens times at most 128 (GPT-2's inner layer), and parameters."""
-    model, layout = tiny_hybrid(family), lay_out(token_groups(MANY))
-    with LargestTensor() as largest:
-        outputs = model(layout)
-        (outputs.rewards.sum() + outputs.logps.sum()).backward()
-    assert largest.numel <= layout.num_tokens * 128 < layout.num_tokens**2
-
-
-def test_no_attention_call_sees_more_than_a_prompt_and_one_branch(monkeypatch):
-    seen = []
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        seen.append((q.shape[2], k.shape[2]))
-        return plain(q, k, v, **options)
-
-    plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    layout = lay_out(token_groups(SHAPES))
-    shared_prefix_attention(MODULE, *tensors(layout, (4, 2)), branch_layout=layout)
-    assert seen == list(zip(layout.query_lengths, layout.key_lengths, strict=True))
 
 
 def test_under_autocast_the_query_is_in_half_precision_when_the_backend_is_chosen(monkeypatch):
@@ -265,24 +218,15 @@ def varlen_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[inspect.Bound
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_the_varlen_call_equals_the_segments(heads, window, varlen_calls):
+    """Values narrower than keys, as in multi-head latent attention, are padded and cut again."""
     layout = lay_out(token_groups(SHAPES))
-    q, k, v = tensors(layout, heads)
+    q, k, v = tensors(layout, heads, value_dim=6)
     found, _ = shared_prefix_attention(
         MODULE, q, k, v, branch_layout=layout, sliding_window=window, scaling=0.2
     )
+    assert found.is_contiguous()
     segments = attend_by_segment(q, k, v, layout, Rule(scaling=0.2, window=window))
     compare(found, segments, (q, k, v))
-    assert len(varlen_calls) == 1
-
-
-@pytest.mark.skipif(attention.varlen_attn is None, reason="this torch has no varlen_attn")
-def test_values_narrower_than_keys_are_padded_for_the_varlen_call(varlen_calls):
-    """As in multi-head latent attention; the output is cut again, and contiguous."""
-    layout = lay_out(token_groups(SHAPES))
-    q, k, v = tensors(layout, (4, 4), value_dim=6)
-    found, _ = shared_prefix_attention(MODULE, q, k, v, branch_layout=layout)
-    assert found.is_contiguous()
-    compare(found, slow_attention(q, k, v, full_mask(layout), None, None), (q, k, v))
     assert len(varlen_calls) == 1
 
 
@@ -386,11 +330,7 @@ def test_the_flash_attn_call_is_the_varlen_call_with_soft_capping(monkeypatch):
     """Its argument names, from the package's documentation (2.6 and later), and the same numbers."""
 
     def slow_flash(
-        *args: Any,
-        softmax_scale: float,
-        causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
+        *args: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int], softcap: float
     ) -> Tensor:
         assert causal and softcap == 2.0
         return slow_varlen(

@@ -82,57 +82,40 @@ def layout() -> Layout:
     return layout
 
 
-def test_a_joint_step_costs_six_per_backbone_weight_and_token_and_eight_per_head_weight_and_target(
-    layout,
-):
-    """6 N_b T_sh + 8 H y + 3 A: forward and two gradients per product; the head's logits once more.
-    What no head reads is spared the last layer."""
-    model = small_llama()
+BOTH = {"policy_head": True}
+STEPS = {
+    # forward and two gradients per product; the head's logits once more
+    "joint": (BOTH, {}, (6, 8, 3)),
+    # as under LoRA: no weight gradients, and the head's part of the gradient is taken in forward
+    "frozen": (BOTH, {"frozen": True}, (4, 4, 3)),
+    "reward only": ({"policy_head": False}, {}, (6, 0, 3)),
+    "reference": (BOTH, {"train": False}, (2, 2, 1)),
+    # one more forward of the backbone
+    "checkpointed": (BOTH, {"checkpointed": True}, (8, 8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_costs_its_products_and_no_more(layout, name):
+    """a N_b T_sh + b H y + c A: per backbone weight and token, head weight and target, and attention.
+    What no head reads is spared the last layer: all but seven last tokens without a policy head."""
+    heads, options, (backbone, head, attention) = STEPS[name]
+    model = small_llama(**heads)
     n_b = matmul_parameters(model)
     assert n_b == 6 * (4 * 384 * 384 + 3 * 384 * 1024)
-    expected = 6 * n_b * 300 + 8 * HEAD * 140 + 3 * attention_flops(layout)
-    expected -= 6 * spared(layout, READ)
-    assert count(model, layout) == pytest.approx(expected, rel=TOLERANCE)
-
-
-def test_with_frozen_weights_a_step_costs_four_and_four(layout):
-    """4 N_b T_sh + 4 H y + 3 A, as under LoRA: no weight gradients, and the head's share of the
-    gradient is taken in forward, so that its logits are made once. Norms are trained in the adapters'
-    place: they make the gradient run down to the first layer's input."""
-    model = small_llama()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.dim() == 1)
-    model.reward_head.requires_grad_()
-    n_b = matmul_parameters(model)
-    expected = 4 * n_b * 300 + 4 * HEAD * 140 + 3 * attention_flops(layout)
-    expected -= 4 * spared(layout, READ)
-    assert count(model, layout) == pytest.approx(expected, rel=TOLERANCE)
-
-
-def test_without_a_policy_head_only_the_backbone_costs(layout):
-    """6 N_b T_sh + 3 A; nothing but the last token of each of seven responses is read."""
-    model = small_llama(policy_head=False)
-    expected = 6 * matmul_parameters(model) * 300 + 3 * attention_flops(layout)
-    expected -= 6 * spared(layout, 7)
-    assert count(model, layout) == pytest.approx(expected, rel=TOLERANCE)
-
-
-def test_a_reference_pass_costs_two_and_two(layout):
-    """2 N_b T_sh + 2 H y + A."""
-    model = small_llama()
-    expected = 2 * matmul_parameters(model) * 300 + 2 * HEAD * 140 + attention_flops(layout)
-    expected -= 2 * spared(layout, READ)
-    assert count(model, layout, train=False) == pytest.approx(expected, rel=TOLERANCE)
-
-
-def test_checkpointed_activations_cost_one_more_forward_of_the_backbone(layout):
-    """8 N_b T_sh + 8 H y + 4 A: the head is not computed again, nor a layer's last product (down_proj,
-    384 x 1024), whose output no gradient needs."""
-    model = small_llama()
-    model.checkpoint_activations()
-    expected = 8 * matmul_parameters(model) * 300 + 8 * HEAD * 140 + 4 * attention_flops(layout)
-    expected -= 8 * spared(layout, READ) + 2 * WIDTH * 1024 * (5 * 300 + READ)
-    assert count(model, layout) == pytest.approx(expected, rel=TOLERANCE)
+    expected = backbone * n_b * 300 + head * HEAD * 140 + attention * attention_flops(layout)
+    expected -= backbone * spared(layout, READ if head else 7)
+    if options.get("frozen"):
+        # norms are trained in the adapters' place: the gradient runs down to the first layer's input
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() == 1)
+        model.reward_head.requires_grad_()
+    if options.get("checkpointed"):
+        model.checkpoint_activations()
+        # nor is a layer's last product run again (down_proj), whose output no gradient needs
+        expected -= 2 * WIDTH * 1024 * (5 * 300 + READ)
+    counted = count(model, layout, train=options.get("train", True))
+    assert counted == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_unshared_and_padded_the_backbone_costs_the_padded_tokens(layout):

@@ -1,11 +1,9 @@
 """Log-probs, states and entropies of single response tokens, and a temperature, against plain torch."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from hafrm.engine.layout import lay_out, unshare
+from hafrm.engine.layout import lay_out
 from hafrm.engine.logprobs import LogitTransform, token_entropies, token_logprobs
 from support.models import SHAPES, tiny_hybrid, token_groups
 
@@ -20,23 +18,6 @@ def test_token_log_probs_sum_to_the_log_probs_of_their_responses(family: str, sh
     assert tokens.hidden.shape == (len(layout.targets), 32)
     sums = torch.zeros(layout.num_responses).index_add(0, layout.response_of, tokens.logps)
     assert torch.equal(sums, outputs.logps)
-
-
-def test_token_log_probs_equal_those_of_the_stock_model_at_the_temperature():
-    """The slow twin: the padded forward of the causal LM's backbone, full logits, log-softmax."""
-    model = tiny_hybrid("llama")
-    model.transform = replace(model.transform, temperature=0.7)
-    layout = lay_out(token_groups(SHAPES))
-    padded = unshare(layout)
-    with torch.no_grad():
-        found = model.tokens(layout)
-        model.share(False)
-        states = model.backbone(
-            input_ids=padded.input_ids, attention_mask=padded.attention_mask
-        ).last_hidden_state.flatten(0, 1)
-        logits = model.policy_head(states[padded.predictor]) / 0.7
-    expected = logits.log_softmax(-1).gather(1, layout.targets[:, None])[:, 0]
-    torch.testing.assert_close(found.logps, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -4,13 +4,12 @@ it changes. Each shows the wrong number next to ours."""
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.logprobs import token_logprobs
-from support.models import TokenGroup, tiny_causal_lm, tiny_hybrid, token_groups
+from support.models import TokenGroup, stock_classifier, tiny_causal_lm, tiny_hybrid, token_groups
 
 PROMPT, FIRST, SECOND = 9, 6, 5
 PAIR = token_groups(((PROMPT, (FIRST, SECOND)),))
@@ -96,11 +95,7 @@ def test_the_stock_classifier_reads_the_wrong_token_where_pad_is_eos(pad):
     """It takes the rightmost token that is not pad by id: with pad = EOS the token before the EOS that
     the reward was trained on, even in a batch without padding. Ours goes by position."""
     model = tiny_hybrid("llama")
-    config = tiny_causal_lm("llama").config
-    config.num_labels, config.pad_token_id, config.eos_token_id = 1, pad, EOS
-    stock = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    stock.base_model.load_state_dict(tiny_causal_lm("llama").base_model.state_dict())
-    stock.score.weight.data.copy_(model.reward_head.weight.data)
+    stock = stock_classifier("llama", model, pad, EOS)
     group = TokenGroup(PAIR[0].prompt_ids, (np.append(PAIR[0].response_ids[0], np.int32(EOS)),))
     layout = lay_out([group])
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hafrm.recipe import LoraSection
 from hafrm.rlhf.actor import Actor, Prompt, Reference, Rollout
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, pack, update
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection, SamplingSection
-from hafrm.training.model_setup import inject_lora
+from hafrm.training.setup import inject_lora
 from hafrm.training.step import build_optimizer
 from support.chat_tokenizers import chat_tokenizer
 from support.models import tiny_causal_lm, token_groups

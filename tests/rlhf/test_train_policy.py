@@ -24,7 +24,7 @@ from hafrm.rlhf.train_policy import Ppo, train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.loading import default_device
 from hafrm.scoring.reward_model import RewardModel
-from hafrm.training import model_setup
+from hafrm.training import setup
 from support.chat_tokenizers import llama_like_tokenizer
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
@@ -224,7 +224,7 @@ def test_long_prompts_are_left_out_and_held_out_ones_never_trained_on(tmp_path):
 )
 def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, monkeypatch, precision, lora):
     """auto is bf16 where the device computes in it, and the run's own recipe says so."""
-    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(setup, "has_bfloat16", lambda _: True)
     training = {"steps": 1, "precision": precision, "gradient_checkpointing": True}
     sections = {"training": training} | ({} if lora is None else {"lora": lora})
     train_policy(tiny_rlhf(tmp_path, **sections), tmp_path / "run")

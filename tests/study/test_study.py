@@ -29,7 +29,7 @@ from hafrm.study.study_result import (
     summarise,
 )
 from hafrm.study.study_runs import RunWorker, read_run_result, read_scores, read_study_data
-from hafrm.training import loop, model_setup
+from hafrm.training import loop, setup
 from support.tiny_runs import write_base, write_preferences
 
 
@@ -301,7 +301,7 @@ def test_a_run_that_was_stopped_is_resumed(tmp_path, monkeypatch):
 
 def test_references_are_computed_in_the_precision_that_runs_train_in(tmp_path, monkeypatch):
     """On a device that computes in bfloat16, auto gives the numbers of bf16."""
-    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(setup, "has_bfloat16", lambda _: True)
 
     def references(precision: str) -> np.ndarray:
         recipe = study_recipe(tmp_path, precision=precision)

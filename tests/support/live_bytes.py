@@ -1,7 +1,6 @@
 """Counts the bytes of tensors that are alive, to hold plans of memory against real steps."""
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -9,14 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of all storages made under it and alive, without those of `existing` tensors."""
+    """Adds up the bytes of all storages made under it and alive."""
 
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        # Held, so that no id is used again; `_seen` forgets the ids of those that are freed.
-        self._existing = [tensor.untyped_storage() for tensor in existing]
-        self._seen = {id(storage) for storage in self._existing}
+        self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

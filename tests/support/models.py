@@ -80,6 +80,16 @@ def tiny_hybrid(family: str = "llama", seed: int = 0, *, sharing: bool = True) -
     )
 
 
+def stock_classifier(family: str, model: HybridModel, pad: int, eos: int) -> PreTrainedModel:
+    """transformers' own sequence classifier with the weights of `tiny_hybrid(family)`."""
+    causal = tiny_causal_lm(family)
+    causal.config.num_labels, causal.config.pad_token_id, causal.config.eos_token_id = 1, pad, eos
+    stock = transformers.AutoModelForSequenceClassification.from_config(causal.config).eval()
+    stock.base_model.load_state_dict(causal.base_model.state_dict())
+    stock.score.weight.data.copy_(model.reward_head.weight.data)
+    return stock
+
+
 @dataclass(frozen=True)
 class TokenGroup:
     """The least that a layout needs."""

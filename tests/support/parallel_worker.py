@@ -1,11 +1,6 @@
-"""One rank of a run, or of a check that takes two, with the variables that torchrun would set.
-
-parallel_worker.py train RECIPE FOLDER [--resume] [--own-cache] [--first-is-best] [--no-export]
-parallel_worker.py CHECK FOLDER
-"""
+"""What one of two ranks does in a test of training on several processes."""
 
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -26,49 +21,64 @@ from hafrm.recipe_file import load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import run_forward
 from hafrm.training import checkpoint, loop, parallel, run_export
-from hafrm.training.step import build_optimizer
 from support.models import SHAPES, tiny_hybrid, token_groups
-from support.step_pairs import pairs
-
-RANK = int(os.environ["RANK"])
+from support.step_pairs import adamw, pairs
 
 
-def run_training(recipe: str, folder: str, *options: str) -> None:
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def train(recipe: str, folder: str, *options: str) -> None:
+    """A run whose proof passes once the other rank's training has returned, and fails after 30 s."""
+    ended = Path(folder).with_suffix(".ended")
+
+    def check(_: Path) -> dict[str, float]:
+        until = time.monotonic() + 30
+        while not ended.exists():
+            assert time.monotonic() < until, "the other rank waits for the proof"
+            time.sleep(0.01)
+        assert not dist.is_initialized(), "nccl waits for ranks that have not left the group"
+        return {}
+
+    run_export.check_golden = check
     if "--own-cache" in options:
-        os.environ["HAFRM_CACHE"] = str(Path(folder).parent / f"cache-of-{RANK}")
+        os.environ["HAFRM_CACHE"] = str(Path(folder).parent / f"cache-of-{rank()}")
     if "--first-is-best" in options:
         validate, seen = loop.validate, []
 
-        def falling(*args, **kwargs):
-            metrics = validate(*args, **kwargs)
-            seen.append(metrics)
-            return {**metrics, "accuracy": 1.0 / len(seen)}
+        def falling(*args):
+            seen.append(validate(*args))
+            return {**seen[-1], "accuracy": 1.0 / len(seen)}
 
         loop.validate = falling
-    finish = (lambda _: None) if "--no-export" in options else None
-    loop.run_training(
-        load_recipe(recipe), Path(folder), resume="--resume" in options, finish=finish
-    )
+    finish = (lambda _: parallel.stop()) if "--no-export" in options else None
+    loop.run_training(load_recipe(recipe), Path(folder), finish=finish)
+    assert parallel.is_main() == (rank() == 0)  # although the group has ended
+    with pytest.raises(ConfigError, match="launch them again"):
+        parallel.start()
+    if rank() == 1:
+        ended.touch()
 
 
 def hosts(_: str) -> None:
     """Hosts exchange through a gloo group of their own, whatever the launcher gave the devices."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, 2, is_master=RANK == 0, wait_for_workers=False)
-    dist.init_process_group("fake", store=store, rank=RANK, world_size=2)
+    store = dist.TCPStore(address, port, 2, is_master=rank() == 0, wait_for_workers=False)
+    dist.init_process_group("fake", store=store, rank=rank(), world_size=2)
     parallel.start()
     assert parallel._hosts._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=12)
-    assert float(parallel.add_up(torch.tensor(1.0 + RANK))) == 3.0
-    assert parallel.smallest(7 - RANK) == 6
-    assert parallel.from_main(lambda: f"rank {RANK}") == "rank 0"
+    assert float(parallel.add_up(torch.tensor(1.0 + rank()))) == 3.0
+    assert parallel.smallest(7 - rank()) == 6
+    assert parallel.from_main(lambda: f"rank {rank()}") == "rank 0"
 
     def refuse() -> None:
-        assert RANK == 0
+        assert rank() == 0
         raise CheckpointError("in use")
 
     with pytest.raises(CheckpointError, match="in use"):
         parallel.from_main(refuse)
-    value = torch.arange(3.0) if RANK == 0 else None
+    value = torch.arange(3.0) if rank() == 0 else None
     assert parallel.hand_out(value, torch.zeros(3)).tolist() == [0.0, 1.0, 2.0]
     parallel.wait()
 
@@ -76,8 +86,7 @@ def hosts(_: str) -> None:
 def shards(folder: str) -> None:
     """What a forward without a backward leaves gathered is neither saved nor loaded into."""
     model = parallel.wrap(tiny_hybrid(), "fsdp", torch.bfloat16)
-    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
-    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer = adamw(model)
     layout = lay_out(token_groups(SHAPES))
 
     caches = []
@@ -92,7 +101,7 @@ def shards(folder: str) -> None:
     optimizer.step()
 
     before = checkpoint.trainable_weights(model)
-    assert bool(before) == (RANK == 0)
+    assert bool(before) == (rank() == 0)
     run = RunFolder(Path(folder))
     with torch.no_grad():
         model(layout)
@@ -107,7 +116,7 @@ def shards(folder: str) -> None:
             parameter.zero_()
         model(layout)
     optimizer.state.clear()
-    if RANK == 1:
+    if rank() == 1:
         checkpoint.safe_open = None  # the main rank reads for all
     assert checkpoint.load_checkpoint(path, model, optimizer) == {"step": 1}
     after = checkpoint.trainable_weights(model)
@@ -115,7 +124,7 @@ def shards(folder: str) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
     weights = gather_weights(model)
-    assert bool(weights.backbone) == bool(weights.policy_head) == (RANK == 0)
+    assert bool(weights.backbone) == bool(weights.policy_head) == (rank() == 0)
     storages = [p.to_local().untyped_storage() for p in model.parameters()]
     parallel.release(model)
     assert sum(storage.nbytes() for storage in storages) == 0
@@ -157,35 +166,4 @@ def sharded_model(folder: str) -> None:
     parallel.start()
     shards(folder)
     scores()
-
-
-def ends_first(folder: str) -> None:
-    """A run whose proof passes once the other rank's training has returned, and fails after 30 s."""
-    ended = Path(folder) / "other-rank-has-ended"
-
-    def check(_: Path) -> dict[str, float]:
-        until = time.monotonic() + 30
-        while not ended.exists():
-            assert time.monotonic() < until, "the other rank waits for the proof"
-            time.sleep(0.05)
-        assert not dist.is_initialized(), "nccl waits for ranks that have not left the group"
-        return {}
-
-    run_export.check_golden = check
-    loop.run_training(load_recipe(f"{folder}/recipe.yaml"), Path(folder) / "run")
-    assert parallel.is_main() == (RANK == 0)  # although the group has ended
-    with pytest.raises(ConfigError, match="launch them again"):
-        parallel.start()
-    if RANK == 1:
-        ended.touch()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    command, *arguments = sys.argv[1:]
-    checks = {"train": run_training, "hosts": hosts, "sharded_model": sharded_model}
-    checks["ends_first"] = ends_first
-    try:
-        checks[command](*arguments)
-    finally:
-        parallel.stop()
+    parallel.stop()

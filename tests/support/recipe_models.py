@@ -8,7 +8,7 @@ from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import assemble, meta_model
+from hafrm.training.setup import assemble, meta_model
 from support.models import FAMILIES, tiny_causal_lm
 
 

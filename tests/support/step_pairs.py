@@ -1,6 +1,13 @@
-"""Sixteen pairs of unequal lengths and their micro-batches, for tests of single steps."""
+"""Sixteen pairs of unequal lengths, their micro-batches, and single steps on them."""
+
+from typing import Any
+
+import torch
+from torch import nn
 
 from hafrm.preferences import Comparison, TokenizedGroup
+from hafrm.training.methods import Method
+from hafrm.training.step import StepResult, build_optimizer, take_step
 from hafrm.training.step_batches import ComparisonRef, MicroBatch, build_micro_batch, plan_step
 from support.models import token_groups
 
@@ -22,3 +29,23 @@ def micro_batches(
     picks = [ComparisonRef(i, 0) for i in range(len(groups))]
     ((*parts,),) = plan_step(groups, picks, max_tokens)
     return [build_micro_batch(part, references) for part in parts]
+
+
+def adamw(model: nn.Module, rate: float = 1e-2, eps: float = 1e-3) -> torch.optim.AdamW:
+    """The optimizer of a run, without weight decay, at a rate."""
+    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=eps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return optimizer
+
+
+def one_step(
+    model: nn.Module,
+    batches: list[MicroBatch],
+    method: Method,
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
+) -> StepResult:
+    """A step of sixteen comparisons."""
+    options = {"num_comparisons": 16, "max_grad_norm": 1.0, **options}
+    return take_step(model, optimizer or adamw(model), batches, method, **options)

@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from hafrm.recipe_file import build_as
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe

@@ -1,10 +1,9 @@
 """Whole runs on tiny data: every method trains, exports what stock transformers loads, and resumes."""
 
 import json
+import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,31 +15,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hafrm.engine.layout import Layout
 from hafrm.engine.model import HybridModel, Outputs
-from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
-from hafrm.export.checklist import replay_directory
+from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import read_result
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.fused import FusedRule
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
-from hafrm.training import loop, run_export, validation
-from hafrm.training.data_setup import prepare_data
+from hafrm.training import loop, passes
 from hafrm.training.loop import StoppedError, run_training
-from support.tiny_runs import tiny_recipe, write_preferences
-
-
-@pytest.fixture(autouse=True)
-def _replay_in_this_process(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """The golden scores are replayed by the same code, but importing torch again takes seconds; the
-    killed and resumed runs, whose first process is a real one, keep the real check."""
-    if "killed" not in request.node.name:
-        monkeypatch.setattr(
-            run_export, "check_golden", lambda path: replay_directory(path).differences
-        )
-
+from hafrm.training.setup import prepare_data
+from support import forked
+from support.tiny_runs import tiny_recipe
 
 CLOCKED = {"comparisons_per_second", "tokens_per_second"}
 
@@ -69,16 +55,16 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize("method", ["haf", "bt", "dpo", "grm-sft", "simpo"])
+@pytest.mark.parametrize("method", ["haf", "bt", "dpo", "simpo"])
 def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path, method):
     recipe = tiny_recipe(tmp_path, method={"name": method})
     result = run_training(recipe, tmp_path / "run")
     assert result.num_steps == 6
     assert result.best.keys() >= {"accuracy", "loss"}
     model = tmp_path / "run/model"
-    assert (model / "reward").is_dir() == (method in ("haf", "bt", "grm-sft"))
+    assert (model / "reward").is_dir() == (method in ("haf", "bt"))
     assert (model / "policy").is_dir() == (method != "bt")
-    assert (model / "fused.json").is_file() == (method in ("haf", "grm-sft"))
+    assert (model / "fused.json").is_file() == (method == "haf")
     if (model / "reward").is_dir():
         stock, info = AutoModelForSequenceClassification.from_pretrained(
             model / "reward", output_loading_info=True
@@ -105,7 +91,7 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
         seen.update(reward=reward, implicit=implicit)
         return FusedRule(0.25)
 
-    monkeypatch.setattr(validation, "fit_fused", fit)
+    monkeypatch.setattr(passes, "fit_fused", fit)
     recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5})
     run_training(recipe, tmp_path / "run")
     model = tmp_path / "run/model"
@@ -122,8 +108,11 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
 
 
 def test_training_learns_the_rule_of_the_data(tmp_path):
-    """Chosen responses say "Here you are", so thirty steps are plenty."""
-    recipe = tiny_recipe(tmp_path, training={"steps": 30, "batch_size": 8})
+    """Chosen responses say "Here you are", so twenty steps are plenty."""
+    training = {"steps": 20, "batch_size": 8}
+    recipe = tiny_recipe(
+        tmp_path, method={"name": "bt"}, training=training, evaluation={"every": 0}
+    )
     result = run_training(recipe, tmp_path / "run")
     assert result.best["accuracy"] == 1.0
     rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
@@ -166,11 +155,17 @@ def test_a_group_that_cannot_fit_ends_the_run_and_the_error_says_how_to_go_on(
     assert run_training(smaller, tmp_path / "run", resume=True).num_steps == 6
 
 
-def test_a_resumed_run_may_change_what_changes_no_gradient_and_nothing_else(tmp_path):
-    run_training(tiny_recipe(tmp_path), tmp_path / "run")
-    other = tiny_recipe(tmp_path, training={"learning_rate": 1e-4})
+def test_a_finished_run_is_neither_overwritten_nor_continued_otherwise_nor_changed(finished):
+    """A resumed run may change what changes no gradient, and nothing else."""
+    recipe, before = tiny_recipe(finished.parent), weights(finished)
+    with pytest.raises(CheckpointError):
+        run_training(recipe, finished)
+    other = tiny_recipe(finished.parent, training={"learning_rate": 1e-4})
     with pytest.raises(CheckpointError, match=r"recipe differs.*only change training\.max_tokens"):
-        run_training(other, tmp_path / "run", resume=True)
+        run_training(other, finished, resume=True)
+    run_training(recipe, finished, resume=True)
+    after = weights(finished)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_path, monkeypatch):
@@ -178,10 +173,10 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
     seen = {}
 
-    def keep(run, recipe, method, data, model, references):
+    def keep(run, recipe, method, data, model, score):
         seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
         seen["scores"] = RewardModel(model, data.encoder).score(prompt, responses)
-        return export(run, recipe, method, data, model, references)
+        return export(run, recipe, method, data, model, score)
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)
@@ -193,13 +188,11 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     assert rm.score(prompt, responses) == pytest.approx(seen["scores"], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "training", [{"gradient_checkpointing": True}, {"sharing": "off"}, {"max_tokens": 128}]
-)
-def test_how_a_step_is_run_changes_no_loss(tmp_path, training):
-    run_training(tiny_recipe(tmp_path), tmp_path / "plain")
-    run_training(tiny_recipe(tmp_path, training=training), tmp_path / "other")
-    for ours, theirs in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "other"), strict=True):
+@pytest.mark.parametrize("training", [{"gradient_checkpointing": True}, {"sharing": "off"}])
+def test_how_a_step_is_run_changes_no_loss(tmp_path, finished, training):
+    recipe = tiny_recipe(tmp_path, training=training)
+    run_training(recipe, tmp_path / "other", finish=lambda _: None)
+    for ours, theirs in zip(metrics(finished), metrics(tmp_path / "other"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
@@ -220,12 +213,6 @@ def test_what_is_exported_is_the_best_validated_step(tmp_path, monkeypatch):
     saved = load_file(tmp_path / "run/checkpoints/step-4/model.safetensors")
     exported = load_file(tmp_path / "run/model/reward/model.safetensors")
     assert torch.equal(exported["score.weight"], saved["reward_head.weight"])
-
-
-def test_prompts_of_the_test_set_may_not_be_trained_on(tmp_path):
-    leaking = write_preferences(tmp_path / "test.jsonl", num=3)
-    with pytest.raises(DataError, match=r"data\.test"):
-        run_training(tiny_recipe(tmp_path, data={"test": [str(leaking)]}), tmp_path / "run")
 
 
 def test_an_unknown_method_and_a_length_that_the_model_lacks_are_refused(tmp_path):
@@ -250,95 +237,73 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
         run_training(recipe, tmp_path / "run")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
-    recipe = tiny_recipe(tmp_path)
-    run_training(recipe, tmp_path / "run")
-    with pytest.raises(CheckpointError):
-        run_training(recipe, tmp_path / "run")
-
-
-def test_nothing_is_pickled(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [{}, {"name": "normbt"}])
+def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_nothing(
+    tmp_path, monkeypatch, method
+):
     def refuse(*_, **__):
         raise AssertionError("pickle was used")
 
     for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
         monkeypatch.setattr(owner, name, refuse)
-    recipe = tiny_recipe(tmp_path, evaluation={"every": 0})
-    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
-    with pytest.raises(StoppedError, match="--resume"):
-        run_training(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: False)
-    run_training(recipe, tmp_path / "run", resume=True)
-
-
-@pytest.mark.parametrize("method", [{}, {"name": "normbt"}])
-def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(tmp_path, monkeypatch, method):
-    recipe = tiny_recipe(tmp_path, method=method)
+    sections = {"training": {"steps": 4}, "evaluation": {"every": 2}, "method": method}
+    recipe = tiny_recipe(tmp_path, **sections)
     run_training(recipe, tmp_path / "whole")
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
-    for step in range(1, 6):
-        with pytest.raises(StoppedError, match=f"after step {step} of 6"):
+    for step in range(1, 4):
+        with pytest.raises(StoppedError, match=f"after step {step} of 4.*--resume"):
             run_training(recipe, tmp_path / "parts", resume=step > 1)
     run_training(recipe, tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 0})
-    run_training(recipe, tmp_path / "whole")
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatch):
+    recipe = tiny_recipe(tmp_path, checkpoint={"every": 1, "keep": 6})
     told = iter([False, False, True])
-    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: next(told))
-    with pytest.raises(StoppedError):
-        run_training(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, "agreed", lambda *_: next(told))
+        with pytest.raises(StoppedError):
+            run_training(recipe, tmp_path / "run")
     broken = tmp_path / "run/checkpoints/step-3/model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
     run_training(recipe, tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    recipe = tiny_recipe(tmp_path)
-    first = run_training(recipe, tmp_path / "run")
-    before = weights(tmp_path / "run")
-    again = run_training(recipe, tmp_path / "run", resume=True)
-    assert (first.best_step, first.best) == (again.best_step, again.best)
-    assert all(
-        torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items()
+def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path):
+    """Real processes, each ended once a new checkpoint stands; SIGTERM saves and exits with 143."""
+    steps = {"training": {"steps": 16}, "checkpoint": {"every": 2}, "evaluation": {"every": 8}}
+    recipe, run, file = (
+        tiny_recipe(tmp_path, **steps),
+        tmp_path / "killed",
+        tmp_path / "recipe.yaml",
     )
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
-    """A real process, killed once a checkpoint stands; SIGTERM saves and exits with 143."""
-    steps = {"training": {"steps": 40}, "checkpoint": {"every": 5}, "evaluation": {"every": 20}}
-    recipe = tiny_recipe(tmp_path, **steps)
-    file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "hafrm", "train", str(file), "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.Signals[name])
-    code = process.wait(timeout=60)
-    assert code == (143 if name == "SIGTERM" else -signal.SIGKILL)
-    assert not (tmp_path / "killed/model").exists()
-    run_training(recipe, tmp_path / "killed", resume=True)
+    before: set[Path] = set()
+    for name, code in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 143)):
+        options = [str(file), "--out", str(run)] if name == "SIGKILL" else ["--resume", str(run)]
+        process = forked.start(tmp_path / "log", forked.train_slowly, *options)
+        deadline = time.monotonic() + 60
+        while before >= set(run.glob("checkpoints/step-*")):
+            assert process.is_alive(), (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(process.pid, signal.Signals[name])
+        process.join(timeout=60)
+        assert process.exitcode == code
+        before = set(run.glob("checkpoints/step-*"))
+        assert not (run / "model").exists()
+    run_training(recipe, run, resume=True)
     run_training(recipe, tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", run)
 
 
-def test_provenance_and_metrics_say_what_was_run(tmp_path):
-    run_training(tiny_recipe(tmp_path), tmp_path / "run")
-    (session,) = json.loads((tmp_path / "run/provenance.json").read_text())["sessions"]
+def test_provenance_and_metrics_say_what_was_run(finished):
+    session = json.loads((finished / "provenance.json").read_text())["sessions"][0]
     assert session["seed"] == 0
     assert session["counts"]["train_comparisons"] > 20
     assert [digest[:7] for digest in session["data"].values()] == ["sha256:"]
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_json_lines(finished / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [3, 6]
     assert {"loss", "reward_loss", "policy_loss", "grad_norm", "learning_rate"} <= records[0].keys()
@@ -352,5 +317,6 @@ def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_pat
     with pytest.raises(ConfigError, match=r"pip install 'hafrm\[mlflow\]'"):
         run_training(tiny_recipe(tmp_path, tracking={"report_to": ["mlflow"]}), tmp_path / "a")
     pytest.importorskip("tensorboard")
-    run_training(tiny_recipe(tmp_path, tracking={"report_to": ["tensorboard"]}), tmp_path / "b")
+    recipe = tiny_recipe(tmp_path, tracking={"report_to": ["tensorboard"]}, method={"name": "bt"})
+    run_training(recipe, tmp_path / "b", finish=lambda _: None)
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))

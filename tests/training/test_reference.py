@@ -5,18 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 
 from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.resumable import cache_folder
-from hafrm.training import parallel, reference
-from hafrm.training.reference import (
-    reference_cache_key,
-    reference_logps,
-    references_of,
-    weights_digest,
-)
+from hafrm.training import parallel
+from hafrm.training.passes import reference_cache, reference_logps, references_of
 from hafrm.training.step_batches import ComparisonRef
 from support.models import tiny_hybrid, token_groups
 
@@ -30,19 +24,31 @@ def groups(seed: int = 0) -> list[TokenizedGroup]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def _own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HAFRM_CACHE", str(tmp_path))
 
 
-def test_cached_equals_live_and_runs_the_model_once(monkeypatch):
-    first = reference_logps(tiny_hybrid(), groups(), max_tokens=12)
-    model = tiny_hybrid()
-    live = model(lay_out(groups())).logps
+@pytest.fixture
+def base(tmp_path) -> str:
+    """A checkpoint's folder, whose files stand for the weights."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/model.safetensors").write_bytes(b"one")
+    return str(tmp_path / "base")
+
+
+def test_cached_equals_live_and_runs_the_model_once_unless_the_file_is_damaged(base, monkeypatch):
+    first = reference_logps(tiny_hybrid(), groups(), max_tokens=12, path=base)
+    live = tiny_hybrid()(lay_out(groups())).logps
     assert torch.allclose(torch.from_numpy(first.logps), live, atol=1e-4)
-    monkeypatch.setattr(parallel, "score_on_all_ranks", None)
-    again = reference_logps(tiny_hybrid(), groups(), max_tokens=500)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "score_on_all_ranks", None)
+        again = reference_logps(tiny_hybrid(), groups(), max_tokens=500, path=base)
     assert (again.logps == first.logps).all()
     assert again.first.tolist() == [0, 2, 3]
+    (file,) = cache_folder("reference").iterdir()
+    file.write_bytes(b"torn")
+    torn = reference_logps(tiny_hybrid(), groups(), max_tokens=12, path=base)
+    assert (torn.logps == first.logps).all()
 
 
 def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not_a_number(
@@ -71,45 +77,20 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
     assert held_out.first.tolist() == [0]
 
 
-def test_a_damaged_cache_file_is_computed_again():
-    first = reference_logps(tiny_hybrid(), groups(), max_tokens=100)
-    (file,) = cache_folder("reference").iterdir()
-    file.write_bytes(b"torn")
-    assert (reference_logps(tiny_hybrid(), groups(), max_tokens=100).logps == first.logps).all()
-
-
-def test_the_key_follows_weights_ids_and_dtype_but_not_the_reward_head():
-    model = tiny_hybrid()
-    key = reference_cache_key(model, groups(), None)
-    assert key == reference_cache_key(tiny_hybrid(), groups(), None)
-    assert key != reference_cache_key(tiny_hybrid(seed=1), groups(), None)
-    assert key != reference_cache_key(model, groups(seed=1), None)
-    assert key != reference_cache_key(model, groups(), torch.bfloat16)
-    model.reward_head.weight.data.add_(1.0)
-    assert key == reference_cache_key(model, groups(), None)
-
-
-def test_fresh_adapters_do_not_change_the_key():
-    """LoRA starts as the base model, so both ways of training share one cache."""
-    model = tiny_hybrid()
-    key = reference_cache_key(model, groups(), None)
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), model.backbone)
-    assert key == reference_cache_key(model, groups(), None)
-
-
-def test_a_checkpoints_files_stand_for_its_weights_and_these_are_not_hashed(tmp_path, monkeypatch):
-    """Files, the hub's commit, or, where neither says anything, the weights in memory."""
-    model = tiny_hybrid()
-    assert weights_digest(str(tmp_path), model) is None
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"one")
-    digest = weights_digest(str(tmp_path), model)
-    monkeypatch.setattr(reference, "_weight_bytes", None)
-    first = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
+def test_the_file_follows_the_checkpoints_files_or_its_commit_token_ids_and_dtype(base, tmp_path):
+    model, file = tiny_hybrid(), tmp_path / "base/model.safetensors"
+    names = {
+        reference_cache(model, groups(), None, base),
+        reference_cache(model, groups(seed=1), None, base),
+        reference_cache(model, groups(), torch.bfloat16, base),
+    }
+    assert reference_cache(tiny_hybrid(), groups(), None, base) in names
     file.write_bytes(b"two")
-    assert weights_digest(str(tmp_path), model) != digest
-    again = reference_logps(model, groups(), max_tokens=100, path=str(tmp_path))
-    assert (again.logps == first.logps).all()
-    assert len(list(cache_folder("reference").iterdir())) == 2
+    names.add(reference_cache(model, groups(), None, base))
     model.backbone.config._commit_hash = "abc"
-    assert weights_digest("some/model", model) == "some/model@abc"
+    names.add(reference_cache(model, groups(), None, "some/model"))
+    assert len(names) == 5
+    file.unlink()
+    assert reference_cache(model, groups(), None, base) is None
+    reference_logps(model, groups(), max_tokens=100, path=base)
+    assert not cache_folder("reference").exists()

@@ -3,9 +3,9 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,41 +18,30 @@ from hafrm.training.loop import run_training
 from support.tiny_runs import tiny_recipe
 
 
-def replay(folder: Path) -> dict[str, float]:
-    """The golden check without a process of its own."""
-    return replay_directory(folder).differences
-
-
+@pytest.mark.parametrize(
+    "error",
+    [NumericsError("differ by 2e-4"), torch.OutOfMemoryError("CUDA out of memory")],
+    ids=["differs", "no memory"],
+)
 def test_a_run_whose_proof_fails_keeps_its_models_and_resume_repeats_the_proof(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, error
 ):
-    def disagree(_):
-        raise NumericsError("differ by 2e-4")
+    def fail(*_):
+        raise error
 
-    recipe = tiny_recipe(tmp_path)
-    run = tmp_path / "run"
-    monkeypatch.setattr(run_export, "check_golden", disagree)
-    with pytest.raises(VerificationError, match=r"2e-4.*kept as .*model\.unverified.*--resume"):
-        run_training(recipe, run)
+    recipe, run = tiny_recipe(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_export, "write_golden", fail)
+        with pytest.raises(VerificationError, match=rf"{error}.*kept as .*unverified.*--resume"):
+            run_training(recipe, run)
     assert not (run / "model").exists()
-    kept = run / "model.unverified"
-    assert {p.name for p in kept.iterdir()} == {"reward", "policy", "fused.json"}
-    before = (kept / "reward/model.safetensors").read_bytes()
-    monkeypatch.setattr(run_export, "check_golden", replay)
+    unverified = run / "model.unverified"
+    assert {p.name for p in unverified.iterdir()} == {"reward", "policy", "fused.json"}
+    before = (unverified / "reward/model.safetensors").read_bytes()
     run_training(recipe, run, resume=True)
-    assert not kept.exists()
+    assert not unverified.exists()
     assert (run / "model/reward/model.safetensors").read_bytes() == before
     assert (run / "model/reward/README.md").is_file()
-
-
-def test_a_proof_that_runs_out_of_memory_keeps_the_models_too(tmp_path, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(run_export, "write_golden", fail)
-    with pytest.raises(VerificationError, match="out of memory"):
-        run_training(tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run")
-    assert (tmp_path / "run/model.unverified/reward/model.safetensors").is_file()
 
 
 def test_weights_and_optimizer_are_gone_before_the_proof(tmp_path, monkeypatch):
@@ -85,13 +74,9 @@ def test_weights_and_optimizer_are_gone_before_the_proof(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory):
+def reward(finished, tmp_path_factory):
     """A finished run's reward model."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_export, "check_golden", lambda _: {})
-        run_training(tiny_recipe(folder, method={"name": "bt"}), folder / "run")
-    return folder / "run/model/reward"
+    return shutil.copytree(finished / "model/reward", tmp_path_factory.mktemp("reward") / "reward")
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -108,7 +93,7 @@ def test_the_proof_runs_on_the_gpu_only_where_float32_fits_with_a_margin(reward,
     assert plain_model.device_for(1000).type == "cuda"
     pretend_gpu(monkeypatch, 0)
     proof.write_golden(reward, [])
-    assert max(replay(reward).values()) < 1e-5
+    assert max(replay_directory(reward).differences.values()) < 1e-5
 
 
 def test_the_replay_has_all_threads_where_torchrun_left_one_to_each_rank(reward, monkeypatch):

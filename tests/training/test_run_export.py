@@ -1,4 +1,4 @@
-"""Models out of run folders: from `model/` or a checkpoint, in any dtype, proved before they appear."""
+"""Models out of run folders: from a checkpoint, in any dtype, proved before they appear."""
 
 import json
 import shutil
@@ -8,14 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hafrm.errors import (
-    CheckpointError,
-    ConfigError,
-    ModelError,
-    NumericsError,
-    VerificationError,
-)
-from hafrm.export.checklist import replay_directory, verify_directory
+from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError, VerificationError
+from hafrm.export.checklist import verify_directory
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
@@ -25,95 +19,53 @@ from support.tiny_runs import tiny_recipe
 LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
 
 
-@pytest.fixture(autouse=True)
-def _replay_in_this_process(monkeypatch, request):
-    """The same code as in the fresh process, without importing torch again for seconds."""
-    if "fresh_process" not in request.node.name:
-        monkeypatch.setattr(run_export, "check_golden", replay)
-
-
-def replay(folder):
-    result = replay_directory(folder)
-    assert not result.faults
-    assert max(result.differences.values()) < 1e-4
-    return result.differences
-
-
-def trained(folder, **sections):
-    """A finished run of six steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_export, "check_golden", lambda _: {})
-        run_training(tiny_recipe(folder, **sections), folder / "run")
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("haf"))
-
-
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("lora"), lora=LORA, method={"name": "bt"})
-
-
-@pytest.fixture
-def unfinished(finished, tmp_path):
-    """The same run before its end: checkpoints, no models."""
-    run = shutil.copytree(finished, tmp_path / "unfinished")
-    shutil.rmtree(run / "model")
-    return run
+    folder = tmp_path_factory.mktemp("lora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_export, "check_golden", lambda _: {})
+        run_training(tiny_recipe(folder, lora=LORA, method={"name": "bt"}), folder / "run")
+    return folder / "run"
 
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def steps(run):
-    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
+def best_step(run):
+    return json.loads((run / "checkpoints/step-6/state.json").read_text())["best_step"]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
-def test_a_finished_run_is_exported_again_in_another_dtype(finished, tmp_path, name):
-    """Every weight is the run's own, rounded once."""
+def test_the_best_checkpoint_is_the_finished_model_rounded_once_to_a_dtype(
+    finished, tmp_path, name
+):
     done = export_from_run(finished, tmp_path / "out", ExportOptions(dtype=name))
     dtype = getattr(torch, name)
     before, after = weights(finished / "model/reward"), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value.to(dtype)) for key, value in before.items())
-    assert (done.source, done.dtype, done.merged) == ("model", name, None)
+    assert (done.source, done.dtype, done.merged) == (f"step-{best_step(finished)}", name, None)
     assert done.num_golden > 5
     assert verify_directory(tmp_path / "out").ok
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert "reward model" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_unfinished_run_gives_its_best_or_latest_checkpoint(unfinished, finished, tmp_path):
-    """Saved at 2, 4 and 6, validated at 3 and 6: by itself the best is taken, which the run exported."""
-    best = json.loads((unfinished / "checkpoints/step-6/state.json").read_text())["best_step"]
-    by_itself = export_from_run(unfinished, tmp_path / "best")
-    assert by_itself.source == f"step-{best}"
-    expected = weights(finished / "model/reward")
-    found = weights(tmp_path / "best")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    for wanted, step in (("latest", 6), ("best", best), ("4", 4)):
-        out = tmp_path / f"out-{wanted}"
-        done = export_from_run(unfinished, out, ExportOptions(checkpoint=wanted))
+def test_a_checkpoint_is_exported_by_name_and_one_that_is_not_there_is_refused(finished, tmp_path):
+    for wanted, step in (("latest", 6), ("4", 4)):
+        done = export_from_run(finished, tmp_path / wanted, ExportOptions(checkpoint=wanted))
         assert done.source == f"step-{step}"
-        assert verify_directory(out).ok
-        trained_head = load_file(unfinished / f"checkpoints/step-{step}/model.safetensors")
-        assert torch.equal(weights(out)["score.weight"], trained_head["reward_head.weight"])
-
-
-def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(unfinished, tmp_path):
-    kept = str(steps(unfinished)).replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises(CheckpointError, match=f"step 1 is not there.*{kept}"):
-        export_from_run(unfinished, tmp_path / "out", ExportOptions(checkpoint="1"))
+        stored = load_file(finished / f"checkpoints/step-{step}/model.safetensors")
+        assert torch.equal(weights(tmp_path / wanted)["score.weight"], stored["reward_head.weight"])
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1; it has.*4, 6\]"):
+        export_from_run(finished, tmp_path / "out", ExportOptions(checkpoint="1"))
     with pytest.raises(ConfigError, match="best, latest or a step"):
-        export_from_run(unfinished, tmp_path / "out", ExportOptions(checkpoint="newest"))
-    shutil.rmtree(unfinished / "checkpoints")
+        export_from_run(finished, tmp_path / "out", ExportOptions(checkpoint="newest"))
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        export_from_run(unfinished, tmp_path / "out")
+        export_from_run(run, tmp_path / "out", ExportOptions())
 
 
 def test_merged_lora_scores_as_the_trained_model_and_keeps_its_head(lora, tmp_path):
@@ -121,13 +73,13 @@ def test_merged_lora_scores_as_the_trained_model_and_keeps_its_head(lora, tmp_pa
     done = export_from_run(lora, tmp_path / "out", ExportOptions(checkpoint="latest"))
     assert (done.merged, done.source) == (True, "step-6")
     stored = load_file(lora / "checkpoints/step-6/model.safetensors")
-    found = weights(tmp_path / "out")
-    assert torch.equal(found["score.weight"], stored["reward_head.weight"])
+    merged = weights(tmp_path / "out")
+    assert torch.equal(merged["score.weight"], stored["reward_head.weight"])
     name = "layers.0.mlp.up_proj"
     a = stored[f"backbone.{name}.lora_A.default.weight"]
     b = stored[f"backbone.{name}.lora_B.default.weight"]
     base = weights(lora.parent / "base")[f"model.{name}.weight"]
-    assert torch.allclose(found[f"model.{name}.weight"], base + 8 / 2 * (b @ a), atol=1e-6)
+    assert torch.allclose(merged[f"model.{name}.weight"], base + 8 / 2 * (b @ a), atol=1e-6)
     assert verify_directory(tmp_path / "out").ok
 
 
@@ -140,16 +92,13 @@ def test_an_adapter_is_written_with_its_head_and_gives_the_merged_scores(lora, t
     assert {"adapter_config.json", "adapter_model.safetensors", "golden_scores.jsonl"} <= names
     assert "model.safetensors" not in names
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["score"]
-    assert config["target_modules"] == LORA["targets"]
-    replay(tmp_path / "out")
+    assert (config["modules_to_save"], config["target_modules"]) == (["score"], LORA["targets"])
     with pytest.raises(ModelError, match="LoRA adapter"):
         verify_directory(tmp_path / "out")
 
 
 def test_the_policy_comes_out_with_its_rule_and_the_same_log_probs(finished, tmp_path):
     done = export_from_run(finished, tmp_path / "out", ExportOptions("policy", "bfloat16"))
-    assert done.head == "policy"
     assert done.num_golden > 5
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
@@ -158,44 +107,22 @@ def test_the_policy_comes_out_with_its_rule_and_the_same_log_probs(finished, tmp
 
 
 def test_what_a_run_cannot_give_is_refused_with_the_reason(finished, lora, tmp_path):
-    def refused(run, said, **options):
+    for run, said, options in (
+        (finished, "has no adapters", {"merge_lora": True}),
+        (lora, "trains no policy head", {"head": "policy"}),
+        (finished, "one of float32, bfloat16, float16", {"dtype": "int8"}),
+        (lora, "adapters stay in float32", {"dtype": "bfloat16", "merge_lora": False}),
+        (lora, "only reward models", {"head": "policy", "merge_lora": False}),
+    ):
         with pytest.raises(ConfigError, match=said):
             export_from_run(run, tmp_path / "out", ExportOptions(**options))
-
-    refused(finished, "has no adapters", merge_lora=True)
-    refused(finished, "has no adapters", merge_lora=False)
-    refused(lora, "trains no policy head", head="policy")
-    refused(finished, "one of float32, bfloat16, float16", dtype="int8")
-    refused(lora, "adapters stay in float32", dtype="bfloat16", merge_lora=False)
-    refused(finished, "only reward models", head="policy", merge_lora=False)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
-        export_from_run(finished, tmp_path / "out")
-
-
-def test_a_policy_only_run_says_that_it_has_no_reward_head(tmp_path):
-    run = trained(tmp_path, method={"name": "dpo"})
-    with pytest.raises(ConfigError, match="no reward head; export its --policy"):
-        export_from_run(run, tmp_path / "out")
-
-
-def test_rounding_is_not_taken_back_but_the_checkpoint_is_taken(finished, tmp_path):
-    """model/ in bfloat16 and float32 asked for: the float32 checkpoint is the source, or it is refused."""
-    run = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(run / "model/reward")
-    coarse = ExportOptions(dtype="bfloat16", checkpoint="best")
-    export_from_run(run, run / "model/reward", coarse)
-    done = export_from_run(run, tmp_path / "fine", ExportOptions(dtype="float32"))
-    assert done.source.startswith("step-")
-    expected, found = weights(finished / "model/reward"), weights(tmp_path / "fine")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    shutil.rmtree(run / "checkpoints")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        export_from_run(run, tmp_path / "again", ExportOptions(dtype="float32"))
+        export_from_run(finished, tmp_path / "out", ExportOptions())
 
 
 def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
-    unfinished, tmp_path, monkeypatch
+    finished, tmp_path, monkeypatch
 ):
     def disagree(_):
         raise NumericsError("differ")
@@ -203,42 +130,37 @@ def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(run_export, "check_golden", disagree)
         with pytest.raises(VerificationError, match=r"differ.*kept as .*out\.unverified"):
-            export_from_run(unfinished, tmp_path / "out")
-    assert {p.name for p in tmp_path.iterdir()} == {"unfinished", "out.unverified"}
+            export_from_run(finished, tmp_path / "out", ExportOptions())
+    assert {p.name for p in tmp_path.iterdir()} == {"out.unverified"}
     assert RewardModel.from_pretrained(tmp_path / "out.unverified").score("Say sun.", "sun")
-    export_from_run(unfinished, tmp_path / "out")
-    assert {p.name for p in tmp_path.iterdir()} == {"unfinished", "out"}
+    export_from_run(finished, tmp_path / "out", ExportOptions())
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
-def test_weights_beyond_float16_are_refused(unfinished, tmp_path, monkeypatch):
+def test_weights_beyond_float16_are_refused(finished, tmp_path, monkeypatch):
     gather = run_export.gather_weights
 
     def large(model):
-        found = gather(model)
-        found.reward_head["weight"][0, 0] = 1e5
-        return found
+        gathered = gather(model)
+        gathered.reward_head["weight"][0, 0] = 1e5
+        return gathered
 
     monkeypatch.setattr(run_export, "gather_weights", large)
     with pytest.raises(ModelError, match=r"score\.weight.*do not fit into float16"):
-        export_from_run(unfinished, tmp_path / "out", ExportOptions(dtype="float16"))
+        export_from_run(finished, tmp_path / "out", ExportOptions(dtype="float16"))
     assert not (tmp_path / "out").exists()
 
 
 def test_data_that_is_gone_costs_conversations_only(finished, tmp_path, caplog):
-    """The recipe's file lies beside the run; a copy of the run elsewhere, its file moved, still exports."""
     run = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(run / "model")
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("train.jsonl", "moved.jsonl"))
-    done = export_from_run(run, tmp_path / "out")
-    assert done.num_golden == 2
+    assert export_from_run(run, tmp_path / "out", ExportOptions()).num_golden == 2
     assert "fewer conversations are replayed" in caplog.text
 
 
 @pytest.mark.slow
-def test_the_proof_runs_in_a_fresh_process(unfinished, lora, tmp_path):
-    assert export_from_run(unfinished, tmp_path / "whole").difference < 1e-4
+def test_the_proof_runs_in_a_fresh_process(finished, lora, tmp_path):
+    assert export_from_run(finished, tmp_path / "whole", ExportOptions()).difference < 1e-4
     adapter = ExportOptions(merge_lora=False)
     assert export_from_run(lora, tmp_path / "adapter", adapter).difference < 1e-4
-    rewards = RewardModel.from_pretrained(tmp_path / "whole").score("Say sun.", ["sun", "no"])
-    assert len(rewards) == 2

@@ -1,4 +1,4 @@
-"""Training data as a recipe mixes it: capped and weighted set by set, named sets included."""
+"""What a recipe makes of its data and its model: mixing, splits, templates, adapters, precision."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,10 @@ from peft.tuners.lora import LoraLayer
 from hafrm.engine.layout import lay_out
 from hafrm.errors import CheckpointError, ConfigError, DataError
 from hafrm.recipe_file import load_recipe
-from hafrm.training import model_setup, run_export
-from hafrm.training.data_setup import prepare_data
+from hafrm.training import setup
 from hafrm.training.loop import run_training
-from hafrm.training.memory_plan import plan_recipe
-from hafrm.training.methods import get_method, resolve_method
-from hafrm.training.model_setup import build_model, with_precision
+from hafrm.training.methods import get_method
+from hafrm.training.setup import build_model, prepare_data, with_precision
 from support.fake_hub import fake_datasets
 from support.published_rows import PUBLISHED
 from support.tiny_runs import tiny_recipe, write_preferences
@@ -33,26 +31,25 @@ def weights(tmp_path: Path, train: list[str], **data: Any) -> dict[str, list[flo
     """The weights of the comparisons of each source, of training and validation together."""
     recipe = tiny_recipe(tmp_path, data={"train": train, "validation_fraction": 0.2, **data})
     prepared = prepare_data(recipe)
-    found: dict[str, list[float]] = {}
+    by_source: dict[str, list[float]] = {}
     for group in [*prepared.train, *prepared.validation]:
-        found.setdefault(group.source, []).extend(pair.weight for pair in group.comparisons)
-    return found
+        by_source.setdefault(group.source, []).extend(pair.weight for pair in group.comparisons)
+    return by_source
 
 
-def test_without_cap_and_weights_everything_counts_alike(tmp_path, two_files):
-    assert weights(tmp_path, two_files) == {"big": [1.0] * 24, "small": [1.0] * 8}
-
-
-def test_a_cap_holds_for_each_set(tmp_path, two_files):
-    found = weights(tmp_path, two_files, cap=10)
-    assert {name: len(each) for name, each in found.items()} == {"big": 10, "small": 8}
-
-
-def test_weights_go_to_the_entries_in_their_order(tmp_path, two_files):
-    assert weights(tmp_path, two_files, weights=[0.5, 3.0]) == {
-        "big": [0.5] * 24,
-        "small": [3.0] * 8,
-    }
+@pytest.mark.parametrize(
+    ("data", "big", "small"),
+    [
+        ({}, [1.0] * 24, [1.0] * 8),
+        ({"cap": 10}, [1.0] * 10, [1.0] * 8),
+        ({"weights": [0.5, 3.0]}, [0.5] * 24, [3.0] * 8),
+    ],
+)
+def test_sets_are_capped_and_weighted_in_the_order_of_the_entries(
+    tmp_path, two_files, data, big, small
+):
+    by_source = weights(tmp_path, two_files, **data)
+    assert by_source == {"big": big, "small": small}
 
 
 def test_a_group_of_sets_is_one_entry_with_one_weight_and_a_cap_for_each_member(
@@ -66,28 +63,27 @@ def test_a_group_of_sets_is_one_entry_with_one_weight_and_a_cap_for_each_member(
 
     fake_datasets(monkeypatch, load)
     entries = ["set:safety#split=train", two_files[1]]
-    found = weights(tmp_path, entries, weights=[2.0, 1.0], cap=5)
-    assert found == {"beaver-safe": [2.0] * 5, "hh-harmless": [2.0] * 5, "small": [1.0] * 5}
+    by_source = weights(tmp_path, entries, weights=[2.0, 1.0], cap=5)
+    assert by_source == {"beaver-safe": [2.0] * 5, "hh-harmless": [2.0] * 5, "small": [1.0] * 5}
 
 
 def test_what_named_sets_leave_out_is_recorded(tmp_path):
-    rows = [PUBLISHED["chatbot-arena"] | {"winner": "tie"}] * 3
-    talk = PUBLISHED["chatbot-arena"]["conversation_a"]
-    for i in range(40):
-        rows.append(
-            PUBLISHED["chatbot-arena"]
-            | {"conversation_a": [{**talk[0], "content": f"q{i}"}, talk[1]]}
-        )
+    row = PUBLISHED["chatbot-arena"]
+    question, answer = row["conversation_a"]
+    rows = [row | {"winner": "tie"}] * 3
+    rows += [
+        row | {"conversation_a": [{**question, "content": f"q{i}"}, answer]} for i in range(40)
+    ]
     file = tmp_path / "arena.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tiny_recipe(tmp_path, data={"train": [f"set:chatbot-arena={file}#split=train"]})
     assert prepare_data(recipe).counts["left_out"] == {"tie": 3}
 
 
-@pytest.mark.parametrize("given", [[1.0], [1.0, -1.0], "uniform", [1, 2, 3]])
-def test_wrong_weights_are_refused(tmp_path, two_files, given):
+@pytest.mark.parametrize("values", [[1.0], [1.0, -1.0], "uniform", [1, 2, 3]])
+def test_wrong_weights_are_refused(tmp_path, two_files, values):
     with pytest.raises(ConfigError, match=r"data\.weights"):
-        tiny_recipe(tmp_path, data={"train": two_files, "weights": given})
+        tiny_recipe(tmp_path, data={"train": two_files, "weights": values})
 
 
 def test_the_recipes_template_is_the_one_that_is_trained_on(tmp_path):
@@ -100,30 +96,20 @@ def test_the_recipes_template_is_the_one_that_is_trained_on(tmp_path):
     assert encoder.template_sha256 != plain.template_sha256
 
 
-def shared(folder: Path) -> dict[str, Any]:
-    """20 prompts to train on, of which the test file has three."""
-    test = write_preferences(folder / "test.jsonl", num=5, start=17)
-    train = write_preferences(folder / "twenty.jsonl", num=20)
-    return {"train": [str(train)], "test": [str(test)]}
-
-
-def test_prompts_shared_with_the_test_set_are_an_error_or_left_out_as_the_recipe_says(tmp_path):
+def test_prompts_shared_between_splits_are_an_error_or_left_out_as_the_recipe_says(tmp_path):
+    """20 prompts to train on, of which the other file has three."""
+    other = [str(write_preferences(tmp_path / "test.jsonl", num=5, start=17))]
+    train = [str(write_preferences(tmp_path / "twenty.jsonl", num=20))]
+    data = {"train": train, "test": other}
     with pytest.raises(
         DataError, match=r"(?s)3 of 5 prompts of data.test are in data.train.*=drop"
     ):
-        prepare_data(tiny_recipe(tmp_path, data=shared(tmp_path)))
-    prepared = prepare_data(
-        tiny_recipe(tmp_path, data=shared(tmp_path) | {"shared_prompts": "drop"})
-    )
+        prepare_data(tiny_recipe(tmp_path, data=data))
+    prepared = prepare_data(tiny_recipe(tmp_path, data=data | {"shared_prompts": "drop"}))
     assert len(prepared.train) + len(prepared.validation) == 17
     assert prepared.counts["groups_with_shared_prompts_dropped"] == 3
-
-
-def test_prompts_shared_with_the_validation_set_are_left_out_of_training(tmp_path):
-    data = shared(tmp_path)
-    data = {"train": data["train"], "validation": data["test"], "shared_prompts": "drop"}
-    recipe = tiny_recipe(tmp_path, data=data | {"validation_fraction": 0.0})
-    prepared = prepare_data(recipe)
+    data = {"train": train, "validation": other, "validation_fraction": 0.0}
+    prepared = prepare_data(tiny_recipe(tmp_path, data=data | {"shared_prompts": "drop"}))
     assert (len(prepared.train), len(prepared.validation)) == (17, 5)
 
 
@@ -152,33 +138,22 @@ def test_precision_auto_is_bf16_on_a_gpu_that_computes_in_it(
     """A T4 or V100 emulates bfloat16, which is slower than float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    recipe = tiny_recipe(tmp_path)
-    assert recipe.training.precision == "auto"
-    assert with_precision(recipe, device).training.precision == precision
-    for named in ("fp32", "bf16"):
-        asked = tiny_recipe(tmp_path, training={"precision": named})
-        assert with_precision(asked, device) == asked
+    auto, fp32, bf16 = (
+        tiny_recipe(tmp_path, training={"precision": p}) for p in ("auto", "fp32", "bf16")
+    )
+    assert with_precision(auto, device).training.precision == precision
+    assert [with_precision(asked, device) for asked in (fp32, bf16)] == [fp32, bf16]
 
 
 def test_a_run_records_the_precision_that_auto_was_and_resumes_in_no_other(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(run_export, "check_golden", lambda _: {})
     recipe, run = tiny_recipe(tmp_path, method={"name": "bt"}), tmp_path / "run"
     with caplog.at_level("INFO", "hafrm"):
-        run_training(recipe, run)
+        run_training(recipe, run, finish=lambda _: None)
     assert "training.precision auto: fp32 on cpu" in caplog.text
     assert load_recipe(run / "recipe.yaml").training.precision == "fp32"
-    run_training(recipe, run, resume=True)
-    monkeypatch.setattr(model_setup, "has_bfloat16", lambda _: True)
+    run_training(recipe, run, resume=True, finish=lambda _: None)
+    monkeypatch.setattr(setup, "has_bfloat16", lambda _: True)
     with pytest.raises(CheckpointError, match="recipe differs"):
         run_training(recipe, run, resume=True)
-
-
-def test_a_plan_for_a_gpu_is_one_in_bf16(tmp_path):
-    """This machine need not have the GPU that is planned for."""
-    auto, bf16, fp32 = (
-        tiny_recipe(tmp_path, training={"precision": p}) for p in ("auto", "bf16", "fp32")
-    )
-    plans = [plan_recipe(r, resolve_method(r), memory=8.0).need for r in (auto, bf16, fp32)]
-    assert plans[0] == plans[1] != plans[2]

@@ -1,19 +1,17 @@
 """One optimiser step: packing changes nothing, alpha 0 is Bradley-Terry, and bad numbers stop it."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hafrm.engine.model import HybridModel
 from hafrm.errors import NumericsError
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.losses import reward_loss
 from hafrm.training.methods import get_method
-from hafrm.training.reference import reference_logps
+from hafrm.training.passes import reference_logps
 from hafrm.training.step import (
     DECAY,
     MEASURES,
@@ -21,48 +19,43 @@ from hafrm.training.step import (
     build_optimizer,
     drop_incomplete_state,
     losses_of,
-    take_step,
 )
 from hafrm.training.step_batches import MicroBatch, References
+from support.dispatched import Dispatched
 from support.models import tiny_hybrid
-from support.step_pairs import micro_batches, pairs
-
-
-def stepped(
-    model: HybridModel, batches: list[MicroBatch], method_name: str = "haf", **options: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The step's sums and the weights after it."""
-    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-3)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
-    result = take_step(
-        model,
-        optimizer,
-        batches,
-        get_method(method_name, **options),
-        num_comparisons=16,
-        max_grad_norm=1.0,
-    )
-    return result.sums, {n: p.detach().clone() for n, p in model.named_parameters()}
+from support.step_pairs import adamw, micro_batches, one_step, pairs
 
 
 def frozen(groups: list[TokenizedGroup]) -> References:
     return reference_logps(tiny_hybrid(), groups, max_tokens=500)
 
 
-def test_one_row_of_sixteen_equals_many_uneven_micro_batches():
-    """Losses to 1e-4 of a sum over 16; weights after an AdamW step (eps 1e-3, lr 1e-2) to 1e-6."""
+def trained(batches: list[MicroBatch], name: str, steps: int = 2, **options: float | str):
+    """The model after some steps on the same comparisons, and what each step reports."""
+    model, distance, results = tiny_hybrid(seed=0), None, []
+    optimizer = adamw(model)
+    for _ in range(steps):
+        method = get_method(name, **options)
+        results.append(one_step(model, batches, method, optimizer, distance=distance))
+        distance = results[-1].distance
+    return model, results
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("haf", {}), ("normbt", {}), ("bsr", {"sum_to_zero": 0.1})]
+)
+def test_one_sequence_of_sixteen_equals_many_uneven_micro_batches(name, options):
+    """Losses to 1e-4 of a sum over 16; weights after two AdamW steps (eps 1e-3, lr 1e-2) to 2e-6."""
     groups = pairs()
-    references = frozen(groups)
-    whole = micro_batches(groups, 10_000, references)
-    small = micro_batches(groups, 40, references)
-    assert len(whole) == 1
-    assert len(small) > 4
-    sums, weights = stepped(tiny_hybrid(seed=0), whole)
-    sums_small, weights_small = stepped(tiny_hybrid(seed=0), small)
-    assert torch.allclose(sums, sums_small, rtol=1e-5, atol=1e-4)
-    for name, value in weights.items():
-        assert torch.allclose(value, weights_small[name], atol=1e-6), name
+    references = frozen(groups) if name == "haf" else None
+    whole, small = (micro_batches(groups, budget, references) for budget in (10_000, 40))
+    assert (len(whole), len(small) > 4) == (1, True)
+    (one, ours), (many, theirs) = (trained(some, name, **options) for some in (whole, small))
+    for first, second in zip(ours, theirs, strict=True):
+        assert torch.allclose(first.sums, second.sums, rtol=1e-5, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(first.distance, second.distance)
+    for (parameter, value), other in zip(one.named_parameters(), many.parameters(), strict=True):
+        assert torch.allclose(value, other, atol=2e-6), parameter
 
 
 def test_dpo_starts_at_ln_2():
@@ -83,54 +76,31 @@ def test_measures_are_what_a_slow_computation_gives():
     margins = (outputs.rewards[batch.chosen] - outputs.rewards[batch.rejected]).detach()
     ratio = (outputs.logps - batch.reference_logps).detach()
     implicit = 0.1 * (ratio[batch.chosen] - ratio[batch.rejected])
-    sums, _ = stepped(tiny_hybrid(seed=1), [batch])
-    found = dict(zip(MEASURES, sums.tolist(), strict=True))
+    sums = one_step(tiny_hybrid(seed=1), [batch], get_method("haf")).sums
+    measured = dict(zip(MEASURES, sums.tolist(), strict=True))
     reward = torch.nn.functional.softplus(-margins).sum().item()
     policy = torch.nn.functional.softplus(-implicit).sum().item()
-    assert found["reward_loss"] == pytest.approx(reward, rel=1e-4)
-    assert found["policy_loss"] == pytest.approx(policy, rel=1e-4)
-    assert found["loss"] == pytest.approx(reward + 0.2 * policy, rel=1e-4)
-    assert found["accuracy"] == (margins > 0).sum().item()
-    assert found["margin"] == pytest.approx(margins.sum().item(), rel=1e-4)
-    assert found["implicit_accuracy"] == (implicit > 0).sum().item()
+    assert measured["reward_loss"] == pytest.approx(reward, rel=1e-4)
+    assert measured["policy_loss"] == pytest.approx(policy, rel=1e-4)
+    assert measured["loss"] == pytest.approx(reward + 0.2 * policy, rel=1e-4)
+    assert measured["accuracy"] == (margins > 0).sum().item()
+    assert measured["margin"] == pytest.approx(margins.sum().item(), rel=1e-4)
+    assert measured["implicit_accuracy"] == (implicit > 0).sum().item()
 
 
-def test_a_non_finite_loss_stops_before_the_update_and_names_the_groups():
+def test_a_non_finite_loss_or_gradient_stops_before_the_update_and_names_the_groups():
     groups = pairs()
-    groups[3] = TokenizedGroup(
-        groups[3].prompt_ids,
-        groups[3].response_ids,
-        (Comparison(0, 1, margin=math.inf),),
-        "broken",
-    )
+    groups[3] = replace(groups[3], comparisons=(Comparison(0, 1, margin=math.inf),), id="broken")
     model = tiny_hybrid()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(NumericsError, match=r"loss of this step is not finite.*broken"):
-        stepped(model, micro_batches(groups, 40), "bt")
+        one_step(model, micro_batches(groups, 40), get_method("bt"))
+    model.zero_grad()
+    model.reward_head.weight.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NumericsError, match="gradient of this step is not finite"):
+        one_step(model, micro_batches(pairs(), 10_000), get_method("bt"))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
-
-
-def test_a_non_finite_gradient_stops_before_the_update():
-    model = tiny_hybrid()
-    parameter = model.reward_head.weight
-    parameter.register_hook(lambda grad: grad * math.nan)
-    before = parameter.detach().clone()
-    with pytest.raises(NumericsError, match="gradient of this step is not finite"):
-        stepped(model, micro_batches(pairs(), 10_000), "bt")
-    assert torch.equal(parameter, before)
-
-
-class Operations(TorchDispatchMode):
-    """Names of all operations, those of the backward pass too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -145,25 +115,15 @@ class Operations(TorchDispatchMode):
 )
 def test_no_operation_of_a_step_makes_the_host_wait_for_a_device(method):
     """Each of these needs a value or a size from the device: `.item()`, `if tensor`, boolean indexing."""
-
     model, groups = tiny_hybrid(), pairs()
     batches = micro_batches(groups, 40, frozen(groups))
-    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
-    guard = Unwatched(torch.device("cpu"))
-    with Operations() as seen:
-        take_step(
-            model,
-            optimizer,
-            batches,
-            method,
-            num_comparisons=16,
-            max_grad_norm=1.0,
-            nonfinite=guard,
-        )
+    optimizer, guard = adamw(model), Unwatched(torch.device("cpu"))
+    with Dispatched() as seen:
+        one_step(model, batches, method, optimizer, nonfinite=guard)
     assert "_fused_adamw_" in seen.names
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero"}
     assert not seen.names & waiting
-    with Operations() as seen:
+    with Dispatched() as seen:
         guard.check()
     assert "_local_scalar_dense" in seen.names
 
@@ -183,8 +143,7 @@ def test_a_first_update_that_runs_out_of_memory_can_be_repeated(monkeypatch):
     weights = []
     for limit in (None, 3):
         model = tiny_hybrid()
-        optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
-        optimizer.param_groups[0]["lr"] = 1e-2
+        optimizer = adamw(model)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         with monkeypatch.context() as context:
@@ -207,41 +166,6 @@ def test_a_first_update_that_runs_out_of_memory_can_be_repeated(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def trained(batches: list[MicroBatch], name: str, steps: int = 2, **options: float | str):
-    """The model after some steps on the same comparisons, and what each step reports."""
-    model = tiny_hybrid(seed=0)
-    optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-3)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
-    distance, results = None, []
-    for _ in range(steps):
-        result = take_step(
-            model,
-            optimizer,
-            batches,
-            get_method(name, **options),
-            num_comparisons=16,
-            max_grad_norm=1.0,
-            distance=distance,
-        )
-        distance = result.distance
-        results.append(result)
-    return model, results
-
-
-@pytest.mark.parametrize(("name", "options"), [("normbt", {}), ("bsr", {"sum_to_zero": 0.1})])
-def test_packing_changes_neither_losses_nor_weights(name, options):
-    """Losses to 1e-4 of a sum over 16; weights after two AdamW steps (eps 1e-3, lr 1e-2) to 2e-6."""
-    whole, small = micro_batches(pairs(), 10_000), micro_batches(pairs(), 40)
-    assert (len(whole), len(small) > 4) == (1, True)
-    (one, ours), (many, theirs) = (trained(some, name, **options) for some in (whole, small))
-    for first, second in zip(ours, theirs, strict=True):
-        assert torch.allclose(first.sums, second.sums, rtol=1e-5, atol=1e-4, equal_nan=True)
-        torch.testing.assert_close(first.distance, second.distance)
-    for (parameter, value), other in zip(one.named_parameters(), many.parameters(), strict=True):
-        assert torch.allclose(value, other, atol=2e-6), parameter
-
-
 def test_the_penalty_of_a_step_is_that_of_all_its_rewards_together():
     """n * mean^2 and its gradient, from one forward of all pairs, against micro-batches; lambda 0.5."""
     (batch,) = micro_batches(pairs(), 10_000)
@@ -259,37 +183,15 @@ def test_the_penalty_of_a_step_is_that_of_all_its_rewards_together():
 
 def test_normbt_starts_at_the_mean_distance_of_its_first_step_and_averages_from_there():
     (batch,) = micro_batches(pairs(), 10_000)
-    model = tiny_hybrid(seed=0)
     with torch.no_grad():
-        states = model.last_states(batch.layout)
+        states = tiny_hybrid(seed=0).last_states(batch.layout)
     mean = (states[batch.chosen] - states[batch.rejected]).norm(dim=1).mean()
-    _, results = trained([batch], "normbt", steps=1)
-    torch.testing.assert_close(results[0].distance, mean)
-    again = take_step(
-        tiny_hybrid(seed=0),
-        build_optimizer(tiny_hybrid(seed=0), weight_decay=0.0, betas=(0.9, 0.999), eps=1e-3),
-        [batch],
-        get_method("normbt"),
-        num_comparisons=16,
-        max_grad_norm=1.0,
-        distance=torch.tensor(7.0),
+    normbt, before = get_method("normbt"), torch.tensor(7.0)
+    first, later = (
+        one_step(tiny_hybrid(seed=0), [batch], normbt, distance=d).distance for d in (None, before)
     )
-    torch.testing.assert_close(again.distance, DECAY * 7.0 + (1 - DECAY) * mean)
-
-
-def test_equal_distances_leave_bradley_terry():
-    """A pair alone in its step has the mean distance: its factor is 1 but for epsilon."""
-    (batch,) = micro_batches(pairs()[:1], 10_000)
-
-    def loss(name: str) -> float:
-        model = tiny_hybrid(seed=0)
-        optimizer = build_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-3)
-        result = take_step(
-            model, optimizer, [batch], get_method(name), num_comparisons=1, max_grad_norm=1.0
-        )
-        return float(result.sums[0])
-
-    assert loss("normbt") == pytest.approx(loss("bt"), rel=1e-4)
+    torch.testing.assert_close(first, mean)
+    torch.testing.assert_close(later, DECAY * 7.0 + (1 - DECAY) * mean)
 
 
 def an_optimizer() -> tuple[torch.nn.Parameter, torch.optim.AdamW]:

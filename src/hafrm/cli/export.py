@@ -27,9 +27,7 @@ def export_command(
     merge_lora: Annotated[
         bool | None, typer.Option(help="Of a LoRA run: merged (the default), or a PEFT adapter.")
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="best, latest or a step (default: the finished model).")
-    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="best, latest or a step.")] = "best",
 ) -> None:
     """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
     from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415

@@ -2,8 +2,7 @@
 
 Dropout is off, slow activations are fused, checkpoints stay outside compiled layers, and the last layer
 runs only the tokens that a head reads: response tokens and the last of each prompt (or, without log-probs,
-the last of each response). Of all others it owes keys and values alone, so its queries, output product and
-MLP need not run. What it gives for those nobody reads; the first-batch check compares with a plain run.
+the last of each response). Of all others it makes keys and values alone: nobody reads its output for them.
 """
 
 import functools
@@ -66,37 +65,29 @@ def checkpoint_around_compiled(layer: nn.Module) -> None:
 def narrow_layer(layer: nn.Module) -> list[str]:
     """Let a model's last layer run only the indices passed as READ_INDICES; names of what is narrowed.
 
-    A forward without that keyword is left whole. A second call changes nothing; a layer of another build is
-    left as it is (an empty list).
+    A forward without that keyword runs whole, and so does a layer of another build (an empty list).
     """
-    hooks: _Hooks | None = getattr(layer, "_hafrm_hooks", None)
-    if hooks is None:
-        hooks = _Hooks(layer)
-        layer._hafrm_hooks = hooks  # type: ignore[assignment]
-    return list(hooks.names)
+    if not hasattr(layer, "_hafrm_hooks"):
+        modules = dict(layer.named_modules())
+        # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
+        starts = [modules[name] for name in _ATTENTION if name in modules]
+        names = [n for n in _TOKENWISE if starts and _is_tokenwise(modules.get(n))]
+        handles = [m.register_forward_pre_hook(_note, with_kwargs=True) for m in starts]
+        for name in names:
+            handles.append(modules[name].register_forward_pre_hook(_take))
+            handles.append(modules[name].register_forward_hook(_put_back))
+        layer._hafrm_hooks = names, handles  # type: ignore[assignment]
+    names, _ = layer._hafrm_hooks  # type: ignore[misc]
+    return list(names)
 
 
 def widen_layer(layer: nn.Module) -> None:
     """Take the hooks of `narrow_layer` away again."""
-    hooks: _Hooks | None = getattr(layer, "_hafrm_hooks", None)
-    if hooks is not None:
-        for handle in hooks.handles:
+    if hasattr(layer, "_hafrm_hooks"):
+        _, handles = layer._hafrm_hooks  # type: ignore[misc]
+        for handle in handles:
             handle.remove()
         del layer._hafrm_hooks
-
-
-class _Hooks:
-    """What was hooked into one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        modules = dict(layer.named_modules())
-        # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
-        starts = [modules[name] for name in _ATTENTION if name in modules]
-        self.names = [n for n in _TOKENWISE if starts and _is_tokenwise(modules.get(n))]
-        self.handles = [m.register_forward_pre_hook(_note, with_kwargs=True) for m in starts]
-        for name in self.names:
-            self.handles.append(modules[name].register_forward_pre_hook(_take))
-            self.handles.append(modules[name].register_forward_hook(_put_back))
 
 
 def _is_tokenwise(module: nn.Module | None) -> bool:

@@ -3,24 +3,27 @@
 Every segment (one per response) is a causal attention call, bottom-right aligned: queries
 `[prompt + first branch | second branch | ...]`, keys `[prompt + branch]` for each. On CUDA in half
 precision this is one varlen call per layer (torch's own, or flash-attn's where scores are soft-capped);
-elsewhere `masked_attention` does it. No `[tokens, tokens]` mask is ever built, and no model code is
-touched: the layout arrives as a keyword that transformers hands down to the attention function.
+other GPUs pad groups of like length into one masked batch, CPUs take a segment at a time, which is the
+reference implementation. No `[tokens, tokens]` mask is ever built, and no model code is touched: the
+layout arrives as a keyword that transformers hands down to the attention function.
 """
 
 import inspect
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hafrm.engine.layout import Layout
-from hafrm.engine.masked_attention import Rule, attend_by_group, attend_by_segment
 
-SHARED_PREFIX = "hafrm_shared_prefix"
-"""The name under which transformers knows this attention."""
+SHARED_PREFIX = "hafrm_shared_prefix"  # the name under which transformers knows this attention
 
 try:  # CUDA only; private in older releases of torch
     from torch.nn.attention.varlen import varlen_attn
@@ -32,9 +35,24 @@ try:  # pragma: no cover - an extra of the user's; the only varlen call with sof
 except ImportError:
     flash_attn_varlen_func = None
 
+T = TypeVar("T")
 _PARAMETERS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 # Releases before 2.11 lack a scale or a window: there flash-attn or padded groups run.
 _VARLEN_COMPLETE = {"scale", "window_size"} <= _PARAMETERS
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How attention scores are computed, the same for every token of a layer."""
+
+    scaling: float | None = None  # factor of the products; None: 1 / sqrt(dim)
+    window: int | None = None  # keys that a token sees, itself included; None: all before it
+    softcap: float | None = None  # scores are capped to softcap * tanh(score / softcap) (Gemma-2)
+
+    @property
+    def flash_window(self) -> tuple[int, int]:
+        # transformers lets a token see `window` keys, itself included; flash attention sees left + 1
+        return (-1 if self.window is None else self.window - 1, 0)
 
 
 def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
@@ -52,8 +70,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
     """Attention output of every token over its own prompt and its own branch; no weights.
 
-    Raises ValueError when the caller passed no layout, or for attention sinks, which this does not
-    implement (a silent omission would be wrong numbers).
+    Raises ValueError without a layout, with a mask, and for attention sinks, which would be left out.
     """
     if branch_layout is None or attention_mask is not None:
         raise ValueError(
@@ -105,7 +122,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     output = varlen_attn(
         *_flat_segments(query, key, value, layout),
         scale=rule.scaling,
-        window_size=_flash_window(rule),
+        window_size=rule.flash_window,
         **options,
     )
     assert isinstance(output, Tensor)
@@ -118,15 +135,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule
         *_flat_segments(query, key, value, layout),
         softmax_scale=rule.scaling,
         causal=True,
-        window_size=_flash_window(rule),
+        window_size=rule.flash_window,
         softcap=rule.softcap or 0.0,
     )
     return output[None, ..., : value.shape[-1]].contiguous()
-
-
-def _flash_window(rule: Rule) -> tuple[int, int]:
-    # transformers lets a token see `window` keys, itself included; flash attention sees left + 1
-    return (-1 if rule.window is None else rule.window - 1, 0)
 
 
 def _flat_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Any, ...]:
@@ -143,3 +155,175 @@ def _flat_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout) ->
         max(layout.query_lengths),
         max(layout.key_lengths),
     )
+
+
+def attend_by_segment(
+    query: Float[Tensor, "1 heads tokens dim"],
+    key: Float[Tensor, "1 kv_heads tokens dim"],
+    value: Float[Tensor, "1 kv_heads tokens value_dim"],
+    layout: Layout,
+    rule: Rule,
+) -> Float[Tensor, "1 tokens heads value_dim"]:
+    """Attention output of every token over its own prompt and its own branch, one call per response."""
+    # split and not slicing: its backward is one concatenation, a slice's a gradient of the whole sequence
+    queries, keys, values = (
+        torch.split(x, layout.query_lengths, dim=2) for x in (query, key, value)
+    )
+    outputs: list[Tensor] = []
+    for prompt, branches in layout.shape:
+        first = len(outputs)  # the group's first segment holds its prompt
+        for segment in range(first, first + len(branches)):
+            k, v = keys[segment], values[segment]
+            if segment > first:
+                k = torch.cat([keys[first][:, :, :prompt], k], dim=2)
+                v = torch.cat([values[first][:, :, :prompt], v], dim=2)
+            mask = _segment_mask(layout, queries[segment].shape[2], k.shape[2], rule.window)
+            outputs.append(_dense(queries[segment], k, v, mask, rule))
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _segment_mask(layout: Layout, queries: int, keys: int, window: int | None) -> Tensor | None:
+    """Causal, bottom-right aligned, windowed; None where `is_causal` says the same for free."""
+    if window is not None and window >= keys:
+        window = None
+    if queries == keys and window is None:
+        return None
+
+    def build() -> Tensor:
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=layout.input_ids.device)
+        allowed = allowed.tril(keys - queries)
+        return allowed if window is None else allowed.triu(keys - queries - window + 1)
+
+    return _once(layout, (queries, keys, window), build)
+
+
+def _dense(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys value_dim"],
+    mask: Bool[Tensor, "... queries keys"] | Float[Tensor, "... queries keys"] | None,
+    rule: Rule,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """One dense call under `mask`, which holds window and causality: booleans, or, where scores are not
+    capped, terms to add to them; None: causal and square."""
+    grouped = q.shape[1] != k.shape[1]
+    if rule.softcap is None:
+        causal, scale = mask is None, rule.scaling
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    # no fused kernel of torch caps scores
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scaling = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scores = rule.softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / rule.softcap)
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _once(layout: Layout, name: Hashable, build: Callable[[], T]) -> T:
+    """What `build` gives, built for the first layer and kept for the others."""
+    if name not in layout.masks:
+        layout.masks[name] = build()
+    cached: T = layout.masks[name]
+    return cached
+
+
+@dataclass(frozen=True)
+class _Batch:
+    indices: Int[Tensor, "groups longest"]
+    """Where each token lies in the sequence; padding repeats the group's first, nobody attends to it."""
+    real: Bool[Tensor, "groups longest"]
+    positions: Int[Tensor, "groups longest"]
+    branches: Int[Tensor, "groups longest"]  # -1 for the prompt
+
+
+def attend_by_group(
+    query: Float[Tensor, "1 heads tokens dim"],
+    key: Float[Tensor, "1 kv_heads tokens dim"],
+    value: Float[Tensor, "1 kv_heads tokens value_dim"],
+    layout: Layout,
+    rule: Rule,
+) -> Float[Tensor, "1 tokens heads value_dim"]:
+    """As `attend_by_segment`, in one masked call for each class of lengths."""
+    outputs, places = [], []
+    for number, batch in enumerate(_once(layout, "batches", lambda: _batches(layout))):
+        indices, heads = batch.indices.flatten(), query.shape[1]
+        q, k, v = (_gather(x, indices, len(batch.indices), heads) for x in (query, key, value))
+        output = _dense(q, k, v, _group_mask(layout, number, batch, rule, query.dtype), rule)
+        # nonzero() waits for a GPU: once per sequence, not in every layer
+        real = _once(layout, ("real", number), batch.real.flatten().nonzero)[:, 0]
+        outputs.append(output.transpose(1, 2).flatten(0, 1)[real])
+        places.append(indices[real])
+    back = torch.empty_like(torch.cat(places))
+    back[torch.cat(places)] = torch.arange(len(back), device=back.device)
+    return torch.cat(outputs)[back][None]
+
+
+def _gather(x: Tensor, indices: Tensor, groups: int, heads: int) -> Tensor:
+    """[1, kv_heads, tokens, dim] -> [groups, heads, longest, dim]: under a mask, fused kernels want keys
+    for every query head."""
+    picked = x[0].transpose(0, 1).index_select(0, indices)[:, :, None]
+    every = picked.expand(-1, -1, heads // x.shape[1], -1).flatten(1, 2)
+    return every.view(groups, -1, *every.shape[1:]).transpose(1, 2)
+
+
+def _batches(layout: Layout) -> list[_Batch]:
+    """Groups padded to a like length, up to the next power of two: at most four times the sum of the
+    groups' squares in scores, never the sequence's square."""
+    sizes = [prompt + sum(branches) for prompt, branches in layout.shape]
+    starts = np.cumsum([0, *sizes])
+    classes: dict[int, list[int]] = defaultdict(list)
+    for group, size in enumerate(sizes):
+        classes[(size - 1).bit_length()].append(group)
+    return [_batch(layout, members, starts) for members in classes.values()]
+
+
+def _batch(layout: Layout, members: list[int], starts: np.ndarray) -> _Batch:
+    longest = max(int(starts[g + 1] - starts[g]) for g in members)
+    longest = -(-longest // 8) * 8  # or the kernel copies the mask, in every layer
+    indices = np.repeat(starts[members][:, None], longest, axis=1)
+    real = np.zeros((len(members), longest), bool)
+    positions = np.zeros((len(members), longest), np.int64)
+    branches = np.full((len(members), longest), -1, np.int64)
+    for i, group in enumerate(members):
+        prompt, lengths = layout.shape[group]
+        size = prompt + sum(lengths)
+        indices[i, :size] += np.arange(size)
+        real[i, :size] = True
+        steps = [np.arange(prompt), *(prompt + np.arange(length) for length in lengths)]
+        positions[i, :size] = np.concatenate(steps)
+        branches[i, prompt:size] = np.repeat(np.arange(len(lengths)), lengths)
+    device = layout.input_ids.device
+    return _Batch(*(torch.from_numpy(x).to(device) for x in (indices, real, positions, branches)))
+
+
+def _group_mask(
+    layout: Layout, number: int, batch: _Batch, rule: Rule, dtype: torch.dtype
+) -> Tensor:
+    """[groups, 1, queries, keys]: what a token may attend to, as booleans where scores are capped, else as
+    terms of the scores."""
+
+    def allow() -> Tensor:
+        apart = batch.positions[:, :, None] - batch.positions[:, None, :]
+        own = batch.branches[:, :, None] == batch.branches[:, None, :]
+        allowed = (own | (batch.branches[:, None, :] == -1)) & (apart >= 0)
+        if rule.window is not None:
+            allowed &= apart < rule.window
+        allowed &= batch.real[:, None, :] & batch.real[:, :, None]
+        # padding sees itself: the softmax of a row that sees nothing is NaN
+        allowed |= torch.eye(allowed.shape[1], dtype=torch.bool, device=allowed.device)
+        return allowed[:, None]
+
+    allowed = _once(layout, ("allowed", number, rule.window), allow)
+    if rule.softcap is not None:
+        return allowed
+
+    def as_terms() -> Tensor:
+        # of a boolean mask, torch would make these in every layer, and keep them for backward
+        terms = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return terms.masked_fill_(~allowed, float("-inf"))
+
+    return _once(layout, ("terms", number, rule.window, dtype), as_terms)

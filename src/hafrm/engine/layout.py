@@ -1,14 +1,13 @@
 """One packed sequence: where prompts, branches, predictions and last tokens lie.
 
 A sequence holds groups one after another, each as its prompt followed by one branch per response, with
-no padding. Positions restart at the prompt's end for every branch:
+no padding; positions restart at the prompt's end for every branch:
 
     sequence:   [ P0 P1 P2 | a0 a1 a2 | b0 b1 ] [ Q0 Q1 | c0 | d0 d1 ]
     position:     0  1  2    3  4  5    3  4      0  1    2    2  3
 
 Attention runs per segment, one segment per response: the queries of the first are the prompt and its
-branch, those of the others their branch alone; the keys are always prompt and branch. Knows nothing
-of models, and never compares ids with pad.
+branch, those of the others their branch alone; the keys are always prompt and branch.
 
 Axes: tokens = indices of the sequence, keys = of all segments' keys, scored = response tokens (each has a
 log-prob), responses = branches = segments.
@@ -53,8 +52,7 @@ class Layout:
     last: Int[Tensor, " responses"]
     """Index of each response's last real token, where its reward is read."""
     lengths: Int[Tensor, " responses"]
-    read: Int[Tensor, " read"]
-    """What a head may read: each prompt's last token, and all branches."""
+    read: Int[Tensor, " read"]  # what a head may read: each prompt's last token, and all branches
     key_index: Int[Tensor, " keys"]
     """Indices of every segment's keys: a prompt appears once per branch."""
     cu_queries: Int[Tensor, " bounds"]
@@ -86,13 +84,10 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout on another device; asynchronous where the memory is pinned."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> "Layout":
-        """The same layout in page-locked memory, from which copies to a GPU do not wait."""
-        return self._moved(lambda tensor: tensor.pin_memory())
-
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Layout":
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Layout":
+        """The same layout with every tensor as `move` returns it, and no masks of the old place."""
         moved: dict[str, Any] = {
             f.name: move(value)
             for f in dataclasses.fields(self)
@@ -102,16 +97,15 @@ class Layout:
 
 
 def lay_out(groups: Sequence[Branches]) -> Layout:
-    """The layout of `groups` in one sequence, in the order given.
+    """The layout of `groups` in one sequence, in their order.
 
-    Raises ValueError for a group without responses, an empty prompt (nothing would predict the first
-    response token) or an empty response.
+    Raises ValueError for a group without responses or with an empty prompt or response.
     """
     parts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
     start = num_responses = 0
     queries, keys = [0], [0]
     for group in groups:
-        prompt = len(group.prompt_ids)
+        prompt = len(group.prompt_ids)  # not 0: its last token predicts each first response token
         if prompt == 0 or not group.response_ids or any(len(r) == 0 for r in group.response_ids):
             raise ValueError(
                 "a group needs a prompt and one or more responses of at least one token; got "
@@ -154,16 +148,12 @@ class PaddedLayout:
 
     input_ids: Int[Tensor, "responses length"]
     attention_mask: Int[Tensor, "responses length"]
-    predictor: Int[Tensor, " scored"]
-    """As in Layout, into the flattened [responses * length]."""
+    predictor: Int[Tensor, " scored"]  # as in Layout, into the flattened [responses * length]
     last: Int[Tensor, " responses"]
 
 
 def unshare(layout: Layout, pad_id: int = 0) -> PaddedLayout:
-    """Prompt and response of every branch as one right-padded sequence; `pad_id` only fills.
-
-    Right padding is invisible to causal models, recurrent ones too.
-    """
+    """Every response with its prompt, right-padded: invisible to causal models, recurrent ones too."""
     device = layout.input_ids.device
     keys = torch.tensor(layout.key_lengths, device=device)
     offset = torch.arange(max(layout.key_lengths), device=device)

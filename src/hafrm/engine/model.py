@@ -1,8 +1,8 @@
 """One backbone, two heads: rewards and log-probs of every response from one forward.
 
-HybridModel wraps a stock transformers causal LM (or classifier) without touching its code. Its
-forward is the only entry, so that DDP and FSDP2 see it; it knows nothing of losses, files or recipes.
-Rewards are read at the last real token, found by position, in float32. Dropout is off.
+HybridModel wraps a stock transformers causal LM (or classifier) without touching its code. Training goes
+through `forward` alone, which DDP and FSDP2 see. Rewards are read at the last real token, by position and
+never by comparing ids with pad, in float32. Dropout is off.
 """
 
 import contextlib
@@ -36,12 +36,9 @@ _SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 class Outputs(NamedTuple):
     """What one forward gives, per response; a head that the model lacks gives None."""
 
-    rewards: Float[Tensor, " responses"] | None
-    """w . h_last, float32."""
-    logps: Float[Tensor, " responses"] | None
-    """Sum of the response tokens' log-probs, float32, nat."""
-    lengths: Int[Tensor, " responses"]
-    """Response tokens, the EOS included."""
+    rewards: Float[Tensor, " responses"] | None  # w . h_last, float32
+    logps: Float[Tensor, " responses"] | None  # sum of the response tokens' log-probs, float32, nat
+    lengths: Int[Tensor, " responses"]  # response tokens, the EOS included
     reward_states: Float[Tensor, "responses hidden"] | None
     """The hidden states that the rewards are read from, detached."""
 
@@ -64,8 +61,8 @@ class HiddenStates(NamedTuple):
 class HybridModel(nn.Module):
     """A backbone with a reward head, a policy head, or both.
 
-    `sharing` False runs every response as a padded sequence of its own through the model's stock attention:
-    the reference implementation, and the way for models whose layers cannot share a prefix.
+    Without `sharing` every response runs as a padded sequence through the model's stock attention: the
+    reference implementation, and the way for models whose layers cannot share a prefix.
     """
 
     def __init__(
@@ -76,17 +73,14 @@ class HybridModel(nn.Module):
         policy_head: nn.Linear | None = None,
         sharing: bool = True,
     ) -> None:
-        """Raises ModelError where sharing is asked of a model that cannot share."""
         super().__init__()
         if reward_head is None and policy_head is None:
-            raise ModelError(
-                "a HybridModel needs a reward head, a policy head, or both; got neither"
-            )
+            raise ModelError("a HybridModel needs a reward head, a policy head, or both")
         self.backbone = backbone
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
         self.reads_scored = policy_head is not None
-        """Whether hidden states of all response tokens are read, and not of their last ones alone."""
+        """Whether heads read all response tokens, and not their last ones alone."""
         self.transform = logit_transform(backbone.config)
         if not hasattr(backbone, _STOCK_ATTENTION):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
@@ -100,28 +94,20 @@ class HybridModel(nn.Module):
     def share(self, sharing: bool) -> None:
         """Lay prompts out once (True) or once per response (False)."""
         if sharing and (obstacle := sharing_obstacle(self.backbone)):
-            raise ModelError(
-                f"this model cannot share prompts: {obstacle}; set training.sharing: off"
-            )
+            raise ModelError(f"cannot share prompts: {obstacle}; set training.sharing: off")
         stock = str(getattr(self.backbone, _STOCK_ATTENTION))
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
 
     def checkpoint_activations(self, **options: Any) -> None:
-        """Keep only layer inputs and recompute the rest in backward: less memory, a third more work.
-
-        `options` go to `torch.utils.checkpoint.checkpoint`.
-        """
+        """Keep only layer inputs and recompute the rest in backward; `options` are torch's."""
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
         (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False, **options})
         self.backbone.train()
         self.checkpointing = True
 
     def compile_layers(self) -> None:
-        """Compile every decoder layer with torch.compile, once for all packed lengths.
-
-        Lengths are symbolic and attention stays outside the graph, so no sequence compiles it again.
-        """
+        """Compile every decoder layer once for all packed lengths, which are symbolic."""
         layers = decoder_layers(self.backbone)
         widen_layer(layers[-1])  # a graph has no room for hooks that depend on the sequence
         for layer in layers:
@@ -134,7 +120,10 @@ class HybridModel(nn.Module):
         rewards = logps = reward_states = None
         if self.reward_head is not None:
             last = states.hidden[states.last]
-            rewards, reward_states = self._rewards(last), last.detach()
+            with torch.autocast(last.device.type, enabled=False):
+                column: Tensor = self.reward_head(last.float())
+            # a sum over the one column: FSDP2 warns of a model that gives out a view
+            rewards, reward_states = column.sum(1), last.detach()
         if self.policy_head is not None:
             tokens = self._token_logps(states.hidden[states.predictor], layout)
             sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
@@ -142,16 +131,12 @@ class HybridModel(nn.Module):
         return Outputs(rewards, logps, layout.lengths, reward_states)
 
     def tokens(self, layout: Layout) -> TokenOutputs:
-        """What predicts each response token, and its log-prob, from one forward; needs a policy head."""
         states = self.hidden_states(layout)
         hidden = states.hidden[states.predictor]
         return TokenOutputs(hidden, self._token_logps(hidden, layout))
 
     def last_states(self, layout: Layout) -> Float[Tensor, "responses hidden"]:
-        """The hidden state of each response's last real token, float32: what a reward is read from.
-
-        No head runs. For a model that is whole on its device: DDP and FSDP2 see `forward` only.
-        """
+        """The hidden state of each response's last real token, float32: what a reward is read from."""
         states = self.hidden_states(layout, layout.last)
         return states.hidden[states.last].float()
 
@@ -160,7 +145,6 @@ class HybridModel(nn.Module):
     ) -> HiddenStates:
         """Hidden states, right at the indices `read` at least: by default those that the heads read."""
         if not self.sharing:
-            # the reference implementation: every response alone, right-padded, stock attention
             padded = unshare(layout)
             hidden = self.backbone(
                 input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
@@ -177,12 +161,6 @@ class HybridModel(nn.Module):
             **{READ_INDICES: read},
         ).last_hidden_state[0]
         return HiddenStates(hidden, layout.predictor, layout.last)
-
-    def _rewards(self, hidden: Float[Tensor, "responses hidden"]) -> Float[Tensor, " responses"]:
-        assert self.reward_head is not None
-        with torch.autocast(hidden.device.type, enabled=False):
-            rewards: Tensor = self.reward_head(hidden.float())
-        return rewards.sum(1)  # of one column; FSDP2 warns of a model that gives out a view
 
     def _token_logps(
         self, hidden: Float[Tensor, "scored hidden"], layout: Layout
@@ -244,8 +222,7 @@ def longest_sequence(config: PretrainedConfig) -> int | None:
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """What the model's own LM head does after its product: soft-capping (Gemma-2), a factor (Cohere's
-    logit_scale) or a divisor (Granite's logits_scaling)."""
+    """What the model's own LM head does after its product: a cap (Gemma-2), a factor or divisor."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
@@ -297,47 +274,44 @@ def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
     if not float((ours - expected).abs().max()) <= tolerance:
         raise ModelError(
-            f"{type(model).__name__} computes its logits in a way that hafrm does not know (a dense "
-            "layer before the head, or an unknown factor), so log-probs would be wrong; train it with "
-            "method bt on a checkpoint of another kind, or report the model"
+            f"{type(model).__name__} computes its logits in a way that hafrm does not know, so log-probs "
+            "would be wrong; take a checkpoint of another kind"
         )
 
 
 class Disagreement(NamedTuple):
     """Largest difference between shared and plain outputs, and what is tolerated."""
 
-    hidden: float
-    """Of the states that rewards are read from, relative to their norm."""
-    logp: float
-    """Relative to max(1, |log-prob|)."""
+    hidden: float  # of the states that rewards are read from, relative to their norm
+    logp: float  # relative to max(1, |log-prob|)
     tolerance: float
 
 
 @torch.no_grad()
-def self_check(model: HybridModel, layout: Layout, tolerance: float | None = None) -> Disagreement:
-    """Compare shared prompts with one response at a time on a small layout, before anything relies on them.
+def self_check(model: HybridModel, layout: Layout) -> Disagreement:
+    """Compare shared prompts with one response at a time on a small layout; all zero if unshared.
 
-    `tolerance` is 1e-3 in float32 (a wrong mask is off by 0.1 and more), 0.1 with half-precision weights or
-    autocast. All zero for an unshared model. Raises NumericsError when they disagree.
+    Raises NumericsError when they disagree.
     """
     if not model.sharing:
         return Disagreement(0.0, 0.0, 0.0)
     half = torch.is_autocast_enabled(model.device.type)
     half = half or next(model.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
-    tolerance = tolerance if tolerance is not None else (0.1 if half else 1e-3)
-    states, logps = _head_inputs(model, layout)
+    tolerance = 0.1 if half else 1e-3  # a wrong mask is off by 0.1 and more in float32, 1 in half
+    shared = model(layout)
     model.share(False)
     try:
-        plain_states, plain_logps = _head_inputs(model, layout)
+        plain = model(layout)
     finally:
         model.share(True)
     hidden = logp = 0.0
     # Not rewards but the states that they are read from: a reward near 0 is rounded as coarsely as any.
-    if states is not None and plain_states is not None:
-        apart = (states - plain_states).norm(dim=1) / plain_states.norm(dim=1)
-        hidden = float(apart.max())
-    if logps is not None and plain_logps is not None:
-        logp = float(((logps - plain_logps).abs() / plain_logps.abs().clamp(min=1.0)).max())
+    if shared.reward_states is not None:
+        states, plain_states = shared.reward_states.float(), plain.reward_states.float()
+        hidden = float(((states - plain_states).norm(dim=1) / plain_states.norm(dim=1)).max())
+    if shared.logps is not None:
+        scale = plain.logps.abs().clamp(min=1.0)
+        logp = float(((shared.logps - plain.logps).abs() / scale).max())
     if not (hidden <= tolerance and logp <= tolerance):  # a NaN is no agreement
         raise NumericsError(
             "with shared prompts this model gives other numbers than one response at a time: hidden states "
@@ -345,10 +319,3 @@ def self_check(model: HybridModel, layout: Layout, tolerance: float | None = Non
             "layers cannot share a prefix; set training.sharing: off"
         )
     return Disagreement(hidden, logp, tolerance)
-
-
-def _head_inputs(model: HybridModel, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
-    """The states that the reward head reads, float32, and the log-probs; None without that head."""
-    outputs = model(layout)
-    states = outputs.reward_states
-    return None if states is None else states.float(), outputs.logps

@@ -1,7 +1,7 @@
 """Which groups run in one forward: bins under a token budget; and what to do when memory still runs out.
 
-First-fit decreasing packs a stream of groups into few sequences; a training step is spread over exactly
-the same number of micro-batches on every rank, as even as the groups allow. Sizes in, indices out.
+First-fit decreasing packs a stream of groups into few sequences; a training step is spread evenly over
+the same number of micro-batches on every rank. Sizes in, indices out.
 """
 
 import gc
@@ -29,11 +29,8 @@ def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def plan_micro_batches(
     sizes: Sequence[int], budget: int, num_ranks: int = 1
 ) -> list[list[list[int]]]:
-    """`plan[rank][micro_batch]` -> indices; every rank has the same number of micro-batches.
-
-    The number is the smallest for which the even spread stays under `budget` (or under the largest
-    single item). A rank for which nothing is left gets empty micro-batches.
-    """
+    """`plan[rank][micro_batch]` -> indices: as few micro-batches, some of them empty, as an even spread
+    under `budget` (or under the largest single item) needs, and the same number on every rank."""
     limit = max([budget, *sizes])
     rounds = max(1, -(-sum(sizes) // (limit * num_ranks)))
     while True:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from hafrm.engine.model import stock_attention
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ModelError
 from hafrm.progress import OnProgress, no_progress
 
 
@@ -24,24 +22,11 @@ from hafrm.progress import OnProgress, no_progress
 class Sampling:
     """How responses are drawn."""
 
-    max_new_tokens: int
-    """Tokens of a response at most, its EOS included."""
-    temperature: float = 1.0
-    """Divides the logits; 0: always the likeliest token."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    max_new_tokens: int  # tokens of a response at most, its EOS included
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
     repetition_penalty: float = 1.0
     """Divides the logits of tokens that are there already (arXiv 1909.05858); 1: none."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.repetition_penalty > 0:
-            raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
 
 def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and how to run it
@@ -61,14 +46,32 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
     Prompts of similar length share a batch of `batch_size` responses, longest first; `on_progress` counts
     responses. The same arguments give the same responses; another batch size gives others.
 
-    Raises ConfigError for an empty prompt, ModelError when prompt and response exceed the model's length.
+    Raises ModelError when prompt and response exceed the model's length.
     """
-    _check_lengths(model, prompts, options)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + options.max_new_tokens > limit:
+        raise ModelError(
+            f"a prompt of {longest} tokens and {options.max_new_tokens} new ones exceed the model's "
+            f"{limit} positions; lower max_new_tokens or cut the prompts"
+        )
     copies = num if options.temperature > 0 else min(num, 1)
     owners = sorted(
         (i for i in range(len(prompts)) for _ in range(copies)), key=lambda i: -len(prompts[i])
     )
-    config = _generation_config(options, eos, pad)
+    how: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        # top_k 0: transformers' own default is 50
+        how = {"do_sample": True, "top_k": 0, "top_p": options.top_p}
+        how["temperature"] = options.temperature
+    config = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        repetition_penalty=options.repetition_penalty,
+        use_cache=True,
+        **how,
+    )
     responses: list[list[list[int]]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
     with _evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -83,62 +86,24 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
     return responses if copies == num else [own * num for own in responses]
 
 
-def _check_lengths(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sampling
-) -> None:
-    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
-    if empty:
-        raise ConfigError(f"prompts {empty[:8]} (by index) are empty; each needs a token or more")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if limit is not None and longest + options.max_new_tokens > limit:
-        raise ModelError(
-            f"a prompt of {longest} tokens and {options.max_new_tokens} new ones exceed the model's "
-            f"{limit} positions; lower max_new_tokens or cut the prompts"
-        )
-
-
-def _generation_config(options: Sampling, eos: int, pad: int) -> GenerationConfig:
-    how: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        # top_k 0: transformers' own default is 50
-        how = {"do_sample": True, "top_k": 0, "top_p": options.top_p}
-        how["temperature"] = options.temperature
-    return GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        repetition_penalty=options.repetition_penalty,
-        use_cache=True,
-        **how,
-    )
-
-
 def _generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
 ) -> list[list[int]]:
     """What the model writes behind each prompt, filled up with pad to the longest."""
-    ids, mask = _padded_left(prompts, int(config.pad_token_id))
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), int(config.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):  # padded on the left, so that all continue at one index
+        ids[i, width - len(prompt) :] = torch.tensor([int(token) for token in prompt])
+        mask[i, width - len(prompt) :] = 1
     generate: Any = model.generate  # typed as a tensor by torch's `__getattr__`
     output = generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=config,
     )
-    written: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    written: list[list[int]] = output[:, width:].tolist()
     return written
-
-
-def _padded_left(
-    prompts: Sequence[Sequence[int]], pad: int
-) -> tuple[Int[Tensor, "prompts tokens"], Int[Tensor, "prompts tokens"]]:
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor([int(token) for token in prompt])
-        mask[i, width - len(prompt) :] = 1
-    return ids, mask
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
 from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import default_device
-from hafrm.training.model_setup import inject_lora, leave_casting_to_autocast, load_base
+from hafrm.training.setup import inject_lora, leave_casting_to_autocast, load_base
 
 log = logging.getLogger("hafrm")
 

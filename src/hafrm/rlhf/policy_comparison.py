@@ -35,8 +35,7 @@ from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 from hafrm.table import Table, columns
 from hafrm.training.checkpoint import open_run
-from hafrm.training.data_setup import load_tokenizer
-from hafrm.training.model_setup import load_base
+from hafrm.training.setup import load_base, load_tokenizer
 
 START = "start"  # the policy that was not trained
 _TEST_SEED = 2**61  # beyond the seeds of training and of held-out prompts

@@ -26,8 +26,8 @@ from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
 from hafrm.training.loop import StoppedError
-from hafrm.training.model_setup import choose_precision
 from hafrm.training.runtime import StopSignal, learning_rate
+from hafrm.training.setup import choose_precision
 from hafrm.training.step import build_optimizer
 
 log = logging.getLogger("hafrm")

@@ -29,13 +29,16 @@ from hafrm.recipe import Recipe
 from hafrm.results import read_result, write_result
 from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
-from hafrm.training.data_setup import PreparedData, load_tokenizer, prepare_data
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.model_setup import build_model
-from hafrm.training.reference import REFERENCE_TOKENS, reference_logps
-from hafrm.training.validation import decided_margins, score_heads
+from hafrm.training.passes import (
+    REFERENCE_TOKENS,
+    decided_margins,
+    reference_logps,
+    score_heads,
+)
+from hafrm.training.setup import PreparedData, build_model, load_tokenizer, prepare_data
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
@@ -162,6 +165,7 @@ class RunWorker:
                 self.data.tokenized,
                 max_tokens=REFERENCE_TOKENS * recipe.training.token_budget,
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
+                path=recipe.model.path,
             ).logps
         return self._references
 

@@ -2,8 +2,7 @@
 
 safetensors and JSON only, never a pickle. A checkpoint is complete or absent: written aside, synced,
 renamed, and checked against its manifest at resume. Only the main rank holds whole tensors, gathered and
-scattered one by one; frozen weights are not stored, since the base checkpoint has them. `open_run` decides
-whether a run folder may be resumed.
+scattered one by one; frozen weights are not stored, since the base checkpoint has them.
 """
 
 import contextlib
@@ -24,19 +23,15 @@ from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.training import parallel
-from hafrm.training.data_setup import PreparedData
+from hafrm.training.setup import PreparedData
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
-"""Keys of `training` that a resumed run may set differently: they change memory and speed, and gradients
-only in their rounding."""
+"""Keys of `training` that a resumed run may set differently: they change gradients only in rounding."""
 
 
 def open_run(recipe: Section, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe.
-
-    `recipe` is a Recipe, or another root with a section `training` that has the keys of MAY_CHANGE.
-    """
+    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe."""
     return parallel.from_main(
         lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
     )
@@ -99,10 +94,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights, moments and RNG in place and return its state.
-
-    Raises CheckpointError when a file is missing or damaged, or belongs to another model.
-    """
+    """Put a checkpoint's weights, moments and RNG in place and return its state, unless it is damaged."""
     parallel.from_main(lambda: check_manifest(folder))
     load_weights(folder, model)
     parameters = _trainable(model)
@@ -139,7 +131,7 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in parallel.inside(model).named_parameters() if p.requires_grad}
+    return {n: p for n, p in parallel.unwrap(model).named_parameters() if p.requires_grad}
 
 
 def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

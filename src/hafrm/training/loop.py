@@ -28,13 +28,12 @@ from hafrm.training.checkpoint import (
     record_provenance,
     save_checkpoint,
 )
-from hafrm.training.data_setup import PreparedData, prepare_data
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import Method, resolve_method
-from hafrm.training.model_setup import build_model, with_precision
-from hafrm.training.reference import REFERENCE_TOKENS, references_of
+from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
 from hafrm.training.runtime import MetricsLog, Prefetch, StopSignal, count_steps, learning_rate
+from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
 from hafrm.training.step import (
     NonFiniteCheck,
     StepResult,
@@ -42,8 +41,7 @@ from hafrm.training.step import (
     drop_incomplete_state,
     take_step,
 )
-from hafrm.training.step_batches import ComparisonOrder, References, plan_step
-from hafrm.training.validation import validate
+from hafrm.training.step_batches import ComparisonOrder, References, step_groups
 
 log = logging.getLogger("hafrm")
 
@@ -78,9 +76,8 @@ def run_training(
     `data` is what `prepare_data` makes of the recipe, for a caller who has it already. `finish` is called
     with the job and its best weights instead of exporting them.
 
-    Raises ConfigError, DataError or ModelError before the first step; NumericsError for numbers that
-    must not be built upon; CheckpointError for a folder that cannot be resumed; StoppedError after a
-    SIGTERM or SIGINT, when the state has been saved.
+    Raises ConfigError, DataError or ModelError before the first step, CheckpointError for a folder that
+    cannot be resumed, NumericsError, and StoppedError after a SIGTERM or SIGINT, with the state saved.
     """
     ranks = parallel.start()
     recipe = with_precision(recipe, ranks.device.type)
@@ -88,10 +85,10 @@ def run_training(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     run = open_run(recipe, folder, resume=resume)
-    with run.lock() if ranks.is_main else nullcontext():
+    with run.lock() if parallel.is_main() else nullcontext():
         if data is None:
-            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if ranks.is_main else None)
-        if ranks.is_main:
+            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if parallel.is_main() else None)
+        if parallel.is_main():
             record_provenance(run, planned, data)
         model = build_model(recipe, method, data.encoder, ranks.device)
         return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
@@ -100,7 +97,7 @@ def run_training(
 def export_job(job: "Job") -> None:
     """Export a job's models and verify them with plain transformers."""
     if not parallel.from_main(job.run.model_path.is_dir):
-        export_run(job.run, job.recipe, job.method, job.data, job.model, job.validation_references)
+        export_run(job.run, job.recipe, job.method, job.data, job.model, job.score_validation)
 
 
 class Job:
@@ -119,7 +116,7 @@ class Job:
         self.train_references: References | None = None
         self.validation_references: References | None = None
         self.model = model
-        self.distance: Tensor | None = None
+        self.distance: Tensor | None = None  # NormBT's running mean
         self.best: dict[str, float] = {}
         self.best_step = -1
 
@@ -132,9 +129,8 @@ class Job:
         if self.method.needs_reference:
             self._load_references()
         wrapped = parallel.wrap(self.model, training.parallel, self.autocast)
-        optimizer = build_optimizer(
-            self.model, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
-        )
+        decay, betas, eps = training.weight_decay, training.betas, training.eps
+        optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
         start = self._resume(wrapped, optimizer) if resume else 0
         nonfinite, stop = NonFiniteCheck(ranks.device), StopSignal()
         batches = Prefetch(
@@ -145,7 +141,7 @@ class Job:
             max_tokens=training.token_budget,
             ranks=ranks,
         )
-        metrics = MetricsLog(self.run, self.recipe, self.num_steps, start)
+        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
         with stop, metrics, batches:
             for step in range(start, self.num_steps):
                 rate = learning_rate(training, step, self.num_steps)
@@ -211,28 +207,20 @@ class Job:
                 raise MemoryBudgetError(
                     f"step {step + 1} ran out of memory with training.max_tokens {before} ({reason}). "
                     f"Resume from the last checkpoint with: hafrm train --resume {self.run.path} "
-                    f"training.max_tokens={before // 2}; if a single group is too large, set "
-                    "training.gradient_checkpointing: true or lower data.max_length"
+                    f"training.max_tokens={before // 2} training.gradient_checkpointing=true; if a single "
+                    "group is too large, lower data.max_length"
                 )
-            log.warning(
-                "step %d ran out of memory with micro-batches of %d tokens (%s); repeating it with %d",
-                step + 1,
-                before,
-                reason,
-                prefetch.max_tokens,
-            )
+            again = f"repeating it with {prefetch.max_tokens} instead of {before} tokens"
+            log.warning("step %d ran out of memory (%s); %s", step + 1, reason, again)
 
     def _check_first_batch(self) -> None:
-        """Shared against plain on the shortest groups of the first step, a few thousand tokens."""
+        """Shared against plain on the shortest groups of the first step."""
         refs = self.order.window(0, self.recipe.training.batch_size)
-        (plan,) = plan_step(self.data.train, refs, self.recipe.training.token_budget)
-        groups = sorted(
-            (group.tokens for batch in plan for group in batch), key=lambda g: g.num_tokens
-        )
-        layout = lay_out(groups[:4]).to(self.model.device)
-        device, half = self.model.device.type, self.autocast is not None
-        with torch.autocast(device, self.autocast, enabled=half):
-            differences = self_check(self.model, layout)
+        groups = [group.tokens for group in step_groups(self.data.train, refs)]
+        shortest = sorted(groups, key=lambda group: group.num_tokens)[:4]
+        device, half = self.model.device, self.autocast is not None
+        with torch.autocast(device.type, self.autocast, enabled=half):
+            differences = self_check(self.model, lay_out(shortest).to(device))
         if self.model.sharing:
             log.info("shared prompts agree with plain runs: %s", differences)
 
@@ -258,14 +246,8 @@ class Job:
     ) -> bool:
         """Validate; True where this step is the best so far."""
         nonfinite.check()
-        values = validate(
-            parallel.unwrap(wrapped),
-            self.data.validation,
-            self.validation_references,
-            self.method,
-            max_tokens=2 * self.recipe.training.token_budget,
-            autocast=self.autocast,
-        )
+        scores = self.score_validation(parallel.unwrap(wrapped))
+        values = validate(self.data.validation, scores, self.method)
         metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric
         sign = -1.0 if name == "loss" else 1.0
@@ -275,6 +257,18 @@ class Job:
             return False
         self.best, self.best_step = values, step
         return True
+
+    def score_validation(self, model: HybridModel) -> HeadScores:
+        """Both heads' scores of the validation responses."""
+        references = self.validation_references
+        return score_heads(
+            model,
+            self.data.validation,
+            None if references is None else references.logps,
+            self.method,
+            max_tokens=2 * self.recipe.training.token_budget,
+            autocast=self.autocast,
+        )
 
     def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}

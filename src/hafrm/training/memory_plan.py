@@ -1,8 +1,7 @@
 """An estimate of the memory that a run needs, before anything is loaded, and the token budget that fits.
 
-Weights are counted on torch's meta device; activations follow one formula (`layer_bytes`), which
-docs/scale.md compares with a trace. A step that runs out of memory all the same is repeated in halves by
-the loop. Start at `plan_recipe`.
+Weights are counted on torch's meta device; activations follow one formula (`activation_bytes`), which
+docs/scale.md compares with a trace. Start at `plan_recipe`.
 """
 
 import logging
@@ -10,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -24,8 +23,8 @@ from hafrm.recipe import Recipe
 from hafrm.table import Column, Table
 from hafrm.training import parallel
 from hafrm.training.methods import Method
-from hafrm.training.model_setup import meta_model, with_precision
-from hafrm.training.reference import REFERENCE_TOKENS
+from hafrm.training.passes import REFERENCE_TOKENS
+from hafrm.training.setup import meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
 
@@ -86,9 +85,7 @@ class MemoryNeed:
     exchange: int  # FSDP2's gathered layers and whole gradients; DDP's buckets are the gradients
     activations: int  # what autograd keeps of the micro-batch
     working: int  # what backward holds at once: of a layer, or logits and the head's gradient
-    passes: (
-        int  # without gradients: the reference's, over whole weights under FSDP2 too, or validation
-    )
+    passes: int  # without gradients: the reference's, over whole weights, or validation
 
     @property
     def step(self) -> int:
@@ -121,7 +118,6 @@ class MemoryPlan:
         )
 
     def tables(self) -> tuple[Table, ...]:
-        """One table: what a run needs and, where it does not fit, what would need less."""
         need = self.need
         rows = (
             ("weights", need.weights, "in shards" if self.sharded else "whole"),
@@ -155,6 +151,7 @@ def count_weights(model: HybridModel) -> Weights:
         inside.add(id(model.reward_head.weight))
     features, gated, normed, head_normed = 0, 0, 0, 0
     visited = getattr(config, "num_experts_per_tok", None) or 1
+    capped = getattr(config, "attn_logit_softcapping", None)
     for name, p in layers[0].named_parameters() if layers else ():
         if p.dim() > 1 and "lora_" not in name:
             times = visited if p.dim() == 3 else 1  # stacked experts, of which a token meets a few
@@ -182,9 +179,7 @@ def count_weights(model: HybridModel) -> Weights:
         normed=normed,
         head_normed=head_normed,
         rms=any("RMSNorm" in type(m).__name__ for m in model.backbone.modules()),
-        capped_heads=config.num_attention_heads
-        if getattr(config, "attn_logit_softcapping", None)
-        else 0,
+        capped_heads=config.num_attention_heads if capped else 0,
     )
 
 
@@ -193,31 +188,19 @@ def state_bytes(
 ) -> tuple[int, int, int, int]:
     """(weights, gradients, optimiser, exchange) of a rank: alone or under DDP, or one of FSDP2's `shards`.
 
-    FSDP2 gathers this layer and the next, in `gathered` bytes a number, and what is outside of layers,
-    which stays from forward to backward. On their way: the gradients of one layer, as they are and in
-    float32, and those of the outside. Where a step `accumulates` over several micro-batches, gradients
-    stay whole on every rank until the last.
+    FSDP2 gathers in `gathered` bytes a number. Where a step `accumulates` over several micro-batches,
+    gradients stay whole on every rank until the last.
     """
     trained = FLOAT32 * weights.trainable
     parts = trained + weights.frozen_bytes, trained, 2 * trained
     if shards == 1:
         return *parts, 0
+    # This layer and the next, and what is outside of layers, which stays from forward to backward; on
+    # their way the gradients of one layer, as they are and in float32, and those of the outside.
     exchange = gathered * (2 * weights.layer + weights.outside + weights.outside_trainable)
     exchange += (gathered + FLOAT32) * weights.layer_trainable
     whole, gradients, optimiser = (-(-part // shards) for part in parts)
     return whole, gradients, optimiser, exchange + (trained if accumulates else 0)
-
-
-def layer_bytes(recipe: Recipe, weights: Weights, *, sharded: bool) -> int:
-    """Bytes that autograd keeps of one token in one layer: inputs and outputs of its matrices, a gated
-    MLP's product, and what norms keep, in bytes a number that are fitted to traces (docs/scale.md)."""
-    size, norm = FLOAT32, 2.0
-    if recipe.training.precision == "bf16":
-        size, norm = HALF, 4.0  # the float32 input of a LayerNorm
-        if weights.rms:  # over float32 weights autocast casts the norm's output for every matrix
-            norm = 2.0 if sharded or weights.adapters else 7.25
-    capped = 8 * weights.capped_heads * recipe.data.max_length  # Gemma2's scores are written out
-    return int(size * weights.features + norm * weights.normed + 7.5 * weights.head_normed) + capped
 
 
 def activation_bytes(
@@ -225,7 +208,14 @@ def activation_bytes(
 ) -> tuple[int, int, int]:
     """(kept for backward, held above that in backward, held in a pass without gradients), no log-probs."""
     half, frozen = recipe.training.precision == "bf16", sharded or weights.adapters
-    layer = tokens * layer_bytes(recipe, weights, sharded=sharded)
+    size, norm = FLOAT32, 2.0  # bytes a number, fitted to traces
+    if half:
+        size, norm = HALF, 4.0  # the float32 input of a LayerNorm
+        if weights.rms:  # over float32 weights autocast casts the norm's output for every matrix
+            norm = 2.0 if frozen else 7.25
+    layer = int(size * weights.features + norm * weights.normed + 7.5 * weights.head_normed)
+    layer += 8 * weights.capped_heads * recipe.data.max_length  # Gemma2's scores are written out
+    layer *= tokens
     stream = tokens * weights.width * (HALF if half and frozen else FLOAT32)
     # Autocast keeps a bfloat16 copy of every trained weight until backward has used it.
     copies = HALF * weights.layers * weights.layer_trainable if half and not sharded else 0
@@ -260,19 +250,18 @@ def logprob_bytes(
 def memory_need(
     recipe: Recipe, weights: Weights, target: Target, tokens: int, budget: int, *, accumulates: bool
 ) -> MemoryNeed:
-    """The need with micro-batches of `tokens`, of a step that takes several if it `accumulates`; passes
-    without gradients take a multiple of `budget`."""
+    """The need with micro-batches of `tokens`; passes without gradients take a multiple of `budget`."""
     sharded, reference = is_sharded(recipe, target), REFERENCE_TOKENS * budget
     shards = target.ranks if sharded else 1
     gathered = HALF if recipe.training.precision == "bf16" else FLOAT32
     states = state_bytes(weights, shards=shards, gathered=gathered, accumulates=accumulates)
-    kept, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
+    saved, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
     *_, forward = activation_bytes(recipe, weights, reference, sharded=False)
     # The reference's pass runs before FSDP2 shards the weights.
     beside = max(state_bytes(weights)[0], states[0] + states[2])
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
-    return MemoryNeed(*states, kept, working, passes=beside + forward)
+    return MemoryNeed(*states, saved, working, passes=beside + forward)
 
 
 def is_sharded(recipe: Recipe, target: Target) -> bool:
@@ -282,8 +271,7 @@ def is_sharded(recipe: Recipe, target: Target) -> bool:
 
 
 def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
-    """The plan at the recipe's token budget; for auto, at the largest that fits, or at the smallest allowed
-    if none does."""
+    """The plan at the recipe's token budget; for auto, at the largest that fits, or else the smallest."""
     training, least = recipe.training, 2 * recipe.data.max_length
     step = training.batch_size * least
     # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
@@ -309,10 +297,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
 def plan_recipe(
     recipe: Recipe, method: Method, *, memory: float | None = None, ranks: int = 1
 ) -> MemoryPlan:
-    """The plan of one of `ranks` ranks on a GPU of `memory` GiB, by default on this machine's device.
-
-    Raises ModelError for a model that cannot be found or is no causal LM.
-    """
+    """The plan of one of `ranks` ranks on a GPU of `memory` GiB, by default on this machine's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = target_here(parallel.Ranks(0, ranks, device))
     if memory is not None:
@@ -322,10 +307,10 @@ def plan_recipe(
 
 def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> Recipe:
     """The recipe with training.max_tokens as a number, precision decided and, for adapters,
-    training.parallel chosen, the same on all ranks; call before anything is loaded. Logs the plan.
+    training.parallel chosen, the same on all ranks.
 
-    Raises ConfigError where it is auto and not even the smallest budget fits. A number is taken as it is,
-    with a warning.
+    Raises ConfigError where it is auto and not even the smallest budget fits. A number that does not fit is
+    taken as it is, with a warning.
     """
     recipe = with_precision(recipe, ranks.device.type)  # what the plan is of
     auto = recipe.training.max_tokens == "auto"
@@ -333,16 +318,15 @@ def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> 
     budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
     if auto and budget == 0:
         raise ConfigError(
-            f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan} "
-            "(a number is taken unchecked)"
+            f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan}"
         )
     if parallel.is_main():
         log.log(logging.INFO if budget else logging.WARNING, "plan: %s", plan)
-    return _with_training(choice, max_tokens=budget) if auto else choice
+    return with_training(choice, max_tokens=budget) if auto else choice
 
 
 def target_here(ranks: parallel.Ranks) -> Target:
-    """This process's device and its memory: what is free of a GPU, this process's part of RAM."""
+    """This process's device, and what is free of a GPU or this process's part of RAM."""
     if ranks.device.type == "cuda":
         return Target("cuda", torch.cuda.mem_get_info(ranks.device)[0], ranks.size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -353,23 +337,17 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
-    """The recipe with its plan; with DDP for adapters on several GPUs where the recipe leaves it open and
-    copies fit: DDP exchanges the adapters' gradients once a step, FSDP2 gathers the model twice for each
-    micro-batch."""
+    """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
     path, revision = recipe.model.path, recipe.model.revision
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a config from model.path {path!r}: {error}") from error
     weights = count_weights(meta_model(config, recipe, method))
+    # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
     if recipe.lora and recipe.training.parallel == "auto" and is_sharded(recipe, target):
-        copies = _with_training(recipe, parallel="ddp")
+        copies = with_training(recipe, parallel="ddp")
         plan = plan_memory(copies, weights, target)
         if parallel.smallest(plan.fits):  # on all ranks, which must agree
             return copies, plan
     return recipe, plan_memory(recipe, weights, target)
-
-
-def _with_training(recipe: Recipe, **changes: Any) -> Recipe:
-    training = recipe.training.model_copy(update=changes)
-    return recipe.model_copy(update={"training": training})

@@ -22,20 +22,16 @@ from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
 from hafrm.engine.packing import free_memory
 from hafrm.errors import ConfigError, HafrmError
-from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.forward import Scores, check_finite, run_forward
 
 Mode = Literal["auto", "ddp", "fsdp"]
 T = TypeVar("T")
 
-DEVICES_TIMEOUT = timedelta(minutes=30)
-"""For an exchange within a step, which all ranks reach at about the same time."""
-HOSTS_TIMEOUT = timedelta(hours=12)
-"""For what one rank does while the others wait: tokenising, writing checkpoints, verifying an export."""
+DEVICES_TIMEOUT = timedelta(minutes=30)  # for an exchange within a step
+HOSTS_TIMEOUT = timedelta(hours=12)  # for what one rank does while the others wait
+# A gloo group for messages between hosts: a launcher may have made the default group with nccl only.
 _hosts: dist.ProcessGroup | None = None
-"""A gloo group for messages between hosts: a launcher may have made the default group with nccl only."""
-_rank = 0
-"""Kept here, because the main rank stays the main one when the group has ended."""
+_rank = 0  # here, because the main rank stays the main one when the group has ended
 _has_ended = False
 
 
@@ -46,10 +42,6 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def start() -> Ranks:
@@ -81,9 +73,7 @@ def start() -> Ranks:
 
 
 def stop() -> None:
-    """End the process group, if there is one. All ranks call at about the same time: on nccl the first
-    to end waits for the last.
-    """
+    """End the process group, if there is one; on nccl the first rank to call waits for the last."""
     global _hosts, _has_ended  # noqa: PLW0603
     _hosts = None
     if dist.is_initialized():
@@ -102,8 +92,7 @@ def is_main() -> bool:
 
 
 def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Module:
-    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs; for
-    adapters that fit, `with_token_budget` has already chosen DDP.
+    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs.
 
     FSDP2 shards layer by layer; the reward head is a unit of its own and stays in float32.
     """
@@ -124,23 +113,14 @@ def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Mo
     return model
 
 
-def inside(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The module that DDP wraps, or the module itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def unwrap(model: nn.Module) -> HybridModel:
-    """The HybridModel inside."""
-    inner = inside(model)
-    assert isinstance(inner, HybridModel)
-    return inner
-
-
 def reshard(model: nn.Module) -> None:
-    """Drop what FSDP2 has gathered, so that parameters are their float32 shards. A forward without a
-    backward leaves copies in place of the root's, which have no optimiser state and which no write
-    reaches.
-    """
+    """Drop what FSDP2 has gathered, so that parameters are their float32 shards."""
+    # A forward without a backward leaves copies in place of the root's, which no write reaches.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -173,8 +153,7 @@ def synchronise(model: nn.Module, *, last: bool) -> Iterator[None]:
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to at most `max_norm` (0: leave them) and return their 2-norm before."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads, foreach=True)
-    norm = whole(norm)
+    norm = whole(nn.utils.get_total_norm(grads, foreach=True))
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
@@ -210,10 +189,8 @@ def wait() -> None:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What `compute` returns on the main rank, on every rank; what it raises there is raised on every rank.
-
-    For everything that depends on files: caches differ by rank, and shared folders are late.
-    """
+    """What `compute` returns (or raises) on the main rank, on every rank: for all that depends on files,
+    since caches differ and shared folders are late."""
     if num_ranks() == 1:
         return compute()
     answer: list[Any] = [None]
@@ -235,16 +212,11 @@ def score_on_all_ranks(
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
-    on_progress: OnProgress = no_progress,
 ) -> Scores:
-    """`run_forward` with the sequences divided among the ranks: every rank calls, and gets all scores.
-
-    The sequences are those of one process, so the scores are too.
-    """
+    """`run_forward` with the sequences divided among the ranks: every rank calls, and gets all scores, to
+    the bit those of one process."""
     place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
-    scores = run_forward(
-        model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress, part=place
-    )
+    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast, part=place)
     for values in (scores.rewards, scores.logps):
         if values is not None:
             add_up(torch.from_numpy(values))

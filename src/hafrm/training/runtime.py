@@ -3,17 +3,15 @@
 import logging
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from hafrm.errors import ConfigError
 from hafrm.preferences import TokenizedGroup
@@ -25,6 +23,7 @@ from hafrm.training import parallel
 from hafrm.training.step import MEASURES, NonFiniteCheck, StepResult
 from hafrm.training.step_batches import (
     ComparisonOrder,
+    ComparisonRef,
     MicroBatch,
     References,
     build_micro_batch,
@@ -35,33 +34,20 @@ from hafrm.training.step_batches import (
 log = logging.getLogger("hafrm")
 
 
-@runtime_checkable
-class Schedule(Protocol):
-    """The keys of a recipe section that decide the learning rate."""
-
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def schedule(self) -> Literal["cosine", "linear", "constant"]: ...
-    @property
-    def warmup_fraction(self) -> float: ...
-
-
-def learning_rate(training: Schedule, step: int, num_steps: int) -> float:
+def learning_rate(training: Any, step: int, num_steps: int) -> float:
     """The rate of update `step` (from 0), a pure function, so that a resumed run needs no state of it.
 
     Linear warm-up from above 0 to the peak, then the schedule; the last update is one step short of 0.
+    `training` is that section of a recipe, RLHF's too.
     """
-    warmup = round(training.warmup_fraction * num_steps)
+    peak: float = training.learning_rate
+    warmup: int = round(training.warmup_fraction * num_steps)
     if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    factor = {
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-        "linear": 1.0 - progress,
-        "constant": 1.0,
-    }[training.schedule]
-    return training.learning_rate * factor
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    factor: float = {"cosine": cosine, "linear": 1.0 - progress, "constant": 1.0}[training.schedule]
+    return peak * factor
 
 
 def count_steps(training: TrainingSection, num_comparisons: int) -> int:
@@ -74,8 +60,7 @@ def count_steps(training: TrainingSection, num_comparisons: int) -> int:
 class Prefetch:
     """This rank's micro-batches, built one step ahead in a thread; use as a context manager.
 
-    Planning, layout and pinning are host work that the device never waits for. The token budget lives
-    here, because running out of memory lowers it: packing changes, the step does not.
+    The token budget lives here: running out of memory lowers it, which changes packing but no step.
     """
 
     def __init__(
@@ -101,7 +86,7 @@ class Prefetch:
         self._worker.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of `step`, while those of the next one are being built."""
+        """The micro-batches of `step`; a thread starts to build those of the next one."""
         if self._ahead is not None and self._ahead[:2] == (step, self.max_tokens):
             batches = self._ahead[2].result()
         else:
@@ -112,18 +97,21 @@ class Prefetch:
 
     def halve(self, step: int) -> bool:
         """Halve the token budget; False where every micro-batch of `step` is a single group already."""
-        refs = self._order.window(step * self._batch_size, self._batch_size)
-        longest = max(group.tokens.num_tokens for group in step_groups(self._groups, refs))
-        if self.max_tokens <= longest:
+        groups = step_groups(self._groups, self._refs(step))
+        if self.max_tokens <= max(group.tokens.num_tokens for group in groups):
             return False
-        self.max_tokens = max(self.max_tokens // 2, 1)
+        self.max_tokens //= 2
         return True
 
+    def _refs(self, step: int) -> list[ComparisonRef]:
+        return self._order.window(step * self._batch_size, self._batch_size)
+
     def _build(self, step: int, max_tokens: int) -> list[MicroBatch]:
-        refs = self._order.window(step * self._batch_size, self._batch_size)
-        plan = plan_step(self._groups, refs, max_tokens, self._ranks.size)
+        plan = plan_step(self._groups, self._refs(step), max_tokens, self._ranks.size)
         batches = [build_micro_batch(groups, self._references) for groups in plan[self._ranks.rank]]
-        return batches if self._ranks.device.type == "cpu" else [b.pinned() for b in batches]
+        if self._ranks.device.type == "cpu":
+            return batches
+        return [batch.moved(Tensor.pin_memory) for batch in batches]
 
 
 class StopSignal:
@@ -148,67 +136,49 @@ class StopSignal:
         signal.signal(number, self._before[number])
 
     def agreed(self, ranks: parallel.Ranks) -> bool:
-        """Whether any rank got the signal, so that all stop after the same step.
-
-        The ranks' hosts exchange it; no device is waited for.
-        """
-        flag = torch.tensor(float(bool(self.received)))
-        return bool(self.received) if ranks.size == 1 else float(parallel.add_up(flag)) > 0
+        """Whether any rank got the signal, so that all stop after the same step; waits for no device."""
+        received = bool(self.received)
+        return received if ranks.size == 1 else parallel.smallest(-received) < 0
 
 
 class MetricsLog:
-    """metrics.jsonl, trackers, and a progress bar on a terminal; use as a context manager.
+    """metrics.jsonl, trackers and the log; use as a context manager.
 
     Only the main rank writes. Device values are fetched once per logging interval, never inside a step.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int, done: int) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         if parallel.is_main():
             self._trackers = start_trackers(run.path, recipe.tracking, dump_recipe(recipe))
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            disable=not (parallel.is_main() and sys.stderr.isatty()),
-        )
-        self._task = self._bar.add_task("training", total=num_steps, completed=done, note="")
 
     def __enter__(self) -> "MetricsLog":
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
         for tracker in self._trackers:
             tracker.finish()
 
     def step(self, number: int, rate: float, result: StepResult, nonfinite: NonFiniteCheck) -> None:
         """Count update `number` (from 1); check and write a line when the interval is full."""
         self._steps.append(result)
-        self._bar.update(self._task, completed=number)
         if number % self._recipe.tracking.log_every == 0 or number == self._num_steps:
             nonfinite.check()
             self._flush(number, rate)
 
     def _flush(self, number: int, rate: float) -> None:
         comparisons = len(self._steps) * self._recipe.training.batch_size
-        tokens = torch.tensor(float(sum(step.num_tokens for step in self._steps)))
         sums = torch.stack([step.sums for step in self._steps]).sum(0)
         means = (parallel.add_up(sums) / comparisons).tolist()
-        total_tokens = float(parallel.add_up(tokens.to(sums.device)))
+        tokens = float(sum(step.num_tokens for step in self._steps))
+        total_tokens = float(parallel.add_up(sums.new_tensor(tokens)))
         norm = float(torch.stack([step.grad_norm for step in self._steps]).mean())
         seconds = time.perf_counter() - self._since
-        values = {
-            name: mean for name, mean in zip(MEASURES, means, strict=True) if not math.isnan(mean)
-        }
+        pairs = zip(MEASURES, means, strict=True)
+        values = {name: mean for name, mean in pairs if not math.isnan(mean)}
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
                 values |= with_bounds(name, values[name], comparisons)
@@ -219,11 +189,6 @@ class MetricsLog:
             "tokens_per_second": total_tokens / seconds,
         }
         self._steps, self._since = [], time.perf_counter()
-        note = (
-            f"loss {values['loss']:.4f}  {values['comparisons_per_second']:.1f} comparisons/s  "
-            f"{values['tokens_per_second']:.0f} tokens/s"
-        )
-        self._bar.update(self._task, note=note)
         self.report("train", number, values)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:

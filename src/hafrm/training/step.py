@@ -5,7 +5,6 @@ loss / (comparisons of the step over all ranks). A non-finite loss or gradient n
 Nothing here logs, schedules, reads data, or waits for the device. Start at `take_step`.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,8 +63,7 @@ def take_step(  # noqa: PLR0913
     """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks.
 
     A loss or gradient that is not finite updates nothing. DivergedError is raised here without
-    `nonfinite` and on a CPU, otherwise by the next `nonfinite.check()`. `distance` is NormBT's running
-    mean after the steps before.
+    `nonfinite` and on a CPU, otherwise by the next `nonfinite.check()`. `distance` is the last step's.
     """
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES), device=device)
@@ -73,8 +71,7 @@ def take_step(  # noqa: PLR0913
     means = StepMeans(method, num_comparisons, distance)
 
     def forward(batch: MicroBatch) -> Outputs:
-        half = contextlib.nullcontext()
-        with half if autocast is None else torch.autocast(device.type, autocast):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             outputs: Outputs = model(batch.layout)
         return outputs
 
@@ -117,13 +114,9 @@ def losses_of(
             chosen_counts=outputs.lengths[chosen],
             rejected_counts=outputs.lengths[rejected],
         )
+    margins, weights = batch.margins, batch.weights
     return joint_loss(
-        method,
-        rewards=rewards,
-        logps=logps,
-        margins=batch.margins,
-        weights=batch.weights,
-        step=step,
+        method, rewards=rewards, logps=logps, margins=margins, weights=weights, step=step
     )
 
 
@@ -134,30 +127,18 @@ def measure(
     """MEASURES summed over the micro-batch's comparisons; fillers count for nothing."""
     absent = torch.full_like(batch.weights, float("nan"))
 
-    def sides(scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sides(scores: Tensor | None) -> list[Tensor]:
+        """Whether the chosen scores higher, by how much, and both."""
         if scores is None:
-            return absent, absent
-        return scores[batch.chosen], scores[batch.rejected]
-
-    def is_right(margin: Tensor) -> Tensor:
-        return torch.where(margin.isnan(), margin, (margin > 0).float())
+            return [absent] * 4
+        chosen, rejected = scores[batch.chosen], scores[batch.rejected]
+        return [(chosen > rejected).float(), chosen - rejected, chosen, rejected]
 
     implicit = None
     if outputs.logps is not None and method.trains_policy:
         implicit = method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
-    chosen, rejected = sides(outputs.rewards)
-    implicit_chosen, implicit_rejected = sides(implicit)
-    values = [
-        loss.total,
-        absent if loss.reward is None else loss.reward,
-        absent if loss.policy is None else loss.policy,
-        is_right(chosen - rejected),
-        chosen - rejected,
-        chosen,
-        rejected,
-        is_right(implicit_chosen - implicit_rejected),
-        implicit_chosen - implicit_rejected,
-    ]
+    parts = [absent if part is None else part for part in (loss.reward, loss.policy)]
+    values = [loss.total, *parts, *sides(outputs.rewards), *sides(implicit)[:2]]
     return torch.where(batch.weights != 0, torch.stack(values), 0.0).sum(1)
 
 
@@ -165,14 +146,13 @@ class StepMeans:
     """Means over a whole step that `normbt` and `sum_to_zero` read; for other methods it does nothing.
 
     They are sums over all micro-batches and ranks, so packing cannot change a gradient. NormBT's scale
-    comes from the steps before. BSR's mean reward, and the scale of the first step, must be known before
+    comes from the steps before. BSR's mean reward, and the scale of the first step, must be there before
     the first backward: a step of several micro-batches runs forward once more, without gradients.
     """
 
     def __init__(
         self, method: Method, num_comparisons: int, distance: Float[Tensor, ""] | None
     ) -> None:
-        """`distance` is the running mean after the steps before; None at a run's start."""
         self._method, self._num_comparisons, self._distance = method, num_comparisons, distance
         self._total: Float[Tensor, " means"] | None = None
         self._ahead: Float[Tensor, " means"] | None = None
@@ -233,9 +213,8 @@ def _distances(outputs: Outputs, batch: MicroBatch) -> Float[Tensor, " compariso
 class NonFiniteCheck:
     """Keeps non-finite losses and gradients away from the weights, without waiting for the device.
 
-    A flag on the device stays up from the first step whose loss or gradient is not finite on any rank.
-    AdamW reads it there and leaves weights and moments as they are, in that step and in all later ones,
-    so the host may look once per logging interval: `check` then names the groups of that first step.
+    A flag on the device stays up from the first step that is not finite on any rank. AdamW reads it and
+    leaves weights and moments as they are, so the host may look once per logging interval.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -248,10 +227,8 @@ class NonFiniteCheck:
         batches: Sequence[MicroBatch],
         finite: Bool[Tensor, " flags"],
     ) -> None:
-        """Let `optimizer` update only if all steps so far were finite on all ranks.
-
-        `finite` holds a flag for the losses of each micro-batch and, last, one for the gradient.
-        """
+        """Let `optimizer` update only if all steps so far were finite on all ranks; `finite` holds a flag
+        for the losses of each micro-batch and, last, one for the gradient."""
         good = parallel.all_finite(finite)
         self._broken = torch.maximum(self._broken, (~good).to(self._broken.dtype))
         self._unchecked.append(([batch.ids for batch in batches], finite, self._broken))
@@ -264,7 +241,7 @@ class NonFiniteCheck:
         self.check_now()
 
     def check_now(self) -> None:
-        """Check after every step where reading the flag costs nothing."""
+        """`check`, where reading the flag costs nothing."""
         if self._broken.device.type == "cpu":
             self.check()
 
@@ -279,7 +256,7 @@ class NonFiniteCheck:
         more = f" and {len(names) - 16} more" if len(names) > 16 else ""
         raise DivergedError(
             f"the {'loss' if broken else 'gradient'} of this step is not finite; stopped before the "
-            f"update. Groups in it: {', '.join(names[:16])}{more}. Look at their texts and margins, lower "
+            f"update. Groups in it: {', '.join(names[:16])}{more}. Look at them, lower "
             "training.learning_rate, or set training.precision: fp32"
         )
 
@@ -299,8 +276,7 @@ def build_optimizer(
 
 
 def drop_incomplete_state(optimizer: torch.optim.Optimizer) -> None:
-    """Forget the state of parameters for which AdamW ran out of memory halfway through creating it: it
-    would take the rest as created."""
+    """Forget state that AdamW ran out of memory creating: it would take the rest as created."""
     for parameter, state in list(optimizer.state.items()):
         if "exp_avg_sq" not in state:
             del optimizer.state[parameter]

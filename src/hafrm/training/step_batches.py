@@ -9,7 +9,7 @@ because a step lays out each of those once.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,33 +31,20 @@ class MicroBatch:
     chosen: Int[Tensor, " comparisons"]
     rejected: Int[Tensor, " comparisons"]
     margins: Float[Tensor, " comparisons"]
-    weights: Float[Tensor, " comparisons"]
-    """Zero in the filler of a rank that has no comparisons left."""
+    weights: Float[Tensor, " comparisons"]  # 0 in the filler of a rank that has nothing left
     reference_logps: Float[Tensor, " responses"] | None
     ids: tuple[str, ...]  # the group of every comparison, for messages
-
-    def pinned(self) -> "MicroBatch":
-        """The same micro-batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        return self._moved(self.layout.pinned(), Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`; asynchronous when it is pinned."""
         if device.type == "cpu":
             return self
-        move = functools.partial(Tensor.to, device=device, non_blocking=True)
-        return self._moved(self.layout.to(device), move)
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _moved(self, layout: Layout, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        reference = self.reference_logps
-        return replace(
-            self,
-            layout=layout,
-            chosen=move(self.chosen),
-            rejected=move(self.rejected),
-            margins=move(self.margins),
-            weights=move(self.weights),
-            reference_logps=None if reference is None else move(reference),
-        )
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same micro-batch with every tensor as `move` returns it."""
+        moved: dict[str, Any] = {k: move(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, layout=self.layout.moved(move), **moved)
 
 
 class ComparisonRef(NamedTuple):
@@ -81,7 +68,7 @@ class ComparisonOrder:
         if self.num_comparisons == 0:
             raise DataError(
                 f"there is no comparison to train on: {len(groups)} groups hold only ties or single "
-                "responses; give data.train rows with a chosen and a rejected response"
+                "responses"
             )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
@@ -140,8 +127,7 @@ class References:
 class StepGroup(NamedTuple):
     """What a step uses of one group."""
 
-    tokens: TokenizedGroup
-    """Only the responses that the step compares, and the step's comparisons among them."""
+    tokens: TokenizedGroup  # only what the step compares
     group_index: int  # of the whole group in the data set
     responses: tuple[int, ...]  # index of each response in the whole group, in rising order
 
@@ -186,26 +172,21 @@ def build_micro_batch(
     groups: Sequence[StepGroup], references: References | None = None
 ) -> MicroBatch:
     """Lay out one micro-batch; a group without comparisons gets one of weight zero."""
-    chosen, rejected, margins, weights = [], [], [], []
+    rows: list[tuple[int, int, float, float]] = []  # chosen, rejected, margin, weight
     reference: list[NDArray[np.float32]] = []
     ids: list[str] = []
     offset = 0
     for group in groups:
         for c in group.tokens.comparisons:
-            chosen.append(offset + c.chosen)
-            rejected.append(offset + c.rejected)
-            margins.append(c.margin)
-            weights.append(c.weight)
+            rows.append((offset + c.chosen, offset + c.rejected, c.margin, c.weight))
         if not group.tokens.comparisons:  # filler: a response against itself
-            chosen.append(offset)
-            rejected.append(offset)
-            margins.append(0.0)
-            weights.append(0.0)
+            rows.append((offset, offset, 0.0, 0.0))
         ids += [group.tokens.id] * max(1, len(group.tokens.comparisons))
         if references is not None:
             start = references.first[group.group_index]
             reference.append(references.logps[start + np.array(group.responses)])
         offset += len(group.responses)
+    chosen, rejected, margins, weights = zip(*rows, strict=True)
     return MicroBatch(
         layout=lay_out([group.tokens for group in groups]),
         chosen=torch.tensor(chosen),

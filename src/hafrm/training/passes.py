@@ -1,0 +1,211 @@
+"""Passes without gradients: the reference's log-probs before training, validation during it.
+
+The reference is the frozen starting checkpoint, run once and cached on disk: no second model is ever in
+memory. The cache's key is a digest of all that the numbers depend on, so nothing stale is read. Validation
+chooses the best step; full metrics with intervals are in `hafrm.evaluation`.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from hafrm.atomic import atomic_write
+from hafrm.engine.model import HybridModel
+from hafrm.preferences import TokenizedGroup
+from hafrm.resumable import cache_folder
+from hafrm.scoring.forward import first_responses
+from hafrm.scoring.fused import FusedRule, fit_fused
+from hafrm.scoring.loading import model_digest
+from hafrm.statistics import with_bounds
+from hafrm.training import parallel
+from hafrm.training.methods import Method
+from hafrm.training.step_batches import ComparisonRef, References, step_groups
+
+log = logging.getLogger("hafrm")
+
+REFERENCE_TOKENS = 4  # times the token budget: this pass keeps nothing for a backward pass
+
+
+def reference_cache(
+    model: HybridModel,
+    groups: Sequence[TokenizedGroup],
+    autocast: torch.dtype | None,
+    path: str | None,
+) -> Path | None:
+    """The file of these log-probs, by a key over weights, token ids (hence template, lengths and data) and
+    dtype. The checkpoint `path` stands for the weights: by a digest of its files, or by its commit on the
+    hub. None where neither identifies them."""
+    weights: str | None = getattr(model.backbone.config, "_commit_hash", None)
+    if path is not None and Path(path).is_dir():
+        weights = model_digest(path) if any(Path(path).glob("*.safetensors")) else None
+    if path is None or weights is None:
+        return None
+    assert model.policy_head is not None
+    dtypes = f"{autocast} {model.policy_head.weight.dtype}"
+    digest = hashlib.sha256(repr((2, dtypes, model.transform, weights)).encode())
+    for group in groups:
+        for ids in (group.prompt_ids, *group.response_ids):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(ids, np.int32).tobytes())
+        digest.update(b"|")
+    return cache_folder("reference") / f"{digest.hexdigest()}.safetensors"
+
+
+def reference_logps(
+    model: HybridModel,
+    groups: Sequence[TokenizedGroup],
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+    path: str | None = None,
+) -> References:
+    """The model's own log-probs of every response, from the cache or from one packed pass.
+
+    Every rank calls, before the model is wrapped, and computes its part. `path` is the checkpoint that the
+    model still equals; without it nothing is cached.
+    """
+
+    def look() -> tuple[Path | None, NDArray[np.float32] | None]:
+        file = reference_cache(model, groups, autocast, path)
+        try:
+            return file, None if file is None else load_file(file)["logps"]
+        except (FileNotFoundError, SafetensorError):  # a damaged file is computed again
+            return file, None
+
+    # Only the main rank looks: nodes may have a cache each, and all must do the same.
+    file, logps = parallel.from_main(look)
+    if logps is None:
+        logps = parallel.score_on_all_ranks(
+            model, groups, max_tokens=max_tokens, autocast=autocast
+        ).logps
+        assert logps is not None
+        if file is not None and parallel.is_main():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, save({"logps": logps}))
+    return References(logps, first_responses(groups))
+
+
+def references_of(  # noqa: PLR0913 - two sets, what is reached, and how the pass runs
+    model: HybridModel,
+    train: Sequence[TokenizedGroup],
+    refs: Sequence[ComparisonRef],
+    validation: Sequence[TokenizedGroup],
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+    path: str | None = None,
+) -> tuple[References, References]:
+    """`reference_logps` of the training and the validation groups, from one pass or one file.
+
+    Of the training groups only responses of `refs`, the comparisons that the run reaches, are computed.
+    """
+    used = step_groups(train, refs)
+    groups = [*(group.tokens for group in used), *validation]
+    log.info("reference log-probs of %d responses", sum(len(g.response_ids) for g in groups))
+    both = reference_logps(model, groups, max_tokens=max_tokens, autocast=autocast, path=path)
+    first = first_responses(train)
+    # NaN where nothing is computed: a loss which read one would stop the run
+    logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
+    place = [first[group.group_index] + response for group in used for response in group.responses]
+    cut = len(place)
+    logps[np.array(place, np.int64)] = both.logps[:cut]
+    return References(logps, first), References(both.logps[cut:], both.first[len(used) :] - cut)
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """The heads' scores of every response; None where the method does not train one."""
+
+    rewards: NDArray[np.float32] | None
+    implicit: NDArray[np.float32] | None  # the policy's implicit reward, as the method defines it
+    implicit_per_token: NDArray[np.float32] | None  # divided by the tokens, EOS included
+    first: NDArray[np.int64]  # index of each group's first response
+
+
+def score_heads(
+    model: HybridModel,
+    groups: Sequence[TokenizedGroup],
+    references: NDArray[np.float32] | None,
+    method: Method,
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+) -> HeadScores:
+    """Both heads' scores, from one pass of all ranks; `references` are reference log-probs."""
+    training = model.training
+    model.eval()
+    scores = parallel.score_on_all_ranks(model, groups, max_tokens=max_tokens, autocast=autocast)
+    model.train(training)
+    implicit = per_token = None
+    if scores.logps is not None:
+        implicit = method.implicit_rewards(
+            torch.from_numpy(scores.logps),
+            torch.from_numpy(scores.lengths),
+            None if references is None else torch.from_numpy(references),
+        ).numpy()
+        per_token = implicit
+        if not method.scores_per_token:
+            per_token = (implicit / scores.lengths).astype(np.float32)
+    return HeadScores(scores.rewards, implicit, per_token, scores.first)
+
+
+def validate(
+    groups: Sequence[TokenizedGroup], scores: HeadScores, method: Method
+) -> dict[str, float]:
+    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with.
+
+    Ties are left out. A method that trains both heads also gets `implicit_accuracy`. Accuracies come with
+    `_low` and `_high`, a 95 % interval that counts the comparisons of one prompt as one trial.
+    """
+    heads = {"reward": scores.rewards, "implicit": scores.implicit}
+    margins = {
+        name: decided_margins(groups, values, scores.first)
+        for name, values in heads.items()
+        if values is not None
+    }
+    ranked = margins[method.scores_with]
+    num_prompts = sum(any(not c.tie for c in group.comparisons) for group in groups)
+    result = {
+        **with_bounds("accuracy", float((ranked > 0).mean()), num_prompts),
+        "loss": float(np.logaddexp(0.0, -ranked).mean()),
+        "margin": float(ranked.mean()),
+    }
+    if len(margins) == 2:
+        implicit_accuracy = float((margins["implicit"] > 0).mean())
+        result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
+    return result
+
+
+def fit_on_validation(groups: Sequence[TokenizedGroup], scores: HeadScores) -> FusedRule:
+    """The weight of the implicit reward per token beside the reward, for a model with both heads."""
+    assert scores.rewards is not None
+    assert scores.implicit_per_token is not None
+    return fit_fused(
+        decided_margins(groups, scores.rewards, scores.first),
+        decided_margins(groups, scores.implicit_per_token, scores.first),
+    )
+
+
+def decided_margins(
+    groups: Sequence[TokenizedGroup], values: NDArray[np.floating[Any]], first: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """value(chosen) - value(rejected) of every comparison that is not a tie."""
+    sides = [
+        (start + c.chosen, start + c.rejected)
+        for group, start in zip(groups, first, strict=True)
+        for c in group.comparisons
+        if not c.tie
+    ]
+    chosen, rejected = np.array(sides).T
+    exact = values.astype(np.float64)
+    margins: NDArray[np.float64] = exact[chosen] - exact[rejected]
+    return margins
