@@ -1,6 +1,6 @@
 """Progress of long work: the one callback that reports it, and the line on a terminal that shows it.
 
-Library code calls `OnProgress`; only the command line shows anything.
+What scores calls `OnProgress`; verbs, and runs that take long, show it.
 """
 
 import logging
@@ -33,28 +33,32 @@ def over_passes(on_progress: OnProgress, total: int) -> OnProgress:
 
 
 @contextmanager
-def show_progress(what: str) -> Iterator[OnProgress]:
-    """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left" on a terminal, or else in the log."""
+def show_progress(what: str, *, done: int = 0) -> Iterator[OnProgress]:
+    """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left" on a terminal, or else in the log.
+
+    `done` was done before, by a run that is resumed: it is left out of the rate.
+    """
     from rich.console import Console  # noqa: PLC0415
 
     start = last = time.monotonic()
+    before = done
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status(what) as status:
-            yield lambda done, total: status.update(_line(what, done, total, start))
+            yield lambda done, total: status.update(_line(what, before, done, total, start))
         return
 
     def log_line(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= LOG_SECONDS:
             last = time.monotonic()
-            log.info("%s", _line(what, done, total, start))
+            log.info("%s", _line(what, before, done, total, start))
 
     yield log_line
 
 
-def _line(what: str, done: int, total: int, start: float) -> str:
-    rate = done / max(time.monotonic() - start, 1e-9)
+def _line(what: str, before: int, done: int, total: int, start: float) -> str:
+    rate = (done - before) / max(time.monotonic() - start, 1e-9)
     if not total:
         return f"{what}: {done:,}, {rate:,.1f}/s"
     minutes, seconds = divmod(round((total - done) / rate) if rate else 0, 60)

@@ -22,9 +22,16 @@ app = typer.Typer(
 )
 
 
+class _Stderr(logging.Handler):
+    """Writes to sys.stderr as it is then: a progress line replaces it, to stay below the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
 def main() -> None:
     """Run the command line; hafrm's own errors become one message and an exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Stderr()])
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("hafrm").setLevel(logging.INFO)
     # transformers shows a bar for every shard that it loads or writes; ours say enough.

@@ -98,7 +98,8 @@ def run_forward(  # noqa: PLR0913
             if output is not None:
                 values[indices] = output.float().cpu().numpy()
         num_done += len(indices)
-        on_progress(num_done, len(lengths))
+        # the other parts are about as far
+        on_progress(min(num_done * part[1], len(lengths)), len(lengths))
     scores = Scores(
         rewards=None if model.reward_head is None else rewards,
         logps=None if model.policy_head is None else logps,

@@ -7,6 +7,7 @@ are read. Everything that differs between one process and many is in this file.
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -22,6 +23,7 @@ from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
 from hafrm.engine.packing import free_memory
 from hafrm.errors import ConfigError, HafrmError
+from hafrm.progress import OnProgress, no_progress, show_progress
 from hafrm.scoring.forward import Scores, check_finite, run_forward
 
 Mode = Literal["auto", "ddp", "fsdp"]
@@ -206,17 +208,25 @@ def from_main(compute: Callable[[], T]) -> T:
     return value
 
 
+def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnProgress]:
+    """`show_progress` on the main rank, nothing on the others."""
+    return show_progress(what, done=done) if is_main() else contextlib.nullcontext(no_progress)
+
+
 def score_on_all_ranks(
     model: HybridModel,
     groups: Sequence[Branches],
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> Scores:
     """`run_forward` with the sequences divided among the ranks: every rank calls, and gets all scores, to
     the bit those of one process."""
     place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
-    scores = run_forward(model, groups, max_tokens=max_tokens, autocast=autocast, part=place)
+    scores = run_forward(
+        model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress, part=place
+    )
     for values in (scores.rewards, scores.logps):
         if values is not None:
             add_up(torch.from_numpy(values))

@@ -84,9 +84,10 @@ def reference_logps(
     # Only the main rank looks: nodes may have a cache each, and all must do the same.
     file, logps = parallel.from_main(look)
     if logps is None:
-        logps = parallel.score_on_all_ranks(
-            model, groups, max_tokens=max_tokens, autocast=autocast
-        ).logps
+        with parallel.progress_of_main("reference log-probs") as on_progress:
+            logps = parallel.score_on_all_ranks(
+                model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress
+            ).logps
         assert logps is not None
         if file is not None and parallel.is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
