@@ -33,6 +33,14 @@ def test_alone_together_repeated_and_in_any_order_a_response_scores_the_same(rm)
     assert batch[0] + batch[2] == pytest.approx([*together[:2], together[1], together[1]], abs=1e-5)
 
 
+def test_a_text_in_the_place_of_a_list_of_responses_is_refused(rm):
+    """Or its letters would be the responses."""
+    with pytest.raises(DataError, match="list of texts"):
+        rm.score_batch(["a", "b"], ["abc", "xyz"])
+    with pytest.raises(DataError, match="list of responses"):
+        rm.best_of(PROMPT, "abc")
+
+
 def test_a_run_folder_its_model_folder_and_the_directory_load_the_same_model(exported, tmp_path):
     (tmp_path / "model").symlink_to(exported)
     expected = RewardModel.from_pretrained(exported / "reward").score(PROMPT, "No.")

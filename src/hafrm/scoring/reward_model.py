@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, read_prompt
+from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, read_prompt, show
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
@@ -96,12 +96,18 @@ class Scorer(ABC):
         """
         if isinstance(responses, str):
             return self.score_batch([prompt], [[responses]])[0][0]
-        return self.score_batch([prompt], [responses])[0]
+        return self.score_batch([prompt], [list(responses)])[0]
 
     def score_batch(
         self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`."""
+        for i, texts in enumerate(responses):
+            # a string would be scored letter by letter
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise DataError(
+                    f"responses to prompt {i} must be a list of texts, got {show(texts)}"
+                )
         # equal responses would be laid out and run twice
         distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
         groups = [
@@ -126,6 +132,9 @@ class Scorer(ABC):
 
     def best_of(self, prompt: PromptLike, responses: Sequence[str]) -> Best:
         """The response with the highest score; the first one if several are equal."""
+        if isinstance(responses, str):
+            raise DataError(f"best_of needs a list of responses, got {show(responses)}")
+        responses = list(responses)
         if not responses:
             raise DataError("best_of needs one or more responses; got none")
         rewards = self.score(prompt, responses)

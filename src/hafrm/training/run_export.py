@@ -72,11 +72,12 @@ def export_run(
     dtype, rule = _export_dtype(recipe), None
     if method.trains_reward and method.trains_policy:
         rule = fit_on_validation(data.validation, score_validation(model))
-        log.info("fused score, fitted on validation: %s", rule)
     weights = gather_weights(model)
     parallel.stop()
     if not parallel.is_main():
         return
+    if rule is not None:
+        log.info("fused score, fitted on validation: %s", rule)
     with atomic_directory(run.unverified_path, replace=True) as aside:
         if model.reward_head is not None:
             export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
