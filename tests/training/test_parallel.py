@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
+from hafrm.training import parallel
 from hafrm.training.loop import run_training
 from support import forked, parallel_worker
 from support.tiny_runs import tiny_recipe
@@ -141,3 +142,10 @@ def test_ranks_whose_caches_differ_do_as_the_main_rank_does(tmp_path):
     assert list((tmp_path / "cache-of-0").rglob("reference/*"))
     assert not list((tmp_path / "cache-of-1").rglob("reference/*"))
     assert losses[0] == losses[1]
+
+
+def test_a_rank_without_a_world_size_is_one_process_that_writes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parallel.start().rank == 0
+    assert parallel.is_main()

@@ -47,9 +47,8 @@ class Reply:
     text: str = ""
     ended: bool = True  # the model ended by itself, not at the token limit
     refused: bool = False  # the model refused, or the endpoint filtered what it wrote
-    error: str | None = (
-        None  # why the endpoint, or the policy, rejects the request; then there is no text
-    )
+    error: str | None = None
+    """Why the endpoint, or the policy, rejects the request; then there is no text."""
 
 
 class Endpoint:

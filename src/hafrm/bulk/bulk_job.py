@@ -48,14 +48,12 @@ class BulkOptions:
     """How a job runs; the scores and outputs depend on the first three only."""
 
     rows_per_shard: int = ROWS_PER_SHARD
-    max_length: int | None = (
-        None  # longer rows are not scored; None: as many tokens as the model takes
-    )
+    max_length: int | None = None
+    """Longer rows are not scored; None: as many tokens as the model takes."""
     dtype: str = "auto"
     device: str | None = None
-    shard: str = (
-        "0/1"  # i/n: only every n-th shard, from the i-th on, counted from 0; for job arrays
-    )
+    shard: str = "0/1"
+    """i/n: only every n-th shard, from the i-th on, counted from 0; for job arrays."""
 
     @property
     def part(self) -> tuple[int, int]:

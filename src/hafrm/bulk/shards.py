@@ -46,9 +46,8 @@ class Shard:
 class ShardRows:
     """The rows of a shard, as read."""
 
-    numbers: Sequence[
-        int
-    ]  # from 0 in the whole source: the line of a JSON-lines file, else the record
+    numbers: Sequence[int]
+    """From 0 in the whole source: the line of a JSON-lines file, else the record."""
     values: Sequence[object]  # a mapping for each row, or why the row cannot be read
     table: Any = None  # the same rows as a pyarrow table, if the source is a Parquet file
 

@@ -4,7 +4,6 @@ A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a 
 METHODS. No other code asks for a method's name. `joint_loss` adds the two losses up, per comparison.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, did_you_mean
 from hafrm.recipe import Recipe
 from hafrm.training import losses
 from hafrm.training.losses import PerComparison, PolicyLogps
@@ -169,11 +168,8 @@ def get_method(name: str, **overrides: Any) -> Method:
     for key, allowed in names.items():
         value = {"name": name, **values}.get(key)
         if value is not None and value not in allowed:
-            close = difflib.get_close_matches(value, allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(
-                f"unknown method.{key} {value!r}{hint} (one of: {', '.join(allowed)})"
-            )
+            hint = did_you_mean(value, allowed)
+            raise ConfigError(f"unknown method.{key} {value!r}; {hint}one of: {', '.join(allowed)}")
     preset = METHODS[name]
     policy_loss = values.get("policy_loss", preset.policy_loss)
     if policy_loss != preset.policy_loss:

@@ -54,7 +54,8 @@ def start() -> Ranks:
     """
     global _hosts, _rank  # noqa: PLW0603 - torch keeps a process's one group globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    _rank = rank = int(os.environ.get("RANK", "0"))
+    # a RANK alone, left by some launcher, must not keep a single process from writing its files
+    _rank = rank = int(os.environ.get("RANK", "0")) if size > 1 else 0
     device = torch.device("cpu")
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         # Every step has other lengths, which fragment memory. Read at the first allocation on a GPU.

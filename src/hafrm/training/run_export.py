@@ -16,6 +16,7 @@ import torch
 
 from hafrm.atomic import atomic_directory, remove_directory
 from hafrm.engine.model import HybridModel
+from hafrm.engine.packing import free_memory
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.golden import GOLDEN
@@ -124,9 +125,8 @@ class ExportOptions(NamedTuple):
 
     head: Head = "reward"
     dtype: str | None = None  # one of STORED; None: what the run computed in, as at its end
-    merge_lora: bool | None = (
-        None  # False: adapters beside the base; None: merged, if there are any
-    )
+    merge_lora: bool | None = None
+    """False: adapters beside the base; None: merged, if there are any."""
     checkpoint: str = "best"  # (the latest before any validation), latest or a step
 
 
@@ -161,6 +161,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
         remove_directory(unverified)
     golden = _golden_groups(recipe)
     _write_head(recipe, method, checkpoint, options, unverified, dtype)
+    free_memory()  # the proof loads the model again
 
     def check(directory: Path) -> tuple[int, float]:
         if options.head == "policy":
