@@ -94,7 +94,7 @@ def test_methods_have_options_after_colons_and_rates_commas_between_them():
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        (["haff"], "did you mean 'haf'"),
+        (["haff"], "did you mean haf\\?"),
         (["haf:alpha"], "write name:key=value"),
         (["bt:alpha=1"], "no policy loss"),
         (["bt", "bt"], "twice: bt"),
