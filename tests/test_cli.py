@@ -15,8 +15,7 @@ from hafrm.cli import app, main
 from hafrm.data.reader import read_preferences
 from hafrm.export.checklist import replay_directory
 from hafrm.results import write_result
-from hafrm.scoring.fused import FusedRule
-from hafrm.scoring.reward_model import RewardModel
+from hafrm.scoring.reward_model import FusedRule, RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.export_faults import FAULTS

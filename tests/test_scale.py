@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
+
+from support.recipe_models import config_of
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "scale.py"
 
@@ -22,17 +23,6 @@ def scale():
     del sys.modules["scale"]
 
 
-def tiny_config() -> transformers.PretrainedConfig:
-    return transformers.LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-
-
 def scenario(scale, *, lora: bool = False, checkpointing: bool = True):
     training = {
         "precision": "bf16",
@@ -41,7 +31,7 @@ def scenario(scale, *, lora: bool = False, checkpointing: bool = True):
         "parallel": "fsdp",
     }
     recipe = scale.recipe_of(training=training, **({"lora": {"rank": 4}} if lora else {}))
-    return scale.Scenario(tiny_config(), recipe, (30, 20, 10))
+    return scale.Scenario(config_of("llama"), recipe, (30, 20, 10))
 
 
 def machine(scale, memory: float = 1.0):
@@ -88,7 +78,7 @@ def test_what_does_not_fit_whole_is_cut_into_micro_batches(scale):
 
 
 def test_the_script_prints_its_tables_for_a_config_file(scale, tmp_path, capsys):
-    tiny_config().save_pretrained(tmp_path)
+    config_of("llama").save_pretrained(tmp_path)
     scale.main(["--config", str(tmp_path), "--lora", "--lengths", "hh", "--gpus", "2", "8"])
     output = capsys.readouterr().out
     rows = [

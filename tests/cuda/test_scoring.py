@@ -1,9 +1,5 @@
 """Scores of a GPU against those of a CPU in float32."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -47,15 +43,3 @@ def test_scores_do_not_depend_on_the_packing(max_tokens, device):
     scores = run_forward(tiny_hybrid().eval().to(device), groups, max_tokens=max_tokens)
     assert_near(scores.rewards, expected.rewards, 1e-4)
     assert_near(scores.logps, expected.logps, 1e-4)
-
-
-def test_the_command_scores_a_file_as_the_library_does(device, tmp_path):
-    export_both(tmp_path)
-    source, target = tmp_path / "rows.jsonl", tmp_path / "scored"
-    rows = [{"prompt": f"{PROMPT} {i}", "responses": RESPONSES} for i in range(20)]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "hafrm", "score", str(tmp_path / "reward")]
-    subprocess.run([*command, str(source), "--out", str(target)], check=True, capture_output=True)
-    cpu = RewardModel.from_pretrained(tmp_path / "reward", dtype=torch.float32, device="cpu")
-    for row, line in zip(rows, (target / "rows.jsonl").read_text().splitlines(), strict=True):
-        assert_near(json.loads(line)["rewards"], cpu.score(row["prompt"], RESPONSES), 1e-4)

@@ -172,7 +172,6 @@ def slow_varlen(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
-    softcap: float | None = None,
 ) -> Tensor:
     """What flash attention's varlen call does, a segment at a time: query i of n over m keys sees
     key j where  i + m - n - left <= j <= i + m - n + right  (bottom-right aligned), -1 = no bound."""
@@ -195,7 +194,7 @@ def slow_varlen(
         allowed = (keys <= last + right) if right >= 0 else torch.ones_like(keys <= last)
         if left >= 0:
             allowed &= keys >= last - left
-        outputs.append(slow_attention(q, k, v, allowed, scale, softcap)[0])
+        outputs.append(slow_attention(q, k, v, allowed, scale, None)[0])
     return torch.cat(outputs)
 
 
@@ -324,25 +323,3 @@ def test_padded_groups_call_what_the_memory_efficient_kernel_serves(monkeypatch)
         attend_by_group(*tensors(layout, (4, 2)), layout, Rule(window=7))
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
-
-
-def test_the_flash_attn_call_is_the_varlen_call_with_soft_capping(monkeypatch):
-    """Its argument names, from the package's documentation (2.6 and later), and the same numbers."""
-
-    def slow_flash(
-        *args: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int], softcap: float
-    ) -> Tensor:
-        assert causal and softcap == 2.0
-        return slow_varlen(
-            *args,
-            scale=softmax_scale,
-            window_size=window_size,
-            enable_gqa=args[0].shape[1] != args[1].shape[1],
-            softcap=softcap,
-        )
-
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", slow_flash)
-    layout, rule = lay_out(token_groups(SHAPES)), Rule(scaling=0.2, window=5, softcap=2.0)
-    q, k, v = tensors(layout, (4, 2))
-    found = attention._flash(q, k, v, layout, rule)
-    compare(found, attend_by_segment(q, k, v, layout, rule), (q, k, v))

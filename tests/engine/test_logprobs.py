@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hafrm.engine import logprobs
-from hafrm.engine.logprobs import LogitTransform, token_logprobs
+from hafrm.engine.layout import lay_out
+from hafrm.engine.logprobs import LogitTransform, token_entropies, token_logprobs
 from support.dispatched import Dispatched
+from support.models import SHAPES, tiny_hybrid, token_groups
 
 SCORED, HIDDEN, VOCAB = 13, 8, 31
 CHUNKS = [1, 7, SCORED, SCORED + 5]
@@ -15,7 +17,7 @@ TRANSFORMS = {
     "plain": LogitTransform(),
     "softcap": LogitTransform(softcap=3.0),
     "scale": LogitTransform(scale=0.25),
-    "scale and softcap": LogitTransform(scale=2.0, softcap=4.0),
+    "all": LogitTransform(scale=2.0, softcap=4.0, temperature=0.6),
 }
 
 
@@ -27,18 +29,15 @@ def slow_logprobs(
     logits = logits * transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logits = logits / transform.temperature
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, weight, bias and targets; logits of order 3, so that a softcap bites."""
     torch.manual_seed(0)
-    hidden, weight, bias = (
-        torch.randn(SCORED, HIDDEN),
-        torch.randn(VOCAB, HIDDEN),
-        torch.randn(VOCAB),
-    )
-    leaves = (x.to(dtype).requires_grad_() for x in (hidden, weight, bias))
+    shapes = ((SCORED, HIDDEN), (VOCAB, HIDDEN), (VOCAB,))
+    leaves = [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
     return *leaves, torch.randint(0, VOCAB, (SCORED,))
 
 
@@ -234,18 +233,14 @@ def test_no_tensor_of_the_head_ever_holds_more_than_a_chunk_of_logits(frozen, so
     assert products.numel == 16 * WIDE["vocab"]
 
 
-def test_the_default_chunk_follows_from_the_vocabulary(monkeypatch):
+def test_the_default_chunk_follows_from_the_vocabulary_and_the_device(monkeypatch):
+    """Qwen2.5's 151,936 tokens: 110 rows in 64 MiB of float32 on a CPU, 883 in 512 on a GPU."""
+    assert [logprobs.chunk_rows(151_936, device) for device in ("cpu", "cuda")] == [110, 883]
     hidden, weight, targets = wide()
     monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", 20 * WIDE["vocab"] + 7)
     with Dispatched() as products:
         token_logprobs(hidden, weight, targets).sum().backward()
     assert products.numel == 20 * WIDE["vocab"]
-
-
-def test_a_gpu_holds_eight_times_as_many_logits_as_a_cpu():
-    """Qwen2.5's 151,936 tokens: 110 rows in 64 MiB of float32, 883 in 512."""
-    assert logprobs.chunk_rows(151_936, "cpu") == 110
-    assert logprobs.chunk_rows(151_936, "cuda") == 883
 
 
 def test_logits_that_overflow_a_naive_exponential_are_no_problem():
@@ -257,3 +252,26 @@ def test_logits_that_overflow_a_naive_exponential_are_no_problem():
     found.sum().backward()
     assert torch.isfinite(hidden.grad).all()
     assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_token_log_probs_sum_to_the_log_probs_of_their_responses(family: str, sharing: bool):
+    model = tiny_hybrid(family, sharing=sharing)
+    layout = lay_out(token_groups(SHAPES))
+    with torch.no_grad():
+        tokens, outputs = model.tokens(layout), model(layout)
+    assert tokens.hidden.shape == (len(layout.targets), 32)
+    sums = torch.zeros(layout.num_responses).index_add(0, layout.response_of, tokens.logps)
+    assert torch.equal(sums, outputs.logps)
+
+
+def test_entropies_are_those_of_the_full_distribution_whatever_the_chunk():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(7, 5), torch.randn(11, 5), torch.randn(11)
+    transform = LogitTransform(scale=0.5, softcap=2.0, temperature=0.8)
+    z = 2.0 * ((hidden @ weight.t() + bias) * 0.5 / 2.0).tanh() / 0.8
+    expected = torch.distributions.Categorical(logits=z).entropy()
+    for chunk in (None, 1, 3, 100):
+        found = token_entropies(hidden, weight, bias=bias, transform=transform, chunk=chunk)
+        torch.testing.assert_close(found, expected)

@@ -7,7 +7,14 @@ from torch.nn import functional as F
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, Outputs
-from support.models import FAMILIES, SHAPES, tiny_causal_lm, tiny_hybrid, token_groups
+from support.models import (
+    FAMILIES,
+    SHAPES,
+    one_at_a_time,
+    tiny_causal_lm,
+    tiny_hybrid,
+    token_groups,
+)
 
 TOLERANCE = 1e-5
 """float32, values of order 1 to 100: reassociated sums, nothing else."""
@@ -49,20 +56,10 @@ def test_shared_packed_equals_plain_padded_in_outputs_losses_and_all_gradients(f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_padded_equals_one_response_at_a_time_through_the_stock_model(family):
-    """The unshared twin is itself held to the plainest run there is: one sequence, no padding."""
-    model, stock = tiny_hybrid(family, sharing=False), tiny_causal_lm(family)
-    groups = token_groups(SHAPES)
+    """The unshared run is itself held to the plainest one there is."""
+    model, groups = tiny_hybrid(family, sharing=False), token_groups(SHAPES)
     outputs = model(lay_out(groups))
-    index = 0
-    for group in groups:
-        for response in group.response_ids:
-            ids = torch.tensor([[*group.prompt_ids, *response]])
-            hidden = stock.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            reward = model.reward_head(hidden[-1])[0]
-            logits = stock(input_ids=ids, use_cache=False).logits[0]
-            start = len(group.prompt_ids)
-            logps = logits.log_softmax(-1)[start - 1 : -1].gather(1, ids[0, start:, None])
-            assert torch.allclose(outputs.rewards[index], reward, atol=TOLERANCE, rtol=TOLERANCE)
-            assert torch.allclose(outputs.logps[index], logps.sum(), atol=TOLERANCE, rtol=TOLERANCE)
-            assert outputs.lengths[index] == len(response)
-            index += 1
+    rewards, logps = one_at_a_time(tiny_causal_lm(family), model.reward_head, groups)
+    torch.testing.assert_close(outputs.rewards, rewards, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(outputs.logps, logps, atol=TOLERANCE, rtol=TOLERANCE)
+    assert outputs.lengths.tolist() == [len(ids) for g in groups for ids in g.response_ids]

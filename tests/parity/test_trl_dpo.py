@@ -116,15 +116,6 @@ def hybrid(model: PreTrainedModel) -> HybridModel:
     return HybridModel(backbone, policy_head=head)
 
 
-def test_trl_scores_the_same_ids(examples: list[dict[str, list[int]]]) -> None:
-    """A guard on what follows: prompts without EOS, responses with it, words as ids."""
-    assert examples[0] == {
-        "prompt_ids": [3, 4, 5],
-        "chosen_ids": [6, 7, 8, 9, 2],
-        "rejected_ids": [10, 2],
-    }
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_our_loss_and_gradients_equal_trls_from_the_packed_engine(
     name: str, trainer: Any, examples: list[dict[str, list[int]]]

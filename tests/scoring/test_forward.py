@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.model import HybridModel, Outputs
+from hafrm.engine.layout import lay_out
 from hafrm.errors import MemoryBudgetError, NumericsError
 from hafrm.preferences import TokenizedGroup
-from hafrm.scoring import forward
 from hafrm.scoring.forward import plan_sequences, run_forward, share_prompts
+from support.live_bytes import short_of_memory
 from support.models import SHAPES, TokenGroup, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
@@ -78,38 +77,16 @@ def test_a_score_that_is_no_number_is_an_error_in_every_thread(model):
         run_forward(broken, GROUPS, max_tokens=15, threads=2)
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Every forward of more than `limit` tokens fails as CUDA's allocator fails."""
-    run = HybridModel.forward
-
-    def limited(self: HybridModel, layout: Layout) -> Outputs:
-        if layout.num_tokens > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return run(self, layout)
-
-    monkeypatch.setattr(HybridModel, "forward", limited)
-    monkeypatch.setattr(forward, "free_memory", lambda: None)  # slow, and nothing is short here
-
-
 def test_a_row_that_runs_out_of_memory_is_run_in_halves_with_the_same_scores(
     model, alone, monkeypatch, caplog
 ):
     """26 tokens hold the largest response and its prompt (20 + 4), but few rows as planned."""
-    short_of_memory(monkeypatch, 26)
+    short_of_memory(monkeypatch, 26, training=False)
     with caplog.at_level("WARNING", "hafrm"):
         scores = run_forward(model, GROUPS, max_tokens=10_000)
     assert "running two halves" in caplog.text
     np.testing.assert_allclose(scores.rewards, alone[0], **TOLERANCE)
     np.testing.assert_allclose(scores.logps, alone[1], **TOLERANCE)
-    short_of_memory(monkeypatch, 10)
+    short_of_memory(monkeypatch, 10, training=False)
     with pytest.raises(MemoryBudgetError, match=r"do not fit into memory .* bfloat16"):
-        run_forward(model, GROUPS, max_tokens=10_000)
-
-
-def test_other_errors_of_a_forward_are_not_taken_for_want_of_memory(model, monkeypatch):
-    def broken(self: HybridModel, layout: Layout) -> Outputs:
-        raise RuntimeError("shapes cannot be multiplied")
-
-    monkeypatch.setattr(HybridModel, "forward", broken)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run_forward(model, GROUPS, max_tokens=10_000)

@@ -5,7 +5,7 @@ import pytest
 
 from hafrm.errors import CheckpointError
 from hafrm.results import read_result, write_result
-from hafrm.scoring.fused import FusedRule, fit_fused, fused_scores
+from hafrm.scoring.reward_model import FusedRule, fit_fused, fused_scores
 
 
 def crossed(times: int = 1) -> tuple[np.ndarray, np.ndarray]:

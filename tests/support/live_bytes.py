@@ -1,10 +1,17 @@
-"""Counts the bytes of tensors that are alive, to hold plans of memory against real steps."""
+"""Counts the bytes of tensors that are alive, to hold plans of memory against real steps; and memory that
+runs out."""
 
 import weakref
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hafrm.engine.layout import Layout
+from hafrm.engine.model import HybridModel, Outputs
+from hafrm.scoring import forward
 
 
 class LiveBytes(TorchDispatchMode):
@@ -29,3 +36,16 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, storage: int, num_bytes: int) -> None:
         self._seen.discard(storage)
         self.alive -= num_bytes
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int, *, training: bool) -> None:
+    """Every forward, in training or without gradients, of more than `limit` tokens fails as CUDA's does."""
+    run = HybridModel.forward
+
+    def limited(self: HybridModel, layout: Layout) -> Outputs:
+        if torch.is_grad_enabled() == training and layout.num_tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run(self, layout)
+
+    monkeypatch.setattr(HybridModel, "forward", limited)
+    monkeypatch.setattr(forward, "free_memory", lambda: None)  # slow, and nothing is short here

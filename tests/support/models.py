@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from torch import nn
 from transformers import PreTrainedModel
 
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
@@ -68,16 +69,34 @@ def tiny_causal_lm(family: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+def hybrid_of(model: PreTrainedModel, seed: int = 0, *, sharing: bool = True) -> HybridModel:
+    """A causal LM with both heads."""
+    backbone, policy_head = split_causal_lm(model)
+    generator = torch.Generator().manual_seed(seed)
+    reward_head = new_reward_head(hidden_size(backbone.config), generator)
+    return HybridModel(backbone, reward_head=reward_head, policy_head=policy_head, sharing=sharing)
+
+
 def tiny_hybrid(family: str = "llama", seed: int = 0, *, sharing: bool = True) -> HybridModel:
     """The family's causal LM with both heads."""
-    backbone, policy_head = split_causal_lm(tiny_causal_lm(family, seed))
-    generator = torch.Generator().manual_seed(seed)
-    return HybridModel(
-        backbone,
-        reward_head=new_reward_head(hidden_size(backbone.config), generator),
-        policy_head=policy_head,
-        sharing=sharing,
-    )
+    return hybrid_of(tiny_causal_lm(family, seed), seed, sharing=sharing)
+
+
+@torch.no_grad()
+def one_at_a_time(
+    stock: PreTrainedModel, reward_head: nn.Linear, groups: Sequence["TokenGroup"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and log-prob sums from the stock model's own forward, a single sequence each, no padding."""
+    rewards, logps = [], []
+    for group in groups:
+        for response in group.response_ids:
+            ids = torch.tensor([[*group.prompt_ids.tolist(), *response.tolist()]])
+            hidden = stock.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+            rewards.append(reward_head(hidden.float())[0])
+            start = len(group.prompt_ids)
+            logits = stock(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+            logps.append(logits.log_softmax(-1).gather(1, ids[0, start:, None]).sum())
+    return torch.stack(rewards), torch.stack(logps)
 
 
 def stock_classifier(family: str, model: HybridModel, pad: int, eos: int) -> PreTrainedModel:

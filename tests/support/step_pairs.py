@@ -7,7 +7,7 @@ from torch import nn
 
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.methods import Method
-from hafrm.training.step import StepResult, build_optimizer, take_step
+from hafrm.training.step import NonFiniteCheck, StepResult, build_optimizer, take_step
 from hafrm.training.step_batches import ComparisonRef, MicroBatch, build_micro_batch, plan_step
 from support.models import token_groups
 
@@ -47,5 +47,6 @@ def one_step(
     **options: Any,
 ) -> StepResult:
     """A step of sixteen comparisons."""
-    options = {"num_comparisons": 16, "max_grad_norm": 1.0, **options}
+    nonfinite = NonFiniteCheck(torch.device("cpu"))
+    options = {"num_comparisons": 16, "max_grad_norm": 1.0, "nonfinite": nonfinite, **options}
     return take_step(model, optimizer or adamw(model), batches, method, **options)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from support.chat_tokenizers import chat_tokenizer
+from support.models import GROUPED
 
 WORDS = ["sun", "sea", "tree", "boat", "bird", "rain", "song", "moon", "leaf", "hill"]
 
@@ -18,18 +19,9 @@ def write_base(folder: Path, *, tied: bool = False) -> Path:
     """A random Llama with a chat tokenizer, as `model.path` wants it."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=tied,
-    )
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, **ids}
+    config = LlamaConfig(**{**GROUPED, **sizes}, tie_word_embeddings=tied)
     base = folder / "base"
     LlamaForCausalLM(config).save_pretrained(base)
     tokenizer.save_pretrained(base)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,19 +14,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hafrm.engine.layout import Layout
-from hafrm.engine.model import HybridModel, Outputs
+from hafrm.cli import main
 from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import read_result
-from hafrm.run_folder import read_json_lines
-from hafrm.scoring.fused import FusedRule
-from hafrm.scoring.reward_model import PolicyModel, RewardModel
-from hafrm.training import loop, passes
+from hafrm.run_folder import RunFolder, read_json_lines
+from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel
+from hafrm.training import loop, run_export
 from hafrm.training.loop import StoppedError, run_training
 from hafrm.training.setup import prepare_data
 from support import forked
+from support.live_bytes import short_of_memory
 from support.tiny_runs import tiny_recipe
 
 CLOCKED = {"comparisons_per_second", "tokens_per_second"}
@@ -37,31 +37,35 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in CLOCKED} for record in records]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, moments and random state of the last checkpoint."""
+    checkpoint = RunFolder(folder).checkpoints()[-1]
+    files = ("model.safetensors", "optimizer.safetensors")
     return {
-        f"{kind}/{name}": value
-        for kind in ("reward", "policy")
-        if (folder / "model" / kind).is_dir()
-        for name, value in load_file(folder / "model" / kind / "model.safetensors").items()
+        f"{checkpoint.name}/{n}": t for f in files for n, t in load_file(checkpoint / f).items()
     }
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """The same losses and the same weights, to the bit."""
+    """The same losses and the same state at the end, to the bit."""
     assert metrics(first) == metrics(second)
-    ours, theirs = weights(first), weights(second)
+    ours, theirs = tensors(first), tensors(second)
     assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
-@pytest.mark.parametrize("method", ["haf", "bt", "dpo", "simpo"])
-def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path, method):
-    recipe = tiny_recipe(tmp_path, method={"name": method})
-    result = run_training(recipe, tmp_path / "run")
-    assert result.num_steps == 6
-    assert result.best.keys() >= {"accuracy", "loss"}
-    model = tmp_path / "run/model"
+def no_export(_: loop.Job) -> None:
+    """For a run whose checkpoints are looked at."""
+
+
+@pytest.mark.parametrize("method", ["haf", "bt", "dpo"])
+def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path, finished, method):
+    model = finished / "model"
+    if method != "haf":
+        result = run_training(tiny_recipe(tmp_path, method={"name": method}), tmp_path / "run")
+        assert result.num_steps == 6
+        assert result.best.keys() >= {"accuracy", "loss"}
+        model = tmp_path / "run/model"
     assert (model / "reward").is_dir() == (method in ("haf", "bt"))
     assert (model / "policy").is_dir() == (method != "bt")
     assert (model / "fused.json").is_file() == (method == "haf")
@@ -91,8 +95,8 @@ def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_p
         seen.update(reward=reward, implicit=implicit)
         return FusedRule(0.25)
 
-    monkeypatch.setattr(passes, "fit_fused", fit)
-    recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5})
+    monkeypatch.setattr(run_export, "fit_fused", fit)
+    recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5}, training={"steps": 1})
     run_training(recipe, tmp_path / "run")
     model = tmp_path / "run/model"
     assert read_result(model / "fused.json", FusedRule) == FusedRule(0.25)
@@ -113,58 +117,35 @@ def test_training_learns_the_rule_of_the_data(tmp_path):
     recipe = tiny_recipe(
         tmp_path, method={"name": "bt"}, training=training, evaluation={"every": 0}
     )
-    result = run_training(recipe, tmp_path / "run")
+    result = run_training(recipe, tmp_path / "run", finish=no_export)
     assert result.best["accuracy"] == 1.0
-    rm = RewardModel.from_pretrained(tmp_path / "run/model/reward")
-    assert rm.probability("Say moon.", "Here you are: moon.", "I would say hill and so on") > 0.7
+    assert result.best["margin"] > 1.0
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Every training forward of more than `limit` tokens fails as CUDA's allocator fails."""
-    forward = HybridModel.forward
-
-    def limited(self: HybridModel, layout: Layout) -> Outputs:
-        if torch.is_grad_enabled() and layout.num_tokens > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, layout)
-
-    monkeypatch.setattr(HybridModel, "forward", limited)
-
-
-def test_a_step_that_runs_out_of_memory_is_repeated_with_half_the_budget(
-    tmp_path, monkeypatch, caplog
-):
-    """The run equals one that had the smaller budget from the start, to the bit."""
-    run_training(tiny_recipe(tmp_path, training={"max_tokens": 128}), tmp_path / "small")
-    short_of_memory(monkeypatch, limit=128)
-    with caplog.at_level("WARNING", "hafrm"):
-        run_training(tiny_recipe(tmp_path, training={"max_tokens": 256}), tmp_path / "halved")
-    assert caplog.text.count("repeating it with 128") == 1
-    assert_same_run(tmp_path / "small", tmp_path / "halved")
-
-
-def test_a_group_that_cannot_fit_ends_the_run_and_the_error_says_how_to_go_on(
+def test_a_run_out_of_memory_says_how_to_resume_and_then_equals_one_of_the_smaller_budget(
     tmp_path, monkeypatch
 ):
-    recipe = tiny_recipe(tmp_path)
-    with monkeypatch.context() as context:
-        short_of_memory(context, limit=10)
-        with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens="):
-            run_training(recipe, tmp_path / "run")
     smaller = tiny_recipe(tmp_path, training={"max_tokens": 128})
-    assert run_training(smaller, tmp_path / "run", resume=True).num_steps == 6
+    run_training(smaller, tmp_path / "small", finish=no_export)
+    with monkeypatch.context() as context:
+        short_of_memory(context, limit=128, training=True)
+        with pytest.raises(MemoryBudgetError, match=r"--resume .*/run training\.max_tokens=128 "):
+            run_training(tiny_recipe(tmp_path), tmp_path / "run")
+        run_training(smaller, tmp_path / "run", resume=True, finish=no_export)
+    assert_same_run(tmp_path / "small", tmp_path / "run")
 
 
 def test_a_finished_run_is_neither_overwritten_nor_continued_otherwise_nor_changed(finished):
     """A resumed run may change what changes no gradient, and nothing else."""
-    recipe, before = tiny_recipe(finished.parent), weights(finished)
+    recipe, before = tiny_recipe(finished.parent), tensors(finished)
     with pytest.raises(CheckpointError):
         run_training(recipe, finished)
     other = tiny_recipe(finished.parent, training={"learning_rate": 1e-4})
     with pytest.raises(CheckpointError, match=r"recipe differs.*only change training\.max_tokens"):
         run_training(other, finished, resume=True)
     run_training(recipe, finished, resume=True)
-    after = weights(finished)
+    after = tensors(finished)
+    assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
@@ -180,7 +161,7 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)
-    recipe = tiny_recipe(tmp_path, lora={"rank": 4, "alpha": 8.0}, evaluation={"every": 0})
+    recipe = tiny_recipe(tmp_path, lora={"rank": 4, "alpha": 8.0}, training={"steps": 2})
     run_training(recipe, tmp_path / "run")
     assert "reward_head.weight" in seen["trainable"]
     assert all("lora_" in n or n == "reward_head.weight" for n in seen["trainable"])
@@ -191,14 +172,17 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
 @pytest.mark.parametrize("training", [{"gradient_checkpointing": True}, {"sharing": "off"}])
 def test_how_a_step_is_run_changes_no_loss(tmp_path, finished, training):
     recipe = tiny_recipe(tmp_path, training=training)
-    run_training(recipe, tmp_path / "other", finish=lambda _: None)
+    run_training(recipe, tmp_path / "other", finish=no_export)
     for ours, theirs in zip(metrics(finished), metrics(tmp_path / "other"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_bf16_trains_and_exports_bf16(tmp_path):
-    run_training(tiny_recipe(tmp_path, training={"precision": "bf16"}), tmp_path / "run")
-    assert all(value.dtype == torch.bfloat16 for value in weights(tmp_path / "run").values())
+    recipe = tiny_recipe(tmp_path, training={"precision": "bf16", "steps": 1})
+    run_training(recipe, tmp_path / "run")
+    for file in (tmp_path / "run/model").glob("*/model.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
+    assert {t.dtype for n, t in tensors(tmp_path / "run").items() if "head" in n} == {torch.float32}
 
 
 def test_what_is_exported_is_the_best_validated_step(tmp_path, monkeypatch):
@@ -231,29 +215,28 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {**json.loads(file.read_text()), "rope_parameters": {**rope, **factors}}
     file.write_text(json.dumps(config))
-    with pytest.raises(
-        ConfigError, match="32 tokens, because a longer one would change the rotary"
-    ):
+    with pytest.raises(ConfigError, match="the model takes 32 tokens"):
         run_training(recipe, tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", [{}, {"name": "normbt"}])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_nothing(
-    tmp_path, monkeypatch, method
+    tmp_path, monkeypatch
 ):
+    """HAF with NormBT's running mean, which a checkpoint must hold too."""
+
     def refuse(*_, **__):
         raise AssertionError("pickle was used")
 
     for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
         monkeypatch.setattr(owner, name, refuse)
-    sections = {"training": {"steps": 4}, "evaluation": {"every": 2}, "method": method}
-    recipe = tiny_recipe(tmp_path, **sections)
-    run_training(recipe, tmp_path / "whole")
+    sections = {"training": {"steps": 3}, "method": {"reward_loss": "normbt"}}
+    recipe = tiny_recipe(tmp_path, evaluation={"every": 2}, **sections)
+    run_training(recipe, tmp_path / "whole", finish=no_export)
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
-    for step in range(1, 4):
-        with pytest.raises(StoppedError, match=f"after step {step} of 4.*--resume"):
+    for step in range(1, 3):
+        with pytest.raises(StoppedError, match=f"after step {step} of 3.*--resume"):
             run_training(recipe, tmp_path / "parts", resume=step > 1)
-    run_training(recipe, tmp_path / "parts", resume=True)
+    run_training(recipe, tmp_path / "parts", resume=True, finish=no_export)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -266,35 +249,44 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatc
             run_training(recipe, tmp_path / "run")
     broken = tmp_path / "run/checkpoints/step-3/model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
-    run_training(recipe, tmp_path / "run", resume=True)
+    run_training(recipe, tmp_path / "run", resume=True, finish=no_export)
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path):
-    """Real processes, each ended once a new checkpoint stands; SIGTERM saves and exits with 143."""
-    steps = {"training": {"steps": 16}, "checkpoint": {"every": 2}, "evaluation": {"every": 8}}
+def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
+    """A real process is killed once a checkpoint stands; SIGTERM saves, and the command exits with 143."""
+    steps = {"training": {"steps": 8}, "evaluation": {"every": 0}}
     recipe, run, file = (
         tiny_recipe(tmp_path, **steps),
         tmp_path / "killed",
         tmp_path / "recipe.yaml",
     )
     file.write_text(dump_recipe(recipe))
-    before: set[Path] = set()
-    for name, code in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 143)):
-        options = [str(file), "--out", str(run)] if name == "SIGKILL" else ["--resume", str(run)]
-        process = forked.start(tmp_path / "log", forked.train_slowly, *options)
-        deadline = time.monotonic() + 60
-        while before >= set(run.glob("checkpoints/step-*")):
-            assert process.is_alive(), (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        os.kill(process.pid, signal.Signals[name])
-        process.join(timeout=60)
-        assert process.exitcode == code
-        before = set(run.glob("checkpoints/step-*"))
-        assert not (run / "model").exists()
-    run_training(recipe, run, resume=True)
-    run_training(recipe, tmp_path / "whole")
+    arguments = (str(file), "--out", str(run))
+    process = forked.start(tmp_path / "log", forked.train_slowly, *arguments)
+    deadline = time.monotonic() + 60
+    while not any(run.glob("checkpoints/step-*")):
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+
+    def signalled(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*args, **options)
+
+    take_step = loop.take_step
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", signalled)
+        patch.setattr(sys, "argv", ["hafrm", "train", "--resume", str(run)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 143
+    assert not (run / "model").exists()
+    run_training(recipe, run, resume=True, finish=no_export)
+    run_training(recipe, tmp_path / "whole", finish=no_export)
     assert_same_run(tmp_path / "whole", run)
 
 
@@ -318,5 +310,5 @@ def test_a_missing_tracker_names_the_extra_and_tensorboard_gets_its_file(tmp_pat
         run_training(tiny_recipe(tmp_path, tracking={"report_to": ["mlflow"]}), tmp_path / "a")
     pytest.importorskip("tensorboard")
     recipe = tiny_recipe(tmp_path, tracking={"report_to": ["tensorboard"]}, method={"name": "bt"})
-    run_training(recipe, tmp_path / "b", finish=lambda _: None)
+    run_training(recipe, tmp_path / "b", finish=no_export)
     assert list((tmp_path / "b").rglob("events.out.tfevents*"))

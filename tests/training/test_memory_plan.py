@@ -165,27 +165,23 @@ def test_log_probs_are_planned_in_the_chunks_of_their_device_and_without_a_polic
 
 
 def test_auto_takes_the_largest_budget_that_fits_with_the_spare_part():
+    """No more than a step holds nor than helps, and no less than a comparison."""
     training = {"max_tokens": "auto", "batch_size": 128}
-    target = Target("cuda", 24 * MIB)
-    best = plan(target, "phi", training=training)
+    best = plan(Target("cuda", 24 * MIB), "phi", training=training)
     assert best.fits
     assert 2 * 64 < best.max_tokens < 128 * 2 * 64
     more = {**training, "max_tokens": best.max_tokens + memory_plan.GRAIN}
-    assert not plan(target, "phi", training=more).fits
-
-
-def test_a_budget_is_no_more_than_a_step_holds_nor_than_helps_and_no_less_than_a_comparison():
+    assert not plan(Target("cuda", 24 * MIB), "phi", training=more).fits
     for batch_size, memory, tokens in (
         (4, 2**40, 4 * 2 * 64),
         (1024, 2**40, LARGEST),
         (4, MIB // 2, 2 * 64),
     ):
-        training = {"max_tokens": "auto", "batch_size": batch_size}
+        training["batch_size"] = batch_size
         best = plan(Target("cuda", memory), "phi", training=training)
         assert (best.max_tokens, best.fits) == (tokens, memory == 2**40)
     number = plan(Target("cpu", 2**30), training={"max_tokens": 8192, "batch_size": 2})
     assert (number.max_tokens, number.tokens) == (8192, 2 * 2 * 64)
-    assert (Target("cpu", 1000).usable, Target("cuda", 1000).usable) == (400, 900)
 
 
 def test_several_gpus_shard_and_several_cpus_copy_unless_the_recipe_says_otherwise():
@@ -221,21 +217,15 @@ def test_memory_here_is_what_this_process_may_have(monkeypatch):
     assert target_here(Ranks(0, 8, torch.device("cpu"))).memory == whole.memory // 4
 
 
-def test_an_automatic_budget_is_used_logged_and_recorded(tmp_path, monkeypatch, caplog):
+def test_an_automatic_budget_is_used_and_recorded(tmp_path, monkeypatch):
     """Memory for some 256 tokens. The recipe keeps its word."""
     auto = tiny_recipe(tmp_path, method={"name": "bt"}, training={"max_tokens": "auto", "steps": 1})
     monkeypatch.setattr(memory_plan, "target_here", lambda _: Target("cpu", 8 * MIB))
-    budgets = []
-    with caplog.at_level(logging.INFO, "hafrm"):
-        run_training(
-            auto,
-            tmp_path / "auto",
-            finish=lambda job: budgets.append(job.recipe.training.token_budget),
-        )
-    assert f"training.max_tokens {budgets[0]}" in caplog.text
+    jobs = []
+    run_training(auto, tmp_path / "auto", finish=jobs.append)
+    budget = jobs[0].recipe.training.token_budget
     recorded = json.loads((tmp_path / "auto/provenance.json").read_text())["sessions"][0]
-    assert recorded["training.max_tokens"] == budgets[0]
-    assert 128 <= budgets[0] <= 512
+    assert 128 <= recorded["training.max_tokens"] == budget <= 512
     assert 'max_tokens: "auto"' in (tmp_path / "auto/recipe.yaml").read_text()
 
 
@@ -269,14 +259,13 @@ def test_what_cannot_fit_stops_an_automatic_budget_and_a_number_is_warned_of_and
     assert "does not fit" in record.message
 
 
-def test_a_plan_counts_the_host_memory_and_where_the_export_is_proved():
+def test_a_plan_counts_the_host_memory_of_a_checkpoint_or_the_export():
     """bf16 LoRA: gathered weights (2 bytes a frozen one), merged in float32, cast. Training all weights
-    in float32: a checkpoint of weights and two moments. A proof takes 5.2 bytes a weight and 2 GiB."""
+    in float32: a checkpoint of weights and two moments."""
     lora, gpu = {"training": BF16, "lora": {"rank": 4}}, Target("cuda", 2**32)
     counts, adapted = count_weights(meta_of("llama", recipe_of(**lora))), plan(gpu, **lora)
     gathered = 4 * counts.trainable + counts.frozen_bytes
     assert adapted.host == gathered + (4 + 2) * counts.total
-    assert adapted.proof == int(5.2 * counts.total) + 2**31
     whole = count_weights(meta_of("llama", recipe_of()))
     assert plan(gpu, training={"precision": "fp32"}).host == 12 * whole.trainable
 

@@ -18,22 +18,21 @@ from hafrm.training.loop import run_training
 from support.tiny_runs import tiny_recipe
 
 
-@pytest.mark.parametrize(
-    "error",
-    [NumericsError("differ by 2e-4"), torch.OutOfMemoryError("CUDA out of memory")],
-    ids=["differs", "no memory"],
-)
 def test_a_run_whose_proof_fails_keeps_its_models_and_resume_repeats_the_proof(
-    tmp_path, monkeypatch, error
+    tmp_path, monkeypatch, finished
 ):
-    def fail(*_):
-        raise error
+    errors = iter([NumericsError("differ by 2e-4"), torch.OutOfMemoryError("CUDA out of memory")])
 
-    recipe, run = tiny_recipe(tmp_path), tmp_path / "run"
+    def fail(*_):
+        raise next(errors)
+
+    recipe, run = tiny_recipe(finished.parent), shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "model")
     with monkeypatch.context() as patch:
         patch.setattr(run_export, "write_golden", fail)
-        with pytest.raises(VerificationError, match=rf"{error}.*kept as .*unverified.*--resume"):
-            run_training(recipe, run)
+        for error in ("differ by 2e-4", "CUDA out of memory"):
+            with pytest.raises(VerificationError, match=f"{error}.*kept as .*unverified.*--resume"):
+                run_training(recipe, run, resume=True)
     assert not (run / "model").exists()
     unverified = run / "model.unverified"
     assert {p.name for p in unverified.iterdir()} == {"reward", "policy", "fused.json"}
@@ -68,7 +67,7 @@ def test_weights_and_optimizer_are_gone_before_the_proof(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "build_model", model_of)
     monkeypatch.setattr(loop, "build_optimizer", optimizer_of)
     monkeypatch.setattr(run_export, "check_golden", look)
-    run_training(tiny_recipe(tmp_path), tmp_path / "run")
+    run_training(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "run")
     assert seen["optimizer"] is None
     assert seen["devices"] == {"meta"}
 

@@ -35,8 +35,8 @@ def export_command(
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
     done = export_from_run(run, out, options)
     lora = {None: "", True: ", LoRA merged", False: ", as an adapter"}[done.merged]
-    typer.echo(f"exported the {done.head} model from {done.source} in {done.dtype}{lora}: {out}")
-    what = "golden scores" if done.head == "reward" else "log-probs"
+    typer.echo(f"exported the {options.head} model from {done.source} in {done.dtype}{lora}: {out}")
+    what = "golden scores" if options.head == "reward" else "log-probs"
     typer.echo(
         f"plain transformers gives the same {done.num_golden} {what} (largest difference "
         f"{done.difference:.2g})"

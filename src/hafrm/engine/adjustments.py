@@ -1,11 +1,9 @@
 """What is changed in a stock model's modules before it runs, through hooks and attributes alone.
 
-Dropout is off, slow activations are fused, checkpoints stay outside compiled layers, and the last layer
-runs only the tokens that a head reads: response tokens and the last of each prompt (or, without log-probs,
-the last of each response). Of all others it makes keys and values alone: nobody reads its output for them.
+The last layer runs only the tokens that a head reads: response tokens and the last of each prompt (or,
+without log-probs, the last of each response). Of all others it makes keys and values alone.
 """
 
-import functools
 import threading
 from typing import Any
 
@@ -14,9 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-READ_INDICES = "read_indices"
-"""The keyword by which a forward tells its layers which tokens will be read."""
-
+READ_INDICES = "read_indices"  # the keyword that tells layers which tokens will be read
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.dense")
 # modules of a layer that treat every token alone, by the names that most families give them
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -36,58 +32,28 @@ def switch_off_dropout(module: nn.Module) -> None:
 
 
 def fuse_gelu(module: nn.Module) -> None:
-    """Replace GPT-2's and Phi's GELU of nine operations by torch's single one of the same formula.
-
-    float32 outputs differ by up to 5e-7. The config, and so what is exported, names the model's own.
-    """
+    """Replace GPT-2's and Phi's GELU of nine operations by torch's single one; the config names its own."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, NewGELUActivation):
                 setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
-def checkpoint_around_compiled(layer: nn.Module) -> None:
-    """Keep a layer's checkpoint, if it has one, outside of its compiled graphs."""
-    checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
-    if checkpoint is None:
-        return
-    compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
-
-    # inside, it would not survive the graph's break around attention, and nothing would be compiled
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def run(forward: functools.partial[Any], *inputs: Any) -> Any:
-        again = functools.partial(compiled(forward.func), *forward.args, **forward.keywords)
-        return checkpoint(again, *inputs)
-
-    layer._gradient_checkpointing_func = run
-
-
 def narrow_layer(layer: nn.Module) -> list[str]:
-    """Let a model's last layer run only the indices passed as READ_INDICES; names of what is narrowed.
-
-    A forward without that keyword runs whole, and so does a layer of another build (an empty list).
-    """
-    if not hasattr(layer, "_hafrm_hooks"):
+    """Let a model's last layer run only the indices passed as READ_INDICES, if any; names of what is
+    narrowed: nothing in a layer of another build."""
+    if not hasattr(layer, "_hafrm_narrowed"):
         modules = dict(layer.named_modules())
         # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
         starts = [modules[name] for name in _ATTENTION if name in modules]
         names = [n for n in _TOKENWISE if starts and _is_tokenwise(modules.get(n))]
-        handles = [m.register_forward_pre_hook(_note, with_kwargs=True) for m in starts]
+        for module in starts:
+            module.register_forward_pre_hook(_note, with_kwargs=True)
         for name in names:
-            handles.append(modules[name].register_forward_pre_hook(_take))
-            handles.append(modules[name].register_forward_hook(_put_back))
-        layer._hafrm_hooks = names, handles  # type: ignore[assignment]
-    names, _ = layer._hafrm_hooks  # type: ignore[misc]
-    return list(names)
-
-
-def widen_layer(layer: nn.Module) -> None:
-    """Take the hooks of `narrow_layer` away again."""
-    if hasattr(layer, "_hafrm_hooks"):
-        _, handles = layer._hafrm_hooks  # type: ignore[misc]
-        for handle in handles:
-            handle.remove()
-        del layer._hafrm_hooks
+            modules[name].register_forward_pre_hook(_take)
+            modules[name].register_forward_hook(_put_back)
+        layer._hafrm_narrowed = names  # type: ignore[assignment]
+    return list(layer._hafrm_narrowed)  # type: ignore[arg-type]
 
 
 def _is_tokenwise(module: nn.Module | None) -> bool:
@@ -96,9 +62,7 @@ def _is_tokenwise(module: nn.Module | None) -> bool:
 
 
 class _Forward(threading.local):
-    """The indices that the last layer of this thread's forward runs, of how many tokens."""
-
-    indices: Tensor | None = None
+    indices: Tensor | None = None  # that the last layer of this thread's forward runs
     num_tokens = 0
 
 
@@ -114,8 +78,7 @@ def _take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None
     if _forward.indices is None:
         return None
     _forward.num_tokens = inputs[0].shape[1]
-    apply: Any = _TakeTokens.apply
-    return apply(inputs[0][0], _forward.indices)[None], *inputs[1:]
+    return inputs[0].index_select(1, _forward.indices), *inputs[1:]
 
 
 def _put_back(module: nn.Module, _: Any, output: Any) -> Tensor | None:
@@ -125,22 +88,6 @@ def _put_back(module: nn.Module, _: Any, output: Any) -> Tensor | None:
     apply: Any = _PutTokens.apply
     whole: Tensor = apply(output[0], _forward.indices, _forward.num_tokens)[None]
     return whole
-
-
-class _TakeTokens(torch.autograd.Function):
-    """x[indices], all distinct: the gradient is copied into place, where indexing would add it up."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Float[Tensor, "tokens dim"], indices: Int[Tensor, " read"]
-    ) -> Float[Tensor, "read dim"]:
-        ctx.indices, ctx.num_tokens = indices, len(x)
-        return x.index_select(0, indices)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        whole = grads[0].new_zeros(ctx.num_tokens, grads[0].shape[1])
-        return whole.index_copy_(0, ctx.indices, grads[0]), None
 
 
 class _PutTokens(torch.autograd.Function):

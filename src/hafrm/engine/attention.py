@@ -2,17 +2,16 @@
 
 Every segment (one per response) is a causal attention call, bottom-right aligned: queries
 `[prompt + first branch | second branch | ...]`, keys `[prompt + branch]` for each. On CUDA in half
-precision this is one varlen call per layer (torch's own, or flash-attn's where scores are soft-capped);
-other GPUs pad groups of like length into one masked batch, CPUs take a segment at a time, which is the
-reference implementation. No `[tokens, tokens]` mask is ever built, and no model code is touched: the
-layout arrives as a keyword that transformers hands down to the attention function.
+precision this is one varlen call per layer; what that kernel cannot do is padded there into masked batches
+of groups of like length; CPUs take a segment at a time, which is the reference implementation. No
+`[tokens, tokens]` mask is ever built. The layout arrives as a keyword that transformers hands down.
 """
 
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,14 +29,9 @@ try:  # CUDA only; private in older releases of torch
 except ImportError:  # pragma: no cover - torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
-try:  # pragma: no cover - an extra of the user's; the only varlen call with soft-capping
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-
 T = TypeVar("T")
 _PARAMETERS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
-# Releases before 2.11 lack a scale or a window: there flash-attn or padded groups run.
+# Releases before 2.11 lack a scale or a window: there padded groups run.
 _VARLEN_COMPLETE = {"scale", "window_size"} <= _PARAMETERS
 
 
@@ -48,11 +42,6 @@ class Rule:
     scaling: float | None = None  # factor of the products; None: 1 / sqrt(dim)
     window: int | None = None  # keys that a token sees, itself included; None: all before it
     softcap: float | None = None  # scores are capped to softcap * tanh(score / softcap) (Gemma-2)
-
-    @property
-    def flash_window(self) -> tuple[int, int]:
-        # transformers lets a token see `window` keys, itself included; flash attention sees left + 1
-        return (-1 if self.window is None else self.window - 1, 0)
 
 
 def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
@@ -68,10 +57,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
-    """Attention output of every token over its own prompt and its own branch; no weights.
-
-    Raises ValueError without a layout, with a mask, and for attention sinks, which would be left out.
-    """
+    """Attention output of every token over its own prompt and its own branch; no weights."""
     if branch_layout is None or attention_mask is not None:
         raise ValueError(
             f"{SHARED_PREFIX} needs branch_layout and no mask; call HybridModel instead"
@@ -90,22 +76,16 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 
-# A compiled layer breaks its graph here; else it would be compiled again for each sequence's lengths.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """By the fastest way that computes this rule here."""
     if not query.is_cuda:
         return attend_by_segment(query, key, value, layout, rule)
-    if _has_kernel(query, key, value, torch.cuda.get_device_capability(query.device)):
-        if _VARLEN_COMPLETE and rule.softcap is None:
-            return _varlen(query, key, value, layout, rule)
-        if flash_attn_varlen_func is not None:
-            return _flash(query, key, value, layout, rule)
+    card = torch.cuda.get_device_capability(query.device)
+    if _VARLEN_COMPLETE and rule.softcap is None and _has_kernel(query, key, value, card):
+        return _varlen(query, key, value, layout, rule)
     return attend_by_group(query, key, value, layout, rule)
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:
-    """Whether flash attention, torch's or the package's, runs these head sizes on such a card."""
     return (
         query.dtype in (torch.float16, torch.bfloat16)
         and capability >= (8, 0)
@@ -115,38 +95,14 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """One call of torch's kernel for all segments."""
+    dim = value.shape[-1]
+    if dim < key.shape[-1]:
+        value = F.pad(value, (0, key.shape[-1] - dim))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
     # Releases before 2.12 group heads without being asked to.
     grouped = query.shape[1] != key.shape[1]
     options: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _PARAMETERS else {}
     output = varlen_attn(
-        *_flat_segments(query, key, value, layout),
-        scale=rule.scaling,
-        window_size=rule.flash_window,
-        **options,
-    )
-    assert isinstance(output, Tensor)
-    return output[None, ..., : value.shape[-1]].contiguous()
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """As _varlen, by the flash-attn package: bottom-right aligned since 2.1, soft-capped since 2.6."""
-    output: Tensor = flash_attn_varlen_func(
-        *_flat_segments(query, key, value, layout),
-        softmax_scale=rule.scaling,
-        causal=True,
-        window_size=rule.flash_window,
-        softcap=rule.softcap or 0.0,
-    )
-    return output[None, ..., : value.shape[-1]].contiguous()
-
-
-def _flat_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Any, ...]:
-    """The kernels' first seven arguments: [tokens, heads, dim] tensors and the segments' bounds."""
-    if value.shape[-1] < key.shape[-1]:
-        value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return (
         q.contiguous(),
         k.index_select(0, layout.key_index),  # a prompt's keys once for each of its branches
         v.index_select(0, layout.key_index),
@@ -154,7 +110,13 @@ def _flat_segments(query: Tensor, key: Tensor, value: Tensor, layout: Layout) ->
         layout.cu_keys,
         max(layout.query_lengths),
         max(layout.key_lengths),
+        scale=rule.scaling,
+        # transformers lets a token see `window` keys, itself included; the kernel sees left + 1
+        window_size=(-1 if rule.window is None else rule.window - 1, 0),
+        **options,
     )
+    assert isinstance(output, Tensor)
+    return output[None, ..., :dim].contiguous()
 
 
 def attend_by_segment(
@@ -204,8 +166,8 @@ def _dense(
     mask: Bool[Tensor, "... queries keys"] | Float[Tensor, "... queries keys"] | None,
     rule: Rule,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """One dense call under `mask`, which holds window and causality: booleans, or, where scores are not
-    capped, terms to add to them; None: causal and square."""
+    """One call under `mask` (window and causality): booleans, or terms of scores that are not capped; None:
+    causal and square."""
     grouped = q.shape[1] != k.shape[1]
     if rule.softcap is None:
         causal, scale = mask is None, rule.scaling
@@ -224,17 +186,14 @@ def _dense(
 
 
 def _once(layout: Layout, name: Hashable, build: Callable[[], T]) -> T:
-    """What `build` gives, built for the first layer and kept for the others."""
     if name not in layout.masks:
         layout.masks[name] = build()
     cached: T = layout.masks[name]
     return cached
 
 
-@dataclass(frozen=True)
-class _Batch:
-    indices: Int[Tensor, "groups longest"]
-    """Where each token lies in the sequence; padding repeats the group's first, nobody attends to it."""
+class _Batch(NamedTuple):
+    indices: Int[Tensor, "groups longest"]  # in the sequence; padding repeats the group's first
     real: Bool[Tensor, "groups longest"]
     positions: Int[Tensor, "groups longest"]
     branches: Int[Tensor, "groups longest"]  # -1 for the prompt
@@ -303,8 +262,7 @@ def _batch(layout: Layout, members: list[int], starts: np.ndarray) -> _Batch:
 def _group_mask(
     layout: Layout, number: int, batch: _Batch, rule: Rule, dtype: torch.dtype
 ) -> Tensor:
-    """[groups, 1, queries, keys]: what a token may attend to, as booleans where scores are capped, else as
-    terms of the scores."""
+    """[groups, 1, queries, keys]: booleans where scores are capped, else terms of the scores."""
 
     def allow() -> Tensor:
         apart = batch.positions[:, :, None] - batch.positions[:, None, :]

@@ -6,11 +6,9 @@ no padding; positions restart at the prompt's end for every branch:
     sequence:   [ P0 P1 P2 | a0 a1 a2 | b0 b1 ] [ Q0 Q1 | c0 | d0 d1 ]
     position:     0  1  2    3  4  5    3  4      0  1    2    2  3
 
-Attention runs per segment, one segment per response: the queries of the first are the prompt and its
-branch, those of the others their branch alone; the keys are always prompt and branch.
-
-Axes: tokens = indices of the sequence, keys = of all segments' keys, scored = response tokens (each has a
-log-prob), responses = branches = segments.
+Attention runs per segment, one per response: the queries of the first are the prompt and its branch, those
+of the others their branch alone; the keys are always prompt and branch. Axes: tokens of the sequence, keys
+of all segments, scored = response tokens (each has a log-prob), responses = branches = segments.
 """
 
 import dataclasses
@@ -45,20 +43,17 @@ class Layout:
     """(prompt length, branch lengths) of every group; host-side integers, so no step synchronises."""
     input_ids: Int[Tensor, " tokens"]
     position_ids: Int[Tensor, " tokens"]
-    predictor: Int[Tensor, " scored"]
-    """Index of the state that predicts each response token: the last prompt token is shared."""
+    predictor: Int[Tensor, " scored"]  # index of the state that predicts each response token
     targets: Int[Tensor, " scored"]
     response_of: Int[Tensor, " scored"]
-    last: Int[Tensor, " responses"]
-    """Index of each response's last real token, where its reward is read."""
+    last: Int[Tensor, " responses"]  # index of the last real token, where the reward is read
     lengths: Int[Tensor, " responses"]
     read: Int[Tensor, " read"]  # what a head may read: each prompt's last token, and all branches
-    key_index: Int[Tensor, " keys"]
-    """Indices of every segment's keys: a prompt appears once per branch."""
+    key_index: Int[Tensor, " keys"]  # of every segment's keys: a prompt appears once per branch
     cu_queries: Int[Tensor, " bounds"]
     cu_keys: Int[Tensor, " bounds"]
+    # what attention builds once for all layers, such as masks by (queries, keys, window)
     masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False)
-    """What attention builds once for all layers, such as masks by (queries, keys, window)."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,7 +65,7 @@ class Layout:
 
     @cached_property
     def query_lengths(self) -> list[int]:
-        """Queries of each segment; they sum to the sequence's tokens."""
+        """Of each segment; they sum to the sequence's tokens."""
         return [
             length + (prompt if branch == 0 else 0)
             for prompt, branches in self.shape
@@ -79,7 +74,6 @@ class Layout:
 
     @cached_property
     def key_lengths(self) -> list[int]:
-        """Keys of each segment: the tokens of prompt and response."""
         return [prompt + length for prompt, branches in self.shape for length in branches]
 
     def to(self, device: torch.device | str) -> "Layout":
@@ -97,10 +91,7 @@ class Layout:
 
 
 def lay_out(groups: Sequence[Branches]) -> Layout:
-    """The layout of `groups` in one sequence, in their order.
-
-    Raises ValueError for a group without responses or with an empty prompt or response.
-    """
+    """The layout of `groups` in one sequence, in their order; ValueError for one that nothing can score."""
     parts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
     start = num_responses = 0
     queries, keys = [0], [0]

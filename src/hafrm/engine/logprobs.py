@@ -23,11 +23,9 @@ class LogitTransform:
 
     scale: float = 1.0
     softcap: float | None = None
-    temperature: float = 1.0
-    """Not the model's own: the one that responses are sampled at, where their log-probs are wanted."""
+    temperature: float = 1.0  # not the model's own: the one that responses are sampled at
 
     def apply_(self, z: Tensor) -> Tensor:
-        """The final logits, written over `z`."""
         if self.scale != 1.0:
             z.mul_(self.scale)
         if self.softcap is not None:
@@ -180,7 +178,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _buffer(chunk: int, h: Tensor, w: Tensor) -> Tensor | None:
-    """Room for one chunk of float32 logits, used again by every chunk."""
+    """Room for one chunk of float32 logits."""
     if h.dtype != torch.float32:
         return None  # half-precision products with a float32 result bring their own
     return torch.empty(min(chunk, len(h)), len(w), dtype=torch.float32, device=h.device)

@@ -1,8 +1,7 @@
 """One backbone, two heads: rewards and log-probs of every response from one forward.
 
-HybridModel wraps a stock transformers causal LM (or classifier) without touching its code. Training goes
-through `forward` alone, which DDP and FSDP2 see. Rewards are read at the last real token, by position and
-never by comparing ids with pad, in float32. Dropout is off.
+HybridModel wraps a stock transformers causal LM (or classifier) without touching its code. Rewards are
+read at the last real token, by position and never by comparing ids with pad, in float32. Dropout is off.
 """
 
 import contextlib
@@ -15,14 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hafrm.engine.adjustments import (
-    READ_INDICES,
-    checkpoint_around_compiled,
-    fuse_gelu,
-    narrow_layer,
-    switch_off_dropout,
-    widen_layer,
-)
+from hafrm.engine.adjustments import READ_INDICES, fuse_gelu, narrow_layer, switch_off_dropout
 from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
@@ -39,8 +31,7 @@ class Outputs(NamedTuple):
     rewards: Float[Tensor, " responses"] | None  # w . h_last, float32
     logps: Float[Tensor, " responses"] | None  # sum of the response tokens' log-probs, float32, nat
     lengths: Int[Tensor, " responses"]  # response tokens, the EOS included
-    reward_states: Float[Tensor, "responses hidden"] | None
-    """The hidden states that the rewards are read from, detached."""
+    reward_states: Float[Tensor, "responses hidden"] | None  # what rewards are read from, detached
 
 
 class TokenOutputs(NamedTuple):
@@ -61,8 +52,8 @@ class HiddenStates(NamedTuple):
 class HybridModel(nn.Module):
     """A backbone with a reward head, a policy head, or both.
 
-    Without `sharing` every response runs as a padded sequence through the model's stock attention: the
-    reference implementation, and the way for models whose layers cannot share a prefix.
+    Without `sharing`, for models whose layers cannot share a prefix, every response runs as a padded
+    sequence through the model's stock attention: the reference implementation.
     """
 
     def __init__(
@@ -79,8 +70,7 @@ class HybridModel(nn.Module):
         self.backbone = backbone
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
-        self.reads_scored = policy_head is not None
-        """Whether heads read all response tokens, and not their last ones alone."""
+        self.reads_scored = policy_head is not None  # all response tokens, or their last ones alone
         self.transform = logit_transform(backbone.config)
         if not hasattr(backbone, _STOCK_ATTENTION):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
@@ -105,14 +95,6 @@ class HybridModel(nn.Module):
         (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False, **options})
         self.backbone.train()
         self.checkpointing = True
-
-    def compile_layers(self) -> None:
-        """Compile every decoder layer once for all packed lengths, which are symbolic."""
-        layers = decoder_layers(self.backbone)
-        widen_layer(layers[-1])  # a graph has no room for hooks that depend on the sequence
-        for layer in layers:
-            checkpoint_around_compiled(layer)
-            layer.compile(dynamic=True)
 
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""
@@ -260,7 +242,7 @@ def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:
 
 @torch.no_grad()
 def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
-    """Compare log-probs with the model's own on three tokens: heads do more than we can know of."""
+    """Compare log-probs with the model's own on three tokens: heads do more than configs say."""
     if backbone.config._attn_implementation == SHARED_PREFIX:
         return  # wrapped before, and so compared before
     ids = torch.arange(3, device=head.weight.device)[None] + 1
@@ -274,27 +256,17 @@ def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
     if not float((ours - expected).abs().max()) <= tolerance:
         raise ModelError(
-            f"{type(model).__name__} computes its logits in a way that hafrm does not know, so log-probs "
-            "would be wrong; take a checkpoint of another kind"
+            f"{type(model).__name__} computes its logits in an unknown way: log-probs would "
+            "be wrong; take a checkpoint of another kind"
         )
 
 
-class Disagreement(NamedTuple):
-    """Largest difference between shared and plain outputs, and what is tolerated."""
-
-    hidden: float  # of the states that rewards are read from, relative to their norm
-    logp: float  # relative to max(1, |log-prob|)
-    tolerance: float
-
-
 @torch.no_grad()
-def self_check(model: HybridModel, layout: Layout) -> Disagreement:
-    """Compare shared prompts with one response at a time on a small layout; all zero if unshared.
-
-    Raises NumericsError when they disagree.
-    """
+def self_check(model: HybridModel, layout: Layout) -> float:
+    """Largest relative difference between shared prompts and one response at a time, else NumericsError;
+    0 without sharing."""
     if not model.sharing:
-        return Disagreement(0.0, 0.0, 0.0)
+        return 0.0
     half = torch.is_autocast_enabled(model.device.type)
     half = half or next(model.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
     tolerance = 0.1 if half else 1e-3  # a wrong mask is off by 0.1 and more in float32, 1 in half
@@ -314,8 +286,8 @@ def self_check(model: HybridModel, layout: Layout) -> Disagreement:
         logp = float(((shared.logps - plain.logps).abs() / scale).max())
     if not (hidden <= tolerance and logp <= tolerance):  # a NaN is no agreement
         raise NumericsError(
-            "with shared prompts this model gives other numbers than one response at a time: hidden states "
-            f"differ by {hidden:.2g}, log-probs by {logp:.2g} (relative; tolerated {tolerance:g}). Its "
-            "layers cannot share a prefix; set training.sharing: off"
+            "this model gives other numbers with shared prompts than alone: hidden states differ by "
+            f"{hidden:.2g}, log-probs by {logp:.2g} (relative; tolerated {tolerance:g}). Its layers cannot "
+            "share a prefix; set training.sharing: off"
         )
-    return Disagreement(hidden, logp, tolerance)
+    return max(hidden, logp)

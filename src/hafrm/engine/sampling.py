@@ -1,7 +1,6 @@
 """Responses of a causal LM to prompts, as token ids.
 
-What is sampled is what `Sampling` says and nothing else: a model directory's own generation defaults (a
-top-k of 50, a repetition penalty) never enter. The same call gives the same responses. A model in
+A model directory's own generation defaults (a top-k of 50, a repetition penalty) never enter. A model in
 training is left as it was: modes, cache, attention, random state.
 """
 
@@ -25,8 +24,7 @@ class Sampling:
     max_new_tokens: int  # tokens of a response at most, its EOS included
     temperature: float = 1.0  # divides the logits; 0: always the likeliest token
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    repetition_penalty: float = 1.0
-    """Divides the logits of tokens that are there already (arXiv 1909.05858); 1: none."""
+    repetition_penalty: float = 1.0  # divides logits of tokens that are there (arXiv 1909.05858)
 
 
 def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and how to run it
@@ -43,10 +41,8 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
 ) -> list[list[list[int]]]:
     """For each prompt `num` responses as ids, each up to its EOS, or without one at the length limit.
 
-    Prompts of similar length share a batch of `batch_size` responses, longest first; `on_progress` counts
-    responses. The same arguments give the same responses; another batch size gives others.
-
-    Raises ModelError when prompt and response exceed the model's length.
+    The same arguments give the same responses; another batch size gives others. `on_progress` counts
+    responses. Raises ModelError when prompt and response exceed the model's length.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
@@ -56,12 +52,10 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
             f"{limit} positions; lower max_new_tokens or cut the prompts"
         )
     copies = num if options.temperature > 0 else min(num, 1)
-    owners = sorted(
-        (i for i in range(len(prompts)) for _ in range(copies)), key=lambda i: -len(prompts[i])
-    )
+    indices = [i for i in range(len(prompts)) for _ in range(copies)]
+    owners = sorted(indices, key=lambda i: -len(prompts[i]))  # prompts of similar length in a batch
     how: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        # top_k 0: transformers' own default is 50
+    if options.temperature > 0:  # top_k 0: transformers' own default is 50
         how = {"do_sample": True, "top_k": 0, "top_p": options.top_p}
         how["temperature"] = options.temperature
     config = GenerationConfig(
@@ -89,7 +83,6 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
 def _generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
 ) -> list[list[int]]:
-    """What the model writes behind each prompt, filled up with pad to the longest."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), int(config.pad_token_id))
     mask = torch.zeros_like(ids)

@@ -20,9 +20,8 @@ from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.results import read_result
-from hafrm.scoring.fused import FusedRule, fused_scores
 from hafrm.scoring.loading import Heads, Placement, find_heads
-from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
+from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import paired_bootstrap
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"

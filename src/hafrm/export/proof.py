@@ -18,12 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hafrm.atomic import atomic_write
-from hafrm.engine.packing import free_memory
 from hafrm.errors import NumericsError, VerificationError
 from hafrm.export.golden import GOLDEN
 from hafrm.export.plain_model import TOLERANCE, PlainModel, device_for
 from hafrm.preferences import Group, Message
-from hafrm.scoring.forward import first_responses, run_forward
+from hafrm.scoring.forward import first_responses, free_memory, run_forward
 from hafrm.scoring.loading import load_encoder, load_policy
 from hafrm.scoring.reward_model import MAX_TOKENS_CPU, RewardModel
 

@@ -37,7 +37,7 @@ from hafrm.rlhf.rewards import (
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words
-from hafrm.training.runtime import start_trackers
+from hafrm.training.loop import start_trackers
 from hafrm.training.setup import load_tokenizer
 
 log = logging.getLogger("hafrm")

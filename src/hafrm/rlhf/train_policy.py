@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from hafrm.best_of_n.candidate_scores import GoldReward
-from hafrm.engine.packing import is_out_of_memory
 from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hafrm.results import from_plain
 from hafrm.rlhf.ppo_terms import Moments, next_kl_coefficient, scores_of
@@ -22,13 +21,13 @@ from hafrm.rlhf.rewards import score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import run_trl
+from hafrm.scoring.forward import is_out_of_memory
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
-from hafrm.training.loop import StoppedError
-from hafrm.training.runtime import StopSignal, learning_rate
+from hafrm.training.loop import StoppedError, StopSignal
 from hafrm.training.setup import choose_precision
-from hafrm.training.step import build_optimizer
+from hafrm.training.step import build_optimizer, learning_rate
 
 log = logging.getLogger("hafrm")
 _SAMPLES = 2**16  # batches have sampling seeds of their own: seed * this + step

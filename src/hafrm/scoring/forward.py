@@ -1,10 +1,10 @@
 """Run a model over many groups without gradients: rewards and log-probs of every response.
 
-The one inference path: reference log-probs, validation, evaluation and scoring all use it. Groups with the
-same prompt ids share one layout, and one too large for a packed sequence is split. The longest sequences
-run first, so memory peaks at the start; results are in the order of the input.
+The one inference path. Groups with the same prompt ids share one layout, and one too large for a packed
+sequence is split. The longest sequences run first, so memory peaks at the start.
 """
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,20 +22,20 @@ from torch.distributed.fsdp import FSDPModule
 
 from hafrm.engine.layout import Branches, Layout, lay_out
 from hafrm.engine.model import HybridModel, Outputs
-from hafrm.engine.packing import first_fit_decreasing, free_memory, is_out_of_memory
 from hafrm.errors import MemoryBudgetError, NumericsError
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 
 log = logging.getLogger("hafrm")
 
-_WINDOW = 512
-"""Groups packed together. First fit over all of them would take quadratic time."""
-
-_Response = tuple[int, NDArray[np.int32]]
-"""Its index among all responses, and its ids."""
-PerResponse = tuple[Tensor | None, ...]
-"""What a forward returns, one entry per response of its layout each; `Outputs` is one."""
+_WINDOW = 512  # groups packed together: first fit over all of them would take quadratic time
+_OUT_OF_MEMORY = (  # errors of other types: a CPU's, and those of CUDA and its libraries
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+_Response = tuple[int, NDArray[np.int32]]  # its index among all responses, and its ids
+PerResponse = tuple[Tensor | None, ...]  # what a forward returns; `Outputs` is one
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Scores:
 
 
 class IndexedGroup(NamedTuple):
-    """A prompt with some of its responses, and where these are among all responses."""
+    """A prompt with some of its responses."""
 
     group: TokenizedGroup
-    indices: list[int]
+    indices: list[int]  # of its responses among all responses
 
 
 _Run = Callable[[list[IndexedGroup]], PerResponse]
@@ -74,10 +74,10 @@ def run_forward(  # noqa: PLR0913
     on_progress: OnProgress = no_progress,
     part: tuple[int, int] = (0, 1),
 ) -> Scores:
-    """Scores of all responses, from packed sequences of up to `max_tokens` tokens, `threads` at a time.
+    """Scores of all responses, in order, from packed sequences of up to `max_tokens` tokens, `threads` at
+    a time; NumericsError for one that is not finite. `on_progress` counts responses.
 
-    `on_progress` counts responses. `part` = (i, n) runs every n-th sequence, and leaves the scores of the
-    others 0. Raises NumericsError for a score that is not finite, except for a part.
+    `part` = (i, n) runs every n-th sequence, leaves the scores of the others 0, and checks none.
     """
     lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
     rewards, logps = (np.zeros(len(lengths), np.float32) for _ in range(2))
@@ -120,10 +120,8 @@ def run_sequences(
     part: tuple[int, int] = (0, 1),
     halve: bool = True,
 ) -> Iterator[tuple[NDArray[np.int64], PerResponse]]:
-    """(indices of responses, what `run` returns for them) of every packed sequence, or of a `part`.
-
-    Raises MemoryBudgetError for a single response, or without `halve` a sequence, that does not fit.
-    """
+    """(indices of responses, what `run` returns for them) of every packed sequence, or of a `part`;
+    MemoryBudgetError for a single response, or without `halve` a sequence, that does not fit."""
     shared = share_prompts(groups, max_tokens)
     plan = plan_sequences([item.group for item in shared], max_tokens)
     sequences = [[shared[i] for i in members] for members in plan]
@@ -154,8 +152,11 @@ def _run_or_halve(
     free_memory()
     tokens = sum(item.group.num_tokens for item in sequence)
     if not halve or len(sequence) == len(sequence[0].indices) == 1:
-        fix = "load the model in bfloat16, or set a smaller max_length"
-        fix = fix if halve else "lower training.max_tokens"
+        fix = (
+            "load the model in bfloat16, or lower max_length"
+            if halve
+            else "lower training.max_tokens"
+        )
         raise MemoryBudgetError(f"{tokens} tokens do not fit into memory ({what}); {fix}")
     log.warning("a sequence of %d tokens ran out of memory (%s); running two halves", tokens, what)
     if len(sequence) == 1:  # one prompt: split between its responses, else between prompts
@@ -171,6 +172,20 @@ def _run_or_halve(
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a pass failed for want of memory, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in _OUT_OF_MEMORY
+    )
+
+
+def free_memory() -> None:
+    """Free what a failed pass left behind; call it when its exception is gone, which holds tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
     """Indices of the groups of each sequence, longest first; only groups of similar length share one."""
     sizes = [group.num_tokens for group in groups]
@@ -181,6 +196,21 @@ def plan_sequences(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[li
         bins = first_fit_decreasing([sizes[i] for i in window], max_tokens)
         sequences += [[window[i] for i in members] for members in bins]
     return sequences
+
+
+def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of the items in each bin; a bin exceeds `budget` only to hold a single larger item."""
+    bins: list[list[int]] = []
+    space: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fit = next((b for b, left in enumerate(space) if sizes[item] <= left), None)
+        if fit is None:
+            bins.append([item])
+            space.append(budget - sizes[item])
+        else:
+            bins[fit].append(item)
+            space[fit] -= sizes[item]
+    return bins
 
 
 def share_prompts(groups: Sequence[Branches], max_tokens: int) -> list[IndexedGroup]:

@@ -1,7 +1,6 @@
 """Find and load models: `find_heads` in a run folder, `load_*` from directories of stock transformers.
 
-A directory that lacks weights is refused: a score from a random head is worse than none. Only safetensors
-are read, never a pickle, and no code of a model directory is run. Nothing here scores.
+Models to score with are read from safetensors, never a pickle, and no code of a model directory is run.
 """
 
 import hashlib
@@ -32,8 +31,7 @@ log = logging.getLogger("hafrm")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
-FUSED_RULE = "fused.json"
-"""The file beside `reward/` and `policy/` that says how their scores are added."""
+FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,11 @@ class Heads:
 
     reward: Path | None
     policy: Path | None
-    fused: Path | None = None
-    """The file with the rule of their fused score."""
+    fused: Path | None = None  # the file with the rule of their fused score
 
 
 def find_heads(path: str | os.PathLike[str]) -> Heads:
-    """Reward and policy directories of a run folder, of its `model/`, or the directory itself.
-
-    Raises ModelError if there is no model.
-    """
+    """Reward and policy directories of a run folder, of its `model/`, or the directory itself."""
     root = Path(path)
     for folder in (root / "model", root):  # a run folder has its exports in model/
         reward, policy = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
@@ -60,8 +54,8 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
             return Heads(reward, policy, rule if reward and policy and rule.is_file() else None)
     if root.is_dir() and not (root / "config.json").is_file():
         raise ModelError(
-            f"{root} holds no model: neither model/reward nor model/policy nor a config.json. A run "
-            "that has not finished has none yet"
+            f"{root} holds no model: neither model/reward nor model/policy nor a config.json (a run has "
+            "none before its end)"
         )
     architectures = load_config(root).architectures or [""]
     is_reward = str(architectures[0]).endswith("ForSequenceClassification")
@@ -78,10 +72,8 @@ def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str |
 class Placement:
     """The device that models run on, and the dtype of their weights."""
 
-    dtype: str = "auto"
-    """One of DTYPES."""
-    device: str | None = None
-    """None: the GPU where there is one, else the CPU."""
+    dtype: str = "auto"  # one of DTYPES
+    device: str | None = None  # None: the GPU where there is one, else the CPU
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -89,8 +81,9 @@ class Placement:
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
-            message = f"--device must be cpu, cuda or cuda:1, got {self.device!r}"
-            raise ConfigError(message) from None
+            raise ConfigError(
+                f"--device must be cpu, cuda or cuda:1, got {self.device!r}"
+            ) from None
 
 
 AUTO = Placement()
@@ -126,14 +119,12 @@ def load_reward(
 ) -> HybridModel:
     """A `...ForSequenceClassification` with one label and a linear head; ModelError for anything else."""
     dtype = choose_dtype(path, dtype, device)
-    loaded = _load(AutoModelForSequenceClassification, path, dtype, device)
+    loaded = load_whole(AutoModelForSequenceClassification, path, dtype, device)
     if (num := loaded.config.num_labels) != 1:
         raise ModelError(f"{path} has {num} labels, but a reward model has one")
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"{path} is a {type(loaded).__name__} without a linear `score` head, as decoders have"
-        )
+        raise ModelError(f"{path} is a {type(loaded).__name__} without a linear `score` head")
     backbone = loaded.base_model
     return HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
 
@@ -151,7 +142,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` for generation; ModelError for anything else."""
     dtype = choose_dtype(path, dtype, device)
-    return cast("PreTrainedModel", _load(AutoModelForCausalLM, path, dtype, device))
+    return cast("PreTrainedModel", load_whole(AutoModelForCausalLM, path, dtype, device))
 
 
 def load_encoder(
@@ -164,19 +155,23 @@ def load_encoder(
     longest = longest_sequence(config) or 2**20  # some models have no limit
     if max_length is not None and max_length > longest:
         raise ModelError(f"max_length is {max_length}, but {path} takes at most {longest} tokens")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
     limit = longest if max_length is None else max_length
     # close=False: the template is used as published, whatever it writes after the response
-    return Encoder(tokenizer, max_length=limit, too_long=too_long, close=False)
+    return Encoder(load_any_tokenizer(path), max_length=limit, too_long=too_long, close=False)
 
 
-def load_config(path: str | Path) -> PretrainedConfig:
+def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a directory or hub id, of any kind; raises ModelError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
+
+
+def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
     """The config of a directory or hub id; raises ModelError when there is no model."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no model directory and no known hub id: {error}") from error
     return config
@@ -193,17 +188,22 @@ def model_digest(path: str | Path) -> str:
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _load(
-    auto: Any, path: str | Path, dtype: torch.dtype, device: str | torch.device | None
+def load_whole(
+    auto: Any,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    **options: Any,
 ) -> Any:
+    """A stock model of the class `auto`; raises ModelError when it cannot be loaded or lacks weights."""
     try:
         model, info = auto.from_pretrained(
             path,
             dtype=dtype,
-            # shard by shard onto the device, never whole on the host first
+            # each weight goes there as it is read: the host never holds the whole model
             device_map={"": device or default_device()},
             output_loading_info=True,
-            use_safetensors=True,
+            **{"use_safetensors": True, **options},
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a model from {path}: {error}") from error

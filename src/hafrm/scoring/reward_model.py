@@ -1,7 +1,7 @@
 """`RewardModel` scores responses with a reward head, `PolicyModel` with a policy's implicit reward.
 
 Both load a run folder or any directory that stock transformers loads, and give the numbers that its other
-consumers get. They have the same methods, so one can replace the other.
+consumers get; `fused_scores` adds the two up.
 """
 
 import math
@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 import torch
+from jaxtyping import Float, Num
 from numpy.typing import NDArray
+from pydantic import Field
+from scipy import optimize, special
 
 from hafrm.data.encoding import Encoder
 from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, read_prompt, show
@@ -29,10 +32,8 @@ from hafrm.scoring.loading import head_directory, load_encoder, load_policy, loa
 PromptLike = str | Sequence[Mapping[str, Any] | Message]
 """A user's text, or chat messages up to and without the response."""
 IMPLICIT_RULE = "implicit_reward.json"
-MAX_TOKENS = 2**15
-"""Default tokens of a packed sequence: a prompt of 8k tokens and its responses fit into one."""
-MAX_TOKENS_CPU = 1024
-"""The same on a CPU, where activations should stay in its caches (docs/scoring.md)."""
+MAX_TOKENS = 2**15  # default of a packed sequence: a prompt of 8k tokens and its responses fit
+MAX_TOKENS_CPU = 1024  # there activations should stay in its caches (docs/scoring.md)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,57 @@ def read_implicit_rule(directory: str | Path) -> ImplicitRule:
     if file.is_file():
         return read_result(file, ImplicitRule)
     return ImplicitRule(reference=None, per_token=True)
+
+
+@dataclass(frozen=True)
+class FusedRule:
+    """How much an implicit reward per token counts against a reward; fitted on validation comparisons."""
+
+    factor: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0: the reward alone
+    num: int = 0  # comparisons that it was fitted on
+    note: str = ""  # why no factor could be fitted; empty if one was
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return f"reward + {self.factor:.3g} x implicit reward per token{note}"
+
+
+def fit_fused(
+    reward_margins: Num[np.ndarray, " comparisons"],
+    implicit_margins: Num[np.ndarray, " comparisons"],
+) -> FusedRule:
+    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token);
+    0, with a note, where the data do not determine it."""
+    x = np.stack([reward_margins, implicit_margins], axis=1).astype(np.float64)
+    scale = np.sqrt((x**2).mean(0)) if len(x) else np.zeros(2)
+    if not scale.all():
+        return FusedRule(0.0, len(x), "one of the two scores does not separate any responses")
+    x /= scale  # two scales far apart would make the problem ill-conditioned
+    penalty = 1e-9  # keeps the coefficients finite where the likelihood has no maximum
+
+    def loss_and_slope(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        loss = float(np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w))
+        return loss, -(special.expit(-x @ w)[:, None] * x).mean(0) + 2 * penalty * w
+
+    fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
+    a, b = (float(value) for value in fit.x / scale)
+    if (x[x.any(1)] @ fit.x > 0).all():  # separable: the likelihood has no maximum
+        return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
+    if a <= 0:  # the ratio would turn the reward around
+        return FusedRule(0.0, len(x), "beside the implicit reward, the reward explains nothing")
+    return FusedRule(max(0.0, b / a), len(x))
+
+
+def fused_scores(
+    rewards: Float[np.ndarray, " responses"],
+    implicit: Float[np.ndarray, " responses"],
+    rule: FusedRule,
+    lengths: Num[np.ndarray, " responses"] | None,
+) -> Float[np.ndarray, " responses"]:
+    """Fused scores, float32, from sums over `lengths` tokens; None if `implicit` counts per token."""
+    # a long response's sum of log-ratios would outweigh its reward
+    by_token = implicit if lengths is None else (implicit / lengths).astype(np.float32)
+    return (rewards + rule.factor * by_token).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -80,20 +132,15 @@ class Scorer(ABC):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The score of every response of tokenized groups, in order; `on_progress` counts responses.
-
-        Raises NumericsError for a score that is not finite.
-        """
+        """The score of every response, in order; NumericsError for one that is not finite."""
 
     @overload
     def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
     @overload
     def score(self, prompt: PromptLike, responses: Sequence[str]) -> list[float]: ...
     def score(self, prompt: PromptLike, responses: str | Sequence[str]) -> float | list[float]:
-        """The score of one response, or of each of several responses to the same prompt.
-
-        Raises DataError for a prompt that is no conversation, and for what is longer than the model takes.
-        """
+        """The score of one response, or of each of several responses to the same prompt; DataError for a
+        prompt that is no conversation, and for what is longer than the model takes."""
         if isinstance(responses, str):
             return self.score_batch([prompt], [[responses]])[0][0]
         return self.score_batch([prompt], [list(responses)])[0]
@@ -118,8 +165,8 @@ class Scorer(ABC):
         encoded, report = self.encoder.encode(groups)
         if report.prompts_cut or report.responses_cut or len(encoded) < len(groups):
             raise DataError(
-                f"prompt and response are longer than {self.encoder.lengths.max_length} tokens, the limit "
-                "that this model was loaded with; shorten them, or load it with a larger max_length"
+                f"prompt and response are longer than {self.encoder.lengths.max_length} tokens: shorten "
+                "them, or load the model with a larger max_length"
             )
         scores = iter(self.score_encoded(encoded).tolist())
         score_of = [{text: next(scores) for text in texts} for texts in distinct]
@@ -165,8 +212,7 @@ class RewardModel(Scorer):
         """Load a run folder, or the directory or hub id of a `...ForSequenceClassification`.
 
         `dtype` auto is the checkpoint's on a GPU, float32 on a CPU. `score` refuses inputs longer than
-        `max_length` (default: what the model takes); `encoder.encode` cuts or drops them, as `too_long`
-        says. Raises ModelError for more than one label, and for a head that is missing or not linear.
+        `max_length`; `encoder.encode` cuts or drops them. Raises ModelError for what is no reward model.
         """
         directory = head_directory(path, "reward")
         model = load_reward(directory, dtype=dtype, device=device)
@@ -176,7 +222,6 @@ class RewardModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The reward of every response."""
         pad = self.model.backbone.config.get_text_config().pad_token_id
         groups = [_without_trailing_pad(group, pad) for group in encoded]
         scores = self._run(self.model, groups, on_progress=on_progress)
@@ -208,10 +253,7 @@ class PolicyModel(Scorer):
         device: str | torch.device | None = None,
         max_length: int | None = None,
     ) -> "PolicyModel":
-        """Load a run folder or a `...ForCausalLM` directory; `reference` replaces the one in its rule.
-
-        Raises ModelError when the reference cannot be loaded or has another vocabulary.
-        """
+        """Load a run folder or a `...ForCausalLM` directory; `reference` replaces the one in its rule."""
         path = head_directory(path, "policy")
         rule = read_implicit_rule(path)
         policy = load_policy(path, dtype=dtype, device=device)
@@ -236,7 +278,6 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        """The implicit reward of every response."""
         scores = self._run(self.model, encoded, on_progress=on_progress)
         implicit: Any = scores.logps
         if self.reference is not None:
@@ -263,7 +304,7 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
 
 
 def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
-    """A prompt in any accepted form as messages, under the rules of preference files; else DataError."""
+    """A prompt as messages, under the rules of preference files; else DataError."""
     try:
         messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
         if not messages:

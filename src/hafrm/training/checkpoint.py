@@ -1,8 +1,7 @@
 """Everything a run needs to resume, on disk: trainable weights, optimiser state, step, RNG.
 
-safetensors and JSON only, never a pickle. A checkpoint is complete or absent: written aside, synced,
-renamed, and checked against its manifest at resume. Only the main rank holds whole tensors, gathered and
-scattered one by one; frozen weights are not stored, since the base checkpoint has them.
+safetensors and JSON only, never a pickle. A checkpoint is complete or absent, and checked against its
+manifest at resume. Only the main rank holds whole tensors, gathered and scattered one by one.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 
 
 def open_run(recipe: Section, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder, created or opened by the main rank; raises CheckpointError where that is unsafe."""
+    """The run's folder, created or opened by the main rank; CheckpointError where that is unsafe."""
     return parallel.from_main(
         lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
     )
@@ -44,9 +43,8 @@ def _reopen(recipe: Section, folder: Path) -> RunFolder:
         now["training"][name] = first["training"][name]
     if now != first:
         raise CheckpointError(
-            f"the recipe differs from the one that {folder} was started with; resume with "
-            f"{run.recipe_path}, or start a new folder (a resumed run may only change "
-            f"{', '.join(f'training.{name}' for name in MAY_CHANGE)})"
+            f"the recipe differs from {run.recipe_path}: resume with that, or start a new folder (resumed, "
+            f"a run may only change {', '.join(f'training.{name}' for name in MAY_CHANGE)})"
         )
     return run
 
@@ -117,8 +115,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     stored = set(parallel.from_main(lambda: _names(folder / MODEL)))
     if stored != parameters.keys():
         raise CheckpointError(
-            f"{folder} was written by another model or recipe: {sorted(stored ^ parameters.keys())[:4]} "
-            "are not in both; resume with the recipe that the run folder holds"
+            f"{folder} was written by another model or recipe, {sorted(stored ^ parameters.keys())[:4]} "
+            "are not in both: resume with the recipe in the run folder"
         )
     with torch.no_grad():
         for name, value in _read(folder / MODEL):

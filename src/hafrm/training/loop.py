@@ -1,12 +1,16 @@
-"""`train`: the loop, top to bottom: step, log, evaluate, save; then export what validated best.
+"""`run_training`: step, log, evaluate, save; then export what validated best.
 
 Every number of a run follows from its recipe and data: a resumed run repeats the steps that an
 uninterrupted one would have taken, bit for bit on a CPU. The test set plays no part here.
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,12 @@ from torch import Tensor, nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
-from hafrm.engine.packing import free_memory, is_out_of_memory
-from hafrm.errors import HafrmError, MemoryBudgetError
-from hafrm.recipe import Recipe
+from hafrm.errors import ConfigError, HafrmError, MemoryBudgetError
+from hafrm.recipe import Recipe, TrackingSection
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
+from hafrm.scoring.forward import is_out_of_memory
+from hafrm.statistics import in_words, with_bounds
 from hafrm.training import parallel
 from hafrm.training.checkpoint import (
     load_checkpoint,
@@ -32,16 +38,16 @@ from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
-from hafrm.training.runtime import MetricsLog, Prefetch, StopSignal, count_steps, learning_rate
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
 from hafrm.training.step import (
+    MEASURES,
     NonFiniteCheck,
     StepResult,
     build_optimizer,
-    drop_incomplete_state,
+    learning_rate,
     take_step,
 )
-from hafrm.training.step_batches import ComparisonOrder, References, step_groups
+from hafrm.training.step_batches import ComparisonOrder, Prefetch, References, step_groups
 
 log = logging.getLogger("hafrm")
 
@@ -73,11 +79,9 @@ def run_training(
 ) -> TrainResult:
     """Train as the recipe says, in a run folder; returns once the exported models have been verified.
 
-    `data` is what `prepare_data` makes of the recipe, for a caller who has it already. `finish` is called
-    with the job and its best weights instead of exporting them.
-
-    Raises ConfigError, DataError or ModelError before the first step, CheckpointError for a folder that
-    cannot be resumed, NumericsError, and StoppedError after a SIGTERM or SIGINT, with the state saved.
+    `data` is what `prepare_data` makes of the recipe. `finish` gets the job and its best weights instead of
+    exporting them. Raises ConfigError, DataError or ModelError before the first step, CheckpointError,
+    NumericsError, MemoryBudgetError, and StoppedError after a SIGTERM or SIGINT, with the state saved.
     """
     ranks = parallel.start()
     recipe = with_precision(recipe, ranks.device.type)
@@ -111,7 +115,9 @@ class Job:
         self.order = ComparisonOrder(
             data.train, per_prompt=training.comparisons_per_prompt, seed=training.seed
         )
-        self.num_steps = count_steps(training, self.order.num_comparisons)
+        # as many full batches as the epochs hold, at least one
+        num_batches = int(training.epochs * self.order.num_comparisons) // training.batch_size
+        self.num_steps = max(1, num_batches) if training.steps is None else training.steps
         self.autocast = torch.bfloat16 if training.precision == "bf16" else None
         self.train_references: References | None = None
         self.validation_references: References | None = None
@@ -123,7 +129,6 @@ class Job:
     def train(
         self, ranks: parallel.Ranks, resume: bool, finish: "Callable[[Job], None]"
     ) -> TrainResult:
-        """The rest of the run, then `finish` with the best weights."""
         training = self.recipe.training
         self._check_first_batch()
         if self.method.needs_reference:
@@ -180,40 +185,28 @@ class Job:
         optimizer: torch.optim.Optimizer,
         nonfinite: NonFiniteCheck,
     ) -> StepResult:
-        """One optimiser step; where it runs out of memory, the same step in smaller micro-batches."""
+        """One optimiser step; raises MemoryBudgetError where it does not fit, with how to resume."""
         training = self.recipe.training
-        while True:
-            try:
-                return take_step(
-                    wrapped,
-                    optimizer,
-                    prefetch.take(step),
-                    self.method,
-                    num_comparisons=training.batch_size,
-                    max_grad_norm=training.max_grad_norm,
-                    autocast=self.autocast,
-                    nonfinite=nonfinite,
-                    distance=self.distance,
-                )
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).split("\n", 1)[0]
-            # Out here the exception is gone, and with it the tensors of the pass that failed.
-            optimizer.zero_grad(set_to_none=True)
-            drop_incomplete_state(optimizer)
-            free_memory()
-            before = prefetch.max_tokens
-            if parallel.num_ranks() > 1 or not prefetch.halve(step):
-                # Other ranks wait in an exchange that this one has left: they cannot repeat the step.
-                raise MemoryBudgetError(
-                    f"step {step + 1} ran out of memory with training.max_tokens {before} ({reason}). "
-                    f"Resume from the last checkpoint with: hafrm train --resume {self.run.path} "
-                    f"training.max_tokens={before // 2} training.gradient_checkpointing=true; if a single "
-                    "group is too large, lower data.max_length"
-                )
-            again = f"repeating it with {prefetch.max_tokens} instead of {before} tokens"
-            log.warning("step %d ran out of memory (%s); %s", step + 1, reason, again)
+        try:
+            return take_step(
+                wrapped,
+                optimizer,
+                prefetch.take(step),
+                self.method,
+                num_comparisons=training.batch_size,
+                max_grad_norm=training.max_grad_norm,
+                autocast=self.autocast,
+                nonfinite=nonfinite,
+                distance=self.distance,
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryBudgetError(
+                f"step {step + 1} ran out of memory ({str(error).splitlines()[0]}). Resume with: hafrm "
+                f"train --resume {self.run.path} training.max_tokens={training.token_budget // 2} "
+                "training.gradient_checkpointing=true; for a group that is too large, lower data.max_length"
+            ) from error
 
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step."""
@@ -222,30 +215,29 @@ class Job:
         shortest = sorted(groups, key=lambda group: group.num_tokens)[:4]
         device, half = self.model.device, self.autocast is not None
         with torch.autocast(device.type, self.autocast, enabled=half):
-            differences = self_check(self.model, lay_out(shortest).to(device))
+            difference = self_check(self.model, lay_out(shortest).to(device))
         if self.model.sharing:
-            largest = max(differences.hidden, differences.logp)
-            log.info("self-check passed: shared prompts and plain runs differ by %.1e", largest)
+            log.info("self-check passed: shared prompts and plain runs differ by %.1e", difference)
 
     def _load_references(self) -> None:
+        training = self.recipe.training
         self.model.eval()
         self.train_references, self.validation_references = references_of(
             self.model,
             self.data.train,
-            self.order.reached(self.num_steps * self.recipe.training.batch_size),
+            self.order.reached(self.num_steps * training.batch_size),
             self.data.validation,
-            max_tokens=REFERENCE_TOKENS * self.recipe.training.token_budget,
+            max_tokens=REFERENCE_TOKENS * training.token_budget,
             autocast=self.autocast,
             path=self.recipe.model.path,
         )
-        if self.recipe.training.gradient_checkpointing:
-            self.model.train()
+        self.model.train(training.gradient_checkpointing)  # dropout is off either way
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
     def _evaluate(
-        self, step: int, wrapped: nn.Module, metrics: MetricsLog, nonfinite: NonFiniteCheck
+        self, step: int, wrapped: nn.Module, metrics: "MetricsLog", nonfinite: NonFiniteCheck
     ) -> bool:
         """Validate; True where this step is the best so far."""
         nonfinite.check()
@@ -262,7 +254,6 @@ class Job:
         return True
 
     def score_validation(self, model: HybridModel) -> HeadScores:
-        """Both heads' scores of the validation responses."""
         references = self.validation_references
         return score_heads(
             model,
@@ -292,3 +283,102 @@ class Job:
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that a run ends its step and saves; a second one kills."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Ray Train runs us in a thread, where Python delivers no signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+    def agreed(self, ranks: parallel.Ranks) -> bool:
+        """Whether any rank got the signal, so that all stop after the same step; waits for no device."""
+        received = bool(self.received)
+        return received if ranks.size == 1 else parallel.smallest(-received) < 0
+
+
+class MetricsLog(AbstractContextManager["MetricsLog"]):
+    """metrics.jsonl, trackers and the log; device values are fetched once per logging interval."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int) -> None:
+        self._run, self._recipe, self._num_steps = run, recipe, num_steps
+        self._steps: list[StepResult] = []
+        self._since = time.perf_counter()
+        self._trackers: list[Any] = []
+        if parallel.is_main():
+            self._trackers = start_trackers(run.path, recipe.tracking, dump_recipe(recipe))
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def step(self, number: int, rate: float, result: StepResult, nonfinite: NonFiniteCheck) -> None:
+        """Count update `number` (from 1); check and write a line when the interval is full."""
+        self._steps.append(result)
+        if number % self._recipe.tracking.log_every and number != self._num_steps:
+            return
+        nonfinite.check()
+        comparisons = len(self._steps) * self._recipe.training.batch_size
+        sums = torch.stack([step.sums for step in self._steps]).sum(0)
+        means = (parallel.add_up(sums) / comparisons).tolist()
+        tokens = parallel.add_up(sums.new_tensor(float(sum(s.num_tokens for s in self._steps))))
+        norm = torch.stack([step.grad_norm for step in self._steps]).mean()
+        seconds = time.perf_counter() - self._since
+        pairs = zip(MEASURES, means, strict=True)
+        values = {name: mean for name, mean in pairs if not math.isnan(mean)}
+        for name in ("accuracy", "implicit_accuracy"):
+            if name in values:
+                values |= with_bounds(name, values[name], comparisons)
+        values |= {
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "comparisons_per_second": comparisons / seconds,
+            "tokens_per_second": float(tokens) / seconds,
+        }
+        self._steps, self._since = [], time.perf_counter()
+        self.report("train", number, values)
+
+    def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, the same to every tracker, and a line of log."""
+        if not parallel.is_main():
+            return
+        self._run.append_metrics({"step": number, "kind": kind, **values})
+        for tracker in self._trackers:
+            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=number)
+        log.info("step %d/%d %s: %s", number, self._num_steps, kind, in_words(values))
+
+
+def start_trackers(folder: Path, tracking: TrackingSection, recipe_text: str) -> list[Any]:
+    """accelerate's trackers by name, started with the recipe; raises ConfigError for a missing package."""
+    if not tracking.report_to:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # noqa: PLC0415
+
+    available = {str(name) for name in get_available_trackers()}
+    trackers = []
+    for name in tracking.report_to:
+        if name not in available:
+            raise ConfigError(
+                f"tracking.report_to names {name}, which is not installed: pip install 'hafrm[{name}]'"
+            )
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        directory = {"logging_dir": folder} if kind.requires_logging_directory else {}
+        trackers.append(kind(tracking.project, **directory))
+        trackers[-1].start()
+        trackers[-1].store_init_configuration({"recipe": recipe_text})
+    return trackers

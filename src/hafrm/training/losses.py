@@ -1,9 +1,7 @@
-"""The mathematics of training: pure functions, one value per comparison.
+"""The mathematics of training: pure functions, one value per comparison, in float32 (of float64: float64).
 
-The caller weights the values and divides by the number of comparisons in the whole optimiser step. No loss
-reads other comparisons of the micro-batch, so that packing cannot change a gradient: what depends on the
-whole step comes in as a constant (`hafrm.training.step.StepMeans`). Log-probs come in as sums over
-response tokens (nat); everything is computed in float32, or in float64 where the inputs are.
+No loss reads other comparisons of the micro-batch, so packing cannot change a gradient: what depends on
+the whole step comes in as a constant (`hafrm.training.step.StepMeans`).
 """
 
 import math
@@ -20,7 +18,7 @@ PerComparison = Float[Tensor, " comparisons"]
 
 @dataclass(frozen=True, slots=True)
 class PolicyLogps:
-    """What every policy loss reads: log-prob sums and token counts of both sides of each comparison."""
+    """What every policy loss reads: log-prob sums (nat) and token counts of both sides of a comparison."""
 
     chosen_logps: PerComparison
     rejected_logps: PerComparison
@@ -31,17 +29,13 @@ class PolicyLogps:
 
     def log_ratios(self) -> tuple[PerComparison, PerComparison]:
         """log pi - log pi_ref of the chosen and the rejected responses, summed over tokens."""
-        if self.reference_chosen_logps is None or self.reference_rejected_logps is None:
-            raise ValueError(
-                "this policy loss compares with a reference: compute the reference log-probs first, or "
-                "take a reference-free loss (simpo, orpo, sft, dpo-noref)"
-            )
+        assert self.reference_chosen_logps is not None
+        assert self.reference_rejected_logps is not None
         chosen, rejected = _in_float32(self.chosen_logps), _in_float32(self.rejected_logps)
         chosen = chosen - _in_float32(self.reference_chosen_logps)
         return chosen, rejected - _in_float32(self.reference_rejected_logps)
 
     def mean_logps(self) -> tuple[PerComparison, PerComparison]:
-        """Log-probs per token of the chosen and the rejected responses."""
         chosen, rejected = _in_float32(self.chosen_logps), _in_float32(self.rejected_logps)
         return chosen / self.chosen_counts, rejected / self.rejected_counts
 
@@ -57,9 +51,8 @@ def reward_loss(
     """Negative log-likelihood (nat) of each preference under Bradley-Terry.
 
     `margin` asks for chosen - rejected > margin (Llama 2, arXiv 2307.09288, Eq. 2). `label_smoothing` is
-    the probability that a label is wrong; a wrong label would ask for the same margin the other way, so
-    at 0.5 both sides are treated alike. `centering` pulls the sum of each pair to zero
-    (arXiv 2312.09244, Eq. 2), which Bradley-Terry leaves free; TRL names it center_rewards_coefficient.
+    the probability that a label is wrong; a wrong label would ask for the same margin the other way.
+    `centering` pulls the sum of a pair to zero (arXiv 2312.09244, Eq. 2), which Bradley-Terry leaves free.
     """
     chosen, rejected = _in_float32(chosen_rewards), _in_float32(rejected_rewards)
     gap = chosen - rejected
@@ -70,11 +63,10 @@ def reward_loss(
 
 
 def distance_weights(distances: PerComparison, mean_distance: Float[Tensor, ""]) -> PerComparison:
-    """NormBT's factor on each reward loss: mean distance by own distance, constant for the gradient.
+    """NormBT's factor on each reward loss, constant for the gradient: mean distance by own distance.
 
-    `distances` are ||h_chosen - h_rejected|| of the states that rewards are read from. The gradient of
-    Bradley-Terry by the reward head is the error times this distance, so that near pairs hardly train;
-    the factor cancels it and keeps the scale of the loss (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
+    The gradient of Bradley-Terry by the reward head is the error times ||h_chosen - h_rejected||, so near
+    pairs hardly train; the factor cancels that (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
     """
     return (mean_distance / (distances + EPSILON)).detach()
 
@@ -87,9 +79,8 @@ def sum_to_zero_loss(
 ) -> PerComparison:
     """BSR's penalty (arXiv 2505.07271): n * mean^2 over the step's 2 n rewards, a part per comparison.
 
-    The paper squares the sum of a batch's rewards; its code (LinkedIn-XFACT/RM-Robustness) takes n times
-    the squared mean, and so does this. With the mean m held constant, parts n * (2 m s - m^2), s the mean
-    of a comparison's two rewards, average to n * m^2 and have its gradient.
+    As in its code (LinkedIn-XFACT/RM-Robustness); the paper squares the sum. With the mean m held constant,
+    parts n * (2 m s - m^2), s the mean of a comparison's rewards, average to n * m^2 and its gradient.
     """
     mean, own = mean_reward.detach(), (chosen_rewards + rejected_rewards) / 2
     return num_comparisons * (2 * mean * own - mean**2)
@@ -112,11 +103,8 @@ def reference_free_dpo_loss(
 
 
 def ipo_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
-    """Identity preference optimisation on log-ratios **per token**; `beta` is the paper's tau.
-
-    The paper writes the log-ratio of whole responses; its authors and TRL average over tokens
-    (huggingface/trl#1265), since the target is one constant for short and long ones.
-    """
+    """Identity preference optimisation; `beta` is the paper's tau. Log-ratios are **per token**, as its
+    authors and TRL take them (huggingface/trl#1265): the target is one constant for all lengths."""
     chosen, rejected = batch.log_ratios()
     gap = chosen / batch.chosen_counts - rejected / batch.rejected_counts
     # Eq. 17 of arXiv 2310.12036.
@@ -133,8 +121,7 @@ def simpo_loss(batch: PolicyLogps, *, beta: float, gamma: float) -> PerCompariso
 def orpo_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
     """Mean negative log-prob of the chosen response plus `beta` (the paper's lambda) times the odds ratio.
 
-    The likelihoods inside the odds are geometric means over tokens. The SFT term reads response tokens
-    only; the authors' and TRL's trainers also train on the prompt there.
+    Likelihoods are geometric means over response tokens; TRL's SFT term also trains on the prompt.
     """
     chosen, rejected = batch.mean_logps()
     # Eq. 4 of arXiv 2403.07691, odds = p / (1 - p), in logarithms.
@@ -146,8 +133,8 @@ def orpo_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
 def kto_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
     """KTO over pairs: the mean of its desirable and undesirable losses, reference point z0 = 0.
 
-    The paper estimates z0 >= 0 from mismatched pairs of the micro-batch, so its loss depends on packing.
-    Zero is the estimate's floor and start; the loss is then half of APO-zero (arXiv 2408.06266, Eq. 7).
+    The paper's estimate of z0 >= 0 would depend on packing; at its floor, 0, the loss is half of APO-zero
+    (arXiv 2408.06266, Eq. 7).
     """
     chosen, rejected = batch.log_ratios()
     # Eq. 7 of arXiv 2402.01306 with lambda_D = lambda_U = 1: 1 - sigmoid(x) = sigmoid(-x).
@@ -160,10 +147,7 @@ def sft_loss(batch: PolicyLogps) -> PerComparison:
 
 
 def sft_logsigmoid_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
-    """GRM's default regulariser (arXiv 2406.10216): -log sigmoid(beta * log-prob sum of the chosen).
-
-    The gradient vanishes for likely responses; for the usual, unlikely ones it is SFT's, `beta` per nat.
-    """
+    """GRM's default regulariser (arXiv 2406.10216): -log sigmoid(beta * log-prob sum of the chosen)."""
     return -F.logsigmoid(beta * _in_float32(batch.chosen_logps))
 
 
@@ -185,5 +169,4 @@ def _log1mexp(logp: PerComparison) -> PerComparison:
 
 
 def _in_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The values in float32, or float64 if they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

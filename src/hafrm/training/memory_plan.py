@@ -1,25 +1,23 @@
 """An estimate of the memory that a run needs, before anything is loaded, and the token budget that fits.
 
-Weights are counted on torch's meta device; activations follow one formula (`activation_bytes`), which
-docs/scale.md compares with a trace. Start at `plan_recipe`.
+Weights are counted on torch's meta device; docs/scale.md compares the formulas with traces.
 """
 
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from hafrm.engine.logprobs import chunk_rows
 from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
-from hafrm.errors import ConfigError, ModelError
-from hafrm.export.plain_model import proof_bytes
+from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
+from hafrm.scoring.loading import default_device, load_config
 from hafrm.table import Column, Table
 from hafrm.training import parallel
 from hafrm.training.methods import Method
@@ -32,13 +30,13 @@ GIB = 2**30
 FLOAT32, HALF = 4, 2  # bytes of a number
 LARGEST = 2**15  # tokens beyond which matrix products become no more efficient
 GRAIN = 256  # tokens between two automatic budgets
+SCORED = 0.6  # of a micro-batch's tokens, in responses: two fifths of a comparison are its prompt
 # Left alone: a GPU's allocator leaves gaps, and glibc's heap holds up to 2.4 times what is alive.
 SPARE = {"cuda": 0.1, "cpu": 0.6}
 REMEDIES = (
     "training.max_tokens=auto, training.gradient_checkpointing=true, training.precision=bf16, "
     "lora.rank=64, more GPUs with training.parallel=fsdp"
 )
-SCORED = 0.6  # of a micro-batch's tokens, in responses: two fifths of a comparison are its prompt
 
 
 @dataclass(frozen=True)
@@ -103,38 +101,27 @@ class MemoryPlan:
     tokens: int  # of the largest micro-batch: the budget, or all of a step where that is less
     need: MemoryNeed
     host: int  # bytes of the main rank's host, to write a checkpoint or the export
-    proof: int  # bytes that a GPU must have free to replay the export's scores; else a CPU does it
 
     @property
     def fits(self) -> bool:
         return max(self.need.passes, self.need.step) <= self.target.usable
 
     def __str__(self) -> str:
+        need, usable = self.need, self.target.usable / GIB
         verdict = "fits" if self.fits else f"does not fit; what needs less: {REMEDIES}"
         return (
-            f"{self.need.step / GIB:.3g} GiB for a step in micro-batches of {self.tokens} tokens, "
-            f"{self.need.passes / GIB:.3g} for passes without gradients, "
-            f"{self.target.usable / GIB:.3g} usable: training.max_tokens {self.max_tokens} {verdict}"
+            f"{need.step / GIB:.3g} GiB for a step in micro-batches of {self.tokens} tokens, "
+            f"{need.passes / GIB:.3g} for passes without gradients, {usable:.3g} usable: "
+            f"training.max_tokens {self.max_tokens} {verdict}"
         )
 
     def tables(self) -> tuple[Table, ...]:
-        need = self.need
-        rows = (
-            ("weights", need.weights, "in shards" if self.sharded else "whole"),
-            ("gradients", need.gradients, "float32"),
-            ("optimiser", need.optimiser, "AdamW's two moments, float32"),
-            ("exchange between ranks", need.exchange, "FSDP2's gathered layers and gradients"),
-            ("activations", need.activations, f"a micro-batch of {self.tokens:,} tokens"),
-            ("working memory", need.working, "of the backward pass"),
-            ("a step in all", need.step, f"of {self.target.usable / GIB:.4g} usable"),
-            ("passes without gradients", need.passes, "reference (whole weights), validation"),
-            ("host memory of the first rank", self.host, "a checkpoint or the export"),
-            ("proof of the export", self.proof, "float32, after training, else on the CPU"),
-        )
-        title = f"memory of {self.target.ranks} {self.target.device.upper()} rank(s), each"
-        columns = (Column("what"), Column("GiB", "general"), Column("note"))
-        sizes = tuple((name, size / GIB, note) for name, size, note in rows if size)
-        return (Table(title, columns, sizes, (str(self),)),)
+        need, target = self.need, self.target
+        sizes = {**asdict(need), "a step in all": need.step, "host, to write files": self.host}
+        sizes["passes without gradients"] = sizes.pop("passes")
+        rows = tuple((name, size / GIB) for name, size in sizes.items() if size)
+        title = f"memory of {target.ranks} {target.device.upper()} rank(s), each"
+        return (Table(title, (Column("what"), Column("GiB", "general")), rows, (str(self),)),)
 
 
 def count_weights(model: HybridModel) -> Weights:
@@ -146,9 +133,8 @@ def count_weights(model: HybridModel) -> Weights:
 
     config, head = model.backbone.config.get_text_config(), model.policy_head
     layers, width = list(decoder_layers(model.backbone)), hidden_size(model.backbone.config)
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    if model.reward_head is not None:
-        inside.add(id(model.reward_head.weight))
+    parts = layers if model.reward_head is None else [*layers, model.reward_head]
+    inside = {id(p) for part in parts for p in part.parameters()}
     features, gated, normed, head_normed = 0, 0, 0, 0
     visited = getattr(config, "num_experts_per_tok", None) or 1
     capped = getattr(config, "attn_logit_softcapping", None)
@@ -186,11 +172,8 @@ def count_weights(model: HybridModel) -> Weights:
 def state_bytes(
     weights: Weights, *, shards: int = 1, gathered: int = FLOAT32, accumulates: bool = False
 ) -> tuple[int, int, int, int]:
-    """(weights, gradients, optimiser, exchange) of a rank: alone or under DDP, or one of FSDP2's `shards`.
-
-    FSDP2 gathers in `gathered` bytes a number. Where a step `accumulates` over several micro-batches,
-    gradients stay whole on every rank until the last.
-    """
+    """(weights, gradients, optimiser, exchange) of a rank: alone or under DDP, or one of FSDP2's `shards`,
+    which gathers in `gathered` bytes a number, and keeps gradients whole while a step `accumulates`."""
     trained = FLOAT32 * weights.trainable
     parts = trained + weights.frozen_bytes, trained, 2 * trained
     if shards == 1:
@@ -284,8 +267,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
         # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
         accumulates = tokens < -(-step * 5 // (8 * target.ranks))
         need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
-        sharded, proof = is_sharded(recipe, target), proof_bytes(weights.total)
-        return MemoryPlan(target, sharded, budget, tokens, need, host, proof)
+        return MemoryPlan(target, is_sharded(recipe, target), budget, tokens, need, host)
 
     if training.max_tokens != "auto":
         return plan(training.max_tokens)
@@ -298,28 +280,21 @@ def plan_recipe(
     recipe: Recipe, method: Method, *, memory: float | None = None, ranks: int = 1
 ) -> MemoryPlan:
     """The plan of one of `ranks` ranks on a GPU of `memory` GiB, by default on this machine's device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = target_here(parallel.Ranks(0, ranks, device))
+    target = target_here(parallel.Ranks(0, ranks, default_device()))
     if memory is not None:
         target = Target("cuda", int(memory * GIB), ranks)
     return _choose(with_precision(recipe, target.device), method, target)[1]
 
 
 def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> Recipe:
-    """The recipe with training.max_tokens as a number, precision decided and, for adapters,
-    training.parallel chosen, the same on all ranks.
-
-    Raises ConfigError where it is auto and not even the smallest budget fits. A number that does not fit is
-    taken as it is, with a warning.
-    """
+    """The recipe with max_tokens as a number, precision decided and, for adapters, `parallel` chosen, the
+    same on all ranks; ConfigError where not even the smallest budget fits."""
     recipe = with_precision(recipe, ranks.device.type)  # what the plan is of
     auto = recipe.training.max_tokens == "auto"
     choice, plan = _choose(recipe, method, target_here(ranks))
     budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
     if auto and budget == 0:
-        raise ConfigError(
-            f"training.max_tokens is auto, but not even 2 x data.max_length tokens fit: {plan}"
-        )
+        raise ConfigError(f"not even 2 x data.max_length tokens fit: {plan}")
     if parallel.is_main():
         log.log(logging.INFO if budget else logging.WARNING, "plan: %s", plan)
     return with_training(choice, max_tokens=budget) if auto else choice
@@ -338,11 +313,7 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
     """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
-    path, revision = recipe.model.path, recipe.model.revision
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a config from model.path {path!r}: {error}") from error
+    config = load_config(recipe.model.path, recipe.model.revision)
     weights = count_weights(meta_model(config, recipe, method))
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
     if recipe.lora and recipe.training.parallel == "auto" and is_sharded(recipe, target):

@@ -1,7 +1,7 @@
 """Methods: named objectives, each a preset of reward loss, policy loss and their weights.
 
 A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry in
-METHODS. No other code asks for a method's name. `joint_loss` adds the two losses up, per comparison.
+METHODS. No other code asks for a method's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,18 +42,13 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
     "sft": PolicyLoss(losses.sft_loss, needs_reference=False, per_token=True),
     "sft-logsigmoid": PolicyLoss(losses.sft_logsigmoid_loss, {"beta": 0.1}, needs_reference=False),
 }
-
-
 REWARD_LOSSES = ("bt", "normbt")
 """Bradley-Terry, and Bradley-Terry with each comparison weighted by NormBT's factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """L = reward_weight * L_reward + alpha * L_policy, per comparison; bounds are the recipe's.
-
-    Raises ConfigError for values that train nothing.
-    """
+    """L = reward_weight * L_reward + alpha * L_policy; raises ConfigError for values that train nothing."""
 
     name: str
     reward_weight: float = 1.0  # 0 trains the policy only; GRM's convex sum takes 1 - alpha
@@ -74,8 +69,7 @@ class Method:
             )
         if not (self.trains_reward or self.trains_policy):
             raise ConfigError(
-                f"method {self.name!r} would train nothing: method.reward_weight and method.alpha are "
-                "both 0; set one of them above 0"
+                f"method {self.name!r} would train nothing: set method.reward_weight or method.alpha"
             )
 
     @property
@@ -114,18 +108,11 @@ class Method:
         counts: Int[Tensor, " responses"],
         reference_logps: Float[Tensor, " responses"] | None = None,
     ) -> Float[Tensor, " responses"]:
-        """The policy's score of each response: what its loss compares; as DPO's without a policy loss.
-
-        Raises ConfigError where a reference is needed and missing.
-        """
-        if self.scores_against_reference and reference_logps is None:
-            raise ConfigError(
-                f"the implicit reward of method {self.name!r} compares with the reference: compute its "
-                "log-probs with the starting checkpoint"
-            )
+        """The policy's score of each response: what its loss compares; as DPO's without a policy loss."""
         # beta * (log pi - log pi_ref), arXiv 2305.18290, Eq. 5
         logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
-        if self.scores_against_reference and reference_logps is not None:
+        if self.scores_against_reference:
+            assert reference_logps is not None
             logps = logps - reference_logps
         return self.beta * (logps / counts if self.scores_per_token else logps)
 
@@ -158,10 +145,9 @@ METHODS: Mapping[str, Method] = {
 
 
 def get_method(name: str, **overrides: Any) -> Method:
-    """The preset `name` with some values replaced; an override of None keeps the preset's value.
+    """The preset `name` with the values that are not None; another policy loss brings its own beta, gamma.
 
-    Another `policy_loss` brings its own beta and gamma unless they are set too: SimPO's beta is not
-    DPO's. Raises ConfigError for an unknown name, and for an option that this method would not use.
+    Raises ConfigError for an unknown name, and for an option that this method would not use.
     """
     values = {key: value for key, value in overrides.items() if value is not None}
     names = {"name": METHODS, "policy_loss": POLICY_LOSSES, "reward_loss": REWARD_LOSSES}
@@ -184,13 +170,12 @@ def get_method(name: str, **overrides: Any) -> Method:
     for key, value in values.items():
         if key not in used and value != getattr(preset, key):
             raise ConfigError(
-                f"method.{key} is set to {value!r}, but method {name!r} does not use it (it uses "
-                f"{', '.join(sorted(used))}): remove method.{key}, or use another method"
+                f"method.{key} is set to {value!r}, but method {name!r} uses {', '.join(sorted(used))} "
+                f"alone: remove method.{key}, or use another method"
             )
     if "policy_loss" in values and "alpha" not in values and method.alpha == 0:
         raise ConfigError(
-            f"method.policy_loss is {method.policy_loss!r}, but method {name!r} has alpha 0: set "
-            "method.alpha too (the paper's is 0.2)"
+            f"method {name!r} has alpha 0: with method.policy_loss, set method.alpha too (paper: 0.2)"
         )
     return method
 
@@ -231,15 +216,13 @@ def joint_loss(
     reward = policy = None
     total: Tensor | float = 0.0
     if method.trains_reward:
-        assert rewards is not None, f"method {method.name} trains rewards, but got none"
+        assert rewards is not None
+        smoothing, centering = method.label_smoothing, method.centering
         reward = losses.reward_loss(
-            *rewards,
-            margin=margins,
-            label_smoothing=method.label_smoothing,
-            centering=method.centering,
+            *rewards, margin=margins, label_smoothing=smoothing, centering=centering
         )
         if method.reads_step:
-            assert step is not None, f"method {method.name} needs the statistics of the whole step"
+            assert step is not None
             if method.reward_loss == "normbt":
                 reward = reward * losses.distance_weights(step.distances, step.mean_distance)
             if method.sum_to_zero:
@@ -247,11 +230,11 @@ def joint_loss(
                 reward = reward + method.sum_to_zero * penalty
         total = method.reward_weight * reward
     if method.trains_policy:
-        assert logps is not None, f"method {method.name} trains the policy, but got no log-probs"
+        assert logps is not None
         loss = POLICY_LOSSES[method.policy_loss or ""]
         options = {option: getattr(method, option) for option in loss.options}
         policy = loss.function(logps, **options)
         # arXiv 2407.04185: L = L_reward + alpha * L_policy
         total = total + method.alpha * policy
-    assert isinstance(total, Tensor), "a method trains at least one of the two"
+    assert isinstance(total, Tensor)
     return JointLoss(total if weights is None else weights * total, reward, policy)

@@ -1,7 +1,6 @@
 """Several processes, one step: DDP and FSDP2 on torch's own engine, and one process as a special case.
 
-Started by torchrun, accelerate launch, Slurm or Ray Train alike: only RANK, WORLD_SIZE and LOCAL_RANK
-are read. Everything that differs between one process and many is in this file.
+Any launcher starts them: only RANK, WORLD_SIZE and LOCAL_RANK are read.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hafrm.engine.layout import Branches
 from hafrm.engine.model import HybridModel, decoder_layers
-from hafrm.engine.packing import free_memory
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.progress import OnProgress, no_progress, show_progress
-from hafrm.scoring.forward import Scores, check_finite, run_forward
+from hafrm.scoring.forward import Scores, check_finite, free_memory, run_forward
 
 Mode = Literal["auto", "ddp", "fsdp"]
 T = TypeVar("T")
@@ -47,11 +45,8 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that the launcher announced, if any.
-
-    Raises ConfigError for the second run of a process that is one of several ranks: torch cannot set up a
-    launcher's group twice.
-    """
+    """Join the process group that the launcher announced, if any; raises ConfigError for the second time,
+    because torch cannot set up a launcher's group twice."""
     global _hosts, _rank  # noqa: PLW0603 - torch keeps a process's one group globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
     # a RANK alone, left by some launcher, must not keep a single process from writing its files
@@ -61,9 +56,7 @@ def start() -> Ranks:
         # Every step has other lengths, which fragment memory. Read at the first allocation on a GPU.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if size > 1 and _has_ended:
-        raise ConfigError(
-            "several processes train one run only: launch them again for the next run"
-        )
+        raise ConfigError("several processes train one run only: launch them again for the next")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -95,10 +88,7 @@ def is_main() -> bool:
 
 
 def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Module:
-    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs.
-
-    FSDP2 shards layer by layer; the reward head is a unit of its own and stays in float32.
-    """
+    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs."""
     if num_ranks() == 1:
         return model
     if mode == "ddp" or (mode == "auto" and model.device.type == "cpu"):
@@ -109,7 +99,7 @@ def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Mo
     )
     for layer in decoder_layers(model.backbone):
         fully_shard(layer, mp_policy=policy)
-    if model.reward_head is not None:
+    if model.reward_head is not None:  # a unit of its own, which stays in float32
         fully_shard(model.reward_head)
     # By default FSDP2 leaves the root gathered after a forward, and an export would take the copies.
     fully_shard(model, mp_policy=policy, reshard_after_forward=True)
@@ -127,12 +117,10 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    if isinstance(model, FSDPModule):
-        assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def release(model: HybridModel) -> None:
-    """Free the memory of the weights, even while others refer to the model, which is empty afterwards."""
+    """Free the memory of the weights though others refer to the model, which is empty afterwards."""
     for parameter in model.parameters():
         parameter.grad = None
         if isinstance(parameter, DTensor):  # FSDP2 refers to the shards by itself
@@ -144,13 +132,11 @@ def release(model: HybridModel) -> None:
 @contextlib.contextmanager
 def synchronise(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Exchange gradients in the last micro-batch of a step only."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-        return
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    yield
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
+        yield
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -160,14 +146,6 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
-
-
-def all_finite(flags: Tensor) -> Tensor:
-    """Whether all flags hold on all ranks, so that all stop together."""
-    held = flags.all().float()
-    if num_ranks() > 1:
-        dist.all_reduce(held, dist.ReduceOp.MIN)
-    return held > 0
 
 
 def add_up(values: Tensor) -> Tensor:
@@ -205,8 +183,7 @@ def from_main(compute: Callable[[], T]) -> T:
     dist.broadcast_object_list(answer, group=_hosts)
     if isinstance(answer[0], Exception):
         raise answer[0]
-    value: T = answer[0]
-    return value
+    return cast("T", answer[0])
 
 
 def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnProgress]:
@@ -222,8 +199,8 @@ def score_on_all_ranks(
     autocast: torch.dtype | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Scores:
-    """`run_forward` with the sequences divided among the ranks: every rank calls, and gets all scores, to
-    the bit those of one process."""
+    """`run_forward` divided among the ranks: every rank calls, and gets all scores, to the bit those of one
+    process."""
     place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
     scores = run_forward(
         model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress, part=place

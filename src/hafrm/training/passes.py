@@ -1,8 +1,7 @@
 """Passes without gradients: the reference's log-probs before training, validation during it.
 
 The reference is the frozen starting checkpoint, run once and cached on disk: no second model is ever in
-memory. The cache's key is a digest of all that the numbers depend on, so nothing stale is read. Validation
-chooses the best step; full metrics with intervals are in `hafrm.evaluation`.
+memory. Validation chooses the best step; full metrics are in `hafrm.evaluation`.
 """
 
 import hashlib
@@ -23,7 +22,6 @@ from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.resumable import cache_folder
 from hafrm.scoring.forward import first_responses
-from hafrm.scoring.fused import FusedRule, fit_fused
 from hafrm.scoring.loading import model_digest
 from hafrm.statistics import with_bounds
 from hafrm.training import parallel
@@ -41,9 +39,8 @@ def reference_cache(
     autocast: torch.dtype | None,
     path: str | None,
 ) -> Path | None:
-    """The file of these log-probs, by a key over weights, token ids (hence template, lengths and data) and
-    dtype. The checkpoint `path` stands for the weights: by a digest of its files, or by its commit on the
-    hub. None where neither identifies them."""
+    """The file of these log-probs, by weights (a digest of the files at `path`, or its commit on the hub),
+    token ids (hence template, lengths and data) and dtype; None where nothing identifies the weights."""
     weights: str | None = getattr(model.backbone.config, "_commit_hash", None)
     if path is not None and Path(path).is_dir():
         weights = model_digest(path) if any(Path(path).glob("*.safetensors")) else None
@@ -68,11 +65,8 @@ def reference_logps(
     autocast: torch.dtype | None = None,
     path: str | None = None,
 ) -> References:
-    """The model's own log-probs of every response, from the cache or from one packed pass.
-
-    Every rank calls, before the model is wrapped, and computes its part. `path` is the checkpoint that the
-    model still equals; without it nothing is cached.
-    """
+    """The model's own log-probs of every response, from the cache or from one packed pass of all ranks,
+    before the model is wrapped. `path` is the checkpoint that it still equals; None: nothing is cached."""
 
     def look() -> tuple[Path | None, NDArray[np.float32] | None]:
         file = reference_cache(model, groups, autocast, path)
@@ -105,10 +99,8 @@ def references_of(  # noqa: PLR0913 - two sets, what is reached, and how the pas
     autocast: torch.dtype | None = None,
     path: str | None = None,
 ) -> tuple[References, References]:
-    """`reference_logps` of the training and the validation groups, from one pass or one file.
-
-    Of the training groups only responses of `refs`, the comparisons that the run reaches, are computed.
-    """
+    """`reference_logps` of the training and the validation groups, from one pass or one file; of the
+    training groups only for responses of `refs`, the comparisons that the run reaches."""
     used = step_groups(train, refs)
     groups = [*(group.tokens for group in used), *validation]
     log.info("reference log-probs of %d responses", sum(len(g.response_ids) for g in groups))
@@ -153,20 +145,16 @@ def score_heads(
             torch.from_numpy(scores.lengths),
             None if references is None else torch.from_numpy(references),
         ).numpy()
-        per_token = implicit
-        if not method.scores_per_token:
-            per_token = (implicit / scores.lengths).astype(np.float32)
+        lengths = 1 if method.scores_per_token else scores.lengths
+        per_token = (implicit / lengths).astype(np.float32)
     return HeadScores(scores.rewards, implicit, per_token, scores.first)
 
 
 def validate(
     groups: Sequence[TokenizedGroup], scores: HeadScores, method: Method
 ) -> dict[str, float]:
-    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with.
-
-    Ties are left out. A method that trains both heads also gets `implicit_accuracy`. Accuracies come with
-    `_low` and `_high`, a 95 % interval that counts the comparisons of one prompt as one trial.
-    """
+    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, no
+    ties; `_low` and `_high` are a 95 % interval with the comparisons of one prompt as one trial."""
     heads = {"reward": scores.rewards, "implicit": scores.implicit}
     margins = {
         name: decided_margins(groups, values, scores.first)
@@ -184,16 +172,6 @@ def validate(
         implicit_accuracy = float((margins["implicit"] > 0).mean())
         result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
     return result
-
-
-def fit_on_validation(groups: Sequence[TokenizedGroup], scores: HeadScores) -> FusedRule:
-    """The weight of the implicit reward per token beside the reward, for a model with both heads."""
-    assert scores.rewards is not None
-    assert scores.implicit_per_token is not None
-    return fit_fused(
-        decided_margins(groups, scores.rewards, scores.first),
-        decided_margins(groups, scores.implicit_per_token, scores.first),
-    )
 
 
 def decided_margins(

@@ -1,8 +1,7 @@
 """Models written from a run: at its end (`export_run`), or later or before (`hafrm export`).
 
 A directory appears under its name only when a fresh process with plain transformers has reproduced its
-golden scores; where that fails, it is kept as NAME.unverified. At a run's end the name is `model/`, so
-its presence means that the run is complete. `hafrm export` reads checkpoints and changes nothing.
+golden scores; else it is kept as NAME.unverified. So `model/` means that the run is complete.
 """
 
 import json
@@ -10,42 +9,36 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from hafrm.atomic import atomic_directory, remove_directory
 from hafrm.engine.model import HybridModel
-from hafrm.engine.packing import free_memory
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.golden import GOLDEN
 from hafrm.export.model_card import write_cards
 from hafrm.export.proof import check_golden, check_policy, prove, write_golden
-from hafrm.export.stock_export import (
-    export_adapter,
-    export_policy,
-    export_reward,
-    gather_weights,
-)
+from hafrm.export.stock_export import export_adapter, export_policy, export_reward, gather_weights
 from hafrm.preferences import Group
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
 from hafrm.run_folder import RunFolder, step_of
+from hafrm.scoring.forward import free_memory
 from hafrm.scoring.loading import DTYPES, FUSED_RULE
-from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule
+from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, fit_fused
 from hafrm.training import parallel
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.methods import Method, resolve_method
-from hafrm.training.passes import HeadScores, fit_on_validation
+from hafrm.training.passes import HeadScores, decided_margins
 from hafrm.training.setup import (
     NUM_GOLDEN,
     PreparedData,
     build_encoder,
     build_model,
     read_splits,
-    with_training,
 )
 
 log = logging.getLogger("hafrm")
@@ -63,22 +56,22 @@ def export_run(
     model: HybridModel,
     score_validation: Callable[[HybridModel], HeadScores],
 ) -> None:
-    """Write `model/reward` and `model/policy`, as far as the method trained them, and where it trained
-    both the rule of their fused score, fitted on validation.
+    """Write `model/reward` and `model/policy`, as far as the method trained them, and the rule of their
+    fused score; VerificationError where the proof fails, with the models kept.
 
     All ranks call. Their process group ends once the weights are gathered, and those that write nothing
-    return before the proof, which may take an hour. The model is empty afterwards: its memory is the
-    proof's. Raises VerificationError where the proof fails; the models are then kept.
+    return before the proof, which may take an hour. The model is empty afterwards.
     """
     dtype, rule = _export_dtype(recipe), None
     if method.trains_reward and method.trains_policy:
-        rule = fit_on_validation(data.validation, score_validation(model))
+        scores = score_validation(model)
+        heads: Any = scores.rewards, scores.implicit_per_token
+        margins = (decided_margins(data.validation, values, scores.first) for values in heads)
+        rule = fit_fused(*margins)
     weights = gather_weights(model)
     parallel.stop()
     if not parallel.is_main():
         return
-    if rule is not None:
-        log.info("fused score, fitted on validation: %s", rule)
     with atomic_directory(run.unverified_path, replace=True) as aside:
         if model.reward_head is not None:
             export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
@@ -86,6 +79,7 @@ def export_run(
             export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
             write_result(aside / "policy" / IMPLICIT_RULE, _implicit_rule(recipe, method))
         if rule is not None:
+            log.info("fused score, fitted on validation: %s", rule)
             write_result(aside / FUSED_RULE, rule)
     del weights
     parallel.release(model)
@@ -93,21 +87,17 @@ def export_run(
     def check(models: Path) -> None:
         if (models / "reward").is_dir():
             num_golden = write_golden(models / "reward", data.golden)
-            differences = check_golden(models / "reward")
-            largest = max(differences.values(), default=0.0)
-            log.info(
-                "plain transformers gives %d golden scores of the export within %.1e",
-                num_golden,
-                largest,
-            )
+            largest = max(check_golden(models / "reward").values(), default=0.0)
+            said = "plain transformers gives %d golden scores of the export within %.1e"
+            log.info(said, num_golden, largest)
         write_cards(run.path, {head: models / head for head in ("reward", "policy")})
 
     prove(
         run.unverified_path,
         run.path / "model",
         check,
-        f"the training is finished and loses nothing. Repeat the export and its proof with: hafrm train "
-        f"--resume {run.path}; or see what differs with: hafrm verify {run.unverified_path / 'reward'}",
+        f"no training is lost. Repeat the export and its proof with: hafrm train --resume {run.path}; see "
+        f"what differs with: hafrm verify {run.unverified_path / 'reward'}",
     )
 
 
@@ -125,15 +115,13 @@ class ExportOptions(NamedTuple):
 
     head: Head = "reward"
     dtype: str | None = None  # one of STORED; None: what the run computed in, as at its end
-    merge_lora: bool | None = None
-    """False: adapters beside the base; None: merged, if there are any."""
+    merge_lora: bool | None = None  # False: adapters beside the base; None: merged, if any
     checkpoint: str = "best"  # (the latest before any validation), latest or a step
 
 
 class Exported(NamedTuple):
     """What was written, and the proof of it."""
 
-    head: Head
     source: str  # the checkpoint's name
     dtype: str
     merged: bool | None  # none where the run has no adapters
@@ -142,11 +130,7 @@ class Exported(NamedTuple):
 
 
 def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
-    """Write one head of a run as a stock directory `to`, which appears once it is proved.
-
-    Raises ConfigError and CheckpointError for what this run cannot give, ModelError and NumericsError for a
-    model that must not be used, VerificationError for one that is written but not proved.
-    """
+    """Write one head of a run as a stock directory `to`, which appears once it is proved."""
     if to.exists():
         raise CheckpointError(f"{to} exists already: remove it or choose another place")
     run = RunFolder.open(folder)
@@ -159,7 +143,11 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     unverified = to.with_name(f"{to.name}.unverified")
     if unverified.exists():
         remove_directory(unverified)
-    golden = _golden_groups(recipe)
+    golden: Sequence[Group] = ()
+    try:
+        golden = read_splits(recipe)[2][:NUM_GOLDEN]
+    except DataError as error:
+        log.warning("cannot read the run's data, so fewer conversations are replayed: %s", error)
     _write_head(recipe, method, checkpoint, options, unverified, dtype)
     free_memory()  # the proof loads the model again
 
@@ -176,34 +164,28 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     num, difference = prove(unverified, to, check, "the same command repeats it and its proof")
     stored = str(dtype if merge else torch.float32).removeprefix("torch.")
     merged = None if recipe.lora is None else merge
-    return Exported(options.head, checkpoint.name, stored, merged, num, difference)
+    return Exported(checkpoint.name, stored, merged, num, difference)
 
 
 def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> None:
-    head, dtype, adapter = options.head, options.dtype, options.merge_lora is False
-    rewards, policy, name = method.trains_reward, method.trains_policy, method.name
+    policy, dtype, merge = options.head == "policy", options.dtype, options.merge_lora
+    untrained = not (method.trains_policy if policy else method.trains_reward)
+    instead = "remove --policy" if policy else "export its --policy"
     refusals = (
         (
             dtype not in (None, *STORED),
             f"--dtype must be one of {', '.join(STORED)}, got {dtype!r}",
         ),
         (
-            options.merge_lora is not None and recipe.lora is None,
-            "the run has no adapters: remove --merge-lora or --no-merge-lora",
+            merge is not None and not recipe.lora,
+            "the run has no adapters: remove --[no-]merge-lora",
         ),
+        (merge is False and policy, "only reward models become adapters: remove --no-merge-lora"),
         (
-            adapter and dtype not in (None, "float32"),
-            "adapters stay in float32: remove --dtype or --no-merge-lora",
+            merge is False and dtype not in (None, "float32"),
+            "adapters stay in float32: remove --dtype",
         ),
-        (
-            adapter and head == "policy",
-            "only reward models are written as adapters: remove --policy or --no-merge-lora",
-        ),
-        (
-            head == "reward" and not rewards,
-            f"method {name} trains no reward head; export its --policy",
-        ),
-        (head == "policy" and not policy, f"method {name} trains no policy head; remove --policy"),
+        (untrained, f"method {method.name} trains no {options.head} head; {instead}"),
     )
     for refused, message in refusals:
         if refused:
@@ -215,8 +197,7 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
     by_step = {step_of(path): path for path in run.checkpoints()}
     if not by_step:
         raise CheckpointError(
-            f"{run.path} has no complete checkpoint to export: wait for the first one (checkpoint.every "
-            "steps); a finished run has its model in model/"
+            f"{run.path} has no complete checkpoint to export yet (checkpoint.every steps)"
         )
     latest = max(by_step)
     best = int(json.loads((by_step[latest] / STATE).read_text())["best_step"])  # -1 before any
@@ -233,15 +214,6 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
     return by_step[step], step == best
 
 
-def _golden_groups(recipe: Recipe) -> Sequence[Group]:
-    """The conversations whose scores are recorded, or none where the run's data are gone."""
-    try:
-        return read_splits(recipe).validation[:NUM_GOLDEN]
-    except DataError as error:
-        log.warning("cannot read the run's data, so fewer conversations are replayed: %s", error)
-        return ()
-
-
 def _write_head(
     recipe: Recipe,
     method: Method,
@@ -250,23 +222,22 @@ def _write_head(
     to: Path,
     dtype: torch.dtype,
 ) -> None:
-    recipe = with_training(recipe, compile=False)
     encoder = build_encoder(recipe)
     model = build_model(recipe, method, encoder, torch.device("cpu"))
     load_weights(checkpoint, model)
     if options.head == "policy":
         export_policy(gather_weights(model), encoder, to, dtype=dtype)
         write_result(to / IMPLICIT_RULE, _implicit_rule(recipe, method))
-    elif options.merge_lora is False:
+        return
+    if options.merge_lora is False:
         export_adapter(model, encoder, to, recipe.model.path, recipe.model.revision)
-        export_reward(gather_weights(model), encoder, to / MERGED, dtype=torch.float32)
-    else:
-        export_reward(gather_weights(model), encoder, to, dtype=dtype)
+        to, dtype = to / MERGED, torch.float32
+    export_reward(gather_weights(model), encoder, to, dtype=dtype)
 
 
 def _check_reward(directory: Path, complete: Path, golden: Sequence[Group]) -> tuple[int, float]:
-    """Record the golden scores of the complete model and replay them with the directory that is exported,
-    which may be an adapter; returns their number and the largest difference."""
+    """The number of golden scores of the complete model, and the largest difference in the directory, which
+    may be an adapter."""
     num_golden = write_golden(complete, golden)
     checklist = verify_directory(complete, run_model=False)
     if not checklist.ok:

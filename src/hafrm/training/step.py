@@ -1,12 +1,13 @@
 """One optimiser step, exactly: sums over micro-batches, divided by the step's global count.
 
-Neither packing nor the number of ranks changes the gradient, because every comparison's loss enters as
-loss / (comparisons of the step over all ranks). A non-finite loss or gradient never reaches the weights.
-Nothing here logs, schedules, reads data, or waits for the device. Start at `take_step`.
+Neither packing nor the number of ranks changes the gradient, and a non-finite loss or gradient never
+reaches the weights. Nothing here logs, reads data, or waits for the device. Start at `take_step`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,20 +33,19 @@ MEASURES = (
     "implicit_margin",
 )
 """What a step sums over its comparisons, in this order; NaN where a head is absent."""
-DECAY = 0.9
-"""Fraction of NormBT's running mean distance that a step keeps (arXiv 2512.06343's beta)."""
+DECAY = (
+    0.9  # fraction of NormBT's running mean distance that a step keeps (arXiv 2512.06343's beta)
+)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Device tensors: no value is copied to the host before someone reads it."""
 
-    sums: Float[Tensor, " measures"]
-    """MEASURES summed over this rank's comparisons; divide by the global count."""
+    sums: Float[Tensor, " measures"]  # over this rank's comparisons; divide by the global count
     grad_norm: Float[Tensor, ""]  # 2-norm of the whole gradient before clipping
     num_tokens: int  # packed tokens that this rank ran
-    distance: Float[Tensor, ""] | None = None
-    """NormBT's running mean distance, which the next step reads."""
+    distance: Float[Tensor, ""] | None = None  # NormBT's running mean, which the next step reads
 
 
 def take_step(  # noqa: PLR0913
@@ -56,15 +56,12 @@ def take_step(  # noqa: PLR0913
     *,
     num_comparisons: int,
     max_grad_norm: float,
+    nonfinite: "NonFiniteCheck",
     autocast: torch.dtype | None = None,
-    nonfinite: "NonFiniteCheck | None" = None,
     distance: Float[Tensor, ""] | None = None,
 ) -> StepResult:
-    """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks.
-
-    A loss or gradient that is not finite updates nothing. DivergedError is raised here without
-    `nonfinite` and on a CPU, otherwise by the next `nonfinite.check()`. `distance` is the last step's.
-    """
+    """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks, `distance` is the
+    last step's. What is not finite updates nothing, and the next `nonfinite.check()` raises."""
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES), device=device)
     finite: list[Tensor] = []
@@ -87,10 +84,7 @@ def take_step(  # noqa: PLR0913
         finite.append(torch.isfinite(loss.total.detach()).all())
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = parallel.clip(parameters, max_grad_norm)
-    check = nonfinite or NonFiniteCheck(device)
-    check.protect(optimizer, batches, torch.stack([*finite, torch.isfinite(grad_norm)]))
-    if nonfinite is None:
-        check.check()
+    nonfinite.protect(optimizer, batches, torch.stack([*finite, torch.isfinite(grad_norm)]))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_tokens = sum(batch.layout.num_tokens for batch in batches)
@@ -101,23 +95,19 @@ def losses_of(
     outputs: Outputs, batch: MicroBatch, method: Method, step: StepStatistics | None = None
 ) -> JointLoss:
     """The method's losses for every comparison; `step` is for a method that reads the whole step."""
-    chosen, rejected, reference = batch.chosen, batch.rejected, batch.reference_logps
-    rewards = logps = None
+
+    def both(values: Tensor | None) -> Any:
+        """Of the chosen and of the rejected responses."""
+        return (None, None) if values is None else (values[batch.chosen], values[batch.rejected])
+
+    logps = rewards = None
     if outputs.rewards is not None:
-        rewards = outputs.rewards[chosen], outputs.rewards[rejected]
+        rewards = both(outputs.rewards)
     if outputs.logps is not None:
-        logps = PolicyLogps(
-            chosen_logps=outputs.logps[chosen],
-            rejected_logps=outputs.logps[rejected],
-            reference_chosen_logps=None if reference is None else reference[chosen],
-            reference_rejected_logps=None if reference is None else reference[rejected],
-            chosen_counts=outputs.lengths[chosen],
-            rejected_counts=outputs.lengths[rejected],
-        )
-    margins, weights = batch.margins, batch.weights
-    return joint_loss(
-        method, rewards=rewards, logps=logps, margins=margins, weights=weights, step=step
-    )
+        sides = (outputs.logps, outputs.lengths, batch.reference_logps)
+        logps = PolicyLogps(*(side for values in sides for side in both(values)))
+    of_batch = {"margins": batch.margins, "weights": batch.weights}
+    return joint_loss(method, rewards=rewards, logps=logps, step=step, **of_batch)
 
 
 @torch.no_grad()
@@ -143,11 +133,10 @@ def measure(
 
 
 class StepMeans:
-    """Means over a whole step that `normbt` and `sum_to_zero` read; for other methods it does nothing.
+    """Means over all micro-batches and ranks that `normbt` and `sum_to_zero` read; else it does nothing.
 
-    They are sums over all micro-batches and ranks, so packing cannot change a gradient. NormBT's scale
-    comes from the steps before. BSR's mean reward, and the scale of the first step, must be there before
-    the first backward: a step of several micro-batches runs forward once more, without gradients.
+    NormBT's scale comes from the steps before. BSR's mean reward, and the scale of the first step, must be
+    there before the first backward: a step of several micro-batches runs forward once more.
     """
 
     def __init__(
@@ -163,7 +152,7 @@ class StepMeans:
         batches: Sequence[MicroBatch],
         device: torch.device,
     ) -> None:
-        """Run the step once without gradients, where its first loss needs the means of all of it."""
+        """Run the step without gradients, where its first loss needs the means of all of it."""
         unknown = self._method.sum_to_zero > 0 or self._distance is None
         alone = len(batches) == 1 and parallel.num_ranks() == 1
         if not self._method.reads_step or not unknown or alone:
@@ -180,14 +169,11 @@ class StepMeans:
         sums = self._sums(outputs, batch)
         self._total = sums if self._total is None else self._total + sums
         means = sums / self._num_comparisons if self._ahead is None else self._ahead
-        reward, distance = means.unbind()
-        if self._distance is not None:
-            distance = self._distance
-        distances = _distances(outputs, batch)
-        return StepStatistics(distances, distance, reward, self._num_comparisons)
+        reward, first = means.unbind()
+        distance = first if self._distance is None else self._distance
+        return StepStatistics(_distances(outputs, batch), distance, reward, self._num_comparisons)
 
     def next_distance(self) -> Float[Tensor, ""] | None:
-        """The running mean distance for the next step, once all micro-batches have run."""
         if self._total is None:
             return None
         mean = (parallel.add_up(self._total) / self._num_comparisons)[1]
@@ -213,8 +199,8 @@ def _distances(outputs: Outputs, batch: MicroBatch) -> Float[Tensor, " compariso
 class NonFiniteCheck:
     """Keeps non-finite losses and gradients away from the weights, without waiting for the device.
 
-    A flag on the device stays up from the first step that is not finite on any rank. AdamW reads it and
-    leaves weights and moments as they are, so the host may look once per logging interval.
+    A flag on the device stays up from the first broken step of any rank on. AdamW reads it and leaves
+    weights and moments as they are, so the host may look once per logging interval.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -227,10 +213,10 @@ class NonFiniteCheck:
         batches: Sequence[MicroBatch],
         finite: Bool[Tensor, " flags"],
     ) -> None:
-        """Let `optimizer` update only if all steps so far were finite on all ranks; `finite` holds a flag
-        for the losses of each micro-batch and, last, one for the gradient."""
-        good = parallel.all_finite(finite)
-        self._broken = torch.maximum(self._broken, (~good).to(self._broken.dtype))
+        """Let `optimizer` update only if all steps so far were finite on all ranks; `finite` has a flag for
+        the losses of each micro-batch and, last, one for the gradient."""
+        broken = parallel.add_up((~finite.all()).float())  # over ranks, so that all stop together
+        self._broken = torch.maximum(self._broken, broken.clamp(max=1.0))
         self._unchecked.append(([batch.ids for batch in batches], finite, self._broken))
         flag, parameter = self._broken, optimizer.param_groups[0]["params"][0]
         if isinstance(parameter, DTensor):  # sharded ones accept no plain tensor beside them
@@ -253,10 +239,9 @@ class NonFiniteCheck:
         ids, finite, _ = next(step for step in unchecked if bool(step[2]))
         broken = [b for b, good in zip(ids, finite.tolist(), strict=False) if not good]
         names = sorted({name for batch in broken or ids for name in batch})
-        more = f" and {len(names) - 16} more" if len(names) > 16 else ""
         raise DivergedError(
             f"the {'loss' if broken else 'gradient'} of this step is not finite; stopped before the "
-            f"update. Groups in it: {', '.join(names[:16])}{more}. Look at them, lower "
+            f"update. Look at its {len(names)} groups ({', '.join(names[:16])}), lower "
             "training.learning_rate, or set training.precision: fp32"
         )
 
@@ -275,8 +260,14 @@ def build_optimizer(
     )
 
 
-def drop_incomplete_state(optimizer: torch.optim.Optimizer) -> None:
-    """Forget state that AdamW ran out of memory creating: it would take the rest as created."""
-    for parameter, state in list(optimizer.state.items()):
-        if "exp_avg_sq" not in state:
-            del optimizer.state[parameter]
+def learning_rate(training: Any, step: int, num_steps: int) -> float:
+    """The rate of update `step` (from 0) by a recipe's section `training`: linear warm-up from above 0 to
+    the peak, then the schedule, whose last update is one step short of 0."""
+    peak: float = training.learning_rate
+    warmup: int = round(training.warmup_fraction * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    factor: float = {"cosine": cosine, "linear": 1.0 - progress, "constant": 1.0}[training.schedule]
+    return peak * factor

@@ -1,13 +1,14 @@
 """Which comparisons make up a step, and how they are packed: index arithmetic, no model.
 
-The order of comparisons is a pure function of (seed, epoch). A step is a window of exactly `batch_size`
-comparisons of that endless order, so a resumed run needs only the step's number, and packing cannot
-change what is learnt. Comparisons of one prompt stay together in runs that have few distinct responses,
-because a step lays out each of those once.
+The order is a pure function of (seed, epoch), and a step a window of exactly `batch_size` comparisons of
+it: a resumed run needs only the step's number, and packing cannot change what is learnt.
 """
 
 import functools
+import heapq
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hafrm.engine.layout import Layout, lay_out
-from hafrm.engine.packing import plan_micro_batches
-from hafrm.errors import DataError
 from hafrm.preferences import TokenizedGroup
+from hafrm.training.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,11 @@ class MicroBatch:
     ids: tuple[str, ...]  # the group of every comparison, for messages
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on `device`; asynchronous when it is pinned."""
         if device.type == "cpu":
             return self
         return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """The same micro-batch with every tensor as `move` returns it."""
         moved: dict[str, Any] = {k: move(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, layout=self.layout.moved(move), **moved)
 
@@ -55,21 +53,19 @@ class ComparisonRef(NamedTuple):
 
 
 class ComparisonOrder:
-    """The endless, seeded order in which comparisons are trained on; ties are left out."""
+    """The endless, seeded order in which comparisons are trained on; ties are left out.
+
+    Comparisons of one prompt stay together in runs that have few distinct responses, because a step lays
+    out each of those once.
+    """
 
     def __init__(self, groups: Sequence[TokenizedGroup], *, per_prompt: int, seed: int) -> None:
-        """Raises DataError when there is nothing to train on."""
         self._trainable = [
             [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
             for group in groups
         ]
         self._groups, self._per_prompt, self._seed = groups, per_prompt, seed
         self.num_comparisons = sum(map(len, self._trainable))
-        if self.num_comparisons == 0:
-            raise DataError(
-                f"there is no comparison to train on: {len(groups)} groups hold only ties or single "
-                "responses"
-            )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
     def epoch(self, number: int) -> list[ComparisonRef]:
@@ -84,11 +80,8 @@ class ComparisonOrder:
         return [ref for run in rng.permutation(len(runs)) for ref in runs[run]]
 
     def _tiled(self, group: int, comparisons: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """A prompt's comparisons in random order, but neighbours share responses.
-
-        Responses get random ranks, and the table of comparisons is read tile by tile, s x s ranks each
-        with s^2 = per_prompt: up to s^2 comparisons then have 2 s responses, not 2 s^2.
-        """
+        """A prompt's comparisons in random order, but neighbours share responses: the table of randomly
+        ranked responses is read in tiles of s x s, s^2 = per_prompt, with 2 s responses, not 2 s^2."""
         shuffled = [int(c) for c in rng.permutation(comparisons)]
         if len(shuffled) <= 1:
             return shuffled
@@ -146,6 +139,34 @@ def plan_step(
     return [[[used[i] for i in batch] or [filler] for batch in rank] for rank in plan]
 
 
+def plan_micro_batches(
+    sizes: Sequence[int], budget: int, num_ranks: int = 1
+) -> list[list[list[int]]]:
+    """`plan[rank][micro_batch]` -> indices: on every rank as few micro-batches, some of them empty, as an
+    even spread under `budget` (or under the largest single item) needs."""
+    limit = max([budget, *sizes])
+    rounds = max(1, -(-sum(sizes) // (limit * num_ranks)))
+    while True:
+        bins = spread(sizes, rounds * num_ranks)
+        if max(sum(sizes[i] for i in b) for b in bins) <= limit:
+            break
+        rounds += 1
+    bins.sort(key=lambda b: -sum(sizes[i] for i in b))
+    # Neighbours in load run side by side, so that no rank waits long for another.
+    return [[bins[r * num_ranks + rank] for r in range(rounds)] for rank in range(num_ranks)]
+
+
+def spread(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Exactly `num_bins` bins, some empty for want of items: each item, largest first, in the lightest."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    lightest = [(0, b) for b in range(num_bins)]
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, b = heapq.heappop(lightest)
+        bins[b].append(item)
+        heapq.heappush(lightest, (load + sizes[item], b))
+    return bins
+
+
 def step_groups(groups: Sequence[TokenizedGroup], refs: Sequence[ComparisonRef]) -> list[StepGroup]:
     """The referenced comparisons by group, each group cut to the responses that they compare."""
     by_group: dict[int, list[int]] = {}
@@ -196,3 +217,40 @@ def build_micro_batch(
         reference_logps=torch.from_numpy(np.concatenate(reference)) if reference else None,
         ids=tuple(ids),
     )
+
+
+class Prefetch(AbstractContextManager["Prefetch"]):
+    """This rank's micro-batches, built one step ahead in a thread; use as a context manager."""
+
+    def __init__(
+        self,
+        groups: Sequence[TokenizedGroup],
+        order: ComparisonOrder,
+        references: References | None,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        ranks: Ranks,
+    ) -> None:
+        self._groups, self._order, self._references = groups, order, references
+        self._batch_size, self._max_tokens, self._ranks = batch_size, max_tokens, ranks
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hafrm-prefetch")
+        self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of `step`; a thread starts to build those of the next one."""
+        ready = self._ahead is not None and self._ahead[0] == step
+        batches = self._ahead[1].result() if self._ahead and ready else self._build(step)
+        self._ahead = (step + 1, self._worker.submit(self._build, step + 1))
+        return batches
+
+    def _build(self, step: int) -> list[MicroBatch]:
+        refs = self._order.window(step * self._batch_size, self._batch_size)
+        plan = plan_step(self._groups, refs, self._max_tokens, self._ranks.size)
+        batches = [build_micro_batch(groups, self._references) for groups in plan[self._ranks.rank]]
+        if self._ranks.device.type == "cpu":
+            return batches
+        return [batch.moved(Tensor.pin_memory) for batch in batches]
