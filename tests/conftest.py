@@ -1,6 +1,7 @@
 """For all tests: one thread (the models are tiny, two test processes share two cores), no hub, no
 progress bars, and a reference cache of their own. Tests marked `cuda` are skipped without a GPU."""
 
+import gc
 import os
 
 import pytest
@@ -48,3 +49,9 @@ def exported(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAFRM_CACHE", str(tmp_path_factory.getbasetemp() / "hafrm-cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _spare_the_garbage_collector() -> None:
+    """What is imported stays: `gc.collect`, by which hafrm frees memory, need not look at it each time."""
+    gc.freeze()
