@@ -80,6 +80,14 @@ def test_what_named_sets_leave_out_is_recorded(tmp_path):
     assert prepare_data(recipe).counts["left_out"] == {"tie": 3}
 
 
+def test_data_of_nothing_but_ties_are_refused(tmp_path, two_files):
+    lines = Path(two_files[0]).read_text().splitlines()
+    rows = [json.loads(line) | {"tie": True} for line in lines]
+    Path(two_files[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="no comparison that is not a tie"):
+        prepare_data(tiny_recipe(tmp_path, data={"train": two_files[0]}))
+
+
 @pytest.mark.parametrize("values", [[1.0], [1.0, -1.0], "uniform", [1, 2, 3]])
 def test_wrong_weights_are_refused(tmp_path, two_files, values):
     with pytest.raises(ConfigError, match=r"data\.weights"):
