@@ -184,6 +184,8 @@ class TrainingSection(Section):
     """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights, frozen in bf16 (paper: in fp16)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each layer with torch.compile: a minute at the start, then faster steps."""
     max_tokens: PositiveInt | Literal["auto"] = 8192
     """Token budget of a micro-batch; auto: what fits in memory. Never changes the gradient."""
     comparisons_per_prompt: int = Field(default=4, ge=1)

@@ -30,7 +30,6 @@ REMOVED = {
     "evaluation.judge": "renamed to evaluation.reward_model",
     "data.too_long=drop": "removed from RLHF recipes: longer prompts are always left out and counted",
     "data.too_long=refuse": "removed: longer prompts are always left out and counted",
-    "training.compile": "removed; delete the line (steps were no more than 4 % faster)",
     "reward.models": "renamed to reward.model, which is one reward model",
     "reward.rule": "removed; reward.model is one reward model",
     "reward.kinds": "removed; reward.model takes run/model/policy for the implicit reward",

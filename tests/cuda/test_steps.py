@@ -1,6 +1,9 @@
 """Single steps on a GPU: what only saves memory or time there changes no gradient, and nothing waits."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,3 +202,21 @@ def test_a_checkpoint_after_an_evaluation_under_fsdp_holds_all_weights_and_momen
     assert moments.keys() >= {
         f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [("llama", "checkpointed"), ("mistral", "kept")]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_layers_equal_plain_ones(family, checkpointing, precision, device):
+    """In a process without the shape checks, which dynamo cannot trace."""
+    worker = Path(__file__).with_name("compile_on_device.py")
+    path = os.pathsep.join([str(worker.parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(worker), device.type, family, precision, checkpointing],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hafrm.engine.adjustments import narrow_layer
+from hafrm.engine.adjustments import narrow_layer, widen_layer
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, decoder_layers, new_reward_head
 from hafrm.scoring.forward import run_forward
@@ -31,19 +31,12 @@ def rewards_and_gradients(model: HybridModel) -> tuple[Tensor, dict[str, Tensor]
     return rewards.detach(), grads
 
 
-def widen(model: HybridModel) -> None:
-    """Let the last layer run all tokens."""
-    for module in decoder_layers(model.backbone)[-1].modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reward_model_that_runs_last_tokens_only_equals_a_whole_run(family):
     """Rewards to 1e-5; gradients to 1e-5 of the largest entry: sums over fewer zeros, reassociated."""
     model = reward_model(family)
     found, grads = rewards_and_gradients(model)
-    widen(model)
+    widen_layer(decoder_layers(model.backbone)[-1])
     whole, whole_grads = rewards_and_gradients(model)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
     assert grads.keys() == whole_grads.keys()
@@ -94,8 +87,9 @@ def test_a_copied_model_narrows_its_own_layer_and_threads_their_own_rows():
         copied = copy.deepcopy(model)
         found = run_forward(copied, groups, max_tokens=30, threads=3).rewards
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
-    widen(copied)
-    assert not decoder_layers(copied.backbone)[-1].mlp._forward_hooks
+    last = decoder_layers(copied.backbone)[-1]
+    widen_layer(last)
+    assert not last.mlp._forward_hooks
     assert decoder_layers(model.backbone)[-1].mlp._forward_hooks
 
 

@@ -4,6 +4,7 @@ The last layer runs only the tokens that a head reads: response tokens and the l
 without log-probs, the last of each response). Of all others it makes keys and values alone.
 """
 
+import functools
 import threading
 from typing import Any
 
@@ -39,21 +40,44 @@ def fuse_gelu(module: nn.Module) -> None:
                 setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
+def checkpoint_around_compiled(layer: nn.Module) -> None:
+    """Keep a layer's checkpoint, if it has one, outside of its compiled graphs."""
+    checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+    if checkpoint is None:
+        return
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+    # inside, it would not survive the graph's break around attention, and nothing would be compiled
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(forward: functools.partial[Any], *inputs: Any) -> Any:
+        again = functools.partial(compiled(forward.func), *forward.args, **forward.keywords)
+        return checkpoint(again, *inputs)
+
+    layer._gradient_checkpointing_func = run
+
+
 def narrow_layer(layer: nn.Module) -> list[str]:
     """Let a model's last layer run only the indices passed as READ_INDICES, if any; names of what is
     narrowed: nothing in a layer of another build."""
-    if not hasattr(layer, "_hafrm_narrowed"):
+    if not hasattr(layer, "_hafrm_hooks"):
         modules = dict(layer.named_modules())
         # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
         starts = [modules[name] for name in _ATTENTION if name in modules]
         names = [n for n in _TOKENWISE if starts and _is_tokenwise(modules.get(n))]
-        for module in starts:
-            module.register_forward_pre_hook(_note, with_kwargs=True)
+        handles = [m.register_forward_pre_hook(_note, with_kwargs=True) for m in starts]
         for name in names:
-            modules[name].register_forward_pre_hook(_take)
-            modules[name].register_forward_hook(_put_back)
-        layer._hafrm_narrowed = names  # type: ignore[assignment]
-    return list(layer._hafrm_narrowed)  # type: ignore[arg-type]
+            handles.append(modules[name].register_forward_pre_hook(_take))
+            handles.append(modules[name].register_forward_hook(_put_back))
+        layer._hafrm_hooks = names, handles  # type: ignore[assignment]
+    return list(layer._hafrm_hooks[0])  # type: ignore[index]
+
+
+def widen_layer(layer: nn.Module) -> None:
+    """Take the hooks of `narrow_layer` away again."""
+    if hasattr(layer, "_hafrm_hooks"):
+        for handle in layer._hafrm_hooks[1]:  # type: ignore[index]
+            handle.remove()
+        del layer._hafrm_hooks
 
 
 def _is_tokenwise(module: nn.Module | None) -> bool:

@@ -76,6 +76,8 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 
+# A compiled layer breaks its graph here; else it would be compiled again for each sequence's lengths.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
     if not query.is_cuda:
         return attend_by_segment(query, key, value, layout, rule)

@@ -14,7 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hafrm.engine.adjustments import READ_INDICES, fuse_gelu, narrow_layer, switch_off_dropout
+from hafrm.engine.adjustments import (
+    READ_INDICES,
+    checkpoint_around_compiled,
+    fuse_gelu,
+    narrow_layer,
+    switch_off_dropout,
+    widen_layer,
+)
 from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
@@ -95,6 +102,14 @@ class HybridModel(nn.Module):
         (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False, **options})
         self.backbone.train()
         self.checkpointing = True
+
+    def compile_layers(self) -> None:
+        """Compile every decoder layer once for all packed lengths, which are symbolic."""
+        layers = decoder_layers(self.backbone)
+        widen_layer(layers[-1])  # a graph has no room for hooks that depend on the sequence
+        for layer in layers:
+            checkpoint_around_compiled(layer)
+            layer.compile(dynamic=True)
 
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""

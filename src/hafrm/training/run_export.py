@@ -39,6 +39,7 @@ from hafrm.training.setup import (
     build_encoder,
     build_model,
     read_splits,
+    with_training,
 )
 
 log = logging.getLogger("hafrm")
@@ -222,6 +223,7 @@ def _write_head(
     to: Path,
     dtype: torch.dtype,
 ) -> None:
+    recipe = with_training(recipe, compile=False)
     encoder = build_encoder(recipe)
     model = build_model(recipe, method, encoder, torch.device("cpu"))
     load_weights(checkpoint, model)

@@ -176,7 +176,10 @@ def build_model(
     """The backbone with the heads that the method trains, and LoRA where the recipe asks for it."""
     backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe), device))
     _check_fits(backbone, encoder, recipe)
-    return assemble(backbone, policy_head, recipe, method).to(device)
+    model = assemble(backbone, policy_head, recipe, method)
+    if recipe.training.compile:
+        model.compile_layers()
+    return model.to(device)
 
 
 def starting_dtype(recipe: Recipe) -> torch.dtype:
@@ -190,7 +193,7 @@ def load_base(model: ModelSection, dtype: torch.dtype, device: torch.device) -> 
     options = {
         "revision": model.revision,
         "use_safetensors": None,
-    }  # a pickle where there is no other
+    }  # a pickle where it has no other
     causal: PreTrainedModel = load_whole(AutoModelForCausalLM, model.path, dtype, device, **options)
     return causal
 
@@ -268,6 +271,6 @@ def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> 
         )
     if len(encoder.tokenizer) > config.vocab_size:
         raise ModelError(
-            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {config.vocab_size}: use that "
-            "that the model came with"
+            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {config.vocab_size}: use "
+            "the one that the model came with"
         )
