@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hafrm.engine.packing import free_memory
-from hafrm.export.proof import check_golden
+from hafrm.export.stock_export import check_golden
 from hafrm.recipe_file import dump_recipe, load_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.reward_model import RewardModel

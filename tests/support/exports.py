@@ -8,8 +8,12 @@ import transformers
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
-from hafrm.export.proof import write_golden
-from hafrm.export.stock_export import export_policy, export_reward, gather_weights
+from hafrm.export.stock_export import (
+    export_policy,
+    export_reward,
+    gather_weights,
+    write_golden,
+)
 from hafrm.preferences import Group, Message
 from support.chat_tokenizers import CHATML, chat_tokenizer
 from support.models import FAMILIES
