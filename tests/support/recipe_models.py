@@ -9,7 +9,7 @@ from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.training.methods import get_method
 from hafrm.training.setup import assemble, meta_model
-from support.models import FAMILIES, tiny_causal_lm
+from support.models import FAMILIES, GROUPED, tiny_causal_lm
 
 
 def config_of(family: str) -> transformers.PretrainedConfig:
@@ -39,13 +39,4 @@ def meta_of(family: str, recipe: Recipe, method: str = "haf") -> HybridModel:
 
 def tiny_mixtral_config() -> transformers.PretrainedConfig:
     """Two layers of 8 experts, of which a token is sent to 2."""
-    return transformers.MixtralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-    )
+    return transformers.MixtralConfig(**GROUPED, num_local_experts=8, num_experts_per_tok=2)
