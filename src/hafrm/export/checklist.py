@@ -150,15 +150,15 @@ def _stock_code(plain: PlainModel) -> Finding:
     names = ("config.json", "tokenizer_config.json")
     code = [f"auto_map in {name}" for name in names if plain.read_json(name).get("auto_map")]
     code += sorted(file.name for file in plain.path.rglob("*.py"))
-    return (not code, ", ".join(code) or "no auto_map and no Python files")
+    return not code, ", ".join(code) or "no auto_map and no Python files"
 
 
 def _safetensors_only(plain: PlainModel) -> Finding:
     # a pickle runs code when it is loaded
     pickles = sorted(f.name for f in plain.path.rglob("*") if f.suffix in _PICKLES)
     if pickles:
-        return (False, f"pickles: {', '.join(pickles)}")
-    return (bool(plain.weights), f"{len(plain.weights)} tensors in safetensors")
+        return False, f"pickles: {', '.join(pickles)}"
+    return bool(plain.weights), f"{len(plain.weights)} tensors in safetensors"
 
 
 def _head_without_bias(plain: PlainModel) -> Finding:
@@ -166,7 +166,7 @@ def _head_without_bias(plain: PlainModel) -> Finding:
     others = sorted(name for name in plain.weights if name.startswith(_OTHER_HEADS))
     shape, width = plain.weights.get("score.weight", ()), plain.text_config.get("hidden_size")
     right = len(shape) == 2 and shape[0] == 1 and width in (None, shape[1])
-    return (right and not others, f"score.weight {list(shape)}, other heads {others}")
+    return right and not others, f"score.weight {list(shape)}, other heads {others}"
 
 
 def _rotary_settings(plain: PlainModel) -> Finding:
@@ -176,8 +176,8 @@ def _rotary_settings(plain: PlainModel) -> Finding:
             # 10,000 is what version 4 takes where nothing is said, for most classes
             theirs = config.get(key, 10000.0 if key == "rope_theta" else None)
             if theirs != value:
-                return (False, f"{key} is {value}, but {theirs} for transformers 4")
-    return (True, "transformers 4 and 5 rotate alike")
+                return False, f"{key} is {value}, but {theirs} for transformers 4"
+    return True, "transformers 4 and 5 rotate alike"
 
 
 def _no_fresh_weights(plain: PlainModel) -> Finding:
@@ -185,23 +185,23 @@ def _no_fresh_weights(plain: PlainModel) -> Finding:
     model, info = plain.loaded
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
     observed = f"freshly initialised: {', '.join(missing[:4])}"
-    return (not missing, observed if missing else f"{type(model).__name__}, complete")
+    return not missing, observed if missing else f"{type(model).__name__}, complete"
 
 
 def _nothing_left_over(plain: PlainModel) -> Finding:
     # vLLM refuses a file with an LM head (vllm#21176)
     surplus = sorted(plain.loaded[1]["unexpected_keys"])
-    return (not surplus, f"surplus: {', '.join(surplus[:4]) or 'none'}")
+    return not surplus, f"surplus: {', '.join(surplus[:4]) or 'none'}"
 
 
 def _chat_template(plain: PlainModel) -> Finding:
     if not plain.tokenizer.chat_template:
-        return (False, "the tokenizer has no chat template")
+        return False, "the tokenizer has no chat template"
     turns = [(turn["content"], plain.render(probe)) for probe in PROBES for turn in probe]
     lost = [content for content, text in turns if content.strip() not in text]
     if lost:
-        return (False, f"the template leaves out {lost[0][:40]!r}")
-    return (True, f"{type(plain.tokenizer).__name__}, renders {len(PROBES)} conversations")
+        return False, f"the template leaves out {lost[0][:40]!r}"
+    return True, f"{type(plain.tokenizer).__name__}, renders {len(PROBES)} conversations"
 
 
 def _no_date(plain: PlainModel) -> Finding:
@@ -209,7 +209,7 @@ def _no_date(plain: PlainModel) -> Finding:
     # The macro hides the clock that transformers offers. 1 and 31 differ as text and as numbers.
     clock = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"
     first, second = (plain.render(PROBES[0], clock.format(d) + template) for d in (1, 31))
-    return (first == second, "the same" if first == second else "the template writes a date")
+    return first == second, "the same" if first == second else "the template writes a date"
 
 
 def _pad_is_not_eos(plain: PlainModel) -> Finding:
@@ -220,12 +220,12 @@ def _pad_is_not_eos(plain: PlainModel) -> Finding:
         pad = plain.config.get("pad_token_id")
     ends = plain.ends
     right = pad is not None and pad == theirs and pad not in ends
-    return (right, f"pad {pad} in the config, {theirs} in the tokenizer; EOS {sorted(ends)}")
+    return right, f"pad {pad} in the config, {theirs} in the tokenizer; EOS {sorted(ends)}"
 
 
 def _ids_have_embeddings(plain: PlainModel) -> Finding:
     tokens, size = len(plain.tokenizer), plain.text_config.get("vocab_size")
-    return (size is not None and tokens <= size, f"{tokens} tokens, {size} embeddings")
+    return size is not None and tokens <= size, f"{tokens} tokens, {size} embeddings"
 
 
 def _bos_once(plain: PlainModel) -> Finding:
@@ -234,8 +234,8 @@ def _bos_once(plain: PlainModel) -> Finding:
         added, bare = (plain.ids(text, add_special_tokens=special) for special in (True, False))
         if added != bare:
             observed = f"the tokenizer adds ids: {added[:2]}... {added[-2:]}"
-            return (False, f"{observed}; BOS is {plain.tokenizer.bos_token_id}")
-    return (True, "no id is added to a rendered text")
+            return False, f"{observed}; BOS is {plain.tokenizer.bos_token_id}"
+    return True, "no id is added to a rendered text"
 
 
 def _ends_in_eos(plain: PlainModel) -> Finding:
@@ -245,22 +245,22 @@ def _ends_in_eos(plain: PlainModel) -> Finding:
         last = plain.ids(text)[-1]
         if last not in plain.ends or (trained and last not in trained):
             observed = f"it ends in {text[-24:]!r}, id {last}; EOS {sorted(plain.ends)}"
-            return (False, f"{observed}; training read at {sorted(trained)}")
-    return (True, f"it ends in {plain.tokenizer.convert_ids_to_tokens(last)!r}")
+            return False, f"{observed}; training read at {sorted(trained)}"
+    return True, f"it ends in {plain.tokenizer.convert_ids_to_tokens(last)!r}"
 
 
 def _inputs_fit(plain: PlainModel) -> Finding:
     # decoders refuse token_type_ids
     taken = set(inspect.signature(type(plain.loaded[0]).forward).parameters)
     refused = set(plain.tokenizer("a")) - taken
-    return (not refused, f"the model refuses {', '.join(sorted(refused)) or 'no input'}")
+    return not refused, f"the model refuses {', '.join(sorted(refused)) or 'no input'}"
 
 
 def _finite_scores(plain: PlainModel) -> Finding:
     # float16, which reward-bench runs, overflows where float32 did not
     low, high = float(plain.alone.min()), float(plain.alone.max())
     is_finite = bool(torch.isfinite(plain.alone).all())
-    return (is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}")
+    return is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}"
 
 
 def _last_token(plain: PlainModel) -> Finding:
@@ -277,7 +277,7 @@ def _left_is_right_padding(plain: PlainModel) -> Finding:
     shift = largest_difference(bare, right)
     if holds and not shift <= plain.tolerance:
         observed += f"; left padding without position_ids is off by {shift:.2g}: pad right"
-    return (holds, observed)
+    return holds, observed
 
 
 def _batch_1_is_batch_n(plain: PlainModel) -> Finding:
@@ -287,17 +287,17 @@ def _batch_1_is_batch_n(plain: PlainModel) -> Finding:
 
 def _golden_scores(plain: PlainModel) -> Finding:
     if not plain.golden:
-        return (None, "the directory has no golden_scores.jsonl, and none was given")
+        return None, "the directory has no golden_scores.jsonl, and none was given"
     replay = plain.replay()
     if replay.faults:
-        return (False, replay.faults[0])
+        return False, replay.faults[0]
     holds, observed = _within(plain, replay.differences["alone"])
-    return (holds, f"{len(plain.golden)} replayed, {observed}")
+    return holds, f"{len(plain.golden)} replayed, {observed}"
 
 
 def _within(plain: PlainModel, difference: float) -> Finding:
     observed = f"largest difference {difference:.2g} (tolerated {plain.tolerance:g})"
-    return (difference <= plain.tolerance, observed)  # False for NaN
+    return difference <= plain.tolerance, observed  # False for NaN
 
 
 _CLASSIFIER, _TEMPLATE, _MODEL = ("sequence classifier",), ("chat template",), ("no fresh weights",)
