@@ -19,10 +19,10 @@ demo: $(STAMP)  ## train HAF, BT and DPO on a made-up preference world and compa
 	$(BIN)/hafrm demo
 
 test: $(STAMP)  ## every test that needs no network, no GPU and little time
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(STAMP)  ## the slow proofs too
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

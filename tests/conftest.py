@@ -3,8 +3,10 @@ progress bars, and a reference cache of their own. Tests marked `cuda` are skipp
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +15,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 CUDA_TESTS_ON = os.environ.get("HAFRM_CUDA_TESTS_ON", "cuda")
 """`cpu` runs the tests marked `cuda` on a CPU: it shows that their code runs, and nothing about a GPU."""
+
+# The shape checks cost at every import and call: they are for the modules that state shapes.
+SRC = Path(__file__).parents[1] / "src"
+SHAPED = (f for f in SRC.rglob("*.py") if "from jaxtyping import" in f.read_text(encoding="utf-8"))
+install_import_hook(
+    [".".join(f.relative_to(SRC).with_suffix("").parts) for f in SHAPED], "beartype.beartype"
+)
+# Imports make a million objects that stay: no collection looks at them, now or in a test.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,7 +53,7 @@ def device():
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A tiny model's `reward`, with five golden scores, and `policy`; copy what a test changes."""
-    from hafrm.export.proof import write_golden
+    from hafrm.export.stock_export import write_golden
     from support.exports import GOLDEN_GROUP, export_both
 
     folder = tmp_path_factory.mktemp("exported")

@@ -1,9 +1,11 @@
 """Every clause of the export checklist finds its own fault and no other; a good directory passes."""
 
+import importlib
+import inspect
 import json
+import re
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from hafrm.errors import DataError, ModelError
 from hafrm.export.checklist import CLAUSES, verify_directory
+from hafrm.export.stock_export import write_golden
 from hafrm.results import to_plain
+from support.chat_tokenizers import chat_tokenizer
 from support.export_faults import FAULTS, in_config
-from support.exports import export_with_golden, save_stock_classifier
+from support.exports import GOLDEN_GROUP, export_both, save_stock_classifier
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +109,10 @@ def test_what_depends_on_a_failed_clause_is_not_judged_and_says_so(export):
 def test_a_model_of_others_is_judged_without_golden_scores_or_with_a_file_of_them(tmp_path):
     """A stock classifier with a closed template, not made by hafrm; its golden file is made by hand."""
     folder, golden = tmp_path / "theirs", tmp_path / "golden.jsonl"
-    stock, tokenizer = save_stock_classifier(
-        folder,
-        "{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] ~ eos_token }}{% endfor %}",
+    template = (
+        "{% for m in messages %}{{ m['role'] ~ ': ' ~ m['content'] ~ eos_token }}{% endfor %}"
     )
+    stock, tokenizer = save_stock_classifier(folder, chat_tokenizer(template))
     verification = verify_directory(folder)
     assert verification.ok
     assert outcomes(verification)["golden scores"] == "not applicable"
@@ -121,12 +125,15 @@ def test_a_model_of_others_is_judged_without_golden_scores_or_with_a_file_of_the
     assert failed(verify_directory(folder, golden)) == ["golden scores"]
 
 
-def test_the_proof_loads_no_engine_and_a_server_is_verified_without_torch():
-    loaded = "[m for m in sys.modules if m in {'torch', 'hafrm.engine', 'hafrm.scoring'}]"
-    code = f"import sys, hafrm.export.reward_servers; print({loaded});"
-    code += f"import hafrm.export.checklist; print({loaded})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["[]", "['torch']"]
+def test_the_proof_loads_no_engine():
+    """By what the checklist imports, and what that imports, at the top of a module or in a function."""
+    names, modules = ["hafrm.export.checklist"], set()
+    while names:
+        modules.add(name := names.pop())
+        text = Path(inspect.getsourcefile(importlib.import_module(name))).read_text("utf-8")
+        names += set(re.findall(r"(?:from|import) (hafrm\.[\w.]+)", text)) - modules
+    assert "hafrm.export.plain_model" in modules
+    assert not {name.split(".")[1] for name in modules} & {"engine", "scoring", "data", "training"}
 
 
 def test_code_of_the_directory_is_not_run(export):
@@ -138,7 +145,9 @@ def test_code_of_the_directory_is_not_run(export):
 
 def test_learned_positions_pass_with_a_word_on_left_padding(tmp_path):
     """GPT-2 counts positions from the row's start unless it is told them."""
-    verification = verify_directory(export_with_golden(tmp_path / "gpt2", "gpt2"))
+    export_both(tmp_path, "gpt2")
+    write_golden(tmp_path / "reward", [GOLDEN_GROUP])
+    verification = verify_directory(tmp_path / "reward")
     (result,) = [r for r in verification.clauses if r.name == "left = right padding"]
     assert verification.ok
     assert "without position_ids is off by" in result.observed

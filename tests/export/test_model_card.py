@@ -10,13 +10,17 @@ import pytest
 from ruamel.yaml import YAML
 
 from hafrm.export.model_card import write_cards
-from hafrm.export.proof import write_golden
+from hafrm.export.stock_export import write_golden
 from hafrm.preferences import Group, Message
 from hafrm.recipe_file import dump_recipe
 from support.exports import export_both
-from support.report_files import session, write_json
 from support.tiny_runs import tiny_recipe
 
+SESSION = {
+    "versions": {"python": "3.12.3", "hafrm": "0.1.0", "torch": "2.13.0"},
+    "counts": {"train_comparisons": 6400, "bad_rows": 3},
+    "template_sha256": "cd" * 32,
+}
 CONVERSATION = Group("g", (Message("user", "Say sun."),), ("Here you are: sun.", "no " * 300))
 
 
@@ -27,7 +31,7 @@ def run(tmp_path_factory) -> Path:
     export_both(folder / "model")
     write_golden(folder / "model" / "reward", [CONVERSATION])
     (folder / "recipe.yaml").write_text(dump_recipe(tiny_recipe(folder)))
-    write_json(folder / "provenance.json", {"sessions": [session()]})
+    (folder / "provenance.json").write_text(json.dumps({"sessions": [SESSION]}))
     write_cards(folder)
     return folder
 
@@ -62,7 +66,7 @@ def test_a_card_before_any_test_says_so_and_afterwards_has_the_numbers(run):
     }
     implicit = metrics | {"accuracy": accuracy | {"value": 0.6}}
     sets = [{"name": "held-out", **metrics, "implicit": implicit}]
-    write_json(run / "test.json", {"scored_with": "reward", "sets": sets})
+    (run / "test.json").write_text(json.dumps({"scored_with": "reward", "sets": sets}))
     write_cards(run)
     _, text = card_of(run / "model" / "reward")
     numbers = "40 | 62.5 % [47.0, 76.0] | 52.5 % [47.0, 76.0] | 0.610 |"

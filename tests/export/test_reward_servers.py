@@ -65,23 +65,10 @@ def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
         assert replay.batch_difference == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("change", "mistake"),
-    [
-        (lambda r: 1.0 / (1.0 + math.exp(-r)), "sigmoids"),
-        (lambda _: 1.0, "softmax over one label"),
-        (lambda _: 0.25, "same reward"),
-        (lambda r: r + 1.0, ""),
-        (lambda _: math.nan, ""),
-    ],
-)
-def test_well_known_mistakes_are_recognised_and_what_is_no_number_fails(golden, change, mistake):
-    with serving(vllm(lambda texts: [change(r) for r in right(texts)])) as url:
+def test_what_is_no_number_fails(golden):
+    with serving(vllm(lambda texts: [math.nan for _ in texts])) as url:
         replay = verify_server(url, golden)
-        assert not replay.ok
-        assert mistake in replay.suspicion
-        assert bool(replay.suspicion) == bool(mistake)
-        assert (to_plain(replay)["difference"] is None) == math.isnan(change(0.0))
+        assert not replay.ok and to_plain(replay)["difference"] is None
 
 
 def test_only_the_protocols_of_a_path_are_tried_and_all_reasons_are_told(golden):

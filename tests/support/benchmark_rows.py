@@ -23,32 +23,22 @@ def _ppe_task(name: str) -> dict[str, Any]:
     }
 
 
+ASKED = {"prompt": QUESTION}
 ROWS: dict[str, dict[str, Any]] = {
-    "rewardbench": {
-        "id": 30,
-        "prompt": QUESTION,
-        "chosen": GOOD,
-        "rejected": BAD,
-        "subset": "alpacaeval-easy",
-    },
-    "rewardbench2": {
+    "rewardbench": ASKED | {"id": 30, "chosen": GOOD, "rejected": BAD, "subset": "alpacaeval-easy"},
+    "rewardbench2": ASKED
+    | {
         "id": "0",
-        "prompt": QUESTION,
+        "subset": "Factuality",
         "chosen": [GOOD],
         "rejected": [BAD, BAD + "!", BAD + "?"],
-        "subset": "Factuality",
     },
-    "ppe-preference": {
-        "question_id": "q1",
-        "winner": "model_b",
-        "prompt": QUESTION,
-        "response_1": BAD,
-        "response_2": GOOD,
-    },
+    "ppe-preference": ASKED
+    | {"question_id": "q1", "winner": "model_b", "response_1": BAD, "response_2": GOOD},
     "ppe-correctness": _ppe_task("MATH"),
-    "rm-bench": {
+    "rm-bench": ASKED
+    | {
         "id": 1,
-        "prompt": QUESTION,
         "chosen": [GOOD, GOOD + " indeed.", "**four**: " + GOOD],
         "rejected": [BAD, BAD + " indeed.", "**five**: " + BAD],
         "domain": "safety-refuse",
@@ -62,16 +52,15 @@ ROWS: dict[str, dict[str, Any]] = {
         "label": "B>A",
     },
 }
-
 RMB_PAIR = {
-    "pair_uid": "11114",
     "conversation_input": TALK,
+    "pair_uid": "11114",
     "chosen": {"llm_name": "a", "answer": GOOD, "score": 5.0},
     "reject": {"llm_name": "b", "answer": BAD, "score": 4.5},
 }
 RMB_LIST = {
-    "bon_uid": "2366",
     "conversation_input": TALK,
+    "bon_uid": "2366",
     "bon_best": {"llm_name": "a", "answer": GOOD},
     "loser_list": [{"llm_name": n, "answer": BAD + n} for n in "bc"],
 }

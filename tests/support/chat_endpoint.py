@@ -1,4 +1,4 @@
-"""A small HTTP server on this machine that speaks the chat-completions protocol as a test says."""
+"""HTTP servers on this machine that answer as a test says, and one that speaks chat completions."""
 
 import json
 import threading
@@ -11,92 +11,90 @@ Answer = tuple[int, dict[str, str], bytes]
 """Status, headers, body."""
 
 
-def says(*texts: str, finish: str = "stop", refusal: str | None = None) -> Answer:
-    """A completion with these choices."""
-    choices = [
-        {
-            "index": i,
-            "finish_reason": finish,
-            "message": {"role": "assistant", "content": text, "refusal": refusal},
-        }
-        for i, text in enumerate(texts)
-    ]
-    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
-    return 200, {}, json.dumps(body).encode()
-
-
-def fails(status: int, text: str = "no", **headers: str) -> Answer:
-    """An error."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return status, named, json.dumps({"error": {"message": text}}).encode()
-
-
-class FakeEndpoint:
-    """Its address, and what it was asked."""
-
-    def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
-        self.answer = answer
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.models = ["m"]
-        self.most_at_once = self._now = 0
-        self._lock = threading.Lock()
-        self.url = ""
-
-    def enter(self, body: dict[str, Any], key: str | None) -> None:
-        with self._lock:
-            self.asked.append(body)
-            self.keys.append(key)
-            self._now += 1
-            self.most_at_once = max(self.most_at_once, self._now)
-
-    def leave(self) -> None:
-        with self._lock:
-            self._now -= 1
-
-
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[FakeEndpoint]:
-    """Serve `answer(request body)` until the block ends."""
-    fake = FakeEndpoint(answer)
+def serving_http(answer: Callable[[str, dict[str, Any], str | None], Answer]) -> Iterator[str]:
+    """The address of a server that gives `answer(path, body, authorization)`; a GET's body is empty."""
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
         def do_GET(self) -> None:
-            data = {"object": "list", "data": [{"id": name} for name in fake.models]}
-            self._send(200, {}, json.dumps(data).encode())
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.enter(body, self.headers.get("Authorization"))
-            try:
-                status, headers, content = fake.answer(body)
-            finally:
-                fake.leave()
-            self._send(status, headers, content)
-
-        def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+            status, headers, content = answer(self.path, body, self.headers.get("Authorization"))
             try:
                 self.send_response(status)
-                for name, value in headers.items():
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client has given up waiting
 
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield fake
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def as_json(content: Any, status: int = 200, **headers: str) -> Answer:
+    """An answer in JSON."""
+    return status, {"Content-Type": "application/json", **headers}, json.dumps(content).encode()
+
+
+def says(*texts: str, finish: str = "stop", refusal: str | None = None) -> Answer:
+    """A completion with these choices."""
+    messages = [{"role": "assistant", "content": text, "refusal": refusal} for text in texts]
+    choices = [{"index": i, "finish_reason": finish, "message": m} for i, m in enumerate(messages)]
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
+    return as_json(body)
+
+
+def fails(status: int, text: str = "no", **headers: str) -> Answer:
+    """An error."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return as_json({"error": {"message": text}}, status, **named)
+
+
+class FakeEndpoint:
+    """Its address, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.models = ["m"]
+        self.url = ""
+        self.now = self.most_at_once = 0
+
+
+@contextmanager
+def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[FakeEndpoint]:
+    """Serve `answer(request body)` until the block ends."""
+    fake, lock = FakeEndpoint(), threading.Lock()
+
+    def counted(path: str, body: dict[str, Any], key: str | None) -> Answer:
+        if path.endswith("/models"):
+            return as_json({"object": "list", "data": [{"id": name} for name in fake.models]})
+        with lock:
+            fake.asked.append(body)
+            fake.keys.append(key)
+            fake.now += 1
+            fake.most_at_once = max(fake.most_at_once, fake.now)
+        try:
+            return answer(body)
+        finally:
+            with lock:
+                fake.now -= 1
+
+    with serving_http(counted) as url:
+        fake.url = f"{url}/v1"
+        yield fake

@@ -74,48 +74,31 @@ def chat_tokenizer(template: str | None = CHATML, **named: str | None) -> PreTra
     `<think>` and `</think>` are added tokens that are not special, as in Qwen3.
     """
     tokens = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"} | named
-    given = {name: token for name, token in tokens.items() if token is not None}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_byte_level(_CHAT_SPECIALS, ("<think>", "</think>"))),
-        **given,
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+    tokenizer = Tokenizer.from_str(_byte_level(_CHAT_SPECIALS, ("<think>", "</think>")))
+    named = {name: token for name, token in tokens.items() if token is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
 
 
 def llama_like_tokenizer() -> PreTrainedTokenizerFast:
     """Like sentencepiece: writes a blank before a text, adds BOS by itself; no template, no pad."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_metaspace()),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_metaspace()), **tokens)
 
 
 def plain_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
     """Shaped like Phi-2: byte-level, one special token for everything, runs of blanks, no template."""
     end = "<|endoftext|>"
-    specials = (end, "<|pad|>") if pad else (end,)
-    named = {"pad_token": "<|pad|>"} if pad else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_byte_level(specials, ("    ", "  "))),
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        **named,
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+    named |= {"pad_token": "<|pad|>"} if pad else {}
+    tokenizer = Tokenizer.from_str(
+        _byte_level(tuple(dict.fromkeys(named.values())), ("    ", "  "))
     )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 _CHAT_SPECIALS = (
-    "<|endoftext|>",
-    "<|begin|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|sep|>",
-    "<|pad|>",
-    "[INST]",
-    "[/INST]",
+    *("<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<|sep|>", "<|pad|>"),
+    *("[INST]", "[/INST]"),
 )
 
 

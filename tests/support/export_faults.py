@@ -1,7 +1,9 @@
 """Faults of the export checklist, to be planted into a good directory, and the clause that finds each."""
 
 import json
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,28 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-Plant = Callable[[Path], None]
+Plant = Callable[[Path], object]
+
+
+def in_text(name: str, change: Callable[[str], str]) -> Plant:
+    """Replace a file's text by what `change` makes of it."""
+    return lambda folder: (folder / name).write_text(change((folder / name).read_text()))
 
 
 def in_json(name: str, **values: Any) -> Plant:
-    """Set keys of a JSON file; None removes one."""
+    """Set keys of a JSON file, or of every line of JSON; None removes one."""
 
-    def plant(folder: Path) -> None:
-        content = json.loads((folder / name).read_text()) | values
-        text = json.dumps({k: v for k, v in content.items() if v is not None})
-        (folder / name).write_text(text)
+    def change(line: str) -> str:
+        content = json.loads(line) | values
+        return json.dumps({k: v for k, v in content.items() if v is not None}) + "\n"
 
-    return plant
+    if name.endswith("l"):
+        return in_text(name, lambda text: "".join(map(change, text.splitlines())))
+    return in_text(name, change)
 
 
-def in_config(**values: Any) -> Plant:
-    """Set keys of config.json; None removes one."""
-    return in_json("config.json", **values)
+in_config = partial(in_json, "config.json")
+in_template = partial(in_text, "chat_template.jinja")
 
 
 def in_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Plant:
@@ -36,27 +43,6 @@ def in_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Plant:
         weights = load_file(folder / "model.safetensors")
         change(weights)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return plant
-
-
-def in_template(change: Callable[[str], str]) -> Plant:
-    """Replace the chat template by what `change` makes of it."""
-
-    def plant(folder: Path) -> None:
-        file = folder / "chat_template.jinja"
-        file.write_text(change(file.read_text()))
-
-    return plant
-
-
-def in_golden(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Plant:
-    """Replace every golden line by what `change` makes of it."""
-
-    def plant(folder: Path) -> None:
-        file = folder / "golden_scores.jsonl"
-        rows = [change(json.loads(line)) for line in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     return plant
 
@@ -102,10 +88,13 @@ def _pad_is_eos(folder: Path) -> None:
     in_config(pad_token_id=eos)(folder)
 
 
+GOLDEN = "golden_scores.jsonl"
 ONLY_FIRST = "{{ messages[0]['content'] ~ eos_token }}"
 NO_EOS = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+TODAY = "{{ strftime_now('%d %B %Y') }}"
 TOKEN_TYPES = ["input_ids", "token_type_ids", "attention_mask"]
 TWO_LABELS = {"id2label": {"0": "A", "1": "B"}, "label2id": {"A": 0, "B": 1}}
+UP, SCORE = "model.layers.1.mlp.up_proj.weight", "score.weight"
 
 FAULTS: dict[str, tuple[str, Plant]] = {
     "saved as a causal LM": ("sequence classifier", in_config(architectures=["LlamaForCausalLM"])),
@@ -115,32 +104,23 @@ FAULTS: dict[str, tuple[str, Plant]] = {
     "code of its own": ("stock code", _own_code),
     "a pickle": ("safetensors only", lambda f: (f / "pytorch_model.bin").touch()),
     "weights cut short": ("safetensors only", _cut),
-    "quantisation left over": (
-        "not quantised",
-        in_config(quantization_config={"quant_method": "fp8"}),
-    ),
+    "quantisation left over": ("not quantised", in_config(quantization_config={"bits": 8})),
     "a bias": ("head without bias", in_weights(lambda w: w.update({"score.bias": torch.ones(1)}))),
-    "no head": ("head without bias", in_weights(lambda w: w.pop("score.weight"))),
+    "no head": ("head without bias", in_weights(lambda w: w.pop(SCORE))),
     "a head of two rows": (
         "head without bias",
-        in_weights(lambda w: w.update({"score.weight": w["score.weight"].repeat(2, 1)})),
+        in_weights(lambda w: w.update({SCORE: w[SCORE].repeat(2, 1)})),
     ),
     "a value head beside it": ("head without bias", _value_head),
     "another rotary base for older readers": ("rotary settings", in_config(rope_theta=20000.0)),
-    "a weight lost": (
-        "no fresh weights",
-        in_weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
-    ),
+    "a weight lost": ("no fresh weights", in_weights(lambda w: w.pop(UP))),
     "the LM head left in": (
         "nothing left over",
         in_weights(lambda w: w.update({"lm_head.weight": torch.ones(4, 32)})),
     ),
     "no template": ("chat template", lambda f: (f / "chat_template.jinja").unlink()),
     "a template without answers": ("chat template", in_template(lambda _: ONLY_FIRST)),
-    "today's date": (
-        "no date in the template",
-        in_template(lambda t: "{{ strftime_now('%d %B %Y') }}" + t),
-    ),
+    "today's date": ("no date in the template", in_template(lambda text: TODAY + text)),
     "pad is EOS": ("pad is not EOS", _pad_is_eos),
     "no pad": ("pad is not EOS", in_config(pad_token_id=None)),
     "the pad of another tokenizer": ("pad is not EOS", in_config(pad_token_id=3)),
@@ -150,14 +130,8 @@ FAULTS: dict[str, tuple[str, Plant]] = {
     "a line break behind the EOS": ("ends in EOS", in_template(lambda t: t + "{{ '\\n' }}")),
     "no EOS": ("ends in EOS", in_template(lambda _: NO_EOS)),
     "token types": ("inputs fit", in_json("tokenizer_config.json", model_input_names=TOKEN_TYPES)),
-    "an infinite weight": (
-        "finite scores",
-        in_weights(lambda w: w["score.weight"][0, 0].fill_(float("inf"))),
-    ),
-    "other rewards": ("golden scores", in_golden(lambda row: row | {"reward": 99.0})),
-    "other ids": (
-        "golden scores",
-        in_golden(lambda row: row | {"input_ids": [1, *row["input_ids"][1:]]}),
-    ),
+    "an infinite weight": ("finite scores", in_weights(lambda w: w[SCORE][0, 0].fill_(math.inf))),
+    "other rewards": ("golden scores", in_json(GOLDEN, reward=99.0)),
+    "other ids": ("golden scores", in_json(GOLDEN, input_ids=[1, 2, 3])),
 }
 """By name: the clause that must find it, and how it is planted."""

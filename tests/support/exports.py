@@ -7,12 +7,15 @@ import torch
 import transformers
 
 from hafrm.data.encoding import Encoder
-from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
-from hafrm.export.proof import write_golden
-from hafrm.export.stock_export import export_policy, export_reward, gather_weights
+from hafrm.engine.model import HybridModel
+from hafrm.export.stock_export import (
+    export_policy,
+    export_reward,
+    gather_weights,
+)
 from hafrm.preferences import Group, Message
-from support.chat_tokenizers import CHATML, chat_tokenizer
-from support.models import FAMILIES
+from support.chat_tokenizers import chat_tokenizer
+from support.models import FAMILIES, hybrid_of, llama_config, sharpened
 
 
 def hybrid_with_encoder(family: str = "llama") -> tuple[HybridModel, Encoder]:
@@ -24,14 +27,7 @@ def hybrid_with_encoder(family: str = "llama") -> tuple[HybridModel, Encoder]:
     config = getattr(transformers, f"{name}Config")(
         **{**sizes, **ids, "bos_token_id": None, "vocab_size": len(encoder.tokenizer)}
     )
-    causal = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in causal.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(4.0)
-    backbone, head = split_causal_lm(causal.eval())
-    generator = torch.Generator().manual_seed(0)
-    reward_head = new_reward_head(hidden_size(backbone.config), generator)
-    return HybridModel(backbone, reward_head=reward_head, policy_head=head), encoder
+    return hybrid_of(sharpened(config)), encoder
 
 
 def export_both(folder: Path, family: str = "llama") -> tuple[HybridModel, Encoder]:
@@ -43,22 +39,15 @@ def export_both(folder: Path, family: str = "llama") -> tuple[HybridModel, Encod
     return model, encoder
 
 
-def save_stock_classifier(folder: Path, template: str = CHATML) -> tuple[Any, Any]:
+def save_stock_classifier(
+    folder: Path, tokenizer: Any = None, seed: int = 0, std: float = 0.02
+) -> tuple[Any, Any]:
     """A random reward model not made by hafrm, on disk and as (model, tokenizer)."""
-    tokenizer = chat_tokenizer(template)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        problem_type="regression",
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    tokenizer = tokenizer or chat_tokenizer()
+    torch.manual_seed(seed)
+    config = llama_config(tokenizer, num_labels=1, problem_type="regression")
     stock = transformers.LlamaForSequenceClassification(config).eval()
+    torch.nn.init.normal_(stock.score.weight, std=std)
     stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return stock, tokenizer
@@ -69,11 +58,3 @@ GOLDEN_GROUP = Group(
     (Message("user", "How do I bake bread?"),),
     ("Mix flour and water, then wait.", "No.", "I think that it is a good idea to ask."),
 )
-
-
-def export_with_golden(folder: Path, family: str = "llama") -> Path:
-    """A reward directory as `hafrm export` leaves it, golden scores of five conversations included."""
-    model, encoder = hybrid_with_encoder(family)
-    export_reward(gather_weights(model), encoder, folder)
-    assert write_golden(folder, [GOLDEN_GROUP]) == 5
-    return folder

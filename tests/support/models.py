@@ -28,15 +28,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 WINDOWED = {**GROUPED, "sliding_window": 7}
 """The window is smaller than the pairs below, so that it cuts into prompts."""
 GEMMA = {**WINDOWED, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
-GPT2 = {
-    "vocab_size": VOCAB,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+GPT2 = {k: v for k, v in SIZES.items() if k not in ("pad_token_id", "intermediate_size")}
 
 FAMILIES = {
     "llama": ("Llama", GROUPED),
@@ -56,13 +48,24 @@ FAMILIES = {
 }
 
 
+def llama_config(tokenizer: transformers.PreTrainedTokenizerFast, **sizes: object):
+    """The config of a Llama as small as can be, for a tokenizer."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+    return transformers.LlamaConfig(vocab_size=len(tokenizer), **{**small, **ids, **sizes})
+
+
 def tiny_causal_lm(family: str, seed: int = 0) -> PreTrainedModel:
     """A random causal LM of the family, float32, in evaluation mode."""
     name, sizes = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**sizes)
+    return sharpened(getattr(transformers, f"{name}Config")(**sizes))
+
+
+def sharpened(config: transformers.PretrainedConfig) -> PreTrainedModel:
+    """A random causal LM with sharper logits than the usual 0.02 gives: differences must show."""
     model = transformers.AutoModelForCausalLM.from_config(config)
-    # Sharper logits than the usual 0.02 gives: differences must show.
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(4.0)

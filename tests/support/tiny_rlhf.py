@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hafrm.recipe_file import build_as
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from support.chat_tokenizers import chat_tokenizer
+from support.exports import save_stock_classifier
 from support.tiny_runs import WORDS, write_base
 
 
@@ -20,25 +19,8 @@ def write_reward(
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """A random sequence classifier with one label; by default with the policy's tokenizer."""
-    tokenizer = tokenizer or chat_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        num_labels=1,
-    )
-    path = folder / name
-    model = LlamaForSequenceClassification(config)
-    torch.nn.init.normal_(model.score.weight, std=1.0)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    save_stock_classifier(folder / name, tokenizer, seed, std=1.0)
+    return folder / name
 
 
 def write_prompts(file: Path, num: int = 24) -> Path:

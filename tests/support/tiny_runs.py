@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from support.chat_tokenizers import chat_tokenizer
-from support.models import GROUPED
+from support.models import llama_config
 
 WORDS = ["sun", "sea", "tree", "boat", "bird", "rain", "song", "moon", "leaf", "hill"]
 
@@ -19,9 +19,15 @@ def write_base(folder: Path, *, tied: bool = False) -> Path:
     """A random Llama with a chat tokenizer, as `model.path` wants it."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, **ids}
-    config = LlamaConfig(**{**GROUPED, **sizes}, tie_word_embeddings=tied)
+    config = llama_config(
+        tokenizer,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
     base = folder / "base"
     LlamaForCausalLM(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -30,16 +36,14 @@ def write_base(folder: Path, *, tied: bool = False) -> Path:
 
 def write_preferences(file: Path, num: int = 40, start: int = 0) -> Path:
     """Prompts about words; the chosen response repeats the word, the rejected one rambles."""
-    rows = []
-    for i in range(start, start + num):
-        word, other = WORDS[i % 10], WORDS[(i * 7 + 3) % 10]
-        rows.append(
-            {
-                "prompt": f"Say {word} number {i}." + " Please." * (i % 5),
-                "chosen": f"Here you are: {word}.",
-                "rejected": f"I would say {other} " + "and so on " * (1 + i % 4),
-            }
-        )
+    rows = [
+        {
+            "prompt": f"Say {WORDS[i % 10]} number {i}." + " Please." * (i % 5),
+            "chosen": f"Here you are: {WORDS[i % 10]}.",
+            "rejected": f"I would say {WORDS[(i * 7 + 3) % 10]} " + "and so on " * (1 + i % 4),
+        }
+        for i in range(start, start + num)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

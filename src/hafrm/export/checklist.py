@@ -1,12 +1,8 @@
 """The checklist: what a reward directory, anybody's, needs so that every consumer gets its scores.
 
-`verify_directory` checks the clauses of `CLAUSES` in their order: first files, then tokenizer and template,
-then the rewards that plain transformers computes. Nothing is changed on disk.
+    python -m hafrm.export.checklist DIR TOLERANCE   # in a process without hafrm's engine
 
-    python -m hafrm.export.checklist DIR [TOLERANCE]
-
-replays the golden scores of a directory in a process that has not loaded hafrm's engine: one conversation
-at a time, and in batches padded on either side. It prints a line of JSON; exit code 1 means disagreement.
+replays golden scores alone and in padded batches, and prints a line of JSON; exit code 1: they differ.
 """
 
 import inspect
@@ -20,18 +16,20 @@ from typing import Any, NamedTuple
 import torch
 
 from hafrm.errors import ModelError
-from hafrm.export.golden import GOLDEN, read_golden
-from hafrm.export.older_transformers import old_rotary_keys
 from hafrm.export.plain_model import (
+    GOLDEN,
     PROBES,
     TOLERANCE,
-    Finding,
     GoldenReplay,
     PlainModel,
     largest_difference,
+    old_rotary_keys,
+    read_golden,
 )
 from hafrm.table import Column, Table
 
+Finding = tuple[bool | None, str]
+"""Whether a clause holds (None: it does not apply), and what was observed."""
 Check = Callable[[PlainModel], Finding]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _OTHER_HEADS = ("v_head.", "value_head.", "classifier.", "score.bias")
@@ -83,26 +81,22 @@ class Verification:
 def verify_directory(
     path: Path, golden: Path | None = None, *, tolerance: float = TOLERANCE, run_model: bool = True
 ) -> Verification:
-    """Check a reward directory, anybody's, by every clause; without `run_model` the model is not loaded.
+    """Check a reward directory, anybody's, by every clause; without `run_model` by files and text alone.
 
     Golden scores are replayed from `golden`, or from the directory's own file if it has one.
     Raises ModelError when there is no model, DataError for a damaged golden file.
     """
     if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"{path} is a LoRA adapter, which is verified when it is exported; merge it (hafrm export RUN "
-            "--out DIR --merge-lora) to verify what servers load"
+            f"{path} is a LoRA adapter, verified when it is exported; to verify what servers load, merge "
+            "it: hafrm export RUN --out DIR --merge-lora"
         )
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} is not a model directory: it has no config.json")
     if golden is None and (path / GOLDEN).is_file():
         golden = path
     plain = PlainModel(path, [] if golden is None else read_golden(golden), tolerance)
-    needs_model = set[str]() if run_model else {"no fresh weights"}
-    for clause in CLAUSES:
-        if needs_model & set(clause.needs):
-            needs_model.add(clause.name)
-    return check_clauses(plain, [clause for clause in CLAUSES if clause.name not in needs_model])
+    return check_clauses(plain, CLAUSES if run_model else _ON_FILES_AND_TEXT)
 
 
 def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
@@ -110,22 +104,21 @@ def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
     results: list[ClauseResult] = []
     # what keeps a clause from being checked: a failed clause, whatever lies between the two
     reasons: dict[str, str] = {}
-    for clause in clauses:
-        reason = next((reasons[name] for name in clause.needs if name in reasons), None)
-        if reason is None:
+    for name, check, needs in clauses:
+        holds: bool | None = None
+        if reason := next((reasons[need] for need in needs if need in reasons), None):
+            observed = f"not checked before this holds: {reason}"
+        else:
             try:
-                holds, observed = clause.check(plain)
+                holds, observed = check(plain)
             except ModelError as error:
                 holds, observed = False, str(error)
-        else:
-            holds, observed = None, f"not checked before this holds: {reason}"
-        if reason is not None or holds is False:
-            reasons[clause.name] = reason or clause.name
-        fix = _FIXES[clause.name] if holds is False else ""
+        if reason or holds is False:
+            reasons[name] = reason or name
+        fix = _FIXES[name] if holds is False else ""
         outcome = "not applicable" if holds is None else "pass" if holds else "fail"
-        results.append(ClauseResult(clause.name, outcome, observed, fix))
-    is_ok = all(result.outcome != "fail" for result in results)
-    return Verification(str(plain.path), is_ok, tuple(results))
+        results.append(ClauseResult(name, outcome, observed, fix))
+    return Verification(str(plain.path), all(r.outcome != "fail" for r in results), tuple(results))
 
 
 def replay_directory(directory: Path) -> GoldenReplay:
@@ -141,22 +134,9 @@ def replay_directory(directory: Path) -> GoldenReplay:
     return plain.replay(("right", "left"))
 
 
-def replay_as_process() -> None:
-    """Replay the directory that the command line names, within the tolerance that it gives."""
-    result = replay_directory(Path(sys.argv[1]))
-    tolerance = float(sys.argv[2]) if len(sys.argv) > 2 else TOLERANCE
-    # "not all(x <= t)" instead of "any(x > t)": NaN must fail
-    agree = all(difference <= tolerance for difference in result.differences.values())
-    is_ok = agree and not result.faults
-    sys.stdout.write(json.dumps({"ok": is_ok, **result._asdict()}) + "\n")
-    sys.exit(0 if is_ok else 1)
-
-
 def _config(key: str, is_right: Callable[[Any], bool]) -> Check:
     """A check of one value in config.json."""
-    return lambda plain: Finding(
-        is_right(plain.config.get(key)), f"{key} {plain.config.get(key)!r}"
-    )
+    return lambda plain: (is_right(plain.config.get(key)), f"{key} {plain.config.get(key)!r}")
 
 
 def _is_classifier(names: Any) -> bool:
@@ -170,15 +150,15 @@ def _stock_code(plain: PlainModel) -> Finding:
     names = ("config.json", "tokenizer_config.json")
     code = [f"auto_map in {name}" for name in names if plain.read_json(name).get("auto_map")]
     code += sorted(file.name for file in plain.path.rglob("*.py"))
-    return Finding(not code, ", ".join(code) or "no auto_map and no Python files")
+    return not code, ", ".join(code) or "no auto_map and no Python files"
 
 
 def _safetensors_only(plain: PlainModel) -> Finding:
     # a pickle runs code when it is loaded
     pickles = sorted(f.name for f in plain.path.rglob("*") if f.suffix in _PICKLES)
     if pickles:
-        return Finding(False, f"pickles: {', '.join(pickles)}")
-    return Finding(bool(plain.weights), f"{len(plain.weights)} tensors in safetensors")
+        return False, f"pickles: {', '.join(pickles)}"
+    return bool(plain.weights), f"{len(plain.weights)} tensors in safetensors"
 
 
 def _head_without_bias(plain: PlainModel) -> Finding:
@@ -186,7 +166,7 @@ def _head_without_bias(plain: PlainModel) -> Finding:
     others = sorted(name for name in plain.weights if name.startswith(_OTHER_HEADS))
     shape, width = plain.weights.get("score.weight", ()), plain.text_config.get("hidden_size")
     right = len(shape) == 2 and shape[0] == 1 and width in (None, shape[1])
-    return Finding(right and not others, f"score.weight {list(shape)}, other heads {others}")
+    return right and not others, f"score.weight {list(shape)}, other heads {others}"
 
 
 def _rotary_settings(plain: PlainModel) -> Finding:
@@ -196,8 +176,8 @@ def _rotary_settings(plain: PlainModel) -> Finding:
             # 10,000 is what version 4 takes where nothing is said, for most classes
             theirs = config.get(key, 10000.0 if key == "rope_theta" else None)
             if theirs != value:
-                return Finding(False, f"{key} is {value}, but {theirs} for transformers 4")
-    return Finding(True, "transformers 4 and 5 rotate alike")
+                return False, f"{key} is {value}, but {theirs} for transformers 4"
+    return True, "transformers 4 and 5 rotate alike"
 
 
 def _no_fresh_weights(plain: PlainModel) -> Finding:
@@ -205,23 +185,23 @@ def _no_fresh_weights(plain: PlainModel) -> Finding:
     model, info = plain.loaded
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
     observed = f"freshly initialised: {', '.join(missing[:4])}"
-    return Finding(not missing, observed if missing else f"{type(model).__name__}, complete")
+    return not missing, observed if missing else f"{type(model).__name__}, complete"
 
 
 def _nothing_left_over(plain: PlainModel) -> Finding:
     # vLLM refuses a file with an LM head (vllm#21176)
     surplus = sorted(plain.loaded[1]["unexpected_keys"])
-    return Finding(not surplus, f"surplus: {', '.join(surplus[:4]) or 'none'}")
+    return not surplus, f"surplus: {', '.join(surplus[:4]) or 'none'}"
 
 
 def _chat_template(plain: PlainModel) -> Finding:
     if not plain.tokenizer.chat_template:
-        return Finding(False, "the tokenizer has no chat template")
+        return False, "the tokenizer has no chat template"
     turns = [(turn["content"], plain.render(probe)) for probe in PROBES for turn in probe]
     lost = [content for content, text in turns if content.strip() not in text]
     if lost:
-        return Finding(False, f"the template leaves out {lost[0][:40]!r}")
-    return Finding(True, f"{type(plain.tokenizer).__name__}, renders {len(PROBES)} conversations")
+        return False, f"the template leaves out {lost[0][:40]!r}"
+    return True, f"{type(plain.tokenizer).__name__}, renders {len(PROBES)} conversations"
 
 
 def _no_date(plain: PlainModel) -> Finding:
@@ -229,7 +209,7 @@ def _no_date(plain: PlainModel) -> Finding:
     # The macro hides the clock that transformers offers. 1 and 31 differ as text and as numbers.
     clock = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"
     first, second = (plain.render(PROBES[0], clock.format(d) + template) for d in (1, 31))
-    return Finding(first == second, "the same" if first == second else "the template writes a date")
+    return first == second, "the same" if first == second else "the template writes a date"
 
 
 def _pad_is_not_eos(plain: PlainModel) -> Finding:
@@ -240,12 +220,12 @@ def _pad_is_not_eos(plain: PlainModel) -> Finding:
         pad = plain.config.get("pad_token_id")
     ends = plain.ends
     right = pad is not None and pad == theirs and pad not in ends
-    return Finding(right, f"pad {pad} in the config, {theirs} in the tokenizer; EOS {sorted(ends)}")
+    return right, f"pad {pad} in the config, {theirs} in the tokenizer; EOS {sorted(ends)}"
 
 
 def _ids_have_embeddings(plain: PlainModel) -> Finding:
     tokens, size = len(plain.tokenizer), plain.text_config.get("vocab_size")
-    return Finding(size is not None and tokens <= size, f"{tokens} tokens, {size} embeddings")
+    return size is not None and tokens <= size, f"{tokens} tokens, {size} embeddings"
 
 
 def _bos_once(plain: PlainModel) -> Finding:
@@ -254,8 +234,8 @@ def _bos_once(plain: PlainModel) -> Finding:
         added, bare = (plain.ids(text, add_special_tokens=special) for special in (True, False))
         if added != bare:
             observed = f"the tokenizer adds ids: {added[:2]}... {added[-2:]}"
-            return Finding(False, f"{observed}; BOS is {plain.tokenizer.bos_token_id}")
-    return Finding(True, "no id is added to a rendered text")
+            return False, f"{observed}; BOS is {plain.tokenizer.bos_token_id}"
+    return True, "no id is added to a rendered text"
 
 
 def _ends_in_eos(plain: PlainModel) -> Finding:
@@ -265,22 +245,22 @@ def _ends_in_eos(plain: PlainModel) -> Finding:
         last = plain.ids(text)[-1]
         if last not in plain.ends or (trained and last not in trained):
             observed = f"it ends in {text[-24:]!r}, id {last}; EOS {sorted(plain.ends)}"
-            return Finding(False, f"{observed}; training read at {sorted(trained)}")
-    return Finding(True, f"it ends in {plain.tokenizer.convert_ids_to_tokens(last)!r}")
+            return False, f"{observed}; training read at {sorted(trained)}"
+    return True, f"it ends in {plain.tokenizer.convert_ids_to_tokens(last)!r}"
 
 
 def _inputs_fit(plain: PlainModel) -> Finding:
     # decoders refuse token_type_ids
     taken = set(inspect.signature(type(plain.loaded[0]).forward).parameters)
     refused = set(plain.tokenizer("a")) - taken
-    return Finding(not refused, f"the model refuses {', '.join(sorted(refused)) or 'no input'}")
+    return not refused, f"the model refuses {', '.join(sorted(refused)) or 'no input'}"
 
 
 def _finite_scores(plain: PlainModel) -> Finding:
     # float16, which reward-bench runs, overflows where float32 did not
     low, high = float(plain.alone.min()), float(plain.alone.max())
     is_finite = bool(torch.isfinite(plain.alone).all())
-    return Finding(is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}")
+    return is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}"
 
 
 def _last_token(plain: PlainModel) -> Finding:
@@ -297,7 +277,7 @@ def _left_is_right_padding(plain: PlainModel) -> Finding:
     shift = largest_difference(bare, right)
     if holds and not shift <= plain.tolerance:
         observed += f"; left padding without position_ids is off by {shift:.2g}: pad right"
-    return Finding(holds, observed)
+    return holds, observed
 
 
 def _batch_1_is_batch_n(plain: PlainModel) -> Finding:
@@ -307,24 +287,22 @@ def _batch_1_is_batch_n(plain: PlainModel) -> Finding:
 
 def _golden_scores(plain: PlainModel) -> Finding:
     if not plain.golden:
-        return Finding(None, "the directory has no golden_scores.jsonl, and none was given")
+        return None, "the directory has no golden_scores.jsonl, and none was given"
     replay = plain.replay()
     if replay.faults:
-        return Finding(False, replay.faults[0])
+        return False, replay.faults[0]
     holds, observed = _within(plain, replay.differences["alone"])
-    return Finding(holds, f"{len(plain.golden)} replayed, {observed}")
+    return holds, f"{len(plain.golden)} replayed, {observed}"
 
 
 def _within(plain: PlainModel, difference: float) -> Finding:
     observed = f"largest difference {difference:.2g} (tolerated {plain.tolerance:g})"
-    return Finding(difference <= plain.tolerance, observed)  # False for NaN
+    return difference <= plain.tolerance, observed  # False for NaN
 
 
-_CLASSIFIER, _TEMPLATE = ("sequence classifier",), ("chat template",)
-_FILES = (*_CLASSIFIER, "one label", "stock code", "safetensors only", "not quantised")
+_CLASSIFIER, _TEMPLATE, _MODEL = ("sequence classifier",), ("chat template",), ("no fresh weights",)
 _SCORES = ("finite scores", "pad is not EOS")
-_TEXTS = ("BOS once", "ends in EOS", "no date in the template")
-CLAUSES = (
+_ON_FILES_AND_TEXT = (
     Clause("sequence classifier", _config("architectures", _is_classifier)),
     # num_labels is not stored, and its default is two (OpenRLHF#1039)
     Clause("one label", _config("id2label", lambda names: len(names or {}) == 1), _CLASSIFIER),
@@ -336,16 +314,21 @@ CLAUSES = (
     Clause("not quantised", _config("quantization_config", lambda left: not left)),
     Clause("head without bias", _head_without_bias, (*_CLASSIFIER, "safetensors only")),
     Clause("rotary settings", _rotary_settings),
-    Clause("no fresh weights", _no_fresh_weights, (*_FILES, "head without bias")),
-    Clause("nothing left over", _nothing_left_over, ("no fresh weights",)),
     Clause("chat template", _chat_template),
     Clause("no date in the template", _no_date, _TEMPLATE),
     Clause("pad is not EOS", _pad_is_not_eos, _TEMPLATE),
     Clause("ids have embeddings", _ids_have_embeddings, _TEMPLATE),
     Clause("BOS once", _bos_once, _TEMPLATE),
     Clause("ends in EOS", _ends_in_eos, _TEMPLATE),
-    Clause("inputs fit", _inputs_fit, ("no fresh weights", *_TEMPLATE)),
-    Clause("finite scores", _finite_scores, ("no fresh weights", "ids have embeddings")),
+)
+_LOADABLE = ("one label", "stock code", "safetensors only", "not quantised", "head without bias")
+_TEXTS = ("BOS once", "ends in EOS", "no date in the template")
+CLAUSES = (
+    *_ON_FILES_AND_TEXT,
+    Clause("no fresh weights", _no_fresh_weights, (*_CLASSIFIER, *_LOADABLE)),
+    Clause("nothing left over", _nothing_left_over, _MODEL),
+    Clause("inputs fit", _inputs_fit, (*_MODEL, *_TEMPLATE)),
+    Clause("finite scores", _finite_scores, (*_MODEL, "ids have embeddings")),
     Clause("last token", _last_token, _SCORES),
     Clause("left = right padding", _left_is_right_padding, _SCORES),
     Clause("batch 1 = batch N", _batch_1_is_batch_n, _SCORES),
@@ -360,12 +343,9 @@ _FIXES = {
     "stock code": "remove auto_map and the Python files; the class must be one of transformers",
     "safetensors only": "save the weights with safetensors and delete the pickles",
     "not quantised": "dequantise the weights and remove quantization_config from config.json",
-    "head without bias": "keep one row score.weight; a bias shifts all rewards equally, so it can be "
-    'dropped; after LoRA, train with modules_to_save=["score"] and merge',
-    "rotary settings": "write rope_theta (rope_scaling, partial_rotary_factor) into config.json beside "
-    "rope_parameters",
-    "no fresh weights": "export again from the trained model: a copy or merge has lost weights",
-    "nothing left over": "save the classifier's own weights only; an LM head has its own directory",
+    "head without bias": "keep one row score.weight and no bias, which shifts all rewards equally; with "
+    'LoRA, train with modules_to_save=["score"] and merge',
+    "rotary settings": "write rope_theta (rope_scaling, ...) into config.json beside rope_parameters",
     "chat template": "set tokenizer.chat_template to the format of training; save the tokenizer here",
     "no date in the template": "replace strftime_now(...) in the template with a fixed date",
     "pad is not EOS": "choose an unused token as pad, in the tokenizer and in config.json",
@@ -373,8 +353,9 @@ _FIXES = {
     "BOS once": 'write "add_bos_token": false, "add_eos_token": false into tokenizer_config.json, or take '
     "the BOS out of the tokenizer's post-processor",
     "ends in EOS": "make the template end an assistant's last turn at the EOS, with nothing after it",
-    "inputs fit": 'write "model_input_names": ["input_ids", "attention_mask"] into '
-    "tokenizer_config.json",
+    "no fresh weights": "export again from the trained model: a copy or merge has lost weights",
+    "nothing left over": "save the classifier's own weights only; an LM head has its own directory",
+    "inputs fit": 'write "model_input_names": ["input_ids", "attention_mask"] into tokenizer_config.json',
     "finite scores": "look for weights that are not finite; instead of float16, export bfloat16",
     "last token": "the class reads the reward elsewhere: use a stock decoder classifier",
     "left = right padding": "the model attends to pads: pad right, or use other attention",
@@ -383,4 +364,9 @@ _FIXES = {
 }
 
 if __name__ == "__main__":
-    replay_as_process()
+    replayed = replay_directory(Path(sys.argv[1]))
+    # "not all(x <= t)" instead of "any(x > t)": NaN must fail
+    agree = all(value <= float(sys.argv[2]) for value in replayed.differences.values())
+    ok = agree and not replayed.faults
+    sys.stdout.write(json.dumps({"ok": ok, **replayed._asdict()}) + "\n")
+    sys.exit(0 if ok else 1)

@@ -1,17 +1,14 @@
-"""The README of an exported model: what it is, how to get its scores, and how good it is.
-
-It is made from the run folder's files alone, so it can be written again once test sets have been evaluated.
-"""
+"""The README of an exported model, from its run folder's files: written again once test sets are scored."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from hafrm.atomic import atomic_write
-from hafrm.export.golden import read_golden
+from hafrm.export.plain_model import read_golden
 from hafrm.results import from_plain
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import Estimate
@@ -39,14 +36,7 @@ with torch.no_grad():
     print(model(**ids).logits[0, 0].item())  # {reward:.3f}
 ```
 
-## Training
-
-{training}
-
-## Results
-
-{results}
-
+{rest}
 ## Limits
 
 - Only differences of rewards have a meaning, and only between responses to the same prompt: a reward has no
@@ -58,16 +48,9 @@ _POLICY_CARD = """\
 # {name}, policy
 
 The language model whose log-probs were trained on preferences: a stock causal language model.
-`implicit_reward.json` says how its log-probs score a response.
+`implicit_reward.json` says how its log-probs score a response; the results are those of that reward.
 
-## Training
-
-{training}
-
-## Results of its implicit reward
-
-{results}
-"""
+{rest}"""
 
 
 def write_cards(run: Path, exports: Mapping[str, Path] | None = None) -> None:
@@ -75,35 +58,37 @@ def write_cards(run: Path, exports: Mapping[str, Path] | None = None) -> None:
     exports = exports or {head: run / "model" / head for head in ("reward", "policy")}
     folder = RunFolder.open(run)
     recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_path.read_text("utf-8"))
-    sessions = _read(folder.provenance_path).get("sessions") or [{}]
+    session = (_read(folder.provenance_path).get("sessions") or [{}])[-1]
     tested = _read(run / "test.json")
-    is_policy_only = tested.get("scored_with") == "implicit reward"
-    texts = {"name": run.resolve().name, "training": _training(recipe, sessions[-1])}
-    if (directory := exports.get("reward")) and directory.is_dir():
-        texts["messages"], reward = _example(directory)
-        texts["results"] = _results((s["name"], s) for s in tested.get("sets", ()))
-        length = recipe["data"]["max_length"]
-        text = _REWARD_CARD.format(**texts, reward=reward, max_length=length)
-        _write(directory, recipe, text, "text-classification", "reward-model")
-    if (directory := exports.get("policy")) and directory.is_dir():
-        sets = [(s["name"], s if is_policy_only else s["implicit"]) for s in tested.get("sets", ())]
-        texts["results"] = _results((name, metrics) for name, metrics in sets if metrics)
-        _write(directory, recipe, _POLICY_CARD.format(**texts), "text-generation")
+    for head, directory in exports.items():
+        if not directory.is_dir():
+            continue
+        # results that were scored with the policy alone have its implicit reward in the main place
+        is_main = (head == "reward") == (tested.get("scored_with") != "implicit reward")
+        sets = [(s["name"], s if is_main else s["implicit"]) for s in tested.get("sets", ())]
+        results = _results([(name, metrics) for name, metrics in sets if metrics])
+        rest = f"## Training\n\n{_training(recipe, session)}\n\n## Results\n\n{results}\n"
+        values: dict[str, Any] = {"name": run.resolve().name, "rest": rest}
+        if head == "reward":
+            values["messages"], values["reward"] = _example(directory)
+            values["max_length"] = recipe["data"]["max_length"]
+        text = (_REWARD_CARD if head == "reward" else _POLICY_CARD).format(**values)
+        atomic_write(directory / "README.md", f"---\n{_front_matter(recipe, head)}---\n\n{text}")
 
 
 def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
-def _write(directory: Path, recipe: Mapping[str, Any], text: str, task: str, *tags: str) -> None:
-    # above the text the front matter that the hub reads
+def _front_matter(recipe: Mapping[str, Any], head: str) -> str:
+    """What the hub reads."""
+    tasks = {"reward": "text-classification", "policy": "text-generation"}
+    words = ["reward-model"] * (head == "reward") + ["hafrm", str(recipe["method"]["name"])]
+    front = f"library_name: transformers\npipeline_tag: {tasks[head]}\ntags: [{', '.join(words)}]\n"
     base = str(recipe["model"]["path"])
     # a hub id is a name, or two with a slash; anything else is a path on this machine
     is_hub = not Path(base).exists() and base.count("/") == 1 and not base.startswith(("/", "."))
-    words = ", ".join([*tags, "hafrm", str(recipe["method"]["name"])])
-    front = f"library_name: transformers\npipeline_tag: {task}\ntags: [{words}]\n"
-    front += f"base_model: {base}\n" if is_hub else ""
-    atomic_write(directory / "README.md", f"---\n{front}---\n\n{text}")
+    return front + (f"base_model: {base}\n" if is_hub else "")
 
 
 def _training(recipe: Mapping[str, Any], session: Mapping[str, Any]) -> str:
@@ -126,16 +111,17 @@ def _training(recipe: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _results(sets: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+def _results(sets: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """A table of the test sets, or a sentence if there is none; metrics as `hafrm evaluate` writes them."""
+    if not sets:
+        return "Not evaluated on a test set yet."
     rows = []
     for name, metrics in sets:
         longer = from_plain(Estimate, metrics["length"]["pick_longer"])
         accuracy = from_plain(Estimate, metrics["accuracy"])
         rows.append((name, accuracy.num, accuracy, longer, metrics["calibration"]["log_loss"]))
     heads = "test set | comparisons: count | accuracy [95 %] | pick the longer [95 %] | log-loss: decimal"
-    table = Table("", columns(heads), tuple(rows))
-    return to_markdown(table) if rows else "Not evaluated on a test set yet."
+    return to_markdown(Table("", columns(heads), tuple(rows)))
 
 
 def _example(directory: Path) -> tuple[str, float]:

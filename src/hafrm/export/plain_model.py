@@ -1,4 +1,4 @@
-"""A reward directory as plain transformers sees it: files, tokenizer, model and scores.
+"""A reward directory as plain transformers sees it: files, golden scores, tokenizer, model and scores.
 
 hafrm's engine takes no part, so these scores are any consumer's. No code of the directory is run and no
 pickle is read.
@@ -15,15 +15,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from jinja2.exceptions import TemplateError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hafrm.errors import ModelError
-from hafrm.export.golden import GoldenLine
+from hafrm.errors import DataError, ModelError
 
 log = logging.getLogger("hafrm")
 
+GOLDEN = "golden_scores.jsonl"
+"""The golden file of a directory: conversations with the reward that every consumer must get."""
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: a padded batch of a deep model against one text at a time."""
 BATCH_SIZE = 16
@@ -43,6 +45,43 @@ PROBES = tuple(
 """Conversations of different lengths, for directories without golden scores."""
 
 
+class GoldenLine(BaseModel):
+    """One conversation and its reward: an object of JSON in a line of the golden file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reward: FiniteFloat
+    messages: tuple[dict[str, str], ...] = ()
+    text: str | None = None  # the conversation, rendered with the exported template
+    input_ids: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _has_conversation(self) -> "GoldenLine":
+        has_turns = all({"role", "content"} <= message.keys() for message in self.messages)
+        if not has_turns or (not self.messages and self.text is None):
+            raise ValueError("needs `messages` (role and content each) or `text`")
+        return self
+
+
+def read_golden(path: Path) -> list[GoldenLine]:
+    """The lines of a golden file, or of the one in a directory; DataError for a damaged one."""
+    file = path / GOLDEN if path.is_dir() else path
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read golden scores from {file}: {error}") from error
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines += [GoldenLine.model_validate_json(text)] if text.strip() else []
+        except ValidationError as error:
+            what = error.errors()[0]
+            raise DataError(f"{file}, line {number}: {what['loc']} {what['msg']}") from error
+    if not lines:
+        raise DataError(f"{file} holds no golden scores; `hafrm export` writes some")
+    return lines
+
+
 def proof_bytes(num_weights: int) -> int:
     """GPU memory that a model needs in float32, with its activations for one batch."""
     return int(1.3 * 4 * num_weights) + 2**31
@@ -57,6 +96,25 @@ def device_for(num_weights: int) -> torch.device:
         sizes = f"float32 takes {needed / 2**30:.1f} GiB, the GPU has {free / 2**30:.1f} GiB free"
         log.info("the golden scores are computed on the CPU: %s", sizes)
     return torch.device("cpu")
+
+
+def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` under the names that transformers 4 reads; empty without them."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return {}
+    local = rope.get("sliding_attention")
+    rope = rope.get("full_attention", rope)  # Gemma 3 has another base for local layers
+    keys = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+    scaling = {key: value for key, value in rope.items() if key not in keys}
+    if scaling.get("rope_type") != "default":
+        keys["rope_scaling"] = scaling
+    if local:
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    if config.get("model_type") == "gpt_neox":  # has names of its own
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        return {names.get(key, key): value for key, value in keys.items()}
+    return keys
 
 
 def largest_difference(values: Float[Tensor, " texts"], expected: Float[Tensor, " texts"]) -> float:
@@ -87,9 +145,16 @@ class PlainModel:
         self.path, self.golden, self.tolerance = path, golden, tolerance
         self.is_adapter = (path / "adapter_config.json").is_file()
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a file of the directory; empty without such a file."""
+        file = self.path / name
+        try:
+            return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{file} holds no JSON object: {error}") from error
+
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
         return self.read_json("config.json")
 
     @property
@@ -113,7 +178,6 @@ class PlainModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer as AutoTokenizer loads it."""
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -161,7 +225,6 @@ class PlainModel:
 
     @cached_property
     def golden_texts(self) -> list[str]:
-        """The golden conversations, rendered."""
         return [self.render(g.messages) if g.messages else str(g.text) for g in self.golden]
 
     @property
@@ -171,7 +234,7 @@ class PlainModel:
 
     @cached_property
     def alone(self) -> Float[Tensor, " texts"]:
-        """The rewards of `texts`, one at a time."""
+        # the rewards of `texts`, one at a time
         return torch.cat([self.score([text]) for text in self.texts])
 
     def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -199,6 +262,12 @@ class PlainModel:
         hidden = model.base_model(**self._batch([text], "right")).last_hidden_state[:, -1]
         return float(model.score(hidden)[0, 0])
 
+    def _batch(self, texts: Sequence[str], side: Side) -> dict[str, Tensor]:
+        options = {"return_tensors": "pt", "padding": len(texts) > 1, "padding_side": side}
+        batch = self.tokenizer(list(texts), add_special_tokens=False, **options)
+        device = self.loaded[0].device
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
     def replay(self, sides: Sequence[Side] = ()) -> GoldenReplay:
         """Score the golden conversations one at a time, and in batches padded on each of `sides`."""
         texts = self.golden_texts
@@ -211,17 +280,3 @@ class PlainModel:
             scores[side] = torch.cat([self.score(batch, side) for batch in batches])
         expected = torch.tensor([line.reward for line in self.golden])
         return GoldenReplay({k: largest_difference(v, expected) for k, v in scores.items()}, [])
-
-    def _batch(self, texts: Sequence[str], side: Side) -> dict[str, Tensor]:
-        options = {"return_tensors": "pt", "padding": len(texts) > 1, "padding_side": side}
-        batch = self.tokenizer(list(texts), add_special_tokens=False, **options)
-        device = self.loaded[0].device
-        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a file of the directory; empty without such a file."""
-        file = self.path / name
-        try:
-            return dict(json.loads(file.read_bytes())) if file.is_file() else {}
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"{file} holds no JSON object: {error}") from error

@@ -1,23 +1,22 @@
 """Replay golden scores on a running reward server: vLLM, SGLang or OpenRLHF, over HTTP.
 
-`PROTOCOLS` follows vLLM's pooling entrypoints, SGLang's native /classify and OpenRLHF's serve_rm. The text
-is the whole conversation, rendered. torch is not loaded: a machine without it can verify a server.
+`PROTOCOLS` follows vLLM's pooling entrypoints, SGLang's native /classify and OpenRLHF's serve_rm.
 """
 
 import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from hafrm.errors import DataError, ServerError
-from hafrm.export.golden import read_golden
+from hafrm.export.plain_model import read_golden
 from hafrm.table import Column, Table
 
 SERVER_TOLERANCE = 1.5e-2
@@ -32,38 +31,30 @@ class OtherProtocolError(ServerError):
 
 
 class Protocol(NamedTuple):
-    """One way to request rewards."""
+    """One way to request rewards: the request holds `texts`, the answer `rows` with a `reward` each."""
 
     name: str
     path: str
-    request: Callable[[list[str]], dict[str, Any]]
-    """The body for rendered conversations."""
-    rewards: Callable[[Any], list[Any]]
-    """A reward for each text, perhaps in a list of its own; KeyError or TypeError for another answer."""
+    texts: str
+    rows: str | None  # None: the answer is the rows itself
+    reward: str | None  # None: a row is the reward
+    options: Mapping[str, bool] = {}
+
+    def rewards(self, answer: Any) -> list[Any]:
+        """A reward for each text, perhaps in a list of its own; KeyError ... for another answer."""
+        rows = answer if self.rows is None else answer[self.rows]
+        if self.reward is None:
+            return list(rows)
+        rows = rows if isinstance(rows, list) else [rows]  # as SGLang answers a single text
+        return [row[self.reward] for row in sorted(rows, key=lambda row: row.get("index", 0))]
 
 
-def _vllm(texts: list[str]) -> dict[str, Any]:
-    return {"input": texts, "use_activation": False, "add_special_tokens": False}
-
-
-def _sorted(answer: Any, key: str) -> list[Any]:
-    return [row[key] for row in sorted(answer["data"], key=lambda row: row["index"])]
-
-
-def _embeddings(answer: Any) -> list[Any]:
-    # a single text is answered by an object instead of a list
-    return [row["embedding"] for row in (answer if isinstance(answer, list) else [answer])]
-
-
-def _openrlhf(texts: list[str]) -> dict[str, Any]:
-    return {"query": texts, "prompts": [""] * len(texts), "labels": [""] * len(texts)}
-
-
+_VLLM = {"use_activation": False, "add_special_tokens": False}
 PROTOCOLS = (
-    Protocol("vllm-classify", "/classify", _vllm, lambda answer: _sorted(answer, "probs")),
-    Protocol("sglang-classify", "/classify", lambda t: {"text": t}, _embeddings),
-    Protocol("vllm-pooling", "/pooling", _vllm, lambda answer: _sorted(answer, "data")),
-    Protocol("openrlhf", "/get_reward", _openrlhf, lambda answer: list(answer["rewards"])),
+    Protocol("vllm-classify", "/classify", "input", "data", "probs", _VLLM),
+    Protocol("sglang-classify", "/classify", "text", None, "embedding"),
+    Protocol("vllm-pooling", "/pooling", "input", "data", "data", _VLLM),
+    Protocol("openrlhf", "/get_reward", "query", "rewards", None),
 )
 """In the order in which a server is tried."""
 
@@ -82,7 +73,6 @@ class ServerReplay:
     expected: float
     got: float
     tolerance: float
-    suspicion: str  # a known mistake that the differences look like; empty if none does
 
     def tables(self) -> tuple[Table, ...]:
         """Protocol, differences, and where they are largest."""
@@ -96,7 +86,6 @@ class ServerReplay:
         if not self.ok:
             rows.append(("where", f"{self.got:.5g} instead of {self.expected:.5g}: …{self.worst}"))
         verdict = f"the server {'gives' if self.ok else 'does NOT give'} the exported scores"
-        verdict += f"; {self.suspicion}" if self.suspicion else ""
         return (Table(self.url, (Column(""), Column("")), tuple(rows), (verdict,)),)
 
 
@@ -119,12 +108,7 @@ def verify_server(
         model = {"model": str(_request(f"{base}/v1/models", api_key)["data"][0]["id"])}
     except (OtherProtocolError, KeyError, IndexError, TypeError):
         model = {}  # only vLLM and SGLang name theirs
-
-    def ask(protocol: Protocol, texts: list[str]) -> list[float]:
-        where = base + protocol.path
-        answer = _request(where, api_key, model | protocol.request(texts))
-        return _read_rewards(protocol, answer, len(texts), where)
-
+    ask = partial(_ask, base, api_key, model)
     reasons = []
     for protocol in (protocol for protocol in PROTOCOLS if path in ("", protocol.path)):
         try:
@@ -154,17 +138,20 @@ def verify_server(
         expected=float(expected[worst]),
         got=float(got[way, worst]),
         tolerance=tolerance,
-        suspicion="" if largest <= tolerance else _suspicion(expected, got[0], tolerance),
     )
 
 
-def _read_rewards(protocol: Protocol, answer: Any, num: int, where: str) -> list[float]:
+def _ask(
+    base: str, api_key: str | None, model: dict[str, str], protocol: Protocol, texts: list[str]
+) -> list[float]:
+    url = base + protocol.path
+    answer = _request(url, api_key, {**model, protocol.texts: texts, **protocol.options})
     try:
         # a number for each text, or a list of one
-        rewards = np.array(protocol.rewards(answer), dtype=np.float64).reshape(num)
+        rewards = np.array(protocol.rewards(answer), dtype=np.float64).reshape(len(texts))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise OtherProtocolError(
-            f"{where} does not give one reward for each of {num} texts: {error!r}; it may return "
+            f"{url} does not give one reward for each of {len(texts)} texts: {error!r}; it may return "
             "embeddings, or have several labels"
         ) from error
     return [float(reward) for reward in rewards]
@@ -192,17 +179,3 @@ def _request(url: str, api_key: str | None, body: Mapping[str, Any] | None = Non
         raise OtherProtocolError(f"{url} does not answer JSON: {error}") from error
     except (OSError, http.client.HTTPException) as error:  # a time-out too
         raise ServerError(f"{url} gives no answer: {error}; is the server up?") from error
-
-
-def _suspicion(
-    expected: Float[np.ndarray, " texts"], got: Float[np.ndarray, " texts"], tolerance: float
-) -> str:
-    """The known mistake of servers that wrong rewards look like."""
-    if (got == 1.0).all():
-        return "every reward is 1: a softmax over one label (SGLang's /v1/classify does that)"
-    sigmoids = 1.0 / (1.0 + np.exp(-np.maximum(expected, -700.0)))  # exp overflows above 709
-    if (np.abs(got - sigmoids) <= tolerance).all():
-        return "these are sigmoids of the rewards: the server's problem_type is not regression"
-    if len(got) > 2 and len(set(got.tolist())) == 1:
-        return "every conversation gets the same reward: the text is cut, or read at a pad"
-    return ""

@@ -1,16 +1,21 @@
-"""Write a trained model as stock directories that every consumer loads without our code.
+"""Write a trained model as stock directories, and prove that they give every consumer our scores.
 
-`reward/` is a `<X>ForSequenceClassification` with one label and a `score` without bias; `policy/` is a
-`<X>ForCausalLM`. LoRA is merged in float32, or written as a PEFT adapter. All have the tokenizer with the
-closed chat template of training. The two are never one file, because vLLM refuses unknown weights.
+Every directory has the tokenizer with the closed chat template of training. A reward model and a policy are
+never one file, because vLLM refuses unknown weights.
 """
 
 import copy
-from collections.abc import Mapping
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
@@ -25,14 +30,23 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hafrm.atomic import atomic_directory
+from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
-from hafrm.errors import ModelError
-from hafrm.export.older_transformers import write_for_older_readers
+from hafrm.errors import ModelError, NumericsError, VerificationError
+from hafrm.export.plain_model import GOLDEN, TOLERANCE, PlainModel, device_for, old_rotary_keys
+from hafrm.preferences import Group, Message
+from hafrm.scoring.forward import first_responses, free_memory, run_forward
+from hafrm.scoring.loading import load_encoder, load_policy
+from hafrm.scoring.reward_model import MAX_TOKENS_CPU, RewardModel
+
+T = TypeVar("T")
 
 _ADAPTER = "default"
 """PEFT's name of the one adapter."""
+_QUESTION = Message("user", "What is the capital of France?")
+PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
+"""Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,7 @@ class StockWeights:
 
     config: PretrainedConfig
     backbone: Mapping[str, Tensor]
-    reward_head: Mapping[str, Tensor]
-    """Empty if the model has no such head."""
+    reward_head: Mapping[str, Tensor]  # a head is empty if the model lacks it
     policy_head: Mapping[str, Tensor]
 
 
@@ -61,7 +74,7 @@ def export_reward(
 ) -> None:
     """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias.
 
-    Raises ModelError if transformers has no classifier of this kind, or it cannot hold the model.
+    Raises ModelError if transformers has no such classifier, or it cannot hold the model.
     """
     if not weights.reward_head:
         raise ModelError("this model has no reward head to export; export its policy instead")
@@ -90,10 +103,7 @@ def export_policy(
 def export_adapter(
     model: HybridModel, encoder: Encoder, directory: Path, base: str, revision: str | None
 ) -> None:
-    """Write the reward model's adapters and head in float32, as PEFT loads them, and the tokenizer.
-
-    `base` is the checkpoint that they belong to.
-    """
+    """Write the reward model's adapters to `base` and its head in float32, as PEFT loads them."""
     layers = {n: m for n, m in model.backbone.named_modules() if isinstance(m, LoraLayer)}
     weights = {
         f"{model.backbone.base_model_prefix}.{name}.{part}.weight": getattr(layer, part)[_ADAPTER]
@@ -123,14 +133,15 @@ def export_adapter(
         config.save_pretrained(str(aside))
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         encoder.export_tokenizer(aside)
-        write_for_older_readers(aside)
+        _write_for_older_readers(aside)
 
 
 def _gather(module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights on the main rank. One tensor is gathered at a time: ranks share host memory."""
+    """The module's weights on the main rank."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     weights = {}
     for name, value in module.state_dict().items():
+        # one at a time: ranks share host memory
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if is_main:
             weights[name] = whole.detach().cpu()
@@ -183,14 +194,14 @@ def _write(
     stock.tie_weights()
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
     if left or surplus:
+        name = type(stock).__name__
         raise ModelError(
-            f"{type(stock).__name__} cannot hold this model: the model lacks weights ({left}) or has "
-            f"others that the class does not take ({surplus})"
+            f"{name} cannot hold this model: it lacks {left}, and has {surplus} too many"
         )
     with atomic_directory(directory) as aside:
         stock.save_pretrained(aside)
         encoder.export_tokenizer(aside)
-        write_for_older_readers(aside)
+        _write_for_older_readers(aside)
 
 
 def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
@@ -202,3 +213,149 @@ def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
         if name.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, LoraLayer))
     }
     return short if matched == set(layers) else sorted(layers)
+
+
+def _write_for_older_readers(directory: Path) -> None:
+    """Add transformers 4's keys to the JSON files of an export; version 5 reads both."""
+    for name, convert in (("config.json", old_config), ("tokenizer_config.json", old_tokenizer)):
+        file = directory / name
+        if file.is_file():
+            content = convert(json.loads(file.read_bytes()))
+            text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+            file.write_text(text + "\n", encoding="utf-8")
+
+
+def old_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with version 4's names for rotary settings and dtype beside 5's, nested configs too."""
+    result = {
+        key: old_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    # without them version 4 takes its class's default base, and says nothing (vllm-project/vllm#42624)
+    return old_rotary_keys(config) | dtype | result
+
+
+def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer's config with a class that both versions have, and extra tokens under the old key."""
+    result = dict(config)
+    if result.get("tokenizer_class") == "TokenizersBackend":
+        result["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # or version 4's class adds token_type_ids, which decoders refuse
+        result.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(result.get("extra_special_tokens"), list):
+        # not under both keys: version 5 would then drop them (huggingface/transformers#47838)
+        result["additional_special_tokens"] = result.pop("extra_special_tokens")
+    return result
+
+
+def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: str) -> T:
+    """What `check` returns for an export, which is renamed to `directory` if it passes, and else stays.
+
+    Raises VerificationError for whatever `check` raises; `again` says how to repeat it.
+    """
+    try:
+        result = check(unverified)
+    except (
+        Exception
+    ) as error:  # a consumer's library raises anything; the training must not be lost
+        raise VerificationError(
+            f"the export is not verified: {error}. It is complete and kept as {unverified}; {again}"
+        ) from error
+    unverified.rename(directory)
+    return result
+
+
+def _num_threads() -> int:
+    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return torch.get_num_threads()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_golden(directory: Path, groups: Sequence[Group]) -> int:
+    """Score every response of `groups` with the exported weights; returns the number of golden lines.
+
+    Conversations with special tokens in their text, and those cut, are left out, because a consumer that
+    renders and tokenizes them gets other ids. Raises NumericsError when that leaves none.
+    """
+    torch.set_num_threads(_num_threads())
+    free_memory()
+    device = device_for(sum(map(math.prod, PlainModel(directory).weights.values())))
+    model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
+    tokenizer = model.encoder.tokenizer
+    groups = [*groups, PLAIN]
+    encoded, _ = model.encoder.encode(groups)
+    rewards = model.score_encoded(encoded)
+    lines = []
+    for group, ids, start in zip(groups, encoded, first_responses(encoded), strict=True):
+        for k, response in enumerate(group.responses):
+            messages = [m._asdict() for m in (*group.prompt, Message("assistant", response))]
+            ours = [*ids.prompt_ids.tolist(), *ids.response_ids[k].tolist()]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if tokenizer(text, add_special_tokens=False)["input_ids"] != ours:
+                continue
+            reward = float(rewards[start + k])
+            line = {"messages": messages, "text": text, "input_ids": ours, "reward": reward}
+            lines.append(json.dumps(line) + "\n")
+    if not lines:
+        raise NumericsError(
+            f"{directory}: every conversation gets other ids than in training; fix tokenizer or template"
+        )
+    atomic_write(directory / GOLDEN, "".join(lines))
+    return len(lines)
+
+
+def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Largest differences of plain transformers' scores, alone and padded right and left.
+
+    Raises NumericsError when they exceed the tolerance, or the directory gives consumers other scores.
+    """
+    # -P: modules of the current directory must not be imported
+    command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_threads())}
+    free_memory()
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = run.stdout.strip().splitlines()
+    if run.returncode not in (0, 1) or not lines:
+        raise NumericsError(
+            f"{directory} cannot be loaded by plain transformers:\n{run.stderr.strip()[-2000:]}"
+        )
+    replay = json.loads(lines[-1])
+    differences: dict[str, float] = replay["differences"]
+    if not replay["ok"]:
+        raise NumericsError(
+            f"{directory} does not give consumers the scores of training: differences {differences} "
+            f"(tolerated {tolerance:g}), faults {replay['faults']}"
+        )
+    return differences
+
+
+@torch.no_grad()
+def check_policy(
+    directory: Path, groups: Sequence[Group], tolerance: float = TOLERANCE
+) -> tuple[int, float]:
+    """Number of responses whose log-probs plain transformers reproduces, and the largest difference.
+
+    It is relative to max(1, |log-prob|), in float32. Raises NumericsError beyond the tolerance.
+    """
+    model = load_policy(directory, dtype=torch.float32, device="cpu")
+    encoder = load_encoder(directory, model.backbone.config, None)
+    encoded, _ = encoder.encode([*groups, PLAIN])
+    logps = run_forward(model.eval(), encoded, max_tokens=MAX_TOKENS_CPU).logps
+    assert logps is not None
+    del model  # two models in float32 might not fit
+    stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    expected = []
+    for group in encoded:
+        for response in group.response_ids:
+            ids = torch.tensor(np.concatenate([group.prompt_ids, response]), dtype=torch.int64)
+            token_logps = stock(ids[None]).logits[0, :-1].log_softmax(-1)
+            tokens = token_logps.gather(1, ids[1:, None])[len(group.prompt_ids) - 1 :]
+            expected.append(float(tokens.sum()))
+    plain = np.array(expected)
+    difference = float((np.abs(logps - plain) / np.maximum(1.0, np.abs(plain))).max())
+    if not difference <= tolerance:  # True for NaN
+        differ = f"differ from plain transformers' by {difference:.2g} (tolerated {tolerance:g})"
+        raise NumericsError(f"log-probs of {directory} {differ}")
+    return len(expected), difference

@@ -17,10 +17,18 @@ from hafrm.atomic import atomic_directory, remove_directory
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
-from hafrm.export.golden import GOLDEN
 from hafrm.export.model_card import write_cards
-from hafrm.export.proof import check_golden, check_policy, prove, write_golden
-from hafrm.export.stock_export import export_adapter, export_policy, export_reward, gather_weights
+from hafrm.export.plain_model import GOLDEN
+from hafrm.export.stock_export import (
+    check_golden,
+    check_policy,
+    export_adapter,
+    export_policy,
+    export_reward,
+    gather_weights,
+    prove,
+    write_golden,
+)
 from hafrm.preferences import Group
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
