@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hafrm.atomic import atomic_write
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe, with_values
-from hafrm.resumable import cache_folder
+from hafrm.run_folder import cache_folder
 
 if TYPE_CHECKING:
     from hafrm.training.loop import TrainResult

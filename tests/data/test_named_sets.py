@@ -61,25 +61,9 @@ def test_a_file_of_one_part_is_read_in_the_published_form_and_named_after_the_se
     assert (reading.num_rows, reading.num_groups) == (3, (2,))
 
 
-def test_a_folder_is_a_copy_of_the_repository_and_no_part_leaks_into_a_later_one(tmp_path: Path):
-    write(tmp_path / "harmless-base/train.jsonl", transcripts("a", "b", "c"))
-    write(tmp_path / "harmless-base/test.jsonl", transcripts("B ", "z"))
-    write(tmp_path / "helpful-base/train.jsonl", transcripts("not this"))
-    train = read([f"set:hh-harmless={tmp_path}#split=train"])
-    assert questions(train) == ["a", "c"]  # "b" is asked in the test part, in other case
-    assert train.left_out == {"prompt is in a held-out part": 1}
-    test = read([f"set:hh-harmless={tmp_path}#split=test"])
-    assert questions(test) == ["B", "z"]
-    assert {group.tags["split"] for group in test.groups} == {"test"}
-    assert questions(read([f"set:hh-harmless={tmp_path}/harmless-base#split=test"])) == ["B", "z"]
-
-
-def test_all_files_that_an_entry_may_read_are_known_for_their_digests(tmp_path: Path):
-    train = write(tmp_path / "hh/harmless-base/train.jsonl", transcripts("a"))
-    test = write(tmp_path / "hh/harmless-base/test.jsonl", transcripts("b"))
-    assert local_files(f"set:hh-harmless={tmp_path / 'hh'}#split=train") == [test, train]
-    assert local_files(f"set:hh-harmless={train}") == [train]
-    assert local_files(f"{train}#limit=3") == [train]
+def test_the_files_that_an_entry_reads_are_known_for_their_digests(tmp_path: Path):
+    train = write(tmp_path / "hh/train.jsonl", transcripts("a"))
+    assert local_files(f"set:hh-harmless={train}") == local_files(f"{train}#limit=3") == [train]
     assert local_files("set:hh-harmless#split=train") == local_files("hub:org/pairs:train") == []
 
 
@@ -101,11 +85,13 @@ def test_parts_come_from_the_hub_and_the_later_ones_are_kept_apart(monkeypatch) 
 
     def load(name: str, config: str | None, *, split: str, revision: object, data_dir: str) -> Rows:
         calls.append((name, config, split, data_dir))
-        return transcripts("a", "b") if split == "train" else transcripts("b")
+        return transcripts("a", "b", "c") if split == "train" else transcripts("B ", "z")
 
     fake_datasets(monkeypatch, load)
     reading = read(["set:hh-harmless#split=train"])
-    assert questions(reading) == ["a"]
+    assert questions(reading) == ["a", "c"]  # "b" is asked in the test part, in other case
+    assert reading.left_out == {"prompt is in a held-out part": 1}
+    assert {group.tags["split"] for group in reading.groups} == {"train"}
     assert calls == [
         ("Anthropic/hh-rlhf", None, part, "harmless-base") for part in ("train", "test")
     ]
@@ -178,12 +164,11 @@ def test_the_arena_is_split_after_its_filter(tmp_path: Path):
     """Of 60 battles 20 are ties; the first int(0.05 * 40) = 2 of the others are the test part."""
     ties = [renamed("chatbot-arena", f"q {i}", winner="tie") for i in range(20)]
     rows = [*ties, *(renamed("chatbot-arena", f"q {i}") for i in range(20, 60))]
-    file = write(tmp_path / "arena/data/train-00000-of-00001.jsonl", rows)
-    folder = file.parents[1]
-    test = read([f"set:chatbot-arena={folder}#split=test"])
+    file = write(tmp_path / "arena.jsonl", rows)
+    test = read([f"set:chatbot-arena={file}#split=test"])
     assert questions(test) == ["q 20", "q 21"]
     assert test.left_out == {"tie": 20}
-    assert len(read([f"set:chatbot-arena={folder}#split=train"]).groups) == 38
+    assert len(read([f"set:chatbot-arena={file}#split=train"]).groups) == 38
 
 
 @pytest.mark.parametrize(
@@ -198,8 +183,8 @@ def test_the_arena_is_split_after_its_filter(tmp_path: Path):
             "set:helpsteer3#split=test",
             "no part 'test'; write '#split=train' or '#split=validation'",
         ),
-        ("set:hh-helpful=", "give one set as set:name=path"),
-        ("set:chat=folder#split=test", "give one set as set:name=path"),
+        ("set:hh-helpful=", "give a file of one set"),
+        ("set:chat=file.jsonl#split=test", "give a file of one set"),
         ("set:hh-helpful=missing.jsonl#split=test", "missing.jsonl: no such file"),
     ],
 )
@@ -209,13 +194,10 @@ def test_a_wrong_name_tells_the_right_ones(source: str, message: str) -> None:
 
 
 def test_a_set_without_test_rows_says_so(tmp_path: Path) -> None:
-    """Five rows have no first tenth, and a folder may lack a part."""
+    """Five rows have no first tenth."""
     file = write(tmp_path / "few/rows.jsonl", alpaca(5))
     with pytest.raises(DataError, match="has no row with split=test"):
         read([f"set:alpaca-human={file}#split=test"])
-    folder = write(tmp_path / "hh/train.jsonl", transcripts("a")).parent
-    with pytest.raises(DataError, match="no file called like test in it"):
-        read([f"set:hh-helpful={folder}#split=test"])
     many = write(tmp_path / "many.jsonl", transcripts("a", turns=2))
     with pytest.raises(DataError, match=r"has no rows; left out are .*more than one turn"):
         read([f"set:hh-helpful={many}"])

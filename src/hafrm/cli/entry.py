@@ -10,7 +10,7 @@ from typing import Annotated, Protocol, runtime_checkable
 import typer
 
 from hafrm.errors import ConfigError, HafrmError
-from hafrm.table import Table
+from hafrm.results import Table
 
 app = typer.Typer(
     name="hafrm",

@@ -14,8 +14,8 @@ import numpy as np
 from hafrm.data.reader import PreferenceData
 from hafrm.data.splits import normalised_key
 from hafrm.preferences import Group, TokenizedGroup
+from hafrm.results import Table, columns
 from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.table import Table, columns
 
 Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]  # `Encoder.encode`
 Lengths = tuple[float, int, int, int]

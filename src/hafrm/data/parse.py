@@ -1,9 +1,7 @@
-"""One raw row of a preference file -> prompt, responses and comparisons, or why it is refused.
+"""One raw row of a preference file -> prompt, responses and comparisons, or the first rule that it breaks.
 
-The shapes that are understood are listed in `SHAPES`. Nothing is repaired: a row is refused with the first
-rule that it breaks. Rows come from anywhere, so a value may be of any type and size: a check returns it in
-its proper type or raises `RefusedError`, and quoted values are short and safe to print. Text stays as it
-was written; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
+Values may be of any type and size: a check returns one in its proper type or raises `RefusedError`. Nothing
+is repaired; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
 """
 
 import math
@@ -62,7 +60,6 @@ _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that m
 
 RawRow = Mapping[Any, Any]
 Messages = tuple[Message, ...]
-_Contents = tuple[Messages, tuple[str, ...], tuple[Comparison, ...]]
 
 
 class Refusal(NamedTuple):
@@ -108,7 +105,15 @@ def parse_row(
     try:
         if not isinstance(row, Mapping):
             refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
-        prompt, responses, comparisons = _read_shape(row, need_responses)
+        prompt, responses = read_prompt(row.get("prompt"), "prompt"), tuple[str, ...]()
+        sides = _read_sides(row)
+        if sides:
+            if "chosen" in sides and row.get("prompt") is None:
+                prompt, sides = _split_texts(sides)
+            prompt, responses = _join(prompt, sides)
+        elif need_responses or row.get("prompt") is None:
+            refuse("missing column", f"no responses that could be compared; {_columns_of(row)}")
+        comparisons = _compare(row, responses, is_pair="chosen" in sides)
         check_prompt(prompt, max_chars)
         for response in responses:
             check_text(response, "a response", max_chars)
@@ -121,54 +126,39 @@ def parse_row(
         return refused.refusal
 
 
-def _read_shape(row: RawRow, need_responses: bool) -> _Contents:
+def _read_sides(row: RawRow) -> Mapping[str, object]:
+    """The columns that hold the row's responses, in order."""
     if row.get("chosen") is not None or row.get("rejected") is not None:
-        return _read_pair(row)
+        return {side: cell_of(row, side) for side in ("chosen", "rejected")}
     if row.get("responses") is not None:
-        return _read_responses(row)
-    prompt = read_prompt(row.get("prompt"), "prompt")
-    if row.get("response") is not None:
-        return *_join(prompt, {"response": row["response"]}), ()
-    if need_responses or row.get("prompt") is None:
-        columns = show([str(column)[:40] for column in row])
-        refuse("missing column", f"no responses that could be compared; columns: {columns}")
-    return prompt, (), ()
+        responses = list_of(row["responses"], "responses")
+        if not responses:
+            refuse("missing column", "the list of responses is empty")
+        return {f"response {index}": value for index, value in enumerate(responses)}
+    return {} if row.get("response") is None else {"response": row["response"]}
 
 
-def _read_pair(row: RawRow) -> _Contents:
-    chosen, rejected = cell_of(row, "chosen"), cell_of(row, "rejected")
-    prompt = read_prompt(row.get("prompt"), "prompt")
-    if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, chosen, rejected = _split_texts(chosen, rejected)
-    prompt, texts = _join(prompt, {"chosen": chosen, "rejected": rejected})
-    if texts[0].strip() == texts[1].strip():
-        refuse("chosen equals rejected", show(texts[0]))
-    tie, label = row.get("tie"), row.get("label")
-    if tie is not None and not isinstance(tie, bool):
-        refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
-    tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
-    margin, weight = _margin_and_weight(row)
-    comparison = Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes")))
-    return prompt, texts, (comparison,)
-
-
-def _read_responses(row: RawRow) -> _Contents:
-    responses = _list(row["responses"], "responses")
-    if not responses:
-        refuse("missing column", "the list of responses is empty")
-    sides = {f"response {index}": value for index, value in enumerate(responses)}
-    prompt, texts = _join(read_prompt(row.get("prompt"), "prompt"), sides)
+def _compare(row: RawRow, texts: tuple[str, ...], *, is_pair: bool) -> tuple[Comparison, ...]:
+    """The comparisons of a row's responses, by the columns that label them."""
+    if is_pair:
+        if texts[0].strip() == texts[1].strip():
+            refuse("chosen equals rejected", show(texts[0]))
+        tie, label = row.get("tie"), row.get("label")
+        if tie is not None and not isinstance(tie, bool):
+            refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
+        tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
+        margin, weight = _margin_and_weight(row)
+        return (Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes"))),)
     orders = [column for column in _ORDERS if row.get(column) is not None]
-    if not orders:
-        return prompt, texts, ()
+    if row.get("responses") is None or not orders:
+        return ()
     if len(orders) > 1:
         refuse("bad number", f"both {orders[0]} and {orders[1]} are given; keep one of them")
     column, sign = orders[0], _ORDERS[orders[0]]
-    values = _list(row[column], column)
+    values = list_of(row[column], column)
     if len(values) != len(texts):
         refuse("bad number", f"{len(texts)} responses, but {len(values)} {column}")
-    goodness = [sign * as_number(value, column) for value in values]
-    return prompt, texts, _compare_all(row, texts, goodness)
+    return _compare_all(row, texts, [sign * as_number(value, column) for value in values])
 
 
 def _compare_all(
@@ -213,12 +203,7 @@ def _join(prompt: Messages, sides: Mapping[str, object]) -> tuple[Messages, tupl
 
 def _read_side(value: object, column: str) -> Messages:
     """The turns of one side; the last one is the response."""
-    if not isinstance(value, str):
-        turns = read_messages(value, column)
-    elif value.startswith(HUMAN):
-        turns = _read_transcript(value, column)
-    else:
-        turns = (Message("assistant", value),)
+    turns = read_messages(value, column, "assistant")
     if not turns or turns[-1].role != "assistant":
         refuse("wrong roles", f"`{column}` must end in an assistant message, got {show(value)}")
     if not turns[-1].content.strip():
@@ -238,36 +223,39 @@ def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
     return prompt + said
 
 
-def _split_texts(chosen: str, rejected: str) -> tuple[Messages, object, object]:
+def _split_texts(sides: Mapping[str, object]) -> tuple[Messages, Mapping[str, object]]:
     """Prompt and sides of two whole texts: two transcripts, or texts that start with the same lines."""
+    chosen, rejected = sides.values()
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return (), sides
     if ASSISTANT in chosen and ASSISTANT in rejected:
         # the first turn of some files lacks the two line breaks that announce a turn
-        turns = _read_transcript("\n\n" + chosen.lstrip(), "chosen")
-        return (), turns, _read_transcript("\n\n" + rejected.lstrip(), "rejected")
+        texts = {side: "\n\n" + str(text).lstrip() for side, text in sides.items()}
+        return (), {side: _read_transcript(text, side) for side, text in texts.items()}
     # only whole lines count: two answers that share their first words share no prompt
     cut = commonprefix([chosen, rejected]).rfind("\n") + 1  # noqa: RUF071 - of text, not of paths
     if not chosen[:cut].strip():
         refuse("missing column", "no `prompt`; the texts are no transcripts and share no line")
-    return (Message("user", chosen[:cut].strip()),), chosen[cut:], rejected[cut:]
+    prompt = Message("user", chosen[:cut].strip())
+    return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
 def read_prompt(value: object, column: str) -> Messages:
-    """The messages of a prompt column, empty for None.
+    """The messages of a prompt column, empty for None; text is read as by `read_messages`."""
+    turns = () if value is None else read_messages(value, column)
+    # a transcript's prompt ends in the announcement of the answer
+    announced = isinstance(value, str) and turns[-1] == Message("assistant", "")
+    return turns[:-1] if announced else turns
 
-    Text is one user message, unless it starts with the first turn of an Anthropic transcript.
+
+def read_messages(value: object, column: str, role: str = "user") -> Messages:
+    """Messages from a list of {role, content} or a single one; or from text.
+
+    Text is one message of `role`, unless it starts with the first turn of an Anthropic transcript.
     """
-    if value is None:
-        return ()
-    if not isinstance(value, str):
-        return read_messages(value, column)
-    if not value.startswith(HUMAN):
-        return (Message("user", value),)
-    turns = _read_transcript(value, column)
-    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
-
-
-def read_messages(value: object, column: str) -> Messages:
-    """Messages from a list of {role, content}, or from a single one."""
+    if isinstance(value, str):
+        is_transcript = value.startswith(HUMAN)
+        return _read_transcript(value, column) if is_transcript else (Message(role, value),)
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list | tuple):
         refuse("not a string", f"`{column}` must be text or messages, got {show(value)}")
@@ -313,10 +301,9 @@ def check_prompt(prompt: Messages, max_chars: int) -> None:
 
 
 def _margin_and_weight(row: RawRow) -> tuple[float, float]:
-    values = [row.get(name) for name in ("margin", "weight")]
     margin, weight = (
-        default if value is None else as_number(value, name, "non-finite margin")
-        for name, default, value in zip(("margin", "weight"), (0.0, 1.0), values, strict=True)
+        default if row.get(name) is None else as_number(row[name], name, "non-finite margin")
+        for name, default in (("margin", 0.0), ("weight", 1.0))
     )
     if weight < 0:
         refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
@@ -340,7 +327,8 @@ def _votes(value: object) -> Votes | None:
     return Votes(**{name: int(number) for name, number in numbers.items()})
 
 
-def _list(value: object, column: str) -> list[Any]:
+def list_of(value: object, column: str) -> list[Any]:
+    """The list in a column."""
     if not isinstance(value, list | tuple):
         refuse("not a string", f"`{column}` must be a list, got {show(value)}")
     return list(value)
@@ -388,6 +376,9 @@ def show(value: object) -> str:
 def cell_of(row: RawRow, column: str) -> Any:
     """The value in a column, whatever it is."""
     if column not in row:
-        columns = show([str(name)[:40] for name in row])
-        refuse("missing column", f"no `{column}`; columns: {columns}")
+        refuse("missing column", f"no `{column}`; {_columns_of(row)}")
     return row[column]
+
+
+def _columns_of(row: RawRow) -> str:
+    return f"columns: {show([str(name)[:40] for name in row])}"

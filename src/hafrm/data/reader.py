@@ -1,8 +1,6 @@
 """Preference data from files, hub data sets, named sets and lists -> groups, every bad row accounted for.
 
-Rows of one source that share a prompt (and a subset) become one group, in which each response is stored
-once. A bad row is counted, listed in a side file and left out; too many of them stop the reading.
-Start at `read_preferences`.
+Rows of one source that share a prompt (and a subset) become one group, with each response stored once.
 """
 
 import json
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.files import NumberedRows, find_files, parse_hub, read_file, read_hub, stem
+from hafrm.data.files import NumberedRows, parse_hub, read_file, read_hub, stem
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
 from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, Refusal, parse_row, show
 from hafrm.errors import DataError
@@ -34,7 +32,7 @@ class Source:
     limit: int | None = None
     rows: RawRows | None = None
     named: NamedSet | None = None  # the published set whose form the rows have
-    path: str | None = None  # the file or folder on this machine, where it is one
+    path: str | None = None  # the file on this machine, where it is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +71,9 @@ def read_preferences(
 
         data = read_preferences(["pairs.jsonl.gz#split=train", "set:hh-helpful#split=train", rows])
 
-    `parse_sources` says what a source is. A group's id is its first row's, else "<source name>-<row>"; its
-    tags are those on which its rows agree. `need_comparisons=False` takes unlabelled rows too,
-    `need_responses=False` every row for its prompt. A row that only repeats earlier rows is bad
-    ("duplicate"); the opposite order of a pair is disagreement, and stays.
+    `parse_sources` says what a source is, `parse_row` what the `need_...` mean. A group's id is its first
+    row's, else "<source name>-<row>"; its tags are those on which its rows agree. A row that only repeats
+    earlier rows is bad ("duplicate"); the opposite order of a pair is disagreement, and stays.
 
     Raises `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction`
     bad ones. `bad_rows_file` is written in any case: one JSON object for each bad row.
@@ -106,10 +103,9 @@ def read_preferences(
 def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     """The sources that one entry stands for: one, or the members of a group of named sets.
 
-    An entry is a path, "hub:name[@revision][:config]:split", "set:name" (from the hub), "set:name=path"
-    (a published set from a file or folder), or a list of rows. A "#" selects rows:
-    "pairs.jsonl.gz#split=train" those whose column `split` (or another tag) has that value,
-    "#limit=1000" the first of them, "#split=train&limit=1000" both.
+    An entry is a path, "hub:name[@revision][:config]:split", "set:name" (a published set, from the hub),
+    "set:name=file", or a list of rows. A "#" selects rows: "pairs.jsonl.gz#split=train" those whose column
+    `split` (or another tag) has that value, "#limit=1000" the first of them; "&" joins both.
     """
     if not isinstance(entry, str | Path):
         return [Source("memory", "memory", rows=entry)]
@@ -120,8 +116,8 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     where, limit = _parse_selection(selection, str(entry))
     if location.startswith("set:"):
         return [
-            Source(place, named.name, where, limit, named=named, path=path)
-            for place, named, path in find_sets(location, where.get("split"))
+            Source(f"set:{s.name}{f'={file}' if file else ''}", s.name, where, limit, None, s, file)
+            for s, file in find_sets(location, where.get("split"))
         ]
     if not location.startswith("hub:"):
         return [Source(location, stem(Path(location)), where, limit, path=location)]
@@ -140,16 +136,14 @@ def parse_source(entry: str | Path | RawRows) -> Source:
 
 
 def local_files(entry: str) -> list[Path]:
-    """The files on this machine that an entry reads, or may read: all of a folder."""
-    paths = [Path(source.path) for source in parse_sources(entry) if source.path is not None]
-    return [f for path in paths for f in (find_files(path, ["*"]) if path.is_dir() else [path])]
+    """The files on this machine that an entry reads."""
+    return [Path(source.path) for source in parse_sources(entry) if source.path is not None]
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
-    """(row number, row or `Refusal`) for every wanted row, in order.
+    """(row number, row or `Refusal`) for every wanted row, in order; `left_out` as `read_named_set` has it.
 
-    `left_out` counts, by reason, the rows that a named set does not use. Raises `DataError` for a source
-    that cannot be read.
+    Raises `DataError` for a source that cannot be read.
     """
     left_out = Counter() if left_out is None else left_out
     if source.rows is not None:
@@ -262,14 +256,13 @@ class _SourceReader:
         if key not in self.drafts:
             name = parsed.id or f"{self.source.name}-{number}"
             self.drafts[key] = _Draft(name, parsed.prompt, parsed.tags, self.source.name)
-        draft = self.drafts[key]
-        if draft.add(parsed):
+        if self.drafts[key].add(parsed):
             return
         if self.source.named:  # its repetitions are the publisher's
             self.num_rows -= 1
             self.left_out["repeats an earlier row"] += 1
         else:
-            detail = f"an earlier row of group {draft.id!r} says all of it"
+            detail = f"an earlier row of group {self.drafts[key].id!r} says all of it"
             self.bad_rows.append(BadRow(self.source.location, number, "duplicate", detail))
 
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:

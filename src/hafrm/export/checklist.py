@@ -30,7 +30,7 @@ from hafrm.export.plain_model import (
     PlainModel,
     largest_difference,
 )
-from hafrm.table import Column, Table
+from hafrm.results import Column, Table
 
 Check = Callable[[PlainModel], Finding]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from hafrm.errors import DataError, ServerError
 from hafrm.export.golden import read_golden
-from hafrm.table import Column, Table
+from hafrm.results import Column, Table
 
 SERVER_TOLERANCE = 1.5e-2
 """Relative to max(1, |reward|): servers run bfloat16. vLLM's own tests of reward models allow this."""

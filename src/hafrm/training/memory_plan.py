@@ -20,7 +20,7 @@ from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError, ModelError
 from hafrm.export.plain_model import proof_bytes
 from hafrm.recipe import Recipe
-from hafrm.table import Column, Table
+from hafrm.results import Column, Table
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.passes import REFERENCE_TOKENS
