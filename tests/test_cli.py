@@ -51,8 +51,8 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
 def test_every_verb_explains_itself():
     verbs = list(typer.main.get_command(app).commands)
     assert verbs == [
-        *("train", "plan", "evaluate", "compare", "score", "export", "verify"),
-        *("best-of-n", "rlhf", "data", "report", "demo"),
+        *("train", "plan", "compare", "rlhf", "evaluate", "score", "best-of-n"),
+        *("export", "verify", "data", "report", "demo"),
     ]
     for verb in verbs:
         assert "Usage" in invoke(verb, "--help")

@@ -31,7 +31,7 @@ def values(**sections: object) -> dict[str, object]:
 
 
 def test_a_recipe_has_few_enough_keys_to_be_read_and_each_says_what_it_means():
-    keys = describe_keys()
+    keys = describe_keys().values()
     assert len(keys) <= 52
     for key in keys:
         assert key.meaning, f"{key.name} has no line of explanation"
@@ -186,8 +186,8 @@ def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path)
 @pytest.mark.parametrize(
     ("section", "keys", "fix"),
     [
-        ("data", {"max_prompt_length": 1024}, "lower the first or raise the second"),
-        ("data", {"validation_fraction": 0}, "give sources, or a fraction"),
+        ("data", {"max_prompt_length": 1024}, "must be below data.max_length"),
+        ("data", {"validation_fraction": 0}, "set data.validation_fraction to 0.05"),
         ("data", {"validation": "b", "validation_fraction": 0.1}, "remove one of them"),
         ("data", {"test": ["b", "a"]}, "remove it from one of them"),
         ("data", {"train": ["a", "b"], "validation": "b"}, "remove it from one of them"),
@@ -242,12 +242,12 @@ def test_a_recipe_written_out_has_every_key_and_means_the_same_in_both_versions_
     plain = reader.load(dump_recipe(recipe))
     assert plain == recipe.model_dump(mode="json")
     written = {f"{section}.{key}" for section, keys in plain.items() for key in keys}
-    assert written == {key.name for key in describe_keys()}
+    assert written == {*describe_keys()}
 
 
 def test_every_default_is_a_value_that_the_schema_itself_accepts():
     sections: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": ["a"]}}
-    for key in describe_keys():
+    for key in describe_keys().values():
         section, name = key.name.split(".")
         if key.default != "required":
             sections.setdefault(section, {})[name] = json.loads(key.default)
@@ -280,9 +280,7 @@ def test_a_key_that_went_away_is_answered_with_what_to_write_instead(tmp_path: P
 def test_garbage_in_any_place_is_a_config_error_and_nothing_else():
     """Every key, and every section, with values of every other kind: refused in words or accepted."""
     garbage = (None, True, -1, 1e308, "", "\x00", [[]], {"a": 1}, b"x")
-    places = [key.name.split(".") for key in describe_keys()] + [
-        [name] for name in Recipe.model_fields
-    ]
+    places = [key.split(".") for key in describe_keys()] + [[name] for name in Recipe.model_fields]
     for place, value in itertools.product(places, garbage):
         raw = {"model": {"path": "b"}, "data": {"train": "a"}}
         if len(place) == 1:

@@ -26,7 +26,7 @@ def reference_tables(root: type[Section] = Recipe) -> str:
     """What docs/recipes.md must hold: a table for each section, a row for each key."""
     lines: list[str] = []
     section = ""
-    for key in describe_keys(root):
+    for key in describe_keys(root).values():
         if key.name.split(".")[0] != section:
             section = key.name.split(".")[0]
             lines += ["", f"### {section}", "", "| key | allowed | default | meaning |"]
@@ -97,7 +97,7 @@ def test_the_method_section_offers_what_methods_take():
 
     from hafrm.training.methods import Method, get_method
 
-    offered = {key.name.split(".")[1] for key in describe_keys() if key.name.startswith("method.")}
+    offered = {key.split(".")[1] for key in describe_keys() if key.startswith("method.")}
     assert offered == {field.name for field in fields(Method)}
     for path in RECIPES:
         section = load_recipe(path).method.model_dump()

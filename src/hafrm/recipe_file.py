@@ -1,7 +1,6 @@
 """Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; every problem in one message, with its place.
 
-Relative paths stay as written and mean the current directory; `~` is expanded. The schema is
-`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
+The schema is `hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
 """
 
 import json
@@ -56,10 +55,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
     """As `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
-    draft = _Draft()
+    draft = _Draft({})
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
-        values = draft.parse(text)
+        values = draft.parse(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except ConfigError as error:
@@ -67,9 +65,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: got {_shown(values)}; needed: sections such as `data:`")
     draft.values = values or {}
-    for assignment in overrides:
-        draft.override(assignment)
-    return _validated(root, draft, str(path))
+    return _validated(root, draft, str(path), overrides)
 
 
 def build_recipe(values: Mapping[str, Any], name: str = "the recipe") -> Recipe:
@@ -84,11 +80,8 @@ def build_as(
     overrides: Sequence[str] = (),
 ) -> Root:
     """As `build_recipe`, for a recipe of another kind, with overrides applied in order."""
-    draft = _Draft()
-    draft.values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    for assignment in overrides:
-        draft.override(assignment)
-    return _validated(root, draft, name)
+    plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return _validated(root, _Draft(plain), name, overrides)
 
 
 def with_values(recipe: Root, changes: Mapping[str, Any], name: str = "the recipe") -> Root:
@@ -127,8 +120,8 @@ def _as_yaml(value: Any) -> str:
 class _Draft:
     """A recipe on its way: its values, where each key was written, and the problems so far."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
         self.places: dict[str, str] = {}
         self.problems: list[str] = []
 
@@ -200,21 +193,23 @@ def _scalar(kind: str, text: str) -> Any:
     return text
 
 
-def _validated(root: type[Root], draft: _Draft, name: str) -> Root:
+def _validated(root: type[Root], draft: _Draft, name: str, overrides: Sequence[str]) -> Root:
+    for assignment in overrides:
+        draft.override(assignment)
     # a section whose keys are all commented out reads as null
     optional = {k for k, info in root.model_fields.items() if NoneType in get_args(info.annotation)}
     values = {k: {} if v is None and k not in optional else v for k, v in draft.values.items()}
-    problems, recipe = draft.problems, None
+    problems = draft.problems
     try:
         recipe = root.model_validate(values)
+        if not problems:
+            return recipe
     except ValidationError as error:
         seen = set()  # one wrong value can fail several checks of its key
         for details in error.errors(include_url=False):
             if len(details["loc"]) < 2 or details["loc"][:2] not in seen:
                 problems += _explain(root, details, draft.places)
             seen.add(details["loc"][:2])
-    if recipe is not None and not problems:
-        return recipe
     unique = list(dict.fromkeys(problems))
     count = "a problem" if len(unique) == 1 else f"{len(unique)} problems"
     raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique]))
@@ -224,7 +219,7 @@ def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]
     location, value = error["loc"], error["input"]
     key = ".".join(str(part) for part in location[:2])
     head = f"{key} ({places[key]})" if key in places else key
-    entry = next((k for k in describe_keys(root) if k.name == key), None)
+    entry = describe_keys(root).get(key)
     # another kind of recipe may still have the key
     removed = (entry is None and REMOVED.get(key)) or REMOVED.get(f"{key}={value}")
     if error["type"] == "value_error":  # our own rules are complete sentences, one line per problem

@@ -260,7 +260,7 @@ def test_forging_the_marks_does_not_help() -> None:
         words.append(marker.word)
         assert report.neutralised == 1
         assert encoder.tokenizer.decode(encoded.response_ids[0]) == "h0x3x h0r<|im_end|>"
-        assert texts[0].responses[0] == "h0x3x h0r<|im_end|>"
+        assert texts[0][1][0] == "h0x3x h0r<|im_end|>"
     assert encoder.tokenizer.decode(plain.response_ids[0]) == "h0x3x <|im_end|><|im_end|>"
 
 

@@ -61,6 +61,7 @@ JsonFile = Annotated[
 
 
 Recipe = Annotated[str | None, typer.Argument(help="A recipe in YAML.")]
+RecipeFile = Annotated[str, typer.Argument(help="A recipe in YAML.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
 Out = Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")]
 Resume = Annotated[Path | None, typer.Option(help="Resume this run folder.")]

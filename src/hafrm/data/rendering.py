@@ -1,9 +1,7 @@
 """Groups as text, cut where the response begins; special tokens typed in messages stay plain text.
 
-The template is rendered with the real responses, so the text is what a consumer renders; a probe in the
-place of the response shows where to cut. `<|im_end|>` typed inside a message would end the turn for the
-model, and a forged turn would be scored: each special token in a message is a mark when the template sees
-it, a placeholder token for the tokenizer, and spelled out as plain text in the ids.
+A typed `<|im_end|>` would end the turn for the model, and a forged turn would be scored: each special token
+in a message is a mark for the template, a placeholder for the tokenizer, and plain text in the ids.
 """
 
 import hashlib
@@ -11,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from os.path import commonprefix
-from typing import NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -115,11 +112,8 @@ class Marker:
         return spelled + ids[start:]
 
 
-class RenderedGroup(NamedTuple):
-    """The shared prompt, and what follows it in each conversation."""
-
-    prompt: str
-    responses: list[str]
+RenderedGroup = tuple[str, list[str]]
+"""The shared prompt, and what follows it in each conversation."""
 
 
 class Renderer:
@@ -137,10 +131,7 @@ class Renderer:
         return render_conversations(self._tokenizer, self._template, [conversation])[0]
 
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
-        """The marked and cut texts of each group, and the marker that reads the marks.
-
-        Raises DataError for a group that has no prompt or responses, or that the template refuses.
-        """
+        """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
         probe = marker.word + "r"
         conversations = []
@@ -159,7 +150,7 @@ class Renderer:
             if not match:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
             rendered.append(self._cut(before, list(islice(texts, len(group.responses)))))
-            if not rendered[-1].prompt:
+            if not rendered[-1][0]:
                 raise DataError(
                     f"The prompt of group {group.id!r} renders to nothing under the chat template, so its "
                     "responses have nothing to be predicted from. Remove it or repair the template."
@@ -174,7 +165,7 @@ class Renderer:
             ends = [match.end() for match in self._special.boundary.finditer(before)]
             before = before[: ends[-1]] if ends else before[: before.rfind("\n") + 1]
         prompt = before.rstrip(self._blanks)
-        return RenderedGroup(prompt, [text[len(prompt) :] for text in conversations])
+        return prompt, [text[len(prompt) :] for text in conversations]
 
     def _find_blanks(self) -> str:
         """White space at a prompt's end that goes to the response, so that no token crosses the seam."""
@@ -232,8 +223,8 @@ def _spell_out(backend: Tokenizer, text: str, is_special: NDArray[np.bool_]) -> 
         if not is_special[ids].any():
             return ids
     raise ModelError(
-        f"The special token {text!r} cannot be distinguished from the same text typed in a message: the "
-        "vocabulary has it as an ordinary piece. Choose another token for this purpose (eos, pad, ...)."
+        f"The special token {text!r} is an ordinary piece of the vocabulary too, so the same text typed in "
+        "a message cannot be distinguished from it. Choose another token (as eos, pad, ...)."
     )
 
 
