@@ -2,8 +2,8 @@
 
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,9 +72,11 @@ def test_wrong_usage_exits_with_2_and_refused_input_with_1_and_no_traceback(
         assert not (tmp_path / "out").exists()
 
 
-def test_the_module_form_works_for_launchers():
-    command = [sys.executable, "-m", "hafrm", "--help"]
-    assert "train" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_module_form_works_for_launchers(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hafrm", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("hafrm", run_name="__main__")
+    assert "train" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

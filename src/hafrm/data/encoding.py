@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
 from hafrm.errors import ConfigError, ModelError
-from hafrm.preferences import Group, Message, TokenizedGroup
+from hafrm.preferences import Group, TokenizedGroup
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _GROUPS_AT_ONCE = 256
@@ -118,10 +118,6 @@ class Encoder:
         parts = [_SCHEME, self._backend.to_str(), self.template, self.close, self.lengths]
         parts += [self.tokenizer.bos_token_id, self.eos_id, self.pad_id]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
-
-    def render(self, prompt: Sequence[Message], response: str) -> str:
-        """The text that a consumer of the exported template renders."""
-        return self._renderer.render(prompt, response)
 
     def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
         """The groups as ids, in their order (without those dropped), and counts of what was done to them.
