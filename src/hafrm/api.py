@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hafrm.atomic import atomic_write
 from hafrm.recipe import Recipe
-from hafrm.recipe_file import build_recipe, load_recipe, with_values
+from hafrm.recipe_file import build_recipe, load_recipe, nested, with_values
 from hafrm.run_folder import cache_folder
 
 if TYPE_CHECKING:
@@ -40,23 +40,14 @@ def train(
     if isinstance(recipe, Recipe):
         checked = with_values(recipe, changes)
     elif isinstance(recipe, Mapping):
-        checked = build_recipe(_nested({**recipe, **changes}))
+        # sections first, so that a dotted key changes its section and is not replaced by it
+        values = sorted({**recipe, **changes}.items(), key=lambda item: "." in item[0])
+        checked = build_recipe(nested({}, dict(values)))
     else:
         # as overrides, so that a recipe without data.train is complete
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         checked = load_recipe(recipe, overrides)
     return run_training(checked, Path(out), resume=resume)
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as sections: {"model.path": "x"} is {"model": {"path": "x"}}."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, dot, name = key.partition(".")
-        new = {name: value} if dot else value
-        both = isinstance(new, Mapping) and isinstance(nested.get(section), Mapping)
-        nested[section] = {**nested[section], **new} if both else new
-    return nested
 
 
 def _keep_rows(rows: Rows) -> Path:

@@ -85,15 +85,16 @@ def build_as(
 
 
 def with_values(recipe: Root, changes: Mapping[str, Any], name: str = "the recipe") -> Root:
-    """The recipe with other values for some keys ("training.seed") or whole sections ("method").
+    """The recipe with the changes of `nested`; a key of a section that is null switches the section on."""
+    return build_as(type(recipe), nested(recipe.model_dump(mode="json"), changes), name)
 
-    A key of a section that is null switches the section on. Raises ConfigError as `load_recipe` does.
-    """
-    values = recipe.model_dump(mode="json")
+
+def nested(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with others for some keys ("training.seed") or whole sections ("method")."""
     for key, value in changes.items():
-        section, dot, name_in_section = key.partition(".")
-        values[section] = {**(values.get(section) or {}), name_in_section: value} if dot else value
-    return build_as(type(recipe), values, name)
+        section, dot, leaf = key.partition(".")
+        values[section] = {**(values.get(section) or {}), leaf: value} if dot else value
+    return values
 
 
 def dump_recipe(recipe: Section) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from hafrm.data.named_sets import SET_GROUPS, SETS, LeftOut
-from hafrm.data.parse import ParsedRow, RefusedError, parse_row
+from hafrm.data.parse import RefusedError, parse_row
 from hafrm.data.reader import PreferenceData, local_files, parse_source, parse_sources
 from hafrm.data.reader import read_preferences as read
 from hafrm.errors import DataError
-from hafrm.preferences import Message
+from hafrm.preferences import Group, Message
 from support.fake_hub import fake_datasets
 from support.published_rows import PUBLISHED
 
@@ -203,16 +203,16 @@ def test_a_set_without_test_rows_says_so(tmp_path: Path) -> None:
         read([f"set:hh-helpful={many}"])
 
 
-def parsed(name: str, **changes: Any) -> ParsedRow:
+def parsed(name: str, **changes: Any) -> Group:
     """The published row of a set, with changes, as our reader understands it."""
     ours = SETS[name].read_row(PUBLISHED[name] | changes)
     assert not isinstance(ours, LeftOut), ours
     row = parse_row(ours)
-    assert isinstance(row, ParsedRow), row
+    assert isinstance(row, Group), row
     return row
 
 
-def preferred(row: ParsedRow) -> str:
+def preferred(row: Group) -> str:
     """The chosen response, or "tie"."""
     (pair,) = row.comparisons
     return "tie" if pair.tie else row.responses[pair.chosen]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from hafrm.data.files import HubSet, NumberedRows, read_file, read_hub
 from hafrm.data.parse import (
     HUMAN,
-    ParsedRow,
     RawRow,
     Refusal,
     RefusedError,
@@ -27,6 +26,7 @@ from hafrm.data.parse import (
 )
 from hafrm.data.splits import normalised_key
 from hafrm.errors import DataError, did_you_mean
+from hafrm.preferences import Group
 
 OurRow = dict[str, Any]
 
@@ -76,7 +76,7 @@ def beaver_safe(row: RawRow) -> OurRow | LeftOut:
         return LeftOut("both responses safe" if safe[0] else "neither response safe")
     safer = choice_of(row, "safer_response_id", (0, 1))
     responses = [text_of(row, "response_0"), text_of(row, "response_1")]
-    return _pair(_user(text_of(row, "prompt")), *responses, first_is_better=safer == 0)
+    return _pair(_user(text_of(row, "prompt")), *responses, lead=1 if safer == 0 else -1)
 
 
 def alpaca_human(row: RawRow) -> OurRow | LeftOut:
@@ -86,7 +86,7 @@ def alpaca_human(row: RawRow) -> OurRow | LeftOut:
     more = "" if cell_of(row, "input") is None else text_of(row, "input")
     text = text_of(row, "instruction")
     prompt = _user(f"{text}\n{more}" if more.strip() else text)
-    return _pair(prompt, *responses, first_is_better=preferred == 1)
+    return _pair(prompt, *responses, lead=1 if preferred == 1 else -1)
 
 
 def chatbot_arena(row: RawRow) -> OurRow | LeftOut:
@@ -98,7 +98,7 @@ def chatbot_arena(row: RawRow) -> OurRow | LeftOut:
     if winner.startswith("tie"):
         return LeftOut("tie")
     prompt, answers = talks[0][:1], [talk[1] for talk in talks]
-    return _pair(prompt, [answers[0]], [answers[1]], first_is_better=winner == "model_a")
+    return _pair(prompt, [answers[0]], [answers[1]], lead=1 if winner == "model_a" else -1)
 
 
 def ultrafeedback(row: RawRow) -> OurRow | LeftOut:
@@ -119,7 +119,7 @@ def helpsteer2(row: RawRow) -> OurRow | LeftOut:
     responses = [text_of(row, "response_1"), text_of(row, "response_2")]
     strength = choice_of(row, "preference_strength", range(-3, 4))
     split = choice_of(row, "split", ("train", "val", "validation"))
-    ours = _pair(prompt, *responses, first_is_better=_by_sign(strength))
+    ours = _pair(prompt, *responses, lead=-strength)
     return ours | {"split": "train" if split == "train" else "validation"}
 
 
@@ -127,7 +127,7 @@ def helpsteer3(row: RawRow) -> OurRow | LeftOut:
     """HelpSteer3-Preference: messages, two responses, the same strength; its domain is the subset."""
     responses = [text_of(row, "response1"), text_of(row, "response2")]
     strength = choice_of(row, "overall_preference", range(-3, 4))
-    ours = _pair(_messages(row, "context"), *responses, first_is_better=_by_sign(strength))
+    ours = _pair(_messages(row, "context"), *responses, lead=-strength)
     return ours | {"subset": text_of(row, "domain")}
 
 
@@ -155,15 +155,11 @@ def choice_of(row: RawRow, column: str, allowed: Sequence[Any]) -> Any:
     return value
 
 
-def _by_sign(strength: int | float) -> bool | None:
-    """Whether the first of two is better, where a negative strength says so; None for a tie."""
-    return None if strength == 0 else strength < 0
-
-
-def _pair(prompt: object, first: object, second: object, *, first_is_better: bool | None) -> OurRow:
-    better, worse = (second, first) if first_is_better is False else (first, second)
+def _pair(prompt: object, first: object, second: object, *, lead: int) -> OurRow:
+    """Our row of two responses; the first is better if it leads, and 0 is a tie."""
+    better, worse = (second, first) if lead < 0 else (first, second)
     row: OurRow = {"prompt": prompt, "chosen": better, "rejected": worse}
-    return row | {"tie": True} if first_is_better is None else row
+    return row | {"tie": True} if lead == 0 else row
 
 
 def _user(text: str) -> list[dict[str, str]]:
@@ -188,29 +184,24 @@ def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet
 
 
 _HALVES, _VALIDATED = ("train", "test"), ("train", "validation")
-_HELPFUL = _hub("Anthropic/hh-rlhf", *_HALVES, folder="helpful-base")
-_HARMLESS = _hub("Anthropic/hh-rlhf", *_HALVES, folder="harmless-base")
+_HH, _ULTRA = "Anthropic/hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"
 _ALPACA = _hub("tatsu-lab/alpaca_farm", file="alpaca_human_preference.json")
 _ARENA = _hub("lmsys/chatbot_arena_conversations")
-_ULTRA = _hub("HuggingFaceH4/ultrafeedback_binarized", *_HALVES, end="_prefs")
 _HELPSTEER2 = _hub("nvidia/HelpSteer2", folder="preference")
 _HELPSTEER3 = _hub("nvidia/HelpSteer3", *_VALIDATED, config="preference")
 _SKYWORK = _hub("Skywork/Skywork-Reward-Preference-80K-v0.2")
-
-SETS: dict[str, NamedSet] = {
-    entry.name: entry
-    for entry in (
-        NamedSet("hh-harmless", hh, _HARMLESS),
-        NamedSet("hh-helpful", hh, _HELPFUL),
-        NamedSet("beaver-safe", beaver_safe, _hub("PKU-Alignment/PKU-SafeRLHF", *_HALVES)),
-        NamedSet("alpaca-human", alpaca_human, _ALPACA, test_fraction=0.10),
-        NamedSet("chatbot-arena", chatbot_arena, _ARENA, test_fraction=0.05),
-        NamedSet("ultrafeedback", ultrafeedback, _ULTRA),
-        NamedSet("helpsteer2", helpsteer2, _HELPSTEER2, _VALIDATED),
-        NamedSet("helpsteer3", helpsteer3, _HELPSTEER3, _VALIDATED),
-        NamedSet("skywork-80k", skywork, _SKYWORK, ("train",)),
-    )
-}
+_SETS = (
+    NamedSet("hh-harmless", hh, _hub(_HH, *_HALVES, folder="harmless-base")),
+    NamedSet("hh-helpful", hh, _hub(_HH, *_HALVES, folder="helpful-base")),
+    NamedSet("beaver-safe", beaver_safe, _hub("PKU-Alignment/PKU-SafeRLHF", *_HALVES)),
+    NamedSet("alpaca-human", alpaca_human, _ALPACA, test_fraction=0.10),
+    NamedSet("chatbot-arena", chatbot_arena, _ARENA, test_fraction=0.05),
+    NamedSet("ultrafeedback", ultrafeedback, _hub(_ULTRA, *_HALVES, end="_prefs")),
+    NamedSet("helpsteer2", helpsteer2, _HELPSTEER2, _VALIDATED),
+    NamedSet("helpsteer3", helpsteer3, _HELPSTEER3, _VALIDATED),
+    NamedSet("skywork-80k", skywork, _SKYWORK, ("train",)),
+)
+SETS = {named.name: named for named in _SETS}
 """Every named set; the first five are the paper's."""
 
 SET_GROUPS: dict[str, tuple[str, ...]] = {
@@ -298,4 +289,4 @@ def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> N
 
 def _prompt(row: object) -> str | None:
     parsed = None if isinstance(row, Refusal) else parse_row(row)
-    return normalised_key(parsed.prompt) if isinstance(parsed, ParsedRow) else None
+    return normalised_key(parsed.prompt) if isinstance(parsed, Group) else None

@@ -8,13 +8,12 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from numbers import Real
 from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from hafrm.preferences import Comparison, Message, Votes
+from hafrm.preferences import Comparison, Group, Message, Votes
 
 SHAPES = (
     "prompt, chosen, rejected: text or messages",
@@ -77,30 +76,14 @@ class RefusedError(Exception):
         self.refusal = refusal
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRow:
-    """What one row says; its responses are in the row's order and may repeat."""
-
-    prompt: Messages
-    responses: tuple[str, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    id: str = ""
-    tags: dict[str, str] = field(default_factory=dict)
-
-
 def parse_row(
-    row: object,
-    *,
-    need_comparisons: bool = True,
-    need_responses: bool = True,
-    max_chars: int = MAX_CHARS,
-) -> ParsedRow | Refusal:
-    """What the row says, or the first rule that it breaks.
+    row: object, *, need_comparisons: bool = True, need_responses: bool = True
+) -> Group | Refusal:
+    """The group of one row, whose responses are in the row's order and may repeat; or why it is refused.
 
     A tie is `tie: true` or `label: "tie"` beside chosen and rejected, or an equal rank or score. Optional
     are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`.
     `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a prompt alone.
-    `max_chars` limits the prompt and each response.
     """
     try:
         if not isinstance(row, Mapping):
@@ -114,14 +97,14 @@ def parse_row(
         elif need_responses or row.get("prompt") is None:
             refuse("missing column", f"no responses that could be compared; {_columns_of(row)}")
         comparisons = _compare(row, responses, is_pair="chosen" in sides)
-        check_prompt(prompt, max_chars)
+        check_prompt(prompt)
         for response in responses:
-            check_text(response, "a response", max_chars)
+            check_text(response, "a response")
         if need_comparisons and not comparisons:
             refuse("missing column", "nothing to compare: no two responses with a label")
         name = "" if row.get("id") is None else _label(row["id"], "id")
         tags = {tag: _label(row[tag], tag) for tag in TAGS if row.get(tag) is not None}
-        return ParsedRow(prompt, responses, comparisons, name, tags)
+        return Group(name, prompt, responses, comparisons, tags=tags)
     except RefusedError as refused:
         return refused.refusal
 
@@ -283,13 +266,9 @@ def _read_transcript(text: str, column: str) -> Messages:
     return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in pairs)
 
 
-def check_prompt(prompt: Messages, max_chars: int) -> None:
+def check_prompt(prompt: Messages) -> None:
     """Refuse a prompt that is blank, too long, or in which the speakers do not take turns."""
-    for message in prompt:
-        check_text(message.content, "a message of the prompt", max_chars)
-    size = sum(len(message.content) for message in prompt)
-    if size > max_chars:
-        refuse("too long", f"the prompt has {size:,} characters, the limit is {max_chars:,}")
+    check_text("".join(message.content for message in prompt), "the prompt")
     if not any(message.content.strip() for message in prompt):
         refuse("empty prompt", f"the prompt is {show([tuple(turn) for turn in prompt])}")
     # many chat templates raise on two turns of one speaker: better one bad row here than a run that stops
@@ -314,11 +293,10 @@ def _votes(value: object) -> Votes | None:
     """Votes from {chosen, rejected, tie} or [chosen, rejected(, tie)]; None when a row has none."""
     if value is None:
         return None
+    sides = set(Votes._fields)
     if isinstance(value, list | tuple):
         value = dict(zip(Votes._fields, value, strict=False)) if len(value) <= 3 else None
-    if not isinstance(value, Mapping) or not {"chosen", "rejected"} <= value.keys() <= set(
-        Votes._fields
-    ):
+    if not isinstance(value, Mapping) or not sides - {"tie"} <= value.keys() <= sides:
         refuse("bad number", f"`votes` must count chosen, rejected and tie, got {show(value)}")
     # a column that only some rows fill comes back from Parquet as null in the others
     numbers = {k: 0.0 if n is None else as_number(n, "votes") for k, n in value.items()}
@@ -328,7 +306,7 @@ def _votes(value: object) -> Votes | None:
 
 
 def list_of(value: object, column: str) -> list[Any]:
-    """The list in a column."""
+    """The value of a column, which must be a list."""
     if not isinstance(value, list | tuple):
         refuse("not a string", f"`{column}` must be a list, got {show(value)}")
     return list(value)
@@ -352,10 +330,10 @@ def as_number(value: object, column: str, reason: Reason = "bad number") -> floa
     return number
 
 
-def check_text(text: str, name: str, max_chars: int = MAX_CHARS) -> None:
+def check_text(text: str, name: str) -> None:
     """Refuse text that is too long, or that no UTF-8 file and no tokenizer can hold."""
-    if len(text) > max_chars:
-        refuse("too long", f"{name} has {len(text):,} characters, the limit is {max_chars:,}")
+    if len(text) > MAX_CHARS:
+        refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
     # lone surrogates, which no encoding has, and NUL, which C strings end at
     if bad := re.search("[\ud800-\udfff\0]", text):
         refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")

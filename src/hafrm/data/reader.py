@@ -14,7 +14,7 @@ from typing import Any
 from hafrm.atomic import atomic_write
 from hafrm.data.files import NumberedRows, parse_hub, read_file, read_hub, stem
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
-from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, Refusal, parse_row, show
+from hafrm.data.parse import COLUMNS, SHAPES, TAGS, Refusal, parse_row, show
 from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message
 
@@ -212,7 +212,7 @@ class _Draft:
     comparisons: dict[tuple[int, int, bool], Comparison] = field(default_factory=dict)
     num_rows: int = 0
 
-    def add(self, parsed: ParsedRow) -> bool:
+    def add(self, parsed: Group) -> bool:
         """Take in what a row says; whether any of it is new."""
         old_size = len(self.responses), len(self.comparisons)
         place = [self.responses.setdefault(text, len(self.responses)) for text in parsed.responses]
@@ -243,7 +243,7 @@ class _SourceReader:
     left_out: Counter[str] = field(default_factory=Counter)
     drafts: dict[tuple[object, ...], _Draft] = field(default_factory=dict)
 
-    def add(self, number: int, row: object, parsed: ParsedRow | Refusal) -> None:
+    def add(self, number: int, row: object, parsed: Group | Refusal) -> None:
         """Count a row as good or bad."""
         self.num_rows += 1
         if isinstance(row, Mapping):
