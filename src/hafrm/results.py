@@ -1,7 +1,6 @@
-"""Results: frozen dataclasses that people see as `Table`s and that are kept as JSON, through pydantic.
+"""Results: dataclasses that people see as `Table`s, and that are kept as JSON (nan and infinity as null).
 
-How a number or an interval is written is decided here and nowhere else. JSON has no nan and no infinity:
-both are written as null, which a field of type `Real` reads as nan.
+How a number or an interval is written is decided here and nowhere else.
 """
 
 import dataclasses
@@ -22,7 +21,6 @@ T = TypeVar("T")
 Cell = str | int | float | Estimate | None
 Kind = Literal["text", "count", "percent", "points", "decimal", "p", "general"]
 """How the plain numbers of a column are written; an Estimate knows by itself whether it is a fraction."""
-
 
 _WRITE: dict[Kind, Callable[[int | float], str]] = {
     "text": str,

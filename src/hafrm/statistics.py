@@ -32,8 +32,7 @@ class Estimate:
     high: Real
     num: int  # items behind the value (not clusters)
     method: str  # how the interval was made, such as wilson or cluster-bootstrap
-    proportion: bool = True
-    """Whether the value is a fraction or a difference of fractions; these are printed in per cent."""
+    proportion: bool = True  # a fraction or a difference of fractions, printed in per cent
 
     def __str__(self) -> str:
         """As "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
@@ -55,10 +54,7 @@ class Difference:
 
 
 def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, float]:
-    """(low, high) of a fraction observed in `num` independent trials (Wilson 1927); [0, 1] for none.
-
-    `num` need not be whole: trials that depend on each other count as fewer.
-    """
+    """(low, high) of a fraction observed in `num` independent trials (Wilson 1927); [0, 1] for none."""
     if num <= 0:
         return 0.0, 1.0
     # unlike p +- z * se, centre and half-width of the score interval stay inside [0, 1]
@@ -74,8 +70,7 @@ def accuracy_interval(
 ) -> Estimate:
     """Fraction of correct items; Wilson's interval if no two share a cluster, else the bootstrap's.
 
-    If all items agree, the bootstrap would have width zero: then it is Wilson's with each cluster as one
-    trial. Without items the value is NaN and the interval [0, 1].
+    If all items agree, the bootstrap would have width zero: it is Wilson's with clusters as trials.
     """
     correct = np.asarray(correct, bool)
     num, num_correct = len(correct), int(correct.sum())

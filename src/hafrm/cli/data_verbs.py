@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from hafrm.cli.entry import JsonFile, Sources, app, show_result
 from hafrm.errors import ConfigError
@@ -13,14 +14,10 @@ from hafrm.errors import ConfigError
 def data_command(
     sources: Sources,
     *,
-    model: Annotated[
-        str | None, typer.Option(help="Also count tokens with this model's tokenizer.")
-    ] = None,
-    split: Annotated[
-        float | None, typer.Option(help="Fraction of prompts for OUT/test.jsonl, not train.jsonl.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the parts of --split.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+    model: Annotated[str | None, Option(help="Also count its tokens.")] = None,
+    split: Annotated[float | None, Option(help="Fraction of prompts for OUT/test.jsonl.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for the parts of --split.")] = None,
+    seed: Annotated[int, Option(help="Another seed gives another split.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """What preference data holds and what is wrong with it; --split divides it by prompt."""
@@ -63,9 +60,9 @@ def _write_parts(sources: list[str], fraction: float, out: Path, seed: int) -> N
 def report_command(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, and outputs of compare, best-of-n, rlhf."),
+        Argument(help="Run folders, and outputs of compare, best-of-n, rlhf."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, Option("--out", help="The page.")] = Path("report.html"),
 ) -> None:
     """One self-contained page: summary, curves, accuracy with intervals, texts to read, provenance."""
     from hafrm.report.page import write_report  # noqa: PLC0415
@@ -76,9 +73,7 @@ def report_command(
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for its data, runs and report.")] = Path(
-        "demo-run"
-    ),
+    out: Annotated[Path, Option(help="Folder for its data, runs and report.")] = Path("demo-run"),
 ) -> None:
     """Train HAF, BT and DPO on a made-up preference world and compare them, in a few minutes."""
     from hafrm.demo.run_demo import NEXT_STEPS, run_demo  # noqa: PLC0415

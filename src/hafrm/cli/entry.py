@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
 
 import typer
+from typer import Argument, Option
 
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.results import Table
@@ -43,31 +44,27 @@ def main() -> None:
         sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
 
 
-_SOURCES = typer.Argument(
+_SOURCES = Argument(
     help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split, set:name."
 )
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
 Dtype = Annotated[
     str,
-    typer.Option(help="float32, bfloat16, float16; auto: as stored on a GPU, float32 on a CPU."),
+    Option(help="float32, bfloat16, float16; auto: as stored on a GPU, float32 on a CPU."),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")
+    str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")
 ]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file.")
-]
+JsonFile = Annotated[Path | None, Option("--json", help="Also write the result to this file.")]
 
 
-Recipe = Annotated[str | None, typer.Argument(help="A recipe in YAML.")]
-RecipeFile = Annotated[str, typer.Argument(help="A recipe in YAML.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
-Out = Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")]
-Resume = Annotated[Path | None, typer.Option(help="Resume this run folder.")]
-Processes = Annotated[
-    int | None, typer.Option(help="Runs at a time (default: one for each GPU).", min=1)
-]
+Recipe = Annotated[str | None, Argument(help="A recipe in YAML.")]
+RecipeFile = Annotated[str, Argument(help="A recipe in YAML.")]
+Overrides = Annotated[list[str] | None, Argument(help="key.sub=value ...")]
+Out = Annotated[Path | None, Option(help="The run folder (default: runs/<time>).")]
+Resume = Annotated[Path | None, Option(help="Resume this run folder.")]
+Processes = Annotated[int | None, Option(help="Runs at a time (default: one for each GPU).", min=1)]
 
 
 @runtime_checkable

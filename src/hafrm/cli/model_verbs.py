@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hafrm.bulk.shards import ROWS_PER_SHARD
 from hafrm.cli.entry import Device, Dtype, HasTables, JsonFile, OptionalSources, app, show_result
@@ -17,28 +18,17 @@ if TYPE_CHECKING:
 
 @app.command("evaluate")
 def evaluate_command(  # noqa: PLR0913 - the verb and its options
-    model: Annotated[
-        str, typer.Argument(help="Run folder, reward or policy directory; or NAME=PATH.")
-    ],
+    model: Annotated[str, Argument(help="Run folder, model directory, or NAME=PATH.")],
     data: OptionalSources = None,
     *,
-    also: Annotated[
-        list[str] | None, typer.Option(help="Another model; one of MODEL's NAME is a seed of it.")
-    ] = None,
+    also: Annotated[list[str] | None, Option(help="Another model, or a seed: NAME=PATH.")] = None,
     benchmark: Annotated[
-        list[str] | None, typer.Option(help="Such as rewardbench2; all. DATA: a local folder.")
+        list[str] | None, Option(help="Such as rewardbench2; all. DATA: a local folder.")
     ] = None,
-    diagnose: Annotated[
-        bool, typer.Option("--diagnose", help="Temperature, style, slices, labels, hidden states.")
-    ] = False,
+    diagnose: Annotated[bool, Option("--diagnose", help="Also why it is right or wrong.")] = False,
     json_file: JsonFile = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Cut longer inputs to this many tokens (default: the model's)."),
-    ] = None,
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Of a source's rows, that may be left out as bad.", min=0, max=1)
-    ] = 0.02,
+    max_length: Annotated[int | None, Option(help="Cut longer inputs to so many tokens.")] = None,
+    max_bad_fraction: Annotated[float, Option(help="Bad rows allowed.", min=0, max=1)] = 0.02,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -48,9 +38,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     of --diagnose are also written to MODEL/diagnostics.json if MODEL is a run folder.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
-        raise ConfigError(
-            "--benchmark goes without --also and --diagnose; it takes one folder as DATA"
-        )
+        raise ConfigError("--benchmark takes one folder as DATA, and no --also or --diagnose")
     if not benchmark and not data:
         raise ConfigError("hafrm evaluate needs DATA, or --benchmark with a name")
     from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
@@ -88,22 +76,20 @@ def _named(text: str) -> tuple[str, str]:
 
 @app.command("score")
 def score_command(  # noqa: PLR0913 - the verb and its options
-    model: Annotated[str, typer.Argument(help="Run folder or reward directory.")],
+    model: Annotated[str, Argument(help="Run folder or reward directory.")],
     sources: Annotated[
         list[str],
-        typer.Argument(help="Files, folders, file#split=test, hub:name:split (docs/scoring.md)."),
+        Argument(help="Files, folders, file#split=test, hub:name:split (docs/scoring.md)."),
     ],
     *,
-    out: Annotated[Path, typer.Option(help="The folder for the same rows with scores.")],
+    out: Annotated[Path, Option(help="The folder for the same rows with scores.")],
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows of an output file, the most that a kill can cost.", min=1)
+        int, Option(help="Rows of an output file, the most that a kill can cost.", min=1)
     ] = ROWS_PER_SHARD,
-    shard: Annotated[str, typer.Option(help="i/n: only part i of n, from 0 to n - 1.")] = "0/1",
+    shard: Annotated[str, Option(help="i/n: only part i of n, from 0 to n - 1.")] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Do not score longer rows (default: the model's limit).")
-    ] = None,
+    max_length: Annotated[int | None, Option(help="Tokens; longer rows get no score.")] = None,
 ) -> None:
     """Add the model's reward to every row, order kept. The same command resumes a job that was stopped."""
     from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
@@ -128,24 +114,20 @@ def score_command(  # noqa: PLR0913 - the verb and its options
 @app.command("best-of-n")
 def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     models: Annotated[
-        list[str], typer.Argument(help="Runs, reward or policy directories: PATH or NAME=PATH.")
+        list[str], Argument(help="Runs, reward or policy directories: PATH or NAME=PATH.")
     ],
     *,
     prompts: Annotated[
-        list[str], typer.Option(help="Prompts; without --policy their responses are candidates.")
+        list[str], Option(help="Prompts; without --policy their responses are candidates.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for all results; a killed job resumes.")],
-    policy: Annotated[
-        str | None, typer.Option(help="Writes candidates: a causal LM's directory, or a URL.")
-    ] = None,
-    num: Annotated[int, typer.Option("-n", "--num", help="Candidates for each prompt.")] = 16,
-    gold: Annotated[
-        str | None, typer.Option(help="A gold score for every candidate: demo, or a model.")
-    ] = None,
-    judge: Annotated[str | None, typer.Option(help="Compares picks: an LLM at a URL.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives other candidates.")] = 0,
+    out: Annotated[Path, Option(help="Folder for all results; a killed job resumes.")],
+    policy: Annotated[str | None, Option(help="Writes candidates: a directory, or a URL.")] = None,
+    num: Annotated[int, Option("-n", "--num", help="Candidates for each prompt.")] = 16,
+    gold: Annotated[str | None, Option(help="A gold score: demo, or a model.")] = None,
+    judge: Annotated[str | None, Option(help="Compares picks: an LLM at a URL.")] = None,
+    seed: Annotated[int, Option(help="Another seed gives other candidates.")] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value (docs/best_of_n.md).")
+        list[str] | None, Option("--set", help="section.key=value (docs/best_of_n.md).")
     ] = None,
 ) -> None:
     """Score the same candidates with every model and compare what each picks, for n = 1 to N.
@@ -166,19 +148,13 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    run: Annotated[Path, Argument(help="A run folder, finished or not.")],
     *,
-    out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
-    policy: Annotated[
-        bool, typer.Option("--policy", help="The policy (a causal LM) instead of the reward model.")
-    ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (default: the run's own).")
-    ] = None,
-    merge_lora: Annotated[
-        bool | None, typer.Option(help="Of a LoRA run: merged (the default), or a PEFT adapter.")
-    ] = None,
-    checkpoint: Annotated[str, typer.Option(help="best, latest or a step.")] = "best",
+    out: Annotated[Path, Option(help="The directory to write; it must not exist.")],
+    policy: Annotated[bool, Option("--policy", help="The policy, not the reward model.")] = False,
+    dtype: Annotated[str | None, Option(help="Such as float16 (default: the run's).")] = None,
+    merge_lora: Annotated[bool | None, Option(help="LoRA merged, or as an adapter.")] = None,
+    checkpoint: Annotated[str, Option(help="best, latest or a step.")] = "best",
 ) -> None:
     """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
     from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415
@@ -196,20 +172,14 @@ def export_command(
 
 @app.command("verify")
 def verify_command(
-    target: Annotated[
-        str, typer.Argument(help="Any reward directory, a run folder, or a server's URL.")
-    ],
+    target: Annotated[str, Argument(help="Reward directory, run folder, or a server's URL.")],
     *,
-    golden: Annotated[
-        Path | None, typer.Option(help="A golden file or exported directory (default: its own).")
-    ] = None,
+    golden: Annotated[Path | None, Option(help="Golden file or export (default: own).")] = None,
     json_file: JsonFile = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Of max(1, |reward|) (default: 1e-4; a server: 1.5e-2).")
+        float | None, Option(help="Of max(1, |reward|) (default: 1e-4; a server: 1.5e-2).")
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="A server's bearer token.", envvar="HAFRM_API_KEY")
-    ] = None,
+    api_key: Annotated[str | None, Option(help="Bearer token.", envvar="HAFRM_API_KEY")] = None,
 ) -> None:
     """Check an export clause by clause, or replay its golden scores on a server; exit code 1 on failure."""
     options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}

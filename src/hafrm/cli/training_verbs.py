@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from hafrm.cli.entry import (
     Out,
@@ -57,9 +58,9 @@ def plan_command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of each GPU (default: this machine's GPU, or RAM).")
+        float | None, Option(help="GiB of each GPU (default: this machine's).")
     ] = None,
-    ranks: Annotated[int, typer.Option(help="Processes that share a step.", min=1)] = 1,
+    ranks: Annotated[int, Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
     """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
     from hafrm.training.memory_plan import plan_recipe  # noqa: PLC0415
@@ -78,34 +79,27 @@ def compare_command(  # noqa: PLR0913 - the verb and its options
     overrides: Overrides = None,
     *,
     methods: Annotated[
-        str, typer.Option(help="With commas, the baseline first; options as in haf:alpha=0.05.")
+        str, Option(help="Baseline first; options as in haf:alpha=0.05.")
     ] = "bt,dpo,haf,grm-sft",
-    seeds: Annotated[int, typer.Option(help="Runs of each method on each set.", min=1)] = 3,
+    seeds: Annotated[int, Option(help="Runs of each method on each set.", min=1)] = 3,
     learning_rates: Annotated[
-        str | None, typer.Option(help="With commas (default: the recipe's / 3, x 1, x 3).")
+        str | None, Option(help="Default: the recipe's / 3, x 1, x 3.")
     ] = None,
-    mixed: Annotated[bool, typer.Option(help="Also train and tune on all sets together.")] = True,
+    mixed: Annotated[bool, Option(help="Also train and tune on all sets together.")] = True,
     processes: Processes = None,
-    keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Export every run's models, not only its scores.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="The comparison's folder.")] = Path("comparison"),
+    keep_models: Annotated[bool, Option("--keep-models", help="Export all runs' models.")] = False,
+    out: Annotated[Path, Option(help="The comparison's folder.")] = Path("comparison"),
 ) -> None:
-    """Train methods on each set of a recipe with several seeds, and test which differ significantly.
+    """Train methods (with commas) on each entry of data.train, and test which differ significantly.
 
-    Each entry of data.train is a training set. The same command resumes a comparison that was stopped.
+    The same command resumes a comparison that was stopped.
     """
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
     from hafrm.study.method_comparison import COMPARISON_FILE, compare_methods  # noqa: PLC0415
     from hafrm.study.run_grid import parse_rates, plan_study  # noqa: PLC0415
 
-    plan = plan_study(
-        load_recipe(recipe, overrides or ()),
-        methods.split(","),
-        num_seeds=seeds,
-        rates=parse_rates(learning_rates),
-        mixed=mixed,
-    )
+    loaded, rates = load_recipe(recipe, overrides or ()), parse_rates(learning_rates)
+    plan = plan_study(loaded, methods.split(","), num_seeds=seeds, rates=rates, mixed=mixed)
     num = processes or default_num_processes()
     result = compare_methods(plan, out, processes=num, keep_models=keep_models)
     show_result(result)
@@ -119,9 +113,7 @@ def rlhf_command(
     *,
     out: Out = None,
     resume: Resume = None,
-    gold: Annotated[
-        str | None, typer.Option(help="demo: the demo world's reward selects steps and scores.")
-    ] = None,
+    gold: Annotated[str | None, Option(help="demo: its world's reward selects steps.")] = None,
     processes: Processes = None,
 ) -> None:
     """Train a policy against reward models with PPO, RLOO or GRPO, as a recipe says.
