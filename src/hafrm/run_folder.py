@@ -72,10 +72,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def describe_process() -> dict[str, Any]:
-    """When, where and with what this process runs, as JSON has it.
-
-    It is meant to be published beside a result: without the host's name and the home directory.
-    """
+    """When, where and with what this process runs, to publish: without host name and home directory."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -153,18 +150,15 @@ class RunFolder:
                     path.rename(path.with_suffix(".damaged"))
             yield
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
+    def append_metrics(self, record: Mapping[str, Any], path: Path | None = None) -> None:
         """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it."""
-        self._append(self.metrics_path, record)
+        assert isinstance(record["step"], int), "a resume drops records by their step"
+        with (path or self.metrics_path).open("ab") as file:
+            file.write((json.dumps(to_plain(record), allow_nan=False) + "\n").encode("utf-8"))
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
         """As `append_metrics`, to samples.jsonl, which holds what a policy wrote."""
-        self._append(self.samples_path, record)
-
-    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
-        assert isinstance(record["step"], int), "a resume drops records by their step"
-        with path.open("ab") as file:
-            file.write((json.dumps(to_plain(record), allow_nan=False) + "\n").encode("utf-8"))
+        self.append_metrics(record, self.samples_path)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps, and torn last lines, before a resume writes them again."""
@@ -248,10 +242,7 @@ class RecordFile:
 
 
 class ResumableFolder:
-    """The output folder of a long job, which the same command resumes after a kill.
-
-    An output is only added to by a job with the same cache key.
-    """
+    """A long job's output folder, which the same command resumes if all cache keys are the same."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self.kind = path, kind

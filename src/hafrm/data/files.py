@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from hafrm.errors import DataError
 
 NumberedRows = Iterator[tuple[int, object]]
 
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 # how the cells of a CSV file are read: JSON, text even if empty, and text unless it clearly is messages
 _JSON_CELLS = frozenset(
     ["responses", "ranks", "ranking", "scores", "ratings", "votes", "margin", "weight", "tie"]
@@ -36,7 +38,7 @@ _HUB_NAME = re.compile(
 def stem(path: Path) -> str:
     """The file's name without any suffix that says how to read it."""
     name = path.name
-    while Path(name).suffix.lower() in {".gz", *_READERS}:
+    while Path(name).suffix.lower() in {*_OPENERS, *_READERS}:
         name = Path(name).stem
     return name
 
@@ -44,7 +46,7 @@ def stem(path: Path) -> str:
 def is_known_kind(path: Path) -> bool:
     """Whether rows can be read from a file of this name."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
-    return last in _READERS or (last == ".gz" and before in _READERS and before != ".parquet")
+    return last in _READERS or (last in _OPENERS and before in _READERS and before != ".parquet")
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -67,9 +69,9 @@ def read_file(path: Path) -> NumberedRows:
         raise DataError(f"{path} is a directory; name the files in it one by one")
     if not is_known_kind(path):
         raise DataError(
-            f"{path}: unknown kind of file; allowed are {', '.join(_READERS)}, the text ones with .gz too"
+            f"{path}: unknown kind of file; allowed are {', '.join(_READERS)}, or text packed as .gz or .xz"
         )
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     number = -1
     try:
         for number, row in _READERS[suffixes[-1]](path):
@@ -78,12 +80,12 @@ def read_file(path: Path) -> NumberedRows:
         raise DataError(
             f"{path} is not UTF-8 text ({error.reason} near row {number + 1}); save it as UTF-8"
         ) from error
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{path} cannot be read after row {number}: {error}") from error
 
 
 def _open_text(path: Path, newline: str = "\n") -> io.TextIOWrapper:
-    opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else Path.open
+    opener = _OPENERS.get(path.suffix.lower(), Path.open)
     return io.TextIOWrapper(opener(path, "rb"), encoding="utf-8-sig", newline=newline)
 
 

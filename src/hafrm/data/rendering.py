@@ -7,7 +7,6 @@ in a message is a mark for the template, a placeholder for the tokenizer, and pl
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from os.path import commonprefix
 
 import numpy as np
@@ -125,37 +124,36 @@ class Renderer:
         self._special = special
         self._blanks = self._find_blanks()
 
-    def render(self, prompt: Sequence[Message], response: str) -> str:
-        """The text that a consumer of the template renders, nothing marked."""
-        conversation = [message._asdict() for message in (*prompt, Message("assistant", response))]
-        return render_conversations(self._tokenizer, self._template, [conversation])[0]
-
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
         """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
         probe = marker.word + "r"
-        conversations = []
-        for group in groups:
-            turns = [{"role": m.role, "content": marker.mark(m.content)} for m in group.prompt]
-            answers = [probe, *(marker.mark(response) for response in group.responses)]
-            conversations += [[*turns, {"role": "assistant", "content": a}] for a in answers]
-        try:
-            texts = iter(render_conversations(self._tokenizer, self._template, conversations))
-        except TemplateError:
-            self._raise_refused(groups)
-            raise
         rendered = []
         for group in groups:
-            before, match, _ = next(texts).rpartition(probe)
+            turns = [Message(m.role, marker.mark(m.content)) for m in group.prompt]
+            answers = [probe, *(marker.mark(response) for response in group.responses)]
+            try:
+                before, *texts = self._render([[*turns, Message("assistant", a)] for a in answers])
+            except TemplateError as error:
+                roles = ", ".join(message.role for message in group.prompt)
+                raise DataError(
+                    f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
+                    f"{roles}: {error}. Remove it, or change its turns to what the template accepts."
+                ) from error
+            before, match, _ = before.rpartition(probe)
             if not match:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
-            rendered.append(self._cut(before, list(islice(texts, len(group.responses)))))
+            rendered.append(self._cut(before, texts))
             if not rendered[-1][0]:
                 raise DataError(
                     f"The prompt of group {group.id!r} renders to nothing under the chat template, so its "
                     "responses have nothing to be predicted from. Remove it or repair the template."
                 )
         return rendered, marker
+
+    def _render(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        turns = [[message._asdict() for message in conversation] for conversation in conversations]
+        return render_conversations(self._tokenizer, self._template, turns)
 
     def _cut(self, before: str, conversations: list[str]) -> RenderedGroup:
         # Some templates look into the response (for reasoning, say) and write another text before it: the
@@ -173,7 +171,7 @@ class Renderer:
         # the end of a text, but two before a word: after a header that ends in them, every response would
         # be a seam merge.
         word = "Hello"
-        text = self.render((Message("user", word),), word)
+        (text,) = self._render([[Message("user", word), Message("assistant", word)]])
         before = text.rpartition(word)[0]
         backend = self._tokenizer.backend_tokenizer
         whole = backend.encode(text, add_special_tokens=False).ids
@@ -182,18 +180,6 @@ class Renderer:
             if whole[: len(prompt)] == prompt:
                 return blanks
         return " "
-
-    def _raise_refused(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            try:
-                for response in group.responses:
-                    self.render(group.prompt, response)
-            except TemplateError as error:
-                roles = ", ".join(message.role for message in group.prompt)
-                raise DataError(
-                    f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
-                    f"{roles}: {error}. Remove it, or change its turns to what the template accepts."
-                ) from error
 
 
 def _checked_texts(groups: Sequence[Group]) -> list[str]:

@@ -8,13 +8,13 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import ConfigError, DataError
-from hafrm.preferences import Group, Message, prompt_key
+from hafrm.preferences import Comparison, Group, Message, prompt_key
 
 
 def normalised_key(prompt: Sequence[Message]) -> str:
@@ -78,8 +78,8 @@ def mix(
 ) -> list[Group]:
     """All groups of all sets in their order, at most `cap` comparisons from each set.
 
-    Which comparisons a cap keeps depends on `seed` and on the groups, not on their order; the group that
-    crosses the cap is trimmed. `weights` (one for each set) multiply the comparisons' own.
+    Which ones depends on `seed` and the groups, not on their order; the group that crosses the cap is
+    trimmed. `weights` (one for each set) multiply the comparisons' own.
     """
     mixed: list[Group] = []
     for groups, factor in zip(sets, weights or [1.0] * len(sets), strict=True):
@@ -133,15 +133,10 @@ def _rows(group: Group) -> Iterator[dict[str, Any]]:
     """One row for each comparison, and one for the responses that are in none."""
     base = {"id": group.id, "prompt": [message._asdict() for message in group.prompt]}
     for pair in group.comparisons:
-        row = base | {
-            "chosen": group.responses[pair.chosen],
-            "rejected": group.responses[pair.rejected],
-            "tie": pair.tie or None,
-            "margin": pair.margin or None,
-            "weight": None if pair.weight == 1.0 else pair.weight,
-            "votes": None if pair.votes is None else pair.votes._asdict(),
-        }
-        yield {k: v for k, v in row.items() if v is not None} | group.tags
+        default = asdict(Comparison(pair.chosen, pair.rejected))
+        extra = {name: v for name, v in asdict(pair).items() if v != default[name]}
+        sides = {side: group.responses[getattr(pair, side)] for side in ("chosen", "rejected")}
+        yield base | sides | extra | group.tags
     compared = {index for pair in group.comparisons for index in (pair.chosen, pair.rejected)}
     rest = [text for index, text in enumerate(group.responses) if index not in compared]
     if rest:
