@@ -88,8 +88,8 @@ def parse_row(
     try:
         if not isinstance(row, Mapping):
             refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
-        prompt, responses = read_prompt(row.get("prompt"), "prompt"), tuple[str, ...]()
         sides = _read_sides(row)
+        prompt, responses = read_prompt(row.get("prompt"), "prompt"), tuple[str, ...]()
         if sides:
             if "chosen" in sides and row.get("prompt") is None:
                 prompt, sides = _split_texts(sides)
