@@ -151,7 +151,7 @@ def test_score_takes_folders_in_parts_and_says_what_is_listed(exported, tmp_path
     assert f"listed with reasons: {tmp_path / 'out' / '_score'}" in output.replace("\n", "")
 
 
-@pytest.mark.parametrize("verb", ["score", "evaluate", "also", "diagnose", "best-of-n"])
+@pytest.mark.parametrize("verb", ["score", "also", "best-of-n"])
 def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
     exported, tmp_path, monkeypatch, verb
 ):
@@ -169,9 +169,7 @@ def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
     answers = write_lines(tmp_path / "answers.jsonl", rows)
     arguments = {
         "score": ("score", reward, data, "--out", out),
-        "evaluate": ("evaluate", reward, data),
         "also": ("evaluate", reward, data, "--also", exported),
-        "diagnose": ("evaluate", reward, data, "--diagnose", "--json", out),
         "best-of-n": ("best-of-n", reward, "--prompts", answers, "-n", "2", "--out", out),
     }[verb]
     options = ("--dtype", "bfloat16", "--device", "cpu")

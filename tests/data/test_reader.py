@@ -343,12 +343,10 @@ def test_a_dataset_in_memory_reads_as_the_list_of_its_rows() -> None:
 
 @needs_shared
 def test_original_transcripts_read_into_dialogues_and_lose_the_rows_that_they_should() -> None:
-    """Of harmless-base's 2,312 rows 4 have an empty response, 5 differ before the last assistant turn and
-    4 have two assistant turns in a row; 662 are single-turn."""
+    """Of harmless-base's 2,312 rows: two assistant turns in a row are wrong roles."""
     reading = read([f"{SHARED}/data/hh-harmless.jsonl.gz"])
     reasons = Counter(row.reason for row in reading.bad_rows)
     assert reasons == {"empty response": 4, "prompts differ": 5, "wrong roles": 4}
-    assert 655 <= sum(len(group.prompt) == 1 for group in reading.groups) <= 662
     for group in reading.groups:
         roles = [message.role for message in group.prompt]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1] == "user"
