@@ -110,9 +110,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(32).decode("ascii", "replace") or "(unknown)"
-            raise CheckpointError(
-                f"{directory} is in use by process {holder}: wait until it ends, or stop it"
-            ) from None
+            raise CheckpointError(f"{directory} is in use by process {holder}") from None
         except OSError as error:  # some network file systems have no locks; a run is still possible
             log.warning("%s cannot be locked (%s): start no second run in it", directory, error)
         file.truncate(0)

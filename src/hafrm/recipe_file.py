@@ -93,7 +93,9 @@ def nested(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     """Nested values with others for some keys ("training.seed") or whole sections ("method")."""
     for key, value in changes.items():
         section, dot, leaf = key.partition(".")
-        values[section] = {**(values.get(section) or {}), leaf: value} if dot else value
+        old = values.get(section)
+        rest = old if dot and isinstance(old, Mapping) else {}
+        values[section] = {**rest, leaf: value} if dot else value
     return values
 
 
@@ -133,10 +135,8 @@ class _Draft:
         except (YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
-            raise ConfigError(
-                f"not plain YAML{line}: {getattr(error, 'problem', error)}; "
-                "a value with special characters needs quotes"
-            ) from error
+            problem = getattr(error, "problem", error)
+            raise ConfigError(f"not plain YAML{line}: {problem}; are quotes missing?") from error
 
     def override(self, assignment: str) -> None:
         key, equals, text = assignment.partition("=")

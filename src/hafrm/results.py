@@ -135,6 +135,7 @@ def read_result(path: Path, kind: type[T]) -> T:
         return from_plain(kind, json.loads(path.read_bytes()))
     except (OSError, ValueError, ValidationError) as error:
         reason = str(error).splitlines()[0]
+        name = kind.__name__
         raise CheckpointError(
-            f"{path} cannot be read as {kind.__name__}: {reason}; make it again"
+            f"{path} cannot be read as {name}: {reason}; make it again"
         ) from error

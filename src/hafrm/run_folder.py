@@ -216,9 +216,7 @@ def step_of(checkpoint: Path) -> int:
 
 def _check_empty(path: Path) -> None:
     if path.is_dir() and not is_unused(path):
-        raise CheckpointError(
-            f"{path} is not empty: resume its run with --resume {path}, or give another --out"
-        )
+        raise CheckpointError(f"{path} is not empty: --resume it, or give another --out")
 
 
 class RecordFile:
@@ -300,9 +298,8 @@ class ResumableFolder:
         except (OSError, ValueError, AttributeError):
             kind = None
         if kind != self.kind:
-            raise CheckpointError(
-                f"{self.path} is not empty and holds no job of this kind ({self.kind}): give another --out"
-            )
+            problem = f"is not empty and holds no job of this kind ({self.kind})"
+            raise CheckpointError(f"{self.path} {problem}: give another --out")
 
 
 @contextlib.contextmanager
@@ -311,9 +308,8 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; fix that and run the same command again"
-        ) from error
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write {path}: {reason}; run it again after a fix") from error
 
 
 def cache_folder(kind: str) -> Path:

@@ -361,8 +361,8 @@ def test_lengths_that_leave_nothing_of_a_prompt_or_response_are_refused(
     ("bad", "message"),
     [
         (group("a\ud800b", name="row 7"), "'row 7'.*lone surrogate"),
-        (group("Hi", responses=(), name="row 7"), "'row 7'.*0 responses"),
-        (Group("row 7", (), ("a",)), "'row 7' has 0 prompt messages"),
+        (group("Hi", responses=(), name="row 7"), "'row 7'.*no response"),
+        (Group("row 7", (), ("a",)), "'row 7' has no prompt"),
         (
             Group("row 7", (Message("system", "Be good."), Message("user", "Hi")), ("a",)),
             "'row 7'.*System role",

@@ -73,10 +73,8 @@ def prepare_tokenizer(
     the template is used as it is, except that a printed date is frozen. Raises ModelError if it cannot.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(
-            f"A fast tokenizer (one with a tokenizer.json) is needed, got {type(tokenizer).__name__}. "
-            "Convert it with transformers' convert_slow_tokenizer."
-        )
+        kind = type(tokenizer).__name__
+        raise ModelError(f"A fast tokenizer (one with a tokenizer.json) is needed, got {kind}.")
     if close and (tokenizer.eos_token is None or tokenizer.eos_token_id is None):
         raise ModelError(
             "The tokenizer has no EOS token, and the reward is read at the EOS. Set tokenizer.eos_token "
@@ -124,13 +122,11 @@ def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) ->
             return str(tokenizer.get_chat_template())
         except ValueError as error:
             raise ModelError(
-                f"The tokenizer has several chat templates and no default: {error} "
-                "Set tokenizer.chat_template to the one to be used."
+                f"The tokenizer has several chat templates, set one: {error}"
             ) from error
     if not plain_if_none:
         raise ModelError(
-            "This reward model's tokenizer has no chat template, so the text it was trained on is unknown. "
-            "Set tokenizer.chat_template to the format in its model card."
+            "This reward model's tokenizer has no chat template: set the one of its model card."
         )
     first = tokenizer("a").input_ids[:1]
     adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
@@ -156,11 +152,13 @@ def freeze_date(template: str) -> str:
     left = _TODAY_LEFT.search(frozen)
     if left:
         where = frozen[max(left.start() - 40, 0) : left.end() + 40]
-        raise ModelError(
-            f"The chat template prints today's date, so scores would change from day to day: ...{where}... "
-            "Edit tokenizer.chat_template so that it writes a fixed date or none."
-        )
+        raise _unusable(f"prints today's date, so scores would change: ...{where}...")
     return frozen
+
+
+def _unusable(problem: str) -> ModelError:
+    fix = "Edit tokenizer.chat_template, or set it to None for a plain one"
+    return ModelError(f"The chat template {problem}. {fix}.")
 
 
 def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
@@ -170,10 +168,7 @@ def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     eos = tokenizer.eos_token
     tails = {text.rpartition(_MARK)[2] for text in _rendered_answers(tokenizer, template)}
     if len(tails) != 1:
-        raise ModelError(
-            f"The chat template ends in different ways after different conversations: {sorted(tails)}. "
-            "Edit tokenizer.chat_template so that an assistant's last turn always ends the same way."
-        )
+        raise _unusable(f"ends in different ways after different conversations: {sorted(tails)}")
     tail = tails.pop()
     end = tail.find(eos)
     surplus = tail[end + len(eos) :] if end >= 0 else ""
@@ -204,15 +199,10 @@ def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list
     try:  # the first must succeed, a template may refuse the others
         render_conversations(tokenizer, template, _ENDS_IN_ANSWER[:1])
     except TemplateError as error:
-        raise ModelError(
-            f"The chat template fails on a question and an answer: {error}. Repair tokenizer.chat_template."
-        ) from error
+        raise _unusable(f"fails on a question and an answer: {error}") from error
     texts = [text for p in _ENDS_IN_ANSWER for text in _tried(tokenizer, template, p)]
     if any(text.count(_MARK) != 1 for text in texts):
-        raise ModelError(
-            "The chat template does not write the assistant's content exactly once. Repair "
-            "tokenizer.chat_template, or set it to None to use a plain one."
-        )
+        raise _unusable("does not write the assistant's content exactly once")
     return texts
 
 
@@ -242,10 +232,7 @@ def _check_wrapping(
                 before = [head + mark + (tail.partition(eos)[0] if eos in tail else tail) + eos]
             after = _tried(tokenizer, closed, probe, prompt=prompt)
             if before != after:
-                raise ModelError(
-                    f"The chat template cannot be closed: once wrapped it renders {after}, not {before}. "
-                    "Edit tokenizer.chat_template so that an assistant's last turn ends in the EOS."
-                )
+                raise _unusable(f"cannot be closed: wrapped it renders {after}, not {before}")
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:

@@ -68,18 +68,16 @@ def read_file(path: Path) -> NumberedRows:
     if path.is_dir():
         raise DataError(f"{path} is a directory; name the files in it one by one")
     if not is_known_kind(path):
-        raise DataError(
-            f"{path}: unknown kind of file; allowed are {', '.join(_READERS)}, or text packed as .gz or .xz"
-        )
+        kinds = ", ".join([*_READERS, *_OPENERS])
+        raise DataError(f"{path}: unknown kind of file; allowed are {kinds} (of text)")
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     number = -1
     try:
         for number, row in _READERS[suffixes[-1]](path):
             yield number, row
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} near row {number + 1}); save it as UTF-8"
-        ) from error
+        reason = f"{error.reason} near row {number + 1}"
+        raise DataError(f"{path} is not UTF-8 text ({reason}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{path} cannot be read after row {number}: {error}") from error
 

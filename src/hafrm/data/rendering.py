@@ -145,10 +145,7 @@ class Renderer:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
             rendered.append(self._cut(before, texts))
             if not rendered[-1][0]:
-                raise DataError(
-                    f"The prompt of group {group.id!r} renders to nothing under the chat template, so its "
-                    "responses have nothing to be predicted from. Remove it or repair the template."
-                )
+                raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
         return rendered, marker
 
     def _render(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
@@ -187,17 +184,12 @@ def _checked_texts(groups: Sequence[Group]) -> list[str]:
     texts: list[str] = []
     for group in groups:
         if not group.prompt or not group.responses:
-            raise DataError(
-                f"Group {group.id!r} has {len(group.prompt)} prompt messages and {len(group.responses)} "
-                "responses; at least one of each is needed. Remove it."
-            )
+            raise DataError(f"Group {group.id!r} has no prompt, or no response: remove it.")
         own = [*(message.content for message in group.prompt), *group.responses]
         try:
             "".join(own).encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"Group {group.id!r} holds a lone surrogate, which is no text: {error}. Remove it."
-            ) from error
+            raise DataError(f"Group {group.id!r} holds a lone surrogate: {error}") from error
         texts += own
     return texts
 
