@@ -1,27 +1,19 @@
 """The benchmarks on a GPU: rows are on disk as they come, and none takes the others along."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "benchmarks" / "workload.py"
+from support.scripts import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def workload():
-    spec = importlib.util.spec_from_file_location("workload", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["workload"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["workload"]
+    return load_script("benchmarks/workload")
 
 
 def test_a_row_that_fails_keeps_its_error_and_the_next_ones_are_measured(workload, tmp_path):

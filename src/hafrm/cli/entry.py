@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from hafrm.errors import ConfigError, HafrmError
-from hafrm.results import Table
+from hafrm.results import Table, write_result
 
 app = typer.Typer(
     name="hafrm",
@@ -45,20 +45,15 @@ def main() -> None:
 
 
 _SOURCES = Argument(
-    help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split, set:name."
+    help="Files (JSON(L), CSV, Parquet), file#split=test, hub:name:split, set:name."
 )
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
 Dtype = Annotated[
-    str,
-    Option(help="float32, bfloat16, float16; auto: as stored on a GPU, float32 on a CPU."),
+    str, Option(help="float32, bfloat16, float16; auto: as stored, on a CPU float32.")
 ]
-Device = Annotated[
-    str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")
-]
+Device = Annotated[str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU if there is one).")]
 JsonFile = Annotated[Path | None, Option("--json", help="Also write the result to this file.")]
-
-
 Recipe = Annotated[str | None, Argument(help="A recipe in YAML.")]
 RecipeFile = Annotated[str, Argument(help="A recipe in YAML.")]
 Overrides = Annotated[list[str] | None, Argument(help="key.sub=value ...")]
@@ -93,7 +88,6 @@ def parse_run(
 def show_result(result: HasTables, json_file: Path | None = None) -> None:
     """Print the result's tables, and write `json_file` if one is given."""
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
-    from hafrm.results import write_result  # noqa: PLC0415
 
     print_tables(result.tables())
     if json_file is not None:
