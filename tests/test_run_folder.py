@@ -205,7 +205,7 @@ def test_damage_of_any_kind_is_noticed_and_the_file_named(tmp_path: Path, monkey
         check_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}'])
 def test_a_damaged_or_missing_manifest_is_an_incomplete_checkpoint(tmp_path: Path, text: str):
     with pytest.raises(CheckpointError, match="never finished"):
         check_manifest(tmp_path)

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hafrm.atomic import atomic_write
+from hafrm.data.reader import RawRows
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe, nested, with_values
 from hafrm.run_folder import cache_folder
@@ -14,14 +15,11 @@ from hafrm.run_folder import cache_folder
 if TYPE_CHECKING:
     from hafrm.training.loop import TrainResult
 
-Rows = Iterable[Mapping[str, Any]]
-"""Rows as a preference file has them: a list of dicts, or a `datasets.Dataset`."""
-
 
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
-    data: Rows | None = None,
+    data: RawRows | None = None,
     out: str | Path = "run",
     resume: bool = False,
 ) -> "TrainResult":
@@ -50,7 +48,7 @@ def train(
     return run_training(checked, Path(out), resume=resume)
 
 
-def _keep_rows(rows: Rows) -> Path:
+def _keep_rows(rows: RawRows) -> Path:
     # a file named after its content, so that a resumed run reads the same path
     text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

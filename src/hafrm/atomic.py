@@ -126,34 +126,34 @@ def fingerprint(path: Path) -> str:
 
 def write_manifest(directory: Path) -> None:
     """List every file of `directory` with its size, and its digest when small, in its manifest."""
-    files: dict[str, dict[str, Any]] = {}
-    for name in _file_names(directory):
-        path = directory / name
-        files[name] = {"size": path.stat().st_size}
-        if files[name]["size"] <= HASHED_BYTES:
-            files[name]["digest"] = fingerprint(path)
-    atomic_write(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    content = json.dumps({"files": _list_files(directory)}, indent=1)
+    atomic_write(directory / MANIFEST, content + "\n")
 
 
 def check_manifest(directory: Path) -> None:
     """Pass when `directory` holds exactly what its manifest lists; else CheckpointError names it."""
     try:
-        listed = json.loads((directory / MANIFEST).read_bytes())["files"]
-        sizes = {name: (entry["size"], entry.get("digest")) for name, entry in listed.items()}
+        listed = dict(json.loads((directory / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST}: it was never finished") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged: {error!r}") from error
-    present = set(_file_names(directory))
-    for name in sorted(present | sizes.keys()):
-        if name not in present or name not in sizes:
-            state = "missing" if name in sizes else "not in the manifest"
-            raise CheckpointError(f"{directory / name} is {state}: the checkpoint is incomplete")
-        (size, digest), path = sizes[name], directory / name
-        if path.stat().st_size != size or (digest is not None and fingerprint(path) != digest):
+    present = _list_files(directory)
+    for name in sorted({*present, *listed}):
+        path = directory / name
+        if name not in present or name not in listed:
+            state = "missing" if name in listed else "not in the manifest"
+            raise CheckpointError(f"{path} is {state}: the checkpoint is incomplete")
+        if present[name] != listed[name]:
             raise CheckpointError(f"{path} was changed after it was written")
 
 
-def _file_names(directory: Path) -> list[str]:
-    names = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+def _list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name != MANIFEST:
+            files[name] = {"size": path.stat().st_size}
+            if files[name]["size"] <= HASHED_BYTES:
+                files[name]["digest"] = fingerprint(path)
+    return files
