@@ -309,7 +309,9 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"cannot write {path}: {reason}; run it again after a fix") from error
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; fix that and run it again"
+        ) from error
 
 
 def cache_folder(kind: str) -> Path:

@@ -29,6 +29,7 @@ from hafrm.errors import DataError, did_you_mean
 from hafrm.preferences import Group
 
 OurRow = dict[str, Any]
+_Rows = list[tuple[int, object]]  # numbered
 
 
 class LeftOut(NamedTuple):
@@ -261,11 +262,11 @@ def read_named_set(
             yield number, {**row, "split": part} if isinstance(row, dict) and part else row
 
 
-def _divide(named: NamedSet, rows: list[tuple[int, object]]) -> dict[str, list[tuple[int, object]]]:
+def _divide(named: NamedSet, rows: _Rows) -> dict[str, _Rows]:
     """The rows of a set that is published in one piece, by part."""
     good = [number for number, row in rows if not isinstance(row, Refusal)]
     first = set(good[: int(named.test_fraction * len(good))])
-    divided: dict[str, list[tuple[int, object]]] = {name: [] for name in named.parts}
+    divided: dict[str, _Rows] = {name: [] for name in named.parts}
     for number, row in rows:
         split = row.get("split") if isinstance(row, dict) else None
         divided["test" if number in first else split or named.parts[0]].append((number, row))
