@@ -38,7 +38,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     of --diagnose are also written to MODEL/diagnostics.json if MODEL is a run folder.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
-        raise ConfigError("--benchmark takes one folder as DATA, and no --also or --diagnose")
+        raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
     if not benchmark and not data:
         raise ConfigError("hafrm evaluate needs DATA, or --benchmark with a name")
     from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
