@@ -3,25 +3,16 @@
 What needs an environment of its own (rewardbench, vLLM) is in examples/consumers; see docs/consumers.md.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "consumers"
-
-
-def example(name):
-    """The example as a module, as its reader would run it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from support.scripts import load_script
 
 
 def test_the_pipeline_gives_the_golden_scores_one_by_one_and_in_batches(exported):
     """float32; 1e-5 relative to max(1, |reward|), as between padded and single sums of a shallow model."""
-    assert example("text_classification").run(str(exported / "reward")) < 1e-5
+    assert (
+        load_script("examples/consumers/text_classification").run(str(exported / "reward")) < 1e-5
+    )
 
 
 @pytest.mark.slow
@@ -32,7 +23,7 @@ def test_trl_rewards_its_completions_with_our_scores(exported, tmp_path, trainer
     float32 on both sides; TRL logs means, padded on the right, hence 1e-4.
     """
     pytest.importorskip("trl")
-    pairs = example("trl_online").run(
+    pairs = load_script("examples/consumers/trl_online").run(
         trainer, str(exported / "reward"), str(exported / "policy"), steps=2
     )
     assert len(pairs) == 2

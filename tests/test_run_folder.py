@@ -1,4 +1,4 @@
-"""Run folders under kills, torn files, damage and two writers; atomic files and manifests."""
+"""Folders of runs and jobs under kills, torn files, damage and two writers; atomic files, manifests."""
 
 import json
 import math
@@ -14,11 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hafrm import atomic, run_folder
-from hafrm.atomic import atomic_directory, atomic_write, check_manifest, fingerprint, write_manifest
+from hafrm import atomic
+from hafrm.atomic import atomic_directory, atomic_write, check_manifest, write_manifest
 from hafrm.errors import CheckpointError
-from hafrm.provenance import describe_process
-from hafrm.run_folder import RunFolder, read_json_lines
+from hafrm.run_folder import (
+    RecordFile,
+    ResumableFolder,
+    RunFolder,
+    describe_process,
+    read_json_lines,
+    step_of,
+)
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
@@ -62,10 +68,6 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-class SaveFailedError(Exception):
-    """What the tests raise in the middle of a save."""
-
-
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_an_atomic_write_that_fails_at_any_step_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
@@ -82,16 +84,29 @@ def test_an_atomic_write_that_fails_at_any_step_keeps_the_old_file(
     assert names(tmp_path) == {"a"}
 
 
-def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Power may fail at any time: rename must come between the file's sync and the directory's."""
-    order = []
-    sync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    """Power may fail at any time: each rename comes between the content's syncs and its directory's."""
+    events: list[str] = []
+    sync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("RENAME"), rename(a, b)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("RENAME"), replace(a, b)))
+    with atomic_directory(tmp_path / "out") as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "deep").write_text("x")
+        (aside / "top").write_text("x")
+    before, after = events[: events.index("RENAME")], events[events.index("RENAME") + 1 :]
+    assert (set(before), after) == ({"deep", "sub", "top", aside.name}, [tmp_path.name])
+    events.clear()
     atomic_write(tmp_path / "a", "x")
-    assert order == ["sync", "rename", "sync"]
+    assert events[0].startswith(".a.") and events[1:] == ["RENAME", tmp_path.name]
 
 
 def test_a_directory_is_replaced_only_when_asked_and_not_after_an_error(tmp_path: Path):
@@ -115,24 +130,8 @@ def test_a_directory_is_replaced_only_when_asked_and_not_after_an_error(tmp_path
     assert (names(out), names(out.parent)) == ({"new"}, {"out"})
 
 
-def test_every_file_and_directory_is_synced_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    events: list[str] = []
-    sync, rename = atomic._sync, Path.rename
-    monkeypatch.setattr(atomic, "_sync", lambda path: (events.append(path.name), sync(path)))
-    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("RENAME"), rename(a, b)))
-    with atomic_directory(tmp_path / "out") as aside:
-        (aside / "sub").mkdir()
-        (aside / "sub" / "deep").write_text("x")
-        (aside / "top").write_text("x")
-    before, after = events[: events.index("RENAME")], events[events.index("RENAME") + 1 :]
-    assert set(before) == {"deep", "sub", "top", aside.name}
-    assert after == [tmp_path.name]
-
-
 KILLED_WHILE_SAVING = """
-import sys, pathlib
+import sys
 from hafrm.atomic import atomic_directory, write_manifest
 from hafrm.run_folder import RunFolder
 run = RunFolder.open(sys.argv[1])
@@ -166,7 +165,7 @@ def test_a_run_killed_while_saving_is_complete_or_absent_and_can_go_on(
         check_manifest(checkpoint)
     latest = run.latest_checkpoint()
     assert latest is not None
-    step = run_folder.step_of(latest)
+    step = step_of(latest)
     with run.lock():
         assert all(re.fullmatch(r"step-\d+", name) for name in names(run.checkpoints_path))
         run.truncate_after(step)
@@ -206,13 +205,13 @@ def test_damage_of_any_kind_is_noticed_and_the_file_named(tmp_path: Path, monkey
         check_manifest(tmp_path)
 
 
-def test_a_damaged_or_missing_manifest_is_an_incomplete_checkpoint(tmp_path: Path):
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}'])
+def test_a_damaged_or_missing_manifest_is_an_incomplete_checkpoint(tmp_path: Path, text: str):
     with pytest.raises(CheckpointError, match="never finished"):
         check_manifest(tmp_path)
-    for text in ("", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": 1}}'):
-        (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
-            check_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        check_manifest(tmp_path)
 
 
 def test_a_new_run_folder_holds_its_recipe_and_what_a_kill_left_counts_as_nothing(tmp_path: Path):
@@ -239,13 +238,11 @@ def test_a_folder_that_holds_something_is_never_overwritten_unasked(tmp_path: Pa
         RunFolder.create(tmp_path / "thesis.tex", "x: 1\n")
 
 
-def test_opening_what_is_no_run_folder_says_what_would_be_one(tmp_path: Path):
+def test_opening_what_is_no_run_folder_says_what_would_be_one(run: RunFolder, tmp_path: Path):
     with pytest.raises(CheckpointError, match="give the folder of a run"):
         RunFolder.open(tmp_path / "absent")
-    run = RunFolder.create(tmp_path / "run", "x: 1\n")
-    checkpoint = save(run, 3)
     with pytest.raises(CheckpointError, match=re.escape(f"did you mean {run.path}?")):
-        RunFolder.open(checkpoint)
+        RunFolder.open(save(run, 3))
 
 
 HOLDS_THE_LOCK = """
@@ -336,7 +333,7 @@ def test_pruning_keeps_the_newest_and_the_protected_and_counts_no_damaged_ones(r
     for step in (10, 100, 20, 30, 40):
         save(run, step)
     (run.checkpoints_path / "step-007").mkdir()
-    assert run_folder.step_of(run.latest_checkpoint()) == 100
+    assert step_of(run.latest_checkpoint()) == 100
     shutil.rmtree(run.checkpoint_path(100))
     (run.checkpoints_path / "step-007").rmdir()
     run.prune(keep=2, protect=[10, 999, -1])
@@ -355,13 +352,13 @@ def test_a_checkpoint_half_deleted_by_a_kill_is_gone(
 
     def killed(path: Path) -> None:
         (path / "state.json").unlink()
-        raise SaveFailedError
+        raise KeyboardInterrupt
 
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
     save(run, 10)
     save(run, 20)
     monkeypatch.setattr(atomic.shutil, "rmtree", killed)
-    with pytest.raises(SaveFailedError):
+    with pytest.raises(KeyboardInterrupt):
         run.prune(keep=1)
     monkeypatch.undo()
     assert run.checkpoints() == [run.checkpoint_path(20)]
@@ -381,41 +378,32 @@ def test_taking_the_lock_clears_what_a_kill_left_and_nothing_of_the_users(run: R
         assert names(run.path) == {".lock", ".mine.tmp", "checkpoints", "notes.txt", "recipe.yaml"}
 
 
-def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(
-    run: RunFolder, tmp_path: Path
-):
-    (tmp_path / "data").write_bytes(b"abc")
-    digest = fingerprint(tmp_path / "data")
-    run.record_provenance(seed=3, data={"data": digest}, details={"device": "cpu"})
-    run.record_provenance(seed=3, data={"data": digest})
+def test_provenance_says_what_a_number_depends_on_and_grows_with_every_resume(run: RunFolder):
+    run.record_provenance(seed=3, data={"data": "sha256:1"}, details={"device": "cpu"})
+    run.record_provenance(seed=3, data={})
     first, second = json.loads(run.provenance_path.read_text())["sessions"]
-    assert first["seed"] == 3
-    assert first["data"] == {"data": digest}
-    assert first["device"] == "cpu"
+    assert (first["seed"], first["data"], first["device"]) == (3, {"data": "sha256:1"}, "cpu")
     assert first["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "transformers", "numpy"} <= set(first["versions"])
     assert second["started"] >= first["started"]
     assert set(first) >= {"command", "git", "platform"}
 
 
-def test_provenance_tells_neither_the_host_nor_the_home_directory(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.setattr(sys, "argv", ["/opt/bin/hafrm", "train", "/home/someone/a b.yaml", "x.y=1"])
-    process = describe_process()
-    assert process["command"] == "hafrm train '~/a b.yaml' x.y=1"
-    assert not {"someone", os.uname().nodename} & set(re.findall(r"[\w.-]+", json.dumps(process)))
-
-
-def test_provenance_names_the_commit_and_whether_files_differ_from_it(
+def test_provenance_names_the_commit_and_neither_the_host_nor_the_home_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/hafrm", "train", "/home/someone/a b.yaml", "x.y=1"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert describe_process()["git"] is None
+    process = describe_process()
+    assert process["command"] == "hafrm train '~/a b.yaml' x.y=1"
+    assert not {"someone", os.uname().nodename} & set(re.findall(r"[\w.-]+", json.dumps(process)))
+    assert process["git"] is None
     git("init", "--quiet")
     (tmp_path / "a").write_text("1")
     git("add", "a")
@@ -425,3 +413,40 @@ def test_provenance_names_the_commit_and_whether_files_differ_from_it(
     assert describe_process()["git"]["changed"] is True
     monkeypatch.setenv("PATH", "")
     assert describe_process()["git"] is None
+
+
+def test_records_come_back_and_a_line_that_a_kill_cut_short_is_removed(tmp_path: Path):
+    file = tmp_path / "x.jsonl"
+    RecordFile(file).add([{"id": "a", "n": 1}, {"id": "b", "n": 2}])
+    with file.open("ab") as open_file:
+        open_file.write(b'{"id": "c", "n"')
+    records = RecordFile(file)
+    assert list(records.records) == ["a", "b"]
+    records.add([{"id": "c", "n": 3}])
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_an_output_made_with_other_settings_is_refused_and_what_differs_is_named(tmp_path: Path):
+    out = tmp_path / "out"
+    with ResumableFolder.open(out, "best-of-n") as folder:
+        folder.records("a.jsonl", {"seed": 0, "num": 4}).add([{"id": "x"}])
+        folder.records("empty.jsonl", {"seed": 0})
+    with ResumableFolder.open(out, "best-of-n") as folder:
+        assert list(folder.records("a.jsonl", {"num": 4, "seed": 0}).records) == ["x"]
+        with pytest.raises(CheckpointError, match=r"different: seed\).*another --out"):
+            folder.records("a.jsonl", {"seed": 1, "num": 4})
+        folder.records("empty.jsonl", {"seed": 1})  # nothing depends on it yet
+
+
+def test_jobs_refuse_folders_of_something_else_files_and_folders_in_use(
+    run: RunFolder, tmp_path: Path
+):
+    def refused(path: Path, kind: str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message), ResumableFolder.open(path, kind):
+            pass
+
+    refused(run.path, "b", "not empty")
+    refused(run.recipe_path, "b", "not empty")
+    with ResumableFolder.open(tmp_path / "out", "b"):
+        refused(tmp_path / "out", "b", "in use")
+    refused(tmp_path / "out", "other", "no job of this kind")

@@ -1,26 +1,14 @@
 """benchmarks/scale.py: its traffic and times by hand, its command line."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from support.recipe_models import config_of
-
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "scale.py"
+from support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def scale():
-    spec = importlib.util.spec_from_file_location("scale", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scale"] = module  # dataclasses look their module up
-    sys.path.insert(0, str(FILE.parent))  # it imports its neighbours
-    spec.loader.exec_module(module)
-    sys.path.remove(str(FILE.parent))
-    yield module
-    del sys.modules["scale"]
+    return load_script("benchmarks/scale")
 
 
 def scenario(scale, *, lora: bool = False, checkpointing: bool = True):

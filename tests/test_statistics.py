@@ -98,16 +98,6 @@ def test_the_bootstrap_of_two_clusters_by_hand() -> None:
     assert (alone.value, math.isnan(alone.low)) == (0.5, True)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """150 draws with true mean 0: 95 % coverage has a standard error of 1.8 points; 3 of them are 5."""
-    covered = 0
-    for seed in range(150):
-        clusters, values = clusters_and_values(80, seed=1000 + seed)
-        got = clustered_bootstrap(values, clusters)
-        covered += got.low <= 0 <= got.high
-    assert 0.89 <= covered / 150 <= 0.99
-
-
 def test_blocks_of_resamples_do_not_change_the_result() -> None:
     """Six million draws make two blocks; one block of them all gives the same interval."""
     values = np.random.default_rng(0).normal(size=3000)
@@ -132,11 +122,9 @@ def test_the_paired_bootstrap_swaps_sign_with_its_arguments() -> None:
 def test_mcnemar_equals_the_exact_binomial_test(first_only: int, second_only: int) -> None:
     first = np.array([True] * first_only + [False] * second_only + [True] * 3 + [False] * 2)
     second = np.array([False] * first_only + [True] * second_only + [True] * 3 + [False] * 2)
-    got = mcnemar(first, second)
-    assert (got.num_first_only, got.num_second_only) == (first_only, second_only)
     discordant = first_only + second_only
     expected = stats.binomtest(first_only, discordant).pvalue if discordant else 1.0
-    assert got.p_value == pytest.approx(expected, rel=1e-10)
+    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_cluster_standard_error_equals_a_double_loop() -> None:
@@ -199,15 +187,6 @@ def test_the_interval_covers_another_seed_on_other_prompts_as_often_as_it_says()
         got = seeded_mean(drawn(seed, num_items=300))
         covered += got.low <= 0.7 <= got.high
     assert covered / 200 >= 0.905
-
-
-def test_no_difference_is_found_as_rarely_as_it_says() -> None:
-    """Two sides of the same skill: p below 0.05 in at most 5 % of 300 pairs, and 3 standard errors."""
-    found = 0
-    for seed in range(300):
-        first, second = drawn(2 * seed), drawn(2 * seed + 1)
-        found += seeded_difference(first, second).p_value < 0.05
-    assert found / 300 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
 def test_a_difference_swaps_sign_with_its_arguments_and_is_that_of_the_means() -> None:

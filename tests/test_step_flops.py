@@ -1,8 +1,5 @@
 """benchmarks/step_flops.py: the arithmetic of a step's FLOPs against what torch's counter counts."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,9 +12,11 @@ from hafrm.training.setup import meta_model
 from support.counted_flops import COUNTED
 from support.models import tiny_hybrid, token_groups
 from support.recipe_models import real_model, recipe_of, tiny_mixtral_config
+from support.scripts import load_script
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from step_flops import count, reference_flops, step_flops, work_of
+script = load_script("benchmarks/step_flops")
+count, reference_flops = script.count, script.reference_flops
+step_flops, work_of = script.step_flops, script.work_of
 
 SHAPE = ((67, (31, 22)), (41, (13, 29)), (52, (18, 18, 9)))
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from hafrm.benchmarks.benchmark_run import run_benchmarks
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.report.terminal import print_tables
+from hafrm.results import Column, Table
 from hafrm.statistics import Estimate
-from hafrm.table import Column, Table
 from support.benchmark_rows import write_all
 from support.exports import export_both
 from support.tiny_runs import write_preferences

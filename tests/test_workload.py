@@ -1,27 +1,19 @@
 """The benchmarks on a GPU: rows are on disk as they come, and none takes the others along."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "benchmarks" / "workload.py"
+from support.scripts import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def workload():
-    spec = importlib.util.spec_from_file_location("workload", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["workload"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["workload"]
+    return load_script("benchmarks/workload")
 
 
 def test_a_row_that_fails_keeps_its_error_and_the_next_ones_are_measured(workload, tmp_path):
@@ -40,30 +32,16 @@ def test_a_row_that_fails_keeps_its_error_and_the_next_ones_are_measured(workloa
     assert rows.rows[2] == {"contender": "c", "seconds": 2.0}
 
 
-def test_nothing_is_started_once_the_time_is_up(workload, tmp_path):
-    rows = workload.Rows(tmp_path, "train", seconds=-1.0)
-    row = rows.add({"contender": "a"}, lambda: pytest.fail("it was started"))
-    assert "the time is up" in row["error"]
-
-
 def commands(tmp_path: Path, call: int) -> list[str]:
     """What a call of tools/gpu.sh runs, each behind the allocator's settings."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$PYTORCH_CUDA_ALLOC_CONF $*" >> {tmp_path}/commands\n')
     python.chmod(0o755)
-    environment = os.environ | {
-        "PYTHON": str(python),
-        "INPUTS": str(tmp_path),
-        "OUT": str(tmp_path / "out"),
-        "DEVICE": "cpu",
-    }
+    folders = {"PYTHON": str(python), "INPUTS": str(tmp_path), "OUT": str(tmp_path / "out")}
+    environment = os.environ | folders | {"DEVICE": "cpu"}
     environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-    subprocess.run(
-        ["bash", ROOT / "tools/gpu.sh", str(call)],  # noqa: S607
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    command = ["bash", ROOT / "tools/gpu.sh", str(call)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     return (tmp_path / "commands").read_text().splitlines()
 
 

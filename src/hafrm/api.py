@@ -2,26 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hafrm.atomic import atomic_write
+from hafrm.data.reader import RawRows
 from hafrm.recipe import Recipe
-from hafrm.recipe_file import build_recipe, load_recipe, with_values
-from hafrm.resumable import cache_folder
+from hafrm.recipe_file import build_recipe, load_recipe, nested, with_values
+from hafrm.run_folder import cache_folder
 
 if TYPE_CHECKING:
     from hafrm.training.loop import TrainResult
-
-Rows = Iterable[Mapping[str, Any]]
-"""Rows as a preference file has them: a list of dicts, or a `datasets.Dataset`."""
 
 
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
-    data: Rows | None = None,
+    data: RawRows | None = None,
     out: str | Path = "run",
     resume: bool = False,
 ) -> "TrainResult":
@@ -40,7 +38,9 @@ def train(
     if isinstance(recipe, Recipe):
         checked = with_values(recipe, changes)
     elif isinstance(recipe, Mapping):
-        checked = build_recipe(_nested({**recipe, **changes}))
+        # sections first, so that a dotted key changes its section and is not replaced by it
+        values = sorted({**recipe, **changes}.items(), key=lambda item: "." in item[0])
+        checked = build_recipe(nested({}, dict(values)))
     else:
         # as overrides, so that a recipe without data.train is complete
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
@@ -48,18 +48,7 @@ def train(
     return run_training(checked, Path(out), resume=resume)
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as sections: {"model.path": "x"} is {"model": {"path": "x"}}."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, dot, name = key.partition(".")
-        new = {name: value} if dot else value
-        both = isinstance(new, Mapping) and isinstance(nested.get(section), Mapping)
-        nested[section] = {**nested[section], **new} if both else new
-    return nested
-
-
-def _keep_rows(rows: Rows) -> Path:
+def _keep_rows(rows: RawRows) -> Path:
     # a file named after its content, so that a resumed run reads the same path
     text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,7 +1,6 @@
 """Files and directories that are complete or absent, whatever kills the process that writes them.
 
-Content is written beside its place under a hidden name (`.<name>.<random>.tmp`), synced to the disk
-and renamed; `clear_leftovers` removes what a kill leaves. A manifest lists what a directory must hold.
+Content is written beside its place under a hidden name (`.<name>.<random>.tmp`), synced and renamed.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hafrm.errors import CheckpointError
 
@@ -24,13 +23,12 @@ MANIFEST = "manifest.json"
 HASHED_BYTES = 16 * 2**20  # larger files are not hashed: tens of gigabytes would stall a resume
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` when the block ends without an error."""
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
     aside = _aside(path)
     try:
         with aside.open("xb") as file:
-            yield file
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or power may fail between name and content
         aside.replace(path)
@@ -39,18 +37,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     _sync(path.parent)
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
-    with atomic_file(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-
-
 @contextlib.contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """An empty directory to fill, which becomes `path` when the block ends without an error.
-
-    On an error it is removed and `path` is untouched.
-    """
+    """An empty directory to fill, which becomes `path` if the block ends without an error."""
     if path.exists() and not replace:
         raise CheckpointError(f"{path} exists already: remove it or choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,19 +78,18 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether the name is one that this module writes under."""
+def _is_leftover(path: Path) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
 def is_unused(directory: Path) -> bool:
     """Whether the directory holds nothing but a lock and what killed writers left."""
-    return all(entry.name == LOCK or is_leftover(entry) for entry in directory.iterdir())
+    return all(entry.name == LOCK or _is_leftover(entry) for entry in directory.iterdir())
 
 
 def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
     """Remove what killed writers left in `directory`, of the files `names` only if any are named."""
-    for leftover in [path for path in directory.glob(".*.tmp") if is_leftover(path)]:
+    for leftover in [path for path in directory.glob(".*.tmp") if _is_leftover(path)]:
         if names is not None and leftover.name[1:].rsplit(".", 2)[0] not in names:
             continue
         if leftover.is_dir():
@@ -122,10 +110,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(32).decode("ascii", "replace") or "(unknown)"
-            raise CheckpointError(
-                f"{directory} is in use by process {holder}: wait until it ends, stop it, or choose "
-                "another folder"
-            ) from None
+            raise CheckpointError(f"{directory} is in use by process {holder}") from None
         except OSError as error:  # some network file systems have no locks; a run is still possible
             log.warning("%s cannot be locked (%s): start no second run in it", directory, error)
         file.truncate(0)
@@ -141,34 +126,34 @@ def fingerprint(path: Path) -> str:
 
 def write_manifest(directory: Path) -> None:
     """List every file of `directory` with its size, and its digest when small, in its manifest."""
-    files: dict[str, dict[str, Any]] = {}
-    for name in _file_names(directory):
-        path = directory / name
-        files[name] = {"size": path.stat().st_size}
-        if files[name]["size"] <= HASHED_BYTES:
-            files[name]["digest"] = fingerprint(path)
-    atomic_write(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    content = json.dumps({"files": _list_files(directory)}, indent=1)
+    atomic_write(directory / MANIFEST, content + "\n")
 
 
 def check_manifest(directory: Path) -> None:
     """Pass when `directory` holds exactly what its manifest lists; else CheckpointError names it."""
     try:
-        listed = json.loads((directory / MANIFEST).read_bytes())["files"]
-        sizes = {name: (entry["size"], entry.get("digest")) for name, entry in listed.items()}
+        listed = dict(json.loads((directory / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST}: it was never finished") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged: {error!r}") from error
-    present = set(_file_names(directory))
-    for name in sorted(present | sizes.keys()):
-        if name not in present or name not in sizes:
-            state = "missing" if name in sizes else "not in the manifest"
-            raise CheckpointError(f"{directory / name} is {state}: the checkpoint is incomplete")
-        (size, digest), path = sizes[name], directory / name
-        if path.stat().st_size != size or (digest is not None and fingerprint(path) != digest):
+    present = _list_files(directory)
+    for name in sorted({*present, *listed}):
+        path = directory / name
+        if name not in present or name not in listed:
+            state = "missing" if name in listed else "not in the manifest"
+            raise CheckpointError(f"{path} is {state}: the checkpoint is incomplete")
+        if present[name] != listed[name]:
             raise CheckpointError(f"{path} was changed after it was written")
 
 
-def _file_names(directory: Path) -> list[str]:
-    names = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+def _list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name != MANIFEST:
+            files[name] = {"size": path.stat().st_size}
+            if files[name]["size"] <= HASHED_BYTES:
+                files[name]["digest"] = fingerprint(path)
+    return files

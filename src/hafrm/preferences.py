@@ -34,11 +34,9 @@ class Comparison:
 
     chosen: int
     rejected: int
-    margin: float = 0.0
-    """Strength of the preference in reward units: the Bradley-Terry loss asks for r_c - r_r > margin."""
+    margin: float = 0.0  # in reward units: the Bradley-Terry loss asks for r_c - r_r > margin
     weight: float = 1.0  # factor on this comparison's losses
-    tie: bool = False
-    """True: neither was preferred. Ties are kept for evaluation and not trained on."""
+    tie: bool = False  # neither was preferred; kept for evaluation and not trained on
     votes: Votes | None = None
 
 
@@ -50,10 +48,8 @@ class Group:
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
-    source: str = ""
-    """Where it came from (a file's stem or a data set's name); evaluation slices by it."""
-    tags: dict[str, str] = field(default_factory=dict)
-    """Further slices, such as subset or split, as the source named them."""
+    source: str = ""  # a file's stem or a data set's name; evaluation slices by it
+    tags: dict[str, str] = field(default_factory=dict)  # further slices, such as subset or split
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,19 +39,27 @@ class ProcessPool(Generic[Task, Result]):
     def __init__(
         self, make_worker: Callable[[], Callable[[Task], Result]], num_processes: int
     ) -> None:
-        self._make_worker, self._num = make_worker, num_processes
+        self._make_worker = make_worker
         self._here: Callable[[Task], Result] | None = None  # the function of this process
         self._executor: ProcessPoolExecutor | None = None
+        if num_processes <= 1:
+            return
         # spawn: a forked child inherits locks that threads of torch or tokenizers hold
-        self._context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn")
+        ranks: Queue[int] = context.Queue()
+        for rank in range(num_processes):
+            ranks.put(rank)
         # workers hold the other end: they end when this one closes, also by this process being killed
-        self._lifeline: Connection | None = None
+        lifeline, self._lifeline = context.Pipe(duplex=False)
+        threads = max(1, torch.get_num_threads() // num_processes)
+        arguments = (make_worker, ranks, threads, lifeline)
+        self._executor = ProcessPoolExecutor(num_processes, context, _start_worker, arguments)
 
     def __enter__(self) -> "ProcessPool[Task, Result]":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None and self._lifeline is not None:
+        if self._executor is not None:
             self._lifeline.close()
             self._executor.shutdown(cancel_futures=True)
 
@@ -60,13 +68,12 @@ class ProcessPool(Generic[Task, Result]):
 
         Raises the first error of a task, and CheckpointError for a process that was killed.
         """
-        if self._num <= 1:
+        if self._executor is None:
             self._here = self._here or self._make_worker()
             for task in tasks:
                 on_done(task, self._here(task))
             return
-        executor = self._executor or self._start()
-        futures = {executor.submit(_run_task, task): task for task in tasks}
+        futures = {self._executor.submit(_run_task, task): task for task in tasks}
         for future in as_completed(futures):
             try:
                 result = future.result()
@@ -77,24 +84,9 @@ class ProcessPool(Generic[Task, Result]):
                 ) from None
             on_done(futures[future], result)
 
-    def _start(self) -> ProcessPoolExecutor:
-        ranks: Queue[int] = self._context.Queue()
-        for rank in range(self._num):
-            ranks.put(rank)
-        lifeline, self._lifeline = self._context.Pipe(duplex=False)
-        threads = max(1, torch.get_num_threads() // self._num)
-        self._executor = ProcessPoolExecutor(
-            self._num,
-            mp_context=self._context,
-            initializer=_start_worker,
-            initargs=(self._make_worker, ranks, threads, lifeline),
-        )
-        return self._executor
 
-
-_worker: list[
-    Callable[..., Any]
-] = []  # of this process: what makes its function, then that function
+# of a worker process: what makes its function, then that function
+_worker: list[Callable[..., Any]] = []
 
 
 def _start_worker(

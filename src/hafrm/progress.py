@@ -1,7 +1,4 @@
-"""Progress of long work: the one callback that reports it, and the line on a terminal that shows it.
-
-What scores calls `OnProgress`; verbs, and runs that take long, show it.
-"""
+"""Progress of long work: the one callback that reports it, and the line on a terminal that shows it."""
 
 import logging
 import time

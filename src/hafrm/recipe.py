@@ -1,15 +1,14 @@
 """The schema of a training recipe: every key, with its type, bounds, default, unit and the paper's value.
 
-The paper is HAF-RM (arXiv 2407.04185), its values are those of its released code. Each key is a field
-with one line under it, which error messages and docs/recipes.md quote (`describe_keys`). Nothing is
-converted and no unknown key is accepted. `hafrm.recipe_file` reads and writes recipes.
+The paper is HAF-RM (arXiv 2407.04185), its values are those of its released code. The line under each key
+is quoted by error messages and docs/recipes.md (`describe_keys`). `hafrm.recipe_file` reads recipes.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,8 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-SectionT = TypeVar("SectionT", bound=BaseModel)
-
 
 def _tuple_if_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
@@ -30,12 +27,6 @@ def _tuple_if_list(value: Any) -> Any:
 
 def _tuple_of_one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _tuple_if_list(value)
-
-
-def _unless(problems: list[str], section: SectionT) -> SectionT:
-    if problems:  # in one error, one line each
-        raise ValueError("\n".join(problems))
-    return section
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -100,34 +91,26 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "DataSection":
+        room, fraction = self.max_prompt_length, self.validation_fraction
+        num, weights = len(self.train), self.weights
         problems = []
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            problems.append(
-                f"data.max_prompt_length is {self.max_prompt_length} and data.max_length "
-                f"{self.max_length}: no room for a response; lower the first or raise the second"
-            )
-        if self.validation and self.validation_fraction:
-            problems.append(
-                f"data.validation names sources and data.validation_fraction is "
-                f"{self.validation_fraction}: remove one of them"
-            )
-        if not self.validation and not self.validation_fraction:
-            problems.append(
-                "data.validation is empty and data.validation_fraction is 0: nothing to select "
-                "the best checkpoint by; give sources, or a fraction such as 0.05"
-            )
-        if self.weights is not None and len(self.weights) != len(self.train):
-            problems.append(
-                f"data.weights has {len(self.weights)} numbers and data.train {len(self.train)} "
-                "entries: give one for each of them"
-            )
-        for other in ("validation", "test"):
-            problems += [
-                f"data.{other} names {source!r}, and data.train too: remove it from one of them"
-                for source in getattr(self, other)
-                if source in self.train
-            ]
-        return _unless(problems, self)
+        if room is not None and room >= self.max_length:
+            problems = [f"data.max_prompt_length is {room}: it must be below data.max_length"]
+        if self.validation and fraction:
+            problems += ["data.validation and validation_fraction are both set: remove one of them"]
+        if not self.validation and not fraction:
+            problems += ["no data to select the best step by: set data.validation_fraction to 0.05"]
+        if weights is not None and len(weights) != num:
+            problems += [f"data.weights has {len(weights)} numbers for {num} entries of data.train"]
+        problems += [
+            f"data.{other} names {source!r}, and data.train too: remove it from one of them"
+            for other in ("validation", "test")
+            for source in getattr(self, other)
+            if source in self.train
+        ]
+        if problems:  # in one error, one line each
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class MethodSection(Section):
@@ -259,13 +242,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_a_comparison_into_a_micro_batch(self) -> "Recipe":
         budget, longest = self.training.max_tokens, 2 * self.data.max_length
-        if budget == "auto":
+        if budget == "auto" or budget >= longest:
             return self
-        message = (
+        raise ValueError(
             f"training.max_tokens is {budget}, and a comparison may take 2 x data.max_length = "
             f"{longest} tokens: raise it to {longest}, or lower data.max_length to {budget // 2}"
         )
-        return _unless([message] if budget < longest else [], self)
 
 
 class Key(NamedTuple):
@@ -278,16 +260,15 @@ class Key(NamedTuple):
 
 
 @cache
-def describe_keys(root: type[Section] = Recipe) -> tuple[Key, ...]:
-    """Every key that a recipe may hold, in the order of the schema."""
-    keys = []
+def describe_keys(root: type[Section] = Recipe) -> dict[str, Key]:
+    """Every key that a recipe may hold, by its name, in the order of the schema."""
+    keys = {}
     for section, kind in sections_of(root).items():
-        schema = kind.model_json_schema()
-        for name, info in schema["properties"].items():
+        for leaf, info in kind.model_json_schema()["properties"].items():
             default = json.dumps(info["default"]) if "default" in info else "required"
-            meaning = info.get("description", "")
-            keys.append(Key(f"{section}.{name}", _allowed(info), default, meaning))
-    return tuple(keys)
+            name = f"{section}.{leaf}"
+            keys[name] = Key(name, _allowed(info), default, info.get("description", ""))
+    return keys
 
 
 def sections_of(root: type[Section]) -> dict[str, type[Section]]:

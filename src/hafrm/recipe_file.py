@@ -1,7 +1,6 @@
 """Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; every problem in one message, with its place.
 
-Relative paths stay as written and mean the current directory; `~` is expanded. The schema is
-`hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
+The schema is `hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
 """
 
 import json
@@ -56,10 +55,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
     """As `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
-    draft = _Draft()
+    draft = _Draft({})
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
-        values = draft.parse(text)
+        values = draft.parse(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except ConfigError as error:
@@ -67,9 +65,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: got {_shown(values)}; needed: sections such as `data:`")
     draft.values = values or {}
-    for assignment in overrides:
-        draft.override(assignment)
-    return _validated(root, draft, str(path))
+    return _validated(root, draft, str(path), overrides)
 
 
 def build_recipe(values: Mapping[str, Any], name: str = "the recipe") -> Recipe:
@@ -84,23 +80,23 @@ def build_as(
     overrides: Sequence[str] = (),
 ) -> Root:
     """As `build_recipe`, for a recipe of another kind, with overrides applied in order."""
-    draft = _Draft()
-    draft.values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    for assignment in overrides:
-        draft.override(assignment)
-    return _validated(root, draft, name)
+    plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return _validated(root, _Draft(plain), name, overrides)
 
 
 def with_values(recipe: Root, changes: Mapping[str, Any], name: str = "the recipe") -> Root:
-    """The recipe with other values for some keys ("training.seed") or whole sections ("method").
+    """The recipe with the changes of `nested`; a key of a section that is null switches the section on."""
+    return build_as(type(recipe), nested(recipe.model_dump(mode="json"), changes), name)
 
-    A key of a section that is null switches the section on. Raises ConfigError as `load_recipe` does.
-    """
-    values = recipe.model_dump(mode="json")
+
+def nested(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with others for some keys ("training.seed") or whole sections ("method")."""
     for key, value in changes.items():
-        section, dot, name_in_section = key.partition(".")
-        values[section] = {**(values.get(section) or {}), name_in_section: value} if dot else value
-    return build_as(type(recipe), values, name)
+        section, dot, leaf = key.partition(".")
+        old = values.get(section)
+        rest = old if dot and isinstance(old, Mapping) else {}
+        values[section] = {**rest, leaf: value} if dot else value
+    return values
 
 
 def dump_recipe(recipe: Section) -> str:
@@ -127,8 +123,8 @@ def _as_yaml(value: Any) -> str:
 class _Draft:
     """A recipe on its way: its values, where each key was written, and the problems so far."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
         self.places: dict[str, str] = {}
         self.problems: list[str] = []
 
@@ -139,10 +135,8 @@ class _Draft:
         except (YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
-            raise ConfigError(
-                f"not plain YAML{line}: {getattr(error, 'problem', error)}; "
-                "a value with special characters needs quotes"
-            ) from error
+            problem = getattr(error, "problem", error)
+            raise ConfigError(f"not plain YAML{line}: {problem}; are quotes missing?") from error
 
     def override(self, assignment: str) -> None:
         key, equals, text = assignment.partition("=")
@@ -200,21 +194,23 @@ def _scalar(kind: str, text: str) -> Any:
     return text
 
 
-def _validated(root: type[Root], draft: _Draft, name: str) -> Root:
+def _validated(root: type[Root], draft: _Draft, name: str, overrides: Sequence[str]) -> Root:
+    for assignment in overrides:
+        draft.override(assignment)
     # a section whose keys are all commented out reads as null
     optional = {k for k, info in root.model_fields.items() if NoneType in get_args(info.annotation)}
     values = {k: {} if v is None and k not in optional else v for k, v in draft.values.items()}
-    problems, recipe = draft.problems, None
+    problems = draft.problems
     try:
         recipe = root.model_validate(values)
+        if not problems:
+            return recipe
     except ValidationError as error:
         seen = set()  # one wrong value can fail several checks of its key
         for details in error.errors(include_url=False):
             if len(details["loc"]) < 2 or details["loc"][:2] not in seen:
                 problems += _explain(root, details, draft.places)
             seen.add(details["loc"][:2])
-    if recipe is not None and not problems:
-        return recipe
     unique = list(dict.fromkeys(problems))
     count = "a problem" if len(unique) == 1 else f"{len(unique)} problems"
     raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique]))
@@ -224,7 +220,7 @@ def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]
     location, value = error["loc"], error["input"]
     key = ".".join(str(part) for part in location[:2])
     head = f"{key} ({places[key]})" if key in places else key
-    entry = next((k for k in describe_keys(root) if k.name == key), None)
+    entry = describe_keys(root).get(key)
     # another kind of recipe may still have the key
     removed = (entry is None and REMOVED.get(key)) or REMOVED.get(f"{key}={value}")
     if error["type"] == "value_error":  # our own rules are complete sentences, one line per problem

@@ -1,24 +1,105 @@
-"""Results on disk: frozen dataclasses to JSON and back, through pydantic.
+"""Results: dataclasses that people see as `Table`s, and that are kept as JSON (nan and infinity as null).
 
-JSON has no nan and no infinity: both are written as null, which a field of type `Real` reads as nan.
+How a number or an interval is written is decided here and nowhere else.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import CheckpointError
+from hafrm.statistics import Estimate
 
 T = TypeVar("T")
+Cell = str | int | float | Estimate | None
+Kind = Literal["text", "count", "percent", "points", "decimal", "p", "general"]
+"""How the plain numbers of a column are written; an Estimate knows by itself whether it is a fraction."""
 
-Real = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A float field that may be nan, for results that are read back."""
+_WRITE: dict[Kind, Callable[[int | float], str]] = {
+    "text": str,
+    "count": str,
+    "percent": lambda x: f"{100 * x:.1f} %",
+    "points": lambda x: f"{100 * x:+.1f}",
+    "decimal": lambda x: f"{x:.3f}",
+    "p": lambda x: f"{x:.3g}",
+    "general": lambda x: f"{x:.4g}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its heading, and how its numbers are written."""
+
+    name: str
+    kind: Kind = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under columns, with a title above and notes below."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()  # sentences a reader needs beside the numbers
+
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """Every cell as text, row by row."""
+        kinds = [column.kind for column in self.columns]
+        return tuple(
+            tuple(format_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True))
+            for row in self.rows
+        )
+
+
+def columns(heads: str) -> tuple[Column, ...]:
+    """Columns from their headings with `|` between them, each with its kind after a colon unless text.
+
+    >>> columns("set | comparisons: count | accuracy [95 %]: percent")
+    """
+    parts = [head.strip().rpartition(": ") for head in heads.split("|")]
+    result = tuple(Column(name or kind, kind if name else "text") for name, _, kind in parts)  # type: ignore[arg-type]
+    assert all(column.kind in _WRITE for column in result)
+    return result
+
+
+def format_cell(cell: Cell, kind: Kind = "text") -> str:
+    """A cell as text: "" for None, "n/a" for NaN, an Estimate with its interval."""
+    if cell is None:
+        return ""
+    if isinstance(cell, str | Estimate):
+        return str(cell)
+    if math.isnan(cell):
+        return "n/a"
+    return _WRITE[kind](cell)
+
+
+def to_markdown(table: Table) -> str:
+    """The table in GitHub's Markdown, its notes below; the title is left to the caller's heading."""
+    heading = [column.name for column in table.columns]
+    rule = ["---" if column.kind == "text" else "---:" for column in table.columns]
+    rows = [[_markdown_cell(text) for text in row] for row in (heading, *table.texts())]
+    lines = [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+    lines += [line for note in table.notes for line in ("", _escaped(note))]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_cell(text: str) -> str:
+    # a bar would end the cell, a line break the row
+    return " ".join(_escaped(text).replace("|", "\\|").split())
+
+
+def _escaped(text: str) -> str:
+    for mark in ("\\", "`", "*", "_", "<"):
+        text = text.replace(mark, "\\" + mark)
+    return text
 
 
 def to_plain(value: Any) -> Any:
@@ -54,6 +135,7 @@ def read_result(path: Path, kind: type[T]) -> T:
         return from_plain(kind, json.loads(path.read_bytes()))
     except (OSError, ValueError, ValidationError) as error:
         reason = str(error).splitlines()[0]
+        name = kind.__name__
         raise CheckpointError(
-            f"{path} cannot be read as {kind.__name__}: {reason}; make it again"
+            f"{path} cannot be read as {name}: {reason}; make it again"
         ) from error

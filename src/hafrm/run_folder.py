@@ -1,22 +1,29 @@
-"""Run folders: the recipe, provenance, metrics and checkpoints of one run, safe against any kill.
+"""Folders of runs and of long jobs, safe against any kill: what is under its final name is complete.
 
-    recipe.yaml  provenance.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/
+    RUN/  recipe.yaml  provenance.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/
+    JOB/  manifest.json (its kind, and the `cache_key` of each output)  <name>.jsonl
 
-A file or folder under its final name is complete (see `hafrm.atomic`). One process at a time writes
-into a folder; the kernel drops its lock when it dies, however it dies.
+One process at a time writes into a folder; the kernel drops its lock when it dies, however it dies.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import logging
+import os
+import platform
 import re
+import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import (
+    MANIFEST,
     atomic_write,
     check_manifest,
     clear_leftovers,
@@ -25,19 +32,24 @@ from hafrm.atomic import (
     remove_directory,
 )
 from hafrm.errors import CheckpointError
-from hafrm.provenance import describe_process
 from hafrm.results import to_plain
 
 log = logging.getLogger("hafrm")
+CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
+PACKAGES = (
+    *("hafrm", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate"),
+    *("safetensors", "numpy", "scipy", "pydantic"),
+)
+"""The packages whose versions decide what a run computes."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, oldest first; a last line cut by a kill is left out."""
-    return [record for _, record in _metric_lines(path)]
+    return [record for _, record in _whole_lines(path)]
 
 
-def _metric_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     pairs = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
@@ -49,6 +61,41 @@ def _metric_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             raise CheckpointError(f"{path}, line {number}: not a JSON object; remove that line")
         pairs.append((line, record))
     return pairs
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite a JSON-lines file without records of later steps and without a torn last line."""
+    lines = _whole_lines(path)
+    content = b"".join(line + b"\n" for line, r in lines if r.get("step", step) <= step)
+    if path.exists() and content != path.read_bytes():
+        atomic_write(path, content)
+
+
+def describe_process() -> dict[str, Any]:
+    """When, where and with what this process runs, to publish: without host name and home directory."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    command, home = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), os.path.expanduser("~")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command if home in {"~", "/"} else command.replace(home + "/", "~/"),
+        "git": _git_state(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    answers = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *command], capture_output=True, timeout=20, check=True)  # noqa: S607
+        except (OSError, subprocess.SubprocessError):  # no git, or outside a repository
+            return None
+        answers.append(done.stdout.decode("utf-8", "replace").strip())
+    return {"commit": answers[0], "changed": bool(answers[1])}
 
 
 class RunFolder:
@@ -103,27 +150,20 @@ class RunFolder:
                     path.rename(path.with_suffix(".damaged"))
             yield
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
+    def append_metrics(self, record: Mapping[str, Any], path: Path | None = None) -> None:
         """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it."""
-        self._append(self.metrics_path, record)
+        assert isinstance(record["step"], int), "a resume drops records by their step"
+        with (path or self.metrics_path).open("ab") as file:
+            file.write((json.dumps(to_plain(record), allow_nan=False) + "\n").encode("utf-8"))
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
         """As `append_metrics`, to samples.jsonl, which holds what a policy wrote."""
-        self._append(self.samples_path, record)
-
-    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
-        assert isinstance(record["step"], int), "a resume drops records by their step"
-        line = json.dumps(to_plain(record), allow_nan=False) + "\n"
-        with path.open("ab") as file:
-            file.write(line.encode("utf-8"))
+        self.append_metrics(record, self.samples_path)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps, and torn last lines, before a resume writes them again."""
         for path in (self.metrics_path, self.samples_path):
-            lines = _metric_lines(path)
-            content = b"".join(line + b"\n" for line, r in lines if r.get("step", step) <= step)
-            if path.exists() and content != path.read_bytes():
-                atomic_write(path, content)
+            _drop_after(path, step)
 
     def record_provenance(
         self, *, seed: int, data: Mapping[str, str], details: Mapping[str, Any] | None = None
@@ -170,12 +210,111 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step that a checkpoint was written after, from its name."""
+    """The optimizer step that a checkpoint was written after, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def _check_empty(path: Path) -> None:
     if path.is_dir() and not is_unused(path):
+        raise CheckpointError(f"{path} is not empty: --resume it, or give another --out")
+
+
+class RecordFile:
+    """Records in one JSON-lines file by their `id`, in the order they were added."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        _drop_after(file, sys.maxsize)
+        self.records: dict[str, dict[str, Any]] = {r["id"]: r for r in read_json_lines(file)}
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append records; a kill after this returns cannot lose them."""
+        lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+        with write_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("ab") as file:
+                file.write("".join(lines).encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+        self.records |= {r["id"]: dict(r) for r in records}
+
+
+class ResumableFolder:
+    """A long job's output folder, which the same command resumes if all cache keys are the same."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.kind = path, kind
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, kind: str) -> Iterator["ResumableFolder"]:
+        """A new folder, or one in which a job of this kind was started, locked inside the block."""
+        folder = cls(path, kind)
+        folder._check_is_ours()
+        with write_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with lock_directory(path):
+            clear_leftovers(path)
+            if not (path / MANIFEST).exists():
+                folder._write({})
+            yield folder
+
+    def records(self, name: str, cache_key: CacheKey) -> RecordFile:
+        """The JSON-lines file `name`, to be added to; raises CheckpointError as `claim` does."""
+        file = RecordFile(self.path / name)
+        self.claim(name, cache_key, has_content=bool(file.records))
+        return file
+
+    def claim(self, name: str, cache_key: CacheKey, *, has_content: bool) -> None:
+        """Note what `name` depends on; raises CheckpointError where it has content of something else."""
+        new = json.loads(json.dumps(to_plain(cache_key), sort_keys=True))
+        file = self.path / MANIFEST
+        try:
+            outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error!r}; give another --out") from error
+        old = outputs.get(name)
+        if old == new:
+            return
+        if has_content:
+            old = old or {}
+            differing = sorted(k for k in {**new, **old} if new.get(k) != old.get(k))
+            raise CheckpointError(
+                f"{self.path / name} was made with other settings (different: {', '.join(differing)}): "
+                "give another --out, or remove that file to make it again"
+            )
+        self._write({**outputs, name: new})
+
+    def _write(self, outputs: Mapping[str, Any]) -> None:
+        content = {"kind": self.kind, "outputs": outputs, "process": describe_process()}
+        with write_errors(self.path):
+            atomic_write(self.path / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+    def _check_is_ours(self) -> None:
+        if not self.path.exists() or (self.path.is_dir() and is_unused(self.path)):
+            return
+        try:
+            kind = json.loads((self.path / MANIFEST).read_bytes()).get("kind")
+        except (OSError, ValueError, AttributeError):
+            kind = None
+        if kind != self.kind:
+            problem = f"is not empty and holds no job of this kind ({self.kind})"
+            raise CheckpointError(f"{self.path} {problem}: give another --out")
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a CheckpointError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
         raise CheckpointError(
-            f"{path} is not empty: resume its run with --resume {path}, or give another --out"
-        )
+            f"cannot write {path}: {reason}; fix that and run it again"
+        ) from error
+
+
+def cache_folder(kind: str) -> Path:
+    """Where results that can be computed again are kept: $HAFRM_CACHE/kind, or under the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("HAFRM_CACHE", home / "hafrm")) / kind

@@ -2,20 +2,21 @@
 
 Comparisons of one prompt are not independent, so intervals resample whole prompts (clusters), and models
 are compared on the same comparisons. With several training seeds the intervals include their variation.
-Every random draw is seeded. Nothing here knows a model, data or files.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 from scipy import special
 
-from hafrm.results import Real
-
+Real = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float field that may be nan, which JSON has as null, for results that are read back."""
 NUM_RESAMPLES = 2000  # the bounds then move by less than a tenth of the interval's width
 SEED = 0
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
@@ -31,8 +32,7 @@ class Estimate:
     high: Real
     num: int  # items behind the value (not clusters)
     method: str  # how the interval was made, such as wilson or cluster-bootstrap
-    proportion: bool = True
-    """Whether the value is a fraction or a difference of fractions; these are printed in per cent."""
+    proportion: bool = True  # a fraction or a difference of fractions, printed in per cent
 
     def __str__(self) -> str:
         """As "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
@@ -53,20 +53,8 @@ class Difference:
     p_value: float
 
 
-@dataclass(frozen=True, slots=True)
-class McNemar:
-    """Exact test of whether two models are right equally often, on the comparisons where they differ."""
-
-    num_first_only: int  # comparisons that only the first model had right
-    num_second_only: int
-    p_value: float  # two-sided; 1.0 where the two never differ
-
-
 def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, float]:
-    """(low, high) of a fraction observed in `num` independent trials (Wilson 1927); [0, 1] for none.
-
-    `num` need not be whole: trials that depend on each other count as fewer.
-    """
+    """(low, high) of a fraction observed in `num` independent trials (Wilson 1927); [0, 1] for none."""
     if num <= 0:
         return 0.0, 1.0
     # unlike p +- z * se, centre and half-width of the score interval stay inside [0, 1]
@@ -82,8 +70,7 @@ def accuracy_interval(
 ) -> Estimate:
     """Fraction of correct items; Wilson's interval if no two share a cluster, else the bootstrap's.
 
-    If all items agree, the bootstrap would have width zero: then it is Wilson's with each cluster as one
-    trial. Without items the value is NaN and the interval [0, 1].
+    If all items agree, the bootstrap would have width zero: it is Wilson's with clusters as trials.
     """
     correct = np.asarray(correct, bool)
     num, num_correct = len(correct), int(correct.sum())
@@ -100,10 +87,7 @@ def clustered_bootstrap(
     *,
     proportion: bool = True,
 ) -> Estimate:
-    """Mean of the values with the percentile interval from resampling whole clusters.
-
-    Without clusters every item is its own. Fewer than two clusters give a NaN interval.
-    """
+    """Mean of the values with the percentile interval from resampling whole clusters (NaN if < 2)."""
     sums, sizes = _cluster_sums(np.asarray(values, np.float64), clusters)
     return _bootstrap(sums[:, None], sizes, proportion=proportion)[0]
 
@@ -157,16 +141,15 @@ def cluster_p_value(
     return 1.0 if degrees == 0 else _t_test(float(gaps.mean()), error, degrees)
 
 
-def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"]) -> McNemar:
-    """Exact McNemar test on the correctness of two models on the same items.
+def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"]) -> float:
+    """Two-sided p-value of McNemar's exact test of whether two models are right equally often.
 
     It takes items as independent: with several comparisons per prompt, use `cluster_p_value` instead.
     """
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
     first_only, second_only = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     # under the null each discordant item is a fair coin: twice the lower binomial tail, at most 1
     tail = special.bdtr(min(first_only, second_only), first_only + second_only, 0.5)
-    return McNemar(first_only, second_only, min(1.0, 2 * float(tail)))
+    return min(1.0, 2 * float(tail))
 
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
@@ -204,12 +187,10 @@ def seeded_mean(
     proportion: bool = True,
 ) -> Estimate:
     """The mean over (at least two) seeds and items, with an interval for another seed on other prompts."""
-    mean, variance, degrees = _moments((values,), clusters)
-    half = _t_point(degrees) * math.sqrt(variance)
-    low, high = mean - half, mean + half
-    if proportion:
-        low, high = max(0.0, low), min(1.0, high)
-    return Estimate(mean, low, high, values.shape[1], SEEDS_METHOD, proportion)
+    estimate = _over_seeds((values,), clusters, proportion=proportion).estimate
+    if not proportion:
+        return estimate
+    return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
 
 
 def seeded_difference(
@@ -220,10 +201,7 @@ def seeded_difference(
     proportion: bool = True,
 ) -> Difference:
     """mean(first) - mean(second) on the same items; the seeds of the two sides are not paired."""
-    mean, variance, degrees = _moments((first, second), clusters)
-    half, num = _t_point(degrees) * math.sqrt(variance), first.shape[1]
-    estimate = Estimate(mean, mean - half, mean + half, num, SEEDS_METHOD, proportion)
-    return Difference(estimate, _t_test(mean, math.sqrt(variance), degrees))
+    return _over_seeds((first, second), clusters, proportion=proportion)
 
 
 def _bootstrap(
@@ -256,10 +234,13 @@ def _cluster_sums(
     return sums, np.bincount(index).astype(np.float64)
 
 
-def _moments(
-    sides: Sequence[Shaped[np.ndarray, "_ items"]], clusters: Shaped[np.ndarray, " items"] | None
-) -> tuple[float, float, float]:
-    """The first side's mean, less the second's if there is one; its variance and degrees of freedom."""
+def _over_seeds(
+    sides: Sequence[Shaped[np.ndarray, "_ items"]],
+    clusters: Shaped[np.ndarray, " items"] | None,
+    *,
+    proportion: bool,
+) -> Difference:
+    """The first side's mean, less the second's if there is one, and whether it differs from 0."""
     if any(len(side) < 2 for side in sides):
         raise ValueError("an interval over seeds needs at least two seeds on each side")
     values = [np.asarray(side, np.float64) for side in sides]
@@ -275,12 +256,12 @@ def _moments(
     # Welch-Satterthwaite: V^2 / sum(V_i^2 / df_i)
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / free for part, free in parts if part)
-    return float(items.mean()), variance, variance**2 / spread if spread else math.inf
-
-
-def _t_point(degrees: int | float) -> float:
+    degrees = variance**2 / spread if spread else math.inf
     # two-sided 95 % point
-    return Z95 if math.isinf(degrees) else float(special.stdtrit(degrees, 0.975))
+    point = Z95 if math.isinf(degrees) else float(special.stdtrit(degrees, 0.975))
+    mean, half = float(items.mean()), point * math.sqrt(variance)
+    estimate = Estimate(mean, mean - half, mean + half, len(items), SEEDS_METHOD, proportion)
+    return Difference(estimate, _t_test(mean, math.sqrt(variance), degrees))
 
 
 def _t_test(mean: float, error: float, degrees: int | float) -> float:

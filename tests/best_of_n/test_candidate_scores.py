@@ -11,7 +11,7 @@ from hafrm.best_of_n.candidate_scores import (
 )
 from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.preferences import Group, Message
-from hafrm.resumable import RecordFile
+from hafrm.run_folder import RecordFile
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from support.exports import export_both
 

@@ -21,7 +21,7 @@ from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply
 from hafrm.data.reader import read_preferences
 from hafrm.errors import DataError, ModelError, ServerError
 from hafrm.preferences import Group, Message
-from hafrm.resumable import RecordFile
+from hafrm.run_folder import RecordFile
 from support.chat_endpoint import fails, says, serving
 from support.chat_tokenizers import plain_tokenizer
 from support.tiny_runs import write_base

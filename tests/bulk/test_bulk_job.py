@@ -19,7 +19,7 @@ from hafrm import atomic
 from hafrm.bulk import bulk_job
 from hafrm.bulk.bulk_job import BulkOptions, score_files
 from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError
-from hafrm.resumable import RecordFile
+from hafrm.run_folder import RecordFile
 from hafrm.scoring.reward_model import RewardModel
 from support.export_faults import FAULTS
 

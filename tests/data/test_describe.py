@@ -17,21 +17,10 @@ TURNS = [
     {"role": "assistant", "content": "three"},
     {"role": "user", "content": "four"},
 ]
+P = "one two three"
 ROWS: list[dict[str, Any]] = [
-    {
-        "prompt": "one two three",
-        "chosen": "a b c",
-        "rejected": "a",
-        "votes": [2, 1],
-        "split": "train",
-    },
-    {
-        "prompt": "one two three",
-        "chosen": "a",
-        "rejected": "a b",
-        "votes": [3, 0],
-        "split": "train",
-    },
+    {"prompt": P, "chosen": "a b c", "rejected": "a", "votes": [2, 1], "split": "train"},
+    {"prompt": P, "chosen": "a", "rejected": "a b", "votes": [3, 0], "split": "train"},
     {"prompt": "One two  three", "chosen": "x y", "rejected": "z w", "margin": 2.0},
     {"prompt": TURNS, "chosen": "u v w x", "rejected": "u", "tie": True, "extra": 1},
     {"prompt": TURNS, "chosen": "", "rejected": "u"},
@@ -66,20 +55,10 @@ def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
     described = describe_data(read([ROWS], max_bad_fraction=0.5))
     bias = described.facts.pop("longer is chosen")
     assert (bias.value, bias.num, str(bias)) == (1 / 3, 3, "33.3 % [6.1, 79.2]")
-    assert described.facts == {
-        "rows": 5,
-        "bad rows": 1,
-        "groups": 3,
-        "prompts": 2,
-        "responses": 7,
-        "comparisons": 4,
-        "ties": 1,
-        "with margin": 1,
-        "with votes": 2,
-        "from memory": "4 comparisons",
-        "by split": "train: 2, (none): 2",
-        "columns not read": "extra",
-    }
+    counts = {"rows": 5, "bad rows": 1, "groups": 3, "prompts": 2, "responses": 7}
+    counts |= {"comparisons": 4, "ties": 1, "with margin": 1, "with votes": 2}
+    texts = {"from memory": "4 comparisons", "by split": "train: 2, (none): 2"}
+    assert described.facts == counts | texts | {"columns not read": "extra"}
     assert described.bad_rows == {"empty response": 1}
     assert described.lengths == {
         "user turns": (4 / 3, 1, 2, 2),

@@ -5,8 +5,9 @@ from typing import Any, get_args
 
 import pytest
 
-from hafrm.data.parse import MAX_RANKED, ParsedRow, Reason, Refusal, parse_row
-from hafrm.preferences import Comparison, Message, Votes
+from hafrm.data import parse
+from hafrm.data.parse import MAX_RANKED, Reason, Refusal, parse_row
+from hafrm.preferences import Comparison, Group, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
 ASKED = {"role": "user", "content": "Why is the sky blue?"}
@@ -17,9 +18,9 @@ def said(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def good(row: object, **options: Any) -> ParsedRow:
+def good(row: object, **options: Any) -> Group:
     parsed = parse_row(row, **options)
-    assert isinstance(parsed, ParsedRow), parsed
+    assert isinstance(parsed, Group), parsed
     return parsed
 
 
@@ -212,8 +213,9 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
         ({"prompt": "a\0b"}, "lone surrogate"),
     ],
 )
-def test_each_broken_rule_has_its_reason(change: dict[str, Any], expected: str) -> None:
-    assert reason(PAIR | change, max_chars=200) == expected
+def test_each_broken_rule_has_its_reason(monkeypatch, change, expected: str) -> None:
+    monkeypatch.setattr(parse, "MAX_CHARS", 200)
+    assert reason(PAIR | change) == expected
 
 
 @pytest.mark.parametrize(

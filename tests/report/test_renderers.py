@@ -10,8 +10,8 @@ from hafrm.report.html import HeatMap, PageSection, Points, Strips, render_page
 from hafrm.report.plots import MAX_POINTS, AxisScale, Series, chart
 from hafrm.report.result_sections import shortened
 from hafrm.report.run_files import short_paths, short_sources
+from hafrm.results import Column, Table, to_markdown
 from hafrm.statistics import Estimate
-from hafrm.table import Column, Table, to_markdown
 
 
 def estimate(value: float, low: float, high: float, *, proportion: bool = True) -> Estimate:

@@ -19,7 +19,7 @@ def start(log: Path, target: Callable[..., None], *arguments: str, **variables: 
     if forkserver._forkserver._forkserver_pid is None:
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's own
-        forkserver.set_forkserver_preload(["support.parallel_worker", "hafrm.cli.train"])
+        forkserver.set_forkserver_preload(["support.parallel_worker", "hafrm.cli.training_verbs"])
         forkserver.ensure_running()
         os.environ.pop("PYTHONPATH")
         if before is not None:

@@ -8,7 +8,7 @@ import torch
 
 from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
-from hafrm.resumable import cache_folder
+from hafrm.run_folder import cache_folder
 from hafrm.training import parallel
 from hafrm.training.passes import reference_cache, reference_logps, references_of
 from hafrm.training.step_batches import ComparisonRef

@@ -13,8 +13,8 @@ from hafrm.benchmarks.definitions import Benchmark, TermWeights
 from hafrm.benchmarks.rules import CandidateScores, Item, ItemVerdict
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.weighted_means import Term, TermMeans
+from hafrm.results import Cell, Column, Table
 from hafrm.statistics import Estimate
-from hafrm.table import Cell, Column, Table
 
 PICK_LONGER, PICK_SHORTER = "pick longer", "pick shorter"
 

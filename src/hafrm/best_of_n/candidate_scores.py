@@ -17,7 +17,7 @@ from hafrm.errors import ConfigError, DataError, NumericsError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
-from hafrm.resumable import RecordFile
+from hafrm.run_folder import RecordFile
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import AUTO, Placement, choose_dtype, find_heads, model_digest
 from hafrm.scoring.reward_model import Scorer, read_implicit_rule

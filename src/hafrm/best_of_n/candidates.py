@@ -26,7 +26,7 @@ from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, prompt_key
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section
-from hafrm.resumable import RecordFile
+from hafrm.run_folder import RecordFile
 from hafrm.scoring.loading import (
     AUTO,
     Placement,

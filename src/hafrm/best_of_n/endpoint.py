@@ -19,7 +19,7 @@ from pydantic import Field
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
 from hafrm.recipe import Section, Text
-from hafrm.resumable import cache_folder
+from hafrm.run_folder import cache_folder
 
 # bad request, too large, unprocessable: the next request may be fine
 _REJECTED = {400, 413, 422}

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply, is_url, require_some
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
-from hafrm.results import Real
+from hafrm.statistics import Real
 
 SETTINGS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 512}
 """How a judge is asked, unless `judge.request` says otherwise."""

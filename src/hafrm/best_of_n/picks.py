@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hafrm.best_of_n.candidates import Candidates
 from hafrm.best_of_n.judges import JudgeReliability, PairVerdict, judge_reliability
+from hafrm.results import Cell, Column, Table, columns
 from hafrm.statistics import (
     Estimate,
     accuracy_interval,
@@ -23,7 +24,6 @@ from hafrm.statistics import (
     seeded_difference,
     seeded_mean,
 )
-from hafrm.table import Cell, Column, Table, columns
 
 PerPrompt = Sequence[NDArray[np.float64]]
 """For every prompt a number for each of its distinct candidates."""

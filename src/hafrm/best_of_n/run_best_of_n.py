@@ -61,7 +61,7 @@ from hafrm.errors import ConfigError, DataError
 from hafrm.progress import show_progress
 from hafrm.recipe import Section, Sources, Text
 from hafrm.results import write_result
-from hafrm.resumable import ResumableFolder
+from hafrm.run_folder import ResumableFolder
 from hafrm.scoring.loading import Placement
 
 ONE_SAMPLE = "one sample"  # the method that takes the first candidate

@@ -33,8 +33,7 @@ from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.progress import OnProgress, no_progress, over_passes
-from hafrm.resumable import ResumableFolder, write_errors
-from hafrm.run_folder import read_json_lines
+from hafrm.run_folder import ResumableFolder, read_json_lines, write_errors
 from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
 from hafrm.scoring.reward_model import RewardModel
 

@@ -6,8 +6,7 @@ output, progress and log to standard error. Exit codes: 0 done, 1 refused or fai
 """
 
 # ruff: noqa: F401, I001 - verbs register themselves
-from hafrm.cli import train, evaluate, compare
-from hafrm.cli import score, export, best_of_n, rlhf, data, report
+from hafrm.cli import training_verbs, model_verbs, data_verbs
 from hafrm.cli.entry import app, main
 
 __all__ = ["app", "main"]

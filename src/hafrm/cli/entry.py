@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
 
 import typer
+from typer import Argument, Option
 
 from hafrm.errors import ConfigError, HafrmError
-from hafrm.table import Table
+from hafrm.results import Table, write_result
 
 app = typer.Typer(
     name="hafrm",
@@ -43,30 +44,22 @@ def main() -> None:
         sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
 
 
-_SOURCES = typer.Argument(
-    help="Files (.json .jsonl .csv .parquet, .gz), file#split=test, hub:name:split, set:name."
+_SOURCES = Argument(
+    help="Files (JSON(L), CSV, Parquet), file#split=test, hub:name:split, set:name."
 )
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
 Dtype = Annotated[
-    str,
-    typer.Option(help="float32, bfloat16, float16; auto: as stored on a GPU, float32 on a CPU."),
+    str, Option(help="float32, bfloat16, float16; auto: as stored, on a CPU float32.")
 ]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:1 (default: a GPU where there is one).")
-]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file.")
-]
-
-
-Recipe = Annotated[str | None, typer.Argument(help="A recipe in YAML.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
-Out = Annotated[Path | None, typer.Option(help="The run folder (default: runs/<time>).")]
-Resume = Annotated[Path | None, typer.Option(help="Resume this run folder.")]
-Processes = Annotated[
-    int | None, typer.Option(help="Runs at a time (default: one for each GPU).", min=1)
-]
+Device = Annotated[str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU if there is one).")]
+JsonFile = Annotated[Path | None, Option("--json", help="Also write the result to this file.")]
+Recipe = Annotated[str | None, Argument(help="A recipe in YAML.")]
+RecipeFile = Annotated[str, Argument(help="A recipe in YAML.")]
+Overrides = Annotated[list[str] | None, Argument(help="key.sub=value ...")]
+Out = Annotated[Path | None, Option(help="The run folder (default: runs/<time>).")]
+Resume = Annotated[Path | None, Option(help="Resume this run folder.")]
+Processes = Annotated[int | None, Option(help="Runs at a time (default: one for each GPU).", min=1)]
 
 
 @runtime_checkable
@@ -95,7 +88,6 @@ def parse_run(
 def show_result(result: HasTables, json_file: Path | None = None) -> None:
     """Print the result's tables, and write `json_file` if one is given."""
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
-    from hafrm.results import write_result  # noqa: PLC0415
 
     print_tables(result.tables())
     if json_file is not None:

@@ -1,8 +1,7 @@
 """Chat templates and tokenizers prepared for reward models; what is prepared here is what is exported.
 
 A reward is read at the last token, so what a consumer renders must end in the very EOS that was trained
-on: the template is closed (it ends at the EOS) and prints no date, and pad is not EOS. A changed template
-is tried on probe conversations. The tokenizer passed in is never changed. Start at `prepare_tokenizer`.
+on: the template is closed (it ends at the EOS), prints no date, and pad is not EOS.
 """
 
 import copy
@@ -49,9 +48,7 @@ PAPER_TEMPLATES = {
     ),
 }
 
-# Any fixed day will do; this is the one that Llama 3.1's own template falls back to.
-FROZEN_DATE = date(2024, 7, 26)
-
+FROZEN_DATE = date(2024, 7, 26)  # any will do; Llama 3.1's own template falls back to this one
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _TODAY_LEFT = re.compile(r"strftime_now(?!\s+is\s+(not\s+)?defined)")
 
@@ -73,14 +70,11 @@ def prepare_tokenizer(
 
     close=True is for models that we train and export: a missing template is replaced by a plain one,
     the template is closed, and pad is a token other than EOS. close=False is for other reward models:
-    the template is used as it is, except that a printed date is frozen. Raises ModelError for a tokenizer
-    or template that cannot be prepared so.
+    the template is used as it is, except that a printed date is frozen. Raises ModelError if it cannot.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(
-            f"A fast tokenizer (one with a tokenizer.json) is needed, got {type(tokenizer).__name__}. "
-            "Load it with AutoTokenizer, or convert it with transformers' convert_slow_tokenizer."
-        )
+        kind = type(tokenizer).__name__
+        raise ModelError(f"A fast tokenizer (one with a tokenizer.json) is needed, got {kind}.")
     if close and (tokenizer.eos_token is None or tokenizer.eos_token_id is None):
         raise ModelError(
             "The tokenizer has no EOS token, and the reward is read at the EOS. Set tokenizer.eos_token "
@@ -128,13 +122,11 @@ def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) ->
             return str(tokenizer.get_chat_template())
         except ValueError as error:
             raise ModelError(
-                f"The tokenizer has several chat templates and no default: {error} "
-                "Set tokenizer.chat_template to the one to be used."
+                f"The tokenizer has several chat templates, set one: {error}"
             ) from error
     if not plain_if_none:
         raise ModelError(
-            "This reward model's tokenizer has no chat template, so the text it was trained on is unknown. "
-            "Set tokenizer.chat_template to the format in its model card."
+            "This reward model's tokenizer has no chat template: set the one of its model card."
         )
     first = tokenizer("a").input_ids[:1]
     adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
@@ -155,34 +147,28 @@ def read_template(name: str) -> str:
 
 
 def freeze_date(template: str) -> str:
-    """The template with every `strftime_now("...")` replaced by `FROZEN_DATE` in that format.
-
-    Raises ModelError when it asks for the date without a literal format.
-    """
+    """The template with every `strftime_now("...")` replaced by `FROZEN_DATE` in that format."""
     frozen = _TODAY.sub(lambda match: repr(FROZEN_DATE.strftime(match[2])), template)
     left = _TODAY_LEFT.search(frozen)
     if left:
         where = frozen[max(left.start() - 40, 0) : left.end() + 40]
-        raise ModelError(
-            f"The chat template prints today's date, so scores would change from day to day: ...{where}... "
-            "Edit tokenizer.chat_template so that it writes a fixed date or none."
-        )
+        raise _unusable(f"prints today's date, so scores would change: ...{where}...")
     return frozen
+
+
+def _unusable(problem: str) -> ModelError:
+    fix = "Edit tokenizer.chat_template, or set it to None for a plain one"
+    return ModelError(f"The chat template {problem}. {fix}.")
 
 
 def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     """The template, wrapped if needed, so that a rendering whose last turn is the assistant's ends exactly
-    at the EOS: cut right after it, or with one appended when it writes none.
-
-    Everything else renders as before. Raises ModelError for a template that cannot be closed.
+    at the EOS: cut right after it, or with one appended when it writes none. All else renders as before.
     """
     eos = tokenizer.eos_token
     tails = {text.rpartition(_MARK)[2] for text in _rendered_answers(tokenizer, template)}
     if len(tails) != 1:
-        raise ModelError(
-            f"The chat template ends in different ways after different conversations: {sorted(tails)}. "
-            "Edit tokenizer.chat_template so that an assistant's last turn always ends the same way."
-        )
+        raise _unusable(f"ends in different ways after different conversations: {sorted(tails)}")
     tail = tails.pop()
     end = tail.find(eos)
     surplus = tail[end + len(eos) :] if end >= 0 else ""
@@ -200,17 +186,11 @@ def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> s
 
 
 def _tried(
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    conversation: ChatTurns,
-    *,
-    prompt: bool = False,
+    tokenizer: PreTrainedTokenizerFast, template: str, turns: ChatTurns, *, prompt: bool = False
 ) -> list[str]:
     """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
     try:
-        return render_conversations(
-            tokenizer, template, [conversation], add_generation_prompt=prompt
-        )
+        return render_conversations(tokenizer, template, [turns], add_generation_prompt=prompt)
     except TemplateError:
         return []
 
@@ -219,15 +199,10 @@ def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list
     try:  # the first must succeed, a template may refuse the others
         render_conversations(tokenizer, template, _ENDS_IN_ANSWER[:1])
     except TemplateError as error:
-        raise ModelError(
-            f"The chat template fails on a question and an answer: {error}. Repair tokenizer.chat_template."
-        ) from error
+        raise _unusable(f"fails on a question and an answer: {error}") from error
     texts = [text for p in _ENDS_IN_ANSWER for text in _tried(tokenizer, template, p)]
     if any(text.count(_MARK) != 1 for text in texts):
-        raise ModelError(
-            "The chat template does not write the assistant's content exactly once. "
-            "Repair tokenizer.chat_template, or set it to None to use a plain one."
-        )
+        raise _unusable("does not write the assistant's content exactly once")
     return texts
 
 
@@ -257,16 +232,11 @@ def _check_wrapping(
                 before = [head + mark + (tail.partition(eos)[0] if eos in tail else tail) + eos]
             after = _tried(tokenizer, closed, probe, prompt=prompt)
             if before != after:
-                raise ModelError(
-                    f"The chat template cannot be closed: once wrapped it renders {after}, not {before}. "
-                    "Edit tokenizer.chat_template so that an assistant's last turn ends in the EOS."
-                )
+                raise _unusable(f"cannot be closed: wrapped it renders {after}, not {before}")
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
-    """The tokenizer's pad if it differs from EOS, else a reserved or unknown token that no template writes
-    (`written` is what it does write). Raises ModelError when no token can serve.
-    """
+    """The tokenizer's pad if it differs from EOS, else a reserved or unknown token not in `written`."""
     # with pad == eos, consumers would read the reward one token early
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return str(tokenizer.pad_token)
@@ -281,8 +251,7 @@ def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:
             if re.search(pattern, content, re.IGNORECASE):
                 return content
     raise ModelError(
-        f"The tokenizer has no pad token other than its EOS {tokenizer.eos_token!r}, and none of its "
-        f"{len(free)} other special tokens can serve. Add one before training: "
-        "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}). It needs no resizing when "
-        "len(tokenizer) is then at most the model's vocab_size (so with Phi-2); else resize the embedding."
+        f"The tokenizer has no pad token other than its EOS {tokenizer.eos_token!r}, and no special token "
+        "that can serve. Add one: tokenizer.add_special_tokens({'pad_token': '<|pad|>'}); resize the "
+        "embedding if len(tokenizer) is then above the model's vocab_size."
     )

@@ -1,7 +1,4 @@
-"""What is in preference data, in numbers: sizes, lengths, length bias, and what sharing prompts saves.
-
-Lengths are in words, split at white space; with an encoder, also in tokens.
-"""
+"""What is in preference data, in numbers: sizes, lengths, length bias, and what sharing prompts saves."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +11,8 @@ import numpy as np
 from hafrm.data.reader import PreferenceData
 from hafrm.data.splits import normalised_key
 from hafrm.preferences import Group, TokenizedGroup
+from hafrm.results import Table, columns
 from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.table import Table, columns
 
 Encode = Callable[[Sequence[Group]], tuple[Sequence[TokenizedGroup], Any]]  # `Encoder.encode`
 Lengths = tuple[float, int, int, int]
@@ -45,11 +42,8 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
     """Counts and lengths of what was read; `encode` (an `Encoder.encode`) adds those of tokens."""
     groups = data.groups
     pairs = [(group, pair) for group in groups for pair in group.comparisons]
-    sides = [
-        (_words(group.responses[pair.chosen]), _words(group.responses[pair.rejected]))
-        for group, pair in pairs
-        if not pair.tie
-    ]
+    decided = [(group.responses, pair) for group, pair in pairs if not pair.tie]
+    sides = [(_words(texts[c.chosen]), _words(texts[c.rejected])) for texts, c in decided]
     lengths = {
         "user turns": _lengths(sum(m.role == "user" for m in group.prompt) for group in groups),
         "prompt words": _lengths(sum(_words(m.content) for m in g.prompt) for g in groups),

@@ -1,8 +1,7 @@
 """Groups of text -> groups of token ids, exactly as a consumer of the exported template gets them.
 
-All responses of a group share the prompt's ids, and for text without special tokens prompt ids + response
-ids are the ids of the rendered conversation; where a merge across the seam would give other ids, the two
-are encoded apart and the case is counted. Every response ends in the EOS, once, even when it is cut.
+Prompt ids + response ids are the ids of the rendered conversation; where a merge across the seam would give
+others, the two are encoded apart and the case is counted. Every response ends in the EOS, even when cut.
 """
 
 import hashlib
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
 from hafrm.errors import ConfigError, ModelError
-from hafrm.preferences import Group, Message, TokenizedGroup
+from hafrm.preferences import Group, TokenizedGroup
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _GROUPS_AT_ONCE = 256
@@ -46,8 +44,7 @@ class LengthPolicy:
         if not 2 <= self.min_prompt_room <= self.max_length - 2:
             raise ConfigError(
                 "data.max_prompt_length must be between 2 and data.max_length - 2, got "
-                f"{self.min_prompt_room} with max_length {self.max_length}: a prompt or a response would "
-                "become empty. Raise data.max_length."
+                f"{self.min_prompt_room} with max_length {self.max_length}. Raise data.max_length."
             )
 
     @property
@@ -87,11 +84,7 @@ class EncodingReport:
 
 
 class Encoder:
-    """Encodes groups with a model's chat template, under a `LengthPolicy`.
-
-    close=True is for models that we train and export, close=False for other reward models, whose template
-    is used as it is.
-    """
+    """Encodes groups with a model's chat template; `prepare_tokenizer` says what `close` means."""
 
     def __init__(
         self,
@@ -126,16 +119,11 @@ class Encoder:
         parts += [self.tokenizer.bos_token_id, self.eos_id, self.pad_id]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
-    def render(self, prompt: Sequence[Message], response: str) -> str:
-        """The text that a consumer of the exported template renders."""
-        return self._renderer.render(prompt, response)
-
     def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
-        """The groups as ids, in their order, and counts of what was done to them.
+        """The groups as ids, in their order (without those dropped), and counts of what was done to them.
 
-        Comparisons may be absent: scoring encodes groups too. There is one result per group unless
-        too_long="drop". Raises DataError for a group without prompt or responses, with lone surrogates,
-        or that the chat template refuses.
+        Raises DataError for a group without prompt or responses, with lone surrogates, or that the chat
+        template refuses.
         """
         report = EncodingReport()
         encoded: list[TokenizedGroup] = []
@@ -156,7 +144,7 @@ class Encoder:
         self, groups: Sequence[Group], report: EncodingReport
     ) -> Iterator[TokenizedGroup]:
         rendered, marker = self._renderer.render_groups(groups)
-        prompts = [marker.to_encode(texts.prompt) for texts in rendered]
+        prompts = [marker.to_encode(prompt) for prompt, _ in rendered]
         prompt_ids = self._ids(prompts)
         # Only the prompt's end can influence the ids of a response: encode responses with that alone, so
         # that a long prompt is not encoded again for each of them.
@@ -164,19 +152,18 @@ class Encoder:
         joint_ids = iter(
             self._ids(
                 prompt[start:] + marker.to_encode(response)
-                for prompt, (start, _), texts in zip(prompts, tails, rendered, strict=True)
-                for response in texts.responses
+                for prompt, (start, _), (_, texts) in zip(prompts, tails, rendered, strict=True)
+                for response in texts
             )
         )
-        for index, (group, texts) in enumerate(zip(groups, rendered, strict=True)):
+        for index, (group, (prompt_text, texts)) in enumerate(zip(groups, rendered, strict=True)):
             where = f"Group {group.id!r} (source {group.source!r})"
             before, responses = prompt_ids[index][tails[index][1] :], []
-            for response in texts.responses:
-                ids = self._response_ids(
-                    before, next(joint_ids), marker.to_encode(response), report
-                )
+            for response in texts:
+                encoded = marker.to_encode(response)
+                ids = self._response_ids(before, next(joint_ids), encoded, report)
                 responses.append(self._checked(marker.spell(ids, response, where), where))
-            prompt = marker.spell(prompt_ids[index], texts.prompt, where)
+            prompt = marker.spell(prompt_ids[index], prompt_text, where)
             fitted = self.lengths.fit(prompt, responses, self.tokenizer.bos_token_id)
             if fitted is None:
                 report.dropped += 1
@@ -187,7 +174,9 @@ class Encoder:
             report.indistinct += sum(
                 fitted[1][c.chosen] == fitted[1][c.rejected] for c in group.comparisons
             )
-            arrays = [_array(part) for part in (fitted[0], *fitted[1])]
+            arrays = [np.array(part, dtype=np.int32) for part in (fitted[0], *fitted[1])]
+            for array in arrays:
+                array.flags.writeable = False
             names = group.id, group.source, group.tags
             yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)
         report.neutralised += marker.num_marked
@@ -220,9 +209,3 @@ class Encoder:
                 f"{self.tokenizer.eos_token!r}. Repair tokenizer.chat_template, or set it to None."
             )
         return ids
-
-
-def _array(ids: list[int]) -> NDArray[np.int32]:
-    array = np.array(ids, dtype=np.int32)
-    array.flags.writeable = False
-    return array

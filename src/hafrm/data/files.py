@@ -23,8 +23,11 @@ from hafrm.errors import DataError
 NumberedRows = Iterator[tuple[int, object]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-_TEXT_CELLS = frozenset({"prompt", "chosen", "rejected", "response"})
-_JSON_CELLS = frozenset({"responses", "ranks", "ranking", "scores", "ratings", "votes"})
+# how the cells of a CSV file are read: JSON, text even if empty, and text unless it clearly is messages
+_JSON_CELLS = frozenset(
+    ["responses", "ranks", "ranking", "scores", "ratings", "votes", "margin", "weight", "tie"]
+)
+_TEXT_CELLS = frozenset(["prompt", "chosen", "rejected", "response"])
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
 _HUB_NAME = re.compile(
     r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
@@ -64,32 +67,28 @@ def read_file(path: Path) -> NumberedRows:
         raise DataError(f"{path}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():
         raise DataError(f"{path} is a directory; name the files in it one by one")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
     if not is_known_kind(path):
-        raise DataError(
-            f"{path}: unknown kind of file; allowed are {', '.join(_READERS)}, "
-            f"and the text ones with {' or '.join(_OPENERS)}"
-        )
+        kinds = ", ".join([*_READERS, *_OPENERS])
+        raise DataError(f"{path}: unknown kind of file; allowed are {kinds} (of text)")
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     number = -1
     try:
-        for number, row in _READERS[suffixes[-1]](path, packed):
+        for number, row in _READERS[suffixes[-1]](path):
             yield number, row
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} near row {number + 1}); save it as UTF-8"
-        ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = f"{error.reason} near row {number + 1}"
+        raise DataError(f"{path} is not UTF-8 text ({reason}); save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{path} cannot be read after row {number}: {error}") from error
 
 
-def _open_text(path: Path, packed: str, newline: str) -> io.TextIOWrapper:
-    stream = _OPENERS[packed](path, "rb") if packed else path.open("rb")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+def _open_text(path: Path, newline: str = "\n") -> io.TextIOWrapper:
+    opener = _OPENERS.get(path.suffix.lower(), Path.open)
+    return io.TextIOWrapper(opener(path, "rb"), encoding="utf-8-sig", newline=newline)
 
 
-def _read_jsonl(path: Path, packed: str) -> NumberedRows:
-    with _open_text(path, packed, "\n") as lines:
+def _read_jsonl(path: Path) -> NumberedRows:
+    with _open_text(path) as lines:
         for number, line in enumerate(lines):
             if line.strip():
                 yield number, _decode(line)
@@ -102,8 +101,8 @@ def _decode(text: str) -> object:
         return Refusal("unreadable row", f"not JSON: {error}: {show(text)}")
 
 
-def _read_json(path: Path, packed: str) -> NumberedRows:
-    with _open_text(path, packed, "\n") as stream:
+def _read_json(path: Path) -> NumberedRows:
+    with _open_text(path) as stream:
         text = stream.read()
     try:
         content = json.loads(text) if text.strip() else []
@@ -115,59 +114,31 @@ def _read_json(path: Path, packed: str) -> NumberedRows:
     yield from enumerate(content)
 
 
-def _read_csv(path: Path, packed: str) -> NumberedRows:
-    old_limit = csv.field_size_limit(2**31 - 1)  # rows have their own limit, not csv's 128 KiB
-    try:
-        with _open_text(path, packed, "") as stream:
-            records = _csv_records(csv.reader(stream, strict=True), path)
-            header = next(records, [])
-            if isinstance(header, Refusal) or len(set(header)) < len(header):
-                raise DataError(f"{path} needs a first line of distinct column names: {header}")
-            for number, cells in enumerate(records):
-                yield number, cells if isinstance(cells, Refusal) else _csv_row(header, cells)
-    finally:
-        csv.field_size_limit(old_limit)
+def _read_csv(path: Path) -> NumberedRows:
+    csv.field_size_limit(2**31 - 1)  # rows have their own limit, not csv's 128 KiB
+    with _open_text(path, newline="") as stream:
+        # strict: a quote that never closes would swallow the rows behind it
+        reader = csv.DictReader(stream, strict=True)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise DataError(f"{path} needs a first line of distinct column names: {names}")
+        for number, cells in enumerate(reader):
+            yield number, _csv_row(cells)
 
 
-def _csv_records(reader: Iterator[list[str]], path: Path) -> Iterator[list[str] | Refusal]:
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "end of data" in str(error):  # all rows behind the open quote are in this one cell
-                raise DataError(f"{path} has a quote that never closes") from error
-            yield Refusal("unreadable row", f"not CSV: {error}")
-        else:
-            if cells:  # not an empty line
-                yield cells
-
-
-def _csv_row(header: list[str], cells: list[str]) -> object:
-    if len(cells) != len(header):
-        return Refusal("unreadable row", f"{len(cells)} cells, but the header has {len(header)}")
-    row = {
-        column: _csv_value(column, cell)
-        for column, cell in zip(header, cells, strict=True)
-        if cell or column in _TEXT_CELLS  # an empty text is reported as empty, not as missing
-    }
+def _csv_row(cells: dict[Any, Any]) -> object:
+    if None in cells or None in cells.values():  # DictReader's mark of too many, or too few
+        return Refusal("unreadable row", "it has not as many cells as the header")
+    row = {}
+    for column, cell in cells.items():
+        if cell and (column in _JSON_CELLS or _MESSAGES.match(cell)):
+            row[column] = _decode(cell.lower() if column == "tie" else cell)
+        elif cell or column in _TEXT_CELLS:  # an empty text is reported as empty, not as missing
+            row[column] = cell
     return next((value for value in row.values() if isinstance(value, Refusal)), row)
 
 
-def _csv_value(column: str, cell: str) -> object:
-    # a number, JSON, or text unless it clearly is messages
-    if column in {"margin", "weight"}:
-        try:
-            return float(cell)
-        except ValueError:
-            return cell
-    if column == "tie":
-        return {"true": True, "1": True, "false": False, "0": False}.get(cell.lower(), cell)
-    return _decode(cell) if column in _JSON_CELLS or _MESSAGES.match(cell) else cell
-
-
-def _read_parquet(path: Path, _: str) -> NumberedRows:
+def _read_parquet(path: Path) -> NumberedRows:
     import pyarrow as pa  # noqa: PLC0415  (0.2 s, and only for this kind of file)
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -182,7 +153,7 @@ def _read_parquet(path: Path, _: str) -> NumberedRows:
         raise DataError(f"{path} is not readable as Parquet: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path, str], NumberedRows]] = {
+_READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

@@ -1,36 +1,35 @@
 """Published preference sets by name: where each is published, and how its rows become ours.
 
 The first five are those of the paper (HAF-RM, arXiv 2407.04185), filtered and split as its released code
-does. A new set is one function that returns the row in our columns (or `LeftOut`, where the set's own
-filter takes it out, or raises `RefusedError`), one entry in `SETS` and one line in docs/sets.md.
-`read_named_set` reads one part of a set; a row whose prompt is in a later part too is left out.
+does. A new set is one function, one entry in `SETS` and one line in docs/sets.md.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hafrm.data.files import HubSet, NumberedRows, find_files, read_file, read_hub
+from hafrm.data.files import HubSet, NumberedRows, read_file, read_hub
 from hafrm.data.parse import (
     HUMAN,
-    ParsedRow,
     RawRow,
     Refusal,
     RefusedError,
     as_number,
     cell_of,
+    list_of,
     parse_row,
     refuse,
     show,
 )
 from hafrm.data.splits import normalised_key
 from hafrm.errors import DataError, did_you_mean
+from hafrm.preferences import Group
 
 OurRow = dict[str, Any]
-_Parts = dict[str | None, list[tuple[int, object]]]  # numbered rows by part
+_Rows = list[tuple[int, object]]  # numbered
 
 
 class LeftOut(NamedTuple):
@@ -49,7 +48,7 @@ class NamedSet:
     """A published set of preferences and what of it is used."""
 
     name: str
-    read_row: Callable[[RawRow], OurRow | LeftOut]
+    read_row: Callable[[RawRow], OurRow | LeftOut]  # raises RefusedError
     hub: dict[str, HubSet]  # where each part is
     parts: tuple[str, ...] = ("train", "test")
     """In the order in which they are kept apart: no prompt of a later part stays in an earlier one."""
@@ -60,10 +59,6 @@ class NamedSet:
     def in_one_piece(self) -> bool:
         """Whether the parts are distinguished by rows, not by files."""
         return _WHOLE in self.hub
-
-    def is_one_part(self, path: str | None) -> bool:
-        """Whether the path is a file that is one part, such as HH's test.jsonl.gz."""
-        return path is not None and not self.in_one_piece and Path(path).is_file()
 
 
 def hh(row: RawRow) -> OurRow | LeftOut:
@@ -82,14 +77,17 @@ def beaver_safe(row: RawRow) -> OurRow | LeftOut:
         return LeftOut("both responses safe" if safe[0] else "neither response safe")
     safer = choice_of(row, "safer_response_id", (0, 1))
     responses = [text_of(row, "response_0"), text_of(row, "response_1")]
-    return _pair(_user(text_of(row, "prompt")), *responses, first_is_better=safer == 0)
+    return _pair(_user(text_of(row, "prompt")), *responses, lead=1 if safer == 0 else -1)
 
 
 def alpaca_human(row: RawRow) -> OurRow | LeftOut:
     """AlpacaFarm's human preferences; the prompt is the instruction, with its input on a new line."""
     preferred = choice_of(row, "preference", (1, 2))
     responses = [text_of(row, "output_1"), text_of(row, "output_2")]
-    return _pair(_instruction(row), *responses, first_is_better=preferred == 1)
+    more = "" if cell_of(row, "input") is None else text_of(row, "input")
+    text = text_of(row, "instruction")
+    prompt = _user(f"{text}\n{more}" if more.strip() else text)
+    return _pair(prompt, *responses, lead=1 if preferred == 1 else -1)
 
 
 def chatbot_arena(row: RawRow) -> OurRow | LeftOut:
@@ -101,7 +99,7 @@ def chatbot_arena(row: RawRow) -> OurRow | LeftOut:
     if winner.startswith("tie"):
         return LeftOut("tie")
     prompt, answers = talks[0][:1], [talk[1] for talk in talks]
-    return _pair(prompt, [answers[0]], [answers[1]], first_is_better=winner == "model_a")
+    return _pair(prompt, [answers[0]], [answers[1]], lead=1 if winner == "model_a" else -1)
 
 
 def ultrafeedback(row: RawRow) -> OurRow | LeftOut:
@@ -122,7 +120,7 @@ def helpsteer2(row: RawRow) -> OurRow | LeftOut:
     responses = [text_of(row, "response_1"), text_of(row, "response_2")]
     strength = choice_of(row, "preference_strength", range(-3, 4))
     split = choice_of(row, "split", ("train", "val", "validation"))
-    ours = _pair(prompt, *responses, first_is_better=_by_sign(strength))
+    ours = _pair(prompt, *responses, lead=-strength)
     return ours | {"split": "train" if split == "train" else "validation"}
 
 
@@ -130,7 +128,7 @@ def helpsteer3(row: RawRow) -> OurRow | LeftOut:
     """HelpSteer3-Preference: messages, two responses, the same strength; its domain is the subset."""
     responses = [text_of(row, "response1"), text_of(row, "response2")]
     strength = choice_of(row, "overall_preference", range(-3, 4))
-    ours = _pair(_messages(row, "context"), *responses, first_is_better=_by_sign(strength))
+    ours = _pair(_messages(row, "context"), *responses, lead=-strength)
     return ours | {"subset": text_of(row, "domain")}
 
 
@@ -158,15 +156,11 @@ def choice_of(row: RawRow, column: str, allowed: Sequence[Any]) -> Any:
     return value
 
 
-def _by_sign(strength: int | float) -> bool | None:
-    """Whether the first of two is better, where a negative strength says so; None for a tie."""
-    return None if strength == 0 else strength < 0
-
-
-def _pair(prompt: object, first: object, second: object, *, first_is_better: bool | None) -> OurRow:
-    better, worse = (second, first) if first_is_better is False else (first, second)
+def _pair(prompt: object, first: object, second: object, *, lead: int) -> OurRow:
+    """Our row of two responses; the first is better if it leads, and 0 is a tie."""
+    better, worse = (second, first) if lead < 0 else (first, second)
     row: OurRow = {"prompt": prompt, "chosen": better, "rejected": worse}
-    return row | {"tie": True} if first_is_better is None else row
+    return row | {"tie": True} if lead == 0 else row
 
 
 def _user(text: str) -> list[dict[str, str]]:
@@ -174,21 +168,13 @@ def _user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def _instruction(row: RawRow) -> list[dict[str, str]]:
-    """An Alpaca instruction; its input may be empty or null."""
-    more = "" if cell_of(row, "input") is None else text_of(row, "input")
-    text = text_of(row, "instruction")
-    return _user(f"{text}\n{more}" if more.strip() else text)
-
-
 def _messages(row: RawRow, column: str) -> list[dict[str, Any]]:
     """A column of messages without what they hold besides role and content."""
-    value = cell_of(row, column)
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value
-    ):
-        refuse("not a string", f"`{column}` must be a list of messages, got {show(value)}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    turns = list_of(cell_of(row, column), column)
+    try:
+        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    except (TypeError, KeyError):
+        refuse("not a string", f"`{column}` must be a list of messages, got {show(turns)}")
 
 
 def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet]:
@@ -199,29 +185,24 @@ def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet
 
 
 _HALVES, _VALIDATED = ("train", "test"), ("train", "validation")
-_HELPFUL = _hub("Anthropic/hh-rlhf", *_HALVES, folder="helpful-base")
-_HARMLESS = _hub("Anthropic/hh-rlhf", *_HALVES, folder="harmless-base")
+_HH, _ULTRA = "Anthropic/hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"
 _ALPACA = _hub("tatsu-lab/alpaca_farm", file="alpaca_human_preference.json")
 _ARENA = _hub("lmsys/chatbot_arena_conversations")
-_ULTRA = _hub("HuggingFaceH4/ultrafeedback_binarized", *_HALVES, end="_prefs")
 _HELPSTEER2 = _hub("nvidia/HelpSteer2", folder="preference")
 _HELPSTEER3 = _hub("nvidia/HelpSteer3", *_VALIDATED, config="preference")
 _SKYWORK = _hub("Skywork/Skywork-Reward-Preference-80K-v0.2")
-
-SETS: dict[str, NamedSet] = {
-    entry.name: entry
-    for entry in (
-        NamedSet("hh-harmless", hh, _HARMLESS),
-        NamedSet("hh-helpful", hh, _HELPFUL),
-        NamedSet("beaver-safe", beaver_safe, _hub("PKU-Alignment/PKU-SafeRLHF", *_HALVES)),
-        NamedSet("alpaca-human", alpaca_human, _ALPACA, test_fraction=0.10),
-        NamedSet("chatbot-arena", chatbot_arena, _ARENA, test_fraction=0.05),
-        NamedSet("ultrafeedback", ultrafeedback, _ULTRA),
-        NamedSet("helpsteer2", helpsteer2, _HELPSTEER2, _VALIDATED),
-        NamedSet("helpsteer3", helpsteer3, _HELPSTEER3, _VALIDATED),
-        NamedSet("skywork-80k", skywork, _SKYWORK, ("train",)),
-    )
-}
+_SETS = (
+    NamedSet("hh-harmless", hh, _hub(_HH, *_HALVES, folder="harmless-base")),
+    NamedSet("hh-helpful", hh, _hub(_HH, *_HALVES, folder="helpful-base")),
+    NamedSet("beaver-safe", beaver_safe, _hub("PKU-Alignment/PKU-SafeRLHF", *_HALVES)),
+    NamedSet("alpaca-human", alpaca_human, _ALPACA, test_fraction=0.10),
+    NamedSet("chatbot-arena", chatbot_arena, _ARENA, test_fraction=0.05),
+    NamedSet("ultrafeedback", ultrafeedback, _hub(_ULTRA, *_HALVES, end="_prefs")),
+    NamedSet("helpsteer2", helpsteer2, _HELPSTEER2, _VALIDATED),
+    NamedSet("helpsteer3", helpsteer3, _HELPSTEER3, _VALIDATED),
+    NamedSet("skywork-80k", skywork, _SKYWORK, ("train",)),
+)
+SETS = {named.name: named for named in _SETS}
 """Every named set; the first five are the paper's."""
 
 SET_GROUPS: dict[str, tuple[str, ...]] = {
@@ -231,99 +212,65 @@ SET_GROUPS: dict[str, tuple[str, ...]] = {
 """The paper's two groups: what is trained on one set of a group is tested on the others."""
 
 
-def find_sets(location: str, part: str | None) -> list[tuple[str, NamedSet, str | None]]:
-    """(location, set, file or folder) of "set:name" or "set:name=path": one, or a group's members.
+def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | None]]:
+    """(set, file) of "set:name" (from the hub, a group stands for its members) or "set:name=file".
 
-    Raises `DataError` for an unknown name, a missing path, and a part that the set does not have or that
-    must be named and is not.
+    Raises `DataError` for an unknown name, and a part that the set does not have or that must be named.
     """
-    name, equals, path = location.removeprefix("set:").partition("=")
+    name, equals, file = location.removeprefix("set:").partition("=")
     members = [name] if name in SETS else SET_GROUPS.get(name, ())
     if not members:
         names = f"sets are {', '.join(SETS)}; groups of sets are {', '.join(SET_GROUPS)}"
         raise DataError(f"unknown set {name!r}; {did_you_mean(name, [*SETS, *SET_GROUPS])}{names}")
-    if equals and (not path or name in SET_GROUPS):
-        raise DataError(
-            f"{location!r}: give one set as set:name=path, and without = what is on the hub"
-        )
-    own = str(Path(path).expanduser()) if equals else None
+    if equals and (not file or name in SET_GROUPS):
+        raise DataError(f"{location!r}: give a file of one set, or the name alone (from the hub)")
     for named in map(SETS.__getitem__, members):
         options = " or ".join(f"'#split={option}'" for option in named.parts)
         if part is not None and part not in named.parts:
             raise DataError(f"set:{named.name} has no part {part!r}; write {options} behind it")
-        if part is None and len(named.parts) > 1 and not named.is_one_part(own):
+        # a file of a set in several pieces is one of them
+        if part is None and len(named.parts) > 1 and not (equals and not named.in_one_piece):
             raise DataError(f"set:{named.name} has several parts; write {options} behind it")
-    places = {
-        member: f"set:{member}" if own is None else f"set:{member}={own}" for member in members
-    }
-    return [(place, SETS[member], own) for member, place in places.items()]
+    own = str(Path(file).expanduser()) if equals else None
+    return [(SETS[member], own) for member in members]
 
 
 def read_named_set(
-    named: NamedSet, path: str | None, part: str | None, left_out: Counter[str]
+    named: NamedSet, file: str | None, part: str | None, left_out: Counter[str]
 ) -> NumberedRows:
-    """(row number, our row or `Refusal`) of one part of a set; `left_out` counts unused rows by reason."""
+    """(row number, our row or `Refusal`) of one part of a set, without prompts that a later part has too.
+
+    `left_out` counts unused rows by reason.
+    """
     part = part or (named.parts[0] if len(named.parts) == 1 else None)
-    if path is not None and named.is_one_part(path):
-        by_part = {part: list(_converted(named, read_file(Path(path)), left_out))}
-        later: tuple[str, ...] = ()
-    else:
+    later = named.parts[named.parts.index(part) + 1 :] if part else ()
+    if named.in_one_piece:
         assert part is not None, "find_sets makes sure of it"
-        later = named.parts[named.parts.index(part) + 1 :]
-        by_part = _read_parts(named, path, part, later, left_out)
-    held_out = {_prompt(row) for name in later for _, row in by_part.get(name, [])} - {None}
-    for number, row in by_part.get(part, []):
+        whole = read_file(Path(file)) if file else read_hub(named.hub[_WHOLE])
+        by_part = _divide(named, list(_converted(named, whole, left_out)))
+        own, others = by_part[part], [row for name in later for row in by_part[name]]
+    else:
+        rows = read_file(Path(file)) if file else read_hub(named.hub[part or ""])
+        own = list(_converted(named, rows, left_out))
+        hubs = [read_hub(named.hub[name]) for name in (() if file else later)]
+        others = [row for hub in hubs for row in _converted(named, hub, Counter())]
+    held_out = {_prompt(row) for _, row in others} - {None}
+    for number, row in own:
         if held_out and _prompt(row) in held_out:
             left_out["prompt is in a held-out part"] += 1
         else:
             yield number, {**row, "split": part} if isinstance(row, dict) and part else row
 
 
-def _read_parts(
-    named: NamedSet, path: str | None, part: str, later: tuple[str, ...], left_out: Counter[str]
-) -> _Parts:
-    # the wanted part and the later ones, as far as they are there; only the wanted one is counted
-    if not named.in_one_piece:
-        by_part: _Parts = {}
-        by_part[part] = list(_converted(named, _open_part(named, path, part), left_out))
-        for other in later:
-            if path is None or _part_files(named, Path(path), other):
-                by_part[other] = list(_converted(named, _open_part(named, path, other), Counter()))
-        return by_part
-    rows = list(_converted(named, _open_part(named, path, _WHOLE), left_out))
+def _divide(named: NamedSet, rows: _Rows) -> dict[str, _Rows]:
+    """The rows of a set that is published in one piece, by part."""
     good = [number for number, row in rows if not isinstance(row, Refusal)]
     first = set(good[: int(named.test_fraction * len(good))])
-    divided: _Parts = {name: [] for name in named.parts}
+    divided: dict[str, _Rows] = {name: [] for name in named.parts}
     for number, row in rows:
         split = row.get("split") if isinstance(row, dict) else None
         divided["test" if number in first else split or named.parts[0]].append((number, row))
     return divided
-
-
-def _open_part(named: NamedSet, path: str | None, part: str) -> NumberedRows:
-    if path is None:
-        yield from read_hub(named.hub[part])
-        return
-    files = [Path(path)] if Path(path).is_file() else _part_files(named, Path(path), part)
-    if not files:
-        called = f" called like {part}" if part else ""
-        raise DataError(f"{path}: no such file, or no file{called} in it (for set:{named.name})")
-    start = 0
-    for file in files:  # numbered through
-        number = -1
-        for number, row in read_file(file):
-            yield start + number, row
-        start += number + 1
-
-
-def _part_files(named: NamedSet, folder: Path, part: str) -> list[Path]:
-    # a folder is a download of the hub's repository, or holds files of those names
-    patterns = []
-    if (hub := named.hub.get(part)) is not None:
-        name = Path(hub.file).name if hub.file else hub.split
-        within = f"*{hub.folder}/" if hub.folder else ""
-        patterns = [f"{within}*{name}*", *([f"{within}*"] if part == _WHOLE else []), f"*{name}*"]
-    return find_files(folder, [*patterns, f"*{part}*"])
 
 
 def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> NumberedRows:
@@ -343,4 +290,4 @@ def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> N
 
 def _prompt(row: object) -> str | None:
     parsed = None if isinstance(row, Refusal) else parse_row(row)
-    return normalised_key(parsed.prompt) if isinstance(parsed, ParsedRow) else None
+    return normalised_key(parsed.prompt) if isinstance(parsed, Group) else None

@@ -1,22 +1,19 @@
-"""One raw row of a preference file -> prompt, responses and comparisons, or why it is refused.
+"""One raw row of a preference file -> prompt, responses and comparisons, or the first rule that it breaks.
 
-The shapes that are understood are listed in `SHAPES`. Nothing is repaired: a row is refused with the first
-rule that it breaks. Rows come from anywhere, so a value may be of any type and size: a check returns it in
-its proper type or raises `RefusedError`, and quoted values are short and safe to print. Text stays as it
-was written; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
+Values may be of any type and size: a check returns one in its proper type or raises `RefusedError`. Nothing
+is repaired; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
 """
 
 import math
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from numbers import Real
 from os.path import commonprefix
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from hafrm.preferences import Comparison, Message, Votes
+from hafrm.preferences import Comparison, Group, Message, Votes
 
 SHAPES = (
     "prompt, chosen, rejected: text or messages",
@@ -62,7 +59,6 @@ _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that m
 
 RawRow = Mapping[Any, Any]
 Messages = tuple[Message, ...]
-_Contents = tuple[Messages, tuple[str, ...], tuple[Comparison, ...]]
 
 
 class Refusal(NamedTuple):
@@ -80,95 +76,72 @@ class RefusedError(Exception):
         self.refusal = refusal
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRow:
-    """What one row says; its responses are in the row's order and may repeat."""
-
-    prompt: Messages
-    responses: tuple[str, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    id: str = ""
-    tags: dict[str, str] = field(default_factory=dict)
-
-
 def parse_row(
-    row: object,
-    *,
-    need_comparisons: bool = True,
-    need_responses: bool = True,
-    max_chars: int = MAX_CHARS,
-) -> ParsedRow | Refusal:
-    """What the row says, or the first rule that it breaks.
+    row: object, *, need_comparisons: bool = True, need_responses: bool = True
+) -> Group | Refusal:
+    """The group of one row, whose responses are in the row's order and may repeat; or why it is refused.
 
     A tie is `tie: true` or `label: "tie"` beside chosen and rejected, or an equal rank or score. Optional
     are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`.
     `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a prompt alone.
-    `max_chars` limits the prompt and each response.
     """
     try:
         if not isinstance(row, Mapping):
             refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
-        prompt, responses, comparisons = _read_shape(row, need_responses)
-        check_prompt(prompt, max_chars)
+        sides = _read_sides(row)
+        prompt, responses = read_prompt(row.get("prompt"), "prompt"), tuple[str, ...]()
+        if sides:
+            if "chosen" in sides and row.get("prompt") is None:
+                prompt, sides = _split_texts(sides)
+            prompt, responses = _join(prompt, sides)
+        elif need_responses or row.get("prompt") is None:
+            refuse("missing column", f"no responses that could be compared; {_columns_of(row)}")
+        comparisons = _compare(row, responses, is_pair="chosen" in sides)
+        check_prompt(prompt)
         for response in responses:
-            check_text(response, "a response", max_chars)
+            check_text(response, "a response")
         if need_comparisons and not comparisons:
             refuse("missing column", "nothing to compare: no two responses with a label")
         name = "" if row.get("id") is None else _label(row["id"], "id")
         tags = {tag: _label(row[tag], tag) for tag in TAGS if row.get(tag) is not None}
-        return ParsedRow(prompt, responses, comparisons, name, tags)
+        return Group(name, prompt, responses, comparisons, tags=tags)
     except RefusedError as refused:
         return refused.refusal
 
 
-def _read_shape(row: RawRow, need_responses: bool) -> _Contents:
+def _read_sides(row: RawRow) -> Mapping[str, object]:
+    """The columns that hold the row's responses, in order."""
     if row.get("chosen") is not None or row.get("rejected") is not None:
-        return _read_pair(row)
+        return {side: cell_of(row, side) for side in ("chosen", "rejected")}
     if row.get("responses") is not None:
-        return _read_responses(row)
-    prompt = read_prompt(row.get("prompt"), "prompt")
-    if row.get("response") is not None:
-        return *_join(prompt, {"response": row["response"]}), ()
-    if need_responses or row.get("prompt") is None:
-        columns = show([str(column)[:40] for column in row])
-        refuse("missing column", f"no responses that could be compared; columns: {columns}")
-    return prompt, (), ()
+        responses = list_of(row["responses"], "responses")
+        if not responses:
+            refuse("missing column", "the list of responses is empty")
+        return {f"response {index}": value for index, value in enumerate(responses)}
+    return {} if row.get("response") is None else {"response": row["response"]}
 
 
-def _read_pair(row: RawRow) -> _Contents:
-    chosen, rejected = cell_of(row, "chosen"), cell_of(row, "rejected")
-    prompt = read_prompt(row.get("prompt"), "prompt")
-    if row.get("prompt") is None and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, chosen, rejected = _split_texts(chosen, rejected)
-    prompt, texts = _join(prompt, {"chosen": chosen, "rejected": rejected})
-    if texts[0].strip() == texts[1].strip():
-        refuse("chosen equals rejected", show(texts[0]))
-    tie, label = row.get("tie"), row.get("label")
-    if tie is not None and not isinstance(tie, bool):
-        refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
-    tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
-    margin, weight = _margin_and_weight(row)
-    comparison = Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes")))
-    return prompt, texts, (comparison,)
-
-
-def _read_responses(row: RawRow) -> _Contents:
-    responses = _list(row["responses"], "responses")
-    if not responses:
-        refuse("missing column", "the list of responses is empty")
-    sides = {f"response {index}": value for index, value in enumerate(responses)}
-    prompt, texts = _join(read_prompt(row.get("prompt"), "prompt"), sides)
+def _compare(row: RawRow, texts: tuple[str, ...], *, is_pair: bool) -> tuple[Comparison, ...]:
+    """The comparisons of a row's responses, by the columns that label them."""
+    if is_pair:
+        if texts[0].strip() == texts[1].strip():
+            refuse("chosen equals rejected", show(texts[0]))
+        tie, label = row.get("tie"), row.get("label")
+        if tie is not None and not isinstance(tie, bool):
+            refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
+        tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
+        margin, weight = _margin_and_weight(row)
+        return (Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes"))),)
     orders = [column for column in _ORDERS if row.get(column) is not None]
-    if not orders:
-        return prompt, texts, ()
+    if row.get("responses") is None or not orders:
+        return ()
     if len(orders) > 1:
         refuse("bad number", f"both {orders[0]} and {orders[1]} are given; keep one of them")
     column, sign = orders[0], _ORDERS[orders[0]]
-    values = _list(row[column], column)
+    values = list_of(row[column], column)
     if len(values) != len(texts):
         refuse("bad number", f"{len(texts)} responses, but {len(values)} {column}")
-    goodness = [sign * as_number(value, column) for value in values]
-    return prompt, texts, _compare_all(row, texts, goodness)
+    return _compare_all(row, texts, [sign * as_number(value, column) for value in values])
 
 
 def _compare_all(
@@ -213,12 +186,7 @@ def _join(prompt: Messages, sides: Mapping[str, object]) -> tuple[Messages, tupl
 
 def _read_side(value: object, column: str) -> Messages:
     """The turns of one side; the last one is the response."""
-    if not isinstance(value, str):
-        turns = read_messages(value, column)
-    elif value.startswith(HUMAN):
-        turns = _read_transcript(value, column)
-    else:
-        turns = (Message("assistant", value),)
+    turns = read_messages(value, column, "assistant")
     if not turns or turns[-1].role != "assistant":
         refuse("wrong roles", f"`{column}` must end in an assistant message, got {show(value)}")
     if not turns[-1].content.strip():
@@ -238,36 +206,39 @@ def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
     return prompt + said
 
 
-def _split_texts(chosen: str, rejected: str) -> tuple[Messages, object, object]:
+def _split_texts(sides: Mapping[str, object]) -> tuple[Messages, Mapping[str, object]]:
     """Prompt and sides of two whole texts: two transcripts, or texts that start with the same lines."""
+    chosen, rejected = sides.values()
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return (), sides
     if ASSISTANT in chosen and ASSISTANT in rejected:
         # the first turn of some files lacks the two line breaks that announce a turn
-        turns = _read_transcript("\n\n" + chosen.lstrip(), "chosen")
-        return (), turns, _read_transcript("\n\n" + rejected.lstrip(), "rejected")
+        texts = {side: "\n\n" + str(text).lstrip() for side, text in sides.items()}
+        return (), {side: _read_transcript(text, side) for side, text in texts.items()}
     # only whole lines count: two answers that share their first words share no prompt
     cut = commonprefix([chosen, rejected]).rfind("\n") + 1  # noqa: RUF071 - of text, not of paths
     if not chosen[:cut].strip():
         refuse("missing column", "no `prompt`; the texts are no transcripts and share no line")
-    return (Message("user", chosen[:cut].strip()),), chosen[cut:], rejected[cut:]
+    prompt = Message("user", chosen[:cut].strip())
+    return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
 def read_prompt(value: object, column: str) -> Messages:
-    """The messages of a prompt column, empty for None.
+    """The messages of a prompt column, empty for None; text is read as by `read_messages`."""
+    turns = () if value is None else read_messages(value, column)
+    # a transcript's prompt ends in the announcement of the answer
+    announced = isinstance(value, str) and turns[-1] == Message("assistant", "")
+    return turns[:-1] if announced else turns
 
-    Text is one user message, unless it starts with the first turn of an Anthropic transcript.
+
+def read_messages(value: object, column: str, role: str = "user") -> Messages:
+    """Messages from a list of {role, content} or a single one; or from text.
+
+    Text is one message of `role`, unless it starts with the first turn of an Anthropic transcript.
     """
-    if value is None:
-        return ()
-    if not isinstance(value, str):
-        return read_messages(value, column)
-    if not value.startswith(HUMAN):
-        return (Message("user", value),)
-    turns = _read_transcript(value, column)
-    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
-
-
-def read_messages(value: object, column: str) -> Messages:
-    """Messages from a list of {role, content}, or from a single one."""
+    if isinstance(value, str):
+        is_transcript = value.startswith(HUMAN)
+        return _read_transcript(value, column) if is_transcript else (Message(role, value),)
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list | tuple):
         refuse("not a string", f"`{column}` must be text or messages, got {show(value)}")
@@ -295,13 +266,9 @@ def _read_transcript(text: str, column: str) -> Messages:
     return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in pairs)
 
 
-def check_prompt(prompt: Messages, max_chars: int) -> None:
+def check_prompt(prompt: Messages) -> None:
     """Refuse a prompt that is blank, too long, or in which the speakers do not take turns."""
-    for message in prompt:
-        check_text(message.content, "a message of the prompt", max_chars)
-    size = sum(len(message.content) for message in prompt)
-    if size > max_chars:
-        refuse("too long", f"the prompt has {size:,} characters, the limit is {max_chars:,}")
+    check_text("".join(message.content for message in prompt), "the prompt")
     if not any(message.content.strip() for message in prompt):
         refuse("empty prompt", f"the prompt is {show([tuple(turn) for turn in prompt])}")
     # many chat templates raise on two turns of one speaker: better one bad row here than a run that stops
@@ -313,10 +280,9 @@ def check_prompt(prompt: Messages, max_chars: int) -> None:
 
 
 def _margin_and_weight(row: RawRow) -> tuple[float, float]:
-    values = [row.get(name) for name in ("margin", "weight")]
     margin, weight = (
-        default if value is None else as_number(value, name, "non-finite margin")
-        for name, default, value in zip(("margin", "weight"), (0.0, 1.0), values, strict=True)
+        default if row.get(name) is None else as_number(row[name], name, "non-finite margin")
+        for name, default in (("margin", 0.0), ("weight", 1.0))
     )
     if weight < 0:
         refuse("non-finite margin", f"`weight` must not be negative, got {weight:g}")
@@ -327,11 +293,10 @@ def _votes(value: object) -> Votes | None:
     """Votes from {chosen, rejected, tie} or [chosen, rejected(, tie)]; None when a row has none."""
     if value is None:
         return None
+    sides = set(Votes._fields)
     if isinstance(value, list | tuple):
         value = dict(zip(Votes._fields, value, strict=False)) if len(value) <= 3 else None
-    if not isinstance(value, Mapping) or not {"chosen", "rejected"} <= value.keys() <= set(
-        Votes._fields
-    ):
+    if not isinstance(value, Mapping) or not sides - {"tie"} <= value.keys() <= sides:
         refuse("bad number", f"`votes` must count chosen, rejected and tie, got {show(value)}")
     # a column that only some rows fill comes back from Parquet as null in the others
     numbers = {k: 0.0 if n is None else as_number(n, "votes") for k, n in value.items()}
@@ -340,7 +305,8 @@ def _votes(value: object) -> Votes | None:
     return Votes(**{name: int(number) for name, number in numbers.items()})
 
 
-def _list(value: object, column: str) -> list[Any]:
+def list_of(value: object, column: str) -> list[Any]:
+    """The value of a column, which must be a list."""
     if not isinstance(value, list | tuple):
         refuse("not a string", f"`{column}` must be a list, got {show(value)}")
     return list(value)
@@ -364,10 +330,10 @@ def as_number(value: object, column: str, reason: Reason = "bad number") -> floa
     return number
 
 
-def check_text(text: str, name: str, max_chars: int = MAX_CHARS) -> None:
+def check_text(text: str, name: str) -> None:
     """Refuse text that is too long, or that no UTF-8 file and no tokenizer can hold."""
-    if len(text) > max_chars:
-        refuse("too long", f"{name} has {len(text):,} characters, the limit is {max_chars:,}")
+    if len(text) > MAX_CHARS:
+        refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
     # lone surrogates, which no encoding has, and NUL, which C strings end at
     if bad := re.search("[\ud800-\udfff\0]", text):
         refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
@@ -388,6 +354,9 @@ def show(value: object) -> str:
 def cell_of(row: RawRow, column: str) -> Any:
     """The value in a column, whatever it is."""
     if column not in row:
-        columns = show([str(name)[:40] for name in row])
-        refuse("missing column", f"no `{column}`; columns: {columns}")
+        refuse("missing column", f"no `{column}`; {_columns_of(row)}")
     return row[column]
+
+
+def _columns_of(row: RawRow) -> str:
+    return f"columns: {show([str(name)[:40] for name in row])}"

@@ -1,8 +1,6 @@
 """Preference data from files, hub data sets, named sets and lists -> groups, every bad row accounted for.
 
-Rows of one source that share a prompt (and a subset) become one group, in which each response is stored
-once. A bad row is counted, listed in a side file and left out; too many of them stop the reading.
-Start at `read_preferences`.
+Rows of one source that share a prompt (and a subset) become one group, with each response stored once.
 """
 
 import json
@@ -14,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.files import NumberedRows, find_files, parse_hub, read_file, read_hub, stem
+from hafrm.data.files import NumberedRows, parse_hub, read_file, read_hub, stem
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
-from hafrm.data.parse import COLUMNS, SHAPES, TAGS, ParsedRow, Refusal, parse_row, show
+from hafrm.data.parse import COLUMNS, SHAPES, TAGS, Refusal, parse_row, show
 from hafrm.errors import DataError
-from hafrm.preferences import Comparison, Group, Message
+from hafrm.preferences import Comparison, Group
 
 RawRows = Iterable[Mapping[str, Any]]
 """Rows in memory: a list of dictionaries, or a `datasets.Dataset`."""
@@ -34,7 +32,7 @@ class Source:
     limit: int | None = None
     rows: RawRows | None = None
     named: NamedSet | None = None  # the published set whose form the rows have
-    path: str | None = None  # the file or folder on this machine, where it is one
+    path: str | None = None  # the file on this machine, where it is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +52,11 @@ class PreferenceData:
     groups: tuple[Group, ...]
     bad_rows: tuple[BadRow, ...]
     num_rows: int  # rows looked at, the bad ones included
-    unread_columns: tuple[str, ...] = ()  # columns that no shape understands
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Rows of named sets that these do not use, by reason; not in `num_rows`."""
-    num_groups: tuple[int, ...] = ()
-    """Of each source in its order (a group of sets counts as its members); together all `groups`."""
+    unread_columns: tuple[str, ...]  # columns that no shape understands
+    left_out: dict[
+        str, int
+    ]  # rows of named sets that these do not use, by reason; not in `num_rows`
+    num_groups: tuple[int, ...]  # of each source (a group of sets counts as its members)
 
 
 def read_preferences(
@@ -73,16 +71,15 @@ def read_preferences(
 
         data = read_preferences(["pairs.jsonl.gz#split=train", "set:hh-helpful#split=train", rows])
 
-    `parse_sources` says what a source is. A group's id is its first row's, else "<source name>-<row>"; its
-    tags are those on which its rows agree. `need_comparisons=False` takes unlabelled rows too,
-    `need_responses=False` every row for its prompt. A row that only repeats earlier rows is bad
-    ("duplicate"); the opposite order of a pair is disagreement, and stays.
-
-    Raises `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction`
-    bad ones. `bad_rows_file` is written in any case: one JSON object for each bad row.
+    `parse_sources` says what a source is, `parse_row` what the `need_...` mean. A row that only repeats
+    earlier rows is bad ("duplicate"); the opposite order of a pair is disagreement, and stays. Raises
+    `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction` bad ones.
+    `bad_rows_file` gets one JSON object for each bad row, before any error.
     """
-    needs = {"need_comparisons": need_comparisons and need_responses}
-    needs["need_responses"] = need_responses
+    needs = {
+        "need_comparisons": need_comparisons and need_responses,
+        "need_responses": need_responses,
+    }
     readers = [_SourceReader(source) for source in _distinct_sources(sources)]
     for reader in readers:
         for number, row in iter_rows(reader.source, reader.left_out):
@@ -94,7 +91,7 @@ def read_preferences(
     for reader in readers:
         reader.check(max_bad_fraction, bad_rows_file)
     return PreferenceData(
-        tuple(draft.group() for reader in readers for draft in reader.drafts.values()),
+        tuple(d.group(reader.source.name) for reader in readers for d in reader.drafts.values()),
         bad_rows,
         num_rows=sum(reader.num_rows for reader in readers),
         unread_columns=tuple(sorted({c for r in readers for c in r.columns} - COLUMNS)),
@@ -106,10 +103,9 @@ def read_preferences(
 def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     """The sources that one entry stands for: one, or the members of a group of named sets.
 
-    An entry is a path, "hub:name[@revision][:config]:split", "set:name" (from the hub), "set:name=path"
-    (a published set from a file or folder), or a list of rows. A "#" selects rows:
-    "pairs.jsonl.gz#split=train" those whose column `split` (or another tag) has that value,
-    "#limit=1000" the first of them, "#split=train&limit=1000" both.
+    An entry is a path, "hub:name[@revision][:config]:split", "set:name" (a published set, from the hub),
+    "set:name=file", or a list of rows. A "#" selects rows: "pairs.jsonl.gz#split=train" those whose column
+    `split` (or another tag) has that value, "#limit=1000" the first of them; "&" joins both.
     """
     if not isinstance(entry, str | Path):
         return [Source("memory", "memory", rows=entry)]
@@ -120,8 +116,8 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     where, limit = _parse_selection(selection, str(entry))
     if location.startswith("set:"):
         return [
-            Source(place, named.name, where, limit, named=named, path=path)
-            for place, named, path in find_sets(location, where.get("split"))
+            Source(f"set:{s.name}{f'={file}' if file else ''}", s.name, where, limit, None, s, file)
+            for s, file in find_sets(location, where.get("split"))
         ]
     if not location.startswith("hub:"):
         return [Source(location, stem(Path(location)), where, limit, path=location)]
@@ -140,16 +136,14 @@ def parse_source(entry: str | Path | RawRows) -> Source:
 
 
 def local_files(entry: str) -> list[Path]:
-    """The files on this machine that an entry reads, or may read: all of a folder."""
-    paths = [Path(source.path) for source in parse_sources(entry) if source.path is not None]
-    return [f for path in paths for f in (find_files(path, ["*"]) if path.is_dir() else [path])]
+    """The files on this machine that an entry reads."""
+    return [Path(source.path) for source in parse_sources(entry) if source.path is not None]
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
-    """(row number, row or `Refusal`) for every wanted row, in order.
+    """(row number, row or `Refusal`) for every wanted row, in order; `left_out` as `read_named_set` has it.
 
-    `left_out` counts, by reason, the rows that a named set does not use. Raises `DataError` for a source
-    that cannot be read.
+    Raises `DataError` for a source that cannot be read.
     """
     left_out = Counter() if left_out is None else left_out
     if source.rows is not None:
@@ -208,17 +202,14 @@ def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
 
 @dataclass(slots=True)
 class _Draft:
-    """A group in the making."""
+    """A group in the making, from its first row on."""
 
-    id: str
-    prompt: tuple[Message, ...]
+    first: Group
     tags: dict[str, str]
-    source: str
     responses: dict[str, int] = field(default_factory=dict)
     comparisons: dict[tuple[int, int, bool], Comparison] = field(default_factory=dict)
-    num_rows: int = 0
 
-    def add(self, parsed: ParsedRow) -> bool:
+    def add(self, parsed: Group) -> bool:
         """Take in what a row says; whether any of it is new."""
         old_size = len(self.responses), len(self.comparisons)
         place = [self.responses.setdefault(text, len(self.responses)) for text in parsed.responses]
@@ -227,15 +218,14 @@ class _Draft:
             # a tie is the same in both orders
             key = (min(ends), max(ends), True) if pair.tie else (*ends, False)
             self.comparisons.setdefault(key, replace(pair, chosen=ends[0], rejected=ends[1]))
-        is_new = not self.num_rows or (len(self.responses), len(self.comparisons)) != old_size
-        if is_new:
-            self.num_rows += 1
+        new = parsed is self.first or (len(self.responses), len(self.comparisons)) != old_size
+        if new:  # the group's tags are those on which its rows agree
             self.tags = {t: text for t, text in self.tags.items() if parsed.tags.get(t) == text}
-        return is_new
+        return new
 
-    def group(self) -> Group:
+    def group(self, source: str) -> Group:
         responses, comparisons = tuple(self.responses), tuple(self.comparisons.values())
-        return Group(self.id, self.prompt, responses, comparisons, self.source, self.tags)
+        return Group(self.first.id, self.first.prompt, responses, comparisons, source, self.tags)
 
 
 @dataclass(slots=True)
@@ -249,7 +239,7 @@ class _SourceReader:
     left_out: Counter[str] = field(default_factory=Counter)
     drafts: dict[tuple[object, ...], _Draft] = field(default_factory=dict)
 
-    def add(self, number: int, row: object, parsed: ParsedRow | Refusal) -> None:
+    def add(self, number: int, row: object, parsed: Group | Refusal) -> None:
         """Count a row as good or bad."""
         self.num_rows += 1
         if isinstance(row, Mapping):
@@ -260,16 +250,15 @@ class _SourceReader:
         # a comparison belongs to its own subset and split
         key = (parsed.prompt, parsed.tags.get("subset"), parsed.tags.get("split"))
         if key not in self.drafts:
-            name = parsed.id or f"{self.source.name}-{number}"
-            self.drafts[key] = _Draft(name, parsed.prompt, parsed.tags, self.source.name)
-        draft = self.drafts[key]
-        if draft.add(parsed):
+            parsed = replace(parsed, id=parsed.id or f"{self.source.name}-{number}")
+            self.drafts[key] = _Draft(parsed, parsed.tags)
+        if self.drafts[key].add(parsed):
             return
         if self.source.named:  # its repetitions are the publisher's
             self.num_rows -= 1
             self.left_out["repeats an earlier row"] += 1
         else:
-            detail = f"an earlier row of group {draft.id!r} says all of it"
+            detail = f"an earlier row of group {self.drafts[key].first.id!r} says all of it"
             self.bad_rows.append(BadRow(self.source.location, number, "duplicate", detail))
 
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:

@@ -1,17 +1,13 @@
 """Groups as text, cut where the response begins; special tokens typed in messages stay plain text.
 
-The template is rendered with the real responses, so the text is what a consumer renders; a probe in the
-place of the response shows where to cut. `<|im_end|>` typed inside a message would end the turn for the
-model, and a forged turn would be scored: each special token in a message is a mark when the template sees
-it, a placeholder token for the tokenizer, and spelled out as plain text in the ids.
+A typed `<|im_end|>` would end the turn for the model, and a forged turn would be scored: each special token
+in a message is a mark for the template, a placeholder for the tokenizer, and plain text in the ids.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from os.path import commonprefix
-from typing import NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -115,11 +111,8 @@ class Marker:
         return spelled + ids[start:]
 
 
-class RenderedGroup(NamedTuple):
-    """The shared prompt, and what follows it in each conversation."""
-
-    prompt: str
-    responses: list[str]
+RenderedGroup = tuple[str, list[str]]
+"""The shared prompt, and what follows it in each conversation."""
 
 
 class Renderer:
@@ -131,40 +124,33 @@ class Renderer:
         self._special = special
         self._blanks = self._find_blanks()
 
-    def render(self, prompt: Sequence[Message], response: str) -> str:
-        """The text that a consumer of the template renders, nothing marked."""
-        conversation = [message._asdict() for message in (*prompt, Message("assistant", response))]
-        return render_conversations(self._tokenizer, self._template, [conversation])[0]
-
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
-        """The marked and cut texts of each group, and the marker that reads the marks.
-
-        Raises DataError for a group that has no prompt or responses, or that the template refuses.
-        """
+        """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
         probe = marker.word + "r"
-        conversations = []
-        for group in groups:
-            turns = [{"role": m.role, "content": marker.mark(m.content)} for m in group.prompt]
-            answers = [probe, *(marker.mark(response) for response in group.responses)]
-            conversations += [[*turns, {"role": "assistant", "content": a}] for a in answers]
-        try:
-            texts = iter(render_conversations(self._tokenizer, self._template, conversations))
-        except TemplateError:
-            self._raise_refused(groups)
-            raise
         rendered = []
         for group in groups:
-            before, match, _ = next(texts).rpartition(probe)
+            turns = [Message(m.role, marker.mark(m.content)) for m in group.prompt]
+            answers = [probe, *(marker.mark(response) for response in group.responses)]
+            try:
+                before, *texts = self._render([[*turns, Message("assistant", a)] for a in answers])
+            except TemplateError as error:
+                roles = ", ".join(message.role for message in group.prompt)
+                raise DataError(
+                    f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
+                    f"{roles}: {error}. Remove it, or change its turns to what the template accepts."
+                ) from error
+            before, match, _ = before.rpartition(probe)
             if not match:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
-            rendered.append(self._cut(before, list(islice(texts, len(group.responses)))))
-            if not rendered[-1].prompt:
-                raise DataError(
-                    f"The prompt of group {group.id!r} renders to nothing under the chat template, so its "
-                    "responses have nothing to be predicted from. Remove it or repair the template."
-                )
+            rendered.append(self._cut(before, texts))
+            if not rendered[-1][0]:
+                raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
         return rendered, marker
+
+    def _render(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        turns = [[message._asdict() for message in conversation] for conversation in conversations]
+        return render_conversations(self._tokenizer, self._template, turns)
 
     def _cut(self, before: str, conversations: list[str]) -> RenderedGroup:
         # Some templates look into the response (for reasoning, say) and write another text before it: the
@@ -174,7 +160,7 @@ class Renderer:
             ends = [match.end() for match in self._special.boundary.finditer(before)]
             before = before[: ends[-1]] if ends else before[: before.rfind("\n") + 1]
         prompt = before.rstrip(self._blanks)
-        return RenderedGroup(prompt, [text[len(prompt) :] for text in conversations])
+        return prompt, [text[len(prompt) :] for text in conversations]
 
     def _find_blanks(self) -> str:
         """White space at a prompt's end that goes to the response, so that no token crosses the seam."""
@@ -182,7 +168,7 @@ class Renderer:
         # the end of a text, but two before a word: after a header that ends in them, every response would
         # be a seam merge.
         word = "Hello"
-        text = self.render((Message("user", word),), word)
+        (text,) = self._render([[Message("user", word), Message("assistant", word)]])
         before = text.rpartition(word)[0]
         backend = self._tokenizer.backend_tokenizer
         whole = backend.encode(text, add_special_tokens=False).ids
@@ -192,35 +178,18 @@ class Renderer:
                 return blanks
         return " "
 
-    def _raise_refused(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            try:
-                for response in group.responses:
-                    self.render(group.prompt, response)
-            except TemplateError as error:
-                roles = ", ".join(message.role for message in group.prompt)
-                raise DataError(
-                    f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
-                    f"{roles}: {error}. Remove it, or change its turns to what the template accepts."
-                ) from error
-
 
 def _checked_texts(groups: Sequence[Group]) -> list[str]:
     # a tokenizer would fail on these without naming the group
     texts: list[str] = []
     for group in groups:
         if not group.prompt or not group.responses:
-            raise DataError(
-                f"Group {group.id!r} has {len(group.prompt)} prompt messages and {len(group.responses)} "
-                "responses; at least one of each is needed. Remove it."
-            )
+            raise DataError(f"Group {group.id!r} has no prompt, or no response: remove it.")
         own = [*(message.content for message in group.prompt), *group.responses]
         try:
             "".join(own).encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"Group {group.id!r} holds a lone surrogate, which is no text: {error}. Remove it."
-            ) from error
+            raise DataError(f"Group {group.id!r} holds a lone surrogate: {error}") from error
         texts += own
     return texts
 
@@ -232,8 +201,8 @@ def _spell_out(backend: Tokenizer, text: str, is_special: NDArray[np.bool_]) -> 
         if not is_special[ids].any():
             return ids
     raise ModelError(
-        f"The special token {text!r} cannot be distinguished from the same text typed in a message: the "
-        "vocabulary has it as an ordinary piece. Choose another token for this purpose (eos, pad, ...)."
+        f"The special token {text!r} is an ordinary piece of the vocabulary too, so the same text typed in "
+        "a message cannot be distinguished from it. Choose another token (as eos, pad, ...)."
     )
 
 

@@ -1,21 +1,20 @@
 """Groups split by prompt, mixed, checked for leakage, and written back to JSON lines.
 
-A prompt is always on the same side of a split, whatever else is in the data and in whatever order: its
-side comes from a hash of its text. Prompts that differ only in case or white space count as one. Groups
-are never copied to two sides and never changed, except that `mix` may trim and weigh them.
+A prompt's side of a split comes from a hash of its text, so other data and their order do not matter.
+Prompts that differ only in case or white space count as one.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import ConfigError, DataError
-from hafrm.preferences import Group, Message, prompt_key
+from hafrm.preferences import Comparison, Group, Message, prompt_key
 
 
 def normalised_key(prompt: Sequence[Message]) -> str:
@@ -29,7 +28,6 @@ def split_by_prompt(
     """(rest, held out), disjoint by prompt, each in the order of `groups`.
 
     `fraction` is met in expectation only, so that adding data never moves a prompt to the other side.
-    Raises ConfigError for a fraction outside [0, 1) and DataError for a single prompt.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
@@ -67,8 +65,7 @@ def check_leakage(
         examples = "\n".join(f"  {g.id}: {g.prompt[-1].content[:80]!r}" for g in shared[:3])
         raise DataError(
             f"{len(shared):,} of {len(by_key):,} prompts of {names[1]} are in {names[0]} too, such as\n"
-            f"{examples}\nRemove them from one of the two, split one set by prompt, or leave them out "
-            "of training with data.shared_prompts=drop."
+            f"{examples}\nRemove them, or leave them out of training with data.shared_prompts=drop."
         )
 
 
@@ -81,8 +78,8 @@ def mix(
 ) -> list[Group]:
     """All groups of all sets in their order, at most `cap` comparisons from each set.
 
-    Which comparisons a cap keeps depends on `seed` and on the groups, not on their order; the group that
-    crosses the cap is trimmed. `weights` (one for each set) multiply the comparisons' own.
+    Which ones depends on `seed` and the groups, not on their order; the group that crosses the cap is
+    trimmed. `weights` (one for each set) multiply the comparisons' own.
     """
     mixed: list[Group] = []
     for groups, factor in zip(sets, weights or [1.0] * len(sets), strict=True):
@@ -125,10 +122,7 @@ def _trim(group: Group, size: int, seed: int) -> Group:
 
 
 def write_groups(groups: Sequence[Group], file: Path) -> int:
-    """Write groups as JSON lines that `read_preferences` reads back alike; returns the number of rows.
-
-    One row for each comparison, and one for a group's responses that are in none.
-    """
+    """Write groups as JSON lines that `read_preferences` reads back alike; returns the number of rows."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for group in groups for row in _rows(group)]
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, "".join(lines))
@@ -136,17 +130,13 @@ def write_groups(groups: Sequence[Group], file: Path) -> int:
 
 
 def _rows(group: Group) -> Iterator[dict[str, Any]]:
+    """One row for each comparison, and one for the responses that are in none."""
     base = {"id": group.id, "prompt": [message._asdict() for message in group.prompt]}
     for pair in group.comparisons:
-        row = base | {
-            "chosen": group.responses[pair.chosen],
-            "rejected": group.responses[pair.rejected],
-            "tie": pair.tie or None,
-            "margin": pair.margin or None,
-            "weight": None if pair.weight == 1.0 else pair.weight,
-            "votes": None if pair.votes is None else pair.votes._asdict(),
-        }
-        yield {k: v for k, v in row.items() if v is not None} | group.tags
+        default = asdict(Comparison(pair.chosen, pair.rejected))
+        extra = {name: v for name, v in asdict(pair).items() if v != default[name]}
+        sides = {side: group.responses[getattr(pair, side)] for side in ("chosen", "rejected")}
+        yield base | sides | extra | group.tags
     compared = {index for pair in group.comparisons for index in (pair.chosen, pair.rejected)}
     rest = [text for index, text in enumerate(group.responses) if index not in compared]
     if rest:

@@ -20,8 +20,7 @@ from hafrm.export.model_card import write_cards
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
 from hafrm.report.page import missing_packages, write_report
-from hafrm.results import write_result
-from hafrm.table import Cell, Column, Table
+from hafrm.results import Cell, Column, Table, write_result
 from hafrm.training.loop import run_training
 
 METHODS = {"haf": 1e-3, "bt": 1e-3, "dpo": 5e-4}

@@ -9,7 +9,7 @@ from hafrm.diagnostics.label_noise import WRONG, LabelNoise, WorstExample
 from hafrm.diagnostics.margins import Temperature
 from hafrm.diagnostics.representation import Representation
 from hafrm.evaluation.metrics import Accuracy
-from hafrm.table import Cell, Column, Table, columns
+from hafrm.results import Cell, Column, Table, columns
 
 NUM_SHOWN_EXAMPLES = 3
 """Shown of each kind; the result has more."""

@@ -13,8 +13,7 @@ from scipy.special import expit
 
 from hafrm.evaluation.comparisons import Margins, PromptKeys
 from hafrm.evaluation.metrics import calibration
-from hafrm.results import Real
-from hafrm.statistics import SEED
+from hafrm.statistics import SEED, Real
 
 
 @dataclass(frozen=True, slots=True)

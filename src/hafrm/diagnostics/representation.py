@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hafrm.errors import NumericsError
-from hafrm.results import Real
+from hafrm.statistics import Real
 
 StateMatrix = Float[np.ndarray, "responses hidden"]
 

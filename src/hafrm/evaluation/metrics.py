@@ -13,9 +13,8 @@ from scipy.special import expit
 from scipy.stats import rankdata
 
 from hafrm.evaluation.comparisons import Margins, PromptKeys, ScoredComparisons
-from hafrm.results import Real
-from hafrm.statistics import Estimate, accuracy_interval
-from hafrm.table import Cell, Column, Table, columns
+from hafrm.results import Cell, Column, Table, columns
+from hafrm.statistics import Estimate, Real, accuracy_interval
 
 Lengths = Num[np.ndarray, " comparisons"]
 LENGTH_BANDS = (1.1, 2.0)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from hafrm.evaluation.comparisons import PromptKeys, ScoredComparisons
+from hafrm.results import Cell, Table, columns
 from hafrm.statistics import (
     Difference,
     Estimate,
@@ -23,7 +24,6 @@ from hafrm.statistics import (
     seeded_difference,
     seeded_mean,
 )
-from hafrm.table import Cell, Table, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def compare_correct(
         return seeded_difference(first, second, prompts)
     estimate = paired_bootstrap(first[0], second[0], prompts)
     if first.dtype == bool and len(np.unique(prompts)) == len(prompts):
-        return Difference(estimate, mcnemar(first[0], second[0]).p_value)
+        return Difference(estimate, mcnemar(first[0], second[0]))
     # several comparisons of a prompt are not independent, as McNemar's test takes them to be
     gaps = first[0].astype(np.float64) - second[0]
     return Difference(estimate, cluster_p_value(gaps, prompts))

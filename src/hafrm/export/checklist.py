@@ -26,7 +26,7 @@ from hafrm.export.plain_model import (
     old_rotary_keys,
     read_golden,
 )
-from hafrm.table import Column, Table
+from hafrm.results import Column, Table
 
 Finding = tuple[bool | None, str]
 """Whether a clause holds (None: it does not apply), and what was observed."""

@@ -9,10 +9,9 @@ from ruamel.yaml import YAML
 
 from hafrm.atomic import atomic_write
 from hafrm.export.plain_model import read_golden
-from hafrm.results import from_plain
+from hafrm.results import Table, columns, from_plain, to_markdown
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import Estimate
-from hafrm.table import Table, columns, to_markdown
 
 _REWARD_CARD = """\
 # {name}, reward model

@@ -17,7 +17,7 @@ import numpy as np
 
 from hafrm.errors import DataError, ServerError
 from hafrm.export.plain_model import read_golden
-from hafrm.table import Column, Table
+from hafrm.results import Column, Table
 
 SERVER_TOLERANCE = 1.5e-2
 """Relative to max(1, |reward|): servers run bfloat16. vLLM's own tests of reward models allow this."""

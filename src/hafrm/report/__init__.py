@@ -1,6 +1,6 @@
 """How results are shown: tables on the terminal, and one HTML page about several runs.
 
-`terminal` and `html` render the `hafrm.table.Table`s that every result has. `page` makes a self-contained
+`terminal` and `html` render the `hafrm.results.Table`s that every result has. `page` makes a self-contained
 page from run folders: `run_files` reads them into typed results, the modules named `*_sections` turn these
 into tables, plots and text, and `cautions` lists what to be careful about.
 

@@ -16,8 +16,8 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from hafrm.report.plots import HEIGHT, NUM_COLOURS, WIDTH, Plot
+from hafrm.results import Cell, Column, Table
 from hafrm.statistics import Estimate
-from hafrm.table import Cell, Column, Table
 
 MINUS = "\N{MINUS SIGN}"
 STRIP_HEIGHT = 26

@@ -8,9 +8,9 @@ from hafrm.evaluation.metrics import LENGTH_SLICES, PairwiseMetrics, SetResult
 from hafrm.report.html import Block, Details, HeatMap, PageSection, Strips, Texts, drawn
 from hafrm.report.plots import AxisScale, Plot, Series, chart, estimates
 from hafrm.report.run_files import Material, RunFiles, Sample, short_sources
+from hafrm.results import Cell, Table, columns
 from hafrm.statistics import Estimate, wilson
 from hafrm.study.study_result import Contrast
-from hafrm.table import Cell, Table, columns
 
 MAX_CHARS = 1600
 """Of a text to read; a longer one is cut in the middle."""

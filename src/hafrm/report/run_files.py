@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
-from hafrm.results import Real, from_plain, read_result
+from hafrm.results import from_plain, read_result
 from hafrm.run_folder import read_json_lines
+from hafrm.statistics import Real
 
 if TYPE_CHECKING:
     from hafrm.best_of_n.picks import BestOfN

@@ -8,7 +8,7 @@ from hafrm.report.html import Block, Details, Headline, Listing, PageSection, Po
 from hafrm.report.plots import AxisScale, Plot, Series, chart
 from hafrm.report.result_sections import SCORER_COLUMNS, length_rules
 from hafrm.report.run_files import Material, MetricsRecord, RunFiles, Session, short_sources
-from hafrm.table import Cell, Column, Table, columns
+from hafrm.results import Cell, Column, Table, columns
 
 
 @dataclass(frozen=True)

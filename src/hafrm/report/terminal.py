@@ -9,8 +9,8 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from hafrm.results import Table
 from hafrm.statistics import Estimate
-from hafrm.table import Table
 
 FILE_WIDTH = 120
 """Columns of a file or a pipe, which has no width of its own; rich's 80 would cut tables."""

@@ -25,7 +25,7 @@ from hafrm.errors import ConfigError
 from hafrm.preferences import Message
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe import ModelSection
-from hafrm.results import read_result, write_result
+from hafrm.results import Table, columns, read_result, write_result
 from hafrm.rlhf.actor import encode_prompts, write_responses
 from hafrm.rlhf.rewards import load_scorer, score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
@@ -33,7 +33,6 @@ from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult
 from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
-from hafrm.table import Table, columns
 from hafrm.training.checkpoint import open_run
 from hafrm.training.setup import load_base, load_tokenizer
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from scipy import optimize, special
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import MAX_CHARS, RefusedError, check_prompt, read_prompt, show
+from hafrm.data.parse import RefusedError, check_prompt, read_prompt, show
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
@@ -309,7 +309,7 @@ def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
         messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
         if not messages:
             raise DataError("the prompt has no messages; give messages up to the response")
-        check_prompt(messages, MAX_CHARS)
+        check_prompt(messages)
     except RefusedError as error:
         raise DataError(f"the prompt cannot be used: {': '.join(error.refusal)}") from error
     return messages

@@ -23,7 +23,7 @@ from hafrm.evaluation.comparisons import Comparisons
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
-from hafrm.resumable import ResumableFolder
+from hafrm.run_folder import ResumableFolder
 from hafrm.scoring.reward_model import fit_fused, fused_scores
 from hafrm.statistics import Estimate, accuracy_interval, in_words
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun

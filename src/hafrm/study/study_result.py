@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Shaped
 
 from hafrm.evaluation.metrics import calibration
 from hafrm.evaluation.paired import accuracy_over_seeds, compare_correct
+from hafrm.results import Cell, Column, Table
 from hafrm.statistics import Estimate, holm
-from hafrm.table import Cell, Column, Table
 
 MIXED = "mixed"
 """The training set that is all of them together."""

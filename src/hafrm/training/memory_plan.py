@@ -17,8 +17,8 @@ from hafrm.engine.logprobs import chunk_rows
 from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
+from hafrm.results import Column, Table
 from hafrm.scoring.loading import default_device, load_config
-from hafrm.table import Column, Table
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.passes import REFERENCE_TOKENS

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 from hafrm.atomic import atomic_write
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
-from hafrm.resumable import cache_folder
+from hafrm.run_folder import cache_folder
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.statistics import with_bounds

@@ -1,9 +1,10 @@
-"""The verb `data`: what preferences hold, or parts of them that share no prompt."""
+"""The verbs `data`, `report` and `demo`: what data holds, one page about runs, and a small world."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from hafrm.cli.entry import JsonFile, Sources, app, show_result
 from hafrm.errors import ConfigError
@@ -13,14 +14,10 @@ from hafrm.errors import ConfigError
 def data_command(
     sources: Sources,
     *,
-    model: Annotated[
-        str | None, typer.Option(help="Also count tokens with this model's tokenizer.")
-    ] = None,
-    split: Annotated[
-        float | None, typer.Option(help="Fraction of prompts for OUT/test.jsonl, not train.jsonl.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the parts of --split.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+    model: Annotated[str | None, Option(help="Also count its tokens.")] = None,
+    split: Annotated[float | None, Option(help="Fraction of prompts for OUT/test.jsonl.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for the parts of --split.")] = None,
+    seed: Annotated[int, Option(help="Another seed gives another split.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """What preference data holds and what is wrong with it; --split divides it by prompt."""
@@ -57,3 +54,32 @@ def _write_parts(sources: list[str], fraction: float, out: Path, seed: int) -> N
         rows, pairs = write_groups(part, file), num_comparisons(part)
         unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
         typer.echo(f"{file}: {pairs} comparisons of {len(part)} groups{unlabelled}")
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[
+        list[Path],
+        Argument(help="Run folders, and outputs of compare, best-of-n, rlhf."),
+    ],
+    out: Annotated[Path, Option("--out", help="The page.")] = Path("report.html"),
+) -> None:
+    """One self-contained page: summary, curves, accuracy with intervals, texts to read, provenance."""
+    from hafrm.report.page import write_report  # noqa: PLC0415
+
+    size = write_report(folders, out)
+    typer.echo(f"{out}: {size / 1000:.0f} kB")
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, Option(help="Folder for its data, runs and report.")] = Path("demo-run"),
+) -> None:
+    """Train HAF, BT and DPO on a made-up preference world and compare them, in a few minutes."""
+    from hafrm.demo.run_demo import NEXT_STEPS, run_demo  # noqa: PLC0415
+    from hafrm.report.terminal import print_tables  # noqa: PLC0415
+
+    result = run_demo(out, on_stage=lambda text: typer.echo(text, err=True))
+    print_tables([result.table()])
+    page = result.report or "pip install 'hafrm[report]', then hafrm report on its folders"
+    typer.echo(f"\nCurves, calibration and texts on one page: {page}\n{NEXT_STEPS}")

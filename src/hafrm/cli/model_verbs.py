@@ -1,0 +1,200 @@
+"""The verbs `evaluate`, `score`, `best-of-n`, `export` and `verify`: what a trained model is used for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from hafrm.bulk.shards import ROWS_PER_SHARD
+from hafrm.cli.entry import Device, Dtype, HasTables, JsonFile, OptionalSources, app, show_result
+from hafrm.errors import ConfigError, ModelError
+from hafrm.progress import show_progress
+
+if TYPE_CHECKING:
+    from hafrm.export.checklist import Verification
+    from hafrm.export.reward_servers import ServerReplay
+
+
+@app.command("evaluate")
+def evaluate_command(  # noqa: PLR0913 - the verb and its options
+    model: Annotated[str, Argument(help="Run folder, model directory, or NAME=PATH.")],
+    data: OptionalSources = None,
+    *,
+    also: Annotated[list[str] | None, Option(help="Another model, or a seed: NAME=PATH.")] = None,
+    benchmark: Annotated[
+        list[str] | None, Option(help="Such as rewardbench2; all. DATA: a local folder.")
+    ] = None,
+    diagnose: Annotated[bool, Option("--diagnose", help="Also why it is right or wrong.")] = False,
+    json_file: JsonFile = None,
+    max_length: Annotated[int | None, Option(help="Cut longer inputs to so many tokens.")] = None,
+    max_bad_fraction: Annotated[float, Option(help="Bad rows allowed.", min=0, max=1)] = 0.02,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
+
+    On preferences (DATA) or on published benchmarks; for one model, or compared with others. The findings
+    of --diagnose are also written to MODEL/diagnostics.json if MODEL is a run folder.
+    """
+    if benchmark and (also or diagnose or len(data or ()) > 1):
+        raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
+    if not benchmark and not data:
+        raise ConfigError("hafrm evaluate needs DATA, or --benchmark with a name")
+    from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
+    from hafrm.diagnostics.model_runs import diagnose as diagnose_model  # noqa: PLC0415
+    from hafrm.evaluation import compare_models, heads  # noqa: PLC0415
+    from hafrm.evaluation import evaluate as evaluate_model  # noqa: PLC0415
+
+    result: HasTables
+    options = heads.EvaluationOptions(None, max_length, dtype, device, max_bad_fraction)
+    sources = data or []
+    (name, path), *others = map(_named, [model, *(also or ())])
+    if diagnose and json_file is None and (Path(path) / "recipe.yaml").is_file():
+        json_file = Path(path) / "diagnostics.json"  # where the report looks for it
+    with show_progress("scoring responses") as progress:
+        run: dict[str, Any] = {"options": options, "on_progress": progress}
+        if benchmark:
+            folder = Path(sources[0]) if sources else None
+            result = run_benchmarks(path, benchmark, folder=folder, **run)
+        elif diagnose:
+            result = diagnose_model(path, sources, also=[other for _, other in others], **run)
+        elif also:
+            seeds = [path, *(p for other, p in others if other and other == name)]
+            rivals = [p for other, p in others if not (other and other == name)]
+            result = compare_models(seeds, rivals, sources, **run)
+        else:
+            result = evaluate_model(path, sources, **vars(options), on_progress=progress)
+    show_result(result, json_file)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(NAME, PATH) of NAME=PATH; an existing path may have "=" in it and has no name."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and "/" not in name and not Path(text).exists() else ("", text)
+
+
+@app.command("score")
+def score_command(  # noqa: PLR0913 - the verb and its options
+    model: Annotated[str, Argument(help="Run folder or reward directory.")],
+    sources: Annotated[
+        list[str],
+        Argument(help="Files, folders, file#split=test, hub:name:split (docs/scoring.md)."),
+    ],
+    *,
+    out: Annotated[Path, Option(help="The folder for the same rows with scores.")],
+    rows_per_shard: Annotated[
+        int, Option(help="Rows of an output file, the most that a kill can cost.", min=1)
+    ] = ROWS_PER_SHARD,
+    shard: Annotated[str, Option(help="i/n: only part i of n, from 0 to n - 1.")] = "0/1",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_length: Annotated[int | None, Option(help="Tokens; longer rows get no score.")] = None,
+) -> None:
+    """Add the model's reward to every row, order kept. The same command resumes a job that was stopped."""
+    from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
+    from hafrm.scoring.loading import find_heads  # noqa: PLC0415
+
+    reward = find_heads(model).reward
+    if reward is None:
+        raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
+    options = BulkOptions(rows_per_shard, max_length, dtype, device, shard)
+    with show_progress("scoring rows") as on_progress:
+        result = score_files(reward, sources, out, options, on_progress)
+    typer.echo(
+        f"scored {result.num_responses} responses in {result.num_rows} rows, "
+        f"{result.num_bad} of them not scored (see their `error`): {out}"
+    )
+    if result.num_resumed:
+        typer.echo(f"{result.num_resumed} shards were already finished")
+    if result.num_bad:
+        typer.echo(f"rows without a score are listed with reasons: {out / RECORDS}")
+
+
+@app.command("best-of-n")
+def best_of_n_command(  # noqa: PLR0913 - the verb and its options
+    models: Annotated[
+        list[str], Argument(help="Runs, reward or policy directories: PATH or NAME=PATH.")
+    ],
+    *,
+    prompts: Annotated[
+        list[str], Option(help="Prompts; without --policy their responses are candidates.")
+    ],
+    out: Annotated[Path, Option(help="Folder for all results; a killed job resumes.")],
+    policy: Annotated[str | None, Option(help="Writes candidates: a directory, or a URL.")] = None,
+    num: Annotated[int, Option("-n", "--num", help="Candidates for each prompt.")] = 16,
+    gold: Annotated[str | None, Option(help="A gold score: demo, or a model.")] = None,
+    judge: Annotated[str | None, Option(help="Compares picks: an LLM at a URL.")] = None,
+    seed: Annotated[int, Option(help="Another seed gives other candidates.")] = 0,
+    settings: Annotated[
+        list[str] | None, Option("--set", help="section.key=value (docs/best_of_n.md).")
+    ] = None,
+) -> None:
+    """Score the same candidates with every model and compare what each picks, for n = 1 to N.
+
+    Curves with intervals, gold score over KL where a gold score is known, wins between models.
+    """
+    from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n  # noqa: PLC0415
+    from hafrm.demo.gold import gold_reward  # noqa: PLC0415
+    from hafrm.recipe_file import build_as  # noqa: PLC0415
+
+    pick = {"models": models, "prompts": prompts, "policy": policy, "gold": gold, "judge": judge}
+    values = {"pick": pick, "draw": {"num": num, "seed": seed}}
+    options = build_as(BestOfNOptions, values, "the options", overrides=settings or ())
+    result = best_of_n(options, out, golds={"demo": gold_reward})
+    show_result(result)
+    typer.echo(f"every number is in {out / 'best_of_n.json'}, every pick in {out / 'picks.jsonl'}")
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, Argument(help="A run folder, finished or not.")],
+    *,
+    out: Annotated[Path, Option(help="The directory to write; it must not exist.")],
+    policy: Annotated[bool, Option("--policy", help="The policy, not the reward model.")] = False,
+    dtype: Annotated[str | None, Option(help="Such as float16 (default: the run's).")] = None,
+    merge_lora: Annotated[bool | None, Option(help="LoRA merged, or as an adapter.")] = None,
+    checkpoint: Annotated[str, Option(help="best, latest or a step.")] = "best",
+) -> None:
+    """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
+    from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415
+
+    options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
+    done = export_from_run(run, out, options)
+    lora = {None: "", True: ", LoRA merged", False: ", as an adapter"}[done.merged]
+    typer.echo(f"exported the {options.head} model from {done.source} in {done.dtype}{lora}: {out}")
+    what = "golden scores" if options.head == "reward" else "log-probs"
+    typer.echo(
+        f"plain transformers gives the same {done.num_golden} {what} (largest difference "
+        f"{done.difference:.2g})"
+    )
+
+
+@app.command("verify")
+def verify_command(
+    target: Annotated[str, Argument(help="Reward directory, run folder, or a server's URL.")],
+    *,
+    golden: Annotated[Path | None, Option(help="Golden file or export (default: own).")] = None,
+    json_file: JsonFile = None,
+    tolerance: Annotated[
+        float | None, Option(help="Of max(1, |reward|) (default: 1e-4; a server: 1.5e-2).")
+    ] = None,
+    api_key: Annotated[str | None, Option(help="Bearer token.", envvar="HAFRM_API_KEY")] = None,
+) -> None:
+    """Check an export clause by clause, or replay its golden scores on a server; exit code 1 on failure."""
+    options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
+    result: Verification | ServerReplay
+    if target.startswith(("http://", "https://")):
+        from hafrm.export.reward_servers import verify_server  # noqa: PLC0415
+
+        if golden is None:
+            raise ConfigError("a server needs golden scores: give --golden, an exported directory")
+        result = verify_server(target, golden, api_key=api_key, **options)
+    else:
+        from hafrm.export.checklist import verify_directory  # noqa: PLC0415
+        from hafrm.scoring.loading import head_directory  # noqa: PLC0415
+
+        result = verify_directory(Path(head_directory(target, "reward")), golden, **options)
+    show_result(result, json_file)
+    if not result.ok:
+        raise typer.Exit(1)
