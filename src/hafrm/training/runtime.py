@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hafrm.errors import ConfigError
 from hafrm.preferences import TokenizedGroup
-from hafrm.recipe import Recipe, TrackingSection, TrainingSection
+from hafrm.recipe import TrackingSection, TrainingSection
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words, with_bounds
@@ -145,9 +145,10 @@ class MetricsLog:
     """metrics.jsonl, trackers and the log; use as a context manager.
 
     Only the main rank writes. Device values are fetched once per logging interval, never inside a step.
+    `recipe` may be one of RLHF, which uses `report` alone.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int) -> None:
+    def __init__(self, run: RunFolder, recipe: Any, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
         self._since = time.perf_counter()
