@@ -177,7 +177,10 @@ def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
     encoded = _encode(encoder, groups)
     result: list[EncodedRow] = []
     for name, row in parsed.items():
-        group = row if isinstance(row, Refusal) else encoded[name]
+        if isinstance(row, Refusal):
+            result.append(row)
+            continue
+        group = encoded[name]
         result.append(group if isinstance(group, Refusal) else (group, row.responses))
     return result
 

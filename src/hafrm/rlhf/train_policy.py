@@ -8,6 +8,7 @@ import importlib.util
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -174,7 +175,7 @@ class Ppo:
 
     def _save(self, step: int) -> None:
         run, folder = self.rlhf.result, self.rlhf.folder
-        state = {"run": asdict(run), "moments": asdict(self.moments)}
+        state: dict[str, Any] = {"run": asdict(run), "moments": asdict(self.moments)}
         state["kl_coefficient"] = self.kl_coefficient
         save_checkpoint(folder, step, self.policy, self.optimizer, state)
         folder.prune(keep=self.recipe.checkpoint.keep, protect=[run.best_step])
