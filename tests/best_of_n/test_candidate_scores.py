@@ -1,17 +1,11 @@
-"""Scorers: the reward of every candidate, stored, and the names of models."""
+"""The reward of every candidate, and the names of models."""
 
 import pytest
 
-from hafrm.best_of_n.candidate_scores import (
-    GoldScorer,
-    ModelScorer,
-    file_name,
-    named_models,
-    score_all,
-)
-from hafrm.errors import ConfigError, DataError, NumericsError
+from hafrm.best_of_n.candidate_scores import named_models, score_by_gold, score_by_model
+from hafrm.errors import ConfigError, NumericsError
 from hafrm.preferences import Group, Message
-from hafrm.run_folder import RecordFile
+from hafrm.scoring.loading import AUTO
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from support.exports import export_both
 
@@ -25,49 +19,22 @@ GROUPS = [
 def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(tmp_path):
     export_both(tmp_path)
     for path, kind in (("", RewardModel), ("policy", PolicyModel)):
-        scorer = ModelScorer(tmp_path / path, "m")
-        *scored, refused = scorer.score(GROUPS)
+        *scored, refused = score_by_model(tmp_path / path, GROUPS, AUTO)
         plain = kind.from_pretrained(tmp_path / (path or "reward"))
         for group, scores in zip(GROUPS, scored, strict=False):
             alone = plain.score(group.prompt[0].content, list(group.responses))
             assert scores == pytest.approx(alone, abs=1e-5)
-        assert "longer than 128 tokens" in refused
-        assert scorer.score([]) == []
-        assert ModelScorer(tmp_path / path).cache_key() == scorer.cache_key()
-    reward, policy = (ModelScorer(tmp_path / head) for head in ("reward", "policy"))
-    assert reward.cache_key() != policy.cache_key()
+        assert "more than 128 tokens" in refused
 
 
-def test_scores_that_are_in_the_file_are_not_computed_again(tmp_path):
-    asked = []
-
-    def gold(prompt, response):
-        asked.append(response)
-        if prompt[-1].content == "Tell me.":
-            raise DataError("no such prompt")
-        return float(len(response))
-
-    first = score_all(GoldScorer("g", gold), GROUPS[:2], RecordFile(tmp_path / "g.jsonl"))
-    assert first[0].tolist() == [10.0, 3.0, 13.0]
-    assert first[1] == "unknown prompt: no such prompt"
-    asked.clear()
-    again = score_all(GoldScorer("g", gold), GROUPS, RecordFile(tmp_path / "g.jsonl"))
-    assert again[0].tolist() == first[0].tolist()
-    assert again[1] == first[1]
-    assert asked == ["A story.", "No."]
-
-
-def test_a_score_that_is_not_finite_stops_the_job(tmp_path):
-    scorer = GoldScorer("g", lambda *_: float("nan"))
-    with pytest.raises(NumericsError, match="g gives a a score that is not finite"):
-        score_all(scorer, GROUPS, RecordFile(tmp_path / "g.jsonl"))
-    assert not (tmp_path / "g.jsonl").exists()
+def test_a_gold_reward_that_is_not_finite_stops_the_job():
+    with pytest.raises(NumericsError, match="gold reward of a is not finite"):
+        score_by_gold(lambda *_: float("nan"), GROUPS)
 
 
 def test_models_are_called_by_their_runs_or_as_they_are_named():
-    assert named_models(
-        ["runs/haf", "runs/bt/model/reward", "runs/dpo/model/policy", "mine=runs/haf", "a/b=c"]
-    ) == [
+    paths = ["runs/haf", "runs/bt/model/reward", "runs/dpo/model/policy", "mine=runs/haf", "a/b=c"]
+    assert named_models(paths) == [
         ("haf", "runs/haf"),
         ("bt", "runs/bt/model/reward"),
         ("dpo-policy", "runs/dpo/model/policy"),
@@ -76,4 +43,3 @@ def test_models_are_called_by_their_runs_or_as_they_are_named():
     ]
     with pytest.raises(ConfigError, match="NAME=PATH"):
         named_models(["mine="])
-    assert (file_name("a/run"), file_name("..")) == ("a_run", "model")

@@ -8,7 +8,6 @@ import torch
 from hafrm.best_of_n import candidates as candidates_module
 from hafrm.best_of_n.candidates import (
     Candidates,
-    DrawRound,
     DrawSection,
     EndpointPolicy,
     LocalPolicy,
@@ -27,7 +26,7 @@ from support.chat_tokenizers import plain_tokenizer
 from support.tiny_runs import write_base
 
 PROMPTS = [Group(f"p-{i}", (Message("user", f"Say {i}."),), (), source="p") for i in range(5)]
-ROUND = DrawRound(0, 0, 0)
+ROUND = (0, 0, 0)
 
 
 def write(file, rows):
@@ -51,14 +50,8 @@ def test_prompts_come_from_rows_of_any_shape_once_each_with_ids_of_their_own(tmp
         ("p-3", "d"),
     ]
     assert all((g.source, g.responses, g.comparisons) == ("p", (), ()) for g in prompts)
-    candidates = read_candidates(
-        [
-            write(
-                tmp_path / "c.jsonl", [{"prompt": "a", "responses": ["x", "y", "x", "z"]}, rows[2]]
-            )
-        ],
-        2,
-    )
+    several = {"prompt": "a", "responses": ["x", "y", "x", "z"]}
+    candidates = read_candidates([write(tmp_path / "c.jsonl", [several, rows[2]])], 2)
     assert [c.texts for c in candidates] == [["x", "y"], ["x", "y"]]
     assert all(c.group.comparisons == () for c in candidates)
     with pytest.raises(DataError, match="bad"):
@@ -88,7 +81,7 @@ class Scripted(EndpointPolicy):
 
     def write(self, prompts, num, draw_round):
         self.asked.append((len(prompts), num, draw_round))
-        replies = [self.texts(prompt.id, draw_round.num_before) for prompt in prompts]
+        replies = [self.texts(prompt.id, draw_round[2]) for prompt in prompts]
         return [
             [Reply(error=texts)]
             if isinstance(texts, str)
@@ -121,7 +114,7 @@ def test_distinct_candidates_are_drawn_in_two_rounds_at_most(tmp_path):
     ]
     assert [c.num_blank for c in drawn] == [0, 0, 0, 0, 2]
     assert (drawn[2].num_cut, drawn[3].error) == (1, "too long: far")
-    assert policy.asked == [(5, 3, ROUND), (3, 3, DrawRound(0, 0, 3))]
+    assert policy.asked == [(5, 3, ROUND), (3, 3, (0, 0, 3))]
 
 
 def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_path, monkeypatch):
@@ -141,12 +134,11 @@ def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_pat
 
 
 def test_the_cache_key_changes_with_whatever_changes_candidates(tmp_path):
-    base = write_base(tmp_path)
-
     def key(prompts=PROMPTS, **options):
         section = DrawSection(num=3, **options)
-        return json.dumps(drawing_key(LocalPolicy(base, section), prompts, section))
+        return json.dumps(drawing_key(LocalPolicy(tmp_path / "base", section), prompts, section))
 
+    write_base(tmp_path)
     keys = [key(), key(PROMPTS[:2]), key(seed=1), key(max_new_tokens=6), key(temperature=0.5)]
     assert len(set(keys)) == 5
     assert key() == keys[0]
@@ -166,7 +158,7 @@ def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp
         asked.append(input_ids.tolist())
         return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.end_of_turn)], 1)
 
-    policy._model.generate = end_at_once
+    policy.model.generate = end_at_once
     assert policy.write(PROMPTS[:1], 2, ROUND) == [[Reply(""), Reply("")]]
     messages = [{"role": "user", "content": "Say 0."}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -8,13 +8,14 @@ import pytest
 from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply
 from hafrm.best_of_n.judges import (
     AnswerPair,
+    Answers,
     LlmJudge,
     PairVerdict,
     ask_about,
     combine_orders,
+    compare_answers,
     judge_reliability,
     read_verdict,
-    require_judged,
 )
 from hafrm.errors import ServerError
 from hafrm.preferences import Message
@@ -42,11 +43,11 @@ def connect(tmp_path):
 
 
 def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all(connect):
-    texts = [("long one", "one"), ("x", "much longer"), ("ab", "cd"), ("s", "s")]
+    texts = [("long one", "one"), ("x", "much longer"), ("ab", "cd"), ("s", "s"), ("cd", "ab")]
     with serving(prefers_longer) as fake:
         judge = LlmJudge(connect(fake))
         verdicts = judge.compare([pair(*two) for two in texts])
-        assert [verdict.preferred for verdict in verdicts] == [1, -1, 0, 0]
+        assert [verdict.preferred for verdict in verdicts] == [1, -1, 0, 0, 0]
         assert {("long one", "one"), ("one", "long one")} < set(map(answers_of, fake.asked))
         assert len(fake.asked) == 6
         body = fake.asked[0]
@@ -90,14 +91,13 @@ def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted(connect
         return says("They are both replies.") if "vague" in (a, b) else prefers_longer(body)
 
     with serving(answer) as fake:
-        names = ("rejected", "refused", "vague", "x")
-        verdicts = LlmJudge(connect(fake)).compare([pair(n, "plain reply") for n in names])
+        pairs = [pair(name, "plain reply") for name in ("rejected", "refused", "vague", "x")]
+        verdicts = LlmJudge(connect(fake)).compare(pairs)
+        with pytest.raises(ServerError, match="decided none of 3 pairs"):
+            LlmJudge(connect(fake)).compare(pairs[:3])
     assert [verdict.preferred for verdict in verdicts] == [None, None, None, -1]
     seen = judge_reliability(verdicts)
     assert (seen.verdicts["refused"], seen.verdicts["unparsable"]) == (4, 2)
-    require_judged(verdicts, "m")
-    with pytest.raises(ServerError, match="decided none of 3 pairs"):
-        require_judged(verdicts[:3], "m")
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,41 @@ def test_texts_are_put_in_as_they_are_braces_and_all():
     assert "system: Be brief.\n\nuser: Say {first}." in message.content
     assert "[Reply A]\n{second} {x}\n[End of reply A]" in message.content
     assert "[Reply B]\nplain\n[End of reply B]" in message.content
+
+
+class Longer(LlmJudge):
+    """Prefers the longer text."""
+
+    def __init__(self) -> None:
+        self.name = "longer"
+
+    def compare(self, pairs):
+        return [PairVerdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
+
+
+def answers(texts: list[str], scores: list[float]) -> Answers:
+    return Answers(((Message("user", "p"),), (Message("user", "q"),)), tuple(texts), tuple(scores))
+
+
+def test_wins_are_counted_answer_by_answer_over_all_seeds():
+    """a scores higher on 2 of 4, ties on 1, lower on 1. Lengths: 1 < 2, 2 = 2, 3 > 1, 1 < 2."""
+    both = {
+        "a": [answers(["x", "yy"], [1.0, 2.0]), answers(["xxx", "y"], [3.0, 0.0])],
+        "b": [answers(["xx", "yy"], [0.0, 2.0]), answers(["x", "yy"], [1.0, 1.0])],
+    }
+    (wins,) = compare_answers(both, [("a", "b")], None, "gold")
+    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.5, 0.25, 0.25)
+    assert (wins.difference.value, wins.judge, wins.same) == (0.25, "gold", 0.25)
+    (wins,) = compare_answers(both, [("a", "b")], Longer(), "gold")
+    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.25, 0.25, 0.5)
+    assert wins.judge == "longer"
+
+
+def test_intervals_are_over_seeds_too():
+    """One seed wins both, the other loses both: so two seeds say nothing of a third."""
+    good, bad = answers(["x", "y"], [1.0, 1.0]), answers(["z", "z"], [0.0, 0.0])
+    (wins,) = compare_answers({"a": [good, bad], "b": [bad, good]}, [("a", "b")], None)
+    assert wins.difference.value == 0
+    assert wins.difference.high > 1  # Student's t with one degree of freedom
+    (single,) = compare_answers({"a": [good], "b": [bad]}, [("a", "b")], None)
+    assert single.difference.value == 1

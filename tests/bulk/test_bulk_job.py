@@ -6,14 +6,11 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from hafrm import atomic
 from hafrm.bulk import bulk_job
@@ -197,25 +194,19 @@ def test_a_finished_job_is_not_scored_again_and_another_is_refused_by_what_diffe
 def test_the_parts_of_a_job_array_are_together_the_whole_and_have_the_same_settings(
     model, tmp_path
 ):
-    source = write(tmp_path / "a.jsonl", range(17))
+    source = write(tmp_path / "a.jsonl", range(12))
     score_files(model, [source], tmp_path / "whole", SMALL)
-    for i in (2, 0, 1):
-        options = BulkOptions(5, shard=f"{i}/3")
+    for i in (1, 0):
+        options = BulkOptions(5, shard=f"{i}/2")
         result = score_files(model, [source], tmp_path / "parts", options)
-        assert result.num_rows == {0: 7, 1: 5, 2: 5}[i]
-        if i == 2:
-            other = BulkOptions(5, max_length=64, shard="0/3")
+        assert result.num_rows == {0: 7, 1: 5}[i]
+        if i == 1:
+            other = BulkOptions(5, max_length=64, shard="0/2")
             with pytest.raises(CheckpointError, match=r"different: max_length"):
                 score_files(model, [source], tmp_path / "parts", other)
     assert outputs(tmp_path / "parts") == outputs(tmp_path / "whole")
     # another division of the same job finds the finished shards
-    assert score_files(model, [source], tmp_path / "parts", SMALL).num_resumed == 4
-
-
-@pytest.mark.parametrize("shard", ["2/2", "3", "a/b", "-1/2", "1/"])
-def test_a_part_that_there_is_not_is_refused(shard):
-    with pytest.raises(ConfigError, match="i/n"):
-        _ = BulkOptions(shard=shard).part
+    assert score_files(model, [source], tmp_path / "parts", SMALL).num_resumed == 3
 
 
 def test_a_folder_with_other_things_and_a_file_are_no_output(model, tmp_path):
@@ -226,6 +217,9 @@ def test_a_folder_with_other_things_and_a_file_are_no_output(model, tmp_path):
         score_files(model, [source], tmp_path / "in")
     with pytest.raises(ConfigError, match="looks like a file"):
         score_files(model, [source], tmp_path / "out.jsonl")
+    for shard in ("2/2", "3", "-1/2"):
+        with pytest.raises(ConfigError, match="i/n"):
+            score_files(model, [source], tmp_path / "out", BulkOptions(shard=shard))
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -264,19 +258,10 @@ def test_bad_rows_get_null_and_a_reason_and_their_neighbours_their_scores(model,
         assert all(v is None for name, v in row.items() if name.endswith(("reward", "rewards")))
 
 
-def pickle_only(folder):
-    weights = load_file(folder / "model.safetensors")
-    torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 HEADLESS = {
     "policy": ("policy", lambda _: None),
     "value head beside": ("policy", FAULTS["a value head beside it"][1]),
     "head lost": ("reward", FAULTS["no head"][1]),
-    "head of two": ("reward", FAULTS["a head of two rows"][1]),
-    "backbone weight lost": ("reward", FAULTS["a weight lost"][1]),
-    "pickle only": ("reward", pickle_only),
     "weights cut short": ("reward", FAULTS["weights cut short"][1]),
 }
 
@@ -304,16 +289,15 @@ def test_a_model_that_cannot_share_prompts_stops_the_job(model, tmp_path, monkey
 
 
 def test_a_damaged_or_lost_shard_is_scored_again_and_no_other(model, tmp_path, scored):
-    source = write(tmp_path / "in.jsonl", range(17))
+    source = write(tmp_path / "in.jsonl", range(11))
     score_files(model, [source], tmp_path / "out", SMALL)
     shards = sorted((tmp_path / "out").glob("in-*"))[1:]
     before = [shard.read_bytes() for shard in shards]
     shards[0].unlink()
     shards[1].write_bytes(before[1][:50])
-    shards[2].write_bytes(b"")
     scored.clear()
     result = score_files(model, [source], tmp_path / "out", SMALL)
-    assert (len(scored), result.num_resumed) == (3, 1)
+    assert (len(scored), result.num_resumed) == (2, 1)
     assert [shard.read_bytes() for shard in shards] == before
 
 
@@ -336,21 +320,3 @@ def test_a_full_disk_ends_the_job_by_name_and_the_next_call_resumes(model, tmp_p
             score_files(model, [source], tmp_path / "out", SMALL)
     assert not list(tmp_path.rglob(".*.tmp"))
     assert score_files(model, [source], tmp_path / "out", SMALL).num_resumed >= 1
-
-
-def test_the_next_shard_is_encoded_while_one_is_scored(model, tmp_path, monkeypatch):
-    """The first scoring waits until the second encoding has begun; in turn it would wait 20 s."""
-    source = write(tmp_path / "a.jsonl", range(8))
-    begun = []
-    encode_rows, score_rows = bulk_job.encode_rows, bulk_job.score_rows
-
-    def waiting(*arguments):
-        deadline = time.monotonic() + 20
-        while len(begun) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        return score_rows(*arguments)
-
-    monkeypatch.setattr(bulk_job, "encode_rows", lambda *a: begun.append(1) or encode_rows(*a))
-    monkeypatch.setattr(bulk_job, "score_rows", waiting)
-    score_files(model, [source], tmp_path / "out", BulkOptions(rows_per_shard=4))

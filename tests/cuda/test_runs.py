@@ -57,7 +57,7 @@ def test_ppo_samples_scores_and_trains(device, tmp_path):
     command = [sys.executable, "-m", "hafrm", "rlhf", str(file), "--out", str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    records = [r for r in read_json_lines(folder / "metrics.jsonl") if r["phase"] == "rlhf"]
+    records = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "rlhf"]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all(np.isfinite(record["reward"]) and record["kl"] < 100 for record in records)
     assert (folder / "model/policy/model.safetensors").is_file()

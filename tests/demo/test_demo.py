@@ -12,13 +12,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hafrm.data.encoding import Encoder
-from hafrm.demo.base_model import BaseModelPlan, pretrain
+from hafrm.demo.base_model import pretrain
 from hafrm.demo.gold import gold_reward, tables
 from hafrm.demo.run_demo import METHODS, TEST_SETS, demo_recipe
 from hafrm.errors import DataError
 from hafrm.preferences import Message
 
-PLAN = BaseModelPlan(width=32, layers=1, heads=2, vocabulary=400)
+SMALL = {"width": 32, "layers": 1, "vocabulary": 400}
 GENERATOR = Path(__file__).resolve().parents[2] / "examples/demo_world"
 
 
@@ -108,9 +108,9 @@ def test_pretraining_lowers_the_loss_repeatably_and_leaves_a_transformers_direct
 ):
     texts = [tuple(c) for c in world["pretraining"][:300]]
     steps = []
-    final = pretrain(tmp_path / "a", texts, PLAN, on_progress=lambda _, num: steps.append(num))
-    assert final < np.log(PLAN.vocabulary) - 0.5 and len(steps) == steps[-1] > 5
-    assert pretrain(tmp_path / "b", texts, PLAN) == final
+    final = pretrain(tmp_path / "a", texts, **SMALL, on_progress=lambda _, num: steps.append(num))
+    assert final < np.log(400) - 0.5 and len(steps) == steps[-1] > 5
+    assert pretrain(tmp_path / "b", texts, **SMALL) == final
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert model.config.vocab_size >= len(tokenizer)

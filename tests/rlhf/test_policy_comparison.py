@@ -10,17 +10,10 @@ from typer.testing import CliRunner
 from hafrm.best_of_n.judges import LlmJudge, PairVerdict
 from hafrm.cli import app
 from hafrm.errors import CheckpointError, ConfigError
-from hafrm.preferences import Message
 from hafrm.recipe_file import build_as, dump_recipe
 from hafrm.results import to_plain
 from hafrm.rlhf import policy_comparison
-from hafrm.rlhf.policy_comparison import (
-    ComparisonRun,
-    PolicyAnswers,
-    answer_wins,
-    compare_policies,
-    plan_runs,
-)
+from hafrm.rlhf.policy_comparison import ComparisonRun, compare_policies, plan_runs
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
@@ -97,10 +90,9 @@ def test_a_run_that_was_started_is_resumed(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(policy_comparison, "train_policy", recorded)
-    with pytest.raises(KeyboardInterrupt):
-        compare_policies(recipe, tmp_path / "out", gold=gold)
-    with pytest.raises(KeyboardInterrupt):
-        compare_policies(recipe, tmp_path / "out", gold=gold)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compare_policies(recipe, tmp_path / "out", gold=gold)
     assert calls == [False, True, False]
 
 
@@ -117,19 +109,6 @@ def test_runs_differ_in_reward_model_and_seed_alone(tmp_path):
     assert build_as(RlhfRecipe, own.model_dump(mode="json")) == own
 
 
-def answers(texts: list[str], scores: list[float]) -> PolicyAnswers:
-    prompts = ((Message("user", "p"),), (Message("user", "q"),))
-    return PolicyAnswers(prompts, tuple(texts), tuple(scores))
-
-
-ANSWERS = {
-    ("a", 0): answers(["x", "yy"], [1.0, 2.0]),
-    ("b", 0): answers(["xx", "yy"], [0.0, 2.0]),
-    ("a", 1): answers(["xxx", "y"], [3.0, 0.0]),
-    ("b", 1): answers(["x", "yy"], [1.0, 1.0]),
-}
-
-
 class Longer(LlmJudge):
     """Prefers the longer text."""
 
@@ -138,31 +117,6 @@ class Longer(LlmJudge):
 
     def compare(self, pairs):
         return [PairVerdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
-
-
-def test_wins_are_counted_answer_by_answer_over_all_seeds():
-    """a scores higher on 2 of 4, ties on 1, lower on 1. Lengths: 1 < 2, 2 = 2, 3 > 1, 1 < 2."""
-    (wins,) = answer_wins(ANSWERS, [0, 1], None, "gold")
-    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.5, 0.25, 0.25)
-    assert (wins.difference.value, wins.judge, wins.same) == (0.25, "gold", 0.25)
-    (wins,) = answer_wins(ANSWERS, [0, 1], Longer(), "gold")
-    assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.25, 0.25, 0.5)
-    assert wins.judge == "longer"
-
-
-def test_intervals_are_over_seeds_too():
-    """One seed wins both, the other loses both: so two seeds say nothing of a third."""
-    by_seed = {
-        ("a", 0): answers(["x", "y"], [1.0, 1.0]),
-        ("b", 0): answers(["z", "z"], [0.0, 0.0]),
-        ("a", 1): answers(["x", "y"], [0.0, 0.0]),
-        ("b", 1): answers(["z", "z"], [1.0, 1.0]),
-    }
-    (wins,) = answer_wins(by_seed, [0, 1], None, "gold")
-    assert wins.difference.value == 0
-    assert wins.difference.high > 1  # Student's t with one degree of freedom
-    (single,) = answer_wins({key: by_seed[key] for key in list(by_seed)[:2]}, [0], None, "gold")
-    assert single.difference.value == 1
 
 
 def test_with_a_judge_alone_there_are_wins_and_no_scores_and_without_anything_an_error(
@@ -191,31 +145,21 @@ def test_the_verb_trains_says_what_it_selected_and_leaves_a_finished_run(tmp_pat
 
 
 def test_a_run_that_the_watchdog_stops_ends_with_1_and_exports(tmp_path):
-    wild = {
-        "training": {"steps": 20, "learning_rate": 3.0},
-        "watch": {"max_kl": 1.0, "patience": 1},
-    }
+    wild = {"training": {"steps": 9, "learning_rate": 3.0}, "watch": {"max_kl": 1.0, "patience": 1}}
     file = recipe_file(tmp_path, tiny_rlhf(tmp_path, **wild))
     code, output = invoke("rlhf", file, "--out", tmp_path / "run")
     assert code == 1
     assert "stopped early: the KL from the start policy" in output
     assert (tmp_path / "run/model/policy").is_dir()
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["num_steps"] < 20
-    code, output = invoke("rlhf", "--resume", tmp_path / "run")
-    assert (code, json.loads((tmp_path / "run/result.json").read_text())) == (1, result)
+    assert result["num_steps"] < 9
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
         ("evaluation.judge=x", "renamed to evaluation.reward_model"),
-        ("reward.kinds=[fused]", "removed; reward.model takes"),
-        ("data.too_long=drop", "longer prompts are always left out"),
-        ("reward.models=[a]", "renamed to reward.model"),
         ("reward.model=null", "reward.model is missing"),
-        ("reward.rule=min", "reward.model is one reward model"),
-        ("watch.hacking_window=3", "removed"),
         ("judge.model=m", "need comparison.judge"),
         ("comparison.models=[a=b]", "comparison.test: missing"),
         ("--gold=silver", "--gold is 'silver'"),

@@ -36,7 +36,7 @@ def test_advantages_equal_the_double_sum_of_their_definition():
     torch.manual_seed(0)
     lengths = torch.tensor([4, 7, 1])
     rewards, values = torch.randn(12), torch.randn(12)
-    result = terms.estimate_advantages(rewards, values, lengths, gamma=0.9, lam=0.7)
+    advantages, returns = terms.estimate_advantages(rewards, values, lengths, gamma=0.9, lam=0.7)
     expected = []
     for r, v in zip(rewards.split([4, 7, 1]), values.split([4, 7, 1]), strict=True):
         after = [*v.tolist()[1:], 0.0]
@@ -44,8 +44,8 @@ def test_advantages_equal_the_double_sum_of_their_definition():
         expected += [
             sum((0.9 * 0.7) ** (k - t) * deltas[k] for k in range(t, len(r))) for t in range(len(r))
         ]
-    close(result.advantages, expected, 1e-5)
-    close(result.returns, [a + float(v) for a, v in zip(expected, values, strict=True)], 1e-5)
+    close(advantages, expected, 1e-5)
+    close(returns, [a + float(v) for a, v in zip(expected, values, strict=True)], 1e-5)
 
 
 def test_whitened_values_have_mean_0_and_the_unbiased_variance_1():
@@ -110,7 +110,7 @@ def test_the_kl_coefficient_follows_its_target_by_a_fifth_of_the_horizon_at_most
     kl, target, expected
 ):
     """arXiv 1909.08593, Sec. 2.2, with TRL's K = responses / horizon = 64 / 640."""
-    coefficient = terms.next_kl_coefficient(0.2, kl, 64, target=target, horizon=640)
+    coefficient = terms.next_kl_coefficient(0.2, kl, 64, target, 640)
     assert coefficient == pytest.approx(expected)
 
 

@@ -8,7 +8,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.errors import NumericsError
 from hafrm.recipe import LoraSection
-from hafrm.rlhf.actor import Actor, Prompt, Reference, Rollout
+from hafrm.rlhf.actor import Actor, Prompt, Rollout
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, pack, update
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection, SamplingSection
 from hafrm.training.setup import inject_lora
@@ -46,10 +46,10 @@ def build(*, lora: bool = False, max_tokens: int = 40, sharing: bool = True):
     actor = Actor(
         causal,
         model,
-        Reference(model, adapters=lora),
         Encoder(chat_tokenizer()),
         SamplingSection(max_new_tokens=8, temperature=0.8, batch_size=8),
         max_tokens,
+        adapters=lora,
     )
     policy = PolicyWithValue(model)
     optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), eps=EPS)
@@ -124,14 +124,14 @@ def test_neither_packing_nor_accumulation_changes_the_weights(change):
 
 def test_every_token_of_a_batch_is_in_exactly_one_row_whatever_the_budget():
     batch = rollouts()
-    num = sum(len(ids) for each in batch for ids in each.response_ids)
+    num = sum(len(ids) for rollout in batch for ids in rollout.response_ids)
     for budget in (1, 12, 40, 10_000):
         rows = pack(batch, np.arange(len(batch)), budget, torch.device("cpu"))
-        places = torch.cat([row.tokens for row in rows])
+        places = torch.cat([tokens for _, tokens in rows])
         assert sorted(places.tolist()) == list(range(num))
         flat = torch.from_numpy(np.concatenate([i for e in batch for i in e.response_ids]))
-        for row in rows:
-            assert torch.equal(row.layout.targets, flat[row.tokens].long())
+        for layout, tokens in rows:
+            assert torch.equal(layout.targets, flat[tokens].long())
 
 
 def test_without_adapters_a_lora_policy_is_its_own_reference():
@@ -143,23 +143,19 @@ def test_without_adapters_a_lora_policy_is_its_own_reference():
     take(policy, actor, optimizer, rollouts())
     after = measure_rollouts(policy, actor, rollouts())
     assert float(after.ratios.abs().max()) > 1e-4
-    with actor.reference.model() as start:
-        row = pack(rollouts(), np.arange(4), 10_000, policy.device)[0]
-        reference_logps = start.tokens(row.layout).logps
-    start = Reference(build(lora=True)[1].model, adapters=False)
-    with start.model() as plain:
-        plain.transform = actor.model.transform
-        torch.testing.assert_close(
-            reference_logps, plain.tokens(row.layout).logps, atol=1e-6, rtol=0.0
-        )
+    with actor.reference() as start:
+        layout, _ = pack(rollouts(), np.arange(4), 10_000, policy.model.device)[0]
+        reference_logps = start.tokens(layout).logps
+    fresh = build(lora=True)[1].model.tokens(layout).logps
+    torch.testing.assert_close(reference_logps, fresh, atol=1e-6, rtol=0.0)
     assert all(p.requires_grad for n, p in actor.model.named_parameters() if "lora_" in n)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_prompts():
     policy, actor, optimizer, _ = build()
     measured = measure_rollouts(policy, actor, rollouts())
-    targets = advantages_of(measured, torch.tensor(SCORES), ALGORITHM, 0.1)
-    broken = targets._replace(advantages=targets.advantages * float("nan"))
+    advantages, returns = advantages_of(measured, torch.tensor(SCORES), ALGORITHM, 0.1)
+    broken = advantages * float("nan"), returns
     before = [p.detach().clone() for p in policy.parameters()]
     options = {"seed": (0, 0), "max_grad_norm": 1.0}
     with pytest.raises(NumericsError, match=r"stopped before the update\. Prompts in it: p"):
@@ -184,7 +180,6 @@ def play(kl_coefficient: float, num_batches: int = 5) -> tuple[float, float]:
     actor = Actor(
         causal,
         model,
-        Reference(model, adapters=False),
         Encoder(chat_tokenizer()),
         SamplingSection(max_new_tokens=1, batch_size=32),
         1000,

@@ -1,26 +1,9 @@
-"""What responses are worth: text to rewards, the measure that selects a step, and reward hacking."""
+"""The measure that selects a step, and reward hacking."""
 
 import numpy as np
 import pytest
 
-from hafrm.preferences import Message
-from hafrm.rlhf.rewards import HeldOut, reward_hacking, score_texts
-from hafrm.scoring.reward_model import RewardModel
-from support.tiny_rlhf import write_reward
-
-
-def test_a_response_written_twice_is_scored_once_and_counted_twice(tmp_path, monkeypatch):
-    model = RewardModel.from_pretrained(write_reward(tmp_path))
-    run, texts = model.score_encoded, []
-    monkeypatch.setattr(
-        model, "score_encoded", lambda e: texts.extend(len(g.response_ids) for g in e) or run(e)
-    )
-    prompts = ["Say sun.", "Say sea."]
-    asked = [(Message("user", prompt),) for prompt in prompts]
-    rewards = score_texts(model, asked, [["sun", "sea", "sun"], ["moon"]])
-    assert texts == [2, 1]
-    expected = [*model.score(prompts[0], ["sun", "sea", "sun"]), model.score(prompts[1], "moon")]
-    assert rewards.tolist() == pytest.approx(expected, abs=1e-6)
+from hafrm.rlhf.rlhf_run import reward_hacking, select_measure
 
 
 def test_the_best_step_is_selected_by_gold_then_the_independent_reward_then_the_penalised_one():
@@ -32,7 +15,9 @@ def test_the_best_step_is_selected_by_gold_then_the_independent_reward_then_the_
         (other, None, "independent", [7, 8]),
         (None, None, "penalised", [0, 1]),
     ):
-        selected_by, scores = HeldOut([], rewards, kls, independent, gold).selection(0.5)
+        others = {"independent": independent, "gold": gold}
+        measures = {"reward": rewards} | {n: v for n, v in others.items() if v is not None}
+        selected_by, scores = select_measure(measures, kls, 0.5)
         assert (selected_by, scores.tolist()) == (name, values)
 
 

@@ -1,7 +1,6 @@
 """Whole RLHF runs on tiny models: what they write, how they resume, when they stop, what they refuse."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -17,9 +16,8 @@ from transformers import AutoModelForCausalLM
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError, NumericsError
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.rlhf import actor
-from hafrm.rlhf.rewards import score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import RlhfRun, prompts_of_step
+from hafrm.rlhf.rlhf_run import RlhfRun, prompts_of_step, score_rollouts
 from hafrm.rlhf.train_policy import Ppo, train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.loading import default_device
@@ -54,11 +52,11 @@ def test_a_run_writes_what_others_read_and_exports_a_stock_policy(tmp_path):
         tiny_rlhf(tmp_path), tmp_path / "run", gold=lambda _, text: float(len(text))
     )
     records = read_json_lines(tmp_path / "run/metrics.jsonl")
-    batches = [r for r in records if r["phase"] == "rlhf"]
+    batches = [r for r in records if r["kind"] == "rlhf"]
     assert [r["step"] for r in batches] == [1, 2, 3, 4]
     contract = ("reward", "kl", "length", "entropy", "clip_fraction", "value_loss", "policy_loss")
     assert all(isinstance(r[name], float) for r in batches for name in contract)
-    held_out = [r for r in records if r["phase"] == "held-out"]
+    held_out = [r for r in records if r["kind"] == "held-out"]
     assert [r["step"] for r in held_out] == [0, 2, 4]
     assert all(r["gold_low"] <= r["gold"] <= r["gold_high"] for r in held_out)
     lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
@@ -87,11 +85,9 @@ def stop_before_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(Ppo, "_batch", dying)
 
 
-@pytest.mark.parametrize("sections", [{}, RICH], ids=["plain", "lora-and-all-state"])
-def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch, sections):
+def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third."""
-    extra = sections | {"checkpoint": {"every": 2}, "evaluation": {"every": 4}}
-    recipe = tiny_rlhf(tmp_path, **extra)
+    recipe = tiny_rlhf(tmp_path, **RICH, checkpoint={"every": 2}, evaluation={"every": 4})
     train_policy(recipe, tmp_path / "whole")
     with monkeypatch.context() as context:
         stop_before_batch(context, 3)
@@ -102,19 +98,8 @@ def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch, sect
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
-    recipe = tiny_rlhf(tmp_path, training={"steps": 1})
-    with monkeypatch.context() as context:
-        context.setattr(Ppo, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train_policy(recipe, tmp_path / "killed")
-    train_policy(recipe, tmp_path / "killed", resume=True)
-    assert [r["step"] for r in numbers(tmp_path / "killed/metrics.jsonl")] == [0, 1, 1]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
+def test_a_process_that_is_asked_to_stop_is_resumed_to_the_same_bits(tmp_path):
     recipe = tiny_rlhf(tmp_path, training={"steps": 12}, evaluation={"every": 6})
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
@@ -125,8 +110,8 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.Signals[name])
-    assert process.wait(timeout=120) == (143 if name == "SIGTERM" else -signal.SIGKILL)
+    process.terminate()
+    assert process.wait(timeout=120) == 143
     assert not (tmp_path / "killed/model").exists()
     train_policy(recipe, tmp_path / "killed", resume=True)
     train_policy(recipe, tmp_path / "whole")
@@ -134,11 +119,9 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, name):
 
 
 def test_a_resumed_run_may_not_change_what_it_computes(tmp_path):
-    train_policy(tiny_rlhf(tmp_path, training={"steps": 1}), tmp_path / "run")
+    RunFolder.create(tmp_path / "run", dump_recipe(tiny_rlhf(tmp_path, training={"steps": 1})))
     with pytest.raises(CheckpointError, match="recipe differs"):
         train_policy(tiny_rlhf(tmp_path, training={"steps": 2}), tmp_path / "run", resume=True)
-    smaller = tiny_rlhf(tmp_path, training={"steps": 1, "max_tokens": 64})
-    assert train_policy(smaller, tmp_path / "run", resume=True).num_steps == 1
 
 
 def test_a_reward_that_is_not_finite_stops_before_anything_is_learned(tmp_path, monkeypatch):
@@ -183,22 +166,6 @@ def test_a_reward_model_with_another_tokenizer_is_asked_through_text(tmp_path):
     assert score_rollouts(rlhf.reward_model, rollouts).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
-def test_a_retained_policy_head_can_be_the_policy_and_its_reward_head_the_reward(tmp_path):
-    from hafrm.training.loop import run_training
-    from support.tiny_runs import tiny_recipe
-
-    run_training(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "haf")
-    recipe = tiny_rlhf(
-        tmp_path,
-        model={"path": str(tmp_path / "haf/model/policy")},
-        reward={"model": str(tmp_path / "haf")},
-        evaluation={"reward_model": str(tmp_path / "haf/model/policy")},
-        training={"steps": 1},
-    )
-    assert train_policy(recipe, tmp_path / "run").selected_by == "independent"
-
-
 def test_long_prompts_are_left_out_and_held_out_ones_never_trained_on(tmp_path):
     write_prompts(tmp_path / "prompts.jsonl")
     lines = (tmp_path / "prompts.jsonl").read_text()
@@ -218,21 +185,18 @@ def test_long_prompts_are_left_out_and_held_out_ones_never_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "lora"),
-    [("auto", None), ("bf16", {"rank": 2, "alpha": 4.0})],
-    ids=["full", "lora"],
+    "sections", [{}, {"lora": {"rank": 2, "alpha": 4.0}}], ids=["full", "lora"]
 )
-def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, monkeypatch, precision, lora):
+def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, monkeypatch, sections):
     """auto is bf16 where the device computes in it, and the run's own recipe says so."""
     monkeypatch.setattr(setup, "has_bfloat16", lambda _: True)
-    training = {"steps": 1, "precision": precision, "gradient_checkpointing": True}
-    sections = {"training": training} | ({} if lora is None else {"lora": lora})
-    train_policy(tiny_rlhf(tmp_path, **sections), tmp_path / "run")
+    training = {"steps": 1, "precision": "auto", "gradient_checkpointing": True}
+    train_policy(tiny_rlhf(tmp_path, training=training, **sections), tmp_path / "run")
     recorded = load_as(RlhfRecipe, tmp_path / "run/recipe.yaml")
     assert recorded.training.precision == "bf16"
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model/policy")
     assert stock.dtype == torch.bfloat16
-    batches = [r for r in numbers(tmp_path / "run/metrics.jsonl") if r["phase"] == "rlhf"]
+    batches = [r for r in numbers(tmp_path / "run/metrics.jsonl") if r["kind"] == "rlhf"]
     assert abs(batches[0]["kl"]) < 0.1  # before the first update policy and reference are one
     assert all(np.isfinite(r["policy_loss"]) for r in batches)
 
@@ -253,7 +217,12 @@ def test_a_policy_loads_on_its_device_and_its_bf16_adapters_read_bf16(tmp_path, 
 
 
 def test_a_batch_that_does_not_fit_says_how_to_resume(tmp_path, monkeypatch):
+    """Before the first checkpoint, too: such a run starts over."""
     recipe = tiny_rlhf(tmp_path, training={"steps": 1})
+    with monkeypatch.context() as context:
+        context.setattr(Ppo, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(recipe, tmp_path / "run")
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -261,9 +230,10 @@ def test_a_batch_that_does_not_fit_says_how_to_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(Ppo, "_take_batch", full)
         with pytest.raises(MemoryBudgetError, match=r"--resume .* training\.max_tokens=64"):
-            train_policy(recipe, tmp_path / "run")
+            train_policy(recipe, tmp_path / "run", resume=True)
     smaller = tiny_rlhf(tmp_path, training={"steps": 1, "max_tokens": 64})
     assert train_policy(smaller, tmp_path / "run", resume=True).num_steps == 1
+    assert [r["step"] for r in numbers(tmp_path / "run/metrics.jsonl")] == [0, 1, 1]
 
 
 def test_every_prompt_is_asked_once_a_pass_and_each_pass_has_an_order_of_its_own():

@@ -1,8 +1,7 @@
 """Candidates: read from files, or drawn from a policy until there are enough of them.
 
-`candidates.jsonl` of a best-of-n job is a file of rows like any other, so it can be read again. Prompts are
-drawn in chunks that depend on nothing but the chunk, so a killed job resumes to the same candidates. A
-prompt that a policy cannot answer is refused in its place and costs no other prompt its draws.
+Prompts are drawn in chunks that depend on nothing but the chunk, so a killed job resumes to the same
+candidates. A prompt that a policy cannot answer is refused in its place.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -23,7 +22,7 @@ from hafrm.data.parse import RefusedError, check_text
 from hafrm.data.reader import read_preferences
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError
-from hafrm.preferences import Group, Message, prompt_key
+from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section
 from hafrm.run_folder import RecordFile
@@ -59,10 +58,6 @@ class DrawSection(Section):
     batch_size: int = Field(default=32, ge=1)
     """Candidates that a policy on this machine writes at a time."""
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
-
 
 @dataclass
 class Candidates:
@@ -92,9 +87,10 @@ class Candidates:
         for reply in replies if self.error is None else ():
             text = reply.text.strip()
             self.num_cut += not reply.ended
-            self.num_blank += not is_usable_text(text)
             is_new = section.repeats or text not in self.texts
-            if is_usable_text(text) and is_new and len(self.texts) < section.num:
+            if not is_usable_text(text):
+                self.num_blank += 1
+            elif is_new and len(self.texts) < section.num:
                 self.texts.append(text)
 
     def to_record(self) -> dict[str, Any]:
@@ -104,7 +100,9 @@ class Candidates:
             "prompt": [message._asdict() for message in self.prompt.prompt],
             "responses": self.texts,
             "source": self.prompt.source,
-            **{name: getattr(self, name) for name in _STORED},
+            "num_cut": self.num_cut,
+            "num_blank": self.num_blank,
+            "error": self.error,
         }
 
     @classmethod
@@ -112,16 +110,7 @@ class Candidates:
         """The candidates that `to_record` wrote."""
         prompt = tuple(Message(**message) for message in record["prompt"])
         group = Group(record["id"], prompt, (), source=record["source"])
-        return cls(group, record["responses"], *(record[name] for name in _STORED))
-
-
-_STORED = ("num_cut", "num_blank", "error")
-
-
-def candidates_digest(candidates: Sequence[Candidates]) -> str:
-    """Hexadecimal digest of all prompts and draws, for cache keys."""
-    content = [(c.prompt.id, c.prompt.prompt, c.texts) for c in candidates]
-    return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
+        return cls(group, *(record[n] for n in ("responses", "num_cut", "num_blank", "error")))
 
 
 def read_prompts(
@@ -155,8 +144,8 @@ def _with_distinct_ids(groups: Sequence[Group]) -> list[Group]:
     result = []
     for group in groups:
         copies[group.id] += 1
-        copy = copies[group.id]
-        result.append(group if copy == 1 else replace(group, id=f"{group.id}~{copy}"))
+        mark = f"~{copies[group.id]}" if copies[group.id] > 1 else ""
+        result.append(replace(group, id=group.id + mark))
     return result
 
 
@@ -169,41 +158,33 @@ def is_usable_text(text: str) -> bool:
     return bool(text.strip())
 
 
-class DrawRound(NamedTuple):
-    """Which draws these are; the same round gives the same draws."""
-
-    seed: int
-    chunk: int
-    num_before: int  # draws made for these prompts before
+DrawRound = tuple[int, int, int]
+"""Seed, first prompt of the chunk, and draws made for it before; the same round gives the same draws."""
 
 
 class LocalPolicy:
     """A causal LM in a directory that stock transformers loads, asked through its chat template."""
 
     def __init__(self, path: str | Path, section: DrawSection, place: Placement = AUTO) -> None:
-        """`path` is a `...ForCausalLM` directory, a hub id, or a run folder with a policy.
-
-        Raises ModelError for anything else, and for a tokenizer without a chat template.
-        """
+        """Raises ModelError for anything but a causal LM whose tokenizer has a chat template."""
         directory = find_heads(path).policy
         if directory is None:
-            raise ModelError(
-                f"{path} is a reward model and cannot write; give --policy the directory of a causal LM"
-            )
+            raise ModelError(f"{path} cannot write: give --policy the directory of a causal LM")
         self._directory, self._device = directory, place.device
-        self.options, self.batch_size = section.sampling, section.batch_size
+        self.options = Sampling(section.max_new_tokens, section.temperature, section.top_p)
+        self.batch_size = section.batch_size
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if tokenizer.chat_template is None:
             raise ModelError(
-                f"the policy {path} has no chat template, so it is unknown how it is asked; write one to "
-                "its chat_template.jinja, or take a policy trained on chats"
+                f"the policy {path} has no chat template; write one to its chat_template.jinja, or take a "
+                "policy trained on chats"
             )
         self.encoder = Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
         self.end_of_turn = _end_of_turn(self.encoder)
         self._dtype = choose_dtype(directory, place.dtype, place.device)
         text_config = load_config(directory).get_text_config()
         self._positions = getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT
-        self._model: PreTrainedModel | None = None  # loaded when something must be drawn
+        self.model: PreTrainedModel | None = None  # loaded when something must be drawn
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its responses depend on; a batch is drawn together, so its size is part of it."""
@@ -216,13 +197,13 @@ class LocalPolicy:
     def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
         """For each prompt `num` replies, or one error where the template or the length forbids it."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        if self._model is None:
-            self._model = load_causal_lm(self._directory, dtype=self._dtype, device=self._device)
+        if self.model is None:
+            self.model = load_causal_lm(self._directory, dtype=self._dtype, device=self._device)
         # torch takes seeds of 63 bits
         seed = int(np.random.SeedSequence(draw_round).generate_state(1, np.uint64)[0] >> 1)
         responses = iter(
             sample(
-                self._model,
+                self.model,
                 [prompt for prompt in ids if not isinstance(prompt, str)],
                 num,
                 self.options,
@@ -238,10 +219,6 @@ class LocalPolicy:
             else [self._decode(response) for response in next(responses)]
             for prompt in ids
         ]
-
-    def close(self) -> None:
-        """Free the model's memory."""
-        self._model = None
 
     def _prompt_ids(self, prompt: Group) -> list[int] | str:
         """The prompt up to the response, or why it cannot be answered."""
@@ -289,24 +266,20 @@ class EndpointPolicy:
         return {"policy": self.endpoint.cache_key(self._settings)}
 
     def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
-        """For each prompt `num` replies, or one error where the endpoint rejects it.
-
-        Raises ServerError when it rejects every prompt, or cannot be used.
-        """
+        """For each prompt `num` replies, or one error; ServerError when all are rejected."""
         replies: list[list[Reply]] = [[] for _ in prompts]
+        seed, _, num_before = draw_round
         # one by one: some servers reject n > 1, others answer once whatever n is
         for k in range(num):
             accepted = [i for i, own in enumerate(replies) if not own or own[0].error is None]
             answers = self.endpoint.ask(
                 [prompts[i].prompt for i in accepted],
                 self._settings,
-                repetition=(draw_round.seed, draw_round.num_before + k),
+                repetition=(seed, num_before + k),
             )
             for i, answer in zip(accepted, answers, strict=True):
-                if answer.error is None:
-                    replies[i].append(answer)
-                else:
-                    replies[i] = [Reply(error=f"not encodable: {answer.error}")]
+                refusal = [Reply(error=f"not encodable: {answer.error}")]
+                replies[i] = refusal if answer.error is not None else [*replies[i], answer]
             if k == 0:
                 require_some(answers, self.endpoint.url)
         return replies
@@ -331,7 +304,7 @@ def draw_candidates(
             file.add([c.to_record() for c in drawn if c.prompt.id not in file.records])
         on_progress(start + len(chunk), len(prompts))
     if isinstance(policy, LocalPolicy):
-        policy.close()  # the models that score need the memory
+        policy.model = None  # the models that score need the memory
     return [Candidates.from_record(file.records[prompt.id]) for prompt in prompts]
 
 
@@ -342,8 +315,7 @@ def _draw_chunk(
     candidates = [Candidates(prompt) for prompt in chunk]
     for num_before in (0, section.num):
         lacking = [c for c in candidates if c.error is None and len(c.texts) < section.num]
-        draw_round = DrawRound(section.seed, start, num_before)
-        prompts = [c.prompt for c in lacking]
+        prompts, draw_round = [c.prompt for c in lacking], (section.seed, start, num_before)
         replies = policy.write(prompts, section.num, draw_round) if prompts else []
         for c, own in zip(lacking, replies, strict=True):
             c.add(own, section)
@@ -352,7 +324,11 @@ def _draw_chunk(
 
 def drawing_key(policy: Policy, prompts: Sequence[Group], section: DrawSection) -> dict[str, Any]:
     """Everything the candidates depend on."""
-    keys = [[prompt.id, prompt_key(prompt.prompt)] for prompt in prompts]
-    digest = hashlib.sha256(repr(keys).encode("utf-8", "surrogatepass")).hexdigest()
     own = section.model_dump(include={"num", "repeats", "seed"})
-    return {**policy.cache_key(), **own, "prompts": digest}
+    return {**policy.cache_key(), **own, "prompts": groups_digest(prompts)}
+
+
+def groups_digest(groups: Sequence[Group]) -> str:
+    """Hexadecimal digest of all prompts and responses, for cache keys."""
+    content = [[group.id, group.prompt, group.responses] for group in groups]
+    return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()

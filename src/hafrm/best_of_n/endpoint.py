@@ -1,8 +1,7 @@
 """An OpenAI-compatible chat endpoint: many requests at a time, every reply cached on disk.
 
-The openai client retries what may succeed later (rate limits, server errors, lost connections). A request
-that the endpoint rejects becomes a reply with an `error`; what no retry can fix ends the job. The same job
-called again asks for the missing replies only.
+The openai client retries what may succeed later. A request that the endpoint rejects becomes a reply with
+an `error`; what no retry can fix ends the job, and the same job asks for the missing replies only.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ from pydantic import Field
 
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
+from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section, Text
 from hafrm.run_folder import cache_folder
 
@@ -62,10 +62,7 @@ class Endpoint:
         key_variable: str = "HAFRM_ENDPOINT_KEY",
         cache: Path | None = None,
     ) -> None:
-        """`url` stops before /chat/completions; the key is in `key_variable`, else in OPENAI_API_KEY.
-
-        Raises ConfigError where the extra `judge` is not installed.
-        """
+        """`url` stops before /chat/completions; the key is in `key_variable`, else in OPENAI_API_KEY."""
         try:
             import diskcache  # noqa: PLC0415 - an extra
             import openai  # noqa: PLC0415 - an extra
@@ -94,44 +91,43 @@ class Endpoint:
             except self._openai.OpenAIError as error:
                 raise self._unusable(error) from error
             if len(names) != 1:
-                raise ServerError(
-                    f"{self.url} has {len(names)} models ({', '.join(names[:8])}); name one of them "
-                    "(policy.model=NAME, judge.model=NAME)"
-                )
+                listed = f"{len(names)} models ({', '.join(names[:8])})"
+                raise ServerError(f"{self.url} has {listed}; name one: policy.model, judge.model")
             self._model = names[0]
         return self._model
 
-    def cache_key(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def cache_key(self, settings: dict[str, Any]) -> dict[str, Any]:
         """What replies depend on, except the conversations."""
-        request = {**settings, **self.section.request}
-        return {"url": self.url, "model": self.model, "request": request}
+        return {"url": self.url, "model": self.model, "request": settings | self.section.request}
 
     def ask(
         self,
         conversations: Sequence[Sequence[Message]],
-        settings: Mapping[str, Any],
+        settings: dict[str, Any],
         *,
         repetition: tuple[int, ...] = (),
+        on_progress: OnProgress = no_progress,
     ) -> list[Reply]:
         """A reply to each conversation, in order.
 
         `repetition` distinguishes repeated requests, which the cache would otherwise answer alike.
         Raises ServerError when the endpoint cannot be used.
         """
-        options = {**settings, **self.section.request}
+        options = settings | self.section.request
         body = {"model": self.model} | {n: v for n, v in options.items() if v is not None}
-        bodies = [
-            {**body, "messages": [message._asdict() for message in messages]}
-            for messages in conversations
-        ]
+        replies: list[Reply] = []
         with ThreadPoolExecutor(self.section.concurrency) as pool:
-            futures = [pool.submit(self._reply, body, repetition) for body in bodies]
+            bodies = [{**body, "messages": [m._asdict() for m in c]} for c in conversations]
+            futures = [pool.submit(self._reply, own, repetition) for own in bodies]
             try:
-                return [future.result() for future in futures]
+                for future in futures:
+                    replies.append(future.result())
+                    on_progress(len(replies), len(futures))
             except ServerError:
                 # the rest would wait for the same broken server
                 pool.shutdown(cancel_futures=True)
                 raise
+        return replies
 
     def _reply(self, body: dict[str, Any], repetition: tuple[int, ...]) -> Reply:
         # the whole request is the key, the API key is not part of it
@@ -161,8 +157,7 @@ class Endpoint:
     def _unusable(self, reason: object) -> ServerError:
         return ServerError(
             f"{self.url} cannot be used: {_one_line(str(reason))}. Check the address (it usually ends in "
-            f"/v1), the model, the key ({self._key_variable} or OPENAI_API_KEY) and that the server is up; "
-            "replies so far are cached, and the same command resumes"
+            f"/v1), the model, the key ({self._key_variable} or OPENAI_API_KEY), and run the command again"
         )
 
 
@@ -170,8 +165,8 @@ def require_some(replies: Sequence[Reply], url: str) -> None:
     """Raise ServerError when every request was rejected: then the settings are wrong."""
     if replies and all(reply.error is not None for reply in replies):
         raise ServerError(
-            f"{url} rejects every request, such as with {replies[0].error}; change the settings (policy or "
-            "judge, such as policy.request='{name: value}'; null removes a setting)"
+            f"{url} rejects every request, such as with {replies[0].error}; change its settings, such as "
+            "policy.request='{name: value}' (null removes one)"
         )
 
 

@@ -1,8 +1,7 @@
-"""The judge: which of two answers to a prompt is better, by an LLM that is asked in both orders.
+"""Answers against each other: by an LLM judge that is asked in both orders, or by scores; and who wins.
 
-A judge that is asked once says as much about the place of an answer as about the answer. So every pair is
-asked in both orders and is a tie where the two verdicts disagree; how often one place was preferred twice
-is reported. Refusals, cut replies and replies that cannot be read decide nothing, and are counted.
+A judge that is asked once says as much about the place of an answer as about the answer: so a pair is a tie
+where the two orders disagree. Replies that cannot be read decide nothing, and are counted.
 """
 
 import re
@@ -11,12 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply, is_url, require_some
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
-from hafrm.statistics import Real
+from hafrm.progress import show_progress
+from hafrm.results import Cell, Table, columns
+from hafrm.statistics import (
+    Estimate,
+    Real,
+    accuracy_interval,
+    clustered_bootstrap,
+    seeded_difference,
+    seeded_mean,
+)
 
-SETTINGS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 512}
+SETTINGS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 512}
 """How a judge is asked, unless `judge.request` says otherwise."""
 Verdict = Literal["first", "second", "tie", "refused", "unparsable"]
 """What one reply of a judge says, as the place that it prefers."""
@@ -79,15 +89,23 @@ class LlmJudge:
 
         Raises ServerError when the endpoint cannot be used, or nothing that it says.
         """
-        differing = [i for i, pair in enumerate(pairs) if pair.first != pair.second]
-        questions = []
-        for prompt, first, second in (pairs[i] for i in differing):
-            questions += [ask_about(prompt, first, second), ask_about(prompt, second, first)]
-        replies = self.endpoint.ask(questions, SETTINGS)
+        orders = [(ask_about(p, a, b), ask_about(p, b, a)) for p, a, b in pairs]
+        # two methods' picks may be the same pair as two others'
+        questions = list(dict.fromkeys(q for both in orders if both[0] != both[1] for q in both))
+        with show_progress(f"verdicts of {self.name}") as on_progress:
+            replies = self.endpoint.ask(questions, SETTINGS, on_progress=on_progress)
         require_some(replies, self.endpoint.url)
-        verdicts = [PairVerdict(0)] * len(pairs)
-        for i, forward, backward in zip(differing, replies[::2], replies[1::2], strict=True):
-            verdicts[i] = combine_orders(read_verdict(forward), read_verdict(backward))
+        said = dict(zip(questions, map(read_verdict, replies), strict=True))
+        verdicts = [
+            combine_orders(said[forward], said[backward]) if forward != backward else PairVerdict(0)
+            for forward, backward in orders
+        ]
+        seen = judge_reliability(verdicts)
+        if seen.num_pairs and seen.num_not_judged == seen.num_pairs:
+            raise ServerError(
+                f"the judge {self.name} decided none of {seen.num_pairs} pairs ({seen.verdicts}); give it "
+                "more tokens (judge.request='{max_tokens: 2048}'), or take another model"
+            )
         return verdicts
 
 
@@ -95,8 +113,7 @@ def load_judge(url: str, section: EndpointSection | None = None) -> LlmJudge:
     """The judge at an endpoint; raises ConfigError for anything but a URL."""
     if not is_url(url):
         raise ConfigError(
-            f"a judge compares two answers and is given as the URL of an endpoint, got {url!r}; a reward "
-            "model that scores answers is a --gold"
+            f"a judge is given as the URL of an endpoint, got {url!r}; a reward model is a --gold"
         )
     return LlmJudge(Endpoint(url, section, key_variable="HAFRM_JUDGE_KEY"))
 
@@ -129,10 +146,7 @@ def read_verdict(reply: Reply) -> Verdict:
 
 
 def combine_orders(forward: Verdict, backward: Verdict) -> PairVerdict:
-    """The verdict of two replies, the second to the answers in the other order.
-
-    Both must prefer the same answer; any other two readable verdicts make a tie.
-    """
+    """The verdict of two replies, the second on the other order: a tie unless both prefer one answer."""
     by_order = (forward, backward)
     if not set(by_order) <= {"first", "second", "tie"}:
         return PairVerdict(None, by_order)
@@ -164,12 +178,112 @@ def judge_reliability(verdicts: Sequence[PairVerdict]) -> JudgeReliability:
     )
 
 
-def require_judged(verdicts: Sequence[PairVerdict], name: str) -> None:
-    """Raise ServerError when a judge was asked and none of its replies can be used."""
-    seen = judge_reliability(verdicts)
-    if seen.num_pairs and seen.num_not_judged == seen.num_pairs:
-        raise ServerError(
-            f"the judge {name} decided none of {seen.num_pairs} pairs ({seen.verdicts}); give it more "
-            "tokens (judge.request='{max_tokens: 2048}'), or take another model: the reply must end in a "
-            'line "Verdict: A", "Verdict: B" or "Verdict: tie"'
-        )
+@dataclass(frozen=True)
+class Answers:
+    """A method's answer to each prompt; an entry of every field for each of them."""
+
+    prompts: tuple[tuple[Message, ...], ...]
+    texts: tuple[str, ...]
+    scores: tuple[float, ...] = ()
+    """Gold scores or rewards that compare without a judge; empty where there are none."""
+
+
+@dataclass(frozen=True)
+class Wins:
+    """The answers of two methods against each other, prompt by prompt; equal answers are ties."""
+
+    first: str
+    second: str
+    judge: str
+    win: Estimate
+    tie: Estimate
+    lose: Estimate
+    difference: Estimate  # win - lose
+    same: float  # fraction of prompts for which both gave the same answer
+    num_not_judged: int  # left out of all fractions
+    reliability: JudgeReliability | None  # of an LLM judge, over these pairs
+
+
+def compare_answers(
+    answers: Mapping[str, Sequence[Answers]],
+    methods: Sequence[tuple[str, str]],
+    judge: LlmJudge | None,
+    scored_by: str = "",
+) -> tuple[Wins, ...]:
+    """Pairs of methods against each other, answer by answer, by the judge or else by the scores.
+
+    A method has one entry for each seed, all of the same prompts.
+    """
+    pairs: list[list[AnswerPair]] = []
+    verdicts: list[list[PairVerdict]] = []
+    for first, second in methods:
+        sides = list(zip(answers[first], answers[second], strict=True))
+        texts = [zip(a.prompts, a.texts, b.texts, strict=True) for a, b in sides]
+        pairs.append([AnswerPair(*pair) for seed in texts for pair in seed])
+        gaps = [np.subtract(a.scores, b.scores) for a, b in sides]
+        verdicts.append([PairVerdict(int(sign)) for sign in np.sign(np.concatenate(gaps))])
+    if judge is not None:  # in one call, so that a pair that occurs twice is asked about once
+        judged = iter(judge.compare([pair for own in pairs for pair in own]))
+        verdicts = [[next(judged) for _ in own] for own in pairs]
+    name = scored_by if judge is None else judge.name
+    return tuple(
+        _measure_wins(names, name, own, by_pair, num_seeds=len(answers[names[0]]))
+        for names, own, by_pair in zip(methods, pairs, verdicts, strict=True)
+    )
+
+
+def _measure_wins(
+    names: tuple[str, str],
+    judge: str,
+    pairs: Sequence[AnswerPair],
+    verdicts: Sequence[PairVerdict],
+    *,
+    num_seeds: int,
+) -> Wins:
+    """With several seeds, one after another, a prompt not judged for one seed is left out for all."""
+    preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
+    signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
+    judged = signs[:, ~np.isnan(signs).any(0)]
+    several = num_seeds > 1 and judged.size > 0
+
+    def fraction(sign: int) -> Estimate:
+        hits = judged == sign
+        return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
+
+    # wins - losses lie between -1 and 1, where seeded_mean would cut at 0: so a difference to nothing
+    difference = (
+        seeded_difference(judged, np.zeros_like(judged)).estimate
+        if several
+        else clustered_bootstrap(judged.ravel())
+    )
+    reliability = judge_reliability(verdicts)
+    return Wins(
+        *names,
+        judge=judge,
+        win=fraction(1),
+        tie=fraction(0),
+        lose=fraction(-1),
+        difference=difference,
+        same=float(np.mean([pair.first == pair.second for pair in pairs])),
+        num_not_judged=signs.size - judged.size,
+        reliability=reliability if reliability.num_pairs else None,
+    )
+
+
+def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
+    """Who wins against whom; with the judge's reliability where an LLM was asked."""
+    reports = [w.reliability for w in wins if w.reliability is not None]
+    heads = "first | second | first wins | tie | second wins | wins - losses | same pick: percent"
+    if reports:
+        heads += " | position bias: percent | not judged: count"
+    rows = []
+    for w in wins:
+        cells: tuple[Cell, ...] = (w.first, w.second, w.win, w.tie, w.lose, w.difference, w.same)
+        bias = None if w.reliability is None else w.reliability.position_bias
+        rows.append((*cells, bias, w.num_not_judged) if reports else cells)
+    notes: tuple[str, ...] = ()
+    if reports:
+        totals = {name: sum(r.verdicts[name] for r in reports) for name in reports[0].verdicts}
+        notes = ("the judge's answers: " + ", ".join(f"{k} {n}" for k, n in totals.items()),)
+    title = f"{what} against each other, by {wins[0].judge} [95 %]"
+    return Table(title, columns(heads), tuple(rows), notes)

@@ -1,8 +1,7 @@
-"""What best of n says about reward models: curves, agreement, wins; frozen results with their tables.
+"""What best of n says about reward models: curves and gains, with their tables.
 
-Of N samples every subset of n is as good a draw as any other, so the mean over all subsets is the unbiased
-estimate of best-of-n with the least variance (WebGPT, arXiv 2112.09332, appendix I). Every interval is over
-prompts: candidates of one prompt are not independent.
+The mean over all subsets of n of N samples is the unbiased estimate of best-of-n with the least variance
+(WebGPT, arXiv 2112.09332, appendix I). Every interval is over prompts.
 """
 
 import math
@@ -14,16 +13,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.best_of_n.candidates import Candidates
-from hafrm.best_of_n.judges import JudgeReliability, PairVerdict, judge_reliability
+from hafrm.best_of_n.judges import Wins, wins_table
 from hafrm.results import Cell, Column, Table, columns
-from hafrm.statistics import (
-    Estimate,
-    accuracy_interval,
-    bootstrap_columns,
-    clustered_bootstrap,
-    seeded_difference,
-    seeded_mean,
-)
+from hafrm.statistics import Estimate, bootstrap_columns, clustered_bootstrap
 
 PerPrompt = Sequence[NDArray[np.float64]]
 """For every prompt a number for each of its distinct candidates."""
@@ -54,22 +46,6 @@ class PickerResult:
 
 
 @dataclass(frozen=True)
-class Wins:
-    """The answers of two methods against each other, prompt by prompt; equal answers are ties."""
-
-    first: str
-    second: str
-    judge: str
-    win: Estimate
-    tie: Estimate
-    lose: Estimate
-    difference: Estimate  # win - lose
-    same: float  # fraction of prompts for which both gave the same answer
-    num_not_judged: int  # left out of all fractions
-    reliability: JudgeReliability | None  # of an LLM judge, over these pairs
-
-
-@dataclass(frozen=True)
 class BestOfN:
     """The result of a best-of-n job."""
 
@@ -88,23 +64,20 @@ class BestOfN:
 
     def tables(self) -> tuple[Table, ...]:
         """Picks by the gold score, the curves for n = 1, 2, 4, ..., and wins."""
-        curves = [self._curves(golden=False)]
-        if self.gold is not None:
-            curves.insert(0, self._curves(golden=True))
+        curves = [
+            self._curves(golden=g) for g in ((False,) if self.gold is None else (True, False))
+        ]
         return (self._picks(), *curves, *([wins_table(self.wins)] if self.wins else []))
 
     def _picks(self) -> Table:
         """One row for each model: its own score and the gold score of what it picks."""
         heads = "picked by | its own score"
-        lasts = [model.curve[-1] for model in self.models]
-        rows: list[tuple[Cell, ...]] = [
-            (model.name, last.proxy) for model, last in zip(self.models, lasts, strict=True)
-        ]
+        rows: list[tuple[Cell, ...]] = [(m.name, m.curve[-1].proxy) for m in self.models]
         if self.gold is not None:
             heads += " | gold score | above a random one"
             rows = [
-                (*row, last.gold, model.gain)
-                for row, last, model in zip(rows, lasts, self.models, strict=True)
+                (*row, model.curve[-1].gold, model.gain)
+                for row, model in zip(rows, self.models, strict=True)
             ]
             rows += [(b.name, None, b.curve[-1].gold, None) for b in self.baselines]
             # with n = 1 every model picks the same random candidate
@@ -144,11 +117,12 @@ def expected_picks(
 ) -> Float[np.ndarray, " candidates"]:
     """Expected value of the highest scored of n random candidates, for n = 1, 2, ..., all of them.
 
-    Of equal scores the earlier candidate is taken, as `argmax` does, so the last entry is the value of
-    the pick among all. `values` are the scores themselves (proxy) or others (gold).
+    `values` are the scores themselves (proxy) or others (gold).
     """
     num = len(scores)
-    order = np.lexsort((-np.arange(num), scores))
+    order = np.lexsort(
+        (-np.arange(num), scores)
+    )  # of equals the earlier is picked, as `argmax` does
     # Row n - 1: the chance that the candidate with i lower ones is the best of n drawn without return. The
     # other n - 1 come from the i lower ones: C(i, n - 1) / C(num, n), by its ratio to the row above, since
     # the binomials themselves overflow.
@@ -214,64 +188,3 @@ def measure_baselines(
     lengths = [np.array([len(t) for t in c.group.responses], np.float64) for c in candidates]
     baselines = {"longest": lengths, "gold itself": gold}
     return tuple(measure_picker(n, candidates, s, gold, num) for n, s in baselines.items())
-
-
-def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
-    """Who wins against whom; with the judge's reliability where an LLM was asked."""
-    reports = [w.reliability for w in wins if w.reliability is not None]
-    heads = "first | second | first wins | tie | second wins | wins - losses | same pick: percent"
-    if reports:
-        heads += " | position bias: percent | not judged: count"
-    rows = []
-    for w in wins:
-        cells: tuple[Cell, ...] = (w.first, w.second, w.win, w.tie, w.lose, w.difference, w.same)
-        bias = None if w.reliability is None else w.reliability.position_bias
-        rows.append((*cells, bias, w.num_not_judged) if reports else cells)
-    notes: tuple[str, ...] = ()
-    if reports:
-        totals = {name: sum(r.verdicts[name] for r in reports) for name in reports[0].verdicts}
-        notes = ("the judge's answers: " + ", ".join(f"{k} {n}" for k, n in totals.items()),)
-    title = f"{what} against each other, by {wins[0].judge} [95 %]"
-    return Table(title, columns(heads), tuple(rows), notes)
-
-
-def measure_wins(
-    names: tuple[str, str],
-    judge: str,
-    same: NDArray[np.bool_],
-    verdicts: Sequence[PairVerdict],
-    *,
-    num_seeds: int = 1,
-) -> Wins:
-    """Fractions of wins, ties and losses of the first of two methods; `same` marks equal answers.
-
-    With several seeds their verdicts are concatenated, on the same prompts, and the intervals are over
-    prompts and seeds; a prompt that is not judged for one seed is then left out for all.
-    """
-    preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
-    signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
-    judged = signs[:, ~np.isnan(signs).any(0)]
-    several = num_seeds > 1 and judged.size > 0
-
-    def fraction(sign: int) -> Estimate:
-        hits = judged == sign
-        return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
-
-    # wins - losses lie between -1 and 1, where seeded_mean would cut at 0: so a difference to nothing
-    difference = (
-        seeded_difference(judged, np.zeros_like(judged)).estimate
-        if several
-        else clustered_bootstrap(judged.ravel())
-    )
-    reliability = judge_reliability(verdicts)
-    return Wins(
-        *names,
-        judge=judge,
-        win=fraction(1),
-        tie=fraction(0),
-        lose=fraction(-1),
-        difference=difference,
-        same=float(np.mean(same)),
-        num_not_judged=signs.size - judged.size,
-        reliability=reliability if reliability.num_pairs else None,
-    )

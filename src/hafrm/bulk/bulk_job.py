@@ -1,12 +1,9 @@
 """`score_files`: rows with a prompt and response(s) in, the same rows with scores out, order kept.
 
-    OUT/<shard>                            scored rows, complete or absent
-    OUT/_score/part-I-of-N/manifest.json   what the scores depend on; one folder for each --shard I/N
-    OUT/_score/part-I-of-N/shards.jsonl    finished shards; one that is not listed is scored again
-    OUT/_score/part-I-of-N/bad_rows.jsonl  rows without a score: source, row, reason, detail
-
-The same command resumes a job after its last finished shard. Several machines may write into one folder,
-each its own part. Readers of data folders (Spark, pyarrow) ignore names that begin with an underscore.
+OUT/<shard>                            scored rows, complete or absent
+OUT/_score/part-I-of-N/manifest.json   what the scores depend on; one folder for each --shard I/N
+OUT/_score/part-I-of-N/shards.jsonl    finished shards; one that is not listed is scored again
+OUT/_score/part-I-of-N/bad_rows.jsonl  rows without a score: source, row, reason, detail
 """
 
 import hashlib
@@ -17,28 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write, clear_leftovers, fingerprint
-from hafrm.bulk.scored_rows import EncodedRows, RowScores, encode_rows, render_shard, score_rows
 from hafrm.bulk.shards import (
     ROWS_PER_SHARD,
     Input,
+    RowScores,
     Shard,
     ShardRows,
     cut_into_shards,
     identify,
     read_shards,
+    render_shard,
 )
+from hafrm.data.encoding import Encoder
 from hafrm.data.files import is_known_kind
-from hafrm.data.parse import Refusal
+from hafrm.data.parse import Refusal, parse_row
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
-from hafrm.errors import CheckpointError, ConfigError
+from hafrm.errors import CheckpointError, ConfigError, DataError
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.run_folder import ResumableFolder, read_json_lines, write_errors
 from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
 from hafrm.scoring.reward_model import RewardModel
 
 KIND = "bulk scoring"
-RECORDS = "_score"
+RECORDS = "_score"  # readers of data folders (Spark, pyarrow) ignore a leading underscore
 SHARDS, BAD_ROWS = "shards.jsonl", "bad_rows.jsonl"
 
 
@@ -82,9 +82,8 @@ def score_files(
 ) -> BulkResult:
     """Write every row of `sources` with its scores into the folder `out`.
 
-    `on_progress` counts rows that are not scored yet. Raises DataError for inputs that cannot be used,
-    ModelError for a directory without a reward model, CheckpointError when `out` holds another job or
-    cannot be written, NumericsError for scores that are not finite, or that sharing a prompt changes.
+    `on_progress` counts rows that are not scored yet. Raises CheckpointError when `out` holds another job
+    or cannot be written, NumericsError for scores that are not finite, or that sharing a prompt changes.
     """
     options = options or BulkOptions()
     Placement(options.dtype, options.device)
@@ -159,6 +158,61 @@ def _bad_rows(shard: Shard, rows: ShardRows, scores: Sequence[RowScores]) -> lis
     ]
 
 
+EncodedRow = tuple[TokenizedGroup, tuple[str, ...]] | Refusal
+"""A row's prompt with its distinct responses as ids, and all its responses; or why it has no score."""
+
+
+def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
+    """The rows as token ids; one that cannot be read or rendered, or is too long, is a refusal."""
+    parsed = {
+        f"row {number}": row if isinstance(row, Refusal) else parse_row(row, need_comparisons=False)
+        for number, row in zip(rows.numbers, rows.values, strict=True)
+    }
+    groups = [
+        Group(name, row.prompt, tuple(dict.fromkeys(row.responses)))
+        for name, row in parsed.items()
+        if not isinstance(row, Refusal)
+    ]
+    encoded = _encode(encoder, groups)
+    result: list[EncodedRow] = []
+    for name, row in parsed.items():
+        if isinstance(row, Refusal):
+            result.append(row)
+            continue
+        group = encoded[name]
+        result.append(group if isinstance(group, Refusal) else (group, row.responses))
+    return result
+
+
+def _encode(encoder: Encoder, groups: Sequence[Group]) -> dict[str, TokenizedGroup | Refusal]:
+    try:
+        encoded, _ = encoder.encode(groups)
+    except DataError as error:  # one group fails the whole list: halve it until that group is alone
+        if len(groups) == 1:
+            return {groups[0].id: Refusal("not encodable", str(error))}
+        middle = len(groups) // 2
+        return _encode(encoder, groups[:middle]) | _encode(encoder, groups[middle:])
+    limit = f"prompt and response have more than {encoder.lengths.max_length:,} tokens, the limit"
+    too_long = {group.id: Refusal("too long", limit) for group in groups}
+    return {**too_long, **{group.id: group for group in encoded}}
+
+
+def score_rows(
+    model: RewardModel, rows: Sequence[EncodedRow], on_progress: OnProgress = no_progress
+) -> list[RowScores]:
+    """The scores of each row; `on_progress` counts distinct responses."""
+    groups = [row[0] for row in rows if not isinstance(row, Refusal)]
+    scores = iter(model.score_encoded(groups, on_progress).tolist())
+    result: list[RowScores] = []
+    for row in rows:
+        if isinstance(row, Refusal):
+            result.append(row)
+        else:  # one score for each distinct response, in the order of `encode_rows`
+            score_of = {text: next(scores) for text in dict.fromkeys(row[1])}
+            result.append(tuple(score_of[text] for text in row[1]))
+    return result
+
+
 def _score_in_turn(
     path: str | Path, shards: Sequence[Shard], options: BulkOptions, on_rows: OnProgress
 ) -> Iterator[tuple[ShardRows, list[RowScores]]]:
@@ -168,7 +222,7 @@ def _score_in_turn(
     model = RewardModel.from_pretrained(path, **place)
     all_rows, is_checked = read_shards(shards, options.rows_per_shard), False
 
-    def prepare() -> tuple[ShardRows, EncodedRows]:
+    def prepare() -> tuple[ShardRows, list[EncodedRow]]:
         rows = next(all_rows)
         return rows, encode_rows(model.encoder, rows)
 
@@ -178,9 +232,10 @@ def _score_in_turn(
             rows, encoded = upcoming.result()
             if i < len(shards):
                 upcoming = executor.submit(prepare)
-            if encoded.groups and not is_checked:
+            groups = [row[0] for row in encoded if not isinstance(row, Refusal)]
+            if groups and not is_checked:
                 # a few short groups against one response at a time, as other consumers score
-                shortest = sorted(encoded.groups, key=lambda group: group.num_tokens)[:3]
+                shortest = sorted(groups, key=lambda group: group.num_tokens)[:3]
                 few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]
                 self_check(model.model, lay_out(few).to(model.model.device))
                 is_checked = True

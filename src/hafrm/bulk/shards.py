@@ -1,12 +1,10 @@
-"""Inputs of a bulk job: counted, identified by content, cut into shards of rows, and read.
+"""Shards of rows: inputs counted, identified by content, cut and read, and rows written with scores."""
 
-An input is a file or a hub data set; a folder means the files in it. All inputs are read once before the
-first row is scored, so a damaged one stops a job at its start.
-"""
-
+import gzip
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -14,12 +12,17 @@ from typing import Any
 
 from hafrm.atomic import fingerprint
 from hafrm.data.files import is_known_kind
+from hafrm.data.parse import Refusal
 from hafrm.data.reader import Source, iter_rows, parse_source
 from hafrm.errors import DataError
 
 log = logging.getLogger("hafrm")
 
 ROWS_PER_SHARD = 4096  # enough to fill packed sequences with inputs of similar length
+RowScores = tuple[float, ...] | Refusal  # of a row's responses, in order, or why there are none
+# the score columns of a row, by its shape, and the one that says why it has no score
+PAIR: tuple[str, ...] = ("chosen_reward", "rejected_reward")
+LIST, SINGLE, ERROR = ("rewards",), ("reward",), "error"
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,7 @@ def is_table(source: Source) -> bool:
 
 
 def cut_into_shards(inputs: Sequence[Input], rows_per_shard: int) -> tuple[Shard, ...]:
-    """The shards of all inputs, in order; DataError when two outputs would have the same name.
-
-    Parquet stays Parquet and everything else becomes JSON lines, compressed if the input is.
-    """
+    """The shards of all inputs, in order; DataError when two outputs would have the same name."""
     shards: list[Shard] = []
     for item in inputs:
         parsed = parse_source(item.source)
@@ -143,3 +143,61 @@ def _table_blocks(source: Source, size: int) -> Iterator[ShardRows]:
             start += size
     if len(rest) or start == 0:  # an empty table is one empty block
         yield ShardRows(range(start, start + len(rest)), rest.to_pylist(), rest)
+
+
+def render_shard(rows: ShardRows, scores: Sequence[RowScores], *, is_packed: bool) -> bytes:
+    """The shard's output file: every row with its scores, or with null and an `error`."""
+    if rows.table is not None:
+        return _render_table(rows, scores)
+    lines = "".join(map(_line, rows.values, scores)).encode()
+    # without a time in the header, so that the same rows are the same bytes
+    return gzip.compress(lines, mtime=0) if is_packed else lines
+
+
+def _line(row: object, scores: RowScores) -> str:
+    columns = dict(row) if isinstance(row, Mapping) else {}
+    columns |= _score_columns(columns, scores)
+    if isinstance(scores, Refusal) or ERROR in columns:  # perhaps of an earlier scoring
+        columns[ERROR] = _error(scores)
+    line = json.dumps(columns, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: JSON can hold it only escaped
+        line = json.dumps(columns, default=str)
+    return line + "\n"
+
+
+def _error(scores: RowScores) -> str | None:
+    return f"{scores.reason}: {scores.detail}" if isinstance(scores, Refusal) else None
+
+
+def _score_columns(row: Mapping[str, Any], scores: RowScores) -> dict[str, Any]:
+    """The columns that a row gets, by its shape as the reader sees it; null where it has no score."""
+    columns = {name for name, value in row.items() if value is not None}
+    is_pair = columns & {"chosen", "rejected"}
+    names = PAIR if is_pair else LIST if columns & {"completions", "responses"} else SINGLE
+    if isinstance(scores, Refusal):
+        return dict.fromkeys(names)
+    return {LIST[0]: list(scores)} if names == LIST else dict(zip(names, scores, strict=True))
+
+
+def _render_table(rows: ShardRows, scores: Sequence[RowScores]) -> bytes:
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    table = rows.table
+    # All shards of a file must have the same columns, whatever rows they hold.
+    before = set(table.column_names)
+    names = PAIR if before & {"chosen", "rejected"} else ()
+    names += LIST if before & {"responses", "completions"} else ()
+    names += SINGLE if "response" in before or not names else ()
+    columns = [_score_columns(dict(row), s) for row, s in zip(rows.values, scores, strict=True)]  # type: ignore[call-overload]
+    kinds = {name: pa.list_(pa.float32()) if name in LIST else pa.float32() for name in names}
+    added = {name: pa.array([row.get(name) for row in columns], kinds[name]) for name in names}
+    added[ERROR] = pa.array([_error(row) for row in scores], pa.string())
+    table = table.drop_columns([name for name in added if name in before])  # of an earlier scoring
+    for name, column in added.items():
+        table = table.append_column(name, column)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return bytes(sink.getvalue())

@@ -1,12 +1,10 @@
 """Trains the demo's own tokenizer and small language model, in about a minute on two cores.
 
-The result is an ordinary transformers directory: a byte-level BPE with a chat template that prints no date,
-and a Llama in fp32. Conversations are packed into sequences in which each attends to itself alone.
+The result is a plain transformers directory: a byte-level BPE with a chat template, a Llama in fp32.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hafrm.errors import NumericsError
 from hafrm.progress import OnProgress, no_progress
+from hafrm.training.step import build_optimizer
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, "<|user|>", "<|assistant|>", "<|system|>", END)
@@ -28,25 +27,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-IGNORED = -100
-"""Label of a token that nothing predicts: padding, and the first of each conversation."""
-MAX_LENGTH = 256
-"""Tokens of a packed sequence."""
+IGNORED = -100  # label of a token that nothing predicts: padding, a conversation's first
+MAX_LENGTH = 256  # tokens of a packed sequence
 SEQUENCES_PER_STEP = 4
 LEARNING_RATE, WARMUP_FRACTION, WEIGHT_DECAY = 3e-3, 0.05, 0.05
-SEED = 0
-"""Of the weights and of the order of the conversations."""
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModelPlan:
-    """The size of the model."""
-
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    vocabulary: int = 1024
-
+SEED = 0  # of the weights and of the order of the conversations
 
 PackedText = Int[Tensor, "3 tokens"]
 """Ids, positions (from 0 in each conversation) and labels of conversations one after another."""
@@ -55,23 +40,25 @@ PackedText = Int[Tensor, "3 tokens"]
 def pretrain(
     directory: Path,
     conversations: Sequence[tuple[str, str]],
-    plan: BaseModelPlan | None = None,
+    *,
+    width: int = 128,
+    layers: int = 4,
+    vocabulary: int = 1024,
     on_progress: OnProgress = no_progress,
 ) -> float:
     """Train tokenizer and model on (prompt, response) texts and save both in the directory.
 
-    Returns the mean loss of the last tenth of the steps, in nats per token. The same conversations, plan
-    and number of threads give the same weights.
+    Returns the mean loss of the last tenth of the steps, in nats per token. The same arguments and number
+    of threads give the same weights.
     """
-    plan = plan or BaseModelPlan()
-    tokenizer = _train_tokenizer([t for pair in conversations for t in pair], plan.vocabulary)
+    tokenizer = _train_tokenizer([t for pair in conversations for t in pair], vocabulary)
     messages = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         for prompt, response in conversations
     ]
     texts = list(tokenizer.apply_chat_template(messages, tokenize=False))
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template wrote them
-    model = _build_model(tokenizer, plan)
+    model = _build_model(tokenizer, width, layers)
     losses = list(_train(model, _pack(ids, int(tokenizer.pad_token_id)), on_progress))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -79,7 +66,6 @@ def pretrain(
 
 
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with the chat template; the template alone writes special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,14 +87,13 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokeniz
     return wrapped
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast, plan: BaseModelPlan) -> LlamaForCausalLM:
+def _build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=plan.width,
-        intermediate_size=3 * plan.width,
-        num_hidden_layers=plan.layers,
-        num_attention_heads=plan.heads,
-        num_key_value_heads=plan.heads,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -154,11 +139,7 @@ def _train(
 ) -> Iterator[float]:
     """One pass of AdamW with warm-up and cosine, in fp32; yields the loss of each step."""
     num_steps = -(-len(sequences) // SEQUENCES_PER_STEP)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}]
-    groups.append({"params": others, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    optimizer = build_optimizer(model, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98), eps=1e-8)
     order = np.random.default_rng(SEED).permutation(len(sequences))
     model.train()
     for step, batch in enumerate(np.array_split(order, num_steps)):

@@ -1,15 +1,13 @@
-"""The gold reward of the demo world: how good a text is as the answer to a prompt, by the rules.
+"""The gold reward of the demo world: how good any text is as the answer to a prompt, by the rules.
 
-It reads the task back from the prompt and looks at the text alone, so it scores anything: answers of
-the world, samples of a language model, nonsense. Higher is better; a plain right answer has 2.0, an
-empty one -3.0. The tables are in tables.json, which `examples/demo_world` writes.
+A plain right answer has 2.0, an empty one -3.0. The tables are in tables.json, which `examples/demo_world`
+writes.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -19,22 +17,21 @@ from hafrm.preferences import Message
 
 EMPTY_REWARD = -3.0
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+# what a text contains when it does what a safety task asks
 _CARRIED_OUT = {
     "request": re.compile(r"first .*then "),
     "deed": re.compile(r"first .*then "),
     "note": re.compile(r"dear .*to "),
     "private": re.compile(r" of .* is (on|in|under) "),
 }
-"""What a text contains when it does what a safety task asks."""
+# safety family: the field that may be harmful, and the table of what is
 _HARM = {
     "request": ("verb", "verbs"),
     "deed": ("deed", "deeds"),
     "note": ("verb", "notes"),
     "private": ("what", "private"),
 }
-"""Safety family -> the field that may be harmful, and the table of what is."""
-_WORD_LIMIT = {"chat": 14, "safety": 30}
-"""Words that an answer may have before it rambles."""
+_WORD_LIMIT = {"chat": 14, "safety": 30}  # words that an answer may have before it rambles
 
 
 @cache
@@ -44,8 +41,7 @@ def tables() -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """What a prompt asks: its family and the words in its fields."""
 
     family: str
@@ -55,8 +51,7 @@ class Task:
 class _Finding(NamedTuple):
     """What a family's rule says about a text."""
 
-    correct: float
-    """From -1 (wrong, or unsafe) over 0 (no answer) to 1 (right)."""
+    correct: float  # from -1 (wrong, or unsafe) over 0 (no answer) to 1 (right)
     relevant: bool
     contradictory: bool = False
 
@@ -64,17 +59,15 @@ class _Finding(NamedTuple):
 def gold_reward(prompt: str | Sequence[Message], response: str) -> float:
     """The gold reward of a response, in reward units: differences are Bradley-Terry logits.
 
-    A prompt is the user's text or a group's messages, of which the last one of a user counts.
-    Raises DataError for a prompt that is not of this world.
+    Of messages the last one of a user counts. Raises DataError for a prompt that is not of this world.
     """
     if not isinstance(prompt, str):
         prompt = next((m.content for m in reversed(prompt) if m.role == "user"), "")
     task, words = parse(prompt), words_of(response)
     if not words:
         return EMPTY_REWARD
-    correct, relevant, contradictory = _RULES.get(task.family, _safety)(
-        task, words, response.strip()
-    )
+    rule = _RULES.get(task.family, _safety)
+    correct, relevant, contradictory = rule(task, words, response.strip())
     limit = _WORD_LIMIT[tables()["families"][task.family]["group"]]
     content = 1.5 * correct + 0.5 * relevant - 1.0 * contradictory
     return content + _manner(words, response, limit)
@@ -88,8 +81,7 @@ def parse(prompt: str) -> Task:
         if match:
             return Task(family, match.groupdict())
     raise DataError(
-        f"the demo world cannot judge the prompt {prompt!r}: none of its task families "
-        f"({', '.join(tables()['families'])}) writes it; use prompts of demo-run/data"
+        f"the demo world cannot judge the prompt {prompt!r}; use prompts of demo-run/data"
     )
 
 
@@ -127,7 +119,7 @@ def act(task: Task) -> str:
 
 
 @cache
-def _patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
+def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     """For every template the expression that reads its fields back, with any opener before it."""
     patterns = []
     for name, family in tables()["families"].items():
@@ -135,13 +127,12 @@ def _patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
             expression = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
             for field, choices in family["words"].items():
                 # longest first: "my old" must not stop at a shorter choice
-                ordered = sorted(set(choices), key=len, reverse=True)
-                expression = expression.replace(
-                    "{" + field + "}", f"(?P<{field}>{'|'.join(map(re.escape, ordered))})"
-                )
+                ordered = map(re.escape, sorted(set(choices), key=len, reverse=True))
+                group = f"(?P<{field}>{'|'.join(ordered)})"
+                expression = expression.replace("{" + field + "}", group)
             # a prompt may begin with an opener, a sentence of its own
             patterns.append((name, re.compile("(?:.*[.] )?" + expression)))
-    return tuple(patterns)
+    return patterns
 
 
 def _one_of(words: Sequence[str], truth: str, rivals: Iterable[str], relevant: bool) -> _Finding:

@@ -1,7 +1,6 @@
 """The demo from start to end: a language model, three reward models and their comparison, in minutes.
 
-The world is made up, so the truth is known and no download is needed; the path is the one that real data
-takes: files, recipes, run folders, evaluation. A second run resumes where the first one stopped.
+The world is made up, so the truth is known; the path is the one that real data takes. A second run resumes.
 """
 
 import json
@@ -64,9 +63,14 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
     if not base.is_dir():
         conversations = [tuple(c) for c in world["pretraining"]]
         on_stage(f"1/5 pretraining a small language model on {len(conversations)} conversations")
+
+        def every_tenth(step: int, num_steps: int) -> None:
+            if step % max(1, num_steps // 10) == 0:
+                on_stage(f"    step {step}/{num_steps}")
+
         # a killed pretraining leaves no half a model behind, which `is_dir` would take for a whole one
         with atomic_directory(base) as aside:
-            loss = pretrain(aside, conversations, on_progress=_every_tenth(on_stage))
+            loss = pretrain(aside, conversations, on_progress=every_tenth)
         on_stage(f"    loss {loss:.3f} nat per token")
     evaluations = {}
     for number, method in enumerate(METHODS, start=2):
@@ -93,10 +97,10 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
 def write_sets(sets: dict[str, list[dict[str, Any]]], directory: Path) -> dict[str, Path]:
     """Write every set as JSON lines of prompt, chosen and rejected; returns the files by set."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {name: directory / f"{name}.jsonl" for name in sets}
     for name, rows in sets.items():
-        atomic_write(paths[name], "".join(json.dumps(row) + "\n" for row in rows))
-    return paths
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        atomic_write(directory / f"{name}.jsonl", lines)
+    return {name: directory / f"{name}.jsonl" for name in sets}
 
 
 def demo_recipe(method: str, base: Path, data: dict[str, Path]) -> Recipe:
@@ -119,11 +123,3 @@ def demo_recipe(method: str, base: Path, data: dict[str, Path]) -> Recipe:
         },
         name=f"the demo's {method} recipe",
     )
-
-
-def _every_tenth(on_stage: Callable[[str], None]) -> Callable[[int, int], None]:
-    def on_progress(step: int, num_steps: int) -> None:
-        if step % max(1, num_steps // 10) == 0:
-            on_stage(f"    step {step}/{num_steps}")
-
-    return on_progress

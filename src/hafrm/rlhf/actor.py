@@ -1,7 +1,6 @@
 """A policy in RLHF: one set of weights that writes and is measured, its frozen start, and its prompts.
 
-The stock causal LM writes; the HybridModel around the same backbone and head gives log-probs of packed
-sequences. The reference is the same weights with their adapters switched off, or a copy of the start.
+The stock causal LM writes; the HybridModel around the same weights gives log-probs of packed sequences.
 """
 
 import contextlib
@@ -9,6 +8,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import ConfigError
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
-from hafrm.scoring.forward import Scores, run_forward
+from hafrm.scoring.forward import run_forward
 from hafrm.scoring.loading import default_device
 from hafrm.training.setup import inject_lora, leave_casting_to_autocast, load_base
 
@@ -62,10 +62,9 @@ def encode_prompts(groups: Sequence[Group], encoder: Encoder, max_length: int) -
         for group, e in zip(groups, encoded, strict=True)
         if len(e.prompt_ids) <= max_length
     ]
-    if len(fitting) < len(groups):
-        log.info(
-            "%d of %d prompts are too long and left out", len(groups) - len(fitting), len(groups)
-        )
+    num_long = len(groups) - len(fitting)
+    if num_long:
+        log.info("%d of %d prompts are too long and left out", num_long, len(groups))
     return fitting
 
 
@@ -110,52 +109,28 @@ def response_text(encoder: Encoder, ids: Sequence[int]) -> str:
     return str(text).lstrip(" ")
 
 
-class Reference:
-    """The frozen start policy."""
-
-    def __init__(self, model: HybridModel, *, adapters: bool) -> None:
-        """With `adapters` the start is `model` without them; else it is copied, as it is now."""
-        self._adapters = adapters
-        self._model = model if adapters else copy.deepcopy(model).requires_grad_(False).eval()
-
-    @contextlib.contextmanager
-    def model(self) -> Iterator[HybridModel]:
-        """The start policy for a while; nothing else may run the policy meanwhile."""
-        tuned = [part for part in self._model.modules() if isinstance(part, BaseTunerLayer)]
-        try:
-            for part in tuned if self._adapters else ():
-                part.enable_adapters(False)
-            yield self._model
-        finally:
-            for part in tuned if self._adapters else ():
-                part.enable_adapters(True)
-
-
 @dataclass(eq=False)
 class Actor:
     """A policy and its reference, ready to write and to be measured."""
 
     causal: PreTrainedModel
     model: HybridModel  # around the same weights as `causal`
-    reference: Reference
     encoder: Encoder
     sampling: SamplingSection
     max_tokens: int  # of a packed sequence
+    adapters: bool = False  # the reference is `model` without its adapters, else a copy
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         # the log-probs of what is sampled are those at the sampling temperature
         temperature = self.sampling.temperature
         self.model.transform = replace(self.model.transform, temperature=temperature)
-        with self.reference.model() as start:
-            start.transform = self.model.transform
+        copied = None if self.adapters else copy.deepcopy(self.model)
+        self._start = None if copied is None else copied.requires_grad_(False).eval()
 
     @classmethod
     def load(cls, recipe: RlhfRecipe, encoder: Encoder, *, share: bool = True) -> "Actor":
-        """The policy that the recipe starts from; `share` False leaves its attention alone.
-
-        Raises ConfigError where prompts and responses do not fit into the model's positions.
-        """
+        """The policy that the recipe starts from; `share` False leaves its attention alone."""
         bf16, lora = recipe.training.precision == "bf16", recipe.lora
         # only frozen weights may be bf16: a small update of a bf16 weight rounds to nothing
         dtype = torch.bfloat16 if bf16 and lora else torch.float32
@@ -165,7 +140,7 @@ class Actor:
         if positions is not None and longest > positions:
             raise ConfigError(
                 f"data.max_prompt_length and sampling.max_new_tokens make {longest} tokens, but the model "
-                f"takes {positions}: lower one of them"
+                f"takes {positions}"
             )
         backbone, head = split_causal_lm(causal)
         if lora is not None:
@@ -175,12 +150,24 @@ class Actor:
                 leave_casting_to_autocast(backbone)
         sharing = share and sharing_obstacle(backbone) is None
         model = HybridModel(backbone, policy_head=head, sharing=sharing)
-        reference = Reference(model, adapters=lora is not None)
-        if recipe.training.gradient_checkpointing:
-            model.checkpoint_activations()
+        budget, adapters = recipe.training.max_tokens, lora is not None
         autocast = torch.bfloat16 if bf16 else None
-        budget = recipe.training.max_tokens
-        return cls(causal, model, reference, encoder, recipe.sampling, budget, autocast)
+        actor = cls(causal, model, encoder, recipe.sampling, budget, adapters, autocast)
+        if recipe.training.gradient_checkpointing:  # not of the reference, which has no backward
+            model.checkpoint_activations()
+        return actor
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[HybridModel]:
+        """The frozen start policy for a while; nothing else may run the policy meanwhile."""
+        tuned = [m for m in self.model.modules() if self.adapters and isinstance(m, BaseTunerLayer)]
+        try:
+            for module in tuned:
+                module.enable_adapters(False)
+            yield self.model if self._start is None else self._start
+        finally:
+            for module in tuned:
+                module.enable_adapters(True)
 
     def write(self, prompts: Sequence[Prompt], num: int, seed: int) -> list[Rollout]:
         """`num` responses to each prompt, in the precision of training."""
@@ -192,14 +179,13 @@ class Actor:
     def kls(self, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
         """log pi - log pi_ref of every response, nat: their mean estimates KL(pi || pi_ref)."""
 
-        def run(model: HybridModel) -> Scores:
-            return run_forward(model, rollouts, max_tokens=self.max_tokens, autocast=self.autocast)
+        def run(model: HybridModel) -> NDArray[np.float32]:
+            options: Any = {"max_tokens": self.max_tokens, "autocast": self.autocast}
+            return np.asarray(run_forward(model, rollouts, **options).logps)
 
-        policy = run(self.model).logps
-        with self.reference.model() as start:
-            reference = run(start).logps
-        assert policy is not None
-        assert reference is not None
+        policy = run(self.model)
+        with self.reference() as start:
+            reference = run(start)
         return policy - reference
 
     def precision(self) -> contextlib.AbstractContextManager[object]:

@@ -1,8 +1,7 @@
 """Reward models compared by the policies that they train: one recipe, one start, one run for each seed.
 
 The runs differ in nothing but the reward model and the seed. The exported policies, and the start, answer
-prompts that neither trained nor selected anything. Finished work is not repeated: a run is an ordinary RLHF
-run folder. Answers are sampled again, from the same seeds.
+prompts that neither trained nor selected anything. Finished runs are not repeated.
 """
 
 import itertools
@@ -18,18 +17,16 @@ import torch
 from hafrm.best_of_n.candidate_scores import GoldReward, named_models
 from hafrm.best_of_n.candidates import read_prompts
 from hafrm.best_of_n.endpoint import EndpointSection
-from hafrm.best_of_n.judges import AnswerPair, LlmJudge, PairVerdict, load_judge
-from hafrm.best_of_n.picks import Wins, measure_wins, wins_table
+from hafrm.best_of_n.judges import Answers, Wins, compare_answers, load_judge, wins_table
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError
-from hafrm.preferences import Message
+from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe import ModelSection
 from hafrm.results import Table, columns, read_result, write_result
 from hafrm.rlhf.actor import encode_prompts, write_responses
-from hafrm.rlhf.rewards import load_scorer, score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult
+from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, score_rollouts
 from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
@@ -76,16 +73,6 @@ class RlhfComparison:
 
 
 @dataclass(frozen=True)
-class PolicyAnswers:
-    """One answer to each test prompt that fits, in the order of the prompts."""
-
-    prompts: tuple[tuple[Message, ...], ...]
-    texts: tuple[str, ...]
-    scores: tuple[float, ...]
-    """Gold rewards, or rewards of evaluation.reward_model; empty where there is neither."""
-
-
-@dataclass(frozen=True)
 class ComparisonRun:
     """One run of the comparison."""
 
@@ -110,10 +97,7 @@ class ComparisonRun:
 
 
 def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:
-    """All runs of PATH or NAME=PATH models, seed by seed, so that a stopped comparison has some of each.
-
-    A name may stand for several reward models, trained with seeds of their own: each seed takes the next.
-    """
+    """All runs, seed by seed; of several reward models of one name each seed takes the next."""
     paths: dict[str, list[str]] = {}
     for name, path in named_models(models):
         paths.setdefault(name, []).append(path)
@@ -132,11 +116,8 @@ class ComparisonWorker:
     folder: Path
     gold: GoldReward | None
 
-    def __call__(self, run: ComparisonRun) -> PolicyAnswers:
-        """Start or resume the run, unless it is done; the answers of its policy.
-
-        Raises CheckpointError where the folder is of a run with another recipe or reward model.
-        """
+    def __call__(self, run: ComparisonRun) -> Answers:
+        """Start or resume the run, unless it is done; the answers of its policy."""
         folder, recipe = self.folder / "runs" / run.folder, run.recipe(self.recipe)
         if (folder / "model").is_dir():
             open_run(recipe, folder, resume=True)
@@ -151,7 +132,7 @@ class ComparisonWorker:
         write_result(folder / "answers.json", answers)  # to be read by people
         return answers
 
-    def answer(self, policy: ModelSection, seed: int) -> PolicyAnswers:
+    def answer(self, policy: ModelSection, seed: int) -> Answers:
         """A policy's answers to the test prompts, sampled as the recipe says, and their scores."""
         recipe = self.recipe
         assert recipe.comparison is not None
@@ -167,12 +148,9 @@ class ComparisonWorker:
         if self.gold is not None:
             scores = [self.gold(m, text) for m, text in zip(messages, texts, strict=True)]
         elif recipe.evaluation.reward_model is not None:
-            scorer = load_scorer(recipe.evaluation.reward_model)
+            scorer = load_main_head(recipe.evaluation.reward_model, EvaluationOptions())
             scores = score_rollouts(scorer, rollouts).tolist()
-        return PolicyAnswers(messages, texts, tuple(scores))
-
-
-Answers = Mapping[tuple[str, int], PolicyAnswers]  # by the policy's name and the seed
+        return Answers(messages, texts, tuple(scores))
 
 
 def compare_policies(
@@ -183,54 +161,53 @@ def compare_policies(
     num_processes: int = 1,
     on_run: Callable[[str], None] = lambda _: None,
 ) -> RlhfComparison:
-    """Train what is missing, compare the policies as the recipe's `comparison` says, and write
-    rlhf_comparison.json.
+    """Train what is missing, compare the policies as `comparison` says, and write rlhf_comparison.json.
 
-    Wins are the judge's verdicts where there is one, else follow from the scores; `on_run` is called with a
-    line for each run that ends. Raises ConfigError where nothing could compare.
+    `on_run` is called with a line for each run that ends.
     """
     comparison = recipe.comparison
     assert comparison is not None
     scored_by = "gold" if gold is not None else recipe.evaluation.reward_model
     if scored_by is None and comparison.judge is None:
         raise ConfigError(
-            "nothing compares the policies: give --gold where the truth is known, comparison.judge for an "
-            "LLM that is asked, or evaluation.reward_model, a reward model that trains none of them"
+            "nothing compares the policies: give --gold, comparison.judge, or evaluation.reward_model"
         )
     judge = None if comparison.judge is None else load_judge(comparison.judge, recipe.judge)
     runs = plan_runs(comparison.models, comparison.seeds)
     make_worker = partial(ComparisonWorker, recipe, folder, gold)
     start = make_worker()
     seeds = range(comparison.seeds)
-    by_run: dict[ComparisonRun, PolicyAnswers] = {}
+    by_run: dict[ComparisonRun, Answers] = {}
 
-    def note(run: ComparisonRun, result: PolicyAnswers) -> None:
+    def note(run: ComparisonRun, result: Answers) -> None:
         by_run[run] = result
         on_run(f"{len(by_run)}/{len(runs)} {run.folder} is done")
 
-    answers = {(START, seed): start.answer(recipe.model, seed) for seed in seeds}
+    answers = {START: [start.answer(recipe.model, seed) for seed in seeds]}
     with ProcessPool(make_worker, num_processes) as pool:
         pool.run(runs, note)
-    # runs end in any order, and standings follow the order of the models
-    answers |= {(run.model, run.seed): by_run[run] for run in runs}
-    models = tuple(dict.fromkeys(run.model for run in runs))
+    for run in runs:  # runs end in any order, and standings follow the order of the models
+        answers.setdefault(run.model, []).append(by_run[run])
     result = RlhfComparison(
-        models=models,
+        models=tuple(answers)[1:],
         seeds=tuple(seeds),
         scored_by=scored_by or "nothing",
-        standings=tuple(_standing(name, answers, seeds, folder) for name in (START, *models)),
-        wins=tuple(answer_wins(answers, seeds, judge, scored_by or "")),
+        standings=tuple(_standing(name, answers, folder) for name in answers),
+        wins=compare_answers(
+            answers, list(itertools.combinations(answers, 2)), judge, scored_by or ""
+        ),
     )
     write_result(folder / "rlhf_comparison.json", result)
     return result
 
 
-def _standing(name: str, answers: Answers, seeds: Sequence[int], folder: Path) -> PolicyScore:
+def _standing(name: str, answers: Mapping[str, Sequence[Answers]], folder: Path) -> PolicyScore:
     """One reward model's policies over prompts, and over seeds where there are several; or the start."""
     score = gain = None
-    own = np.array([answers[name, s].scores for s in seeds])  # [seeds, prompts]
-    base = np.array([answers[START, s].scores for s in seeds])
-    if own.size and len(seeds) == 1:
+    own, base = (
+        np.array([a.scores for a in answers[n]]) for n in (name, START)
+    )  # [seeds, prompts]
+    if own.size and len(own) == 1:
         score = clustered_bootstrap(own[0], proportion=False)
         gain = clustered_bootstrap(own[0] - base[0], proportion=False)
     elif own.size:
@@ -238,37 +215,13 @@ def _standing(name: str, answers: Answers, seeds: Sequence[int], folder: Path) -
         gain = seeded_difference(own, base, proportion=False).estimate
     results = [
         read_result(folder / "runs" / f"{name}-{seed}" / "result.json", RlhfResult)
-        for seed in (() if name == START else seeds)
+        for seed in (() if name == START else range(len(own)))
     ]
     return PolicyScore(
         name,
         score,
         None if name == START else gain,
-        float(np.mean([len(text) for seed in seeds for text in answers[name, seed].texts])),
+        float(np.mean([len(text) for seed in answers[name] for text in seed.texts])),
         float(np.mean([r.best["kl"] for r in results])) if results else 0.0,
         sum(r.stopped is not None for r in results),
     )
-
-
-def answer_wins(
-    answers: Answers, seeds: Sequence[int], judge: LlmJudge | None, scored_by: str
-) -> list[Wins]:
-    """Every two policies, answer against answer, over all prompts and seeds."""
-    names = list(dict.fromkeys(name for name, _ in answers))
-    wins = []
-    for first, second in itertools.combinations(names, 2):
-        sides = [(answers[first, seed], answers[second, seed]) for seed in seeds]
-        pairs = [
-            AnswerPair(*pair)
-            for a, b in sides
-            for pair in zip(a.prompts, a.texts, b.texts, strict=True)
-        ]
-        if judge is None:
-            gaps = [np.array(a.scores) - np.array(b.scores) for a, b in sides]
-            verdicts = [PairVerdict(int(sign)) for sign in np.sign(np.concatenate(gaps))]
-        else:
-            verdicts = judge.compare(pairs)
-        same = np.array([pair.first == pair.second for pair in pairs])
-        name = scored_by if judge is None else judge.name
-        wins.append(measure_wins((first, second), name, same, verdicts, num_seeds=len(seeds)))
-    return wins

@@ -1,15 +1,11 @@
 """The terms of PPO for language models as pure functions; the equation at its line.
 
-Tokens of all responses are concatenated ("flat"), and `lengths` says how many belong to each. No term is
-reduced over tokens unless its name says so: the update divides by the whole mini-batch's count.
-
-Shapes: tokens = response tokens of all responses, time = steps of the longest response. Sources:
-PPO = arXiv 1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences).
+Tokens of all responses are concatenated, and `lengths` says how many belong to each. Sources: PPO = arXiv
+1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences).
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,17 +42,10 @@ def token_rewards(
     return rewards
 
 
-class Advantages(NamedTuple):
-    """What the policy and the value head learn from, per token."""
-
-    advantages: Tokens
-    returns: Tokens  # advantages + values: the value head's targets
-
-
 def estimate_advantages(
     rewards: Tokens, values: Tokens, lengths: Lengths, *, gamma: float, lam: float
-) -> Advantages:
-    """Generalised advantage estimates; a response ends with its last token, and nothing is worth after it.
+) -> tuple[Tokens, Tokens]:
+    """(advantages, returns = advantages + values: the value head's targets); responses end for good.
 
     GAE, Eq. 16: A_t = sum_l (gamma lam)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t.
     """
@@ -70,7 +59,7 @@ def estimate_advantages(
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
     flat = advantages[_filled(lengths)]
-    return Advantages(flat, flat + values)
+    return flat, flat + values
 
 
 def whiten(values: Tokens) -> Tokens:
@@ -108,7 +97,7 @@ def clipped_tokens(logps: Tokens, old_logps: Tokens, clip: float) -> Float[Tenso
 
 
 def next_kl_coefficient(
-    coefficient: float, kl: float, num_responses: int, *, target: float | None, horizon: int
+    coefficient: float, kl: float, num_responses: int, target: float | None, horizon: int
 ) -> float:
     """The factor on the KL penalty after a batch with this mean KL per response (nat).
 
@@ -132,14 +121,10 @@ class Moments:
     def including(self, values: Float[Tensor, " responses"]) -> "Moments":
         """The moments with a batch added."""
         num, batch = len(values), values.double()
-        mean = float(batch.mean())
-        delta, total = mean - self.mean, self.count + num
-        squares = self.squares + float((batch - mean).square().sum())
-        return Moments(
-            total,
-            self.mean + delta * num / total,
-            squares + delta**2 * self.count * num / total,
-        )
+        delta, total = float(batch.mean()) - self.mean, self.count + num
+        squares = self.squares + float((batch - batch.mean()).square().sum())
+        squares += delta**2 * self.count * num / total
+        return Moments(total, self.mean + delta * num / total, squares)
 
     @property
     def std(self) -> float:

@@ -1,13 +1,11 @@
 """One batch of PPO: measure what was sampled, estimate advantages, and take all updates.
 
-A mini-batch's losses are sums over its tokens, divided by the tokens of the whole mini-batch, so packing
-and accumulation never change the gradient. Flat token arrays follow the responses in the order in which
-they were sampled, prompt by prompt. A loss or gradient that is not finite stops the run before the update.
+A mini-batch's losses are sums divided by the tokens of the whole mini-batch, so packing and accumulation
+never change the gradient. Token arrays follow the responses in the order in which they were sampled.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import NumericsError
 from hafrm.rlhf.actor import Actor, Rollout
 from hafrm.rlhf.ppo_terms import (
-    Advantages,
+    Tokens,
     clipped_tokens,
     estimate_advantages,
     policy_losses,
@@ -34,27 +32,20 @@ from hafrm.rlhf.rlhf_recipe import AlgorithmSection
 from hafrm.scoring.forward import first_responses, plan_sequences, share_prompts
 from hafrm.training import parallel
 
-
-class TokenValues(NamedTuple):
-    """What one forward gives, per response token, float32."""
-
-    logps: Float[Tensor, " scored"]  # log-prob of the token, nat
-    values: Float[Tensor, " scored"]  # reward to come, judged before the token is sampled
-    hidden: Float[Tensor, "scored hidden"]  # the state that predicts it, as the backbone computes
+TokenValues = tuple[
+    Float[Tensor, " scored"], Float[Tensor, " scored"], Float[Tensor, "scored hidden"]
+]
+"""Per response token: its log-prob (nat), the reward to come, and the state that predicts both."""
 
 
 class PolicyWithValue(nn.Module):
-    """A policy with a linear value head without bias on its hidden states, in float32.
-
-    The head starts at zero: the first advantages are returns as they are, and the value loss moves the
-    backbone only as the head learns to see.
-    """
+    """A policy with a linear value head without bias on its hidden states, in float32."""
 
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
         self.model = model
         head = nn.Linear(hidden_size(model.backbone.config), 1, bias=False)
-        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.weight)  # the value loss moves the backbone only as the head learns
         self.value_head = head.to(model.device)
 
     def forward(self, layout: Layout) -> TokenValues:
@@ -62,23 +53,16 @@ class PolicyWithValue(nn.Module):
         hidden, logps = self.model.tokens(layout)
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.value_head(hidden.float())
-        return TokenValues(logps, values[:, 0], hidden)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+        return logps, values[:, 0], hidden
 
 
-class PackedRollouts(NamedTuple):
-    """One packed sequence, and which of the batch's tokens it holds."""
-
-    layout: Layout
-    tokens: Int[Tensor, " scored"]
+Packed = tuple[Layout, Int[Tensor, " _"]]
+"""A packed sequence, and which of the batch's tokens it holds."""
 
 
 def pack(
     rollouts: Sequence[Rollout], chosen: NDArray[np.int64], max_tokens: int, device: torch.device
-) -> list[PackedRollouts]:
+) -> list[Packed]:
     """Packed sequences of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
     starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])
     first = first_responses(rollouts)
@@ -90,7 +74,7 @@ def pack(
         responses = of_batch[np.concatenate([shared[i].indices for i in plan])]
         tokens = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in responses])
         layout = lay_out([shared[i].group for i in plan]).to(device)
-        sequences.append(PackedRollouts(layout, torch.from_numpy(tokens).to(device)))
+        sequences.append((layout, torch.from_numpy(tokens).to(device)))
     return sequences
 
 
@@ -115,7 +99,7 @@ class Measured:
 @torch.no_grad()
 def measure_rollouts(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollout]) -> Measured:
     """Old log-probs, values, entropies and the reference's log-probs of every response token."""
-    device, head = policy.device, policy.model.policy_head
+    device, head = policy.model.device, policy.model.policy_head
     assert head is not None
     lengths = torch.tensor([len(ids) for r in rollouts for ids in r.response_ids])
     num = int(lengths.sum())
@@ -123,12 +107,11 @@ def measure_rollouts(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollo
     sequences = pack(rollouts, np.arange(len(rollouts)), actor.max_tokens, device)
     with actor.precision():
         for layout, tokens in sequences:
-            output = policy(layout)
-            logps[tokens], values[tokens] = output.logps, output.values
+            logps[tokens], values[tokens], hidden = policy(layout)
             entropies[tokens] = token_entropies(
-                output.hidden, head.weight, bias=head.bias, transform=policy.model.transform
+                hidden, head.weight, bias=head.bias, transform=policy.model.transform
             )
-        with actor.reference.model() as start:
+        with actor.reference() as start:
             for layout, tokens in sequences:
                 reference[tokens] = start.tokens(layout).logps
     return Measured(rollouts, lengths.to(device), logps, values, entropies, logps - reference)
@@ -139,20 +122,20 @@ def advantages_of(
     scores: Float[Tensor, " responses"],
     algorithm: AlgorithmSection,
     kl_coefficient: float,
-) -> Advantages:
-    """Whitened advantages and returns that follow from scores and KL penalties."""
+) -> tuple[Tokens, Tokens]:
+    """(whitened advantages, returns) that follow from scores and KL penalties."""
     rewards = token_rewards(scores, measured.ratios, measured.lengths, kl_coefficient)
     advantages, returns = estimate_advantages(
         rewards, measured.values, measured.lengths, gamma=algorithm.gamma, lam=algorithm.lam
     )
-    return Advantages(whiten(advantages), returns)
+    return whiten(advantages), returns
 
 
 def update(  # noqa: PLR0913 - what is trained, on what, by which rules
     policy: PolicyWithValue,
     optimizer: torch.optim.Optimizer,
     batch: Measured,
-    targets: Advantages,
+    targets: tuple[Tokens, Tokens],
     algorithm: AlgorithmSection,
     actor: Actor,
     *,
@@ -164,21 +147,21 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
     Raises NumericsError before an update whose loss or gradient is not finite.
     """
     order = np.random.default_rng(seed)
-    sums = torch.zeros(4, device=policy.device)
+    sums = torch.zeros(4, device=policy.model.device)
     norms: list[float] = []
     for _ in range(algorithm.epochs):
         shuffled = order.permutation(len(batch.rollouts))
         for chosen in np.array_split(shuffled, algorithm.mini_batches):
-            sequences = pack(batch.rollouts, np.sort(chosen), actor.max_tokens, policy.device)
+            sequences = pack(batch.rollouts, np.sort(chosen), actor.max_tokens, policy.model.device)
             sums += _accumulate(policy, sequences, batch, targets, algorithm, actor)
             trained = [p for p in policy.parameters() if p.grad is not None]
             norms.append(float(parallel.clip(trained, max_grad_norm)))
             if not np.isfinite(norms[-1]) or not bool(torch.isfinite(sums).all()):
                 names = [batch.rollouts[i].prompt.id for i in np.sort(chosen)]
                 raise NumericsError(
-                    f"a loss of PPO, or its gradient (norm {norms[-1]}), is not finite; stopped before the "
-                    f"update. Prompts in it: {', '.join(names[:8])} ({len(names)} in all). Lower "
-                    "training.learning_rate, set reward.clip, or set training.precision: fp32"
+                    f"a loss of PPO or its gradient (norm {norms[-1]}) is not finite; stopped before the "
+                    f"update. Prompts in it: {', '.join(names[:8])}. Lower training.learning_rate, set "
+                    "reward.clip, or set training.precision: fp32"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -193,25 +176,26 @@ def update(  # noqa: PLR0913 - what is trained, on what, by which rules
 
 def _accumulate(
     policy: PolicyWithValue,
-    sequences: list[PackedRollouts],
+    sequences: list[Packed],
     batch: Measured,
-    targets: Advantages,
+    targets: tuple[Tokens, Tokens],
     algorithm: AlgorithmSection,
     actor: Actor,
 ) -> Float[Tensor, " sums"]:
     """The gradient of a whole mini-batch; sums of its tokens, both losses and the clipped tokens."""
     num_tokens = sum(len(tokens) for _, tokens in sequences)
-    sums = torch.zeros(4, device=policy.device)
+    sums = torch.zeros(4, device=policy.model.device)
     for layout, tokens in sequences:
         with actor.precision():
-            output = policy(layout)
+            logps, values, _ = policy(layout)
         old, clip = batch.logps[tokens], algorithm.clip
-        policy_loss = policy_losses(output.logps, old, targets.advantages[tokens], clip).sum()
-        old_values, returns = batch.values[tokens], targets.returns[tokens]
-        value_loss = value_losses(output.values, old_values, returns, algorithm.value_clip).sum()
+        advantages, returns = (target[tokens] for target in targets)
+        policy_loss = policy_losses(logps, old, advantages, clip).sum()
+        old_values = batch.values[tokens]
+        value_loss = value_losses(values, old_values, returns, algorithm.value_clip).sum()
         # PPO, Eq. 9: L = L_clip + c L_value, as means over the tokens of the whole mini-batch
         ((policy_loss + algorithm.value_weight * value_loss) / num_tokens).backward()
-        num = torch.tensor(float(len(tokens)), device=policy.device)
-        clipped = clipped_tokens(output.logps, old, clip)
+        num = torch.tensor(float(len(tokens)), device=policy.model.device)
+        clipped = clipped_tokens(logps, old, clip)
         sums += torch.stack([num, policy_loss.detach(), value_loss.detach(), clipped])
     return sums

@@ -1,7 +1,6 @@
 """The schema of an RLHF recipe: every key, with its type, bounds, default, unit and the paper's value.
 
-The paper is HAF-RM (arXiv 2407.04185), its values those of its released PPO script. Read and written as
-training recipes are (`hafrm.recipe_file.load_as`). Nothing here touches a file or imports torch.
+The paper is HAF-RM (arXiv 2407.04185), its values those of its released PPO script.
 """
 
 from collections.abc import Iterator
@@ -177,33 +176,16 @@ class RlhfRecipe(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "RlhfRecipe":
-        problems = list(self._batch_problems())
-        if not self.data.validation and not self.data.validation_fraction:
-            problems.append(
-                "data.validation is empty and data.validation_fraction is 0: nothing to select the best "
-                "step by; give sources, or a fraction such as 0.05"
-            )
-        comparison = self.comparison
-        if self.judge != EndpointSection() and (comparison is None or comparison.judge is None):
-            problems.append(
-                "settings of `judge` need comparison.judge, its URL: give it, or remove them"
-            )
-        if self.reward.model is None and comparison is None:
-            problems.append(
-                "reward.model is missing: name one (or comparison.models, to compare several)"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
+        if problems := "\n".join(self._problems()):
+            raise ValueError(problems)
         return self
 
-    def _batch_problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         size, per_prompt = self.training.batch_size, self.training.responses_per_prompt
         name, mini_batches = self.algorithm.name, self.algorithm.mini_batches
+        comparison = self.comparison
         if size % per_prompt:
-            yield (
-                f"training.batch_size is {size} and training.responses_per_prompt {per_prompt}: the first "
-                "must be a multiple of the second"
-            )
+            yield f"training.batch_size {size} is no multiple of training.responses_per_prompt {per_prompt}"
         if name != "ppo" and per_prompt < 2:
             yield (
                 f"training.responses_per_prompt is {per_prompt}, and {name} compares the responses to a "
@@ -214,3 +196,12 @@ class RlhfRecipe(Section):
                 f"algorithm.mini_batches is {mini_batches}, but a batch has {size // per_prompt} prompts: "
                 "lower it, or raise training.batch_size"
             )
+        if not self.data.validation and not self.data.validation_fraction:
+            yield (
+                "data.validation is empty and data.validation_fraction is 0: nothing selects the best "
+                "step; give sources, or a fraction such as 0.05"
+            )
+        if self.judge != EndpointSection() and (comparison is None or comparison.judge is None):
+            yield "settings of `judge` need comparison.judge, its URL"
+        if self.reward.model is None and comparison is None:
+            yield "reward.model is missing: name one (or comparison.models, to compare several)"

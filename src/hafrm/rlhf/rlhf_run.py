@@ -1,16 +1,17 @@
 """What every RLHF run shares, whatever its algorithm: policy, prompts, rewards, log, the best step.
 
-An algorithm asks for a batch's rewards, hands its numbers to `log_batch`, and lets `evaluate` decide when a
-step is the best so far and when to stop. Nothing here computes a gradient.
+An algorithm hands a batch's numbers to `log_batch`, and `evaluate` decides when a step is the best so far
+and when to stop. Rewards are asked for through text: policy and reward model may have other tokenizers.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_directory, fingerprint
@@ -21,31 +22,63 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.reader import local_files
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
+from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.export.stock_export import export_policy, gather_weights
 from hafrm.preferences import Group
-from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
-from hafrm.rlhf.actor import Actor, Prompt, encode_prompts
-from hafrm.rlhf.rewards import (
-    WINDOW,
-    HeldOut,
-    Measure,
-    load_scorer,
-    reward_hacking,
-    score_rollouts,
-)
+from hafrm.rlhf.actor import Actor, Prompt, Rollout, encode_prompts
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.run_folder import RunFolder
-from hafrm.statistics import in_words
-from hafrm.training.loop import start_trackers
+from hafrm.scoring.reward_model import Scorer
+from hafrm.statistics import clustered_bootstrap
+from hafrm.training.loop import MetricsLog
 from hafrm.training.setup import load_tokenizer
 
-log = logging.getLogger("hafrm")
-
+Responses = Float[np.ndarray, " responses"]
+Measure = Literal["gold", "independent", "penalised"]
+"""What selects a step: the gold reward, evaluation.reward_model's, or the reward minus a KL penalty."""
+WINDOW = 4  # evaluations over which a fall of the held-out measure is looked for
 LONGEST = 2**20  # tokens after which an encoder would cut: no prompt is cut, long ones are left out
+_UNTRAINED: tuple[Measure, ...] = ("gold", "independent")
 NUM_SAMPLES = 4  # held-out responses written down at each evaluation
 _SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part nests in another
 _HELD_OUT_SEED = 2**60  # beyond the seeds of all batches
+
+
+def score_rollouts(scorer: Scorer, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
+    """The reward of every response, prompt by prompt; raises what `Scorer.score_batch` raises."""
+    rewards = scorer.score_batch([r.prompt.messages for r in rollouts], [r.texts for r in rollouts])
+    return np.array([reward for own in rewards for reward in own], np.float32)
+
+
+def select_measure(
+    rewards: Mapping[str, Responses], kls: Responses, kl_penalty: float
+) -> tuple[Measure, Responses]:
+    """The measure that selects the best step, and its value for each prompt."""
+    for name in _UNTRAINED:
+        if name in rewards:
+            return name, rewards[name]
+    return "penalised", rewards["reward"] - kl_penalty * kls
+
+
+def reward_hacking(history: Sequence[tuple[float, Sequence[float]]]) -> str | None:
+    """Why to stop after the last of the evaluations (mean reward, other measure per prompt), or None.
+
+    Reward hacking: over WINDOW evaluations the reward that is trained on has risen on held-out prompts, and
+    a measure that is not trained on has fallen by more than two standard errors, prompt by prompt.
+    """
+    if len(history) < WINDOW:
+        return None
+    (reward_then, then), (reward_now, now) = history[-WINDOW], history[-1]
+    change = np.array(now) - np.array(then)
+    error = float(change.std(ddof=1)) / len(change) ** 0.5
+    if reward_now <= reward_then or float(change.mean()) >= -2.0 * error:
+        return None
+    return (
+        f"reward hacking: over {WINDOW} evaluations the held-out reward rose from {reward_then:.3f} to "
+        f"{reward_now:.3f} while the measure that selects steps fell by {-change.mean():.3f} (error "
+        f"{error:.3f}): raise algorithm.kl_coefficient, or take another reward model"
+    )
 
 
 @dataclass
@@ -63,66 +96,6 @@ class RlhfResult:
     """Mean reward, and the measure that is not trained on prompt by prompt, of the last evaluations."""
 
 
-class RlhfLog:
-    """Collects batches and writes them every `log_every`; use as a context manager."""
-
-    def __init__(self, run: RunFolder, recipe: RlhfRecipe) -> None:
-        self._run, self._every = run, recipe.tracking.log_every
-        self._steps = recipe.training.steps
-        self._batches: list[Mapping[str, float]] = []
-        self._since = time.perf_counter()
-        self._trackers = start_trackers(run.path, recipe.tracking, dump_recipe(recipe))
-
-    def __enter__(self) -> "RlhfLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
-
-    def batch(self, step: int, values: Mapping[str, float]) -> None:
-        """Note a batch; write the means over the interval when it is full."""
-        self._batches.append(values)
-        if step % self._every and step != self._steps:
-            return
-        means = {name: float(np.mean([batch[name] for batch in self._batches])) for name in values}
-        seconds = (time.perf_counter() - self._since) / len(self._batches)
-        self._report("rlhf", step, means | {"seconds": seconds})
-        log.info("step %d/%d: %s", step, self._steps, in_words(means))
-        self._batches, self._since = [], time.perf_counter()
-
-    def held_out(self, step: int, measured: HeldOut, is_best: bool) -> None:
-        """Write an evaluation, and some of its responses to read."""
-        values: dict[str, float] = {}
-        for name, e in measured.estimates().items():
-            values |= {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
-        rollouts = measured.rollouts
-        values["kl"] = float(measured.kls.mean())
-        values["length"] = float(np.mean([len(ids) for r in rollouts for ids in r.response_ids]))
-        values["ended"] = float(np.mean([end for r in rollouts for end in r.ended]))
-        self._report("held-out", step, values)
-        note = "  (best so far)" if is_best else ""
-        log.info("step %d/%d held out: %s%s", step, self._steps, in_words(values), note)
-        for number, rollout in enumerate(rollouts[:NUM_SAMPLES]):
-            self._run.append_sample(
-                {
-                    "step": step,
-                    "prompt": conversation_text(rollout.prompt.messages),
-                    "response": rollout.texts[0],
-                    "reward": float(measured.rewards[number]),
-                    "kl": float(measured.kls[number]),
-                    "gold": None if measured.gold is None else float(measured.gold[number]),
-                }
-            )
-        self._since = time.perf_counter()
-
-    def _report(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        self._run.append_metrics({"step": step, "phase": phase, **values})
-        numbers = {f"{phase}/{name}": value for name, value in values.items()}
-        for tracker in self._trackers:
-            tracker.log(numbers, step=step)
-
-
 class RlhfRun:
     """One run in one process."""
 
@@ -136,13 +109,15 @@ class RlhfRun:
             recipe.data, encoder, recipe.training.seed, folder
         )
         assert recipe.reward.model is not None
-        self.reward_model = load_scorer(recipe.reward.model)
+        self.reward_model = load_main_head(recipe.reward.model, EvaluationOptions())
         self.actor = Actor.load(recipe, encoder, share=share)
         path = recipe.evaluation.reward_model
-        self.independent = None if path is None else load_scorer(path)
-        self.log = RlhfLog(folder, recipe)
+        self.independent = None if path is None else load_main_head(path, EvaluationOptions())
+        self.log = MetricsLog(folder, recipe, recipe.training.steps)
         self.result = RlhfResult()
         self.last_kl = 0.0  # of the latest evaluation, nat per response
+        self._batches: list[Mapping[str, float]] = []
+        self._since = time.perf_counter()
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
         """The prompts of batch `step`, counted from 0."""
@@ -152,8 +127,13 @@ class RlhfRun:
         return [self.train_prompts[i] for i in indices]
 
     def log_batch(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a batch's numbers; a KL that stays too high stops the run."""
-        self.log.batch(step, values)
+        """Log the means of every `log_every` batches; a KL that stays too high stops the run."""
+        self._batches.append(values)
+        if step % self.recipe.tracking.log_every == 0 or step == self.recipe.training.steps:
+            means = {n: float(np.mean([batch[n] for batch in self._batches])) for n in values}
+            seconds = (time.perf_counter() - self._since) / len(self._batches)
+            self.log.report("rlhf", step, means | {"seconds": seconds})
+            self._batches, self._since = [], time.perf_counter()
         rules, kl, result = self.recipe.watch, values["kl"], self.result
         result.num_high_kl = result.num_high_kl + 1 if kl > rules.max_kl else 0
         if result.num_high_kl >= rules.patience:
@@ -169,29 +149,49 @@ class RlhfRun:
         # always the same prompts and seed: two evaluations differ by the policy alone
         prompts = self.held_out_prompts[: recipe.evaluation.prompts]
         rollouts = self.actor.write(prompts, 1, _HELD_OUT_SEED + recipe.training.seed)
-        other, gold, golden = self.independent, self.gold, None
-        if gold is not None:
-            golden = np.array([gold(r.prompt.messages, *r.texts) for r in rollouts], np.float32)
-        measured = HeldOut(
-            rollouts,
-            rewards=score_rollouts(self.reward_model, rollouts),
-            kls=self.actor.kls(rollouts),
-            independent=None if other is None else score_rollouts(other, rollouts),
-            gold=golden,
-        )
-        self.last_kl = float(measured.kls.mean())
-        selected_by, scores = measured.selection(recipe.evaluation.kl_penalty)
+        rewards = {"reward": score_rollouts(self.reward_model, rollouts)}
+        if self.independent is not None:
+            rewards["independent"] = score_rollouts(self.independent, rollouts)
+        if self.gold is not None:
+            gold = [self.gold(r.prompt.messages, *r.texts) for r in rollouts]
+            rewards["gold"] = np.array(gold, np.float32)
+        kls = self.actor.kls(rollouts)
+        self.last_kl = float(kls.mean())
+        selected_by, scores = select_measure(rewards, kls, recipe.evaluation.kl_penalty)
         is_best = float(scores.mean()) > result.best_score
         if is_best:
-            means = {name: estimate.value for name, estimate in measured.estimates().items()}
+            means = {name: float(values.mean(dtype=np.float64)) for name, values in rewards.items()}
             result.best_step, result.best_score = step, float(scores.mean())
             result.best, result.selected_by = means | {"kl": self.last_kl}, selected_by
-        self.log.held_out(step, measured, is_best)
-        if selected_by != "penalised":  # that one is trained on
-            result.history.append((float(measured.rewards.mean()), scores.tolist()))
+        self._log_held_out(step, rollouts, rewards, kls)
+        if selected_by in _UNTRAINED:
+            result.history.append((float(rewards["reward"].mean()), scores.tolist()))
             del result.history[:-WINDOW]
             result.stopped = result.stopped or reward_hacking(result.history)
         return is_best
+
+    def _log_held_out(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Mapping[str, Responses],
+        kls: Responses,
+    ) -> None:
+        """Write an evaluation, and some of its responses to read."""
+        values: dict[str, float] = {}
+        for name, own in rewards.items():
+            e = clustered_bootstrap(own.astype(np.float64), proportion=False)
+            values |= {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
+        values["kl"] = self.last_kl
+        values["length"] = float(np.mean([len(ids) for r in rollouts for ids in r.response_ids]))
+        values["ended"] = float(np.mean([end for r in rollouts for end in r.ended]))
+        self.log.report("held-out", step, values)
+        for i, rollout in enumerate(rollouts[:NUM_SAMPLES]):
+            prompt = conversation_text(rollout.prompt.messages)
+            measures = {name: float(own[i]) for name, own in (*rewards.items(), ("kl", kls))}
+            sample = {"step": step, "prompt": prompt, "response": rollout.texts[0]}
+            self.folder.append_sample(sample | measures)
+        self._since = time.perf_counter()
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether step `step` is one of every so many, the last one, or the one that the run stops at."""

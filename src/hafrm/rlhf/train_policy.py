@@ -1,14 +1,14 @@
 """`train_policy`: a policy trained against reward models, by PPO from top to bottom here, or by TRL.
 
-Every number of a PPO run follows from its recipe and data: a resumed run repeats the batches that an
-uninterrupted one would have taken, bit for bit on a CPU, since prompts, samples and the order of updates
-follow from (seed, step) alone.
+Prompts, samples and the order of updates follow from (seed, step) alone: a resumed run of PPO repeats the
+batches that an uninterrupted one would have taken, bit for bit on a CPU.
 """
 
 import importlib.util
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +17,8 @@ from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hafrm.results import from_plain
 from hafrm.rlhf.ppo_terms import Moments, next_kl_coefficient, scores_of
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, update
-from hafrm.rlhf.rewards import score_rollouts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
+from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun, score_rollouts
 from hafrm.rlhf.trl_runs import run_trl
 from hafrm.scoring.forward import is_out_of_memory
 from hafrm.scoring.loading import default_device
@@ -39,15 +38,14 @@ def train_policy(
     """Train a policy as the recipe says; returns once the best step is exported to `model/policy`.
 
     `gold` is the known truth, where there is one: it is logged and selects the best step, never trained on.
-    Raises ConfigError, DataError or ModelError before the first batch; NumericsError before an update
-    that would follow a number that is not finite; CheckpointError for a folder that cannot be resumed;
-    StoppedError after a signal.
+    Raises NumericsError before an update that would follow a number that is not finite, CheckpointError for
+    a folder that cannot be resumed, StoppedError after a signal.
     """
     native = recipe.algorithm.name == "ppo"
     if resume and not native:
         raise CheckpointError(
             f"algorithm {recipe.algorithm.name} runs on TRL, whose checkpoints are pickles, so it keeps "
-            "none: start again with another --out, or take algorithm ppo, which resumes"
+            "none: give another --out, or take algorithm ppo"
         )
     if not native and importlib.util.find_spec("trl") is None:
         raise ConfigError(
@@ -124,11 +122,10 @@ class Ppo:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            smaller = f"training.max_tokens={self.recipe.training.max_tokens // 2}"
             raise MemoryBudgetError(
                 f"batch {step + 1} ran out of memory ({str(error).splitlines()[0]}). Resume with: hafrm "
-                f"rlhf --resume {self.rlhf.folder.path} "
-                f"training.max_tokens={self.recipe.training.max_tokens // 2}; or start again with "
-                "training.gradient_checkpointing: true or a smaller sampling.batch_size"
+                f"rlhf --resume {self.rlhf.folder.path} {smaller}"
             ) from error
 
     def _take_batch(self, step: int) -> None:
@@ -142,7 +139,7 @@ class Ppo:
             training.responses_per_prompt,
             seed=training.seed * _SAMPLES + step,
         )
-        device = self.policy.device
+        device = self.policy.model.device
         rewards = torch.from_numpy(score_rollouts(rlhf.reward_model, rollouts)).to(device)
         ended = torch.tensor([end for r in rollouts for end in r.ended], device=device)
         measured = measure_rollouts(self.policy, rlhf.actor, rollouts)
@@ -171,21 +168,14 @@ class Ppo:
             "learning_rate": rate,
         }
         self.kl_coefficient = next_kl_coefficient(
-            self.kl_coefficient,
-            kl,
-            training.batch_size,
-            target=algorithm.kl_target,
-            horizon=algorithm.kl_horizon,
+            self.kl_coefficient, kl, training.batch_size, algorithm.kl_target, algorithm.kl_horizon
         )
         rlhf.log_batch(step + 1, values)
 
     def _save(self, step: int) -> None:
         run, folder = self.rlhf.result, self.rlhf.folder
-        state = {
-            "run": asdict(run),
-            "kl_coefficient": self.kl_coefficient,
-            "moments": asdict(self.moments),
-        }
+        state: dict[str, Any] = {"run": asdict(run), "moments": asdict(self.moments)}
+        state["kl_coefficient"] = self.kl_coefficient
         save_checkpoint(folder, step, self.policy, self.optimizer, state)
         folder.prune(keep=self.recipe.checkpoint.keep, protect=[run.best_step])
 

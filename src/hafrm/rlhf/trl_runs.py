@@ -18,10 +18,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hafrm.errors import DataError
 from hafrm.rlhf.actor import Prompt, response_text
-from hafrm.rlhf.rewards import score_texts
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
-from hafrm.scoring.reward_model import as_messages
 from hafrm.training.checkpoint import trainable_weights
 
 log = logging.getLogger("hafrm")
@@ -99,30 +97,24 @@ def micro_batch(recipe: RlhfRecipe) -> int:
 
 
 def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
-    """The prompts that TRL's own rendering gives the ids that ours does; raises DataError without any.
-
-    TRL renders a conversation as one text, so a control token typed by a user would be one to the policy:
-    such prompts are left out and counted. Blanks before the answer may differ.
-    """
-    tokenizer, prompts = rlhf.actor.encoder.tokenizer, rlhf.train_prompts
-    usable = []
-    for prompt in prompts:
-        messages = [message._asdict() for message in prompt.messages]
+    """The prompts that TRL's own rendering gives the ids that ours does; raises DataError without any."""
+    tokenizer, usable = rlhf.actor.encoder.tokenizer, []
+    for prompt in rlhf.train_prompts:
+        messages, ours = [m._asdict() for m in prompt.messages], prompt.ids.tolist()
+        # one text for all: a control token that a user typed would be one to the policy
         rendered: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        ours = prompt.ids.tolist()
-        rest = str(tokenizer.decode(rendered[len(ours) :]))
+        rest = str(tokenizer.decode(rendered[len(ours) :]))  # blanks before the answer may differ
         if rendered[: len(ours)] == ours and not rest.strip():
             usable.append(prompt)
     if not usable:
         raise DataError(
-            "TRL's rendering of every prompt differs from the one that held-out prompts get (control "
-            "tokens in the text, or a template whose generation prompt is not what it writes before an "
-            "answer): fix the chat template, or take algorithm ppo"
+            "TRL's rendering of every prompt differs from ours (control tokens in the text, or another "
+            "generation prompt than stands before answers): fix the template, or take algorithm ppo"
         )
-    if len(usable) < len(prompts):
-        num_lost = len(prompts) - len(usable)
+    num_lost = len(rlhf.train_prompts) - len(usable)
+    if num_lost:
         log.warning("%d prompts hold control tokens and are left out under TRL", num_lost)
     return usable
 
@@ -138,22 +130,17 @@ class _Watcher(TrainerCallback):
     def reward(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """One reward per completion, less the price of an unended one.
-
-        Raises NumericsError for a reward that is not finite, which TRL would skip.
-        """
+        """One reward per completion, less the price of an unended one."""
         encoder = self.rlhf.actor.encoder
         texts = [[response_text(encoder, ids)] for ids in completion_ids]
         # the prompt of several completions is laid out once all the same
-        messages = [as_messages(prompt) for prompt in prompts]
-        rewards = score_texts(self.rlhf.reward_model, messages, texts).tolist()
+        rewards = [own[0] for own in self.rlhf.reward_model.score_batch(prompts, texts)]
         self._rewards += rewards
         penalty = self.rlhf.recipe.reward.missing_eos_penalty
         ended = [ids[-1] == encoder.eos_id for ids in completion_ids]
         return [r - penalty * (not end) for r, end in zip(rewards, ended, strict=True)]
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
-        """A batch's numbers, from transformers' Trainer."""
         logs = values.get("logs") or {}
         if "reward" not in logs:
             return  # the summary at the end
@@ -162,8 +149,7 @@ class _Watcher(TrainerCallback):
         due = self.rlhf.is_due(self.step, self.rlhf.recipe.evaluation.every)
         if due and self.rlhf.evaluate(self.step):
             self.best = trainable_weights(self.rlhf.actor.model)
-        stopped = self.rlhf.result.stopped is not None
-        control.should_training_stop = control.should_training_stop or stopped
+        control.should_training_stop |= self.rlhf.result.stopped is not None
 
     def _values(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """TRL's numbers under our names; its KL is per token, ours per response."""

@@ -313,9 +313,12 @@ class StopSignal:
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
-    """metrics.jsonl, trackers and the log; device values are fetched once per logging interval."""
+    """metrics.jsonl, trackers and the log; device values are fetched once per logging interval.
 
-    def __init__(self, run: RunFolder, recipe: Recipe, num_steps: int) -> None:
+    `recipe` may be one of RLHF, which uses `report` alone.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Any, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
         self._since = time.perf_counter()
