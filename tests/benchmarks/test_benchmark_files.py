@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hafrm.benchmarks.benchmark_files import find_benchmark_folder, load_benchmark
-from hafrm.benchmarks.benchmark_scores import missing_terms
+from hafrm.benchmarks.benchmark_run import length_scores, load_benchmark, run_benchmarks
+from hafrm.benchmarks.benchmark_scores import score_benchmark
 from hafrm.benchmarks.definitions import BENCHMARKS, find_benchmarks
 from hafrm.errors import ConfigError, DataError
 from support.benchmark_rows import RMB_PAIR, ROWS, write_all, write_lines
@@ -23,9 +23,9 @@ def everything(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_folder_gives_every_subset_of_every_benchmark(name: str, everything: Path) -> None:
     loaded = load_benchmark(BENCHMARKS[name], everything / name)
-    assert missing_terms(BENCHMARKS[name], loaded.items) == ()
+    score_benchmark(loaded.benchmark, loaded.items, length_scores(loaded.items))
     assert loaded.num_rows == len(loaded.items) + sum(loaded.left_out.values())
-    assert loaded.data == str(everything / name)
+    assert loaded.source == str(everything / name)
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,9 @@ def test_files_beside_those_of_the_benchmark_are_not_read(
     assert load_benchmark(BENCHMARKS[name], everything / name).num_rows == num_rows
 
 
-def test_uncounted_rows_are_counted_and_absent_subsets_are_named(
-    everything: Path, tmp_path: Path
-) -> None:
+def test_rows_that_the_benchmark_does_not_count_are_counted(everything: Path) -> None:
     loaded = load_benchmark(BENCHMARKS["ppe-preference"], everything / "ppe-preference")
     assert (loaded.num_rows, loaded.left_out) == (4, {"tie": 2})
-    write_lines(tmp_path / "filtered.jsonl", [ROWS["rewardbench"]])
-    part = load_benchmark(BENCHMARKS["rewardbench"], tmp_path)
-    missing = missing_terms(BENCHMARKS["rewardbench"], part.items)
-    assert "math-prm" in missing and len(missing) == 22
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[Any] | Exception) -> list[object]:
@@ -70,7 +64,7 @@ def test_every_benchmark_on_the_hub_loads_its_evaluation_split(monkeypatch, name
     calls = fake_hub(monkeypatch, [ROWS[name]])
     loaded = load_benchmark(BENCHMARKS[name])
     assert len(calls) == len(BENCHMARKS[name].parts) == len(loaded.items)
-    assert all(f"hub:{call[0]}" in loaded.data for call in calls)
+    assert all(f"hub:{call[0]}" in loaded.source for call in calls)
     where = {
         "rewardbench": ("allenai/reward-bench", None, "filtered"),
         "rewardbench2": ("allenai/reward-bench-2", None, "test"),
@@ -97,8 +91,8 @@ def test_all_stands_for_the_quoted_table_and_no_name_counts_twice() -> None:
     ]  # fmt: skip
     both = find_benchmarks(["judgebench", "all", "rewardbench"])
     assert (len(both), both[0].name) == (7, "judgebench")
-    with pytest.raises(ConfigError, match=r"'ppe'; known are rewardbench, .*judgebench, all"):
-        find_benchmarks(["ppe"])
+    with pytest.raises(ConfigError, match=r"'rmbench'; did you mean rm-bench\? .*judgebench, all"):
+        find_benchmarks(["rmbench"])
 
 
 @pytest.mark.parametrize(
@@ -133,11 +127,11 @@ def test_a_folder_without_rows_says_so(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_is_looked_for_in_the_folder_of_its_name_first(tmp_path: Path) -> None:
-    benchmark = BENCHMARKS["rmb"]
-    assert find_benchmark_folder(benchmark, tmp_path, alone=True) == tmp_path
+    write_lines(tmp_path / "test.jsonl", [ROWS["rewardbench"]])
+    with pytest.raises(DataError, match=r"no rows of alpacaeval-length"):
+        run_benchmarks("no-model", ["rewardbench"], folder=tmp_path)
     with pytest.raises(DataError, match=r"no folder .*rmb with the files of RMB"):
-        find_benchmark_folder(benchmark, tmp_path, alone=False)
-    (tmp_path / "rmb").mkdir()
-    assert find_benchmark_folder(benchmark, tmp_path, alone=True) == tmp_path / "rmb"
-    with pytest.raises(DataError, match=r"no folder .*missing with the files of RMB"):
-        find_benchmark_folder(benchmark, tmp_path / "missing", alone=True)
+        run_benchmarks("no-model", ["rmb", "rewardbench"], folder=tmp_path)
+    (tmp_path / "rewardbench").mkdir()
+    with pytest.raises(DataError, match=r"rewardbench has no rows of RewardBench"):
+        run_benchmarks("no-model", ["rewardbench"], folder=tmp_path)

@@ -107,7 +107,6 @@ def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, e
     assert [one.name for one in result.benchmarks] == [*BENCHMARKS]
     for one in result.benchmarks:
         assert list(one.scores) == ["reward", "implicit reward", "pick longer", "pick shorter"]
-        assert one.missing == ()
         for score in one.scores.values():
             assert score.overall.low <= score.overall.value <= score.overall.high
     mean = np.mean([one.scores["reward"].overall.value for one in result.benchmarks])
@@ -140,15 +139,6 @@ def test_the_command_prints_the_line_and_writes_all_numbers(model, tmp_path) -> 
     saved = json.loads((tmp_path / "out.json").read_text())
     (benchmark,) = saved["benchmarks"]
     assert benchmark["scores"]["reward"]["sections"]["Focus"]["num"] == 1
-
-
-def test_a_benchmark_that_is_not_whole_is_marked_and_says_what_it_lacks(model, tmp_path) -> None:
-    write_lines(tmp_path / "data/filtered.jsonl", [ROWS["rewardbench"]])
-    command = ["evaluate", str(model / "reward"), str(tmp_path / "data")]
-    result = CliRunner().invoke(app, [*command, "--benchmark", "rewardbench"])
-    assert result.exit_code == 0, result.output
-    assert "v1*" in result.output
-    assert "not the published score: no rows of alpacaeval-length" in result.output
 
 
 @pytest.mark.parametrize(
