@@ -129,8 +129,11 @@ def worst_errors(
     examples = []
     for index in [*first.values()][:num]:
         group, pair = comparisons.groups[comparisons.owner[index]], comparisons.pairs[index]
-        answers = (cut_text(group.responses[i]) for i in (pair.chosen, pair.rejected))
-        texts, margin = (prompt_text(group.prompt), *answers), float(margins[0, index])
+        answers = [cut_text(group.responses[i]) for i in (pair.chosen, pair.rejected)]
+        texts, margin = (
+            (prompt_text(group.prompt), answers[0], answers[1]),
+            float(margins[0, index]),
+        )
         against = int(num_against[index])
         examples.append(WorstExample(group.source, *texts, margin, pair.votes, against))
     return tuple(examples)

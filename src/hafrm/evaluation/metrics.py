@@ -186,11 +186,12 @@ def pairwise_metrics(comparisons: Comparisons, margins: Margins) -> PairwiseMetr
     # a tie has no right answer, and would count as wrong
     decided = ~comparisons.ties
     margins, prompts = margins[decided], comparisons.prompts[decided]
+    chosen, rejected = comparisons.lengths[:, decided]
     return PairwiseMetrics(
         accuracy=pairwise_accuracy(margins, prompts),
         mean_margin=mean(margins),
         calibration=calibration(margins),
-        length=length_bias(margins, *comparisons.lengths[:, decided], prompts),
+        length=length_bias(margins, chosen, rejected, prompts),
         num_ties=int(comparisons.ties.sum()),
     )
 

@@ -65,12 +65,17 @@ class ModelComparison:
 
 
 def compare_set(
-    name: str, prompts: PromptKeys, *sides: Shaped[np.ndarray, "seeds comparisons"]
+    name: str,
+    prompts: PromptKeys,
+    right: Shaped[np.ndarray, "seeds comparisons"],
+    other: Shaped[np.ndarray, "other_seeds comparisons"] | None = None,
 ) -> SetComparison:
     """One set by the right answers of the models of each side, or of the only side."""
-    accuracies = [accuracy_over_seeds(right, prompts) for right in sides]
-    difference = compare_correct(*sides, prompts) if len(sides) == 2 else None
-    return SetComparison(name, len(prompts), *accuracies, difference=difference)
+    first = accuracy_over_seeds(right, prompts)
+    if other is None:
+        return SetComparison(name, len(prompts), first)
+    second, difference = accuracy_over_seeds(other, prompts), compare_correct(right, other, prompts)
+    return SetComparison(name, len(prompts), first, second, difference)
 
 
 def compare_correct(

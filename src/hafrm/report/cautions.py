@@ -12,7 +12,7 @@ def cautions(material: Material) -> Iterator[str]:
     """All sentences, folder by folder."""
     for run in material.folders:
         if run.evaluation is not None:
-            yield from _of_evaluation(run.name, run.evaluation)
+            yield from _of_evaluation(run.name, run.evaluation, with_length=run.diagnosis is None)
         for style in run.diagnosis.sets[-1].style if run.diagnosis is not None else ():
             if style.feature == "length" and style.excess.low > 0:
                 more = f"prefers longer responses more often than annotators do, by {style.excess}"
@@ -34,7 +34,8 @@ def cautions(material: Material) -> Iterator[str]:
         )
 
 
-def _of_evaluation(name: str, evaluation: Evaluation) -> Iterator[str]:
+def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> Iterator[str]:
+    # a diagnosis compares with annotators what is only suspected here
     whole, accuracy = evaluation.sets[-1], evaluation.accuracy
     rule = max(whole.length.pick_longer, whole.length.pick_shorter, key=lambda rule: rule.value)
     if accuracy.low <= rule.high:
@@ -43,7 +44,7 @@ def _of_evaluation(name: str, evaluation: Evaluation) -> Iterator[str]:
             "intervals overlap."
         )
     shorter, longer = (whole.length.slices[LENGTH_SLICES[i]] for i in (0, -1))
-    if longer.low > shorter.high or shorter.low > longer.high:
+    if with_length and (longer.low > shorter.high or shorter.low > longer.high):
         yield (
             f"{name} depends on length: its accuracy is {shorter} where the chosen response is much "
             f"shorter, and {longer} where it is much longer."

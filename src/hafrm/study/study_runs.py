@@ -169,7 +169,8 @@ class RunWorker:
         scores = score(self.data.tokenized, references, job.method)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references
-        validation = score(groups, of_validation and of_validation.logps, job.method)
+        logps = None if of_validation is None else of_validation.logps
+        validation = score(groups, logps, job.method)
         on_validation = validation.rewards, validation.implicit_per_token
         for name, values in zip((REWARD_MARGINS, TOKEN_MARGINS), on_validation, strict=True):
             if values is not None:
