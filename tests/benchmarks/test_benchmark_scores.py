@@ -5,11 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.benchmarks.benchmark_scores import (
-    BenchmarkScore,
-    missing_terms,
-    score_benchmark,
-)
+from hafrm.benchmarks.benchmark_scores import BenchmarkScore, score_benchmark
 from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.errors import DataError, NumericsError
@@ -62,9 +58,8 @@ def slow_rewardbench(rows: list[tuple[str, float, float]]) -> dict[str, float]:
     for section, counts in COUNTS.items():
         top = bottom = 0.0
         for subset, count in counts.items():
-            if subset in won:
-                top += count * sum(won[subset]) / len(won[subset])
-                bottom += count
+            top += count * sum(won[subset]) / len(won[subset])
+            bottom += count
         result[section] = top / bottom
     result["overall"] = sum(result.values()) / 4
     return result
@@ -74,12 +69,9 @@ def slow_rewardbench(rows: list[tuple[str, float, float]]) -> dict[str, float]:
 def test_rewardbench_equals_a_slow_loop_on_random_scores_with_ties(seed: int) -> None:
     draw = np.random.default_rng(seed)
     subsets = [subset for counts in COUNTS.values() for subset in counts]
-    # now and then a subset is absent, but no section is
-    gone = {"hep-go", "donotanswer"} if seed % 2 else set()
     rows = [
         (subset, *np.round(draw.normal([0.3, 0.0]), 1).tolist())
         for subset in subsets
-        if subset not in gone
         for _ in range(draw.integers(1, 8))
     ]
     items = [item(subset, prompt=f"{k}") for k, (subset, _, _) in enumerate(rows)]
@@ -88,7 +80,6 @@ def test_rewardbench_equals_a_slow_loop_on_random_scores_with_ties(seed: int) ->
     assert got.overall.value == pytest.approx(expected.pop("overall"))
     assert {n: e.value for n, e in got.sections.items()} == pytest.approx(expected)
     assert got.num_equal == sum(c == r for _, c, r in rows)
-    assert set(missing_terms(BENCHMARKS["rewardbench"], items)) == gone
 
 
 def ties(kind: str, prompt: int, num_right: int, num: int) -> Item:
@@ -97,12 +88,15 @@ def ties(kind: str, prompt: int, num_right: int, num: int) -> Item:
 
 def test_a_perfect_scorer_gets_a_ties_score_of_1_01_and_no_spread_is_no_error() -> None:
     items = [ties("ref", 7, 1, 2), ties("tied", 7, 3, 4)]
-    perfect = score("rewardbench2", items, [array(9, 0), array(9, 9, 9, 0)])
-    assert perfect.overall.value == pytest.approx(1.01)
-    flat = score("rewardbench2", items, [array(1, 1), array(1, 1, 1, 1)])
-    assert flat.overall.value == 0.0
-    worst = score("rewardbench2", items, [array(0, 9), array(1, 1, 1, 2)])
-    assert worst.overall.value == pytest.approx(-0.01)
+    items += [item(part) for part in ("Factuality", "Precise IF", "Math", "Safety", "Focus")]
+
+    def ties_score(reference: CandidateScores, tied: CandidateScores) -> float:
+        got = score("rewardbench2", items, [reference, tied, *[array(1, 0)] * 5])
+        return got.sections["Ties"].value
+
+    assert ties_score(array(9, 0), array(9, 9, 9, 0)) == pytest.approx(1.01)
+    assert ties_score(array(1, 1), array(1, 1, 1, 1)) == 0.0
+    assert ties_score(array(0, 9), array(1, 1, 1, 2)) == pytest.approx(-0.01)
 
 
 def slow_ties(rows: list[tuple[str, int, list[float]]]) -> float:
@@ -187,37 +181,39 @@ def test_rm_bench_equals_a_slow_loop_on_random_scores(seed: int) -> None:
 
 
 def test_judgebench_counts_all_pairs_alike_by_hand() -> None:
-    """Knowledge 2 of 3, Coding 0 of 1: all 2 of 4, and not the mean of 2/3 and 0."""
-    items = [item("Knowledge", prompt=p) for p in "abc"] + [item("Coding", prompt="d")]
-    got = score("judgebench", items, [array(1, 0), array(1, 0), array(0, 0), array(0, 1)])
-    assert got.overall.value == pytest.approx(0.5)
+    """Knowledge 2 of 3, the others 0 of 1 each: all 2 of 6, and not the mean of 2/3, 0, 0 and 0."""
+    items = [item("Knowledge", prompt=p) for p in "abc"]
+    items += [item(part) for part in ("Reasoning", "Math", "Coding")]
+    got = score("judgebench", items, [array(1, 0), array(1, 0), array(0, 0), *[array(0, 1)] * 3])
+    assert got.overall.value == pytest.approx(1 / 3)
     assert got.sections["Knowledge"].value == pytest.approx(2 / 3)
 
 
 def test_ppe_correctness_counts_pairs_within_a_task_and_tasks_alike_by_hand() -> None:
     """MATH: pairs (0, 1) right, (0, 1) again, (2, 1) equal, and (0, 1) wrong in a second row: 2 of 4.
 
-    GPQA: 1 of 1. Mean of the two tasks: 3/4.
+    The four others: 1 of 1. Mean of the five tasks: 9/10.
     """
+    others = ("MMLU-Pro", "GPQA", "IFEval", "MBPP-Plus")
     items = [
         item("MATH", 3, prompt="a", pairs=((0, 1), (0, 1), (2, 1))),
         item("MATH", 2, prompt="b", pairs=((0, 1),)),
-        item("GPQA", 2, prompt="c", pairs=((1, 0),)),
+        *(item(task, 2, prompt=task, pairs=((1, 0),)) for task in others),
     ]
-    got = score("ppe-correctness", items, [array(2, 1, 1), array(0, 1), array(0, 1)])
+    got = score("ppe-correctness", items, [array(2, 1, 1), array(0, 1), *[array(0, 1)] * 4])
     assert got.sections["MATH"].value == pytest.approx(0.5)
-    assert got.overall.value == pytest.approx(0.75)
+    assert got.overall.value == pytest.approx(0.9)
     assert got.num_equal == 1
 
 
 def test_rmbs_best_must_beat_every_loser_by_hand() -> None:
-    """BoN: above both, equal to one, below one: 1 of 3. Pairwise 1 of 1: mean 2/3."""
-    best = [item("BoN Helpfulness", 3, prompt=p) for p in "abc"]
-    items = [*best, item("Pairwise Helpfulness", prompt="d")]
-    scores = [array(3, 1, 2), array(2, 1, 2), array(1, 0, 2), array(1, 0)]
+    """BoN: above both, equal to one, below one: 1 of 3. The three others 1 of 1: mean 5/6."""
+    others = ("BoN Harmlessness", "Pairwise Helpfulness", "Pairwise Harmlessness")
+    items = [item("BoN Helpfulness", 3, prompt=p) for p in "abc"] + [item(part) for part in others]
+    scores = [array(3, 1, 2), array(2, 1, 2), array(1, 0, 2), *[array(1, 0)] * 3]
     got = score("rmb", items, scores)
     assert got.sections["BoN Helpfulness"].value == pytest.approx(1 / 3)
-    assert got.overall.value == pytest.approx(2 / 3)
+    assert got.overall.value == pytest.approx(5 / 6)
     assert got.num_equal == 1
 
 
@@ -228,6 +224,8 @@ def test_a_score_that_is_not_finite_names_its_item(bad: float) -> None:
         score("rm-bench", items, [array(*range(6)), array(0, 1, 2, bad, 4, 5)])
 
 
-def test_an_unknown_subset_names_the_known_ones() -> None:
+def test_an_unknown_subset_and_a_missing_one_are_named() -> None:
     with pytest.raises(DataError, match=r"no subset 'alpacaeval'; known are alpacaeval-easy, "):
-        missing_terms(BENCHMARKS["rewardbench"], [item("alpacaeval")])
+        score("rewardbench", [item("alpacaeval")], [array(1, 0)])
+    with pytest.raises(DataError, match=r"no rows of code hard, .*RM-Bench"):
+        score("rm-bench", [item("chat", 6, right=3)], [array(*range(6))])

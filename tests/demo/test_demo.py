@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hafrm.data.encoding import Encoder
 from hafrm.demo.base_model import pretrain
 from hafrm.demo.gold import gold_reward, tables
 from hafrm.demo.run_demo import METHODS, TEST_SETS, demo_recipe
@@ -115,8 +114,8 @@ def test_pretraining_lowers_the_loss_repeatably_and_leaves_a_transformers_direct
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert model.config.vocab_size >= len(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    question = (Message("user", texts[0][0]),)
-    assert Encoder(tokenizer).render(question, "yes.").endswith(tokenizer.eos_token)
+    turns = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": "yes."}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False).endswith(tokenizer.eos_token)
 
 
 def test_the_methods_of_the_demo_differ_in_objective_and_learning_rate_only(tmp_path):

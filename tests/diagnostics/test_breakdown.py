@@ -9,12 +9,13 @@ from hafrm.diagnostics.breakdown import (
     FEATURES,
     MAX_VALUES,
     bands,
+    divisions_of,
     slice_accuracies,
     style_bias,
     style_biases,
-    vote_label,
 )
-from hafrm.preferences import Votes
+from hafrm.evaluation.comparisons import Comparisons
+from hafrm.preferences import Comparison, Group, Message, Votes
 
 TEXT = """# Title
 Some **bold words** and **more**, 2 * 3 ** 4.
@@ -87,9 +88,11 @@ def test_few_numbers_are_bands_of_their_own_and_many_become_quarters() -> None:
 
 
 def test_votes_name_the_fraction_for_the_chosen_response() -> None:
-    assert vote_label(Votes(3, 1, 1)) == "60 % of votes"
-    assert vote_label(Votes(2, 1)) == "67 % of votes"
-    assert vote_label(None) == vote_label(Votes(0, 0)) == "no votes"
+    votes = (Votes(3, 1, 1), Votes(2, 1), None, Votes(0, 0))
+    pairs = tuple(Comparison(0, 1, votes=v) for v in votes)
+    group = Group("g", (Message("user", "hi"),), ("a", "b"), pairs)
+    labels = divisions_of(Comparisons.of([group]))["votes"]
+    assert labels == ["60 % of votes", "67 % of votes", "no votes", "no votes"]
 
 
 def test_each_label_gets_its_accuracy_in_the_order_of_numbers_then_names() -> None:

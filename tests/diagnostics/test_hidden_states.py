@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm.diagnostics.hidden_states import last_states, some_responses
+from hafrm.diagnostics.model_runs import last_states, some_responses
 from hafrm.engine.layout import lay_out, unshare
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import run_forward

@@ -23,9 +23,7 @@ def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
     scores = np.array([0.0, 3, 2, 9, 7, 5])
     assert comparisons.margins(scores).tolist() == [3.0, 7.0, -2.0]
     assert comparisons.ties.tolist() == [False, True, False]
-    scored = comparisons.scored(scores)
-    assert scored.chosen_lengths.tolist() == [1, 2, 1]
-    assert scored.rejected_lengths.tolist() == [1, 1, 1]
+    assert comparisons.lengths.tolist() == [[1, 2, 1], [1, 1, 1]]
     decided = comparisons.decided()
     assert len(decided) == 2
     assert decided.margins(scores).tolist() == [3.0, -2.0]

@@ -5,32 +5,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from hafrm.evaluation.comparisons import ScoredComparisons
+from hafrm.evaluation.comparisons import Comparisons
 from hafrm.evaluation.metrics import (
-    agreement,
     calibration,
     length_bias,
     pairwise_accuracy,
     pairwise_metrics,
-    pearson,
-    spearman,
 )
+from hafrm.preferences import Comparison, Group, Message
 
 
-def scored(num: int = 200, seed: int = 0, *, ties: bool = True) -> ScoredComparisons:
-    """Random scores that like the chosen response and length a little; two comparisons per prompt."""
-    draw = np.random.default_rng(seed)
-    chosen_lengths, rejected_lengths = draw.integers(3, 60, (2, num))
-    noise = draw.normal(size=(2, num))
-    return ScoredComparisons(
-        margins=0.5 + noise[0] - noise[1] + 0.02 * (chosen_lengths - rejected_lengths),
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        prompts=np.array([f"p{i // 2}" for i in range(num)]),
-        ties=(draw.random(num) < 0.1) & ties,
-    )
+def scored(num: int = 200, *, ties: bool = True) -> tuple[Comparisons, np.ndarray]:
+    """Random margins that like the chosen response and length a little; two comparisons per prompt."""
+    draw = np.random.default_rng(0)
+    lengths, noise = draw.integers(3, 60, (2, num)), draw.normal(size=(2, num))
+    tied = (draw.random(num) < 0.1) & ties
+    groups = []
+    for i in range(0, num, 2):
+        texts = tuple("x" * n for n in lengths[:, i : i + 2].T.ravel())
+        pairs = (Comparison(0, 1, tie=bool(tied[i])), Comparison(2, 3, tie=bool(tied[i + 1])))
+        groups.append(Group(f"g{i}", (Message("user", f"p{i}"),), texts, pairs, source="s"))
+    return Comparisons.of(groups), 0.5 + noise[0] - noise[1] + 0.02 * (lengths[0] - lengths[1])
 
 
 def test_equal_scores_are_counted_and_are_not_correct() -> None:
@@ -106,64 +102,29 @@ def test_length_slices_by_hand() -> None:
     }
 
 
-def test_correlations_equal_scipy_with_repeated_values() -> None:
-    draw = np.random.default_rng(3)
-    first = np.round(draw.normal(size=150), 1)
-    second = np.round(first + draw.normal(size=150), 1)
-    assert pearson(first, second) == pytest.approx(stats.pearsonr(first, second).statistic)
-    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
-
-
-@pytest.mark.parametrize("correlation", [pearson, spearman])
-def test_a_correlation_with_a_constant_is_not_a_number(correlation: type) -> None:
-    assert math.isnan(correlation(np.ones(5), np.arange(5)))
-    assert math.isnan(correlation(np.ones(1), np.ones(1)))
-    assert math.isnan(correlation(np.zeros(0), np.zeros(0)))
-
-
-def test_agreement_counts_equal_signs_and_does_not_depend_on_scale() -> None:
-    """Signs (+,+), (+,-), (-,-), (0,0), (0,+): three of five agree."""
-    first = np.array([1.0, 2.0, -1.0, 0.0, 0.0])
-    second = np.array([9.0, -1.0, -0.1, 0.0, 1.0])
-    assert agreement(first, second).same_sign.value == pytest.approx(3 / 5)
-    scaled = agreement(first, 100 * first)
-    assert (scaled.same_sign.value, scaled.spearman) == pytest.approx((1.0, 1.0))
-
-
-def test_measure_equals_a_loop_over_the_decided_comparisons() -> None:
-    data = scored()
-    got = pairwise_metrics(data)
-    right, margins, tied = 0, [], []
-    for margin, tie in zip(data.margins, data.ties, strict=True):
-        (tied if tie else margins).append(margin)
-        right += bool(not tie and margin > 0)
+def test_metrics_equal_a_loop_over_the_decided_comparisons() -> None:
+    comparisons, scores = scored()
+    got = pairwise_metrics(comparisons, scores)
+    right, margins = 0, []
+    for margin, pair in zip(scores, comparisons.pairs, strict=True):
+        margins += [] if pair.tie else [margin]
+        right += bool(not pair.tie and margin > 0)
     assert (got.accuracy.num_correct, got.accuracy.num) == (right, len(margins))
     assert got.mean_margin == pytest.approx(sum(margins) / len(margins))
-    assert got.ties.num == len(tied) > 0
-    assert got.ties.mean_abs_margin == pytest.approx(np.abs(tied).mean())
-    assert got.ties.mean_abs_margin_decided == pytest.approx(np.abs(margins).mean())
+    assert got.num_ties == len(scores) - len(margins) > 0
     assert sum(part.num for part in got.length.slices.values()) == len(margins)
 
 
-def test_ties_change_nothing_but_their_own_figures() -> None:
-    data = scored(ties=False)
-    tied = ScoredComparisons(
-        np.append(data.margins, 100.0),
-        np.append(data.chosen_lengths, 5),
-        np.append(data.rejected_lengths, 50),
-        np.append(data.prompts, "another"),
-        np.append(data.ties, True),
-    )
-    without, with_one = pairwise_metrics(data), pairwise_metrics(tied)
-    assert with_one.accuracy == without.accuracy
-    assert with_one.calibration == without.calibration
-    assert with_one.length == without.length
-    assert (without.ties.num, with_one.ties.num) == (0, 1)
-    assert math.isnan(without.ties.mean_abs_margin)
-    assert with_one.ties.mean_abs_margin == 100.0
+def test_ties_change_nothing_but_their_count() -> None:
+    comparisons, margins = scored(ties=False)
+    tie = Group("t", (Message("user", "t"),), ("a", "bcd"), (Comparison(0, 1, tie=True),))
+    tied = Comparisons.of([*comparisons.groups, tie])
+    got = pairwise_metrics(tied, np.append(margins, 100.0))
+    assert got == replace(pairwise_metrics(comparisons, margins), num_ties=1)
 
 
 def test_data_of_ties_only_gives_no_numbers_and_no_error() -> None:
-    got = pairwise_metrics(replace(scored(4), ties=np.ones(4, bool)))
+    tie = Group("t", (Message("user", "t"),), ("a", "bcd"), (Comparison(0, 1, tie=True),))
+    got = pairwise_metrics(Comparisons.of([tie]), np.ones(1))
     assert got.accuracy.num == 0
     assert math.isnan(got.calibration.ece) and math.isnan(got.accuracy.value)

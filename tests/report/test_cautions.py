@@ -8,9 +8,9 @@ import pytest
 
 from hafrm.diagnostics.breakdown import StyleBias
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
-from hafrm.diagnostics.margins import Temperature
-from hafrm.evaluation.comparisons import ScoredComparisons
-from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
+from hafrm.evaluation.comparisons import Comparisons
+from hafrm.evaluation.metrics import Evaluation, SetResult, Temperature, pairwise_metrics
+from hafrm.preferences import Comparison, Group, Message
 from hafrm.report.cautions import cautions
 from hafrm.report.run_files import Material, RunFiles
 from hafrm.statistics import Estimate
@@ -23,23 +23,21 @@ def evaluation(
     margins: list[float],
     longer: list[bool],
     *,
-    ties: bool = False,
     repeat: int = 50,
-    **counts: object,
 ) -> Evaluation:
-    """Margins and whether the chosen response is much longer, many times over; 3.0 may be a tie."""
-    num = repeat * len(margins)
-    lengths = np.where(np.tile(longer, repeat), 300, 20)
-    scored = ScoredComparisons(
-        np.tile(np.array(margins), repeat).astype(float),
-        lengths,
-        320 - lengths,
-        np.arange(num).astype(str),
-        np.tile(np.array(margins) == 3.0, repeat) & ties,
-    )
-    result = SetResult(**vars(pairwise_metrics(scored)), name="test")
-    plain = {"num_bad_rows": 0, "left_out": {}, "prompts_cut": 0, "responses_cut": 0, **counts}
-    return Evaluation("it", "reward", (result,), seam_merges=0, **plain)  # type: ignore[arg-type]
+    """Margins and whether the chosen response is much longer, many times over."""
+    groups = [
+        Group(
+            f"{i}",
+            (Message("user", f"{i}"),),
+            ("x" * 300, "x" * 20),
+            (Comparison(1 - is_longer, int(is_longer)),),
+        )
+        for i, is_longer in enumerate(longer * repeat)
+    ]
+    metrics = pairwise_metrics(Comparisons.of(groups), np.tile(np.array(margins, float), repeat))
+    result = SetResult(**vars(metrics), name="test")
+    return Evaluation("it", "reward", (result,), 0, {}, 0, 0, 0)
 
 
 GOOD = evaluation([1, 2, 1, 2, 3, 1, 2, 1, -0.1, -0.1], [True, False] * 5, repeat=100)
@@ -71,7 +69,6 @@ def test_a_good_evaluation_calls_for_nothing_but_another_seed():
         (evaluation([1, 1, 1, -1], [True, True, True, False]), "not clearly better than picking"),
         (evaluation([1, 1, -1, -1], [True, True, False, False]), "depends on length: its accuracy"),
         (evaluation([1, -3], [True, True]), "worse than a coin toss (log-loss"),
-        (evaluation([1, 2, 3, -0.1], [True, False] * 2, ties=True), "as confident on 50 ties"),
         (replace(GOOD, num_bad_rows=3, left_out={"tie": 2}), "(rows left out: 5)"),
         (replace(GOOD, responses_cut=4), "(responses cut: 4)"),
     ],
@@ -101,10 +98,7 @@ def test_over_optimisation_is_what_the_interval_since_the_peak_says():
         assert any("beyond n = 4 the gold score changes by" in s for s in spoken) is speaks
 
 
-def test_stopped_policies_single_seeds_and_ends_of_a_search_are_named():
-    standing = SimpleNamespace(name="bt", stopped=1)
-    comparison = SimpleNamespace(standings=(standing,), seeds=(0, 1), models=())
-    assert "RLHF runs with bt that stopped early" in sentences(rlhf_comparison=comparison)[0]
+def test_single_seeds_and_ends_of_a_search_are_named():
     tried = Tuning("haf", "all", 3e-4, ((1e-4, 0.6), (3e-4, 0.5)))
     inside = replace(tried, method="bt", tried=(*tried.tried, (1e-3, 0.7)))
     study = replace(NO_STUDY, seeds=(0,), learning_rates=(tried, inside))

@@ -10,6 +10,7 @@ import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n
@@ -22,8 +23,8 @@ from hafrm.report.page import render_material, write_report
 from hafrm.report.run_files import read_material
 from hafrm.results import write_result
 from hafrm.rlhf.train_policy import train_policy
-from hafrm.study.method_comparison import compare_methods
-from hafrm.study.run_grid import plan_study
+from hafrm.statistics import Estimate
+from hafrm.study.study_result import StudyResult, Tuning, summarise
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.tiny_rlhf import tiny_rlhf
@@ -79,7 +80,7 @@ def by_length(_: object, text: str) -> float:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A trained and diagnosed model, a best-of-n result, a study and an RLHF run, all tiny and real."""
+    """A trained and diagnosed model, best-of-n, and RLHF, tiny and real; a study of random margins."""
     root = tmp_path_factory.mktemp("runs")
     test = write_preferences(root / "test.jsonl", 20, start=100)
     hostile = {"prompt": HOSTILE, "chosen": "yes " + HOSTILE, "rejected": "no"}
@@ -99,10 +100,23 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     options = {"models": ["length", "short"], "prompts": [str(candidates)], "gold": "length"}
     golds = {"length": by_length, "short": lambda _, text: -len(text)}
     best_of_n(build_as(BestOfNOptions, {"pick": options}), root / "picks", golds=golds)
-    data = {"train": [str(root / "train.jsonl")], "test": sources}
-    base = tiny_recipe(root, data=data, training={"steps": 4}, evaluation={"every": 4})
-    plan = plan_study(base, ["bt", "haf"], num_seeds=1, rates=[1e-3])
-    compare_methods(plan, root / "study")
+    draw, prompts = np.random.default_rng(0), np.arange(40).astype(str)
+    outcomes = {
+        ("train", scorer, test): (draw.normal(0.3, 1.0, (1, 40)), prompts)
+        for scorer in ("bt", "haf", "haf (implicit)")
+        for test in ("train", "other")
+    }
+    study = StudyResult(
+        "recipe.yaml",
+        "accuracy",
+        seeds=(0,),
+        pick_longer=dict.fromkeys(("train", "other"), Estimate(0.5, 0.4, 0.6, 40, "wilson")),
+        learning_rates=(Tuning("bt", "train", 1e-3, ((1e-3, 0.6), (3e-3, None))),),
+        seconds=1.0,
+        **summarise(outcomes),
+    )
+    write_result(root / "study" / "comparison.json", study)
+    shutil.copy(root / "haf" / "recipe.yaml", root / "study")
     train_policy(tiny_rlhf(root), root / "ppo")
     return {name: root / name for name in ("haf", "picks", "study", "ppo")}
 
@@ -120,7 +134,7 @@ def page(html) -> Page:
 def test_every_section_is_there_in_well_formed_html(page):
     assert page.anchors == [
         *("summary", "accuracy", "comparison", "best-of-n", "rlhf", "training", "calibration"),
-        *("length", "agreement", "diagnosis", "examples", "provenance"),
+        *("length", "diagnosis", "examples", "provenance"),
     ]
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "class" not in attrs]
     assert links == [f"#{anchor}" for anchor in page.anchors]

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hafrm.report.html import HeatMap, PageSection, Points, Strips, render_page
+from hafrm.report.html import PageSection, Strips, Text, render_page
 from hafrm.report.plots import MAX_POINTS, AxisScale, Series, chart
-from hafrm.report.result_sections import shortened
 from hafrm.report.run_files import short_paths, short_sources
 from hafrm.results import Column, Table, to_markdown
 from hafrm.statistics import Estimate
@@ -21,7 +20,7 @@ def estimate(value: float, low: float, high: float, *, proportion: bool = True) 
 def html_of(*blocks: object, colours: dict[str, int] | None = None) -> str:
     """The main part of a page that holds these blocks."""
     section = PageSection("s", "S", "", blocks)
-    page = render_page([section], names=["a"], subtitle="", by="", colours=colours or {})
+    page = render_page([section], names=["a"], by="", colours=colours or {})
     return page[page.index("<main") : page.index("</main>")]
 
 
@@ -58,7 +57,7 @@ def test_numbers_are_written_as_the_table_writes_them():
 
 
 def test_negative_numbers_in_sentences_have_minus_signs_and_names_keep_their_hyphens():
-    html = html_of(Points("t", ("falls by -0.1 [-0.2, -0.05] in run-1, 2026-11-25",)))
+    html = html_of(Text((("", "falls by -0.1 [-0.2, -0.05] in run-1, 2026-11-25"),), "points"))
     assert (
         "falls by \N{MINUS SIGN}0.1 [\N{MINUS SIGN}0.2, \N{MINUS SIGN}0.05] in run-1, 2026-11-25"
         in html
@@ -71,13 +70,6 @@ def test_rows_without_a_first_cell_continue_the_group_above():
     html = html_of(Table("t", columns, rows))
     assert html.count("<tbody>") == 2
     assert re.findall(r'colspan="2">(\w+)<', html) == ["chat", "safety"]
-
-
-def test_a_heat_map_shades_by_the_distance_from_one_half():
-    """125 * |0.65 - 0.5| = 18.75."""
-    html = html_of(HeatMap(ACCURACIES))
-    assert 'class="heat above" style="--heat: 19%"' in html
-    assert 'class="heat above" style="--heat: 0%"' in html
 
 
 def test_markdown_has_the_same_texts_and_cannot_be_broken_out_of():
@@ -126,11 +118,3 @@ def test_folders_are_called_by_the_shortest_end_that_no_other_has(tmp_path):
 )
 def test_sources_lose_folder_and_ending_unless_two_would_be_called_the_same(sources, names):
     assert list(short_sources(sources).values()) == names
-
-
-def test_a_long_text_is_cut_in_the_middle_and_says_so():
-    text = shortened("a" * 3000)
-    assert text.startswith("a" * 1200 + "\n[1400 characters left out]\n") and text.endswith(
-        "a" * 400
-    )
-    assert shortened("short") == "short"

@@ -22,7 +22,7 @@ from hafrm.study.method_comparison import (
 from hafrm.study.run_grid import StudyPlan, parse_methods, parse_rates, plan_study
 from hafrm.study.study_result import (
     MIXED,
-    ScorerOutcome,
+    Answers,
     StudyResult,
     domains,
     stack_answers,
@@ -174,11 +174,11 @@ def test_domains_pair_each_test_set_with_what_was_trained_on():
     assert domains(["a"], ["a"]) == {"in domain": [("a", "a")]}
 
 
-def outcome(*seeds: str) -> ScorerOutcome:
+def outcome(*seeds: str) -> Answers:
     """Each seed's answers as a string of 1 and 0, a prompt for each comparison."""
     correct = np.array([[c == "1" for c in seed] for seed in seeds])
     prompts = np.array([f"p{i}" for i in range(correct.shape[1])])
-    return ScorerOutcome(np.where(correct, 1.0, -1.0), prompts)
+    return np.where(correct, 1.0, -1.0), prompts
 
 
 def test_an_average_counts_every_set_alike_whatever_its_size():
@@ -197,7 +197,8 @@ def test_the_summary_compares_every_scorer_with_the_first():
     got = summarise(outcomes)
     accuracies = got["accuracies"]
     assert [(a.method, a.accuracy.value) for a in accuracies] == [("bt", 0.25), ("haf", 0.75)]
-    assert accuracies[1].per_seed == (0.75, 0.75)
+    # margins of 1 and -1: ln(1 + 1/e) and ln(1 + e)
+    assert accuracies[0].log_loss == pytest.approx(0.25 * 0.3132617 + 0.75 * 1.3132617)
     (difference,), (average,) = got["differences"], got["average_differences"]
     assert (difference.first, difference.second) == ("haf", "bt")
     assert difference.difference.value == average.difference.value == pytest.approx(0.5)

@@ -1,31 +1,32 @@
 """Published benchmarks run for a model: load them, score their candidates with each head, compare.
 
-All candidates of a prompt, of whatever items, are one group and so one packed sequence: a text has one
-score, whatever it is compared with. The data is checked before a model is loaded.
+All candidates of a prompt, of whatever items, are one group: a text has one score, whatever it is compared
+with. A row that breaks the published form is an error: a benchmark that lacks rows is another benchmark.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hafrm.benchmarks.benchmark_files import find_benchmark_folder, load_benchmark
 from hafrm.benchmarks.benchmark_scores import (
-    PICK_LONGER,
-    PICK_SHORTER,
     BenchmarkResult,
     BenchmarkResults,
     BenchmarkScore,
-    length_scores,
-    missing_terms,
+    mean_of,
     score_benchmark,
 )
-from hafrm.benchmarks.definitions import BENCHMARKS, find_benchmarks
+from hafrm.benchmarks.definitions import BENCHMARKS, Benchmark, BenchmarkPart, find_benchmarks
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
+from hafrm.data.files import find_files, read_file, read_hub
+from hafrm.data.named_sets import LeftOut
+from hafrm.data.parse import Refusal, RefusedError
+from hafrm.errors import DataError
 from hafrm.evaluation.comparisons import response_offsets
 from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
-from hafrm.evaluation.weighted_means import mean_of
 from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.loading import find_heads
@@ -46,11 +47,20 @@ def run_benchmarks(
     ConfigError for an unknown name, DataError for unfit data, ModelError and NumericsError for the model.
     """
     benchmarks = find_benchmarks(names)
-    alone = len(benchmarks) == 1
-    folders = [folder and find_benchmark_folder(b, folder, alone=alone) for b in benchmarks]
-    loaded = [load_benchmark(b, place) for b, place in zip(benchmarks, folders, strict=True)]
-    # raises for an unknown subset before any model is loaded
-    missing = [missing_terms(data.benchmark, data.items) for data in loaded]
+    loaded = []
+    for benchmark in benchmarks:
+        own = None if folder is None else folder / benchmark.name
+        # a single benchmark's files may lie in the folder itself
+        own = folder if own is not None and len(benchmarks) == 1 and not own.is_dir() else own
+        loaded.append(load_benchmark(benchmark, own))
+    # the baselines first: they find what the data lacks before a model is loaded
+    baselines = [
+        {
+            name: score_benchmark(data.benchmark, data.items, length_scores(data.items, sign))
+            for name, sign in (("pick longer", 1), ("pick shorter", -1))
+        }
+        for data in loaded
+    ]
     heads = find_heads(model)
     head_names = scorer_names(heads)
     groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
@@ -67,29 +77,64 @@ def run_benchmarks(
             reports[i].append(report)
             scores[i][name] = score_benchmark(data.benchmark, data.items, values)
         del scorer  # before the next one is loaded
-    results = []
-    for i, data in enumerate(loaded):
-        for name, sign in ((PICK_LONGER, 1), (PICK_SHORTER, -1)):
-            lengths = length_scores(data.items, sign=sign)
-            scores[i][name] = score_benchmark(data.benchmark, data.items, lengths)
-        result = BenchmarkResult(
+    results = tuple(
+        BenchmarkResult(
             name=data.benchmark.name,
             title=data.benchmark.title,
-            data=data.data,
+            data=data.source,
             num_rows=data.num_rows,
             num_rows_published=data.benchmark.num_rows,
             left_out=data.left_out,
-            missing=missing[i],
-            scores=scores[i],
+            scores=scores[i] | baselines[i],
             prompts_cut=reports[i][0].prompts_cut,
             responses_cut=reports[i][0].responses_cut,
         )
-        results.append(result)
+        for i, data in enumerate(loaded)
+    )
     average = {}
     if len(results) == len(BENCHMARKS):
-        overalls = {name: [one[name].overall for one in scores] for name in scores[0]}
-        average = {name: mean_of(values) for name, values in overalls.items()}
-    return BenchmarkResults(str(model), max_lengths[0], average, tuple(results))
+        scorers = results[0].scores
+        average = {n: mean_of([one.scores[n].overall for one in results]) for n in scorers}
+    return BenchmarkResults(str(model), max_lengths[0], average, results)
+
+
+@dataclass(frozen=True)
+class LoadedBenchmark:
+    """The items of a benchmark, and where they are from; `BenchmarkResult` explains the fields."""
+
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+    num_rows: int
+    left_out: dict[str, int]
+    source: str
+
+
+def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBenchmark:
+    """All items of a benchmark, from a folder in the published form or from the hub.
+
+    Raises DataError for a folder without its files, an unreadable or unfit row, and no rows at all.
+    """
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"there is no folder {folder} with the files of {benchmark.title}")
+    rows = [
+        _read_row(benchmark, part, row, place)
+        for part in benchmark.parts
+        for place, row in _rows(benchmark, part, folder)
+    ]
+    items = tuple(row for row in rows if isinstance(row, Item))
+    left_out = Counter(row.reason for row in rows if isinstance(row, LeftOut))
+    hubs = dict.fromkeys(str(part.hub) for part in benchmark.parts)
+    source = ", ".join(hubs) if folder is None else str(folder)
+    # a folder of another benchmark often has no file that matches
+    if not items:
+        raise DataError(f"{source} has no rows of {benchmark.title} to score")
+    return LoadedBenchmark(benchmark, items, len(rows), dict(left_out), source)
+
+
+def length_scores(items: Sequence[Item], sign: int = 1) -> list[CandidateScores]:
+    """What picks the longer candidate, or with sign -1 the shorter one: lengths in characters."""
+    # in tokens the baseline would depend on the model beside it
+    return [sign * np.array([len(text) for text in item.candidates], np.float64) for item in items]
 
 
 def score_items(
@@ -119,3 +164,35 @@ def group_by_prompt(items: Sequence[Item]) -> tuple[list[Group], list[tuple[int,
         for prompt, (number, texts) in prompts.items()
     ]
     return groups, places
+
+
+def _rows(
+    benchmark: Benchmark, part: BenchmarkPart, folder: Path | None
+) -> Iterator[tuple[str, object]]:
+    """(its place in words, row) of every row of a part; a folder may lack a part."""
+    if folder is not None:
+        for file in find_files(folder, part.files):
+            yield from ((f"row {number} of {file}", row) for number, row in read_file(file))
+        return
+    if part.hub is None:
+        raise DataError(
+            f"{benchmark.title} is not on the hub; get it from {benchmark.home} and give its folder as DATA"
+        )
+    # the hub is often unreachable from where models are evaluated
+    try:
+        yield from ((f"row {number} of {part.hub}", row) for number, row in read_hub(part.hub))
+    except DataError as error:
+        raise DataError(f"{error}; if you have the files, give their folder as DATA") from error
+
+
+def _read_row(benchmark: Benchmark, part: BenchmarkPart, row: object, place: str) -> Item | LeftOut:
+    try:
+        if isinstance(row, Mapping):
+            return benchmark.read_row(row, part.name)
+        refusal = row if isinstance(row, Refusal) else Refusal("unreadable row", "not an object")
+        raise RefusedError(refusal)
+    except RefusedError as refused:
+        reason, detail = refused.refusal
+        raise DataError(
+            f"{place} breaks the published form of {benchmark.title}: {reason}: {detail}"
+        ) from None

@@ -11,7 +11,7 @@ from hafrm.benchmarks import row_readers, rules
 from hafrm.benchmarks.rules import STYLES, TIES, TIES_TERMS, CandidateScores, Item, ItemVerdict
 from hafrm.data.files import HubSet
 from hafrm.data.named_sets import LeftOut
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, did_you_mean
 
 TermWeights = Mapping[str, float]
 """Of terms, in a sum."""
@@ -47,19 +47,14 @@ class Benchmark:
     home: str = ""
     """Where to get a benchmark that is not on the hub."""
 
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Every term that the whole benchmark has."""
-        return tuple(dict.fromkeys(term for weights in self.sections.values() for term in weights))
-
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """The benchmarks of these names, or "all"; raises ConfigError for an unknown one."""
     wanted = [name for entry in names for name in (BENCHMARKS if entry == "all" else (entry,))]
     for name in wanted:
         if name not in BENCHMARKS:
-            all_names = ", ".join([*BENCHMARKS, "all"])
-            raise ConfigError(f"unknown benchmark {name!r}; known are {all_names}")
+            hint, known_names = did_you_mean(name, BENCHMARKS), ", ".join([*BENCHMARKS, "all"])
+            raise ConfigError(f"unknown benchmark {name!r}; {hint}known are {known_names}")
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
 
 

@@ -1,8 +1,7 @@
-"""Rows of benchmarks as they were published -> items.
+"""Rows of benchmarks as they were published, and the part (of several files) that they are from -> items.
 
-One pure function for each published form; it takes the row and the part (of several files) that it is
-from. It returns `LeftOut` for rows that the benchmark itself does not count, and raises `RefusedError` for
-one that breaks the form. Empty and repeated answers stay: a benchmark counts them.
+`LeftOut` is a row that the benchmark does not count; `RefusedError`, one that breaks the form. Empty and
+repeated answers stay: a benchmark counts them.
 """
 
 import re
@@ -76,9 +75,8 @@ def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
 
     Pairs stay as they were drawn, repetitions included. Only the answers in some pair are candidates.
     """
-    labels = _list(cell_of(row, "scores"), "scores")
-    drawn = _list(cell_of(row, "sampled_conflict_pairs"), "sampled_conflict_pairs")
-    pairs = [_ordered(pair, labels) for pair in drawn]
+    labels = _list(row, "scores")
+    pairs = [_ordered(pair, labels) for pair in _list(row, "sampled_conflict_pairs")]
     if not pairs:
         return LeftOut("no pair of a right and a wrong answer")
     used = sorted({answer for pair in pairs for answer in pair})  # of 32 answers, often a few only
@@ -92,22 +90,15 @@ def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
 
 def rmb(row: PublishedRow, part: str) -> Item | LeftOut:
     """RMB: a conversation and its best answer, against one that lost to it (Pairwise) or several (BoN)."""
-    if part.startswith("Pairwise"):
-        name, best, losers = "pair_uid", "chosen", [cell_of(row, "reject")]
-    else:
-        name, best, losers = (
-            "bon_uid",
-            "bon_best",
-            [*_list(cell_of(row, "loser_list"), "loser_list")],
-        )
+    is_pair = part.startswith("Pairwise")
+    name, best = ("pair_uid", "chosen") if is_pair else ("bon_uid", "bon_best")
+    losers = [cell_of(row, "reject")] if is_pair else _list(row, "loser_list")
+    answers = [cell_of(row, best), *losers]
     if not losers:
         refuse("bad number", "`loser_list` is empty")
-    answers = [cell_of(row, best), *losers]
     for value in answers:
         if not isinstance(value, Mapping) or not isinstance(value.get("answer"), str):
-            refuse(
-                "not a string", f"every answer must be an object with `answer`, got {show(value)}"
-            )
+            refuse("not a string", f"answers must be an object with `answer`, got {show(value)}")
     texts = tuple(value["answer"] for value in answers)
     return Item(str(cell_of(row, name)), part, _prompt(row, "conversation_input"), texts)
 
@@ -122,14 +113,15 @@ def _prompt(row: PublishedRow, column: str) -> tuple[Message, ...]:
     return messages
 
 
-def _list(value: object, column: str) -> Sequence[Any]:
+def _list(row: PublishedRow, column: str) -> Sequence[Any]:
+    value = cell_of(row, column)
     if not isinstance(value, list | tuple):
         refuse("not a string", f"`{column}` must be a list, got {show(value)}")
     return value
 
 
 def _texts(row: PublishedRow, column: str) -> tuple[str, ...]:
-    values = _list(cell_of(row, column), column)
+    values = _list(row, column)
     if not values or not all(isinstance(value, str) for value in values):
         refuse("not a string", f"`{column}` must be a list of answers, got {show(values)}")
     return tuple(values)
@@ -144,12 +136,11 @@ def _starting(row: PublishedRow, column: str, starts: Iterable[str]) -> str:
     return start
 
 
-def _ordered(pair: object, labels: Sequence[Any]) -> tuple[int, int]:
+def _ordered(pair: Sequence[int], labels: Sequence[Any]) -> tuple[int, int]:
     """A drawn pair as (better, worse)."""
-    ends = _list(pair, "sampled_conflict_pairs")
-    if len(ends) != 2 or not all(type(i) is int and 0 <= i < len(labels) for i in ends):
-        refuse("bad number", f"a pair must be two of the {len(labels)} answers, got {show(ends)}")
-    first, second = ends
+    if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(labels) for i in pair):
+        refuse("bad number", f"a pair must be two of the {len(labels)} answers, got {show(pair)}")
+    first, second = pair
     if labels[first] == labels[second]:
-        refuse("bad number", f"the pair {show(ends)} has two answers of one label")
+        refuse("bad number", f"the pair {show(pair)} has two answers of one label")
     return (first, second) if labels[first] > labels[second] else (second, first)

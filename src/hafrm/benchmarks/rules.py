@@ -1,7 +1,6 @@
 """The rules of the benchmarks: items and their scores -> verdicts, exactly as the benchmarks decide.
 
-A benchmark asks about one prompt and several candidates, which are scored together. Comparisons are strict:
-equal scores are counted and are not right; only RewardBench 2 gives them a fraction. Pure functions.
+Comparisons are strict: equal scores are counted and not right; only RewardBench 2 gives them a fraction.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from hafrm.preferences import Message, prompt_key
 
 CandidateScores = NDArray[np.float64]
 """One score for each candidate of an item."""
+ItemScores = Iterable[CandidateScores]
 
 TIES = "Ties"
 TIES_TERMS = {
@@ -61,18 +61,14 @@ class ItemVerdict(NamedTuple):
     """Comparisons that the scorer lost because two scores were the same."""
 
 
-def first_beats_all(
-    items: Sequence[Item], scores: Iterable[CandidateScores]
-) -> Iterator[ItemVerdict]:
+def first_beats_all(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
     """Right if the first candidate, which is the right one, scores above every other one."""
     for item, s in zip(items, scores, strict=True):
         rival = s[1:].max()
         yield ItemVerdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
 
 
-def selected_pairs(
-    items: Sequence[Item], scores: Iterable[CandidateScores]
-) -> Iterator[ItemVerdict]:
+def selected_pairs(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
     """A verdict for each of the item's pairs, right if the better one scores above the worse."""
     for item, s in zip(items, scores, strict=True):
         for better, worse in item.pairs:
@@ -80,9 +76,7 @@ def selected_pairs(
             yield ItemVerdict(item.part, item.cluster, right, equal)
 
 
-def best_of_four_and_ties(
-    items: Sequence[Item], scores: Iterable[CandidateScores]
-) -> Iterator[ItemVerdict]:
+def best_of_four_and_ties(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
     """RewardBench 2 (arXiv 2506.01937): 1/k if the right candidate is one of k best, and Ties.
 
     Ties asks prompts in two versions: with one right answer (reference) and with many (tied). A prompt is
@@ -124,9 +118,7 @@ def _ties(
         yield ItemVerdict(relative, prompt, float(value))
 
 
-def styles_against_styles(
-    items: Sequence[Item], scores: Iterable[CandidateScores]
-) -> Iterator[ItemVerdict]:
+def styles_against_styles(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
     """RM-Bench (arXiv 2410.16184): three right against three wrong answers, from plain to fancy.
 
     matrix[i, j] says whether right answer i scores above wrong answer j. Above the diagonal the wrong one

@@ -1,8 +1,6 @@
 """Where a scorer is right: by style features of the texts, and by slices of the data.
 
-A style feature only says something about comparisons in which one response has more of it. A division is a
-label for each comparison (a tag, a band of prompt lengths). Features go together (a list makes a text
-longer), so none of these figures is a cause.
+Features go together (a list makes a text longer), so none of these figures is a cause.
 """
 
 import re
@@ -14,7 +12,6 @@ import numpy as np
 from jaxtyping import Int, Num
 
 from hafrm.evaluation.comparisons import Comparisons, Margins, PromptKeys
-from hafrm.preferences import Votes
 from hafrm.statistics import Estimate, accuracy_interval, paired_bootstrap
 
 MAX_VALUES = 24
@@ -117,7 +114,10 @@ def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
     result["prompt length"] = bands(np.array(words), " words")
     result["user turns"] = bands(np.array(turns))
     result["annotated margin"] = bands(np.array([pair.margin for _, pair in pairs]))
-    result["votes"] = [vote_label(pair.votes) for _, pair in pairs]
+    result["votes"] = [
+        "no votes" if v is None or sum(v) == 0 else f"{100 * v.chosen / sum(v):.0f} % of votes"
+        for v in (pair.votes for _, pair in pairs)
+    ]
     return result
 
 
@@ -149,27 +149,13 @@ def bands(values: Num[np.ndarray, " comparisons"], unit: str = "") -> list[str]:
     """A label for each number: itself if there are few distinct ones, else the range of its quarter."""
     if len(np.unique(values)) <= _OWN_BAND:
         return [f"{value:g}{unit}" for value in values.tolist()]
-    which, names = quantile_bands(values, 4), []
+    # cut into quarters at numbers that occur, so that equal numbers stay together
+    uppers = np.quantile(values, np.arange(1, 5) / 4, method="inverted_cdf")
+    which, names = np.searchsorted(np.unique(uppers), values), []
     for k in range(which.max() + 1):
         low, high = values[which == k].min(), values[which == k].max()
         names.append((f"{low:g}" if low == high else f"{low:g} to {high:g}") + unit)
     return [names[k] for k in which]
-
-
-def quantile_bands(
-    values: Num[np.ndarray, " comparisons"], num: int
-) -> Int[np.ndarray, " comparisons"]:
-    """The band of each number, at most `num` of about equal mass; equal numbers stay together."""
-    # cut at numbers that occur
-    uppers = np.quantile(values, np.arange(1, num + 1) / num, method="inverted_cdf")
-    return np.searchsorted(np.unique(uppers), values)
-
-
-def vote_label(votes: Votes | None) -> str:
-    """The fraction of annotators for the chosen response, such as "80 % of votes"."""
-    if votes is None or sum(votes) == 0:
-        return "no votes"
-    return f"{100 * votes.chosen / sum(votes):.0f} % of votes"
 
 
 def _without_rare(labels: Sequence[str]) -> list[str]:

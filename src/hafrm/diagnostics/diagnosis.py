@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hafrm.diagnostics.breakdown import Slice, StyleBias
-from hafrm.diagnostics.label_noise import WRONG, LabelNoise, WorstExample
-from hafrm.diagnostics.margins import Temperature
+from hafrm.diagnostics.label_noise import LabelNoise, WorstExample
 from hafrm.diagnostics.representation import Representation
-from hafrm.evaluation.metrics import Accuracy
-from hafrm.results import Cell, Column, Table, columns
+from hafrm.evaluation.metrics import Accuracy, Temperature
+from hafrm.results import Cell, Table, columns
 
-NUM_SHOWN_EXAMPLES = 3
-"""Shown of each kind; the result has more."""
 MIN_COMPARISONS = 10
 """Comparisons that a style feature needs to be shown; the result has all features."""
 
@@ -48,16 +45,11 @@ class Diagnosis:
     worst: tuple[WorstExample, ...]
 
     def tables(self) -> tuple[Table, ...]:
-        """Calibration, style, slices, label noise, representations, examples."""
+        """Calibration, style, slices, label noise, representations; the report shows the examples."""
         # style: a table each, features are many
         parts = [self._calibration(), *map(_style, self.sets), _slices(self.sets)]
         parts += [] if self.label_noise is None else [_label_noise(self.label_noise)]
-        parts.append(self._representations())
-        wrong = [example for example in self.worst if example.why.startswith(WRONG)]
-        doubtful = [example for example in self.worst if not example.why.startswith(WRONG)]
-        parts += [_examples("largest wrong margins", wrong)] if wrong else []
-        parts += [_examples("doubtful labels", doubtful)] if doubtful else []
-        return tuple(parts)
+        return (*parts, self._representations())
 
     def _calibration(self) -> Table:
         fits = ((r, r.temperature) for r in self.sets)
@@ -120,9 +112,10 @@ def _slices(sets: Sequence[SetDiagnosis]) -> Table:
 
 
 def _label_noise(noise: LabelNoise) -> Table:
-    levels = [(f"disagreement {band.low:.2f}", band) for band in noise.by_disagreement]
-    levels += [(f"|mean margin| {b.low:.2f} to {b.high:.2f}", b) for b in noise.by_margin]
-    rows: list[tuple[Cell, ...]] = [(n, b.num, b.accuracy, b.split) for n, b in levels]
+    rows: list[tuple[Cell, ...]] = [
+        (f"disagreement {band.disagreement:.2f}", band.num, band.accuracy, band.split)
+        for band in noise.by_disagreement
+    ]
     rows.append((f"all contradict the label: {noise.against}", None, None, noise.split_against))
     heads = "comparisons with | comparisons: count | accuracy of the mean margin: percent"
     if noise.num_with_votes:
@@ -132,17 +125,3 @@ def _label_noise(noise: LabelNoise) -> Table:
         rows = [row[:3] for row in rows]
     note = f"label audit by {', '.join(noise.models)}"
     return Table("models and annotators [95 %]", columns(heads), tuple(rows), (note,))
-
-
-def _examples(title: str, examples: Sequence[WorstExample]) -> Table:
-    rows = []
-    for example in examples[:NUM_SHOWN_EXAMPLES]:
-        doubt = example.why.removeprefix(WRONG).removeprefix("; ")
-        remarks = [f"margin {example.margin:.2f}", *([doubt] if doubt else [])]
-        if example.votes is not None:
-            votes = zip(example.votes, ("chosen", "rejected", "neither"), strict=True)
-            remarks.append("votes " + ", ".join(f"{num} for {side}" for num, side in votes))
-        texts = [(name, getattr(example, name)) for name in ("prompt", "chosen", "rejected")]
-        rows += [(example.set, "; ".join(remarks)), *texts, ("", "")]
-    # columns without names: the report shows these texts in a section of their own
-    return Table(title, (Column(""), Column("")), tuple(rows[:-1]))

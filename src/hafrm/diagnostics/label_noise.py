@@ -1,8 +1,7 @@
 """Which labels may be wrong, and which comparisons to read.
 
-Several seeds or methods vote, with the mean of their margins as in arXiv 2401.06080. Models that disagree
-point at hard comparisons; models that all contradict the label point at labels to check. Annotators' votes,
-if known, test both. Margins are divided by each model's root mean square, which changes no sign.
+Several seeds or methods vote (arXiv 2401.06080): where they disagree a comparison is hard, where all
+contradict the label it may be wrong. Annotators' votes, if known, test both.
 """
 
 import math
@@ -13,26 +12,21 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from hafrm.diagnostics.breakdown import quantile_bands
 from hafrm.evaluation.comparisons import Comparisons, Margins
 from hafrm.preferences import Message, Votes
 from hafrm.statistics import Estimate, accuracy_interval
 
-NUM_BANDS = 5
-"""Of |mean margin|, with equally many comparisons."""
 MAX_EXAMPLE_CHARS = 400
 """Of each text of an example; a longer one is cut, and says so."""
-WRONG = "largest wrong margin"
 
 ModelMargins = Float[np.ndarray, "models comparisons"]
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseBand:
-    """The comparisons of one level of disagreement, or of one band of |mean margin|."""
+    """The comparisons of one level of disagreement."""
 
-    low: float
-    high: float
+    disagreement: float
     num: int
     accuracy: Estimate
     """Of the models' mean margin."""
@@ -48,7 +42,6 @@ class LabelNoise:
     num_with_votes: int
     by_disagreement: tuple[NoiseBand, ...]
     """One for each level that occurs; empty for one model."""
-    by_margin: tuple[NoiseBand, ...]
     against: Estimate
     """Fraction of comparisons on which every model prefers the rejected response."""
     split_against: Estimate
@@ -68,7 +61,8 @@ class WorstExample:
     margin: float
     """The model's own, below zero."""
     votes: Votes | None
-    why: str
+    num_against: int
+    """Models that prefer the rejected response: of all models, they point at a wrong label."""
 
 
 def audit_labels(
@@ -89,20 +83,16 @@ def audit_labels(
             return Estimate(math.nan, math.nan, math.nan, 0, "wilson")
         return accuracy_interval(split[rows], prompts[rows])
 
-    def band(rows: NDArray[np.bool_], low: float, high: float) -> NoiseBand:
+    bands = []
+    for level in np.unique(levels).tolist() if len(margins) > 1 else ():
+        rows = levels == level
         correct = accuracy_interval(mean[rows] > 0, prompts[rows])
-        return NoiseBand(float(low), float(high), int(rows.sum()), correct, fraction_split(rows))
-
-    by_level = [band(levels == level, level, level) for level in np.unique(levels).tolist()]
-    size = np.abs(mean)
-    which = quantile_bands(size, NUM_BANDS)
-    cuts = [which == k for k in range(which.max() + 1)]
+        bands.append(NoiseBand(level, int(rows.sum()), correct, fraction_split(rows)))
     against = np.all(margins < 0, axis=0)
     return LabelNoise(
         models=tuple(models),
         num_with_votes=int(voted.sum()),
-        by_disagreement=tuple(by_level) if len(margins) > 1 else (),
-        by_margin=tuple(band(rows, size[rows].min(), size[rows].max()) for rows in cuts),
+        by_disagreement=tuple(bands),
         against=accuracy_interval(against, prompts),
         split_against=fraction_split(against),
         split_others=fraction_split(~against),
@@ -126,32 +116,26 @@ def mean_margin(margins: ModelMargins) -> Margins:
 def worst_errors(
     comparisons: Comparisons, margins: ModelMargins, *, num: int = 10
 ) -> tuple[WorstExample, ...]:
-    """The first model's `num` largest wrong margins; with several models, `num` more doubtful labels.
+    """The first model's `num` worst errors: those that most models make first, by their mean margin.
 
     No two examples share prompt and rejected response: one bad response would otherwise fill the list.
     """
-    # a single model that contradicts a label is not evidence against it
-    own, several = margins[0], len(margins) > 1
-    mean, against = mean_margin(margins), list[int]()
-    if several:
-        doubtful = np.flatnonzero(np.all(margins < 0, axis=0))
-        against = doubtful[np.argsort(mean[doubtful], kind="stable")].tolist()
-
-    def doubt(index: int) -> str:
-        return f"all models contradict the label, {-mean[index]:.1f} times as clearly as usual"
-
-    wrong = [int(index) for index in np.argsort(own, kind="stable") if own[index] < 0]
-    worst = _distinct(comparisons, wrong, num)
-    why = {i: f"{WRONG}; {doubt(i)}" if i in set(against) else WRONG for i in worst}
-    more = _distinct(comparisons, [*worst, *against], num + len(worst))[len(worst) :]
-    why |= {index: doubt(index) for index in more}
+    wrong, num_against = np.flatnonzero(margins[0] < 0), (margins < 0).sum(axis=0)
+    order = wrong[np.lexsort((mean_margin(margins)[wrong], -num_against[wrong]))].tolist()
+    prompts, rejected = comparisons.prompts, comparisons.rejected_texts
+    first: dict[tuple[str, str], int] = {}
+    for index in order:
+        first.setdefault((str(prompts[index]), rejected[index]), index)
     examples = []
-    for index, reason in why.items():
+    for index in [*first.values()][:num]:
         group, pair = comparisons.groups[comparisons.owner[index]], comparisons.pairs[index]
-        chosen, rejected = group.responses[pair.chosen], group.responses[pair.rejected]
-        texts = prompt_text(group.prompt), cut_text(chosen), cut_text(rejected)
-        margin = float(own[index])
-        examples.append(WorstExample(group.source, *texts, margin, pair.votes, reason))
+        answers = [cut_text(group.responses[i]) for i in (pair.chosen, pair.rejected)]
+        texts, margin = (
+            (prompt_text(group.prompt), answers[0], answers[1]),
+            float(margins[0, index]),
+        )
+        against = int(num_against[index])
+        examples.append(WorstExample(group.source, *texts, margin, pair.votes, against))
     return tuple(examples)
 
 
@@ -168,12 +152,3 @@ def prompt_text(prompt: Sequence[Message]) -> str:
     is_single = len(prompt) == 1 and prompt[0].role == "user"
     lines = [m.content if is_single else f"{m.role}: {m.content}" for m in prompt]
     return cut_text("\n".join(lines), end=True)
-
-
-def _distinct(comparisons: Comparisons, indices: Sequence[int], num: int) -> list[int]:
-    """The first `num` indices, of those with one prompt and rejected response only the first."""
-    prompts, rejected = comparisons.prompts, comparisons.rejected_texts
-    first: dict[tuple[str, str], int] = {}
-    for index in indices:
-        first.setdefault((str(prompts[index]), rejected[index]), index)
-    return list(first.values())[:num]

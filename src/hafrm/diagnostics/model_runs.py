@@ -1,32 +1,29 @@
-"""`diagnose`: runs one reward model, and others beside it, and gathers every diagnostic.
-
-One model is in memory at a time, and no model is changed. The other modules compute from the arrays that
-are made here.
-"""
+"""`diagnose`: runs one reward model, and others beside it, one at a time, and gathers every diagnostic."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
-from hafrm.diagnostics.hidden_states import last_states, some_responses
 from hafrm.diagnostics.label_noise import audit_labels, worst_errors
-from hafrm.diagnostics.margins import temperature
 from hafrm.diagnostics.representation import StateMatrix, describe_states
+from hafrm.engine.layout import Branches, Layout
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import ConfigError, ModelError
 from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
 from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
-from hafrm.evaluation.metrics import pairwise_accuracy
+from hafrm.evaluation.metrics import pairwise_accuracy, temperature
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
+from hafrm.scoring.forward import PerResponse, run_sequences
 from hafrm.scoring.loading import Heads, find_heads, load_config, load_policy
-from hafrm.scoring.reward_model import PolicyModel, RewardModel
+from hafrm.scoring.reward_model import MAX_TOKENS, MAX_TOKENS_CPU, PolicyModel, RewardModel
 from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
@@ -99,7 +96,8 @@ def _score(
     margins = comparisons.margins(scorer.score_encoded(tokenized, done))
     assert isinstance(scorer, RewardModel | PolicyModel)
     # the states are those that the head reads, of the backbone that scored
-    return ScoredModel(name, head, tokenized, margins, _states(scorer.model, tokenized))
+    states = last_states(scorer.model, some_responses(tokenized))
+    return ScoredModel(name, head, tokenized, margins, states)
 
 
 def _base_of(run: Path) -> Path | None:
@@ -121,10 +119,6 @@ def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetD
     )
 
 
-def _states(model: HybridModel, groups: Sequence[TokenizedGroup]) -> StateMatrix:
-    return last_states(model, some_responses(groups, MAX_STATES, seed=SEED))
-
-
 def _base_states(path: Path, trained: ScoredModel) -> StateMatrix:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     model = load_policy(path, dtype="auto", device=None)
@@ -138,4 +132,42 @@ def _base_states(path: Path, trained: ScoredModel) -> StateMatrix:
             f"{path} (hidden size {size}, vocabulary {vocabulary}) is not the base model of {trained.name} "
             f"(hidden size {trained.states.shape[1]}, ids up to {largest}); give that one as `base`"
         )
-    return _states(model, groups)
+    return last_states(model, some_responses(groups))
+
+
+def last_states(model: HybridModel, groups: Sequence[Branches]) -> StateMatrix:
+    """The hidden state of every response's last token, float32, in the order of `groups`."""
+
+    def run(layout: Layout) -> PerResponse:
+        with torch.no_grad():
+            return (model.last_states(layout.to(model.device)),)
+
+    on_cpu = model.device.type == "cpu"
+    sequences = run_sequences(
+        run,
+        groups,
+        max_tokens=MAX_TOKENS_CPU if on_cpu else MAX_TOKENS,
+        threads=torch.get_num_threads() if on_cpu else 1,
+    )
+    num = sum(len(group.response_ids) for group in groups)
+    states = np.empty((num, hidden_size(model.backbone.config)), np.float32)
+    for indices, (values,) in sequences:
+        assert values is not None
+        states[indices] = values.float().cpu().numpy()
+    return states
+
+
+def some_responses(
+    groups: Sequence[TokenizedGroup], num: int = MAX_STATES, seed: int = SEED
+) -> list[TokenizedGroup]:
+    """At most `num` of all responses, drawn at random, with their prompts, in the order of the groups."""
+    # only numbers of responses decide, so that models with different tokenizers get the same texts
+    counts = [len(group.response_ids) for group in groups]
+    is_drawn = np.zeros(sum(counts), bool)
+    is_drawn[np.random.default_rng(seed).permutation(len(is_drawn))[:num]] = True
+    parts = np.split(is_drawn, np.cumsum(counts)[:-1])
+    return [
+        replace(group, response_ids=tuple(group.response_ids[i] for i in np.flatnonzero(part)))
+        for group, part in zip(groups, parts, strict=True)
+        if part.any()
+    ]

@@ -38,8 +38,7 @@ def describe_states(
     for array in (states, base):
         if array is not None and not np.isfinite(array).all():
             raise NumericsError(
-                "the model gives hidden states that are not finite; check its weights, or run it in "
-                "float32"
+                f"{model} gives hidden states that are not finite; check its weights, or run it in float32"
             )
     fractions = spectrum(states)
     p = fractions[fractions > 0]

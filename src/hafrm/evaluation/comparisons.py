@@ -1,7 +1,6 @@
-"""Comparisons of test data as flat arrays, and the margins that scores give them.
+"""Comparisons of test data as flat arrays, and the margins score(chosen) - score(rejected).
 
-A margin is score(chosen) - score(rejected). A comparison that annotators called a tie has no right answer:
-`decided` leaves it out.
+A comparison that annotators called a tie has no right answer: `decided` leaves it out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from hafrm.data.reader import PreferenceData, read_preferences
 from hafrm.errors import DataError, NumericsError
@@ -23,18 +22,6 @@ PromptKeys = Shaped[np.ndarray, " comparisons"]
 Indices = Int[np.ndarray, " some"]
 Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """One source or several, as `hafrm.data.reader.read_preferences` has them, or a list of rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredComparisons:
-    """Margins and what they are measured by; one entry per comparison."""
-
-    margins: Margins
-    chosen_lengths: Num[np.ndarray, " comparisons"]
-    """In characters: in tokens, long responses that the model's limit cuts would seem equally long."""
-    rejected_lengths: Num[np.ndarray, " comparisons"]
-    prompts: PromptKeys
-    ties: Bool[np.ndarray, " comparisons"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +49,7 @@ class Comparisons:
 
     def take(self, indices: Indices) -> "Comparisons":
         """Those at the given indices."""
-        pairs = tuple(self.pairs[i] for i in indices)
-        return Comparisons(self.groups, self.owner[indices], pairs)
+        return Comparisons(self.groups, self.owner[indices], tuple(self.pairs[i] for i in indices))
 
     def decided(self) -> "Comparisons":
         """Those that are no ties."""
@@ -77,7 +63,7 @@ class Comparisons:
     def sets(self) -> dict[str, Indices]:
         """The same, and "all" if there are several sources."""
         sources = self.by_source()
-        return sources | {"all": np.arange(len(self))} if len(sources) > 1 else sources
+        return sources | ({"all": np.arange(len(self))} if len(sources) > 1 else {})
 
     def margins(self, scores: Float[np.ndarray, " responses"]) -> Margins:
         """score(chosen) - score(rejected) in float64, from one score for each response of all groups.
@@ -101,12 +87,6 @@ class Comparisons:
             )
         return np.asarray(margins, np.float64)
 
-    def scored(self, scores: Float[np.ndarray, " responses"]) -> ScoredComparisons:
-        """The comparisons as `pairwise_metrics` takes them."""
-        texts = self.chosen_texts, self.rejected_texts
-        chosen, rejected = (np.array([*map(len, side)], int) for side in texts)
-        return ScoredComparisons(self.margins(scores), chosen, rejected, self.prompts, self.ties)
-
     @cached_property
     def ties(self) -> Bool[np.ndarray, " comparisons"]:
         """Whether annotators preferred neither response."""
@@ -128,6 +108,14 @@ class Comparisons:
     def rejected_texts(self) -> list[str]:
         """The other ones."""
         return [g.responses[pair.rejected] for g, pair in self.with_groups()]
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, "2 comparisons"]:
+        """Of the chosen and the rejected response, in characters."""
+        # in tokens, long responses that the model's limit cuts would seem equally long
+        return np.array(
+            [[*map(len, side)] for side in (self.chosen_texts, self.rejected_texts)], int
+        )
 
     def with_groups(self) -> list[tuple[Group, Comparison]]:
         """Each comparison with its group."""

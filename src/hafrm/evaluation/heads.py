@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
 from hafrm.errors import ConfigError
-from hafrm.evaluation.comparisons import Comparisons, Data, ScoredComparisons, read_comparisons
-from hafrm.evaluation.metrics import Evaluation, SetResult, agreement, pairwise_metrics
+from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
+from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.results import read_result
 from hafrm.scoring.loading import Heads, Placement, find_heads
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
-from hafrm.statistics import paired_bootstrap
+from hafrm.statistics import accuracy_interval, paired_bootstrap
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
 Scores = dict[str, NDArray[np.float32]]
@@ -91,11 +91,14 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     reading, comparisons = read_comparisons(data, max_bad_fraction)
     options = EvaluationOptions(reference, max_length, dtype, device)
     scores, report, rule = _score_all_heads(find_heads(model), comparisons, options, on_progress)
-    sets = comparisons.sets().items()
+    margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
         model=str(model),
         scored_with=next(iter(scores)),
-        sets=tuple(_measure_set(name, comparisons.take(where), scores) for name, where in sets),
+        sets=tuple(
+            _measure_set(name, comparisons.take(i), {head: m[i] for head, m in margins.items()})
+            for name, i in comparisons.sets().items()
+        ),
         num_bad_rows=len(reading.bad_rows),
         left_out=reading.left_out,
         prompts_cut=report.prompts_cut,
@@ -128,20 +131,19 @@ def _score_all_heads(
     return scores, reports[0], None if rule is None else str(rule)
 
 
-def _measure_set(name: str, comparisons: Comparisons, scores: Scores) -> SetResult:
-    scored = {head: comparisons.scored(values) for head, values in scores.items()}
-    main = next(iter(scored.values()))
-    decided = ~main.ties
-    margins, prompts = main.margins[decided], main.prompts[decided]
+def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins]) -> SetResult:
+    metrics = {head: pairwise_metrics(comparisons, m) for head, m in margins.items()}
+    decided = {head: m[~comparisons.ties] for head, m in margins.items()}
+    main, prompts = next(iter(decided.values())), comparisons.prompts[~comparisons.ties]
     others: dict[str, Any] = {}
-    if REWARD in scored and IMPLICIT in scored:
-        others["implicit"] = pairwise_metrics(scored[IMPLICIT])
-        others["agreement"] = agreement(margins, scored[IMPLICIT].margins[decided], prompts)
-    if FUSED in scored:
-        others["fused"] = pairwise_metrics(scored[FUSED])
-        right = scored[FUSED].margins[decided] > 0
-        others["fused_gain"] = paired_bootstrap(right, margins > 0, prompts)
-    return SetResult(**vars(pairwise_metrics(main)), name=name, **others)
+    if REWARD in margins and IMPLICIT in margins:
+        others["implicit"] = metrics[IMPLICIT]
+        same = np.sign(main) == np.sign(decided[IMPLICIT])
+        others["same_sign"] = accuracy_interval(same, prompts)
+    if FUSED in margins:
+        others["fused"] = metrics[FUSED]
+        others["fused_gain"] = paired_bootstrap(decided[FUSED] > 0, main > 0, prompts)
+    return SetResult(**vars(next(iter(metrics.values()))), name=name, **others)
 
 
 def compare_models(
@@ -163,16 +165,18 @@ def compare_models(
             "on each, because one seed does not tell how much seeds differ"
         )
     options = options or EvaluationOptions()
-    _, comparisons = read_comparisons(data, options.max_bad_fraction)
-    sets = comparisons.sets()
+    comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
     done = over_passes(on_progress, comparisons.num_responses * len([*first, *second]))
 
-    def score(path: str | Path) -> dict[str, ScoredComparisons]:
-        scorer = load_main_head(path, options)
-        scores = scorer.score_encoded(scorer.encoder.encode(comparisons.groups)[0], done)
-        # the model is freed here: only its scores are kept
-        return {name: comparisons.take(where).scored(scores) for name, where in sets.items()}
+    def is_right(path: str | Path) -> NDArray[np.bool_]:
+        scorer = load_main_head(path, options)  # freed at the end
+        encoded, _ = scorer.encoder.encode(comparisons.groups)
+        return comparisons.margins(scorer.score_encoded(encoded, done)) > 0
 
-    one, other = ([score(path) for path in paths] for paths in (first, second))
-    results = [compare_set(n, [model[n] for model in one], [m[n] for m in other]) for n in sets]
+    # [seeds, comparisons] of each side
+    sides = [np.array([is_right(path) for path in paths]) for paths in (first, second) if paths]
+    results = [
+        compare_set(name, comparisons.prompts[where], *(side[:, where] for side in sides))
+        for name, where in comparisons.sets().items()
+    ]
     return ModelComparison(tuple(map(str, first)), tuple(map(str, second)), adjusted(results))

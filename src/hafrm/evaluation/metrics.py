@@ -1,4 +1,4 @@
-"""What scores say about a model: accuracy, calibration, length bias, agreement of two scorers.
+"""What scores say about a model: accuracy, calibration, temperature, length bias.
 
 Arrays in, frozen results out; NaN means "no data". A scorer is right only if the margin is above zero:
 equal scores are counted, and are not right. Ties stay out of every number except their own.
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Num
+from scipy.optimize import brentq
 from scipy.special import expit
-from scipy.stats import rankdata
 
-from hafrm.evaluation.comparisons import Margins, PromptKeys, ScoredComparisons
+from hafrm.evaluation.comparisons import Comparisons, Margins, PromptKeys
 from hafrm.results import Cell, Column, Table, columns
-from hafrm.statistics import Estimate, Real, accuracy_interval
+from hafrm.statistics import SEED, Estimate, Real, accuracy_interval
 
 Lengths = Num[np.ndarray, " comparisons"]
 LENGTH_BANDS = (1.1, 2.0)
@@ -53,6 +53,20 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperature:
+    """The T whose sigmoid(margin / T) fits best; log-loss and ECE on prompts that it was not fitted on."""
+
+    value: Real
+    """Above 1: margins too large for their accuracy; infinite: no better than chance; NaN: no best one."""
+    log_loss: tuple[Real, Real]
+    """As the model is, and with the temperature; ln 2 = 0.693 is a coin's."""
+    ece: tuple[Real, Real]
+    """As the model is, and with the temperature."""
+    note: str
+    """Why there is no finite temperature; "" if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
 class LengthEffects:
     """What response length alone explains."""
 
@@ -60,28 +74,6 @@ class LengthEffects:
     """Accuracy by how long the chosen response is against the rejected one: LENGTH_SLICES."""
     pick_longer: Accuracy
     pick_shorter: Accuracy
-    pearson: Real
-    """Correlation of the margin with length(chosen) - length(rejected)."""
-    spearman: Real
-
-
-@dataclass(frozen=True, slots=True)
-class Ties:
-    """The comparisons that annotators called a tie: a good scorer gives both responses close scores."""
-
-    num: int
-    mean_abs_margin: Real
-    mean_abs_margin_decided: Real
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How alike two scorers rank the same comparisons."""
-
-    same_sign: Estimate
-    """Fraction of comparisons on which both margins have the same sign (both zero included)."""
-    pearson: Real
-    spearman: Real
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,8 @@ class PairwiseMetrics:
     mean_margin: Real
     calibration: Calibration
     length: LengthEffects
-    ties: Ties
+    num_ties: int
+    """Comparisons that annotators called a tie; they are in no other number."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +97,8 @@ class SetResult(PairwiseMetrics):
 
     name: str
     implicit: PairwiseMetrics | None = None
-    agreement: Agreement | None = None
-    """Of reward and implicit reward."""
+    same_sign: Estimate | None = None
+    """How often reward and implicit reward prefer the same response (both none included)."""
     fused: PairwiseMetrics | None = None
     fused_gain: Estimate | None = None
     """Accuracy of the fused score minus that of the reward, paired."""
@@ -145,7 +138,7 @@ class Evaluation:
         for r in self.sets:
             fit, equal = r.calibration, r.accuracy.num_equal
             estimates = r.accuracy, r.length.pick_longer, r.mean_margin, fit.log_loss, fit.ece
-            rows.append((r.name, r.accuracy.num, *estimates, equal, r.ties.num))
+            rows.append((r.name, r.accuracy.num, *estimates, equal, r.num_ties))
         fused = f"fused score, fitted on the run's validation data: {self.fused_rule}"
         notes = [fused] if self.fused_rule else []
         notes += [f"left out: {reason}: {num} rows" for reason, num in self.left_out.items()]
@@ -175,32 +168,30 @@ def _both_heads(sets: tuple[SetResult, ...]) -> Table:
     """Each head's accuracy and that of both together, one below the other."""
     rows: list[tuple[Cell, ...]] = []
     for r in sets:
-        rows.append((r.name, "reward", r.accuracy, None, None, None))
-        if r.implicit is not None and r.agreement is not None:
-            alike = r.agreement.same_sign, r.agreement.spearman
-            rows.append(("", "implicit reward", r.implicit.accuracy, None, *alike))
+        rows.append((r.name, "reward", r.accuracy, None, None))
+        if r.implicit is not None:
+            rows.append(("", "implicit reward", r.implicit.accuracy, None, r.same_sign))
         if r.fused is not None:
-            rows.append(("", "fused", r.fused.accuracy, r.fused_gain, None, None))
+            rows.append(("", "fused", r.fused.accuracy, r.fused_gain, None))
     heads = columns(
         "set | scorer | accuracy [95 %]: percent | less the reward's [95 %]: percent | "
-        "same sign [95 %]: percent | Spearman: decimal"
+        "same sign [95 %]: percent"
     )
     return Table("both heads", heads, tuple(rows))
 
 
-def pairwise_metrics(scored: ScoredComparisons) -> PairwiseMetrics:
+def pairwise_metrics(comparisons: Comparisons, margins: Margins) -> PairwiseMetrics:
     """All metrics of one scorer."""
     # a tie has no right answer, and would count as wrong
-    decided = ~scored.ties
-    margins, prompts = scored.margins[decided], scored.prompts[decided]
-    lengths = scored.chosen_lengths[decided], scored.rejected_lengths[decided]
-    tied = mean(np.abs(scored.margins[scored.ties]))
+    decided = ~comparisons.ties
+    margins, prompts = margins[decided], comparisons.prompts[decided]
+    chosen, rejected = comparisons.lengths[:, decided]
     return PairwiseMetrics(
         accuracy=pairwise_accuracy(margins, prompts),
         mean_margin=mean(margins),
         calibration=calibration(margins),
-        length=length_bias(margins, *lengths, prompts),
-        ties=Ties(int(scored.ties.sum()), tied, mean(np.abs(margins))),
+        length=length_bias(margins, chosen, rejected, prompts),
+        num_ties=int(comparisons.ties.sum()),
     )
 
 
@@ -241,13 +232,57 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
     )
 
 
+def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
+    """Fit on a random half of the prompts, test on the other; NaN if there is only one prompt.
+
+    Temperature scaling (Guo et al. 2017, arXiv 1706.04599) for comparisons.
+    """
+    names, cluster = np.unique(prompts, return_inverse=True)
+    is_fitted = np.random.default_rng(SEED).permutation(len(names)) < len(names) // 2
+    # split by prompt: comparisons of one prompt on both sides would leak
+    tested = margins[~is_fitted[cluster]].astype(np.float64)
+    value = fit_temperature(margins[is_fitted[cluster]])
+    before = calibration(tested)
+    # an infinite temperature makes every probability one half
+    after = calibration(np.empty(0) if math.isnan(value) else tested / value)
+    note = "cannot be fitted" if math.isnan(value) else ""
+    note = "no better than chance" if math.isinf(value) else note
+    losses, errors = (before.log_loss, after.log_loss), (before.ece, after.ece)
+    return Temperature(value, losses, errors, note)
+
+
+def fit_temperature(margins: Margins) -> float:
+    """The T > 0 that minimises the mean of -log sigmoid(margin / T).
+
+    Infinity if the mean margin is not above zero (a coin does better than any T). NaN if nothing is wrong,
+    because then a smaller T is always better, and if all margins are zero.
+    """
+    margins = margins.astype(np.float64)
+    if not np.any(margins):
+        return math.nan
+    if margins.mean() <= 0:
+        return math.inf
+    if margins.min() >= 0:
+        return math.nan
+
+    # in s = 1/T the loss is convex, so its slope has one root
+    def slope(s: float) -> float:
+        return float(np.mean(-margins * expit(-s * margins)))
+
+    # double the bracket until the slope changes its sign: a wrong margin makes the loss rise in the end
+    high = 1.0 / float(np.abs(margins).max())
+    while slope(high) < 0:
+        high *= 2
+    return 1 / float(brentq(slope, 0.0, high, xtol=1e-15 * high, rtol=1e-15))
+
+
 def length_bias(
     margins: Margins,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     prompts: PromptKeys | None = None,
 ) -> LengthEffects:
-    """Accuracy by length ratio, the two baselines that look at length only, and the correlations."""
+    """Accuracy by length ratio, and the two baselines that look at length only."""
     chosen, rejected = chosen_lengths.astype(np.float64), rejected_lengths.astype(np.float64)
     difference = chosen - rejected
     # bands of longer / shorter with a sign, so that swapping the two sides mirrors the slices
@@ -262,30 +297,9 @@ def length_bias(
         slices,
         pick_longer=pairwise_accuracy(difference, prompts),
         pick_shorter=pairwise_accuracy(-difference, prompts),
-        pearson=pearson(margins, difference),
-        spearman=spearman(margins, difference),
     )
-
-
-def agreement(first: Margins, second: Margins, prompts: PromptKeys | None = None) -> Agreement:
-    """How alike two scorers rank the same comparisons; their margins may be on different scales."""
-    same = accuracy_interval(np.sign(first) == np.sign(second), prompts)
-    return Agreement(same, pearson(first, second), spearman(first, second))
 
 
 def mean(values: Num[np.ndarray, " items"]) -> float:
     """The mean; NaN of nothing."""
     return float(values.mean()) if len(values) else math.nan
-
-
-def pearson(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"]) -> float:
-    """Linear correlation; NaN for fewer than two items or a constant."""
-    # numpy would warn and give NaN
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return math.nan
-    return float(np.corrcoef(first.astype(np.float64), second.astype(np.float64))[0, 1])
-
-
-def spearman(first: Num[np.ndarray, " items"], second: Num[np.ndarray, " items"]) -> float:
-    """Rank correlation, equal values sharing their mean rank; NaN as for `pearson`."""
-    return pearson(rankdata(first), rankdata(second))

@@ -1,7 +1,6 @@
 """Two models, or two methods with several seeds each, on the same comparisons: which one is better.
 
-Comparisons that are hard for both cancel, so the difference is more certain than two accuracies side by
-side. If many sets are compared, some differ by chance: the p-values are adjusted for their number.
+If many sets are compared, some differ by chance: the p-values are adjusted for their number.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Shaped
 
-from hafrm.evaluation.comparisons import PromptKeys, ScoredComparisons
+from hafrm.evaluation.comparisons import PromptKeys
 from hafrm.results import Cell, Table, columns
 from hafrm.statistics import (
     Difference,
@@ -66,20 +65,17 @@ class ModelComparison:
 
 
 def compare_set(
-    name: str, first: Sequence[ScoredComparisons], second: Sequence[ScoredComparisons]
+    name: str,
+    prompts: PromptKeys,
+    right: Shaped[np.ndarray, "seeds comparisons"],
+    other: Shaped[np.ndarray, "other_seeds comparisons"] | None = None,
 ) -> SetComparison:
-    """The same comparisons as scored by the models of each side; the second side may be empty."""
-    decided = ~first[0].ties
-    prompts = first[0].prompts[decided]
-    right, others = (np.array([s.margins[decided] > 0 for s in side]) for side in (first, second))
-    accuracy = accuracy_over_seeds(right, prompts)
-    if not second:
-        return SetComparison(name, len(prompts), accuracy)
-    other, difference = (
-        accuracy_over_seeds(others, prompts),
-        compare_correct(right, others, prompts),
-    )
-    return SetComparison(name, len(prompts), accuracy, other, difference)
+    """One set by the right answers of the models of each side, or of the only side."""
+    first = accuracy_over_seeds(right, prompts)
+    if other is None:
+        return SetComparison(name, len(prompts), first)
+    second, difference = accuracy_over_seeds(other, prompts), compare_correct(right, other, prompts)
+    return SetComparison(name, len(prompts), first, second, difference)
 
 
 def compare_correct(

@@ -1,44 +1,33 @@
-"""What a page is made of, and its HTML: sections of tables, plots and text, drawn with jinja2.
+"""What a page is made of, and its HTML: sections of tables, plots and text, drawn by page.html.j2.
 
-Every text is escaped by the template; only `Markup` passes as it is, and only this module and `plots`
-make it. An interval strip is a dot with whiskers on an axis that all rows of a table share; places are in
-per cent of the cell's width, so they fit any width without a script.
+Every text is escaped by the template; only `plots` makes `Markup`.
 """
 
 import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from hafrm.report.plots import HEIGHT, NUM_COLOURS, WIDTH, Plot
-from hafrm.results import Cell, Column, Table
+from hafrm.report.plots import HEIGHT, WIDTH, Plot
+from hafrm.results import Cell, Table
 from hafrm.statistics import Estimate
 
 MINUS = "\N{MINUS SIGN}"
-STRIP_HEIGHT = 26
-"""Pixels, about the height of a row."""
 
 
 @dataclass(frozen=True)
 class Strips:
-    """A table with an interval strip after one of its columns."""
+    """A table with an interval strip after one of its columns: a dot with whiskers on a shared axis."""
 
     table: Table
     column: str
     reference: float = 0.5
     """Where every row has a line."""
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """A table whose fractions are shaded by their distance from one half."""
-
-    table: Table
 
 
 @dataclass(frozen=True)
@@ -60,33 +49,11 @@ def drawn(
 
 
 @dataclass(frozen=True)
-class Points:
-    """A list of sentences."""
-
-    title: str
-    sentences: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The number that matters, large."""
-
-    value: Estimate
-    label: str
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Labelled texts to read, in their own lines."""
+class Text:
+    """Labelled texts: passages to read, points that are sentences under a title, or a file."""
 
     texts: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A file, such as a recipe."""
-
-    text: str
+    kind: Literal["passages", "points", "file"] = "passages"
 
 
 @dataclass(frozen=True)
@@ -99,7 +66,7 @@ class Details:
     is_open: bool = False
 
 
-Block = Table | Strips | HeatMap | Plots | Points | Headline | Texts | Listing | Details
+Block = Table | Strips | Plots | Text | Details
 
 
 @dataclass(frozen=True)
@@ -114,27 +81,9 @@ class PageSection:
 
 
 def render_page(
-    sections: Sequence[PageSection],
-    *,
-    names: Sequence[str],
-    subtitle: str,
-    by: str,
-    colours: Mapping[str, int],
+    sections: Sequence[PageSection], *, names: Sequence[str], by: str, colours: Mapping[str, int]
 ) -> str:
     """The page as HTML; a cell whose text is a key of `colours` gets a dot of that colour."""
-    template = _environment().get_template("page.html.j2")
-    return template.render(
-        sections=sections,
-        names=names,
-        subtitle=subtitle,
-        by=by,
-        lay_out=functools.partial(_lay_out, colours=colours),
-        size=(WIDTH, HEIGHT),
-    )
-
-
-@functools.cache
-def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("hafrm.report", "."),
         autoescape=True,
@@ -142,172 +91,122 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["typeset"] = _typeset
+    environment.filters["typeset"] = typeset
     environment.filters["kind"] = lambda block: type(block).__name__
-    environment.filters["split_interval"] = _split_interval
-    return environment
+    template = environment.get_template("page.html.j2")
+    lay_out = functools.partial(_lay_out, colours=colours)
+    return template.render(
+        sections=sections, names=names, by=by, lay_out=lay_out, size=(WIDTH, HEIGHT)
+    )
 
 
-def _unbroken(text: str) -> str:
-    """The text with no line break between a number and its per cent sign."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
-
-
-def _typeset(text: str) -> str:
-    """The same for a sentence, with minus signs before negative numbers."""
-    return _unbroken(re.sub(r"(?<![\w.-])-(?=\d)", MINUS, text))
-
-
-def _split_interval(estimate: Estimate) -> tuple[str, str]:
-    """The value and its interval, each as text."""
-    value, bracket, interval = _unbroken(str(estimate)).replace("-", MINUS).partition(" [")
-    return value, f"[{interval}" if bracket else ""
+def typeset(text: str) -> str:
+    """A sentence with minus signs before negative numbers, and no line break before a per cent sign."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", MINUS, text).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 @dataclass(frozen=True)
-class _HtmlCell:
-    text: str
-    kind: str
-    """Its class: text, number, strip or heat."""
-    interval: str = ""
-    colour: int | None = None
-    heat: int | None = None
-    """Per cent of colour, above zero for fractions above one half."""
-    strip: Markup | None = None
-
-
-@dataclass(frozen=True)
-class _HtmlTable:
-    """A table as the template writes it."""
-
-    title: str
-    is_narrow: bool
-    """Whether intervals stand below their values, and columns closer: there are too many."""
-    heading: Sequence[_HtmlCell]
-    groups: Sequence[tuple[str, Sequence[Sequence[_HtmlCell]]]]
-    """Each with its name; "" where the table has none."""
-    notes: tuple[str, ...]
-
-
-def _lay_out(block: Table | Strips | HeatMap, colours: Mapping[str, int]) -> _HtmlTable:
-    table = block if isinstance(block, Table) else block.table
-    has_intervals = [
-        any(isinstance(row[number], Estimate) for row in table.rows)
-        for number in range(len(table.columns))
-    ]
-    heading = [
-        _HtmlCell(c.name, "number" if has or c.kind != "text" else "text")
-        for c, has in zip(table.columns, has_intervals, strict=True)
-    ]
-    rows = [
-        [
-            _cell(*cell, isinstance(block, HeatMap), colours)
-            for cell in zip(row, texts, table.columns, strict=True)
-        ]
-        for row, texts in zip(table.rows, table.texts(), strict=True)
-    ]
-    for row in rows:
-        # a run and its method may have one name: the first cell is enough
-        for number in [n for n, cell in enumerate(row) if cell.colour is not None][1:]:
-            row[number] = replace(row[number], colour=None)
-    if isinstance(block, Strips):
-        _add_strips(block, heading, rows)
-    if isinstance(block, HeatMap):
-        heading = [_HtmlCell(c.text, "heat" if c.kind == "number" else c.kind) for c in heading]
-    # rows whose first cell is "" continue the group above
-    is_grouped = any(row[0] == "" for row in table.rows)
-    groups: list[tuple[str, list[Sequence[_HtmlCell]]]] = [] if is_grouped else [("", [])]
-    for row in rows:
-        if is_grouped and (row[0].text or not groups):
-            groups.append((row[0].text, []))
-        groups[-1][1].append(row[is_grouped:])
-    is_narrow = sum(has_intervals) > 3 or len(heading) > 8
-    title = table.title
-    if title.partition(" ")[0].isalpha():  # a name, such as "test-chat:", keeps its letters
-        title = title[0].upper() + title[1:]
-    return _HtmlTable(title, is_narrow, heading[is_grouped:], groups, table.notes)
-
-
-def _cell(
-    cell: Cell, text: str, column: Column, is_heat: bool, colours: Mapping[str, int]
-) -> _HtmlCell:
-    if isinstance(cell, Estimate):
-        value, interval = _split_interval(cell)
-        if not is_heat or math.isnan(cell.value):
-            return _HtmlCell(value, "number", interval)
-        strength = round(min(125 * abs(cell.value - 0.5), 55))
-        return _HtmlCell(value, "heat", interval, heat=strength if cell.value >= 0.5 else -strength)
-    kind = "text" if column.kind == "text" else "number"
-    if isinstance(cell, str):
-        # "haf, fused" is a head of the run haf
-        return _HtmlCell(_unbroken(text), kind, colour=colours.get(text.partition(", ")[0]))
-    return _HtmlCell(_unbroken(text).replace("-", MINUS), kind)
-
-
-def _add_strips(block: Strips, heading: list[_HtmlCell], rows: Sequence[list[_HtmlCell]]) -> None:
-    """Insert the strips after their column, and their axis in the heading."""
-    place = [column.name for column in block.table.columns].index(block.column)
-    cells = [row[place] for row in block.table.rows]
-    axis = _Axis.around(cells, block.reference)
-    has_colours = any(cell.colour is not None for row in rows for cell in row)
-    heading.insert(place + 1, _HtmlCell("", "strip", strip=axis.heading()))
-    for row, value in zip(rows, cells, strict=True):
-        colour = next((cell.colour for cell in row if cell.colour is not None), None)
-        if colour is None and not has_colours:
-            colour = 0
-        row.insert(place + 1, _HtmlCell("", "strip", strip=axis.strip(value, colour)))
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """What a strip's width stands for."""
+class Axis:
+    """What the width of a strip means: places are in per cent of it, so they fit any width."""
 
     ticks: tuple[float, ...]
     reference: float
-    is_fraction: bool
+    scale: int
+    """100 for fractions, which are written in per cent."""
 
     @classmethod
-    def around(cls, cells: Sequence[Cell], reference: float) -> "_Axis":
+    def around(cls, cells: Sequence[Cell], reference: float) -> "Axis":
         """An axis between two ticks, around all intervals and the reference."""
         estimates = [c for c in cells if isinstance(c, Estimate) and not math.isnan(c.value)]
         values = [reference, *(v for e in estimates for v in (e.value, e.low, e.high))]
         finite = [v for v in values if math.isfinite(v)]
         low, high = min(finite), max(finite)
         ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, max(high, low + 0.02))
-        return cls(tuple(map(float, ticks)), reference, all(e.proportion for e in estimates))
+        scale = 100 if all(e.proportion for e in estimates) else 1
+        return cls(tuple(map(float, ticks)), reference, scale)
 
-    def heading(self) -> Markup:
-        """The ticks; fractions in per cent."""
-        texts = []
-        for number, tick in enumerate(self.ticks):
-            value = round(100 * tick if self.is_fraction else tick, 9)
-            anchor = {0: "start", len(self.ticks) - 1: "end"}.get(number, "middle")
-            text = Markup('<text x="{}" y="17" text-anchor="{}">{}</text>')
-            texts.append(text.format(self._place(tick), anchor, f"{value:g}".replace("-", MINUS)))
-        return _svg("axis", texts)
+    def labels(self) -> list[tuple[str, str]]:
+        """(place, text) of every tick."""
+        return [(self.place(t), f"{round(t * self.scale, 10):g}") for t in self.ticks]
 
-    def strip(self, cell: Cell, colour: int | None) -> Markup:
-        """A dot with its interval, grey without a colour."""
-        middle, line = self.reference, self._line
-        drawn = [line("reference", middle, middle, -4, STRIP_HEIGHT + 4)]
-        if isinstance(cell, Estimate) and not math.isnan(cell.value):
-            y = STRIP_HEIGHT // 2
-            mark = "base" if colour is None else f"c{colour % NUM_COLOURS}"
-            if math.isfinite(cell.low) and math.isfinite(cell.high):
-                drawn.append(line(f"whisker {mark}", cell.low, cell.high, y, y))
-            dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="3.5"/>')
-            drawn.append(dot.format(mark, self._place(cell.value), y))
-        return _svg("strip", drawn)
-
-    def _place(self, value: float) -> str:
+    def place(self, value: float) -> str:
+        """Where a value is; beyond the ends, at the end."""
         low, high = self.ticks[0], self.ticks[-1]
         return f"{100 * min(1.0, max(0.0, (value - low) / (high - low))):.2f}%"
 
-    def _line(self, name: str, start: float, end: float, top: int, bottom: int) -> Markup:
-        line = Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-        return line.format(name, self._place(start), self._place(end), top, bottom)
+
+@dataclass(frozen=True)
+class HtmlCell:
+    """One cell as the template writes it."""
+
+    kind: Literal["text", "number", "strip"]
+    text: str = ""
+    interval: str = ""
+    colour: int | None = None
+    estimate: Estimate | None = None
+    """What a strip draws."""
 
 
-def _svg(name: str, parts: Sequence[Markup]) -> Markup:
-    svg = Markup('<svg class="{}" width="100%" height="{}" aria-hidden="true">{}</svg>')
-    return svg.format(name, STRIP_HEIGHT, Markup("").join(parts))
+@dataclass(frozen=True)
+class HtmlTable:
+    """A table as the template writes it."""
+
+    title: str
+    notes: tuple[str, ...]
+    is_narrow: bool
+    """Whether intervals stand below their values: there are too many columns."""
+    heading: Sequence[HtmlCell]
+    groups: Sequence[tuple[str, Sequence[Sequence[HtmlCell]]]]
+    """Each with its name; "" where the table has none."""
+    axis: Axis | None
+
+
+def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> HtmlTable:
+    table = block if isinstance(block, Table) else block.table
+    columns = [*zip(*table.rows, strict=True)] or [()] * len(table.columns)
+    is_estimate = [any(isinstance(cell, Estimate) for cell in cells) for cells in columns]
+    is_text = [c.kind == "text" for c in table.columns]
+    heading = [
+        HtmlCell("text" if text and not has else "number", column.name)
+        for column, text, has in zip(table.columns, is_text, is_estimate, strict=True)
+    ]
+    rows = [
+        [_cell(*parts, colours) for parts in zip(row, texts, is_text, strict=True)]
+        for row, texts in zip(table.rows, table.texts(), strict=True)
+    ]
+    axis = None
+    if isinstance(block, Strips):
+        place = [column.name for column in table.columns].index(block.column)
+        axis = Axis.around(columns[place], block.reference)
+        heading.insert(place + 1, HtmlCell("strip"))
+        has_colours = any(cell.colour is not None for row in rows for cell in row)
+        for row, value in zip(rows, columns[place], strict=True):
+            # without colours all dots have the first one; with them, a row without is a baseline
+            colour = next(
+                (c.colour for c in row if c.colour is not None), None if has_colours else 0
+            )
+            estimate = (
+                value if isinstance(value, Estimate) and not math.isnan(value.value) else None
+            )
+            row.insert(place + 1, HtmlCell("strip", colour=colour, estimate=estimate))
+    # rows whose first cell is "" continue the group above
+    is_grouped = any(row[0] == "" for row in table.rows)
+    groups: list[tuple[str, list[Sequence[HtmlCell]]]] = [] if is_grouped else [("", [])]
+    for row in rows:
+        if is_grouped and (row[0].text or not groups):
+            groups.append((row[0].text, []))
+        groups[-1][1].append(row[is_grouped:])
+    is_narrow = sum(is_estimate) > 3 or len(heading) > 8
+    return HtmlTable(table.title, table.notes, is_narrow, heading[is_grouped:], groups, axis)
+
+
+def _cell(cell: Cell, text: str, is_text: bool, colours: Mapping[str, int]) -> HtmlCell:
+    if isinstance(cell, str):
+        # "haf, fused" is a head of the run haf
+        colour = colours.get(text.partition(", ")[0])
+        return HtmlCell("text" if is_text else "number", text, colour=colour)
+    value, bracket, interval = typeset(text).partition(" [")
+    kind: Literal["text", "number"] = (
+        "number" if isinstance(cell, Estimate) or not is_text else "text"
+    )
+    return HtmlCell(kind, value, bracket.strip() + interval)

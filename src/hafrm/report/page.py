@@ -1,7 +1,6 @@
 """`hafrm report`: folders in, one self-contained page out. Nothing is fetched, and no script is in it.
 
-The page is complete or absent. Its content security policy forbids any connection, so that even text that
-was not escaped could load nothing.
+Its content security policy forbids any connection: even text that was not escaped could load nothing.
 """
 
 import contextlib
@@ -55,7 +54,6 @@ def render_material(material: Material) -> str:
         run_sections.training_section,
         result_sections.calibration_section,
         result_sections.length_section,
-        result_sections.agreement_section,
         result_sections.diagnosis_section,
         result_sections.examples_section,
         run_sections.provenance_section,
@@ -67,23 +65,6 @@ def render_material(material: Material) -> str:
     return render_page(
         sections,
         names=[folder.name for folder in material.folders],
-        subtitle=_subtitle(material),
         by=by,
         colours=material.colours,
     )
-
-
-def _subtitle(material: Material) -> str:
-    """How many results of each kind the page is about."""
-    folders = material.folders
-    counts = {
-        "training runs": sum(f.is_training for f in folders),
-        "evaluations": sum(f.evaluation is not None for f in folders),
-        "diagnoses": sum(f.diagnosis is not None for f in folders),
-        "comparisons of methods": sum(f.study is not None for f in folders),
-        "best-of-n results": sum(f.best_of_n is not None for f in folders),
-        "RLHF runs": sum(f.is_rlhf for f in folders),
-        "comparisons of policies": sum(f.rlhf_comparison is not None for f in folders),
-    }
-    text = ", ".join(f"{what}: {num}" for what, num in counts.items() if num)
-    return text[:1].upper() + text[1:]

@@ -1,7 +1,6 @@
 """Plots as inline SVG: lines and dots with whiskers, drawn by matplotlib.
 
-Colours are classes of the page's style sheet (`c0` ...), so one drawing serves light and
-dark. Nothing global is touched: neither pyplot nor matplotlib's settings.
+Colours are classes of the page's style sheet (`c0` ...), so one drawing serves light and dark.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from hafrm.statistics import Estimate
 
@@ -71,7 +70,6 @@ class Plot:
     """What is inside the svg element."""
     description: str
     unit: str = ""
-    height: int = HEIGHT
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Series:
     low: Sequence[float] = ()
     """Bounds of y, drawn as whiskers (dots) or as a band (lines)."""
     high: Sequence[float] = ()
-    style: Literal["line", "dashed", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots"] = "line"
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,6 @@ class AxisScale:
     x_name: str = "step"
     x_log: Literal[0, 2, 10] = 0
     """The base of a logarithmic axis."""
-    y_log: bool = False
     is_fraction: bool = False
     """Whether y is written in per cent."""
     reference: float | None = None
@@ -104,8 +101,6 @@ class AxisScale:
     """Predicted against observed probabilities, from one half up."""
     ticks: Sequence[str] = ()
     """Names of 0, 1, 2, ... on the horizontal axis."""
-    marks: Sequence[tuple[float, int]] = ()
-    """Places on the horizontal axis, each with the colour of its run."""
 
 
 def estimates(
@@ -124,16 +119,10 @@ def chart(title: str, series: Sequence[Series], scale: AxisScale, unit: str = ""
     shown = [_thinned(s) for s in series if np.isfinite(np.asarray(s.y, float)).any()]
     if not shown:
         return None
-    height = HEIGHT + 40 if scale.diagonal else HEIGHT
 
     def fill(axes: Axes) -> None:
-        dotted = [s for s in shown if s.style == "dots"]
-        places = [x for s in shown for x in s.x]
-        # whiskers at one place stand beside each other
-        apart = 0.0 if scale.diagonal or scale.x_log else 0.015 * (max(places) - min(places))
         for s in shown:
-            aside = apart * (dotted.index(s) - (len(dotted) - 1) / 2) if s in dotted else 0.0
-            _draw(axes, s, aside)
+            _draw(axes, s)
         _set_axes(axes, scale, shown)
 
     # for screen readers: where each series begins and ends
@@ -141,31 +130,26 @@ def chart(title: str, series: Sequence[Series], scale: AxisScale, unit: str = ""
     for s in shown:
         values = [y for y in s.y if math.isfinite(y)]
         ends.append(f"{s.name} from {values[0]:.4g} to {values[-1]:.4g}")
-    return Plot(title, _svg(title, fill, height), f"{title}: {'; '.join(ends)}", unit, height)
+    return Plot(title, _svg(title, fill), f"{title}: {'; '.join(ends)}", unit)
 
 
-def _draw(axes: Axes, series: Series, aside: float) -> None:
+def _draw(axes: Axes, series: Series) -> None:
     colour = f"c{series.colour % NUM_COLOURS}"
     x, y, low, high = (np.asarray(v, float) for v in (series.x, series.y, series.low, series.high))
-    if series.style == "dots":
-        if low.size:
-            for place, bottom, top in zip(x + aside, low, high, strict=True):
-                (whisker,) = axes.plot([place, place], [bottom, top], linewidth=1.2)
-                _as_class(whisker, colour)
-        (line,) = axes.plot(x + aside, y, linewidth=0.8, alpha=0.6)
-        (dots,) = axes.plot(x + aside, y, "o")
-        _as_class(line, colour)
-        _as_class(dots, colour)
-        return
-    if low.size:
-        _as_class(axes.fill_between(x, low, high, alpha=0.13, linewidth=0), colour)
-    dashes: Any = (0, (4, 2)) if series.style == "dashed" else "-"
-    alpha = 0.4 if series.style == "faint" else 1.0
-    (line,) = axes.plot(x, y, linestyle=dashes, alpha=alpha)
-    _as_class(line, colour)
-    if np.isfinite(y).sum() == 1:  # a line of one point is invisible
-        (dots,) = axes.plot(x, y, "o")
-        _as_class(dots, colour)
+    is_dotted = series.style == "dots"
+    drawn: list[Artist] = []
+    if low.size and is_dotted:
+        drawn.append(axes.vlines(x, low, high, linewidth=1.2, color="black"))
+    elif low.size:
+        drawn.append(axes.fill_between(x, low, high, alpha=0.13, linewidth=0))
+    alpha = {"line": 1.0, "faint": 0.4, "dots": 0.6}[series.style]
+    drawn += axes.plot(x, y, alpha=alpha, linewidth=0.8 if is_dotted else 1.5)
+    if is_dotted or np.isfinite(y).sum() == 1:  # a line of one point is invisible
+        drawn += axes.plot(x, y, "o")
+    for artist in drawn:
+        artist.set_gid(
+            f"class:{colour}"
+        )  # matplotlib only has ids, which `_svg` turns into classes
 
 
 def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
@@ -173,22 +157,11 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     axes.set_xlabel(scale.x_name)
     if scale.reference is not None:
         axes.axhline(scale.reference, color=FAINT, linewidth=1.0, linestyle=dotted)
-    for x, colour in scale.marks:
-        _as_class(axes.axvline(x, linewidth=0.8, alpha=0.7), f"c{colour % NUM_COLOURS}")
     percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
     if scale.diagonal:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)
-    values = np.concatenate([np.asarray(s.y, float) for s in shown])
-    # only a logarithm shows the small values
-    is_wide = np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values)
-    if scale.y_log and is_wide:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(PLAIN)
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(percent if scale.is_fraction else PLAIN)
+    axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(percent if scale.is_fraction else PLAIN)
     # zeros are drawn whole, above no negative tick
     if scale.is_fraction and axes.get_ylim()[0] < 0:
         axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
@@ -228,17 +201,12 @@ def _thinned(series: Series) -> Series:
     return replace(series, x=x, y=y, low=low, high=high)
 
 
-def _as_class(artist: Artist, name: str) -> None:
-    """Give what is drawn a class; matplotlib only has ids, which `_svg` turns into classes."""
-    artist.set_gid(f"class:{name}")
-
-
-def _svg(title: str, fill: Callable[[Axes], None], height: int) -> Markup:
+def _svg(title: str, fill: Callable[[Axes], None]) -> Markup:
     """What is inside the svg element of a plot that `fill` draws."""
     with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that only the browser has
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout=layout)
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
         axes.patch.set_visible(False)

@@ -4,21 +4,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
 
+from hafrm.diagnostics.label_noise import cut_text
 from hafrm.evaluation.metrics import LENGTH_SLICES, PairwiseMetrics, SetResult
-from hafrm.report.html import Block, Details, HeatMap, PageSection, Strips, Texts, drawn
-from hafrm.report.plots import AxisScale, Plot, Series, chart, estimates
+from hafrm.report.html import Block, Details, PageSection, Strips, Text, drawn
+from hafrm.report.plots import AxisScale, Plot, chart, estimates
 from hafrm.report.run_files import Material, RunFiles, Sample, short_sources
 from hafrm.results import Cell, Table, columns
 from hafrm.statistics import Estimate, wilson
 from hafrm.study.study_result import Contrast
 
-MAX_CHARS = 1600
-"""Of a text to read; a longer one is cut in the middle."""
 MAX_TEXTS = 20
 """Of one kind from one folder."""
 MAX_ROWS = 24
 """Of a table that is shown without being opened."""
-SCORER_COLUMNS = "scorer | accuracy [95 %]: percent | comparisons: count"
 
 
 def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResult]]]:
@@ -29,12 +27,6 @@ def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResu
     for run, measured in pairs:
         result[names[measured.name]].append((run, measured))
     return result
-
-
-def length_rules(measured: SetResult) -> dict[str, Estimate]:
-    """What picking by length alone gets right."""
-    length = measured.length
-    return {"pick the longer": length.pick_longer, "pick the shorter": length.pick_shorter}
 
 
 def accuracy_section(material: Material) -> PageSection:
@@ -48,16 +40,20 @@ def accuracy_section(material: Material) -> PageSection:
         part: list[tuple[Cell, ...]] = []
         for scorer, m in scorers:
             fit, counts = m.calibration, (m.accuracy.num, m.accuracy.num_equal)
-            part.append((scorer, m.accuracy, counts[0], fit.log_loss, fit.ece, counts[1]))
-        rules = length_rules(runs[0][1]).items()
-        part += [(rule, value, value.num, None, None, None) for rule, value in rules]
+            same = m.same_sign if isinstance(m, SetResult) else None
+            part.append((scorer, m.accuracy, counts[0], fit.log_loss, fit.ece, counts[1], same))
+        length = runs[0][1].length
+        for rule, value in (("longer", length.pick_longer), ("shorter", length.pick_shorter)):
+            part.append((f"pick the {rule}", value, value.num, None, None, None, None))
         rows += [(name if i == 0 else "", *row) for i, row in enumerate(part)]
     notes = (
         "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; a coin gets 0.693. ECE: mean gap between "
-        "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong.",
+        "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong. "
+        "heads agree: both heads prefer the same response.",
     )
     heads = columns(
-        f"test set | {SCORER_COLUMNS} | log-loss: decimal | ECE: decimal | equal: count"
+        "test set | scorer | accuracy [95 %]: percent | comparisons: count | log-loss: decimal | "
+        "ECE: decimal | equal: count | heads agree: percent"
     )
     table = Table("Accuracy by test set", heads, tuple(rows), notes)
     lead = (
@@ -96,86 +92,42 @@ def length_section(material: Material) -> PageSection:
     ticks = [name.replace("much ", "much\n").removeprefix("about ") for name in LENGTH_SLICES]
     scale = AxisScale("chosen response", is_fraction=True, reference=0.5, ticks=ticks)
     places = [float(i) for i in range(len(LENGTH_SLICES))]
-    plots, rows = list[Plot | None](), list[tuple[Cell, ...]]()
+    plots = []
     for name, runs in evaluated_sets(material).items():
         series = []
         for run, measured in runs:
-            length, colour = measured.length, material.colours[run.name]
-            values = [length.slices[band] for band in LENGTH_SLICES]
+            values = [measured.length.slices[band] for band in LENGTH_SLICES]
+            colour = material.colours[run.name]
             series.append(estimates(run.name, places, values, colour, style="dots"))
-            row = (run.name, length.pick_longer, length.pearson, length.spearman)
-            rows.append((name if run is runs[0][0] else "", *row))
         plots.append(chart(name, series, scale, "accuracy"))
-    heads = columns(
-        "test set | model | annotators prefer the longer: percent | Pearson: decimal | "
-        "Spearman: decimal"
-    )
-    note = "Correlation of the margin with length(chosen) \N{MINUS SIGN} length(rejected); 0: none."
-    table = Table("Margin and length", heads, tuple(rows), (note,))
     lead = (
         "A model that depends on length is right where the chosen response is longer, and wrong where it "
         "is shorter. A flat row of dots is best."
     )
-    blocks: tuple[Block, ...] = drawn(plots, _evaluated_key(material))
-    return PageSection("length", "Length", lead, (*blocks, table) if blocks else ())
+    return PageSection("length", "Length", lead, drawn(plots, _evaluated_key(material)))
 
 
 def _evaluated_key(material: Material) -> tuple[tuple[str, int], ...]:
     return material.key(run.name for run in material.folders if run.evaluation is not None)
 
 
-def agreement_section(material: Material) -> PageSection:
-    """How often the two heads of a model prefer the same response."""
-    rows = tuple(
-        (name, run.name, both.same_sign, both.pearson, both.spearman)
-        for name, runs in evaluated_sets(material).items()
-        for run, measured in runs
-        if (both := measured.agreement) is not None
-    )
-    heads = (
-        "test set | model | same preference [95 %]: percent | Pearson: decimal | Spearman: decimal"
-    )
-    table = Table("Reward and implicit reward of one model", columns(heads), rows)
-    lead = (
-        "The reward head and the language-model head share one backbone: how often they prefer the same "
-        "response."
-    )
-    blocks = (Strips(table, "same preference [95 %]"),) if rows else ()
-    return PageSection("agreement", "Agreement", lead, blocks)
-
-
 def diagnosis_section(material: Material) -> PageSection:
-    """Every table of each diagnosis, and label noise by how many models disagree."""
-    blocks: list[Block] = []
-    for run in material.folders:
-        if run.diagnosis is None:
-            continue
-        noise, plots = run.diagnosis.label_noise, list[Plot | None]()
-        bands = () if noise is None else noise.by_disagreement
-        for title, values, reference in (
-            ("Accuracy by disagreement", [band.accuracy for band in bands], 0.5),
-            ("Annotators split", [band.split for band in bands], None),
-        ):
-            scale = AxisScale("disagreement of models", is_fraction=True, reference=reference)
-            colour, places = material.colours[run.name], [band.low for band in bands]
-            series = estimates("comparisons", places, values, colour, style="dots")
-            plots.append(chart(f"{title}, {run.name}", [series], scale))
-        blocks += drawn(plots)
-        # texts, whose tables have no headings, have a section of their own
-        blocks += [t for t in run.diagnosis.tables() if any(c.name for c in t.columns)]
+    """Every table of each diagnosis."""
+    diagnoses = [folder.diagnosis for folder in material.folders if folder.diagnosis is not None]
     lead = "Where a model is right, how confident it is, and which labels may be wrong."
-    return PageSection("diagnosis", "Diagnosis", lead, tuple(blocks))
+    blocks = tuple(table for diagnosis in diagnoses for table in diagnosis.tables())
+    return PageSection("diagnosis", "Diagnosis", lead, blocks)
 
 
 def study_section(material: Material) -> PageSection:
-    """Accuracies of methods as heat maps, every difference from the baseline, learning rates."""
+    """Accuracies of methods, every difference from the baseline, learning rates."""
     blocks: list[Block] = []
     for folder in material.folders:
         study = folder.study
         if study is None:
             continue
         *accuracies, learning_rates = study.tables()
-        blocks += [HeatMap(_without_empty_columns(table)) for table in accuracies]
+        blocks += map(_without_empty_columns, accuracies)
         differences = _differences((*study.average_differences, *study.differences))
         num = len(differences.table.rows)
         folded = Details(f"All {num} differences from the baseline", (differences,))
@@ -213,7 +165,7 @@ def _differences(contrasts: Sequence[Contrast]) -> Strips:
 
 
 def best_of_n_section(material: Material) -> PageSection:
-    """Own and gold score of the answer that each model picks, over n and over KL."""
+    """Gold score of the answer that each model picks, over n and over KL; wins."""
     blocks: list[Block] = []
     for folder in material.folders:
         result = folder.best_of_n
@@ -221,32 +173,21 @@ def best_of_n_section(material: Material) -> PageSection:
             continue
         plots: list[Plot | None] = []
         for x_name, scale in (("n", AxisScale("n", x_log=2)), ("KL", AxisScale("KL, nat"))):
-            gold, own = list[Series](), list[Series]()
+            gold = []
             for model in result.models:
                 places = [float(p.n) if x_name == "n" else p.kl for p in model.curve]
                 colour = material.colours[model.name]
                 gold.append(estimates(model.name, places, [p.gold for p in model.curve], colour))
-                own.append(estimates(model.name, places, [p.proxy for p in model.curve], colour))
             plots.append(chart(f"Gold score over {x_name}", gold, scale))
-            # rewards have no zero of their own: only gains over one answer can be compared
-            plots.append(chart(f"Own score over {x_name}", list(map(_gain, own)), scale, "gain"))
         blocks += drawn(plots, material.key(m.name for m in result.models))
         for table in result.tables():
             has_wins = any(column.name == "wins - losses" for column in table.columns)
             blocks.append(Strips(table, "wins - losses", 0.0) if has_wins else table)
     lead = (
-        "Of n answers to each prompt, the one that a model scores highest. The model's own score rises by "
-        "construction; the gold score shows whether the answers improve."
+        "Of n answers to each prompt, the one that a model scores highest: the gold score shows whether "
+        "the answers improve."
     )
     return PageSection("best-of-n", "Best of n", lead, tuple(blocks))
-
-
-def _gain(series: Series) -> Series:
-    start = series.y[0]
-    y, low, high = (
-        [value - start for value in values] for values in (series.y, series.low, series.high)
-    )
-    return Series(series.name, series.x, y, series.colour, low, high)
 
 
 def policies_section(material: Material) -> PageSection:
@@ -279,7 +220,9 @@ def _worst(folder: RunFiles) -> Iterator[Details]:
         return
     names = short_sources([s.name for s in folder.diagnosis.sets])
     for example in folder.diagnosis.worst:
-        note = f"{example.why}, margin {example.margin:.2f}, {names.get(example.set, example.set)}"
+        note = f"margin {example.margin:.2f}, {names.get(example.set, example.set)}"
+        if example.num_against > 1:
+            note += f", {example.num_against} models agree"
         if example.votes is not None:
             note += f", votes {' to '.join(map(str, example.votes))}"
         texts = [(n, getattr(example, n)) for n in ("prompt", "chosen", "rejected")]
@@ -305,12 +248,4 @@ def _passage(note: str, texts: Sequence[tuple[str, str]]) -> Details:
     """Texts that open by the beginning of the first one."""
     line = " ".join(texts[0][1].split())
     title = line if len(line) <= 90 else line[:89].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
-    return Details(title, (Texts(tuple((name, shortened(text)) for name, text in texts)),), note)
-
-
-def shortened(text: str) -> str:
-    """The text, cut in the middle if it is long; the number of characters left out is in its place."""
-    if len(text) <= MAX_CHARS:
-        return text
-    head, tail = text[: MAX_CHARS * 3 // 4], text[-MAX_CHARS // 4 :]
-    return f"{head}\n[{len(text) - len(head) - len(tail)} characters left out]\n{tail}"
+    return Details(title, (Text(tuple((name, cut_text(text)) for name, text in texts)),), note)

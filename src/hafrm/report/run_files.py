@@ -4,13 +4,11 @@ Any file may be absent; a folder with none of them, or a file that is not what i
 """
 
 import pkgutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
 
 from hafrm.errors import CheckpointError
 from hafrm.recipe import Recipe
@@ -176,7 +174,7 @@ def _read(path: Path, name: str) -> RunFiles:
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         sessions=read_result(provenance, ProvenanceFile).sessions if provenance.is_file() else (),
         metrics=metrics,
-        samples=tuple(_samples(path / "samples.jsonl")),
+        samples=tuple(from_plain(Sample, line) for line in read_json_lines(path / "samples.jsonl")),
         **results,
     )
 
@@ -185,16 +183,6 @@ def _record(line: dict[str, Any]) -> MetricsRecord:
     kind = str(line.get("kind") or line.get("phase"))
     values = {name: v for name, v in line.items() if isinstance(v, int | float) and name != "step"}
     return MetricsRecord(int(line["step"]), kind, values)
-
-
-def _samples(path: Path) -> Iterator[Sample]:
-    for number, line in enumerate(read_json_lines(path), start=1):
-        try:
-            yield from_plain(Sample, line)
-        except ValidationError as error:
-            raise CheckpointError(
-                f"{path}, line {number}: not a sample; remove that line"
-            ) from error
 
 
 def short_paths(paths: Sequence[Path]) -> list[str]:

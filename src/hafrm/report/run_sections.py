@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hafrm.report.cautions import cautions
-from hafrm.report.html import Block, Details, Headline, Listing, PageSection, Points, Strips, drawn
+from hafrm.report.html import Block, Details, PageSection, Text, drawn
 from hafrm.report.plots import AxisScale, Plot, Series, chart
-from hafrm.report.result_sections import SCORER_COLUMNS, length_rules
 from hafrm.report.run_files import Material, MetricsRecord, RunFiles, Session, short_sources
 from hafrm.results import Cell, Column, Table, columns
 
@@ -21,9 +20,6 @@ class Curve:
     unit: str = ""
     is_fraction: bool = False
     reference: float | None = None
-    y_log: bool = False
-    second: str = ""
-    """Drawn dashed in the same plot."""
 
 
 COIN = 0.6931
@@ -37,8 +33,9 @@ TRAINING_CURVES = (
     Curve("Implicit accuracy", ("implicit_accuracy",), "policy head", True, 0.5),
     Curve("Margin", ("margin", "implicit_margin"), "chosen over rejected", reference=0.0),
     Curve("Implicit margin", ("implicit_margin",), "policy head", reference=0.0),
-    Curve("Rewards", ("chosen_reward",), "dashed: rejected", second="rejected_reward"),
-    Curve("Gradient norm", ("grad_norm",), "before clipping", y_log=True),
+    Curve("Chosen reward", ("chosen_reward",)),
+    Curve("Rejected reward", ("rejected_reward",)),
+    Curve("Gradient norm", ("grad_norm",), "before clipping"),
     Curve("Learning rate", ("learning_rate",)),
     Curve("Throughput", ("tokens_per_second",), "tokens/s"),
 )
@@ -56,31 +53,13 @@ RLHF_CURVES = (
 
 
 def summary_section(material: Material) -> PageSection:
-    """The accuracies, what was trained, and what to be careful about."""
-    blocks: list[Block] = [*_accuracies(material), *_trained_table(material)]
+    """What was trained, and what to be careful about."""
+    blocks: list[Block] = [*_trained_table(material)]
     sentences = tuple(cautions(material))
-    blocks += [Points("Cautions", sentences)] if sentences else []
+    if sentences:
+        labels = ("Cautions", *("",) * (len(sentences) - 1))
+        blocks.append(Text(tuple(zip(labels, sentences, strict=True)), "points"))
     return PageSection("summary", "Summary", "", tuple(blocks))
-
-
-def _accuracies(material: Material) -> Iterator[Block]:
-    """The accuracy of one run in large type; those of several runs in a table."""
-    pairs = [(run, run.evaluation.sets[-1]) for run in material.folders if run.evaluation]
-    if not pairs:
-        return
-    names = {measured.name for _, measured in pairs}
-    short = short_sources([*names])
-    which = "all test sets together" if names == {"all"} else " and ".join(short[n] for n in names)
-    first = pairs[0][1]
-    if len(pairs) == 1:
-        label = f"accuracy on {first.accuracy.num} held-out comparisons, {which}"
-        yield Headline(first.accuracy, label)
-        return
-    rows: list[tuple[Cell, ...]] = [(r.name, s.accuracy, s.accuracy.num) for r, s in pairs]
-    rule, value = max(length_rules(first).items(), key=lambda item: item[1].value)
-    heads = columns(SCORER_COLUMNS)
-    table = Table(f"Accuracy on {which}", heads, (*rows, (rule, value, value.num)))
-    yield Strips(table, "accuracy [95 %]")
 
 
 def _trained_table(material: Material) -> Iterator[Table]:
@@ -109,10 +88,7 @@ def training_section(material: Material) -> PageSection:
     """Curves of everything that reward models log while they are trained."""
     runs = [run for run in material.folders if run.is_training]
     plots = [_curve_plot(curve, runs, material) for curve in TRAINING_CURVES]
-    lead = (
-        "Faint lines: training batches, averaged between logged steps. Dots: validation, with 95 % "
-        "intervals. The vertical line is the exported step."
-    )
+    lead = "Faint lines: training batches, averaged between logged steps. Dots: validation [95 %]."
     blocks = drawn(plots, material.key(run.name for run in runs))
     return PageSection("training", "Training", lead, blocks)
 
@@ -138,16 +114,8 @@ def rlhf_section(material: Material) -> PageSection:
     return PageSection("rlhf", "RLHF", lead, blocks)
 
 
-def best_record(run: RunFiles) -> MetricsRecord | None:
-    """The record of the step that a run exports: best by its metric, and by the loss at a tie."""
-    metric = "accuracy" if run.recipe is None else run.recipe.evaluation.metric
-    sign = -1.0 if metric == "loss" else 1.0
-    records = [r for r in run.records("validation") if {metric, "loss"} <= r.values.keys()]
-    return max(records, key=lambda r: (sign * r.values[metric], -r.values["loss"]), default=None)
-
-
 def _curve_plot(curve: Curve, runs: Sequence[RunFiles], material: Material) -> Plot | None:
-    series, marks = [], []
+    series = []
     for run in runs:
         logged = {name for record in run.metrics for name in record.values}
         name = next((name for name in curve.names if name in logged), None)
@@ -162,14 +130,7 @@ def _curve_plot(curve: Curve, runs: Sequence[RunFiles], material: Material) -> P
         if held_out:
             dots = _series(run, held_out, name, material, style="dots")
             series.append(replace(dots, name=f"{run.name} (held out)"))
-        if curve.second in logged:
-            series.append(_series(run, batches, curve.second, material, style="dashed"))
-        best = best_record(run)
-        if best is not None and held_out:
-            marks.append((float(best.step), material.colours[run.name]))
-    scale = AxisScale(
-        is_fraction=curve.is_fraction, reference=curve.reference, y_log=curve.y_log, marks=marks
-    )
+    scale = AxisScale(is_fraction=curve.is_fraction, reference=curve.reference)
     return chart(curve.title, series, scale, curve.unit)
 
 
@@ -198,19 +159,15 @@ def provenance_section(material: Material) -> PageSection:
         if (parts := tuple(_provenance(folder)))
     ]
     lead = "What is needed to reproduce every number."
-    return PageSection("provenance", "Provenance", lead, (*blocks, *_versions(material)))
+    return PageSection("provenance", "Provenance", lead, tuple(blocks))
 
 
 def _provenance(folder: RunFiles) -> Iterator[Block]:
     facts = [fact for session in folder.sessions for fact in _facts(session)]
     if facts:
         yield Table("Processes", (Column(""), Column("")), tuple(facts))
-        session = folder.sessions[-1]
-        digests = tuple((name, digest) for name, digest in session.data.items())
-        if digests:
-            yield Table("Data digests", (Column("file"), Column("SHA-256")), digests)
     if folder.recipe_text:
-        yield Details("Recipe", (Listing(folder.recipe_text),))
+        yield Details("Recipe", (Text((("", folder.recipe_text),), "file"),))
 
 
 def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
@@ -220,21 +177,9 @@ def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
         changed = ", with uncommitted changes" if session.git.changed else ""
         yield "commit", session.git.commit + changed
     yield "platform", session.platform
+    yield "versions", ", ".join(f"{name} {version}" for name, version in session.versions.items())
     yield "seed", str(session.seed)
     if session.template_sha256 is not None:
         yield "chat template, SHA-256", session.template_sha256
-
-
-def _versions(material: Material) -> Iterator[Table]:
-    """A column for each set of versions that differs from the others."""
-    folders_by_versions: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for folder in material.folders:
-        if folder.sessions:
-            versions = tuple(folder.sessions[-1].versions.items())
-            folders_by_versions.setdefault(versions, []).append(folder.name)
-    if folders_by_versions:
-        sets = [dict(versions) for versions in folders_by_versions]
-        packages = dict.fromkeys(package for versions in sets for package in versions)
-        rows = tuple((name, *(versions.get(name, "") for versions in sets)) for name in packages)
-        names = (", ".join(folders) for folders in folders_by_versions.values())
-        yield Table("Versions", (Column("package"), *map(Column, names)), rows)
+    for file, digest in session.data.items():
+        yield f"{file}, SHA-256", digest

@@ -8,10 +8,10 @@ resumes; further methods, sets or seeds in the same folder run only what is new.
 """
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from hafrm.run_folder import ResumableFolder
 from hafrm.scoring.reward_model import fit_fused, fused_scores
 from hafrm.statistics import Estimate, accuracy_interval, in_words
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
-from hafrm.study.study_result import ScorerOutcome, StudyResult, Tuning, summarise
+from hafrm.study.study_result import Answers, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
     REWARD_MARGINS,
     TOKEN_MARGINS,
@@ -35,8 +35,6 @@ from hafrm.study.study_runs import (
     RunResult,
     RunWorker,
     StudyData,
-    drop_checkpoints,
-    read_run_result,
     read_scores,
     read_study_data,
 )
@@ -48,7 +46,6 @@ COMPARISON_FILE = "comparison.json"
 TWO_MODELS = "bt + dpo (fused)"
 """Two models trained apart and scored together: the control for one backbone with two heads."""
 
-RunPool = ProcessPool[StudyRun, RunResult]
 SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, scorer), an array for each seed."""
 
@@ -70,17 +67,16 @@ def compare_methods(
         # for people and the report; the claim above is what counts
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
         with ProcessPool(partial(RunWorker, plan, out, keep_models=keep_models), processes) as pool:
-            tunings, tuning_runs = _tune(plan, out, pool)
-            runs = plan.runs({choice.method: choice.chosen for choice in tunings})
-            _run(pool, runs)
+            tried = _run(pool, plan.tuning_runs())
+            tunings = tuple(_choose_rate(plan, method, tried) for method in plan.methods)
+            runs = plan.runs({tuning.method: tuning.chosen for tuning in tunings})
+            results = _run(pool, runs)
         # kept until here, because a chosen run is scored from its best checkpoint
-        for run in tuning_runs:
-            drop_checkpoints(run.folder(out))
+        for run in tried:
+            shutil.rmtree(run.folder(out) / "checkpoints", ignore_errors=True)
         # a rate that suits the tuning set may be too high for another set or seed
-        results = {run: read_run_result(run.folder(out)) for run in (*tuning_runs, *runs)}
-        for run in runs:
-            done = results[run]
-            if done is not None and done.diverged is not None:
+        for run, done in results.items():
+            if done.diverged is not None:
                 raise NumericsError(
                     f"{run} diverged: {done.diverged}. Give smaller --learning-rates"
                 )
@@ -90,39 +86,39 @@ def compare_methods(
             seeds=plan.seeds,
             pick_longer=pick_longer(data.comparisons),
             learning_rates=tunings,
-            seconds=sum(done.seconds for done in results.values() if done is not None),
+            seconds=sum(done.seconds for done in (tried | results).values()),
             **summarise(outcomes_of(scores_of_runs(runs, data, out), data.comparisons)),
         )
         write_result(out / COMPARISON_FILE, result)
     return result
 
 
-def _run(pool: RunPool, runs: Sequence[StudyRun]) -> None:
+def _run(
+    pool: ProcessPool[StudyRun, RunResult], runs: Sequence[StudyRun]
+) -> dict[StudyRun, RunResult]:
     """Do the runs, and log every finished one with the time that it took."""
-    done = count(1)
+    results: dict[StudyRun, RunResult] = {}
 
-    def log_one(run: StudyRun, result: RunResult) -> None:
+    def finished(run: StudyRun, result: RunResult) -> None:
+        results[run] = result
         outcome = result.diverged or in_words(result.validation)
-        log.info(f"{next(done)}/{len(runs)}  {run}: {outcome}  ({result.seconds:.0f} s)")
+        log.info(f"{len(results)}/{len(runs)}  {run}: {outcome}  ({result.seconds:.0f} s)")
 
-    pool.run(runs, log_one)
-
-
-def _tune(plan: StudyPlan, out: Path, pool: RunPool) -> tuple[tuple[Tuning, ...], list[StudyRun]]:
-    """The learning rate that validates best for each method, and the runs that chose it."""
-    runs = plan.tuning_runs()
-    _run(pool, runs)
-    choices = tuple(_choose_rate(plan, method, runs, out) for method in plan.methods)
-    for choice in choices:
-        log.info("learning rate of %s: %.3g", choice.method, choice.chosen)
-    return choices, runs
+    pool.run(runs, finished)
+    return {run: results[run] for run in runs}  # not in the order in which they finished
 
 
-def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out: Path) -> Tuning:
+def _choose_rate(
+    plan: StudyPlan, method: StudyMethod, results: Mapping[StudyRun, RunResult]
+) -> Tuning:
+    """The learning rate that validates best."""
     metric = plan.recipe.evaluation.metric
     sign = -1.0 if metric == "loss" else 1.0  # the highest is best
-    results = {run.rate: read_run_result(run.folder(out)) for run in runs if run.method == method}
-    tried = {rate: r.validation.get(metric) for rate, r in results.items() if r is not None}
+    tried = {
+        run.rate: result.validation.get(metric)
+        for run, result in results.items()
+        if run.method == method
+    }
     finite = {rate: sign * value for rate, value in tried.items() if value is not None}
     if not finite:
         rates = ", ".join(f"{rate:.3g}" for rate in tried)
@@ -131,7 +127,8 @@ def _choose_rate(plan: StudyPlan, method: StudyMethod, runs: list[StudyRun], out
             "--learning-rates"
         )
     best = max(finite, key=finite.__getitem__)
-    return Tuning(method.name, runs[0].train, best, tuple(sorted(tried.items())))
+    log.info("learning rate of %s: %.3g", method.name, best)
+    return Tuning(method.name, next(iter(results)).train, best, tuple(sorted(tried.items())))
 
 
 def scorers_of(method: StudyMethod) -> dict[str, str]:
@@ -174,7 +171,7 @@ def _fuse(
 
 def outcomes_of(
     scores: SeedScores, comparisons: Comparisons
-) -> dict[tuple[str, str, str], ScorerOutcome]:
+) -> dict[tuple[str, str, str], Answers]:
     """What every scorer got right on every test set, training sets and scorers in their order."""
     decided = comparisons.decided()
     sets = {name: decided.take(indices) for name, indices in decided.by_source().items()}
@@ -182,15 +179,15 @@ def outcomes_of(
     for (train, scorer), by_seed in scores.items():
         for name, pairs in sets.items():
             margins = np.array([pairs.margins(values) for values in by_seed])
-            result[train, scorer, name] = ScorerOutcome(margins, pairs.prompts)
+            result[train, scorer, name] = margins, pairs.prompts
     return result
 
 
 def pick_longer(comparisons: Comparisons) -> dict[str, Estimate]:
     """The accuracy of the longer response, in characters, on each test set."""
     decided = comparisons.decided()
-    texts = zip(decided.chosen_texts, decided.rejected_texts, strict=True)
-    right = np.array([len(chosen) > len(rejected) for chosen, rejected in texts])
+    chosen, rejected = decided.lengths
+    right = chosen > rejected
     return {
         name: accuracy_interval(right[indices], decided.prompts[indices])
         for name, indices in decided.by_source().items()

@@ -1,22 +1,21 @@
 """What a study says: accuracies with intervals over prompts and seeds, and significant differences.
 
-A *scorer* is a method by its own score, and for a method with two heads also its implicit reward and the
-fused score of both. Every scorer is compared with the first one, the baseline. Averages over sets (the
-findings) and single test sets are two families of tests, each with its own adjustment (Holm).
+Every *scorer* (a method, or one of its heads) is compared with the first one, the baseline. Averages over
+sets and single test sets are two families of tests, each with its own adjustment (Holm).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Shaped
 
 from hafrm.evaluation.metrics import calibration
 from hafrm.evaluation.paired import accuracy_over_seeds, compare_correct
 from hafrm.results import Cell, Column, Table
-from hafrm.statistics import Estimate, holm
+from hafrm.statistics import Estimate, Real, holm
 
 MIXED = "mixed"
 """The training set that is all of them together."""
@@ -24,36 +23,25 @@ SIGNIFICANT = 0.05
 """Adjusted p-values below it are called significant."""
 
 
-@dataclass(frozen=True)
-class ScorerOutcome:
-    """One scorer on one test set, after training on one set: every seed's answers."""
-
-    margins: Float[np.ndarray, "seeds comparisons"]
-    prompts: Shaped[np.ndarray, " comparisons"]
-
-    @property
-    def correct(self) -> Bool[np.ndarray, "seeds comparisons"]:
-        """Whether the chosen response scores higher."""
-        return self.margins > 0
-
-
-Outcomes = Mapping[tuple[str, str, str], ScorerOutcome]
-"""By (training set, scorer, test set); every training set and scorer has all test sets."""
+Answers = tuple[Shaped[np.ndarray, "_ _"], Shaped[np.ndarray, " _"]]
+"""[seeds, comparisons]: margins, or whether they are right (which may be weighted); and the prompts."""
+Outcomes = Mapping[tuple[str, str, str], Answers]
+"""Margins by (training set, scorer, test set); every training set and scorer has all test sets."""
 
 
 @dataclass(frozen=True, slots=True)
-class SetAccuracy:
-    """A scorer's accuracy on one test set, after training on one set."""
+class ScorerAccuracy:
+    """A scorer's accuracy on one test set, or its mean over several, each of equal weight."""
 
     train: str
+    """The training set; "" for a mean."""
     method: str
     """The scorer, such as "haf" or "haf (fused)"."""
     test: str
+    """The test set, or which mean: see `domains`."""
     accuracy: Estimate
-    per_seed: tuple[float, ...]
-    ece: float
-    """Of sigmoid(margin), mean over seeds, as `log_loss` is."""
-    log_loss: float
+    log_loss: Real = math.nan
+    """Of sigmoid(margin), mean over seeds; NaN for a mean over sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +62,6 @@ class Contrast:
     def is_significant(self) -> bool:
         """Whether it is, after the adjustment for the number of tests."""
         return self.p_adjusted < SIGNIFICANT
-
-
-@dataclass(frozen=True, slots=True)
-class Average:
-    """A scorer's mean accuracy over several test sets, each of equal weight."""
-
-    kind: str
-    """Which: see `domains`."""
-    method: str
-    accuracy: Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +89,8 @@ class StudyResult:
     """All scorers; the first is the baseline."""
     train_sets: tuple[str, ...]
     test_sets: tuple[str, ...]
-    accuracies: tuple[SetAccuracy, ...]
-    averages: tuple[Average, ...]
+    accuracies: tuple[ScorerAccuracy, ...]
+    averages: tuple[ScorerAccuracy, ...]
     differences: tuple[Contrast, ...]
     average_differences: tuple[Contrast, ...]
     pick_longer: dict[str, Estimate]
@@ -127,7 +105,6 @@ class StudyResult:
         return (self._averages(), *matrices, self._learning_rates())
 
     def _averages(self) -> Table:
-        values = {(a.method, a.kind): a.accuracy for a in self.averages}
         significant = [c for c in self.average_differences if c.is_significant]
         notes = [
             f"no average differs significantly from {self.methods[0]}'s (Holm's p >= 0.05 for all)"
@@ -138,21 +115,19 @@ class StudyResult:
             p = f"p {c.p_value:.2g} (Holm {c.p_adjusted:.2g})"
             notes.append(f"{c.test}: {c.first} - {c.second} = {c.difference}, {p}")
         title = f"mean accuracy [95 % over prompts and {len(self.seeds)} seeds]"
-        return replace(self._by_method(title, values, significant), notes=tuple(notes))
+        return replace(self._by_method(title, self.averages, significant), notes=tuple(notes))
 
     def _matrix(self, train: str) -> Table:
-        values = {(a.method, a.test): a.accuracy for a in self.accuracies if a.train == train}
+        accuracies = [a for a in self.accuracies if a.train == train]
         significant = [c for c in self.differences if c.train == train and c.is_significant]
         longer = ("pick longer", *(self.pick_longer[test] for test in self.test_sets), None)
-        table = self._by_method(f"trained on {train}: accuracy [95 %]", values, significant)
+        table = self._by_method(f"trained on {train}: accuracy [95 %]", accuracies, significant)
         return replace(table, rows=(*table.rows, longer))
 
     def _by_method(
-        self,
-        title: str,
-        values: Mapping[tuple[str, str], Estimate],
-        significant: Sequence[Contrast],
+        self, title: str, accuracies: Sequence[ScorerAccuracy], significant: Sequence[Contrast]
     ) -> Table:
+        values = {(a.method, a.test): a.accuracy for a in accuracies}
         names = list(dict.fromkeys(name for _, name in values))
         rows: list[tuple[Cell, ...]] = []
         for method in self.methods:
@@ -194,57 +169,72 @@ def domains(
 def summarise(outcomes: Outcomes) -> dict[str, Any]:
     """The fields of a `StudyResult` that follow from the outcomes; the first scorer is the baseline."""
     trains, scorers, tests = (tuple(dict.fromkeys(key[i] for key in outcomes)) for i in range(3))
-    baseline, others = scorers[0], scorers[1:]
-    single, averages, contrasts = list[Contrast](), list[Average](), list[Contrast]()
-    for train, test, scorer in product(trains, tests, others):
-        one, other = outcomes[train, scorer, test], outcomes[train, baseline, test]
-        # both sides answered the same prompts, so those of one are those of the other
-        gap = compare_correct(one.correct, other.correct, one.prompts)
-        single.append(Contrast(train, test, scorer, baseline, gap.estimate, gap.p_value))
-    for kind, pairs in domains(trains, tests).items():
-        stacks = {
-            s: stack_answers([(test, outcomes[train, s, test]) for train, test in pairs])
-            for s in scorers
-        }
-        averages += [Average(kind, s, accuracy_over_seeds(*stacks[s])) for s in scorers]
-        for scorer in others:
-            gap = compare_correct(stacks[scorer][0], *stacks[baseline])
-            contrasts.append(Contrast("", kind, scorer, baseline, gap.estimate, gap.p_value))
+    right = {key: (margins > 0, prompts) for key, (margins, prompts) in outcomes.items()}
+    parts = (
+        (train, test, {s: right[train, s, test] for s in scorers})
+        for train in trains
+        for test in tests
+    )
+    accuracies, differences = _family(scorers, parts)
+    averages, average_differences = _family(
+        scorers,
+        (
+            (
+                "",
+                kind,
+                {s: stack_answers([(b, outcomes[a, s, b]) for a, b in pairs]) for s in scorers},
+            )
+            for kind, pairs in domains(trains, tests).items()
+        ),
+    )
     return {
         "methods": scorers,
         "train_sets": trains,
         "test_sets": tests,
-        "accuracies": tuple(_set_accuracy(*key, outcome) for key, outcome in outcomes.items()),
-        "averages": tuple(averages),
-        "differences": _adjusted(single),
-        "average_differences": _adjusted(contrasts),
+        "accuracies": tuple(
+            replace(a, log_loss=_log_loss(outcomes[a.train, a.method, a.test][0]))
+            for a in accuracies
+        ),
+        "averages": averages,
+        "differences": differences,
+        "average_differences": average_differences,
     }
 
 
-def stack_answers(
-    outcomes: Sequence[tuple[str, ScorerOutcome]],
-) -> tuple[Float[np.ndarray, "seeds comparisons"], Shaped[np.ndarray, " comparisons"]]:
-    """[seeds, comparisons] whose mean is the mean of the test sets' accuracies, and their clusters.
+def _family(
+    scorers: Sequence[str], parts: Iterable[tuple[str, str, Mapping[str, Answers]]]
+) -> tuple[tuple[ScorerAccuracy, ...], tuple[Contrast, ...]]:
+    """Accuracies and contrasts of (training set, name, answers by scorer), adjusted together."""
+    baseline, *others = scorers
+    accuracies, contrasts = list[ScorerAccuracy](), list[Contrast]()
+    for train, name, answers in parts:
+        means = {s: accuracy_over_seeds(*answers[s]) for s in scorers}
+        accuracies += [ScorerAccuracy(train, s, name, mean) for s, mean in means.items()]
+        for scorer in others:
+            # both sides answered the same prompts
+            gap = compare_correct(answers[scorer][0], *answers[baseline])
+            contrasts.append(Contrast(train, name, scorer, baseline, gap.estimate, gap.p_value))
+    p_values = holm(np.array([c.p_value for c in contrasts])).tolist()
+    adjusted = (replace(c, p_adjusted=p) for c, p in zip(contrasts, p_values, strict=True))
+    return tuple(accuracies), tuple(adjusted)
+
+
+def _log_loss(margins: Shaped[np.ndarray, "seeds comparisons"]) -> float:
+    return float(np.mean([calibration(seed).log_loss for seed in margins]))
+
+
+def stack_answers(outcomes: Sequence[tuple[str, Answers]]) -> Answers:
+    """Weighted right answers whose mean is the mean of the test sets' accuracies, and their clusters.
 
     A prompt of a test set is one cluster, also if models of several training sets answered it.
     """
     # right answers are scaled so that each set has equal weight, whatever its size:
     # mean over all columns of o * total / (k * n_o) = mean over sets of mean(o)
-    total = sum(outcome.correct.shape[1] for _, outcome in outcomes)
-    values = [o.correct * (total / (len(outcomes) * o.correct.shape[1])) for _, o in outcomes]
+    total = sum(len(prompts) for _, (_, prompts) in outcomes)
+    values = [
+        (margins > 0) * (total / (len(outcomes) * len(prompts)))
+        for _, (margins, prompts) in outcomes
+    ]
     # the same prompt in two test sets is two clusters
-    clusters = [np.char.add(f"{test} ", o.prompts.astype(str)) for test, o in outcomes]
+    clusters = [np.char.add(f"{test} ", prompts.astype(str)) for test, (_, prompts) in outcomes]
     return np.concatenate(values, axis=1), np.concatenate(clusters)
-
-
-def _set_accuracy(train: str, scorer: str, test: str, outcome: ScorerOutcome) -> SetAccuracy:
-    accuracy = accuracy_over_seeds(outcome.correct, outcome.prompts)
-    per_seed = tuple(outcome.correct.mean(1).tolist())
-    fits = [calibration(margins) for margins in outcome.margins]
-    ece, loss = (float(np.mean([getattr(fit, n) for fit in fits])) for n in ("ece", "log_loss"))
-    return SetAccuracy(train, scorer, test, accuracy, per_seed, ece, loss)
-
-
-def _adjusted(contrasts: Sequence[Contrast]) -> tuple[Contrast, ...]:
-    adjusted = holm(np.array([c.p_value for c in contrasts])).tolist()
-    return tuple(replace(c, p_adjusted=p) for c, p in zip(contrasts, adjusted, strict=True))

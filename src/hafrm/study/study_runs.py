@@ -1,9 +1,7 @@
-"""One run of a study: train it, score the test sets with its best weights, keep the scores.
+"""One run of a study: train it, score the test sets with its best weights in memory, keep the scores.
 
-Scores come from the model in memory: a study of sixty runs neither exports nor reloads sixty models. A
-run's folder has its recipe and metrics, `scores.safetensors` and, written last, `result.json`: a run that
-has one is finished, and one that was killed is resumed. A run that only helps to choose a learning rate
-keeps its checkpoints until the choice is made, and scores nothing.
+A run with a `result.json` is finished, one that was killed is resumed. A run that only helps to choose a
+learning rate keeps its checkpoints until the choice is made, and scores nothing.
 """
 
 import hashlib
@@ -53,7 +51,6 @@ class RunResult:
 
     validation: dict[str, float]
     """Of the best step; empty if the run diverged."""
-    best_step: int
     num_steps: int
     seconds: float
     """Of the process that finished it; a resumed run counts its last part only."""
@@ -103,11 +100,6 @@ def read_scores(folder: Path) -> Arrays:
     return load_file(folder / SCORES_FILE)
 
 
-def drop_checkpoints(folder: Path) -> None:
-    """Free the space of a run whose weights are no longer needed."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
 class RunWorker:
     """Runs runs of one study in this process; what several of them need is prepared once."""
 
@@ -140,15 +132,14 @@ class RunWorker:
         try:
             data = self._prepared[key]
             trained = run_training(recipe, folder, resume=resume, data=data, finish=finish)
-            steps = trained.best, trained.best_step, trained.num_steps
             seconds = time.monotonic() - began
-            result = RunResult(*steps, seconds, is_scored=run.is_scored)
+            result = RunResult(trained.best, trained.num_steps, seconds, is_scored=run.is_scored)
         # other NumericsErrors are no matter of the learning rate, and end the study
         except DivergedError as error:
-            result = RunResult({}, -1, 0, time.monotonic() - began, diverged=str(error))
+            result = RunResult({}, 0, time.monotonic() - began, diverged=str(error))
         # an unscored run may yet be chosen, and is then scored from its checkpoint
         if result.is_scored:
-            drop_checkpoints(folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         write_result(folder / RUN_RESULT, result)
         return result
 
@@ -178,13 +169,10 @@ class RunWorker:
         scores = score(self.data.tokenized, references, job.method)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references
-        reference_of_validation = None if of_validation is None else of_validation.logps
-        validation = score(groups, reference_of_validation, job.method)
-        on_validation = (
-            (REWARD_MARGINS, validation.rewards),
-            (TOKEN_MARGINS, validation.implicit_per_token),
-        )
-        for name, values in on_validation:
+        logps = None if of_validation is None else of_validation.logps
+        validation = score(groups, logps, job.method)
+        on_validation = validation.rewards, validation.implicit_per_token
+        for name, values in zip((REWARD_MARGINS, TOKEN_MARGINS), on_validation, strict=True):
             if values is not None:
                 margins = decided_margins(groups, values, validation.first)
                 stored[name] = margins.astype(np.float32)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.diagnostics.margins import fit_temperature, temperature
+from hafrm.evaluation.metrics import fit_temperature, temperature
 
 
 def test_margins_of_one_size_get_the_temperature_that_gives_their_accuracy() -> None:
