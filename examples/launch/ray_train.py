@@ -3,7 +3,7 @@
     python examples/launch/ray_train.py RECIPE RUN_FOLDER [--workers 8] [section.key=value ...]
 
 The directory that this is started in must exist on every node (a shared file system), since relative
-paths are taken from it. Started again with the same run folder, it goes on from the last checkpoint.
+paths are taken from it. Started again with the same run folder, it resumes from the last checkpoint.
 Needs `pip install "ray[train]"`.
 """
 

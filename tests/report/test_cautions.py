@@ -68,7 +68,7 @@ def test_a_good_evaluation_calls_for_nothing_but_another_seed():
     [
         (evaluation([1, 1, 1, -1], [True, True, True, False]), "not clearly better than picking"),
         (evaluation([1, 1, -1, -1], [True, True, False, False]), "depends on length: its accuracy"),
-        (evaluation([1, -3], [True, True]), "worse than a coin toss (log-loss"),
+        (evaluation([1, -3], [True, True]), "worse than chance (log-loss"),
         (replace(GOOD, num_bad_rows=3, left_out={"tie": 2}), "(rows left out: 5)"),
         (replace(GOOD, responses_cut=4), "(responses cut: 4)"),
     ],

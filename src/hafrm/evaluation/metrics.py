@@ -46,7 +46,7 @@ class Calibration:
     """How well p = sigmoid(margin) fits as the probability that the chosen response is preferred."""
 
     log_loss: Real
-    """Mean -log p (nat); the label is always "chosen". ln 2 = 0.693 is what a coin gets."""
+    """Mean -log p (nat); the label is always "chosen". ln 2 = 0.693 is chance."""
     ece: Real
     """Expected calibration error: the mean gap between confidence and accuracy over `bins`."""
     bins: tuple[CalibrationBin, ...]
@@ -59,7 +59,7 @@ class Temperature:
     value: Real
     """Above 1: margins too large for their accuracy; infinite: no better than chance; NaN: no best one."""
     log_loss: tuple[Real, Real]
-    """As the model is, and with the temperature; ln 2 = 0.693 is a coin's."""
+    """As the model is, and with the temperature; ln 2 = 0.693 is chance."""
     ece: tuple[Real, Real]
     """As the model is, and with the temperature."""
     note: str
@@ -254,7 +254,7 @@ def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
 def fit_temperature(margins: Margins) -> float:
     """The T > 0 that minimises the mean of -log sigmoid(margin / T).
 
-    Infinity if the mean margin is not above zero (a coin does better than any T). NaN if nothing is wrong,
+    Infinity if the mean margin is not above zero (chance does better than any T). NaN if nothing is wrong,
     because then a smaller T is always better, and if all margins are zero.
     """
     margins = margins.astype(np.float64)

@@ -52,7 +52,7 @@ def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> I
     loss = whole.calibration.log_loss
     if loss > math.log(2):
         yield (
-            f"The probabilities of {name} are worse than a coin toss (log-loss {loss:.3f} against 0.693): "
+            f"The probabilities of {name} are worse than chance (log-loss {loss:.3f} against 0.693): "
             "fit a temperature before you read sigmoid(margin) as a probability."
         )
     counts = {

@@ -47,7 +47,7 @@ def accuracy_section(material: Material) -> PageSection:
             part.append((f"pick the {rule}", value, value.num, None, None, None, None))
         rows += [(name if i == 0 else "", *row) for i, row in enumerate(part)]
     notes = (
-        "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; a coin gets 0.693. ECE: mean gap between "
+        "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; chance is 0.693. ECE: mean gap between "
         "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong. "
         "heads agree: both heads prefer the same response.",
     )

@@ -23,7 +23,7 @@ class Curve:
 
 
 COIN = 0.6931
-"""-log(1/2), the loss of a coin."""
+"""-log(1/2), the loss at chance."""
 TRAINING_CURVES = (
     Curve("Loss", ("loss",), "nat"),
     Curve("Reward loss", ("reward_loss",), "nat", reference=COIN),
