@@ -50,10 +50,10 @@ def drawn(
 
 @dataclass(frozen=True)
 class Text:
-    """Labelled texts: passages to read, points that are sentences under a title, or a file."""
+    """Labelled texts: a headline and what it means, passages, points under a title, or a file."""
 
     texts: tuple[tuple[str, str], ...]
-    kind: Literal["passages", "points", "file"] = "passages"
+    kind: Literal["headline", "passages", "points", "file"] = "passages"
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Series:
     low: Sequence[float] = ()
     """Bounds of y, drawn as whiskers (dots) or as a band (lines)."""
     high: Sequence[float] = ()
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "dashed", "faint", "dots"] = "line"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class AxisScale:
     """Predicted against observed probabilities, from one half up."""
     ticks: Sequence[str] = ()
     """Names of 0, 1, 2, ... on the horizontal axis."""
+    marks: Sequence[tuple[float, int]] = ()
+    """Places on the horizontal axis, each with the colour of its run."""
 
 
 def estimates(
@@ -142,8 +144,9 @@ def _draw(axes: Axes, series: Series) -> None:
         drawn.append(axes.vlines(x, low, high, linewidth=1.2, color="black"))
     elif low.size:
         drawn.append(axes.fill_between(x, low, high, alpha=0.13, linewidth=0))
-    alpha = {"line": 1.0, "faint": 0.4, "dots": 0.6}[series.style]
-    drawn += axes.plot(x, y, alpha=alpha, linewidth=0.8 if is_dotted else 1.5)
+    alpha = {"line": 1.0, "dashed": 1.0, "faint": 0.4, "dots": 0.6}[series.style]
+    dashes: Any = (0, (4, 2)) if series.style == "dashed" else "-"
+    drawn += axes.plot(x, y, alpha=alpha, linestyle=dashes, linewidth=0.8 if is_dotted else 1.5)
     if is_dotted or np.isfinite(y).sum() == 1:  # a line of one point is invisible
         drawn += axes.plot(x, y, "o")
     for artist in drawn:
@@ -157,6 +160,8 @@ def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:
     axes.set_xlabel(scale.x_name)
     if scale.reference is not None:
         axes.axhline(scale.reference, color=FAINT, linewidth=1.0, linestyle=dotted)
+    for x, colour in scale.marks:
+        axes.axvline(x, linewidth=0.8, alpha=0.7).set_gid(f"class:c{colour % NUM_COLOURS}")
     percent = FuncFormatter(lambda value, _: f"{_tick(100 * value)} %")
     if scale.diagonal:
         axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=dotted)

@@ -32,6 +32,7 @@ def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResu
 def accuracy_section(material: Material) -> PageSection:
     """Accuracy on every test set, beside what length alone gets right."""
     rows: list[tuple[Cell, ...]] = []
+    agreement: list[str] = []
     for name, runs in evaluated_sets(material).items():
         scorers: list[tuple[str, PairwiseMetrics]] = [(run.name, s) for run, s in runs]
         for run, s in runs:
@@ -40,20 +41,24 @@ def accuracy_section(material: Material) -> PageSection:
         part: list[tuple[Cell, ...]] = []
         for scorer, m in scorers:
             fit, counts = m.calibration, (m.accuracy.num, m.accuracy.num_equal)
-            same = m.same_sign if isinstance(m, SetResult) else None
-            part.append((scorer, m.accuracy, counts[0], fit.log_loss, fit.ece, counts[1], same))
+            part.append((scorer, m.accuracy, counts[0], fit.log_loss, fit.ece, counts[1]))
         length = runs[0][1].length
         for rule, value in (("longer", length.pick_longer), ("shorter", length.pick_shorter)):
-            part.append((f"pick the {rule}", value, value.num, None, None, None, None))
+            part.append((f"pick the {rule}", value, value.num, None, None, None))
         rows += [(name if i == 0 else "", *row) for i, row in enumerate(part)]
+        agreement += [
+            f"{run.name}, {name}: both heads prefer the same response in {s.same_sign}."
+            for run, s in runs
+            if s.same_sign is not None
+        ]
     notes = (
         "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; chance is 0.693. ECE: mean gap between "
-        "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong. "
-        "heads agree: both heads prefer the same response.",
+        "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong.",
+        *agreement,
     )
     heads = columns(
         "test set | scorer | accuracy [95 %]: percent | comparisons: count | log-loss: decimal | "
-        "ECE: decimal | equal: count | heads agree: percent"
+        "ECE: decimal | equal: count"
     )
     table = Table("Accuracy by test set", heads, tuple(rows), notes)
     lead = (

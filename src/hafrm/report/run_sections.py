@@ -20,6 +20,8 @@ class Curve:
     unit: str = ""
     is_fraction: bool = False
     reference: float | None = None
+    second: str = ""
+    """Drawn dashed in the same plot."""
 
 
 COIN = 0.6931
@@ -33,8 +35,7 @@ TRAINING_CURVES = (
     Curve("Implicit accuracy", ("implicit_accuracy",), "policy head", True, 0.5),
     Curve("Margin", ("margin", "implicit_margin"), "chosen over rejected", reference=0.0),
     Curve("Implicit margin", ("implicit_margin",), "policy head", reference=0.0),
-    Curve("Chosen reward", ("chosen_reward",)),
-    Curve("Rejected reward", ("rejected_reward",)),
+    Curve("Rewards", ("chosen_reward",), "dashed: rejected", second="rejected_reward"),
     Curve("Gradient norm", ("grad_norm",), "before clipping"),
     Curve("Learning rate", ("learning_rate",)),
     Curve("Throughput", ("tokens_per_second",), "tokens/s"),
@@ -53,13 +54,23 @@ RLHF_CURVES = (
 
 
 def summary_section(material: Material) -> PageSection:
-    """What was trained, and what to be careful about."""
-    blocks: list[Block] = [*_trained_table(material)]
+    """The accuracy of a run alone, what was trained, and what to be careful about."""
+    blocks: list[Block] = [*_headline(material), *_trained_table(material)]
     sentences = tuple(cautions(material))
     if sentences:
         labels = ("Cautions", *("",) * (len(sentences) - 1))
         blocks.append(Text(tuple(zip(labels, sentences, strict=True)), "points"))
     return PageSection("summary", "Summary", "", tuple(blocks))
+
+
+def _headline(material: Material) -> Iterator[Text]:
+    measured = [run.evaluation.sets[-1] for run in material.folders if run.evaluation]
+    if len(measured) == 1:  # several are side by side in the next section
+        accuracy, name = measured[0].accuracy, measured[0].name
+        which = "all test sets together" if name == "all" else short_sources([name])[name]
+        value, _, interval = str(accuracy).partition(" [")
+        label = f"[{interval} accuracy on {accuracy.num} held-out comparisons, {which}"
+        yield Text((("", value), ("", label)), "headline")
 
 
 def _trained_table(material: Material) -> Iterator[Table]:
@@ -88,7 +99,10 @@ def training_section(material: Material) -> PageSection:
     """Curves of everything that reward models log while they are trained."""
     runs = [run for run in material.folders if run.is_training]
     plots = [_curve_plot(curve, runs, material) for curve in TRAINING_CURVES]
-    lead = "Faint lines: training batches, averaged between logged steps. Dots: validation [95 %]."
+    lead = (
+        "Faint lines: training batches, averaged between logged steps. Dots: validation [95 %]. The "
+        "vertical line is the exported step."
+    )
     blocks = drawn(plots, material.key(run.name for run in runs))
     return PageSection("training", "Training", lead, blocks)
 
@@ -114,8 +128,17 @@ def rlhf_section(material: Material) -> PageSection:
     return PageSection("rlhf", "RLHF", lead, blocks)
 
 
+def _exported_step(run: RunFiles) -> int | None:
+    """The step that is best by the run's metric, and by the loss at a tie."""
+    metric = "accuracy" if run.recipe is None else run.recipe.evaluation.metric
+    sign = -1.0 if metric == "loss" else 1.0
+    records = [r for r in run.records("validation") if {metric, "loss"} <= r.values.keys()]
+    best = max(records, key=lambda r: (sign * r.values[metric], -r.values["loss"]), default=None)
+    return None if best is None else best.step
+
+
 def _curve_plot(curve: Curve, runs: Sequence[RunFiles], material: Material) -> Plot | None:
-    series = []
+    series, marks = [], []
     for run in runs:
         logged = {name for record in run.metrics for name in record.values}
         name = next((name for name in curve.names if name in logged), None)
@@ -130,7 +153,11 @@ def _curve_plot(curve: Curve, runs: Sequence[RunFiles], material: Material) -> P
         if held_out:
             dots = _series(run, held_out, name, material, style="dots")
             series.append(replace(dots, name=f"{run.name} (held out)"))
-    scale = AxisScale(is_fraction=curve.is_fraction, reference=curve.reference)
+        if curve.second in logged:
+            series.append(_series(run, batches, curve.second, material, style="dashed"))
+        if held_out and (step := _exported_step(run)) is not None:
+            marks.append((float(step), material.colours[run.name]))
+    scale = AxisScale(is_fraction=curve.is_fraction, reference=curve.reference, marks=marks)
     return chart(curve.title, series, scale, curve.unit)
 
 
