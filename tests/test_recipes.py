@@ -128,18 +128,3 @@ def test_the_slurm_script_queues_again_only_after_a_stop_by_signal(tmp_path, sta
     done = run_script("slurm.sbatch", tmp_path, tools, **job)
     assert done.returncode == status, done.stderr
     assert ("requeue 7" in done.stdout) == queued
-
-
-def test_the_slurm_script_gives_every_task_its_rank_and_the_signal(tmp_path: Path):
-    """Run with a stand-in srun that is one task: its Python must replace the shell (exec)."""
-    ranks = "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT"
-    tools = {
-        "srun": 'shift\nexport SLURM_PROCID=3 SLURM_NTASKS=8 SLURM_LOCALID=1\nexec "$@"',
-        "scontrol": "echo node-one",
-        "python": f'echo "$PPID {ranks} $*"',
-    }
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
-    done = run_script("slurm.sbatch", tmp_path, tools, "a.yaml", "out dir", "x.y=1", **job)
-    assert done.stdout.split(maxsplit=1)[1].strip() == (
-        "3 8 1 node-one 20007 -m hafrm train a.yaml --out out dir x.y=1"
-    )
