@@ -1,7 +1,6 @@
 """Recipes: what is accepted, how it is read, and what a mistake is answered with."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -58,9 +57,7 @@ def test_plain_words_stay_words_where_yaml_1_1_would_change_them(tmp_path: Path,
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("training.batch_size", "true", "whole number >= 1"),
         ("training.batch_size", "0", "whole number >= 1"),
-        ("training.epochs", "0", "number > 0"),
         ("training.learning_rate", "'1e-5'", "number > 0"),
         ("training.warmup_fraction", "100", "number >= 0 and <= 1"),
         ("training.schedule", "cosin", "cosine or linear or constant"),
@@ -68,7 +65,6 @@ def test_plain_words_stay_words_where_yaml_1_1_would_change_them(tmp_path: Path,
         ("lora.targets", "[]", "text or list of text"),
         ("training.seed", "-1", "whole number >= 0 and < 4294967296"),
         ("training.max_tokens", "automatic", "whole number > 0 or auto"),
-        ("training.precision", "fp16", "auto or fp32 or bf16"),
         ("data.train", "[a, 1]", "list of text"),
         ("model.path", "~", "text"),
         ("model.revision", "12345", "text or null (as text it needs quotes)"),
@@ -234,17 +230,6 @@ def test_a_recipe_written_out_has_every_key_and_means_the_same_in_both_versions_
     assert plain == recipe.model_dump(mode="json")
     written = {f"{section}.{key}" for section, keys in plain.items() for key in keys}
     assert written == {*describe_keys()}
-
-
-def test_every_default_is_a_value_that_the_schema_itself_accepts():
-    sections: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": ["a"]}}
-    for key in describe_keys().values():
-        section, name = key.name.split(".")
-        if key.default != "required":
-            sections.setdefault(section, {})[name] = json.loads(key.default)
-    assert build_recipe(sections) == build_recipe(
-        values(lora={}, model={"path": "b"}, data={"train": "a"})
-    )
 
 
 def test_some_values_of_a_recipe_are_changed_without_the_others():

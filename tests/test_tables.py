@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,15 +12,7 @@ from hafrm.report.terminal import print_tables
 from hafrm.results import Column, Table
 from hafrm.statistics import Estimate
 from support.benchmark_rows import write_all
-from support.exports import export_both
 from support.tiny_runs import write_preferences
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("m") / "model"
-    export_both(folder)
-    return folder
 
 
 def printed(*tables: Table) -> str:
@@ -32,7 +23,7 @@ def printed(*tables: Table) -> str:
 
 @pytest.mark.parametrize("kind", ["evaluation", "comparison", "seeds", "benchmarks"])
 def test_every_fraction_is_printed_with_its_interval_and_no_cell_is_cut_off(
-    model, tmp_path, kind: str
+    exported, tmp_path, kind: str
 ) -> None:
     """As many fractions as brackets; headings say what the brackets are."""
     files = [
@@ -40,13 +31,13 @@ def test_every_fraction_is_printed_with_its_interval_and_no_cell_is_cut_off(
         for n, s in (("one", 0), ("two", 50))
     ]
     if kind == "evaluation":
-        result = evaluate(model, files)
+        result = evaluate(exported, files)
     elif kind == "comparison":
-        result = compare_models([model / "reward"], [model / "policy"], files)
+        result = compare_models([exported / "reward"], [exported / "policy"], files)
     elif kind == "seeds":
-        result = compare_models([model, model / "policy"], [], files)
+        result = compare_models([exported, exported / "policy"], [], files)
     else:
-        result = run_benchmarks(model, ["all"], folder=write_all(tmp_path / "b"))
+        result = run_benchmarks(exported, ["all"], folder=write_all(tmp_path / "b"))
     text = printed(*result.tables())
     body = text.replace("[95 %]", "")
     fractions = len(re.findall(r"\d %", body))

@@ -1,10 +1,8 @@
 """Benchmarks from end to end: files and rows, a prompt in one layout, the table that is quoted."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,14 +26,7 @@ from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.reward_model import RewardModel, Scorer
 from support.benchmark_rows import RMB_PAIR, ROWS, write_all, write_lines, write_rewardbench2
 from support.chat_tokenizers import chat_tokenizer
-from support.exports import export_both
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    export_both(folder)
-    return folder
+from support.fake_hub import fake_datasets
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +79,10 @@ def test_scores_come_back_to_the_candidates_they_belong_to() -> None:
     assert [len(group.response_ids) for group in scorer.seen] == [3, 2]
 
 
-def test_a_benchmark_scores_what_the_model_scores(model: Path) -> None:
+def test_a_benchmark_scores_what_the_model_scores(exported: Path) -> None:
     """float32 packed in another company: within 1e-5 of scoring each prompt by itself."""
     items = [item(f"say sun {k}.", "sun", "the sea is wide", "no") for k in range(4)]
-    scorer = RewardModel.from_pretrained(model / "reward")
+    scorer = RewardModel.from_pretrained(exported / "reward")
     scores, _ = score_items(scorer, items)
     for asked, values in zip(items, scores, strict=True):
         alone = scorer.score(asked.prompt[0].content, list(asked.candidates))
@@ -107,8 +98,10 @@ def test_answers_that_are_the_same_once_cut_tie_and_are_wrong() -> None:
     assert (got.overall.value, got.num_equal) == (0.0, 1)
 
 
-def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, everything) -> None:
-    result = run_benchmarks(model, ["all"], folder=everything)
+def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(
+    exported, everything
+) -> None:
+    result = run_benchmarks(exported, ["all"], folder=everything)
     assert [one.name for one in result.benchmarks] == [*BENCHMARKS]
     for one in result.benchmarks:
         assert list(one.scores) == ["reward", "implicit reward", "pick longer", "pick shorter"]
@@ -121,7 +114,7 @@ def test_the_quoted_line_has_both_heads_the_baselines_and_their_average(model, e
     assert by_name["judgebench"]["pick shorter"].overall.value == 1.0
     assert by_name["rm-bench"]["pick longer"].overall.value < 0.5
     assert result.max_length == 128
-    alone = run_benchmarks(model / "reward", ["rewardbench2"], folder=everything)
+    alone = run_benchmarks(exported / "reward", ["rewardbench2"], folder=everything)
     assert list(alone.benchmarks[0].scores) == ["reward", "pick longer", "pick shorter"]
     assert alone.average == {}
 
@@ -132,9 +125,9 @@ def test_data_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
         run_benchmarks(tmp_path / "no-model", ["rewardbench"], folder=tmp_path)
 
 
-def test_the_command_prints_the_line_and_writes_all_numbers(model, tmp_path) -> None:
+def test_the_command_prints_the_line_and_writes_all_numbers(exported, tmp_path) -> None:
     data = write_rewardbench2(tmp_path / "rb2")
-    command = ["evaluate", str(model), str(data), "--benchmark", "rewardbench2"]
+    command = ["evaluate", str(exported), str(data), "--benchmark", "rewardbench2"]
     result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output
     for text in ("RewardBench v2", "pick longer", "Precise IF", "Ties", "equal scores"):
@@ -160,28 +153,22 @@ def test_options_that_would_be_ignored_are_refused(options, message) -> None:
     assert isinstance(result.exception, ConfigError) and message in str(result.exception)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_folder_gives_every_subset_of_every_benchmark(name: str, everything: Path) -> None:
-    loaded = load_benchmark(BENCHMARKS[name], everything / name)
-    score_benchmark(loaded.benchmark, loaded.items, length_scores(loaded.items))
-    assert loaded.num_rows == len(loaded.items) + sum(loaded.left_out.values())
-    assert loaded.source == str(everything / name)
-
-
 @pytest.mark.parametrize(
     ("name", "num_rows"),
-    [("rewardbench", 23), ("rm-bench", 5), ("judgebench", 4), ("rewardbench2", 9), ("rmb", 6)],
+    [
+        *(("rewardbench", 23), ("rm-bench", 5), ("judgebench", 4), ("rewardbench2", 9)),
+        *(("rmb", 6), ("ppe-preference", 4), ("ppe-correctness", 5)),
+    ],
 )
-def test_files_beside_those_of_the_benchmark_are_not_read(
+def test_a_folder_gives_every_subset_of_a_benchmark_and_no_file_beside_it(
     name: str, num_rows: int, everything: Path
 ) -> None:
     """The raw rows of RewardBench, a domain of RM-Bench beside the whole, Claude's JudgeBench."""
-    assert load_benchmark(BENCHMARKS[name], everything / name).num_rows == num_rows
-
-
-def test_rows_that_the_benchmark_does_not_count_are_counted(everything: Path) -> None:
-    loaded = load_benchmark(BENCHMARKS["ppe-preference"], everything / "ppe-preference")
-    assert (loaded.num_rows, loaded.left_out) == (4, {"tie": 2})
+    loaded = load_benchmark(BENCHMARKS[name], everything / name)
+    score_benchmark(loaded.benchmark, loaded.items, length_scores(loaded.items))
+    assert loaded.num_rows == num_rows == len(loaded.items) + sum(loaded.left_out.values())
+    assert loaded.left_out == ({"tie": 2} if name == "ppe-preference" else {})
+    assert loaded.source == str(everything / name)
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[Any] | Exception) -> list[object]:
@@ -193,9 +180,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[Any] | Exception) -> li
             raise rows
         return rows
 
-    fake = ModuleType("datasets")
-    monkeypatch.setattr(fake, "load_dataset", load, raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    fake_datasets(monkeypatch, load)
     return calls
 
 

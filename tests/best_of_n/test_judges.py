@@ -1,8 +1,8 @@
 """The judge: what it is asked and how its words are read, both orders, ties, reliability."""
 
 import re
+from math import isnan
 
-import numpy as np
 import pytest
 
 from hafrm.best_of_n.endpoint import Endpoint, EndpointSection, Reply
@@ -20,6 +20,7 @@ from hafrm.best_of_n.judges import (
 from hafrm.errors import ServerError
 from hafrm.preferences import Message
 from support.chat_endpoint import fails, says, serving
+from support.length_judge import Longer
 
 
 def pair(first: str, second: str) -> AnswerPair:
@@ -61,7 +62,6 @@ def test_every_pair_is_asked_about_in_both_orders_and_equal_replies_not_at_all(c
         ("first", "second", 1),
         ("second", "first", -1),
         ("first", "first", 0),
-        ("tie", "tie", 0),
         ("first", "tie", 0),
         ("first", "refused", None),
         ("unparsable", "second", None),
@@ -78,7 +78,7 @@ def test_reliability_by_hand():
     assert (seen.num_pairs, seen.num_not_judged) == (4, 1)
     assert seen.position_bias == pytest.approx(1 / 3)
     assert seen.verdicts == {"first": 3, "second": 3, "tie": 1, "refused": 1, "unparsable": 0}
-    assert np.isnan(judge_reliability([PairVerdict(0)]).position_bias)
+    assert isnan(judge_reliability([PairVerdict(0)]).position_bias)
 
 
 def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted(connect):
@@ -107,12 +107,10 @@ def test_refusals_rejections_and_nonsense_decide_nothing_and_are_counted(connect
         ("Verdict: A? No, it lies.\n**Verdict:** B", "second"),
         ("verdict: **tie**", "tie"),
         ("Verdict: a tie.", "tie"),
-        ("Verdict: Reply B", "second"),
         ("My final verdict: [[B]]", "second"),
         ("Verdict:\n\nB", "second"),
         ("Verdict: A.\n\nNote: asked for Verdict: A, Verdict: B or Verdict: tie.", "first"),
         ("The verdict: a better reply would say more.", "unparsable"),
-        ("Reply A is nice, reply B is too.", "unparsable"),
         ("Verdict: A and B are equally good", "unparsable"),
         ("Verdict: A or B: hard to say", "unparsable"),
         ("", "unparsable"),
@@ -134,16 +132,6 @@ def test_texts_are_put_in_as_they_are_braces_and_all():
     assert "system: Be brief.\n\nuser: Say {first}." in message.content
     assert "[Reply A]\n{second} {x}\n[End of reply A]" in message.content
     assert "[Reply B]\nplain\n[End of reply B]" in message.content
-
-
-class Longer(LlmJudge):
-    """Prefers the longer text."""
-
-    def __init__(self) -> None:
-        self.name = "longer"
-
-    def compare(self, pairs):
-        return [PairVerdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
 
 
 def answers(texts: list[str], scores: list[float]) -> Answers:

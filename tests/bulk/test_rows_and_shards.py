@@ -113,14 +113,6 @@ def test_shards_are_read_in_one_pass_all_or_some(tmp_path, parquet, size, kind):
         next(read_shards([Shard("x", source, 0, 99)], size))
 
 
-def test_a_table_without_rows_keeps_its_columns(parquet):
-    pq.write_table(pq.read_table(parquet).slice(0, 0), parquet)
-    rows = next(read_shards(cut_into_shards(identify([str(parquet)]), 4), 4))
-    table = pq.read_table(io.BytesIO(render_shard(rows, [], is_packed=False)))
-    assert table.num_rows == 0
-    assert table.column_names[-3:] == ["blob", "reward", "error"]
-
-
 @pytest.mark.parametrize(
     ("row", "scores", "added"),
     [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hafrm.export.stock_export import check_golden
-from hafrm.recipe_file import dump_recipe, load_recipe
+from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.loop import run_training
@@ -18,16 +18,6 @@ from support.tiny_rlhf import tiny_rlhf
 from support.tiny_runs import tiny_recipe
 
 pytestmark = pytest.mark.cuda
-
-
-def test_precision_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(device, tmp_path):
-    """The run's own recipe says which, so that it is resumed alike anywhere."""
-    run_training(tiny_recipe(tmp_path, training={"precision": "auto"}), tmp_path / "run")
-    on_gpu = device.type == "cuda"
-    decided = load_recipe(tmp_path / "run/recipe.yaml").training.precision
-    assert decided == ("bf16" if on_gpu else "fp32")
-    stored = load_file(tmp_path / "run/model/reward/model.safetensors").values()
-    assert {tensor.dtype for tensor in stored} == {torch.bfloat16 if on_gpu else torch.float32}
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "lora"])

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm.scoring.forward import run_forward
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from support.exports import export_both
-from support.models import SHAPES, tiny_hybrid, token_groups
 
 pytestmark = pytest.mark.cuda
 
@@ -34,12 +32,3 @@ def test_rewards_and_log_probs_equal_those_of_a_cpu_in_float32(
         cpu = kind.from_pretrained(tmp_path / name, dtype=torch.float32, device="cpu")
         ours = kind.from_pretrained(tmp_path / name, dtype=dtype, device=device)
         assert_near(ours.score(PROMPT, RESPONSES), cpu.score(PROMPT, RESPONSES), tolerance)
-
-
-@pytest.mark.parametrize("max_tokens", [40, 10_000])
-def test_scores_do_not_depend_on_the_packing(max_tokens, device):
-    groups = token_groups(SHAPES)
-    expected = run_forward(tiny_hybrid().eval(), groups, max_tokens=1)
-    scores = run_forward(tiny_hybrid().eval().to(device), groups, max_tokens=max_tokens)
-    assert_near(scores.rewards, expected.rewards, 1e-4)
-    assert_near(scores.logps, expected.logps, 1e-4)

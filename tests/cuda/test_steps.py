@@ -22,7 +22,7 @@ from hafrm.training import parallel
 from hafrm.training.checkpoint import save_checkpoint
 from hafrm.training.methods import get_method
 from hafrm.training.step import NonFiniteCheck, StepResult, build_optimizer, take_step
-from hafrm.training.step_batches import ComparisonOrder, MicroBatch, Prefetch
+from hafrm.training.step_batches import MicroBatch
 from support.models import tiny_hybrid, token_groups
 from support.step_pairs import SHAPES, micro_batches, pairs
 
@@ -80,35 +80,6 @@ def test_a_checkpointed_step_equals_the_plain_one(family, precision, tolerance, 
     checkpointed.checkpoint_activations()
     expected = gradient(plain, precision)
     assert (gradient(checkpointed, precision) - expected).norm() < tolerance * expected.norm()
-
-
-@PRECISIONS
-def test_a_step_in_many_micro_batches_equals_the_step_in_one(precision, tolerance, device):
-    many, one = (
-        gradient(tiny_hybrid().to(device), precision, max_tokens) for max_tokens in (100, 10_000)
-    )
-    assert (many - one).norm() < tolerance * one.norm()
-
-
-def test_pinned_micro_batches_give_the_step_of_unpinned_ones(device):
-    groups, steps = pairs(), []
-    for place in (torch.device("cpu"), device):
-        order = ComparisonOrder(groups, per_prompt=1, seed=0)
-        ranks = parallel.Ranks(0, 1, place)
-        with Prefetch(groups, order, None, batch_size=16, max_tokens=100, ranks=ranks) as feed:
-            steps.append(feed.take(0))
-    unpinned, pinned = steps
-    assert len(unpinned) == len(pinned) > 1
-    for before, after in zip(unpinned, pinned, strict=True):
-        assert after.layout.input_ids.is_pinned() == (device.type == "cuda")
-        assert after.margins.is_pinned() == (device.type == "cuda")
-        assert before.ids == after.ids
-        assert torch.equal(before.layout.input_ids, after.layout.input_ids)
-    losses = []
-    for batches in steps:
-        model = tiny_hybrid().to(device)
-        losses.append(run(model, batches, None, adamw(model)).sums.cpu())
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-5, equal_nan=True)
 
 
 @contextlib.contextmanager

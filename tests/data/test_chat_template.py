@@ -38,9 +38,7 @@ ENDS_IN_QUESTION = ([USER], [USER, ANSWER, USER], [SYSTEM, USER])
 ODD = {
     "begins with a line break": "\n" + CHATML,
     "begins with an indented tag": "    {% set ns = namespace(n=0) %}\n" + CHATML,
-    "begins with a comment": "{#- turns -#}\n" + CHATML,
     "ends in a line break": CHATML + "\n",
-    "ends in two line breaks": CHATML + "\n\n",
     "ends in blanks": CHATML + "\n   ",
     "ends in a stripping tag": CHATML.removesuffix("{% endif %}") + "{%- endif -%}\n",
     "renames messages": "{% set messages = messages[-3:] %}" + CHATML,

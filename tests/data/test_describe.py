@@ -78,17 +78,13 @@ def test_the_shared_share_counts_prompts_and_responses_once() -> None:
     assert fraction_saved_by_sharing([]) == 0.0
 
 
-def test_token_statistics_come_from_the_encoder() -> None:
+def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
     """Characters: "a b c", "a", "a b" | "x y", "z w" | "u v w x", "u" are 5, 1, 3, 3, 3, 7, 1 tokens.
-    Packed 19 + 16 + 18 = 53; paired (26 + 24) + 26 + 28 = 104."""
+    Packed 19 + 16 + 18 = 53; paired (26 + 24) + 26 + 28 = 104: 49 % are saved."""
     described = describe_data(read([ROWS], max_bad_fraction=0.5), encode)
     assert described.lengths["prompt tokens"] == (10.0, 10, 10, 10)
     assert described.lengths["response tokens"] == (23 / 7, 3, 7, 7)
     assert described.lengths["sequence tokens"][-1] == 17
-
-
-def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
-    described = describe_data(read([ROWS], max_bad_fraction=0.5), encode)
     facts, bad, lengths = ({row[0]: row[1:] for row in t.texts()} for t in described.tables())
     assert facts["longer is chosen"] == ("33.3 % [6.1, 79.2]",)
     assert facts["shared prompts save"] == ("49.0 % of all tokens",)

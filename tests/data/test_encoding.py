@@ -116,19 +116,6 @@ def assert_reloads_from_its_export(encoder: Encoder, groups: Sequence[Group], fo
             assert ids == reloaded(text, add_special_tokens=False).input_ids
 
 
-def test_a_blank_behind_the_colon_would_break_the_prefix_and_ours_does_not() -> None:
-    """The naive way: the prompt ends in "Assistant: ", the response in nothing. GPT-2 puts the blank
-    into the word behind it, so the prompt alone ends in a token that prompt + response does not have."""
-    tokenizer = plain_tokenizer()
-    prompt, response = "User: What is the answer?\n\nAssistant: ", "The answer is 42."
-    alone, together = tokenizer(prompt).input_ids, tokenizer(prompt + response).input_ids
-    assert together[: len(alone)] != alone
-    encoder = Encoder(tokenizer)
-    (encoded,), _ = encoder.encode([group("What is the answer?", responses=(response,))])
-    assert encoder.tokenizer.decode(encoded.prompt_ids).endswith("Assistant:")
-    assert together == joined(encoded, 0)[:-1]
-
-
 @pytest.mark.parametrize(
     ("template", "responses", "decoded"),
     [
@@ -164,19 +151,6 @@ def test_a_template_that_looks_into_the_response_still_gives_one_prompt() -> Non
     assert num_differing(encoder, [g], [encoded]) == report.seam_merges == 0
     assert encoder.tokenizer.decode(encoded.prompt_ids).endswith("<|im_start|>assistant\n<think>")
     assert encoder.tokenizer.decode(encoded.response_ids[0]) == "\ncount\n</think>\n\n4<|im_end|>"
-
-
-def test_encoded_groups_carry_what_their_groups_said_and_cannot_be_changed() -> None:
-    g = Group(
-        "a", (Message("user", "Hi"),), ("b", "c"), (Comparison(1, 0),), "src", {"subset": "x"}
-    )
-    (encoded,), _ = Encoder(chat_tokenizer()).encode([g])
-    assert (encoded.id, encoded.source, encoded.tags) == ("a", "src", {"subset": "x"})
-    assert encoded.comparisons == g.comparisons
-    for ids in (encoded.prompt_ids, *encoded.response_ids):
-        assert ids.dtype == np.int32
-        with pytest.raises(ValueError, match="read-only"):
-            ids[0] = 1
 
 
 def edited_tokenizer(

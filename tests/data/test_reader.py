@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from hafrm.data.reader import read_preferences as read
 from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message, Votes
 from support.fake_hub import fake_datasets
-from support.shared_files import SHARED, needs_shared
 
 
 def pair(prompt: str = "p", chosen: str = "a", rejected: str = "b", **extra: Any) -> dict[str, Any]:
@@ -228,13 +226,10 @@ def test_two_files_of_one_stem_are_told_apart_and_one_file_is_not_read_twice(
     [
         ("missing.jsonl", None, "no such file"),
         ("set.txt", b"x", r"allowed are .json, .jsonl, .ndjson, .csv, .parquet"),
-        ("set.gz", b"x", "unknown kind"),
         ("set", b"x", "unknown kind"),
         ("set.parquet.gz", b"x", "unknown kind"),
         ("set.jsonl", b"", "has no rows"),
-        ("set.json", b"", "has no rows"),
         ("set.json", b"[]", "has no rows"),
-        ("set.csv", b"", "has no rows"),
         ("set.csv", b"prompt,chosen,rejected\n", "has no rows"),
         ("set.csv", b'prompt\nfirst\n"second\nthird\n', "cannot be read after row 0"),
         ("set.csv", b"prompt,prompt\n", "distinct column names"),
@@ -247,10 +242,8 @@ def test_two_files_of_one_stem_are_told_apart_and_one_file_is_not_read_twice(
         ("set.json", b'{"a": 1}\n{"a": 2}\n', "name it .jsonl"),
         ("set.json", b"[" * 100_000, "is not JSON"),
         ("set.jsonl", '{"prompt": "\u00e9"}'.encode("latin-1"), "not UTF-8 text .*near row 0"),
-        ("set.jsonl", json.dumps(pair()).encode("utf-16"), "not UTF-8"),
         ("set.json", b'["\xff"]', "not UTF-8"),
         ("set.csv", b"prompt\n\xff\n", "not UTF-8"),
-        ("set.jsonl.gz", LINES, "cannot be read"),
         ("set.jsonl.gz", gzip.compress(LINES)[:-20], "cannot be read"),
         ("set.parquet", b"PAR1 nothing PAR1", "Parquet"),
     ],
@@ -339,19 +332,6 @@ def test_a_dataset_in_memory_reads_as_the_list_of_its_rows() -> None:
 
     rows = [pair("p", margin=1.0), pair("q", margin=None)]
     assert read([Dataset.from_list(rows)]) == read([rows])
-
-
-@needs_shared
-def test_original_transcripts_read_into_dialogues_and_lose_the_rows_that_they_should() -> None:
-    """Of harmless-base's 2,312 rows: two assistant turns in a row are wrong roles."""
-    reading = read([f"{SHARED}/data/hh-harmless.jsonl.gz"])
-    reasons = Counter(row.reason for row in reading.bad_rows)
-    assert reasons == {"empty response": 4, "prompts differ": 5, "wrong roles": 4}
-    for group in reading.groups:
-        roles = [message.role for message in group.prompt]
-        assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1] == "user"
-        assert all(message.content == message.content.strip() for message in group.prompt)
-        assert not any("\n\nHuman:" in text for text in group.responses)
 
 
 def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hafrm.demo.base_model import pretrain
 from hafrm.demo.gold import gold_reward, tables
 from hafrm.demo.run_demo import METHODS, TEST_SETS, demo_recipe
-from hafrm.errors import DataError
 from hafrm.preferences import Message
 
 SMALL = {"width": 32, "layers": 1, "vocabulary": 400}
@@ -43,12 +42,6 @@ def test_the_tables_are_those_that_the_generator_writes(generator):
     assert json.loads(json.dumps(generator.tables())) == tables()
 
 
-def test_a_seed_makes_one_world_and_another_seed_another(generator):
-    sizes = generator.Sizes(train=40, validation=10, test=10)
-    assert generator.make_world(0, sizes) == generator.make_world(0, sizes)
-    assert generator.make_world(1, sizes) != generator.make_world(0, sizes)
-
-
 def test_the_first_conversations_are_those_that_the_generator_draws(generator, world):
     """The stream of random numbers depends on the number drawn: a shorter world is compared by digest."""
     texts = [[m.content for m in c] for c in generator.pretraining_texts(0, 50)]
@@ -70,17 +63,6 @@ def test_test_labels_are_gold_and_training_labels_are_noisy(world):
     assert 0.6 < np.mean([gap(row) > 0 for row in world["sets"]["train"]]) < 0.95
 
 
-def test_length_helps_in_domain_and_misleads_out_of_domain(world):
-    """Fractions of 0.55 and 0.3 over 600 pairs each: three standard errors are 0.06."""
-
-    def longer_wins(names):
-        rows = [row for name in names for row in world["sets"][f"test-{name}"]]
-        return np.mean([len(r["chosen"].split()) > len(r["rejected"].split()) for r in rows])
-
-    assert longer_wins(TEST_SETS[:2]) == pytest.approx(0.55, abs=0.06)
-    assert longer_wins(TEST_SETS[2:]) == pytest.approx(0.3, abs=0.06)
-
-
 @pytest.mark.parametrize(
     ("prompt", "good", "bad"),
     [
@@ -94,12 +76,6 @@ def test_length_helps_in_domain_and_misleads_out_of_domain(world):
 )
 def test_the_gold_reward_orders_hand_written_answers(prompt, good, bad):
     assert gold_reward(prompt, good) > gold_reward((Message("user", prompt),), bad)
-
-
-@pytest.mark.parametrize("prompt", ["what is love?", (Message("system", "be brief."),)])
-def test_a_prompt_of_another_world_is_refused(prompt):
-    with pytest.raises(DataError):
-        gold_reward(prompt, "yes.")
 
 
 def test_pretraining_lowers_the_loss_repeatably_and_leaves_a_transformers_directory(

@@ -7,7 +7,6 @@ import torch
 from hafrm.diagnostics.model_runs import last_states, some_responses
 from hafrm.engine.layout import lay_out, unshare
 from hafrm.preferences import TokenizedGroup
-from hafrm.scoring.forward import run_forward
 from support.models import SHAPES, tiny_hybrid, token_groups
 
 GROUPS = token_groups(SHAPES)
@@ -37,13 +36,6 @@ def test_states_are_those_of_a_plain_padded_run_at_the_last_token(model, sharing
     model.share(True)
     expected = plain.last_hidden_state.flatten(0, 1)[padded.last].numpy()
     np.testing.assert_allclose(states, expected, atol=2e-5, rtol=1e-5)
-
-
-def test_the_reward_is_the_head_s_product_with_the_state(model) -> None:
-    states = last_states(model, GROUPS)
-    rewards = run_forward(model, GROUPS, max_tokens=100).rewards
-    weight = model.reward_head.weight.detach().numpy()[0]
-    np.testing.assert_allclose(states @ weight, rewards, atol=2e-5)
 
 
 def test_some_responses_are_drawn_once_each_and_follow_the_seed_not_the_ids() -> None:

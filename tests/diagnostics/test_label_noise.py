@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from hafrm.diagnostics.label_noise import (
-    MAX_EXAMPLE_CHARS,
     audit_labels,
-    cut_text,
     disagreement,
     mean_margin,
-    prompt_text,
     worst_errors,
 )
 from hafrm.evaluation.comparisons import Comparisons
@@ -100,11 +97,3 @@ def test_errors_that_all_models_make_come_first() -> None:
     assert np.sqrt((margins**2).mean(1)) == pytest.approx([0.9937, 2.0], abs=1e-3)
     got = worst_errors(voted(None, None, None, None), margins, num=3)
     assert [(example.set, example.num_against) for example in got] == [("d", 2), ("a", 2), ("b", 1)]
-
-
-def test_texts_are_cut_and_say_how_much_is_missing() -> None:
-    text = "a" * MAX_EXAMPLE_CHARS + "bcd"
-    assert cut_text(text) == "a" * MAX_EXAMPLE_CHARS + " [3 more characters]"
-    assert cut_text(text, end=True) == "[3 more characters] " + text[3:]
-    turns = (Message("user", "hi"), Message("assistant", "yes?"), Message("user", " go "))
-    assert prompt_text(turns) == "user: hi\nassistant: yes?\nuser:  go"

@@ -1,12 +1,9 @@
 """`diagnose` as a whole: one model or several on real files, its result on disk and its tables."""
 
-import io
 import json
-import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from hafrm.cli import app
@@ -14,7 +11,6 @@ from hafrm.diagnostics.diagnosis import Diagnosis
 from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import ConfigError, ModelError
 from hafrm.evaluation.heads import EvaluationOptions
-from hafrm.report.terminal import print_tables
 from hafrm.results import read_result, write_result
 from support.exports import export_both
 from support.tiny_runs import WORDS, write_base
@@ -74,16 +70,6 @@ def test_the_result_has_every_diagnostic_and_can_be_read_back(diagnosis, folder,
     assert (own.model, other.model) == models
     assert other.cka_to_base == pytest.approx(1.0)
     assert own.cka_to_base < 0.99
-
-
-def test_no_number_of_the_tables_is_cut_off_and_fractions_have_intervals(diagnosis) -> None:
-    console = Console(width=120, file=io.StringIO())
-    print_tables(diagnosis.tables(), console)
-    printed = console.file.getvalue()
-    assert "…" not in printed
-    assert len(re.findall(r"\[-?\d+\.\d, ?-?\d+\.\d\]", printed)) > 60
-    for title in ("calibration", "slice", "label audit", "hidden states", "preferred"):
-        assert title in printed
 
 
 def test_slices_follow_votes_turns_and_tags_where_these_differ(diagnosis) -> None:

@@ -5,12 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.diagnostics.representation import (
-    describe_states,
-    linear_cka,
-    mean_cosine,
-    spectrum,
-)
+from hafrm.diagnostics.representation import describe_states, linear_cka, mean_cosine, spectrum
 from hafrm.errors import NumericsError
 
 CROSS = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
@@ -21,17 +16,14 @@ def random_states(num: int = 50, hidden: int = 7, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(1.0, 2.0, (num, hidden)).astype(np.float32)
 
 
-def test_two_equal_directions_have_rank_two_wherever_they_lie() -> None:
-    got = describe_states("m", 5 + 3 * CROSS)
-    assert got.effective_rank == pytest.approx(2.0)
-    assert got.top_fraction == pytest.approx(0.5)
-
-
-def test_three_parts_to_one_by_hand() -> None:
-    """Variances 3 and 1: rank exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4) = 1.7548."""
-    got = describe_states("m", CROSS * [math.sqrt(3), 1])
-    assert got.effective_rank == pytest.approx(4 / 3**0.75)
-    assert got.top_fraction == pytest.approx(0.75)
+@pytest.mark.parametrize(
+    ("states", "rank", "top"),
+    [(5 + 3 * CROSS, 2.0, 0.5), (CROSS * [math.sqrt(3), 1], 4 / 3**0.75, 0.75)],
+)
+def test_the_rank_is_the_exponential_of_the_entropy_wherever_the_states_lie(states, rank, top):
+    """Variances 3 and 1: exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4) = 1.7548."""
+    got = describe_states("m", states)
+    assert (got.effective_rank, got.top_fraction) == pytest.approx((rank, top))
 
 
 def test_the_spectrum_is_that_of_the_covariance() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hafrm.engine import attention
 from hafrm.engine.attention import Rule, attend_by_group, attend_by_segment, shared_prefix_attention
@@ -291,35 +290,3 @@ def test_padded_groups_attend_as_the_full_mask_says(heads, window, softcap):
     q, k, v = tensors(layout, heads)
     found = attend_by_group(q, k, v, layout, Rule(scaling=0.2, window=window, softcap=softcap))
     compare(found, slow_attention(q, k, v, full_mask(layout, window), 0.2, softcap), (q, k, v))
-
-
-def test_padded_groups_are_batched_by_length_so_that_one_long_group_does_not_pad_the_others():
-    """Sixteen groups of 21 tokens and one of 230, in multiples of 8: two calls, of 16 x 24 x 24 and
-    1 x 232 x 232."""
-    layout = lay_out(token_groups((*MANY, (200, (10, 20)))))
-    q, k, v = tensors(layout, (2, 2))
-    attend_by_group(q, k, v, layout, Rule())
-    masks = [m for name, m in layout.masks.items() if name[0] == "allowed"]
-    assert [tuple(mask.shape) for mask in masks] == [(16, 1, 24, 24), (1, 1, 232, 232)]
-
-
-def test_padded_groups_call_what_the_memory_efficient_kernel_serves(monkeypatch):
-    """As many key heads as query heads, and a mask of terms that is aligned, and the same in every layer:
-    otherwise torch repeats it, or makes all scores."""
-    seen = []
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, **options: Any) -> Tensor:
-        assert q.shape[1] == k.shape[1] == v.shape[1]
-        assert not options["enable_gqa"]
-        assert attn_mask.dtype == q.dtype
-        assert all(stride % 8 == 0 for stride in attn_mask.stride()[:-1])
-        seen.append(attn_mask.data_ptr())
-        return plain(q, k, v, attn_mask=attn_mask, **options)
-
-    plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    layout = lay_out(token_groups(SHAPES))
-    for _ in range(2):  # layers
-        attend_by_group(*tensors(layout, (4, 2)), layout, Rule(window=7))
-    half = len(seen) // 2
-    assert seen[:half] == seen[half:]

@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,30 +42,6 @@ def test_a_reward_model_that_runs_last_tokens_only_equals_a_whole_run(family):
     for name, grad in grads.items():
         scale = max(1.0, whole_grads[name].abs().max().item())
         torch.testing.assert_close(grad, whole_grads[name], atol=1e-5 * scale, rtol=0), name
-
-
-def widths_seen(model: HybridModel, name: str) -> list[int]:
-    """Tokens that a module of each layer runs in one forward."""
-    seen: list[int] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seen.append(inputs[0].shape[-2])
-
-    for layer in decoder_layers(model.backbone):
-        inner = next(m for m in layer.get_submodule(name).modules() if isinstance(m, nn.Linear))
-        inner.register_forward_hook(note)
-    model(lay_out(token_groups(SHAPES)))
-    return seen
-
-
-def test_only_the_last_layer_is_narrowed_to_what_is_read():
-    """SHAPES: 95 tokens, of them 11 + 1 + 4 + 7 + 20 in prompts, 10 responses of 52 tokens."""
-    layout = lay_out(token_groups(SHAPES))
-    assert len(layout.read) == len(layout.targets) + 5
-    assert widths_seen(tiny_hybrid(), "mlp") == [layout.num_tokens, len(layout.read)]
-    assert widths_seen(reward_model("llama"), "mlp") == [layout.num_tokens, 10]
-    narrowed = narrow_layer(decoder_layers(tiny_hybrid().backbone)[-1])
-    assert {"self_attn.o_proj", "self_attn.q_proj"} <= set(narrowed)
 
 
 def test_two_models_over_one_backbone_read_each_what_it_needs():

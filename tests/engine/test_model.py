@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from hafrm.engine.attention import SHARED_PREFIX
@@ -26,6 +26,7 @@ from hafrm.engine.model import (
 )
 from hafrm.errors import ModelError, NumericsError
 from support.models import (
+    FAMILIES,
     GPT2,
     GROUPED,
     SHAPES,
@@ -34,22 +35,13 @@ from support.models import (
     TokenGroup,
     hybrid_of,
     one_at_a_time,
+    sharpened,
     tiny_causal_lm,
     tiny_hybrid,
     token_groups,
 )
 
 BOS, EOS, PAD = 1, 2, 0
-
-
-def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random causal LM whose logits are sharp enough for differences to show."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.data.mul_(3.0)
-    return model.eval()
 
 
 def assert_close(found: Outputs, rewards: Tensor | None, logps: Tensor | None) -> None:
@@ -148,7 +140,7 @@ def test_the_lm_heads_scaling_and_soft_capping_are_read_from_the_config():
 
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
+OPT = FAMILIES["opt"][1]
 HALF = {"attention_dropout": 0.5, "hidden_dropout": 0.5}
 NOISY = {
     "llama": ("Llama", {**GROUPED, "attention_dropout": 0.5}),
@@ -172,7 +164,7 @@ NOISY = {
 def test_two_forwards_in_training_mode_agree_whatever_noise_the_config_asks_for(family, sharing):
     """To the bit: the reference of a policy is the same forward, and its loss at step 0 must be ln 2."""
     name, sizes = NOISY[family]
-    stock = build(getattr(transformers, f"{name}Config")(**sizes))
+    stock = sharpened(getattr(transformers, f"{name}Config")(**sizes))
     if sharing and sharing_obstacle(split_causal_lm(stock)[0]):
         pytest.skip("cannot share")
     model = hybrid_of(stock, sharing=sharing).train()
@@ -224,7 +216,7 @@ def stock_of(name: str, sizes: dict[str, Any]) -> PreTrainedModel:
     config = getattr(transformers, name, None)
     if config is None:
         pytest.skip(f"this transformers has no {name}")
-    return build(config(**sizes))
+    return sharpened(config(**sizes))
 
 
 @pytest.mark.parametrize("family", UNSHAREABLE)

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 
 from hafrm.evaluation.comparisons import Comparisons
-from hafrm.evaluation.metrics import (
-    calibration,
-    length_bias,
-    pairwise_accuracy,
-    pairwise_metrics,
-)
+from hafrm.evaluation.metrics import calibration, length_bias, pairwise_accuracy, pairwise_metrics
 from hafrm.preferences import Comparison, Group, Message
 
 

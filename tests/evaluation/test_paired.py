@@ -14,15 +14,12 @@ from hafrm.errors import ConfigError
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
-from support.exports import export_both
 from support.tiny_runs import write_preferences
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    export_both(folder)
-    return folder
+def model(exported) -> Path:
+    return exported
 
 
 @pytest.fixture

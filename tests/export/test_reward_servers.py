@@ -87,11 +87,9 @@ def test_only_the_protocols_of_a_path_are_tried_and_all_reasons_are_told(golden)
         (422, {"detail": "own words"}, "no protocol that hafrm knows(.|\n)*own words"),
         (503, {}, "Service Unavailable"),
         (200, b"<html>", "does not answer JSON"),
-        (200, {"scores": [1.0]}, "one reward for each"),
         (200, {"rewards": [1.0, 2.0]}, "one reward for each of 1 texts"),
         (200, {"rewards": ["high"]}, "'high'"),
         (200, {"data": [{"index": 0, "data": [0.1, 0.2]}]}, "embeddings"),
-        (200, {"data": {}}, "one reward for each"),
     ],
 )
 def test_refusals_and_answers_of_another_shape_are_told(golden, status, answer, message):

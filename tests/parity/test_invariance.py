@@ -8,7 +8,7 @@ from torch import Tensor
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel
 from hafrm.scoring.forward import first_fit_decreasing
-from support.models import SHAPES, VOCAB, TokenGroup, stock_classifier, tiny_hybrid, token_groups
+from support.models import SHAPES, TokenGroup, stock_classifier, tiny_hybrid, token_groups
 
 FAMILIES = ["llama", "mistral", "gemma2", "gpt2"]
 """Rotary; a window smaller than the pairs; soft-capping and both kinds of layer; learned positions."""
@@ -43,17 +43,6 @@ def test_any_order_and_any_packing_into_sequences_gives_the_same_numbers(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_order_of_the_responses_to_a_prompt_changes_nothing(family):
-    """The first branch shares a segment with the prompt, the others have their own."""
-    model = tiny_hybrid(family)
-    (group,) = token_groups(((9, (4, 7, 1, 12)),))
-    rewards, logps = score(model, [group])[0]
-    for order in ([3, 2, 1, 0], [1, 0, 3, 2], [2, 3, 0, 1]):
-        turned = TokenGroup(group.prompt_ids, tuple(group.response_ids[i] for i in order))
-        assert_same(score(model, [turned]), [(rewards[order], logps[order])])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("branches", range(1, 9))
 def test_k_branches_are_k_single_scorings(branches, family):
     """One-token branches and one-token prompts among them."""
@@ -65,38 +54,6 @@ def test_k_branches_are_k_single_scorings(branches, family):
         alone = [score(model, [TokenGroup(group.prompt_ids, (r,))])[0] for r in group.response_ids]
         expected = (torch.cat([r for r, _ in alone]), torch.cat([p for _, p in alone]))
         assert_same([(rewards, logps)], [expected])
-
-
-def test_alone_is_batched_for_the_unshared_model_too():
-    """Padding to the longest of the batch is invisible."""
-    model, groups = tiny_hybrid("llama", sharing=False), token_groups(SHAPES)
-    assert_same(score(model, groups), [score(model, [group])[0] for group in groups])
-
-
-def changed(group: TokenGroup, response: int, token: int) -> TokenGroup:
-    """The group with one token of one response replaced by another."""
-    responses = [ids.copy() for ids in group.response_ids]
-    responses[response][token] = (responses[response][token] - 3 + 1) % (VOCAB - 3) + 3
-    return TokenGroup(group.prompt_ids, tuple(responses))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("response", [0, 1, 2])
-def test_a_changed_token_in_one_branch_leaves_all_others_bit_identical(response, family):
-    """Shapes are unchanged, so sums are taken in the same order and not one bit may move: of the
-    other branches of its group, or of the groups before and after."""
-    model, groups = tiny_hybrid(family), token_groups(SHAPES)
-    rewards, logps = (torch.cat(parts) for parts in zip(*score(model, groups), strict=True))
-    turned = [*groups[:2], changed(groups[2], response, 0), *groups[3:]]
-    found_rewards, found_logps = (
-        torch.cat(parts) for parts in zip(*score(model, turned), strict=True)
-    )
-    others = torch.ones(len(rewards), dtype=torch.bool)
-    others[4 + response] = False  # four responses lie in the two groups before
-    assert torch.equal(found_rewards[others], rewards[others])
-    assert torch.equal(found_logps[others], logps[others])
-    assert (found_rewards[~others] - rewards[~others]).abs() > 1e-3
-    assert (found_logps[~others] - logps[~others]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

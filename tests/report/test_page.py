@@ -1,6 +1,5 @@
 """The page about what tiny real runs write: whole, self-contained, true to results, safe with any text."""
 
-import itertools
 import json
 import re
 import shutil
@@ -225,32 +224,6 @@ def test_figures_and_tables_have_names_for_screen_readers(page):
     assert counts["caption"] == counts["table"]
     scopes = {attrs.get("scope") for tag, attrs in page.tags if tag == "th"}
     assert scopes == {"col", "row", "rowgroup"}
-    boxes = [attrs for _, attrs in page.tags if attrs.get("class") == "scroll"]
-    assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in boxes)
-    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels.count(1) == 1
-    assert all(b - a <= 2 for a, b in itertools.pairwise(levels))
-
-
-def test_plots_have_no_colours_of_their_own_so_that_dark_mode_has_them_too(html):
-    plots = re.findall(r'<svg class="plot".*?</svg>', html, re.DOTALL)
-    assert plots
-    for plot in plots:
-        assert not re.findall(r"#[0-9a-fA-F]{6}[;\"]", plot)
-        assert "<text" in plot  # text is text
-
-
-def test_a_long_run_makes_no_long_page(folders, tmp_path):
-    """20,000 logged steps; a page about one run stays below 1 MB."""
-    lines = (
-        {"step": i, "kind": "train", "loss": 1 / i, "grad_norm": 1.0 + i % 7}
-        for i in range(1, 20_001)
-    )
-    (tmp_path / "run").mkdir()
-    file = tmp_path / "run" / "metrics.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = tmp_path / "out" / "report.html"
-    assert write_report([tmp_path / "run"], out) == out.stat().st_size < 1_000_000
 
 
 def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, tmp_path):

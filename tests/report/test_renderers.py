@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hafrm.report.html import PageSection, Strips, Text, render_page
+from hafrm.report.html import PageSection, Strips, render_page
 from hafrm.report.plots import MAX_POINTS, AxisScale, Series, chart
 from hafrm.report.run_files import short_paths, short_sources
 from hafrm.results import Column, Table, to_markdown
@@ -50,28 +50,6 @@ def test_a_strip_draws_value_and_interval_on_an_axis_between_whole_ticks():
     assert '<span class="named c2">haf</span>' in html
 
 
-def test_numbers_are_written_as_the_table_writes_them():
-    html = html_of(ACCURACIES).replace("\N{NO-BREAK SPACE}", " ")
-    assert "<b>65.0 %</b> <small>[60.0, 71.0]</small>" in html
-    assert ">n/a<" in html and ">\N{MINUS SIGN}2<" in html and "a note of 5 %" in html
-
-
-def test_negative_numbers_in_sentences_have_minus_signs_and_names_keep_their_hyphens():
-    html = html_of(Text((("", "falls by -0.1 [-0.2, -0.05] in run-1, 2026-11-25"),), "points"))
-    assert (
-        "falls by \N{MINUS SIGN}0.1 [\N{MINUS SIGN}0.2, \N{MINUS SIGN}0.05] in run-1, 2026-11-25"
-        in html
-    )
-
-
-def test_rows_without_a_first_cell_continue_the_group_above():
-    columns = (Column("set"), Column("model"), Column("n", "count"))
-    rows = (("chat", "a", 1), ("", "b", 2), ("safety", "a", 3))
-    html = html_of(Table("t", columns, rows))
-    assert html.count("<tbody>") == 2
-    assert re.findall(r'colspan="2">(\w+)<', html) == ["chat", "safety"]
-
-
 def test_markdown_has_the_same_texts_and_cannot_be_broken_out_of():
     table = Table(
         "t", (Column("a|b"), Column("n", "count")), (("x*y\nz", 3), ("<b>", 4)), ("note_",)
@@ -87,12 +65,6 @@ def test_a_plot_is_drawn_where_a_point_is_finite_and_says_where_series_begin_and
     plot = chart("t", [Series("s", [1.0, 2.0, 3.0], [0.25, math.nan, 0.5], 1)], AxisScale())
     assert plot.description == "t: s from 0.25 to 0.5"
     assert 'class="c1"' in plot.svg
-
-
-def test_the_axis_of_a_fraction_that_is_always_zero_has_no_negative_ticks():
-    zeros = [Series("s", [1.0, 2.0], [0.0, 0.0])]
-    assert "\N{MINUS SIGN}" not in chart("t", zeros, AxisScale(is_fraction=True)).svg
-    assert "\N{MINUS SIGN}" in chart("t", zeros, AxisScale()).svg
 
 
 def test_a_long_series_is_averaged_down():

@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hafrm.best_of_n.judges import LlmJudge, PairVerdict
 from hafrm.cli import app
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.recipe_file import build_as, dump_recipe
@@ -15,6 +13,7 @@ from hafrm.results import to_plain
 from hafrm.rlhf import policy_comparison
 from hafrm.rlhf.policy_comparison import ComparisonRun, compare_policies, plan_runs
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from support.length_judge import Longer
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
 
@@ -69,14 +68,6 @@ def test_a_comparison_writes_its_contract_and_repeats_no_finished_run(tmp_path, 
         compare_policies(swapped, tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
-    recipe = comparison(tmp_path, evaluation={"reward_model": str(tmp_path / "reward")})
-    one = compare_policies(recipe, tmp_path / "a", num_processes=1)
-    two = compare_policies(recipe, tmp_path / "b", num_processes=2)
-    assert (two.standings, two.wins) == (one.standings, one.wins)
-
-
 def test_a_run_that_was_started_is_resumed(tmp_path, monkeypatch):
     recipe = comparison(tmp_path, checkpoint={"every": 1})
     calls, train = [], policy_comparison.train_policy
@@ -107,16 +98,6 @@ def test_runs_differ_in_reward_model_and_seed_alone(tmp_path):
     same = {name: getattr(recipe, name) for name in ("reward", "training", "comparison")}
     assert own.model_copy(update=same) == recipe
     assert build_as(RlhfRecipe, own.model_dump(mode="json")) == own
-
-
-class Longer(LlmJudge):
-    """Prefers the longer text."""
-
-    def __init__(self) -> None:
-        self.name = "longer"
-
-    def compare(self, pairs):
-        return [PairVerdict(int(np.sign(len(p.first) - len(p.second)))) for p in pairs]
 
 
 def test_with_a_judge_alone_there_are_wins_and_no_scores_and_without_anything_an_error(

@@ -122,18 +122,6 @@ def test_neither_packing_nor_accumulation_changes_the_weights(change):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0.0)
 
 
-def test_every_token_of_a_batch_is_in_exactly_one_row_whatever_the_budget():
-    batch = rollouts()
-    num = sum(len(ids) for rollout in batch for ids in rollout.response_ids)
-    for budget in (1, 12, 40, 10_000):
-        rows = pack(batch, np.arange(len(batch)), budget, torch.device("cpu"))
-        places = torch.cat([tokens for _, tokens in rows])
-        assert sorted(places.tolist()) == list(range(num))
-        flat = torch.from_numpy(np.concatenate([i for e in batch for i in e.response_ids]))
-        for layout, tokens in rows:
-            assert torch.equal(layout.targets, flat[tokens].long())
-
-
 def test_without_adapters_a_lora_policy_is_its_own_reference():
     policy, actor, optimizer, _ = build(lora=True)
     before = measure_rollouts(policy, actor, rollouts())

@@ -15,12 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError, NumericsError
 from hafrm.recipe_file import dump_recipe, load_as
-from hafrm.rlhf import actor
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfRun, prompts_of_step, score_rollouts
 from hafrm.rlhf.train_policy import Ppo, train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
-from hafrm.scoring.loading import default_device
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import setup
 from support.chat_tokenizers import llama_like_tokenizer
@@ -199,21 +197,6 @@ def test_bf16_and_checkpointed_activations_train_and_export(tmp_path, monkeypatc
     batches = [r for r in numbers(tmp_path / "run/metrics.jsonl") if r["kind"] == "rlhf"]
     assert abs(batches[0]["kl"]) < 0.1  # before the first update policy and reference are one
     assert all(np.isfinite(r["policy_loss"]) for r in batches)
-
-
-def test_a_policy_loads_on_its_device_and_its_bf16_adapters_read_bf16(tmp_path, monkeypatch):
-    """peft by itself copies every adapter's input to float32, which autocast casts back."""
-    devices, dtypes = [], set()
-    real = actor.load_base
-    monkeypatch.setattr(actor, "load_base", lambda *a: devices.append(a[2]) or real(*a))
-    recipe = tiny_rlhf(tmp_path, training={"precision": "bf16"}, lora={"rank": 2, "alpha": 4.0})
-    rlhf = RlhfRun(recipe, RunFolder.create(tmp_path / "run", dump_recipe(recipe)), None)
-    assert devices == [default_device()]
-    for name, module in rlhf.actor.model.named_modules():
-        if name.endswith("lora_A.default"):
-            module.register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
-    rlhf.actor.write(rlhf.held_out_prompts[:1], 1, seed=0)
-    assert dtypes == {torch.bfloat16}
 
 
 def test_a_batch_that_does_not_fit_says_how_to_resume(tmp_path, monkeypatch):

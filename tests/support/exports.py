@@ -8,11 +8,7 @@ import transformers
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
-from hafrm.export.stock_export import (
-    export_policy,
-    export_reward,
-    gather_weights,
-)
+from hafrm.export.stock_export import export_policy, export_reward, gather_weights
 from hafrm.preferences import Group, Message
 from support.chat_tokenizers import chat_tokenizer
 from support.models import FAMILIES, hybrid_of, llama_config, sharpened

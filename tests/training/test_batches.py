@@ -63,22 +63,6 @@ def test_comparisons_of_a_prompt_travel_in_blocks_of_at_most_per_prompt():
     assert all(len({pick.group for pick in block}) == 1 for block in blocks)
 
 
-def test_blocks_of_a_prompt_hold_few_distinct_responses():
-    """All 120 pairs of 16 responses in blocks of 4: 28 tiles of 2 x 2 ranks hold 4 pairs of 4 responses
-    each, 8 tiles on the diagonal one pair of 2; at random a block has about 7 of the 16."""
-    tokens = token_groups([(5, (3,) * 16)])[0]
-    pairs = tuple(Comparison(i, j) for i in range(16) for j in range(i))
-    group = TokenizedGroup(tokens.prompt_ids, tokens.response_ids, pairs, "g")
-    order = ComparisonOrder([group], per_prompt=4, seed=0)
-    for epoch in range(3):
-        picked = [pick.comparison for pick in order.epoch(epoch)]
-        assert sorted(picked) == list(range(120))
-        blocks = [picked[i : i + 4] for i in range(0, 120, 4)]
-        sides = [{s for c in b for s in (pairs[c].chosen, pairs[c].rejected)} for b in blocks]
-        assert sorted(map(len, sides))[:28] == [4] * 28
-    assert order.epoch(0) != order.epoch(1)
-
-
 def test_ties_are_left_out():
     (group,) = groups_of(2)
     tie = Comparison(0, 1, tie=True)

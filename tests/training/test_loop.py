@@ -75,10 +75,7 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
         )
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
-        assert stock.config.problem_type == "regression"
-        assert stock.config.id2label == {0: "LABEL_0"}
         assert stock.score.weight.shape == (1, 32)
-        assert stock.score.bias is None
         assert (model / "reward/golden_scores.jsonl").read_text().count("\n") > 2
     if (model / "policy").is_dir():
         _, info = AutoModelForCausalLM.from_pretrained(model / "policy", output_loading_info=True)

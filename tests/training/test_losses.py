@@ -1,4 +1,4 @@
-"""The losses against golden values derived by hand, TRL's formulas, their limits and their gradients."""
+"""The losses against golden values derived by hand, their limits and their gradients."""
 
 import math
 from dataclasses import fields, replace
@@ -223,22 +223,3 @@ def test_a_reference_that_is_not_needed_is_ignored(name: str) -> None:
     given = random_batch(5)
     without = replace(given, reference_chosen_logps=None, reference_rejected_logps=None)
     assert torch.equal(call(name, given), call(name, without))
-
-
-# TRL 1.16's own function; its trainer is compared with in tests/parity.
-
-
-@pytest.mark.slow  # importing TRL takes 6 s
-@pytest.mark.filterwarnings("ignore")
-def test_orpo_equals_trls_odds_ratio_loss() -> None:
-    pytest.importorskip("trl")
-    from types import SimpleNamespace
-
-    from trl.experimental.orpo import ORPOTrainer
-
-    given = random_batch(dtype=torch.float32)
-    chosen = given.chosen_logps / given.chosen_counts
-    rejected = given.rejected_logps / given.rejected_counts
-    trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
-    odds_term = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
-    torch.testing.assert_close(losses.orpo_loss(given, beta=0.1), -chosen - odds_term)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hafrm.cli import app
 from hafrm.engine import logprobs
 from hafrm.engine.layout import lay_out
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError
 from hafrm.recipe_file import dump_recipe
 from hafrm.training import memory_plan, setup
 from hafrm.training.loop import run_training
@@ -287,9 +287,3 @@ def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_
     output = " ".join(tight.output.split())
     assert "does not fit" in output
     assert "training.gradient_checkpointing=true" in output
-
-
-def test_a_missing_model_is_named(tmp_path):
-    recipe = tiny_recipe(tmp_path, model={"path": str(tmp_path / "nowhere")})
-    with pytest.raises(ModelError, match="nowhere"):
-        plan_recipe(recipe, HAF)

@@ -11,13 +11,7 @@ from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.training.losses import reward_loss
 from hafrm.training.methods import get_method
 from hafrm.training.passes import reference_logps
-from hafrm.training.step import (
-    DECAY,
-    MEASURES,
-    NonFiniteCheck,
-    build_optimizer,
-    losses_of,
-)
+from hafrm.training.step import DECAY, MEASURES, NonFiniteCheck, build_optimizer, losses_of
 from hafrm.training.step_batches import MicroBatch, References
 from support.dispatched import Dispatched
 from support.models import tiny_hybrid
