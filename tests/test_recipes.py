@@ -1,4 +1,4 @@
-"""The recipes, their reference and the launch files: all load, name what exists, and are complete."""
+"""The recipes load, their reference is complete, and launch scripts start and resume runs."""
 
 import subprocess
 from pathlib import Path

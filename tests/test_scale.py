@@ -1,4 +1,4 @@
-"""benchmarks/scale.py: its traffic and times by hand, its command line."""
+"""benchmarks/scale.py: its traffic by hand, its command line."""
 
 import pytest
 

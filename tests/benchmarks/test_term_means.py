@@ -1,4 +1,4 @@
-"""Weighted means of means: values by hand, intervals against slow loops, theory and simulation."""
+"""Weighted means of means: values by hand, intervals against slow loops and theory."""
 
 import numpy as np
 import pytest

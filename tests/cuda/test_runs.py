@@ -1,4 +1,4 @@
-"""Whole tiny runs on a GPU: precision, memory, signals, adapters and the exports that they end with."""
+"""Whole tiny runs on a GPU: in bfloat16, with adapters and by PPO, and their exports."""
 
 import json
 import subprocess

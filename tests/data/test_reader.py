@@ -1,4 +1,4 @@
-"""PreferenceData: every kind of file, merging into groups, the account of bad rows, and the real data."""
+"""PreferenceData: every kind of file, merging into groups, the account of bad rows."""
 
 import csv
 import gzip

@@ -164,6 +164,7 @@ NOISY = {
 def test_two_forwards_in_training_mode_agree_whatever_noise_the_config_asks_for(family, sharing):
     """To the bit: the reference of a policy is the same forward, and its loss at step 0 must be ln 2."""
     name, sizes = NOISY[family]
+    torch.manual_seed(0)
     stock = sharpened(getattr(transformers, f"{name}Config")(**sizes))
     if sharing and sharing_obstacle(split_causal_lm(stock)[0]):
         pytest.skip("cannot share")
@@ -216,6 +217,7 @@ def stock_of(name: str, sizes: dict[str, Any]) -> PreTrainedModel:
     config = getattr(transformers, name, None)
     if config is None:
         pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
     return sharpened(config(**sizes))
 
 
