@@ -35,7 +35,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
     On preferences (DATA) or on published benchmarks; for one model, or compared with others. The findings
-    of --diagnose are also written to MODEL/diagnostics.json if MODEL is a run folder.
+    of --diagnose are written to MODEL/diagnostics.json for a run folder, unless --json names a file.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
         raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")

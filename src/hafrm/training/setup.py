@@ -190,10 +190,8 @@ def starting_dtype(recipe: Recipe) -> torch.dtype:
 
 def load_base(model: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The causal LM to start from; raises ModelError when it cannot be loaded whole."""
-    options = {
-        "revision": model.revision,
-        "use_safetensors": None,
-    }  # a pickle where it has no other
+    # None: a base may have only a pickle, which torch reads as weights alone
+    options = {"revision": model.revision, "use_safetensors": None}
     causal: PreTrainedModel = load_whole(AutoModelForCausalLM, model.path, dtype, device, **options)
     return causal
 

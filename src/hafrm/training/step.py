@@ -33,9 +33,8 @@ MEASURES = (
     "implicit_margin",
 )
 """What a step sums over its comparisons, in this order; NaN where a head is absent."""
-DECAY = (
-    0.9  # fraction of NormBT's running mean distance that a step keeps (arXiv 2512.06343's beta)
-)
+# The fraction of NormBT's running mean distance that a step keeps: arXiv 2512.06343's beta.
+DECAY = 0.9
 
 
 @dataclass(frozen=True)
