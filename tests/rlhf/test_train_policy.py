@@ -86,14 +86,20 @@ def stop_before_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
-    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third."""
-    recipe = tiny_rlhf(tmp_path, **RICH, checkpoint={"every": 2}, evaluation={"every": 4})
+    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third, whose line of the
+    log has the means of the first two as well."""
+    sections = {
+        "checkpoint": {"every": 2},
+        "evaluation": {"every": 4},
+        "tracking": {"log_every": 3},
+    }
+    recipe = tiny_rlhf(tmp_path, **RICH, **sections)
     train_policy(recipe, tmp_path / "whole")
     with monkeypatch.context() as context:
         stop_before_batch(context, 3)
         with pytest.raises(KeyboardInterrupt):
             train_policy(recipe, tmp_path / "killed")
-    assert len(numbers(tmp_path / "killed/metrics.jsonl")) == 4
+    assert len(numbers(tmp_path / "killed/metrics.jsonl")) == 2
     train_policy(recipe, tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 

@@ -24,6 +24,7 @@ from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel
 from hafrm.training import loop, run_export
 from hafrm.training.loop import StoppedError, run_training
 from hafrm.training.setup import prepare_data
+from hafrm.training.step import MEASURES
 from support import forked
 from support.live_bytes import short_of_memory
 from support.tiny_runs import tiny_recipe
@@ -222,7 +223,7 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_nothing(
     tmp_path, monkeypatch
 ):
-    """HAF with NormBT's running mean, which a checkpoint must hold too."""
+    """HAF with NormBT's running mean, and a logging interval of two steps: a checkpoint holds both."""
 
     def refuse(*_, **__):
         raise AssertionError("pickle was used")
@@ -230,6 +231,7 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_
     for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
         monkeypatch.setattr(owner, name, refuse)
     sections = {"training": {"steps": 3}, "method": {"reward_loss": "normbt"}}
+    sections["tracking"] = {"log_every": 2}
     recipe = tiny_recipe(tmp_path, evaluation={"every": 2}, **sections)
     run_training(recipe, tmp_path / "whole", finish=no_export)
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
@@ -238,6 +240,20 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_
             run_training(recipe, tmp_path / "parts", resume=step > 1)
     run_training(recipe, tmp_path / "parts", resume=True, finish=no_export)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_number_of_ranks_takes_over_all_sums_of_a_logging_interval(tmp_path):
+    """Two ranks, one step: losses 1 and 2 and 10 and 20 tokens make 3 and 30, on one rank or on the first of
+    three, whose last has no share."""
+    of_ranks = [
+        {"seconds": 1.0, "steps": [[float(n)] * len(MEASURES) + [0.5, 10 * n]]} for n in (1, 2)
+    ]
+    recipe = tiny_recipe(tmp_path)
+    for rank, size, loss in ((0, 1, 3.0), (0, 3, 1.0), (1, 3, 2.0), (2, 3, 0.0)):
+        metrics = loop.MetricsLog(RunFolder(tmp_path), recipe, 6)
+        metrics.resume(of_ranks, loop.parallel.Ranks(rank, size, torch.device("cpu")))
+        ((*sums, norm, num_tokens),) = metrics.interval()["steps"]
+        assert (set(sums), norm, num_tokens) == ({loss}, 0.5, 10 * loss)
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatch):

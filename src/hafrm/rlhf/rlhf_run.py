@@ -116,7 +116,8 @@ class RlhfRun:
         self.log = MetricsLog(folder, recipe, recipe.training.steps)
         self.result = RlhfResult()
         self.last_kl = 0.0  # of the latest evaluation, nat per response
-        self._batches: list[Mapping[str, float]] = []
+        self.batches: list[Mapping[str, float]] = []
+        """What `log_batch` has not written yet; a checkpoint holds it."""
         self._since = time.perf_counter()
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
@@ -128,12 +129,14 @@ class RlhfRun:
 
     def log_batch(self, step: int, values: Mapping[str, float]) -> None:
         """Log the means of every `log_every` batches; a KL that stays too high stops the run."""
-        self._batches.append(values)
+        now = time.perf_counter()
+        self.batches.append({**values, "seconds": now - self._since})
+        self._since = now
         if step % self.recipe.tracking.log_every == 0 or step == self.recipe.training.steps:
-            means = {n: float(np.mean([batch[n] for batch in self._batches])) for n in values}
-            seconds = (time.perf_counter() - self._since) / len(self._batches)
-            self.log.report("rlhf", step, means | {"seconds": seconds})
-            self._batches, self._since = [], time.perf_counter()
+            names = self.batches[0]
+            means = {n: float(np.mean([batch[n] for batch in self.batches])) for n in names}
+            self.log.report("rlhf", step, means)
+            self.batches = []
         rules, kl, result = self.recipe.watch, values["kl"], self.result
         result.num_high_kl = result.num_high_kl + 1 if kl > rules.max_kl else 0
         if result.num_high_kl >= rules.patience:

@@ -175,7 +175,7 @@ class Ppo:
     def _save(self, step: int) -> None:
         run, folder = self.rlhf.result, self.rlhf.folder
         state: dict[str, Any] = {"run": asdict(run), "moments": asdict(self.moments)}
-        state["kl_coefficient"] = self.kl_coefficient
+        state |= {"kl_coefficient": self.kl_coefficient, "batches": self.rlhf.batches}
         save_checkpoint(folder, step, self.policy, self.optimizer, state)
         folder.prune(keep=self.recipe.checkpoint.keep, protect=[run.best_step])
 
@@ -189,6 +189,7 @@ class Ppo:
         self.rlhf.result = from_plain(RlhfResult, state["run"])
         self.kl_coefficient = state["kl_coefficient"]
         self.moments = Moments(**state["moments"])
+        self.rlhf.batches = state.get("batches", [])  # older checkpoints have none
         step = int(state["step"])
         self.rlhf.folder.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.recipe.training.steps)

@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,8 @@ class Job:
         wrapped = parallel.wrap(self.model, training.parallel, self.autocast)
         decay, betas, eps = training.weight_decay, training.betas, training.eps
         optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
-        start = self._resume(wrapped, optimizer) if resume else 0
+        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
+        start = self._resume(wrapped, optimizer, metrics, ranks) if resume else 0
         nonfinite, stop = NonFiniteCheck(ranks.device), StopSignal()
         batches = Prefetch(
             self.data.train,
@@ -146,7 +147,6 @@ class Job:
             max_tokens=training.token_budget,
             ranks=ranks,
         )
-        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
         progress = parallel.progress_of_main("training", done=start)
         with stop, metrics, batches, progress as on_progress:
             for step in range(start, self.num_steps):
@@ -164,7 +164,7 @@ class Job:
                 due = self._is_due(step + 1, self.recipe.checkpoint.every)
                 if due or improved or stopping:
                     nonfinite.check()
-                    self._save(step + 1, wrapped, optimizer)
+                    self._save(step + 1, wrapped, optimizer, metrics)
                 if stopping and step + 1 < self.num_steps:
                     raise StoppedError(
                         f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
@@ -264,21 +264,32 @@ class Job:
             autocast=self.autocast,
         )
 
-    def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _save(
+        self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer, metrics: "MetricsLog"
+    ) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        state["interval"] = parallel.from_all(metrics.interval())
         if self.distance is not None:
             state["distance"] = float(self.distance)
         save_checkpoint(self.run, step, wrapped, optimizer, state)
         if parallel.is_main():
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
-    def _resume(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def _resume(
+        self,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metrics: "MetricsLog",
+        ranks: parallel.Ranks,
+    ) -> int:
         folder, step = parallel.from_main(self.run.latest_checkpoint), 0
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if (distance := state.get("distance")) is not None:
                 self.distance = torch.tensor(distance, device=self.model.device)
+            if "interval" in state:  # older checkpoints have none
+                metrics.resume(state["interval"], ranks)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
@@ -329,6 +340,23 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     def __exit__(self, *_: object) -> None:
         for tracker in self._trackers:
             tracker.finish()
+
+    def interval(self) -> dict[str, Any]:
+        """This rank's steps since the last line, which a checkpoint holds: a resumed run writes the lines of
+        an uninterrupted one."""
+        steps = [[*s.sums.tolist(), float(s.grad_norm), s.num_tokens] for s in self._steps]
+        return {"seconds": time.perf_counter() - self._since, "steps": steps}
+
+    def resume(self, intervals: Sequence[Mapping[str, Any]], ranks: parallel.Ranks) -> None:
+        """Continue the `interval` of each rank; if there were other ranks, their sums are added up."""
+        self._since = time.perf_counter() - intervals[0]["seconds"]
+        own = [interval["steps"] for interval in intervals[ranks.rank :: ranks.size]]
+        for i, of_main in enumerate(intervals[0]["steps"]):
+            zeros = torch.zeros(len(of_main), dtype=torch.float64)
+            total = sum((zeros.new_tensor(steps[i]) for steps in own), start=zeros)
+            sums, num_tokens = total[:-2].to(ranks.device, torch.float32), int(total[-1])
+            norm = torch.tensor(of_main[-2], device=ranks.device)
+            self._steps.append(StepResult(sums, norm, num_tokens))
 
     def step(self, number: int, rate: float, result: StepResult, nonfinite: NonFiniteCheck) -> None:
         """Count update `number` (from 1); check and write a line when the interval is full."""

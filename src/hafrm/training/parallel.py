@@ -186,6 +186,15 @@ def from_main(compute: Callable[[], T]) -> T:
     return cast("T", answer[0])
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    values: list[Any] = [value]
+    if num_ranks() > 1:
+        values *= num_ranks()
+        dist.all_gather_object(values, value, group=_hosts)
+    return values
+
+
 def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnProgress]:
     """`show_progress` on the main rank, nothing on the others."""
     return show_progress(what, done=done) if is_main() else contextlib.nullcontext(no_progress)
