@@ -86,8 +86,8 @@ def stop_before_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
-    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third, whose line of the
-    log has the means of the first two as well."""
+    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third, whose line in
+    metrics.jsonl has the means of the first two as well."""
     sections = {
         "checkpoint": {"every": 2},
         "evaluation": {"every": 4},

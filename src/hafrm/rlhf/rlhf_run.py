@@ -118,6 +118,7 @@ class RlhfRun:
         self.last_kl = 0.0  # of the latest evaluation, nat per response
         self.batches: list[Mapping[str, float]] = []
         """What `log_batch` has not written yet; a checkpoint holds it."""
+        self._seconds: list[float] = []  # of those of them that this process took
         self._since = time.perf_counter()
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
@@ -130,13 +131,13 @@ class RlhfRun:
     def log_batch(self, step: int, values: Mapping[str, float]) -> None:
         """Log the means of every `log_every` batches; a KL that stays too high stops the run."""
         now = time.perf_counter()
-        self.batches.append({**values, "seconds": now - self._since})
+        self.batches.append(values)
+        self._seconds.append(now - self._since)
         self._since = now
         if step % self.recipe.tracking.log_every == 0 or step == self.recipe.training.steps:
-            names = self.batches[0]
-            means = {n: float(np.mean([batch[n] for batch in self.batches])) for n in names}
-            self.log.report("rlhf", step, means)
-            self.batches = []
+            means = {n: float(np.mean([batch[n] for batch in self.batches])) for n in values}
+            self.log.report("rlhf", step, means | {"seconds": float(np.mean(self._seconds))})
+            self.batches, self._seconds = [], []
         rules, kl, result = self.recipe.watch, values["kl"], self.result
         result.num_high_kl = result.num_high_kl + 1 if kl > rules.max_kl else 0
         if result.num_high_kl >= rules.patience:

@@ -332,6 +332,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     def __init__(self, run: RunFolder, recipe: Any, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
+        self._num_resumed = 0  # of them another process took: its speed is left out
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         if parallel.is_main():
@@ -341,22 +342,18 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         for tracker in self._trackers:
             tracker.finish()
 
-    def interval(self) -> dict[str, Any]:
-        """This rank's steps since the last line, which a checkpoint holds: a resumed run writes the lines of
-        an uninterrupted one."""
-        steps = [[*s.sums.tolist(), float(s.grad_norm), s.num_tokens] for s in self._steps]
-        return {"seconds": time.perf_counter() - self._since, "steps": steps}
+    def interval(self) -> list[list[float]]:
+        """This rank's steps since the last line, for a checkpoint: a resumed run then writes the same lines."""
+        return [[*step.sums.tolist(), float(step.grad_norm)] for step in self._steps]
 
-    def resume(self, intervals: Sequence[Mapping[str, Any]], ranks: parallel.Ranks) -> None:
-        """Continue the `interval` of each rank; if there were other ranks, their sums are added up."""
-        self._since = time.perf_counter() - intervals[0]["seconds"]
-        own = [interval["steps"] for interval in intervals[ranks.rank :: ranks.size]]
-        for i, of_main in enumerate(intervals[0]["steps"]):
-            zeros = torch.zeros(len(of_main), dtype=torch.float64)
-            total = sum((zeros.new_tensor(steps[i]) for steps in own), start=zeros)
-            sums, num_tokens = total[:-2].to(ranks.device, torch.float32), int(total[-1])
-            norm = torch.tensor(of_main[-2], device=ranks.device)
-            self._steps.append(StepResult(sums, norm, num_tokens))
+    def resume(self, intervals: Sequence[list[list[float]]], ranks: parallel.Ranks) -> None:
+        """Continue each rank's `interval`; if there were other ranks, their sums are added up."""
+        own = intervals[ranks.rank :: ranks.size]
+        for i, (*sums, norm) in enumerate(intervals[0]):
+            zeros = torch.zeros(len(sums), device=ranks.device)
+            total = sum((zeros.new_tensor(steps[i][:-1]) for steps in own), start=zeros)
+            self._steps.append(StepResult(total, zeros.new_tensor(norm), num_tokens=0))
+        self._num_resumed = len(self._steps)
 
     def step(self, number: int, rate: float, result: StepResult, nonfinite: NonFiniteCheck) -> None:
         """Count update `number` (from 1); check and write a line when the interval is full."""
@@ -369,7 +366,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         means = (parallel.add_up(sums) / comparisons).tolist()
         tokens = parallel.add_up(sums.new_tensor(float(sum(s.num_tokens for s in self._steps))))
         norm = torch.stack([step.grad_norm for step in self._steps]).mean()
-        seconds = time.perf_counter() - self._since
+        seconds, num_timed = time.perf_counter() - self._since, len(self._steps) - self._num_resumed
         pairs = zip(MEASURES, means, strict=True)
         values = {name: mean for name, mean in pairs if not math.isnan(mean)}
         for name in ("accuracy", "implicit_accuracy"):
@@ -378,10 +375,10 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         values |= {
             "grad_norm": float(norm),
             "learning_rate": rate,
-            "comparisons_per_second": comparisons / seconds,
+            "comparisons_per_second": num_timed * self._recipe.training.batch_size / seconds,
             "tokens_per_second": float(tokens) / seconds,
         }
-        self._steps, self._since = [], time.perf_counter()
+        self._steps, self._num_resumed, self._since = [], 0, time.perf_counter()
         self.report("train", number, values)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
