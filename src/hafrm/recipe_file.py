@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from hafrm.errors import ConfigError, did_you_mean
 from hafrm.recipe import Recipe, Section, describe_keys, sections_of
+from hafrm.run_folder import expand_user
 
 Root = TypeVar("Root", bound=Section)
 
@@ -57,7 +58,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     """As `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
     draft = _Draft({})
     try:
-        values = draft.parse(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
+        values = draft.parse(expand_user(path).read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except ConfigError as error:
@@ -187,6 +188,8 @@ def _scalar(kind: str, text: str) -> Any:
         return None
     if kind == "bool":
         return text.lower() == "true"
+    if len(text) > 400 and kind in ("int", "float"):
+        return text  # beyond any number that Python takes
     if kind == "int" and text.lstrip("+-").isdecimal():
         return int(text)
     if kind == "float" and "_" not in text and text[-1].isdecimal():

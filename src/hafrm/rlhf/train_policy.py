@@ -58,8 +58,7 @@ def train_policy(
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
     recipe = with_rlhf_precision(recipe)
-    run = open_run(recipe, folder, resume=resume)
-    with run.lock():
+    with open_run(recipe, folder, resume=resume) as run:
         torch.manual_seed(recipe.training.seed)
         # TRL runs the backbone itself, in the attention that transformers gave it
         rlhf = RlhfRun(recipe, run, gold, share=native)

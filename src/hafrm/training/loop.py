@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,11 @@ def run_training(
     torch.manual_seed(recipe.training.seed)
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
-    run = open_run(recipe, folder, resume=resume)
-    with run.lock() if parallel.is_main() else nullcontext():
+    with open_run(recipe, folder, resume=resume) as run:
         if data is None:
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if parallel.is_main() else None)
-        if parallel.is_main():
-            record_provenance(run, planned, data)
+        prepared = data
+        parallel.from_main(lambda: record_provenance(run, planned, prepared))
         model = build_model(recipe, method, data.encoder, ranks.device)
         return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
 
@@ -343,7 +342,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             tracker.finish()
 
     def interval(self) -> list[list[float]]:
-        """This rank's steps since the last line, for a checkpoint: a resumed run then writes the same lines."""
+        """This rank's steps since the last line, for a checkpoint: so a resumed run logs the same."""
         return [[*step.sums.tolist(), float(step.grad_norm)] for step in self._steps]
 
     def resume(self, intervals: Sequence[list[list[float]]], ranks: parallel.Ranks) -> None:
