@@ -24,7 +24,8 @@ from hafrm.scoring.forward import is_out_of_memory
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
-from hafrm.training.loop import StoppedError, StopSignal
+from hafrm.training.loop import StoppedError
+from hafrm.training.parallel import StopSignal
 from hafrm.training.setup import choose_precision
 from hafrm.training.step import build_optimizer, learning_rate
 

@@ -6,8 +6,6 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +23,7 @@ from hafrm.recipe import Recipe, TrackingSection
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import is_out_of_memory
-from hafrm.statistics import in_words, with_bounds
+from hafrm.statistics import in_words, training_alarms, with_bounds
 from hafrm.training import parallel
 from hafrm.training.checkpoint import (
     load_checkpoint,
@@ -36,6 +34,7 @@ from hafrm.training.checkpoint import (
 )
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import Method, resolve_method
+from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
@@ -295,33 +294,6 @@ class Job:
         return step
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a run ends its step and saves; a second one kills."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Ray Train runs us in a thread, where Python delivers no signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])
-
-    def agreed(self, ranks: parallel.Ranks) -> bool:
-        """Whether any rank got the signal, so that all stop after the same step; waits for no device."""
-        received = bool(self.received)
-        return received if ranks.size == 1 else parallel.smallest(-received) < 0
-
-
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """metrics.jsonl, trackers and the log; device values are fetched once per logging interval.
 
@@ -331,6 +303,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     def __init__(self, run: RunFolder, recipe: Any, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
+        self._lines: list[dict[str, int | float]] = []  # of this process, to look for alarms
+        self._alarmed: set[str] = set()
         self._num_resumed = 0  # of them another process took: its speed is left out
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
@@ -368,6 +342,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         seconds, num_timed = time.perf_counter() - self._since, len(self._steps) - self._num_resumed
         pairs = zip(MEASURES, means, strict=True)
         values = {name: mean for name, mean in pairs if not math.isnan(mean)}
+        if not values.get("equal_rewards"):
+            values.pop("equal_rewards", None)  # as almost always
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
                 values |= with_bounds(name, values[name], comparisons)
@@ -379,6 +355,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         }
         self._steps, self._num_resumed, self._since = [], 0, time.perf_counter()
         self.report("train", number, values)
+        self._lines.append({"step": number, **values})
+        warmup = self._recipe.training.warmup_fraction * self._num_steps
+        for alarm in training_alarms(self._lines, warmup) if parallel.is_main() else ():
+            if alarm.kind not in self._alarmed:
+                log.warning("step %d: %s", number, alarm.text)
+                self._alarmed.add(alarm.kind)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, the same to every tracker, and a line of log."""
