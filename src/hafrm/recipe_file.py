@@ -214,9 +214,11 @@ def _validated(root: type[Root], draft: _Draft, name: str, overrides: Sequence[s
             if len(details["loc"]) < 2 or details["loc"][:2] not in seen:
                 problems += _explain(root, details, draft.places)
             seen.add(details["loc"][:2])
-    unique = list(dict.fromkeys(problems))
+    # a damaged file may have thousands of problems, or one of megabytes
+    unique = [text if len(text) < 800 else f"{text[:800]}..." for text in dict.fromkeys(problems)]
     count = "a problem" if len(unique) == 1 else f"{len(unique)} problems"
-    raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique]))
+    more = [f"and {len(unique) - 40} more"] * (len(unique) > 40)
+    raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique[:40], *more]))
 
 
 def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:

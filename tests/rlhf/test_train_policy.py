@@ -130,6 +130,23 @@ def test_a_resumed_run_may_not_change_what_it_computes(tmp_path):
         train_policy(tiny_rlhf(tmp_path, training={"steps": 2}), tmp_path / "run", resume=True)
 
 
+def test_a_resume_refuses_another_reward_model_other_prompts_and_another_gold_by_name(
+    tmp_path, monkeypatch
+):
+    recipe, run = tiny_rlhf(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as context:
+        stop_before_batch(context, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(recipe, run)
+    reward, prompts = tmp_path / "reward/model.safetensors", tmp_path / "prompts.jsonl"
+    reward.write_bytes(reward.read_bytes()[:-4] + bytes(4))
+    prompts.write_bytes(prompts.read_bytes().replace(b"Say", b"Name", 1))
+    with pytest.raises(
+        CheckpointError, match=r"--gold, .*prompts\.jsonl, reward\.model .*reward/mod"
+    ):
+        train_policy(recipe, run, resume=True, gold=lambda *_: 0.0)
+
+
 def test_a_reward_that_is_not_finite_stops_before_anything_is_learned(tmp_path, monkeypatch):
     recipe = tiny_rlhf(tmp_path)
     run = RunFolder.create(tmp_path / "run", dump_recipe(recipe))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hafrm.cli import main
-from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
+from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import read_result
@@ -251,6 +251,43 @@ def test_another_number_of_ranks_takes_over_all_sums_of_a_logging_interval(tmp_p
         metrics.resume(of_ranks, loop.parallel.Ranks(rank, size, torch.device("cpu")))
         ((*sums, norm),) = metrics.interval()
         assert (set(sums), norm) == ({loss}, 0.5)
+
+
+def test_a_resume_refuses_other_data_another_base_and_another_template_by_name(
+    tmp_path, monkeypatch
+):
+    recipe, run = tiny_recipe(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, "agreed", lambda *_: True)
+        with pytest.raises(StoppedError):
+            run_training(recipe, run)
+    ids = "the comparisons as token ids"
+    for name, old, new, words in (
+        ("train.jsonl", b"Here", b"Look", [ids, "train.jsonl"]),
+        ("base/model.safetensors", b"", None, ["model.path ", "base/model.safetensors"]),
+        ("base/chat_template.jinja", b"", b"x", ["chat_template.jinja", ids, "the chat template"]),
+    ):
+        file = tmp_path / name
+        content = file.read_bytes()
+        changed = content[:-4] + bytes(4) if new is None else content.replace(old, new, 1)
+        file.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=".*".join(words)):
+            run_training(recipe, run, resume=True)
+        file.write_bytes(content)
+    run_training(recipe, run, resume=True, finish=no_export)
+
+
+def test_a_start_that_failed_is_repeated_with_the_same_command(tmp_path):
+    recipe, (row, *rows) = (
+        tiny_recipe(tmp_path),
+        (tmp_path / "train.jsonl").read_bytes().split(b"\n"),
+    )
+    (tmp_path / "train.jsonl").write_bytes(b"no row\n" * 40 + row)
+    with pytest.raises(DataError, match=r"bad_rows\.jsonl"):
+        run_training(recipe, tmp_path / "run")
+    assert (tmp_path / "run/bad_rows.jsonl").is_file()
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join([row, *rows]))
+    run_training(recipe, tmp_path / "run", finish=no_export)
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatch):

@@ -150,7 +150,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     checkpoint, is_best = _choose_checkpoint(run, options.checkpoint)
     merge = options.merge_lora is not False
     unverified = to.with_name(f"{to.name}.unverified")
-    check_writable(unverified)
+    check_writable(to)
     if unverified.exists():
         if not any(
             (unverified / name).is_file() for name in ("config.json", "adapter_config.json")
@@ -226,8 +226,8 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
         raise ConfigError(f"--checkpoint must be best, latest or a step, got {wanted!r}")
     if step not in by_step:
         raise CheckpointError(
-            f"{run.path} has no complete checkpoint of step {step}{' (the best)' if step == best else ''}: "
-            f"give --checkpoint with one of the steps {sorted(by_step)}, or latest"
+            f"{run.path} has no checkpoint of step {step}; it has those of steps {sorted(by_step)}: name "
+            "one with --checkpoint"
         )
     return by_step[step], step == best
 
