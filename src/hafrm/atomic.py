@@ -190,7 +190,7 @@ def check_manifest(directory: Path) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST}: it was never finished") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged: {error!r}") from error
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: {error}") from error
     present = _list_files(directory)
     for name in sorted({*present, *listed}):
         path = directory / name

@@ -196,7 +196,7 @@ class RunFolder:
             return [dict(session) for session in sessions]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} is damaged ({error!r}), so it cannot be checked that data and models are those "
+                f"{path} is damaged ({error}), so it cannot be checked that data and models are those "
                 "of the run: restore it, or remove it to resume without that check"
             ) from error
 
@@ -328,7 +328,7 @@ class ResumableFolder:
         try:
             outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{file} is damaged: {error!r}; give another --out") from error
+            raise CheckpointError(f"{file} is damaged: {error}; give another --out") from error
         old = outputs.get(name)
         if old == new:
             return

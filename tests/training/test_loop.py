@@ -263,9 +263,9 @@ def test_a_resume_refuses_other_data_another_base_and_another_template_by_name(
             run_training(recipe, run)
     ids = "the comparisons as token ids"
     for name, old, new, words in (
-        ("train.jsonl", b"Here", b"Look", [ids, "train.jsonl"]),
+        ("train.jsonl", b"Here", b"Look", ["train.jsonl", ids]),
         ("base/model.safetensors", b"", None, ["model.path ", "base/model.safetensors"]),
-        ("base/chat_template.jinja", b"", b"x", ["chat_template.jinja", ids, "the chat template"]),
+        ("base/chat_template.jinja", b"", b"x", ["chat_template.jinja", "the chat template", ids]),
     ):
         file = tmp_path / name
         content = file.read_bytes()
