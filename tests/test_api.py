@@ -1,8 +1,13 @@
 """The public API: train on rows in memory, evaluate the run, use its reward model."""
 
+import json
+
+import jaxtyping
+import numpy as np
 import pytest
 
 import hafrm
+from hafrm import api
 from hafrm.export.checklist import replay_directory
 from hafrm.training import run_export
 from support.tiny_runs import WORDS, write_base
@@ -48,6 +53,33 @@ def test_the_run_resumes_with_the_same_recipe_and_rows(run):
     recipe = RECIPE | {"model.path": str(run.folder.parent / "base")}
     again = hafrm.train(recipe, data=rows(24), out=run.folder, resume=True)
     assert (again.folder, again.best_step) == (run.folder, run.best_step)
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (["x"], "row 0 of data must be a mapping"),
+        ([{"prompt": {1, 2}}], "set is no type of JSON"),
+        ("train.jsonl", "row 0 of data must be a mapping"),
+    ],
+)
+def test_rows_that_are_none_are_named(tmp_path, data, part, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(hafrm.DataError, match=part):
+        hafrm.train(RECIPE, data=data, out=tmp_path / "run")
+    with pytest.raises(hafrm.ConfigError, match="out must be a folder's path"):
+        hafrm.train(RECIPE, data=rows(2), out=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_lie_beside_the_run_where_the_cache_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("HAFRM_CACHE", str(tmp_path / "cache"))
+    data = [row | {"weight": np.float32(0.5)} for row in rows(2)]
+    first = api._keep_rows(data, tmp_path / "run")
+    (tmp_path / "cache").unlink()  # a resume reads the same path
+    assert api._keep_rows(data, tmp_path / "run") == first
+    assert [json.loads(line)["weight"] for line in first.open()] == [0.5, 0.5]
 
 
 def test_other_rows_are_another_recipe_and_a_wrong_key_is_named(run):

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hafrm.cli import app, main
+from hafrm.cli import app, data_verbs, main
 from hafrm.data.reader import read_preferences
 from hafrm.export.checklist import replay_directory
 from hafrm.results import write_result
@@ -65,10 +65,28 @@ def test_wrong_usage_exits_with_2_and_refused_input_with_1_and_no_traceback(
     error = refused("evaluate", exported, tmp_path / "missing.jsonl")
     assert error.startswith("1 ") and "missing.jsonl" in error and "Traceback" not in error
     source = write_preferences(tmp_path / "in.jsonl", num=2)
-    for option in (("--shard", "2/2"), ("--dtype", "int8"), ("--device", "gpu")):
+    devices = [("--device", name) for name in ("gpu", "cuda:99")]
+    for option in (("--shard", "2/2"), ("--dtype", "int8"), *devices):
         command = ("score", exported, source, "--out", tmp_path / "out", *option)
         assert refused(*command).startswith("1 ConfigError")
         assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_said_before_the_work_and_nothing_is_overwritten(
+    tmp_path, refused, monkeypatch
+):
+    data = write_preferences(tmp_path / "in.jsonl", num=12)
+    for place in (tmp_path, data / "x.json", "/proc/x.json"):
+        error = refused("data", data, "--json", place)
+        assert error.startswith(f"1 CheckpointError: cannot write {place}: ")
+    run = tmp_path / "run"
+    assert "leave out --out" in refused("train", "--resume", run, "--out", tmp_path)
+    split = ("data", data, "--out", tmp_path, "--split")
+    assert "--split must be between 0 and 1" in refused(*split, "1.5")
+    invoke(*split, "0.5")
+    assert "train.jsonl and" in (error := refused(*split, "0.5")) and "exists already" in error
+    monkeypatch.setattr(data_verbs, "show_result", lambda *_: Path("/nowhere/x").read_bytes())
+    assert refused("data", data) == "1 stopped: /nowhere/x: No such file or directory"
 
 
 def test_the_module_form_works_for_launchers(monkeypatch, capsys):

@@ -269,3 +269,16 @@ def test_garbage_in_any_place_is_a_config_error_and_nothing_else():
         except ConfigError as error:
             message = str(error)
         assert ".".join(place) in message
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 5000, "9" * 5000 + ".5"])
+def test_a_number_of_thousands_of_digits_is_refused_in_a_short_message(tmp_path, number):
+    (tmp_path / "r.yaml").write_text(f"{SMALLEST}training: {{steps: {number}}}\n")
+    with pytest.raises(ConfigError, match=r"training\.steps") as refused:
+        load_recipe(tmp_path / "r.yaml")
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_home_folder_of_nobody_is_refused():
+    with pytest.raises(ConfigError, match="no such user's home folder"):
+        load_recipe("~nobody-has-this-name/r.yaml")

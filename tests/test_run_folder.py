@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from hafrm import atomic
 from hafrm.atomic import atomic_directory, atomic_write, check_manifest, write_manifest
@@ -24,6 +25,7 @@ from hafrm.run_folder import (
     describe_process,
     read_json_lines,
     step_of,
+    write_cache,
 )
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -77,7 +79,7 @@ def test_an_atomic_write_that_fails_at_any_step_keeps_the_old_file(
 
     atomic_write(tmp_path / "a", "old")
     monkeypatch.setattr(os if broken == "fsync" else Path, broken, fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         atomic_write(tmp_path / "a", "new")
     monkeypatch.undo()
     assert (tmp_path / "a").read_text() == "old"
@@ -231,11 +233,88 @@ def test_a_folder_that_holds_something_is_never_overwritten_unasked(tmp_path: Pa
         RunFolder.create(tmp_path, "x: 1\n")
     assert names(tmp_path) == {"thesis.tex", ".notes.tmp"}
     run = RunFolder.create(tmp_path / "run", "x: 1\n")
+    run.append_metrics({"step": 1})
     with pytest.raises(CheckpointError, match="--resume"):
         RunFolder.create(run.path, "x: 2\n")
     assert run.recipe_path.read_text() == "x: 1\n"
-    with pytest.raises(CheckpointError, match="cannot make the run folder"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*thesis\.tex: File exists"):
         RunFolder.create(tmp_path / "thesis.tex", "x: 1\n")
+
+
+def test_a_run_that_took_no_step_can_be_started_again_and_a_users_recipe_stays(run: RunFolder):
+    run.record_provenance(seed=0, data={"a": "1"})
+    (run.path / "bad_rows.jsonl").touch()
+    with run.lock():
+        pass
+    again = RunFolder.create(run.path, "x: 2\n")
+    assert names(run.path) == {".lock", "recipe.yaml"}
+    assert again.recipe_path.read_text() == "x: 2\n"
+    (run.path / ".lock").unlink()  # nothing of ours was ever here
+    with pytest.raises(CheckpointError, match="is not empty"):
+        RunFolder.create(run.path, "x: 3\n")
+
+
+def test_a_resume_names_the_inputs_that_changed_once_a_step_was_taken(run: RunFolder):
+    run.record_provenance(seed=0, data={"a": "1"}, inputs={"base": "1"})
+    run.record_provenance(seed=0, data={"a": "2", "b": "1"}, inputs={"base": "2"})
+    save(run, 1)
+    run.record_provenance(seed=0, data={"a": "2", "b": "1"}, inputs={"base": "2"})
+    with pytest.raises(CheckpointError, match=r"took its steps: b, base, c\. Put back"):
+        run.record_provenance(seed=0, data={"a": "2", "c": "1"}, inputs={"base": "1"})
+    assert len(json.loads(run.provenance_path.read_text())["sessions"]) == 3
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"[]", b"{}", b'{"sessions": 3}', b'{"sessions": [3]}', b"[" * 100_000]
+)
+def test_a_damaged_provenance_says_how_to_resume_all_the_same(run: RunFolder, content: bytes):
+    run.provenance_path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="or remove it to resume without"):
+        run.record_provenance(seed=0, data={})
+
+
+@pytest.mark.parametrize("line", ['{"step": "x"}', "[" * 100_000, '{"step": NULL}'])
+def test_a_damaged_line_of_metrics_is_named(run: RunFolder, line: str):
+    run.metrics_path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2"):
+        run.truncate_after(1)
+
+
+def test_large_files_are_known_by_size_and_samples_of_their_content(tmp_path: Path, monkeypatch):
+    """8 pieces of 2 bytes of 100 lie at (100 - 2) * i // 7: 0, 14, ..., 98."""
+    monkeypatch.setattr(atomic, "HASHED_BYTES", 4)
+    monkeypatch.setattr(atomic, "SAMPLE_BYTES", 2)
+    monkeypatch.setattr(atomic, "NUM_SAMPLES", 8)
+    file, content = tmp_path / "a", bytearray(range(100))
+
+    def digest() -> str:
+        file.write_bytes(content)
+        return atomic.quick_fingerprint(file)
+
+    first = digest()
+    for place, is_seen in ((99, True), (14, True), (50, False), (0, True)):
+        content[place] ^= 1
+        assert (digest() != first) == is_seen
+        content[place] ^= 1
+    content.append(1)
+    assert digest() != first
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), SafetensorError("I/O error: full")]
+)
+def test_a_full_disk_is_one_clear_error_that_leaves_nothing(tmp_path: Path, error: Exception):
+    with pytest.raises(CheckpointError, match=r"cannot write .*out: .*(space|full)"):  # noqa: SIM117
+        with atomic_directory(tmp_path / "out"):
+            raise error
+    assert names(tmp_path) == set()
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog):
+    (tmp_path / "cache").touch()
+    assert not write_cache(tmp_path / "cache" / "reference" / "a", b"x")
+    assert "nothing is cached: cannot write" in caplog.text
+    assert write_cache(tmp_path / "b" / "a", b"x")
 
 
 def test_opening_what_is_no_run_folder_says_what_would_be_one(run: RunFolder, tmp_path: Path):

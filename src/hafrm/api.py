@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hafrm.atomic import atomic_write
+from hafrm.data.parse import show
 from hafrm.data.reader import RawRows
+from hafrm.errors import ConfigError, DataError
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe, nested, with_values
-from hafrm.run_folder import cache_folder
+from hafrm.run_folder import cache_folder, write_cache
 
 if TYPE_CHECKING:
     from hafrm.training.loop import TrainResult
@@ -34,7 +36,9 @@ def train(
     """
     from hafrm.training.loop import run_training  # noqa: PLC0415 - torch only when it trains
 
-    changes = {} if data is None else {"data.train": [str(_keep_rows(data))]}
+    if not isinstance(out, str | Path):
+        raise ConfigError(f"out must be a folder's path, got {show(out)}")
+    changes = {} if data is None else {"data.train": [str(_keep_rows(data, Path(out)))]}
     if isinstance(recipe, Recipe):
         checked = with_values(recipe, changes)
     elif isinstance(recipe, Mapping):
@@ -48,12 +52,31 @@ def train(
     return run_training(checked, Path(out), resume=resume)
 
 
-def _keep_rows(rows: RawRows) -> Path:
+def _keep_rows(rows: RawRows, out: Path) -> Path:
     # a file named after its content, so that a resumed run reads the same path
-    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(_as_line(number, row) for number, row in enumerate(rows))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     path = cache_folder("rows") / f"rows-{digest}.jsonl"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.absolute().with_name(f"{out.absolute().name}.{path.name}")
+    if beside.exists() or not (path.exists() or write_cache(path, text)):
+        path = beside
         atomic_write(path, text)
     return path
+
+
+def _as_line(number: int, row: Any) -> str:
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"row {number} of data must be a mapping such as {{'prompt': ..., 'chosen': ..., 'rejected': "
+            f"...}}, got {show(row)}"
+        )
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, default=_as_json) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"row {number} of data is not as JSON has it: {error}") from error
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no type of JSON")

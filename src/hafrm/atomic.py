@@ -4,6 +4,7 @@ Content is written beside its place under a hidden name (`.<name>.<random>.tmp`)
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -15,26 +16,58 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from hafrm.errors import CheckpointError
+from safetensors import SafetensorError
+
+from hafrm.errors import CheckpointError, HafrmError
 
 log = logging.getLogger("hafrm")
 LOCK = ".lock"
 MANIFEST = "manifest.json"
 HASHED_BYTES = 16 * 2**20  # larger files are not hashed: tens of gigabytes would stall a resume
+SAMPLE_BYTES, NUM_SAMPLES = 2**16, 256  # what `quick_fingerprint` reads of larger files
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a CheckpointError that names `path`."""
+    try:
+        yield
+    except HafrmError:  # some are OSErrors too
+        raise
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; fix that and run it again"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise CheckpointError now if `path` cannot be written later, after hours of work."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with write_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        probe = _aside(folder / path.name)
+        probe.touch()
+        probe.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
     aside = _aside(path)
-    try:
-        with aside.open("xb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or power may fail between name and content
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _sync(path.parent)
+    with write_errors(path):
+        try:
+            with aside.open("xb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or power may fail between them
+            aside.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # the error above says more
+                aside.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -42,21 +75,24 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill, which becomes `path` if the block ends without an error."""
     if path.exists() and not replace:
         raise CheckpointError(f"{path} exists already: remove it or choose another place")
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
-    aside.mkdir()
-    try:
-        yield aside
-        for directory, _, files in os.walk(aside):
-            for name in files:
-                _sync(Path(directory, name))
-            _sync(Path(directory))
-        if path.exists():
-            remove_directory(path)  # a kill right here leaves neither: replace what can be remade
-        aside.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        try:
+            yield aside
+            for directory, _, files in os.walk(aside):
+                for name in files:
+                    _sync(Path(directory, name))
+                _sync(Path(directory))
+            if path.exists():
+                remove_directory(
+                    path
+                )  # a kill right here leaves neither: replace what can be remade
+            aside.rename(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _aside(path: Path) -> Path:
@@ -82,9 +118,9 @@ def _is_leftover(path: Path) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
-def is_unused(directory: Path) -> bool:
-    """Whether the directory holds nothing but a lock and what killed writers left."""
-    return all(entry.name == LOCK or _is_leftover(entry) for entry in directory.iterdir())
+def is_unused(directory: Path, but: Collection[str] = ()) -> bool:
+    """Whether the directory holds nothing but a lock, what killed writers left, and files `but`."""
+    return all(entry.name in (LOCK, *but) or _is_leftover(entry) for entry in directory.iterdir())
 
 
 def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
@@ -103,7 +139,9 @@ def lock_directory(directory: Path) -> Iterator[None]:
     """Hold the lock of `directory`; raises CheckpointError when another process does."""
     import fcntl  # noqa: PLC0415 - absent on Windows, where run folders can still be read
 
-    with (directory / LOCK).open("a+b", buffering=0) as file:
+    with write_errors(directory / LOCK):
+        file = (directory / LOCK).open("a+b", buffering=0)
+    with file:
         try:
             # the kernel's lock, not the file's existence: a killed holder blocks nobody
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,8 +151,9 @@ def lock_directory(directory: Path) -> Iterator[None]:
             raise CheckpointError(f"{directory} is in use by process {holder}") from None
         except OSError as error:  # some network file systems have no locks; a run is still possible
             log.warning("%s cannot be locked (%s): start no second run in it", directory, error)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode("ascii"))
+        with write_errors(directory / LOCK):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode("ascii"))
         yield
 
 
@@ -122,6 +161,20 @@ def fingerprint(path: Path) -> str:
     """Digest of a file's content, as "sha256:<hexadecimal>"."""
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def quick_fingerprint(path: Path) -> str:
+    """As `fingerprint`, in less than a second for a file of any size: of one of more than HASHED_BYTES, the
+    digest of its size and of NUM_SAMPLES pieces at equal distances, the first and the last among them."""
+    size = path.stat().st_size
+    if size <= HASHED_BYTES:
+        return fingerprint(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(NUM_SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return "sampled sha256:" + digest.hexdigest()
 
 
 def write_manifest(directory: Path) -> None:
@@ -136,8 +189,8 @@ def check_manifest(directory: Path) -> None:
         listed = dict(json.loads((directory / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST}: it was never finished") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged: {error!r}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: {error}") from error
     present = _list_files(directory)
     for name in sorted({*present, *listed}):
         path = directory / name

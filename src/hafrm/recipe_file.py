@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from hafrm.errors import ConfigError, did_you_mean
 from hafrm.recipe import Recipe, Section, describe_keys, sections_of
+from hafrm.run_folder import expand_user
 
 Root = TypeVar("Root", bound=Section)
 
@@ -57,7 +58,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     """As `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
     draft = _Draft({})
     try:
-        values = draft.parse(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
+        values = draft.parse(expand_user(path).read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from error
     except ConfigError as error:
@@ -187,6 +188,8 @@ def _scalar(kind: str, text: str) -> Any:
         return None
     if kind == "bool":
         return text.lower() == "true"
+    if len(text) > 400 and kind in ("int", "float"):
+        return text  # beyond any number that Python takes
     if kind == "int" and text.lstrip("+-").isdecimal():
         return int(text)
     if kind == "float" and "_" not in text and text[-1].isdecimal():
@@ -211,9 +214,11 @@ def _validated(root: type[Root], draft: _Draft, name: str, overrides: Sequence[s
             if len(details["loc"]) < 2 or details["loc"][:2] not in seen:
                 problems += _explain(root, details, draft.places)
             seen.add(details["loc"][:2])
-    unique = list(dict.fromkeys(problems))
+    # a damaged file may have thousands of problems, or one of megabytes
+    unique = [text if len(text) < 800 else f"{text[:800]}..." for text in dict.fromkeys(problems)]
     count = "a problem" if len(unique) == 1 else f"{len(unique)} problems"
-    raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique]))
+    more = [f"and {len(unique) - 40} more"] * (len(unique) > 40)
+    raise ConfigError("\n  - ".join([f"{name} has {count}:", *unique[:40], *more]))
 
 
 def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]) -> Iterator[str]:

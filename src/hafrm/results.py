@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from hafrm.atomic import atomic_write
+from hafrm.atomic import atomic_write, write_errors
 from hafrm.errors import CheckpointError
 from hafrm.statistics import Estimate
 
@@ -124,7 +124,8 @@ def from_plain(kind: type[T], value: Any) -> T:
 
 def write_result(path: Path, result: Any) -> None:
     """Write a result as JSON, complete or not at all; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
 

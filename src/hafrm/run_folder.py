@@ -17,12 +17,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import (
+    LOCK,
     MANIFEST,
     atomic_write,
     check_manifest,
@@ -30,8 +32,9 @@ from hafrm.atomic import (
     is_unused,
     lock_directory,
     remove_directory,
+    write_errors,
 )
-from hafrm.errors import CheckpointError
+from hafrm.errors import CheckpointError, ConfigError
 from hafrm.results import to_plain
 
 log = logging.getLogger("hafrm")
@@ -55,10 +58,12 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):
-            raise CheckpointError(f"{path}, line {number}: not a JSON object; remove that line")
+        if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+            raise CheckpointError(
+                f"{path}, line {number}: not a JSON object with a whole step; remove that line"
+            )
         pairs.append((line, record))
     return pairs
 
@@ -113,24 +118,24 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, recipe_text: str) -> "RunFolder":
-        """A new run folder that holds its recipe; nothing may be there yet."""
-        folder = cls(Path(path).expanduser())
+        """A new run folder that holds its recipe; nothing may be there but a run that took no step."""
+        folder = cls(expand_user(path))
         path = folder.path
-        try:
+        with write_errors(path):
             _check_empty(path)  # before a lock file would be left there
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
         with lock_directory(path):
             _check_empty(path)
             clear_leftovers(path)
+            for name in _OF_A_START:
+                (path / name).unlink(missing_ok=True)
             atomic_write(folder.recipe_path, recipe_text)
         return folder
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
         """An existing run folder, to read; enter its `lock` before writing."""
-        path = Path(path).expanduser()
+        path = expand_user(path)
         if not (path / "recipe.yaml").is_file():
             inside = [p for p in path.absolute().parents if (p / "recipe.yaml").is_file()]
             hint = f"did you mean {inside[0]}?" if inside else "give the folder of a run"
@@ -153,7 +158,8 @@ class RunFolder:
     def append_metrics(self, record: Mapping[str, Any], path: Path | None = None) -> None:
         """Add one line, with its "step", to metrics.jsonl; a kill after this returns cannot lose it."""
         assert isinstance(record["step"], int), "a resume drops records by their step"
-        with (path or self.metrics_path).open("ab") as file:
+        path = path or self.metrics_path
+        with write_errors(path), path.open("ab") as file:
             file.write((json.dumps(to_plain(record), allow_nan=False) + "\n").encode("utf-8"))
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
@@ -166,15 +172,45 @@ class RunFolder:
             _drop_after(path, step)
 
     def record_provenance(
-        self, *, seed: int, data: Mapping[str, str], details: Mapping[str, Any] | None = None
+        self,
+        *,
+        seed: int,
+        data: Mapping[str, str],
+        inputs: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add this process to provenance.json: versions, command line, commit, seed, data digests."""
+        """Add this process to provenance.json: versions, command line, commit, seed, digests of data files
+        and other inputs; CheckpointError where the run's steps were taken with different ones."""
+        sessions = self._sessions()
+        entry = {"seed": seed, "data": dict(data), "inputs": dict(inputs or {})}
+        if sessions and (self._checkpoint_directories() or self.model_path.is_dir()):
+            self._check_inputs(sessions[-1], entry)
+        sessions.append(describe_process() | entry | to_plain(details or {}))
+        atomic_write(self.provenance_path, json.dumps({"sessions": sessions}, indent=1) + "\n")
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        """One entry for each process of a resumed run."""
         path = self.provenance_path
-        # one entry per process of a resumed run
-        sessions = json.loads(path.read_bytes())["sessions"] if path.exists() else []
-        entry = {"seed": seed, "data": dict(data), **to_plain(details or {})}
-        sessions.append(describe_process() | entry)
-        atomic_write(path, json.dumps({"sessions": sessions}, indent=1) + "\n")
+        try:
+            sessions = list(json.loads(path.read_bytes())["sessions"]) if path.exists() else []
+            return [dict(session) for session in sessions]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}), so it cannot be checked that data and models are those "
+                "of the run: restore it, or remove it to resume without that check"
+            ) from error
+
+    def _check_inputs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed: set[str] = set()
+        for kind in ("data", "inputs"):
+            old = before.get(kind, now[kind])  # older runs recorded data files only
+            old = old if isinstance(old, dict) else {}
+            changed |= {name for name in old | now[kind] if old.get(name) != now[kind].get(name)}
+        if changed:
+            raise CheckpointError(
+                f"changed since {self.path} took its steps: {', '.join(sorted(changed))}. Put back what "
+                "was there to resume, or start a new run with another --out"
+            )
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after optimizer step `step` lies, existing or not."""
@@ -214,9 +250,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+_OF_A_START = ("recipe.yaml", "provenance.json", "bad_rows.jsonl", "bad_validation_rows.jsonl")
+"""What a run writes before its first step; such a folder counts as empty."""
+
+
 def _check_empty(path: Path) -> None:
-    if path.is_dir() and not is_unused(path):
-        raise CheckpointError(f"{path} is not empty: --resume it, or give another --out")
+    # without a lock, no run ever began here: the recipe is the user's
+    ours = _OF_A_START if (path / LOCK).exists() else ()
+    if path.is_dir() and not is_unused(path, ours):
+        resume = "--resume it, or " if (path / "recipe.yaml").is_file() else ""
+        raise CheckpointError(f"{path} is not empty: {resume}give another --out")
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with ~ replaced by a home folder; ConfigError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such user's home folder") from error
 
 
 class RecordFile:
@@ -225,7 +276,12 @@ class RecordFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         _drop_after(file, sys.maxsize)
-        self.records: dict[str, dict[str, Any]] = {r["id"]: r for r in read_json_lines(file)}
+        try:
+            self.records = {str(r["id"]): r for r in read_json_lines(file)}
+        except KeyError:
+            raise CheckpointError(
+                f"{file} has a line without an id: remove that line, or give another --out"
+            ) from None
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append records; a kill after this returns cannot lose them."""
@@ -271,8 +327,8 @@ class ResumableFolder:
         file = self.path / MANIFEST
         try:
             outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged: {error!r}; give another --out") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}; give another --out") from error
         old = outputs.get(name)
         if old == new:
             return
@@ -295,26 +351,30 @@ class ResumableFolder:
             return
         try:
             kind = json.loads((self.path / MANIFEST).read_bytes()).get("kind")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             kind = None
         if kind != self.kind:
             problem = f"is not empty and holds no job of this kind ({self.kind})"
             raise CheckpointError(f"{self.path} {problem}: give another --out")
 
 
-@contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a CheckpointError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(
-            f"cannot write {path}: {reason}; fix that and run it again"
-        ) from error
-
-
 def cache_folder(kind: str) -> Path:
     """Where results that can be computed again are kept: $HAFRM_CACHE/kind, or under the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("HAFRM_CACHE", home / "hafrm")) / kind
+    if "HAFRM_CACHE" in os.environ:
+        return Path(os.environ["HAFRM_CACHE"]) / kind
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a container's user may have none
+        home = Path(tempfile.gettempdir(), f"home-{os.getuid()}")
+    return Path(os.environ.get("XDG_CACHE_HOME", home / ".cache")) / "hafrm" / kind
+
+
+def write_cache(file: Path, content: bytes | str) -> bool:
+    """Write a file of the cache; False, with a warning, where that fails: it costs time, not the run."""
+    try:
+        with write_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, content)
+    except CheckpointError as error:
+        log.warning("nothing is cached: %s (HAFRM_CACHE names the folder)", error)
+        return False
+    return True

@@ -12,8 +12,8 @@ from hafrm.evaluation.comparisons import Comparisons
 from hafrm.evaluation.metrics import Evaluation, SetResult, Temperature, pairwise_metrics
 from hafrm.preferences import Comparison, Group, Message
 from hafrm.report.cautions import cautions
-from hafrm.report.run_files import Material, RunFiles
-from hafrm.statistics import Estimate
+from hafrm.report.run_files import Material, MetricsRecord, RunFiles
+from hafrm.statistics import Estimate, training_alarms
 from hafrm.study.study_result import StudyResult, Tuning
 
 EMPTY = RunFiles("it", None, "", (), (), ())
@@ -96,6 +96,31 @@ def test_over_optimisation_is_what_the_interval_since_the_peak_says():
         picker = SimpleNamespace(name="bt", peak=4, since_peak=fall)
         spoken = sentences(best_of_n=SimpleNamespace(models=(picker,)))
         assert any("beyond n = 4 the gold score changes by" in s for s in spoken) is speaks
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (
+            {"reward_loss": [0.70, 0.68] * 10, "accuracy": [0.45, 0.55] * 10},
+            "no better than chance",
+        ),
+        ({"reward_loss": [0.70, 0.55] * 10, "accuracy": [0.5, 0.8] * 10}, ""),
+        ({"reward_loss": [0.70, 0.68] * 4, "accuracy": [0.45, 0.55] * 4}, ""),
+        ({"margin": [2.0] * 10 + [0.1] * 10}, "fell from 2 to 0.1, rewards collapse"),
+        ({"equal_rewards": [0.1] * 10}, "10% of comparisons have two equal rewards"),
+    ],
+)
+def test_what_a_training_log_warns_of_after_the_warm_up(values, part):
+    """The mean of 0.70 and 0.68 is within 0.0067 (two standard errors of ten) of ln 2, that of 0.70 and
+    0.55 below it by more than 0.02."""
+    good = {"reward_loss": 0.3, "accuracy": 0.9, "margin": 1.0}
+    num = len(next(iter(values.values())))
+    lines = [good | {n: v[i] for n, v in values.items()} for i in range(num)]
+    metrics = tuple(MetricsRecord(i, "train", line) for i, line in enumerate(lines, start=1))
+    said = sentences(metrics=metrics)
+    assert [part in said[0]] if part else said == []
+    assert not list(training_alarms([{"step": i, **r.values} for i, r in enumerate(metrics)], 1e9))
 
 
 def test_single_seeds_and_ends_of_a_search_are_named():

@@ -84,14 +84,20 @@ def stop_before_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
-    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third."""
-    recipe = tiny_rlhf(tmp_path, **RICH, checkpoint={"every": 2}, evaluation={"every": 4})
+    """Checkpoints stand at 0 and 2; it dies before its fourth batch and repeats the third, whose line in
+    metrics.jsonl has the means of the first two as well."""
+    sections = {
+        "checkpoint": {"every": 2},
+        "evaluation": {"every": 4},
+        "tracking": {"log_every": 3},
+    }
+    recipe = tiny_rlhf(tmp_path, **RICH, **sections)
     train_policy(recipe, tmp_path / "whole")
     with monkeypatch.context() as context:
         stop_before_batch(context, 3)
         with pytest.raises(KeyboardInterrupt):
             train_policy(recipe, tmp_path / "killed")
-    assert len(numbers(tmp_path / "killed/metrics.jsonl")) == 4
+    assert len(numbers(tmp_path / "killed/metrics.jsonl")) == 2
     train_policy(recipe, tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -120,6 +126,23 @@ def test_a_resumed_run_may_not_change_what_it_computes(tmp_path):
     RunFolder.create(tmp_path / "run", dump_recipe(tiny_rlhf(tmp_path, training={"steps": 1})))
     with pytest.raises(CheckpointError, match="recipe differs"):
         train_policy(tiny_rlhf(tmp_path, training={"steps": 2}), tmp_path / "run", resume=True)
+
+
+def test_a_resume_refuses_another_reward_model_other_prompts_and_another_gold_by_name(
+    tmp_path, monkeypatch
+):
+    recipe, run = tiny_rlhf(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as context:
+        stop_before_batch(context, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(recipe, run)
+    reward, prompts = tmp_path / "reward/model.safetensors", tmp_path / "prompts.jsonl"
+    reward.write_bytes(reward.read_bytes()[:-4] + bytes(4))
+    prompts.write_bytes(prompts.read_bytes().replace(b"Say", b"Name", 1))
+    with pytest.raises(
+        CheckpointError, match=r"--gold, .*prompts\.jsonl, reward\.model .*reward/mod"
+    ):
+        train_policy(recipe, run, resume=True, gold=lambda *_: 0.0)
 
 
 def test_a_reward_that_is_not_finite_stops_before_anything_is_learned(tmp_path, monkeypatch):

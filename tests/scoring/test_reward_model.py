@@ -2,6 +2,8 @@
 
 import shutil
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -39,6 +41,32 @@ def test_a_text_in_the_place_of_a_list_of_responses_is_refused(rm):
         rm.score_batch(["a", "b"], ["abc", "xyz"])
     with pytest.raises(DataError, match="list of responses"):
         rm.best_of(PROMPT, "abc")
+
+
+@pytest.mark.parametrize("bad", [None, 3, {"role": "user"}, b"x", [3], [None]])
+def test_what_is_no_list_of_texts_or_no_prompt_is_refused(rm, bad, monkeypatch):
+    """Outside tests nothing checks the types of arguments."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for call in (
+        lambda: rm.score("Say sun.", bad),
+        lambda: rm.score(bad, ["sun"]),
+        lambda: rm.best_of("Say sun.", bad),
+        lambda: rm.score_batch(["Say sun."], [["sun"], ["sea"]]),
+        lambda: rm.score_batch("Say sun.", [["sun"]] * 8),
+    ):
+        with pytest.raises(DataError):
+            call()
+
+
+def test_arrays_and_generators_of_texts_score_as_lists(rm, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    expected = rm.score("Say sun.", ["sun", "sea"])
+    assert rm.score("Say sun.", np.array(["sun", "sea"])) == expected
+    assert rm.score_batch(iter(["Say sun."]), iter([iter(["sun", "sea"])])) == [expected]
+    with pytest.raises(ConfigError, match="max_tokens"):
+        RewardModel(rm.model, rm.encoder, max_tokens=-5)
+    with pytest.raises(ModelError, match="got None"):
+        RewardModel.from_pretrained(None)
 
 
 def test_a_run_folder_its_model_folder_and_the_directory_load_the_same_model(exported, tmp_path):
@@ -128,6 +156,7 @@ def test_auto_is_float32_on_a_cpu_and_the_stored_dtype_on_a_gpu_which_the_log_sa
     named = RewardModel.from_pretrained(single, dtype="bfloat16", device="cpu")
     assert named.model.backbone.dtype == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     with caplog.at_level("INFO", "hafrm"):
         assert choose_dtype(single, "auto", None) == torch.float32
@@ -140,7 +169,9 @@ def test_auto_is_float32_on_a_cpu_and_the_stored_dtype_on_a_gpu_which_the_log_sa
     assert choose_dtype(half, "auto", None) == torch.float32
 
 
-@pytest.mark.parametrize(("dtype", "device"), [("int8", None), ("auto", "gpu")])
+@pytest.mark.parametrize(
+    ("dtype", "device"), [("int8", None), ("auto", "gpu"), ("auto", "cuda:99")]
+)
 def test_a_placement_that_there_is_not_is_refused(dtype, device):
-    with pytest.raises(ConfigError, match="must be"):
+    with pytest.raises(ConfigError, match=r"must be|sees"):
         Placement(dtype, device)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hafrm.cli import main
-from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
+from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import read_result
@@ -24,6 +24,7 @@ from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel
 from hafrm.training import loop, run_export
 from hafrm.training.loop import StoppedError, run_training
 from hafrm.training.setup import prepare_data
+from hafrm.training.step import MEASURES
 from support import forked
 from support.live_bytes import short_of_memory
 from support.tiny_runs import tiny_recipe
@@ -219,7 +220,7 @@ def test_lengths_that_would_change_the_rotary_factors_of_other_sequences_are_ref
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_nothing(
     tmp_path, monkeypatch
 ):
-    """HAF with NormBT's running mean, which a checkpoint must hold too."""
+    """HAF with NormBT's running mean, and a logging interval of two steps: a checkpoint holds both."""
 
     def refuse(*_, **__):
         raise AssertionError("pickle was used")
@@ -227,6 +228,7 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_
     for owner, name in ((torch, "save"), (torch, "load"), (pickle, "load"), (pickle, "dump")):
         monkeypatch.setattr(owner, name, refuse)
     sections = {"training": {"steps": 3}, "method": {"reward_loss": "normbt"}}
+    sections["tracking"] = {"log_every": 2}
     recipe = tiny_recipe(tmp_path, evaluation={"every": 2}, **sections)
     run_training(recipe, tmp_path / "whole", finish=no_export)
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda *_: True)
@@ -235,6 +237,54 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one_and_pickles_
             run_training(recipe, tmp_path / "parts", resume=step > 1)
     run_training(recipe, tmp_path / "parts", resume=True, finish=no_export)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_number_of_ranks_takes_over_all_sums_of_a_logging_interval(tmp_path):
+    """Two ranks whose losses are 1 and 2: 3 on one rank; with three ranks, nothing on the last."""
+    of_ranks = [[[float(n)] * len(MEASURES) + [0.5]] for n in (1, 2)]
+    recipe = tiny_recipe(tmp_path)
+    for rank, size, loss in ((0, 1, 3.0), (0, 3, 1.0), (1, 3, 2.0), (2, 3, 0.0)):
+        metrics = loop.MetricsLog(RunFolder(tmp_path), recipe, 6)
+        metrics.resume(of_ranks, loop.parallel.Ranks(rank, size, torch.device("cpu")))
+        ((*sums, norm),) = metrics.interval()
+        assert (set(sums), norm) == ({loss}, 0.5)
+
+
+def test_a_resume_refuses_other_data_another_base_and_another_template_by_name(
+    tmp_path, monkeypatch
+):
+    recipe, run = tiny_recipe(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, "agreed", lambda *_: True)
+        with pytest.raises(StoppedError):
+            run_training(recipe, run)
+    ids = "the comparisons as token ids"
+    for name, old, new, words in (
+        ("train.jsonl", b"Here", b"Look", ["train.jsonl", ids]),
+        ("base/model.safetensors", b"", None, ["model.path ", "base/model.safetensors"]),
+        ("base/chat_template.jinja", b"", b"x", ["chat_template.jinja", "the chat template", ids]),
+    ):
+        file = tmp_path / name
+        content = file.read_bytes()
+        changed = content[:-4] + bytes(4) if new is None else content.replace(old, new, 1)
+        file.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=".*".join(words)):
+            run_training(recipe, run, resume=True)
+        file.write_bytes(content)
+    run_training(recipe, run, resume=True, finish=no_export)
+
+
+def test_a_start_that_failed_is_repeated_with_the_same_command(tmp_path):
+    recipe, (row, *rows) = (
+        tiny_recipe(tmp_path),
+        (tmp_path / "train.jsonl").read_bytes().split(b"\n"),
+    )
+    (tmp_path / "train.jsonl").write_bytes(b"no row\n" * 40 + row)
+    with pytest.raises(DataError, match=r"bad_rows\.jsonl"):
+        run_training(recipe, tmp_path / "run")
+    assert (tmp_path / "run/bad_rows.jsonl").is_file()
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join([row, *rows]))
+    run_training(recipe, tmp_path / "run", finish=no_export)
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatch):

@@ -4,9 +4,13 @@ The openai client retries what may succeed later. A request that the endpoint re
 an `error`; what no retry can fix ends the job, and the same job asks for the missing replies only.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import sqlite3
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section, Text
 from hafrm.run_folder import cache_folder
 
+log = logging.getLogger("hafrm")
 # bad request, too large, unprocessable: the next request may be fine
 _REJECTED = {400, 413, 422}
 
@@ -72,7 +77,12 @@ class Endpoint:
             ) from error
         self.url, self.section = url, section or EndpointSection()
         self._openai, self._key_variable = openai, key_variable
-        self._cache = diskcache.Cache(str(cache or cache_folder("replies")))
+        folder = cache or cache_folder("replies")
+        try:
+            self._cache = diskcache.Cache(str(folder))
+        except (OSError, sqlite3.Error) as error:  # costs repeated requests, not the run
+            log.warning("replies are not kept: cannot write %s: %s", folder, error)
+            self._cache = diskcache.Cache(tempfile.mkdtemp(prefix="hafrm-replies-"))
         self._client = openai.OpenAI(
             base_url=url,
             # local servers take any key, but the client insists on one
@@ -151,7 +161,8 @@ class Endpoint:
             raise self._unusable(error) from error
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self._unusable(f"this is no chat completion: {content}") from error
-        self._cache.set(key, content)
+        with contextlib.suppress(OSError, sqlite3.Error):  # a full disk
+            self._cache.set(key, content)
         return reply
 
     def _unusable(self, reason: object) -> ServerError:

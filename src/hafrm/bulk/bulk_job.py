@@ -33,7 +33,7 @@ from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError, DataError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
-from hafrm.run_folder import ResumableFolder, read_json_lines, write_errors
+from hafrm.run_folder import ResumableFolder, read_json_lines
 from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
 from hafrm.scoring.reward_model import RewardModel
 
@@ -106,8 +106,7 @@ def score_files(
         scored = _score_in_turn(model, todo, options, on_rows) if todo else ()
         for shard, (rows, scores) in zip(todo, scored, strict=True):
             content = render_shard(rows, scores, is_packed=shard.file.endswith(".gz"))
-            with write_errors(out / shard.file):
-                atomic_write(out / shard.file, content)
+            atomic_write(out / shard.file, content)
             bad = _bad_rows(shard, rows, scores)
             bad_rows.add([row for row in bad if row["id"] not in bad_rows.records])
             finished[shard.file] = {

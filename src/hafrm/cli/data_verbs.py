@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from hafrm.atomic import check_writable
 from hafrm.cli.entry import JsonFile, Sources, app, show_result
-from hafrm.errors import ConfigError
+from hafrm.errors import CheckpointError, ConfigError
 
 
 @app.command("data")
@@ -31,11 +32,10 @@ def data_command(
         raise ConfigError("--split FRACTION and --out DIR belong together; give both or neither")
     encode = None
     if model is not None:
-        from transformers import AutoTokenizer  # noqa: PLC0415
-
         from hafrm.data.encoding import Encoder  # noqa: PLC0415
+        from hafrm.scoring.loading import load_any_tokenizer  # noqa: PLC0415
 
-        encode = Encoder(AutoTokenizer.from_pretrained(model)).encode
+        encode = Encoder(load_any_tokenizer(model)).encode
     show_result(describe_data(read_preferences(sources, max_bad_fraction=1.0), encode), json_file)
 
 
@@ -44,13 +44,20 @@ def _write_parts(sources: list[str], fraction: float, out: Path, seed: int) -> N
     from hafrm.data.splits import split_by_prompt, write_groups  # noqa: PLC0415
     from hafrm.preferences import num_comparisons  # noqa: PLC0415
 
+    files = [out / "train.jsonl", out / "test.jsonl"]
+    if there := [str(file) for file in files if file.exists()]:
+        raise CheckpointError(
+            f"{' and '.join(there)} exists already: remove it or give another --out"
+        )
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(f"--split must be between 0 and 1, both excluded, got {fraction}")
+    check_writable(files[0])
     bad_rows_file = out / "bad_rows.jsonl"
     preferences = read_preferences(sources, bad_rows_file=bad_rows_file, need_comparisons=False)
     if preferences.bad_rows:
         typer.echo(f"{len(preferences.bad_rows)} bad rows are left out: {bad_rows_file}")
     parts = split_by_prompt(preferences.groups, fraction, seed)
-    for name, part in zip(("train", "test"), parts, strict=True):
-        file = out / f"{name}.jsonl"
+    for file, part in zip(files, parts, strict=True):
         rows, pairs = write_groups(part, file), num_comparisons(part)
         unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
         typer.echo(f"{file}: {pairs} comparisons of {len(part)} groups{unlabelled}")

@@ -10,6 +10,7 @@ from typing import Annotated, Protocol, runtime_checkable
 import typer
 from typer import Argument, Option
 
+from hafrm.atomic import check_writable
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.results import Table, write_result
 
@@ -42,6 +43,10 @@ def main() -> None:
     except HafrmError as error:
         typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
         sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
+    except OSError as error:  # of the system: a missing file, a full disk
+        place = f"{error.filename}: " if error.filename is not None else ""
+        typer.secho(f"stopped: {place}{error.strerror or error}", fg="red", err=True)
+        sys.exit(1)
 
 
 _SOURCES = Argument(
@@ -53,7 +58,16 @@ Dtype = Annotated[
     str, Option(help="float32, bfloat16, float16; auto: as stored, on a CPU float32.")
 ]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU if there is one).")]
-JsonFile = Annotated[Path | None, Option("--json", help="Also write the result to this file.")]
+
+
+def _check_json(path: Path | None) -> Path | None:
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+_JSON = Option("--json", help="Also write the result to this file.", callback=_check_json)
+JsonFile = Annotated[Path | None, _JSON]
 Recipe = Annotated[str | None, Argument(help="A recipe in YAML.")]
 RecipeFile = Annotated[str, Argument(help="A recipe in YAML.")]
 Overrides = Annotated[list[str] | None, Argument(help="key.sub=value ...")]
@@ -79,6 +93,8 @@ def parse_run(
         if recipe is None:
             raise ConfigError("this needs a recipe, or --resume with a run folder")
         return recipe, changes, out or Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    if out is not None:
+        raise ConfigError(f"--resume {resume} continues in that folder; leave out --out {out}")
     # the first override is then parsed as the recipe
     if recipe is not None and "=" in recipe:
         changes, recipe = [recipe, *changes], None

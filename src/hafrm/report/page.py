@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from hafrm.atomic import atomic_write
+from hafrm.atomic import atomic_write, check_writable, write_errors
 from hafrm.errors import ConfigError
 from hafrm.report.run_files import Material, read_material
 
@@ -32,8 +32,10 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
         raise ConfigError(
             f"hafrm report needs {' and '.join(missing)}: pip install 'hafrm[report]'"
         )
+    check_writable(out)
     page = render_material(read_material(folders)).encode("utf-8", "replace")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, page)
     return len(page)
 

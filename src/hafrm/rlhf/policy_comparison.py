@@ -26,7 +26,7 @@ from hafrm.recipe import ModelSection
 from hafrm.results import Table, columns, read_result, write_result
 from hafrm.rlhf.actor import encode_prompts, write_responses
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, score_rollouts
+from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, input_digests, score_rollouts
 from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
@@ -120,7 +120,10 @@ class ComparisonWorker:
         """Start or resume the run, unless it is done; the answers of its policy."""
         folder, recipe = self.folder / "runs" / run.folder, run.recipe(self.recipe)
         if (folder / "model").is_dir():
-            open_run(recipe, folder, resume=True)
+            with open_run(recipe, folder, resume=True) as done:
+                done.record_provenance(
+                    seed=run.seed, **input_digests(recipe, with_gold=self.gold is not None)
+                )
         else:
             resume = (folder / "recipe.yaml").is_file()
             if resume and recipe.algorithm.name != "ppo":

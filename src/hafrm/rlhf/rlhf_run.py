@@ -4,6 +4,7 @@ An algorithm hands a batch's numbers to `log_batch`, and `evaluate` decides when
 and when to stop. Rewards are asked for through text: policy and reward model may have other tokenizers.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,11 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from hafrm.atomic import atomic_directory, fingerprint
+from hafrm.atomic import atomic_directory
 from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.best_of_n.candidates import read_prompts
 from hafrm.best_of_n.judges import conversation_text
 from hafrm.data.encoding import Encoder
-from hafrm.data.reader import local_files
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
@@ -31,6 +31,7 @@ from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import clustered_bootstrap
+from hafrm.training.checkpoint import file_digests, model_digests
 from hafrm.training.loop import MetricsLog
 from hafrm.training.setup import load_tokenizer
 
@@ -116,7 +117,9 @@ class RlhfRun:
         self.log = MetricsLog(folder, recipe, recipe.training.steps)
         self.result = RlhfResult()
         self.last_kl = 0.0  # of the latest evaluation, nat per response
-        self._batches: list[Mapping[str, float]] = []
+        self.batches: list[Mapping[str, float]] = []
+        """What `log_batch` has not written yet; a checkpoint holds it."""
+        self._seconds: list[float] = []  # of those of them that this process took
         self._since = time.perf_counter()
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
@@ -128,12 +131,14 @@ class RlhfRun:
 
     def log_batch(self, step: int, values: Mapping[str, float]) -> None:
         """Log the means of every `log_every` batches; a KL that stays too high stops the run."""
-        self._batches.append(values)
+        now = time.perf_counter()
+        self.batches.append(values)
+        self._seconds.append(now - self._since)
+        self._since = now
         if step % self.recipe.tracking.log_every == 0 or step == self.recipe.training.steps:
-            means = {n: float(np.mean([batch[n] for batch in self._batches])) for n in values}
-            seconds = (time.perf_counter() - self._since) / len(self._batches)
-            self.log.report("rlhf", step, means | {"seconds": seconds})
-            self._batches, self._since = [], time.perf_counter()
+            means = {n: float(np.mean([batch[n] for batch in self.batches])) for n in values}
+            self.log.report("rlhf", step, means | {"seconds": float(np.mean(self._seconds))})
+            self.batches, self._seconds = [], []
         rules, kl, result = self.recipe.watch, values["kl"], self.result
         result.num_high_kl = result.num_high_kl + 1 if kl > rules.max_kl else 0
         if result.num_high_kl >= rules.patience:
@@ -199,12 +204,11 @@ class RlhfRun:
         return last or (every > 0 and step % every == 0)
 
     def record_provenance(self) -> None:
-        """Versions, seed, digests of local prompt files, and how many prompts there are."""
-        data = self.recipe.data
-        files = {f for entry in (*data.train, *data.validation) for f in local_files(entry)}
+        """Versions, seed, digests of all that the run is made from, and how many prompts there are; raises
+        CheckpointError where a resumed run was made from something else."""
         self.folder.record_provenance(
             seed=self.recipe.training.seed,
-            data={str(file): fingerprint(file) for file in sorted(files) if file.is_file()},
+            **input_digests(self.recipe, with_gold=self.gold is not None),
             details={
                 "algorithm": self.recipe.algorithm.name,
                 "train_prompts": len(self.train_prompts),
@@ -222,6 +226,20 @@ class RlhfRun:
                 weights = gather_weights(self.actor.model)
                 export_policy(weights, self.actor.encoder, aside / "policy", dtype=dtype)
         return self.result
+
+
+def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str, str]]:
+    """`data` and `inputs` of `record_provenance`."""
+    data, judge = recipe.data, recipe.evaluation.reward_model
+    template = str(load_tokenizer(recipe.model).chat_template)
+    inputs = {
+        **model_digests("model.path", recipe.model.path, recipe.model.revision),
+        **model_digests("reward.model", recipe.reward.model),
+        **model_digests("evaluation.reward_model", judge),
+        "the chat template": hashlib.sha256(template.encode()).hexdigest(),
+        "--gold": str(with_gold),
+    }
+    return {"data": file_digests([*data.train, *data.validation]), "inputs": inputs}
 
 
 def load_prompts(

@@ -24,7 +24,8 @@ from hafrm.scoring.forward import is_out_of_memory
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
-from hafrm.training.loop import StoppedError, StopSignal
+from hafrm.training.loop import StoppedError
+from hafrm.training.parallel import StopSignal
 from hafrm.training.setup import choose_precision
 from hafrm.training.step import build_optimizer, learning_rate
 
@@ -58,8 +59,7 @@ def train_policy(
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
     recipe = with_rlhf_precision(recipe)
-    run = open_run(recipe, folder, resume=resume)
-    with run.lock():
+    with open_run(recipe, folder, resume=resume) as run:
         torch.manual_seed(recipe.training.seed)
         # TRL runs the backbone itself, in the attention that transformers gave it
         rlhf = RlhfRun(recipe, run, gold, share=native)
@@ -175,7 +175,7 @@ class Ppo:
     def _save(self, step: int) -> None:
         run, folder = self.rlhf.result, self.rlhf.folder
         state: dict[str, Any] = {"run": asdict(run), "moments": asdict(self.moments)}
-        state["kl_coefficient"] = self.kl_coefficient
+        state |= {"kl_coefficient": self.kl_coefficient, "batches": self.rlhf.batches}
         save_checkpoint(folder, step, self.policy, self.optimizer, state)
         folder.prune(keep=self.recipe.checkpoint.keep, protect=[run.best_step])
 
@@ -189,6 +189,7 @@ class Ppo:
         self.rlhf.result = from_plain(RlhfResult, state["run"])
         self.kl_coefficient = state["kl_coefficient"]
         self.moments = Moments(**state["moments"])
+        self.rlhf.batches = state.get("batches", [])  # older checkpoints have none
         step = int(state["step"])
         self.rlhf.folder.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.recipe.training.steps)

@@ -64,6 +64,8 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
 
 def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
     """One head's directory in a run folder or its `model/`; any other path or hub id as it is."""
+    if not isinstance(path, str | os.PathLike):
+        raise ModelError(f"a model is the path of a run or directory, or a hub id; got {path!r}")
     folders = (Path(path) / "model" / head, Path(path) / head)
     return next((folder for folder in folders if folder.is_dir()), path)
 
@@ -77,13 +79,20 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ConfigError(
+                f"dtype (--dtype) must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
+            )
         try:
-            torch.device(self.device or "cpu")
+            device = torch.device(self.device or "cpu")
         except RuntimeError:
             raise ConfigError(
-                f"--device must be cpu, cuda or cuda:1, got {self.device!r}"
+                f"device (--device) must be cpu, cuda or cuda:1, got {self.device!r}"
             ) from None
+        if device.type == "cuda" and (device.index or 0) >= (num := torch.cuda.device_count()):
+            raise ConfigError(
+                f"device (--device) is {self.device}, but this torch sees {num} GPUs; on a machine with a "
+                "GPU, is its CUDA build installed?"
+            )
 
 
 AUTO = Placement()
@@ -93,10 +102,12 @@ def choose_dtype(
     path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> torch.dtype:
     """The dtype to load weights in: `auto` is the checkpoint's on a GPU, which is logged, else float32."""
+    named = dtype if isinstance(dtype, str) else "auto"
+    Placement(named, None if device is None else str(device))  # raises ConfigError
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        return cast("torch.dtype", getattr(torch, Placement(dtype).dtype))
+        return cast("torch.dtype", getattr(torch, dtype))
     kind = torch.device(device or default_device()).type
     # on a CPU half precision is neither faster nor more accurate
     stored = torch.float32 if kind == "cpu" else load_config(path).dtype

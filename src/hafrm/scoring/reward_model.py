@@ -6,7 +6,7 @@ consumers get; `fused_scores` adds the two up.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from scipy import optimize, special
 from hafrm.data.encoding import Encoder
 from hafrm.data.parse import RefusedError, check_prompt, read_prompt, show
 from hafrm.engine.model import HybridModel
-from hafrm.errors import DataError, ModelError
+from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import read_result
@@ -119,6 +119,8 @@ class Scorer(ABC):
     def __init__(
         self, model: HybridModel, encoder: Encoder, *, max_tokens: int | None = None
     ) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
         on_cpu = model.device.type == "cpu"
         self.model = model.eval()
         self.encoder = encoder
@@ -137,24 +139,31 @@ class Scorer(ABC):
     @overload
     def score(self, prompt: PromptLike, responses: str) -> float: ...  # type: ignore[overload-overlap]
     @overload
-    def score(self, prompt: PromptLike, responses: Sequence[str]) -> list[float]: ...
-    def score(self, prompt: PromptLike, responses: str | Sequence[str]) -> float | list[float]:
+    def score(self, prompt: PromptLike, responses: Iterable[str]) -> list[float]: ...
+    def score(self, prompt: PromptLike, responses: str | Iterable[str]) -> float | list[float]:
         """The score of one response, or of each of several responses to the same prompt; DataError for a
         prompt that is no conversation, and for what is longer than the model takes."""
         if isinstance(responses, str):
             return self.score_batch([prompt], [[responses]])[0][0]
-        return self.score_batch([prompt], [list(responses)])[0]
+        return self.score_batch([prompt], [responses])[0]
 
     def score_batch(
-        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
+        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`."""
-        for i, texts in enumerate(responses):
-            # a string would be scored letter by letter
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-                raise DataError(
-                    f"responses to prompt {i} must be a list of texts, got {show(texts)}"
-                )
+        prompts = _as_list(prompts, "prompts must be a list")
+        lists = _as_list(responses, "responses must be a list of lists of texts")
+        if len(prompts) != len(lists):
+            raise DataError(
+                f"score_batch got {len(prompts)} prompts and {len(lists)} lists of responses; give a list "
+                "of responses for each prompt"
+            )
+        responses = []
+        for i, texts in enumerate(lists):
+            what = f"responses to prompt {i} must be a list of texts"
+            responses.append(_as_list(texts, what))
+            if not all(isinstance(text, str) for text in responses[-1]):
+                raise DataError(f"{what}, got {show(responses[-1])}")
         # equal responses would be laid out and run twice
         distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
         groups = [
@@ -177,11 +186,9 @@ class Scorer(ABC):
         first, second = self.score(prompt, [chosen, rejected])
         return 1.0 / (1.0 + math.exp(min(700.0, second - first)))  # exp overflows above 709
 
-    def best_of(self, prompt: PromptLike, responses: Sequence[str]) -> Best:
+    def best_of(self, prompt: PromptLike, responses: Iterable[str]) -> Best:
         """The response with the highest score; the first one if several are equal."""
-        if isinstance(responses, str):
-            raise DataError(f"best_of needs a list of responses, got {show(responses)}")
-        responses = list(responses)
+        responses = _as_list(responses, "best_of needs a list of responses")
         if not responses:
             raise DataError("best_of needs one or more responses; got none")
         rewards = self.score(prompt, responses)
@@ -303,10 +310,19 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
     return replace(group, response_ids=shorter)
 
 
+def _as_list(values: Any, what: str) -> list[Any]:
+    # a string would be scored letter by letter
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise DataError(f"{what}, got {show(values)}")
+    return list(values)
+
+
 def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
     """A prompt as messages, under the rules of preference files; else DataError."""
     try:
-        messages = read_prompt(prompt if isinstance(prompt, str) else list(prompt), "prompt")
+        what = "a prompt must be a text or a list of messages"
+        value = prompt if isinstance(prompt, str) else _as_list(prompt, what)
+        messages = read_prompt(value, "prompt")
         if not messages:
             raise DataError("the prompt has no messages; give messages up to the response")
         check_prompt(messages)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ from hafrm.study.study_runs import (
     read_scores,
     read_study_data,
 )
+from hafrm.training.checkpoint import file_digests, model_digests
 from hafrm.training.methods import Method, get_method
 
 log = logging.getLogger("hafrm")
@@ -60,7 +62,9 @@ def compare_methods(
     """
     data = read_study_data(plan.recipe)  # faults of the data come to light before hours of training
     sections = plan.recipe.model_dump(mode="json").items()
-    cache_key = {f"recipe.{name}": section for name, section in sections}
+    cache_key: dict[str, Any] = {f"recipe.{name}": section for name, section in sections}
+    cache_key |= file_digests([*plan.recipe.data.train, *plan.recipe.data.validation])
+    cache_key |= model_digests("model.path", plan.recipe.model.path, plan.recipe.model.revision)
     with ResumableFolder.open(out, "comparison of methods") as folder:
         has_runs = (out / "runs").is_dir()
         folder.claim("runs", {**cache_key, "test data": data.digest}, has_content=has_runs)

@@ -5,35 +5,56 @@ manifest at resume. Only the main rank holds whole tensors, gathered and scatter
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hafrm.atomic import atomic_directory, check_manifest, fingerprint, write_manifest
+from hafrm.atomic import (
+    atomic_directory,
+    check_manifest,
+    fingerprint,
+    quick_fingerprint,
+    write_manifest,
+)
 from hafrm.data.reader import local_files
 from hafrm.errors import CheckpointError
+from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
+from hafrm.scoring.loading import load_config
 from hafrm.training import parallel
 from hafrm.training.setup import PreparedData
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
 """Keys of `training` that a resumed run may set differently: they change gradients only in rounding."""
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja")  # not its card
 
 
-def open_run(recipe: Section, folder: Path, *, resume: bool) -> RunFolder:
-    """The run's folder, created or opened by the main rank; CheckpointError where that is unsafe."""
-    return parallel.from_main(
-        lambda: _reopen(recipe, folder) if resume else RunFolder.create(folder, dump_recipe(recipe))
-    )
+@contextlib.contextmanager
+def open_run(recipe: Section, folder: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """The run's folder, created or opened, and locked in a `with` block, by the main rank; all ranks raise
+    CheckpointError where that is unsafe."""
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> RunFolder:
+            text = dump_recipe(recipe)
+            run = _reopen(recipe, folder) if resume else RunFolder.create(folder, text)
+            stack.enter_context(run.lock())
+            if not resume and run.recipe_path.read_text(encoding="utf-8") != text:
+                raise CheckpointError(f"{folder} was just taken by another run: give another --out")
+            return run
+
+        yield parallel.from_main(enter)
 
 
 def _reopen(recipe: Section, folder: Path) -> RunFolder:
@@ -50,16 +71,52 @@ def _reopen(recipe: Section, folder: Path) -> RunFolder:
 
 
 def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
-    """Versions, seed, digests of local data files, and the counts of rows and groups."""
-    entries = [*recipe.data.train, *recipe.data.validation, *recipe.data.test]
-    files = {file for entry in entries for file in local_files(entry)}
-    digests = {str(file): fingerprint(file) for file in sorted(files) if file.is_file()}
+    """Versions, seed, the counts of rows and groups, and digests of all that the run is made from; raises
+    CheckpointError where a resumed run was made from something else."""
+    inputs = {
+        **model_digests("model.path", recipe.model.path, recipe.model.revision),
+        "the chat template": data.encoder.template_sha256,
+        "the comparisons as token ids": _digest_of_groups([*data.train, *data.validation]),
+    }
     details = {
         "counts": data.counts,
         "template_sha256": data.encoder.template_sha256,
         **{f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE},
     }
-    run.record_provenance(seed=recipe.training.seed, data=digests, details=details)
+    digests = file_digests([*recipe.data.train, *recipe.data.validation, *recipe.data.test])
+    run.record_provenance(seed=recipe.training.seed, data=digests, inputs=inputs, details=details)
+
+
+def file_digests(entries: Iterable[str]) -> dict[str, str]:
+    """Digests of the local files that data entries name."""
+    files = {file for entry in entries for file in local_files(entry)}
+    return {str(file): fingerprint(file) for file in sorted(files) if file.is_file()}
+
+
+def model_digests(key: str, path: str | None, revision: str | None = None) -> dict[str, str]:
+    """Digests of a model's weights, configs and tokenizer by "key file", or a hub id's commit; large files
+    by `quick_fingerprint`, which takes no minutes at each start."""
+    if path is None:
+        return {}
+    folder = Path(path)
+    if not folder.is_dir():
+        commit = getattr(load_config(path, revision), "_commit_hash", None)
+        return {f"{key} {path}": str(commit)}
+    heads = [folder / "model" / "reward", folder / "model" / "policy"]
+    heads += [folder / "reward", folder / "policy"]
+    own = [head for head in heads if head.is_dir()] or [folder]
+    files = sorted(f for head in own for f in head.iterdir() if f.suffix in _OF_A_MODEL)
+    return {f"{key} {file}": quick_fingerprint(file) for file in files if file.is_file()}
+
+
+def _digest_of_groups(groups: Iterable[TokenizedGroup]) -> str:
+    digest = hashlib.sha256()
+    for group in groups:
+        ids = (group.prompt_ids, *group.response_ids)
+        digest.update(repr(([len(i) for i in ids], group.comparisons)).encode())
+        for part in ids:
+            digest.update(np.ascontiguousarray(part, np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(

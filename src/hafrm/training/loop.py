@@ -6,11 +6,9 @@ uninterrupted one would have taken, bit for bit on a CPU. The test set plays no 
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from hafrm.recipe import Recipe, TrackingSection
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import is_out_of_memory
-from hafrm.statistics import in_words, with_bounds
+from hafrm.statistics import in_words, training_alarms, with_bounds
 from hafrm.training import parallel
 from hafrm.training.checkpoint import (
     load_checkpoint,
@@ -36,6 +34,7 @@ from hafrm.training.checkpoint import (
 )
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import Method, resolve_method
+from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
@@ -88,12 +87,11 @@ def run_training(
     torch.manual_seed(recipe.training.seed)
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
-    run = open_run(recipe, folder, resume=resume)
-    with run.lock() if parallel.is_main() else nullcontext():
+    with open_run(recipe, folder, resume=resume) as run:
         if data is None:
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if parallel.is_main() else None)
-        if parallel.is_main():
-            record_provenance(run, planned, data)
+        prepared = data
+        parallel.from_main(lambda: record_provenance(run, planned, prepared))
         model = build_model(recipe, method, data.encoder, ranks.device)
         return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
 
@@ -136,7 +134,8 @@ class Job:
         wrapped = parallel.wrap(self.model, training.parallel, self.autocast)
         decay, betas, eps = training.weight_decay, training.betas, training.eps
         optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
-        start = self._resume(wrapped, optimizer) if resume else 0
+        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
+        start = self._resume(wrapped, optimizer, metrics, ranks) if resume else 0
         nonfinite, stop = NonFiniteCheck(ranks.device), StopSignal()
         batches = Prefetch(
             self.data.train,
@@ -146,7 +145,6 @@ class Job:
             max_tokens=training.token_budget,
             ranks=ranks,
         )
-        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
         progress = parallel.progress_of_main("training", done=start)
         with stop, metrics, batches, progress as on_progress:
             for step in range(start, self.num_steps):
@@ -164,7 +162,7 @@ class Job:
                 due = self._is_due(step + 1, self.recipe.checkpoint.every)
                 if due or improved or stopping:
                     nonfinite.check()
-                    self._save(step + 1, wrapped, optimizer)
+                    self._save(step + 1, wrapped, optimizer, metrics)
                 if stopping and step + 1 < self.num_steps:
                     raise StoppedError(
                         f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
@@ -264,52 +262,36 @@ class Job:
             autocast=self.autocast,
         )
 
-    def _save(self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _save(
+        self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer, metrics: "MetricsLog"
+    ) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
+        state["interval"] = parallel.from_all(metrics.interval())
         if self.distance is not None:
             state["distance"] = float(self.distance)
         save_checkpoint(self.run, step, wrapped, optimizer, state)
         if parallel.is_main():
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
-    def _resume(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def _resume(
+        self,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metrics: "MetricsLog",
+        ranks: parallel.Ranks,
+    ) -> int:
         folder, step = parallel.from_main(self.run.latest_checkpoint), 0
         if folder is not None:
             state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if (distance := state.get("distance")) is not None:
                 self.distance = torch.tensor(distance, device=self.model.device)
+            if "interval" in state:  # older checkpoints have none
+                metrics.resume(state["interval"], ranks)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
         return step
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a run ends its step and saves; a second one kills."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Ray Train runs us in a thread, where Python delivers no signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])
-
-    def agreed(self, ranks: parallel.Ranks) -> bool:
-        """Whether any rank got the signal, so that all stop after the same step; waits for no device."""
-        received = bool(self.received)
-        return received if ranks.size == 1 else parallel.smallest(-received) < 0
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
@@ -321,6 +303,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     def __init__(self, run: RunFolder, recipe: Any, num_steps: int) -> None:
         self._run, self._recipe, self._num_steps = run, recipe, num_steps
         self._steps: list[StepResult] = []
+        self._lines: list[dict[str, int | float]] = []  # of this process, to look for alarms
+        self._alarmed: set[str] = set()
+        self._num_resumed = 0  # of them another process took: its speed is left out
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         if parallel.is_main():
@@ -329,6 +314,19 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     def __exit__(self, *_: object) -> None:
         for tracker in self._trackers:
             tracker.finish()
+
+    def interval(self) -> list[list[float]]:
+        """This rank's steps since the last line, for a checkpoint: so a resumed run logs the same."""
+        return [[*step.sums.tolist(), float(step.grad_norm)] for step in self._steps]
+
+    def resume(self, intervals: Sequence[list[list[float]]], ranks: parallel.Ranks) -> None:
+        """Continue each rank's `interval`; if there were other ranks, their sums are added up."""
+        own = intervals[ranks.rank :: ranks.size]
+        for i, (*sums, norm) in enumerate(intervals[0]):
+            zeros = torch.zeros(len(sums), device=ranks.device)
+            total = sum((zeros.new_tensor(steps[i][:-1]) for steps in own), start=zeros)
+            self._steps.append(StepResult(total, zeros.new_tensor(norm), num_tokens=0))
+        self._num_resumed = len(self._steps)
 
     def step(self, number: int, rate: float, result: StepResult, nonfinite: NonFiniteCheck) -> None:
         """Count update `number` (from 1); check and write a line when the interval is full."""
@@ -341,20 +339,28 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         means = (parallel.add_up(sums) / comparisons).tolist()
         tokens = parallel.add_up(sums.new_tensor(float(sum(s.num_tokens for s in self._steps))))
         norm = torch.stack([step.grad_norm for step in self._steps]).mean()
-        seconds = time.perf_counter() - self._since
+        seconds, num_timed = time.perf_counter() - self._since, len(self._steps) - self._num_resumed
         pairs = zip(MEASURES, means, strict=True)
         values = {name: mean for name, mean in pairs if not math.isnan(mean)}
+        if not values.get("equal_rewards"):
+            values.pop("equal_rewards", None)  # as almost always
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
                 values |= with_bounds(name, values[name], comparisons)
         values |= {
             "grad_norm": float(norm),
             "learning_rate": rate,
-            "comparisons_per_second": comparisons / seconds,
+            "comparisons_per_second": num_timed * self._recipe.training.batch_size / seconds,
             "tokens_per_second": float(tokens) / seconds,
         }
-        self._steps, self._since = [], time.perf_counter()
+        self._steps, self._num_resumed, self._since = [], 0, time.perf_counter()
         self.report("train", number, values)
+        self._lines.append({"step": number, **values})
+        warmup = self._recipe.training.warmup_fraction * self._num_steps
+        for alarm in training_alarms(self._lines, warmup) if parallel.is_main() else ():
+            if alarm.kind not in self._alarmed:
+                log.warning("step %d: %s", number, alarm.text)
+                self._alarmed.add(alarm.kind)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, the same to every tracker, and a line of log."""

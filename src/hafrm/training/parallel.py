@@ -5,6 +5,8 @@ Any launcher starts them: only RANK, WORLD_SIZE and LOCAL_RANK are read.
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -186,6 +188,15 @@ def from_main(compute: Callable[[], T]) -> T:
     return cast("T", answer[0])
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    values: list[Any] = [value]
+    if num_ranks() > 1:
+        values *= num_ranks()
+        dist.all_gather_object(values, value, group=_hosts)
+    return values
+
+
 def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnProgress]:
     """`show_progress` on the main rank, nothing on the others."""
     return show_progress(what, done=done) if is_main() else contextlib.nullcontext(no_progress)
@@ -233,3 +244,30 @@ def hand_out(value: Tensor | None, target: Tensor) -> Tensor:
 
 def _group_of(tensor: Tensor) -> dist.ProcessGroup | None:
     return _hosts if tensor.device.type == "cpu" else None
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that a run ends its step and saves; a second one kills."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Ray Train runs us in a thread, where Python delivers no signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank got the signal, so that all stop after the same step; waits for no device."""
+        received = bool(self.received)
+        return received if ranks.size == 1 else smallest(-received) < 0

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from hafrm.atomic import atomic_write
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
-from hafrm.run_folder import cache_folder
+from hafrm.run_folder import cache_folder, write_cache
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.statistics import with_bounds
@@ -72,7 +71,7 @@ def reference_logps(
         file = reference_cache(model, groups, autocast, path)
         try:
             return file, None if file is None else load_file(file)["logps"]
-        except (FileNotFoundError, SafetensorError):  # a damaged file is computed again
+        except (OSError, SafetensorError, KeyError):  # a damaged file is computed again
             return file, None
 
     # Only the main rank looks: nodes may have a cache each, and all must do the same.
@@ -84,8 +83,7 @@ def reference_logps(
             ).logps
         assert logps is not None
         if file is not None and parallel.is_main():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, save({"logps": logps}))
+            write_cache(file, save({"logps": logps}))
     return References(logps, first_responses(groups))
 
 

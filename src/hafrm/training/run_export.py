@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from hafrm.atomic import atomic_directory, remove_directory
+from hafrm.atomic import atomic_directory, check_writable, remove_directory
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
@@ -150,7 +150,15 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     checkpoint, is_best = _choose_checkpoint(run, options.checkpoint)
     merge = options.merge_lora is not False
     unverified = to.with_name(f"{to.name}.unverified")
+    check_writable(to)
     if unverified.exists():
+        if not any(
+            (unverified / name).is_file() for name in ("config.json", "adapter_config.json")
+        ):
+            raise CheckpointError(
+                f"{unverified} is no export: move it away or choose another place"
+            )
+        log.info("%s, whose proof failed, is replaced", unverified)
         remove_directory(unverified)
     golden: Sequence[Group] = ()
     try:
@@ -211,14 +219,15 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
     latest = max(by_step)
     best = int(json.loads((by_step[latest] / STATE).read_text())["best_step"])  # -1 before any
     if wanted in ("best", "latest"):
-        step = best if wanted == "best" and best in by_step else latest
+        step = best if wanted == "best" and best >= 0 else latest
     elif wanted.isdecimal():
         step = int(wanted)
     else:
         raise ConfigError(f"--checkpoint must be best, latest or a step, got {wanted!r}")
     if step not in by_step:
         raise CheckpointError(
-            f"{run.path} has no checkpoint of step {step}; it has those of steps {sorted(by_step)}"
+            f"{run.path} has no checkpoint of step {step}; it has those of steps {sorted(by_step)}: name "
+            "one with --checkpoint"
         )
     return by_step[step], step == best
 

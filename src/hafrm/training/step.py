@@ -31,6 +31,7 @@ MEASURES = (
     "rejected_reward",
     "implicit_accuracy",
     "implicit_margin",
+    "equal_rewards",
 )
 """What a step sums over its comparisons, in this order; NaN where a head is absent."""
 # The fraction of NormBT's running mean distance that a step keeps: arXiv 2512.06343's beta.
@@ -128,6 +129,8 @@ def measure(
         implicit = method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
     parts = [absent if part is None else part for part in (loss.reward, loss.policy)]
     values = [loss.total, *parts, *sides(outputs.rewards), *sides(implicit)[:2]]
+    # accuracy counts these as wrong; not on the margin's zero alone, which nan never equals
+    values.append(absent if outputs.rewards is None else (values[4] == 0).float())
     return torch.where(batch.weights != 0, torch.stack(values), 0.0).sum(1)
 
 
