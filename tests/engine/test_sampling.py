@@ -15,7 +15,9 @@ PROMPTS = [[5, 9, 11, 30], [7], [8, 8, 21, 3, 4, 50, 60], [12, 13]]
 
 def draw(model, num=2, seed=0, prompts=PROMPTS, batch_size=32, **options):
     sampling = Sampling(**{"max_new_tokens": 6, **options})
-    return sample(model, prompts, num, sampling, eos=EOS, pad=PAD, seed=seed, batch_size=batch_size)
+    return sample(
+        model, prompts, num, sampling, ends=[EOS], pad=PAD, seed=seed, batch_size=batch_size
+    )
 
 
 def greedy_by_hand(model, prompt, limit=6):
@@ -115,7 +117,7 @@ def test_a_backbone_that_shares_prompts_writes_with_its_stock_attention():
 
 def test_progress_counts_responses_and_what_exceeds_the_model_is_refused():
     model, progress = tiny_causal_lm("llama"), []
-    options = {"eos": EOS, "pad": PAD, "seed": 0, "batch_size": 3}
+    options = {"ends": [EOS], "pad": PAD, "seed": 0, "batch_size": 3}
     options["on_progress"] = lambda *counts: progress.append(counts)
     sample(model, PROMPTS, 2, Sampling(4), **options)
     assert progress == [(3, 8), (6, 8), (8, 8)]

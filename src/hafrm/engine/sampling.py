@@ -21,25 +21,25 @@ from hafrm.progress import OnProgress, no_progress
 class Sampling:
     """How responses are drawn."""
 
-    max_new_tokens: int  # tokens of a response at most, its EOS included
+    max_new_tokens: int  # tokens of a response at most, its end included
     temperature: float = 1.0  # divides the logits; 0: always the likeliest token
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
     repetition_penalty: float = 1.0  # divides logits of tokens that are there (arXiv 1909.05858)
 
 
-def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and how to run it
+def sample(  # noqa: PLR0913 - what to draw, how, what ends and pads it, and how to run it
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     num: int,
     options: Sampling,
     *,
-    eos: int,
+    ends: Sequence[int],
     pad: int,
     seed: int,
     batch_size: int = 32,
     on_progress: OnProgress = no_progress,
 ) -> list[list[list[int]]]:
-    """For each prompt `num` responses as ids, each up to its EOS, or without one at the length limit.
+    """For each prompt `num` responses as ids, each up to the first of `ends`, or to the length limit.
 
     The same arguments give the same responses; another batch size gives others. `on_progress` counts
     responses. Raises ModelError when prompt and response exceed the model's length.
@@ -60,7 +60,7 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
         how["temperature"] = options.temperature
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=list(ends),
         pad_token_id=pad,
         repetition_penalty=options.repetition_penalty,
         use_cache=True,
@@ -74,8 +74,9 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
             batch = owners[start : start + batch_size]
             written = _generate(model, [prompts[i] for i in batch], config)
             for i, ids in zip(batch, written, strict=True):
-                # behind the first EOS is padding
-                responses[i].append(ids[: ids.index(eos) + 1] if eos in ids else ids)
+                # behind the first end is padding
+                end = next((k for k, token in enumerate(ids) if token in ends), len(ids))
+                responses[i].append(ids[: end + 1])
             on_progress(start + len(batch), len(owners))
     return responses if copies == num else [own * num for own in responses]
 

@@ -43,7 +43,7 @@ class Rollout:
     """A prompt and the responses that a policy wrote to it; a layout takes it as it is."""
 
     prompt: Prompt
-    response_ids: tuple[NDArray[np.int32], ...]  # with their EOS where the policy ended by itself
+    response_ids: tuple[NDArray[np.int32], ...]  # with their end where the policy ended by itself
     texts: tuple[str, ...]
     ended: tuple[bool, ...]
 
@@ -54,13 +54,10 @@ class Rollout:
 
 def encode_prompts(groups: Sequence[Group], encoder: Encoder, max_length: int) -> list[Prompt]:
     """The prompts of at most `max_length` tokens; none is cut, since half a question is another one."""
-    # the encoder cuts prompt from response where two different responses begin
-    asked = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
-    encoded, _ = encoder.encode(asked)
     fitting = [
-        Prompt(group.id, group.prompt, e.prompt_ids)
-        for group, e in zip(groups, encoded, strict=True)
-        if len(e.prompt_ids) <= max_length
+        Prompt(group.id, group.prompt, ids)
+        for group, ids in zip(groups, encoder.encode_prompts(groups), strict=True)
+        if len(ids) <= max_length
     ]
     num_long = len(groups) - len(fitting)
     if num_long:
@@ -78,35 +75,23 @@ def write_responses(
     seed: int,
 ) -> list[Rollout]:
     """`num` responses to each prompt; the same weights, prompts and seed give the same ones."""
+    ends = encoder.turn_ends(causal.generation_config)
     drawn = sample(
         causal,
         [prompt.ids.tolist() for prompt in prompts],
         num,
         Sampling(**section.model_dump(exclude={"batch_size"})),
-        eos=encoder.eos_id,
+        ends=ends,
         pad=encoder.pad_id,
         seed=seed,
         batch_size=section.batch_size,
     )
-    return [
-        Rollout(
-            prompt,
-            tuple(np.array(ids, np.int32) for ids in responses),
-            tuple(response_text(encoder, ids) for ids in responses),
-            tuple(ids[-1] == encoder.eos_id for ids in responses),
-        )
-        for prompt, responses in zip(prompts, drawn, strict=True)
-    ]
-
-
-def response_text(encoder: Encoder, ids: Sequence[int]) -> str:
-    """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
-    own = [token for token in ids if token != encoder.eos_id]
-    text = encoder.tokenizer.decode(
-        own, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    # a template's blank before the answer is the response's first token, and not part of its text
-    return str(text).lstrip(" ")
+    rollouts = []
+    for prompt, responses in zip(prompts, drawn, strict=True):
+        texts, ended = zip(*(encoder.read_response(ids, ends) for ids in responses), strict=True)
+        arrays = tuple(np.array(ids, np.int32) for ids in responses)
+        rollouts.append(Rollout(prompt, arrays, texts, ended))
+    return rollouts
 
 
 @dataclass(eq=False)
@@ -168,6 +153,11 @@ class Actor:
         finally:
             for module in tuned:
                 module.enable_adapters(True)
+
+    @property
+    def turn_ends(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+        return self.encoder.turn_ends(self.causal.generation_config)
 
     def write(self, prompts: Sequence[Prompt], num: int, seed: int) -> list[Rollout]:
         """`num` responses to each prompt, in the precision of training."""

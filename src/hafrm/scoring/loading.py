@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -175,6 +176,14 @@ def load_config(path: str | Path, revision: str | None = None) -> PretrainedConf
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no model directory and no known hub id: {error}") from error
     return config
+
+
+def load_generation_config(path: str | Path) -> GenerationConfig:
+    """The generation config of a directory or hub id, from its config where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return GenerationConfig.from_model_config(load_config(path))
 
 
 def model_digest(path: str | Path) -> str:
