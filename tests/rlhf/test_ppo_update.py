@@ -232,3 +232,16 @@ def test_a_response_ends_where_the_templates_turn_ends_and_its_text_stops_there(
     assert rollout.ended == (True, False)
     assert rollout.texts[0] == "The sea."
     assert rollout.response_ids[0].tolist() == [*text, sep]
+
+
+def test_the_kl_of_a_nucleus_is_that_of_its_own_draws_in_training_and_on_held_out_prompts():
+    policy, actor, *_ = build()
+    batch = rollouts()
+    plain = measure_rollouts(policy, actor, batch).kls
+    actor.sampling = SamplingSection(max_new_tokens=8, top_p=0.5, repetition_penalty=1.2)
+    assert measure_rollouts(policy, actor, batch).kls.abs().max() == 0  # not trained yet
+    with torch.no_grad():
+        actor.model.policy_head.weight.mul_(1.5)
+    measured = measure_rollouts(policy, actor, batch)
+    np.testing.assert_allclose(measured.kls.numpy(), actor.kls(batch), atol=1e-5)
+    assert not torch.allclose(measured.kls, plain)

@@ -6,13 +6,21 @@ training is left as it was: modes, cache, attention, random state.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TopPLogitsWarper,
+)
 
-from hafrm.engine.model import stock_attention
+from hafrm.engine.logprobs import chunk_rows, final_logits
+from hafrm.engine.model import HybridModel, stock_attention
 from hafrm.errors import ModelError
 from hafrm.progress import OnProgress, no_progress
 
@@ -79,6 +87,58 @@ def sample(  # noqa: PLR0913 - what to draw, how, what ends and pads it, and how
                 responses[i].append(ids[: end + 1])
             on_progress(start + len(batch), len(owners))
     return responses if copies == num else [own * num for own in responses]
+
+
+Predicted = tuple[HybridModel, Float[Tensor, "tokens hidden"]]
+"""A model, and its states that predict the tokens of a response."""
+
+
+@torch.no_grad()
+def sampled_ratios(
+    policy: Predicted,
+    reference: Predicted,
+    prompt: Int[np.ndarray, " prompt"],
+    response: Int[np.ndarray, " tokens"],
+    options: Sampling,
+) -> Float[Tensor, " tokens"]:
+    """log q - log q_ref (nat, float32) of each token of a response that `sample` drew from the policy.
+
+    q is the policy after penalty, temperature and top-p, q_ref the reference after the same penalty and
+    temperature, both over the tokens that the policy could draw. Their mean estimates a KL: never negative
+    but for noise, and 0 for equal models. log pi - log pi_ref of such draws has a mean below 0.
+    """
+    model, states = policy
+    assert model.policy_head is not None
+    device, at_once = states.device, chunk_rows(len(model.policy_head.weight), states.device.type)
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
+    penalty = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+    top_p = TopPLogitsWarper(options.top_p)
+    parts = []
+    for start in range(0, len(response), at_once):
+        ends = len(prompt) + torch.arange(start, min(start + at_once, len(response)), device=device)
+        # what stands before each token; the first id fills up, a repeated one is penalised once
+        before = torch.where(torch.arange(len(ids), device=device) < ends[:, None], ids, ids[0])
+        own, other = (
+            penalty(before, _untempered(m, hidden[start : start + at_once])) / options.temperature
+            for m, hidden in (policy, reference)
+        )
+        out_of_reach = top_p(before, own).isinf()
+        target = ids[ends][:, None]
+        out_of_reach.scatter_(1, target, False)  # rounding may differ from that of the draw
+        log_q, log_ref = (
+            z.masked_fill(out_of_reach, float("-inf")).log_softmax(-1).gather(1, target)[:, 0]
+            for z in (own, other)
+        )
+        parts.append(log_q - log_ref)
+    return torch.cat(parts)
+
+
+def _untempered(
+    model: HybridModel, hidden: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens vocab"]:
+    head, transform = model.policy_head, replace(model.transform, temperature=1.0)
+    assert head is not None
+    return final_logits(hidden, head.weight, head.bias, transform)
 
 
 def _generate(

@@ -4,6 +4,7 @@ An algorithm hands a batch's numbers to `log_batch`, and `evaluate` decides when
 and when to stop. Rewards are asked for through text: policy and reward model may have other tokenizers.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from hafrm.statistics import clustered_bootstrap
 from hafrm.training.loop import MetricsLog
 from hafrm.training.setup import load_tokenizer
 
+log = logging.getLogger("hafrm")
+
 Responses = Float[np.ndarray, " responses"]
 Measure = Literal["gold", "independent", "penalised"]
 """What selects a step: the gold reward, evaluation.reward_model's, or the reward minus a KL penalty."""
@@ -58,7 +61,9 @@ def select_measure(
     for name in _UNTRAINED:
         if name in rewards:
             return name, rewards[name]
-    return "penalised", rewards["reward"] - kl_penalty * kls
+    # a KL is never negative: a mean below 0 is noise, and earns a step nothing
+    floored = kls if kls.mean() > 0 else np.zeros_like(kls)
+    return "penalised", rewards["reward"] - kl_penalty * floored
 
 
 def reward_hacking(history: Sequence[tuple[float, Sequence[float]]]) -> str | None:
@@ -157,6 +162,13 @@ class RlhfRun:
             rewards["gold"] = np.array(gold, np.float32)
         kls = self.actor.kls(rollouts)
         self.last_kl = float(kls.mean())
+        if self.last_kl < -2.0 * float(kls.std()) / len(kls) ** 0.5:
+            log.warning(
+                "step %d: the held-out KL is estimated as %.3f nat, below 0 by more than its noise; it "
+                "counts as 0. Measure it on more prompts (evaluation.prompts)",
+                step,
+                self.last_kl,
+            )
         selected_by, scores = select_measure(rewards, kls, recipe.evaluation.kl_penalty)
         is_best = float(scores.mean()) > result.best_score
         if is_best:
