@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.results import Table, write_result
+from hafrm.run_folder import hide_secrets
 
 app = typer.Typer(
     name="hafrm",
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         app()
     except HafrmError as error:
-        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        typer.secho(hide_secrets(f"{type(error).__name__}: {error}"), fg="red", err=True)
         sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
 
 

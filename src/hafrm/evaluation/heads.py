@@ -6,7 +6,7 @@ from the two. One model is in memory at a time, and no model is changed.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_compar
 from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
+from hafrm.recipe_file import load_recipe
 from hafrm.results import read_result
 from hafrm.scoring.loading import Heads, Placement, find_heads
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
@@ -38,6 +39,19 @@ class EvaluationOptions:
     dtype: str = "auto"
     device: str | None = None
     max_bad_fraction: float = 0.02
+    max_prompt_length: int | None = None
+
+    def cut_as_trained(self, heads: Heads) -> "EvaluationOptions":
+        """The options with the lengths of the run that the heads lie in, unless a length is given: so its
+        validation, test result, comparison and evaluation see the same text."""
+        exported = (heads.reward or heads.policy or Path()).parent
+        if self.max_length is not None or exported.name != "model":
+            return self
+        try:
+            data = load_recipe(exported.parent / "recipe.yaml").data
+        except (ConfigError, OSError):  # of another kind of run, or none: the model's own limit
+            return self
+        return replace(self, max_length=data.max_length, max_prompt_length=data.max_prompt_length)
 
 
 def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
@@ -49,10 +63,15 @@ def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
     arguments: dict[str, Any] = {**vars(place), "max_length": options.max_length}
     if name == REWARD:
         assert heads.reward is not None
-        return RewardModel.from_pretrained(heads.reward, **arguments)
-    arguments["reference"] = options.reference
-    assert heads.policy is not None
-    return PolicyModel.from_pretrained(heads.policy, **arguments)
+        scorer: Scorer = RewardModel.from_pretrained(heads.reward, **arguments)
+    else:
+        arguments["reference"] = options.reference
+        assert heads.policy is not None
+        scorer = PolicyModel.from_pretrained(heads.policy, **arguments)
+    if options.max_prompt_length is not None:
+        lengths = scorer.encoder.lengths
+        scorer.encoder.lengths = replace(lengths, max_prompt_length=options.max_prompt_length)
+    return scorer
 
 
 def scorer_names(heads: Heads) -> list[str]:
@@ -80,8 +99,9 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
 
-    `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens (the
-    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad.
+    `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens are
+    cut: by default the run's data.max_length, without a run the model's limit. Of a source's rows,
+    `max_bad_fraction` may be left out as bad.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
     >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
@@ -89,8 +109,9 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """
     reading, comparisons = read_comparisons(data, max_bad_fraction)
-    options = EvaluationOptions(reference, max_length, dtype, device)
-    scores, report, rule = _score_all_heads(find_heads(model), comparisons, options, on_progress)
+    heads = find_heads(model)
+    options = EvaluationOptions(reference, max_length, dtype, device).cut_as_trained(heads)
+    scores, report, rule = _score_all_heads(heads, comparisons, options, on_progress)
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
         model=str(model),
@@ -169,7 +190,7 @@ def compare_models(
     done = over_passes(on_progress, comparisons.num_responses * len([*first, *second]))
 
     def is_right(path: str | Path) -> NDArray[np.bool_]:
-        scorer = load_main_head(path, options)  # freed at the end
+        scorer = load_main_head(path, options.cut_as_trained(find_heads(path)))  # freed at the end
         encoded, _ = scorer.encoder.encode(comparisons.groups)
         return comparisons.margins(scorer.score_encoded(encoded, done)) > 0
 

@@ -19,7 +19,7 @@ from hafrm.best_of_n.candidates import read_prompts
 from hafrm.best_of_n.endpoint import EndpointSection
 from hafrm.best_of_n.judges import Answers, Wins, compare_answers, load_judge, wins_table
 from hafrm.data.encoding import Encoder
-from hafrm.errors import ConfigError
+from hafrm.errors import CheckpointError, ConfigError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.process_pool import ProcessPool
 from hafrm.recipe import ModelSection
@@ -121,6 +121,12 @@ class ComparisonWorker:
         folder, recipe = self.folder / "runs" / run.folder, run.recipe(self.recipe)
         if (folder / "model").is_dir():
             open_run(recipe, folder, resume=True)
+            selected_by = read_result(folder / "result.json", RlhfResult).selected_by
+            if (selected_by == "gold") != (self.gold is not None):  # which no recipe names
+                raise CheckpointError(
+                    f"the policy of {folder} was selected by its {selected_by} measure, and --gold changed "
+                    "since: give it as before, or another --out"
+                )
         else:
             resume = (folder / "recipe.yaml").is_file()
             if resume and recipe.algorithm.name != "ppo":

@@ -145,7 +145,7 @@ class _Watcher(TrainerCallback):
         read = [actor.encoder.read_response(ids, actor.turn_ends) for ids in completion_ids]
         texts = [[text] for text, _ in read]
         # the prompt of several completions is laid out once all the same
-        rewards = [own[0] for own in self.rlhf.reward_model.score_batch(prompts, texts)]
+        rewards = self.rlhf.reward(prompts, texts).tolist()
         self._rewards += rewards
         penalty = self.rlhf.recipe.reward.missing_eos_penalty
         return [r - penalty * (not end) for r, (_, end) in zip(rewards, read, strict=True)]

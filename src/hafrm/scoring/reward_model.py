@@ -149,6 +149,19 @@ class Scorer(ABC):
         self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`."""
+        scores, num_cut = self._score_texts(prompts, responses, may_cut=False)
+        assert not num_cut
+        return scores
+
+    def score_batch_cut(
+        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]]
+    ) -> tuple[list[list[float]], int]:
+        """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were."""
+        return self._score_texts(prompts, responses, may_cut=True)
+
+    def _score_texts(
+        self, prompts: Sequence[PromptLike], responses: Sequence[Sequence[str]], *, may_cut: bool
+    ) -> tuple[list[list[float]], int]:
         for i, texts in enumerate(responses):
             # a string would be scored letter by letter
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -163,14 +176,15 @@ class Scorer(ABC):
             if texts
         ]
         encoded, report = self.encoder.encode(groups)
-        if report.prompts_cut or report.responses_cut or len(encoded) < len(groups):
+        num_cut = report.prompts_cut + report.responses_cut
+        if (num_cut and not may_cut) or len(encoded) < len(groups):
             raise DataError(
                 f"prompt and response are longer than {self.encoder.lengths.max_length} tokens: shorten "
                 "them, or load the model with a larger max_length"
             )
         scores = iter(self.score_encoded(encoded).tolist())
         score_of = [{text: next(scores) for text in texts} for texts in distinct]
-        return [[score_of[i][text] for text in texts] for i, texts in enumerate(responses)]
+        return [[score_of[i][text] for text in texts] for i, texts in enumerate(responses)], num_cut
 
     def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""

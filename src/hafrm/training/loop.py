@@ -338,7 +338,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         nonfinite.check()
         comparisons = len(self._steps) * self._recipe.training.batch_size
         sums = torch.stack([step.sums for step in self._steps]).sum(0)
-        means = (parallel.add_up(sums) / comparisons).tolist()
+        totals = parallel.add_up(sums)
+        num_weighted = int(totals[-1])
+        means = (totals[:-1] / num_weighted).tolist()
         tokens = parallel.add_up(sums.new_tensor(float(sum(s.num_tokens for s in self._steps))))
         norm = torch.stack([step.grad_norm for step in self._steps]).mean()
         seconds = time.perf_counter() - self._since
@@ -346,7 +348,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         values = {name: mean for name, mean in pairs if not math.isnan(mean)}
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
-                values |= with_bounds(name, values[name], comparisons)
+                values |= with_bounds(name, values[name], num_weighted)
         values |= {
             "grad_norm": float(norm),
             "learning_rate": rate,
