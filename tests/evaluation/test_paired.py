@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from typer.testing import CliRunner
 
 from hafrm.cli import app
+from hafrm.engine.model import HybridModel
 from hafrm.errors import ConfigError
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
@@ -145,3 +147,30 @@ def test_a_run_is_evaluated_at_the_length_that_it_was_trained_at(model, files, t
     assert evaluate(run, files, max_length=128).accuracy == whole.accuracy
     right, wrong = (compare_models([path], [], files).sets[-1].first for path in (run, model))
     assert (right.value, wrong.value) == (cut.accuracy.value, whole.accuracy.value)
+
+
+def test_both_heads_of_a_run_are_read_from_one_forward_and_of_two_backbones_from_two(
+    model, files, tmp_path, monkeypatch
+) -> None:
+    forwards = []
+    hidden_states = HybridModel.hidden_states
+
+    def counted(self, *args, **kwargs):
+        forwards.append(len(args))
+        return hidden_states(self, *args, **kwargs)
+
+    monkeypatch.setattr(HybridModel, "hidden_states", counted)
+    apart = [evaluate(model / head, files).accuracy for head in ("reward", "policy")]
+    num_apart = len(forwards)
+    both = evaluate(model, files)
+    assert (both.accuracy, both.sets[-1].implicit.accuracy) == tuple(apart)
+    assert len(forwards) - num_apart == num_apart / 2
+
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    weights = load_file(other / "reward/model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "reward/model.safetensors", metadata={"format": "pt"})
+    forwards.clear()
+    assert evaluate(other, files).sets[-1].implicit.accuracy == apart[1]
+    assert len(forwards) == num_apart

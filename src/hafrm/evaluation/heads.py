@@ -21,7 +21,13 @@ from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
 from hafrm.results import read_result
-from hafrm.scoring.loading import Heads, Placement, find_heads
+from hafrm.scoring.loading import (
+    Heads,
+    Placement,
+    find_heads,
+    load_encoder,
+    shared_reward_head,
+)
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import accuracy_interval, paired_bootstrap
 
@@ -134,12 +140,16 @@ def _score_all_heads(
 ) -> tuple[Scores, EncodingReport, str | None]:
     """Each head's scores, the main head's first, with its encoder's report; and the fused rule in words."""
     scores, reports, lengths, rule = Scores(), list[EncodingReport](), None, None
-    names = scorer_names(heads)
+    both = _load_both(heads, options)
+    names = scorer_names(heads) if both is None else [IMPLICIT]
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
-        scorer = load_head(heads, name, options)
+        scorer = load_head(heads, name, options) if both is None else both
         tokenized, report = scorer.encoder.encode(comparisons.groups)
-        scores[name] = scorer.score_encoded(tokenized, done)
+        if both is None:
+            scores[name] = scorer.score_encoded(tokenized, done)
+        else:
+            scores[REWARD], scores[IMPLICIT] = both.score_both(tokenized, done)
         reports.append(report)
         if isinstance(scorer, PolicyModel) and not scorer.rule.per_token:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
@@ -150,6 +160,21 @@ def _score_all_heads(
         # it follows from the other two, without a pass of its own
         scores[FUSED] = fused_scores(scores[REWARD], scores[IMPLICIT], rule, lengths)
     return scores, reports[0], None if rule is None else str(rule)
+
+
+def _load_both(heads: Heads, options: EvaluationOptions) -> PolicyModel | None:
+    """The policy with the reward head on its one backbone; None where the two exports do not share it."""
+    if heads.reward is None or heads.policy is None:
+        return None
+    policy = load_head(heads, IMPLICIT, options)
+    assert isinstance(policy, PolicyModel)
+    encoder = load_encoder(heads.reward, policy.model.backbone.config, options.max_length)
+    encoder.lengths = policy.encoder.lengths
+    # with pad as its EOS the reward would be read at another token than the policy ends at
+    if encoder.cache_key != policy.encoder.cache_key or encoder.pad_id == encoder.eos_id:
+        return None
+    policy.model.reward_head = shared_reward_head(heads.reward, policy.model)
+    return None if policy.model.reward_head is None else policy
 
 
 def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins]) -> SetResult:

@@ -26,7 +26,7 @@ from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import read_result
-from hafrm.scoring.forward import run_forward
+from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
 PromptLike = str | Sequence[Mapping[str, Any] | Message]
@@ -292,7 +292,17 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
+        return self._implicit(self._run(self.model, encoded, on_progress=on_progress), encoded)
+
+    def score_both(
+        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(rewards, implicit rewards) from one forward; the policy's model must have a reward head too."""
         scores = self._run(self.model, encoded, on_progress=on_progress)
+        assert scores.rewards is not None
+        return scores.rewards, self._implicit(scores, encoded)
+
+    def _implicit(self, scores: Scores, encoded: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
         implicit: Any = scores.logps
         if self.reference is not None:
             implicit = implicit - self._run(self.reference, encoded).logps
