@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
+from hafrm.engine.model import longest_sequence
 from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
 from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
@@ -25,6 +26,7 @@ from hafrm.scoring.loading import (
     Heads,
     Placement,
     find_heads,
+    load_config,
     load_encoder,
     shared_reward_head,
 )
@@ -57,6 +59,9 @@ class EvaluationOptions:
             data = load_recipe(exported.parent / "recipe.yaml").data
         except (ConfigError, OSError):  # of another kind of run, or none: the model's own limit
             return self
+        limit = longest_sequence(load_config(heads.reward or heads.policy or exported))
+        if limit is not None and limit < data.max_length:
+            return self  # the model's own limit is the shorter one
         return replace(self, max_length=data.max_length, max_prompt_length=data.max_prompt_length)
 
 
@@ -101,6 +106,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     dtype: str = "auto",
     device: str | None = None,
     max_bad_fraction: float = 0.02,
+    max_prompt_length: int | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
@@ -116,7 +122,10 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     """
     reading, comparisons = read_comparisons(data, max_bad_fraction)
     heads = find_heads(model)
-    options = EvaluationOptions(reference, max_length, dtype, device).cut_as_trained(heads)
+    options = EvaluationOptions(
+        reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
+    )
+    options = options.cut_as_trained(heads)
     scores, report, rule = _score_all_heads(heads, comparisons, options, on_progress)
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
