@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from hafrm.run_folder import (
     ResumableFolder,
     RunFolder,
     describe_process,
+    hide_secrets,
     read_json_lines,
     step_of,
     write_cache,
@@ -529,3 +531,35 @@ def test_jobs_refuse_folders_of_something_else_files_and_folders_in_use(
     with ResumableFolder.open(tmp_path / "out", "b"):
         refused(tmp_path / "out", "b", "in use")
     refused(tmp_path / "out", "other", "no job of this kind")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--judge http://me:SECRET@host:80/v1",
+        "--judge http://me:p@SECRET@host/v1",
+        "--api-key SECRET",
+        "judge.request='{api_key: SECRET, top_p: 1}'",
+        '\'policy.request={"headers": {"Authorization": "Bearer SECRET"}}\'',
+        "--policy-request api_key=SECRET",
+    ],
+)
+def test_passwords_and_keys_reach_neither_provenance_nor_manifests(
+    tmp_path: Path, monkeypatch, typed: str
+):
+    monkeypatch.setattr(sys, "argv", ["hafrm", "best-of-n", *shlex.split(typed), "draw.num=4"])
+    command = describe_process()["command"]
+    assert "SECRET" not in command
+    assert command.endswith("draw.num=4")
+    key = {"judge": {"url": typed, "request": {"api_key": "SECRET", "max_tokens": 5}}}
+    with ResumableFolder.open(tmp_path / "job", "a job") as folder:
+        folder.claim("x.jsonl", key, has_content=False)
+        folder.claim("x.jsonl", key, has_content=True)
+    written = (tmp_path / "job/manifest.json").read_text()
+    assert "SECRET" not in written
+    assert '"max_tokens": 5' in written
+
+
+def test_what_is_no_secret_is_not_hidden():
+    for text in ("max_tokens: 512", "the password is wrong", "http://host/a@b", "eos_token=x"):
+        assert hide_secrets(text) == text

@@ -76,6 +76,35 @@ def _drop_after(path: Path, step: int) -> None:
         atomic_write(path, content)
 
 
+_KEY = (
+    r"(?:api|secret|access)[_-]?key|passw(?:or)?d|secret|authorization|(?:auth|access|hf)[_-]?token"
+)
+_SECRET = re.compile(
+    # user:password@ of an address; then name: value, name=value and --name value
+    r"(?P<scheme>\w://)[^/\s'\"]+@"
+    rf"|(?P<name>[\w-]*(?:{_KEY})['\"]?\s*[:=]\s*|--[\w-]*(?:{_KEY})\s+)"
+    r"(?:'[^']*'|\"[^\"]*\"|(?:Bearer\s+)?[^\s'\",}]+)",
+    re.I,
+)
+
+
+def hide_secrets(text: str) -> str:
+    """The text with *** for passwords in addresses, and for the values of settings such as `api_key`."""
+    return _SECRET.sub(lambda m: f"{m['scheme']}***@" if m["scheme"] else f"{m['name']}***", text)
+
+
+def without_secrets(plain: Any) -> Any:
+    """JSON data without what `hide_secrets` hides."""
+    if isinstance(plain, dict):
+        return {
+            name: "***" if re.search(_KEY, name, re.I) else without_secrets(value)
+            for name, value in plain.items()
+        }
+    if isinstance(plain, list):
+        return [without_secrets(value) for value in plain]
+    return hide_secrets(plain) if isinstance(plain, str) else plain
+
+
 def describe_process() -> dict[str, Any]:
     """When, where and with what this process runs, to publish: without host name and home directory."""
     versions = {"python": platform.python_version()}
@@ -83,6 +112,7 @@ def describe_process() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     command, home = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), os.path.expanduser("~")
+    command = hide_secrets(command)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command if home in {"~", "/"} else command.replace(home + "/", "~/"),
@@ -323,7 +353,7 @@ class ResumableFolder:
 
     def claim(self, name: str, cache_key: CacheKey, *, has_content: bool) -> None:
         """Note what `name` depends on; raises CheckpointError where it has content of something else."""
-        new = json.loads(json.dumps(to_plain(cache_key), sort_keys=True))
+        new = without_secrets(json.loads(json.dumps(to_plain(cache_key), sort_keys=True)))
         file = self.path / MANIFEST
         try:
             outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]

@@ -151,12 +151,12 @@ def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp
     assert "the policy has room for 251" in refused[0].error
     assert len(answered) == 2
     tokenizer = policy.encoder.tokenizer
-    assert policy.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert policy.turn_ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     asked = []
 
     def end_at_once(input_ids=None, **_):
         asked.append(input_ids.tolist())
-        return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.end_of_turn)], 1)
+        return torch.cat([input_ids, torch.full((len(input_ids), 1), policy.turn_ends[0])], 1)
 
     policy.model.generate = end_at_once
     assert policy.write(PROMPTS[:1], 2, ROUND) == [[Reply(""), Reply("")]]
@@ -175,7 +175,7 @@ def test_policies_without_template_are_refused_with_the_fix(tmp_path):
         "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     )
     policy = LocalPolicy(base, DrawSection())
-    assert policy.end_of_turn == policy.encoder.eos_id
+    assert policy.turn_ends == (policy.encoder.eos_id,)
 
 
 def connect(fake, cache) -> EndpointPolicy:

@@ -122,3 +122,21 @@ def test_a_missing_client_is_refused_with_the_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ConfigError, match=r"pip install 'hafrm\[judge\]'"):
         Endpoint("http://x/v1")
+
+
+def test_a_password_in_the_address_is_sent_and_neither_shown_nor_kept(tmp_path):
+    def answer(body):
+        echo = f"api_key={body['api_key']}"
+        return says("ok") if content(body) == "a" else fails(400, echo)
+
+    with serving(answer) as fake:
+        url = fake.url.replace("://", "://me:SECRET@")
+        section = EndpointSection(retries=0, request={"api_key": "SECRET"})
+        endpoint = Endpoint(url, section, cache=tmp_path)
+        replies = endpoint.ask([conversation("a"), conversation("b")], {})
+        assert fake.asked[0]["api_key"] == "SECRET"
+    assert replies[0] == Reply("ok")
+    shown = [repr(replies), endpoint.url, repr(endpoint.cache_key({}))]
+    with pytest.raises(ServerError) as caught:
+        Endpoint(url, section, cache=tmp_path).ask([conversation("c")], {})
+    assert "SECRET" not in "".join([*shown, str(caught.value)])

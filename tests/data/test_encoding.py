@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hafrm.data.encoding import Encoder, LengthPolicy
 from hafrm.data.reader import read_preferences
@@ -416,3 +421,46 @@ def test_real_preferences_get_the_ids_of_a_consumer_and_no_special_token_can_be_
     for e in encoded:
         wanted = special_ids(encoder, joined(e, 2))
         assert special_ids(encoder, joined(e, 0)) == special_ids(encoder, joined(e, 1)) == wanted
+
+
+R1_LIKE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|sep|>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}"
+    "{{ '<|im_start|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|sep|><think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [QWEN3_LIKE, R1_LIKE, CHATML, GEMMA_LIKE, LLAMA3_LIKE])
+def test_a_policy_is_asked_with_the_templates_own_generation_prompt(template):
+    """A thinking template writes another text before a finished answer than it asks with."""
+    encoder = Encoder(chat_tokenizer(template), close=False)
+    (ids,) = encoder.encode_prompts([group("Why <|im_end|> so?")])
+    messages = [{"role": "user", "content": "Why <|im_end|> so?"}]
+    text = encoder.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    # where only blanks differ, they are the response's first token, as in training
+    assert encoder.tokenizer.decode(ids) in (text, text.rstrip())
+    assert ids.tolist().count(encoder.eos_id) <= 1  # the typed one is plain text
+
+
+def test_a_template_without_a_generation_prompt_asks_with_what_precedes_an_answer():
+    encoder = Encoder(chat_tokenizer(MISTRAL_LIKE), close=False)
+    (encoded,), _ = encoder.encode([group("Why?")])
+    assert np.array_equal(encoder.encode_prompts([group("Why?")])[0], encoded.prompt_ids)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_a_turn_ends_at_its_templates_token_the_eos_and_those_of_the_generation_config(close):
+    encoder = Encoder(chat_tokenizer(GEMMA_LIKE), close=close)
+    sep, eos, end = encoder.tokenizer.convert_tokens_to_ids(
+        ["<|sep|>", "<|im_end|>", "<|endoftext|>"]
+    )
+    letter = encoder.tokenizer.convert_tokens_to_ids("a")
+    ends = encoder.turn_ends(GenerationConfig(eos_token_id=[eos, end, letter]))
+    assert ends == (sep, eos, end)  # a letter is transformers' default for another tokenizer
+    assert encoder.turn_ends() == (sep, eos)
+    text = encoder.tokenizer.encode(" The sea.<|im_start|>")
+    assert encoder.read_response([*text, sep, *text], ends) == ("The sea.<|im_start|>", True)
+    assert encoder.read_response(text, ends) == ("The sea.<|im_start|>", False)

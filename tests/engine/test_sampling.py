@@ -1,11 +1,14 @@
 """Sampling: what is drawn, that nothing else decides, and that a model in training is left as it was."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from hafrm.engine.model import HybridModel, split_causal_lm
-from hafrm.engine.sampling import Sampling, sample
+from hafrm.engine.sampling import Sampling, sample, sampled_ratios
 from hafrm.errors import ModelError
 from support.models import VOCAB, tiny_causal_lm
 
@@ -15,7 +18,9 @@ PROMPTS = [[5, 9, 11, 30], [7], [8, 8, 21, 3, 4, 50, 60], [12, 13]]
 
 def draw(model, num=2, seed=0, prompts=PROMPTS, batch_size=32, **options):
     sampling = Sampling(**{"max_new_tokens": 6, **options})
-    return sample(model, prompts, num, sampling, eos=EOS, pad=PAD, seed=seed, batch_size=batch_size)
+    return sample(
+        model, prompts, num, sampling, ends=[EOS], pad=PAD, seed=seed, batch_size=batch_size
+    )
 
 
 def greedy_by_hand(model, prompt, limit=6):
@@ -115,10 +120,51 @@ def test_a_backbone_that_shares_prompts_writes_with_its_stock_attention():
 
 def test_progress_counts_responses_and_what_exceeds_the_model_is_refused():
     model, progress = tiny_causal_lm("llama"), []
-    options = {"eos": EOS, "pad": PAD, "seed": 0, "batch_size": 3}
+    options = {"ends": [EOS], "pad": PAD, "seed": 0, "batch_size": 3}
     options["on_progress"] = lambda *counts: progress.append(counts)
     sample(model, PROMPTS, 2, Sampling(4), **options)
     assert progress == [(3, 8), (6, 8), (8, 8)]
     with pytest.raises(ModelError, match="lower max_new_tokens"):
         draw(model, max_new_tokens=125)
     assert draw(model, prompts=[]) == []
+
+
+def test_log_ratios_of_what_can_be_drawn_average_to_a_kl_divergence():
+    """Over the nucleus S: sum_S q (log q - log q_ref) >= 0, where log pi - log pi_ref averages below it."""
+    models = []
+    for seed in (0, 1):
+        backbone, head = split_causal_lm(tiny_causal_lm("llama", seed=seed))
+        transform = replace(HybridModel(backbone, policy_head=head).transform, temperature=0.7)
+        model = HybridModel(backbone, policy_head=head, sharing=False)
+        model.transform = transform
+        models.append(model)
+    options = Sampling(4, temperature=0.7, top_p=0.6, repetition_penalty=1.5)
+    prompt = np.array([5, 9, 11], np.int32)
+    with torch.no_grad():
+        hidden = [
+            m.backbone(torch.tensor([prompt.tolist()])).last_hidden_state[0, -1:] for m in models
+        ]
+        logits = [m.policy_head(h)[0] for m, h in zip(models, hidden, strict=True)]
+    for z in logits:
+        z[prompt] = torch.where(z[prompt] < 0, z[prompt] * 1.5, z[prompt] / 1.5)
+        z.div_(0.7)
+    p = logits[0].softmax(-1)
+    order = p.argsort(descending=True)
+    num = int((p[order].cumsum(0) < 0.6).sum()) + 1
+    nucleus = order[:num].tolist()
+    assert 1 < num < VOCAB
+    log_q, log_ref = (z[nucleus].log_softmax(-1) for z in logits)
+    ratios = torch.cat(
+        [
+            sampled_ratios(
+                *zip(models, hidden, strict=True), prompt, np.array([i], np.int32), options
+            )
+            for i in nucleus
+        ]
+    )
+    torch.testing.assert_close(ratios, log_q - log_ref, atol=1e-5, rtol=1e-5)
+    assert (log_q.exp() * ratios).sum() > 0
+    same = sampled_ratios(
+        (models[0], hidden[0]), (models[0], hidden[0]), prompt, prompt[:1], options
+    )
+    assert same.tolist() == [0.0]

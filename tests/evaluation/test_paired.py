@@ -1,20 +1,24 @@
 """Two models on the same comparisons: what differs, how sure that is, and how many sets were looked at."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from typer.testing import CliRunner
 
 from hafrm.cli import app
+from hafrm.engine.model import HybridModel
 from hafrm.errors import ConfigError
 from hafrm.evaluation import compare_models, evaluate
 from hafrm.evaluation.paired import adjusted, compare_correct
+from hafrm.recipe_file import dump_recipe
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
-from support.tiny_runs import write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,45 @@ def test_the_command_tells_rivals_from_seeds_by_their_names(model, files, tmp_pa
         assert (saved["first"], saved["second"]) == ([*map(str, first)], [*map(str, second)])
         assert ("Holm" in result.output) == bool(second)
         assert ("over seeds" in result.output) == (len(first) > 1)
+
+
+def test_a_run_is_evaluated_at_the_length_that_it_was_trained_at(model, files, tmp_path) -> None:
+    """As its validation, its test result and `hafrm compare`; an exported directory has no run."""
+    run = tmp_path / "run"
+    shutil.copytree(model, run / "model")
+    recipe = tiny_recipe(tmp_path, data={"max_length": 24, "max_prompt_length": 16})
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    whole, cut = (evaluate(path, files) for path in (model, run))
+    assert whole.responses_cut == 0
+    assert cut.prompts_cut > 0
+    assert cut.accuracy == evaluate(run / "model", files).accuracy
+    assert evaluate(run, files, max_length=128).accuracy == whole.accuracy
+    right, wrong = (compare_models([path], [], files).sets[-1].first for path in (run, model))
+    assert (right.value, wrong.value) == (cut.accuracy.value, whole.accuracy.value)
+
+
+def test_both_heads_of_a_run_are_read_from_one_forward_and_of_two_backbones_from_two(
+    model, files, tmp_path, monkeypatch
+) -> None:
+    forwards = []
+    hidden_states = HybridModel.hidden_states
+
+    def counted(self, *args, **kwargs):
+        forwards.append(len(args))
+        return hidden_states(self, *args, **kwargs)
+
+    monkeypatch.setattr(HybridModel, "hidden_states", counted)
+    apart = [evaluate(model / head, files).accuracy for head in ("reward", "policy")]
+    num_apart = len(forwards)
+    both = evaluate(model, files)
+    assert (both.accuracy, both.sets[-1].implicit.accuracy) == tuple(apart)
+    assert len(forwards) - num_apart == num_apart / 2
+
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    weights = load_file(other / "reward/model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "reward/model.safetensors", metadata={"format": "pt"})
+    forwards.clear()
+    assert evaluate(other, files).sets[-1].implicit.accuracy == apart[1]
+    assert len(forwards) == num_apart

@@ -1,5 +1,6 @@
 """Golden scores asked of servers of every protocol: found by themselves, right, wrong, or a clear error."""
 
+import base64
 import json
 import math
 import time
@@ -129,3 +130,20 @@ def test_messages_without_text_are_refused(tmp_path):
     file.write_text(json.dumps({"messages": messages, "reward": 1.0}) + "\n")
     with pytest.raises(DataError, match="without rendered `text`"):
         verify_server("http://127.0.0.1:9", file)
+
+
+def test_a_password_in_the_address_is_sent_and_not_shown(golden):
+    keys, answer = [], vllm(right)
+
+    def noted(path, body):
+        keys.append(body.get("_authorization"))
+        return answer(path, body)
+
+    with serving(noted) as url:
+        replay = verify_server(url.replace("://", "://me:p%40ss@"), golden)
+    assert replay.ok
+    assert set(keys[1:]) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
+    assert "ss@" not in repr(replay)
+    with pytest.raises(ServerError) as caught:
+        verify_server("http://me:SECRET@127.0.0.1:9", golden)
+    assert "SECRET" not in str(caught.value)

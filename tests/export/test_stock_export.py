@@ -8,15 +8,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     pipeline,
 )
 
+from hafrm.data.encoding import Encoder
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
 from hafrm.export.checklist import replay_directory
-from hafrm.export.stock_export import StockWeights, export_reward, gather_weights
+from hafrm.export.stock_export import (
+    StockWeights,
+    export_policy,
+    export_reward,
+    gather_weights,
+)
 from hafrm.preferences import Message
 from hafrm.scoring.reward_model import RewardModel
+from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer
 from support.export_faults import FAULTS
 from support.exports import GOLDEN_GROUP, export_both, hybrid_with_encoder
 from support.models import FAMILIES
@@ -103,3 +111,17 @@ def test_the_golden_replay_finds_a_planted_fault(good, tmp_path, fault):
     FAULTS[fault][1](folder)
     replay = replay_directory(folder)
     assert replay.faults or max(replay.differences.values()) > 1e-3
+
+
+def test_plain_generation_stops_where_the_templates_turn_and_the_base_end(tmp_path):
+    """Gemma and Llama 3 end turns in a token that is not the tokenizer's EOS."""
+    model, _ = hybrid_with_encoder()
+    encoder = Encoder(chat_tokenizer(GEMMA_LIKE), max_length=128)
+    sep, end = encoder.tokenizer.convert_tokens_to_ids(["<|sep|>", "<|endoftext|>"])
+    GenerationConfig(eos_token_id=[encoder.eos_id, end]).save_pretrained(tmp_path)
+    for place, ends in ((tmp_path, [sep, encoder.eos_id, end]), ("gone", [sep, encoder.eos_id])):
+        model.backbone.config._name_or_path = str(place)
+        export_policy(gather_weights(model), encoder, tmp_path / "policy")
+        config = GenerationConfig.from_pretrained(tmp_path / "policy")
+        assert config.eos_token_id == ends
+        shutil.rmtree(tmp_path / "policy")

@@ -150,3 +150,11 @@ def test_what_cannot_be_understood_is_refused_with_the_fix(tmp_path, assignment,
     file = recipe_file(tmp_path, tiny_rlhf(tmp_path))
     result = CliRunner().invoke(app, ["rlhf", str(file), assignment, "--out", str(tmp_path / "o")])
     assert message in str(result.exception)
+
+
+def test_policies_that_gold_selected_are_not_reused_without_it(tmp_path):
+    """No recipe names gold, which selects the steps."""
+    recipe = comparison(tmp_path, evaluation={"every": 1, "reward_model": str(tmp_path / "other")})
+    compare_policies(recipe, tmp_path / "out", gold=gold)
+    with pytest.raises(CheckpointError, match=r"selected by its gold measure.*--out"):
+        compare_policies(recipe, tmp_path / "out")

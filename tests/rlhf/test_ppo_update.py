@@ -3,19 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.errors import NumericsError
+from hafrm.preferences import Group, Message
 from hafrm.recipe import LoraSection
-from hafrm.rlhf.actor import Actor, Prompt, Rollout
+from hafrm.rlhf.actor import Actor, Prompt, Rollout, encode_prompts, write_responses
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, pack, update
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection, SamplingSection
 from hafrm.training.setup import inject_lora
 from hafrm.training.step import build_optimizer
-from support.chat_tokenizers import chat_tokenizer
+from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer
 from support.models import tiny_causal_lm, token_groups
 from support.reference_ppo import ReferencePpo, ReferenceRules
+from support.tiny_runs import write_base
 
 SHAPES = [(5, (4, 7)), (3, (1, 2)), (9, (6, 3)), (4, (5, 5))]
 SCORES = [1.0, -0.5, 2.0, 0.3, -1.2, 0.7, 0.0, 1.5]
@@ -196,3 +199,37 @@ def test_the_better_of_two_arms_is_learned_unless_distance_is_expensive():
     assert bad < 0.1
     good, bad = play(kl_coefficient=20.0, num_batches=4)
     assert abs(good - bad) < 0.35
+
+
+def test_a_response_ends_where_the_templates_turn_ends_and_its_text_stops_there(tmp_path):
+    """Gemma's turns end in a token that is not the tokenizer's EOS."""
+    causal = AutoModelForCausalLM.from_pretrained(write_base(tmp_path))
+    encoder = Encoder(chat_tokenizer(GEMMA_LIKE), max_length=100)
+    (sep,) = encoder.tokenizer.encode("<|sep|>")
+    text = encoder.tokenizer.encode("The sea.")
+
+    def generate(input_ids=None, generation_config=None, **_):
+        assert sep in generation_config.eos_token_id
+        tail = torch.tensor([[*text, sep, encoder.pad_id], [*text, *text[:2]]])
+        return torch.cat([input_ids, tail], 1)
+
+    causal.generate = generate
+    (prompt,) = encode_prompts([Group("g", (Message("user", "Where?"),), ())], encoder, 50)
+    section = SamplingSection(max_new_tokens=len(text) + 2)
+    (rollout,) = write_responses(causal, encoder, [prompt], 2, section, seed=0)
+    assert rollout.ended == (True, False)
+    assert rollout.texts[0] == "The sea."
+    assert rollout.response_ids[0].tolist() == [*text, sep]
+
+
+def test_the_kl_of_a_nucleus_is_that_of_its_own_draws_in_training_and_on_held_out_prompts():
+    policy, actor, *_ = build()
+    batch = rollouts()
+    plain = measure_rollouts(policy, actor, batch).kls
+    actor.sampling = SamplingSection(max_new_tokens=8, top_p=0.5, repetition_penalty=1.2)
+    assert measure_rollouts(policy, actor, batch).kls.abs().max() == 0  # not trained yet
+    with torch.no_grad():
+        actor.model.policy_head.weight.mul_(1.5)
+    measured = measure_rollouts(policy, actor, batch)
+    np.testing.assert_allclose(measured.kls.numpy(), actor.kls(batch), atol=1e-5)
+    assert not torch.allclose(measured.kls, plain)

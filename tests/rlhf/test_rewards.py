@@ -21,6 +21,12 @@ def test_the_best_step_is_selected_by_gold_then_the_independent_reward_then_the_
         assert (selected_by, scores.tolist()) == (name, values)
 
 
+def test_a_negative_estimate_of_the_kl_earns_a_step_nothing():
+    rewards = {"reward": np.array([1.0, 3.0], np.float32)}
+    _, scores = select_measure(rewards, np.array([-5.0, 4.0], np.float32), 0.5)
+    assert scores.tolist() == [1.0, 3.0]
+
+
 START, END = [3.0, 1.0, 2.0, 5.0], [2.0, -0.2, 1.2, 4.0]
 """Paired changes (-1, -1.2, -0.8, -1): mean -1, standard error 0.163 / 2."""
 NOISE = [0.0, 2.0, 1.0, 4.0]

@@ -251,3 +251,14 @@ def test_every_prompt_is_asked_once_a_pass_and_each_pass_has_an_order_of_its_own
     assert passes[0] != passes[1] != passes[2]
     assert prompts_of_step(3, 0, 7, seed=0).tolist() == prompts_of_step(3, 0, 7, seed=0).tolist()
     assert sorted(prompts_of_step(3, 0, 6, seed=0).tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_response_longer_than_the_reward_model_takes_is_scored_cut_and_counted(tmp_path, caplog):
+    short = write_reward(tmp_path, "short")
+    config = json.loads((short / "config.json").read_text())
+    # a prompt has 17 tokens or so, and a response up to 6 and its end
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    recipe = tiny_rlhf(tmp_path, reward={"model": str(short)}, training={"steps": 1})
+    result = train_policy(recipe, tmp_path / "run")
+    assert result.num_cut > 0
+    assert "are scored cut" in caplog.text

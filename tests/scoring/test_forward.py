@@ -90,3 +90,15 @@ def test_a_row_that_runs_out_of_memory_is_run_in_halves_with_the_same_scores(
     short_of_memory(monkeypatch, 10, training=False)
     with pytest.raises(MemoryBudgetError, match=r"do not fit into memory .* bfloat16"):
         run_forward(model, GROUPS, max_tokens=10_000)
+
+
+def test_equal_ids_get_equal_scores_wherever_they_lie(model):
+    """The same prompt and response twice in a group, and once more in a group of its own."""
+    again = [TokenGroup(g.prompt_ids, (*g.response_ids, g.response_ids[0])) for g in GROUPS]
+    again += [TokenGroup(g.prompt_ids.copy(), (g.response_ids[0].copy(),)) for g in GROUPS]
+    scores = run_forward(model, again, max_tokens=40)
+    last = np.cumsum([len(g.response_ids) for g in again]) - 1
+    for values in (scores.rewards, scores.logps):
+        first = values[scores.first[: len(GROUPS)]]
+        assert np.array_equal(first, values[last[: len(GROUPS)]])
+        assert np.array_equal(first, values[last[len(GROUPS) :]])

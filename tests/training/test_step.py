@@ -69,7 +69,8 @@ def test_measures_are_what_a_slow_computation_gives():
     ratio = (outputs.logps - batch.reference_logps).detach()
     implicit = 0.1 * (ratio[batch.chosen] - ratio[batch.rejected])
     sums = one_step(tiny_hybrid(seed=1), [batch], get_method("haf")).sums
-    measured = dict(zip(MEASURES, sums.tolist(), strict=True))
+    measured = dict(zip((*MEASURES, "num"), sums.tolist(), strict=True))
+    assert measured["num"] == 16
     reward = torch.nn.functional.softplus(-margins).sum().item()
     policy = torch.nn.functional.softplus(-implicit).sum().item()
     assert measured["reward_loss"] == pytest.approx(reward, rel=1e-4)
@@ -78,6 +79,20 @@ def test_measures_are_what_a_slow_computation_gives():
     assert measured["accuracy"] == (margins > 0).sum().item()
     assert measured["margin"] == pytest.approx(margins.sum().item(), rel=1e-4)
     assert measured["implicit_accuracy"] == (implicit > 0).sum().item()
+
+
+def test_comparisons_of_weight_0_are_in_neither_side_of_a_metric():
+    groups = pairs()
+    weightless = [
+        replace(g, comparisons=(Comparison(0, 1, weight=0.0),)) if i % 2 else g
+        for i, g in enumerate(groups)
+    ]
+    some, all_of_half = (
+        one_step(tiny_hybrid(seed=1), micro_batches(own, 40), get_method("bt")).sums
+        for own in (weightless, groups[::2])
+    )
+    assert some[-1] == all_of_half[-1] == 8
+    torch.testing.assert_close(some, all_of_half, equal_nan=True)
 
 
 def test_a_non_finite_loss_or_gradient_stops_before_the_update_and_names_the_groups():

@@ -33,6 +33,7 @@ from hafrm.scoring.loading import (
     find_heads,
     load_causal_lm,
     load_config,
+    load_generation_config,
     model_digest,
 )
 
@@ -85,7 +86,7 @@ class Candidates:
         """Take in what a policy wrote, as far as it is new and needed."""
         self.error = replies[0].error
         for reply in replies if self.error is None else ():
-            text = reply.text.strip()
+            text = reply.text
             self.num_cut += not reply.ended
             is_new = section.repeats or text not in self.texts
             if not is_usable_text(text):
@@ -180,7 +181,7 @@ class LocalPolicy:
                 "policy trained on chats"
             )
         self.encoder = Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
-        self.end_of_turn = _end_of_turn(self.encoder)
+        self.turn_ends = self.encoder.turn_ends(load_generation_config(directory))
         self._dtype = choose_dtype(directory, place.dtype, place.device)
         text_config = load_config(directory).get_text_config()
         self._positions = getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT
@@ -191,6 +192,7 @@ class LocalPolicy:
         return {
             "policy": f"{model_digest(self._directory)} {self.encoder.cache_key} {self._dtype}",
             **asdict(self.options),
+            "turn_ends": self.turn_ends,
             "batch_size": self.batch_size,
         }
 
@@ -207,8 +209,8 @@ class LocalPolicy:
                 [prompt for prompt in ids if not isinstance(prompt, str)],
                 num,
                 self.options,
-                eos=self.end_of_turn,
-                pad=self.end_of_turn if self.encoder.pad_id is None else self.encoder.pad_id,
+                ends=self.turn_ends,
+                pad=self.turn_ends[0] if self.encoder.pad_id is None else self.encoder.pad_id,
                 seed=seed,
                 batch_size=self.batch_size,
             )
@@ -223,31 +225,17 @@ class LocalPolicy:
     def _prompt_ids(self, prompt: Group) -> list[int] | str:
         """The prompt up to the response, or why it cannot be answered."""
         try:
-            # the encoder needs a response to find where the prompt ends
-            (encoded,), _ = self.encoder.encode([replace(prompt, responses=("x",))])
+            ids: list[int] = self.encoder.encode_prompts([prompt])[0].tolist()
         except DataError as error:
             return f"not encodable: {error}"
         room = self._positions - self.options.max_new_tokens
-        ids: list[int] = encoded.prompt_ids.tolist()
         if len(ids) > room:
             return f"too long: the prompt has {len(ids)} tokens, the policy has room for {room}"
         return ids
 
     def _decode(self, ids: list[int]) -> Reply:
-        ended = bool(ids) and ids[-1] == self.end_of_turn
-        text = self.encoder.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return Reply(str(text), ended=ended)
-
-
-def _end_of_turn(encoder: Encoder) -> int:
-    """The first special token after a response: what an assistant's turn ends in, or else the EOS."""
-    example = Group("example", (Message("user", "x"),), ("x",))
-    (encoded,), _ = encoder.encode([example])
-    special = {i for i, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [token for token in encoded.response_ids[0].tolist() if token in special]
-    return int(ends[0] if ends else encoder.eos_id)
+        text, ended = self.encoder.read_response(ids, self.turn_ends)
+        return Reply(text, ended=ended)
 
 
 class EndpointPolicy:
@@ -279,7 +267,8 @@ class EndpointPolicy:
             )
             for i, answer in zip(accepted, answers, strict=True):
                 refusal = [Reply(error=f"not encodable: {answer.error}")]
-                replies[i] = refusal if answer.error is not None else [*replies[i], answer]
+                stripped = replace(answer, text=answer.text.strip())
+                replies[i] = refusal if answer.error is not None else [*replies[i], stripped]
             if k == 0:
                 require_some(answers, self.endpoint.url)
         return replies

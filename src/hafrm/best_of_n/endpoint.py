@@ -23,7 +23,7 @@ from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section, Text
-from hafrm.run_folder import cache_folder
+from hafrm.run_folder import cache_folder, hide_secrets, without_secrets
 
 log = logging.getLogger("hafrm")
 # bad request, too large, unprocessable: the next request may be fine
@@ -75,7 +75,7 @@ class Endpoint:
             raise ConfigError(
                 f"endpoints need the package {error.name}: pip install 'hafrm[judge]'"
             ) from error
-        self.url, self.section = url, section or EndpointSection()
+        self.url, self.section = hide_secrets(url), section or EndpointSection()
         self._openai, self._key_variable = openai, key_variable
         folder = cache or cache_folder("replies")
         try:
@@ -108,7 +108,8 @@ class Endpoint:
 
     def cache_key(self, settings: dict[str, Any]) -> dict[str, Any]:
         """What replies depend on, except the conversations."""
-        return {"url": self.url, "model": self.model, "request": settings | self.section.request}
+        request = without_secrets(settings | self.section.request)
+        return {"url": self.url, "model": self.model, "request": request}
 
     def ask(
         self,
@@ -140,8 +141,8 @@ class Endpoint:
         return replies
 
     def _reply(self, body: dict[str, Any], repetition: tuple[int, ...]) -> Reply:
-        # the whole request is the key, the API key is not part of it
-        request = {"url": self.url, "body": body, "repetition": list(repetition)}
+        # the whole request is the key, no API key or password is part of it
+        request = {"url": self.url, "body": without_secrets(body), "repetition": list(repetition)}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()
         content = self._cache.get(key)
         if content is not None:
@@ -155,7 +156,8 @@ class Endpoint:
             reply = _first_choice(json.loads(content))
         except self._openai.APIStatusError as error:
             if error.status_code in _REJECTED:
-                return Reply(error=f"status {error.status_code}: {_one_line(error.response.text)}")
+                said = hide_secrets(_one_line(error.response.text))
+                return Reply(error=f"status {error.status_code}: {said}")
             raise self._unusable(error) from error
         except self._openai.OpenAIError as error:
             raise self._unusable(error) from error
@@ -166,8 +168,9 @@ class Endpoint:
         return reply
 
     def _unusable(self, reason: object) -> ServerError:
+        why = hide_secrets(_one_line(str(reason)))
         return ServerError(
-            f"{self.url} cannot be used: {_one_line(str(reason))}. Check the address (it usually ends in "
+            f"{self.url} cannot be used: {why}. Check the address (it usually ends in "
             f"/v1), the model, the key ({self._key_variable} or OPENAI_API_KEY), and run the command again"
         )
 

@@ -55,9 +55,12 @@ Verdict: tie
 """
 # A and B as capitals only ("a" is also a word), and on a line of their own: notes may quote these
 _VERDICT = re.compile(
-    r"^\W*(?:(?i:the|my|final) )*(?i:verdict)\W*(?:(?i:reply) )?(A|B|(?i:(?:a )?tie))\W*$", re.M
+    r"^\W*(?:(?i:the|my|final) )*(?i:verdict)(?i:\W+is\b)?\W*"
+    r"((?i:(?:a )?(?:tie|draw))|(?:(?i:reply|response|assistant|answer) )?[AB])\W*$",
+    re.M,
 )
-_THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.I | re.S)
+# a server may leave out the opening tag, which the template writes; cut thoughts have no closing one
+_THOUGHTS = re.compile(r"\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z)", re.I | re.S)
 
 
 class AnswerPair(NamedTuple):
@@ -142,7 +145,7 @@ def read_verdict(reply: Reply) -> Verdict:
     if not verdicts or not reply.ended:
         return "unparsable"
     sides: Mapping[str, Verdict] = {"A": "first", "B": "second"}
-    return sides.get(verdicts[-1], "tie")
+    return sides.get(verdicts[-1][-1], "tie")
 
 
 def combine_orders(forward: Verdict, backward: Verdict) -> PairVerdict:

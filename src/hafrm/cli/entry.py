@@ -13,6 +13,7 @@ from typer import Argument, Option
 from hafrm.atomic import check_writable
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.results import Table, write_result
+from hafrm.run_folder import hide_secrets
 
 app = typer.Typer(
     name="hafrm",
@@ -41,7 +42,7 @@ def main() -> None:
     try:
         app()
     except HafrmError as error:
-        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        typer.secho(hide_secrets(f"{type(error).__name__}: {error}"), fg="red", err=True)
         sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
     except OSError as error:  # of the system: a missing file, a full disk
         place = f"{error.filename}: " if error.filename is not None else ""

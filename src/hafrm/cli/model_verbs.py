@@ -27,7 +27,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     ] = None,
     diagnose: Annotated[bool, Option("--diagnose", help="Also why it is right or wrong.")] = False,
     json_file: JsonFile = None,
-    max_length: Annotated[int | None, Option(help="Cut longer inputs to so many tokens.")] = None,
+    max_length: Annotated[
+        int | None, Option(help="Cut longer inputs to so many tokens (default: the run's).")
+    ] = None,
     max_bad_fraction: Annotated[float, Option(help="Bad rows allowed.", min=0, max=1)] = 0.02,
     dtype: Dtype = "auto",
     device: Device = None,

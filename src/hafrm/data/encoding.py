@@ -6,19 +6,20 @@ others, the two are encoded apart and the case is counted. Every response ends i
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from numpy.typing import NDArray
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
 from hafrm.errors import ConfigError, ModelError
-from hafrm.preferences import Group, TokenizedGroup
+from hafrm.preferences import Group, Message, TokenizedGroup
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _GROUPS_AT_ONCE = 256
@@ -130,6 +131,40 @@ class Encoder:
         for start in range(0, len(groups), _GROUPS_AT_ONCE):
             encoded += self._encode_chunk(groups[start : start + _GROUPS_AT_ONCE], report)
         return encoded, report
+
+    def encode_prompts(self, groups: Sequence[Group]) -> list[NDArray[np.int32]]:
+        """The ids that ask for a response to each group's prompt: the template's own generation prompt,
+        uncut. Raises what `encode` raises."""
+        texts, marker = self._renderer.render_prompts(groups)
+        ids = self._ids(map(marker.to_encode, texts))
+        return [
+            np.array(marker.spell(i, text, f"Group {group.id!r}"), np.int32)
+            for group, text, i in zip(groups, texts, ids, strict=True)
+        ]
+
+    def turn_ends(self, generation: GenerationConfig | None = None) -> tuple[int, ...]:
+        """Ids that end an assistant's turn: the template's first control token behind an answer, the EOS,
+        and those of a model's generation config."""
+        (encoded,), _ = self.encode([Group("example", (Message("user", "x"),), ("x",))])
+        control = [i for i in encoded.response_ids[0].tolist() if self._special.is_special[i]]
+        own = None if generation is None else generation.eos_token_id
+        # a config that names no control token is one of transformers' defaults for another tokenizer
+        control_ids = set(np.flatnonzero(self._special.is_special).tolist())
+        others = [i for i in (own if isinstance(own, list) else [own]) if i in control_ids]
+        ends = [*control[:1], self.eos_id, *others]
+        return tuple(dict.fromkeys(int(i) for i in ends if i is not None))
+
+    def read_response(self, ids: Sequence[int], ends: Collection[int]) -> tuple[str, bool]:
+        """(the text of a sampled response, whether it ended by itself), given the `turn_ends`.
+
+        Control tokens that the policy wrote within its turn stay visible, for a reward to react to.
+        """
+        end = next((k for k, token in enumerate(ids) if token in ends), None)
+        text = self.tokenizer.decode(
+            list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        # a template's blank before the answer is the response's first token, and not part of its text
+        return str(text).lstrip(" "), end is not None
 
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""

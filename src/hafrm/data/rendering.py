@@ -7,6 +7,7 @@ in a message is a mark for the template, a placeholder for the tokenizer, and pl
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 
 import numpy as np
@@ -148,9 +149,26 @@ class Renderer:
                 raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
         return rendered, marker
 
-    def _render(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+    def render_prompts(self, groups: Sequence[Group]) -> tuple[list[str], Marker]:
+        """The marked text that asks for a response to each prompt, and the marker that reads the marks."""
+        probes = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
+        rendered, marker = self.render_groups(probes)
+        texts = []
+        for group, (before, _) in zip(groups, rendered, strict=True):
+            turns = [[Message(m.role, marker.mark(m.content)) for m in group.prompt]]
+            (asked,), (plain,) = (self._render(turns, ask=ask) for ask in (True, False))
+            # A template of a thinking model writes another text before a finished answer than it asks with.
+            # One that ignores the question for a generation prompt has none: then what precedes an answer.
+            is_same = asked == plain or asked.rstrip(self._blanks) == before
+            texts.append(before if is_same else asked)
+        return texts, marker
+
+    def _render(
+        self, conversations: Sequence[Sequence[Message]], *, ask: bool = False
+    ) -> list[str]:
         turns = [[message._asdict() for message in conversation] for conversation in conversations]
-        return render_conversations(self._tokenizer, self._template, turns)
+        template = self._template
+        return render_conversations(self._tokenizer, template, turns, add_generation_prompt=ask)
 
     def _cut(self, before: str, conversations: list[str]) -> RenderedGroup:
         # Some templates look into the response (for reasoning, say) and write another text before it: the

@@ -91,7 +91,7 @@ def _score(
 ) -> ScoredModel:
     head = scorer_names(heads)[0]
     log.info("scoring with %s", name)
-    scorer = load_head(heads, head, options)
+    scorer = load_head(heads, head, options.cut_as_trained(heads))
     tokenized, _ = scorer.encoder.encode(comparisons.groups)
     margins = comparisons.margins(scorer.score_encoded(tokenized, done))
     assert isinstance(scorer, RewardModel | PolicyModel)

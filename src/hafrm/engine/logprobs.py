@@ -84,6 +84,17 @@ def token_entropies(
     return entropies
 
 
+def final_logits(
+    hidden: Float[Tensor, "scored hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+    transform: LogitTransform,
+) -> Float[Tensor, "scored vocab"]:
+    """transform(W h + b), float32: a whole matrix, so for few tokens only."""
+    h, w = _operands(hidden, weight)
+    return _logits(h, w, bias, transform, None)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913

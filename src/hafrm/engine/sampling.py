@@ -6,13 +6,21 @@ training is left as it was: modes, cache, attention, random state.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TopPLogitsWarper,
+)
 
-from hafrm.engine.model import stock_attention
+from hafrm.engine.logprobs import chunk_rows, final_logits
+from hafrm.engine.model import HybridModel, stock_attention
 from hafrm.errors import ModelError
 from hafrm.progress import OnProgress, no_progress
 
@@ -21,25 +29,25 @@ from hafrm.progress import OnProgress, no_progress
 class Sampling:
     """How responses are drawn."""
 
-    max_new_tokens: int  # tokens of a response at most, its EOS included
+    max_new_tokens: int  # tokens of a response at most, its end included
     temperature: float = 1.0  # divides the logits; 0: always the likeliest token
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
     repetition_penalty: float = 1.0  # divides logits of tokens that are there (arXiv 1909.05858)
 
 
-def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and how to run it
+def sample(  # noqa: PLR0913 - what to draw, how, what ends and pads it, and how to run it
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     num: int,
     options: Sampling,
     *,
-    eos: int,
+    ends: Sequence[int],
     pad: int,
     seed: int,
     batch_size: int = 32,
     on_progress: OnProgress = no_progress,
 ) -> list[list[list[int]]]:
-    """For each prompt `num` responses as ids, each up to its EOS, or without one at the length limit.
+    """For each prompt `num` responses as ids, each up to the first of `ends`, or to the length limit.
 
     The same arguments give the same responses; another batch size gives others. `on_progress` counts
     responses. Raises ModelError when prompt and response exceed the model's length.
@@ -60,7 +68,7 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
         how["temperature"] = options.temperature
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=list(ends),
         pad_token_id=pad,
         repetition_penalty=options.repetition_penalty,
         use_cache=True,
@@ -74,10 +82,63 @@ def sample(  # noqa: PLR0913 - what to draw, how, the tokenizer's two ids, and h
             batch = owners[start : start + batch_size]
             written = _generate(model, [prompts[i] for i in batch], config)
             for i, ids in zip(batch, written, strict=True):
-                # behind the first EOS is padding
-                responses[i].append(ids[: ids.index(eos) + 1] if eos in ids else ids)
+                # behind the first end is padding
+                end = next((k for k, token in enumerate(ids) if token in ends), len(ids))
+                responses[i].append(ids[: end + 1])
             on_progress(start + len(batch), len(owners))
     return responses if copies == num else [own * num for own in responses]
+
+
+Predicted = tuple[HybridModel, Float[Tensor, "tokens hidden"]]
+"""A model, and its states that predict the tokens of a response."""
+
+
+@torch.no_grad()
+def sampled_ratios(
+    policy: Predicted,
+    reference: Predicted,
+    prompt: Int[np.ndarray, " prompt"],
+    response: Int[np.ndarray, " tokens"],
+    options: Sampling,
+) -> Float[Tensor, " tokens"]:
+    """log q - log q_ref (nat, float32) of each token of a response that `sample` drew from the policy.
+
+    q is the policy after penalty, temperature and top-p, q_ref the reference after the same penalty and
+    temperature, both over the tokens that the policy could draw. Their mean estimates a KL: never negative
+    but for noise, and 0 for equal models. log pi - log pi_ref of such draws has a mean below 0.
+    """
+    model, states = policy
+    assert model.policy_head is not None
+    device, at_once = states.device, chunk_rows(len(model.policy_head.weight), states.device.type)
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
+    penalty = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+    top_p = TopPLogitsWarper(options.top_p)
+    parts = []
+    for start in range(0, len(response), at_once):
+        ends = len(prompt) + torch.arange(start, min(start + at_once, len(response)), device=device)
+        # what stands before each token; the first id fills up, a repeated one is penalised once
+        before = torch.where(torch.arange(len(ids), device=device) < ends[:, None], ids, ids[0])
+        own, other = (
+            penalty(before, _untempered(m, hidden[start : start + at_once])) / options.temperature
+            for m, hidden in (policy, reference)
+        )
+        out_of_reach = top_p(before, own).isinf()
+        target = ids[ends][:, None]
+        out_of_reach.scatter_(1, target, False)  # rounding may differ from that of the draw
+        log_q, log_ref = (
+            z.masked_fill(out_of_reach, float("-inf")).log_softmax(-1).gather(1, target)[:, 0]
+            for z in (own, other)
+        )
+        parts.append(log_q - log_ref)
+    return torch.cat(parts)
+
+
+def _untempered(
+    model: HybridModel, hidden: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens vocab"]:
+    head, transform = model.policy_head, replace(model.transform, temperature=1.0)
+    assert head is not None
+    return final_logits(hidden, head.weight, head.bias, transform)
 
 
 def _generate(

@@ -6,7 +6,7 @@ from the two. One model is in memory at a time, and no model is changed.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
+from hafrm.engine.model import longest_sequence
 from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
 from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.progress import OnProgress, no_progress, over_passes
+from hafrm.recipe_file import load_recipe
 from hafrm.results import read_result
-from hafrm.scoring.loading import Heads, Placement, find_heads
+from hafrm.scoring.loading import (
+    Heads,
+    Placement,
+    find_heads,
+    load_config,
+    load_encoder,
+    shared_reward_head,
+)
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import accuracy_interval, paired_bootstrap
 
@@ -38,6 +47,22 @@ class EvaluationOptions:
     dtype: str = "auto"
     device: str | None = None
     max_bad_fraction: float = 0.02
+    max_prompt_length: int | None = None
+
+    def cut_as_trained(self, heads: Heads) -> "EvaluationOptions":
+        """The options with the lengths of the run that the heads lie in, unless a length is given: so its
+        validation, test result, comparison and evaluation see the same text."""
+        exported = (heads.reward or heads.policy or Path()).parent
+        if self.max_length is not None or exported.name != "model":
+            return self
+        try:
+            data = load_recipe(exported.parent / "recipe.yaml").data
+        except (ConfigError, OSError):  # of another kind of run, or none: the model's own limit
+            return self
+        limit = longest_sequence(load_config(heads.reward or heads.policy or exported))
+        if limit is not None and limit < data.max_length:
+            return self  # the model's own limit is the shorter one
+        return replace(self, max_length=data.max_length, max_prompt_length=data.max_prompt_length)
 
 
 def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
@@ -49,10 +74,15 @@ def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
     arguments: dict[str, Any] = {**vars(place), "max_length": options.max_length}
     if name == REWARD:
         assert heads.reward is not None
-        return RewardModel.from_pretrained(heads.reward, **arguments)
-    arguments["reference"] = options.reference
-    assert heads.policy is not None
-    return PolicyModel.from_pretrained(heads.policy, **arguments)
+        scorer: Scorer = RewardModel.from_pretrained(heads.reward, **arguments)
+    else:
+        arguments["reference"] = options.reference
+        assert heads.policy is not None
+        scorer = PolicyModel.from_pretrained(heads.policy, **arguments)
+    if options.max_prompt_length is not None:
+        lengths = scorer.encoder.lengths
+        scorer.encoder.lengths = replace(lengths, max_prompt_length=options.max_prompt_length)
+    return scorer
 
 
 def scorer_names(heads: Heads) -> list[str]:
@@ -76,12 +106,14 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     dtype: str = "auto",
     device: str | None = None,
     max_bad_fraction: float = 0.02,
+    max_prompt_length: int | None = None,
     on_progress: OnProgress = no_progress,
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
 
-    `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens (the
-    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad.
+    `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens are
+    cut: by default the run's data.max_length, without a run the model's limit. Of a source's rows,
+    `max_bad_fraction` may be left out as bad.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
     >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
@@ -89,8 +121,12 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """
     reading, comparisons = read_comparisons(data, max_bad_fraction)
-    options = EvaluationOptions(reference, max_length, dtype, device)
-    scores, report, rule = _score_all_heads(find_heads(model), comparisons, options, on_progress)
+    heads = find_heads(model)
+    options = EvaluationOptions(
+        reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
+    )
+    options = options.cut_as_trained(heads)
+    scores, report, rule = _score_all_heads(heads, comparisons, options, on_progress)
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
         model=str(model),
@@ -113,12 +149,16 @@ def _score_all_heads(
 ) -> tuple[Scores, EncodingReport, str | None]:
     """Each head's scores, the main head's first, with its encoder's report; and the fused rule in words."""
     scores, reports, lengths, rule = Scores(), list[EncodingReport](), None, None
-    names = scorer_names(heads)
+    both = _load_both(heads, options)
+    names = scorer_names(heads) if both is None else [IMPLICIT]
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
-        scorer = load_head(heads, name, options)
+        scorer = load_head(heads, name, options) if both is None else both
         tokenized, report = scorer.encoder.encode(comparisons.groups)
-        scores[name] = scorer.score_encoded(tokenized, done)
+        if both is None:
+            scores[name] = scorer.score_encoded(tokenized, done)
+        else:
+            scores[REWARD], scores[IMPLICIT] = both.score_both(tokenized, done)
         reports.append(report)
         if isinstance(scorer, PolicyModel) and not scorer.rule.per_token:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
@@ -129,6 +169,21 @@ def _score_all_heads(
         # it follows from the other two, without a pass of its own
         scores[FUSED] = fused_scores(scores[REWARD], scores[IMPLICIT], rule, lengths)
     return scores, reports[0], None if rule is None else str(rule)
+
+
+def _load_both(heads: Heads, options: EvaluationOptions) -> PolicyModel | None:
+    """The policy with the reward head on its one backbone; None where the two exports do not share it."""
+    if heads.reward is None or heads.policy is None:
+        return None
+    policy = load_head(heads, IMPLICIT, options)
+    assert isinstance(policy, PolicyModel)
+    encoder = load_encoder(heads.reward, policy.model.backbone.config, options.max_length)
+    encoder.lengths = policy.encoder.lengths
+    # with pad as its EOS the reward would be read at another token than the policy ends at
+    if encoder.cache_key != policy.encoder.cache_key or encoder.pad_id == encoder.eos_id:
+        return None
+    policy.model.reward_head = shared_reward_head(heads.reward, policy.model)
+    return None if policy.model.reward_head is None else policy
 
 
 def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins]) -> SetResult:
@@ -169,7 +224,7 @@ def compare_models(
     done = over_passes(on_progress, comparisons.num_responses * len([*first, *second]))
 
     def is_right(path: str | Path) -> NDArray[np.bool_]:
-        scorer = load_main_head(path, options)  # freed at the end
+        scorer = load_main_head(path, options.cut_as_trained(find_heads(path)))  # freed at the end
         encoded, _ = scorer.encoder.encode(comparisons.groups)
         return comparisons.margins(scorer.score_encoded(encoded, done)) > 0
 

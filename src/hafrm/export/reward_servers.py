@@ -3,9 +3,11 @@
 `PROTOCOLS` follows vLLM's pooling entrypoints, SGLang's native /classify and OpenRLHF's serve_rm.
 """
 
+import base64
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import numpy as np
 from hafrm.errors import DataError, ServerError
 from hafrm.export.plain_model import read_golden
 from hafrm.results import Column, Table
+from hafrm.run_folder import hide_secrets
 
 SERVER_TOLERANCE = 1.5e-2
 """Relative to max(1, |reward|): servers run bfloat16. vLLM's own tests of reward models allow this."""
@@ -117,7 +120,10 @@ def verify_server(
         except OtherProtocolError as error:
             reasons.append(f"\n  {protocol.name}: {error}")
     else:
-        raise ServerError(f"{base} speaks no protocol that hafrm knows. Tried:{''.join(reasons)}")
+        tried = "".join(reasons)
+        raise ServerError(
+            f"{hide_secrets(base)} speaks no protocol that hafrm knows. Tried:{tried}"
+        )
     # Alone and in a batch, because servers differ in batching (sglang#2427).
     alone = [ask(protocol, [text])[0] for text in texts]
     batches = (texts[i : i + _BATCH_SIZE] for i in range(0, len(texts), _BATCH_SIZE))
@@ -129,7 +135,7 @@ def verify_server(
     largest = float(differences[way, worst])
     return ServerReplay(
         ok=largest <= tolerance and between <= tolerance,  # False for NaN
-        url=url,
+        url=hide_secrets(url),
         protocol=protocol.name,
         num=len(lines),
         difference=largest,
@@ -151,8 +157,8 @@ def _ask(
         rewards = np.array(protocol.rewards(answer), dtype=np.float64).reshape(len(texts))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise OtherProtocolError(
-            f"{url} does not give one reward for each of {len(texts)} texts: {error!r}; it may return "
-            "embeddings, or have several labels"
+            f"{hide_secrets(url)} does not give one reward for each of {len(texts)} texts: {error!r}; it "
+            "may return embeddings, or have several labels"
         ) from error
     return [float(reward) for reward in rewards]
 
@@ -163,6 +169,12 @@ def _request(url: str, api_key: str | None, body: Mapping[str, Any] | None = Non
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
     data = None if body is None else json.dumps(body).encode()
+    # urllib takes no user:password@ in an address
+    user, at, host = url.partition("://")[2].rpartition("@")
+    if at and "/" not in user:
+        basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        headers.setdefault("Authorization", f"Basic {basic}")
+        url = f"{url.partition('://')[0]}://{host}"
     request = urllib.request.Request(url, data, headers)  # noqa: S310 - the caller gives http
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # noqa: S310

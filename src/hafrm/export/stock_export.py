@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -97,7 +98,20 @@ def export_policy(
     output = stock.get_output_embeddings()
     name = next(name for name, module in stock.named_modules() if module is output)
     head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
+    if (
+        stock.generation_config is not None
+    ):  # else plain `generate` writes on past the end of a turn
+        ends = encoder.turn_ends(_base_generation(weights.config))
+        stock.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     _write(stock, weights.backbone, head, encoder, directory)
+
+
+def _base_generation(config: PretrainedConfig) -> GenerationConfig | None:
+    """The generation config of the checkpoint that a config was read from, as far as it is still there."""
+    try:
+        return GenerationConfig.from_pretrained(config._name_or_path)
+    except (OSError, ValueError):
+        return None
 
 
 def export_adapter(

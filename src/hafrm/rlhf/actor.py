@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hafrm.data.encoding import Encoder
+from hafrm.engine.layout import Layout, lay_out
 from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
-from hafrm.engine.sampling import Sampling, sample
+from hafrm.engine.sampling import Sampling, sample, sampled_ratios
 from hafrm.errors import ConfigError
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
-from hafrm.scoring.forward import run_forward
+from hafrm.scoring.forward import first_responses, plan_sequences, run_forward, share_prompts
 from hafrm.scoring.loading import default_device
 from hafrm.training.setup import inject_lora, leave_casting_to_autocast, load_base
 
@@ -43,7 +46,7 @@ class Rollout:
     """A prompt and the responses that a policy wrote to it; a layout takes it as it is."""
 
     prompt: Prompt
-    response_ids: tuple[NDArray[np.int32], ...]  # with their EOS where the policy ended by itself
+    response_ids: tuple[NDArray[np.int32], ...]  # with their end where the policy ended by itself
     texts: tuple[str, ...]
     ended: tuple[bool, ...]
 
@@ -54,13 +57,10 @@ class Rollout:
 
 def encode_prompts(groups: Sequence[Group], encoder: Encoder, max_length: int) -> list[Prompt]:
     """The prompts of at most `max_length` tokens; none is cut, since half a question is another one."""
-    # the encoder cuts prompt from response where two different responses begin
-    asked = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
-    encoded, _ = encoder.encode(asked)
     fitting = [
-        Prompt(group.id, group.prompt, e.prompt_ids)
-        for group, e in zip(groups, encoded, strict=True)
-        if len(e.prompt_ids) <= max_length
+        Prompt(group.id, group.prompt, ids)
+        for group, ids in zip(groups, encoder.encode_prompts(groups), strict=True)
+        if len(ids) <= max_length
     ]
     num_long = len(groups) - len(fitting)
     if num_long:
@@ -78,35 +78,45 @@ def write_responses(
     seed: int,
 ) -> list[Rollout]:
     """`num` responses to each prompt; the same weights, prompts and seed give the same ones."""
+    ends = encoder.turn_ends(causal.generation_config)
     drawn = sample(
         causal,
         [prompt.ids.tolist() for prompt in prompts],
         num,
         Sampling(**section.model_dump(exclude={"batch_size"})),
-        eos=encoder.eos_id,
+        ends=ends,
         pad=encoder.pad_id,
         seed=seed,
         batch_size=section.batch_size,
     )
-    return [
-        Rollout(
-            prompt,
-            tuple(np.array(ids, np.int32) for ids in responses),
-            tuple(response_text(encoder, ids) for ids in responses),
-            tuple(ids[-1] == encoder.eos_id for ids in responses),
-        )
-        for prompt, responses in zip(prompts, drawn, strict=True)
-    ]
+    rollouts = []
+    for prompt, responses in zip(prompts, drawn, strict=True):
+        texts, ended = zip(*(encoder.read_response(ids, ends) for ids in responses), strict=True)
+        arrays = tuple(np.array(ids, np.int32) for ids in responses)
+        rollouts.append(Rollout(prompt, arrays, texts, ended))
+    return rollouts
 
 
-def response_text(encoder: Encoder, ids: Sequence[int]) -> str:
-    """A response as text: without its EOS; control tokens that the policy wrote stay visible."""
-    own = [token for token in ids if token != encoder.eos_id]
-    text = encoder.tokenizer.decode(
-        own, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    # a template's blank before the answer is the response's first token, and not part of its text
-    return str(text).lstrip(" ")
+Packed = tuple[Layout, Int[Tensor, " _"]]
+"""A packed sequence, and which of the batch's tokens it holds."""
+
+
+def pack(
+    rollouts: Sequence[Rollout], chosen: NDArray[np.int64], max_tokens: int, device: torch.device
+) -> list[Packed]:
+    """Packed sequences of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
+    starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])
+    first = first_responses(rollouts)
+    # indices of `shared` count the responses to the chosen prompts only
+    of_batch = np.concatenate([first[i] + np.arange(len(rollouts[i].texts)) for i in chosen])
+    shared = share_prompts([rollouts[i] for i in chosen], max_tokens)
+    sequences = []
+    for plan in plan_sequences([item.group for item in shared], max_tokens):
+        responses = of_batch[np.concatenate([shared[i].indices for i in plan])]
+        tokens = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in responses])
+        layout = lay_out([shared[i].group for i in plan]).to(device)
+        sequences.append((layout, torch.from_numpy(tokens).to(device)))
+    return sequences
 
 
 @dataclass(eq=False)
@@ -169,6 +179,11 @@ class Actor:
             for module in tuned:
                 module.enable_adapters(True)
 
+    @property
+    def turn_ends(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+        return self.encoder.turn_ends(self.causal.generation_config)
+
     def write(self, prompts: Sequence[Prompt], num: int, seed: int) -> list[Rollout]:
         """`num` responses to each prompt, in the precision of training."""
         with self.precision():
@@ -177,7 +192,12 @@ class Actor:
             )
 
     def kls(self, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
-        """log pi - log pi_ref of every response, nat: their mean estimates KL(pi || pi_ref)."""
+        """log pi - log pi_ref of every response, nat: their mean estimates KL(pi || pi_ref), where pi is
+        what responses are drawn from."""
+        if not self.samples_policy:
+            starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])[:-1]
+            ratios: NDArray[np.float32] = self.sampled_ratios(rollouts).cpu().numpy()
+            return np.add.reduceat(ratios, starts)
 
         def run(model: HybridModel) -> NDArray[np.float32]:
             options: Any = {"max_tokens": self.max_tokens, "autocast": self.autocast}
@@ -187,6 +207,40 @@ class Actor:
         with self.reference() as start:
             reference = run(start)
         return policy - reference
+
+    @property
+    def samples_policy(self) -> bool:
+        """Whether responses are drawn from the policy itself, at the temperature of its log-probs."""
+        return self.sampling.top_p == 1.0 and self.sampling.repetition_penalty == 1.0
+
+    @torch.no_grad()
+    def sampled_ratios(self, rollouts: Sequence[Rollout]) -> Float[Tensor, " tokens"]:
+        """`sampled_ratios` of every response token, nat, in the order of the responses."""
+        device = self.model.device
+        responses = [(r.prompt_ids, ids) for r in rollouts for ids in r.response_ids]
+        num = sum(len(ids) for _, ids in responses)
+        sequences = pack(rollouts, np.arange(len(rollouts)), self.max_tokens, device)
+
+        def states(model: HybridModel) -> Float[Tensor, "tokens hidden"]:
+            parts = [(tokens, model.tokens(layout).hidden) for layout, tokens in sequences]
+            hidden = parts[0][1].new_empty(num, parts[0][1].shape[1])
+            for tokens, part in parts:
+                hidden[tokens] = part
+            return hidden
+
+        with self.precision():
+            own = states(self.model)
+            with self.reference() as start:
+                splits = [
+                    hidden.split([len(ids) for _, ids in responses])
+                    for hidden in (own, states(start))
+                ]
+                options = Sampling(**self.sampling.model_dump(exclude={"batch_size"}))
+                parts = [
+                    sampled_ratios((self.model, a), (start, b), prompt, ids, options)
+                    for (prompt, ids), a, b in zip(responses, *splits, strict=True)
+                ]
+        return torch.cat(parts)
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """Autocast as the run trains, or nothing."""

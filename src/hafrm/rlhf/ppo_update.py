@@ -4,20 +4,18 @@ A mini-batch's losses are sums divided by the tokens of the whole mini-batch, so
 never change the gradient. Token arrays follow the responses in the order in which they were sampled.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hafrm.engine.layout import Layout, lay_out
+from hafrm.engine.layout import Layout
 from hafrm.engine.logprobs import token_entropies
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import NumericsError
-from hafrm.rlhf.actor import Actor, Rollout
+from hafrm.rlhf.actor import Actor, Packed, Rollout, pack
 from hafrm.rlhf.ppo_terms import (
     Tokens,
     clipped_tokens,
@@ -29,7 +27,6 @@ from hafrm.rlhf.ppo_terms import (
     whiten,
 )
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection
-from hafrm.scoring.forward import first_responses, plan_sequences, share_prompts
 from hafrm.training import parallel
 
 TokenValues = tuple[
@@ -56,28 +53,6 @@ class PolicyWithValue(nn.Module):
         return logps, values[:, 0], hidden
 
 
-Packed = tuple[Layout, Int[Tensor, " _"]]
-"""A packed sequence, and which of the batch's tokens it holds."""
-
-
-def pack(
-    rollouts: Sequence[Rollout], chosen: NDArray[np.int64], max_tokens: int, device: torch.device
-) -> list[Packed]:
-    """Packed sequences of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
-    starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])
-    first = first_responses(rollouts)
-    # indices of `shared` count the responses to the chosen prompts only
-    of_batch = np.concatenate([first[i] + np.arange(len(rollouts[i].texts)) for i in chosen])
-    shared = share_prompts([rollouts[i] for i in chosen], max_tokens)
-    sequences = []
-    for plan in plan_sequences([item.group for item in shared], max_tokens):
-        responses = of_batch[np.concatenate([shared[i].indices for i in plan])]
-        tokens = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in responses])
-        layout = lay_out([shared[i].group for i in plan]).to(device)
-        sequences.append((layout, torch.from_numpy(tokens).to(device)))
-    return sequences
-
-
 @dataclass(frozen=True, eq=False)
 class Measured:
     """Responses as the policy that wrote them sees them."""
@@ -88,7 +63,7 @@ class Measured:
     values: Float[Tensor, " tokens"]
     entropies: Float[Tensor, " tokens"]  # of the distribution that each token was drawn from, nat
     ratios: Float[Tensor, " tokens"]
-    """log pi - log pi_ref, nat: the mean of this estimate of the KL is KL(pi || pi_ref)."""
+    """log pi - log pi_ref, nat, whose mean is KL(pi || pi_ref); of the distribution that was sampled."""
 
     @property
     def kls(self) -> Float[Tensor, " responses"]:
@@ -111,10 +86,14 @@ def measure_rollouts(policy: PolicyWithValue, actor: Actor, rollouts: list[Rollo
             entropies[tokens] = token_entropies(
                 hidden, head.weight, bias=head.bias, transform=policy.model.transform
             )
-        with actor.reference() as start:
-            for layout, tokens in sequences:
-                reference[tokens] = start.tokens(layout).logps
-    return Measured(rollouts, lengths.to(device), logps, values, entropies, logps - reference)
+        if actor.samples_policy:
+            with actor.reference() as start:
+                for layout, tokens in sequences:
+                    reference[tokens] = start.tokens(layout).logps
+            ratios = logps - reference
+    if not actor.samples_policy:
+        ratios = actor.sampled_ratios(rollouts)
+    return Measured(rollouts, lengths.to(device), logps, values, entropies, ratios)
 
 
 def advantages_of(

@@ -52,7 +52,7 @@ class RewardSection(Section):
 
 
 class SamplingSection(Section):
-    """How the policy writes; log-probs and KL are those at this temperature."""
+    """How the policy writes; log-probs are those at this temperature, the KL that of what can be drawn."""
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of a response at most, its EOS included (paper: 128)."""

@@ -5,10 +5,11 @@ and when to stop. Rewards are asked for through text: policy and reward model ma
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from hafrm.training.checkpoint import file_digests, model_digests
 from hafrm.training.loop import MetricsLog
 from hafrm.training.setup import load_tokenizer
 
+log = logging.getLogger("hafrm")
+
 Responses = Float[np.ndarray, " responses"]
 Measure = Literal["gold", "independent", "penalised"]
 """What selects a step: the gold reward, evaluation.reward_model's, or the reward minus a KL penalty."""
@@ -46,10 +49,26 @@ _SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part nests i
 _HELD_OUT_SEED = 2**60  # beyond the seeds of all batches
 
 
+def score_texts(
+    scorer: Scorer, prompts: Sequence[Any], texts: Sequence[Sequence[str]]
+) -> tuple[NDArray[np.float32], int]:
+    """(the reward of every response, prompt by prompt; how many texts were cut to the model's length)."""
+    # a reward model may take less than the policy writes, and one long response must not end a run
+    rewards, num_cut = scorer.score_batch_cut(prompts, texts)
+    if num_cut:
+        limit = scorer.encoder.lengths.max_length
+        log.warning(
+            "%d prompts or responses exceed the %d tokens that the reward model takes, and are scored cut",
+            num_cut,
+            limit,
+        )
+    return np.array([reward for own in rewards for reward in own], np.float32), num_cut
+
+
 def score_rollouts(scorer: Scorer, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
-    """The reward of every response, prompt by prompt; raises what `Scorer.score_batch` raises."""
-    rewards = scorer.score_batch([r.prompt.messages for r in rollouts], [r.texts for r in rollouts])
-    return np.array([reward for own in rewards for reward in own], np.float32)
+    """The reward of every response, prompt by prompt; too long ones are scored cut."""
+    messages = [r.prompt.messages for r in rollouts]
+    return score_texts(scorer, messages, [r.texts for r in rollouts])[0]
 
 
 def select_measure(
@@ -59,7 +78,9 @@ def select_measure(
     for name in _UNTRAINED:
         if name in rewards:
             return name, rewards[name]
-    return "penalised", rewards["reward"] - kl_penalty * kls
+    # a KL is never negative: a mean below 0 is noise, and earns a step nothing
+    floored = kls if kls.mean() > 0 else np.zeros_like(kls)
+    return "penalised", rewards["reward"] - kl_penalty * floored
 
 
 def reward_hacking(history: Sequence[tuple[float, Sequence[float]]]) -> str | None:
@@ -93,6 +114,7 @@ class RlhfResult:
     selected_by: Measure = "penalised"  # the measure that selected it
     stopped: str | None = None  # why the run ended early
     num_high_kl: int = 0  # batches in a row above watch.max_kl
+    num_cut: int = 0  # prompts and responses of batches that were too long for the reward model
     history: list[tuple[float, list[float]]] = field(default_factory=list)
     """Mean reward, and the measure that is not trained on prompt by prompt, of the last evaluations."""
 
@@ -121,6 +143,12 @@ class RlhfRun:
         """What `log_batch` has not written yet; a checkpoint holds it."""
         self._seconds: list[float] = []  # of those of them that this process took
         self._since = time.perf_counter()
+
+    def reward(self, prompts: Sequence[Any], texts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
+        """The reward of every response of a batch; counts in the result what was scored cut."""
+        rewards, num_cut = score_texts(self.reward_model, prompts, texts)
+        self.result.num_cut += num_cut
+        return rewards
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
         """The prompts of batch `step`, counted from 0."""
@@ -162,6 +190,13 @@ class RlhfRun:
             rewards["gold"] = np.array(gold, np.float32)
         kls = self.actor.kls(rollouts)
         self.last_kl = float(kls.mean())
+        if self.last_kl < -2.0 * float(kls.std()) / len(kls) ** 0.5:
+            log.warning(
+                "step %d: the held-out KL is estimated as %.3f nat, below 0 by more than its noise; it "
+                "counts as 0. Measure it on more prompts (evaluation.prompts)",
+                step,
+                self.last_kl,
+            )
         selected_by, scores = select_measure(rewards, kls, recipe.evaluation.kl_penalty)
         is_best = float(scores.mean()) > result.best_score
         if is_best:

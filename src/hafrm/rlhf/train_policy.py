@@ -18,7 +18,7 @@ from hafrm.results import from_plain
 from hafrm.rlhf.ppo_terms import Moments, next_kl_coefficient, scores_of
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, update
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun, score_rollouts
+from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import run_trl
 from hafrm.scoring.forward import is_out_of_memory
 from hafrm.scoring.loading import default_device
@@ -140,7 +140,8 @@ class Ppo:
             seed=training.seed * _SAMPLES + step,
         )
         device = self.policy.model.device
-        rewards = torch.from_numpy(score_rollouts(rlhf.reward_model, rollouts)).to(device)
+        messages = [r.prompt.messages for r in rollouts]
+        rewards = torch.from_numpy(rlhf.reward(messages, [r.texts for r in rollouts])).to(device)
         ended = torch.tensor([end for r in rollouts for end in r.ended], device=device)
         measured = measure_rollouts(self.policy, rlhf.actor, rollouts)
         self.moments = self.moments.including(rewards)

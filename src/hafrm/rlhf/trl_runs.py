@@ -4,6 +4,7 @@ TRL writes, computes the loss and steps; all completions of a prompt are scored 
 TRL's checkpoints are pickles, so none are written: the best weights wait in memory and are exported.
 """
 
+import copy
 import importlib
 import logging
 import tempfile
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from hafrm.errors import DataError
-from hafrm.rlhf.actor import Prompt, response_text
+from hafrm.rlhf.actor import Prompt
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.training.checkpoint import trainable_weights
@@ -45,7 +46,7 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
             # what the recipe does not say keeps TRL's default
             args=config(output_dir=scratch, **trl_options(rlhf.recipe)),
             train_dataset=Dataset.from_list(rows),
-            processing_class=rlhf.actor.encoder.tokenizer,
+            processing_class=trl_tokenizer(rlhf),
             callbacks=[watcher],
         )
         trainer.remove_callback(PrinterCallback)  # our log says it already
@@ -96,9 +97,18 @@ def micro_batch(recipe: RlhfRecipe) -> int:
     return next(n for n in range(min(most, size), 0, -1) if size % n == 0)
 
 
+def trl_tokenizer(rlhf: RlhfRun) -> PreTrainedTokenizerFast:
+    """The policy's tokenizer, whose EOS is the token that ends a turn: TRL masks what follows."""
+    tokenizer = copy.deepcopy(rlhf.actor.encoder.tokenizer)
+    end = rlhf.actor.turn_ends[0]
+    if end != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
+
+
 def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
     """The prompts that TRL's own rendering gives the ids that ours does; raises DataError without any."""
-    tokenizer, usable = rlhf.actor.encoder.tokenizer, []
+    tokenizer, usable = trl_tokenizer(rlhf), []
     for prompt in rlhf.train_prompts:
         messages, ours = [m._asdict() for m in prompt.messages], prompt.ids.tolist()
         # one text for all: a control token that a user typed would be one to the policy
@@ -131,14 +141,14 @@ class _Watcher(TrainerCallback):
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
         """One reward per completion, less the price of an unended one."""
-        encoder = self.rlhf.actor.encoder
-        texts = [[response_text(encoder, ids)] for ids in completion_ids]
+        actor = self.rlhf.actor
+        read = [actor.encoder.read_response(ids, actor.turn_ends) for ids in completion_ids]
+        texts = [[text] for text, _ in read]
         # the prompt of several completions is laid out once all the same
-        rewards = [own[0] for own in self.rlhf.reward_model.score_batch(prompts, texts)]
+        rewards = self.rlhf.reward(prompts, texts).tolist()
         self._rewards += rewards
         penalty = self.rlhf.recipe.reward.missing_eos_penalty
-        ended = [ids[-1] == encoder.eos_id for ids in completion_ids]
-        return [r - penalty * (not end) for r, end in zip(rewards, ended, strict=True)]
+        return [r - penalty * (not end) for r, (_, end) in zip(rewards, read, strict=True)]
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
         logs = values.get("logs") or {}

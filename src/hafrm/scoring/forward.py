@@ -100,15 +100,27 @@ def run_forward(  # noqa: PLR0913
         num_done += len(indices)
         # the other parts are about as far
         on_progress(min(num_done * part[1], len(lengths)), len(lengths))
+    same = _first_of_equal_ids(groups)  # rounding differs from place to place in a sequence
     scores = Scores(
-        rewards=None if model.reward_head is None else rewards,
-        logps=None if model.policy_head is None else logps,
+        rewards=None if model.reward_head is None else rewards[same],
+        logps=None if model.policy_head is None else logps[same],
         lengths=lengths,
         first=first_responses(groups),
     )
     if part == (0, 1):
         check_finite(scores)
     return scores
+
+
+def _first_of_equal_ids(groups: Sequence[Branches]) -> NDArray[np.int64]:
+    """For every response the index of the first one with the same prompt ids and response ids."""
+    first: dict[tuple[bytes, bytes], int] = {}
+    keys = (
+        (np.asarray(group.prompt_ids, np.int32).tobytes(), np.asarray(ids, np.int32).tobytes())
+        for group in groups
+        for ids in group.response_ids
+    )
+    return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], np.int64)
 
 
 def run_sequences(

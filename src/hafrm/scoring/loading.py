@@ -3,21 +3,24 @@
 Models to score with are read from safetensors, never a pickle, and no code of a model directory is run.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -32,6 +35,13 @@ log = logging.getLogger("hafrm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
 FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
+
+
+_OF_A_HEAD = {
+    *("architectures", "id2label", "label2id", "num_labels", "problem_type", "dtype"),
+    *("_name_or_path", "transformers_version", "tie_word_embeddings", "use_cache"),
+}
+"""What the configs of a run's two exports may differ in."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,38 @@ def load_reward(
     return HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
 
 
+def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None:
+    """The head of an exported reward model whose backbone is the policy's, weight by weight; else None.
+
+    The backbone of a hybrid run is exported twice, once with each head.
+    """
+    prefix, weights = policy.backbone.base_model_prefix, dict(policy.backbone.state_dict())
+    configs = [load_config(directory), policy.backbone.config]
+    own, other = ({k: v for k, v in c.to_dict().items() if k not in _OF_A_HEAD} for c in configs)
+    head, left = None, set(weights)
+    for file in sorted(directory.glob("*.safetensors")) if own == other else ():
+        for name, value in _tensors(file):
+            inside = name.removeprefix(f"{prefix}.")
+            same = weights.get(inside)
+            if name == "score.weight":
+                head = value
+            elif same is None or not torch.equal(value.to(same), same):
+                return None
+            left.discard(inside)
+    if head is None or left:
+        return None
+    score = nn.Linear(head.shape[1], 1, bias=False, device=policy.device)
+    score.weight = nn.Parameter(head.to(policy.device).float())
+    return score
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, one at a time; of a damaged one none, as loading it will say."""
+    with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 - no mapping
+            yield name, stored.get_tensor(name)
+
+
 def load_policy(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
@@ -186,6 +228,14 @@ def load_config(path: str | Path, revision: str | None = None) -> PretrainedConf
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no model directory and no known hub id: {error}") from error
     return config
+
+
+def load_generation_config(path: str | Path) -> GenerationConfig:
+    """The generation config of a directory or hub id, from its config where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return GenerationConfig.from_model_config(load_config(path))
 
 
 def model_digest(path: str | Path) -> str:

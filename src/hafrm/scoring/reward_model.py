@@ -26,7 +26,7 @@ from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import read_result
-from hafrm.scoring.forward import run_forward
+from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
 PromptLike = str | Sequence[Mapping[str, Any] | Message]
@@ -151,6 +151,19 @@ class Scorer(ABC):
         self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`."""
+        scores, num_cut = self._score_texts(prompts, responses, may_cut=False)
+        assert not num_cut
+        return scores
+
+    def score_batch_cut(
+        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
+    ) -> tuple[list[list[float]], int]:
+        """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were."""
+        return self._score_texts(prompts, responses, may_cut=True)
+
+    def _score_texts(
+        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]], *, may_cut: bool
+    ) -> tuple[list[list[float]], int]:
         prompts = _as_list(prompts, "prompts must be a list")
         lists = _as_list(responses, "responses must be a list of lists of texts")
         if len(prompts) != len(lists):
@@ -158,28 +171,29 @@ class Scorer(ABC):
                 f"score_batch got {len(prompts)} prompts and {len(lists)} lists of responses; give a list "
                 "of responses for each prompt"
             )
-        responses = []
+        texts_of = []
         for i, texts in enumerate(lists):
             what = f"responses to prompt {i} must be a list of texts"
-            responses.append(_as_list(texts, what))
-            if not all(isinstance(text, str) for text in responses[-1]):
-                raise DataError(f"{what}, got {show(responses[-1])}")
+            texts_of.append(_as_list(texts, what))
+            if not all(isinstance(text, str) for text in texts_of[-1]):
+                raise DataError(f"{what}, got {show(texts_of[-1])}")
         # equal responses would be laid out and run twice
-        distinct = [tuple(dict.fromkeys(texts)) for texts in responses]
+        distinct = [tuple(dict.fromkeys(texts)) for texts in texts_of]
         groups = [
             Group(f"prompt {i}", as_messages(prompt), texts)
             for i, (prompt, texts) in enumerate(zip(prompts, distinct, strict=True))
             if texts
         ]
         encoded, report = self.encoder.encode(groups)
-        if report.prompts_cut or report.responses_cut or len(encoded) < len(groups):
+        num_cut = report.prompts_cut + report.responses_cut
+        if (num_cut and not may_cut) or len(encoded) < len(groups):
             raise DataError(
                 f"prompt and response are longer than {self.encoder.lengths.max_length} tokens: shorten "
                 "them, or load the model with a larger max_length"
             )
         scores = iter(self.score_encoded(encoded).tolist())
         score_of = [{text: next(scores) for text in texts} for texts in distinct]
-        return [[score_of[i][text] for text in texts] for i, texts in enumerate(responses)]
+        return [[score_of[i][text] for text in texts] for i, texts in enumerate(texts_of)], num_cut
 
     def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
@@ -285,7 +299,17 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
+        return self._implicit(self._run(self.model, encoded, on_progress=on_progress), encoded)
+
+    def score_both(
+        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(rewards, implicit rewards) from one forward; the policy's model must have a reward head too."""
         scores = self._run(self.model, encoded, on_progress=on_progress)
+        assert scores.rewards is not None
+        return scores.rewards, self._implicit(scores, encoded)
+
+    def _implicit(self, scores: Scores, encoded: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
         implicit: Any = scores.logps
         if self.reference is not None:
             implicit = implicit - self._run(self.reference, encoded).logps

@@ -334,9 +334,10 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         if number % self._recipe.tracking.log_every and number != self._num_steps:
             return
         nonfinite.check()
-        comparisons = len(self._steps) * self._recipe.training.batch_size
         sums = torch.stack([step.sums for step in self._steps]).sum(0)
-        means = (parallel.add_up(sums) / comparisons).tolist()
+        totals = parallel.add_up(sums)
+        num_weighted = int(totals[-1])
+        means = (totals[:-1] / num_weighted).tolist()
         tokens = parallel.add_up(sums.new_tensor(float(sum(s.num_tokens for s in self._steps))))
         norm = torch.stack([step.grad_norm for step in self._steps]).mean()
         seconds, num_timed = time.perf_counter() - self._since, len(self._steps) - self._num_resumed
@@ -346,7 +347,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             values.pop("equal_rewards", None)  # as almost always
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
-                values |= with_bounds(name, values[name], comparisons)
+                values |= with_bounds(name, values[name], num_weighted)
         values |= {
             "grad_norm": float(norm),
             "learning_rate": rate,

@@ -42,7 +42,7 @@ DECAY = 0.9
 class StepResult:
     """Device tensors: no value is copied to the host before someone reads it."""
 
-    sums: Float[Tensor, " measures"]  # over this rank's comparisons; divide by the global count
+    sums: Float[Tensor, " sums"]  # of MEASURES over this rank's comparisons, and how many these are
     grad_norm: Float[Tensor, ""]  # 2-norm of the whole gradient before clipping
     num_tokens: int  # packed tokens that this rank ran
     distance: Float[Tensor, ""] | None = None  # NormBT's running mean, which the next step reads
@@ -63,7 +63,7 @@ def take_step(  # noqa: PLR0913
     """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks, `distance` is the
     last step's. What is not finite updates nothing, and the next `nonfinite.check()` raises."""
     device = parallel.unwrap(model).device
-    sums = torch.zeros(len(MEASURES), device=device)
+    sums = torch.zeros(len(MEASURES) + 1, device=device)
     finite: list[Tensor] = []
     means = StepMeans(method, num_comparisons, distance)
 
@@ -113,8 +113,9 @@ def losses_of(
 @torch.no_grad()
 def measure(
     outputs: Outputs, batch: MicroBatch, loss: JointLoss, method: Method
-) -> Float[Tensor, " measures"]:
-    """MEASURES summed over the micro-batch's comparisons; fillers count for nothing."""
+) -> Float[Tensor, " sums"]:
+    """MEASURES summed over the micro-batch's comparisons, and their number; those of weight 0, and fillers,
+    count for nothing."""
     absent = torch.full_like(batch.weights, float("nan"))
 
     def sides(scores: Tensor | None) -> list[Tensor]:
@@ -131,6 +132,7 @@ def measure(
     values = [loss.total, *parts, *sides(outputs.rewards), *sides(implicit)[:2]]
     # accuracy counts these as wrong; not on the margin's zero alone, which nan never equals
     values.append(absent if outputs.rewards is None else (values[4] == 0).float())
+    values.append(torch.ones_like(batch.weights))
     return torch.where(batch.weights != 0, torch.stack(values), 0.0).sum(1)
 
 
