@@ -1,7 +1,8 @@
 """Descriptions: every number of a small set worked out by hand, and its form as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,10 @@ ROWS: list[dict[str, Any]] = [
 class Report:
     """A stand-in for an encoder's report."""
 
-    prompts_cut: int = 3
-    dropped: int = 0
+    refused: Mapping[int, str] = MappingProxyType({})
+
+    def counts(self) -> dict[str, int]:
+        return {"prompts_cut": 3, "dropped": 0}
 
 
 def tokenized(prompt: int, responses: Sequence[int], pairs: tuple[Comparison, ...]):

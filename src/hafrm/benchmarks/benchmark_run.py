@@ -26,7 +26,7 @@ from hafrm.data.named_sets import LeftOut
 from hafrm.data.parse import Refusal, RefusedError
 from hafrm.errors import DataError
 from hafrm.evaluation.comparisons import response_offsets
-from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
+from hafrm.evaluation.heads import EvaluationOptions, load_head, score_groups, scorer_names
 from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.loading import find_heads
@@ -66,17 +66,34 @@ def run_benchmarks(
     groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
     num = sum(len(group.responses) for group in groups)
     done = over_passes(on_progress, num * len(head_names))
-    scores: list[dict[str, BenchmarkScore]] = [{} for _ in loaded]
+    options = options or EvaluationOptions()
+    values: list[dict[str, list[CandidateScores]]] = [{} for _ in loaded]
     reports: list[list[EncodingReport]] = [[] for _ in loaded]
     max_lengths = []
     for name in head_names:
-        scorer = load_head(heads, name, options or EvaluationOptions())
+        scorer = load_head(heads, name, options)
         max_lengths.append(scorer.encoder.lengths.max_length)
         for i, data in enumerate(loaded):
-            values, report = score_items(scorer, data.items, done)
+            values[i][name], report = score_items(scorer, data.items, done, options)
             reports[i].append(report)
-            scores[i][name] = score_benchmark(data.benchmark, data.items, values)
         del scorer  # before the next one is loaded
+    scores: list[dict[str, BenchmarkScore]] = []
+    for i, (data, by_head) in enumerate(zip(loaded, values, strict=True)):
+        of_items = zip(data.items, *by_head.values(), strict=True)
+        # an item that a head's template refuses is left out for all
+        scored = [row for row in of_items if not any(np.isnan(own).any() for own in row[1:])]
+        items, *of_heads = (list(column) for column in zip(*scored, strict=True))
+        if num := len(data.items) - len(items):
+            data.left_out["not encodable"] = num
+            lengths = {
+                "pick longer": length_scores(items),
+                "pick shorter": length_scores(items, -1),
+            }
+            baselines[i] = {
+                n: score_benchmark(data.benchmark, items, v) for n, v in lengths.items()
+            }
+        named = zip(by_head, of_heads, strict=True)
+        scores.append({name: score_benchmark(data.benchmark, items, own) for name, own in named})
     results = tuple(
         BenchmarkResult(
             name=data.benchmark.name,
@@ -138,15 +155,18 @@ def length_scores(items: Sequence[Item], sign: int = 1) -> list[CandidateScores]
 
 
 def score_items(
-    scorer: Scorer, items: Sequence[Item], done: OnProgress = no_progress
+    scorer: Scorer,
+    items: Sequence[Item],
+    done: OnProgress = no_progress,
+    options: EvaluationOptions | None = None,
 ) -> tuple[list[CandidateScores], EncodingReport]:
-    """One score for each candidate of each item, and what had to be cut.
+    """One score for each candidate of each item (NaN where it cannot be encoded), and what had to be cut.
 
     Raises NumericsError for a score that is not finite.
     """
     groups, places = group_by_prompt(items)
-    tokenized, report = scorer.encoder.encode(groups)
-    scores = scorer.score_encoded(tokenized, done).astype(np.float64)
+    exact, _, report = score_groups(scorer, groups, options or EvaluationOptions(), done)
+    scores = exact.astype(np.float64)
     first = response_offsets(groups)
     return [scores[first[group] + np.array(within)] for group, within in places], report
 

@@ -131,7 +131,8 @@ def read_prompts(
 
 def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
     """The first `num` distinct responses to each prompt."""
-    groups = _with_distinct_ids(read_preferences(sources, need_comparisons=False).groups)
+    data = read_preferences(sources, need_comparisons=False, read_labels=False)
+    groups = _with_distinct_ids(data.groups)
     return [
         Candidates(replace(g, responses=(), comparisons=()), list(g.responses[:num]))
         for g in groups
@@ -224,9 +225,10 @@ class LocalPolicy:
         """The prompt up to the response, or why it cannot be answered."""
         try:
             # the encoder needs a response to find where the prompt ends
-            (encoded,), _ = self.encoder.encode([replace(prompt, responses=("x",))])
+            encoded, _ = self.encoder.encode_one(replace(prompt, responses=("x",)))
         except DataError as error:
             return f"not encodable: {error}"
+        assert encoded is not None, "prompts are cut, not dropped"
         room = self._positions - self.options.max_new_tokens
         ids: list[int] = encoded.prompt_ids.tolist()
         if len(ids) > room:

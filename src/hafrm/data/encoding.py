@@ -6,8 +6,9 @@ others, the two are encoded apart and the case is counted. Every response ends i
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
+
+log = logging.getLogger("hafrm")
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _GROUPS_AT_ONCE = 256
@@ -81,6 +84,38 @@ class EncodingReport:
     seam_merges: int = 0
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
     neutralised: int = 0  # special tokens typed in messages, encoded as plain text
+    shortened: int = 0
+    """Responses of which the template leaves out a part, such as the thoughts before an answer."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why groups have no ids (the template or the tokenizer refuses them), by their index."""
+
+    def check(
+        self, groups: Sequence[Group], max_bad_fraction: float, bad_rows_file: Path | None = None
+    ) -> None:
+        """Log the refused groups, and add them to a file of bad rows; raise DataError for more than that
+        fraction of all, or for all."""
+        if not self.refused:
+            return
+        if bad_rows_file is not None:
+            with bad_rows_file.open("a", encoding="utf-8") as file:
+                for i, detail in self.refused.items():
+                    own = {"source": groups[i].source, "group": groups[i].id}
+                    file.write(
+                        json.dumps(own | {"reason": "not encodable", "detail": detail}) + "\n"
+                    )
+        num, (index, why) = len(self.refused), next(iter(self.refused.items()))
+        first = f"first: group {groups[index].id!r} of {groups[index].source!r}: {why}"
+        if num > max_bad_fraction * len(groups) or num == len(groups):
+            raise DataError(
+                f"{num:,} of {len(groups):,} groups are not encodable (allowed: {max_bad_fraction:.1%}); "
+                f"{first} Correct them, or raise data.max_bad_fraction to leave them out."
+            )
+        log.warning("%d of %d groups are not encodable and left out; %s", num, len(groups), first)
+
+    def counts(self) -> dict[str, int]:
+        """Every count by its name."""
+        counts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return counts | {"refused": len(self.refused)}
 
 
 class Encoder:
@@ -94,9 +129,11 @@ class Encoder:
         max_prompt_length: int | None = None,
         too_long: Literal["cut", "drop"] = "cut",
         close: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
         self.close = close
+        self.vocab_size = vocab_size  # rows of the model's embedding, if known
         self.tokenizer = prepare_tokenizer(tokenizer, close=close)
         """Our own copy, the one that is exported; the tokenizer passed in stays as it was."""
         self.template = str(self.tokenizer.chat_template)
@@ -120,16 +157,41 @@ class Encoder:
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
     def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
-        """The groups as ids, in their order (without those dropped), and counts of what was done to them.
+        """The groups as ids, in their order, and counts of what was done to them.
 
-        Raises DataError for a group without prompt or responses, with lone surrogates, or that the chat
-        template refuses.
+        Left out are those dropped, and those that the report lists as refused: without prompt or responses,
+        with lone surrogates or tokens that the model has not, or against the chat template.
         """
         report = EncodingReport()
         encoded: list[TokenizedGroup] = []
         for start in range(0, len(groups), _GROUPS_AT_ONCE):
-            encoded += self._encode_chunk(groups[start : start + _GROUPS_AT_ONCE], report)
+            encoded += self._encode_part(groups, start, start + _GROUPS_AT_ONCE, report)
         return encoded, report
+
+    def encode_one(self, group: Group) -> tuple[TokenizedGroup | None, EncodingReport]:
+        """A single group as ids (None: dropped); raises DataError where `encode` refuses it."""
+        encoded, report = self.encode([group])
+        if report.refused:
+            raise DataError(report.refused[0])
+        return (encoded[0] if encoded else None), report
+
+    def _encode_part(
+        self, groups: Sequence[Group], start: int, end: int, report: EncodingReport
+    ) -> list[TokenizedGroup]:
+        part, own = groups[start:end], EncodingReport()
+        try:
+            encoded = list(self._encode_chunk(part, own))
+        except DataError as error:  # one group fails them all: halve them until it is alone
+            if len(part) == 1:
+                report.refused[start] = str(error)
+                return []
+            middle = start + len(part) // 2
+            first = self._encode_part(groups, start, middle, report)
+            return first + self._encode_part(groups, middle, end, report)
+        for name, count in own.counts().items():
+            if name != "refused":
+                setattr(report, name, getattr(report, name) + count)
+        return encoded
 
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""
@@ -175,11 +237,18 @@ class Encoder:
                 fitted[1][c.chosen] == fitted[1][c.rejected] for c in group.comparisons
             )
             arrays = [np.array(part, dtype=np.int32) for part in (fitted[0], *fitted[1])]
+            largest = max(int(array.max(initial=0)) for array in arrays)
+            if self.vocab_size is not None and largest >= self.vocab_size:
+                raise DataError(
+                    f"{where}: token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, "
+                    f"but the model's embedding has only {self.vocab_size} rows."
+                )
             for array in arrays:
                 array.flags.writeable = False
             names = group.id, group.source, group.tags
             yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)
         report.neutralised += marker.num_marked
+        report.shortened += marker.num_shortened
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         wanted = list(texts)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hafrm.data.parse import Refusal, show
 from hafrm.errors import DataError
@@ -23,12 +23,11 @@ from hafrm.errors import DataError
 NumberedRows = Iterator[tuple[int, object]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-# how the cells of a CSV file are read: JSON, text even if empty, and text unless it clearly is messages
+# how the cells of a CSV file are read: JSON, and text even if empty
 _JSON_CELLS = frozenset(
     ["responses", "ranks", "ranking", "scores", "ratings", "votes", "margin", "weight", "tie"]
 )
 _TEXT_CELLS = frozenset(["prompt", "chosen", "rejected", "response"])
-_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
 _HUB_NAME = re.compile(
     r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
     r":(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)"
@@ -61,12 +60,22 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return []
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder of this name; no error for a name that none can have."""
+    try:
+        return path.exists()
+    except OSError:  # too long, say
+        return False
+
+
 def read_file(path: Path) -> NumberedRows:
     """(row number, row or `Refusal`) of every row of a file, in order."""
-    if not path.exists():
+    if not exists(path):
         raise DataError(f"{path}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():
         raise DataError(f"{path} is a directory; name the files in it one by one")
+    if not path.is_file():
+        raise DataError(f"{path} is a pipe or a device; write its rows to a file and name that")
     if not is_known_kind(path):
         kinds = ", ".join([*_READERS, *_OPENERS])
         raise DataError(f"{path}: unknown kind of file; allowed are {kinds} (of text)")
@@ -131,7 +140,7 @@ def _csv_row(cells: dict[Any, Any]) -> object:
         return Refusal("unreadable row", "it has not as many cells as the header")
     row = {}
     for column, cell in cells.items():
-        if cell and (column in _JSON_CELLS or _MESSAGES.match(cell)):
+        if cell and column in _JSON_CELLS:
             row[column] = _decode(cell.lower() if column == "tie" else cell)
         elif cell or column in _TEXT_CELLS:  # an empty text is reported as empty, not as missing
             row[column] = cell
@@ -146,11 +155,28 @@ def _read_parquet(path: Path) -> NumberedRows:
     try:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in table_rows(batch):
                     yield number, row
                     number += 1
     except pa.ArrowException as error:
         raise DataError(f"{path} is not readable as Parquet: {error}") from error
+
+
+def table_rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a pyarrow table or batch; a date that Python has not is a number."""
+    try:
+        return cast("list[dict[str, Any]]", batch.to_pylist())
+    except (OverflowError, ValueError):  # a date or duration out of Python's range, in any column
+        columns = [[_python_value(value) for value in column] for column in batch.columns]
+        names = batch.schema.names
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        return getattr(value, "value", None)  # as stored: a number of days, microseconds, ...
 
 
 _READERS: dict[str, Callable[[Path], NumberedRows]] = {

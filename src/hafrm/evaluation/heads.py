@@ -18,6 +18,7 @@ from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
 from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.results import read_result
 from hafrm.scoring.loading import Heads, Placement, find_heads
@@ -77,20 +78,23 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     device: str | None = None,
     max_bad_fraction: float = 0.02,
     on_progress: OnProgress = no_progress,
+    **rows: Any,
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
 
     `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens (the
-    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad.
+    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad; `rows` are further
+    arguments of `read_preferences`, such as `columns`.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
     >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
 
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """
-    reading, comparisons = read_comparisons(data, max_bad_fraction)
-    options = EvaluationOptions(reference, max_length, dtype, device)
+    reading, comparisons = read_comparisons(data, max_bad_fraction, **rows)
+    options = EvaluationOptions(reference, max_length, dtype, device, max_bad_fraction)
     scores, report, rule = _score_all_heads(find_heads(model), comparisons, options, on_progress)
+    comparisons = comparisons.scored_by(*scores.values())
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
         model=str(model),
@@ -99,7 +103,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
             _measure_set(name, comparisons.take(i), {head: m[i] for head, m in margins.items()})
             for name, i in comparisons.sets().items()
         ),
-        num_bad_rows=len(reading.bad_rows),
+        num_bad_rows=len(reading.bad_rows) + len(report.refused),
         left_out=reading.left_out,
         prompts_cut=report.prompts_cut,
         responses_cut=report.responses_cut,
@@ -117,18 +121,42 @@ def _score_all_heads(
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options)
-        tokenized, report = scorer.encoder.encode(comparisons.groups)
-        scores[name] = scorer.score_encoded(tokenized, done)
+        scores[name], tokenized, report = score_groups(scorer, comparisons.groups, options, done)
         reports.append(report)
         if isinstance(scorer, PolicyModel) and not scorer.rule.per_token:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
-            lengths = np.array([len(ids) for group in tokenized for ids in group.response_ids])
+            own = np.array([len(ids) for group in tokenized for ids in group.response_ids])
+            lengths = own if not report.refused else _spread(own, comparisons.groups, report)
         del scorer  # before the next one is loaded
     if heads.fused is not None:
         rule = read_result(heads.fused, FusedRule)
         # it follows from the other two, without a pass of its own
         scores[FUSED] = fused_scores(scores[REWARD], scores[IMPLICIT], rule, lengths)
     return scores, reports[0], None if rule is None else str(rule)
+
+
+def score_groups(
+    scorer: Scorer, groups: Sequence[Group], options: EvaluationOptions, done: OnProgress
+) -> tuple[NDArray[np.float32], list[TokenizedGroup], EncodingReport]:
+    """A score for each response of all groups, NaN for those of groups that cannot be encoded; the ids of
+    the others, and the encoder's report. DataError for more such groups than max_bad_fraction."""
+    tokenized, report = scorer.encoder.encode(groups)
+    report.check(groups, options.max_bad_fraction)
+    scores = scorer.score_encoded(tokenized, done)
+    if report.refused:
+        scores = _spread(scores, groups, report).astype(np.float32)
+    return scores, tokenized, report
+
+
+def _spread(
+    values: NDArray[Any], groups: Sequence[Group], report: EncodingReport
+) -> NDArray[np.float64]:
+    """The values of encoded responses at their places among all, NaN elsewhere."""
+    is_encoded = [i not in report.refused for i in range(len(groups))]
+    places = np.repeat(is_encoded, [len(group.responses) for group in groups])
+    result = np.full(len(places), np.nan)
+    result[places] = values
+    return result
 
 
 def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins]) -> SetResult:
@@ -168,13 +196,14 @@ def compare_models(
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
     done = over_passes(on_progress, comparisons.num_responses * len([*first, *second]))
 
-    def is_right(path: str | Path) -> NDArray[np.bool_]:
+    def scores_of(path: str | Path) -> NDArray[np.float32]:
         scorer = load_main_head(path, options)  # freed at the end
-        encoded, _ = scorer.encoder.encode(comparisons.groups)
-        return comparisons.margins(scorer.score_encoded(encoded, done)) > 0
+        return score_groups(scorer, comparisons.groups, options, done)[0]
 
+    scores = [[scores_of(path) for path in paths] for paths in (first, second) if paths]
+    comparisons = comparisons.scored_by(*(one for side in scores for one in side))
     # [seeds, comparisons] of each side
-    sides = [np.array([is_right(path) for path in paths]) for paths in (first, second) if paths]
+    sides = [np.array([comparisons.margins(one) > 0 for one in side]) for side in scores]
     results = [
         compare_set(name, comparisons.prompts[where], *(side[:, where] for side in sides))
         for name, where in comparisons.sets().items()

@@ -26,7 +26,7 @@ from hafrm.recipe import ModelSection
 from hafrm.results import Table, columns, read_result, write_result
 from hafrm.rlhf.actor import encode_prompts, write_responses
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, score_rollouts
+from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, encodable_prompts, score_rollouts
 from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
@@ -138,6 +138,7 @@ class ComparisonWorker:
         assert recipe.comparison is not None
         encoder = Encoder(load_tokenizer(policy), max_length=LONGEST)
         groups = read_prompts(recipe.comparison.test, max_bad_fraction=recipe.data.max_bad_fraction)
+        groups = encodable_prompts(groups, encoder, recipe.data.max_bad_fraction)
         prompts = encode_prompts(groups, encoder, recipe.data.max_prompt_length)
         causal = load_base(policy, torch.float32, default_device())
         seed = _TEST_SEED + seed

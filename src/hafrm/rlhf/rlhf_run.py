@@ -6,7 +6,7 @@ and when to stop. Rewards are asked for through text: policy and reward model ma
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -224,6 +224,17 @@ class RlhfRun:
         return self.result
 
 
+def encodable_prompts(
+    groups: Sequence[Group], encoder: Encoder, max_bad_fraction: float
+) -> list[Group]:
+    """The prompts that the template takes; DataError for more others than that fraction."""
+    # the encoder needs responses to find where a prompt ends
+    probes = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
+    _, report = encoder.encode(probes)
+    report.check(groups, max_bad_fraction)
+    return [group for i, group in enumerate(groups) if i not in report.refused]
+
+
 def load_prompts(
     data: PromptSection, encoder: Encoder, seed: int, folder: RunFolder
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -244,6 +255,7 @@ def load_prompts(
             train, fraction=data.validation_fraction, seed=_SPLIT_SEED + seed
         )
     parts = [without_prompts(train, held_out), held_out]
+    parts = [encodable_prompts(groups, encoder, data.max_bad_fraction) for groups in parts]
     fitting = [encode_prompts(groups, encoder, data.max_prompt_length) for groups in parts]
     for name, groups, prompts in zip(
         ("data.train", "data.validation"), parts, fitting, strict=True

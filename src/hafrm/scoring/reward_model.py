@@ -163,6 +163,8 @@ class Scorer(ABC):
             if texts
         ]
         encoded, report = self.encoder.encode(groups)
+        if report.refused:
+            raise DataError(next(iter(report.refused.values())))
         if report.prompts_cut or report.responses_cut or len(encoded) < len(groups):
             raise DataError(
                 f"prompt and response are longer than {self.encoder.lengths.max_length} tokens: shorten "
