@@ -1,8 +1,7 @@
 """Descriptions: every number of a small set worked out by hand, and its form as JSON."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ ROWS: list[dict[str, Any]] = [
 class Report:
     """A stand-in for an encoder's report."""
 
-    refused: Mapping[int, str] = MappingProxyType({})
+    refused: dict[int, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         return {"prompts_cut": 3, "dropped": 0}

@@ -70,8 +70,8 @@ _TIE = re.compile(
     r"tie[sd]?|draw|equal|equally (good|bad)|same|no preference|neither|(tie |it s a tie )?both ?(good|bad)"
 )
 _NO_TIE = re.compile(  # the winner, or who labelled
-    r"|human|ai .*|chosen|((model|response|assistant|answer|output|candidate) ?)?([ab]|[0-2])|first|second|left|right"
-    r"|win|((slightly|much|far|significantly) )?better"
+    r"|human|ai .*|chosen|((model|response|assistant|answer|output|candidate) ?)?([ab]|[0-2])"
+    r"|first|second|left|right|win|((slightly|much|far|significantly) )?better"
 )
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 

@@ -83,7 +83,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     """Metrics of the model on each source and, if there are several, on all together.
 
     `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens (the
-    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad; `rows` are further
+    model's limit) are cut. Of a source's rows, `max_bad_fraction` may be left out as bad; `rows` are more
     arguments of `read_preferences`, such as `columns`.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
