@@ -71,7 +71,8 @@ def exists(path: Path) -> bool:
 def read_file(path: Path) -> NumberedRows:
     """(row number, row or `Refusal`) of every row of a file, in order."""
     if not exists(path):
-        raise DataError(f"{path}: no such file; a hub data set is written hub:name[:config]:split")
+        place = str(path)[:300]
+        raise DataError(f"{place}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():
         raise DataError(f"{path} is a directory; name the files in it one by one")
     if not path.is_file():
@@ -209,7 +210,7 @@ def parse_hub(location: str) -> HubSet:
     """The data set that "hub:name[@revision][:config]:split" names."""
     match = _HUB_NAME.fullmatch(location)
     if match is None:
-        raise DataError(f"{location!r} is not of the form hub:name[@revision][:config]:split")
+        raise DataError(f"{location[:200]!r} is not of the form hub:name[@revision][:config]:split")
     return HubSet(match["name"], match["split"], match["config"], revision=match["revision"])
 
 
