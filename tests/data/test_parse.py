@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
-from hafrm.data import parse
-from hafrm.data.parse import MAX_RANKED, Reason, Refusal, parse_row
+from hafrm.data import files
+from hafrm.data.files import Reason, Refusal
+from hafrm.data.parse import MAX_RANKED, parse_row
 from hafrm.preferences import Comparison, Group, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
@@ -282,7 +283,7 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
     ],
 )
 def test_each_broken_rule_has_its_reason(monkeypatch, change, expected: str) -> None:
-    monkeypatch.setattr(parse, "MAX_CHARS", 200)
+    monkeypatch.setattr(files, "MAX_CHARS", 200)
     assert reason(PAIR | change) == expected
 
 

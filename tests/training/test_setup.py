@@ -89,16 +89,16 @@ def test_data_of_nothing_but_ties_are_refused(tmp_path, two_files):
         prepare_data(tiny_recipe(tmp_path, data={"train": two_files[0]}))
 
 
-def rewrite(file: str, **columns: Any) -> None:
-    """Add columns to every row of a file but the first."""
-    first, *rows = map(json.loads, Path(file).read_text().splitlines())
-    rows = [first, *(row | columns for row in rows)]
+def rewrite(file: str, first: int = 0, **columns: Any) -> None:
+    """Add columns to the rows of a file, from that one on."""
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    rows[first:] = [row | columns for row in rows[first:]]
     Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_run_says_first_what_its_rows_are_and_records_it(tmp_path, two_files, caplog):
-    """24 rows: one as it was, 23 with one text as both sides once white space is trimmed."""
-    rewrite(two_files[0], author="x", chosen="same", rejected="  same. ")
+    """24 rows, of which 20 have one text as both sides once the template has trimmed them."""
+    rewrite(two_files[0], 4, author="x", chosen="same", rejected="  same. ")
     template = tmp_path / "trim.jinja"
     template.write_text(CHATML.replace("m['content']", "m['content'] | trim | replace('.', '')"))
     sections = {"model": {"chat_template": str(template)}, "data": {"train": two_files[0]}}
@@ -107,12 +107,11 @@ def test_a_run_says_first_what_its_rows_are_and_records_it(tmp_path, two_files, 
         counts = prepare_data(recipe).counts
     num = counts["train_comparisons"]
     assert (counts["unread_columns"], counts["bad_rows"]) == (["author"], 0)
-    assert counts["identical_comparisons"] in (num - 1, num - 2) or num == 23
+    assert num - 4 <= counts["identical_comparisons"] < num
     assert "24 rows (0 bad)" in caplog.text and "columns not read: author" in caplog.text
     assert f"{counts['identical_comparisons']} of {num} comparisons have two equal" in caplog.text
     assert "leaves out a part" in caplog.text
-    lines = Path(two_files[0]).read_text().splitlines()[1:]
-    Path(two_files[0]).write_text("\n".join(lines))
+    rewrite(two_files[0], chosen="same", rejected="  same. ")
     with pytest.raises(DataError, match=r"all \d+ comparisons have two equal sides"):
         prepare_data(recipe)
 

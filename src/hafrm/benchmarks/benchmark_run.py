@@ -21,9 +21,8 @@ from hafrm.benchmarks.benchmark_scores import (
 from hafrm.benchmarks.definitions import BENCHMARKS, Benchmark, BenchmarkPart, find_benchmarks
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
-from hafrm.data.files import find_files, read_file, read_hub
+from hafrm.data.files import Refusal, RefusedError, find_files, read_file, read_hub
 from hafrm.data.named_sets import LeftOut
-from hafrm.data.parse import Refusal, RefusedError
 from hafrm.errors import DataError
 from hafrm.evaluation.comparisons import response_offsets
 from hafrm.evaluation.heads import EvaluationOptions, load_head, score_groups, scorer_names
@@ -53,14 +52,8 @@ def run_benchmarks(
         # a single benchmark's files may lie in the folder itself
         own = folder if own is not None and len(benchmarks) == 1 and not own.is_dir() else own
         loaded.append(load_benchmark(benchmark, own))
-    # the baselines first: they find what the data lacks before a model is loaded
-    baselines = [
-        {
-            name: score_benchmark(data.benchmark, data.items, length_scores(data.items, sign))
-            for name, sign in (("pick longer", 1), ("pick shorter", -1))
-        }
-        for data in loaded
-    ]
+    for data in loaded:
+        _measure(data, {})  # the baselines find what the data lacks before a model is loaded
     heads = find_heads(model)
     head_names = scorer_names(heads)
     groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
@@ -77,23 +70,7 @@ def run_benchmarks(
             values[i][name], report = score_items(scorer, data.items, done, options)
             reports[i].append(report)
         del scorer  # before the next one is loaded
-    scores: list[dict[str, BenchmarkScore]] = []
-    for i, (data, by_head) in enumerate(zip(loaded, values, strict=True)):
-        of_items = zip(data.items, *by_head.values(), strict=True)
-        # an item that a head's template refuses is left out for all
-        scored = [row for row in of_items if not any(np.isnan(own).any() for own in row[1:])]
-        items, *of_heads = (list(column) for column in zip(*scored, strict=True))
-        if num := len(data.items) - len(items):
-            data.left_out["not encodable"] = num
-            lengths = {
-                "pick longer": length_scores(items),
-                "pick shorter": length_scores(items, -1),
-            }
-            baselines[i] = {
-                n: score_benchmark(data.benchmark, items, v) for n, v in lengths.items()
-            }
-        named = zip(by_head, of_heads, strict=True)
-        scores.append({name: score_benchmark(data.benchmark, items, own) for name, own in named})
+    scores = [_measure(data, by_head) for data, by_head in zip(loaded, values, strict=True)]
     results = tuple(
         BenchmarkResult(
             name=data.benchmark.name,
@@ -102,7 +79,7 @@ def run_benchmarks(
             num_rows=data.num_rows,
             num_rows_published=data.benchmark.num_rows,
             left_out=data.left_out,
-            scores=scores[i] | baselines[i],
+            scores=scores[i],
             prompts_cut=reports[i][0].prompts_cut,
             responses_cut=reports[i][0].responses_cut,
         )
@@ -146,6 +123,20 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
     if not items:
         raise DataError(f"{source} has no rows of {benchmark.title} to score")
     return LoadedBenchmark(benchmark, items, len(rows), dict(left_out), source)
+
+
+def _measure(
+    data: LoadedBenchmark, by_head: Mapping[str, Sequence[CandidateScores]]
+) -> dict[str, BenchmarkScore]:
+    """What each head and each baseline reaches; an item that one cannot encode is left out for all."""
+    of_items = zip(data.items, *by_head.values(), strict=True)
+    scored = [row for row in of_items if not any(np.isnan(own).any() for own in row[1:])]
+    items, *of_heads = (list(column) for column in zip(*scored, strict=True))
+    if num := len(data.items) - len(items):
+        data.left_out["not encodable"] = num
+    values = dict(zip(by_head, of_heads, strict=True))
+    values |= {"pick longer": length_scores(items), "pick shorter": length_scores(items, -1)}
+    return {name: score_benchmark(data.benchmark, items, own) for name, own in values.items()}
 
 
 def length_scores(items: Sequence[Item], sign: int = 1) -> list[CandidateScores]:

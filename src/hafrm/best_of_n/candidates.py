@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import RefusedError, check_text
+from hafrm.data.files import RefusedError, check_text
 from hafrm.data.reader import read_preferences
 from hafrm.engine.sampling import Sampling, sample
 from hafrm.errors import DataError, ModelError

@@ -27,8 +27,8 @@ from hafrm.bulk.shards import (
     render_shard,
 )
 from hafrm.data.encoding import Encoder
-from hafrm.data.files import is_known_kind
-from hafrm.data.parse import Refusal, parse_row
+from hafrm.data.files import Refusal, is_known_kind
+from hafrm.data.parse import parse_row
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
 from hafrm.errors import CheckpointError, ConfigError

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import fingerprint
-from hafrm.data.files import is_known_kind, table_rows
-from hafrm.data.parse import Refusal
+from hafrm.data.files import Refusal, is_known_kind, table_rows
 from hafrm.data.reader import Source, iter_rows, parse_source
 from hafrm.errors import DataError
 

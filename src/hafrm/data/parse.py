@@ -5,15 +5,24 @@ is repaired; only the turns of a transcript lose the blanks around them. Start a
 """
 
 import json
-import math
 import re
-import reprlib
 from collections.abc import Mapping
 from itertools import combinations, pairwise
-from numbers import Real
 from os.path import commonprefix
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Literal
 
+from hafrm.data.files import (
+    RawRow,
+    Refusal,
+    RefusedError,
+    as_number,
+    cell_of,
+    check_text,
+    columns_of,
+    list_of,
+    refuse,
+    show,
+)
 from hafrm.preferences import Comparison, Group, Message, Votes
 
 SHAPES = (
@@ -38,26 +47,6 @@ CONTEXT_COLUMNS = (
     *("history", "conversation", "conversations"),
 )
 """Columns that belong to the prompt in other formats: rows whose prompt would lack them are refused."""
-Reason = Literal[
-    "empty response",
-    "empty prompt",
-    "chosen equals rejected",
-    "prompts differ",
-    "wrong roles",
-    "not a string",
-    "non-finite margin",  # a margin or weight that is no usable number
-    "bad number",  # votes, ranks, scores
-    "too long",
-    "lone surrogate",  # and NUL
-    "duplicate",
-    "missing column",
-    "unreadable row",
-    "unread context",  # a column of CONTEXT_COLUMNS holds something
-    "unknown label",
-    "not encodable",  # the chat template or the tokenizer refuses it
-]
-MAX_CHARS = 200_000
-"""Limit of a prompt or response in characters, checked before any tokenizer sees it."""
 MAX_RANKED = 256  # most responses that one row may rank: k of them make k(k-1)/2 comparisons
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -76,23 +65,7 @@ _NO_TIE = re.compile(  # the winner, or who labelled
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 
 ImplicitPrompt = Literal["lines", "words"]
-RawRow = Mapping[Any, Any]
 Messages = tuple[Message, ...]
-
-
-class Refusal(NamedTuple):
-    """Why a row is bad: a `Reason`, and the value that was seen."""
-
-    reason: str
-    detail: str
-
-
-class RefusedError(Exception):
-    """A row breaks a rule; raised and caught within the reading of one row."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.refusal = refusal
 
 
 def parse_row(
@@ -150,7 +123,7 @@ def _read_texts(
             prompt, sides = _split_texts(sides, implicit_prompt)
         prompt, responses = _join(prompt, sides)
     elif need_responses or row.get("prompt") is None:
-        refuse("missing column", f"no responses that could be compared; {_columns_of(row)}")
+        refuse("missing column", f"no responses that could be compared; {columns_of(row)}")
     for response in responses:
         check_text(response, "a response")
     return prompt, responses, is_pair
@@ -412,58 +385,8 @@ def _votes(value: object) -> Votes | None:
     return Votes(**{name: int(number) for name, number in numbers.items()})
 
 
-def list_of(value: object, column: str) -> list[Any]:
-    """The value of a column, which must be a list."""
-    if not isinstance(value, list | tuple):
-        refuse("not a string", f"`{column}` must be a list, got {show(value)}")
-    return list(value)
-
-
 def _label(value: object, column: str) -> str:
     if not isinstance(value, str | int | float):
         refuse("not a string", f"`{column}` must be text or a number, got {show(value)}")
     check_text(str(value), f"`{column}`")
     return str(value)
-
-
-def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
-    """A finite number; text and booleans are refused, whatever they look like."""
-    try:
-        number = float(value) if isinstance(value, Real) else math.nan
-    except OverflowError:  # an integer above 1e308
-        number = math.inf
-    if isinstance(value, bool) or not math.isfinite(number):
-        refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
-    return number
-
-
-def check_text(text: str, name: str) -> None:
-    """Refuse text that is too long, or that no UTF-8 file and no tokenizer can hold."""
-    if len(text) > MAX_CHARS:
-        refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
-    # lone surrogates, which no encoding has, and NUL, which C strings end at
-    if bad := re.search("[\ud800-\udfff\0]", text):
-        refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
-
-
-def refuse(reason: Reason, detail: str) -> NoReturn:
-    """Raise `RefusedError`."""
-    raise RefusedError(Refusal(reason, detail))
-
-
-def show(value: object) -> str:
-    """A short, safe `repr`: cut in width and depth, lone surrogates escaped."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 3, 60, 60
-    return short.repr(value)
-
-
-def cell_of(row: RawRow, column: str) -> Any:
-    """The value in a column, whatever it is."""
-    if column not in row:
-        refuse("missing column", f"no `{column}`; {_columns_of(row)}")
-    return row[column]
-
-
-def _columns_of(row: RawRow) -> str:
-    return f"columns: {show([str(name)[:40] for name in row])}"

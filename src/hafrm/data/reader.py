@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.files import NumberedRows, exists, parse_hub, read_file, read_hub, stem
-from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
-from hafrm.data.parse import (
-    COLUMNS,
-    CONTEXT_COLUMNS,
-    SHAPES,
-    TAGS,
-    ImplicitPrompt,
+from hafrm.data.files import (
+    NumberedRows,
     Refusal,
-    parse_row,
+    exists,
+    parse_hub,
+    read_file,
+    read_hub,
     show,
+    stem,
 )
+from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
+from hafrm.data.parse import COLUMNS, CONTEXT_COLUMNS, SHAPES, TAGS, ImplicitPrompt, parse_row
 from hafrm.errors import DataError, did_you_mean
 from hafrm.preferences import Comparison, Group
 

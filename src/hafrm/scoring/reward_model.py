@@ -20,7 +20,8 @@ from pydantic import Field
 from scipy import optimize, special
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import RefusedError, check_prompt, read_prompt, show
+from hafrm.data.files import RefusedError, show
+from hafrm.data.parse import check_prompt, read_prompt
 from hafrm.engine.model import HybridModel
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
