@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.parse import show
+from hafrm.data.files import show
 from hafrm.data.reader import RawRows
 from hafrm.errors import ConfigError, DataError
 from hafrm.recipe import Recipe

@@ -32,6 +32,7 @@ def _tuple_of_one_or_many(value: Any) -> Any:
 Text = Annotated[str, Field(min_length=1)]
 Location = Annotated[Text, AfterValidator(os.path.expanduser)]
 Sources = Annotated[tuple[Location, ...], BeforeValidator(_tuple_of_one_or_many)]
+Columns = Annotated[tuple[Text, ...], BeforeValidator(_tuple_of_one_or_many)]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weights = Annotated[tuple[Weight, ...], BeforeValidator(_tuple_if_list)]
@@ -82,6 +83,18 @@ class DataSection(Section):
     """Training prompts that `validation` or `test` has too: an error, or left out and counted."""
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of unusable rows above which the run stops."""
+    columns: dict[Text, Text] = {}
+    """Which column is which where names differ: `{prompt: question, chosen: good, rejected: bad}`."""
+    ignore_columns: Columns = ()
+    """Columns to read rows without; those that belong to a prompt and are not read are an error."""
+    implicit_prompt: Literal["lines", "words"] = "lines"
+    """Where two texts without a prompt are cut: after the lines or the words that both start with."""
+
+    @property
+    def reading_options(self) -> dict[str, Any]:
+        """The arguments of `read_preferences` that say how rows are read."""
+        names = ("max_bad_fraction", "columns", "ignore_columns", "implicit_prompt")
+        return {name: getattr(self, name) for name in names}
 
     @model_validator(mode="before")
     @classmethod

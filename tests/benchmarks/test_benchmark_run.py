@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hafrm.benchmarks.benchmark_run import (
+    LoadedBenchmark,
+    _measure,
     group_by_prompt,
     length_scores,
     load_benchmark,
@@ -22,10 +24,11 @@ from hafrm.benchmarks.rules import Item
 from hafrm.cli import app
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, DataError
+from hafrm.evaluation.heads import EvaluationOptions
 from hafrm.preferences import Message, TokenizedGroup
 from hafrm.scoring.reward_model import RewardModel, Scorer
 from support.benchmark_rows import RMB_PAIR, ROWS, write_all, write_lines, write_rewardbench2
-from support.chat_tokenizers import chat_tokenizer
+from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer
 from support.fake_hub import fake_datasets
 
 
@@ -260,3 +263,21 @@ def test_a_benchmark_is_looked_for_in_the_folder_of_its_name_first(tmp_path: Pat
     (tmp_path / "rewardbench").mkdir()
     with pytest.raises(DataError, match=r"rewardbench has no rows of RewardBench"):
         run_benchmarks("no-model", ["rewardbench"], folder=tmp_path)
+
+
+def test_an_item_that_the_template_refuses_is_left_out_and_the_others_keep_their_scores() -> None:
+    scorer = CountingScorer()
+    scorer.encoder = Encoder(chat_tokenizer(GEMMA_LIKE), max_length=200)
+    refused = Item(
+        "r", "PPE Preference", (Message("system", "s"), Message("user", "p")), ("a", "b")
+    )
+    items = [item("p", "one", "one two"), refused, item("q", "one two", "one")]
+    options = EvaluationOptions(max_bad_fraction=0.5)
+    scores, report = score_items(scorer, items, options=options)
+    assert list(report.refused) == [1] and np.isnan(scores[1]).all()
+    assert scores[0].tolist() == scores[2].tolist()[::-1]
+    with pytest.raises(DataError, match="1 of 3 groups are not encodable"):
+        score_items(scorer, items)
+    data = LoadedBenchmark(BENCHMARKS["ppe-preference"], tuple(items), 3, {}, "memory")
+    assert _measure(data, {"reward": scores})["reward"].overall.num == 2
+    assert data.left_out == {"not encodable": 1}

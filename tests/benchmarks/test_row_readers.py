@@ -7,8 +7,8 @@ import pytest
 from hafrm.benchmarks import row_readers
 from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import Item
+from hafrm.data.files import RefusedError
 from hafrm.data.named_sets import LeftOut
-from hafrm.data.parse import RefusedError
 from hafrm.preferences import Message
 from support.benchmark_rows import BAD, GOOD, QUESTION, RMB_LIST, RMB_PAIR, ROWS
 

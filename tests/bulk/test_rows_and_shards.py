@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hafrm.bulk.shards import Shard, ShardRows, cut_into_shards, identify, read_shards, render_shard
-from hafrm.data.parse import Refusal
+from hafrm.data.files import Refusal
 from hafrm.errors import DataError
 
 BAD = Refusal("empty response", "`response` is ' '")

@@ -1,7 +1,7 @@
 """Descriptions: every number of a small set worked out by hand, and its form as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,10 @@ ROWS: list[dict[str, Any]] = [
 class Report:
     """A stand-in for an encoder's report."""
 
-    prompts_cut: int = 3
-    dropped: int = 0
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        return {"prompts_cut": 3, "dropped": 0}
 
 
 def tokenized(prompt: int, responses: Sequence[int], pairs: tuple[Comparison, ...]):

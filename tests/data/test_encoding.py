@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -256,7 +257,7 @@ def test_text_that_a_normaliser_turns_into_a_special_token_is_refused_by_name() 
     encoder = Encoder(edited_tokenizer(CHATML, "<|sep|>", normalized=True, lowercase=True))
     encoder.encode([group("HELLO")])
     with pytest.raises(DataError, match=r"'row 7'.*turned into a special token"):
-        encoder.encode([group("Hi", name="row 7", responses=("a<|SEP|>b",))])
+        encoder.encode_one(group("Hi", name="row 7", responses=("a<|SEP|>b",)))
 
 
 def test_unknown_characters_are_no_special_tokens() -> None:
@@ -349,9 +350,38 @@ def test_lengths_that_leave_nothing_of_a_prompt_or_response_are_refused(
     ],
     ids=["surrogate", "no response", "no prompt", "refused by the template"],
 )
-def test_groups_that_cannot_be_encoded_are_named(bad: Group, message: str) -> None:
+def test_a_group_that_cannot_be_encoded_costs_that_group_and_is_named(
+    bad: Group, message: str, tmp_path: Path
+) -> None:
+    encoder, good = Encoder(chat_tokenizer(GEMMA_LIKE)), group("Hi")
+    groups = [good, bad, good]
+    encoded, report = encoder.encode(groups)
+    assert [joined(g, 0) for g in encoded] == [joined(encoder.encode([good])[0][0], 0)] * 2
+    assert list(report.refused) == [1] and re.search(message, report.refused[1])
+    report.check(groups, 0.5, tmp_path / "bad.jsonl")
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["group"] == "row 7"
     with pytest.raises(DataError, match=message):
-        Encoder(chat_tokenizer(GEMMA_LIKE)).encode([group("Hi"), bad])
+        report.check(groups, 0.1)
+    with pytest.raises(DataError, match=message):
+        encoder.encode_one(bad)
+
+
+def test_a_token_beyond_the_embedding_costs_its_group() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["<seldom>"])
+    encoder = Encoder(tokenizer, vocab_size=len(tokenizer) - 1)
+    encoded, report = encoder.encode([group("Hi"), group("Hi", responses=("a <seldom> b", "c"))])
+    assert len(encoded) == 1 and "'<seldom>'" in report.refused[1]
+
+
+def test_responses_that_lose_their_thoughts_to_the_template_are_counted() -> None:
+    """Qwen3's template writes thoughts with other white space, R1's leaves them out."""
+    texts = ("<think>\nyes\n</think>\n42", "<think>\n\nno</think>42", "42")
+    r1_like = CHATML.replace("m['content']", "m['content'].split('</think>')[-1].lstrip()")
+    for template, num in ((QWEN3_LIKE, 0), (CHATML, 0), (r1_like, 2)):
+        _, report = Encoder(chat_tokenizer(template)).encode([group("Hi", responses=texts)])
+        assert report.shortened == num
+    assert report.indistinct == 1
 
 
 def test_a_template_that_closes_for_some_responses_only_is_caught_at_work() -> None:

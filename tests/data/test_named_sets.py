@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from hafrm.data.files import RefusedError
 from hafrm.data.named_sets import SET_GROUPS, SETS, LeftOut
-from hafrm.data.parse import RefusedError, parse_row
+from hafrm.data.parse import parse_row
 from hafrm.data.reader import PreferenceData, local_files, parse_source, parse_sources
 from hafrm.data.reader import read_preferences as read
 from hafrm.errors import DataError

@@ -1,12 +1,14 @@
 """Row shapes: what each understood shape says, and the reason for which every broken row is refused."""
 
+import json
 import math
 from typing import Any, get_args
 
 import pytest
 
-from hafrm.data import parse
-from hafrm.data.parse import MAX_RANKED, Reason, Refusal, parse_row
+from hafrm.data import files
+from hafrm.data.files import Reason, Refusal
+from hafrm.data.parse import MAX_RANKED, parse_row
 from hafrm.preferences import Comparison, Group, Message, Votes
 
 USER = Message("user", "Why is the sky blue?")
@@ -14,8 +16,11 @@ ASKED = {"role": "user", "content": "Why is the sky blue?"}
 PAIR = {"prompt": "Why is the sky blue?", "chosen": "Scattering.", "rejected": "Paint."}
 
 
-def said(content: str) -> dict[str, str]:
+def said(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
+
+
+MESSAGES = {"prompt": [ASKED], "chosen": [said("Scattering.")], "rejected": [said("Paint.")]}
 
 
 def good(row: object, **options: Any) -> Group:
@@ -56,6 +61,11 @@ def reason(row: object, **options: Any) -> str:
         PAIR | {"prompt": "\n\nHuman: Why is the sky blue?"},
         {"chosen": "Why is the sky blue?\nScattering.", "rejected": "Why is the sky blue?\nPaint."},
         {"prompt": [ASKED], "responses": ["Scattering.", "Paint."], "ranks": [1, 2]},
+        {key: json.dumps(value) for key, value in MESSAGES.items()},
+        {  # the same without a column for the prompt
+            side: json.dumps([ASKED, *MESSAGES[side]], indent=1) for side in ("chosen", "rejected")
+        },
+        PAIR | {"chosen": [said([{"type": "text", "text": t} for t in ("Scat", "tering.")])]},
         {"prompt": "Why is the sky blue?", "responses": ["Scattering.", "Paint."], "scores": [5, 2.5]},
     ],
 )  # fmt: skip
@@ -127,9 +137,61 @@ def test_margin_weight_votes_tie_id_and_tags_are_taken_along() -> None:
     assert good(PAIR | {"votes": (2, 3.0)}).comparisons[0].votes == Votes(2, 3, 0)
 
 
-@pytest.mark.parametrize("tie", [{"tie": True}, {"label": "Tie"}])
+TIES = ("Tie", "tie (bothbad)", "both_bad", "both bad", "tie (both good)", "draw", "Equal", "same")
+NO_TIES = ("", "model_a", "B", "chosen", "slightly better", "human", "ai:gpt-4", 1)
+
+
+@pytest.mark.parametrize("tie", [{"tie": True}, *({"label": label} for label in TIES)])
 def test_a_tie_is_kept_and_named(tie: dict[str, Any]) -> None:
     assert good(PAIR | tie).comparisons == (Comparison(0, 1, tie=True),)
+
+
+@pytest.mark.parametrize("label", NO_TIES)
+def test_a_label_may_name_the_winner_or_who_labelled(label: object) -> None:
+    assert good(PAIR | {"label": label}).comparisons == (Comparison(0, 1),)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR | {"label": "what?", "margin": None, "tie": "perhaps"},
+        PAIR | {"weight": math.nan, "label": []},
+        {"prompt": PAIR["prompt"], "responses": ["Scattering.", "Paint."], "scores": [1, None]},
+    ],
+)
+def test_where_no_label_is_needed_none_is_a_fault(row: dict[str, Any]) -> None:
+    assert reason(row)
+    parsed = good(row, need_comparisons=False, read_labels=False)
+    assert parsed.responses == ("Scattering.", "Paint.") and parsed.comparisons == ()
+    asked = good(PAIR | {"chosen": "", "rejected": 3}, need_comparisons=False, need_responses=False)
+    assert (asked.prompt, asked.responses) == ((USER,), ())
+
+
+def test_a_system_column_is_the_system_turn() -> None:
+    system = Message("system", "Be brief.")
+    assert good(PAIR | {"system": "Be brief."}).prompt == (system, USER)
+    both = PAIR | {"system": "Be brief.", "prompt": [system._asdict(), ASKED]}
+    assert good(both).prompt == (system, USER)
+    null = [{"role": "system", "content": None}, ASKED]
+    assert good(PAIR | {"system": " ", "prompt": null}).prompt == (USER,)
+
+
+def test_context_that_is_empty_or_repeats_the_prompt_is_no_fault() -> None:
+    row = PAIR | {"tools": [], "images": None, "input": "", "instruction": PAIR["prompt"]}
+    assert good(row) == good(PAIR)
+
+
+def test_an_implicit_prompt_of_one_sentence_is_split_between_words_on_request() -> None:
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
+    assert reason(row) == "missing column"
+    parsed = good(row, implicit_prompt="words")
+    assert parsed.prompt == (Message("user", "The sky is"),)
+    assert parsed.responses == ("blue.", "black.")
+
+
+def test_text_that_only_looks_like_messages_stays_text() -> None:
+    answers = {"chosen": '[{"content": "a"}]', "rejected": '[{"content": "b"} and so on'}
+    assert good(PAIR | answers).responses == tuple(answers.values())
 
 
 def test_rows_without_labels_are_understood_only_when_asked_for() -> None:
@@ -186,9 +248,16 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
         ({"prompt": [{"content": "x"}]}, "wrong roles"),
         ({"prompt": "\n\nHuman: a\n\nAssistant: b"}, "wrong roles"),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+            {"prompt": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
             "not a string",
         ),
+        ({"label": "tiebreak"}, "unknown label"),
+        ({"label": "rejected"}, "unknown label"),
+        ({"tools": [{"name": "weather"}]}, "unread context"),
+        ({"history": [["a", "b"]]}, "unread context"),
+        ({"system": 3}, "not a string"),
+        ({"system": "a", "prompt": [{"role": "system", "content": "b"}, ASKED]}, "wrong roles"),
+        ({"prompt": '[{"role": "user", "content"'}, "unreadable row"),
         ({"prompt": [ASKED, said("") | {"tool_calls": [{}]}, ASKED]}, "not a string"),
         ({"chosen": math.nan}, "not a string"),
         ({"id": []}, "not a string"),
@@ -209,7 +278,7 @@ def test_what_is_no_row_is_refused(row: Any) -> None:
     ],
 )
 def test_each_broken_rule_has_its_reason(monkeypatch, change, expected: str) -> None:
-    monkeypatch.setattr(parse, "MAX_CHARS", 200)
+    monkeypatch.setattr(files, "MAX_CHARS", 200)
     assert reason(PAIR | change) == expected
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_rows_of_one_prompt_become_one_group_with_distinct_responses() -> None:
         pair("p", "a", "b", id="first", label="human", subset="s"),
         pair("q", "a", "b", tools=[]),
         pair("p", "c", "a", label="human", subset="other"),
-        pair("p", "c", "a", label="machine", subset="s"),
+        pair("p", "c", "a", label="ai:gpt", subset="s"),
         {"prompt": "p", "responses": ["c", "b", "d"], "ranks": [1, 2, 2], "subset": "s"},
     ]
     reading = read([rows])
@@ -353,3 +354,55 @@ def test_prompts_alone_are_read_where_no_responses_are_needed() -> None:
     assert reasons == [(2, "duplicate"), (4, "missing column")]
     with pytest.raises(DataError, match="no responses that could be compared"):
         read([rows[:1]])
+
+
+def test_columns_of_other_names_are_named_by_the_caller_or_behind_the_file(tmp_path: Path) -> None:
+    rows = [{"question": "p", "good": "a", "bad": "b", "prompt": "not this", "tools": "x"}]
+    path = jsonl(tmp_path / "set.jsonl", rows)
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    expected = read([[pair()]]).groups[0].responses
+    group = read([path], columns=names, ignore_columns=["tools"]).groups[0]
+    assert group.prompt == (Message("user", "p"),) and group.responses == expected
+    behind = f"{path}#prompt=question&chosen=good&rejected=bad&ignore=tools,images"
+    assert read([behind]).groups[0] == group
+    del rows[0]["prompt"]
+    with pytest.raises(DataError, match="--columns prompt=question,chosen=good,rejected=bad"):
+        read([jsonl(path, rows)])
+    with pytest.raises(DataError, match="did you mean chosen"):
+        read([path], columns={"choosen": "good"})
+
+
+def test_context_that_is_not_read_is_an_error_that_names_it_and_its_remedy_works(
+    tmp_path: Path,
+) -> None:
+    rows = [pair("p"), pair("q", tools=[{"name": "f"}], history=[["a", "b"]])]
+    path = jsonl(tmp_path / "set.jsonl", rows)
+    with pytest.raises(DataError, match=r"1 of 2 rows .*tools.*#ignore=tools"):
+        read([path], max_bad_fraction=0.5)
+    assert [bad.reason for bad in read([path], max_bad_fraction=1.0).bad_rows] == ["unread context"]
+    assert len(read([f"{path}#ignore=tools,history"]).groups) == 2
+
+
+@pytest.mark.parametrize("part", ["limit=" + "9" * 5000, "limit=" + "9" * 19, "x" * 300])
+def test_absurd_selections_and_names_are_clear_errors(part: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read([f"{jsonl(tmp_path / 'set.jsonl', [pair()])}#{part}"])
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(DataError, match="no such file"):
+        read(["x" * 300 + ".jsonl"])
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="pipe or a device"):
+        read([tmp_path / "rows.jsonl"])
+
+
+def test_dates_beyond_python_s_in_a_column_that_nobody_reads_do_no_harm(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [value] for name, value in pair().items()}
+    dates = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table(columns | {"when": dates}), tmp_path / "set.parquet")
+    assert read([tmp_path / "set.parquet"]).groups[0].responses == ("a", "b")

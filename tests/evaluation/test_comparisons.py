@@ -32,6 +32,13 @@ def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
     assert sets == {"a": [0], "c": [1], "all": [0, 1]}
 
 
+def test_a_comparison_without_a_score_from_one_model_is_left_out_for_all() -> None:
+    comparisons = Comparisons.of([group(name, ["x", "y"]) for name in "abc"])
+    first, second = np.array([0.0, 1, np.nan, np.nan, 5, 3]), np.arange(6.0)
+    both = comparisons.scored_by(first, second)
+    assert both.margins(first).tolist() == [1.0, -2.0] and both.margins(second).tolist() == [1, 1]
+
+
 def test_float32_scores_are_subtracted_in_float64() -> None:
     """1e8 - 0.5 is not a float32, both numbers are; rounded to float32 it would be 1e8."""
     margins = Comparisons.of([group("a", ["x", "y"])]).margins(np.array([0.5, 1e8], np.float32))

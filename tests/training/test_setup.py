@@ -15,6 +15,7 @@ from hafrm.training import setup
 from hafrm.training.loop import run_training
 from hafrm.training.methods import get_method
 from hafrm.training.setup import build_model, prepare_data, with_precision
+from support.chat_tokenizers import CHATML
 from support.fake_hub import fake_datasets
 from support.published_rows import PUBLISHED
 from support.tiny_runs import tiny_recipe, write_preferences
@@ -86,6 +87,64 @@ def test_data_of_nothing_but_ties_are_refused(tmp_path, two_files):
     Path(two_files[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="no comparison that is not a tie"):
         prepare_data(tiny_recipe(tmp_path, data={"train": two_files[0]}))
+
+
+def rewrite(file: str, first: int = 0, **columns: Any) -> None:
+    """Add columns to the rows of a file, from that one on."""
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    rows[first:] = [row | columns for row in rows[first:]]
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_says_first_what_its_rows_are_and_records_it(tmp_path, two_files, caplog):
+    """24 rows, of which 20 have one text as both sides once the template has trimmed them."""
+    rewrite(two_files[0], 4, author="x", chosen="same", rejected="  same. ")
+    template = tmp_path / "trim.jinja"
+    template.write_text(CHATML.replace("m['content']", "m['content'] | trim | replace('.', '')"))
+    sections = {"model": {"chat_template": str(template)}, "data": {"train": two_files[0]}}
+    recipe = tiny_recipe(tmp_path, **sections)
+    with caplog.at_level("INFO", logger="hafrm"):
+        counts = prepare_data(recipe).counts
+    num = counts["train_comparisons"]
+    assert (counts["unread_columns"], counts["bad_rows"]) == (["author"], 0)
+    assert num - 4 <= counts["identical_comparisons"] < num
+    assert "24 rows (0 bad)" in caplog.text and "columns not read: author" in caplog.text
+    assert f"{counts['identical_comparisons']} of {num} comparisons have two equal" in caplog.text
+    assert "leaves out a part" in caplog.text
+    rewrite(two_files[0], chosen="same", rejected="  same. ")
+    with pytest.raises(DataError, match=r"all \d+ comparisons have two equal sides"):
+        prepare_data(recipe)
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row_of_training_and_evaluation(tmp_path):
+    rows = write_preferences(tmp_path / "rows.jsonl", num=30)
+    plain = prepare_data(tiny_recipe(tmp_path, data={"train": [str(rows)]}))
+    bad = {"prompt": "Hi", "system": "Be brief.", "chosen": "a", "rejected": "b"}
+    rows.write_text(json.dumps(bad) + "\n" + rows.read_text())
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+        + CHATML
+    )
+    sections = {"model": {"chat_template": str(template)}, "data": {"train": [str(rows)]}}
+    with pytest.raises(DataError, match=r"1 of \d+ groups are not encodable.*No system"):
+        prepare_data(tiny_recipe(tmp_path, **sections))
+    sections["data"]["max_bad_fraction"] = 0.5
+    bad_rows = tmp_path / "bad.jsonl"
+    prepared = prepare_data(tiny_recipe(tmp_path, **sections), bad_rows)
+    assert json.loads(bad_rows.read_text())["reason"] == "not encodable"
+    assert prepared.counts["bad_rows"] == 1
+    groups = [*prepared.train, *prepared.validation]
+    assert len(groups) == len(plain.train) + len(plain.validation)
+
+
+def test_columns_may_have_other_names(tmp_path, two_files):
+    text = Path(two_files[0]).read_text()
+    for name, own in (("prompt", "question"), ("chosen", "good"), ("rejected", "bad")):
+        text = text.replace(f'"{name}"', f'"{own}"')
+    Path(two_files[0]).write_text(text)
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert weights(tmp_path, two_files[:1], columns=columns) == {"big": [1.0] * 24}
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, -1.0], "uniform", [1, 2, 3]])

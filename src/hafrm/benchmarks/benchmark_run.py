@@ -21,12 +21,11 @@ from hafrm.benchmarks.benchmark_scores import (
 from hafrm.benchmarks.definitions import BENCHMARKS, Benchmark, BenchmarkPart, find_benchmarks
 from hafrm.benchmarks.rules import CandidateScores, Item
 from hafrm.data.encoding import EncodingReport
-from hafrm.data.files import find_files, read_file, read_hub
+from hafrm.data.files import Refusal, RefusedError, find_files, read_file, read_hub
 from hafrm.data.named_sets import LeftOut
-from hafrm.data.parse import Refusal, RefusedError
 from hafrm.errors import DataError
 from hafrm.evaluation.comparisons import response_offsets
-from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
+from hafrm.evaluation.heads import EvaluationOptions, load_head, score_groups, scorer_names
 from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.scoring.loading import find_heads
@@ -53,30 +52,25 @@ def run_benchmarks(
         # a single benchmark's files may lie in the folder itself
         own = folder if own is not None and len(benchmarks) == 1 and not own.is_dir() else own
         loaded.append(load_benchmark(benchmark, own))
-    # the baselines first: they find what the data lacks before a model is loaded
-    baselines = [
-        {
-            name: score_benchmark(data.benchmark, data.items, length_scores(data.items, sign))
-            for name, sign in (("pick longer", 1), ("pick shorter", -1))
-        }
-        for data in loaded
-    ]
+    for data in loaded:
+        _measure(data, {})  # the baselines find what the data lacks before a model is loaded
     heads = find_heads(model)
     head_names = scorer_names(heads)
     groups = (group for data in loaded for group in group_by_prompt(data.items)[0])
     num = sum(len(group.responses) for group in groups)
     done = over_passes(on_progress, num * len(head_names))
-    scores: list[dict[str, BenchmarkScore]] = [{} for _ in loaded]
+    options = options or EvaluationOptions()
+    values: list[dict[str, list[CandidateScores]]] = [{} for _ in loaded]
     reports: list[list[EncodingReport]] = [[] for _ in loaded]
     max_lengths = []
     for name in head_names:
-        scorer = load_head(heads, name, options or EvaluationOptions())
+        scorer = load_head(heads, name, options)
         max_lengths.append(scorer.encoder.lengths.max_length)
         for i, data in enumerate(loaded):
-            values, report = score_items(scorer, data.items, done)
+            values[i][name], report = score_items(scorer, data.items, done, options)
             reports[i].append(report)
-            scores[i][name] = score_benchmark(data.benchmark, data.items, values)
         del scorer  # before the next one is loaded
+    scores = [_measure(data, by_head) for data, by_head in zip(loaded, values, strict=True)]
     results = tuple(
         BenchmarkResult(
             name=data.benchmark.name,
@@ -85,7 +79,7 @@ def run_benchmarks(
             num_rows=data.num_rows,
             num_rows_published=data.benchmark.num_rows,
             left_out=data.left_out,
-            scores=scores[i] | baselines[i],
+            scores=scores[i],
             prompts_cut=reports[i][0].prompts_cut,
             responses_cut=reports[i][0].responses_cut,
         )
@@ -131,6 +125,20 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
     return LoadedBenchmark(benchmark, items, len(rows), dict(left_out), source)
 
 
+def _measure(
+    data: LoadedBenchmark, by_head: Mapping[str, Sequence[CandidateScores]]
+) -> dict[str, BenchmarkScore]:
+    """What each head and each baseline reaches; an item that one cannot encode is left out for all."""
+    of_items = zip(data.items, *by_head.values(), strict=True)
+    scored = [row for row in of_items if not any(np.isnan(own).any() for own in row[1:])]
+    items, *of_heads = (list(column) for column in zip(*scored, strict=True))
+    if num := len(data.items) - len(items):
+        data.left_out["not encodable"] = num
+    values = dict(zip(by_head, of_heads, strict=True))
+    values |= {"pick longer": length_scores(items), "pick shorter": length_scores(items, -1)}
+    return {name: score_benchmark(data.benchmark, items, own) for name, own in values.items()}
+
+
 def length_scores(items: Sequence[Item], sign: int = 1) -> list[CandidateScores]:
     """What picks the longer candidate, or with sign -1 the shorter one: lengths in characters."""
     # in tokens the baseline would depend on the model beside it
@@ -138,15 +146,18 @@ def length_scores(items: Sequence[Item], sign: int = 1) -> list[CandidateScores]
 
 
 def score_items(
-    scorer: Scorer, items: Sequence[Item], done: OnProgress = no_progress
+    scorer: Scorer,
+    items: Sequence[Item],
+    done: OnProgress = no_progress,
+    options: EvaluationOptions | None = None,
 ) -> tuple[list[CandidateScores], EncodingReport]:
-    """One score for each candidate of each item, and what had to be cut.
+    """One score for each candidate of each item (NaN where it cannot be encoded), and what had to be cut.
 
     Raises NumericsError for a score that is not finite.
     """
     groups, places = group_by_prompt(items)
-    tokenized, report = scorer.encoder.encode(groups)
-    scores = scorer.score_encoded(tokenized, done).astype(np.float64)
+    exact, _, report = score_groups(scorer, groups, options or EvaluationOptions(), done)
+    scores = exact.astype(np.float64)
     first = response_offsets(groups)
     return [scores[first[group] + np.array(within)] for group, within in places], report
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hafrm.benchmarks.rules import TIES, Item
+from hafrm.data.files import cell_of, refuse, show
 from hafrm.data.named_sets import LeftOut, choice_of, text_of
-from hafrm.data.parse import cell_of, read_messages, refuse, show
+from hafrm.data.parse import read_messages
 from hafrm.preferences import Message
 
 PublishedRow = Mapping[str, Any]

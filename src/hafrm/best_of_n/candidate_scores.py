@@ -36,14 +36,14 @@ def score_by_model(
 def _encode(model: Scorer, group: Group) -> TokenizedGroup | str:
     """The group as ids, uncut, or why it cannot be scored."""
     try:
-        encoded, report = model.encoder.encode([group])
+        encoded, report = model.encoder.encode_one(group)
     except DataError as error:
         return f"not encodable: {error}"
     # half an answer would get a score too, and a wrong one
-    if report.prompts_cut or report.responses_cut or not encoded:
+    if report.prompts_cut or report.responses_cut or encoded is None:
         limit = model.encoder.lengths.max_length
         return f"too long: prompt and candidate have more than {limit} tokens, the model's limit"
-    return encoded[0]
+    return encoded
 
 
 def score_by_gold(gold: GoldReward, groups: Sequence[Group]) -> list[GroupScores]:

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import RefusedError, check_text
+from hafrm.data.files import RefusedError, check_text
 from hafrm.data.reader import read_preferences
 from hafrm.engine.sampling import Sampling, sample
-from hafrm.errors import DataError, ModelError
+from hafrm.errors import ModelError
 from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section
@@ -132,7 +132,8 @@ def read_prompts(
 
 def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
     """The first `num` distinct responses to each prompt."""
-    groups = _with_distinct_ids(read_preferences(sources, need_comparisons=False).groups)
+    data = read_preferences(sources, need_comparisons=False, read_labels=False)
+    groups = _with_distinct_ids(data.groups)
     return [
         Candidates(replace(g, responses=(), comparisons=()), list(g.responses[:num]))
         for g in groups
@@ -224,10 +225,10 @@ class LocalPolicy:
 
     def _prompt_ids(self, prompt: Group) -> list[int] | str:
         """The prompt up to the response, or why it cannot be answered."""
-        try:
-            ids: list[int] = self.encoder.encode_prompts([prompt])[0].tolist()
-        except DataError as error:
-            return f"not encodable: {error}"
+        encoded, report = self.encoder.encode_prompts([prompt])
+        if report.refused:
+            return f"not encodable: {report.refused[0]}"
+        ids: list[int] = encoded[0].tolist()
         room = self._positions - self.options.max_new_tokens
         if len(ids) > room:
             return f"too long: the prompt has {len(ids)} tokens, the policy has room for {room}"

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from hafrm.bulk.shards import (
     render_shard,
 )
 from hafrm.data.encoding import Encoder
-from hafrm.data.files import is_known_kind
-from hafrm.data.parse import Refusal, parse_row
+from hafrm.data.files import Refusal, is_known_kind
+from hafrm.data.parse import parse_row
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import self_check
-from hafrm.errors import CheckpointError, ConfigError, DataError
+from hafrm.errors import CheckpointError, ConfigError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.run_folder import ResumableFolder, read_json_lines
@@ -161,10 +162,13 @@ EncodedRow = tuple[TokenizedGroup, tuple[str, ...]] | Refusal
 """A row's prompt with its distinct responses as ids, and all its responses; or why it has no score."""
 
 
+_parse = partial(parse_row, need_comparisons=False, read_labels=False)  # labels score nothing
+
+
 def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
     """The rows as token ids; one that cannot be read or rendered, or is too long, is a refusal."""
     parsed = {
-        f"row {number}": row if isinstance(row, Refusal) else parse_row(row, need_comparisons=False)
+        f"row {number}": row if isinstance(row, Refusal) else _parse(row)
         for number, row in zip(rows.numbers, rows.values, strict=True)
     }
     groups = [
@@ -184,16 +188,13 @@ def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
 
 
 def _encode(encoder: Encoder, groups: Sequence[Group]) -> dict[str, TokenizedGroup | Refusal]:
-    try:
-        encoded, _ = encoder.encode(groups)
-    except DataError as error:  # one group fails the whole list: halve it until that group is alone
-        if len(groups) == 1:
-            return {groups[0].id: Refusal("not encodable", str(error))}
-        middle = len(groups) // 2
-        return _encode(encoder, groups[:middle]) | _encode(encoder, groups[middle:])
+    encoded, report = encoder.encode(groups)
     limit = f"prompt and response have more than {encoder.lengths.max_length:,} tokens, the limit"
-    too_long = {group.id: Refusal("too long", limit) for group in groups}
-    return {**too_long, **{group.id: group for group in encoded}}
+    too_long: dict[str, TokenizedGroup | Refusal] = {
+        group.id: Refusal("too long", limit) for group in groups
+    }
+    refused = {groups[i].id: Refusal("not encodable", why) for i, why in report.refused.items()}
+    return too_long | refused | {group.id: group for group in encoded}
 
 
 def score_rows(

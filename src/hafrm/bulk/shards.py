@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import fingerprint
-from hafrm.data.files import is_known_kind
-from hafrm.data.parse import Refusal
+from hafrm.data.files import Refusal, is_known_kind, table_rows
 from hafrm.data.reader import Source, iter_rows, parse_source
 from hafrm.errors import DataError
 
@@ -139,10 +138,10 @@ def _table_blocks(source: Source, size: int) -> Iterator[ShardRows]:
         rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
         if len(rest) >= size:
             block, rest = rest.slice(0, size), rest.slice(size)
-            yield ShardRows(range(start, start + size), block.to_pylist(), block)
+            yield ShardRows(range(start, start + size), table_rows(block), block)
             start += size
     if len(rest) or start == 0:  # an empty table is one empty block
-        yield ShardRows(range(start, start + len(rest)), rest.to_pylist(), rest)
+        yield ShardRows(range(start, start + len(rest)), table_rows(rest), rest)
 
 
 def render_shard(rows: ShardRows, scores: Sequence[RowScores], *, is_packed: bool) -> bytes:

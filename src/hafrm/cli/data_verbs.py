@@ -12,21 +12,23 @@ from hafrm.errors import CheckpointError, ConfigError
 
 
 @app.command("data")
-def data_command(
+def data_command(  # noqa: PLR0913 - one argument is one option
     sources: Sources,
     *,
     model: Annotated[str | None, Option(help="Also count its tokens.")] = None,
     split: Annotated[float | None, Option(help="Fraction of prompts for OUT/test.jsonl.")] = None,
     out: Annotated[Path | None, Option(help="Folder for the parts of --split.")] = None,
     seed: Annotated[int, Option(help="Another seed gives another split.")] = 0,
+    columns: Annotated[str, Option(help="prompt=question,chosen=good,...: which is which.")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """What preference data holds and what is wrong with it; --split divides it by prompt."""
     from hafrm.data.describe import describe_data  # noqa: PLC0415
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
 
+    names = dict(part.partition("=")[::2] for part in columns.split(",") if part)
     if split is not None and out is not None:
-        _write_parts(sources, split, out, seed)
+        _write_parts(sources, split, out, seed, names)
         return
     if split is not None or out is not None:
         raise ConfigError("--split FRACTION and --out DIR belong together; give both or neither")
@@ -36,10 +38,13 @@ def data_command(
         from hafrm.scoring.loading import load_any_tokenizer  # noqa: PLC0415
 
         encode = Encoder(load_any_tokenizer(model)).encode
-    show_result(describe_data(read_preferences(sources, max_bad_fraction=1.0), encode), json_file)
+    data = read_preferences(sources, max_bad_fraction=1.0, columns=names)
+    show_result(describe_data(data, encode), json_file)
 
 
-def _write_parts(sources: list[str], fraction: float, out: Path, seed: int) -> None:
+def _write_parts(
+    sources: list[str], fraction: float, out: Path, seed: int, columns: dict[str, str]
+) -> None:
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
     from hafrm.data.splits import split_by_prompt, write_groups  # noqa: PLC0415
     from hafrm.preferences import num_comparisons  # noqa: PLC0415
@@ -53,7 +58,9 @@ def _write_parts(sources: list[str], fraction: float, out: Path, seed: int) -> N
         raise ConfigError(f"--split must be between 0 and 1, both excluded, got {fraction}")
     check_writable(files[0])
     bad_rows_file = out / "bad_rows.jsonl"
-    preferences = read_preferences(sources, bad_rows_file=bad_rows_file, need_comparisons=False)
+    preferences = read_preferences(
+        sources, bad_rows_file=bad_rows_file, need_comparisons=False, columns=columns
+    )
     if preferences.bad_rows:
         typer.echo(f"{len(preferences.bad_rows)} bad rows are left out: {bad_rows_file}")
     parts = split_by_prompt(preferences.groups, fraction, seed)

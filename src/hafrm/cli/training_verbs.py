@@ -45,7 +45,8 @@ def train_command(
         typer.echo(f"  validation: {in_words(result.best)}")
         if loaded.data.test:
             with show_progress("scoring test sets") as on_progress:
-                tested = evaluate(folder, loaded.data.test, on_progress=on_progress)
+                options = loaded.data.reading_options
+                tested = evaluate(folder, loaded.data.test, on_progress=on_progress, **options)
             show_result(tested, folder / "test.json")
             write_cards(folder)
         typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN --out OUT")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -81,8 +81,10 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         }
         saved = fraction_saved_by_sharing(encoded)
         facts["shared prompts save"] = f"{100 * saved:.1f} % of all tokens"
-        counts = asdict(report).items()
+        counts = report.counts().items()
         facts |= {f"encoding: {name.replace('_', ' ')}": num for name, num in counts if num}
+        if report.refused:
+            facts["first refused"] = next(iter(report.refused.values()))
     bad_rows = dict(Counter(row.reason for row in data.bad_rows).most_common())
     return Description(facts, bad_rows, lengths)
 

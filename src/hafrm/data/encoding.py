@@ -6,11 +6,12 @@ others, the two are encoded apart and the case is counted. Every response ends i
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
+
+log = logging.getLogger("hafrm")
 
 # enough for the tokenizer to work on many texts at once, few enough to hold all their text
 _GROUPS_AT_ONCE = 256
 # part of the cache key: raise it when the same input gives other ids
 _SCHEME = "hafrm-encoding-1"
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,40 @@ class EncodingReport:
     seam_merges: int = 0
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
     neutralised: int = 0  # special tokens typed in messages, encoded as plain text
+    shortened: int = 0
+    """Responses of which the template leaves out a part, such as the thoughts before an answer."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why groups have no ids (the template or the tokenizer refuses them), by their index."""
+
+    def check(
+        self, groups: Sequence[Group], max_bad_fraction: float, bad_rows_file: Path | None = None
+    ) -> None:
+        """Log the refused groups, and add them to a file of bad rows; raise DataError for more than that
+        fraction of all, or for all."""
+        if not self.refused:
+            return
+        if bad_rows_file is not None:
+            with bad_rows_file.open("a", encoding="utf-8") as file:
+                for i, detail in self.refused.items():
+                    own = {"source": groups[i].source, "group": groups[i].id}
+                    file.write(
+                        json.dumps(own | {"reason": "not encodable", "detail": detail}) + "\n"
+                    )
+        num, (index, why) = len(self.refused), next(iter(self.refused.items()))
+        first = f"first: group {groups[index].id!r} of {groups[index].source!r}: {why}"
+        if num > max_bad_fraction * len(groups) or num == len(groups):
+            raise DataError(
+                f"{num:,} of {len(groups):,} groups are not encodable (allowed: {max_bad_fraction:.1%}); "
+                f"{first} Correct them, or raise data.max_bad_fraction to leave them out."
+            )
+        log.warning("%d of %d groups are not encodable and left out; %s", num, len(groups), first)
+
+    def counts(self) -> dict[str, int]:
+        """Every count by its name."""
+        return {name: getattr(self, name) for name in _COUNTS} | {"refused": len(self.refused)}
+
+
+_COUNTS = tuple(name for name in EncodingReport.__dataclass_fields__ if name != "refused")
 
 
 class Encoder:
@@ -95,9 +133,11 @@ class Encoder:
         max_prompt_length: int | None = None,
         too_long: Literal["cut", "drop"] = "cut",
         close: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         self.lengths = LengthPolicy(max_length, max_prompt_length, too_long)
         self.close = close
+        self.vocab_size = vocab_size  # rows of the model's embedding, if known
         self.tokenizer = prepare_tokenizer(tokenizer, close=close)
         """Our own copy, the one that is exported; the tokenizer passed in stays as it was."""
         self.template = str(self.tokenizer.chat_template)
@@ -121,26 +161,52 @@ class Encoder:
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
     def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
-        """The groups as ids, in their order (without those dropped), and counts of what was done to them.
+        """The groups as ids, in their order, and counts of what was done to them.
 
-        Raises DataError for a group without prompt or responses, with lone surrogates, or that the chat
-        template refuses.
+        Left out are those dropped, and those that the report lists as refused: without prompt or responses,
+        with lone surrogates or tokens that the model has not, or against the chat template.
         """
-        report = EncodingReport()
-        encoded: list[TokenizedGroup] = []
-        for start in range(0, len(groups), _GROUPS_AT_ONCE):
-            encoded += self._encode_chunk(groups[start : start + _GROUPS_AT_ONCE], report)
-        return encoded, report
+        return self._encode_parts(groups, self._encode_chunk)
 
-    def encode_prompts(self, groups: Sequence[Group]) -> list[NDArray[np.int32]]:
+    def encode_one(self, group: Group) -> tuple[TokenizedGroup | None, EncodingReport]:
+        """A single group as ids (None: dropped); raises DataError where `encode` refuses it."""
+        encoded, report = self.encode([group])
+        if report.refused:
+            raise DataError(report.refused[0])
+        return (encoded[0] if encoded else None), report
+
+    def encode_prompts(
+        self, groups: Sequence[Group]
+    ) -> tuple[list[NDArray[np.int32]], EncodingReport]:
         """The ids that ask for a response to each group's prompt: the template's own generation prompt,
-        uncut. Raises what `encode` raises."""
-        texts, marker = self._renderer.render_prompts(groups)
-        ids = self._ids(map(marker.to_encode, texts))
-        return [
-            np.array(marker.spell(i, text, f"Group {group.id!r}"), np.int32)
-            for group, text, i in zip(groups, texts, ids, strict=True)
-        ]
+        uncut. The report lists those left out as refused, as `encode` does."""
+        return self._encode_parts(groups, self._encode_prompt_chunk)
+
+    def _encode_parts(
+        self,
+        groups: Sequence[Group],
+        encode_chunk: Callable[[Sequence[Group], EncodingReport], Iterator[Encoded]],
+    ) -> tuple[list[Encoded], EncodingReport]:
+        report = EncodingReport()
+
+        def encode_part(start: int, end: int) -> list[Encoded]:
+            own = EncodingReport()
+            try:
+                encoded = list(encode_chunk(groups[start:end], own))
+            except DataError as error:  # one group fails them all: halve them until it is alone
+                if end - start == 1:
+                    report.refused[start] = str(error)
+                    return []
+                middle = (start + end) // 2
+                return encode_part(start, middle) + encode_part(middle, end)
+            for name in _COUNTS:
+                setattr(report, name, getattr(report, name) + getattr(own, name))
+            return encoded
+
+        encoded: list[Encoded] = []
+        for start in range(0, len(groups), _GROUPS_AT_ONCE):
+            encoded += encode_part(start, min(start + _GROUPS_AT_ONCE, len(groups)))
+        return encoded, report
 
     def turn_ends(self, generation: GenerationConfig | None = None) -> tuple[int, ...]:
         """Ids that end an assistant's turn: the template's first control token behind an answer, the EOS,
@@ -209,12 +275,32 @@ class Encoder:
             report.indistinct += sum(
                 fitted[1][c.chosen] == fitted[1][c.rejected] for c in group.comparisons
             )
-            arrays = [np.array(part, dtype=np.int32) for part in (fitted[0], *fitted[1])]
-            for array in arrays:
-                array.flags.writeable = False
+            arrays = [self._as_array(ids, where) for ids in (fitted[0], *fitted[1])]
             names = group.id, group.source, group.tags
             yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)
         report.neutralised += marker.num_marked
+        report.shortened += marker.num_shortened
+
+    def _encode_prompt_chunk(
+        self, groups: Sequence[Group], report: EncodingReport
+    ) -> Iterator[NDArray[np.int32]]:
+        texts, marker = self._renderer.render_prompts(groups)
+        all_ids = self._ids(map(marker.to_encode, texts))
+        for group, text, ids in zip(groups, texts, all_ids, strict=True):
+            where = f"Group {group.id!r} (source {group.source!r})"
+            yield self._as_array(marker.spell(ids, text, where), where)
+        report.neutralised += marker.num_marked
+
+    def _as_array(self, ids: list[int], where: str) -> NDArray[np.int32]:
+        array = np.array(ids, dtype=np.int32)
+        largest = int(array.max(initial=0))
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise DataError(
+                f"{where}: token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, "
+                f"but the model's embedding has only {self.vocab_size} rows."
+            )
+        array.flags.writeable = False
+        return array
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         wanted = list(texts)

@@ -1,4 +1,4 @@
-"""Files and hub data sets -> numbered raw rows; nothing here knows what a row means.
+"""Files and hub data sets -> numbered raw rows, and checks of raw values; what rows mean is `parse`'s.
 
 A line that cannot be decoded becomes a `Refusal` in its place, so that it is counted; a file that cannot
 be read at all is a `DataError`. Row numbers start at 0: the line of JSON lines, else the record.
@@ -9,30 +9,67 @@ import gzip
 import io
 import json
 import lzma
+import math
 import re
+import reprlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
-from hafrm.data.parse import Refusal, show
 from hafrm.errors import DataError
 
+Reason = Literal[
+    "empty response",
+    "empty prompt",
+    "chosen equals rejected",
+    "prompts differ",
+    "wrong roles",
+    "not a string",
+    "non-finite margin",  # a margin or weight that is no usable number
+    "bad number",  # votes, ranks, scores
+    "too long",
+    "lone surrogate",  # and NUL
+    "duplicate",
+    "missing column",
+    "unreadable row",
+    "unread context",  # a column of CONTEXT_COLUMNS holds something
+    "unknown label",
+    "not encodable",  # the chat template or the tokenizer refuses it
+]
+MAX_CHARS = 200_000
+"""Limit of a prompt or response in characters, checked before any tokenizer sees it."""
+RawRow = Mapping[Any, Any]
 NumberedRows = Iterator[tuple[int, object]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-# how the cells of a CSV file are read: JSON, text even if empty, and text unless it clearly is messages
+# how the cells of a CSV file are read: JSON, and text even if empty
 _JSON_CELLS = frozenset(
     ["responses", "ranks", "ranking", "scores", "ratings", "votes", "margin", "weight", "tie"]
 )
 _TEXT_CELLS = frozenset(["prompt", "chosen", "rejected", "response"])
-_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
 _HUB_NAME = re.compile(
     r"hub:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?"
     r":(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?)"
 )
+
+
+class Refusal(NamedTuple):
+    """Why a row is bad: a `Reason`, and the value that was seen."""
+
+    reason: str
+    detail: str
+
+
+class RefusedError(Exception):
+    """A row breaks a rule; raised and caught within the reading of one row."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
 
 
 def stem(path: Path) -> str:
@@ -61,12 +98,23 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return []
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder of this name; no error for a name that none can have."""
+    try:
+        return path.exists()
+    except OSError:  # too long, say
+        return False
+
+
 def read_file(path: Path) -> NumberedRows:
     """(row number, row or `Refusal`) of every row of a file, in order."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file; a hub data set is written hub:name[:config]:split")
+    if not exists(path):
+        place = str(path)[:300]
+        raise DataError(f"{place}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():
         raise DataError(f"{path} is a directory; name the files in it one by one")
+    if not path.is_file():
+        raise DataError(f"{path} is a pipe or a device; write its rows to a file and name that")
     if not is_known_kind(path):
         kinds = ", ".join([*_READERS, *_OPENERS])
         raise DataError(f"{path}: unknown kind of file; allowed are {kinds} (of text)")
@@ -131,7 +179,7 @@ def _csv_row(cells: dict[Any, Any]) -> object:
         return Refusal("unreadable row", "it has not as many cells as the header")
     row = {}
     for column, cell in cells.items():
-        if cell and (column in _JSON_CELLS or _MESSAGES.match(cell)):
+        if cell and column in _JSON_CELLS:
             row[column] = _decode(cell.lower() if column == "tie" else cell)
         elif cell or column in _TEXT_CELLS:  # an empty text is reported as empty, not as missing
             row[column] = cell
@@ -146,11 +194,28 @@ def _read_parquet(path: Path) -> NumberedRows:
     try:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in table_rows(batch):
                     yield number, row
                     number += 1
     except pa.ArrowException as error:
         raise DataError(f"{path} is not readable as Parquet: {error}") from error
+
+
+def table_rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a pyarrow table or batch; a date that Python has not is a number."""
+    try:
+        return cast("list[dict[str, Any]]", batch.to_pylist())
+    except (OverflowError, ValueError):  # a date or duration out of Python's range, in any column
+        columns = [[_python_value(value) for value in column] for column in batch.columns]
+        names = batch.schema.names
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        return getattr(value, "value", None)  # as stored: a number of days, microseconds, ...
 
 
 _READERS: dict[str, Callable[[Path], NumberedRows]] = {
@@ -183,7 +248,7 @@ def parse_hub(location: str) -> HubSet:
     """The data set that "hub:name[@revision][:config]:split" names."""
     match = _HUB_NAME.fullmatch(location)
     if match is None:
-        raise DataError(f"{location!r} is not of the form hub:name[@revision][:config]:split")
+        raise DataError(f"{location[:200]!r} is not of the form hub:name[@revision][:config]:split")
     return HubSet(match["name"], match["split"], match["config"], revision=match["revision"])
 
 
@@ -203,3 +268,54 @@ def read_hub(hub: HubSet) -> NumberedRows:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{hub} cannot be loaded: {error}") from error
     yield from enumerate(table)
+
+
+def list_of(value: object, column: str) -> list[Any]:
+    """The value of a column, which must be a list."""
+    if not isinstance(value, list | tuple):
+        refuse("not a string", f"`{column}` must be a list, got {show(value)}")
+    return list(value)
+
+
+def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
+    """A finite number; text and booleans are refused, whatever they look like."""
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an integer above 1e308
+        number = math.inf
+    if isinstance(value, bool) or not math.isfinite(number):
+        refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
+    return number
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse text that is too long, or that no UTF-8 file and no tokenizer can hold."""
+    if len(text) > MAX_CHARS:
+        refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
+    # lone surrogates, which no encoding has, and NUL, which C strings end at
+    if bad := re.search("[\ud800-\udfff\0]", text):
+        refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
+
+
+def refuse(reason: Reason, detail: str) -> NoReturn:
+    """Raise `RefusedError`."""
+    raise RefusedError(Refusal(reason, detail))
+
+
+def show(value: object) -> str:
+    """A short, safe `repr`: cut in width and depth, lone surrogates escaped."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 60, 60
+    return short.repr(value)
+
+
+def cell_of(row: RawRow, column: str) -> Any:
+    """The value in a column, whatever it is."""
+    if column not in row:
+        refuse("missing column", f"no `{column}`; {columns_of(row)}")
+    return row[column]
+
+
+def columns_of(row: RawRow) -> str:
+    """The names of a row's columns, for a message."""
+    return f"columns: {show([str(name)[:40] for name in row])}"

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hafrm.data.files import HubSet, NumberedRows, read_file, read_hub
-from hafrm.data.parse import (
-    HUMAN,
+from hafrm.data.files import (
+    HubSet,
+    NumberedRows,
     RawRow,
     Refusal,
     RefusedError,
     as_number,
     cell_of,
     list_of,
-    parse_row,
+    read_file,
+    read_hub,
     refuse,
     show,
 )
+from hafrm.data.parse import HUMAN, parse_row
 from hafrm.data.splits import normalised_key
 from hafrm.errors import DataError, did_you_mean
 from hafrm.preferences import Group

@@ -4,15 +4,25 @@ Values may be of any type and size: a check returns one in its proper type or ra
 is repaired; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
 """
 
-import math
+import json
 import re
-import reprlib
 from collections.abc import Mapping
 from itertools import combinations, pairwise
-from numbers import Real
 from os.path import commonprefix
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Literal
 
+from hafrm.data.files import (
+    RawRow,
+    Refusal,
+    RefusedError,
+    as_number,
+    cell_of,
+    check_text,
+    columns_of,
+    list_of,
+    refuse,
+    show,
+)
 from hafrm.preferences import Comparison, Group, Message, Votes
 
 SHAPES = (
@@ -25,88 +35,119 @@ SHAPES = (
 TAGS = ("split", "subset", "source", "label")  # columns that become a group's tags
 COLUMNS = frozenset(
     {
-        *("prompt", "chosen", "rejected", "response", "responses"),
+        *("prompt", "system", "chosen", "rejected", "response", "responses"),
         *("ranks", "ranking", "scores", "ratings", "margin", "weight", "votes", "tie", "id"),
         *TAGS,
     }
 )
 """Every column that some shape understands; others are ignored and reported."""
-Reason = Literal[
-    "empty response",
-    "empty prompt",
-    "chosen equals rejected",
-    "prompts differ",
-    "wrong roles",
-    "not a string",
-    "non-finite margin",  # a margin or weight that is no usable number
-    "bad number",  # votes, ranks, scores
-    "too long",
-    "lone surrogate",  # and NUL
-    "duplicate",
-    "missing column",
-    "unreadable row",
-    "not encodable",  # the chat template or the tokenizer refuses it
-]
-MAX_CHARS = 200_000
-"""Limit of a prompt or response in characters, checked before any tokenizer sees it."""
+CONTEXT_COLUMNS = (
+    *("tools", "functions", "documents", "context", "input", "instruction"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+    *("history", "conversation", "conversations"),
+)
+"""Columns that belong to the prompt in other formats: rows whose prompt would lack them are refused."""
 MAX_RANKED = 256  # most responses that one row may rank: k of them make k(k-1)/2 comparisons
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
+_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
+# labels, in lower case and with one blank for all that is no letter or digit
+_TIE = re.compile(
+    r"tie[sd]?|draw|equal|equally (good|bad)|same|no preference|neither|(tie |it s a tie )?both ?(good|bad)"
+)
+_NO_TIE = re.compile(  # the winner, or who labelled
+    r"|human|ai .*|chosen|((model|response|assistant|answer|output|candidate) ?)?([ab]|[0-2])"
+    r"|first|second|left|right|win|((slightly|much|far|significantly) )?better"
+)
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 
-RawRow = Mapping[Any, Any]
+ImplicitPrompt = Literal["lines", "words"]
 Messages = tuple[Message, ...]
 
 
-class Refusal(NamedTuple):
-    """Why a row is bad: a `Reason`, and the value that was seen."""
-
-    reason: str
-    detail: str
-
-
-class RefusedError(Exception):
-    """A row breaks a rule; raised and caught within the reading of one row."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.refusal = refusal
-
-
 def parse_row(
-    row: object, *, need_comparisons: bool = True, need_responses: bool = True
+    row: object,
+    *,
+    need_comparisons: bool = True,
+    need_responses: bool = True,
+    read_labels: bool = True,
+    implicit_prompt: ImplicitPrompt = "lines",
 ) -> Group | Refusal:
     """The group of one row, whose responses are in the row's order and may repeat; or why it is refused.
 
-    A tie is `tie: true` or `label: "tie"` beside chosen and rejected, or an equal rank or score. Optional
-    are `margin` (finite, in reward units), `weight` (finite, not negative) and, for a pair, `votes`.
-    `need_comparisons=False` takes rows without labels too, `need_responses=False` rows with a prompt alone.
+    A tie is `tie: true` or a label such as "tie" or "both_bad" beside chosen and rejected, or an equal rank
+    or score. Optional are `system` (text, the turn before all others), `margin` (finite, in reward units),
+    `weight` (finite, not negative) and, for a pair, `votes`. `need_comparisons=False` takes rows without
+    labels too, `need_responses=False` rows with a prompt alone; `read_labels=False` looks at no label, so
+    that none is a fault. `implicit_prompt`: where texts without a prompt are cut, after the lines or the
+    words that both start with.
     """
     try:
         if not isinstance(row, Mapping):
             refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
-        sides = _read_sides(row)
-        prompt, responses = read_prompt(row.get("prompt"), "prompt"), tuple[str, ...]()
-        if sides:
-            if "chosen" in sides and row.get("prompt") is None:
-                prompt, sides = _split_texts(sides)
-            prompt, responses = _join(prompt, sides)
-        elif need_responses or row.get("prompt") is None:
-            refuse("missing column", f"no responses that could be compared; {_columns_of(row)}")
-        comparisons = _compare(row, responses, is_pair="chosen" in sides)
+        own = read_prompt(row.get("prompt"), "prompt")
+        try:
+            prompt, responses, is_pair = _read_texts(row, own, need_responses, implicit_prompt)
+        except RefusedError:
+            if need_responses or not own:
+                raise
+            prompt, responses, is_pair = own, (), False
+        prompt = _with_system(row.get("system"), prompt)
+        _refuse_context(row, prompt)
+        comparisons = _compare(row, responses, is_pair=is_pair) if read_labels else ()
         check_prompt(prompt)
-        for response in responses:
-            check_text(response, "a response")
         if need_comparisons and not comparisons:
             refuse("missing column", "nothing to compare: no two responses with a label")
         name = "" if row.get("id") is None else _label(row["id"], "id")
-        tags = {tag: _label(row[tag], tag) for tag in TAGS if row.get(tag) is not None}
+        tags = {
+            tag: _label(row[tag], tag)
+            for tag in TAGS
+            if row.get(tag) is not None and (read_labels or tag != "label")
+        }
         return Group(name, prompt, responses, comparisons, tags=tags)
     except RefusedError as refused:
         return refused.refusal
+
+
+def _read_texts(
+    row: RawRow, prompt: Messages, need_responses: bool, implicit_prompt: ImplicitPrompt
+) -> tuple[Messages, tuple[str, ...], bool]:
+    """The whole prompt, the responses, and whether these are a pair of chosen and rejected."""
+    sides, responses = _read_sides(row), tuple[str, ...]()
+    is_pair = "chosen" in sides
+    if sides:
+        if is_pair and row.get("prompt") is None:
+            prompt, sides = _split_texts(sides, implicit_prompt)
+        prompt, responses = _join(prompt, sides)
+    elif need_responses or row.get("prompt") is None:
+        refuse("missing column", f"no responses that could be compared; {columns_of(row)}")
+    for response in responses:
+        check_text(response, "a response")
+    return prompt, responses, is_pair
+
+
+def _with_system(system: object, prompt: Messages) -> Messages:
+    """The prompt behind the system turn that a column of its own holds."""
+    if not isinstance(system, str | None):
+        refuse("not a string", f"`system` must be text, got {show(system)}")
+    if system is None or not system.strip() or prompt[:1] == (Message("system", system),):
+        return prompt
+    if prompt and prompt[0].role == "system":
+        refuse("wrong roles", f"`system` and the prompt's own system turn differ: {show(system)}")
+    return (Message("system", system), *prompt)
+
+
+def _refuse_context(row: RawRow, prompt: Messages) -> None:
+    contents = [message.content for message in prompt]
+    for column in CONTEXT_COLUMNS:
+        value = row.get(column)
+        is_blank = value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
+        # beside messages, some files repeat the question as an instruction
+        if not is_blank and not (isinstance(value, str) and value in contents):
+            refuse("unread context", f"`{column}` is not read, and holds {show(value)}")
 
 
 def _read_sides(row: RawRow) -> Mapping[str, object]:
@@ -129,7 +170,10 @@ def _compare(row: RawRow, texts: tuple[str, ...], *, is_pair: bool) -> tuple[Com
         tie, label = row.get("tie"), row.get("label")
         if tie is not None and not isinstance(tie, bool):
             refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
-        tie = bool(tie) or (isinstance(label, str) and label.strip().lower() == "tie")
+        words = re.sub(r"[\W_]+", " ", label.lower()).strip() if isinstance(label, str) else ""
+        if not _TIE.fullmatch(words) and not _NO_TIE.fullmatch(words):
+            refuse("unknown label", f"`label` says neither a tie nor a winner: {show(label)}")
+        tie = bool(tie) or _TIE.fullmatch(words) is not None
         margin, weight = _margin_and_weight(row)
         return (Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes"))),)
     orders = [column for column in _ORDERS if row.get(column) is not None]
@@ -206,8 +250,11 @@ def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
     return prompt + said
 
 
-def _split_texts(sides: Mapping[str, object]) -> tuple[Messages, Mapping[str, object]]:
+def _split_texts(
+    sides: Mapping[str, object], implicit_prompt: ImplicitPrompt
+) -> tuple[Messages, Mapping[str, object]]:
     """Prompt and sides of two whole texts: two transcripts, or texts that start with the same lines."""
+    sides = {side: _decoded(value, side) for side, value in sides.items()}
     chosen, rejected = sides.values()
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         return (), sides
@@ -215,10 +262,15 @@ def _split_texts(sides: Mapping[str, object]) -> tuple[Messages, Mapping[str, ob
         # the first turn of some files lacks the two line breaks that announce a turn
         texts = {side: "\n\n" + str(text).lstrip() for side, text in sides.items()}
         return (), {side: _read_transcript(text, side) for side, text in texts.items()}
-    # only whole lines count: two answers that share their first words share no prompt
-    cut = commonprefix([chosen, rejected]).rfind("\n") + 1  # noqa: RUF071 - of text, not of paths
+    # by default only whole lines count: two answers that share their first words share no prompt
+    ends = re.finditer(
+        r"\s" if implicit_prompt == "words" else r"\n",
+        commonprefix([chosen, rejected]),  # noqa: RUF071 - of text, not of paths
+    )
+    cut = max((end.end() for end in ends), default=0)
     if not chosen[:cut].strip():
-        refuse("missing column", "no `prompt`; the texts are no transcripts and share no line")
+        unit = implicit_prompt.removesuffix("s")
+        refuse("missing column", f"no `prompt`; the texts are no transcripts and share no {unit}")
     prompt = Message("user", chosen[:cut].strip())
     return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
 
@@ -227,25 +279,44 @@ def read_prompt(value: object, column: str) -> Messages:
     """The messages of a prompt column, empty for None; text is read as by `read_messages`."""
     turns = () if value is None else read_messages(value, column)
     # a transcript's prompt ends in the announcement of the answer
-    announced = isinstance(value, str) and turns[-1] == Message("assistant", "")
+    announced = isinstance(value, str) and turns[-1:] == (Message("assistant", ""),)
     return turns[:-1] if announced else turns
 
 
 def read_messages(value: object, column: str, role: str = "user") -> Messages:
     """Messages from a list of {role, content} or a single one; or from text.
 
-    Text is one message of `role`, unless it starts with the first turn of an Anthropic transcript.
+    Text is one message of `role`, unless it holds messages as JSON or starts with the first turn of an
+    Anthropic transcript. A system turn whose content is null is no turn.
     """
+    value = _decoded(value, column)
     if isinstance(value, str):
         is_transcript = value.startswith(HUMAN)
         return _read_transcript(value, column) if is_transcript else (Message(role, value),)
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list | tuple):
         refuse("not a string", f"`{column}` must be text or messages, got {show(value)}")
-    return tuple(_read_message(turn, column) for turn in turns)
+    messages = (_read_message(turn, column) for turn in turns)
+    return tuple(message for message in messages if message is not None)
 
 
-def _read_message(turn: object, column: str) -> Message:
+def _decoded(value: object, column: str) -> object:
+    """The messages that a text holds as JSON; anything else as it is."""
+    match = _MESSAGES.match(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    try:
+        turns = json.loads(match.string)
+    except (ValueError, RecursionError) as error:
+        if match[1] == "content":  # an answer in JSON, perhaps, and about something else
+            return value
+        refuse(
+            "unreadable row", f"`{column}` looks like messages, not JSON: {error}: {show(value)}"
+        )
+    return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else value
+
+
+def _read_message(turn: object, column: str) -> Message | None:
     if isinstance(turn, Message):
         turn = turn._asdict()
     if not isinstance(turn, Mapping):
@@ -253,6 +324,15 @@ def _read_message(turn: object, column: str) -> Message:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in _ROLES:
         refuse("wrong roles", f"role {show(role)} in `{column}`; allowed: {', '.join(_ROLES)}")
+    if role == "system" and content is None:
+        return None
+    if isinstance(content, list | tuple):  # parts, of which only text can be joined
+        parts = [part if isinstance(part, Mapping) else {} for part in content]
+        filled = [{key for key, part in p.items() if part is not None} for p in parts]
+        if all(keys == {"type", "text"} for keys in filled):
+            texts = [part["text"] for part in parts if part["type"] == "text"]
+            if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+                content = "".join(texts)
     if not isinstance(content, str) or turn.get("tool_calls"):
         refuse("not a string", f"a message of `{column}` is not plain text: {show(turn)}")
     return Message(role, content)
@@ -305,58 +385,8 @@ def _votes(value: object) -> Votes | None:
     return Votes(**{name: int(number) for name, number in numbers.items()})
 
 
-def list_of(value: object, column: str) -> list[Any]:
-    """The value of a column, which must be a list."""
-    if not isinstance(value, list | tuple):
-        refuse("not a string", f"`{column}` must be a list, got {show(value)}")
-    return list(value)
-
-
 def _label(value: object, column: str) -> str:
     if not isinstance(value, str | int | float):
         refuse("not a string", f"`{column}` must be text or a number, got {show(value)}")
     check_text(str(value), f"`{column}`")
     return str(value)
-
-
-def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
-    """A finite number; text and booleans are refused, whatever they look like."""
-    try:
-        number = float(value) if isinstance(value, Real) else math.nan
-    except OverflowError:  # an integer above 1e308
-        number = math.inf
-    if isinstance(value, bool) or not math.isfinite(number):
-        refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
-    return number
-
-
-def check_text(text: str, name: str) -> None:
-    """Refuse text that is too long, or that no UTF-8 file and no tokenizer can hold."""
-    if len(text) > MAX_CHARS:
-        refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
-    # lone surrogates, which no encoding has, and NUL, which C strings end at
-    if bad := re.search("[\ud800-\udfff\0]", text):
-        refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
-
-
-def refuse(reason: Reason, detail: str) -> NoReturn:
-    """Raise `RefusedError`."""
-    raise RefusedError(Refusal(reason, detail))
-
-
-def show(value: object) -> str:
-    """A short, safe `repr`: cut in width and depth, lone surrogates escaped."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 3, 60, 60
-    return short.repr(value)
-
-
-def cell_of(row: RawRow, column: str) -> Any:
-    """The value in a column, whatever it is."""
-    if column not in row:
-        refuse("missing column", f"no `{column}`; {_columns_of(row)}")
-    return row[column]
-
-
-def _columns_of(row: RawRow) -> str:
-    return f"columns: {show([str(name)[:40] for name in row])}"

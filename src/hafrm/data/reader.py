@@ -7,15 +7,25 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.files import NumberedRows, parse_hub, read_file, read_hub, stem
+from hafrm.data.files import (
+    NumberedRows,
+    Refusal,
+    exists,
+    parse_hub,
+    read_file,
+    read_hub,
+    show,
+    stem,
+)
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
-from hafrm.data.parse import COLUMNS, SHAPES, TAGS, Refusal, parse_row, show
-from hafrm.errors import DataError
+from hafrm.data.parse import COLUMNS, CONTEXT_COLUMNS, SHAPES, TAGS, ImplicitPrompt, parse_row
+from hafrm.errors import DataError, did_you_mean
 from hafrm.preferences import Comparison, Group
 
 RawRows = Iterable[Mapping[str, Any]]
@@ -31,6 +41,8 @@ class Source:
     where: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
     rows: RawRows | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the source's
+    ignore: tuple[str, ...] = ()  # columns that are read as if they were not there
     named: NamedSet | None = None  # the published set whose form the rows have
     path: str | None = None  # the file on this machine, where it is one
 
@@ -59,31 +71,45 @@ class PreferenceData:
     num_groups: tuple[int, ...]  # of each source (a group of sets counts as its members)
 
 
-def read_preferences(
+def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
     sources: Sequence[str | Path | RawRows],
     *,
     max_bad_fraction: float = 0.02,
     bad_rows_file: Path | None = None,
     need_comparisons: bool = True,
     need_responses: bool = True,
+    read_labels: bool = True,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
+    implicit_prompt: ImplicitPrompt = "lines",
 ) -> PreferenceData:
     """All groups of all sources, in the order in which their prompts first appear.
 
         data = read_preferences(["pairs.jsonl.gz#split=train", "set:hh-helpful#split=train", rows])
 
-    `parse_sources` says what a source is, `parse_row` what the `need_...` mean. A row that only repeats
+    `parse_sources` says what a source is, `parse_row` what `need_...`, `read_labels` and `implicit_prompt`
+    mean. `columns` names the source's columns ({"prompt": "question"}), and those of `ignore_columns` are
+    not looked at; a named set's are its own. A row that only repeats
     earlier rows is bad ("duplicate"); the opposite order of a pair is disagreement, and stays. Raises
     `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction` bad ones.
     `bad_rows_file` gets one JSON object for each bad row, before any error.
     """
-    needs = {
-        "need_comparisons": need_comparisons and need_responses,
-        "need_responses": need_responses,
-    }
-    readers = [_SourceReader(source) for source in _distinct_sources(sources)]
+    parse = partial(
+        parse_row,
+        need_comparisons=need_comparisons and need_responses and read_labels,
+        need_responses=need_responses,
+        read_labels=read_labels and need_responses,
+        implicit_prompt=implicit_prompt,
+    )
+    check_columns(columns or {})
+    readers = []
+    for source in _distinct_sources(sources):
+        own = dict(columns or {}) | source.columns
+        ignore = (*ignore_columns, *source.ignore)
+        readers.append(_SourceReader(replace(source, columns=own, ignore=ignore)))
     for reader in readers:
         for number, row in iter_rows(reader.source, reader.left_out):
-            reader.add(number, row, row if isinstance(row, Refusal) else parse_row(row, **needs))
+            reader.add(number, row, row if isinstance(row, Refusal) else parse(row))
     bad_rows = tuple(row for reader in readers for row in reader.bad_rows)
     if bad_rows_file is not None:
         bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,25 +131,31 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
 
     An entry is a path, "hub:name[@revision][:config]:split", "set:name" (a published set, from the hub),
     "set:name=file", or a list of rows. A "#" selects rows: "pairs.jsonl.gz#split=train" those whose column
-    `split` (or another tag) has that value, "#limit=1000" the first of them; "&" joins both.
+    `split` (or another tag) has that value, "#limit=1000" the first of them; "#prompt=question" names a
+    column, "#ignore=tools,images" those that are not looked at; "&" joins all.
     """
     if not isinstance(entry, str | Path):
         return [Source("memory", "memory", rows=entry)]
     location, mark, selection = str(entry).rpartition("#")
     remote = str(entry).startswith(("hub:", "set:"))
-    if not mark or (not remote and Path(entry).exists()):
+    if not mark or (not remote and exists(Path(entry))):
         location, selection = str(entry), ""  # "#" may be part of a file's name
-    where, limit = _parse_selection(selection, str(entry))
+    where = _parse_selection(selection, str(entry))
+    limit = int(where.pop("limit")) if "limit" in where else None
+    ignore = tuple(where.pop("ignore", "").split(",")) if "ignore" in where else ()
+    columns = {name: where.pop(name) for name in [*where] if name not in TAGS}
     if location.startswith("set:"):
         return [
-            Source(f"set:{s.name}{f'={file}' if file else ''}", s.name, where, limit, None, s, file)
-            for s, file in find_sets(location, where.get("split"))
+            Source(f"set:{s.name}{f'={f}' if f else ''}", s.name, where, limit, named=s, path=f)
+            for s, f in find_sets(location, where.get("split"))
         ]
     if not location.startswith("hub:"):
-        return [Source(location, stem(Path(location)), where, limit, path=location)]
-    hub = parse_hub(location)
-    name = hub.name.rstrip("/").rpartition("/")[2]
-    return [Source(location, f"{name}-{hub.config}" if hub.config else name, where, limit)]
+        name, path = stem(Path(location)), location
+    else:
+        hub, path = parse_hub(location), None
+        name = hub.name.rstrip("/").rpartition("/")[2]
+        name = f"{name}-{hub.config}" if hub.config else name
+    return [Source(location, name, where, limit, columns=columns, ignore=ignore, path=path)]
 
 
 def parse_source(entry: str | Path | RawRows) -> Source:
@@ -154,6 +186,8 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
         rows = read_hub(parse_hub(source.location))
     else:
         rows = read_file(Path(source.location))
+    if (source.columns or source.ignore) and source.named is None:
+        rows = ((number, _in_our_columns(row, source)) for number, row in rows)
     wanted = (
         (number, row)
         for number, row in rows
@@ -164,20 +198,42 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
     return islice(wanted, source.limit)
 
 
-def _parse_selection(selection: str, entry: str) -> tuple[dict[str, str], int | None]:
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise `DataError` for names that no shape understands."""
+    for name in columns:
+        if name not in COLUMNS:
+            hint = did_you_mean(name, COLUMNS)
+            raise DataError(
+                f"columns names {show(name)}, which is no column of ours; {hint}allowed are "
+                f"{', '.join(sorted(COLUMNS))}"
+            )
+
+
+def _in_our_columns(row: object, source: Source) -> object:
+    """The row with its columns under our names, without those to be ignored."""
+    if not isinstance(row, Mapping):
+        return row
+    theirs = {*source.columns.values(), *source.columns, *source.ignore}
+    renamed = {name: row[own] for name, own in source.columns.items() if own in row}
+    return {name: value for name, value in row.items() if name not in theirs} | renamed
+
+
+def _parse_selection(selection: str, entry: str) -> dict[str, str]:
     where = {}
     for part in selection.split("&") if selection else []:
         key, _, value = part.partition("=")
-        if key not in {*TAGS, "limit"} or not value:
+        if key not in {*COLUMNS, "limit", "ignore"} or not value:
             raise DataError(
-                f"{entry!r}: cannot select rows by {part!r}; after '#' write "
-                f"key=value, joined by '&', with a key of: limit, {', '.join(TAGS)}"
+                f"{entry[:200]!r}: cannot select rows by {part[:80]!r}; after '#' write "
+                f"key=value, joined by '&', with a key of: limit, ignore, {', '.join(TAGS)}, "
+                "or a column's name"
             )
         where[key] = value
-    limit = where.pop("limit", None)
-    if limit is not None and (not limit.isdecimal() or int(limit) < 1):
-        raise DataError(f"{entry!r}: limit must be a whole number above 0, got {limit!r}")
-    return where, None if limit is None else int(limit)
+    limit = where.get("limit", "1")
+    # more digits than a number of rows can have
+    if not limit.isdecimal() or len(limit) > 18 or int(limit) < 1:
+        raise DataError(f"{entry[:200]!r}: limit must be a whole number above 0, got {show(limit)}")
+    return where
 
 
 def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
@@ -261,20 +317,34 @@ class _SourceReader:
             detail = f"an earlier row of group {self.drafts[key].first.id!r} says all of it"
             self.bad_rows.append(BadRow(self.source.location, number, "duplicate", detail))
 
+    def _context(self) -> list[str]:
+        bad = [row.detail for row in self.bad_rows if row.reason == "unread context"]
+        return [name for name in CONTEXT_COLUMNS if any(f"`{name}`" in detail for detail in bad)]
+
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:
         """Raise `DataError` when the source has no usable rows, or too many bad ones."""
         place, num_bad = self.source.location, len(self.bad_rows)
         if not self.num_rows:
             wanted = "&".join(f"{tag}={value}" for tag, value in self.source.where.items())
             why = f"; left out are {dict(self.left_out)}" if self.left_out else ""
-            raise DataError(f"{place} has no row{f' with {wanted}' if wanted else 's'}{why}")
+            raise DataError(f"{place} has no row{f' with {wanted[:200]}' if wanted else 's'}{why}")
         reasons = Counter(row.reason for row in self.bad_rows)
         if reasons["missing column"] == self.num_rows:
             detail = self.bad_rows[0].detail
             if self.source.named is not None:
                 raise DataError(f"{place} is not in the set's published form: {detail}")
             shapes = "".join(f"\n  {shape}" for shape in SHAPES)
-            raise DataError(f"{place} has no usable columns: {detail}. Understood are{shapes}")
+            raise DataError(
+                f"{place} has no usable columns: {detail}. Understood are{shapes}\n"
+                f"Or say which column is which, {_suggested_columns(self.columns)}"
+            )
+        if reasons["unread context"] and max_bad_fraction < 1:
+            raise DataError(
+                f"{reasons['unread context']:,} of {self.num_rows:,} rows of {place} have a context that "
+                f"is not read: {', '.join(self._context())}. Put it into the messages of `prompt`, or "
+                "name the columns in data.ignore_columns (without a recipe: "
+                f"FILE#ignore={','.join(self._context())}) to train and score without them."
+            )
         if num_bad <= max_bad_fraction * self.num_rows and num_bad < self.num_rows:
             return
         first = {row.reason: row for row in reversed(self.bad_rows)}
@@ -288,3 +358,32 @@ class _SourceReader:
             f"({num_bad / self.num_rows:.1%}; allowed: {max_bad_fraction:.1%}):{table}\n{listed}"
             "Correct them, or raise data.max_bad_fraction (--max-bad-fraction) to leave them out."
         )
+
+
+# what other files call our columns; a pair's order is not the preference where a label beside it is
+_OTHER_NAMES = {
+    "prompt": ("question", "instruction", "query", "input", "problem", "user", "context", "text"),
+    "chosen": ("good", "preferred", "accepted", "better", "winner", "positive", "response_a", "answer_a"),
+    "rejected": ("bad", "dispreferred", "refused", "worse", "loser", "negative", "response_b", "answer_b"),
+    "response": ("answer", "output", "completion"),
+    "responses": ("answers", "outputs", "completions", "candidates"),
+}  # fmt: skip
+
+
+def _suggested_columns(columns: Iterable[str]) -> str:
+    """How to name the columns of a source, by what other files call them."""
+    theirs = {name.lower(): name for name in columns}
+    has_label = not theirs.keys().isdisjoint(["label", "winner", "preference"])
+    pairs = {
+        name: theirs[other]
+        for name, others in _OTHER_NAMES.items()
+        for other in reversed([name, *others])
+        if other in theirs and not (has_label and other.endswith(("_a", "_b", "winner")))
+    }
+    if pairs.keys() >= {"chosen", "rejected"} or not pairs.keys() - {"prompt"}:
+        pairs = {name: pairs.get(name, "...") for name in ("prompt", "chosen", "rejected")}
+    written = {f"{name}: {own}": f"{name}={own}" for name, own in pairs.items() if name != own}
+    return (
+        f"perhaps data.columns: {{{', '.join(written)}}} "
+        f"(hafrm data --columns {','.join(written.values())})"
+    )

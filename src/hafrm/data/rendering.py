@@ -81,6 +81,7 @@ class Marker:
         self._mark = re.compile(f"{self.word}x([0-9]+)x")
         self._either = re.compile(f"{self._mark.pattern}|{special.pattern.pattern}")
         self.num_marked = 0
+        self.num_shortened = 0  # responses that the template did not write in full
 
     def mark(self, text: str) -> str:
         """The text with a mark in place of each special token; counted in `num_marked`."""
@@ -135,12 +136,15 @@ class Renderer:
             answers = [probe, *(marker.mark(response) for response in group.responses)]
             try:
                 before, *texts = self._render([[*turns, Message("assistant", a)] for a in answers])
-            except TemplateError as error:
+            except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
                 roles = ", ".join(message.role for message in group.prompt)
                 raise DataError(
                     f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
                     f"{roles}: {error}. Remove it, or change its turns to what the template accepts."
                 ) from error
+            marker.num_shortened += sum(
+                not _holds(t, a) for t, a in zip(texts, answers[1:], strict=True)
+            )
             before, match, _ = before.rpartition(probe)
             if not match:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
@@ -195,6 +199,11 @@ class Renderer:
             if whole[: len(prompt)] == prompt:
                 return blanks
         return " "
+
+
+def _holds(text: str, response: str) -> bool:
+    """Whether a conversation has all of a response; templates may change the white space in it."""
+    return response.strip() in text or "".join(response.split()) in "".join(text.split())
 
 
 def _checked_texts(groups: Sequence[Group]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
 from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
@@ -16,7 +17,7 @@ from hafrm.engine.layout import Branches, Layout
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import ConfigError, ModelError
 from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
-from hafrm.evaluation.heads import EvaluationOptions, load_head, scorer_names
+from hafrm.evaluation.heads import EvaluationOptions, load_head, score_groups, scorer_names
 from hafrm.evaluation.metrics import pairwise_accuracy, temperature
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
@@ -39,7 +40,8 @@ class ScoredModel:
     name: str
     scored_with: str
     tokenized: list[TokenizedGroup]
-    margins: Margins
+    scores: NDArray[np.float32]
+    """Of each response; NaN where it cannot be encoded."""
     states: StateMatrix
     """Of some of the responses, the same ones for all models."""
 
@@ -70,12 +72,13 @@ def diagnose(
     done = over_passes(on_progress, comparisons.num_responses * len(models))
     own, *others = (_score(path, models[path], comparisons, options, done) for path in names)
     start = None if base is None else _base_states(base, own)
-    margins = np.stack([scored.margins for scored in (own, *others)])
+    comparisons = comparisons.scored_by(*(scored.scores for scored in (own, *others)))
+    margins = np.stack([comparisons.margins(scored.scores) for scored in (own, *others)])
     return Diagnosis(
         model=name,
         scored_with=own.scored_with,
         sets=tuple(
-            _diagnose_set(part, comparisons.take(where), own.margins[where])
+            _diagnose_set(part, comparisons.take(where), margins[0][where])
             for part, where in comparisons.sets().items()
         ),
         label_noise=audit_labels(comparisons, margins, names),
@@ -91,13 +94,13 @@ def _score(
 ) -> ScoredModel:
     head = scorer_names(heads)[0]
     log.info("scoring with %s", name)
-    scorer = load_head(heads, head, options.cut_as_trained(heads))
-    tokenized, _ = scorer.encoder.encode(comparisons.groups)
-    margins = comparisons.margins(scorer.score_encoded(tokenized, done))
+    options = options.cut_as_trained(heads)
+    scorer = load_head(heads, head, options)
+    scores, tokenized, _ = score_groups(scorer, comparisons.groups, options, done)
     assert isinstance(scorer, RewardModel | PolicyModel)
     # the states are those that the head reads, of the backbone that scored
     states = last_states(scorer.model, some_responses(tokenized))
-    return ScoredModel(name, head, tokenized, margins, states)
+    return ScoredModel(name, head, tokenized, scores, states)
 
 
 def _base_of(run: Path) -> Path | None:

@@ -55,6 +55,15 @@ class Comparisons:
         """Those that are no ties."""
         return self.take(np.flatnonzero(~self.ties))
 
+    def scored_by(self, *scores: Float[np.ndarray, " responses"]) -> "Comparisons":
+        """Those whose responses both have a score from everybody, NaN being none."""
+        if not scores:
+            return self
+        have = ~np.isnan(np.stack(scores)).any(0)
+        first, pairs = response_offsets(self.groups)[self.owner], self.pairs
+        sides = np.array([(pair.chosen, pair.rejected) for pair in pairs], int).reshape(-1, 2)
+        return self.take(np.flatnonzero(have[first[:, None] + sides].all(1)))
+
     def by_source(self) -> dict[str, Indices]:
         """The indices of each source's comparisons, sources in their order."""
         sources = np.array([self.groups[i].source for i in self.owner], str)
@@ -128,17 +137,18 @@ def response_offsets(groups: Sequence[Group]) -> Int[np.ndarray, " groups_and_en
 
 
 def read_comparisons(
-    data: Data, max_bad_fraction: float = 0.02
+    data: Data, max_bad_fraction: float = 0.02, **options: Any
 ) -> tuple[PreferenceData, Comparisons]:
     """What the data holds, and the comparisons among the groups that have some.
 
-    Raises DataError if no comparison is decided, and what `read` raises.
+    `options` are those of `read_preferences`. Raises DataError if no comparison is decided, and what
+    `read_preferences` raises.
     """
     if isinstance(data, str | Path) or (len(data) and isinstance(data[0], Mapping)):
         sources: list[Any] = [data]  # a list of rows is one source
     else:
         sources = list(data)
-    reading = read_preferences(sources, max_bad_fraction=max_bad_fraction)
+    reading = read_preferences(sources, max_bad_fraction=max_bad_fraction, **options)
     comparisons = Comparisons.of([group for group in reading.groups if group.comparisons])
     if not len(comparisons.decided()):
         names = ", ".join(dict.fromkeys(group.source for group in reading.groups))

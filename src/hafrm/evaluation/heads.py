@@ -5,7 +5,7 @@ from the two. One model is in memory at a time, and no model is changed.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
 from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
+from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
 from hafrm.results import read_result
@@ -108,25 +109,27 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     max_bad_fraction: float = 0.02,
     max_prompt_length: int | None = None,
     on_progress: OnProgress = no_progress,
+    **rows: Any,
 ) -> Evaluation:
     """Metrics of the model on each source and, if there are several, on all together.
 
     `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens are
     cut: by default the run's data.max_length, without a run the model's limit. Of a source's rows,
-    `max_bad_fraction` may be left out as bad.
+    `max_bad_fraction` may be left out as bad; `rows` are more arguments of `read_preferences`, such as
+    `columns`.
 
     >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
     >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
 
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """
-    reading, comparisons = read_comparisons(data, max_bad_fraction)
+    reading, comparisons = read_comparisons(data, max_bad_fraction, **rows)
     heads = find_heads(model)
     options = EvaluationOptions(
         reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
-    )
-    options = options.cut_as_trained(heads)
+    ).cut_as_trained(heads)
     scores, report, rule = _score_all_heads(heads, comparisons, options, on_progress)
+    comparisons = comparisons.scored_by(*scores.values())
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
         model=str(model),
@@ -135,7 +138,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
             _measure_set(name, comparisons.take(i), {head: m[i] for head, m in margins.items()})
             for name, i in comparisons.sets().items()
         ),
-        num_bad_rows=len(reading.bad_rows),
+        num_bad_rows=len(reading.bad_rows) + len(report.refused),
         left_out=reading.left_out,
         prompts_cut=report.prompts_cut,
         responses_cut=report.responses_cut,
@@ -154,15 +157,14 @@ def _score_all_heads(
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options) if both is None else both
-        tokenized, report = scorer.encoder.encode(comparisons.groups)
-        if both is None:
-            scores[name] = scorer.score_encoded(tokenized, done)
-        else:
-            scores[REWARD], scores[IMPLICIT] = both.score_both(tokenized, done)
+        score = scorer.score_encoded if both is None else both.score_both
+        own, tokenized, report = score_groups(scorer, comparisons.groups, options, done, score)
+        scores |= {name: own} if both is None else {REWARD: own[0], IMPLICIT: own[1]}
         reports.append(report)
         if isinstance(scorer, PolicyModel) and not scorer.rule.per_token:
             # with the policy's own tokens: the reward's encoder may cut elsewhere
-            lengths = np.array([len(ids) for group in tokenized for ids in group.response_ids])
+            nums = np.array([len(i) for group in tokenized for i in group.response_ids], np.float32)
+            lengths = _spread(nums, comparisons.groups, report)
         del scorer  # before the next one is loaded
     if heads.fused is not None:
         rule = read_result(heads.fused, FusedRule)
@@ -184,6 +186,33 @@ def _load_both(heads: Heads, options: EvaluationOptions) -> PolicyModel | None:
         return None
     policy.model.reward_head = shared_reward_head(heads.reward, policy.model)
     return None if policy.model.reward_head is None else policy
+
+
+def score_groups(
+    scorer: Scorer,
+    groups: Sequence[Group],
+    options: EvaluationOptions,
+    done: OnProgress,
+    score: Callable[..., Any] | None = None,
+) -> tuple[NDArray[np.float32], list[TokenizedGroup], EncodingReport]:
+    """A score (by `score_encoded`) for each response of all groups, NaN for those of groups that cannot be
+    encoded; the ids of the others, and the encoder's report. DataError for more such groups than
+    max_bad_fraction."""
+    tokenized, report = scorer.encoder.encode(groups)
+    report.check(groups, options.max_bad_fraction)
+    scores = np.asarray((score or scorer.score_encoded)(tokenized, done))
+    return _spread(scores, groups, report), tokenized, report
+
+
+def _spread(
+    values: NDArray[np.float32], groups: Sequence[Group], report: EncodingReport
+) -> NDArray[np.float32]:
+    """The values (last axis) of encoded responses at their places among all, NaN elsewhere."""
+    is_encoded = [i not in report.refused for i in range(len(groups))]
+    places = np.repeat(is_encoded, [len(group.responses) for group in groups])
+    result = np.full((*values.shape[:-1], len(places)), np.nan, np.float32)
+    result[..., places] = values
+    return result
 
 
 def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins]) -> SetResult:
@@ -223,13 +252,15 @@ def compare_models(
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
     done = over_passes(on_progress, comparisons.num_responses * len([*first, *second]))
 
-    def is_right(path: str | Path) -> NDArray[np.bool_]:
-        scorer = load_main_head(path, options.cut_as_trained(find_heads(path)))  # freed at the end
-        encoded, _ = scorer.encoder.encode(comparisons.groups)
-        return comparisons.margins(scorer.score_encoded(encoded, done)) > 0
+    def scores_of(path: str | Path) -> NDArray[np.float32]:
+        own = options.cut_as_trained(find_heads(path))
+        scorer = load_main_head(path, own)  # freed at the end
+        return score_groups(scorer, comparisons.groups, own, done)[0]
 
+    scores = [[scores_of(path) for path in paths] for paths in (first, second) if paths]
+    comparisons = comparisons.scored_by(*(one for side in scores for one in side))
     # [seeds, comparisons] of each side
-    sides = [np.array([is_right(path) for path in paths]) for paths in (first, second) if paths]
+    sides = [np.array([comparisons.margins(one) > 0 for one in side]) for side in scores]
     results = [
         compare_set(name, comparisons.prompts[where], *(side[:, where] for side in sides))
         for name, where in comparisons.sets().items()

@@ -299,7 +299,8 @@ def write_golden(directory: Path, groups: Sequence[Group]) -> int:
     model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
     tokenizer = model.encoder.tokenizer
     groups = [*groups, PLAIN]
-    encoded, _ = model.encoder.encode(groups)
+    encoded, report = model.encoder.encode(groups)
+    groups = [group for i, group in enumerate(groups) if i not in report.refused]
     rewards = model.score_encoded(encoded)
     lines = []
     for group, ids, start in zip(groups, encoded, first_responses(encoded), strict=True):

@@ -57,7 +57,7 @@ class Session:
     data: dict[str, str]
     """Digests of data files."""
     git: GitState | None = None
-    counts: dict[str, int | dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, int | list[str] | dict[str, int]] = field(default_factory=dict)
     template_sha256: str | None = None
 
 

@@ -210,3 +210,7 @@ def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
         yield "chat template, SHA-256", session.template_sha256
     for file, digest in session.data.items():
         yield f"{file}, SHA-256", digest
+    for name, value in session.counts.items():
+        if value and not isinstance(value, dict):
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            yield name.replace("_", " "), text

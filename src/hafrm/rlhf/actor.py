@@ -24,7 +24,7 @@ from hafrm.engine.model import HybridModel, sharing_obstacle, split_causal_lm
 from hafrm.engine.sampling import Sampling, sample, sampled_ratios
 from hafrm.errors import ConfigError
 from hafrm.preferences import Group, Message
-from hafrm.rlhf.rlhf_recipe import RlhfRecipe, SamplingSection
+from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe, SamplingSection
 from hafrm.scoring.forward import first_responses, plan_sequences, run_forward, share_prompts
 from hafrm.scoring.loading import default_device
 from hafrm.training.setup import inject_lora, leave_casting_to_autocast, load_base
@@ -55,12 +55,16 @@ class Rollout:
         return self.prompt.ids
 
 
-def encode_prompts(groups: Sequence[Group], encoder: Encoder, max_length: int) -> list[Prompt]:
-    """The prompts of at most `max_length` tokens; none is cut, since half a question is another one."""
+def encode_prompts(groups: Sequence[Group], encoder: Encoder, data: PromptSection) -> list[Prompt]:
+    """The prompts of at most `data.max_prompt_length` tokens; none is cut, since half a question is another
+    one. DataError where the template refuses more than `data.max_bad_fraction` of them."""
+    encoded, report = encoder.encode_prompts(groups)
+    report.check(groups, data.max_bad_fraction)
+    groups = [group for i, group in enumerate(groups) if i not in report.refused]
     fitting = [
         Prompt(group.id, group.prompt, ids)
-        for group, ids in zip(groups, encoder.encode_prompts(groups), strict=True)
-        if len(ids) <= max_length
+        for group, ids in zip(groups, encoded, strict=True)
+        if len(ids) <= data.max_prompt_length
     ]
     num_long = len(groups) - len(fitting)
     if num_long:

@@ -141,7 +141,7 @@ class ComparisonWorker:
         assert recipe.comparison is not None
         encoder = Encoder(load_tokenizer(policy), max_length=LONGEST)
         groups = read_prompts(recipe.comparison.test, max_bad_fraction=recipe.data.max_bad_fraction)
-        prompts = encode_prompts(groups, encoder, recipe.data.max_prompt_length)
+        prompts = encode_prompts(groups, encoder, recipe.data)
         causal = load_base(policy, torch.float32, default_device())
         seed = _TEST_SEED + seed
         rollouts = write_responses(causal, encoder, prompts, 1, recipe.sampling, seed=seed)

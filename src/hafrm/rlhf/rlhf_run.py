@@ -297,7 +297,7 @@ def load_prompts(
             train, fraction=data.validation_fraction, seed=_SPLIT_SEED + seed
         )
     parts = [without_prompts(train, held_out), held_out]
-    fitting = [encode_prompts(groups, encoder, data.max_prompt_length) for groups in parts]
+    fitting = [encode_prompts(groups, encoder, data) for groups in parts]
     for name, groups, prompts in zip(
         ("data.train", "data.validation"), parts, fitting, strict=True
     ):

@@ -210,7 +210,13 @@ def load_encoder(
         raise ModelError(f"max_length is {max_length}, but {path} takes at most {longest} tokens")
     limit = longest if max_length is None else max_length
     # close=False: the template is used as published, whatever it writes after the response
-    return Encoder(load_any_tokenizer(path), max_length=limit, too_long=too_long, close=False)
+    return Encoder(
+        load_any_tokenizer(path),
+        max_length=limit,
+        too_long=too_long,
+        close=False,
+        vocab_size=config.get_text_config().vocab_size,
+    )
 
 
 def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:

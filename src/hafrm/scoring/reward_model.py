@@ -20,7 +20,8 @@ from pydantic import Field
 from scipy import optimize, special
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.parse import RefusedError, check_prompt, read_prompt, show
+from hafrm.data.files import RefusedError, show
+from hafrm.data.parse import check_prompt, read_prompt
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
@@ -185,6 +186,8 @@ class Scorer(ABC):
             if texts
         ]
         encoded, report = self.encoder.encode(groups)
+        if report.refused:
+            raise DataError(next(iter(report.refused.values())))
         num_cut = report.prompts_cut + report.responses_cut
         if (num_cut and not may_cut) or len(encoded) < len(groups):
             raise DataError(

@@ -79,14 +79,19 @@ class StudyData:
 def read_study_data(recipe: Recipe) -> StudyData:
     """The recipe's test sets; raises DataError for one without comparisons."""
     data = recipe.data
-    _, comparisons = read_comparisons(data.test, data.max_bad_fraction)
+    _, comparisons = read_comparisons(data.test, **data.reading_options)
     encoder = Encoder(
         load_tokenizer(recipe.model),
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         too_long="cut",
     )
-    return StudyData(comparisons, encoder.encode(comparisons.groups)[0])
+    groups = comparisons.groups
+    tokenized, report = encoder.encode(groups)
+    report.check(groups, data.max_bad_fraction)
+    if report.refused:
+        comparisons = Comparisons.of([g for i, g in enumerate(groups) if i not in report.refused])
+    return StudyData(comparisons, tokenized)
 
 
 def read_run_result(folder: Path) -> RunResult | None:

@@ -7,7 +7,7 @@ The test set is read only to prove that no prompt of it is trained on. Start at 
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hafrm.data.chat_template import choose_pad, read_template
-from hafrm.data.encoding import Encoder
+from hafrm.data.encoding import Encoder, EncodingReport
 from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, without_prompts
 from hafrm.engine.model import (
@@ -64,22 +64,57 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     encoder = build_encoder(recipe)
     reading, to_train, held_out, num_dropped = read_splits(recipe, bad_rows_file)
     train, report = encoder.encode(to_train)
-    validation, _ = encoder.encode(held_out)
+    validation, held_out_report = encoder.encode(held_out)
+    report.check(to_train, recipe.data.max_bad_fraction, bad_rows_file)
+    held_out_report.check(held_out, recipe.data.max_bad_fraction, bad_rows_file)
+    held_out = [group for i, group in enumerate(held_out) if i not in held_out_report.refused]
     for name, groups in (("data.train", train), ("data.validation", validation)):
         if not any(not c.tie for group in groups for c in group.comparisons):
             raise DataError(f"{name} holds no comparison that is not a tie; add data to it")
     counts = {
         "rows": reading.num_rows,
-        "bad_rows": len(reading.bad_rows),
+        "bad_rows": len(reading.bad_rows) + len(report.refused) + len(held_out_report.refused),
+        "unread_columns": list(reading.unread_columns),
         "left_out": reading.left_out,
         "groups_with_shared_prompts_dropped": num_dropped,
         "train_groups": len(train),
         "validation_groups": len(validation),
         "train_comparisons": sum(len(group.comparisons) for group in train),
         "ties_not_trained_on": sum(c.tie for group in train for c in group.comparisons),
-        "encoding": asdict(report),
+        "identical_comparisons": report.indistinct,
+        "encoding": report.counts(),
     }
+    _log_counts(counts, report)
     return PreparedData(encoder, train, validation, list(held_out[:NUM_GOLDEN]), counts)
+
+
+def _log_counts(counts: dict[str, Any], report: EncodingReport) -> None:
+    """One line on what will be trained on, and warnings; DataError where no comparison can teach."""
+    num, num_identical = counts["train_comparisons"], report.indistinct
+    why = "the template or data.max_length leaves nothing of what differs between their responses"
+    if num_identical == num:
+        raise DataError(f"all {num:,} comparisons have two equal sides as token ids: {why}")
+    if not parallel.is_main():
+        return
+    unread = ", ".join(counts["unread_columns"][:12]) or "none"
+    log.info(
+        "data: %d rows (%d bad), %d comparisons to train on (%d ties, %d identical), columns not read: %s",
+        *(
+            counts["rows"],
+            counts["bad_rows"],
+            num,
+            counts["ties_not_trained_on"],
+            num_identical,
+            unread,
+        ),
+    )
+    if num_identical:
+        log.warning("%d of %d comparisons have two equal sides: %s", num_identical, num, why)
+    if report.shortened:
+        log.warning(
+            "the chat template leaves out a part of %d responses, such as the thoughts before an answer",
+            report.shortened,
+        )
 
 
 def read_splits(
@@ -87,12 +122,13 @@ def read_splits(
 ) -> tuple[PreferenceData, Sequence[Group], Sequence[Group], int]:
     """What was read, the groups to train and to validate on, and how many were dropped because another
     split has their prompt; DataError for unusable data and shared prompts."""
-    data, seed, bad = recipe.data, recipe.training.seed, recipe.data.max_bad_fraction
-    reading = read_preferences(data.train, max_bad_fraction=bad, bad_rows_file=bad_rows_file)
+    data, seed = recipe.data, recipe.training.seed
+    options = data.reading_options
+    reading = read_preferences(data.train, bad_rows_file=bad_rows_file, **options)
     train: Sequence[Group] = _mixed(reading, data, seed)
 
     def read(sources: Sequence[str]) -> Sequence[Group]:
-        return read_preferences(sources, max_bad_fraction=bad).groups if sources else ()
+        return read_preferences(sources, **options).groups if sources else ()
 
     validation, test = read(data.validation), read(data.test)
     if not data.validation:
