@@ -1,5 +1,6 @@
 """Exported directories are what stock transformers makes of them: the same scores, nothing left over."""
 
+import json
 import shutil
 
 import pytest
@@ -14,8 +15,9 @@ from transformers import (
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
 from hafrm.export.checklist import replay_directory
-from hafrm.export.stock_export import StockWeights, export_reward, gather_weights
+from hafrm.export.stock_export import StockWeights, export_policy, export_reward, gather_weights
 from hafrm.preferences import Message
+from hafrm.scoring.loading import load_policy
 from hafrm.scoring.reward_model import RewardModel
 from support.export_faults import FAULTS
 from support.exports import GOLDEN_GROUP, export_both, hybrid_with_encoder
@@ -103,3 +105,16 @@ def test_the_golden_replay_finds_a_planted_fault(good, tmp_path, fault):
     FAULTS[fault][1](folder)
     replay = replay_directory(folder)
     assert replay.faults or max(replay.differences.values()) > 1e-3
+
+
+def test_an_untied_head_under_a_config_that_says_tied_is_exported_untied(tmp_path):
+    model, encoder = hybrid_with_encoder()
+    model.backbone.config.tie_word_embeddings = True  # as a merged adapter leaves it
+    export_policy(gather_weights(model), encoder, tmp_path / "policy")
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    loaded = load_policy(tmp_path / "policy", dtype=torch.float32, device="cpu")
+    assert torch.equal(loaded.policy_head.weight, model.policy_head.weight)
+    model.policy_head.weight = model.backbone.get_input_embeddings().weight
+    export_policy(gather_weights(model), encoder, tmp_path / "tied")
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"]

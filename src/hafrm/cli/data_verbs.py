@@ -31,11 +31,10 @@ def data_command(
         raise ConfigError("--split FRACTION and --out DIR belong together; give both or neither")
     encode = None
     if model is not None:
-        from transformers import AutoTokenizer  # noqa: PLC0415
-
         from hafrm.data.encoding import Encoder  # noqa: PLC0415
+        from hafrm.scoring.loading import load_any_tokenizer  # noqa: PLC0415
 
-        encode = Encoder(AutoTokenizer.from_pretrained(model)).encode
+        encode = Encoder(load_any_tokenizer(model)).encode
     show_result(describe_data(read_preferences(sources, max_bad_fraction=1.0), encode), json_file)
 
 
