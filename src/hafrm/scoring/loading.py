@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -279,7 +281,24 @@ def load_whole(
             f"{path} holds a {kind} without weights for {sorted(info['missing_keys'])}, which would be "
             f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
         )
+    if surplus := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%s holds weights that a %s has no place for: %s", path, type(model).__name__, surplus
+        )
     return model
+
+
+def stored_reward_head(path: str | Path) -> Float[Tensor, "1 hidden"] | None:
+    """`score.weight` of a directory in float32, or None where it has none; ModelError for other labels."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with _model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
+            if "score.weight" in stored.keys():  # noqa: SIM118 - no mapping
+                head: Tensor = stored.get_tensor("score.weight").float()
+                if head.dim() != 2 or len(head) != 1:
+                    labels = f"score.weight {list(head.shape)}, but a reward model has one label"
+                    raise ModelError(f"{path} has {labels}")
+                return head
+    return None
 
 
 def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:

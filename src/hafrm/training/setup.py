@@ -38,7 +38,13 @@ from hafrm.engine.model import (
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe
-from hafrm.scoring.loading import has_bfloat16, load_any_tokenizer, load_config, load_whole
+from hafrm.scoring.loading import (
+    has_bfloat16,
+    load_any_tokenizer,
+    load_config,
+    load_whole,
+    stored_reward_head,
+)
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 
@@ -178,6 +184,11 @@ def build_model(
     backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe), device))
     _check_fits(backbone, encoder, recipe)
     model = assemble(backbone, policy_head, recipe, method)
+    stored = stored_reward_head(recipe.model.path)
+    if model.reward_head is not None and stored is not None:
+        log.info("training continues with the reward head of %s", recipe.model.path)
+        with torch.no_grad():
+            model.reward_head.weight.copy_(stored)
     if recipe.training.compile:
         model.compile_layers()
     return model.to(device)
