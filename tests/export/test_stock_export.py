@@ -1,5 +1,6 @@
 """Exported directories are what stock transformers makes of them: the same scores, nothing left over."""
 
+import json
 import shutil
 
 import pytest
@@ -23,6 +24,7 @@ from hafrm.export.stock_export import (
     gather_weights,
 )
 from hafrm.preferences import Message
+from hafrm.scoring.loading import load_policy
 from hafrm.scoring.reward_model import RewardModel
 from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer
 from support.export_faults import FAULTS
@@ -125,3 +127,16 @@ def test_plain_generation_stops_where_the_templates_turn_and_the_base_end(tmp_pa
         config = GenerationConfig.from_pretrained(tmp_path / "policy")
         assert config.eos_token_id == ends
         shutil.rmtree(tmp_path / "policy")
+
+
+def test_an_untied_head_under_a_config_that_says_tied_is_exported_untied(tmp_path):
+    model, encoder = hybrid_with_encoder()
+    model.backbone.config.tie_word_embeddings = True  # as a merged adapter leaves it
+    export_policy(gather_weights(model), encoder, tmp_path / "policy")
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    loaded = load_policy(tmp_path / "policy", dtype=torch.float32, device="cpu")
+    assert torch.equal(loaded.policy_head.weight, model.policy_head.weight)
+    model.policy_head.weight = model.backbone.get_input_embeddings().weight
+    export_policy(gather_weights(model), encoder, tmp_path / "tied")
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hafrm.best_of_n.endpoint import Endpoint, Reply, require_some
 from hafrm.data.encoding import Encoder
@@ -31,6 +31,7 @@ from hafrm.scoring.loading import (
     Placement,
     choose_dtype,
     find_heads,
+    load_any_tokenizer,
     load_causal_lm,
     load_config,
     load_generation_config,
@@ -175,7 +176,7 @@ class LocalPolicy:
         self._directory, self._device = directory, place.device
         self.options = Sampling(section.max_new_tokens, section.temperature, section.top_p)
         self.batch_size = section.batch_size
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_any_tokenizer(directory)
         if tokenizer.chat_template is None:
             raise ModelError(
                 f"the policy {path} has no chat template; write one to its chat_template.jinja, or take a "

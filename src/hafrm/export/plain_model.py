@@ -180,7 +180,7 @@ class PlainModel:
     def tokenizer(self) -> Any:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # libraries raise anything for a damaged file
             raise ModelError(f"AutoTokenizer cannot load it: {error}") from error
 
     @property
@@ -202,7 +202,7 @@ class PlainModel:
                 model, info = self._with_adapter(load), {}
             else:
                 model, info = load(self.path, output_loading_info=True)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:
             raise ModelError(f"transformers cannot load the classifier: {error}") from error
         return model.eval().to(device_for(sum(p.numel() for p in model.parameters()))), info
 

@@ -94,9 +94,18 @@ def export_policy(
     """Write the stock causal LM: backbone and retained LM head."""
     if not weights.policy_head:
         raise ModelError("this model has no policy head to export; export its reward model instead")
-    stock = _stock(AutoModelForCausalLM, copy.deepcopy(weights.config), encoder, dtype)
-    output = stock.get_output_embeddings()
-    name = next(name for name, module in stock.named_modules() if module is output)
+    config = copy.deepcopy(weights.config)
+    stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
+    names = {module: name for name, module in stock.named_modules()}
+    name = names[stock.get_output_embeddings()]
+    inputs = names[stock.get_input_embeddings()].removeprefix(f"{stock.base_model_prefix}.")
+    if config.tie_word_embeddings and not torch.equal(
+        weights.backbone[f"{inputs}.weight"], weights.policy_head["weight"]
+    ):
+        # a head of its own under a config that says tied, as merged adapters leave it: tying loses it
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
+        stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
     head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
     if (
         stock.generation_config is not None
@@ -184,7 +193,9 @@ def _stock(
     config.pad_token_id, config.eos_token_id = encoder.pad_id, encoder.eos_id
     try:
         with torch.device("meta"):
-            return cast("PreTrainedModel", auto.from_config(config, dtype=dtype))
+            return cast(
+                "PreTrainedModel", auto.from_config(config, dtype=dtype, trust_remote_code=False)
+            )
     except ValueError as error:
         name = type(config).__name__
         raise ModelError(f"transformers has no {auto.__name__} for {name}") from error
@@ -360,7 +371,9 @@ def check_policy(
     logps = run_forward(model.eval(), encoded, max_tokens=MAX_TOKENS_CPU).logps
     assert logps is not None
     del model  # two models in float32 might not fit
-    stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    stock = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     expected = []
     for group in encoded:
         for response in group.response_ids:

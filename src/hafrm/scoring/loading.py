@@ -1,18 +1,22 @@
 """Find and load models: `find_heads` in a run folder, `load_*` from directories of stock transformers.
 
 Models to score with are read from safetensors, never a pickle, and no code of a model directory is run.
+Every other module loads configs, tokenizers and models through this one.
 """
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -28,12 +32,14 @@ from transformers import (
 from hafrm.atomic import fingerprint
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, longest_sequence, sharing_obstacle, split_causal_lm
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError, HafrmError, ModelError
 
 log = logging.getLogger("hafrm")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
+_MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000}
+_MOST_OF_ALL = 10**30  # some tokenizers and configs write this for "no limit"
 FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
 
 
@@ -221,27 +227,86 @@ def load_encoder(
 
 def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of a directory or hub id, of any kind; raises ModelError when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
+    check_place(path, "tokenizer_config.json", "tokenizer.json")
+    with _model_errors(f"cannot load a tokenizer from {path}"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
     """The config of a directory or hub id; raises ModelError when there is no model."""
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no model directory and no known hub id: {error}") from error
+    check_place(path)
+    if Path(path).is_dir():
+        _check_sizes(Path(path) / "config.json")
+    with _model_errors(f"{path} is no model directory and no hub id that can be read"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        )
     return config
 
 
 def load_generation_config(path: str | Path) -> GenerationConfig:
     """The generation config of a directory or hub id, from its config where it has none."""
     try:
-        return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         return GenerationConfig.from_model_config(load_config(path))
+
+
+@contextlib.contextmanager
+def _model_errors(what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise for a damaged or foreign model into a ModelError."""
+    try:
+        yield
+    except HafrmError:
+        raise
+    # transformers, tokenizers, safetensors, torch and the hub raise anything, a bare Exception too
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{what}: {said if len(said) <= 400 else said[:400] + '...'}") from error
+
+
+def check_place(path: str | Path, *files: str) -> None:
+    """Raise ModelError for a folder without a model, and for a local path that is not there: the hub is
+    asked for nothing but hub ids."""
+    place, name = Path(path), str(path)
+    if place.is_dir():
+        if not any((place / file).is_file() for file in ("config.json", *files)):
+            advice = ""
+            if (place / "adapter_config.json").is_file():
+                advice = "; it is an adapter: merge it into its base, and give the result"
+            elif (place / "model").is_dir():
+                advice = "; it is a run: give its model/policy or model/reward"
+            raise ModelError(f"{path} is not a model directory: it has no config.json{advice}")
+        _check_shards(place)
+    elif place.exists():
+        raise ModelError(f"{path} is a file; give the directory of a model, or a hub id")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or (
+        place.parent.is_dir() and place.parent != Path()
+    ):
+        raise ModelError(f"{path} does not exist; give the directory of a model, or a hub id")
+
+
+def _check_shards(directory: Path) -> None:
+    """Raise ModelError for an index that names files outside its directory, which would be read."""
+    for index in directory.glob("*.index.json"):
+        with _model_errors(f"{index} is damaged"):
+            files = set(json.loads(index.read_bytes())["weight_map"].values())
+            bad = [str(file) for file in files if Path(file).name != file or file == ".."]
+        if bad:
+            raise ModelError(f"{index} names {bad[0]!r}, which is not a file of its directory")
+
+
+def _check_sizes(file: Path) -> None:
+    """Raise ModelError for numbers of layers that would keep transformers busy for minutes."""
+    with _model_errors(f"{file} is damaged"):
+        config = json.loads(file.read_bytes())
+        if not isinstance(config, dict):
+            raise ModelError(f"{file} holds no JSON object")
+        nested = [config, *(part for part in config.values() if isinstance(part, dict))]
+        for key, value in (item for part in nested for item in part.items()):
+            limit = _MOST.get(key, _MOST_OF_ALL)
+            if isinstance(value, int | float) and not abs(value) <= limit:
+                raise ModelError(f"{file}: {key} is {value!r}, but at most {limit:,} is possible")
 
 
 def model_digest(path: str | Path) -> str:
@@ -263,24 +328,51 @@ def load_whole(
     **options: Any,
 ) -> Any:
     """A stock model of the class `auto`; raises ModelError when it cannot be loaded or lacks weights."""
-    try:
+    config = load_config(path, options.get("revision"))
+    check_unquantised(path, config)
+    with _model_errors(f"cannot load a model from {path}"):
         model, info = auto.from_pretrained(
             path,
             dtype=dtype,
             # each weight goes there as it is read: the host never holds the whole model
             device_map={"": device or default_device()},
             output_loading_info=True,
+            trust_remote_code=False,
             **{"use_safetensors": True, **options},
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load a model from {path}: {error}") from error
     if info["missing_keys"]:  # transformers only warns, and initialises them
         kind = (model.config.architectures or ["?"])[0]
         raise ModelError(
             f"{path} holds a {kind} without weights for {sorted(info['missing_keys'])}, which would be "
             f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
         )
+    if surplus := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%s holds weights that a %s has no place for: %s", path, type(model).__name__, surplus
+        )
     return model
+
+
+def stored_reward_head(path: str | Path) -> Float[Tensor, "1 hidden"] | None:
+    """`score.weight` of a directory in float32, or None where it has none; ModelError for other labels."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with _model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
+            if "score.weight" in stored.keys():  # noqa: SIM118 - no mapping
+                head: Tensor = stored.get_tensor("score.weight").float()
+                if head.dim() != 2 or len(head) != 1:
+                    labels = f"score.weight {list(head.shape)}, but a reward model has one label"
+                    raise ModelError(f"{path} has {labels}")
+                return head
+    return None
+
+
+def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
+    """Raise ModelError for quantised weights, which neither train nor score here."""
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ModelError(
+            f"{path} is quantised ({method}); give the checkpoint that it was quantised from"
+        )
 
 
 def default_device() -> torch.device:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hafrm.data.chat_template import choose_pad, read_template
 from hafrm.data.encoding import Encoder, EncodingReport
@@ -37,7 +38,13 @@ from hafrm.engine.model import (
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe
-from hafrm.scoring.loading import has_bfloat16, load_any_tokenizer, load_config, load_whole
+from hafrm.scoring.loading import (
+    has_bfloat16,
+    load_any_tokenizer,
+    load_config,
+    load_whole,
+    stored_reward_head,
+)
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 
@@ -213,6 +220,11 @@ def build_model(
     backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe), device))
     _check_fits(backbone, encoder, recipe)
     model = assemble(backbone, policy_head, recipe, method)
+    stored = stored_reward_head(recipe.model.path)
+    if model.reward_head is not None and stored is not None:
+        log.info("training continues with the reward head of %s", recipe.model.path)
+        with torch.no_grad():
+            model.reward_head.weight.copy_(stored)
     if recipe.training.compile:
         model.compile_layers()
     return model.to(device)
@@ -236,7 +248,9 @@ def meta_model(config: PretrainedConfig, recipe: Recipe, method: Method) -> Hybr
     """The model of `build_model` on torch's meta device, drawing no random number."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
-            causal = AutoModelForCausalLM.from_config(config, dtype=starting_dtype(recipe))
+            causal = AutoModelForCausalLM.from_config(
+                config, dtype=starting_dtype(recipe), trust_remote_code=False
+            )
         except ValueError as error:
             path = recipe.model.path
             raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
@@ -276,14 +290,29 @@ def inject_lora(lora: LoraSection, backbone: PreTrainedModel) -> None:
     config = LoraConfig(
         r=lora.rank, lora_alpha=scale, target_modules=targets, lora_dropout=0.0, bias="none"
     )
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    allowed = f"it has {sorted({name.rsplit('.', 1)[-1] for name in linear})}"
     try:
         inject_adapter_in_model(config, backbone)
     except ValueError as error:
-        linear = [name for name, m in backbone.named_modules() if isinstance(m, nn.Linear)]
-        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise ConfigError(
-            f"lora.targets {lora.targets!r} matches no linear layer of this model; it has {names}"
+            f"lora.targets {lora.targets!r} matches no linear layer of this model; {allowed}"
         ) from error
+    layers = {n: m for n, m in backbone.named_modules() if isinstance(m, LoraLayer)}
+    # experts and routers kept as parameters, embeddings: their adapters cannot be merged or exported
+    if others := [
+        n for n, m in layers.items() if not isinstance(m.get_base_layer(), nn.Linear | Conv1D)
+    ]:
+        raise ConfigError(
+            f"lora.targets {lora.targets!r} takes {others[0]}, which is no linear layer: name the "
+            f"layers to adapt; {allowed}"
+        )
+    # PEFT drops a name that matches nothing beside one that does
+    for target in () if isinstance(targets, str) else targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise ConfigError(
+                f"lora.targets names {target!r}, which is no linear layer of the backbone; {allowed}"
+            )
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
