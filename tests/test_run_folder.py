@@ -17,7 +17,7 @@ import pytest
 from safetensors import SafetensorError
 
 from hafrm import atomic
-from hafrm.atomic import atomic_directory, atomic_write, check_manifest, write_manifest
+from hafrm.atomic import atomic_directory, atomic_write, check_manifest, write_cache, write_manifest
 from hafrm.errors import CheckpointError
 from hafrm.run_folder import (
     RecordFile,
@@ -27,7 +27,6 @@ from hafrm.run_folder import (
     hide_secrets,
     read_json_lines,
     step_of,
-    write_cache,
 )
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hafrm.atomic import atomic_write
+from hafrm.atomic import atomic_write, cache_folder, write_cache
 from hafrm.data.files import show
 from hafrm.data.reader import RawRows
 from hafrm.errors import ConfigError, DataError
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe, nested, with_values
-from hafrm.run_folder import cache_folder, write_cache
 
 if TYPE_CHECKING:
     from hafrm.training.loop import TrainResult

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,25 @@ def _list_files(directory: Path) -> dict[str, dict[str, Any]]:
             if files[name]["size"] <= HASHED_BYTES:
                 files[name]["digest"] = fingerprint(path)
     return files
+
+
+def cache_folder(kind: str) -> Path:
+    """Where results that can be computed again are kept: $HAFRM_CACHE/kind, or under the user's cache."""
+    if "HAFRM_CACHE" in os.environ:
+        return Path(os.environ["HAFRM_CACHE"]) / kind
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a container's user may have none
+        home = Path(tempfile.gettempdir(), f"home-{os.getuid()}")
+    return Path(os.environ.get("XDG_CACHE_HOME", home / ".cache")) / "hafrm" / kind
+
+
+def write_cache(file: Path, content: bytes | str) -> bool:
+    """Write a file of the cache; False, with a warning, where that fails: it costs time, not the run."""
+    try:
+        with write_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, content)
+    except CheckpointError as error:
+        log.warning("nothing is cached: %s (HAFRM_CACHE names the folder)", error)
+        return False
+    return True

@@ -17,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -386,25 +385,3 @@ class ResumableFolder:
         if kind != self.kind:
             problem = f"is not empty and holds no job of this kind ({self.kind})"
             raise CheckpointError(f"{self.path} {problem}: give another --out")
-
-
-def cache_folder(kind: str) -> Path:
-    """Where results that can be computed again are kept: $HAFRM_CACHE/kind, or under the user's cache."""
-    if "HAFRM_CACHE" in os.environ:
-        return Path(os.environ["HAFRM_CACHE"]) / kind
-    home = Path(os.path.expanduser("~"))
-    if not home.is_absolute():  # a container's user may have none
-        home = Path(tempfile.gettempdir(), f"home-{os.getuid()}")
-    return Path(os.environ.get("XDG_CACHE_HOME", home / ".cache")) / "hafrm" / kind
-
-
-def write_cache(file: Path, content: bytes | str) -> bool:
-    """Write a file of the cache; False, with a warning, where that fails: it costs time, not the run."""
-    try:
-        with write_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, content)
-    except CheckpointError as error:
-        log.warning("nothing is cached: %s (HAFRM_CACHE names the folder)", error)
-        return False
-    return True

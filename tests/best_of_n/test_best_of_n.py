@@ -240,7 +240,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
         ((f"gold={rm}",), "the name 'gold' is taken"),
         ((rm, rm), "the name 'rm' is taken"),
         ((rm, "--set", "draw.temprature=1"), "did you mean temperature"),
-        ((tmp_path / "nothing",), "no model directory"),
+        ((tmp_path / "nothing",), "does not exist; give the directory"),
         ((rm, "--gold", "moon"), "moon"),
         ((rm, "--policy", rm / "model" / "reward"), "cannot write"),
     ):

@@ -465,7 +465,7 @@ R1_LIKE = (
 def test_a_policy_is_asked_with_the_templates_own_generation_prompt(template):
     """A thinking template writes another text before a finished answer than it asks with."""
     encoder = Encoder(chat_tokenizer(template), close=False)
-    (ids,) = encoder.encode_prompts([group("Why <|im_end|> so?")])
+    (ids,), _ = encoder.encode_prompts([group("Why <|im_end|> so?")])
     messages = [{"role": "user", "content": "Why <|im_end|> so?"}]
     text = encoder.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -478,7 +478,8 @@ def test_a_policy_is_asked_with_the_templates_own_generation_prompt(template):
 def test_a_template_without_a_generation_prompt_asks_with_what_precedes_an_answer():
     encoder = Encoder(chat_tokenizer(MISTRAL_LIKE), close=False)
     (encoded,), _ = encoder.encode([group("Why?")])
-    assert np.array_equal(encoder.encode_prompts([group("Why?")])[0], encoded.prompt_ids)
+    (ids,), _ = encoder.encode_prompts([group("Why?")])
+    assert np.array_equal(ids, encoded.prompt_ids)
 
 
 @pytest.mark.parametrize("close", [True, False])

@@ -109,7 +109,7 @@ def test_a_model_given_twice_and_a_base_that_is_no_model_are_refused(folder, tmp
     data, model = [str(folder / "plain.jsonl")], folder / "run" / "model"
     with pytest.raises(ConfigError, match="given twice"):
         diagnose(model, data, also=[str(model)])
-    with pytest.raises(ModelError, match="no model directory"):
+    with pytest.raises(ModelError, match="none does not exist"):
         diagnose(model, data, base=tmp_path / "none")
     # the same hidden size and vocabulary, so it is a base for all we know
     assert diagnose(model, data, base=write_base(tmp_path)).base is not None

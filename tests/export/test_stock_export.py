@@ -15,7 +15,7 @@ from transformers import (
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.layout import lay_out
-from hafrm.errors import ModelError
+from hafrm.errors import CheckpointError, ModelError
 from hafrm.export.checklist import replay_directory
 from hafrm.export.stock_export import (
     StockWeights,
@@ -96,7 +96,7 @@ def test_nothing_is_left_when_writing_fails_midway_or_there_is_no_head(tmp_path,
         raise OSError("disk full")
 
     monkeypatch.setattr(encoder, "export_tokenizer", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         export_reward(gather_weights(model), encoder, tmp_path / "reward")
     weights = StockWeights(model.backbone.config, {}, {}, {})
     with pytest.raises(ModelError, match="no reward head"):

@@ -12,7 +12,7 @@ from hafrm.preferences import Group, Message
 from hafrm.recipe import LoraSection
 from hafrm.rlhf.actor import Actor, Prompt, Rollout, encode_prompts, write_responses
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, pack, update
-from hafrm.rlhf.rlhf_recipe import AlgorithmSection, SamplingSection
+from hafrm.rlhf.rlhf_recipe import AlgorithmSection, PromptSection, SamplingSection
 from hafrm.training.setup import inject_lora
 from hafrm.training.step import build_optimizer
 from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer
@@ -214,7 +214,8 @@ def test_a_response_ends_where_the_templates_turn_ends_and_its_text_stops_there(
         return torch.cat([input_ids, tail], 1)
 
     causal.generate = generate
-    (prompt,) = encode_prompts([Group("g", (Message("user", "Where?"),), ())], encoder, 50)
+    asked = Group("g", (Message("user", "Where?"),), ())
+    (prompt,) = encode_prompts([asked], encoder, PromptSection(train=("x",)))
     section = SamplingSection(max_new_tokens=len(text) + 2)
     (rollout,) = write_responses(causal, encoder, [prompt], 2, section, seed=0)
     assert rollout.ended == (True, False)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from hafrm.atomic import cache_folder
 from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
-from hafrm.run_folder import cache_folder
 from hafrm.training import parallel
 from hafrm.training.passes import reference_cache, reference_logps, references_of
 from hafrm.training.step_batches import ComparisonRef

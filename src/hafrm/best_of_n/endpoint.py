@@ -19,11 +19,12 @@ from typing import Any
 
 from pydantic import Field
 
+from hafrm.atomic import cache_folder
 from hafrm.errors import ConfigError, ServerError
 from hafrm.preferences import Message
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section, Text
-from hafrm.run_folder import cache_folder, hide_secrets, without_secrets
+from hafrm.run_folder import hide_secrets, without_secrets
 
 log = logging.getLogger("hafrm")
 # bad request, too large, unprocessable: the next request may be fine

@@ -118,7 +118,7 @@ def export_policy(
 def _base_generation(config: PretrainedConfig) -> GenerationConfig | None:
     """The generation config of the checkpoint that a config was read from, as far as it is still there."""
     try:
-        return GenerationConfig.from_pretrained(config._name_or_path)
+        return GenerationConfig.from_pretrained(config._name_or_path, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from hafrm.atomic import cache_folder, write_cache
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
-from hafrm.run_folder import cache_folder, write_cache
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.statistics import with_bounds
