@@ -270,8 +270,7 @@ def _t_test(mean: float, error: float, degrees: int | float) -> float:
     return float(2 * special.stdtr(degrees, -abs(mean) / error))
 
 
-ALARM_LINES = 10
-"""Lines of kind train that an alarm looks at, to separate a mean from noise."""
+ALARM_LINES = 10  # lines of kind train that an alarm looks at, to separate a mean from noise
 
 
 class Alarm(NamedTuple):

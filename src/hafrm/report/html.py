@@ -26,8 +26,7 @@ class Strips:
 
     table: Table
     column: str
-    reference: float = 0.5
-    """Where every row has a line."""
+    reference: float = 0.5  # where every row has a line
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Plots:
     """Plots side by side, with one key for all of them."""
 
     plots: tuple[Plot, ...]
-    key: tuple[tuple[str, int], ...] = ()
-    """Names with their colours, where there are several."""
+    key: tuple[tuple[str, int], ...] = ()  # names with their colours, where there are several
     note: str = ""
 
 
@@ -73,8 +71,7 @@ Block = Table | Strips | Plots | Text | Details
 class PageSection:
     """A part of the page, with a sentence on how to read it."""
 
-    key: str
-    """Its anchor."""
+    key: str  # its anchor
     title: str
     lead: str
     blocks: tuple[Block, ...]
@@ -111,8 +108,7 @@ class Axis:
 
     ticks: tuple[float, ...]
     reference: float
-    scale: int
-    """100 for fractions, which are written in per cent."""
+    scale: int  # 100 for fractions, which are written in per cent
 
     @classmethod
     def around(cls, cells: Sequence[Cell], reference: float) -> "Axis":
@@ -143,8 +139,7 @@ class HtmlCell:
     text: str = ""
     interval: str = ""
     colour: int | None = None
-    estimate: Estimate | None = None
-    """What a strip draws."""
+    estimate: Estimate | None = None  # what a strip draws
 
 
 @dataclass(frozen=True)
@@ -153,8 +148,7 @@ class HtmlTable:
 
     title: str
     notes: tuple[str, ...]
-    is_narrow: bool
-    """Whether intervals stand below their values: there are too many columns."""
+    is_narrow: bool  # whether intervals stand below their values: there are too many columns
     heading: Sequence[HtmlCell]
     groups: Sequence[tuple[str, Sequence[Sequence[HtmlCell]]]]
     """Each with its name; "" where the table has none."""

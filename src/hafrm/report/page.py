@@ -43,30 +43,31 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
 def render_material(material: Material) -> str:
     """The page as HTML; a section appears where its data is there."""
     # these need the extra
-    from hafrm.report import result_sections, run_sections  # noqa: PLC0415
-    from hafrm.report.html import render_page  # noqa: PLC0415
+    from hafrm.report import result_sections as of_results  # noqa: PLC0415
+    from hafrm.report import run_sections as of_runs  # noqa: PLC0415
+    from hafrm.report.html import PageSection, render_page  # noqa: PLC0415
 
-    makers = (
-        run_sections.summary_section,
-        result_sections.accuracy_section,
-        result_sections.study_section,
-        result_sections.best_of_n_section,
-        run_sections.rlhf_section,
-        result_sections.policies_section,
-        run_sections.training_section,
-        result_sections.calibration_section,
-        result_sections.length_section,
-        result_sections.diagnosis_section,
-        result_sections.examples_section,
-        run_sections.provenance_section,
-    )
-    sections = [section for make in makers if (section := make(material)).blocks]
+    makers = {
+        ("summary", "Summary"): of_runs.summary_section,
+        ("accuracy", "Accuracy"): of_results.accuracy_section,
+        ("comparison", "Methods"): of_results.study_section,
+        ("best-of-n", "Best of n"): of_results.best_of_n_section,
+        ("rlhf", "RLHF"): of_runs.rlhf_section,
+        ("policies", "Policies"): of_results.policies_section,
+        ("training", "Training"): of_runs.training_section,
+        ("calibration", "Calibration"): of_results.calibration_section,
+        ("length", "Length"): of_results.length_section,
+        ("diagnosis", "Diagnosis"): of_results.diagnosis_section,
+        ("examples", "Examples"): of_results.examples_section,
+        ("provenance", "Provenance"): of_runs.provenance_section,
+    }
+    sections = []
+    for (key, title), make in makers.items():
+        lead = "" if key == "summary" else " ".join((make.__doc__ or "").split())
+        if blocks := tuple(make(material)):
+            sections.append(PageSection(key, title, lead, blocks))
     by = "hafrm"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         by += f" {importlib.metadata.version('hafrm')}"
-    return render_page(
-        sections,
-        names=[folder.name for folder in material.folders],
-        by=by,
-        colours=material.colours,
-    )
+    names = [folder.name for folder in material.folders]
+    return render_page(sections, names=names, by=by, colours=material.colours)

@@ -25,12 +25,9 @@ from hafrm.statistics import Estimate
 
 WIDTH, HEIGHT = 310, 190
 """Of a plot, in pixels: a phone shows one at this size, a wide page three side by side."""
-NUM_COLOURS = 7
-"""As many as the style sheet has for runs and models."""
-MAX_POINTS = 300
-"""A line with more points than a plot has pixels is averaged down to so many."""
-FAINT = (0.5, 0.5, 0.5, 0.35)
-"""Grey of rules and reference lines, on light and on dark paper."""
+NUM_COLOURS = 7  # as many as the style sheet has for runs and models
+MAX_POINTS = 300  # a line with more points than a plot has pixels is averaged down to so many
+FAINT = (0.5, 0.5, 0.5, 0.35)  # grey of rules and reference lines, on light and on dark paper
 
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "hafrm",  # the same drawing has the same ids
@@ -66,8 +63,7 @@ class Plot:
     """A drawn plot with the title above it and a description for screen readers."""
 
     title: str
-    svg: Markup
-    """What is inside the svg element."""
+    svg: Markup  # what is inside the svg element
     description: str
     unit: str = ""
 
@@ -80,8 +76,7 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     colour: int = 0
-    low: Sequence[float] = ()
-    """Bounds of y, drawn as whiskers (dots) or as a band (lines)."""
+    low: Sequence[float] = ()  # bounds of y, drawn as whiskers (dots) or as a band (lines)
     high: Sequence[float] = ()
     style: Literal["line", "dashed", "faint", "dots"] = "line"
 
@@ -91,16 +86,11 @@ class AxisScale:
     """How the axes of a plot are read."""
 
     x_name: str = "step"
-    x_log: Literal[0, 2, 10] = 0
-    """The base of a logarithmic axis."""
-    is_fraction: bool = False
-    """Whether y is written in per cent."""
-    reference: float | None = None
-    """A level to compare with."""
-    diagonal: bool = False
-    """Predicted against observed probabilities, from one half up."""
-    ticks: Sequence[str] = ()
-    """Names of 0, 1, 2, ... on the horizontal axis."""
+    x_log: Literal[0, 2, 10] = 0  # the base of a logarithmic axis
+    is_fraction: bool = False  # whether y is written in per cent
+    reference: float | None = None  # a level to compare with
+    diagonal: bool = False  # predicted against observed probabilities, from one half up
+    ticks: Sequence[str] = ()  # names of 0, 1, 2, ... on the horizontal axis
     marks: Sequence[tuple[float, int]] = ()
     """Places on the horizontal axis, each with the colour of its run."""
 

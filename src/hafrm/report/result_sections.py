@@ -1,22 +1,23 @@
-"""Sections about results: evaluations, diagnoses, studies, best of n, RLHF policies; texts to read."""
+"""Sections about results: evaluations, diagnoses, studies, best of n, RLHF policies; texts to read.
 
-from collections.abc import Iterator, Sequence
+The docstring of each is the sentence above it on the page.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
 
 from hafrm.diagnostics.label_noise import cut_text
 from hafrm.evaluation.metrics import LENGTH_SLICES, PairwiseMetrics, SetResult
-from hafrm.report.html import Block, Details, PageSection, Strips, Text, drawn
-from hafrm.report.plots import AxisScale, Plot, chart, estimates
+from hafrm.report.html import Block, Details, Plots, Strips, Text, drawn
+from hafrm.report.plots import AxisScale, chart, estimates
 from hafrm.report.run_files import Material, RunFiles, Sample, short_sources
 from hafrm.results import Cell, Table, columns
 from hafrm.statistics import Estimate, wilson
 from hafrm.study.study_result import Contrast
 
-MAX_TEXTS = 20
-"""Of one kind from one folder."""
-MAX_ROWS = 24
-"""Of a table that is shown without being opened."""
+MAX_TEXTS = 20  # of one kind from one folder
+MAX_ROWS = 24  # of a table that is shown without being opened
 
 
 def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResult]]]:
@@ -29,8 +30,9 @@ def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResu
     return result
 
 
-def accuracy_section(material: Material) -> PageSection:
-    """Accuracy on every test set, beside what length alone gets right."""
+def accuracy_section(material: Material) -> Iterator[Block]:
+    """How often the response that annotators prefer gets the higher score, with 95 % intervals. Grey rows
+    are baselines that see only the length; the vertical line is 50 %."""
     rows: list[tuple[Cell, ...]] = []
     agreement: list[str] = []
     for name, runs in evaluated_sets(material).items():
@@ -60,89 +62,74 @@ def accuracy_section(material: Material) -> PageSection:
         "test set | scorer | accuracy [95 %]: percent | comparisons: count | log-loss: decimal | "
         "ECE: decimal | equal: count"
     )
-    table = Table("Accuracy by test set", heads, tuple(rows), notes)
-    lead = (
-        "How often the response that annotators prefer gets the higher score, with 95 % intervals. Grey "
-        "rows are baselines that see only the length; the vertical line is 50 %."
-    )
-    blocks = (Strips(table, "accuracy [95 %]"),) if rows else ()
-    return PageSection("accuracy", "Accuracy", lead, blocks)
+    if rows:
+        yield Strips(Table("Accuracy by test set", heads, tuple(rows), notes), "accuracy [95 %]")
 
 
-def calibration_section(material: Material) -> PageSection:
-    """Whether sigmoid(margin) is a probability: a reliability diagram for each test set."""
+def calibration_section(material: Material) -> Iterator[Block]:
+    """On the dashed line a model is calibrated: where it gives a response 80 %, annotators prefer that
+    response in 80 % of comparisons. Below the line it is overconfident."""
+    # both sides of each comparison are in the bins, so the lower half mirrors the upper one
+
+    def points(measured: SetResult) -> Iterator[tuple[float, Estimate]]:
+        for b in (b for b in measured.calibration.bins if b.confidence >= 0.5):
+            bounds = wilson(b.accuracy, b.num)
+            yield b.confidence, Estimate(b.accuracy, *bounds, b.num, "wilson")
+
     scale = AxisScale("predicted probability", is_fraction=True, diagonal=True)
-    plots = []
-    for name, runs in evaluated_sets(material).items():
-        series = []
-        for run, measured in runs:
-            # both sides of each comparison are in the bins, so the lower half mirrors the upper one
-            bins = [b for b in measured.calibration.bins if b.confidence >= 0.5]
-            values = [
-                Estimate(b.accuracy, *wilson(b.accuracy, b.num), b.num, "wilson") for b in bins
-            ]
-            places, colour = [b.confidence for b in bins], material.colours[run.name]
-            series.append(estimates(run.name, places, values, colour, style="dots"))
-        plots.append(chart(name, series, scale, "observed frequency"))
-    lead = (
-        "On the dashed line a model is calibrated: where it gives a response 80 %, annotators prefer that "
-        "response in 80 % of comparisons. Below the line it is overconfident."
-    )
-    blocks = drawn(plots, _evaluated_key(material))
-    return PageSection("calibration", "Calibration", lead, blocks)
+    yield from _dots_by_set(material, points, scale, "observed frequency")
 
 
-def length_section(material: Material) -> PageSection:
-    """Accuracy by the length of the chosen response against the rejected one."""
+def length_section(material: Material) -> Iterator[Block]:
+    """A model that depends on length is right where the chosen response is longer, and wrong where it is
+    shorter. A flat row of dots is best."""
     ticks = [name.replace("much ", "much\n").removeprefix("about ") for name in LENGTH_SLICES]
     scale = AxisScale("chosen response", is_fraction=True, reference=0.5, ticks=ticks)
-    places = [float(i) for i in range(len(LENGTH_SLICES))]
+    yield from _dots_by_set(
+        material,
+        lambda measured: (
+            (float(i), measured.length.slices[s]) for i, s in enumerate(LENGTH_SLICES)
+        ),
+        scale,
+        "accuracy",
+    )
+
+
+def _dots_by_set(
+    material: Material,
+    points: Callable[[SetResult], Iterator[tuple[float, Estimate]]],
+    scale: AxisScale,
+    unit: str,
+) -> tuple[Plots, ...]:
+    """A plot for each test set, with the points of every run that was evaluated on it."""
     plots = []
     for name, runs in evaluated_sets(material).items():
         series = []
         for run, measured in runs:
-            values = [measured.length.slices[band] for band in LENGTH_SLICES]
+            places, values = zip(*points(measured), strict=True)
             colour = material.colours[run.name]
             series.append(estimates(run.name, places, values, colour, style="dots"))
-        plots.append(chart(name, series, scale, "accuracy"))
-    lead = (
-        "A model that depends on length is right where the chosen response is longer, and wrong where it "
-        "is shorter. A flat row of dots is best."
-    )
-    return PageSection("length", "Length", lead, drawn(plots, _evaluated_key(material)))
+        plots.append(chart(name, series, scale, unit))
+    return drawn(plots, material.key(run.name for run in material.folders if run.evaluation))
 
 
-def _evaluated_key(material: Material) -> tuple[tuple[str, int], ...]:
-    return material.key(run.name for run in material.folders if run.evaluation is not None)
-
-
-def diagnosis_section(material: Material) -> PageSection:
-    """Every table of each diagnosis."""
-    diagnoses = [folder.diagnosis for folder in material.folders if folder.diagnosis is not None]
-    lead = "Where a model is right, how confident it is, and which labels may be wrong."
-    blocks = tuple(table for diagnosis in diagnoses for table in diagnosis.tables())
-    return PageSection("diagnosis", "Diagnosis", lead, blocks)
-
-
-def study_section(material: Material) -> PageSection:
-    """Accuracies of methods, every difference from the baseline, learning rates."""
-    blocks: list[Block] = []
+def diagnosis_section(material: Material) -> Iterator[Block]:
+    """Where a model is right, how confident it is, and which labels may be wrong."""
     for folder in material.folders:
-        study = folder.study
-        if study is None:
-            continue
-        *accuracies, learning_rates = study.tables()
-        blocks += map(_without_empty_columns, accuracies)
-        differences = _differences((*study.average_differences, *study.differences))
+        yield from folder.diagnosis.tables() if folder.diagnosis else ()
+
+
+def study_section(material: Material) -> Iterator[Block]:
+    """Methods trained on the same data and tested on the same comparisons. A difference is significant if
+    its p-value, adjusted for the number of tests (Holm), is below 0.05."""
+    for result in [folder.study for folder in material.folders if folder.study]:
+        *accuracies, learning_rates = result.tables()
+        yield from map(_without_empty_columns, accuracies)
+        differences = _differences((*result.average_differences, *result.differences))
         num = len(differences.table.rows)
         folded = Details(f"All {num} differences from the baseline", (differences,))
-        blocks.append(folded if num > MAX_ROWS else differences)
-        blocks.append(Details("Learning rates", (learning_rates,)))
-    lead = (
-        "Methods trained on the same data and tested on the same comparisons. A difference is "
-        "significant if its p-value, adjusted for the number of tests (Holm), is below 0.05."
-    )
-    return PageSection("comparison", "Methods", lead, tuple(blocks))
+        yield folded if num > MAX_ROWS else differences
+        yield Details("Learning rates", (learning_rates,))
 
 
 def _without_empty_columns(table: Table) -> Table:
@@ -164,19 +151,15 @@ def _differences(contrasts: Sequence[Contrast]) -> Strips:
         "trained on | tested on | methods | difference [95 %]: percent | p: p | p (Holm): p | "
         "significant"
     )
-    return Strips(
-        Table("Differences from the baseline", heads, tuple(rows)), "difference [95 %]", 0.0
-    )
+    table = Table("Differences from the baseline", heads, tuple(rows))
+    return Strips(table, "difference [95 %]", 0.0)
 
 
-def best_of_n_section(material: Material) -> PageSection:
-    """Gold score of the answer that each model picks, over n and over KL; wins."""
-    blocks: list[Block] = []
-    for folder in material.folders:
-        result = folder.best_of_n
-        if result is None:
-            continue
-        plots: list[Plot | None] = []
+def best_of_n_section(material: Material) -> Iterator[Block]:
+    """Of n answers to each prompt, the one that a model scores highest: the gold score shows whether the
+    answers improve."""
+    for result in [folder.best_of_n for folder in material.folders if folder.best_of_n]:
+        plots = []
         for x_name, scale in (("n", AxisScale("n", x_log=2)), ("KL", AxisScale("KL, nat"))):
             gold = []
             for model in result.models:
@@ -184,40 +167,26 @@ def best_of_n_section(material: Material) -> PageSection:
                 colour = material.colours[model.name]
                 gold.append(estimates(model.name, places, [p.gold for p in model.curve], colour))
             plots.append(chart(f"Gold score over {x_name}", gold, scale))
-        blocks += drawn(plots, material.key(m.name for m in result.models))
+        yield from drawn(plots, material.key(m.name for m in result.models))
         for table in result.tables():
             has_wins = any(column.name == "wins - losses" for column in table.columns)
-            blocks.append(Strips(table, "wins - losses", 0.0) if has_wins else table)
-    lead = (
-        "Of n answers to each prompt, the one that a model scores highest: the gold score shows whether "
-        "the answers improve."
-    )
-    return PageSection("best-of-n", "Best of n", lead, tuple(blocks))
+            yield Strips(table, "wins - losses", 0.0) if has_wins else table
 
 
-def policies_section(material: Material) -> PageSection:
-    """Policies trained by different reward models: scores and wins."""
-    blocks: list[Block] = []
-    for folder in material.folders:
-        result = folder.rlhf_comparison
-        if result is None:
-            continue
+def policies_section(material: Material) -> Iterator[Block]:
+    """Policies trained from the same start by different reward models, on held-out prompts."""
+    for result in [folder.rlhf_comparison for folder in material.folders if folder.rlhf_comparison]:
         scores, wins = result.tables()
-        blocks.append(Strips(scores, "gain over start [95 %]", 0.0))
-        blocks.append(Strips(wins, "wins - losses", 0.0))
-    lead = "Policies trained from the same start by different reward models, on held-out prompts."
-    return PageSection("policies", "Policies", lead, tuple(blocks))
+        yield Strips(scores, "gain over start [95 %]", 0.0)
+        yield Strips(wins, "wins - losses", 0.0)
 
 
-def examples_section(material: Material) -> PageSection:
-    """Worst errors and RLHF samples; folded until opened."""
-    blocks: list[Block] = []
+def examples_section(material: Material) -> Iterator[Block]:
+    """The texts behind the numbers, exactly as they are in the data."""
     for folder in material.folders:
         for title, make in (("worst errors", _worst), ("RLHF samples", _samples)):
-            texts = tuple(make(folder))[:MAX_TEXTS]
-            blocks += [Details(f"{folder.name}: {title}", texts)] if texts else []
-    lead = "The texts behind the numbers, exactly as they are in the data."
-    return PageSection("examples", "Examples", lead, tuple(blocks))
+            if texts := tuple(make(folder))[:MAX_TEXTS]:
+                yield Details(f"{folder.name}: {title}", texts)
 
 
 def _worst(folder: RunFiles) -> Iterator[Details]:

@@ -41,8 +41,7 @@ class GitState:
     """The code that a process ran."""
 
     commit: str
-    changed: bool
-    """Whether files differed from the commit."""
+    changed: bool  # whether files differed from the commit
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class Session:
     platform: str
     versions: dict[str, str]
     seed: int
-    data: dict[str, str]
-    """Digests of data files."""
+    data: dict[str, str]  # digests of data files
     git: GitState | None = None
     counts: dict[str, int | list[str] | dict[str, int]] = field(default_factory=dict)
     template_sha256: str | None = None
@@ -73,8 +71,7 @@ class MetricsRecord:
     """A line of metrics.jsonl."""
 
     step: int
-    kind: str
-    """train or validation for a reward model; rlhf (a batch) or held-out for a policy."""
+    kind: str  # train or validation for a reward model; rlhf (a batch) or held-out for a policy
     values: dict[str, Real]
 
 
@@ -94,10 +91,8 @@ class Sample:
 class RunFiles:
     """One folder, read; None and () where a file is absent."""
 
-    name: str
-    """The shortest end of its path that no other folder has."""
-    recipe: Recipe | None
-    """Of a reward model's run."""
+    name: str  # the shortest end of its path that no other folder has
+    recipe: Recipe | None  # of a reward model's run
     recipe_text: str
     sessions: tuple[Session, ...]
     metrics: tuple[MetricsRecord, ...]

@@ -1,10 +1,13 @@
-"""Sections about runs: the summary, training curves, RLHF curves, provenance."""
+"""Sections about runs: the summary, training curves, RLHF curves, provenance.
+
+The docstring of each but the summary is the sentence above it on the page.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hafrm.report.cautions import cautions
-from hafrm.report.html import Block, Details, PageSection, Text, drawn
+from hafrm.report.html import Block, Details, Text, drawn
 from hafrm.report.plots import AxisScale, Plot, Series, chart
 from hafrm.report.run_files import Material, MetricsRecord, RunFiles, Session, short_sources
 from hafrm.results import Cell, Column, Table, columns
@@ -15,17 +18,14 @@ class Curve:
     """One plot of a logged value."""
 
     title: str
-    names: tuple[str, ...]
-    """The first of these that a run has is drawn."""
+    names: tuple[str, ...]  # the first of these that a run has is drawn
     unit: str = ""
     is_fraction: bool = False
     reference: float | None = None
-    second: str = ""
-    """Drawn dashed in the same plot."""
+    second: str = ""  # drawn dashed in the same plot
 
 
-COIN = 0.6931
-"""-log(1/2), the loss at chance."""
+COIN = 0.6931  # -log(1/2), the loss at chance
 TRAINING_CURVES = (
     Curve("Loss", ("loss",), "nat"),
     Curve("Reward loss", ("reward_loss",), "nat", reference=COIN),
@@ -53,14 +53,13 @@ RLHF_CURVES = (
 )
 
 
-def summary_section(material: Material) -> PageSection:
+def summary_section(material: Material) -> Iterator[Block]:
     """The accuracy of a run alone, what was trained, and what to be careful about."""
-    blocks: list[Block] = [*_headline(material), *_trained_table(material)]
-    sentences = tuple(cautions(material))
-    if sentences:
+    yield from _headline(material)
+    yield from _trained_table(material)
+    if sentences := tuple(cautions(material)):
         labels = ("Cautions", *("",) * (len(sentences) - 1))
-        blocks.append(Text(tuple(zip(labels, sentences, strict=True)), "points"))
-    return PageSection("summary", "Summary", "", tuple(blocks))
+        yield Text(tuple(zip(labels, sentences, strict=True)), "points")
 
 
 def _headline(material: Material) -> Iterator[Text]:
@@ -95,20 +94,17 @@ def _trained_table(material: Material) -> Iterator[Table]:
         yield Table("What was trained", heads, tuple(rows))
 
 
-def training_section(material: Material) -> PageSection:
-    """Curves of everything that reward models log while they are trained."""
+def training_section(material: Material) -> Iterator[Block]:
+    """Faint lines: training batches, averaged between logged steps. Dots: validation [95 %]. The vertical
+    line is the exported step."""
     runs = [run for run in material.folders if run.is_training]
     plots = [_curve_plot(curve, runs, material) for curve in TRAINING_CURVES]
-    lead = (
-        "Faint lines: training batches, averaged between logged steps. Dots: validation [95 %]. The "
-        "vertical line is the exported step."
-    )
-    blocks = drawn(plots, material.key(run.name for run in runs))
-    return PageSection("training", "Training", lead, blocks)
+    yield from drawn(plots, material.key(run.name for run in runs))
 
 
-def rlhf_section(material: Material) -> PageSection:
-    """Curves of RLHF runs over steps; reward and gold reward over KL."""
+def rlhf_section(material: Material) -> Iterator[Block]:
+    """The policy learns to get high rewards from a reward model. Where the reward still rises but the gold
+    reward falls, the policy exploits the reward model's errors."""
     runs = [run for run in material.folders if run.is_rlhf]
     plots = [_curve_plot(curve, runs, material) for curve in RLHF_CURVES]
     for title, name in (("Reward over KL", "reward"), ("Gold reward over KL", "gold")):
@@ -119,13 +115,8 @@ def rlhf_section(material: Material) -> PageSection:
             points = [r for r in records if {"kl", name} <= r.values.keys()]
             series.append(_series(run, points, name, material, x="kl"))
         plots.append(chart(title, series, AxisScale("KL, nat")))
-    lead = (
-        "The policy learns to get high rewards from a reward model. Where the reward still rises but the "
-        "gold reward falls, the policy exploits the reward model's errors."
-    )
     note = "Lines are training batches; dots are held-out prompts, with 95 % intervals."
-    blocks = drawn(plots, material.key(run.name for run in runs), note)
-    return PageSection("rlhf", "RLHF", lead, blocks)
+    yield from drawn(plots, material.key(run.name for run in runs), note)
 
 
 def _exported_step(run: RunFiles) -> int | None:
@@ -177,22 +168,17 @@ def _series(
     return Series(run.name, places, values, colour, low, high, style)  # type: ignore[arg-type]
 
 
-def provenance_section(material: Material) -> PageSection:
-    """What every number depends on: commands, commits, versions, seeds, digests, recipes."""
+def provenance_section(material: Material) -> Iterator[Block]:
+    """What is needed to reproduce every number."""
     is_alone = len(material.folders) == 1
-    blocks: list[Block] = [
-        Details(folder.name, parts, is_open=is_alone)
-        for folder in material.folders
-        if (parts := tuple(_provenance(folder)))
-    ]
-    lead = "What is needed to reproduce every number."
-    return PageSection("provenance", "Provenance", lead, tuple(blocks))
+    for folder in material.folders:
+        if parts := tuple(_provenance(folder)):
+            yield Details(folder.name, parts, is_open=is_alone)
 
 
 def _provenance(folder: RunFiles) -> Iterator[Block]:
-    facts = [fact for session in folder.sessions for fact in _facts(session)]
-    if facts:
-        yield Table("Processes", (Column(""), Column("")), tuple(facts))
+    if facts := tuple(fact for session in folder.sessions for fact in _facts(session)):
+        yield Table("Processes", (Column(""), Column("")), facts)
     if folder.recipe_text:
         yield Details("Recipe", (Text((("", folder.recipe_text),), "file"),))
 

@@ -29,8 +29,7 @@ class StudyMethod:
     """A method as it is written: "bt", "haf:alpha=0.05", "haf:policy_loss=ipo:alpha=1"."""
 
     name: str
-    section: Mapping[str, Any] = field(compare=False)
-    """The `method` section of its recipes."""
+    section: Mapping[str, Any] = field(compare=False)  # the `method` section of its recipes
 
     @property
     def method(self) -> Method:
@@ -42,8 +41,7 @@ class StudyMethod:
 class StudyRun:
     """One run of a study."""
 
-    train: str
-    """The training set's name."""
+    train: str  # the training set's name
     method: StudyMethod
     rate: float
     seed: int

@@ -17,10 +17,8 @@ from hafrm.evaluation.paired import accuracy_over_seeds, compare_correct
 from hafrm.results import Cell, Column, Table
 from hafrm.statistics import Estimate, Real, holm
 
-MIXED = "mixed"
-"""The training set that is all of them together."""
-SIGNIFICANT = 0.05
-"""Adjusted p-values below it are called significant."""
+MIXED = "mixed"  # the training set that is all of them together
+SIGNIFICANT = 0.05  # adjusted p-values below it are called significant
 
 
 Answers = tuple[Shaped[np.ndarray, "_ _"], Shaped[np.ndarray, " _"]]
@@ -33,15 +31,11 @@ Outcomes = Mapping[tuple[str, str, str], Answers]
 class ScorerAccuracy:
     """A scorer's accuracy on one test set, or its mean over several, each of equal weight."""
 
-    train: str
-    """The training set; "" for a mean."""
-    method: str
-    """The scorer, such as "haf" or "haf (fused)"."""
-    test: str
-    """The test set, or which mean: see `domains`."""
+    train: str  # the training set; "" for a mean
+    method: str  # the scorer, such as "haf" or "haf (fused)"
+    test: str  # the test set, or which mean: see `domains`
     accuracy: Estimate
-    log_loss: Real = math.nan
-    """Of sigmoid(margin), mean over seeds; NaN for a mean over sets."""
+    log_loss: Real = math.nan  # of sigmoid(margin), mean over seeds; NaN for a mean over sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +46,9 @@ class Contrast:
     test: str
     first: str
     second: str
-    difference: Estimate
-    """Accuracy of `first` minus that of `second`."""
+    difference: Estimate  # accuracy of `first` minus that of `second`
     p_value: float
-    p_adjusted: float = 1.0
-    """Holm's, over the family of averages or that of single test sets."""
+    p_adjusted: float = 1.0  # Holm's, over the family of averages or that of single test sets
 
     @property
     def is_significant(self) -> bool:
@@ -69,8 +61,7 @@ class Tuning:
     """How a method's learning rate was chosen."""
 
     method: str
-    train: str
-    """The training set whose validation part decided."""
+    train: str  # the training set whose validation part decided
     chosen: float
     tried: tuple[tuple[float, float | None], ...]
     """(rate, the deciding validation metric) by rate; None if the run diverged."""
@@ -80,24 +71,19 @@ class Tuning:
 class StudyResult:
     """A finished comparison of methods."""
 
-    recipe: str
-    """The file of the recipe that all runs share."""
-    metric: str
-    """Of validation data, by which learning rates and steps were chosen."""
+    recipe: str  # the file of the recipe that all runs share
+    metric: str  # of validation data, by which learning rates and steps were chosen
     seeds: tuple[int, ...]
-    methods: tuple[str, ...]
-    """All scorers; the first is the baseline."""
+    methods: tuple[str, ...]  # all scorers; the first is the baseline
     train_sets: tuple[str, ...]
     test_sets: tuple[str, ...]
     accuracies: tuple[ScorerAccuracy, ...]
     averages: tuple[ScorerAccuracy, ...]
     differences: tuple[Contrast, ...]
     average_differences: tuple[Contrast, ...]
-    pick_longer: dict[str, Estimate]
-    """Accuracy of the longer response on each test set."""
+    pick_longer: dict[str, Estimate]  # accuracy of the longer response on each test set
     learning_rates: tuple[Tuning, ...]
-    seconds: float
-    """Of all runs, as far as their last process ran them."""
+    seconds: float  # of all runs, as far as their last process ran them
 
     def tables(self) -> tuple[Table, ...]:
         """The averages, a table for each training set, and how learning rates were chosen."""

@@ -49,15 +49,11 @@ Arrays = Mapping[str, NDArray[np.float32]]
 class RunResult:
     """What a finished run found."""
 
-    validation: dict[str, float]
-    """Of the best step; empty if the run diverged."""
+    validation: dict[str, float]  # of the best step; empty if the run diverged
     num_steps: int
-    seconds: float
-    """Of the process that finished it; a resumed run counts its last part only."""
-    diverged: str | None = None
-    """The error of a run whose loss or gradient was not finite."""
-    is_scored: bool = True
-    """Whether the test sets were scored."""
+    seconds: float  # of the process that finished it; a resumed run counts its last part only
+    diverged: str | None = None  # the error of a run whose loss or gradient was not finite
+    is_scored: bool = True  # whether the test sets were scored
 
 
 @dataclass(frozen=True)
