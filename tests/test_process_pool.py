@@ -26,8 +26,8 @@ def make_worker():
 def test_every_task_runs_once_an_error_of_ours_comes_through_and_a_kill_is_told(num):
     reported = []
     with ProcessPool(make_worker, num) as pool:
-        pool.run(["a", "b", "c"], lambda task, result: reported.append((task, result)))
-        pool.run(["d"], lambda task, result: reported.append((task, result)))
+        pool.run(["a", "b", "c"], lambda _, task, result: reported.append((task, result)))
+        pool.run(["d"], lambda _, task, result: reported.append((task, result)))
         with pytest.raises(DataError, match="no such row"):
             pool.run(["refuse", "a"], lambda *_: None)
         if num == 2:

@@ -56,9 +56,11 @@ def check_writable(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Make `path` hold `content`: after any kill it is the old file or the new one, never a mix."""
+    """Make `path` hold `content`, in a folder that is made where it is missing: after any kill it is the
+    old file or the new one, never a mix."""
     aside = _aside(path)
     with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("xb") as file:
                 file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -86,10 +88,8 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 for name in files:
                     _sync(Path(directory, name))
                 _sync(Path(directory))
-            if path.exists():
-                remove_directory(
-                    path
-                )  # a kill right here leaves neither: replace what can be remade
+            if path.exists():  # a kill right here leaves neither: replace what can be remade
+                remove_directory(path)
             aside.rename(path)
             _sync(path.parent)
         finally:
@@ -205,11 +205,10 @@ def check_manifest(directory: Path) -> None:
 def _list_files(directory: Path) -> dict[str, dict[str, Any]]:
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name != MANIFEST:
-            files[name] = {"size": path.stat().st_size}
-            if files[name]["size"] <= HASHED_BYTES:
-                files[name]["digest"] = fingerprint(path)
+        size, name = path.stat().st_size, path.relative_to(directory).as_posix()
+        digest = {"digest": fingerprint(path)} if size <= HASHED_BYTES else {}
+        files[name] = {"size": size, **digest}
+    files.pop(MANIFEST, None)
     return files
 
 
@@ -226,8 +225,6 @@ def cache_folder(kind: str) -> Path:
 def write_cache(file: Path, content: bytes | str) -> bool:
     """Write a file of the cache; False, with a warning, where that fails: it costs time, not the run."""
     try:
-        with write_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, content)
     except CheckpointError as error:
         log.warning("nothing is cached: %s (HAFRM_CACHE names the folder)", error)

@@ -63,26 +63,35 @@ class ProcessPool(Generic[Task, Result]):
             self._lifeline.close()
             self._executor.shutdown(cancel_futures=True)
 
-    def run(self, tasks: Sequence[Task], on_done: Callable[[Task, Result], None]) -> None:
-        """Run all tasks; `on_done` is called in this process as each one ends.
+    def run(
+        self, tasks: Sequence[Task], on_done: Callable[[int, Task, Result], None]
+    ) -> dict[Task, Result]:
+        """The results, in the order of the tasks; `on_done(number so far, task, result)` is called in this
+        process as each one ends.
 
         Raises the first error of a task, and CheckpointError for a process that was killed.
         """
+        results: dict[Task, Result] = {}
+
+        def note(task: Task, result: Result) -> None:
+            results[task] = result
+            on_done(len(results), task, result)
+
         if self._executor is None:
             self._here = self._here or self._make_worker()
             for task in tasks:
-                on_done(task, self._here(task))
-            return
+                note(task, self._here(task))
+            return results
         futures = {self._executor.submit(_run_task, task): task for task in tasks}
         for future in as_completed(futures):
             try:
-                result = future.result()
+                note(futures[future], future.result())
             except BrokenProcessPool:
                 raise CheckpointError(
                     "a worker process died (memory may have run out): run the same command again to "
                     "resume, with fewer --processes if memory is short"
                 ) from None
-            on_done(futures[future], result)
+        return {task: results[task] for task in tasks}
 
 
 # of a worker process: what makes its function, then that function

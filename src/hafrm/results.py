@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from hafrm.atomic import atomic_write, write_errors
+from hafrm.atomic import atomic_write
 from hafrm.errors import CheckpointError
 from hafrm.statistics import Estimate
 
@@ -124,8 +124,6 @@ def from_plain(kind: type[T], value: Any) -> T:
 
 def write_result(path: Path, result: Any) -> None:
     """Write a result as JSON, complete or not at all; the folder is made where it is missing."""
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
 
@@ -135,8 +133,5 @@ def read_result(path: Path, kind: type[T]) -> T:
     try:
         return from_plain(kind, json.loads(path.read_bytes()))
     except (OSError, ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        name = kind.__name__
-        raise CheckpointError(
-            f"{path} cannot be read as {name}: {reason}; make it again"
-        ) from error
+        reason = f"cannot be read as {kind.__name__}: {str(error).splitlines()[0]}"
+        raise CheckpointError(f"{path} {reason}; make it again") from error

@@ -110,8 +110,8 @@ def describe_process() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    command, home = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), os.path.expanduser("~")
-    command = hide_secrets(command)
+    home = os.path.expanduser("~")
+    command = hide_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command if home in {"~", "/"} else command.replace(home + "/", "~/"),

@@ -7,7 +7,7 @@ are compared on the same comparisons. With several training seeds the intervals 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -273,16 +273,11 @@ def _t_test(mean: float, error: float, degrees: int | float) -> float:
 ALARM_LINES = 10  # lines of kind train that an alarm looks at, to separate a mean from noise
 
 
-class Alarm(NamedTuple):
-    """What a training run's log warns of, with what to try."""
-
-    kind: Literal["chance", "margin", "equal"]
-    text: str
-
-
-def training_alarms(lines: Sequence[Mapping[str, int | float]], warmup: float) -> Iterator[Alarm]:
-    """The alarms after the last of the `lines` of kind train, of which those up to step `warmup` do not
-    count; none before there are ALARM_LINES."""
+def training_alarms(
+    lines: Sequence[Mapping[str, int | float]], warmup: float
+) -> Iterator[tuple[str, str]]:
+    """What to warn of after the last of the `lines` of kind train, as (name, text with what to try); those
+    up to step `warmup` do not count, and there is nothing before ALARM_LINES of them."""
     lines = [line for line in lines if line["step"] > warmup and "reward_loss" in line]
     if len(lines) < ALARM_LINES:
         return
@@ -297,21 +292,21 @@ def training_alarms(lines: Sequence[Mapping[str, int | float]], warmup: float) -
     # at most 0.02, or the noise of tiny batches would hide what is learned
     is_chance = loss.mean() > math.log(2) - min(0.02, noise(loss))
     if is_chance and accuracy.mean() < 0.5 + max(0.02, noise(accuracy)):
-        yield Alarm(
+        yield (
             "chance",
             f"the reward loss stays at {loss.mean():.3f}, no better than chance (ln 2 = 0.693): raise "
             "training.learning_rate, or look for swapped or random labels (hafrm data)",
         )
     margins = np.convolve(means("margin"), np.full(ALARM_LINES, 1 / ALARM_LINES), "valid")
     if margins.max() > 0.1 and margins[-1] < 0.1 * margins.max():
-        yield Alarm(
+        yield (
             "margin",
             f"the mean margin fell from {margins.max():.3g} to {margins[-1]:.3g}, rewards collapse: lower "
             "training.learning_rate, and export the best step rather than the last",
         )
     equal = float(means("equal_rewards")[-ALARM_LINES:].mean())
     if equal > 0.05:
-        yield Alarm(
+        yield (
             "equal",
             f"{equal:.0%} of comparisons have two equal rewards, which accuracy counts as wrong: look for "
             "responses that data.max_length cuts to the same tokens, or set training.precision: fp32",

@@ -14,8 +14,9 @@ def cautions(material: Material) -> Iterator[str]:
     for run in material.folders:
         lines = [{"step": record.step, **record.values} for record in run.records("train")]
         warmup = run.recipe.training.warmup_fraction if run.recipe is not None else 0.0
-        for alarm in training_alarms(lines, warmup * max((r["step"] for r in lines), default=0)):
-            yield f"Training of {run.name}: {alarm.text}."
+        warmup *= max((line["step"] for line in lines), default=0)
+        for _, text in training_alarms(lines, warmup):
+            yield f"Training of {run.name}: {text}."
         if run.evaluation is not None:
             yield from _of_evaluation(run.name, run.evaluation, with_length=run.diagnosis is None)
         for style in run.diagnosis.sets[-1].style if run.diagnosis is not None else ():

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from hafrm.atomic import atomic_write, check_writable, write_errors
+from hafrm.atomic import atomic_write, check_writable
 from hafrm.errors import ConfigError
 from hafrm.report.run_files import Material, read_material
 
@@ -34,8 +34,6 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
         )
     check_writable(out)
     page = render_material(read_material(folders)).encode("utf-8", "replace")
-    with write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, page)
     return len(page)
 

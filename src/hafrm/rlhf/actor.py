@@ -27,7 +27,7 @@ from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe, SamplingSection
 from hafrm.scoring.forward import first_responses, plan_sequences, run_forward, share_prompts
 from hafrm.scoring.loading import default_device
-from hafrm.training.setup import inject_lora, leave_casting_to_autocast, load_base
+from hafrm.training.setup import inject_lora, load_base
 
 log = logging.getLogger("hafrm")
 
@@ -159,9 +159,7 @@ class Actor:
         backbone, head = split_causal_lm(causal)
         if lora is not None:
             causal.requires_grad_(False)
-            inject_lora(lora, backbone)
-            if bf16:
-                leave_casting_to_autocast(backbone)
+            inject_lora(lora, backbone, under_autocast=bf16)
         sharing = share and sharing_obstacle(backbone) is None
         model = HybridModel(backbone, policy_head=head, sharing=sharing)
         budget, adapters = recipe.training.max_tokens, lora is not None
@@ -248,6 +246,5 @@ class Actor:
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """Autocast as the run trains, or nothing."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast)
+        enabled = self.autocast is not None
+        return torch.autocast(self.model.device.type, self.autocast, enabled=enabled)

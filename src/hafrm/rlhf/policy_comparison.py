@@ -178,19 +178,15 @@ def compare_policies(
     judge = None if comparison.judge is None else load_judge(comparison.judge, recipe.judge)
     runs = plan_runs(comparison.models, comparison.seeds)
     make_worker = partial(ComparisonWorker, recipe, folder, gold)
-    start = make_worker()
     seeds = range(comparison.seeds)
-    by_run: dict[ComparisonRun, Answers] = {}
-
-    def note(run: ComparisonRun, result: Answers) -> None:
-        by_run[run] = result
-        on_run(f"{len(by_run)}/{len(runs)} {run.folder} is done")
-
+    start = make_worker()
     answers = {START: [start.answer(recipe.model, seed) for seed in seeds]}
     with ProcessPool(make_worker, num_processes) as pool:
-        pool.run(runs, note)
-    for run in runs:  # runs end in any order, and standings follow the order of the models
-        answers.setdefault(run.model, []).append(by_run[run])
+        by_run = pool.run(
+            runs, lambda number, run, _: on_run(f"{number}/{len(runs)} {run.folder} is done")
+        )
+    for run, own in by_run.items():
+        answers.setdefault(run.model, []).append(own)
     result = RlhfComparison(
         models=tuple(answers)[1:],
         seeds=tuple(seeds),
@@ -207,9 +203,8 @@ def compare_policies(
 def _standing(name: str, answers: Mapping[str, Sequence[Answers]], folder: Path) -> PolicyScore:
     """One reward model's policies over prompts, and over seeds where there are several; or the start."""
     score = gain = None
-    own, base = (
-        np.array([a.scores for a in answers[n]]) for n in (name, START)
-    )  # [seeds, prompts]
+    # for each seed, a score of each prompt
+    own, base = (np.array([a.scores for a in answers[n]]) for n in (name, START))
     if own.size and len(own) == 1:
         score = clustered_bootstrap(own[0], proportion=False)
         gain = clustered_bootstrap(own[0] - base[0], proportion=False)

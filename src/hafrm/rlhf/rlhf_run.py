@@ -56,12 +56,8 @@ def score_texts(
     # a reward model may take less than the policy writes, and one long response must not end a run
     rewards, num_cut = scorer.score_batch_cut(prompts, texts)
     if num_cut:
-        limit = scorer.encoder.lengths.max_length
-        log.warning(
-            "%d prompts or responses exceed the %d tokens that the reward model takes, and are scored cut",
-            num_cut,
-            limit,
-        )
+        what = "prompts or responses exceed the %d tokens that the reward model takes"
+        log.warning(f"%d {what}, and are scored cut", num_cut, scorer.encoder.lengths.max_length)
     return np.array([reward for own in rewards for reward in own], np.float32), num_cut
 
 
@@ -192,10 +188,8 @@ class RlhfRun:
         self.last_kl = float(kls.mean())
         if self.last_kl < -2.0 * float(kls.std()) / len(kls) ** 0.5:
             log.warning(
-                "step %d: the held-out KL is estimated as %.3f nat, below 0 by more than its noise; it "
-                "counts as 0. Measure it on more prompts (evaluation.prompts)",
-                step,
-                self.last_kl,
+                f"step {step}: the held-out KL is estimated as {self.last_kl:.3f} nat, below 0 by more "
+                "than its noise; it counts as 0. Measure it on more prompts (evaluation.prompts)"
             )
         selected_by, scores = select_measure(rewards, kls, recipe.evaluation.kl_penalty)
         is_best = float(scores.mean()) > result.best_score
@@ -296,11 +290,9 @@ def load_prompts(
         train, held_out = split_by_prompt(
             train, fraction=data.validation_fraction, seed=_SPLIT_SEED + seed
         )
-    parts = [without_prompts(train, held_out), held_out]
-    fitting = [encode_prompts(groups, encoder, data) for groups in parts]
-    for name, groups, prompts in zip(
-        ("data.train", "data.validation"), parts, fitting, strict=True
-    ):
+    parts = {"data.train": without_prompts(train, held_out), "data.validation": held_out}
+    fitting = [encode_prompts(groups, encoder, data) for groups in parts.values()]
+    for (name, groups), prompts in zip(parts.items(), fitting, strict=True):
         if not prompts:
             raise DataError(
                 f"{name} has no prompt of at most {data.max_prompt_length} tokens "

@@ -13,21 +13,20 @@ from typing import Any
 import torch
 
 from hafrm.best_of_n.candidate_scores import GoldReward
-from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError
+from hafrm.errors import CheckpointError, ConfigError
 from hafrm.results import from_plain
 from hafrm.rlhf.ppo_terms import Moments, next_kl_coefficient, scores_of
 from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollouts, update
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import run_trl
-from hafrm.scoring.forward import is_out_of_memory
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
 from hafrm.training.loop import StoppedError
 from hafrm.training.parallel import StopSignal
 from hafrm.training.setup import choose_precision
-from hafrm.training.step import build_optimizer, learning_rate
+from hafrm.training.step import build_optimizer, learning_rate, memory_errors
 
 log = logging.getLogger("hafrm")
 _SAMPLES = 2**16  # batches have sampling seeds of their own: seed * this + step
@@ -93,13 +92,16 @@ class Ppo:
         """The run from wherever it stands to its exported policy."""
         rlhf, num_steps = self.rlhf, self.recipe.training.steps
         step = self._resume() if resume else None
+        smaller = f"training.max_tokens={self.recipe.training.max_tokens // 2}"
+        command = f"hafrm rlhf --resume {rlhf.folder.path}"
         stop = StopSignal()
         with stop, rlhf.log:
             if step is None:
                 rlhf.evaluate(0)
                 self._save(step := 0)
             while step < num_steps and rlhf.result.stopped is None:
-                self._batch(step)
+                with memory_errors(f"batch {step + 1}", f"{command} {smaller}"):
+                    self._take_batch(step)
                 step += 1
                 improved = rlhf.is_due(step, self.recipe.evaluation.every) and rlhf.evaluate(step)
                 stopping = bool(stop.received)
@@ -108,25 +110,12 @@ class Ppo:
                 if stopping and step < num_steps and rlhf.result.stopped is None:
                     raise StoppedError(
                         f"stopped by signal {stop.received} after step {step} of {num_steps}; resume "
-                        f"with: hafrm rlhf --resume {rlhf.folder.path}"
+                        f"with: {command}"
                     )
         best_step = rlhf.result.best_step
         if best_step != step:
             load_weights(rlhf.folder.checkpoint_path(best_step), self.policy)
         return rlhf.finish(step)
-
-    def _batch(self, step: int) -> None:
-        """One batch; raises MemoryBudgetError where it does not fit, with how to resume."""
-        try:
-            self._take_batch(step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            smaller = f"training.max_tokens={self.recipe.training.max_tokens // 2}"
-            raise MemoryBudgetError(
-                f"batch {step + 1} ran out of memory ({str(error).splitlines()[0]}). Resume with: hafrm "
-                f"rlhf --resume {self.rlhf.folder.path} {smaller}"
-            ) from error
 
     def _take_batch(self, step: int) -> None:
         """Sample, reward, measure, and take all updates that the batch is good for."""

@@ -101,15 +101,12 @@ def _run(
     pool: ProcessPool[StudyRun, RunResult], runs: Sequence[StudyRun]
 ) -> dict[StudyRun, RunResult]:
     """Do the runs, and log every finished one with the time that it took."""
-    results: dict[StudyRun, RunResult] = {}
 
-    def finished(run: StudyRun, result: RunResult) -> None:
-        results[run] = result
+    def on_done(number: int, run: StudyRun, result: RunResult) -> None:
         outcome = result.diverged or in_words(result.validation)
-        log.info(f"{len(results)}/{len(runs)}  {run}: {outcome}  ({result.seconds:.0f} s)")
+        log.info(f"{number}/{len(runs)}  {run}: {outcome}  ({result.seconds:.0f} s)")
 
-    pool.run(runs, finished)
-    return {run: results[run] for run in runs}  # not in the order in which they finished
+    return pool.run(runs, on_done)
 
 
 def _choose_rate(

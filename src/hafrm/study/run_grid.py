@@ -116,7 +116,7 @@ def plan_study(
     if isinstance(recipe.data.weights, tuple):
         raise ConfigError(
             "data.weights lists numbers, which fit one list of sets; a comparison trains on each set "
-            "alone too: take uniform, or leave it out"
+            "alone too: leave it out"
         )
     names = [set_name(entry) for entry in recipe.data.train]
     _refuse_doubles(names, "training sets")

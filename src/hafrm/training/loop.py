@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
-from hafrm.errors import ConfigError, HafrmError, MemoryBudgetError
+from hafrm.errors import ConfigError, HafrmError
 from hafrm.recipe import Recipe, TrackingSection
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
-from hafrm.scoring.forward import is_out_of_memory
 from hafrm.statistics import in_words, training_alarms, with_bounds
 from hafrm.training import parallel
 from hafrm.training.checkpoint import (
@@ -44,6 +43,7 @@ from hafrm.training.step import (
     StepResult,
     build_optimizer,
     learning_rate,
+    memory_errors,
     take_step,
 )
 from hafrm.training.step_batches import ComparisonOrder, Prefetch, References, step_groups
@@ -185,7 +185,11 @@ class Job:
     ) -> StepResult:
         """One optimiser step; raises MemoryBudgetError where it does not fit, with how to resume."""
         training = self.recipe.training
-        try:
+        resume = (
+            f"hafrm train --resume {self.run.path} training.max_tokens={training.token_budget // 2} "
+            "training.gradient_checkpointing=true; for a group that is too large, lower data.max_length"
+        )
+        with memory_errors(f"step {step + 1}", resume):
             return take_step(
                 wrapped,
                 optimizer,
@@ -197,14 +201,6 @@ class Job:
                 nonfinite=nonfinite,
                 distance=self.distance,
             )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryBudgetError(
-                f"step {step + 1} ran out of memory ({str(error).splitlines()[0]}). Resume with: hafrm "
-                f"train --resume {self.run.path} training.max_tokens={training.token_budget // 2} "
-                "training.gradient_checkpointing=true; for a group that is too large, lower data.max_length"
-            ) from error
 
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step."""
@@ -358,10 +354,10 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.report("train", number, values)
         self._lines.append({"step": number, **values})
         warmup = self._recipe.training.warmup_fraction * self._num_steps
-        for alarm in training_alarms(self._lines, warmup) if parallel.is_main() else ():
-            if alarm.kind not in self._alarmed:
-                log.warning("step %d: %s", number, alarm.text)
-                self._alarmed.add(alarm.kind)
+        for alarm, text in training_alarms(self._lines, warmup) if parallel.is_main() else ():
+            if alarm not in self._alarmed:
+                log.warning("step %d: %s", number, text)
+                self._alarmed.add(alarm)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, the same to every tracker, and a line of log."""

@@ -265,9 +265,7 @@ def assemble(
     if lora is not None:
         backbone.requires_grad_(False)
         policy_head.requires_grad_(False)
-        inject_lora(lora, backbone)
-        if training.precision == "bf16":
-            leave_casting_to_autocast(backbone)
+        inject_lora(lora, backbone, under_autocast=training.precision == "bf16")
     head = None
     if method.trains_reward:
         generator = torch.Generator().manual_seed(training.seed)
@@ -283,8 +281,13 @@ def assemble(
     return model
 
 
-def inject_lora(lora: LoraSection, backbone: PreTrainedModel) -> None:
-    """Put float32 adapters into the backbone's linear layers; ConfigError where lora.targets has none."""
+def inject_lora(
+    lora: LoraSection, backbone: PreTrainedModel, *, under_autocast: bool = False
+) -> None:
+    """Put float32 adapters into the backbone's linear layers; ConfigError where lora.targets has none.
+
+    Run `under_autocast` only, the backbone leaves casts to it: peft would copy inputs to float32.
+    """
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     scale: Any = lora.alpha  # typed int upstream, used as a factor
     config = LoraConfig(
@@ -316,13 +319,8 @@ def inject_lora(lora: LoraSection, backbone: PreTrainedModel) -> None:
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-
-
-def leave_casting_to_autocast(backbone: PreTrainedModel) -> None:
-    """Keep peft from copying adapted layers' inputs to float32; the model then runs under autocast only."""
-    for module in backbone.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
+    for layer in layers.values() if under_autocast else ():
+        layer.cast_input_dtype_enabled = False
 
 
 def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> None:

@@ -4,8 +4,9 @@ Neither packing nor the number of ranks changes the gradient, and a non-finite l
 reaches the weights. Nothing here logs, reads data, or waits for the device. Start at `take_step`.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from hafrm.engine.model import Outputs
-from hafrm.errors import DivergedError
+from hafrm.errors import DivergedError, MemoryBudgetError
+from hafrm.scoring.forward import is_out_of_memory
 from hafrm.training import parallel
 from hafrm.training.losses import PolicyLogps
 from hafrm.training.methods import JointLoss, Method, StepStatistics, joint_loss
@@ -89,6 +91,20 @@ def take_step(  # noqa: PLR0913
     optimizer.zero_grad(set_to_none=True)
     num_tokens = sum(batch.layout.num_tokens for batch in batches)
     return StepResult(sums, grad_norm, num_tokens, means.next_distance())
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, resume: str) -> Iterator[None]:
+    """Turn running out of memory into a MemoryBudgetError that says how to resume."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise MemoryBudgetError(
+            f"{what} ran out of memory ({reason}). Resume with: {resume}"
+        ) from error
 
 
 def losses_of(
