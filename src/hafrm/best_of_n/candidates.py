@@ -119,12 +119,8 @@ def read_prompts(
     sources: Sequence[str], *, max_bad_fraction: float = 0.02, bad_rows_file: Path | None = None
 ) -> list[Group]:
     """The distinct prompts of rows of any shape, as groups without responses and with distinct ids."""
-    data = read_preferences(
-        sources,
-        max_bad_fraction=max_bad_fraction,
-        bad_rows_file=bad_rows_file,
-        need_responses=False,
-    )
+    options: Any = {"max_bad_fraction": max_bad_fraction, "bad_rows_file": bad_rows_file}
+    data = read_preferences(sources, need_responses=False, **options)
     distinct: dict[tuple[Message, ...], Group] = {}
     for group in data.groups:  # one prompt may be in several sources or subsets
         distinct.setdefault(group.prompt, replace(group, responses=(), comparisons=()))
@@ -135,10 +131,8 @@ def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
     """The first `num` distinct responses to each prompt."""
     data = read_preferences(sources, need_comparisons=False, read_labels=False)
     groups = _with_distinct_ids(data.groups)
-    return [
-        Candidates(replace(g, responses=(), comparisons=()), list(g.responses[:num]))
-        for g in groups
-    ]
+    prompts = [replace(group, responses=(), comparisons=()) for group in groups]
+    return [Candidates(p, list(g.responses[:num])) for p, g in zip(prompts, groups, strict=True)]
 
 
 def _with_distinct_ids(groups: Sequence[Group]) -> list[Group]:
@@ -205,24 +199,19 @@ class LocalPolicy:
             self.model = load_causal_lm(self._directory, dtype=self._dtype, device=self._device)
         # torch takes seeds of 63 bits
         seed = int(np.random.SeedSequence(draw_round).generate_state(1, np.uint64)[0] >> 1)
-        responses = iter(
-            sample(
-                self.model,
-                [prompt for prompt in ids if not isinstance(prompt, str)],
-                num,
-                self.options,
-                ends=self.turn_ends,
-                pad=self.turn_ends[0] if self.encoder.pad_id is None else self.encoder.pad_id,
-                seed=seed,
-                batch_size=self.batch_size,
-            )
+        pad = self.turn_ends[0] if self.encoder.pad_id is None else self.encoder.pad_id
+        drawn = sample(
+            self.model,
+            [prompt for prompt in ids if not isinstance(prompt, str)],
+            num,
+            self.options,
+            ends=self.turn_ends,
+            pad=pad,
+            seed=seed,
+            batch_size=self.batch_size,
         )
-        return [
-            [Reply(error=prompt)]
-            if isinstance(prompt, str)
-            else [self._decode(response) for response in next(responses)]
-            for prompt in ids
-        ]
+        own = iter([self._decode(response) for response in responses] for responses in drawn)
+        return [[Reply(error=p)] if isinstance(p, str) else next(own) for p in ids]
 
     def _prompt_ids(self, prompt: Group) -> list[int] | str:
         """The prompt up to the response, or why it cannot be answered."""
@@ -262,11 +251,8 @@ class EndpointPolicy:
         # one by one: some servers reject n > 1, others answer once whatever n is
         for k in range(num):
             accepted = [i for i, own in enumerate(replies) if not own or own[0].error is None]
-            answers = self.endpoint.ask(
-                [prompts[i].prompt for i in accepted],
-                self._settings,
-                repetition=(seed, num_before + k),
-            )
+            asked, repetition = [prompts[i].prompt for i in accepted], (seed, num_before + k)
+            answers = self.endpoint.ask(asked, self._settings, repetition=repetition)
             for i, answer in zip(accepted, answers, strict=True):
                 refusal = [Reply(error=f"not encodable: {answer.error}")]
                 stripped = replace(answer, text=answer.text.strip())

@@ -115,9 +115,8 @@ class LlmJudge:
 def load_judge(url: str, section: EndpointSection | None = None) -> LlmJudge:
     """The judge at an endpoint; raises ConfigError for anything but a URL."""
     if not is_url(url):
-        raise ConfigError(
-            f"a judge is given as the URL of an endpoint, got {url!r}; a reward model is a --gold"
-        )
+        what = "a judge is given as the URL of an endpoint"
+        raise ConfigError(f"{what}, got {url!r}; a reward model is a --gold")
     return LlmJudge(Endpoint(url, section, key_variable="HAFRM_JUDGE_KEY"))
 
 

@@ -64,10 +64,9 @@ class BestOfN:
 
     def tables(self) -> tuple[Table, ...]:
         """Picks by the gold score, the curves for n = 1, 2, 4, ..., and wins."""
-        curves = [
-            self._curves(golden=g) for g in ((False,) if self.gold is None else (True, False))
-        ]
-        return (self._picks(), *curves, *([wins_table(self.wins)] if self.wins else []))
+        golden = (False,) if self.gold is None else (True, False)
+        wins = [wins_table(self.wins)] if self.wins else []
+        return (self._picks(), *(self._curves(golden=g) for g in golden), *wins)
 
     def _picks(self) -> Table:
         """One row for each model: its own score and the gold score of what it picks."""
@@ -75,10 +74,8 @@ class BestOfN:
         rows: list[tuple[Cell, ...]] = [(m.name, m.curve[-1].proxy) for m in self.models]
         if self.gold is not None:
             heads += " | gold score | above a random one"
-            rows = [
-                (*row, model.curve[-1].gold, model.gain)
-                for row, model in zip(rows, self.models, strict=True)
-            ]
+            gold = [(m.curve[-1].gold, m.gain) for m in self.models]
+            rows = [(*row, *own) for row, own in zip(rows, gold, strict=True)]
             rows += [(b.name, None, b.curve[-1].gold, None) for b in self.baselines]
             # with n = 1 every model picks the same random candidate
             chance = self.models[0].curve[0].gold
@@ -120,9 +117,8 @@ def expected_picks(
     `values` are the scores themselves (proxy) or others (gold).
     """
     num = len(scores)
-    order = np.lexsort(
-        (-np.arange(num), scores)
-    )  # of equals the earlier is picked, as `argmax` does
+    # of equals the earlier is picked, as `argmax` does
+    order = np.lexsort((-np.arange(num), scores))
     # Row n - 1: the chance that the candidate with i lower ones is the best of n drawn without return. The
     # other n - 1 come from the i lower ones: C(i, n - 1) / C(num, n), by its ratio to the row above, since
     # the binomials themselves overflow.

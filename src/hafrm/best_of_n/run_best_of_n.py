@@ -236,18 +236,12 @@ def _compare_picks(
     if sample or len(picks) == 1:
         methods += [(name, ONE_SAMPLE) for name in scores]
         picks[ONE_SAMPLE] = [c.drawn[0] for c in candidates]
-    answers = {
-        name: [
-            Answers(
-                tuple(c.prompt.prompt for c in candidates),
-                tuple(c.group.responses[k] for c, k in zip(candidates, own, strict=True)),
-                ()
-                if golden is None
-                else tuple(float(g[k]) for g, k in zip(golden, own, strict=True)),
-            )
-        ]
-        for name, own in picks.items()
-    }
+    prompts = tuple(c.prompt.prompt for c in candidates)
+    answers = {}
+    for name, own in picks.items():
+        texts = tuple(c.group.responses[k] for c, k in zip(candidates, own, strict=True))
+        by_prompt = zip(golden, own, strict=True) if golden is not None else ()
+        answers[name] = [Answers(prompts, texts, tuple(float(g[k]) for g, k in by_prompt))]
     return compare_answers(answers, methods, judge, gold or "")
 
 

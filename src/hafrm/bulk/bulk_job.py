@@ -171,12 +171,14 @@ def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
         f"row {number}": row if isinstance(row, Refusal) else _parse(row)
         for number, row in zip(rows.numbers, rows.values, strict=True)
     }
-    groups = [
-        Group(name, row.prompt, tuple(dict.fromkeys(row.responses)))
-        for name, row in parsed.items()
-        if not isinstance(row, Refusal)
-    ]
-    encoded = _encode(encoder, groups)
+    rows_read = {n: row for n, row in parsed.items() if not isinstance(row, Refusal)}
+    groups = [Group(n, r.prompt, tuple(dict.fromkeys(r.responses))) for n, r in rows_read.items()]
+    by_id, report = encoder.encode(groups)
+    limit = f"prompt and response have more than {encoder.lengths.max_length:,} tokens, the limit"
+    too_long = Refusal("too long", limit)
+    encoded: dict[str, TokenizedGroup | Refusal] = {group.id: too_long for group in groups}
+    encoded |= {groups[i].id: Refusal("not encodable", why) for i, why in report.refused.items()}
+    encoded |= {group.id: group for group in by_id}
     result: list[EncodedRow] = []
     for name, row in parsed.items():
         if isinstance(row, Refusal):
@@ -185,16 +187,6 @@ def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
         group = encoded[name]
         result.append(group if isinstance(group, Refusal) else (group, row.responses))
     return result
-
-
-def _encode(encoder: Encoder, groups: Sequence[Group]) -> dict[str, TokenizedGroup | Refusal]:
-    encoded, report = encoder.encode(groups)
-    limit = f"prompt and response have more than {encoder.lengths.max_length:,} tokens, the limit"
-    too_long: dict[str, TokenizedGroup | Refusal] = {
-        group.id: Refusal("too long", limit) for group in groups
-    }
-    refused = {groups[i].id: Refusal("not encodable", why) for i, why in report.refused.items()}
-    return too_long | refused | {group.id: group for group in encoded}
 
 
 def score_rows(

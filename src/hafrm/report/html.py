@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
@@ -142,20 +142,8 @@ class HtmlCell:
     estimate: Estimate | None = None  # what a strip draws
 
 
-@dataclass(frozen=True)
-class HtmlTable:
-    """A table as the template writes it."""
-
-    title: str
-    notes: tuple[str, ...]
-    is_narrow: bool  # whether intervals stand below their values: there are too many columns
-    heading: Sequence[HtmlCell]
-    groups: Sequence[tuple[str, Sequence[Sequence[HtmlCell]]]]
-    """Each with its name; "" where the table has none."""
-    axis: Axis | None
-
-
-def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> HtmlTable:
+def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> dict[str, Any]:
+    """What the template writes of a table: its rows in named groups, "" where it has none."""
     table = block if isinstance(block, Table) else block.table
     columns = [*zip(*table.rows, strict=True)] or [()] * len(table.columns)
     is_estimate = [any(isinstance(cell, Estimate) for cell in cells) for cells in columns]
@@ -176,12 +164,10 @@ def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> HtmlTable:
         has_colours = any(cell.colour is not None for row in rows for cell in row)
         for row, value in zip(rows, columns[place], strict=True):
             # without colours all dots have the first one; with them, a row without is a baseline
-            colour = next(
-                (c.colour for c in row if c.colour is not None), None if has_colours else 0
-            )
-            estimate = (
-                value if isinstance(value, Estimate) and not math.isnan(value.value) else None
-            )
+            own = [cell.colour for cell in row if cell.colour is not None]
+            colour = own[0] if own else None if has_colours else 0
+            is_there = isinstance(value, Estimate) and not math.isnan(value.value)
+            estimate = value if is_there else None
             row.insert(place + 1, HtmlCell("strip", colour=colour, estimate=estimate))
     # rows whose first cell is "" continue the group above
     is_grouped = any(row[0] == "" for row in table.rows)
@@ -190,8 +176,10 @@ def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> HtmlTable:
         if is_grouped and (row[0].text or not groups):
             groups.append((row[0].text, []))
         groups[-1][1].append(row[is_grouped:])
+    # with too many columns intervals stand below their values
     is_narrow = sum(is_estimate) > 3 or len(heading) > 8
-    return HtmlTable(table.title, table.notes, is_narrow, heading[is_grouped:], groups, axis)
+    shown = {"title": table.title, "notes": table.notes, "is_narrow": is_narrow, "axis": axis}
+    return {**shown, "heading": heading[is_grouped:], "groups": groups}
 
 
 def _cell(cell: Cell, text: str, is_text: bool, colours: Mapping[str, int]) -> HtmlCell:
@@ -200,7 +188,5 @@ def _cell(cell: Cell, text: str, is_text: bool, colours: Mapping[str, int]) -> H
         colour = colours.get(text.partition(", ")[0])
         return HtmlCell("text" if is_text else "number", text, colour=colour)
     value, bracket, interval = typeset(text).partition(" [")
-    kind: Literal["text", "number"] = (
-        "number" if isinstance(cell, Estimate) or not is_text else "text"
-    )
-    return HtmlCell(kind, value, bracket.strip() + interval)
+    is_number = isinstance(cell, Estimate) or not is_text
+    return HtmlCell("number" if is_number else "text", value, bracket.strip() + interval)

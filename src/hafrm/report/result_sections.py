@@ -85,14 +85,11 @@ def length_section(material: Material) -> Iterator[Block]:
     shorter. A flat row of dots is best."""
     ticks = [name.replace("much ", "much\n").removeprefix("about ") for name in LENGTH_SLICES]
     scale = AxisScale("chosen response", is_fraction=True, reference=0.5, ticks=ticks)
-    yield from _dots_by_set(
-        material,
-        lambda measured: (
-            (float(i), measured.length.slices[s]) for i, s in enumerate(LENGTH_SLICES)
-        ),
-        scale,
-        "accuracy",
-    )
+
+    def points(measured: SetResult) -> Iterator[tuple[float, Estimate]]:
+        yield from ((float(i), measured.length.slices[s]) for i, s in enumerate(LENGTH_SLICES))
+
+    yield from _dots_by_set(material, points, scale, "accuracy")
 
 
 def _dots_by_set(

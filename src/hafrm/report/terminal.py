@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -32,24 +33,16 @@ def print_tables(tables: Iterable[Table], console: Console | None = None) -> Non
 
 def _to_rich(table: Table, *, is_stacked: bool) -> RichTable:
     """The table in rich's form; stacked, each interval is on a line below its value."""
-    result = RichTable(
-        title=Text(table.title, style="italic"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    title = Text(table.title, style="italic")
+    result = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     result.padding = (0, 1, 0, 0)
     result.show_header = any(column.name for column in table.columns)
     for column in table.columns:
         is_text = column.kind == "text"
         # headings and intervals must not be torn inside; text may be
         name = column.name if is_text or not is_stacked else column.name.replace(" ", "\n")
-        result.add_column(
-            Text(name),
-            justify="left" if is_text else "right",
-            no_wrap=not is_text,
-            overflow="fold",
-        )
+        side: Literal["left", "right"] = "left" if is_text else "right"
+        result.add_column(Text(name), justify=side, no_wrap=not is_text, overflow="fold")
     for cells, texts in zip(table.rows, table.texts(), strict=True):
         lines = (
             text.replace(" [", "\n[").replace(", ", ",")

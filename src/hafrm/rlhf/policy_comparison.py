@@ -101,11 +101,8 @@ def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:
     paths: dict[str, list[str]] = {}
     for name, path in named_models(models):
         paths.setdefault(name, []).append(path)
-    return [
-        ComparisonRun(name, own[seed % len(own)], seed)
-        for seed in range(num_seeds)
-        for name, own in paths.items()
-    ]
+    pairs = itertools.product(range(num_seeds), paths.items())
+    return [ComparisonRun(name, own[seed % len(own)], seed) for seed, (name, own) in pairs]
 
 
 @dataclass(frozen=True)

@@ -115,11 +115,8 @@ def _choose_rate(
     """The learning rate that validates best."""
     metric = plan.recipe.evaluation.metric
     sign = -1.0 if metric == "loss" else 1.0  # the highest is best
-    tried = {
-        run.rate: result.validation.get(metric)
-        for run, result in results.items()
-        if run.method == method
-    }
+    own = ((run, result) for run, result in results.items() if run.method == method)
+    tried = {run.rate: result.validation.get(metric) for run, result in own}
     finite = {rate: sign * value for rate, value in tried.items() if value is not None}
     if not finite:
         rates = ", ".join(f"{rate:.3g}" for rate in tried)

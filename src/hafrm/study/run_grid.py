@@ -4,6 +4,7 @@ A run's recipe is the study's with its own training set, method, seed and learni
 differ in nothing else: same steps, same comparisons, same order. Nothing is run here.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,21 +83,14 @@ class StudyPlan:
     def tuning_runs(self) -> list[StudyRun]:
         """One run for each method and learning rate, with the first seed."""
         train = [*self.train_sets][-1]  # the mixed one if there are several
-        return [
-            StudyRun(train, method, rate, self.seeds[0], is_scored=False)
-            for method in self.methods
-            for rate in self.rates
-        ]
+        pairs, seed = itertools.product(self.methods, self.rates), self.seeds[0]
+        return [StudyRun(train, method, rate, seed, is_scored=False) for method, rate in pairs]
 
     def runs(self, rates: Mapping[str, float]) -> list[StudyRun]:
         """All runs that the result is made of, from each method's learning rate."""
         # runs on the same data follow each other, so that a process prepares it once
-        return [
-            StudyRun(train, method, rates[method.name], seed)
-            for train in self.train_sets
-            for seed in self.seeds
-            for method in self.methods
-        ]
+        grid = itertools.product(self.train_sets, self.seeds, self.methods)
+        return [StudyRun(train, m, rates[m.name], seed) for train, seed, m in grid]
 
 
 def plan_study(

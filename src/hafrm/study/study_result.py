@@ -4,6 +4,7 @@ Every *scorer* (a method, or one of its heads) is compared with the first one, t
 sets and single test sets are two families of tests, each with its own adjustment (Holm).
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -158,30 +159,23 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     right = {key: (margins > 0, prompts) for key, (margins, prompts) in outcomes.items()}
     parts = (
         (train, test, {s: right[train, s, test] for s in scorers})
-        for train in trains
-        for test in tests
+        for train, test in itertools.product(trains, tests)
     )
     accuracies, differences = _family(scorers, parts)
-    averages, average_differences = _family(
-        scorers,
-        (
-            (
-                "",
-                kind,
-                {s: stack_answers([(b, outcomes[a, s, b]) for a, b in pairs]) for s in scorers},
-            )
-            for kind, pairs in domains(trains, tests).items()
-        ),
+    for i, a in enumerate(accuracies):
+        of_seeds = [calibration(m).log_loss for m in outcomes[a.train, a.method, a.test][0]]
+        accuracies[i] = replace(a, log_loss=float(np.mean(of_seeds)))
+    means = (
+        ("", kind, {s: stack_answers([(b, outcomes[a, s, b]) for a, b in pairs]) for s in scorers})
+        for kind, pairs in domains(trains, tests).items()
     )
+    averages, average_differences = _family(scorers, means)
     return {
         "methods": scorers,
         "train_sets": trains,
         "test_sets": tests,
-        "accuracies": tuple(
-            replace(a, log_loss=_log_loss(outcomes[a.train, a.method, a.test][0]))
-            for a in accuracies
-        ),
-        "averages": averages,
+        "accuracies": tuple(accuracies),
+        "averages": tuple(averages),
         "differences": differences,
         "average_differences": average_differences,
     }
@@ -189,7 +183,7 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
 
 def _family(
     scorers: Sequence[str], parts: Iterable[tuple[str, str, Mapping[str, Answers]]]
-) -> tuple[tuple[ScorerAccuracy, ...], tuple[Contrast, ...]]:
+) -> tuple[list[ScorerAccuracy], tuple[Contrast, ...]]:
     """Accuracies and contrasts of (training set, name, answers by scorer), adjusted together."""
     baseline, *others = scorers
     accuracies, contrasts = list[ScorerAccuracy](), list[Contrast]()
@@ -202,11 +196,7 @@ def _family(
             contrasts.append(Contrast(train, name, scorer, baseline, gap.estimate, gap.p_value))
     p_values = holm(np.array([c.p_value for c in contrasts])).tolist()
     adjusted = (replace(c, p_adjusted=p) for c, p in zip(contrasts, p_values, strict=True))
-    return tuple(accuracies), tuple(adjusted)
-
-
-def _log_loss(margins: Shaped[np.ndarray, "seeds comparisons"]) -> float:
-    return float(np.mean([calibration(seed).log_loss for seed in margins]))
+    return accuracies, tuple(adjusted)
 
 
 def stack_answers(outcomes: Sequence[tuple[str, Answers]]) -> Answers:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import atomic_write
-from hafrm.data.encoding import Encoder
 from hafrm.errors import DivergedError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import TokenizedGroup
@@ -36,7 +35,7 @@ from hafrm.training.passes import (
     reference_logps,
     score_heads,
 )
-from hafrm.training.setup import PreparedData, build_model, load_tokenizer, prepare_data
+from hafrm.training.setup import PreparedData, build_encoder, build_model, prepare_data
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
@@ -76,12 +75,7 @@ def read_study_data(recipe: Recipe) -> StudyData:
     """The recipe's test sets; raises DataError for one without comparisons."""
     data = recipe.data
     _, comparisons = read_comparisons(data.test, **data.reading_options)
-    encoder = Encoder(
-        load_tokenizer(recipe.model),
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        too_long="cut",
-    )
+    encoder = build_encoder(recipe, too_long="cut")
     groups = comparisons.groups
     tokenized, report = encoder.encode(groups)
     report.check(groups, data.max_bad_fraction)
@@ -151,9 +145,8 @@ class RunWorker:
             ranks = parallel.start()
             # decided as `train` does, so that policy and reference are computed alike
             recipe = with_token_budget(self.plan.recipe, method, ranks)
-            encoder = Encoder(load_tokenizer(recipe.model), max_length=recipe.data.max_length)
             self._references = reference_logps(
-                build_model(recipe, method, encoder, ranks.device).eval(),
+                build_model(recipe, method, build_encoder(recipe), ranks.device).eval(),
                 self.data.tokenized,
                 max_tokens=REFERENCE_TOKENS * recipe.training.token_budget,
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,

@@ -248,15 +248,10 @@ class Job:
         return True
 
     def score_validation(self, model: HybridModel) -> HeadScores:
-        references = self.validation_references
-        return score_heads(
-            model,
-            self.data.validation,
-            None if references is None else references.logps,
-            self.method,
-            max_tokens=2 * self.recipe.training.token_budget,
-            autocast=self.autocast,
-        )
+        logps = None if self.validation_references is None else self.validation_references.logps
+        budget, groups = 2 * self.recipe.training.token_budget, self.data.validation
+        pass_options: Any = {"max_tokens": budget, "autocast": self.autocast}
+        return score_heads(model, groups, logps, self.method, **pass_options)
 
     def _save(
         self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer, metrics: "MetricsLog"

@@ -154,11 +154,8 @@ def validate(
     """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, no
     ties; `_low` and `_high` are a 95 % interval with the comparisons of one prompt as one trial."""
     heads = {"reward": scores.rewards, "implicit": scores.implicit}
-    margins = {
-        name: decided_margins(groups, values, scores.first)
-        for name, values in heads.items()
-        if values is not None
-    }
+    values_of = {name: values for name, values in heads.items() if values is not None}
+    margins = {n: decided_margins(groups, v, scores.first) for n, v in values_of.items()}
     ranked = margins[method.scores_with]
     num_prompts = sum(any(not c.tie for c in group.comparisons) for group in groups)
     result = {

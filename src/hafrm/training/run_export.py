@@ -152,12 +152,10 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     unverified = to.with_name(f"{to.name}.unverified")
     check_writable(to)
     if unverified.exists():
-        if not any(
-            (unverified / name).is_file() for name in ("config.json", "adapter_config.json")
-        ):
-            raise CheckpointError(
-                f"{unverified} is no export: move it away or choose another place"
-            )
+        configs = unverified / "config.json", unverified / "adapter_config.json"
+        if not any(map(Path.is_file, configs)):
+            problem = "is no export: move it away or choose another place"
+            raise CheckpointError(f"{unverified} {problem}")
         log.info("%s, whose proof failed, is replaced", unverified)
         remove_directory(unverified)
     golden: Sequence[Group] = ()
@@ -188,24 +186,16 @@ def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> N
     policy, dtype, merge = options.head == "policy", options.dtype, options.merge_lora
     untrained = not (method.trains_policy if policy else method.trains_reward)
     instead = "remove --policy" if policy else "export its --policy"
-    refusals = (
-        (
-            dtype not in (None, *STORED),
-            f"--dtype must be one of {', '.join(STORED)}, got {dtype!r}",
-        ),
-        (
-            merge is not None and not recipe.lora,
-            "the run has no adapters: remove --[no-]merge-lora",
-        ),
-        (merge is False and policy, "only reward models become adapters: remove --no-merge-lora"),
-        (
-            merge is False and dtype not in (None, "float32"),
-            "adapters stay in float32: remove --dtype",
-        ),
-        (untrained, f"method {method.name} trains no {options.head} head; {instead}"),
-    )
-    for refused, message in refusals:
-        if refused:
+    refusals = {
+        f"--dtype must be one of {', '.join(STORED)}, got {dtype!r}": dtype not in (None, *STORED),
+        "the run has no adapters: remove --[no-]merge-lora": merge is not None and not recipe.lora,
+        "only reward models become adapters: remove --no-merge-lora": merge is False and policy,
+        "adapters stay in float32: remove --dtype": merge is False
+        and dtype not in (None, "float32"),
+        f"method {method.name} trains no {options.head} head; {instead}": untrained,
+    }
+    for message, is_refused in refusals.items():
+        if is_refused:
             raise ConfigError(message)
 
 

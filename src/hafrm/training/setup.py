@@ -105,23 +105,14 @@ def _log_counts(counts: dict[str, Any], report: EncodingReport) -> None:
         return
     unread = ", ".join(counts["unread_columns"][:12]) or "none"
     log.info(
-        "data: %d rows (%d bad), %d comparisons to train on (%d ties, %d identical), columns not read: %s",
-        *(
-            counts["rows"],
-            counts["bad_rows"],
-            num,
-            counts["ties_not_trained_on"],
-            num_identical,
-            unread,
-        ),
+        f"data: {counts['rows']} rows ({counts['bad_rows']} bad), {num} comparisons to train on "
+        f"({counts['ties_not_trained_on']} ties, {num_identical} identical), columns not read: {unread}"
     )
     if num_identical:
         log.warning("%d of %d comparisons have two equal sides: %s", num_identical, num, why)
     if report.shortened:
-        log.warning(
-            "the chat template leaves out a part of %d responses, such as the thoughts before an answer",
-            report.shortened,
-        )
+        what = "responses, such as the thoughts before an answer"
+        log.warning("the chat template leaves out a part of %d %s", report.shortened, what)
 
 
 def read_splits(
@@ -163,14 +154,12 @@ def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> list[Group]
     return mix(sets, weights=weights, cap=data.cap, seed=seed)
 
 
-def build_encoder(recipe: Recipe) -> Encoder:
-    """The encoder that the recipe trains with."""
+def build_encoder(recipe: Recipe, **changes: Any) -> Encoder:
+    """The encoder that the recipe trains with, or one with other options."""
     data = recipe.data
+    options = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
     return Encoder(
-        load_tokenizer(recipe.model),
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        too_long=data.too_long,
+        load_tokenizer(recipe.model), **{**options, "too_long": data.too_long, **changes}
     )
 
 

@@ -24,16 +24,8 @@ from hafrm.training.methods import JointLoss, Method, StepStatistics, joint_loss
 from hafrm.training.step_batches import MicroBatch
 
 MEASURES = (
-    "loss",
-    "reward_loss",
-    "policy_loss",
-    "accuracy",
-    "margin",
-    "chosen_reward",
-    "rejected_reward",
-    "implicit_accuracy",
-    "implicit_margin",
-    "equal_rewards",
+    *("loss", "reward_loss", "policy_loss", "accuracy", "margin", "chosen_reward"),
+    *("rejected_reward", "implicit_accuracy", "implicit_margin", "equal_rewards"),
 )
 """What a step sums over its comparisons, in this order; NaN where a head is absent."""
 # The fraction of NormBT's running mean distance that a step keeps: arXiv 2512.06343's beta.
