@@ -213,7 +213,13 @@ class RunFolder:
         sessions = self._sessions()
         entry = {"seed": seed, "data": dict(data), "inputs": dict(inputs or {})}
         if sessions and (self._checkpoint_directories() or self.model_path.is_dir()):
-            self._check_inputs(sessions[-1], entry)
+            before, now = sessions[-1]["data"] | sessions[-1]["inputs"], {**data, **(inputs or {})}
+            changed = {name for name in before | now if before.get(name) != now.get(name)}
+            if changed:
+                raise CheckpointError(
+                    f"changed since {self.path} took its steps: {', '.join(sorted(changed))}. Put back "
+                    "what was there to resume, or start a new run with another --out"
+                )
         sessions.append(describe_process() | entry | to_plain(details or {}))
         atomic_write(self.provenance_path, json.dumps({"sessions": sessions}, indent=1) + "\n")
 
@@ -221,25 +227,13 @@ class RunFolder:
         """One entry for each process of a resumed run."""
         path = self.provenance_path
         try:
-            sessions = list(json.loads(path.read_bytes())["sessions"]) if path.exists() else []
-            return [dict(session) for session in sessions]
+            sessions = json.loads(path.read_bytes())["sessions"] if path.exists() else []
+            return [{**s, "data": dict(s["data"]), "inputs": dict(s["inputs"])} for s in sessions]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}), so it cannot be checked that data and models are those "
                 "of the run: restore it, or remove it to resume without that check"
             ) from error
-
-    def _check_inputs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed: set[str] = set()
-        for kind in ("data", "inputs"):
-            old = before.get(kind, now[kind])  # older runs recorded data files only
-            old = old if isinstance(old, dict) else {}
-            changed |= {name for name in old | now[kind] if old.get(name) != now[kind].get(name)}
-        if changed:
-            raise CheckpointError(
-                f"changed since {self.path} took its steps: {', '.join(sorted(changed))}. Put back what "
-                "was there to resume, or start a new run with another --out"
-            )
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after optimizer step `step` lies, existing or not."""
@@ -251,7 +245,7 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the latest step, or None."""
-        return next(iter(self.checkpoints()[::-1]), None)
+        return max(self.checkpoints(), key=step_of, default=None)
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> None:
         """Remove all complete checkpoints but the newest `keep` and those of steps in `protect`."""
@@ -358,11 +352,10 @@ class ResumableFolder:
             outputs: dict[str, Any] = json.loads(file.read_bytes())["outputs"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file} is damaged: {error}; give another --out") from error
-        old = outputs.get(name)
+        old = outputs.get(name) or {}
         if old == new:
             return
         if has_content:
-            old = old or {}
             differing = sorted(k for k in {**new, **old} if new.get(k) != old.get(k))
             raise CheckpointError(
                 f"{self.path / name} was made with other settings (different: {', '.join(differing)}): "
@@ -372,8 +365,7 @@ class ResumableFolder:
 
     def _write(self, outputs: Mapping[str, Any]) -> None:
         content = {"kind": self.kind, "outputs": outputs, "process": describe_process()}
-        with write_errors(self.path):
-            atomic_write(self.path / MANIFEST, json.dumps(content, indent=1) + "\n")
+        atomic_write(self.path / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def _check_is_ours(self) -> None:
         if not self.path.exists() or (self.path.is_dir() and is_unused(self.path)):

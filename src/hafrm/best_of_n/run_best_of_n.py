@@ -137,9 +137,7 @@ def best_of_n(
             num_cut=sum(c.num_cut for c in drawn),
             num_blank=sum(c.num_blank for c in drawn),
             left_out=dict(left_out),
-            models=tuple(
-                measure_picker(name, candidates, s, golden, num) for name, s in scores.items()
-            ),
+            models=tuple(measure_picker(n, candidates, s, golden, num) for n, s in scores.items()),
             baselines=() if golden is None else measure_baselines(candidates, golden, num),
             wins=wins,
         )

@@ -242,12 +242,10 @@ def _score_in_turn(
 def _finished_shards(out: Path, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
     """Records of shards, from all parts, whose output files are as they were written."""
     names = {shard.file for shard in shards}
-    files = sorted((out / RECORDS).glob(f"part-*/{SHARDS}"))
-    records = [record for file in files for record in read_json_lines(file)]
-    return {
-        record["id"]: record
-        for record in records
-        if record["id"] in names
-        and (out / record["id"]).is_file()
-        and fingerprint(out / record["id"]) == record["digest"]
-    }
+    finished = {}
+    for records in sorted((out / RECORDS).glob(f"part-*/{SHARDS}")):
+        for record in (r for r in read_json_lines(records) if r["id"] in names):
+            file = out / record["id"]
+            if file.is_file() and fingerprint(file) == record["digest"]:
+                finished[record["id"]] = record
+    return finished

@@ -151,9 +151,8 @@ def _read(path: Path, name: str) -> RunFiles:
         raise CheckpointError(f"there is no folder {path}: give the folder of a run or of a result")
     if not any((path / file).is_file() for file in FILES):
         inside = sorted(p for p in path.iterdir() if any((p / file).is_file() for file in FILES))
-        hint = (
-            f"did you mean {' '.join(map(str, inside[:4]))}?" if inside else "give a run's folder"
-        )
+        names = " ".join(map(str, inside[:4]))
+        hint = f"did you mean {names}?" if names else "give a run's folder"
         raise CheckpointError(f"{path} holds nothing to report, none of {', '.join(FILES)}: {hint}")
     metrics = tuple(map(_record, read_json_lines(path / "metrics.jsonl")))
     recipe, provenance = path / "recipe.yaml", path / "provenance.json"

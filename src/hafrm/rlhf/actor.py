@@ -233,10 +233,8 @@ class Actor:
         with self.precision():
             own = states(self.model)
             with self.reference() as start:
-                splits = [
-                    hidden.split([len(ids) for _, ids in responses])
-                    for hidden in (own, states(start))
-                ]
+                lengths = [len(ids) for _, ids in responses]
+                splits = [hidden.split(lengths) for hidden in (own, states(start))]
                 options = Sampling(**self.sampling.model_dump(exclude={"batch_size"}))
                 parts = [
                     sampled_ratios((self.model, a), (start, b), prompt, ids, options)

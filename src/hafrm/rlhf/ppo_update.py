@@ -15,17 +15,9 @@ from hafrm.engine.layout import Layout
 from hafrm.engine.logprobs import token_entropies
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import NumericsError
+from hafrm.rlhf import ppo_terms
 from hafrm.rlhf.actor import Actor, Packed, Rollout, pack
-from hafrm.rlhf.ppo_terms import (
-    Tokens,
-    clipped_tokens,
-    estimate_advantages,
-    policy_losses,
-    to_rows,
-    token_rewards,
-    value_losses,
-    whiten,
-)
+from hafrm.rlhf.ppo_terms import Tokens
 from hafrm.rlhf.rlhf_recipe import AlgorithmSection
 from hafrm.training import parallel
 
@@ -68,7 +60,7 @@ class Measured:
     @property
     def kls(self) -> Float[Tensor, " responses"]:
         """log pi - log pi_ref of each whole response, nat."""
-        return to_rows(self.ratios, self.lengths).sum(1)
+        return ppo_terms.to_rows(self.ratios, self.lengths).sum(1)
 
 
 @torch.no_grad()
@@ -103,11 +95,11 @@ def advantages_of(
     kl_coefficient: float,
 ) -> tuple[Tokens, Tokens]:
     """(whitened advantages, returns) that follow from scores and KL penalties."""
-    rewards = token_rewards(scores, measured.ratios, measured.lengths, kl_coefficient)
-    advantages, returns = estimate_advantages(
+    rewards = ppo_terms.token_rewards(scores, measured.ratios, measured.lengths, kl_coefficient)
+    advantages, returns = ppo_terms.estimate_advantages(
         rewards, measured.values, measured.lengths, gamma=algorithm.gamma, lam=algorithm.lam
     )
-    return whiten(advantages), returns
+    return ppo_terms.whiten(advantages), returns
 
 
 def update(  # noqa: PLR0913 - what is trained, on what, by which rules
@@ -169,12 +161,12 @@ def _accumulate(
             logps, values, _ = policy(layout)
         old, clip = batch.logps[tokens], algorithm.clip
         advantages, returns = (target[tokens] for target in targets)
-        policy_loss = policy_losses(logps, old, advantages, clip).sum()
+        policy_loss = ppo_terms.policy_losses(logps, old, advantages, clip).sum()
         old_values = batch.values[tokens]
-        value_loss = value_losses(values, old_values, returns, algorithm.value_clip).sum()
+        value_loss = ppo_terms.value_losses(values, old_values, returns, algorithm.value_clip).sum()
         # PPO, Eq. 9: L = L_clip + c L_value, as means over the tokens of the whole mini-batch
         ((policy_loss + algorithm.value_weight * value_loss) / num_tokens).backward()
         num = torch.tensor(float(len(tokens)), device=policy.model.device)
-        clipped = clipped_tokens(logps, old, clip)
+        clipped = ppo_terms.clipped_tokens(logps, old, clip)
         sums += torch.stack([num, policy_loss.detach(), value_loss.detach(), clipped])
     return sums

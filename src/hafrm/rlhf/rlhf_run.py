@@ -235,14 +235,12 @@ class RlhfRun:
     def record_provenance(self) -> None:
         """Versions, seed, digests of all that the run is made from, and how many prompts there are; raises
         CheckpointError where a resumed run was made from something else."""
+        num_train, num_held_out = len(self.train_prompts), len(self.held_out_prompts)
+        counts = {"train_prompts": num_train, "held_out_prompts": num_held_out}
         self.folder.record_provenance(
             seed=self.recipe.training.seed,
             **input_digests(self.recipe, with_gold=self.gold is not None),
-            details={
-                "algorithm": self.recipe.algorithm.name,
-                "train_prompts": len(self.train_prompts),
-                "held_out_prompts": len(self.held_out_prompts),
-            },
+            details={"algorithm": self.recipe.algorithm.name, **counts},
         )
 
     def finish(self, num_steps: int) -> RlhfResult:

@@ -123,11 +123,8 @@ class Ppo:
         rate = learning_rate(training, step, training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
-        rollouts = rlhf.actor.write(
-            rlhf.prompts_of_step(step),
-            training.responses_per_prompt,
-            seed=training.seed * _SAMPLES + step,
-        )
+        prompts, seed = rlhf.prompts_of_step(step), training.seed * _SAMPLES + step
+        rollouts = rlhf.actor.write(prompts, training.responses_per_prompt, seed)
         device = self.policy.model.device
         messages = [r.prompt.messages for r in rollouts]
         rewards = torch.from_numpy(rlhf.reward(messages, [r.texts for r in rollouts])).to(device)
@@ -135,11 +132,12 @@ class Ppo:
         measured = measure_rollouts(self.policy, rlhf.actor, rollouts)
         self.moments = self.moments.including(rewards)
         scores = scores_of(rewards, ended, self.moments, self.recipe.reward)
+        targets = advantages_of(measured, scores, algorithm, self.kl_coefficient)
         metrics = update(
             self.policy,
             self.optimizer,
             measured,
-            advantages_of(measured, scores, algorithm, self.kl_coefficient),
+            targets,
             algorithm,
             rlhf.actor,
             seed=(training.seed, step),
@@ -179,7 +177,7 @@ class Ppo:
         self.rlhf.result = from_plain(RlhfResult, state["run"])
         self.kl_coefficient = state["kl_coefficient"]
         self.moments = Moments(**state["moments"])
-        self.rlhf.batches = state.get("batches", [])  # older checkpoints have none
+        self.rlhf.batches = state["batches"]
         step = int(state["step"])
         self.rlhf.folder.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.recipe.training.steps)

@@ -78,11 +78,8 @@ def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> Non
         "the chat template": data.encoder.template_sha256,
         "the comparisons as token ids": _digest_of_groups([*data.train, *data.validation]),
     }
-    details = {
-        "counts": data.counts,
-        "template_sha256": data.encoder.template_sha256,
-        **{f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE},
-    }
+    details = {"counts": data.counts, "template_sha256": data.encoder.template_sha256}
+    details |= {f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE}
     digests = file_digests([*recipe.data.train, *recipe.data.validation, *recipe.data.test])
     run.record_provenance(seed=recipe.training.seed, data=digests, inputs=inputs, details=details)
 

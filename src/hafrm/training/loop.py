@@ -277,8 +277,7 @@ class Job:
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if (distance := state.get("distance")) is not None:
                 self.distance = torch.tensor(distance, device=self.model.device)
-            if "interval" in state:  # older checkpoints have none
-                metrics.resume(state["interval"], ranks)
+            metrics.resume(state["interval"], ranks)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)
