@@ -27,11 +27,11 @@ from hafrm.results import Table, columns, read_result, write_result
 from hafrm.rlhf.actor import encode_prompts, write_responses
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, input_digests, score_rollouts
-from hafrm.rlhf.train_policy import train_policy, with_rlhf_precision
+from hafrm.rlhf.train_policy import train_policy
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
 from hafrm.training.checkpoint import open_run
-from hafrm.training.setup import load_base, load_tokenizer
+from hafrm.training.setup import load_base, load_tokenizer, with_precision, with_training
 
 START = "start"  # the policy that was not trained
 _TEST_SEED = 2**61  # beyond the seeds of training and of held-out prompts
@@ -88,12 +88,12 @@ class ComparisonRun:
         """The shared recipe with the run's reward model and seed."""
         update = {
             "reward": shared.reward.model_copy(update={"model": self.path}),
-            "training": shared.training.model_copy(update={"seed": self.seed}),
             # so that more test prompts or another judge leave the runs as they are
             "comparison": None,
             "judge": EndpointSection(),
         }
-        return with_rlhf_precision(shared.model_copy(update=update))
+        own = with_training(shared.model_copy(update=update), seed=self.seed)
+        return with_precision(own, default_device().type)
 
 
 def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:

@@ -25,7 +25,7 @@ from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
 from hafrm.training.loop import StoppedError
 from hafrm.training.parallel import StopSignal
-from hafrm.training.setup import choose_precision
+from hafrm.training.setup import with_precision
 from hafrm.training.step import build_optimizer, learning_rate, memory_errors
 
 log = logging.getLogger("hafrm")
@@ -57,20 +57,13 @@ def train_policy(
             "hafrm rlhf runs in one process, and several were started: docs/rlhf.md says how to use the "
             "reward model from OpenRLHF, verl or TRL on several GPUs"
         )
-    recipe = with_rlhf_precision(recipe)
+    recipe = with_precision(recipe, default_device().type)
     with open_run(recipe, folder, resume=resume) as run:
         torch.manual_seed(recipe.training.seed)
         # TRL runs the backbone itself, in the attention that transformers gave it
         rlhf = RlhfRun(recipe, run, gold, share=native)
         rlhf.record_provenance()
         return Ppo(rlhf).train(resume=resume) if native else run_trl(rlhf)
-
-
-def with_rlhf_precision(recipe: RlhfRecipe) -> RlhfRecipe:
-    """The recipe with training.precision decided for this machine, as `with_precision` does."""
-    precision = choose_precision(recipe.training.precision, default_device().type)
-    training = recipe.training.model_copy(update={"precision": precision})
-    return recipe.model_copy(update={"training": training})
 
 
 class Ppo:

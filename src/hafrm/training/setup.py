@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -37,7 +37,7 @@ from hafrm.engine.model import (
 )
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
-from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe
+from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe, Section
 from hafrm.scoring.loading import (
     has_bfloat16,
     load_any_tokenizer,
@@ -49,6 +49,7 @@ from hafrm.training import parallel
 from hafrm.training.methods import Method
 
 log = logging.getLogger("hafrm")
+Root = TypeVar("Root", bound=Section)
 
 NUM_GOLDEN = 16  # held-out conversations whose scores are exported
 # Beyond users' seeds: cut by the hash of a user's own test split, nothing would be left to validate on.
@@ -181,25 +182,21 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def with_precision(recipe: Recipe, device: str) -> Recipe:
-    """The recipe with training.precision decided for a device type; a run's own copy records that."""
-    return with_training(recipe, precision=choose_precision(recipe.training.precision, device))
-
-
-def with_training(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other values in its section `training`."""
-    training = recipe.training.model_copy(update=changes)
-    return recipe.model_copy(update={"training": training})
-
-
-def choose_precision(precision: str, device: str) -> str:
-    """`bf16` or `fp32`: the recipe's word, or for `auto` what the device type computes in."""
-    if precision != "auto":
-        return precision
+def with_precision(recipe: Root, device: str) -> Root:
+    """The recipe with training.precision decided for a device type: for `auto`, what that computes in. A
+    run's own copy records it."""
+    if dict(recipe)["training"].precision != "auto":
+        return recipe
     precision = "bf16" if has_bfloat16(device) else "fp32"
     if parallel.is_main():
         log.info("training.precision auto: %s on %s", precision, device)
-    return precision
+    return with_training(recipe, precision=precision)
+
+
+def with_training(recipe: Root, **changes: Any) -> Root:
+    """The recipe, of whatever kind, with other values in its section `training`."""
+    training = dict(recipe)["training"].model_copy(update=changes)
+    return recipe.model_copy(update={"training": training})
 
 
 def build_model(

@@ -179,13 +179,9 @@ def _step_group(group: TokenizedGroup, index: int, refs: Sequence[int]) -> StepG
     comparisons = [group.comparisons[c] for c in refs]
     used = sorted({side for c in comparisons for side in (c.chosen, c.rejected)})
     place = {response: i for i, response in enumerate(used)}
-    tokens = replace(
-        group,
-        response_ids=tuple(group.response_ids[i] for i in used),
-        comparisons=tuple(
-            replace(c, chosen=place[c.chosen], rejected=place[c.rejected]) for c in comparisons
-        ),
-    )
+    moved = [replace(c, chosen=place[c.chosen], rejected=place[c.rejected]) for c in comparisons]
+    ids = tuple(group.response_ids[i] for i in used)
+    tokens = replace(group, response_ids=ids, comparisons=tuple(moved))
     return StepGroup(tokens, index, tuple(used))
 
 
