@@ -73,14 +73,14 @@ def test_a_run_writes_what_others_read_and_exports_a_stock_policy(tmp_path):
 
 def stop_before_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """As if the process died there: nothing of the batch is written down."""
-    take = Ppo._batch
+    take = Ppo._take_batch
 
     def dying(self: Ppo, step: int) -> None:
         if step == number:
             raise KeyboardInterrupt
         take(self, step)
 
-    monkeypatch.setattr(Ppo, "_batch", dying)
+    monkeypatch.setattr(Ppo, "_take_batch", dying)
 
 
 def test_a_run_that_died_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
@@ -150,14 +150,14 @@ def test_a_reward_that_is_not_finite_stops_before_anything_is_learned(tmp_path, 
     run = RunFolder.create(tmp_path / "run", dump_recipe(recipe))
     ppo = Ppo(RlhfRun(recipe, run, None))
     head = ppo.rlhf.reward_model.model.reward_head
-    take = Ppo._batch
+    take = Ppo._take_batch
 
     def broken(self: Ppo, step: int) -> None:
         if step == 1:
             torch.nn.init.constant_(head.weight, float("nan"))
         take(self, step)
 
-    monkeypatch.setattr(Ppo, "_batch", broken)
+    monkeypatch.setattr(Ppo, "_take_batch", broken)
     with pytest.raises(NumericsError, match="not finite"):
         ppo.train(resume=False)
     assert run.latest_checkpoint().name == "step-1"
