@@ -110,7 +110,8 @@ def describe_process() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    command, home = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), os.path.expanduser("~")
+    program = Path(sys.argv[0]).name.replace("__main__.py", "hafrm")  # of python -m hafrm
+    command, home = shlex.join([program, *sys.argv[1:]]), os.path.expanduser("~")
     command = hide_secrets(command)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -277,14 +277,22 @@ ALARM_LINES = 10
 class Alarm(NamedTuple):
     """What a training run's log warns of, with what to try."""
 
-    kind: Literal["chance", "margin", "equal"]
+    kind: Literal["chance", "margin", "equal", "repeated"]
     text: str
 
 
 def training_alarms(lines: Sequence[Mapping[str, int | float]], warmup: float) -> Iterator[Alarm]:
-    """The alarms after the last of the `lines` of kind train, of which those up to step `warmup` do not
-    count; none before there are ALARM_LINES."""
-    lines = [line for line in lines if line["step"] > warmup and "reward_loss" in line]
+    """The alarms after the last of the `lines` (train and validation), of which those up to step `warmup`
+    do not count; those of training only from ALARM_LINES on."""
+    lines = [line for line in lines if line["step"] > warmup]
+    validated = [line for line in lines if "repeated_wins" in line]
+    if validated and validated[-1]["repeated_wins_low"] > 0.5:
+        yield Alarm(
+            "repeated",
+            f"one token, repeated, gets more reward than {validated[-1]['repeated_wins']:.0%} of chosen "
+            "responses, which RLHF would find: train longer, or add rejected responses that repeat one",
+        )
+    lines = [line for line in lines if "reward_loss" in line]
     if len(lines) < ALARM_LINES:
         return
 

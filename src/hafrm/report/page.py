@@ -49,6 +49,7 @@ def render_material(material: Material) -> str:
     makers = (
         run_sections.summary_section,
         result_sections.accuracy_section,
+        result_sections.benchmarks_section,
         result_sections.study_section,
         result_sections.best_of_n_section,
         run_sections.rlhf_section,

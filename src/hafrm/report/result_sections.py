@@ -69,6 +69,14 @@ def accuracy_section(material: Material) -> PageSection:
     return PageSection("accuracy", "Accuracy", lead, blocks)
 
 
+def benchmarks_section(material: Material) -> PageSection:
+    """What published benchmarks say of each model and of the two baselines."""
+    results = [folder.benchmarks for folder in material.folders if folder.benchmarks is not None]
+    lead = "Published benchmarks, each head beside baselines that see only the length."
+    blocks = tuple(table for result in results for table in result.tables())
+    return PageSection("benchmarks", "Benchmarks", lead, blocks)
+
+
 def calibration_section(material: Material) -> PageSection:
     """Whether sigmoid(margin) is a probability: a reliability diagram for each test set."""
     scale = AxisScale("predicted probability", is_fraction=True, diagonal=True)
