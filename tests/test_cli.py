@@ -15,7 +15,7 @@ from hafrm.cli import app, data_verbs, main
 from hafrm.data.reader import read_preferences
 from hafrm.export.checklist import replay_directory
 from hafrm.results import write_result
-from hafrm.scoring.reward_model import FusedRule, RewardModel
+from hafrm.scoring.reward_model import IMPLICIT_RULE, FusedRule, ImplicitRule, RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.export_faults import FAULTS
@@ -145,7 +145,9 @@ def test_verify_shows_every_clause_and_exits_with_1_where_one_does_not_hold(
     assert all(clause["name"] in output for clause in result["clauses"])
     assert f"{len(result['clauses'])} of {len(result['clauses'])} clauses hold" in output
     assert "fix:" not in output
-    assert "is a policy, and verify checks reward models" in refused("verify", exported / "policy")
+    policy = shutil.copytree(exported / "policy", tmp_path / "policy")
+    write_result(policy / IMPLICIT_RULE, ImplicitRule(None))
+    assert "is a policy, and verify checks reward models" in refused("verify", policy)
     broken = shutil.copytree(exported / "reward", tmp_path / "run" / "model" / "reward")
     FAULTS["no problem type"][1](broken)
     output = invoke("verify", tmp_path / "run", code=1)
