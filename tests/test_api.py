@@ -60,7 +60,8 @@ def test_the_run_resumes_with_the_same_recipe_and_rows(run):
     [
         (["x"], "row 0 of data must be a mapping"),
         ([{"prompt": {1, 2}}], "set is no type of JSON"),
-        ("train.jsonl", "row 0 of data must be a mapping"),
+        ("train.jsonl", "data must be rows in memory"),
+        (3, "data must be rows in memory"),
     ],
 )
 def test_rows_that_are_none_are_named(tmp_path, data, part, monkeypatch):
@@ -70,6 +71,23 @@ def test_rows_that_are_none_are_named(tmp_path, data, part, monkeypatch):
     with pytest.raises(hafrm.ConfigError, match="out must be a folder's path"):
         hafrm.train(RECIPE, data=rows(2), out=None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", [None, 3, {"prompt": "x"}, [3], [None]])
+def test_evaluate_says_what_its_data_may_be(run, data, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(hafrm.DataError, match=r"a list of (sources|rows)"):
+        hafrm.evaluate(run, data)
+
+
+def test_evaluate_takes_a_generator_of_rows_and_names_a_model_that_is_none(run, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    result = hafrm.evaluate(run, (row for row in rows(12, start=100)))
+    assert result.accuracy == hafrm.evaluate(run, rows(12, start=100)).accuracy
+    with pytest.raises(hafrm.ModelError, match="got None"):
+        hafrm.evaluate(None, rows(4))
+    with pytest.raises(hafrm.ConfigError, match="recipe must be a Recipe, a file or a mapping"):
+        hafrm.train(3, data=rows(4))
 
 
 def test_rows_lie_beside_the_run_where_the_cache_cannot_be_written(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from hafrm.cli import app, data_verbs, main
 from hafrm.data.reader import read_preferences
 from hafrm.export.checklist import replay_directory
 from hafrm.results import write_result
-from hafrm.scoring.reward_model import FusedRule, RewardModel
+from hafrm.scoring.reward_model import IMPLICIT_RULE, FusedRule, ImplicitRule, RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.export_faults import FAULTS
@@ -89,6 +89,18 @@ def test_what_cannot_be_written_is_said_before_the_work_and_nothing_is_overwritt
     assert refused("data", data) == "1 stopped: /nowhere/x: No such file or directory"
 
 
+def test_the_version_and_those_of_the_libraries_are_shown():
+    shown = dict(line.split(" ") for line in invoke("--version").splitlines())
+    assert {"python", "torch", "transformers"} <= shown.keys()
+
+
+def test_a_recipe_of_another_verb_is_named(refused):
+    recipes = Path(__file__).resolve().parents[1] / "recipes"
+    error = refused("plan", recipes / "rlhf-tiny-cpu.yaml")
+    assert error.endswith("has the section `reward`: it is a recipe of hafrm rlhf")
+    assert "recipe of hafrm train, plan and compare" in refused("rlhf", recipes / "tiny-cpu.yaml")
+
+
 def test_the_module_form_works_for_launchers(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hafrm", "--help"])
     with pytest.raises(SystemExit):
@@ -124,13 +136,18 @@ def test_export_says_what_it_wrote_and_how_it_was_proved(run, tmp_path, monkeypa
     assert "trains no policy head" in refused(*command[:-1], tmp_path / "policy", "--policy")
 
 
-def test_verify_shows_every_clause_and_exits_with_1_where_one_does_not_hold(exported, tmp_path):
+def test_verify_shows_every_clause_and_exits_with_1_where_one_does_not_hold(
+    exported, tmp_path, refused
+):
     output = invoke("verify", exported, "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["ok"]
     assert all(clause["name"] in output for clause in result["clauses"])
     assert f"{len(result['clauses'])} of {len(result['clauses'])} clauses hold" in output
     assert "fix:" not in output
+    policy = shutil.copytree(exported / "policy", tmp_path / "policy")
+    write_result(policy / IMPLICIT_RULE, ImplicitRule(None))
+    assert "is a policy, and verify checks reward models" in refused("verify", policy)
     broken = shutil.copytree(exported / "reward", tmp_path / "run" / "model" / "reward")
     FAULTS["no problem type"][1](broken)
     output = invoke("verify", tmp_path / "run", code=1)
@@ -189,10 +206,7 @@ def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
         "also": ("evaluate", reward, data, "--also", exported),
         "best-of-n": ("best-of-n", reward, "--prompts", answers, "-n", "2", "--out", out),
     }[verb]
-    options = ("--dtype", "bfloat16", "--device", "cpu")
-    if verb == "best-of-n":
-        options = ("--set", "pick.dtype=bfloat16", "--set", "pick.device=cpu")
-    invoke(*arguments, *options)
+    invoke(*arguments, "--dtype", "bfloat16", "--device", "cpu")
     assert loaded == [("bfloat16", "cpu")] * (2 if verb == "also" else 1)
 
 

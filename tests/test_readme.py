@@ -1,12 +1,16 @@
-"""The README's eight lines of Python run as they stand, and print what they say they print."""
+"""The README's eight lines of Python run as they stand and print what they say; its commands can be run."""
 
 import contextlib
 import io
 import re
+import shlex
 from ast import literal_eval
 from pathlib import Path
 
 import pytest
+import typer
+
+from hafrm.cli import app
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -31,6 +35,23 @@ def test_it_runs_on_any_reward_model_and_prints_what_it_promises_in_kind(exporte
     assert 0 < float(preference) < 1
     assert 0 < float(PROMISED[1]) < 1
     assert len(best) > 5
+
+
+def test_its_commands_have_options_that_exist_and_files_that_are_there_or_made_before():
+    root, made = Path(__file__).resolve().parents[1], {"demo-run"}
+    lines = re.findall(r"^    hafrm (.*)$", README.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) == 13
+    group = typer.main.get_command(app)
+    for line in lines:
+        verb, *arguments = shlex.split(line, comments=True)
+        group.commands[verb].make_context(verb, list(arguments))  # raises for an unknown option
+        place = arguments[arguments.index("--out") + 1] if "--out" in arguments else None
+        for word in arguments:
+            path = word.rpartition("=")[2]
+            if "/" in path and not re.fullmatch(r"\d/\d", path):
+                assert (root / path).is_file() or path.split("/")[0] in made, line
+        assert not {"run", "reward.model=run"} & {*arguments} - {place} or "run" in made, line
+        made |= {place} - {None}
 
 
 @pytest.mark.slow

@@ -482,6 +482,10 @@ def test_provenance_names_the_commit_and_neither_the_host_nor_the_home_directory
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     process = describe_process()
     assert process["command"] == "hafrm train '~/a b.yaml' x.y=1"
+    monkeypatch.setattr(
+        sys, "argv", ["/lib/hafrm/__main__.py", "data"]
+    )  # python -m hafrm, torchrun
+    assert describe_process()["command"] == "hafrm data"
     assert not {"someone", os.uname().nodename} & set(re.findall(r"[\w.-]+", json.dumps(process)))
     assert process["git"] is None
     git("init", "--quiet")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,10 @@ def train(
 
     if not isinstance(out, str | Path):
         raise ConfigError(f"out must be a folder's path, got {show(out)}")
+    if not isinstance(recipe, Recipe | Mapping | str | Path):
+        raise ConfigError(
+            f"recipe must be a Recipe, a file or a mapping of keys, got {show(recipe)}"
+        )
     changes = {} if data is None else {"data.train": [str(_keep_rows(data, Path(out)))]}
     if isinstance(recipe, Recipe):
         checked = with_values(recipe, changes)
@@ -52,6 +56,8 @@ def train(
 
 
 def _keep_rows(rows: RawRows, out: Path) -> Path:
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(f"data must be rows in memory (files: data.train), got {show(rows)}")
     # a file named after its content, so that a resumed run reads the same path
     text = "".join(_as_line(number, row) for number, row in enumerate(rows))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

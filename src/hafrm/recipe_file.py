@@ -44,6 +44,12 @@ REMOVED = {
     "algorithm.whiten_rewards": "removed; advantages are whitened",
 }
 """Keys (or key=value) of earlier recipes that are gone, and what to write instead."""
+OTHER_VERBS = {
+    "method": "hafrm train, plan and compare",
+    "reward": "hafrm rlhf",
+    "algorithm": "hafrm rlhf",
+}
+"""Sections that only one kind of recipe has, and the verbs that take it."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -204,6 +210,9 @@ def _validated(root: type[Root], draft: _Draft, name: str, overrides: Sequence[s
     optional = {k for k, info in root.model_fields.items() if NoneType in get_args(info.annotation)}
     values = {k: {} if v is None and k not in optional else v for k, v in draft.values.items()}
     problems = draft.problems
+    for section, verb in OTHER_VERBS.items():
+        if section in values and section not in root.model_fields:
+            raise ConfigError(f"{name} has the section `{section}`: it is a recipe of {verb}")
     try:
         recipe = root.model_validate(values)
         if not problems:

@@ -132,6 +132,10 @@ def read_result(path: Path, kind: type[T]) -> T:
     """Read a result that `write_result` wrote; raises CheckpointError for any other file."""
     try:
         return from_plain(kind, json.loads(path.read_bytes()))
-    except (OSError, ValueError, ValidationError) as error:
-        reason = f"cannot be read as {kind.__name__}: {str(error).splitlines()[0]}"
-        raise CheckpointError(f"{path} {reason}; make it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            problem = f"{place}: {first['msg']} (problems: {error.error_count()})"
+        raise CheckpointError(f"{path} is no {kind.__name__} of this version: {problem}") from error

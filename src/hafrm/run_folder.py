@@ -111,7 +111,8 @@ def describe_process() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     home = os.path.expanduser("~")
-    command = hide_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    program = Path(sys.argv[0]).name.replace("__main__.py", "hafrm")  # of python -m hafrm
+    command = hide_secrets(shlex.join([program, *sys.argv[1:]]))
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command if home in {"~", "/"} else command.replace(home + "/", "~/"),

@@ -276,9 +276,17 @@ ALARM_LINES = 10  # lines of kind train that an alarm looks at, to separate a me
 def training_alarms(
     lines: Sequence[Mapping[str, int | float]], warmup: float
 ) -> Iterator[tuple[str, str]]:
-    """What to warn of after the last of the `lines` of kind train, as (name, text with what to try); those
-    up to step `warmup` do not count, and there is nothing before ALARM_LINES of them."""
-    lines = [line for line in lines if line["step"] > warmup and "reward_loss" in line]
+    """What to warn of after the last of the `lines` (train and validation), as (name, text with what to
+    try). Those up to step `warmup` do not count; those of training only from ALARM_LINES on."""
+    lines = [line for line in lines if line["step"] > warmup]
+    validated = [line for line in lines if "repeated_wins" in line]
+    if validated and validated[-1]["repeated_wins_low"] > 0.5:
+        yield (
+            "repeated",
+            f"one token, repeated, gets more reward than {validated[-1]['repeated_wins']:.0%} of chosen "
+            "responses, which RLHF would find: train longer, or add rejected responses that repeat one",
+        )
+    lines = [line for line in lines if "reward_loss" in line]
     if len(lines) < ALARM_LINES:
         return
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -30,6 +31,7 @@ ROWS = [
 ]
 GOLDS = {
     "length": lambda _, response: float(len(response)),
+    "truth": lambda _, response: float(len(response)),
     "letter": lambda _, response: -float(ord(response[0])),
     "middling": lambda _, response: 3.0 * (len(response) == 2),
 }
@@ -79,7 +81,7 @@ def test_curves_and_wins_by_hand(tmp_path):
     gold curve is (1.5 + 2) / 2 = 1.75, then (1 + 3) / 2 = 2; the length's ends in 2.5. Letter against
     length: a loss and a tie (the same pick)."""
     rows = [{"prompt": "x", "responses": ["a", "bb"]}, {"prompt": "y", "responses": ["ccc", "d"]}]
-    result = pick(tmp_path / "out", rows, ["letter", "long=length"], gold="length")
+    result = pick(tmp_path / "out", rows, ["letter", "long=length"], gold="truth")
     letter, length = result.models
     assert (letter.name, length.name) == ("letter", "long")
     assert [point.gold.value for point in letter.curve] == [1.75, 2.0]
@@ -89,7 +91,7 @@ def test_curves_and_wins_by_hand(tmp_path):
     assert (letter.peak, letter.since_peak.value) == (2, 0.0)
     (wins,) = result.wins
     assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.0, 0.5, 0.5)
-    assert (wins.difference.value, wins.same, wins.judge) == (-0.5, 0.5, "length")
+    assert (wins.difference.value, wins.same, wins.judge) == (-0.5, 0.5, "truth")
     assert [baseline.curve[-1].gold.value for baseline in result.baselines] == [2.5, 2.5]
     assert read_result(tmp_path / "out" / "best_of_n.json", BestOfN) == result
     picks = [json.loads(line) for line in (tmp_path / "out/picks.jsonl").read_text().splitlines()]
@@ -195,14 +197,14 @@ def test_an_endpoint_writes_and_another_judges(tmp_path, rm):
 
 
 def test_a_reward_model_can_be_the_gold_score(tmp_path, candidates, rm):
-    """Measured by itself a model never loses and always picks the gold best."""
-    out = tmp_path / "out"
-    invoke(f"a={rm}", "--prompts", candidates, "--gold", rm, "--out", out)
+    """Measured by its equal a model never loses and always picks the gold best."""
+    out, gold = tmp_path / "out", shutil.copytree(rm, tmp_path / "gold")
+    invoke(f"a={rm}", "--prompts", candidates, "--gold", gold, "--out", out)
     result = read_json(out / "best_of_n.json")
     (model,), (wins,) = result["models"], result["wins"]
     curve = [p["proxy"]["value"] for p in model["curve"]]
     assert [p["gold"]["value"] for p in model["curve"]] == pytest.approx(curve)
-    assert (wins["lose"]["value"], wins["judge"]) == (0.0, f"gold ({rm})")
+    assert (wins["lose"]["value"], wins["judge"]) == (0.0, f"gold ({gold})")
 
 
 def test_a_judge_that_fails_half_way_resumes_and_pays_once(tmp_path, candidates, rm):
@@ -242,6 +244,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(
         ((rm, "--set", "draw.temprature=1"), "did you mean temperature"),
         ((tmp_path / "nothing",), "does not exist; give the directory"),
         ((rm, "--gold", "moon"), "moon"),
+        ((rm, "--gold", rm / "model" / "reward"), "also picks, and would judge its own picks"),
         ((rm, "--policy", rm / "model" / "reward"), "cannot write"),
     ):
         command = (*options, "--prompts", candidates, "--out", tmp_path / "out")

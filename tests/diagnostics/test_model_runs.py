@@ -88,7 +88,7 @@ def test_a_single_head_is_diagnosed_by_itself(folder) -> None:
     assert (policy.scored_with, policy.label_noise is None) == ("implicit reward", False)
 
 
-def test_the_verb_writes_into_a_run_folder_or_where_json_says(folder, tmp_path) -> None:
+def test_the_verb_writes_into_a_run_folder_and_where_json_says(folder, tmp_path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "model").symlink_to(folder / "run" / "model")
@@ -102,7 +102,7 @@ def test_the_verb_writes_into_a_run_folder_or_where_json_says(folder, tmp_path) 
     result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "there.json")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "there.json").is_file()
-    assert not (run / "diagnostics.json").exists()
+    assert (run / "diagnostics.json").read_bytes() == (tmp_path / "there.json").read_bytes()
 
 
 def test_a_model_given_twice_and_a_base_that_is_no_model_are_refused(folder, tmp_path) -> None:

@@ -13,7 +13,7 @@ from hafrm.evaluation.metrics import Evaluation, SetResult, Temperature, pairwis
 from hafrm.preferences import Comparison, Group, Message
 from hafrm.report.cautions import cautions
 from hafrm.report.run_files import Material, MetricsRecord, RunFiles
-from hafrm.statistics import Estimate, training_alarms
+from hafrm.statistics import Estimate, training_alarms, with_bounds
 from hafrm.study.study_result import StudyResult, Tuning
 
 EMPTY = RunFiles("it", None, "", (), (), ())
@@ -121,6 +121,14 @@ def test_what_a_training_log_warns_of_after_the_warm_up(values, part):
     said = sentences(metrics=metrics)
     assert [part in said[0]] if part else said == []
     assert not list(training_alarms([{"step": i, **r.values} for i, r in enumerate(metrics)], 1e9))
+
+
+def test_a_reward_that_one_repeated_token_earns_is_warned_of():
+    """45 of 64 is 0.70 with 0.58 as the lower end of Wilson's interval, 36 of 64 is 0.56 with 0.44."""
+    for num, speaks in ((45, True), (36, False)):
+        values = with_bounds("repeated_wins", num / 64, 64)
+        said = sentences(metrics=(MetricsRecord(10, "validation", values),))
+        assert any("one token, repeated, gets more reward than 70%" in s for s in said) is speaks
 
 
 def test_single_seeds_and_ends_of_a_search_are_named():

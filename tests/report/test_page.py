@@ -6,21 +6,24 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hafrm.benchmarks.benchmark_scores import BenchmarkResult, BenchmarkResults, BenchmarkScore
 from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n
 from hafrm.diagnostics.model_runs import diagnose
 from hafrm.errors import CheckpointError, ConfigError
 from hafrm.evaluation import evaluate
+from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe_file import build_as
 from hafrm.report import page as page_module
 from hafrm.report.page import render_material, write_report
 from hafrm.report.run_files import read_material
-from hafrm.results import write_result
+from hafrm.results import read_result, write_result
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.statistics import Estimate
 from hafrm.study.study_result import StudyResult, Tuning, summarise
@@ -96,8 +99,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     rows = [{"prompt": f"{HOSTILE} {i}", "responses": ["a", "bb", "ccc", "dddd"]} for i in range(6)]
     candidates = root / "candidates.jsonl"
     candidates.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"models": ["length", "short"], "prompts": [str(candidates)], "gold": "length"}
-    golds = {"length": by_length, "short": lambda _, text: -len(text)}
+    options = {"models": ["length", "short"], "prompts": [str(candidates)], "gold": "truth"}
+    golds = {"length": by_length, "truth": by_length, "short": lambda _, text: -len(text)}
     best_of_n(build_as(BestOfNOptions, {"pick": options}), root / "picks", golds=golds)
     draw, prompts = np.random.default_rng(0), np.arange(40).astype(str)
     outcomes = {
@@ -143,7 +146,7 @@ def test_every_section_is_there_in_well_formed_html(page):
     ("name", "anchors"),
     [
         ("study", "summary comparison provenance"),
-        ("picks", "summary best-of-n"),
+        ("picks", "summary best-of-n provenance"),
         ("ppo", "rlhf examples provenance"),
     ],
 )
@@ -232,8 +235,52 @@ def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, t
     with pytest.raises(CheckpointError, match=r"holds nothing to report.*did you mean .*haf"):
         read_material([folders["haf"].parent])
     (tmp_path / "test.json").write_text('{"sets": 3}')
-    with pytest.raises(CheckpointError, match=r"test\.json cannot be read as Evaluation"):
+    problem = (
+        r"test\.json is no Evaluation of this version: model: Field required \(problems: \d\); `"
+    )
+    with pytest.raises(CheckpointError, match=problem):
         read_material([tmp_path])
+
+
+def test_files_of_another_version_are_named_and_the_rest_of_the_page_is_there(folders, tmp_path):
+    run = shutil.copytree(folders["haf"], tmp_path / "run")
+    (run / "test.json").write_text('{"sets": 3}')
+    (run / "recipe.yaml").write_text("model: {pth: x}")
+    (run / "samples.jsonl").write_text('{"step": 1}\n')
+    page = Page(render_material(read_material([run])))
+    for file in (
+        "test.json is not shown",
+        "recipe.yaml is not shown",
+        "samples.jsonl is not shown",
+    ):
+        assert file in page.words
+    assert {"training", "diagnosis"} <= set(page.anchors) and "accuracy" not in page.anchors
+
+
+def test_what_evaluate_kept_in_the_run_is_shown_in_the_place_of_its_own_test(folders, tmp_path):
+    run = shutil.copytree(folders["haf"], tmp_path / "run")
+    own = read_result(run / "test.json", Evaluation)
+    later = replace(own, sets=tuple(replace(s, name=f"later {s.name}") for s in own.sets))
+    write_result(run / "evaluation.json", later)
+    score = Estimate(0.25, 0.1, 0.4, 4, "wilson")
+    scores = {"reward": BenchmarkScore(score, {"Chat": score}, {}, 0)}
+    one = BenchmarkResult("rewardbench", "RewardBench v1", "x", 4, 4, {}, scores, 0, 0)
+    write_result(run / "benchmarks.json", BenchmarkResults("run", 64, {}, (one,)))
+    page = Page(render_material(read_material([run])))
+    assert "later test" in page.words and "benchmarks" in page.anchors
+    assert "RewardBench v1" in page.words and "25.0 % [10.0, 40.0]" in page.words
+
+
+def test_a_run_shorter_than_a_logging_interval_is_a_run_all_the_same(folders, tmp_path):
+    run = shutil.copytree(folders["haf"], tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(x for x in lines if '"validation"' in x))
+    page = Page(render_material(read_material([run])))
+    assert "What was trained" in page.words and "training" in page.anchors
+
+
+def test_a_best_of_n_job_says_what_ran_it(folders):
+    assert "Processes" in Page(render_material(read_material([folders["picks"]]))).words
 
 
 def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.export.stock_export import export_reward, gather_weights
 from hafrm.results import write_result
@@ -63,8 +64,12 @@ def test_arrays_and_generators_of_texts_score_as_lists(rm, monkeypatch):
     expected = rm.score("Say sun.", ["sun", "sea"])
     assert rm.score("Say sun.", np.array(["sun", "sea"])) == expected
     assert rm.score_batch(iter(["Say sun."]), iter([iter(["sun", "sea"])])) == [expected]
-    with pytest.raises(ConfigError, match="max_tokens"):
-        RewardModel(rm.model, rm.encoder, max_tokens=-5)
+    for number in (-5, 1.5, "5"):
+        with pytest.raises(ConfigError, match="max_tokens must be a whole number above 0"):
+            RewardModel(rm.model, rm.encoder, max_tokens=number)
+    with pytest.raises(ConfigError, match="too_long must be cut or drop, got 'zz'"):
+        Encoder(rm.encoder.tokenizer, max_length=64, too_long="zz")
+    assert isinstance(rm.score("hi", ""), float)  # a turn that ends at once, as a policy may write
     with pytest.raises(ModelError, match="got None"):
         RewardModel.from_pretrained(None)
 

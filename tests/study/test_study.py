@@ -149,6 +149,9 @@ def test_domains_pair_each_test_set_with_what_was_trained_on():
         "mixed: held out": [(MIXED, "c")],
     }
     assert domains(["a"], ["a"]) == {"in domain": [("a", "a")]}
+    parts = domains(["train", "hh-train"], ["test", "hh-test"])
+    assert parts["in domain"] == [("train", "test"), ("hh-train", "hh-test")]
+    assert "held out" not in parts
 
 
 def outcome(*seeds: str) -> Answers:

@@ -9,8 +9,15 @@ import torch
 from hafrm.atomic import cache_folder
 from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
+from hafrm.scoring.forward import Scores, first_responses
 from hafrm.training import parallel
-from hafrm.training.passes import reference_cache, reference_logps, references_of
+from hafrm.training.passes import (
+    reference_cache,
+    reference_logps,
+    references_of,
+    repeated_wins,
+    score_heads,
+)
 from hafrm.training.step_batches import ComparisonRef
 from support.models import tiny_hybrid, token_groups
 
@@ -94,3 +101,31 @@ def test_the_file_follows_the_checkpoints_files_or_its_commit_token_ids_and_dtyp
     assert reference_cache(model, groups(), None, base) is None
     reference_logps(model, groups(), max_tokens=100, path=base)
     assert not cache_folder("reference").exists()
+
+
+def test_one_token_repeated_is_scored_against_the_chosen_response_and_keeps_the_eos(monkeypatch):
+    """The fake reward counts equal neighbours: repetition wins wherever a response has three tokens or more
+    and is not repetition itself."""
+    chosen = [Comparison(0, 1)]
+    texts = [([5, 6, 7, 2], [5, 2]), ([6, 6, 6, 2], [5, 2]), ([9, 2], [5, 2])]
+    some = [
+        TokenizedGroup(
+            np.array([1, 3], np.int32), tuple(np.array(t, np.int32) for t in pair), chosen
+        )
+        for pair in texts
+    ]
+    seen = []
+
+    def score(model, groups, **_):
+        ids = [ids for group in groups for ids in group.response_ids]
+        seen.extend(i.tolist() for i in ids)
+        rewards = np.array([(np.diff(i) == 0).sum() for i in ids], np.float32)
+        return Scores(rewards, None, np.ones(len(ids), np.int64), first_responses(groups))
+
+    monkeypatch.setattr(parallel, "score_on_all_ranks", score)
+    scores = score_heads(tiny_hybrid(), some, None, None, max_tokens=64)
+    seen.clear()
+    wins = repeated_wins(tiny_hybrid(), some, scores, max_tokens=64)
+    assert seen == [[6, 6, 6, 2], [6, 6, 6, 2], [9, 2]]
+    assert wins["repeated_wins"] == pytest.approx(1 / 3)
+    assert repeated_wins(None, some, replace(scores, rewards=None)) == {}

@@ -35,14 +35,11 @@ class BenchmarkResult:
 
     name: str
     title: str
-    data: str
-    """The folder, or the names on the hub."""
+    data: str  # the folder, or the names on the hub
     num_rows: int
     num_rows_published: int | None
-    left_out: dict[str, int]
-    """Rows that the benchmark does not count, by reason."""
-    scores: dict[str, BenchmarkScore]
-    """By scorer: the model's heads, then the two baselines."""
+    left_out: dict[str, int]  # rows that the benchmark does not count, by reason
+    scores: dict[str, BenchmarkScore]  # by scorer: the model's heads, then the two baselines
     prompts_cut: int
     responses_cut: int
 
@@ -74,8 +71,7 @@ class BenchmarkResults:
     """All benchmarks of one run, and what their scores depend on."""
 
     model: str
-    max_length: int
-    """Tokens beyond which inputs were cut."""
+    max_length: int  # tokens beyond which inputs were cut
     average: dict[str, Estimate]
     """Each scorer's mean over all benchmarks; empty unless all were run."""
     benchmarks: tuple[BenchmarkResult, ...]

@@ -35,17 +35,12 @@ class Benchmark:
     title: str
     read_row: Callable[[Mapping[str, Any], str], Item | LeftOut]
     rule: Callable[[Sequence[Item], Iterable[CandidateScores]], Iterator[ItemVerdict]]
-    sections: Mapping[str, TermWeights]
-    """The published sections; the score is their mean."""
+    sections: Mapping[str, TermWeights]  # the published sections; the score is their mean
     parts: tuple[BenchmarkPart, ...]
-    num_rows: int | None = None
-    """Published rows, if known."""
-    extras: Mapping[str, TermWeights] = field(default_factory=dict)
-    """Other numbers that are quoted."""
-    pooled: bool = False
-    """The score is the mean of all verdicts, and not of the sections."""
-    home: str = ""
-    """Where to get a benchmark that is not on the hub."""
+    num_rows: int | None = None  # published rows, if known
+    extras: Mapping[str, TermWeights] = field(default_factory=dict)  # other numbers that are quoted
+    pooled: bool = False  # the score is the mean of all verdicts, and not of the sections
+    home: str = ""  # where to get a benchmark that is not on the hub
 
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:

@@ -34,12 +34,10 @@ class Item:
     """A prompt and its candidates, in the published order, repeated texts included."""
 
     id: str
-    part: str
-    """The subset or domain that it counts for."""
+    part: str  # the subset or domain that it counts for
     prompt: tuple[Message, ...]
     candidates: tuple[str, ...]
-    num_correct: int = 1
-    """So many of the first candidates are right."""
+    num_correct: int = 1  # so many of the first candidates are right
     pairs: tuple[tuple[int, int], ...] = ()
     """(better, worse), for a benchmark that compares selected pairs."""
 
@@ -52,13 +50,10 @@ class Item:
 class ItemVerdict(NamedTuple):
     """What the rule says about an item, or about one of the questions that it asks."""
 
-    term: str
-    """Which mean it enters."""
+    term: str  # which mean it enters
     cluster: str
-    value: float
-    """1 right, 0 wrong, or between."""
-    num_equal: int = 0
-    """Comparisons that the scorer lost because two scores were the same."""
+    value: float  # 1 right, 0 wrong, or between
+    num_equal: int = 0  # comparisons that the scorer lost because two scores were the same
 
 
 def first_beats_all(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:

@@ -101,10 +101,7 @@ def best_of_n(
         if getattr(options, name) != EndpointSection() and not is_url(target):
             raise ConfigError(f"settings of `{name}` need --{name} URL, got {target}")
     place, golds = Placement(pick.dtype, pick.device), golds or {}
-    models = _models(pick)
-    for path in models.values():
-        if path not in golds:
-            find_heads(path)
+    models = _models(pick, golds)
     policy = None if pick.policy is None else _policy(pick.policy, options, place)
     judge = None if pick.judge is None else load_judge(pick.judge, options.judge)
     with ResumableFolder.open(out, "best-of-n") as folder:
@@ -146,14 +143,24 @@ def best_of_n(
     return result
 
 
-def _models(pick: PickSection) -> dict[str, str]:
+def _models(pick: PickSection, golds: Mapping[str, GoldReward]) -> dict[str, str]:
     """The paths of all that score, by name; what gives the gold score is called gold."""
     named = named_models(pick.models)
     names = Counter(["gold", *(name for name, _ in named)])
     for name, num in names.items():
         if num > 1:
             raise ConfigError(f"the name {name!r} is taken; give that model another as NAME=PATH")
-    return dict(named) | ({} if pick.gold is None else {"gold": pick.gold})
+    models = dict(named) | ({} if pick.gold is None else {"gold": pick.gold})
+    places: dict[str, Any] = {}
+    for name, path in models.items():
+        heads = None if path in golds else find_heads(path)
+        places[name] = path if heads is None else (heads.reward or heads.policy or path)
+    if list(places.values()).count(places.get("gold")) > 1:
+        raise ConfigError(
+            f"--gold {pick.gold} also picks, and would judge its own picks: leave it out of the models "
+            "(what gold itself picks is always a baseline), or give another --gold"
+        )
+    return models
 
 
 def _policy(path: str, options: BestOfNOptions, place: Placement) -> Policy:

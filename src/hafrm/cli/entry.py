@@ -13,16 +13,28 @@ from typer import Argument, Option
 from hafrm.atomic import check_writable
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.results import Table, write_result
-from hafrm.run_folder import hide_secrets
+from hafrm.run_folder import describe_process, hide_secrets
 
 app = typer.Typer(
     name="hafrm",
-    help="Train, evaluate and use reward models that keep their language-model head.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo("\n".join(map(" ".join, describe_process()["versions"].items())))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[bool, Option("--version", is_eager=True, callback=_show_version)] = False,
+) -> None:
+    """Train, evaluate and use reward models that keep their language-model head."""
 
 
 class _Stderr(logging.Handler):
@@ -102,10 +114,11 @@ def parse_run(
     return recipe or str(resume / "recipe.yaml"), changes, resume
 
 
-def show_result(result: HasTables, json_file: Path | None = None) -> None:
-    """Print the result's tables, and write `json_file` if one is given."""
+def show_result(result: HasTables, *json_files: Path | None) -> None:
+    """Print the result's tables, and write them to the files that are given."""
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
 
     print_tables(result.tables())
-    if json_file is not None:
-        write_result(json_file, result)
+    for file in json_files:
+        if file is not None:
+            write_result(file, result)

@@ -1,5 +1,6 @@
 """The verbs `evaluate`, `score`, `best-of-n`, `export` and `verify`: what a trained model is used for."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +37,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
 ) -> None:
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
-    On preferences (DATA) or on published benchmarks; for one model, or compared with others. The findings
-    of --diagnose are written to MODEL/diagnostics.json for a run folder, unless --json names a file.
+    On preferences (DATA) or on published benchmarks; for one model, or compared with others. For a run
+    folder the result is also kept in it for `hafrm report`: evaluation.json, diagnostics.json (--diagnose)
+    or benchmarks.json.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
         raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
@@ -52,8 +54,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     options = heads.EvaluationOptions(None, max_length, dtype, device, max_bad_fraction)
     sources = data or []
     (name, path), *others = map(_named, [model, *(also or ())])
-    if diagnose and json_file is None and (Path(path) / "recipe.yaml").is_file():
-        json_file = Path(path) / "diagnostics.json"  # where the report looks for it
+    kind = "benchmarks" if benchmark else "diagnostics" if diagnose else "evaluation"
+    is_run = (Path(path) / "recipe.yaml").is_file() and os.access(path, os.W_OK)
+    own_file = Path(path) / f"{kind}.json" if is_run and (diagnose or not also) else None
     with show_progress("scoring responses") as progress:
         run: dict[str, Any] = {"options": options, "on_progress": progress}
         if benchmark:
@@ -67,7 +70,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
             result = compare_models(seeds, rivals, sources, **run)
         else:
             result = evaluate_model(path, sources, **vars(options), on_progress=progress)
-    show_result(result, json_file)
+    show_result(result, json_file, own_file)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -128,6 +131,8 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     gold: Annotated[str | None, Option(help="A gold score: demo, or a model.")] = None,
     judge: Annotated[str | None, Option(help="Compares picks: an LLM at a URL.")] = None,
     seed: Annotated[int, Option(help="Another seed gives other candidates.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
     settings: Annotated[
         list[str] | None, Option("--set", help="section.key=value (docs/best_of_n.md).")
     ] = None,
@@ -141,6 +146,7 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     from hafrm.recipe_file import build_as  # noqa: PLC0415
 
     pick = {"models": models, "prompts": prompts, "policy": policy, "gold": gold, "judge": judge}
+    pick |= {"dtype": dtype, "device": device}
     values = {"pick": pick, "draw": {"num": num, "seed": seed}}
     options = build_as(BestOfNOptions, values, "the options", overrides=settings or ())
     result = best_of_n(options, out, golds={"demo": gold_reward})
@@ -195,8 +201,15 @@ def verify_command(
     else:
         from hafrm.export.checklist import verify_directory  # noqa: PLC0415
         from hafrm.scoring.loading import head_directory  # noqa: PLC0415
+        from hafrm.scoring.reward_model import IMPLICIT_RULE  # noqa: PLC0415
 
-        result = verify_directory(Path(head_directory(target, "reward")), golden, **options)
+        directory = head_directory(target, "reward")
+        if (Path(head_directory(directory, "policy")) / IMPLICIT_RULE).is_file():
+            raise ModelError(
+                f"{target} is a policy, and verify checks reward models: a policy's log-probs are proved "
+                "when it is exported"
+            )
+        result = verify_directory(Path(directory), golden, **options)
     show_result(result, json_file)
     if not result.ok:
         raise typer.Exit(1)

@@ -238,7 +238,10 @@ def _parse_selection(selection: str, entry: str) -> dict[str, str]:
 
 def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
     # each under its own name: two files of one stem must not look like one
-    if isinstance(entries, str | Path) or any(isinstance(entry, Mapping) for entry in entries):
+    is_list = isinstance(entries, Sequence) and not isinstance(entries, str)
+    if not is_list or any(
+        isinstance(e, Mapping) or not isinstance(e, Iterable | Path) for e in entries
+    ):
         raise DataError(f"expected a list of sources (a list of rows is one), got {show(entries)}")
     if not entries:
         raise DataError("there are no sources; name a file, a hub data set or a list of rows")

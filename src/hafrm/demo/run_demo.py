@@ -40,8 +40,7 @@ class DemoResult:
 
     folder: Path
     evaluations: dict[str, Evaluation]
-    report: Path | None
-    """The page about all three runs; None without the extra it needs."""
+    report: Path | None  # the page about all three runs; None without the extra it needs
 
     def table(self) -> Table:
         """Agreement with the gold preference, in and out of domain, for every method."""

@@ -16,8 +16,7 @@ from hafrm.statistics import Estimate, accuracy_interval, paired_bootstrap
 
 MAX_VALUES = 24
 """Labels of a division; rarer ones are put together. RewardBench's 23 subsets stay apart."""
-_OWN_BAND = 5
-"""Up to so many distinct numbers, each is a band of its own."""
+_OWN_BAND = 5  # up to so many distinct numbers, each is a band of its own
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)
 _HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]+\S", re.MULTILINE)
@@ -52,13 +51,10 @@ class StyleBias:
 
     feature: str
     num: int
-    picks_more: Estimate
-    """Fraction in which the scorer prefers the response with more of it."""
+    picks_more: Estimate  # fraction in which the scorer prefers the response with more of it
     annotators_pick_more: Estimate
-    excess: Estimate
-    """The scorer's fraction minus the annotators'."""
-    accuracy_more: Estimate
-    """Accuracy if the chosen response has more of it."""
+    excess: Estimate  # the scorer's fraction minus the annotators'
+    accuracy_more: Estimate  # accuracy if the chosen response has more of it
     accuracy_less: Estimate
 
 

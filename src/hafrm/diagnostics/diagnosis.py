@@ -19,8 +19,7 @@ class SetDiagnosis:
     """One source, or all of them together."""
 
     name: str
-    num: int
-    """Comparisons that are no ties."""
+    num: int  # comparisons that are no ties
     accuracy: Accuracy
     temperature: Temperature
     style: tuple[StyleBias, ...]
@@ -32,16 +31,12 @@ class Diagnosis:
     """Everything that is diagnosed of one model."""
 
     model: str
-    scored_with: str
-    """"reward" or "implicit reward"."""
+    scored_with: str  # "reward" or "implicit reward"
     sets: tuple[SetDiagnosis, ...]
-    label_noise: LabelNoise | None
-    """None for a single model on data without votes."""
-    representations: tuple[Representation, ...]
-    """Of the model, then of the others."""
+    label_noise: LabelNoise | None  # None for a single model on data without votes
+    representations: tuple[Representation, ...]  # of the model, then of the others
     base: Representation | None
-    num_states: int
-    """Responses that the representations are of."""
+    num_states: int  # responses that the representations are of
     worst: tuple[WorstExample, ...]
 
     def tables(self) -> tuple[Table, ...]:

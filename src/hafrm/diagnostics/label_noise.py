@@ -16,8 +16,7 @@ from hafrm.evaluation.comparisons import Comparisons, Margins
 from hafrm.preferences import Message, Votes
 from hafrm.statistics import Estimate, accuracy_interval
 
-MAX_EXAMPLE_CHARS = 400
-"""Of each text of an example; a longer one is cut, and says so."""
+MAX_EXAMPLE_CHARS = 400  # of each text of an example; a longer one is cut, and says so
 
 ModelMargins = Float[np.ndarray, "models comparisons"]
 
@@ -28,10 +27,8 @@ class NoiseBand:
 
     disagreement: float
     num: int
-    accuracy: Estimate
-    """Of the models' mean margin."""
-    split: Estimate
-    """Fraction of the comparisons with votes on which annotators were split."""
+    accuracy: Estimate  # of the models' mean margin
+    split: Estimate  # fraction of the comparisons with votes on which annotators were split
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,10 @@ class LabelNoise:
 
     models: tuple[str, ...]
     num_with_votes: int
-    by_disagreement: tuple[NoiseBand, ...]
-    """One for each level that occurs; empty for one model."""
-    against: Estimate
-    """Fraction of comparisons on which every model prefers the rejected response."""
-    split_against: Estimate
-    """Of these, if votes are known: how often annotators were split."""
-    split_others: Estimate
-    """The same of the other comparisons."""
+    by_disagreement: tuple[NoiseBand, ...]  # one for each level that occurs; empty for one model
+    against: Estimate  # fraction of comparisons on which every model prefers the rejected response
+    split_against: Estimate  # of these, if votes are known: how often annotators were split
+    split_others: Estimate  # the same of the other comparisons
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +51,7 @@ class WorstExample:
     prompt: str
     chosen: str
     rejected: str
-    margin: float
-    """The model's own, below zero."""
+    margin: float  # the model's own, below zero
     votes: Votes | None
     num_against: int
     """Models that prefer the rejected response: of all models, they point at a wrong label."""

@@ -29,8 +29,7 @@ from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
 
-MAX_STATES = 2048
-"""Responses whose hidden states are measured; the same ones for every model."""
+MAX_STATES = 2048  # responses whose hidden states are measured; the same ones for every model
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,8 @@ class ScoredModel:
     name: str
     scored_with: str
     tokenized: list[TokenizedGroup]
-    scores: NDArray[np.float32]
-    """Of each response; NaN where it cannot be encoded."""
-    states: StateMatrix
-    """Of some of the responses, the same ones for all models."""
+    scores: NDArray[np.float32]  # of each response; NaN where it cannot be encoded
+    states: StateMatrix  # of some of the responses, the same ones for all models
 
 
 def diagnose(
@@ -71,7 +68,7 @@ def diagnose(
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
     done = over_passes(on_progress, comparisons.num_responses * len(models))
     own, *others = (_score(path, models[path], comparisons, options, done) for path in names)
-    start = None if base is None else _base_states(base, own)
+    start = None if base is None else _base_states(base, own, options)
     comparisons = comparisons.scored_by(*(scored.scores for scored in (own, *others)))
     margins = np.stack([comparisons.margins(scored.scores) for scored in (own, *others)])
     return Diagnosis(
@@ -122,9 +119,9 @@ def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetD
     )
 
 
-def _base_states(path: Path, trained: ScoredModel) -> StateMatrix:
+def _base_states(path: Path, trained: ScoredModel, options: EvaluationOptions) -> StateMatrix:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
-    model = load_policy(path, dtype="auto", device=None)
+    model = load_policy(path, dtype=options.dtype, device=options.device)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
     groups = trained.tokenized

@@ -23,8 +23,7 @@ class Representation:
     model: str
     effective_rank: Real
     """exp of the entropy of the spectrum: as many equal directions would be as spread out."""
-    top_fraction: Real
-    """Of the variance, along its first direction."""
+    top_fraction: Real  # of the variance, along its first direction
     mean_cosine: Real
     """Between two different responses' states: near 1, all states point the same way."""
     cka_to_base: Real = math.nan

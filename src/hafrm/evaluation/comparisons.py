@@ -3,7 +3,7 @@
 A comparison that annotators called a tie has no right answer: `decided` leaves it out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from hafrm.data.files import show
 from hafrm.data.reader import PreferenceData, read_preferences
 from hafrm.errors import DataError, NumericsError
 from hafrm.preferences import Comparison, Group, prompt_key
@@ -20,7 +21,7 @@ Margins = Float[np.ndarray, " comparisons"]
 PromptKeys = Shaped[np.ndarray, " comparisons"]
 """Which prompt (any key): the clusters of the intervals."""
 Indices = Int[np.ndarray, " some"]
-Data = str | Path | Sequence[str | Path | Mapping[str, Any]]
+Data = str | Path | Iterable[str | Path | Mapping[str, Any]]
 """One source or several, as `hafrm.data.reader.read_preferences` has them, or a list of rows."""
 
 
@@ -29,8 +30,7 @@ class Comparisons:
     """Comparisons among the responses of `groups`; every array has one entry per comparison."""
 
     groups: Sequence[Group]
-    owner: Int[np.ndarray, " comparisons"]
-    """Index of each comparison's group."""
+    owner: Int[np.ndarray, " comparisons"]  # index of each comparison's group
     pairs: tuple[Comparison, ...]
 
     @classmethod
@@ -144,10 +144,11 @@ def read_comparisons(
     `options` are those of `read_preferences`. Raises DataError if no comparison is decided, and what
     `read_preferences` raises.
     """
-    if isinstance(data, str | Path) or (len(data) and isinstance(data[0], Mapping)):
-        sources: list[Any] = [data]  # a list of rows is one source
-    else:
-        sources = list(data)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable | Path):
+        raise DataError(f"data must be a source, or a list of sources or of rows, got {show(data)}")
+    sources: list[Any] = [data] if isinstance(data, str | Path) else list(data)
+    if sources and isinstance(sources[0], Mapping):
+        sources = [sources]  # a list of rows is one source
     reading = read_preferences(sources, max_bad_fraction=max_bad_fraction, **options)
     comparisons = Comparisons.of([group for group in reading.groups if group.comparisons])
     if not len(comparisons.decided()):

@@ -28,8 +28,7 @@ class Accuracy(Estimate):
     """How often a scorer put the chosen response first."""
 
     num_correct: int = 0
-    num_equal: int = 0
-    """Comparisons whose two scores are the same; not correct."""
+    num_equal: int = 0  # comparisons whose two scores are the same; not correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,7 @@ class CalibrationBin:
 class Calibration:
     """How well p = sigmoid(margin) fits as the probability that the chosen response is preferred."""
 
-    log_loss: Real
-    """Mean -log p (nat); the label is always "chosen". ln 2 = 0.693 is chance."""
+    log_loss: Real  # mean -log p (nat); the label is always "chosen". ln 2 = 0.693 is chance
     ece: Real
     """Expected calibration error: the mean gap between confidence and accuracy over `bins`."""
     bins: tuple[CalibrationBin, ...]
@@ -58,12 +56,9 @@ class Temperature:
 
     value: Real
     """Above 1: margins too large for their accuracy; infinite: no better than chance; NaN: no best one."""
-    log_loss: tuple[Real, Real]
-    """As the model is, and with the temperature; ln 2 = 0.693 is chance."""
-    ece: tuple[Real, Real]
-    """As the model is, and with the temperature."""
-    note: str
-    """Why there is no finite temperature; "" if there is one."""
+    log_loss: tuple[Real, Real]  # as the model is, and with the temperature; ln 2 = 0.693 is chance
+    ece: tuple[Real, Real]  # as the model is, and with the temperature
+    note: str  # why there is no finite temperature; "" if there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +79,7 @@ class PairwiseMetrics:
     mean_margin: Real
     calibration: Calibration
     length: LengthEffects
-    num_ties: int
-    """Comparisons that annotators called a tie; they are in no other number."""
+    num_ties: int  # comparisons that annotators called a tie; they are in no other number
 
 
 @dataclass(frozen=True)
@@ -109,13 +103,10 @@ class Evaluation:
     """A model on preference data."""
 
     model: str
-    scored_with: str
-    """"reward" or "implicit reward"."""
-    sets: tuple[SetResult, ...]
-    """One for each source, then "all" if there are several."""
+    scored_with: str  # "reward" or "implicit reward"
+    sets: tuple[SetResult, ...]  # one for each source, then "all" if there are several
     num_bad_rows: int
-    left_out: dict[str, int]
-    """Rows of named sets that these do not use, by reason."""
+    left_out: dict[str, int]  # rows of named sets that these do not use, by reason
     prompts_cut: int
     responses_cut: int
     seam_merges: int

@@ -30,13 +30,10 @@ class SetComparison:
     """What two sides get right of one source, or of all of them together."""
 
     name: str
-    num: int
-    """Comparisons that are no ties."""
-    first: Estimate
-    """Accuracy, over all seeds if there are several."""
+    num: int  # comparisons that are no ties
+    first: Estimate  # Accuracy, over all seeds if there are several
     second: Estimate | None = None
-    difference: Difference | None = None
-    """First minus second."""
+    difference: Difference | None = None  # first minus second
     p_adjusted: float | None = None
     """The difference's p-value, adjusted (Holm) for the number of sources."""
 

@@ -12,7 +12,10 @@ from hafrm.study.study_result import StudyResult
 def cautions(material: Material) -> Iterator[str]:
     """All sentences, folder by folder."""
     for run in material.folders:
-        lines = [{"step": record.step, **record.values} for record in run.records("train")]
+        yield from (f"{run.name}: {problem}." for problem in run.unreadable)
+        lines = [
+            {"step": r.step, **r.values} for r in run.metrics if r.kind in ("train", "validation")
+        ]
         warmup = run.recipe.training.warmup_fraction if run.recipe is not None else 0.0
         warmup *= max((line["step"] for line in lines), default=0)
         for _, text in training_alarms(lines, warmup):

@@ -48,6 +48,7 @@ def render_material(material: Material) -> str:
     makers = {
         ("summary", "Summary"): of_runs.summary_section,
         ("accuracy", "Accuracy"): of_results.accuracy_section,
+        ("benchmarks", "Benchmarks"): of_results.benchmarks_section,
         ("comparison", "Methods"): of_results.study_section,
         ("best-of-n", "Best of n"): of_results.best_of_n_section,
         ("rlhf", "RLHF"): of_runs.rlhf_section,

@@ -66,6 +66,12 @@ def accuracy_section(material: Material) -> Iterator[Block]:
         yield Strips(Table("Accuracy by test set", heads, tuple(rows), notes), "accuracy [95 %]")
 
 
+def benchmarks_section(material: Material) -> Iterator[Block]:
+    """Published benchmarks, each head beside baselines that see only the length."""
+    for folder in material.folders:
+        yield from folder.benchmarks.tables() if folder.benchmarks else ()
+
+
 def calibration_section(material: Material) -> Iterator[Block]:
     """On the dashed line a model is calibrated: where it gives a response 80 %, annotators prefer that
     response in 80 % of comparisons. Below the line it is overconfident."""

@@ -4,13 +4,13 @@ Any file may be absent; a folder with none of them, or a file that is not what i
 """
 
 import pkgutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hafrm.errors import CheckpointError
+from hafrm.errors import CheckpointError, HafrmError
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.results import from_plain, read_result
@@ -18,6 +18,7 @@ from hafrm.run_folder import read_json_lines
 from hafrm.statistics import Real
 
 if TYPE_CHECKING:
+    from hafrm.benchmarks.benchmark_scores import BenchmarkResults
     from hafrm.best_of_n.picks import BestOfN
     from hafrm.diagnostics.diagnosis import Diagnosis
     from hafrm.evaluation.metrics import Evaluation
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
     from hafrm.study.study_result import StudyResult
 
 RESULTS = {
-    "evaluation": ("test.json", "hafrm.evaluation.metrics:Evaluation"),
-    "diagnosis": ("diagnostics.json", "hafrm.diagnostics.diagnosis:Diagnosis"),
-    "study": ("comparison.json", "hafrm.study.study_result:StudyResult"),
+    "test.json": ("evaluation", "evaluation.metrics:Evaluation", "train --resume"),
+    # what was asked for later, in the place of the run's own test
+    "evaluation.json": ("evaluation", "evaluation.metrics:Evaluation", "evaluate"),
+    "benchmarks.json": ("benchmarks", "benchmarks.benchmark_scores:BenchmarkResults", "evaluate"),
+    "diagnostics.json": ("diagnosis", "diagnostics.diagnosis:Diagnosis", "evaluate --diagnose"),
+    "comparison.json": ("study", "study.study_result:StudyResult", "compare"),
     # the modules of these two load torch
-    "best_of_n": ("best_of_n.json", "hafrm.best_of_n.picks:BestOfN"),
-    "rlhf_comparison": ("rlhf_comparison.json", "hafrm.rlhf.policy_comparison:RlhfComparison"),
+    "best_of_n.json": ("best_of_n", "best_of_n.picks:BestOfN", "best-of-n"),
+    "rlhf_comparison.json": ("rlhf_comparison", "rlhf.policy_comparison:RlhfComparison", "rlhf"),
 }
-"""Fields of `RunFiles`: the file of each, and its type, which is imported when the file is there."""
-FILES = ("metrics.jsonl", "samples.jsonl", *(file for file, _ in RESULTS.values()))
+"""By file: its field of `RunFiles`, its type (imported when the file is there), the verb that writes it."""
+FILES = ("metrics.jsonl", "samples.jsonl", *RESULTS)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Session:
     command: str
     platform: str
     versions: dict[str, str]
-    seed: int
-    data: dict[str, str]  # digests of data files
+    seed: int | None = None
+    data: dict[str, str] = field(default_factory=dict)  # digests of data files
     git: GitState | None = None
     counts: dict[str, int | list[str] | dict[str, int]] = field(default_factory=dict)
     template_sha256: str | None = None
@@ -61,9 +65,15 @@ class Session:
 
 @dataclass(frozen=True)
 class ProvenanceFile:
-    """provenance.json: one session for each process."""
+    """provenance.json, with a session for each process; or manifest.json, with the last one."""
 
-    sessions: tuple[Session, ...]
+    sessions: tuple[Session, ...] = ()
+    process: Session | None = None
+
+    @property
+    def all(self) -> tuple[Session, ...]:
+        """The sessions of either file."""
+        return self.sessions or ((self.process,) if self.process else ())
 
 
 @dataclass(frozen=True)
@@ -91,13 +101,15 @@ class Sample:
 class RunFiles:
     """One folder, read; None and () where a file is absent."""
 
-    name: str  # the shortest end of its path that no other folder has
-    recipe: Recipe | None  # of a reward model's run
-    recipe_text: str
-    sessions: tuple[Session, ...]
-    metrics: tuple[MetricsRecord, ...]
-    samples: tuple[Sample, ...]
+    name: str = ""  # the shortest end of its path that no other folder has
+    recipe: Recipe | None = None  # of a reward model's run
+    recipe_text: str = ""
+    sessions: tuple[Session, ...] = ()
+    metrics: tuple[MetricsRecord, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    unreadable: tuple[str, ...] = ()  # what is wrong with files that cannot be shown
     evaluation: "Evaluation | None" = None
+    benchmarks: "BenchmarkResults | None" = None
     diagnosis: "Diagnosis | None" = None
     study: "StudyResult | None" = None
     best_of_n: "BestOfN | None" = None
@@ -106,7 +118,7 @@ class RunFiles:
     @property
     def is_training(self) -> bool:
         """Whether a reward model was trained here."""
-        return any(record.kind == "train" for record in self.metrics)
+        return any(record.kind in ("train", "validation") for record in self.metrics)
 
     @property
     def is_rlhf(self) -> bool:
@@ -154,23 +166,47 @@ def _read(path: Path, name: str) -> RunFiles:
         names = " ".join(map(str, inside[:4]))
         hint = f"did you mean {names}?" if names else "give a run's folder"
         raise CheckpointError(f"{path} holds nothing to report, none of {', '.join(FILES)}: {hint}")
-    metrics = tuple(map(_record, read_json_lines(path / "metrics.jsonl")))
-    recipe, provenance = path / "recipe.yaml", path / "provenance.json"
-    is_training = any(record.kind == "train" for record in metrics)
-    results: dict[str, Any] = {
-        field: read_result(path / file, pkgutil.resolve_name(kind))
-        for field, (file, kind) in RESULTS.items()
-        if (path / file).is_file()
-    }
-    return RunFiles(
-        name=name,
-        recipe=load_recipe(recipe) if is_training and recipe.is_file() else None,
-        recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        sessions=read_result(provenance, ProvenanceFile).sessions if provenance.is_file() else (),
-        metrics=metrics,
-        samples=tuple(from_plain(Sample, line) for line in read_json_lines(path / "samples.jsonl")),
-        **results,
+    return replace(_read_files(path), name=name)
+
+
+def _read_files(path: Path) -> RunFiles:
+    unreadable: list[str] = []
+
+    def read(file: str, parse: Callable[[Path], Any], verb: str = "") -> Any:
+        # what another version wrote must not cost the rest of the page
+        try:
+            return parse(path / file) if (path / file).is_file() else None
+        except (HafrmError, ValueError, KeyError, TypeError) as error:
+            again = f"; `hafrm {verb}` writes it again" if verb else ""
+            unreadable.append(f"{file} is not shown: {error}{again}")
+            return None
+
+    def result(kind: str) -> Callable[[Path], Any]:
+        return lambda file: read_result(file, pkgutil.resolve_name(f"hafrm.{kind}"))
+
+    values: dict[str, Any] = {}
+    for file, (name, kind, verb) in RESULTS.items():
+        values[name] = read(file, result(kind), verb) or values.get(name)
+
+    def lines(parse: Callable[[dict[str, Any]], Any]) -> Callable[[Path], tuple[Any, ...]]:
+        return lambda file: tuple(map(parse, read_json_lines(file)))
+
+    for name, parse in (("metrics", _record), ("samples", partial(from_plain, Sample))):
+        values[name] = read(f"{name}.jsonl", lines(parse)) or ()
+    if unreadable and not any(values.values()):
+        raise CheckpointError(unreadable[0])
+    sessions = ()
+    for file in ("manifest.json", "provenance.json"):
+        processes = read(file, result("report.run_files:ProvenanceFile"))
+        sessions = processes.all if processes else sessions
+    text = path / "recipe.yaml"
+    files = RunFiles(
+        sessions=sessions,
+        recipe_text=text.read_text(encoding="utf-8") if text.is_file() else "",
+        **values,
     )
+    recipe = read("recipe.yaml", load_recipe) if files.is_training else None
+    return replace(files, recipe=recipe, unreadable=tuple(unreadable))
 
 
 def _record(line: dict[str, Any]) -> MetricsRecord:

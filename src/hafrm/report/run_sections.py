@@ -191,7 +191,8 @@ def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:
         yield "commit", session.git.commit + changed
     yield "platform", session.platform
     yield "versions", ", ".join(f"{name} {version}" for name, version in session.versions.items())
-    yield "seed", str(session.seed)
+    if session.seed is not None:
+        yield "seed", str(session.seed)
     if session.template_sha256 is not None:
         yield "chat template, SHA-256", session.template_sha256
     for file, digest in session.data.items():

@@ -61,7 +61,7 @@ class Heads:
 
 def find_heads(path: str | os.PathLike[str]) -> Heads:
     """Reward and policy directories of a run folder, of its `model/`, or the directory itself."""
-    root = Path(path)
+    root = Path(_checked_path(path))
     for folder in (root / "model", root):  # a run folder has its exports in model/
         reward, policy = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
         if reward or policy:
@@ -80,10 +80,14 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
 
 def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
     """One head's directory in a run folder or its `model/`; any other path or hub id as it is."""
+    folders = (Path(_checked_path(path)) / "model" / head, Path(path) / head)
+    return next((folder for folder in folders if folder.is_dir()), path)
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     if not isinstance(path, str | os.PathLike):
         raise ModelError(f"a model is the path of a run or directory, or a hub id; got {path!r}")
-    folders = (Path(path) / "model" / head, Path(path) / head)
-    return next((folder for folder in folders if folder.is_dir()), path)
+    return path
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ class Scorer(ABC):
     def __init__(
         self, model: HybridModel, encoder: Encoder, *, max_tokens: int | None = None
     ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ConfigError(f"max_tokens must be a whole number above 0, got {max_tokens!r}")
         on_cpu = model.device.type == "cpu"
         self.model = model.eval()
         self.encoder = encoder
@@ -142,8 +142,9 @@ class Scorer(ABC):
     @overload
     def score(self, prompt: PromptLike, responses: Iterable[str]) -> list[float]: ...
     def score(self, prompt: PromptLike, responses: str | Iterable[str]) -> float | list[float]:
-        """The score of one response, or of each of several responses to the same prompt; DataError for a
-        prompt that is no conversation, and for what is longer than the model takes."""
+        """The score of one response, or of each of several responses to the same prompt; an empty one is a
+        turn that ends at once. DataError for a prompt that is no conversation, and for what is longer than
+        the model takes."""
         if isinstance(responses, str):
             return self.score_batch([prompt], [[responses]])[0][0]
         return self.score_batch([prompt], [responses])[0]

@@ -101,7 +101,8 @@ class StudyResult:
         for c in significant:
             p = f"p {c.p_value:.2g} (Holm {c.p_adjusted:.2g})"
             notes.append(f"{c.test}: {c.first} - {c.second} = {c.difference}, {p}")
-        title = f"mean accuracy [95 % over prompts and {len(self.seeds)} seeds]"
+        seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
+        title = f"mean accuracy [95 % over prompts and {seeds}]"
         return replace(self._by_method(title, self.averages, significant), notes=tuple(notes))
 
     def _matrix(self, train: str) -> Table:
@@ -138,14 +139,16 @@ class StudyResult:
 def domains(
     train_sets: Sequence[str], test_sets: Sequence[str]
 ) -> dict[str, list[tuple[str, str]]]:
-    """The (training set, test set) pairs of each average; kinds without a pair are left out."""
+    """The (training set, test set) pairs of each average; kinds without a pair are left out. A test set
+    of a training set's name, or of that name with test for train, is its test part."""
     alone = [name for name in train_sets if name != MIXED]
-    held_out = [test for test in test_sets if test not in alone]
-    own = [test for test in test_sets if test in alone]
+    part_of = {name.replace("train", "test"): name for name in alone} | {n: n for n in alone}
+    held_out = [test for test in test_sets if test not in part_of]
+    own = {test: part_of[test] for test in test_sets if test in part_of}
     mixed = MIXED in train_sets
     kinds = {
-        "in domain": [(test, test) for test in own],
-        "other domain": [(train, test) for train in alone for test in own if train != test],
+        "in domain": [(train, test) for test, train in own.items()],
+        "other domain": [(train, test) for train in alone for test in own if train != own[test]],
         "held out": [(train, test) for train in alone for test in held_out],
         "mixed: in domain": [(MIXED, test) for test in own if mixed],
         "mixed: held out": [(MIXED, test) for test in held_out if mixed],

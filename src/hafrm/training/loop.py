@@ -34,7 +34,14 @@ from hafrm.training.checkpoint import (
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
-from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
+from hafrm.training.passes import (
+    REFERENCE_TOKENS,
+    HeadScores,
+    references_of,
+    repeated_wins,
+    score_heads,
+    validate,
+)
 from hafrm.training.run_export import export_run
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
 from hafrm.training.step import (
@@ -117,6 +124,8 @@ class Job:
         num_batches = int(training.epochs * self.order.num_comparisons) // training.batch_size
         self.num_steps = max(1, num_batches) if training.steps is None else training.steps
         self.autocast = torch.bfloat16 if training.precision == "bf16" else None
+        # of validation, which keeps nothing for a backward pass
+        self._budget: Any = {"max_tokens": 2 * training.token_budget, "autocast": self.autocast}
         self.train_references: References | None = None
         self.validation_references: References | None = None
         self.model = model
@@ -235,8 +244,10 @@ class Job:
     ) -> bool:
         """Validate; True where this step is the best so far."""
         nonfinite.check()
-        scores = self.score_validation(parallel.unwrap(wrapped))
+        model = parallel.unwrap(wrapped)
+        scores = self.score_validation(model)
         values = validate(self.data.validation, scores, self.method)
+        values |= repeated_wins(model, self.data.validation, scores, **self._budget)
         metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric
         sign = -1.0 if name == "loss" else 1.0
@@ -248,10 +259,9 @@ class Job:
         return True
 
     def score_validation(self, model: HybridModel) -> HeadScores:
-        logps = None if self.validation_references is None else self.validation_references.logps
-        budget, groups = 2 * self.recipe.training.token_budget, self.data.validation
-        pass_options: Any = {"max_tokens": budget, "autocast": self.autocast}
-        return score_heads(model, groups, logps, self.method, **pass_options)
+        references = self.validation_references
+        logps = None if references is None else references.logps
+        return score_heads(model, self.data.validation, logps, self.method, **self._budget)
 
     def _save(
         self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer, metrics: "MetricsLog"
@@ -346,12 +356,6 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         }
         self._steps, self._num_resumed, self._since = [], 0, time.perf_counter()
         self.report("train", number, values)
-        self._lines.append({"step": number, **values})
-        warmup = self._recipe.training.warmup_fraction * self._num_steps
-        for alarm, text in training_alarms(self._lines, warmup) if parallel.is_main() else ():
-            if alarm not in self._alarmed:
-                log.warning("step %d: %s", number, text)
-                self._alarmed.add(alarm)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, the same to every tracker, and a line of log."""
@@ -361,6 +365,13 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         for tracker in self._trackers:
             tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=number)
         log.info("step %d/%d %s: %s", number, self._num_steps, kind, in_words(values))
+        if kind in ("train", "validation"):
+            self._lines.append({"step": number, **values})
+            warmup = self._recipe.training.warmup_fraction * self._num_steps
+            for alarm, text in training_alarms(self._lines, warmup):
+                if alarm not in self._alarmed:
+                    log.warning("step %d: %s", number, text)
+                    self._alarmed.add(alarm)
 
 
 def start_trackers(folder: Path, tracking: TrackingSection, recipe_text: str) -> list[Any]:

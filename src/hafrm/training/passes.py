@@ -7,7 +7,7 @@ memory. Validation chooses the best step; full metrics are in `hafrm.evaluation`
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from hafrm.training.step_batches import ComparisonRef, References, step_groups
 
 log = logging.getLogger("hafrm")
 
+NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
 REFERENCE_TOKENS = 4  # times the token budget: this pass keeps nothing for a backward pass
 
 
@@ -126,18 +127,19 @@ def score_heads(
     model: HybridModel,
     groups: Sequence[TokenizedGroup],
     references: NDArray[np.float32] | None,
-    method: Method,
+    method: Method | None,
     *,
     max_tokens: int,
     autocast: torch.dtype | None = None,
 ) -> HeadScores:
-    """Both heads' scores, from one pass of all ranks; `references` are reference log-probs."""
+    """Both heads' scores, from one pass of all ranks; `references` are reference log-probs. Without a
+    `method`, the rewards alone."""
     training = model.training
     model.eval()
     scores = parallel.score_on_all_ranks(model, groups, max_tokens=max_tokens, autocast=autocast)
     model.train(training)
     implicit = per_token = None
-    if scores.logps is not None:
+    if method is not None and scores.logps is not None:
         implicit = method.implicit_rewards(
             torch.from_numpy(scores.logps),
             torch.from_numpy(scores.lengths),
@@ -167,6 +169,27 @@ def validate(
         implicit_accuracy = float((margins["implicit"] > 0).mean())
         result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
     return result
+
+
+def repeated_wins(
+    model: HybridModel, groups: Sequence[TokenizedGroup], scores: HeadScores, **budget: Any
+) -> dict[str, float]:
+    """In how many of some groups a token of the chosen response, repeated to its length, gets more reward
+    than the response, a hack that RLHF finds; empty without a reward head."""
+    chosen = [(i, g.comparisons[0].chosen) for i, g in enumerate(groups) if g.comparisons][
+        :NUM_PROBES
+    ]
+    if scores.rewards is None:
+        return {}
+    probes = []
+    for i, response in chosen:
+        ids = groups[i].response_ids[response].copy()
+        ids[:-1] = ids[len(ids) // 2 - 1]
+        probes.append(replace(groups[i], response_ids=(ids,), comparisons=()))
+    repeated = score_heads(model, probes, None, None, **budget).rewards
+    own = scores.rewards[[scores.first[i] + response for i, response in chosen]]
+    assert repeated is not None
+    return with_bounds("repeated_wins", float((repeated > own).mean()), len(probes))
 
 
 def decided_margins(
