@@ -3,27 +3,46 @@
     python benchmarks/data_scale.py --folder /tmp/scale 10_000 100_000 1_000_000
 
 Rows are generated: a prompt and two responses, of lognormal lengths (medians of 30 and 60 words, as in
-hh-rlhf). For each number a fresh process reads, checks and splits them, encodes them and takes one step of
-a tiny model; with --again another one does it once more, from the cache. `peak` is the process's own
-high-water mark, and `slope` its growth from the row before.
+hh-rlhf, times --lengths). For each number a fresh process reads, checks and splits them, encodes them
+(unless --read-only) and takes one step of a tiny model. Times are processor seconds, of one core under
+OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false; `first step` is all of them, imports included, and rows/s
+counts by it. `peak` is the process's own high-water mark, `slope` its growth from the line before.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import time
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
+from datasets import load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-COLUMNS = ("rows", "cached", "file MB", "read, split s", "encode s", "first step s", "rows/s")
+from hafrm.recipe import Recipe
+from hafrm.training import setup
+from hafrm.training.loop import Job
+from hafrm.training.methods import resolve_method
+from hafrm.training.step_batches import build_micro_batch, plan_step
+
+COLUMNS = (
+    "rows",
+    "file MB",
+    "read, split",
+    "encode",
+    "first step",
+    "rows/s",
+    "peak MB",
+    "slope B/row",
+)
 WORDS, PIECES = 4000, 2048
 
 
-def write_rows(file: Path, num_rows: int) -> None:
+def write_rows(file: Path, num_rows: int, scale: float = 1.0) -> None:
     """Preference pairs as JSON lines (or Parquet, by the name) of realistic lengths; no two are alike."""
     rng = np.random.default_rng(0)
     letters = np.array(list("aabcdeeefghiiklmnooprsttu"))
@@ -33,7 +52,7 @@ def write_rows(file: Path, num_rows: int) -> None:
     aside = file.with_suffix(".part")
     with aside.open("w", encoding="utf-8") as out:
         for start in range(0, num_rows, 1000):
-            sizes = np.exp(rng.normal(np.log([30, 60, 60]), 0.7, (1000, 3))) / 10
+            sizes = np.exp(rng.normal(np.log([30, 60, 60]), 0.7, (1000, 3))) * scale / 10
             for number, lengths in enumerate(sizes[: num_rows - start], start):
                 texts = [
                     " ".join(pieces[i] for i in rng.integers(0, PIECES, 1 + int(length)))
@@ -43,13 +62,7 @@ def write_rows(file: Path, num_rows: int) -> None:
                 row = {n: f"{number} {text}" for n, text in zip(names, texts, strict=True)}
                 out.write(json.dumps(row) + "\n")
     if file.suffix == ".parquet":
-        import pyarrow.json
-        import pyarrow.parquet
-
-        reader = pyarrow.json.open_json(aside)
-        with pyarrow.parquet.ParquetWriter(file, reader.schema) as writer:
-            for batch in reader:
-                writer.write_batch(batch)
+        load_dataset("json", data_files=str(aside), split="train").to_parquet(file)
         aside.unlink()
     else:
         aside.replace(file)
@@ -57,84 +70,57 @@ def write_rows(file: Path, num_rows: int) -> None:
 
 def make_model(folder: Path, file: Path) -> None:
     """A byte-pair tokenizer of the rows' words, and a model of two thin layers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    names, alphabet = [*special.values()], pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": names, "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=4096, **options)
     with file.open(encoding="utf-8") as lines:
         tokenizer.train_from_iterator(
             (line for line, _ in zip(lines, range(2000), strict=False)), trainer
         )
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=4096, num_attention_heads=2, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def measure(file: Path, model: Path, num_rows: int) -> dict[str, float]:
+def measure(file: Path, model: Path, num_rows: int, read_only: bool) -> dict[str, float]:
     """Seconds of each stage and peak memory of this process, which has done nothing else."""
-    start = time.perf_counter()
-    import torch
-
-    from hafrm.recipe import Recipe
-    from hafrm.training import setup
-    from hafrm.training.loop import Job
-    from hafrm.training.methods import resolve_method
-    from hafrm.training.step_batches import build_micro_batch, plan_step
-
     torch.set_num_threads(1)
-    recipe = Recipe.model_validate(
-        {
-            "model": {"path": str(model)},
-            "data": {"train": str(file), "validation_fraction": 0.01},
-            "method": {"name": "bt"},
-            "training": {"precision": "fp32", "batch_size": 16, "steps": 1},
-        }
-    )
-    at: dict[str, float] = {"start": time.perf_counter()}
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def read_splits(*args: object, **options: object) -> object:
-        result = own(*args, **options)
-        at["read"] = time.perf_counter()
-        return result
-
-    own = setup.read_splits
-    with mock.patch.object(setup, "read_splits", read_splits):
-        data = setup.prepare_data(recipe)
-    at["encoded"] = time.perf_counter()
-    method = resolve_method(recipe)
-    network = setup.build_model(recipe, method, data.encoder, torch.device("cpu"))
-    job = Job(recipe, method, None, data, network)
-    refs = job.order.window(0, recipe.training.batch_size)
-    for groups in plan_step(data.train, refs, 4096)[0]:
-        batch = build_micro_batch(groups)
-        rewards = network(batch.layout).rewards
-        gaps = rewards[batch.chosen] - rewards[batch.rejected]
-        (-torch.nn.functional.logsigmoid(gaps).sum()).backward()
-    end = time.perf_counter()
-    read = at.get("read", at["start"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "read": read - at["start"],
-        "encode": at["encoded"] - read,
-        "first": end - start,
-        "rate": num_rows / (end - start),
-        "imported": imported / 1024,
-        "peak": peak / 1024,
+    sections = {
+        "model": {"path": str(model)},
+        "data": {"train": str(file), "validation_fraction": 0.01},
+        "method": {"name": "bt"},
+        "training": {"precision": "fp32", "batch_size": 16, "steps": 1},
     }
+    recipe = Recipe.model_validate(sections)
+    imported = time.process_time()
+    if read_only:
+        splits = setup.read_splits(recipe)
+        read = encoded = time.process_time()
+        assert len(splits[1]) + len(splits[2]) <= num_rows
+    else:
+        at: list[float] = []
+        own = setup.read_splits
+        timed = mock.Mock(side_effect=lambda *a: (own(*a), at.append(time.process_time()))[0])
+        with mock.patch.object(setup, "read_splits", timed):
+            data = setup.prepare_data(recipe)
+        (read,), encoded = at, time.process_time()
+        method = resolve_method(recipe)
+        network = setup.build_model(recipe, method, data.encoder, torch.device("cpu"))
+        refs = Job(recipe, method, None, data, network).order.window(0, 16)
+        for groups in plan_step(data.train, refs, 4096)[0]:
+            batch = build_micro_batch(groups)
+            rewards = network(batch.layout).rewards
+            gaps = rewards[batch.chosen] - rewards[batch.rejected]
+            (-torch.nn.functional.logsigmoid(gaps).sum()).backward()
+    end = time.process_time()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds = {"read": read - imported, "encode": encoded - read, "first": end}
+    return {**seconds, "rate": num_rows / end, "peak": peak}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,31 +128,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("rows", type=int, nargs="+")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kind", choices=["jsonl", "parquet"], default="jsonl")
-    parser.add_argument("--again", action="store_true", help="measure each number a second time")
+    parser.add_argument("--lengths", type=float, default=1.0, help="factor on all lengths")
+    parser.add_argument("--read-only", action="store_true", help="neither encode nor train")
     args = parser.parse_args(arguments)
     args.folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("HAFRM_CACHE", str(args.folder / "cache"))
     model, sample = args.folder / "model", args.folder / "sample.jsonl"
     if not model.is_dir():
         write_rows(sample, 2000)
         make_model(model, sample)
-    print("| " + " | ".join([*COLUMNS, "peak MB", "slope B/row"]) + " |")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     last: tuple[int, float] | None = None
     for num_rows in args.rows:
-        file = args.folder / f"rows-{num_rows}.{args.kind}"
+        file = args.folder / f"rows-{num_rows}-{args.lengths:g}.{args.kind}"
         if not file.is_file():
-            write_rows(file, num_rows)
-        for cached in [False, True][: 1 + args.again]:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                m = pool.apply(measure, (file, model, num_rows))
-            slope = (m["peak"] - last[1]) * 2**20 / (num_rows - last[0]) if last else float("nan")
-            cells = [f"{num_rows:,}", "yes" if cached else "no", f"{file.stat().st_size / 1e6:.0f}"]
-            cells += [f"{m[k]:.1f}" for k in ("read", "encode", "first")]
-            cells += [f"{m['rate']:,.0f}", f"{m['peak']:,.0f}", f"{slope:,.0f}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
-            if not cached:
-                latest = num_rows, m["peak"]
-        last = latest
+            write_rows(file, num_rows, args.lengths)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            m = pool.apply(measure, (file, model, num_rows, args.read_only))
+        slope = (
+            "" if last is None else f"{(m['peak'] - last[1]) * 2**20 / (num_rows - last[0]):,.0f}"
+        )
+        cells = [f"{num_rows:,}", f"{file.stat().st_size / 1e6:.0f}"]
+        cells += [f"{m[name]:.1f}" for name in ("read", "encode", "first")]
+        cells += [f"{m['rate']:,.0f}", f"{m['peak']:,.0f}", slope]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        last = num_rows, m["peak"]
 
 
 if __name__ == "__main__":
