@@ -292,10 +292,6 @@ class _SourceReader:
         self.bad_rows.sort(key=lambda row: row.row)
         return groups
 
-    def _context(self) -> list[str]:
-        bad = [row.detail for row in self.bad_rows if row.reason == "unread context"]
-        return [name for name in CONTEXT_COLUMNS if any(f"`{name}`" in detail for detail in bad)]
-
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:
         """Raise `DataError` when the source has no usable rows, or too many bad ones."""
         place, num_bad = self.source.location, len(self.bad_rows)
@@ -314,11 +310,15 @@ class _SourceReader:
                 f"Or say which column is which, {_suggested_columns(self.columns)}"
             )
         if reasons["unread context"] and max_bad_fraction < 1:
+            refused = {
+                r.detail.split("`")[1] for r in self.bad_rows if r.reason == "unread context"
+            }
+            columns = [name for name in CONTEXT_COLUMNS if name in refused]
             raise DataError(
                 f"{reasons['unread context']:,} of {self.num_rows:,} rows of {place} have a context that "
-                f"is not read: {', '.join(self._context())}. Put it into the messages of `prompt`, or "
-                "name the columns in data.ignore_columns (without a recipe: "
-                f"FILE#ignore={','.join(self._context())}) to train and score without them."
+                f"is not read: {', '.join(columns)}. Put it into the messages of `prompt`, or name the "
+                f"columns in data.ignore_columns (without a recipe: FILE#ignore={','.join(columns)}) to "
+                "train and score without them."
             )
         if num_bad <= max_bad_fraction * self.num_rows and num_bad < self.num_rows:
             return
