@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -58,12 +58,19 @@ def check_writable(path: Path) -> None:
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Make `path` hold `content`, in a folder that is made where it is missing: after any kill it is the
     old file or the new one, never a mix."""
+    with atomic_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` if the block ends without an error."""
     aside = _aside(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("xb") as file:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())  # before the rename, or power may fail between them
             aside.replace(path)

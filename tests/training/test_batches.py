@@ -36,29 +36,49 @@ def groups_of(*comparisons: int) -> list[TokenizedGroup]:
     ]
 
 
+def epoch(order: ComparisonOrder, number: int) -> list[ComparisonRef]:
+    return order.window(number * order.num_comparisons, order.num_comparisons)
+
+
+@pytest.mark.parametrize("per_prompt", [1, 2, 4])
+def test_the_order_is_the_one_of_lists_of_runs_that_are_permuted(per_prompt):
+    """The order as first released, in lists: what old seeds gave, they give for ever."""
+    groups = groups_of(1, 5, 0, 2, 1, 9, 1)
+    order = ComparisonOrder(groups, per_prompt=per_prompt, seed=7)
+    for number in range(3):
+        rng, runs = np.random.default_rng([7, number]), []
+        for index, group in enumerate(groups):
+            own = range(len(group.comparisons))
+            tiled = order._tiled(index, own, rng) if len(own) > 1 else own
+            refs = [ComparisonRef(index, c) for c in tiled]
+            runs += [refs[i : i + per_prompt] for i in range(0, len(refs), per_prompt)]
+        expected = [ref for run in rng.permutation(len(runs)) for ref in runs[run]]
+        assert epoch(order, number) == expected
+
+
 def test_an_epoch_holds_every_comparison_once_and_windows_run_on_into_the_next():
     order = ComparisonOrder(groups_of(1, 5, 2, 1), per_prompt=2, seed=3)
     assert order.num_comparisons == 9
-    assert Counter(order.epoch(0)) == Counter(
+    assert Counter(epoch(order, 0)) == Counter(
         ComparisonRef(g, c) for g, n in enumerate((1, 5, 2, 1)) for c in range(n)
     )
     windows = [order.window(4 * step, 4) for step in range(9)]
     assert all(len(window) == 4 for window in windows)
-    assert [p for w in windows for p in w] == [p for e in range(4) for p in order.epoch(e)]
+    assert [p for w in windows for p in w] == [p for e in range(4) for p in epoch(order, e)]
     assert order.reached(4) == order.window(0, 4)
-    assert order.reached(100) == order.epoch(0)
+    assert order.reached(100) == epoch(order, 0)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     groups = groups_of(1, 5, 2, 1)
     first, again, other = (ComparisonOrder(groups, per_prompt=2, seed=s) for s in (1, 1, 2))
-    assert first.epoch(0) == again.epoch(0)
-    assert first.epoch(0) != first.epoch(1)
-    assert first.epoch(0) != other.epoch(0)
+    assert epoch(first, 0) == epoch(again, 0)
+    assert epoch(first, 0) != epoch(first, 1)
+    assert epoch(first, 0) != epoch(other, 0)
 
 
 def test_comparisons_of_a_prompt_travel_in_blocks_of_at_most_per_prompt():
-    picks = ComparisonOrder(groups_of(6, 6, 6), per_prompt=3, seed=0).epoch(0)
+    picks = epoch(ComparisonOrder(groups_of(6, 6, 6), per_prompt=3, seed=0), 0)
     blocks = [picks[i : i + 3] for i in range(0, len(picks), 3)]
     assert all(len({pick.group for pick in block}) == 1 for block in blocks)
 
@@ -67,13 +87,13 @@ def test_ties_are_left_out():
     (group,) = groups_of(2)
     tie = Comparison(0, 1, tie=True)
     mixed = TokenizedGroup(group.prompt_ids, group.response_ids, (tie, Comparison(0, 2)), "t")
-    assert ComparisonOrder([mixed], per_prompt=1, seed=0).epoch(0) == [ComparisonRef(0, 1)]
+    assert epoch(ComparisonOrder([mixed], per_prompt=1, seed=0), 0) == [ComparisonRef(0, 1)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_rank_gets_as_many_micro_batches_and_fillers_weigh_nothing(ranks):
     groups = groups_of(1, 3, 1)
-    picks = ComparisonOrder(groups, per_prompt=4, seed=0).epoch(0)
+    picks = epoch(ComparisonOrder(groups, per_prompt=4, seed=0), 0)
     plan = plan_step(groups, picks, max_tokens=20, num_ranks=ranks)
     assert len({len(rank) for rank in plan}) == 1
     batches = [build_micro_batch(parts) for rank in plan for parts in rank]

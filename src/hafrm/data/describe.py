@@ -1,5 +1,6 @@
 """What is in preference data, in numbers: sizes, lengths, length bias, and what sharing prompts saves."""
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hafrm.data.reader import PreferenceData
-from hafrm.data.splits import normalised_key
+from hafrm.data.splits import prompt_keys
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.results import Table, columns
 from hafrm.statistics import Estimate, accuracy_interval
@@ -40,45 +41,48 @@ class Description:
 
 def describe_data(data: PreferenceData, encode: Encode | None = None) -> Description:
     """Counts and lengths of what was read; `encode` (an `Encoder.encode`) adds those of tokens."""
-    groups = data.groups
-    pairs = [(group, pair) for group in groups for pair in group.comparisons]
-    decided = [(group.responses, pair) for group, pair in pairs if not pair.tie]
-    sides = [(_words(texts[c.chosen]), _words(texts[c.rejected])) for texts, c in decided]
-    lengths = {
-        "user turns": _lengths(sum(m.role == "user" for m in group.prompt) for group in groups),
-        "prompt words": _lengths(sum(_words(m.content) for m in g.prompt) for g in groups),
-        "response words": _lengths(_words(text) for group in groups for text in group.responses),
-        "chosen words": _lengths(chosen for chosen, _ in sides),
-        "rejected words": _lengths(rejected for _, rejected in sides),
-    }
+    lengths = {f"{name} words": array("q") for name in ("prompt", "response", "chosen", "rejected")}
+    lengths = {"user turns": array("q"), **lengths}
+    flags, sources = Counter[str](), Counter[str]()
+    tags: dict[str, Counter[str]] = {}
+    for group in data.groups:  # once: a large set is read from disk
+        words = [len(text.split()) for text in group.responses]
+        lengths["user turns"].append(sum(m.role == "user" for m in group.prompt))
+        lengths["prompt words"].append(sum(len(m.content.split()) for m in group.prompt))
+        lengths["response words"].extend(words)
+        for pair in group.comparisons:
+            sources[group.source] += 1
+            flags.update(tie=pair.tie, margin=pair.margin != 0, votes=pair.votes is not None)
+            if not pair.tie:
+                lengths["chosen words"].append(words[pair.chosen])
+                lengths["rejected words"].append(words[pair.rejected])
+        for tag, value in group.tags.items():
+            tags.setdefault(tag, Counter()).update([value] * len(group.comparisons))
+    num_comparisons = sources.total()
+    is_longer = np.array(lengths["chosen words"]) > np.array(lengths["rejected words"])
     facts: dict[str, int | str | Estimate] = {
         "rows": data.num_rows,
         "bad rows": len(data.bad_rows),
-        "groups": len(groups),
-        "prompts": len({normalised_key(group.prompt) for group in groups}),
-        "responses": sum(len(group.responses) for group in groups),
-        "comparisons": len(pairs),
-        "ties": sum(pair.tie for _, pair in pairs),
-        "with margin": sum(pair.margin != 0 for _, pair in pairs),
-        "with votes": sum(pair.votes is not None for _, pair in pairs),
-        "longer is chosen": accuracy_interval(np.array([c > r for c, r in sides], bool)),
+        "groups": len(data.groups),
+        "prompts": len(np.unique(prompt_keys(data.groups))),
+        "responses": len(lengths["response words"]),
+        "comparisons": num_comparisons,
+        "ties": flags["tie"],
+        "with margin": flags["margin"],
+        "with votes": flags["votes"],
+        "longer is chosen": accuracy_interval(is_longer),
     }
     facts |= {f"left out: {reason}": num for reason, num in data.left_out.items()}
-    sources = Counter(group.source for group, _ in pairs)
     facts |= {f"from {name}": f"{num} comparisons" for name, num in sources.items()}
-    for tag in sorted({tag for group in groups for tag in group.tags}):
-        values = Counter(group.tags.get(tag, "(none)") for group, _ in pairs)
+    for tag, values in sorted(tags.items()):
+        if rest := num_comparisons - values.total():
+            values["(none)"] += rest
         facts[f"by {tag}"] = ", ".join(f"{value}: {num}" for value, num in [*values.items()][:8])
     if data.unread_columns:
         facts["columns not read"] = ", ".join(data.unread_columns[:12])
     if encode is not None:
-        encoded, report = encode(groups)
-        sizes = [(len(g.prompt_ids), len(ids)) for g in encoded for ids in g.response_ids]
-        lengths |= {
-            "prompt tokens": _lengths(len(group.prompt_ids) for group in encoded),
-            "response tokens": _lengths(response for _, response in sizes),
-            "sequence tokens": _lengths(map(sum, sizes)),
-        }
+        encoded, report = encode(data.groups)
+        lengths |= _count_tokens(encoded)
         saved = fraction_saved_by_sharing(encoded)
         facts["shared prompts save"] = f"{100 * saved:.1f} % of all tokens"
         counts = report.counts().items()
@@ -86,7 +90,17 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         if report.refused:
             facts["first refused"] = next(iter(report.refused.values()))
     bad_rows = dict(Counter(row.reason for row in data.bad_rows).most_common())
-    return Description(facts, bad_rows, lengths)
+    return Description(facts, bad_rows, {name: _spread(sizes) for name, sizes in lengths.items()})
+
+
+def _count_tokens(groups: Iterable[TokenizedGroup]) -> "dict[str, array[int]]":
+    prompts, responses, sequences = array("q"), array("q"), array("q")
+    for group in groups:
+        prompts.append(len(group.prompt_ids))
+        responses.extend(map(len, group.response_ids))
+        sequences.extend(len(group.prompt_ids) + len(ids) for ids in group.response_ids)
+    names = ("prompt tokens", "response tokens", "sequence tokens")
+    return dict(zip(names, (prompts, responses, sequences), strict=True))
 
 
 def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
@@ -103,13 +117,9 @@ def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
     return 1 - packed / paired if paired else 0.0
 
 
-def _words(text: str) -> int:
-    return len(text.split())
-
-
-def _lengths(values: Iterable[int]) -> Lengths:
-    ordered = sorted(values)
-    if not ordered:
+def _spread(values: "array[int]") -> Lengths:
+    ordered = np.sort(np.array(values))
+    if not len(ordered):
         return 0.0, 0, 0, 0
-    p50, p95 = (ordered[ceil(fraction * len(ordered)) - 1] for fraction in (0.50, 0.95))
-    return sum(ordered) / len(ordered), p50, p95, ordered[-1]
+    p50, p95 = (int(ordered[ceil(fraction * len(ordered)) - 1]) for fraction in (0.50, 0.95))
+    return int(ordered.sum()) / len(ordered), p50, p95, int(ordered[-1])

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hafrm.data.chat_template import prepare_tokenizer, written_around_turns
 from hafrm.data.rendering import Renderer, SpecialTokens
+from hafrm.data.store import Lazy, store_tokens
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, Message, TokenizedGroup
 
@@ -162,13 +163,16 @@ class Encoder:
         parts += [self.tokenizer.bos_token_id, self.eos_id, self.pad_id]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
-    def encode(self, groups: Sequence[Group]) -> tuple[list[TokenizedGroup], EncodingReport]:
+    def encode(self, groups: Sequence[Group]) -> tuple[Sequence[TokenizedGroup], EncodingReport]:
         """The groups as ids, in their order, and counts of what was done to them.
 
         Left out are those dropped, and those that the report lists as refused: without prompt or responses,
-        with lone surrogates or tokens that the model has not, or against the chat template.
+        with lone surrogates or tokens that the model has not, or against the chat template. The ids of lazy
+        groups are lazy too.
         """
-        return self._encode_parts(groups, self._encode_chunk)
+        report = EncodingReport()
+        encoded = self._encode_parts(groups, self._encode_chunk, report)
+        return (store_tokens(encoded) if isinstance(groups, Lazy) else list(encoded)), report
 
     def encode_one(self, group: Group) -> tuple[TokenizedGroup | None, EncodingReport]:
         """A single group as ids (None: dropped); raises DataError where `encode` refuses it."""
@@ -182,33 +186,33 @@ class Encoder:
     ) -> tuple[list[NDArray[np.int32]], EncodingReport]:
         """The ids that ask for a response to each group's prompt: the template's own generation prompt,
         uncut. The report lists those left out as refused, as `encode` does."""
-        return self._encode_parts(groups, self._encode_prompt_chunk)
+        report = EncodingReport()
+        return list(self._encode_parts(groups, self._encode_prompt_chunk, report)), report
 
     def _encode_parts(
         self,
         groups: Sequence[Group],
         encode_chunk: Callable[[Sequence[Group], EncodingReport], Iterator[Encoded]],
-    ) -> tuple[list[Encoded], EncodingReport]:
-        report = EncodingReport()
-
-        def encode_part(start: int, end: int) -> list[Encoded]:
+        report: EncodingReport,
+    ) -> Iterator[Encoded]:
+        def encode_part(part: Sequence[Group], start: int) -> list[Encoded]:
             own = EncodingReport()
             try:
-                encoded = list(encode_chunk(groups[start:end], own))
+                encoded = list(encode_chunk(part, own))
             except DataError as error:  # one group fails them all: halve them until it is alone
-                if end - start == 1:
+                if len(part) == 1:
                     report.refused[start] = str(error)
                     return []
-                middle = (start + end) // 2
-                return encode_part(start, middle) + encode_part(middle, end)
+                middle = len(part) // 2
+                return encode_part(part[:middle], start) + encode_part(
+                    part[middle:], start + middle
+                )
             for name in _COUNTS:
                 setattr(report, name, getattr(report, name) + getattr(own, name))
             return encoded
 
-        encoded: list[Encoded] = []
         for start in range(0, len(groups), _GROUPS_AT_ONCE):
-            encoded += encode_part(start, min(start + _GROUPS_AT_ONCE, len(groups)))
-        return encoded, report
+            yield from encode_part(list(groups[start : start + _GROUPS_AT_ONCE]), start)
 
     def turn_ends(self, generation: GenerationConfig | None = None) -> tuple[int, ...]:
         """Ids that end an assistant's turn: the template's first control token behind an answer, the EOS,

@@ -23,23 +23,12 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast
 from hafrm.errors import DataError
 
 Reason = Literal[
-    "empty response",
-    "empty prompt",
-    "chosen equals rejected",
-    "prompts differ",
-    "wrong roles",
-    "not a string",
-    "non-finite margin",  # a margin or weight that is no usable number
-    "bad number",  # votes, ranks, scores
-    "too long",
-    "lone surrogate",  # and NUL
-    "duplicate",
-    "missing column",
-    "unreadable row",
-    "unread context",  # a column of CONTEXT_COLUMNS holds something
-    "unknown label",
-    "not encodable",  # the chat template or the tokenizer refuses it
-]
+    "empty response", "empty prompt", "chosen equals rejected", "prompts differ", "wrong roles",
+    "not a string", "non-finite margin", "bad number", "too long", "lone surrogate", "duplicate",
+    "missing column", "unreadable row", "unread context", "unknown label", "not encodable",
+]  # fmt: skip
+"""Why rows are bad. "non-finite margin" is a margin or weight that is no usable number, "bad number" one of
+votes, ranks or scores; "not encodable" is what the chat template or the tokenizer refuses."""
 MAX_CHARS = 200_000
 """Limit of a prompt or response in characters, checked before any tokenizer sees it."""
 RawRow = Mapping[Any, Any]
@@ -152,11 +141,10 @@ def _decode(text: str) -> object:
 def _read_json(path: Path) -> NumberedRows:
     with _open_text(path) as stream:
         text = stream.read()
-    try:
-        content = json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
+    content = _decode(text) if text.strip() else []
+    if isinstance(content, Refusal):
         hint = "name it .jsonl if it has one object per line"
-        raise DataError(f"{path} is not JSON: {error}; {hint}") from error
+        raise DataError(f"{path} is {content.detail}; {hint}")
     if not isinstance(content, list):
         raise DataError(f"{path} must hold a list of rows, got {show(content)}")
     yield from enumerate(content)

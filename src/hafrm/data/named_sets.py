@@ -31,7 +31,6 @@ from hafrm.errors import DataError, did_you_mean
 from hafrm.preferences import Group
 
 OurRow = dict[str, Any]
-_Rows = list[tuple[int, object]]  # numbered
 
 
 class LeftOut(NamedTuple):
@@ -246,33 +245,39 @@ def read_named_set(
     """
     part = part or (named.parts[0] if len(named.parts) == 1 else None)
     later = named.parts[named.parts.index(part) + 1 :] if part else ()
-    if named.in_one_piece:
-        assert part is not None, "find_sets makes sure of it"
-        whole = read_file(Path(file)) if file else read_hub(named.hub[_WHOLE])
-        by_part = _divide(named, list(_converted(named, whole, left_out)))
-        own, others = by_part[part], [row for name in later for row in by_part[name]]
-    else:
-        rows = read_file(Path(file)) if file else read_hub(named.hub[part or ""])
-        own = list(_converted(named, rows, left_out))
-        hubs = [read_hub(named.hub[name]) for name in (() if file else later)]
-        others = [row for hub in hubs for row in _converted(named, hub, Counter())]
-    held_out = {_prompt(row) for _, row in others} - {None}
-    for number, row in own:
+    # a file of a set in several pieces is one of them: the others are not here
+    others = () if file and not named.in_one_piece else later
+    held_out = {_prompt(r) for name in others for _, r in _rows_of(named, file, name, Counter())}
+    held_out -= {None}
+    for number, row in _rows_of(named, file, part, left_out):
         if held_out and _prompt(row) in held_out:
             left_out["prompt is in a held-out part"] += 1
         else:
             yield number, {**row, "split": part} if isinstance(row, dict) and part else row
 
 
-def _divide(named: NamedSet, rows: _Rows) -> dict[str, _Rows]:
-    """The rows of a set that is published in one piece, by part."""
-    good = [number for number, row in rows if not isinstance(row, Refusal)]
-    first = set(good[: int(named.test_fraction * len(good))])
-    divided: dict[str, _Rows] = {name: [] for name in named.parts}
-    for number, row in rows:
+def _rows_of(
+    named: NamedSet, file: str | None, part: str | None, left_out: Counter[str]
+) -> NumberedRows:
+    """The rows of one part in our columns, one by one."""
+
+    def converted(counts: Counter[str]) -> NumberedRows:
+        hub = _WHOLE if named.in_one_piece else part or ""
+        rows = read_file(Path(file)) if file else read_hub(named.hub[hub])
+        return _converted(named, rows, counts)
+
+    if not named.in_one_piece:
+        yield from converted(left_out)
+        return
+    num_good = sum(not isinstance(row, Refusal) for _, row in converted(Counter()))
+    num_test = int(named.test_fraction * num_good)  # the first good rows
+    for number, row in converted(left_out):
         split = row.get("split") if isinstance(row, dict) else None
-        divided["test" if number in first else split or named.parts[0]].append((number, row))
-    return divided
+        if not isinstance(row, Refusal):
+            split = "test" if num_test > 0 else split
+            num_test -= 1
+        if part == (split or named.parts[0]):
+            yield number, row
 
 
 def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> NumberedRows:

@@ -88,66 +88,70 @@ def parse_row(
     try:
         if not isinstance(row, Mapping):
             refuse("unreadable row", f"expected an object with named columns, got {show(row)}")
-        own = read_prompt(row.get("prompt"), "prompt")
+        prompt, responses = read_prompt(row.get("prompt"), "prompt"), tuple[str, ...]()
         try:
-            prompt, responses, is_pair = _read_texts(row, own, need_responses, implicit_prompt)
+            prompt, responses = _read_texts(row, prompt, implicit_prompt)
         except RefusedError:
-            if need_responses or not own:
+            if need_responses or row.get("prompt") is None:
                 raise
-            prompt, responses, is_pair = own, (), False
-        prompt = _with_system(row.get("system"), prompt)
-        _refuse_context(row, prompt)
-        comparisons = _compare(row, responses, is_pair=is_pair) if read_labels else ()
+        prompt = _with_context(row, prompt)
+        comparisons = _compare(row, responses) if read_labels and responses else ()
         check_prompt(prompt)
         if need_comparisons and not comparisons:
             refuse("missing column", "nothing to compare: no two responses with a label")
-        name = "" if row.get("id") is None else _label(row["id"], "id")
-        tags = {
-            tag: _label(row[tag], tag)
-            for tag in TAGS
-            if row.get(tag) is not None and (read_labels or tag != "label")
-        }
-        return Group(name, prompt, responses, comparisons, tags=tags)
+        names = [name for name in ("id", *TAGS) if read_labels or name != "label"]
+        tags = {name: _label(row[name], name) for name in names if row.get(name) is not None}
+        return Group(tags.pop("id", ""), prompt, responses, comparisons, tags=tags)
     except RefusedError as refused:
         return refused.refusal
 
 
 def _read_texts(
-    row: RawRow, prompt: Messages, need_responses: bool, implicit_prompt: ImplicitPrompt
-) -> tuple[Messages, tuple[str, ...], bool]:
-    """The whole prompt, the responses, and whether these are a pair of chosen and rejected."""
-    sides, responses = _read_sides(row), tuple[str, ...]()
-    is_pair = "chosen" in sides
-    if sides:
-        if is_pair and row.get("prompt") is None:
-            prompt, sides = _split_texts(sides, implicit_prompt)
-        prompt, responses = _join(prompt, sides)
-    elif need_responses or row.get("prompt") is None:
-        refuse("missing column", f"no responses that could be compared; {columns_of(row)}")
-    for response in responses:
-        check_text(response, "a response")
-    return prompt, responses, is_pair
+    row: RawRow, prompt: Messages, implicit_prompt: ImplicitPrompt
+) -> tuple[Messages, tuple[str, ...]]:
+    """The one prompt of all sides (column -> value), and each side's response.
+
+    A side may be the bare response, the whole dialogue, or the turns that follow the prompt.
+    """
+    sides = _read_sides(row)
+    if "chosen" in sides and row.get("prompt") is None:
+        prompt, sides = _split_texts(sides, implicit_prompt)
+    prompts, responses = [], []
+    for column, value in sides.items():
+        turns = read_messages(value, column, "assistant")
+        if not turns or turns[-1].role != "assistant":
+            refuse("wrong roles", f"`{column}` must end in an assistant message, got {show(value)}")
+        responses.append(turns[-1].content)
+        if not responses[-1].strip():
+            refuse("empty response", f"`{column}` is {show(responses[-1])}")
+        check_text(responses[-1], "a response")
+        prompts.append(_before_response(prompt, turns[:-1], column))
+    if not all(prompts):
+        refuse("missing column", "no `prompt`, and no turn before the response")
+    if any(other != prompts[0] for other in prompts):
+        refuse("prompts differ", "the dialogues differ before their last assistant turn")
+    return prompts[0], tuple(responses)
 
 
-def _with_system(system: object, prompt: Messages) -> Messages:
-    """The prompt behind the system turn that a column of its own holds."""
+def _with_context(row: RawRow, prompt: Messages) -> Messages:
+    """The prompt behind the system turn that a column of its own holds; other context is refused."""
+    system = row.get("system")
     if not isinstance(system, str | None):
         refuse("not a string", f"`system` must be text, got {show(system)}")
-    if system is None or not system.strip() or prompt[:1] == (Message("system", system),):
-        return prompt
-    if prompt and prompt[0].role == "system":
-        refuse("wrong roles", f"`system` and the prompt's own system turn differ: {show(system)}")
-    return (Message("system", system), *prompt)
-
-
-def _refuse_context(row: RawRow, prompt: Messages) -> None:
-    contents = [message.content for message in prompt]
+    if system and system.strip() and prompt[:1] != (Message("system", system),):
+        if prompt and prompt[0].role == "system":
+            refuse(
+                "wrong roles", f"`system` and the prompt's own system turn differ: {show(system)}"
+            )
+        prompt = (Message("system", system), *prompt)
     for column in CONTEXT_COLUMNS:
         value = row.get(column)
         is_blank = value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
         # beside messages, some files repeat the question as an instruction
-        if not is_blank and not (isinstance(value, str) and value in contents):
+        is_repeated = isinstance(value, str) and value in [message.content for message in prompt]
+        if not is_blank and not is_repeated:
             refuse("unread context", f"`{column}` is not read, and holds {show(value)}")
+    return prompt
 
 
 def _read_sides(row: RawRow) -> Mapping[str, object]:
@@ -159,12 +163,14 @@ def _read_sides(row: RawRow) -> Mapping[str, object]:
         if not responses:
             refuse("missing column", "the list of responses is empty")
         return {f"response {index}": value for index, value in enumerate(responses)}
-    return {} if row.get("response") is None else {"response": row["response"]}
+    if row.get("response") is None:
+        refuse("missing column", f"no responses that could be compared; {columns_of(row)}")
+    return {"response": row["response"]}
 
 
-def _compare(row: RawRow, texts: tuple[str, ...], *, is_pair: bool) -> tuple[Comparison, ...]:
+def _compare(row: RawRow, texts: tuple[str, ...]) -> tuple[Comparison, ...]:
     """The comparisons of a row's responses, by the columns that label them."""
-    if is_pair:
+    if row.get("chosen") is not None:
         if texts[0].strip() == texts[1].strip():
             refuse("chosen equals rejected", show(texts[0]))
         tie, label = row.get("tie"), row.get("label")
@@ -174,8 +180,7 @@ def _compare(row: RawRow, texts: tuple[str, ...], *, is_pair: bool) -> tuple[Com
         if not _TIE.fullmatch(words) and not _NO_TIE.fullmatch(words):
             refuse("unknown label", f"`label` says neither a tie nor a winner: {show(label)}")
         tie = bool(tie) or _TIE.fullmatch(words) is not None
-        margin, weight = _margin_and_weight(row)
-        return (Comparison(0, 1, margin, weight, tie, votes=_votes(row.get("votes"))),)
+        return (Comparison(0, 1, *_margin_and_weight(row), tie, _votes(row.get("votes"))),)
     orders = [column for column in _ORDERS if row.get(column) is not None]
     if row.get("responses") is None or not orders:
         return ()
@@ -209,33 +214,6 @@ def _compare_all(
             best, worst = (i, j) if gap > 0 else (j, i)
             comparisons.append(Comparison(best, worst, margin=margin, weight=weight))
     return tuple(comparisons)
-
-
-def _join(prompt: Messages, sides: Mapping[str, object]) -> tuple[Messages, tuple[str, ...]]:
-    """The one prompt of all sides (column -> value), and each side's response.
-
-    A side may be the bare response, the whole dialogue, or the turns that follow the prompt.
-    """
-    prompts, responses = [], []
-    for column, value in sides.items():
-        turns = _read_side(value, column)
-        prompts.append(_before_response(prompt, turns[:-1], column))
-        responses.append(turns[-1].content)
-    if not all(prompts):
-        refuse("missing column", "no `prompt`, and no turn before the response")
-    if any(other != prompts[0] for other in prompts):
-        refuse("prompts differ", "the dialogues differ before their last assistant turn")
-    return prompts[0], tuple(responses)
-
-
-def _read_side(value: object, column: str) -> Messages:
-    """The turns of one side; the last one is the response."""
-    turns = read_messages(value, column, "assistant")
-    if not turns or turns[-1].role != "assistant":
-        refuse("wrong roles", f"`{column}` must end in an assistant message, got {show(value)}")
-    if not turns[-1].content.strip():
-        refuse("empty response", f"`{column}` is {show(turns[-1].content)}")
-    return turns
 
 
 def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
@@ -327,12 +305,10 @@ def _read_message(turn: object, column: str) -> Message | None:
     if role == "system" and content is None:
         return None
     if isinstance(content, list | tuple):  # parts, of which only text can be joined
-        parts = [part if isinstance(part, Mapping) else {} for part in content]
-        filled = [{key for key, part in p.items() if part is not None} for p in parts]
-        if all(keys == {"type", "text"} for keys in filled):
-            texts = [part["text"] for part in parts if part["type"] == "text"]
-            if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-                content = "".join(texts)
+        parts = [dict(part) if isinstance(part, Mapping) else {} for part in content]
+        texts = [part.pop("text", None) for part in parts if part.pop("type", None) == "text"]
+        if len(texts) == len(parts) and not any(v is not None for p in parts for v in p.values()):
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
     if not isinstance(content, str) or turn.get("tool_calls"):
         refuse("not a string", f"a message of `{column}` is not plain text: {show(turn)}")
     return Message(role, content)
@@ -373,10 +349,9 @@ def _votes(value: object) -> Votes | None:
     """Votes from {chosen, rejected, tie} or [chosen, rejected(, tie)]; None when a row has none."""
     if value is None:
         return None
-    sides = set(Votes._fields)
-    if isinstance(value, list | tuple):
-        value = dict(zip(Votes._fields, value, strict=False)) if len(value) <= 3 else None
-    if not isinstance(value, Mapping) or not sides - {"tie"} <= value.keys() <= sides:
+    if isinstance(value, list | tuple) and len(value) <= 3:
+        value = dict(zip(Votes._fields, value, strict=False))
+    if not isinstance(value, Mapping) or value.keys() | {"tie"} != set(Votes._fields):
         refuse("bad number", f"`votes` must count chosen, rejected and tie, got {show(value)}")
     # a column that only some rows fill comes back from Parquet as null in the others
     numbers = {k: 0.0 if n is None else as_number(n, "votes") for k, n in value.items()}

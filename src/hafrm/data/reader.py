@@ -23,10 +23,12 @@ from hafrm.data.files import (
     show,
     stem,
 )
+from hafrm.data.grouping import GroupedRows
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
 from hafrm.data.parse import COLUMNS, CONTEXT_COLUMNS, SHAPES, TAGS, ImplicitPrompt, parse_row
+from hafrm.data.store import Lazy, join
 from hafrm.errors import DataError, did_you_mean
-from hafrm.preferences import Comparison, Group
+from hafrm.preferences import Group
 
 RawRows = Iterable[Mapping[str, Any]]
 """Rows in memory: a list of dictionaries, or a `datasets.Dataset`."""
@@ -61,13 +63,11 @@ class BadRow:
 class PreferenceData:
     """What the sources hold."""
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]  # a tuple, or made when they are read (`hafrm.data.store`)
     bad_rows: tuple[BadRow, ...]
     num_rows: int  # rows looked at, the bad ones included
     unread_columns: tuple[str, ...]  # columns that no shape understands
-    left_out: dict[
-        str, int
-    ]  # rows of named sets that these do not use, by reason; not in `num_rows`
+    left_out: dict[str, int]  # unused rows of named sets, by reason; not in `num_rows`
     num_groups: tuple[int, ...]  # of each source (a group of sets counts as its members)
 
 
@@ -89,10 +89,10 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
 
     `parse_sources` says what a source is, `parse_row` what `need_...`, `read_labels` and `implicit_prompt`
     mean. `columns` names the source's columns ({"prompt": "question"}), and those of `ignore_columns` are
-    not looked at; a named set's are its own. A row that only repeats
-    earlier rows is bad ("duplicate"); the opposite order of a pair is disagreement, and stays. Raises
-    `DataError` when a source cannot be read, has no usable row or more than `max_bad_fraction` bad ones.
-    `bad_rows_file` gets one JSON object for each bad row, before any error.
+    not looked at; a named set's are its own. A row that only repeats earlier rows is bad ("duplicate"); the
+    opposite order of a pair is disagreement, and stays. Raises `DataError` when a source cannot be read,
+    has no usable row or more than `max_bad_fraction` bad ones. `bad_rows_file` gets one JSON object for
+    each bad row, before any error.
     """
     parse = partial(
         parse_row,
@@ -110,19 +110,21 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
     for reader in readers:
         for number, row in iter_rows(reader.source, reader.left_out):
             reader.add(number, row, row if isinstance(row, Refusal) else parse(row))
+    parts = [reader.groups() for reader in readers]
     bad_rows = tuple(row for reader in readers for row in reader.bad_rows)
     if bad_rows_file is not None:
         bad_rows_file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(bad_rows_file, "".join(json.dumps(asdict(row)) + "\n" for row in bad_rows))
     for reader in readers:
         reader.check(max_bad_fraction, bad_rows_file)
+    groups = join(parts)
     return PreferenceData(
-        tuple(d.group(reader.source.name) for reader in readers for d in reader.drafts.values()),
+        groups if isinstance(groups, Lazy) else tuple(groups),
         bad_rows,
         num_rows=sum(reader.num_rows for reader in readers),
         unread_columns=tuple(sorted({c for r in readers for c in r.columns} - COLUMNS)),
         left_out=dict(sum((reader.left_out for reader in readers), Counter())),
-        num_groups=tuple(len(reader.drafts) for reader in readers),
+        num_groups=tuple(map(len, parts)),
     )
 
 
@@ -260,34 +262,6 @@ def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A group in the making, from its first row on."""
-
-    first: Group
-    tags: dict[str, str]
-    responses: dict[str, int] = field(default_factory=dict)
-    comparisons: dict[tuple[int, int, bool], Comparison] = field(default_factory=dict)
-
-    def add(self, parsed: Group) -> bool:
-        """Take in what a row says; whether any of it is new."""
-        old_size = len(self.responses), len(self.comparisons)
-        place = [self.responses.setdefault(text, len(self.responses)) for text in parsed.responses]
-        for pair in parsed.comparisons:
-            ends = place[pair.chosen], place[pair.rejected]
-            # a tie is the same in both orders
-            key = (min(ends), max(ends), True) if pair.tie else (*ends, False)
-            self.comparisons.setdefault(key, replace(pair, chosen=ends[0], rejected=ends[1]))
-        new = parsed is self.first or (len(self.responses), len(self.comparisons)) != old_size
-        if new:  # the group's tags are those on which its rows agree
-            self.tags = {t: text for t, text in self.tags.items() if parsed.tags.get(t) == text}
-        return new
-
-    def group(self, source: str) -> Group:
-        responses, comparisons = tuple(self.responses), tuple(self.comparisons.values())
-        return Group(self.first.id, self.first.prompt, responses, comparisons, source, self.tags)
-
-
-@dataclass(slots=True)
 class _SourceReader:
     """The rows of one source so far."""
 
@@ -296,7 +270,7 @@ class _SourceReader:
     bad_rows: list[BadRow] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
     left_out: Counter[str] = field(default_factory=Counter)
-    drafts: dict[tuple[object, ...], _Draft] = field(default_factory=dict)
+    good_rows: GroupedRows = field(default_factory=GroupedRows)
 
     def add(self, number: int, row: object, parsed: Group | Refusal) -> None:
         """Count a row as good or bad."""
@@ -306,23 +280,20 @@ class _SourceReader:
         if isinstance(parsed, Refusal):
             self.bad_rows.append(BadRow(self.source.location, number, *parsed))
             return
-        # a comparison belongs to its own subset and split
-        key = (parsed.prompt, parsed.tags.get("subset"), parsed.tags.get("split"))
-        if key not in self.drafts:
-            parsed = replace(parsed, id=parsed.id or f"{self.source.name}-{number}")
-            self.drafts[key] = _Draft(parsed, parsed.tags)
-        if self.drafts[key].add(parsed):
-            return
-        if self.source.named:  # its repetitions are the publisher's
-            self.num_rows -= 1
-            self.left_out["repeats an earlier row"] += 1
-        else:
-            detail = f"an earlier row of group {self.drafts[key].first.id!r} says all of it"
-            self.bad_rows.append(BadRow(self.source.location, number, "duplicate", detail))
+        self.good_rows.add(number, replace(parsed, id=parsed.id or f"{self.source.name}-{number}"))
 
-    def _context(self) -> list[str]:
-        bad = [row.detail for row in self.bad_rows if row.reason == "unread context"]
-        return [name for name in CONTEXT_COLUMNS if any(f"`{name}`" in detail for detail in bad)]
+    def groups(self) -> Sequence[Group]:
+        """The groups in the order of their first rows; rows that only repeat earlier ones become bad."""
+        groups, repeated = self.good_rows.groups(self.source.name)
+        if repeated and self.source.named:  # its repetitions are the publisher's
+            self.num_rows -= len(repeated)
+            self.left_out["repeats an earlier row"] += len(repeated)
+            return groups
+        for number, name in repeated:
+            detail = f"an earlier row of group {name!r} says all of it"
+            self.bad_rows.append(BadRow(self.source.location, number, "duplicate", detail))
+        self.bad_rows.sort(key=lambda row: row.row)
+        return groups
 
     def check(self, max_bad_fraction: float, bad_rows_file: Path | None) -> None:
         """Raise `DataError` when the source has no usable rows, or too many bad ones."""
@@ -342,11 +313,15 @@ class _SourceReader:
                 f"Or say which column is which, {_suggested_columns(self.columns)}"
             )
         if reasons["unread context"] and max_bad_fraction < 1:
+            refused = {
+                r.detail.split("`")[1] for r in self.bad_rows if r.reason == "unread context"
+            }
+            columns = [name for name in CONTEXT_COLUMNS if name in refused]
             raise DataError(
                 f"{reasons['unread context']:,} of {self.num_rows:,} rows of {place} have a context that "
-                f"is not read: {', '.join(self._context())}. Put it into the messages of `prompt`, or "
-                "name the columns in data.ignore_columns (without a recipe: "
-                f"FILE#ignore={','.join(self._context())}) to train and score without them."
+                f"is not read: {', '.join(columns)}. Put it into the messages of `prompt`, or name the "
+                f"columns in data.ignore_columns (without a recipe: FILE#ignore={','.join(columns)}) to "
+                "train and score without them."
             )
         if num_bad <= max_bad_fraction * self.num_rows and num_bad < self.num_rows:
             return

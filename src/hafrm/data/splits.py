@@ -12,7 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hafrm.atomic import atomic_write
+import numpy as np
+from numpy.typing import NDArray
+
+from hafrm.atomic import atomic_file
+from hafrm.data.store import column, join, pick, transform
 from hafrm.errors import ConfigError, DataError
 from hafrm.preferences import Comparison, Group, Message, prompt_key
 
@@ -22,49 +26,55 @@ def normalised_key(prompt: Sequence[Message]) -> str:
     return prompt_key([Message(m.role, " ".join(m.content.lower().split())) for m in prompt])
 
 
+def prompt_keys(groups: Sequence[Group]) -> NDArray[np.uint64]:
+    """`normalised_key` of each group's prompt, as numbers."""
+    return column(groups, "prompt", lambda g: int(normalised_key(g.prompt), 16), np.uint64)
+
+
 def split_by_prompt(
     groups: Sequence[Group], fraction: float, seed: int
-) -> tuple[list[Group], list[Group]]:
+) -> tuple[Sequence[Group], Sequence[Group]]:
     """(rest, held out), disjoint by prompt, each in the order of `groups`.
 
     `fraction` is met in expectation only, so that adding data never moves a prompt to the other side.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
-    keys = [normalised_key(group.prompt) for group in groups]
-    place = {key: _uniform(key, seed) for key in keys}
     if fraction == 0 or not groups:
-        return list(groups), []
-    if len(place) < 2:
+        return groups, []
+    keys, owner = np.unique(prompt_keys(groups), return_inverse=True)
+    if len(keys) < 2:
         raise DataError(f"cannot hold out a part of {len(groups)} groups that share one prompt")
-    held_out = {key for key, value in place.items() if value < fraction}
+    place = np.fromiter((_uniform(f"{key:016x}", seed) for key in keys.tolist()), np.float64)
+    is_held_out = place < fraction
     # neither side may be empty: then the nearest prompt changes sides
-    held_out = held_out or {min(place, key=place.__getitem__)}
-    if len(held_out) == len(place):
-        held_out.remove(max(place, key=place.__getitem__))
-    sides: tuple[list[Group], list[Group]] = ([], [])
-    for group, key in zip(groups, keys, strict=True):
-        sides[key in held_out].append(group)
-    return sides
+    if not is_held_out.any():
+        is_held_out[place.argmin()] = True
+    elif is_held_out.all():
+        is_held_out[place.argmax()] = False
+    return pick(groups, ~is_held_out[owner]), pick(groups, is_held_out[owner])
 
 
-def without_prompts(groups: Sequence[Group], held_out: Sequence[Group]) -> list[Group]:
+def without_prompts(groups: Sequence[Group], held_out: Sequence[Group]) -> Sequence[Group]:
     """The groups whose prompts are not among those of `held_out`, in their order."""
-    keys = {normalised_key(group.prompt) for group in held_out}
-    return [group for group in groups if normalised_key(group.prompt) not in keys]
+    if not held_out:
+        return groups
+    return pick(groups, np.isin(prompt_keys(groups), prompt_keys(held_out), invert=True))
 
 
 def check_leakage(
     train: Sequence[Group], test: Sequence[Group], *, names: tuple[str, str] = ("train", "test")
 ) -> None:
     """Raise `DataError` when both have a prompt, with the number of such prompts and some of them."""
-    seen = {normalised_key(group.prompt) for group in train}
-    by_key = {normalised_key(group.prompt): group for group in reversed(test)}
-    shared = [group for key, group in reversed(by_key.items()) if key in seen]
-    if shared:
-        examples = "\n".join(f"  {g.id}: {g.prompt[-1].content[:80]!r}" for g in shared[:3])
+    if not test:
+        return
+    keys, first = np.unique(prompt_keys(test), return_index=True)
+    shared = np.sort(first[np.isin(keys, prompt_keys(train))])
+    if len(shared):
+        some = [test[place] for place in shared[:3].tolist()]
+        examples = "\n".join(f"  {g.id}: {g.prompt[-1].content[:80]!r}" for g in some)
         raise DataError(
-            f"{len(shared):,} of {len(by_key):,} prompts of {names[1]} are in {names[0]} too, such as\n"
+            f"{len(shared):,} of {len(keys):,} prompts of {names[1]} are in {names[0]} too, such as\n"
             f"{examples}\nRemove them, or leave them out of training with data.shared_prompts=drop."
         )
 
@@ -75,18 +85,23 @@ def mix(
     weights: Sequence[float] | None = None,
     cap: int | None = None,
     seed: int = 0,
-) -> list[Group]:
+) -> Sequence[Group]:
     """All groups of all sets in their order, at most `cap` comparisons from each set.
 
     Which ones depends on `seed` and the groups, not on their order; the group that crosses the cap is
     trimmed. `weights` (one for each set) multiply the comparisons' own.
     """
-    mixed: list[Group] = []
-    for groups, factor in zip(sets, weights or [1.0] * len(sets), strict=True):
-        for group in groups if cap is None else _cap(groups, cap, seed):
-            weighed = (replace(pair, weight=pair.weight * factor) for pair in group.comparisons)
-            mixed.append(group if factor == 1 else replace(group, comparisons=tuple(weighed)))
-    return mixed
+    capped = sets if cap is None else [_cap(groups, cap, seed) for groups in sets]
+    factors = weights or [1.0] * len(sets)
+    return join([_weigh(*pair) for pair in zip(capped, factors, strict=True)])
+
+
+def _weigh(groups: Sequence[Group], factor: float) -> Sequence[Group]:
+    def weigh(group: Group) -> Group:
+        pairs = tuple(replace(pair, weight=pair.weight * factor) for pair in group.comparisons)
+        return replace(group, comparisons=pairs)
+
+    return groups if factor == 1 else transform(groups, weigh)
 
 
 def _uniform(key: str, seed: int) -> float:
@@ -94,18 +109,21 @@ def _uniform(key: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _cap(groups: Sequence[Group], cap: int, seed: int) -> list[Group]:
-    order = sorted(
-        range(len(groups)),
-        key=lambda i: _uniform(f"{groups[i].id}:{prompt_key(groups[i].prompt)}", seed),
-    )
-    drawn, room = {}, cap
-    for index in order:
+def _cap(groups: Sequence[Group], cap: int, seed: int) -> Sequence[Group]:
+    place = [_uniform(f"{group.id}:{prompt_key(group.prompt)}", seed) for group in groups]
+    room, drawn = cap, list[int]()
+    for index in np.argsort(np.array(place), kind="stable").tolist():
         if room <= 0:
             break
-        drawn[index] = _trim(groups[index], room, seed)
-        room -= len(drawn[index].comparisons)
-    return [drawn[index] for index in sorted(drawn)]
+        drawn.append(index)
+        last, size = index, room
+        room -= len(groups[index].comparisons)
+    places = np.sort(np.array(drawn, np.int64))
+    rest = pick(groups, places)
+    if room >= 0:
+        return rest
+    middle = int(np.searchsorted(places, last))
+    return join([rest[:middle], [_trim(groups[last], size, seed)], rest[middle + 1 :]])
 
 
 def _trim(group: Group, size: int, seed: int) -> Group:
@@ -123,10 +141,13 @@ def _trim(group: Group, size: int, seed: int) -> Group:
 
 def write_groups(groups: Sequence[Group], file: Path) -> int:
     """Write groups as JSON lines that `read_preferences` reads back alike; returns the number of rows."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for group in groups for row in _rows(group)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, "".join(lines))
-    return len(lines)
+    num_rows = 0
+    with atomic_file(file) as lines:
+        for row in (row for group in groups for row in _rows(group)):
+            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            num_rows += 1
+    return num_rows
 
 
 def _rows(group: Group) -> Iterator[dict[str, Any]]:

@@ -38,7 +38,7 @@ class ScoredModel:
 
     name: str
     scored_with: str
-    tokenized: list[TokenizedGroup]
+    tokenized: Sequence[TokenizedGroup]
     scores: NDArray[np.float32]  # of each response; NaN where it cannot be encoded
     states: StateMatrix  # of some of the responses, the same ones for all models
 
@@ -159,7 +159,7 @@ def last_states(model: HybridModel, groups: Sequence[Branches]) -> StateMatrix:
 
 def some_responses(
     groups: Sequence[TokenizedGroup], num: int = MAX_STATES, seed: int = SEED
-) -> list[TokenizedGroup]:
+) -> Sequence[TokenizedGroup]:
     """At most `num` of all responses, drawn at random, with their prompts, in the order of the groups."""
     # only numbers of responses decide, so that models with different tokenizers get the same texts
     counts = [len(group.response_ids) for group in groups]

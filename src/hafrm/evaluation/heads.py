@@ -194,7 +194,7 @@ def score_groups(
     options: EvaluationOptions,
     done: OnProgress,
     score: Callable[..., Any] | None = None,
-) -> tuple[NDArray[np.float32], list[TokenizedGroup], EncodingReport]:
+) -> tuple[NDArray[np.float32], Sequence[TokenizedGroup], EncodingReport]:
     """A score (by `score_encoded`) for each response of all groups, NaN for those of groups that cannot be
     encoded; the ids of the others, and the encoder's report. DataError for more such groups than
     max_bad_fraction."""

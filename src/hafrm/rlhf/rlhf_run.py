@@ -277,7 +277,7 @@ def load_prompts(
     Raises DataError where nothing is left of a part.
     """
 
-    def read(sources: Sequence[str], bad_rows: str) -> list[Group]:
+    def read(sources: Sequence[str], bad_rows: str) -> Sequence[Group]:
         file = folder.path / bad_rows
         return read_prompts(sources, max_bad_fraction=data.max_bad_fraction, bad_rows_file=file)
 

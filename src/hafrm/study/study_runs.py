@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ class StudyData:
     """The test sets of a study, as all its runs see them."""
 
     comparisons: Comparisons
-    tokenized: list[TokenizedGroup]
+    tokenized: Sequence[TokenizedGroup]
 
     @property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ manifest at resume. Only the main rank holds whole tensors, gathered and scatter
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,7 +77,9 @@ def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> Non
     inputs = {
         **model_digests("model.path", recipe.model.path, recipe.model.revision),
         "the chat template": data.encoder.template_sha256,
-        "the comparisons as token ids": _digest_of_groups([*data.train, *data.validation]),
+        "the comparisons as token ids": _digest_of_groups(
+            itertools.chain(data.train, data.validation)
+        ),
     }
     details = {"counts": data.counts, "template_sha256": data.encoder.template_sha256}
     details |= {f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE}

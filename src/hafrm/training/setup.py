@@ -61,8 +61,8 @@ class PreparedData:
     """Encoded groups, and how many rows became what."""
 
     encoder: Encoder
-    train: list[TokenizedGroup]
-    validation: list[TokenizedGroup]
+    train: Sequence[TokenizedGroup]
+    validation: Sequence[TokenizedGroup]
     golden: list[Group]  # held-out conversations whose scores are exported for consumers to replay
     counts: dict[str, Any]
 
@@ -75,7 +75,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     validation, held_out_report = encoder.encode(held_out)
     report.check(to_train, recipe.data.max_bad_fraction, bad_rows_file)
     held_out_report.check(held_out, recipe.data.max_bad_fraction, bad_rows_file)
-    held_out = [group for i, group in enumerate(held_out) if i not in held_out_report.refused]
+    good = (group for i, group in enumerate(held_out) if i not in held_out_report.refused)
     for name, groups in (("data.train", train), ("data.validation", validation)):
         if not any(not c.tie for group in groups for c in group.comparisons):
             raise DataError(f"{name} holds no comparison that is not a tie; add data to it")
@@ -93,7 +93,9 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         "encoding": report.counts(),
     }
     _log_counts(counts, report)
-    return PreparedData(encoder, train, validation, list(held_out[:NUM_GOLDEN]), counts)
+    return PreparedData(
+        encoder, train, validation, list(itertools.islice(good, NUM_GOLDEN)), counts
+    )
 
 
 def _log_counts(counts: dict[str, Any], report: EncodingReport) -> None:
@@ -137,13 +139,14 @@ def read_splits(
     num_groups = len(train) + len(validation)
     if data.shared_prompts == "drop":
         validation = without_prompts(validation, test)
-        train = without_prompts(train, [*validation, *test])
-    check_leakage([*train, *validation], test, names=("data.train", "data.test"))
+        train = without_prompts(without_prompts(train, validation), test)
+    check_leakage(train, test, names=("data.train", "data.test"))
+    check_leakage(validation, test, names=("data.validation", "data.test"))
     check_leakage(train, validation, names=("data.train", "data.validation"))
     return reading, train, validation, num_groups - len(train) - len(validation)
 
 
-def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> list[Group]:
+def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> Sequence[Group]:
     """The training groups, capped and weighted set by set."""
     ends = list(itertools.accumulate(reading.num_groups))
     sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]

@@ -6,6 +6,7 @@ it: a resumed run needs only the step's number, and packing cannot change what i
 
 import functools
 import heapq
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -60,31 +61,36 @@ class ComparisonOrder:
     """
 
     def __init__(self, groups: Sequence[TokenizedGroup], *, per_prompt: int, seed: int) -> None:
-        self._trainable = [
-            [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
-            for group in groups
-        ]
         self._groups, self._per_prompt, self._seed = groups, per_prompt, seed
-        self.num_comparisons = sum(map(len, self._trainable))
+        owners, comparisons = array("q"), array("q")
+        for index, group in enumerate(groups):
+            own = [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
+            owners.extend([index] * len(own))
+            comparisons.extend(own)
+        self._owners, self._comparisons = np.array(owners), np.array(comparisons)
+        self.num_comparisons = len(owners)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
-    def epoch(self, number: int) -> list[ComparisonRef]:
-        """All comparisons once, at most `per_prompt` of one prompt in a run."""
+    def _epoch(self, number: int) -> NDArray[np.int64]:
+        """(group, comparison) of all comparisons once, at most `per_prompt` of one prompt in a run."""
         rng = np.random.default_rng([self._seed, number])
-        runs: list[list[ComparisonRef]] = []
-        for group, comparisons in enumerate(self._trainable):
-            ordered = [ComparisonRef(group, c) for c in self._tiled(group, comparisons, rng)]
-            runs += [
-                ordered[i : i + self._per_prompt] for i in range(0, len(ordered), self._per_prompt)
-            ]
-        return [ref for run in rng.permutation(len(runs)) for ref in runs[run]]
+        ordered = self._comparisons.copy()
+        owners, first, sizes = np.unique(self._owners, return_index=True, return_counts=True)
+        for place in np.flatnonzero(sizes > 1).tolist():  # one comparison alone draws no number
+            part = slice(first[place], first[place] + sizes[place])
+            ordered[part] = self._tiled(int(owners[place]), ordered[part].tolist(), rng)
+        within = np.arange(len(ordered)) - np.repeat(first, sizes)
+        starts = np.flatnonzero(within % self._per_prompt == 0)
+        drawn = rng.permutation(len(starts))
+        lengths = np.diff(starts, append=len(ordered))[drawn]
+        places = np.repeat(starts[drawn] - (np.cumsum(lengths) - lengths), lengths)
+        places += np.arange(len(ordered))
+        return np.stack([self._owners[places], ordered[places]], axis=1)
 
     def _tiled(self, group: int, comparisons: Sequence[int], rng: np.random.Generator) -> list[int]:
         """A prompt's comparisons in random order, but neighbours share responses: the table of randomly
         ranked responses is read in tiles of s x s, s^2 = per_prompt, with 2 s responses, not 2 s^2."""
         shuffled = [int(c) for c in rng.permutation(comparisons)]
-        if len(shuffled) <= 1:
-            return shuffled
         side = max(1, round(self._per_prompt**0.5))
         pairs = self._groups[group].comparisons
         rank = rng.permutation(len(self._groups[group].response_ids)) // side
@@ -101,7 +107,8 @@ class ComparisonOrder:
         refs: list[ComparisonRef] = []
         while len(refs) < length:
             epoch, offset = divmod(start + len(refs), self.num_comparisons)
-            refs += self.epoch(epoch)[offset : offset + length - len(refs)]
+            rows = self._epoch(epoch)[offset : offset + length - len(refs)]
+            refs += [ComparisonRef(group, comparison) for group, comparison in rows.tolist()]
         return refs
 
     def reached(self, length: int) -> list[ComparisonRef]:

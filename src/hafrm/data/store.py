@@ -1,0 +1,166 @@
+"""Sequences that are kept on disk: records are appended to a file, and items are made when they are read.
+
+What fits into IN_MEMORY bytes stays plain objects. Of what does not, only offsets and other arrays of
+numbers are in memory, so ten million groups need less than 2 GiB.
+"""
+
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from hafrm.atomic import write_errors
+from hafrm.preferences import Comparison, TokenizedGroup, Votes
+
+IN_MEMORY = 64 * 2**20
+"""Bytes of records that are held in memory; the others are in a file without a name, under $TMPDIR."""
+Item = TypeVar("Item")
+
+
+class Records:
+    """Byte strings that are appended one by one, and read by their number."""
+
+    def __init__(self) -> None:
+        self._ends = array("q", [0])
+        self._buffer = bytearray()  # the last ones
+        self._in_file = 0  # bytes before those of the buffer
+        self._file: Any = None
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def is_small(self) -> bool:
+        """Whether all of them are in memory."""
+        return self._file is None
+
+    def append(self, record: bytes) -> None:
+        self._buffer += record
+        self._ends.append(self._ends[-1] + len(record))
+        if len(self._buffer) > IN_MEMORY:
+            with write_errors(Path(tempfile.gettempdir())):
+                self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - lives as we do
+                self._file.write(self._buffer)
+                self._file.flush()
+            self._in_file = self._ends[-1]
+            self._buffer.clear()
+
+    def __getitem__(self, number: int) -> bytes:
+        start, end = self._ends[number], self._ends[number + 1]
+        if start >= self._in_file:
+            return bytes(self._buffer[start - self._in_file : end - self._in_file])
+        # not a memory map: its pages would count as the process's own, and `pread` has no position that
+        # threads or forked processes could share
+        return os.pread(self._file.fileno(), end - start, start)
+
+
+class Lazy(Sequence[Item]):
+    """Items that `make` makes from their numbers, each time they are read; or a part of them."""
+
+    def __init__(self, make: Callable[[int], Item], size: int) -> None:
+        self._make, self._size, self._numbers = make, size, np.arange(size)
+        self._columns: dict[str, NDArray[Any]] = {}  # of all items, shared by parts
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Lazy[Item]": ...
+    def __getitem__(self, place: int | slice) -> "Item | Lazy[Item]":
+        if isinstance(place, slice):
+            return self.part(place)
+        return self._make(int(self._numbers[place]))
+
+    def part(self, places: slice | NDArray[Any]) -> "Lazy[Item]":
+        """Some of the items."""
+        part = Lazy(self._make, 0)
+        part._size, part._columns = self._size, self._columns
+        part._numbers = self._numbers[places]
+        return part
+
+    def column(self, name: str, value: Callable[[Item], Any], dtype: DTypeLike) -> NDArray[Any]:
+        """A number of each item, computed once for this and all other parts of the same items."""
+        if name not in self._columns:
+            values = (value(self._make(number)) for number in range(self._size))
+            self._columns[name] = np.fromiter(values, dtype, self._size)
+        return self._columns[name][self._numbers]
+
+
+def column(
+    items: Sequence[Item], name: str, value: Callable[[Item], Any], dtype: DTypeLike
+) -> NDArray[Any]:
+    """`value` of each item; of lazy ones, remembered by its name."""
+    if isinstance(items, Lazy):
+        return items.column(name, value, dtype)
+    return np.fromiter(map(value, items), dtype, len(items))
+
+
+def pick(items: Sequence[Item], places: NDArray[Any]) -> Sequence[Item]:
+    """The items at some places, or where a mask is true."""
+    if isinstance(items, Lazy):
+        return items.part(places)
+    return [items[place] for place in np.arange(len(items))[places].tolist()]
+
+
+def transform(items: Sequence[Item], change: Callable[[Item], Item]) -> Sequence[Item]:
+    """Every item, changed."""
+    if isinstance(items, Lazy):
+        return Lazy(lambda number: change(items[number]), len(items))
+    return [change(item) for item in items]
+
+
+def join(parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
+    """All items of all parts; a list, unless a part is lazy."""
+    if not any(isinstance(part, Lazy) for part in parts):
+        return [item for part in parts for item in part]
+    ends = np.cumsum([len(part) for part in parts])
+
+    def make(number: int) -> Item:
+        owner = int(np.searchsorted(ends, number, "right"))
+        return parts[owner][number - int(ends[owner])]  # counted from the part's end
+
+    return Lazy(make, int(ends[-1]))
+
+
+def store_tokens(groups: Iterable[TokenizedGroup]) -> Lazy[TokenizedGroup]:
+    """The groups, kept on disk."""
+    records = Records()
+    for group in groups:
+        ids = (group.prompt_ids, *group.response_ids)
+        head = [
+            group.id,
+            group.source,
+            group.tags,
+            pack_comparisons(group.comparisons),
+            [*map(len, ids)],
+        ]
+        tokens = np.concatenate(ids).astype(np.int32, copy=False).tobytes()
+        records.append(json.dumps(head).encode() + b"\n" + tokens)
+
+    def make(number: int) -> TokenizedGroup:
+        head, _, tokens = records[number].partition(b"\n")
+        name, source, tags, comparisons, sizes = json.loads(head)
+        # a copy's own bytes: read-only, as the arrays of every encoded group
+        parts = np.split(np.frombuffer(tokens, np.int32), np.cumsum(sizes)[:-1])
+        pairs = unpack_comparisons(comparisons)
+        return TokenizedGroup(parts[0], tuple(parts[1:]), pairs, name, source, tags)
+
+    return Lazy(make, len(records))
+
+
+def pack_comparisons(pairs: Sequence[Comparison]) -> list[tuple[Any, ...]]:
+    """The comparisons as plain values, for a record in JSON."""
+    return [(p.chosen, p.rejected, p.margin, p.weight, p.tie, p.votes) for p in pairs]
+
+
+def unpack_comparisons(rows: Iterable[Sequence[Any]]) -> tuple[Comparison, ...]:
+    """The comparisons of such values."""
+    return tuple(Comparison(*row, votes=votes and Votes(*votes)) for *row, votes in rows)
