@@ -188,7 +188,7 @@ class TrainingSection(Section):
     """Most comparisons of one prompt in one optimizer step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How processes share the work: copies (ddp) or shards (fsdp); auto: ddp for LoRA that fits."""
 
     @property

@@ -38,6 +38,7 @@ from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
+from hafrm.training.sharded_start import build_sharded
 from hafrm.training.step import (
     MEASURES,
     NonFiniteCheck,
@@ -92,7 +93,10 @@ def run_training(
             data = prepare_data(recipe, run.path / "bad_rows.jsonl" if parallel.is_main() else None)
         prepared = data
         parallel.from_main(lambda: record_provenance(run, planned, prepared))
-        model = build_model(recipe, method, data.encoder, ranks.device)
+        if parallel.shards(planned.training.parallel, ranks.size, ranks.device.type):
+            model = build_sharded(planned, method, data.encoder, ranks)
+        else:
+            model = build_model(recipe, method, data.encoder, ranks.device)
         return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
 
 
@@ -131,7 +135,7 @@ class Job:
         self._check_first_batch()
         if self.method.needs_reference:
             self._load_references()
-        wrapped = parallel.wrap(self.model, training.parallel, self.autocast)
+        wrapped = parallel.wrap(self.model, ranks)
         decay, betas, eps = training.weight_decay, training.betas, training.eps
         optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
         metrics = MetricsLog(self.run, self.recipe, self.num_steps)

@@ -248,9 +248,8 @@ def memory_need(
 
 
 def is_sharded(recipe: Recipe, target: Target) -> bool:
-    """Whether `parallel.wrap` would use FSDP2."""
-    mode = recipe.training.parallel
-    return target.ranks > 1 and (mode == "fsdp" or (mode == "auto" and target.device == "cuda"))
+    """Whether the ranks divide the model."""
+    return parallel.shards(recipe.training.parallel, target.ranks, target.device)
 
 
 def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
