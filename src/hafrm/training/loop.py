@@ -32,10 +32,10 @@ from hafrm.training.checkpoint import (
     record_provenance,
     save_checkpoint,
 )
-from hafrm.training.memory_plan import with_token_budget
+from hafrm.training.memory_plan import scatters_gradients, target_here, with_token_budget
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
-from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
+from hafrm.training.passes import HeadScores, reference_tokens, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
 from hafrm.training.sharded_start import build_sharded
@@ -125,6 +125,7 @@ class Job:
         self.validation_references: References | None = None
         self.model = model
         self.distance: Tensor | None = None  # NormBT's running mean
+        self.scatter = False  # gradients in every micro-batch
         self.best: dict[str, float] = {}
         self.best_step = -1
 
@@ -136,6 +137,9 @@ class Job:
         if self.method.needs_reference:
             self._load_references()
         wrapped = parallel.wrap(self.model, ranks)
+        if parallel.shards(training.parallel, ranks.size, ranks.device.type):
+            num = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            self.scatter = parallel.smallest(scatters_gradients(num, target_here(ranks))) > 0
         decay, betas, eps = training.weight_decay, training.betas, training.eps
         optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
         metrics = MetricsLog(self.run, self.recipe, self.num_steps)
@@ -200,6 +204,7 @@ class Job:
                 autocast=self.autocast,
                 nonfinite=nonfinite,
                 distance=self.distance,
+                scatter=self.scatter,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -229,7 +234,7 @@ class Job:
             self.data.train,
             self.order.reached(self.num_steps * training.batch_size),
             self.data.validation,
-            max_tokens=REFERENCE_TOKENS * training.token_budget,
+            max_tokens=reference_tokens(training.token_budget),
             autocast=self.autocast,
             path=self.recipe.model.path,
         )

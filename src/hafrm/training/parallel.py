@@ -96,6 +96,11 @@ def is_main() -> bool:
     return _rank == 0
 
 
+def per_node(default: int) -> int:
+    """How many ranks share this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", default))
+
+
 def shards(mode: Mode, num_ranks: int, device: str) -> bool:
     """Whether the ranks divide the model: `auto` is FSDP2 on several GPUs, DDP on several CPUs."""
     return num_ranks > 1 and (mode in ("fsdp", "hsdp") or (mode == "auto" and device == "cuda"))
@@ -122,9 +127,9 @@ def shard(
     stay on the host.
     """
     options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    if mode == "hsdp" and ranks.size > per_node:
-        shape, names = (ranks.size // per_node, per_node), ("replicate", "shard")
+    near = per_node(ranks.size)
+    if mode == "hsdp" and ranks.size > near:
+        shape, names = (ranks.size // near, near), ("replicate", "shard")
         options["mesh"] = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     # Inputs stay as they are: a cast copies the layout for every layer, without its cached masks.
     policy = MixedPrecisionPolicy(
@@ -162,11 +167,10 @@ def release(model: HybridModel) -> None:
 
 
 @contextlib.contextmanager
-def synchronise(model: nn.Module, *, last: bool, always: bool = False) -> Iterator[None]:
-    """Exchange gradients in the last micro-batch of a step only; those of shards in each one, if `always`,
-    so that no rank holds whole gradients."""
+def synchronise(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Exchange gradients in the last micro-batch of a step only."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or always)
+        model.set_requires_gradient_sync(last)
     ddp = model if isinstance(model, DistributedDataParallel) else None
     with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
         yield

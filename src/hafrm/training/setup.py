@@ -284,7 +284,7 @@ def assemble(
         sharing=training.sharing == "auto" and sharing_obstacle(backbone) is None,
     )
     if training.gradient_checkpointing:
-        model.checkpoint_activations()
+        model.checkpoint_activations(offload=training.offload in ("activations", "all"))
     return model
 
 

@@ -55,8 +55,10 @@ def build_sharded(
     if training.compile:
         model.compile_layers()
     precision = torch.bfloat16 if training.precision == "bf16" else None
-    parallel.shard(model, ranks, training.parallel, precision)
-    _make_storage(model, ranks.device)
+    offload = training.offload in ("weights", "all")
+    parallel.shard(model, ranks, training.parallel, precision, offload=offload)
+    _make_storage(model, torch.device("cpu") if offload else ranks.device)
+    model.compute_device = ranks.device
     if parallel.from_main(lambda: _can_read_rows(section, causal, stored.values())):
         _read_rows(model, stored, section)
     else:
@@ -72,8 +74,9 @@ def _drawn_adapters() -> Iterator[None]:
 
     def remember(layer: LoraLayer, name: str, *args: Any) -> None:
         reset(layer, name, *args)
+        dtype = layer.get_base_layer().weight.dtype  # which PEFT rounds them to
         linear = [layer.lora_A[name], layer.lora_B[name]]
-        drawn.extend((part, part.weight.detach().clone()) for part in linear)
+        drawn.extend((part, part.weight.detach().to(dtype, copy=True)) for part in linear)
 
     with mock.patch.object(LoraLayer, "reset_lora_parameters", remember):
         yield
