@@ -188,8 +188,20 @@ class TrainingSection(Section):
     """Most comparisons of one prompt in one optimizer step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How processes share the work: copies (ddp) or shards (fsdp); auto: ddp for LoRA that fits."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How processes share the work: copies (ddp), shards (fsdp), or shards within a node and copies of them
+    between nodes (hsdp); auto: fsdp on GPUs, but ddp for LoRA that fits."""
+    offload: Literal["none", "activations", "weights", "all"] = "none"
+    """What lies on the host until it is needed: what gradient_checkpointing keeps, the shards, or both."""
+
+    @model_validator(mode="after")
+    def _offloads_what_is_there(self) -> "TrainingSection":
+        if self.offload in ("activations", "all") and not self.gradient_checkpointing:
+            raise ValueError(
+                f"training.offload is {self.offload}, and takes what gradient_checkpointing keeps: set "
+                "training.gradient_checkpointing to true"
+            )
+        return self
 
     @property
     def token_budget(self) -> int:

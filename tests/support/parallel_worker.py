@@ -12,16 +12,21 @@ import torch.distributed as dist
 
 # Registers the backend "fake", whose exchanges do nothing, as nccl's do for tensors on the CPU at best.
 import torch.testing._internal.distributed.fake_pg
+from torch.distributed.tensor import DTensor
 
 from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
-from hafrm.engine.model import HybridModel
-from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError, NumericsError
+from hafrm.engine.model import HybridModel, self_check
+from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelError, NumericsError
 from hafrm.export.stock_export import gather_weights
-from hafrm.recipe_file import load_recipe
+from hafrm.recipe import Recipe
+from hafrm.recipe_file import build_recipe, load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import run_forward
 from hafrm.training import checkpoint, loop, parallel, run_export
+from hafrm.training.methods import resolve_method
+from hafrm.training.setup import build_encoder, build_model
+from hafrm.training.sharded_start import build_sharded
 from support.models import SHAPES, tiny_hybrid, token_groups
 from support.step_pairs import adamw, pairs
 
@@ -83,9 +88,14 @@ def hosts(_: str) -> None:
     parallel.wait()
 
 
+def sharded(model: HybridModel, precision: torch.dtype | None = None) -> HybridModel:
+    parallel.shard(model, parallel.start(), precision=precision)
+    return model
+
+
 def shards(folder: str) -> None:
     """What a forward without a backward leaves gathered is neither saved nor loaded into."""
-    model = parallel.wrap(tiny_hybrid(), "fsdp", torch.bfloat16)
+    model = sharded(tiny_hybrid(), torch.bfloat16)
     optimizer = adamw(model)
     layout = lay_out(token_groups(SHAPES))
 
@@ -101,7 +111,6 @@ def shards(folder: str) -> None:
     optimizer.step()
 
     before = checkpoint.trainable_weights(model)
-    assert bool(before) == (rank() == 0)
     run = RunFolder(Path(folder))
     with torch.no_grad():
         model(layout)
@@ -116,8 +125,6 @@ def shards(folder: str) -> None:
             parameter.zero_()
         model(layout)
     optimizer.state.clear()
-    if rank() == 1:
-        checkpoint.safe_open = None  # the main rank reads for all
     assert checkpoint.load_checkpoint(path, model, optimizer) == {"step": 1}
     after = checkpoint.trainable_weights(model)
     assert before.keys() == after.keys()
@@ -133,7 +140,7 @@ def shards(folder: str) -> None:
 def scores() -> None:
     """Rows dealt out to ranks: the bits of one process, equal forwards, no rank stops or halves alone."""
     groups, alone = pairs(), tiny_hybrid().eval()
-    model = parallel.wrap(tiny_hybrid(), "fsdp", None).eval()
+    model = sharded(tiny_hybrid()).eval()
     forward, rows = HybridModel.forward, []
 
     def counted(self, layout):
@@ -160,6 +167,65 @@ def scores() -> None:
     HybridModel.forward = short
     with pytest.raises(MemoryBudgetError, match=r"lower training\.max_tokens"):
         parallel.score_on_all_ranks(model, groups, max_tokens=10_000)
+
+
+def sharded_start(folder: str) -> None:
+    """A model that each rank reads its rows of, against one that `from_pretrained` loads whole."""
+    ranks = parallel.start()
+    for base in sorted(Path(folder).glob("base-*")):
+        adapted = [False] if base.name == "base-experts" else [False, True]  # routers take none
+        for lora, precision in itertools.product(adapted, ["fp32", "bf16"]):
+            recipe = sharded_recipe(base, lora, precision)
+            encoder, method = build_encoder(recipe), resolve_method(recipe)
+            torch.manual_seed(0)
+            expected = build_model(recipe, method, encoder, ranks.device)
+            torch.manual_seed(0)
+            model = build_sharded(recipe, method, encoder, ranks)
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            parameters = dict(model.named_parameters())
+            assert parameters.keys() == dict(expected.named_parameters()).keys()
+            for name, value in expected.named_parameters():
+                whole = parallel.whole(parameters[name].detach())
+                assert torch.equal(whole, value.detach()), (base, lora, precision, name)
+                assert parameters[name].requires_grad == value.requires_grad
+            for ours, theirs in zip(model.buffers(), expected.buffers(), strict=True):
+                assert torch.equal(ours, theirs)
+            if base.name == "base-llama":
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    self_check(model, lay_out(token_groups(SHAPES)))
+                gradients_do_not_depend_on_when_they_are_exchanged(model, precision)
+    incomplete = sharded_recipe(Path(folder) / "incomplete", lora=False, precision="fp32")
+    with pytest.raises(ModelError, match="without weights for"):
+        build_sharded(incomplete, method, encoder, ranks)
+    parallel.stop()
+
+
+def sharded_recipe(base: Path, lora: bool, precision: str) -> Recipe:
+    training = {"parallel": "hsdp" if lora else "fsdp", "precision": precision, "max_tokens": 256}
+    data = {"train": "-", "max_length": 64}
+    sections = {"lora": {"rank": 4, "alpha": 8.0}} if lora else {}
+    return build_recipe(
+        {"model": {"path": str(base)}, "data": data, "training": training, **sections}
+    )
+
+
+def gradients_do_not_depend_on_when_they_are_exchanged(model: HybridModel, precision: str) -> None:
+    """Once a step, or in every micro-batch, which leaves no whole gradient."""
+    gradients = []
+    for always in (False, True):
+        for number in range(3):
+            with parallel.synchronise(model, last=always or number == 2):
+                half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+                with half:
+                    outputs = model(lay_out(token_groups(SHAPES, seed=10 * number + rank())))
+                (outputs.rewards.square().sum() + outputs.logps.sum() / 50).backward()
+            if number < 2:
+                held = [p.grad is not None for p in model.parameters()]
+                assert any(held) == always
+        gradients.append([parallel.whole(p.grad) for p in model.parameters() if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+    for once, often in zip(*gradients, strict=True):
+        assert torch.allclose(once, often, rtol=1e-4, atol=1e-5 * float(once.abs().max()))
 
 
 def sharded_model(folder: str) -> None:

@@ -7,14 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
+from hafrm.tensor_files import TensorFiles
 from hafrm.training import loop, parallel
 from hafrm.training.loop import run_training
 from support import forked, parallel_worker
+from support.chat_tokenizers import chat_tokenizer
+from support.models import GPT2, GROUPED
 from support.tiny_runs import tiny_recipe
 
 STEP_WIDE = {"reward_loss": "normbt", "sum_to_zero": 0.1}
@@ -89,7 +100,7 @@ def test_two_processes_train_as_one_and_the_second_has_ended_before_the_proof(
     launch(recipe, tmp_path / "two")
     assert_same_training(tmp_path / "one", tmp_path / "two")
     weights, moments = (
-        load_file(tmp_path / f"two/checkpoints/step-2/{name}.safetensors").keys()
+        TensorFiles((tmp_path / "two/checkpoints/step-2").glob(f"{name}*.safetensors")).names
         for name in ("model", "optimizer")
     )
     kinds = ("step", "exp_avg", "exp_avg_sq")
@@ -97,10 +108,8 @@ def test_two_processes_train_as_one_and_the_second_has_ended_before_the_proof(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_resumed_by_one_process_from_its_gathered_checkpoint(
-    tmp_path, monkeypatch
-):
-    """Checkpoints hold whole tensors, so the number of processes may change."""
+def test_a_sharded_run_is_resumed_by_one_process(tmp_path, monkeypatch):
+    """From the rows that each rank wrote."""
     recipe = recipe_for(tmp_path, "fsdp")
     monkeypatch.setattr(loop, "validate", parallel_worker.falling_accuracy(loop.validate))
     launch(recipe, tmp_path / "two")
@@ -115,6 +124,31 @@ def test_a_sharded_run_is_resumed_by_one_process_from_its_gathered_checkpoint(
 def test_what_two_ranks_exchange_is_what_one_process_has(tmp_path, check):
     """The checks are functions of parallel_worker."""
     on_two_ranks(check, tmp_path, str(tmp_path))
+
+
+def test_a_model_read_in_shards_is_the_one_that_transformers_loads_whole(tmp_path):
+    """Full and LoRA, in both precisions, tied and not, with GPT-2's other names and experts that need
+    conversion. Files that the index does not name are not read; a missing weight is an error."""
+    tokenizer = chat_tokenizer()
+    sizes = {**GROUPED, "vocab_size": len(tokenizer)}
+    causal = {
+        "llama": LlamaForCausalLM(LlamaConfig(**sizes)),
+        "tied": LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(**GPT2 | {"vocab_size": len(tokenizer)})),
+        "experts": MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)),
+    }
+    for name, model in causal.items():
+        base = tmp_path / f"base-{name}"
+        model.to(torch.bfloat16).save_pretrained(base, max_shard_size="20KB")
+        tokenizer.save_pretrained(base)
+        stale = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+        save_file(stale, base / "consolidated.safetensors")
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(tmp_path / "base-llama", incomplete)
+    weights = {k: v for k, v in causal["llama"].state_dict().items() if k != "model.norm.weight"}
+    causal["llama"].save_pretrained(incomplete, state_dict=weights)
+    (incomplete / "model.safetensors.index.json").unlink()
+    on_two_ranks("sharded_start", tmp_path, str(tmp_path))
 
 
 def test_ranks_whose_caches_differ_do_as_the_main_rank_does(tmp_path):

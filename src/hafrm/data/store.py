@@ -163,4 +163,7 @@ def pack_comparisons(pairs: Sequence[Comparison]) -> list[tuple[Any, ...]]:
 
 def unpack_comparisons(rows: Iterable[Sequence[Any]]) -> tuple[Comparison, ...]:
     """The comparisons of such values."""
-    return tuple(Comparison(*row, votes=votes and Votes(*votes)) for *row, votes in rows)
+    return tuple(
+        Comparison(chosen, rejected, margin, weight, tie, votes and Votes(*votes))
+        for chosen, rejected, margin, weight, tie, votes in rows
+    )

@@ -75,6 +75,7 @@ class HybridModel(nn.Module):
         if reward_head is None and policy_head is None:
             raise ModelError("a HybridModel needs a reward head, a policy head, or both")
         self.backbone = backbone
+        self.compute_device: torch.device | None = None
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
         self.reads_scored = policy_head is not None  # all response tokens, or their last ones alone
@@ -96,10 +97,12 @@ class HybridModel(nn.Module):
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
 
-    def checkpoint_activations(self, **options: Any) -> None:
-        """Keep only layer inputs and recompute the rest in backward; `options` are torch's."""
+    def checkpoint_activations(self, *, offload: bool = False, **options: Any) -> None:
+        """Keep only layer inputs, with `offload` on the host, and recompute the rest in backward; `options`
+        are torch's."""
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
-        (enable or self.backbone.gradient_checkpointing_enable)({"use_reentrant": False, **options})
+        enable = enable or self.backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False, **options}, **({"offload": True} if offload else {}))
         self.backbone.train()
         self.checkpointing = True
 
@@ -170,7 +173,8 @@ class HybridModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where it computes; its parameters may lie on the host."""
+        return self.compute_device or next(self.parameters()).device
 
 
 @contextlib.contextmanager

@@ -30,9 +30,9 @@ from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
 from hafrm.training.passes import (
-    REFERENCE_TOKENS,
     decided_margins,
     reference_logps,
+    reference_tokens,
     score_heads,
 )
 from hafrm.training.setup import PreparedData, build_encoder, build_model, prepare_data
@@ -148,7 +148,7 @@ class RunWorker:
             self._references = reference_logps(
                 build_model(recipe, method, build_encoder(recipe), ranks.device).eval(),
                 self.data.tokenized,
-                max_tokens=REFERENCE_TOKENS * recipe.training.token_budget,
+                max_tokens=reference_tokens(recipe.training.token_budget),
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
                 path=recipe.model.path,
             ).logps

@@ -1,7 +1,8 @@
 """Everything a run needs to resume, on disk: trainable weights, optimiser state, step, RNG.
 
 safetensors and JSON only, never a pickle. A checkpoint is complete or absent, and checked against its
-manifest at resume. Only the main rank holds whole tensors, gathered and scattered one by one.
+manifest at resume. Of a sharded model each rank writes and reads its own rows, so that nothing is gathered
+and the number of ranks may change.
 """
 
 import contextlib
@@ -9,14 +10,15 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hafrm.atomic import (
     atomic_directory,
@@ -32,6 +34,7 @@ from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.loading import load_config
+from hafrm.tensor_files import TensorFiles, own_part, write_tensors
 from hafrm.training import parallel
 from hafrm.training.setup import PreparedData
 
@@ -126,24 +129,64 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write `checkpoints/step-N`; all ranks call, the main rank writes. Returns its path."""
+    """Write `checkpoints/step-N` and return its path; all ranks call. Shards need a folder that all see."""
     parallel.reshard(model)
-    weights = trainable_weights(model)
-    moments = _gathered(
-        (f"{kind}/{name}", value)
-        for name, parameter in _trainable(model).items()
+    trainable = _trainable(model)
+    weights: dict[str, Tensor] = dict(trainable)
+    moments = {
+        f"{kind}/{name}": value
+        for name, parameter in trainable.items()
         for kind, value in optimizer.state[parameter].items()
-    )
+    }
+    moments["rng"] = torch.get_rng_state()
     folder = run.checkpoint_path(step)
-    if parallel.is_main():
-        moments["rng"] = torch.get_rng_state()
-        with atomic_directory(folder) as aside:
-            save_file(weights, aside / MODEL)
-            save_file(moments, aside / OPTIMIZER)
+    with contextlib.ExitStack() as stack:
+        aside = parallel.from_main(lambda: stack.enter_context(atomic_directory(folder)))
+
+        def write() -> None:
+            for file, tensors in ((MODEL, weights), (OPTIMIZER, moments)):
+                write_own_part(aside / file, tensors)
+
+        parallel.on_all(write)
+        if parallel.is_main():
             (aside / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
             write_manifest(aside)
     parallel.wait()
     return folder
+
+
+def write_own_part(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write this rank's rows of sharded tensors to a file of its own, and on the main rank the others."""
+    parts = {
+        name: own_part(tensor)
+        for name, tensor in tensors.items()
+        if (parallel.is_first_copy(tensor) if isinstance(tensor, DTensor) else parallel.is_main())
+    }
+    parts = {name: part for name, part in parts.items() if part.rows.numel()}
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        file = file.with_stem(f"{file.stem}-{dist.get_rank():05d}")
+    if parts:
+        write_tensors(file, parts)
+
+
+class _Stored:
+    """A checkpoint's files of a kind. Each rank reads its rows of shards, the main rank others for all."""
+
+    def __init__(self, folder: Path, file: str) -> None:
+        self._pattern = folder, f"{Path(file).stem}*.safetensors"
+        self.names: set[str] = parallel.from_main(lambda: self._files.names)
+
+    @cached_property
+    def _files(self) -> TensorFiles:
+        folder, pattern = self._pattern
+        return TensorFiles(sorted(folder.glob(pattern)))
+
+    def fill(self, target: Tensor, name: str) -> Tensor:
+        if isinstance(target, DTensor):
+            self._files.fill(target, name)
+            return target
+        value = self._files.read(name) if parallel.is_main() else None
+        return target.copy_(parallel.hand_out(value, target))
 
 
 def load_checkpoint(
@@ -152,62 +195,37 @@ def load_checkpoint(
     """Put a checkpoint's weights, moments and RNG in place and return its state, unless it is damaged."""
     parallel.from_main(lambda: check_manifest(folder))
     load_weights(folder, model)
-    parameters = _trainable(model)
-    for key, value in _read(folder / OPTIMIZER):
+    parameters, stored = _trainable(model), _Stored(folder, OPTIMIZER)
+    for key in sorted(stored.names):
         kind, _, name = key.partition("/")
         if kind == "rng":
-            torch.set_rng_state(parallel.hand_out(value, torch.get_rng_state()))
+            torch.set_rng_state(stored.fill(torch.get_rng_state(), key))
             continue
-        parameter = parameters[name]
+        parameter = parameters[name].detach()
         # AdamW counts steps in a scalar per parameter, which is never sharded.
-        place = torch.zeros((), device=parameter.device) if kind == "step" else parameter.detach()
-        optimizer.state[parameter][kind] = parallel.hand_out(value, place)
+        place = torch.zeros((), device=parameter.device) if kind == "step" else parameter
+        optimizer.state[parameters[name]][kind] = stored.fill(torch.empty_like(place), key)
     return parallel.from_main(lambda: json.loads((folder / STATE).read_text()))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put a checkpoint's trainable weights into the model; all ranks call."""
     parallel.reshard(model)
-    parameters = _trainable(model)
-    stored = set(parallel.from_main(lambda: _names(folder / MODEL)))
-    if stored != parameters.keys():
+    parameters, stored = _trainable(model), _Stored(folder, MODEL)
+    if other := sorted(stored.names ^ parameters.keys()):
         raise CheckpointError(
-            f"{folder} was written by another model or recipe, {sorted(stored ^ parameters.keys())[:4]} "
-            "are not in both: resume with the recipe in the run folder"
+            f"{folder} was written by another model or recipe, {other[:4]} are not in both: resume with "
+            "the recipe in the run folder"
         )
-    with torch.no_grad():
-        for name, value in _read(folder / MODEL):
-            parameters[name].copy_(parallel.hand_out(value, parameters[name].detach()))
+    for name, parameter in parameters.items():
+        stored.fill(parameter.detach(), name)
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name, whole, on the main rank's CPU; shared ones once. All ranks call."""
-    return _gathered(_trainable(model).items())
+    """Copies of the trainable weights by name, whole, on the CPU; shared ones once. All ranks call."""
+    copies = ((n, parallel.whole(p.detach())) for n, p in _trainable(model).items())
+    return {name: whole.to("cpu", copy=True) for name, whole in copies}
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in parallel.unwrap(model).named_parameters() if p.requires_grad}
-
-
-def _gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies on the main rank's CPU, and nothing on the others, whose hosts may be the same."""
-    copies = {}
-    for name, tensor in tensors:
-        whole = parallel.whole(tensor.detach())
-        if parallel.is_main():
-            copies[name] = whole.to("cpu", copy=True)
-    return copies
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, "pt") as content:
-        return list(content.keys())
-
-
-def _read(file: Path) -> Iterator[tuple[str, Tensor | None]]:
-    """Each tensor of a file by name, for the main rank; the others get the names alone."""
-    names = parallel.from_main(lambda: _names(file))
-    main = safe_open(file, "pt") if parallel.is_main() else contextlib.nullcontext()
-    with main as content:
-        for name in names:
-            yield name, None if content is None else content.get_tensor(name)

@@ -31,12 +31,12 @@ from hafrm.training.checkpoint import (
     record_provenance,
     save_checkpoint,
 )
-from hafrm.training.memory_plan import with_token_budget
+from hafrm.training.memory_plan import agree_on_scatter, with_token_budget
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import (
-    REFERENCE_TOKENS,
     HeadScores,
+    reference_tokens,
     references_of,
     repeated_wins,
     score_heads,
@@ -44,6 +44,7 @@ from hafrm.training.passes import (
 )
 from hafrm.training.run_export import export_run
 from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
+from hafrm.training.sharded_start import build_sharded
 from hafrm.training.step import (
     MEASURES,
     NonFiniteCheck,
@@ -95,12 +96,14 @@ def run_training(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     with open_run(recipe, folder, resume=resume) as run:
-        if data is None:
-            data = prepare_data(recipe, run.path / "bad_rows.jsonl" if parallel.is_main() else None)
-        prepared = data
+        bad_rows = run.path / "bad_rows.jsonl" if parallel.is_main() else None
+        prepared = data or prepare_data(recipe, bad_rows)
         parallel.from_main(lambda: record_provenance(run, planned, prepared))
-        model = build_model(recipe, method, data.encoder, ranks.device)
-        return Job(planned, method, run, data, model).train(ranks, resume, finish or export_job)
+        if parallel.shards(planned.training.parallel, ranks.size, ranks.device.type):
+            model = build_sharded(planned, method, prepared.encoder, ranks)
+        else:
+            model = build_model(recipe, method, prepared.encoder, ranks.device)
+        return Job(planned, method, run, prepared, model).train(ranks, resume, finish or export_job)
 
 
 def export_job(job: "Job") -> None:
@@ -140,7 +143,8 @@ class Job:
         self._check_first_batch()
         if self.method.needs_reference:
             self._load_references()
-        wrapped = parallel.wrap(self.model, training.parallel, self.autocast)
+        wrapped = parallel.wrap(self.model, ranks)
+        self.scatter = agree_on_scatter(self.model, ranks)
         decay, betas, eps = training.weight_decay, training.betas, training.eps
         optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
         metrics = MetricsLog(self.run, self.recipe, self.num_steps)
@@ -209,6 +213,7 @@ class Job:
                 autocast=self.autocast,
                 nonfinite=nonfinite,
                 distance=self.distance,
+                scatter=self.scatter,
             )
 
     def _check_first_batch(self) -> None:
@@ -230,7 +235,7 @@ class Job:
             self.data.train,
             self.order.reached(self.num_steps * training.batch_size),
             self.data.validation,
-            max_tokens=REFERENCE_TOKENS * training.token_budget,
+            max_tokens=reference_tokens(training.token_budget),
             autocast=self.autocast,
             path=self.recipe.model.path,
         )

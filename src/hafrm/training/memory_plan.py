@@ -21,7 +21,7 @@ from hafrm.results import Column, Table
 from hafrm.scoring.loading import default_device, load_config
 from hafrm.training import parallel
 from hafrm.training.methods import Method
-from hafrm.training.passes import REFERENCE_TOKENS
+from hafrm.training.passes import reference_tokens
 from hafrm.training.setup import meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
@@ -50,6 +50,14 @@ class Target:
     @property
     def usable(self) -> int:
         return int(self.memory * (1 - SPARE[self.device]))
+
+    def shards(self, recipe: Recipe) -> int:
+        """Among how many ranks FSDP2 divides a model: hsdp among those of a node."""
+        return (
+            min(self.ranks, parallel.per_node(8))
+            if recipe.training.parallel == "hsdp"
+            else self.ranks
+        )
 
 
 class Weights(NamedTuple):
@@ -234,23 +242,38 @@ def memory_need(
     recipe: Recipe, weights: Weights, target: Target, tokens: int, budget: int, *, accumulates: bool
 ) -> MemoryNeed:
     """The need with micro-batches of `tokens`; passes without gradients take a multiple of `budget`."""
-    sharded, reference = is_sharded(recipe, target), REFERENCE_TOKENS * budget
-    shards = target.ranks if sharded else 1
+    sharded, reference = is_sharded(recipe, target), reference_tokens(budget)
+    shards = target.shards(recipe) if sharded else 1
     gathered = HALF if recipe.training.precision == "bf16" else FLOAT32
     states = state_bytes(weights, shards=shards, gathered=gathered, accumulates=accumulates)
     saved, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
-    *_, forward = activation_bytes(recipe, weights, reference, sharded=False)
-    # The reference's pass runs before FSDP2 shards the weights.
-    beside = max(state_bytes(weights)[0], states[0] + states[2])
+    *_, forward = activation_bytes(recipe, weights, reference, sharded=sharded)
+    gathers = gathered * (2 * weights.layer + weights.outside) if sharded else 0
+    beside = states[0] + states[2] + gathers
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
+    if sharded and recipe.training.offload in ("weights", "all"):  # but what is gathered of them
+        states, beside = (0, 0, 0, states[3]), gathers
+    if recipe.training.offload in ("activations", "all"):
+        saved //= weights.layers
     return MemoryNeed(*states, saved, working, passes=beside + forward)
 
 
 def is_sharded(recipe: Recipe, target: Target) -> bool:
-    """Whether `parallel.wrap` would use FSDP2."""
-    mode = recipe.training.parallel
-    return target.ranks > 1 and (mode == "fsdp" or (mode == "auto" and target.device == "cuda"))
+    """Whether the ranks divide the model."""
+    return parallel.shards(recipe.training.parallel, target.ranks, target.device)
+
+
+def scatters_gradients(trainable: int, target: Target) -> bool:
+    """Whether every micro-batch exchanges gradients: whole ones would take a tenth of the memory, to save
+    as many bytes on the way."""
+    return FLOAT32 * trainable > target.memory // 10
+
+
+def agree_on_scatter(model: HybridModel, ranks: parallel.Ranks) -> bool:
+    """`scatters_gradients` of a model, the same on all ranks."""
+    num = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return parallel.smallest(scatters_gradients(num, target_here(ranks))) > 0
 
 
 def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
@@ -266,6 +289,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
         tokens = min(budget, step)
         # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
         accumulates = tokens < -(-step * 5 // (8 * target.ranks))
+        accumulates = accumulates and not scatters_gradients(weights.trainable, target)
         need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
         return MemoryPlan(target, is_sharded(recipe, target), budget, tokens, need, host)
 
@@ -292,6 +316,11 @@ def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> 
     recipe = with_precision(recipe, ranks.device.type)  # what the plan is of
     auto = recipe.training.max_tokens == "auto"
     choice, plan = _choose(recipe, method, target_here(ranks))
+    if recipe.training.offload in ("weights", "all") and not plan.sharded:
+        raise ConfigError(
+            f"training.offload is {recipe.training.offload}, but nothing is sharded: launch several "
+            "processes with training.parallel fsdp or hsdp, or offload activations only"
+        )
     budget = parallel.smallest(plan.max_tokens if plan.fits else 0)
     if auto and budget == 0:
         raise ConfigError(f"not even 2 x data.max_length tokens fit: {plan}")
@@ -316,7 +345,11 @@ def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, Mem
     config = load_config(recipe.model.path, recipe.model.revision)
     weights = count_weights(meta_model(config, recipe, method))
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
-    if recipe.lora and recipe.training.parallel == "auto" and is_sharded(recipe, target):
+    is_open = recipe.training.parallel == "auto" and recipe.training.offload in (
+        "none",
+        "activations",
+    )
+    if recipe.lora and is_open and is_sharded(recipe, target):
         copies = with_training(recipe, parallel="ddp")
         plan = plan_memory(copies, weights, target)
         if parallel.smallest(plan.fits):  # on all ranks, which must agree

@@ -16,7 +16,14 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +33,7 @@ from hafrm.errors import ConfigError, HafrmError
 from hafrm.progress import OnProgress, no_progress, show_progress
 from hafrm.scoring.forward import Scores, check_finite, free_memory, run_forward
 
-Mode = Literal["auto", "ddp", "fsdp"]
+Mode = Literal["auto", "ddp", "fsdp", "hsdp"]
 T = TypeVar("T")
 
 DEVICES_TIMEOUT = timedelta(minutes=30)  # for an exchange within a step
@@ -89,23 +96,51 @@ def is_main() -> bool:
     return _rank == 0
 
 
-def wrap(model: HybridModel, mode: Mode, precision: torch.dtype | None) -> nn.Module:
-    """The model as every rank must call it. `auto` is FSDP2 on several GPUs, DDP on several CPUs."""
-    if num_ranks() == 1:
+def per_node(default: int) -> int:
+    """How many ranks share this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", default))
+
+
+def shards(mode: Mode, num_ranks: int, device: str) -> bool:
+    """Whether the ranks divide the model: `auto` is FSDP2 on several GPUs, DDP on several CPUs."""
+    return num_ranks > 1 and (mode in ("fsdp", "hsdp") or (mode == "auto" and device == "cuda"))
+
+
+def wrap(model: HybridModel, ranks: Ranks) -> nn.Module:
+    """The model as every rank must call it: one that `shard` has divided as it is, others under DDP."""
+    if ranks.size == 1 or isinstance(model, FSDPModule):
         return model
-    if mode == "ddp" or (mode == "auto" and model.device.type == "cpu"):
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def shard(
+    model: HybridModel,
+    ranks: Ranks,
+    mode: Mode = "fsdp",
+    precision: torch.dtype | None = None,
+    *,
+    offload: bool = False,
+) -> None:
+    """Divide the model by FSDP2, in place; parameters may be on the meta device.
+
+    `hsdp` divides it among the ranks of a node only, and each node has all of it. With `offload` the shards
+    stay on the host.
+    """
+    options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    near = per_node(ranks.size)
+    if mode == "hsdp" and ranks.size > near:
+        shape, names = (ranks.size // near, near), ("replicate", "shard")
+        options["mesh"] = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     # Inputs stay as they are: a cast copies the layout for every layer, without its cached masks.
     policy = MixedPrecisionPolicy(
         param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for layer in decoder_layers(model.backbone):
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mp_policy=policy, **options)
     if model.reward_head is not None:  # a unit of its own, which stays in float32
-        fully_shard(model.reward_head)
+        fully_shard(model.reward_head, **options)
     # By default FSDP2 leaves the root gathered after a forward, and an export would take the copies.
-    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
-    return model
+    fully_shard(model, mp_policy=policy, reshard_after_forward=True, **options)
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -132,10 +167,10 @@ def release(model: HybridModel) -> None:
 
 
 @contextlib.contextmanager
-def synchronise(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Exchange gradients in the last micro-batch of a step only."""
+def synchronise(model: nn.Module, *, last: bool, scatter: bool = False) -> Iterator[None]:
+    """Exchange gradients in the last micro-batch of a step only; with `scatter`, those of shards in all."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or scatter)
     ddp = model if isinstance(model, DistributedDataParallel) else None
     with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
         yield
@@ -188,6 +223,18 @@ def from_main(compute: Callable[[], T]) -> T:
     return cast("T", answer[0])
 
 
+def on_all(compute: Callable[[], None]) -> None:
+    """Run `compute` on every rank and wait for all; what it raises on one, all raise."""
+    error: Exception | None = None
+    try:
+        compute()
+    except (HafrmError, OSError) as failed:
+        error = failed
+    for failure in from_all(error):
+        if failure is not None:
+            raise failure
+
+
 def from_all(value: T) -> list[T]:
     """Every rank's value, by rank, on every rank."""
     values: list[Any] = [value]
@@ -226,6 +273,12 @@ def score_on_all_ranks(
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a shard, gathered on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_first_copy(shard: DTensor) -> bool:
+    """Whether this rank is in the first of the groups that each hold all shards."""
+    place = shard.device_mesh.get_coordinate()
+    return shard.device_mesh.ndim == 1 or (place is not None and place[0] == 0)
 
 
 def hand_out(value: Tensor | None, target: Tensor) -> Tensor:

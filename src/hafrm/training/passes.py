@@ -30,7 +30,12 @@ from hafrm.training.step_batches import ComparisonRef, References, step_groups
 log = logging.getLogger("hafrm")
 
 NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
-REFERENCE_TOKENS = 4  # times the token budget: this pass keeps nothing for a backward pass
+
+
+def reference_tokens(budget: int) -> int:
+    """Tokens of a sequence in the reference's pass, which keeps nothing for a backward pass."""
+    # matrix products become no more efficient beyond, and a row of a long pair is large as it is
+    return max(budget, min(4 * budget, 2**15))
 
 
 def reference_cache(

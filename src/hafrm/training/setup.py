@@ -207,16 +207,21 @@ def build_model(
 ) -> HybridModel:
     """The backbone with the heads that the method trains, and LoRA where the recipe asks for it."""
     backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe), device))
-    _check_fits(backbone, encoder, recipe)
+    check_fits(backbone.config, encoder, recipe)
     model = assemble(backbone, policy_head, recipe, method)
+    start_reward_head(model, recipe)
+    if recipe.training.compile:
+        model.compile_layers()
+    return model.to(device)
+
+
+def start_reward_head(model: HybridModel, recipe: Recipe) -> None:
+    """Take over the reward head that the base has, if any."""
     stored = stored_reward_head(recipe.model.path)
     if model.reward_head is not None and stored is not None:
         log.info("training continues with the reward head of %s", recipe.model.path)
         with torch.no_grad():
             model.reward_head.weight.copy_(stored)
-    if recipe.training.compile:
-        model.compile_layers()
-    return model.to(device)
 
 
 def starting_dtype(recipe: Recipe) -> torch.dtype:
@@ -266,7 +271,7 @@ def assemble(
         sharing=training.sharing == "auto" and sharing_obstacle(backbone) is None,
     )
     if training.gradient_checkpointing:
-        model.checkpoint_activations()
+        model.checkpoint_activations(offload=training.offload in ("activations", "all"))
     return model
 
 
@@ -312,15 +317,16 @@ def inject_lora(
         layer.cast_input_dtype_enabled = False
 
 
-def _check_fits(backbone: PreTrainedModel, encoder: Encoder, recipe: Recipe) -> None:
-    config = backbone.config.get_text_config()
-    longest = longest_sequence(backbone.config)
+def check_fits(config: PretrainedConfig, encoder: Encoder, recipe: Recipe) -> None:
+    """Raise where the model takes less than data.max_length, or has fewer embeddings than tokens."""
+    longest = longest_sequence(config)
+    vocab_size = config.get_text_config().vocab_size
     if longest is not None and recipe.data.max_length > longest:
         raise ConfigError(
             f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens: lower it"
         )
-    if len(encoder.tokenizer) > config.vocab_size:
+    if len(encoder.tokenizer) > vocab_size:
         raise ModelError(
-            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {config.vocab_size}: use "
+            f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {vocab_size}: use "
             "the one that the model came with"
         )

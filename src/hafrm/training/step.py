@@ -53,9 +53,11 @@ def take_step(  # noqa: PLR0913
     nonfinite: "NonFiniteCheck",
     autocast: torch.dtype | None = None,
     distance: Float[Tensor, ""] | None = None,
+    scatter: bool = False,
 ) -> StepResult:
     """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks, `distance` is the
-    last step's. What is not finite updates nothing, and the next `nonfinite.check()` raises."""
+    last step's. With `scatter`, shards exchange gradients in every micro-batch, so that none is whole. What
+    is not finite updates nothing, and the next `nonfinite.check()` raises."""
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES) + 1, device=device)
     finite: list[Tensor] = []
@@ -69,7 +71,7 @@ def take_step(  # noqa: PLR0913
     means.look_ahead(forward, batches, device)
     for number, batch in enumerate(batches):
         moved = batch.to(device)
-        with parallel.synchronise(model, last=number == len(batches) - 1):
+        with parallel.synchronise(model, last=number == len(batches) - 1, scatter=scatter):
             outputs = forward(moved)
             loss = losses_of(outputs, moved, method, means.add(outputs, moved))
             # Gradients are averaged over ranks; the loss is a sum over the step's comparisons.
@@ -232,7 +234,7 @@ class NonFiniteCheck:
         self._unchecked.append(([batch.ids for batch in batches], finite, self._broken))
         flag, parameter = self._broken, optimizer.param_groups[0]["params"][0]
         if isinstance(parameter, DTensor):  # sharded ones accept no plain tensor beside them
-            mesh = parameter.device_mesh
+            mesh, flag = parameter.device_mesh, flag.to(parameter.device)
             flag = DTensor.from_local(flag, mesh, [Replicate()] * mesh.ndim, run_check=False)
         # What GradScaler sets: torch's fused optimisers skip the whole update where it is 1.
         optimizer.found_inf = flag  # type: ignore[attr-defined]
