@@ -34,7 +34,7 @@ from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import clustered_bootstrap
 from hafrm.training.checkpoint import file_digests, model_digests
 from hafrm.training.loop import MetricsLog
-from hafrm.training.setup import load_tokenizer
+from hafrm.training.setup import check_base, load_tokenizer
 
 log = logging.getLogger("hafrm")
 
@@ -127,6 +127,7 @@ class RlhfRun:
     ) -> None:
         """Load everything that the recipe names; `share` False leaves the policy's attention alone."""
         self.recipe, self.folder, self.gold = recipe, folder, gold
+        check_base(recipe.model)
         encoder = Encoder(load_tokenizer(recipe.model), max_length=LONGEST)
         self.train_prompts, self.held_out_prompts = load_prompts(
             recipe.data, encoder, recipe.training.seed, folder
@@ -269,6 +270,7 @@ def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str,
     template = str(load_tokenizer(recipe.model).chat_template)
     inputs = {
         **model_digests("model.path", recipe.model.path, recipe.model.revision),
+        **model_digests("model.policy_from", recipe.model.policy_from),
         **model_digests("reward.model", recipe.reward.model),
         **model_digests("evaluation.reward_model", judge),
         "the chat template": hashlib.sha256(template.encode()).hexdigest(),

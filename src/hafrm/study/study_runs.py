@@ -36,7 +36,13 @@ from hafrm.training.passes import (
     reference_logps,
     score_heads,
 )
-from hafrm.training.setup import PreparedData, build_model, load_tokenizer, prepare_data
+from hafrm.training.setup import (
+    PreparedData,
+    build_model,
+    load_tokenizer,
+    prepare_data,
+    reference_place,
+)
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
@@ -161,7 +167,7 @@ class RunWorker:
                 self.data.tokenized,
                 max_tokens=REFERENCE_TOKENS * recipe.training.token_budget,
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
-                path=recipe.model.path,
+                path=reference_place(recipe.model),
             ).logps
         return self._references
 

@@ -37,7 +37,13 @@ from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
-from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
+from hafrm.training.setup import (
+    PreparedData,
+    build_model,
+    prepare_data,
+    reference_place,
+    with_precision,
+)
 from hafrm.training.step import (
     MEASURES,
     NonFiniteCheck,
@@ -227,7 +233,7 @@ class Job:
             self.data.validation,
             max_tokens=REFERENCE_TOKENS * training.token_budget,
             autocast=self.autocast,
-            path=self.recipe.model.path,
+            path=reference_place(self.recipe.model),
         )
         self.model.train(training.gradient_checkpointing)  # dropout is off either way
 

@@ -18,11 +18,11 @@ from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
 from hafrm.results import Column, Table
-from hafrm.scoring.loading import default_device, load_config
+from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.passes import REFERENCE_TOKENS
-from hafrm.training.setup import meta_model, with_precision, with_training
+from hafrm.training.setup import check_base, meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
 
@@ -313,8 +313,8 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
     """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
-    config = load_config(recipe.model.path, recipe.model.revision)
-    weights = count_weights(meta_model(config, recipe, method))
+    heads = {"policy": method.trains_policy, "reward": method.trains_reward}
+    weights = count_weights(meta_model(check_base(recipe.model, **heads), recipe, method))
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
     if recipe.lora and recipe.training.parallel == "auto" and is_sharded(recipe, target):
         copies = with_training(recipe, parallel="ddp")
