@@ -28,6 +28,7 @@ from transformers import (
 
 from hafrm.atomic import fingerprint
 from hafrm.data.encoding import Encoder
+from hafrm.engine.adjustments import with_dropout
 from hafrm.engine.model import HybridModel, longest_sequence, sharing_obstacle, split_causal_lm
 from hafrm.errors import ConfigError, ModelError
 from hafrm.scoring.model_files import (
@@ -182,7 +183,7 @@ def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None
     The backbone of a hybrid run is exported twice, once with each head.
     """
     prefix, weights = policy.backbone.base_model_prefix, dict(policy.backbone.state_dict())
-    configs = [load_config(directory), policy.backbone.config]
+    configs = [load_config(directory), with_dropout(policy.backbone.config)]
     own, other = ({k: v for k, v in c.to_dict().items() if k not in _OF_A_HEAD} for c in configs)
     head, left = None, set(weights)
     for file in sorted(directory.glob("*.safetensors")) if own == other else ():

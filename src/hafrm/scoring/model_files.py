@@ -134,7 +134,7 @@ def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | Non
         if file is None or not Path(file).is_file():
             return None
         config = json.loads(Path(file).read_bytes())
-        base, scores = config["base_model_name_or_path"], config.get("task_type") == "SEQ_CLS"
+        base, scores = config.get("base_model_name_or_path"), config.get("task_type") == "SEQ_CLS"
         if not base or (Path(base) / ADAPTER).is_file():
             what = (
                 "no base"

@@ -27,6 +27,7 @@ from hafrm.recipe import Recipe
 from hafrm.results import read_result, write_result
 from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
+from hafrm.training.bases import load_tokenizer, reference_place
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
@@ -36,13 +37,7 @@ from hafrm.training.passes import (
     reference_logps,
     score_heads,
 )
-from hafrm.training.setup import (
-    PreparedData,
-    build_model,
-    load_tokenizer,
-    prepare_data,
-    reference_place,
-)
+from hafrm.training.setup import PreparedData, build_model, prepare_data
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"

@@ -25,6 +25,7 @@ from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import is_out_of_memory
 from hafrm.statistics import in_words, training_alarms, with_bounds
 from hafrm.training import parallel
+from hafrm.training.bases import reference_place
 from hafrm.training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -37,13 +38,7 @@ from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import REFERENCE_TOKENS, HeadScores, references_of, score_heads, validate
 from hafrm.training.run_export import export_run
-from hafrm.training.setup import (
-    PreparedData,
-    build_model,
-    prepare_data,
-    reference_place,
-    with_precision,
-)
+from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
 from hafrm.training.step import (
     MEASURES,
     NonFiniteCheck,

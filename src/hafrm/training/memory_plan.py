@@ -20,9 +20,10 @@ from hafrm.recipe import Recipe
 from hafrm.results import Column, Table
 from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
+from hafrm.training.bases import check_base
 from hafrm.training.methods import Method
 from hafrm.training.passes import REFERENCE_TOKENS
-from hafrm.training.setup import check_base, meta_model, with_precision, with_training
+from hafrm.training.setup import meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
 

@@ -9,23 +9,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
-from hafrm.data.chat_template import choose_pad, read_template
 from hafrm.data.encoding import Encoder, EncodingReport
 from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, without_prompts
@@ -39,26 +34,15 @@ from hafrm.engine.model import (
 )
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
-from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe
-from hafrm.scoring.loading import (
-    base_directory,
-    check_complete,
-    has_bfloat16,
-    head_directory,
-    is_classifier,
-    load_any_tokenizer,
-    load_config,
-    load_parts,
-    load_whole,
-)
-from hafrm.scoring.model_files import (
-    check_shapes,
-    check_unquantised,
-    find_adapter,
-    model_errors,
-    stored_reward_head,
-)
+from hafrm.recipe import DataSection, LoraSection, Recipe
+from hafrm.scoring.loading import has_bfloat16, head_directory
 from hafrm.training import parallel
+from hafrm.training.bases import (
+    load_base,
+    load_tokenizer,
+    meta_causal_lm,
+    starting_reward_head,
+)
 from hafrm.training.methods import Method
 
 log = logging.getLogger("hafrm")
@@ -187,25 +171,6 @@ def build_encoder(recipe: Recipe) -> Encoder:
     )
 
 
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
-    """The base model's fast tokenizer, with its section's template and a pad of its own."""
-    path = base_directory(model.path)
-    tokenizer = load_any_tokenizer(path, model.revision)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        kind = type(tokenizer).__name__
-        raise ModelError(f"{model.path} has a slow {kind}; convert it to a tokenizer.json")
-    if model.chat_template is not None:
-        tokenizer.chat_template = read_template(model.chat_template)
-    try:
-        choose_pad(tokenizer)
-    except ModelError:
-        # Phi-2 has no token to spare for padding, but more embeddings than tokens: use one of those.
-        if len(tokenizer) >= load_config(path, model.revision).get_text_config().vocab_size:
-            raise
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    return tokenizer
-
-
 def with_precision(recipe: Recipe, device: str) -> Recipe:
     """The recipe with training.precision decided for a device type; a run's own copy records that."""
     return with_training(recipe, precision=choose_precision(recipe.training.precision, device))
@@ -249,111 +214,17 @@ def build_model(
     return model.to(device)
 
 
-def starting_reward_head(model: ModelSection, size: int) -> Float[Tensor, "1 hidden"] | None:
-    """The reward head that training continues with, None for a new one.
-
-    Raises ModelError where model.reward_head says keep and there is none, or one of another size.
-    """
-    if model.reward_head == "new":
-        return None
-    path = head_directory(model.path, "reward")
-    stored = stored_reward_head(path, model.revision)
-    if stored is None and model.reward_head == "keep":
-        raise ModelError(
-            f"model.reward_head is keep, but {path} has no reward head: remove the key"
-        )
-    if stored is not None and stored.shape[1] != size:
-        raise ModelError(
-            f"the reward head of {path} has {stored.shape[1]} inputs, the model {size}"
-        )
-    return stored
-
-
 def starting_dtype(recipe: Recipe) -> torch.dtype:
     """What the base model is loaded in: bfloat16 where it is frozen and computes in it."""
     frozen_half = recipe.lora is not None and recipe.training.precision == "bf16"
     return torch.bfloat16 if frozen_half else torch.float32
 
 
-def load_base(
-    model: ModelSection, dtype: torch.dtype, device: torch.device, *, policy: bool = True
-) -> PreTrainedModel:
-    """The causal LM to start from; without `policy` its LM head may be random. Raises ModelError when it
-    cannot be loaded whole."""
-    path = base_directory(model.path)
-    # None: a base may have only a pickle, which torch reads as weights alone
-    options = {"revision": model.revision, "use_safetensors": None}
-    causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
-    head = causal.get_output_embeddings()
-    name = next((n for n, module in causal.named_modules() if module is head), None)
-    lacking = {n for n in missing if name and n.startswith(f"{name}.")}
-    check_complete(causal, path, missing - lacking)
-    if lacking and policy:
-        if model.policy_from is None:
-            raise ModelError(_no_lm_head(path))
-        place = base_directory(model.policy_from)
-        other = load_whole(AutoModelForCausalLM, place, dtype, "cpu", use_safetensors=None)
-        with model_errors(f"the LM head of model.policy_from {place} does not fit {path}"):
-            head.load_state_dict(other.get_output_embeddings().state_dict())
-    return cast("PreTrainedModel", causal)
-
-
-def _no_lm_head(path: str) -> str:
-    return (
-        f"{path} is a model without an LM head: name the model that it was trained from in "
-        "model.policy_from, or train the reward alone (method.name: bt)"
-    )
-
-
-def check_base(
-    model: ModelSection, *, policy: bool = True, reward: bool = False
-) -> PretrainedConfig:
-    """The config of the base; ModelError for what `load_base` or an export would refuse, as far as configs
-    and the headers of local files tell."""
-    path = base_directory(model.path)
-    config = load_config(path, model.revision)
-    check_unquantised(path, config)
-    adapter = find_adapter(path, model.revision)
-    check_shapes(Path(path if adapter is None else adapter.base), _meta_causal_lm(config, path))
-    is_headless = is_classifier(config) and not config.tie_word_embeddings
-    if policy and is_headless and model.policy_from is None:
-        raise ModelError(_no_lm_head(path))
-    if model.policy_from is not None and not (policy and is_headless):
-        raise ConfigError(
-            f"model.policy_from is of no use: {path} needs no other LM head; remove it"
-        )
-    if reward and Path(path).is_dir():
-        starting_reward_head(model, hidden_size(config))
-    if reward and type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ModelError(
-            f"transformers has no sequence classifier for the {type(config).__name__} of {path}, so its "
-            "reward model could not be exported: take another base"
-        )
-    return config
-
-
-def _meta_causal_lm(config: PretrainedConfig, path: str, **options: Any) -> PreTrainedModel:
-    """A causal LM on torch's meta device, drawing no random number."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        try:
-            return cast(
-                "PreTrainedModel",
-                AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options),
-            )
-        except ValueError as error:
-            raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
-
-
 def meta_model(config: PretrainedConfig, recipe: Recipe, method: Method) -> HybridModel:
     """The model of `build_model` on torch's meta device, drawing no random number."""
-    causal = _meta_causal_lm(config, recipe.model.path, dtype=starting_dtype(recipe))
+    causal = meta_causal_lm(config, recipe.model.path, dtype=starting_dtype(recipe))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return assemble(causal.base_model, causal.get_output_embeddings(), recipe, method)
-
-
-def reference_place(model: ModelSection) -> str | None:
-    """The files that a base's log-probs follow from; None where they are those of two models."""
-    return None if model.policy_from else base_directory(model.path)
 
 
 def assemble(
