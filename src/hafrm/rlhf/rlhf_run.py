@@ -266,17 +266,10 @@ class RlhfRun:
         actor, unverified = self.actor, self.folder.unverified_path
         # log-probs of the policy itself, and not at the sampling temperature
         actor.model.transform = replace(actor.model.transform, temperature=1.0)
-        golden = [
-            Group(f"held-out {i}", prompt.messages, PLAIN.responses)
-            for i, prompt in enumerate(self.held_out_prompts[:NUM_SAMPLES])
-        ]
-        memory = score_in_memory(
-            actor.model,
-            actor.encoder,
-            golden,
-            max_tokens=actor.max_tokens,
-            autocast=actor.autocast,
-        )
+        prompts = self.held_out_prompts[:NUM_SAMPLES]
+        golden = [Group("held-out", prompt.messages, PLAIN.responses) for prompt in prompts]
+        options: Any = {"max_tokens": actor.max_tokens, "autocast": actor.autocast}
+        memory = score_in_memory(actor.model, actor.encoder, golden, **options)
         with atomic_directory(unverified, replace=True) as aside:
             export_policy(gather_weights(actor.model), actor.encoder, aside / "policy", dtype=dtype)
         prove(

@@ -79,8 +79,8 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
             f"{root} holds no model: neither model/reward nor model/policy nor a config.json (a run has "
             "none before its end)"
         )
-    adapter = find_adapter(path)
-    is_reward = is_classifier(load_config(path)) if adapter is None else adapter.scores
+    adapter = find_adapter(root)
+    is_reward = is_classifier(load_config(root)) if adapter is None else adapter.scores
     return Heads(root, None) if is_reward else Heads(None, root)
 
 

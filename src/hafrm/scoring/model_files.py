@@ -6,7 +6,6 @@ directory never runs, and of pickles only names are read.
 
 import contextlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hafrm.errors import HafrmError, ModelError
-
-log = logging.getLogger("hafrm")
 
 ADAPTER = "adapter_config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -126,23 +124,19 @@ def check_shapes(directory: Path, model: PreTrainedModel) -> None:
 
 def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | None:
     """What the adapter in a directory or hub id says; None for a whole model."""
-    with model_errors(f"cannot read the {ADAPTER} of {path}"):
-        local = Path(path) / ADAPTER
-        file = (
-            local if Path(path).is_dir() else find_adapter_config_file(str(path), revision=revision)
-        )
-        if file is None or not Path(file).is_file():
-            return None
+    file: Any = Path(path) / ADAPTER
+    if not Path(path).is_dir():
+        check_place(path)
+        file = find_adapter_config_file(str(path), revision=revision)
+    if file is None or not Path(file).is_file():
+        return None
+    with model_errors(f"cannot read {file}"):
         config = json.loads(Path(file).read_bytes())
-        base, scores = config.get("base_model_name_or_path"), config.get("task_type") == "SEQ_CLS"
+        base = config.get("base_model_name_or_path")
         if not base or (Path(base) / ADAPTER).is_file():
-            what = (
-                "no base"
-                if not base
-                else f"the base {base}, which is an adapter itself: merge that"
-            )
+            what = f"the base {base}, an adapter itself: merge that first" if base else "no base"
             raise ModelError(f"{file} names {what} (base_model_name_or_path)")
-        return Adapter(base, config.get("revision"), scores)
+        return Adapter(base, config.get("revision"), config.get("task_type") == "SEQ_CLS")
 
 
 def merge_adapter(
@@ -154,21 +148,18 @@ def merge_adapter(
     from safetensors.torch import load_file  # noqa: PLC0415
 
     config = PeftConfig.from_pretrained(str(path), revision=revision)
-    modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    whole = [n for n in getattr(config, "modules_to_save", None) or () if n in modules]
-    config.modules_to_save, config.inference_mode = whole or None, True
-    file = cached_file(str(path), "adapter_model.safetensors", revision=revision)
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    config.modules_to_save = [n for n in config.modules_to_save or () if n in modules] or None
+    weights = load_file(str(cached_file(str(path), "adapter_model.safetensors", revision=revision)))
     tuned = PeftModel(model, config)
-    weights = load_file(str(file))
-    loaded = set_peft_model_state_dict(tuned, weights)
+    loaded: Any = set_peft_model_state_dict(tuned, weights)
     if missing := [n for n in loaded.missing_keys if re.search(r"\.(lora_|modules_to_save\.)", n)]:
         raise ModelError(f"{path} lacks the adapter's weights for {sorted(missing)[:4]}")
     merged = tuned.merge_and_unload(safe_merge=True).requires_grad_(True)
-    vars(merged).pop("peft_config", None)
     merged.config._commit_hash = None  # it is that of the base
     prefix = "base_model.model."
-    own, left = ({n.removeprefix(prefix) for n in p} for p in (weights, loaded.unexpected_keys))
-    return merged, own, left
+    own, surplus = ({n.removeprefix(prefix) for n in p} for p in (weights, loaded.unexpected_keys))
+    return merged, own, surplus
 
 
 def is_head(name: str) -> bool:
@@ -186,14 +177,14 @@ def stored_reward_head(
     """
     place = Path(path)
     if not place.is_dir():
-        quiet = {"_raise_exceptions_for_missing_entries": False}
         names = ("value_head.safetensors", ADAPTER, "config.json")
-        files = [cached_file(str(path), name, revision=revision, **quiet) for name in names]
+        quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        files = (cached_file(str(path), name, **quiet) for name in names)
         place = Path(next(filter(None, files))).parent
     head: dict[str, Tensor] = {}
     for file in sorted(place.glob("*.safetensors")):
         with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
-            head |= {n: stored.get_tensor(n) for n in filter(is_head, stored.keys())}
+            head |= {n: stored.get_tensor(n).float() for n in filter(is_head, stored.keys())}
     for file in (*place.glob("pytorch_model*.bin"), *place.glob("value_head.bin")):
         with model_errors(f"{file} is damaged"):
             names = torch.load(file, map_location="meta", weights_only=True)
@@ -202,17 +193,15 @@ def stored_reward_head(
                 f"{file} holds a reward head in a pickle: save it as safetensors, or set "
                 "model.reward_head: new"
             )
-    weights = {name: value for name, value in head.items() if not name.endswith(".bias")}
-    if not weights:
+    shapes = {name: list(head[name].shape) for name in head if not name.endswith(".bias")}
+    if not shapes:
         adapter = find_adapter(path, revision)
         return None if adapter is None else stored_reward_head(adapter.base, adapter.revision)
-    weight = next(iter(weights.values()))
-    if len(weights) > 1 or weight.dim() != 2 or len(weight) != 1:
-        shapes = {name: list(value.shape) for name, value in weights.items()}
+    # a bias shifts all rewards equally, and classifiers of consumers have none
+    (name, shape), *others = shapes.items()
+    if others or shape[:-1] != [1]:
         raise ModelError(
-            f"{path} has the head {shapes}, which is not linear with one label: a reward model has "
-            "such a head; to train a new one, set model.reward_head: new"
+            f"{path} has the head {shapes}, which is not linear with one label as a reward model's is; "
+            "to train a new one, set model.reward_head: new"
         )
-    if len(head) > 1:
-        log.info("the bias of %s is left out: it shifts all rewards equally", path)
-    return weight.float()
+    return head[name]

@@ -102,7 +102,7 @@ def check_base(
     is_headless = is_classifier(config) and not config.tie_word_embeddings
     if policy and is_headless and model.policy_from is None:
         raise ModelError(_no_lm_head(path))
-    if model.policy_from is not None and not (policy and is_headless):
+    if model.policy_from is not None and not is_headless:
         raise ConfigError(
             f"model.policy_from is of no use: {path} needs no other LM head; remove it"
         )
@@ -116,14 +116,11 @@ def check_base(
     return config
 
 
-def meta_causal_lm(config: PretrainedConfig, path: str, **options: Any) -> PreTrainedModel:
+def meta_causal_lm(config: PretrainedConfig, path: str, **options: Any) -> Any:
     """A causal LM on torch's meta device, drawing no random number."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
-            return cast(
-                "PreTrainedModel",
-                AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options),
-            )
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
         except ValueError as error:
             raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
 
