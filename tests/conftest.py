@@ -53,7 +53,7 @@ def device():
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A tiny model's `reward`, with five golden scores, and `policy`; copy what a test changes."""
-    from hafrm.export.stock_export import write_golden
+    from hafrm.export.proof import write_golden
     from support.exports import GOLDEN_GROUP, export_both
 
     folder = tmp_path_factory.mktemp("exported")

@@ -13,7 +13,7 @@ TREES = {p: ast.parse(p.read_text(encoding="utf-8")) for p in MODULES}
 
 CORE = {
     *("errors", "atomic", "statistics", "results", "preferences", "recipe", "recipe_file"),
-    *("run_folder", "process_pool", "progress"),
+    *("run_folder", "process_pool", "progress", "tensor_files"),
 }
 """The modules directly under hafrm: what a run is, on disk and in YAML, and nouns that all rooms use."""
 FLOORS = (

@@ -51,11 +51,15 @@ class ModelSection(Section):
     """The language model to start from."""
 
     path: Location
-    """Directory or hub id of a causal language model (paper: Phi-2, Mistral-7B)."""
+    """A causal LM, reward model or adapter (directory, hub id), or a run (paper: Phi-2, Mistral-7B)."""
     revision: Text | None = None
     """Commit, tag or branch when `path` is a hub id; a commit makes the run repeatable."""
     chat_template: Location | None = None
     """A Jinja file, paper-phi-2 or paper-mistral; null: the model's own template, or a plain one."""
+    policy_from: Location | None = None
+    """Model whose LM head is taken where `path` is a reward model without one: what it was trained from."""
+    reward_head: Literal["new", "keep"] | None = None
+    """keep: continue with the reward head of `path`; new: drop it; null: keep it where there is one."""
 
 
 class DataSection(Section):

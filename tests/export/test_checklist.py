@@ -14,7 +14,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from hafrm.errors import DataError, ModelError
 from hafrm.export.checklist import CLAUSES, verify_directory
-from hafrm.export.stock_export import write_golden
+from hafrm.export.proof import write_golden
 from hafrm.results import to_plain
 from support.chat_tokenizers import chat_tokenizer
 from support.export_faults import FAULTS, in_config

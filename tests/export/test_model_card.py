@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from hafrm.export.model_card import write_cards
-from hafrm.export.stock_export import write_golden
+from hafrm.export.proof import write_golden
 from hafrm.preferences import Group, Message
 from hafrm.recipe_file import dump_recipe
 from support.exports import export_both

@@ -15,6 +15,7 @@ from transformers import (
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.layout import lay_out
+from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ModelError
 from hafrm.export.checklist import replay_directory
 from hafrm.export.stock_export import (
@@ -140,3 +141,13 @@ def test_an_untied_head_under_a_config_that_says_tied_is_exported_untied(tmp_pat
     model.policy_head.weight = model.backbone.get_input_embeddings().weight
     export_policy(gather_weights(model), encoder, tmp_path / "tied")
     assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_an_export_has_the_dropout_of_its_base_which_training_switches_off(tmp_path):
+    model, encoder = hybrid_with_encoder("gpt2")
+    assert model.backbone.config.attn_pdrop == 0.0
+    HybridModel(model.backbone, policy_head=model.policy_head)  # wrapped twice, as for a reference
+    export_reward(gather_weights(model), encoder, tmp_path / "reward")
+    config = json.loads((tmp_path / "reward" / "config.json").read_text())
+    assert (config["attn_pdrop"], config["resid_pdrop"]) == (0.1, 0.1)
+    assert not any("hafrm" in key for key in config)

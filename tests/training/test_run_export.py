@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError, VerificationError
 from hafrm.export.checklist import verify_directory
+from hafrm.scoring.loading import find_heads
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
@@ -169,3 +170,39 @@ def test_the_proof_runs_in_a_fresh_process(finished, lora, tmp_path):
     assert export_from_run(finished, tmp_path / "whole", ExportOptions()).difference < 1e-4
     adapter = ExportOptions(merge_lora=False)
     assert export_from_run(lora, tmp_path / "adapter", adapter).difference < 1e-4
+
+
+def test_a_lora_export_is_a_model_to_score_with_and_to_continue_from(lora, tmp_path):
+    export_from_run(lora, tmp_path / "out", ExportOptions(merge_lora=False))
+    export_from_run(lora, tmp_path / "whole", ExportOptions())
+    prompt, responses = "Say sun.", ["Here you are: sun.", "No."]
+    merged, adapter = (
+        RewardModel.from_pretrained(tmp_path / name).score(prompt, responses)
+        for name in ("whole", "out")
+    )
+    assert adapter == pytest.approx(merged, abs=1e-6)
+    assert find_heads(tmp_path / "out").reward == tmp_path / "out"
+
+
+@pytest.mark.parametrize("head", ["reward", "policy"])
+def test_an_export_that_differs_from_the_model_in_memory_is_not_verified(
+    finished, tmp_path, monkeypatch, head
+):
+    """As a re-tied LM head or a lost reward head would: the directory agrees with itself alone."""
+    gather = run_export.gather_weights
+
+    def other(model):
+        gathered = gather(model)
+        getattr(gathered, f"{head}_head")["weight"].mul_(1.01)
+        return gathered
+
+    monkeypatch.setattr(run_export, "gather_weights", other)
+    with pytest.raises(VerificationError, match=r"model in memory gave.*kept as"):
+        export_from_run(finished, tmp_path / "out", ExportOptions(head))
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    with pytest.raises(VerificationError, match="scores that the model in memory gave"):
+        run_training(tiny_recipe(finished.parent), run, resume=True)
+    monkeypatch.setattr(run_export, "gather_weights", gather)
+    run_training(tiny_recipe(finished.parent), run, resume=True)
+    assert (run / "model" / head).is_dir()

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaForSequenceClassification
 
 from hafrm.engine.layout import lay_out
 from hafrm.errors import CheckpointError, ConfigError, DataError
@@ -17,7 +16,6 @@ from hafrm.training import setup
 from hafrm.training.loop import run_training
 from hafrm.training.methods import get_method
 from hafrm.training.setup import (
-    build_encoder,
     build_model,
     meta_model,
     prepare_data,
@@ -27,7 +25,7 @@ from support.chat_tokenizers import CHATML
 from support.fake_hub import fake_datasets
 from support.published_rows import PUBLISHED
 from support.recipe_models import tiny_mixtral_config
-from support.tiny_runs import tiny_recipe, write_base, write_preferences
+from support.tiny_runs import tiny_recipe, write_preferences
 
 
 @pytest.fixture
@@ -253,13 +251,3 @@ def test_lora_on_experts_that_are_no_linear_layers_is_refused(tmp_path):
     recipe = tiny_recipe(tmp_path, lora={"rank": 2})
     with pytest.raises(ConfigError, match="is no linear layer"):
         meta_model(tiny_mixtral_config(), recipe, get_method("haf"))
-
-
-def test_training_continues_with_the_reward_head_that_the_base_has(tmp_path):
-    base = write_base(tmp_path, tied=True)
-    reward = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
-    reward.save_pretrained(base)
-    recipe = tiny_recipe(tmp_path)
-    encoder = build_encoder(recipe)
-    model = build_model(recipe, get_method("haf"), encoder, torch.device("cpu"))
-    assert torch.equal(model.reward_head.weight, reward.score.weight)

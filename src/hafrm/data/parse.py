@@ -58,9 +58,8 @@ _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 _TIE = re.compile(
     r"tie[sd]?|draw|equal|equally (good|bad)|same|no preference|neither|(tie |it s a tie )?both ?(good|bad)"
 )
-_NO_TIE = re.compile(  # the winner, or who labelled
-    r"|human|ai .*|chosen|((model|response|assistant|answer|output|candidate) ?)?([ab]|[0-2])"
-    r"|first|second|left|right|win|((slightly|much|far|significantly) )?better"
+_NO_WIN = re.compile(
+    r"\b(tie\w*|draw|equal\w*|both|neither|rejected|los[et]\w*|worse|unsure|unclear)\b"
 )
 _ORDERS = {"ranks": -1, "ranking": -1, "scores": 1, "ratings": 1}  # sign that makes high good
 
@@ -177,9 +176,10 @@ def _compare(row: RawRow, texts: tuple[str, ...]) -> tuple[Comparison, ...]:
         if tie is not None and not isinstance(tie, bool):
             refuse("bad number", f"`tie` must be true or false, got {show(tie)}")
         words = re.sub(r"[\W_]+", " ", label.lower()).strip() if isinstance(label, str) else ""
-        if not _TIE.fullmatch(words) and not _NO_TIE.fullmatch(words):
-            refuse("unknown label", f"`label` says neither a tie nor a winner: {show(label)}")
-        tie = bool(tie) or _TIE.fullmatch(words) is not None
+        is_tie = _TIE.fullmatch(words) is not None
+        if not is_tie and _NO_WIN.search(words):  # other labels say who won, or who judged
+            refuse("unknown label", f"`label` is no tie, and not that chosen won: {show(label)}")
+        tie = bool(tie) or is_tie
         return (Comparison(0, 1, *_margin_and_weight(row), tie, _votes(row.get("votes"))),)
     orders = [column for column in _ORDERS if row.get(column) is not None]
     if row.get("responses") is None or not orders:

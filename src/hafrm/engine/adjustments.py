@@ -4,6 +4,7 @@ The last layer runs only the tokens that a head reads: response tokens and the l
 without log-probs, the last of each response). Of all others it makes keys and values alone.
 """
 
+import copy
 import functools
 import threading
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.activations import NewGELUActivation
 
+_RATES = "_hafrm_rates"  # where a config keeps the rates that it came with
 READ_INDICES = "read_indices"  # the keyword that tells layers which tokens will be read
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.dense")
 # modules of a layer that treat every token alone, by the names that most families give them
@@ -27,9 +30,20 @@ def switch_off_dropout(module: nn.Module) -> None:
             part.p = 0.0
         # Some layers keep the rate as a number, some read it from their config (Falcon).
         for owner in (part, getattr(part, "config", None)):
-            for name, value in vars(owner).items() if owner is not None else ():
-                if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            for name, value in list(vars(owner).items()) if owner is not None else ():
+                if ("drop" in name or "jitter" in name) and isinstance(value, float) and value:
                     setattr(owner, name, 0.0)
+                    if isinstance(owner, PretrainedConfig):
+                        vars(owner).setdefault(_RATES, {})[name] = value
+
+
+def with_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a config with the rates that `switch_off_dropout` set to zero, as it is exported."""
+    config = copy.deepcopy(config)
+    for part in (config, *[v for v in vars(config).values() if isinstance(v, PretrainedConfig)]):
+        for name, rate in vars(part).pop(_RATES, {}).items():
+            setattr(part, name, rate)
+    return config
 
 
 def fuse_gelu(module: nn.Module) -> None:

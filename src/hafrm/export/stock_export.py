@@ -1,4 +1,4 @@
-"""Write a trained model as stock directories, and prove that they give every consumer our scores.
+"""Write a trained model as stock directories; `proof` shows that they give every consumer our scores.
 
 Every directory has the tokenizer with the closed chat template of training. A reward model and a policy are
 never one file, because vLLM refuses unknown weights.
@@ -6,16 +6,12 @@ never one file, because vLLM refuses unknown weights.
 
 import copy
 import json
-import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
@@ -31,23 +27,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hafrm.atomic import atomic_directory, atomic_write
+from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
+from hafrm.engine.adjustments import with_dropout
 from hafrm.engine.model import HybridModel
-from hafrm.errors import ModelError, NumericsError, VerificationError
-from hafrm.export.plain_model import GOLDEN, TOLERANCE, PlainModel, device_for, old_rotary_keys
-from hafrm.preferences import Group, Message
-from hafrm.scoring.forward import first_responses, free_memory, run_forward
-from hafrm.scoring.loading import load_encoder, load_policy
-from hafrm.scoring.reward_model import MAX_TOKENS_CPU, RewardModel
+from hafrm.errors import ModelError
+from hafrm.export.plain_model import old_rotary_keys
 
+log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
 _ADAPTER = "default"
 """PEFT's name of the one adapter."""
-_QUESTION = Message("user", "What is the capital of France?")
-PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
-"""Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class StockWeights:
 def gather_weights(model: HybridModel) -> StockWeights:
     """Collect the weights on the main rank; every rank must call this for a sharded model."""
     return StockWeights(
-        config=model.backbone.config,
+        config=with_dropout(model.backbone.config),
         backbone=_merge_lora(model.backbone, _gather(model.backbone)),
         reward_head={} if model.reward_head is None else _gather(model.reward_head),
         policy_head={} if model.policy_head is None else _gather(model.policy_head),
@@ -272,118 +263,3 @@ def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
         # not under both keys: version 5 would then drop them (huggingface/transformers#47838)
         result["additional_special_tokens"] = result.pop("extra_special_tokens")
     return result
-
-
-def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: str) -> T:
-    """What `check` returns for an export, which is renamed to `directory` if it passes, and else stays.
-
-    Raises VerificationError for whatever `check` raises; `again` says how to repeat it.
-    """
-    try:
-        result = check(unverified)
-    except (
-        Exception
-    ) as error:  # a consumer's library raises anything; the training must not be lost
-        raise VerificationError(
-            f"the export is not verified: {error}. It is complete and kept as {unverified}; {again}"
-        ) from error
-    unverified.rename(directory)
-    return result
-
-
-def _num_threads() -> int:
-    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return torch.get_num_threads()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def write_golden(directory: Path, groups: Sequence[Group]) -> int:
-    """Score every response of `groups` with the exported weights; returns the number of golden lines.
-
-    Conversations with special tokens in their text, and those cut, are left out, because a consumer that
-    renders and tokenizes them gets other ids. Raises NumericsError when that leaves none.
-    """
-    torch.set_num_threads(_num_threads())
-    free_memory()
-    device = device_for(sum(map(math.prod, PlainModel(directory).weights.values())))
-    model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
-    tokenizer = model.encoder.tokenizer
-    groups = [*groups, PLAIN]
-    encoded, report = model.encoder.encode(groups)
-    groups = [group for i, group in enumerate(groups) if i not in report.refused]
-    rewards = model.score_encoded(encoded)
-    lines = []
-    for group, ids, start in zip(groups, encoded, first_responses(encoded), strict=True):
-        for k, response in enumerate(group.responses):
-            messages = [m._asdict() for m in (*group.prompt, Message("assistant", response))]
-            ours = [*ids.prompt_ids.tolist(), *ids.response_ids[k].tolist()]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            if tokenizer(text, add_special_tokens=False)["input_ids"] != ours:
-                continue
-            reward = float(rewards[start + k])
-            line = {"messages": messages, "text": text, "input_ids": ours, "reward": reward}
-            lines.append(json.dumps(line) + "\n")
-    if not lines:
-        raise NumericsError(
-            f"{directory}: every conversation gets other ids than in training; fix tokenizer or template"
-        )
-    atomic_write(directory / GOLDEN, "".join(lines))
-    return len(lines)
-
-
-def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
-    """Largest differences of plain transformers' scores, alone and padded right and left.
-
-    Raises NumericsError when they exceed the tolerance, or the directory gives consumers other scores.
-    """
-    # -P: modules of the current directory must not be imported
-    command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_threads())}
-    free_memory()
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    lines = run.stdout.strip().splitlines()
-    if run.returncode not in (0, 1) or not lines:
-        raise NumericsError(
-            f"{directory} cannot be loaded by plain transformers:\n{run.stderr.strip()[-2000:]}"
-        )
-    replay = json.loads(lines[-1])
-    differences: dict[str, float] = replay["differences"]
-    if not replay["ok"]:
-        raise NumericsError(
-            f"{directory} does not give consumers the scores of training: differences {differences} "
-            f"(tolerated {tolerance:g}), faults {replay['faults']}"
-        )
-    return differences
-
-
-@torch.no_grad()
-def check_policy(
-    directory: Path, groups: Sequence[Group], tolerance: float = TOLERANCE
-) -> tuple[int, float]:
-    """Number of responses whose log-probs plain transformers reproduces, and the largest difference.
-
-    It is relative to max(1, |log-prob|), in float32. Raises NumericsError beyond the tolerance.
-    """
-    model = load_policy(directory, dtype=torch.float32, device="cpu")
-    encoder = load_encoder(directory, model.backbone.config, None)
-    encoded, _ = encoder.encode([*groups, PLAIN])
-    logps = run_forward(model.eval(), encoded, max_tokens=MAX_TOKENS_CPU).logps
-    assert logps is not None
-    del model  # two models in float32 might not fit
-    stock = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, trust_remote_code=False
-    ).eval()
-    expected = []
-    for group in encoded:
-        for response in group.response_ids:
-            ids = torch.tensor(np.concatenate([group.prompt_ids, response]), dtype=torch.int64)
-            token_logps = stock(ids[None]).logits[0, :-1].log_softmax(-1)
-            tokens = token_logps.gather(1, ids[1:, None])[len(group.prompt_ids) - 1 :]
-            expected.append(float(tokens.sum()))
-    plain = np.array(expected)
-    difference = float((np.abs(logps - plain) / np.maximum(1.0, np.abs(plain))).max())
-    if not difference <= tolerance:  # True for NaN
-        differ = f"differ from plain transformers' by {difference:.2g} (tolerated {tolerance:g})"
-        raise NumericsError(f"log-probs of {directory} {differ}")
-    return len(expected), difference

@@ -30,8 +30,9 @@ from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, input_digests, score_rollou
 from hafrm.rlhf.train_policy import train_policy
 from hafrm.scoring.loading import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
+from hafrm.training.bases import load_base, load_tokenizer
 from hafrm.training.checkpoint import open_run
-from hafrm.training.setup import load_base, load_tokenizer, with_precision, with_training
+from hafrm.training.setup import with_precision, with_training
 
 START = "start"  # the policy that was not trained
 _TEST_SEED = 2**61  # beyond the seeds of training and of held-out prompts

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
+from hafrm.export.proof import PLAIN, check_policy, prove, score_in_memory
 from hafrm.export.stock_export import export_policy, gather_weights
 from hafrm.preferences import Group
 from hafrm.results import write_result
@@ -32,9 +33,9 @@ from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import clustered_bootstrap
+from hafrm.training.bases import check_base, load_tokenizer
 from hafrm.training.checkpoint import file_digests, model_digests
 from hafrm.training.loop import MetricsLog
-from hafrm.training.setup import load_tokenizer
 
 log = logging.getLogger("hafrm")
 
@@ -123,6 +124,7 @@ class RlhfRun:
     ) -> None:
         """Load everything that the recipe names; `share` False leaves the policy's attention alone."""
         self.recipe, self.folder, self.gold = recipe, folder, gold
+        check_base(recipe.model)
         encoder = Encoder(load_tokenizer(recipe.model), max_length=LONGEST)
         self.train_prompts, self.held_out_prompts = load_prompts(
             recipe.data, encoder, recipe.training.seed, folder
@@ -249,10 +251,25 @@ class RlhfRun:
         self.result.num_steps = num_steps
         write_result(self.folder.path / "result.json", self.result)
         if not self.folder.model_path.is_dir():
-            with atomic_directory(self.folder.model_path) as aside:
-                weights = gather_weights(self.actor.model)
-                export_policy(weights, self.actor.encoder, aside / "policy", dtype=dtype)
+            self._export(dtype)
         return self.result
+
+    def _export(self, dtype: torch.dtype) -> None:
+        actor, unverified = self.actor, self.folder.unverified_path
+        # log-probs of the policy itself, and not at the sampling temperature
+        actor.model.transform = replace(actor.model.transform, temperature=1.0)
+        prompts = self.held_out_prompts[:NUM_SAMPLES]
+        golden = [Group("held-out", prompt.messages, PLAIN.responses) for prompt in prompts]
+        options: Any = {"max_tokens": actor.max_tokens, "autocast": actor.autocast}
+        memory = score_in_memory(actor.model, actor.encoder, golden, **options)
+        with atomic_directory(unverified, replace=True) as aside:
+            export_policy(gather_weights(actor.model), actor.encoder, aside / "policy", dtype=dtype)
+        prove(
+            unverified,
+            self.folder.model_path,
+            lambda models: check_policy(models / "policy", memory),
+            f"no training is lost: PPO repeats the export with hafrm rlhf --resume {self.folder.path}",
+        )
 
 
 def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str, str]]:
@@ -261,6 +278,7 @@ def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str,
     template = str(load_tokenizer(recipe.model).chat_template)
     inputs = {
         **model_digests("model.path", recipe.model.path, recipe.model.revision),
+        **model_digests("model.policy_from", recipe.model.policy_from),
         **model_digests("reward.model", recipe.reward.model),
         **model_digests("evaluation.reward_model", judge),
         "the chat template": hashlib.sha256(template.encode()).hexdigest(),

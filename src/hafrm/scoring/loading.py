@@ -6,17 +6,14 @@ Every other module loads configs, tokenizers and models through this one.
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -31,15 +28,24 @@ from transformers import (
 
 from hafrm.atomic import fingerprint
 from hafrm.data.encoding import Encoder
+from hafrm.engine.adjustments import with_dropout
 from hafrm.engine.model import HybridModel, longest_sequence, sharing_obstacle, split_causal_lm
-from hafrm.errors import ConfigError, HafrmError, ModelError
+from hafrm.errors import ConfigError, ModelError
+from hafrm.scoring.model_files import (
+    ADAPTER,
+    check_config_file,
+    check_place,
+    check_unquantised,
+    find_adapter,
+    is_head,
+    merge_adapter,
+    model_errors,
+)
 
 log = logging.getLogger("hafrm")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
-_MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000}
-_MOST_OF_ALL = 10**30  # some tokenizers and configs write this for "no limit"
 FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
 
 
@@ -68,14 +74,19 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
             rule = folder / FUSED_RULE
             # the rule of one head alone is of no use
             return Heads(reward, policy, rule if reward and policy and rule.is_file() else None)
-    if root.is_dir() and not (root / "config.json").is_file():
+    if root.is_dir() and not any((root / name).is_file() for name in ("config.json", ADAPTER)):
         raise ModelError(
             f"{root} holds no model: neither model/reward nor model/policy nor a config.json (a run has "
             "none before its end)"
         )
-    architectures = load_config(root).architectures or [""]
-    is_reward = str(architectures[0]).endswith("ForSequenceClassification")
+    adapter = find_adapter(root)
+    is_reward = is_classifier(load_config(root)) if adapter is None else adapter.scores
     return Heads(root, None) if is_reward else Heads(None, root)
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a `...ForSequenceClassification`."""
+    return str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
 
 
 def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
@@ -88,6 +99,12 @@ def _checked_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     if not isinstance(path, str | os.PathLike):
         raise ModelError(f"a model is the path of a run or directory, or a hub id; got {path!r}")
     return path
+
+
+def base_directory(path: str) -> str:
+    """A run folder's policy, else its reward model, to start training from; any other path as it is."""
+    policy = head_directory(path, "policy")
+    return str(head_directory(path, "reward") if policy == path else policy)
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,10 @@ def load_reward(
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{path} is a {type(loaded).__name__} without a linear `score` head")
+    if find_adapter(
+        path
+    ):  # it carries no config, and its reward is read where its tokenizer ends a turn
+        loaded.config.get_text_config().pad_token_id = load_any_tokenizer(path).pad_token_id
     backbone = loaded.base_model
     return HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
 
@@ -166,7 +187,7 @@ def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None
     The backbone of a hybrid run is exported twice, once with each head.
     """
     prefix, weights = policy.backbone.base_model_prefix, dict(policy.backbone.state_dict())
-    configs = [load_config(directory), policy.backbone.config]
+    configs = [load_config(directory), with_dropout(policy.backbone.config)]
     own, other = ({k: v for k, v in c.to_dict().items() if k not in _OF_A_HEAD} for c in configs)
     head, left = None, set(weights)
     for file in sorted(directory.glob("*.safetensors")) if own == other else ():
@@ -231,17 +252,24 @@ def load_encoder(
 
 def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of a directory or hub id, of any kind; raises ModelError when there is none."""
-    check_place(path, "tokenizer_config.json", "tokenizer.json")
-    with _model_errors(f"cannot load a tokenizer from {path}"):
+    files = ("tokenizer_config.json", "tokenizer.json")
+    check_place(path, *files)
+    if (adapter := find_adapter(path, revision)) and not any(
+        (Path(path) / f).is_file() for f in files
+    ):
+        return load_any_tokenizer(adapter.base, adapter.revision)
+    with model_errors(f"cannot load a tokenizer from {path}"):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """The config of a directory or hub id; raises ModelError when there is no model."""
+    """The config of a directory or hub id, for an adapter its base's; ModelError when there is no model."""
     check_place(path)
+    if adapter := find_adapter(path, revision):
+        return load_config(adapter.base, adapter.revision)
     if Path(path).is_dir():
-        _check_sizes(Path(path) / "config.json")
-    with _model_errors(f"{path} is no model directory and no hub id that can be read"):
+        check_config_file(Path(path) / "config.json")
+    with model_errors(f"{path} is no model directory and no hub id that can be read"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
@@ -256,72 +284,17 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
         return GenerationConfig.from_model_config(load_config(path))
 
 
-@contextlib.contextmanager
-def _model_errors(what: str) -> Iterator[None]:
-    """Turn whatever the libraries raise for a damaged or foreign model into a ModelError."""
-    try:
-        yield
-    except HafrmError:
-        raise
-    # transformers, tokenizers, safetensors, torch and the hub raise anything, a bare Exception too
-    except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{what}: {said if len(said) <= 400 else said[:400] + '...'}") from error
-
-
-def check_place(path: str | Path, *files: str) -> None:
-    """Raise ModelError for a folder without a model, and for a local path that is not there: the hub is
-    asked for nothing but hub ids."""
-    place, name = Path(path), str(path)
-    if place.is_dir():
-        if not any((place / file).is_file() for file in ("config.json", *files)):
-            advice = ""
-            if (place / "adapter_config.json").is_file():
-                advice = "; it is an adapter: merge it into its base, and give the result"
-            elif (place / "model").is_dir():
-                advice = "; it is a run: give its model/policy or model/reward"
-            raise ModelError(f"{path} is not a model directory: it has no config.json{advice}")
-        _check_shards(place)
-    elif place.exists():
-        raise ModelError(f"{path} is a file; give the directory of a model, or a hub id")
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or (
-        place.parent.is_dir() and place.parent != Path()
-    ):
-        raise ModelError(f"{path} does not exist; give the directory of a model, or a hub id")
-
-
-def _check_shards(directory: Path) -> None:
-    """Raise ModelError for an index that names files outside its directory, which would be read."""
-    for index in directory.glob("*.index.json"):
-        with _model_errors(f"{index} is damaged"):
-            files = set(json.loads(index.read_bytes())["weight_map"].values())
-            bad = [str(file) for file in files if Path(file).name != file or file == ".."]
-        if bad:
-            raise ModelError(f"{index} names {bad[0]!r}, which is not a file of its directory")
-
-
-def _check_sizes(file: Path) -> None:
-    """Raise ModelError for numbers of layers that would keep transformers busy for minutes."""
-    with _model_errors(f"{file} is damaged"):
-        config = json.loads(file.read_bytes())
-        if not isinstance(config, dict):
-            raise ModelError(f"{file} holds no JSON object")
-        nested = [config, *(part for part in config.values() if isinstance(part, dict))]
-        for key, value in (item for part in nested for item in part.items()):
-            limit = _MOST.get(key, _MOST_OF_ALL)
-            if isinstance(value, int | float) and not abs(value) <= limit:
-                raise ModelError(f"{file}: {key} is {value!r}, but at most {limit:,} is possible")
-
-
 def model_digest(path: str | Path) -> str:
-    """Identifies a model's weights: a digest of a directory's files, or a hub id's commit."""
-    directory = Path(path)
+    """Identifies a model's weights: a digest of a directory's files, or a hub id's commit; with those of
+    its base where it is an adapter."""
+    directory, adapter = Path(path), find_adapter(path)
+    base = "" if adapter is None else model_digest(adapter.base)
     if not directory.is_dir():
-        return f"{path}@{getattr(load_config(path), '_commit_hash', None)}"
+        return f"{path}@{getattr(load_config(path), '_commit_hash', None)}{base}"
     # not the directory's path, so that a copy is the same model
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
     digests = [f"{file.name} {fingerprint(file)}" for file in files if file.is_file()]
-    return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return "sha256:" + hashlib.sha256("\n".join([*digests, *base.split()]).encode()).hexdigest()
 
 
 def load_whole(
@@ -332,51 +305,54 @@ def load_whole(
     **options: Any,
 ) -> Any:
     """A stock model of the class `auto`; raises ModelError when it cannot be loaded or lacks weights."""
-    config = load_config(path, options.get("revision"))
-    check_unquantised(path, config)
-    with _model_errors(f"cannot load a model from {path}"):
-        model, info = auto.from_pretrained(
-            path,
-            dtype=dtype,
-            # each weight goes there as it is read: the host never holds the whole model
-            device_map={"": device or default_device()},
-            output_loading_info=True,
-            trust_remote_code=False,
-            **{"use_safetensors": True, **options},
-        )
-    if info["missing_keys"]:  # transformers only warns, and initialises them
-        kind = (model.config.architectures or ["?"])[0]
-        raise ModelError(
-            f"{path} holds a {kind} without weights for {sorted(info['missing_keys'])}, which would be "
-            f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
-        )
-    if surplus := sorted(info["unexpected_keys"]):
-        log.warning(
-            "%s holds weights that a %s has no place for: %s", path, type(model).__name__, surplus
-        )
+    model, missing = load_parts(auto, path, dtype, device, **options)
+    check_complete(model, path, missing)
     return model
 
 
-def stored_reward_head(path: str | Path) -> Float[Tensor, "1 hidden"] | None:
-    """`score.weight` of a directory in float32, or None where it has none; ModelError for other labels."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with _model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
-            if "score.weight" in stored.keys():  # noqa: SIM118 - no mapping
-                head: Tensor = stored.get_tensor("score.weight").float()
-                if head.dim() != 2 or len(head) != 1:
-                    labels = f"score.weight {list(head.shape)}, but a reward model has one label"
-                    raise ModelError(f"{path} has {labels}")
-                return head
-    return None
-
-
-def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
-    """Raise ModelError for quantised weights, which neither train nor score here."""
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+def check_complete(model: Any, path: str | Path, missing: set[str]) -> None:
+    """Raise ModelError for weights that are missing: transformers only warns, and initialises them."""
+    if missing:
+        kind = (model.config.architectures or ["?"])[0]
         raise ModelError(
-            f"{path} is quantised ({method}); give the checkpoint that it was quantised from"
+            f"{path} holds a {kind} without weights for {sorted(missing)}, which would be "
+            f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
         )
+
+
+def load_parts(
+    auto: Any,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    **options: Any,
+) -> tuple[Any, set[str]]:
+    """A stock model of the class `auto`, an adapter merged into its base, and the names of weights that its
+    files lack. Those that it has no place for are logged, except reward heads."""
+    revision, own = options.get("revision"), set[str]()
+    if adapter := find_adapter(path, revision):
+        labels = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
+        options |= {"revision": adapter.revision, **labels}
+        model, missing = load_parts(auto, adapter.base, dtype, device, **options)
+        with model_errors(f"cannot merge the adapter {path} into {adapter.base}"):
+            model, own, surplus = merge_adapter(model, path, revision)
+    else:
+        check_unquantised(path, load_config(path, revision))
+        with model_errors(f"cannot load a model from {path}"):
+            model, info = auto.from_pretrained(
+                path,
+                dtype=dtype,
+                # each weight goes there as it is read: the host never holds the whole model
+                device_map={"": device or default_device()},
+                output_loading_info=True,
+                trust_remote_code=False,
+                **{"use_safetensors": True, **options},
+            )
+        missing, surplus = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if surplus := {name for name in surplus if not is_head(name)}:
+        kind = type(model).__name__
+        log.warning("%s holds weights that a %s has no place for: %s", path, kind, sorted(surplus))
+    return model, missing - own
 
 
 def default_device() -> torch.device:

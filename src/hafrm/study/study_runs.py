@@ -26,6 +26,7 @@ from hafrm.recipe import Recipe
 from hafrm.results import read_result, write_result
 from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
+from hafrm.training.bases import reference_place
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
@@ -150,7 +151,7 @@ class RunWorker:
                 self.data.tokenized,
                 max_tokens=reference_tokens(recipe.training.token_budget),
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
-                path=recipe.model.path,
+                path=reference_place(recipe.model),
             ).logps
         return self._references
 

@@ -34,6 +34,7 @@ from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.loading import load_config
+from hafrm.scoring.model_files import find_adapter
 from hafrm.tensor_files import TensorFiles, own_part, write_tensors
 from hafrm.training import parallel
 from hafrm.training.setup import PreparedData
@@ -79,6 +80,7 @@ def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> Non
     CheckpointError where a resumed run was made from something else."""
     inputs = {
         **model_digests("model.path", recipe.model.path, recipe.model.revision),
+        **model_digests("model.policy_from", recipe.model.policy_from),
         "the chat template": data.encoder.template_sha256,
         "the comparisons as token ids": _digest_of_groups(
             itertools.chain(data.train, data.validation)
@@ -109,7 +111,9 @@ def model_digests(key: str, path: str | None, revision: str | None = None) -> di
     heads += [folder / "reward", folder / "policy"]
     own = [head for head in heads if head.is_dir()] or [folder]
     files = sorted(f for head in own for f in head.iterdir() if f.suffix in _OF_A_MODEL)
-    return {f"{key} {file}": quick_fingerprint(file) for file in files if file.is_file()}
+    adapter = find_adapter(folder)
+    base = {} if adapter is None else model_digests(key, adapter.base, adapter.revision)
+    return base | {f"{key} {file}": quick_fingerprint(file) for file in files if file.is_file()}
 
 
 def _digest_of_groups(groups: Iterable[TokenizedGroup]) -> str:
@@ -159,7 +163,7 @@ def write_own_part(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write this rank's rows of sharded tensors to a file of its own, and on the main rank the others."""
     parts = {
         name: own_part(tensor)
-        for name, tensor in tensors.items()
+        for name, tensor in sorted(tensors.items())  # a resumed optimizer has another order
         if (parallel.is_first_copy(tensor) if isinstance(tensor, DTensor) else parallel.is_main())
     }
     parts = {name: part for name, part in parts.items() if part.rows.numel()}

@@ -24,6 +24,7 @@ from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.statistics import in_words, training_alarms, with_bounds
 from hafrm.training import parallel
+from hafrm.training.bases import reference_place
 from hafrm.training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -43,8 +44,8 @@ from hafrm.training.passes import (
     validate,
 )
 from hafrm.training.run_export import export_run
-from hafrm.training.setup import PreparedData, build_model, prepare_data, with_precision
-from hafrm.training.sharded_start import build_sharded
+from hafrm.training.setup import PreparedData, prepare_data, with_precision
+from hafrm.training.sharded_start import start_model
 from hafrm.training.step import (
     MEASURES,
     NonFiniteCheck,
@@ -96,13 +97,10 @@ def run_training(
     method = resolve_method(recipe)
     planned = with_token_budget(recipe, method, ranks)
     with open_run(recipe, folder, resume=resume) as run:
-        bad_rows = run.path / "bad_rows.jsonl" if parallel.is_main() else None
-        prepared = data or prepare_data(recipe, bad_rows)
+        bad = run.path / "bad_rows.jsonl" if parallel.is_main() else None
+        prepared = data or prepare_data(recipe, bad)
         parallel.from_main(lambda: record_provenance(run, planned, prepared))
-        if parallel.shards(planned.training.parallel, ranks.size, ranks.device.type):
-            model = build_sharded(planned, method, prepared.encoder, ranks)
-        else:
-            model = build_model(recipe, method, prepared.encoder, ranks.device)
+        model = start_model(planned, method, prepared.encoder, ranks)
         return Job(planned, method, run, prepared, model).train(ranks, resume, finish or export_job)
 
 
@@ -237,7 +235,7 @@ class Job:
             self.data.validation,
             max_tokens=reference_tokens(training.token_budget),
             autocast=self.autocast,
-            path=self.recipe.model.path,
+            path=reference_place(self.recipe.model),
         )
         self.model.train(training.gradient_checkpointing)  # dropout is off either way
 

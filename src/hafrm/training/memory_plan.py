@@ -18,8 +18,9 @@ from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
 from hafrm.results import Column, Table
-from hafrm.scoring.loading import default_device, load_config
+from hafrm.scoring.loading import default_device
 from hafrm.training import parallel
+from hafrm.training.bases import check_base
 from hafrm.training.methods import Method
 from hafrm.training.passes import reference_tokens
 from hafrm.training.setup import meta_model, with_precision, with_training
@@ -342,8 +343,8 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
     """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
-    config = load_config(recipe.model.path, recipe.model.revision)
-    weights = count_weights(meta_model(config, recipe, method))
+    heads = {"policy": method.trains_policy, "reward": method.trains_reward}
+    weights = count_weights(meta_model(check_base(recipe.model, **heads), recipe, method))
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
     is_open = recipe.training.parallel == "auto" and recipe.training.offload in (
         "none",

@@ -14,30 +14,32 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from hafrm.atomic import atomic_directory, check_writable, remove_directory
+from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.model_card import write_cards
 from hafrm.export.plain_model import GOLDEN
-from hafrm.export.stock_export import (
+from hafrm.export.proof import (
+    InMemory,
     check_golden,
     check_policy,
-    export_adapter,
-    export_policy,
-    export_reward,
-    gather_weights,
     prove,
+    score_in_memory,
     write_golden,
 )
+from hafrm.export.stock_export import export_adapter, export_policy, export_reward, gather_weights
 from hafrm.preferences import Group
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
 from hafrm.run_folder import RunFolder, step_of
 from hafrm.scoring.forward import free_memory
-from hafrm.scoring.loading import DTYPES, FUSED_RULE
+from hafrm.scoring.loading import DTYPES, FUSED_RULE, base_directory
+from hafrm.scoring.model_files import find_adapter
 from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, fit_fused
 from hafrm.training import parallel
+from hafrm.training.bases import reference_place
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.passes import HeadScores, decided_margins
@@ -77,6 +79,7 @@ def export_run(
         heads: Any = scores.rewards, scores.implicit_per_token
         margins = (decided_margins(data.validation, values, scores.first) for values in heads)
         rule = fit_fused(*margins)
+    memory = _score_in_memory(model, data.encoder, data.golden, recipe)
     weights = gather_weights(model)
     parallel.stop()
     if not parallel.is_main():
@@ -95,10 +98,12 @@ def export_run(
 
     def check(models: Path) -> None:
         if (models / "reward").is_dir():
-            num_golden = write_golden(models / "reward", data.golden)
+            num_golden = write_golden(models / "reward", (), memory)
             largest = max(check_golden(models / "reward").values(), default=0.0)
             said = "plain transformers gives %d golden scores of the export within %.1e"
             log.info(said, num_golden, largest)
+        if (models / "policy").is_dir():
+            check_policy(models / "policy", memory)
         write_cards(run.path, {head: models / head for head in ("reward", "policy")})
 
     prove(
@@ -110,12 +115,26 @@ def export_run(
     )
 
 
+def _score_in_memory(
+    model: HybridModel, encoder: Encoder, golden: Sequence[Group], recipe: Recipe
+) -> InMemory:
+    # no more tokens at once than fit in training, where a micro-batch holds two such responses
+    limit = 4 * recipe.data.max_length
+    autocast = torch.bfloat16 if recipe.training.precision == "bf16" else None
+    return score_in_memory(model, encoder, golden, max_tokens=limit, autocast=autocast)
+
+
 def _export_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 
 def _implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
-    reference = recipe.model.path if method.scores_against_reference else None
+    reference = reference_place(recipe.model) if method.scores_against_reference else None
+    if recipe.model.policy_from and method.scores_against_reference:
+        log.warning(
+            "no checkpoint holds the reference of the policy (its LM head is that of model.policy_from): "
+            "its implicit reward is the log-prob alone"
+        )
     return ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
 
 
@@ -163,14 +182,19 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
         golden = read_splits(recipe)[2][:NUM_GOLDEN]
     except DataError as error:
         log.warning("cannot read the run's data, so fewer conversations are replayed: %s", error)
-    _write_head(recipe, method, checkpoint, options, unverified, dtype)
+    encoder = build_encoder(recipe)
+    model = build_model(with_training(recipe, compile=False), method, encoder, torch.device("cpu"))
+    load_weights(checkpoint, model)
+    memory = _score_in_memory(model, encoder, golden, recipe)
+    _write_head(model, encoder, recipe, options, unverified, dtype)
+    del model
     free_memory()  # the proof loads the model again
 
     def check(directory: Path) -> tuple[int, float]:
         if options.head == "policy":
-            result = check_policy(directory, golden)
+            result = check_policy(directory, memory)
         else:
-            result = _check_reward(directory, directory if merge else directory / MERGED, golden)
+            result = _check_reward(directory, directory if merge else directory / MERGED, memory)
         # A card of an adapter would say how to load a whole model; test results are the best step's.
         if merge and (is_best or not (run.path / "test.json").is_file()):
             write_cards(run.path, {options.head: directory})
@@ -186,12 +210,16 @@ def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> N
     policy, dtype, merge = options.head == "policy", options.dtype, options.merge_lora
     untrained = not (method.trains_policy if policy else method.trains_reward)
     instead = "remove --policy" if policy else "export its --policy"
+    is_adapter = merge is False and find_adapter(base_directory(recipe.model.path)) is not None
     refusals = {
         f"--dtype must be one of {', '.join(STORED)}, got {dtype!r}": dtype not in (None, *STORED),
         "the run has no adapters: remove --[no-]merge-lora": merge is not None and not recipe.lora,
         "only reward models become adapters: remove --no-merge-lora": merge is False and policy,
         "adapters stay in float32: remove --dtype": merge is False
         and dtype not in (None, "float32"),
+        "model.path is an adapter itself, so another one needs its merged base: remove --no-merge-lora": (
+            is_adapter
+        ),
         f"method {method.name} trains no {options.head} head; {instead}": untrained,
     }
     for message, is_refused in refusals.items():
@@ -223,31 +251,28 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
 
 
 def _write_head(
+    model: HybridModel,
+    encoder: Encoder,
     recipe: Recipe,
-    method: Method,
-    checkpoint: Path,
     options: ExportOptions,
     to: Path,
     dtype: torch.dtype,
 ) -> None:
-    recipe = with_training(recipe, compile=False)
-    encoder = build_encoder(recipe)
-    model = build_model(recipe, method, encoder, torch.device("cpu"))
-    load_weights(checkpoint, model)
     if options.head == "policy":
         export_policy(gather_weights(model), encoder, to, dtype=dtype)
-        write_result(to / IMPLICIT_RULE, _implicit_rule(recipe, method))
+        write_result(to / IMPLICIT_RULE, _implicit_rule(recipe, resolve_method(recipe)))
         return
     if options.merge_lora is False:
-        export_adapter(model, encoder, to, recipe.model.path, recipe.model.revision)
+        base = base_directory(recipe.model.path)
+        export_adapter(model, encoder, to, base, recipe.model.revision)
         to, dtype = to / MERGED, torch.float32
     export_reward(gather_weights(model), encoder, to, dtype=dtype)
 
 
-def _check_reward(directory: Path, complete: Path, golden: Sequence[Group]) -> tuple[int, float]:
+def _check_reward(directory: Path, complete: Path, memory: InMemory) -> tuple[int, float]:
     """The number of golden scores of the complete model, and the largest difference in the directory, which
     may be an adapter."""
-    num_golden = write_golden(complete, golden)
+    num_golden = write_golden(complete, (), memory)
     checklist = verify_directory(complete, run_model=False)
     if not checklist.ok:
         faults = "; ".join(f"{r.name}: {r.observed} ({r.fix})" for r in checklist.failed)

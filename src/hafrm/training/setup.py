@@ -16,14 +16,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
-from hafrm.data.chat_template import choose_pad, read_template
 from hafrm.data.encoding import Encoder, EncodingReport
 from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, without_prompts
@@ -37,15 +34,15 @@ from hafrm.engine.model import (
 )
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
-from hafrm.recipe import DataSection, LoraSection, ModelSection, Recipe, Section
-from hafrm.scoring.loading import (
-    has_bfloat16,
-    load_any_tokenizer,
-    load_config,
-    load_whole,
-    stored_reward_head,
-)
+from hafrm.recipe import DataSection, LoraSection, Recipe, Section
+from hafrm.scoring.loading import has_bfloat16, head_directory
 from hafrm.training import parallel
+from hafrm.training.bases import (
+    load_base,
+    load_tokenizer,
+    meta_causal_lm,
+    starting_reward_head,
+)
 from hafrm.training.methods import Method
 
 log = logging.getLogger("hafrm")
@@ -167,24 +164,6 @@ def build_encoder(recipe: Recipe, **changes: Any) -> Encoder:
     )
 
 
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
-    """The base model's fast tokenizer, with its section's template and a pad of its own."""
-    tokenizer = load_any_tokenizer(model.path, model.revision)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        kind = type(tokenizer).__name__
-        raise ModelError(f"{model.path} has a slow {kind}; convert it to a tokenizer.json")
-    if model.chat_template is not None:
-        tokenizer.chat_template = read_template(model.chat_template)
-    try:
-        choose_pad(tokenizer)
-    except ModelError:
-        # Phi-2 has no token to spare for padding, but more embeddings than tokens: use one of those.
-        if len(tokenizer) >= load_config(model.path, model.revision).get_text_config().vocab_size:
-            raise
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    return tokenizer
-
-
 def with_precision(recipe: Root, device: str) -> Root:
     """The recipe with training.precision decided for a device type: for `auto`, what that computes in. A
     run's own copy records it."""
@@ -206,22 +185,27 @@ def build_model(
     recipe: Recipe, method: Method, encoder: Encoder, device: torch.device
 ) -> HybridModel:
     """The backbone with the heads that the method trains, and LoRA where the recipe asks for it."""
-    backbone, policy_head = split_causal_lm(load_base(recipe.model, starting_dtype(recipe), device))
+    causal = load_base(recipe.model, starting_dtype(recipe), device, policy=method.trains_policy)
+    backbone, policy_head = split_causal_lm(causal)
     check_fits(backbone.config, encoder, recipe)
     model = assemble(backbone, policy_head, recipe, method)
-    start_reward_head(model, recipe)
+    start_reward_head(model, recipe, method)
     if recipe.training.compile:
         model.compile_layers()
     return model.to(device)
 
 
-def start_reward_head(model: HybridModel, recipe: Recipe) -> None:
-    """Take over the reward head that the base has, if any."""
-    stored = stored_reward_head(recipe.model.path)
-    if model.reward_head is not None and stored is not None:
-        log.info("training continues with the reward head of %s", recipe.model.path)
-        with torch.no_grad():
-            model.reward_head.weight.copy_(stored)
+def start_reward_head(model: HybridModel, recipe: Recipe, method: Method) -> None:
+    """Take over the reward head that the base has, if any and unless the recipe wants a new one."""
+    stored = starting_reward_head(recipe.model, hidden_size(model.backbone.config))
+    place = head_directory(recipe.model.path, "reward")
+    if model.reward_head is not None:
+        log.info("reward head: %s", "a new one" if stored is None else f"that of {place}")
+        if stored is not None:
+            with torch.no_grad():
+                model.reward_head.weight.copy_(stored)
+    elif stored is not None:
+        log.warning("method %s does not train the reward head of %s", method.name, place)
 
 
 def starting_dtype(recipe: Recipe) -> torch.dtype:
@@ -230,24 +214,10 @@ def starting_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if frozen_half else torch.float32
 
 
-def load_base(model: ModelSection, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal LM to start from; raises ModelError when it cannot be loaded whole."""
-    # None: a base may have only a pickle, which torch reads as weights alone
-    options = {"revision": model.revision, "use_safetensors": None}
-    causal: PreTrainedModel = load_whole(AutoModelForCausalLM, model.path, dtype, device, **options)
-    return causal
-
-
 def meta_model(config: PretrainedConfig, recipe: Recipe, method: Method) -> HybridModel:
     """The model of `build_model` on torch's meta device, drawing no random number."""
+    causal = meta_causal_lm(config, recipe.model.path, dtype=starting_dtype(recipe))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        try:
-            causal = AutoModelForCausalLM.from_config(
-                config, dtype=starting_dtype(recipe), trust_remote_code=False
-            )
-        except ValueError as error:
-            path = recipe.model.path
-            raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
         return assemble(causal.base_model, causal.get_output_embeddings(), recipe, method)
 
 

@@ -25,13 +25,29 @@ from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.errors import ModelError
 from hafrm.recipe import ModelSection, Recipe
-from hafrm.scoring.loading import check_unquantised, load_config
+from hafrm.scoring.loading import base_directory, load_config
 from hafrm.tensor_files import TensorFiles
 from hafrm.training import parallel
+from hafrm.training.bases import load_base
 from hafrm.training.methods import Method
-from hafrm.training.setup import assemble, check_fits, load_base, start_reward_head, starting_dtype
+from hafrm.training.setup import (
+    assemble,
+    build_model,
+    check_fits,
+    start_reward_head,
+    starting_dtype,
+)
 
 log = logging.getLogger("hafrm")
+
+
+def start_model(
+    recipe: Recipe, method: Method, encoder: Encoder, ranks: parallel.Ranks
+) -> HybridModel:
+    """The model that a run starts with, as a whole or in shards."""
+    if parallel.shards(recipe.training.parallel, ranks.size, ranks.device.type):
+        return build_sharded(recipe, method, encoder, ranks)
+    return build_model(recipe, method, encoder, ranks.device)
 
 
 def build_sharded(
@@ -39,8 +55,7 @@ def build_sharded(
 ) -> HybridModel:
     """The model of `build_model`, divided among the ranks; all ranks call, and raise what it raises."""
     section, training = recipe.model, recipe.training
-    config = load_config(section.path, section.revision)
-    check_unquantised(section.path, config)
+    config = load_config(base_directory(section.path), section.revision)
     check_fits(config, encoder, recipe)
     with init_empty_weights(include_buffers=False):
         causal = AutoModelForCausalLM.from_config(
@@ -51,7 +66,7 @@ def build_sharded(
     with _drawn_adapters():
         model = assemble(causal.base_model, causal.get_output_embeddings(), recipe, method)
     stored = {name: names[id(p)] for name, p in model.named_parameters() if p.is_meta}
-    start_reward_head(model, recipe)
+    start_reward_head(model, recipe, method)
     if training.compile:
         model.compile_layers()
     precision = torch.bfloat16 if training.precision == "bf16" else None
@@ -62,7 +77,7 @@ def build_sharded(
     if parallel.from_main(lambda: _can_read_rows(section, causal, stored.values())):
         _read_rows(model, stored, section)
     else:
-        _hand_out(model, stored, recipe)
+        _hand_out(model, stored, recipe, method)
     return model
 
 
@@ -131,7 +146,9 @@ def _read_rows(model: HybridModel, stored: Mapping[str, str], section: ModelSect
         files.fill(parameters[name], own)
 
 
-def _hand_out(model: HybridModel, stored: Mapping[str, str], recipe: Recipe) -> None:
+def _hand_out(
+    model: HybridModel, stored: Mapping[str, str], recipe: Recipe, method: Method
+) -> None:
     """Fill the model's parameters with those of the base, which the main rank loads whole on its host."""
     whole: dict[str, nn.Parameter] = {}
 
@@ -140,7 +157,8 @@ def _hand_out(model: HybridModel, stored: Mapping[str, str], recipe: Recipe) -> 
             "%s is read whole by the main rank, because its files need conversion",
             recipe.model.path,
         )
-        causal = load_base(recipe.model, starting_dtype(recipe), torch.device("cpu"))
+        host = torch.device("cpu")
+        causal = load_base(recipe.model, starting_dtype(recipe), host, policy=method.trains_policy)
         split_causal_lm(causal)
         whole.update(causal.named_parameters())
 
@@ -154,11 +172,11 @@ def _hand_out(model: HybridModel, stored: Mapping[str, str], recipe: Recipe) -> 
 
 def _weight_files(section: ModelSection) -> list[Path]:
     """The files that hold a checkpoint's weights; others may lie beside them."""
-    folder = Path(section.path)
+    folder = Path(base_directory(section.path))
     if not folder.is_dir():
         wanted = ["*.safetensors", "*.safetensors.index.json"]
         folder = Path(
-            snapshot_download(section.path, revision=section.revision, allow_patterns=wanted)
+            snapshot_download(str(folder), revision=section.revision, allow_patterns=wanted)
         )
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

@@ -1,0 +1,207 @@
+"""What a model's files hold, read from JSON and safetensors headers without loading the model.
+
+A model is the directory or hub id of a stock model, or of a PEFT adapter, which names its base. Code of a
+directory never runs, and of pickles only names are read.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hafrm.errors import HafrmError, ModelError
+
+ADAPTER = "adapter_config.json"
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_MOST_LAYERS = 10_000
+_HEAD = re.compile(r"(base_model\.model\.)?(score|v_head|value_head|reward_head|classifier)\.")
+
+
+class Adapter(NamedTuple):
+    """What a PEFT adapter says about itself."""
+
+    base: str  # the directory or hub id that it was trained on
+    revision: str | None
+    scores: bool  # made for a sequence classifier
+
+
+@contextlib.contextmanager
+def model_errors(what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise for a damaged or foreign model into a ModelError."""
+    try:
+        yield
+    except HafrmError:
+        raise
+    # transformers, tokenizers, safetensors, torch and the hub raise anything, a bare Exception too
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{what}: {said if len(said) <= 400 else said[:400] + '...'}") from error
+
+
+def check_place(path: str | Path, *files: str) -> None:
+    """Raise ModelError for a folder without a model, and for a local path that is not there: the hub is
+    asked for nothing but hub ids."""
+    place, name = Path(path), str(path)
+    if place.is_dir():
+        if not any((place / file).is_file() for file in ("config.json", ADAPTER, *files)):
+            advice = ""
+            if (place / "model").is_dir():
+                advice = "; it is a run: give its model/policy or model/reward"
+            elif (place / "recipe.yaml").is_file():
+                advice = "; it is a run that has not finished: resume it, or hafrm export it"
+            raise ModelError(f"{path} is not a model directory: it has no config.json{advice}")
+        _check_shards(place)
+    elif place.exists():
+        raise ModelError(f"{path} is a file; give the directory of a model, or a hub id")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or (
+        place.parent.is_dir() and place.parent != Path()
+    ):
+        raise ModelError(f"{path} does not exist; give the directory of a model, or a hub id")
+
+
+def _check_shards(directory: Path) -> None:
+    """Raise ModelError for an index that names files which are missing, or outside its directory."""
+    for index in directory.glob("*.index.json"):
+        with model_errors(f"{index} is damaged"):
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            for file in files:
+                if Path(file).name != file or file == "..":
+                    raise ModelError(
+                        f"{index} names {file!r}, which is not a file of its directory"
+                    )
+                if not (directory / file).is_file():
+                    raise ModelError(
+                        f"{index} names {file}, which is missing: copy the whole model"
+                    )
+
+
+def check_config_file(file: Path) -> None:
+    """Raise ModelError for a number of layers that would keep transformers busy for minutes."""
+    with model_errors(f"{file} is damaged"):
+        config = json.loads(file.read_bytes())
+        if not isinstance(config, dict):
+            raise ModelError(f"{file} holds no JSON object")
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        sizes = {key: part[key] for part in parts for key in _LAYERS if key in part}
+        for key, value in sizes.items():
+            if isinstance(value, int | float) and not value <= _MOST_LAYERS:
+                raise ModelError(f"{file}: {key} is {value}, more than {_MOST_LAYERS:,}")
+
+
+def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
+    """Raise ModelError for quantised weights, which neither train nor score here."""
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ModelError(
+            f"{path} is quantised ({method}); give the checkpoint that it was quantised from"
+        )
+
+
+def check_shapes(directory: Path, model: PreTrainedModel) -> None:
+    """Raise ModelError for damaged safetensors, and for sizes that differ from those of a model which was
+    made from the directory's config; no weight is read."""
+    own = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for file in sorted(directory.glob("*.safetensors")):
+        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - no mapping
+                shape = list(stored.get_slice(name).get_shape())
+                if own.get(name, shape) != shape:
+                    raise ModelError(
+                        f"{file}: {name} has the sizes {shape}, but {own[name]} by config.json: take the "
+                        "config that these weights were saved with"
+                    )
+
+
+def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | None:
+    """What the adapter in a directory or hub id says; None for a whole model."""
+    file: Any = Path(path) / ADAPTER
+    if not Path(path).is_dir():
+        check_place(path)
+        file = find_adapter_config_file(str(path), revision=revision)
+    if file is None or not Path(file).is_file():
+        return None
+    with model_errors(f"cannot read {file}"):
+        config = json.loads(Path(file).read_bytes())
+        base = config.get("base_model_name_or_path")
+        if not base or (Path(base) / ADAPTER).is_file():
+            what = f"the base {base}, an adapter itself: merge that first" if base else "no base"
+            raise ModelError(f"{file} names {what} (base_model_name_or_path)")
+        return Adapter(base, config.get("revision"), config.get("task_type") == "SEQ_CLS")
+
+
+def merge_adapter(
+    model: Any, path: str | Path, revision: str | None
+) -> tuple[Any, set[str], set[str]]:
+    """The model with an adapter's weights merged in, their names, and those that it has no place for;
+    ModelError where weights of the adapter are missing."""
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict  # noqa: PLC0415 - heavy
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    config = PeftConfig.from_pretrained(str(path), revision=revision)
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    config.modules_to_save = [n for n in config.modules_to_save or () if n in modules] or None
+    weights = load_file(str(cached_file(str(path), "adapter_model.safetensors", revision=revision)))
+    tuned = PeftModel(model, config)
+    loaded: Any = set_peft_model_state_dict(tuned, weights)
+    if missing := [n for n in loaded.missing_keys if re.search(r"\.(lora_|modules_to_save\.)", n)]:
+        raise ModelError(f"{path} lacks the adapter's weights for {sorted(missing)[:4]}")
+    merged = tuned.merge_and_unload(safe_merge=True).requires_grad_(True)
+    merged.config._commit_hash = None  # it is that of the base
+    prefix = "base_model.model."
+    own, surplus = ({n.removeprefix(prefix) for n in p} for p in (weights, loaded.unexpected_keys))
+    return merged, own, surplus
+
+
+def is_head(name: str) -> bool:
+    """Whether a weight belongs to a reward or value head."""
+    return _HEAD.match(name) is not None
+
+
+def stored_reward_head(
+    path: str | Path, revision: str | None = None
+) -> Float[Tensor, "1 hidden"] | None:
+    """The linear reward head of a reward model, an adapter or a model with a value head, float32; None
+    where there is none. Raises ModelError for one that is not linear, has several labels or is a pickle.
+
+    Of a hub id, whose model must have been loaded, the files in the cache are read.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        names = ("value_head.safetensors", ADAPTER, "config.json")
+        quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        files = (cached_file(str(path), name, **quiet) for name in names)
+        place = Path(next(filter(None, files))).parent
+    head: dict[str, Tensor] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
+            head |= {n: stored.get_tensor(n).float() for n in filter(is_head, stored.keys())}
+    for file in (*place.glob("pytorch_model*.bin"), *place.glob("value_head.bin")):
+        with model_errors(f"{file} is damaged"):
+            names = torch.load(file, map_location="meta", weights_only=True)
+        if not head and any(map(is_head, names)):
+            raise ModelError(
+                f"{file} holds a reward head in a pickle: save it as safetensors, or set "
+                "model.reward_head: new"
+            )
+    shapes = {name: list(head[name].shape) for name in head if not name.endswith(".bias")}
+    if not shapes:
+        adapter = find_adapter(path, revision)
+        return None if adapter is None else stored_reward_head(adapter.base, adapter.revision)
+    # a bias shifts all rewards equally, and classifiers of consumers have none
+    (name, shape), *others = shapes.items()
+    if others or shape[:-1] != [1]:
+        raise ModelError(
+            f"{path} has the head {shapes}, which is not linear with one label as a reward model's is; "
+            "to train a new one, set model.reward_head: new"
+        )
+    return head[name]
