@@ -193,10 +193,9 @@ class TrainingSection(Section):
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """How processes share the work: copies (ddp), shards (fsdp), or shards within a node and copies of them
-    between nodes (hsdp); auto: fsdp on GPUs, but ddp for LoRA that fits."""
+    """ddp: copies; fsdp: shards; hsdp: shards in each node. auto: fsdp on GPUs, ddp for LoRA that fits."""
     offload: Literal["none", "activations", "weights", "all"] = "none"
-    """What lies on the host until it is needed: what gradient_checkpointing keeps, the shards, or both."""
+    """What lies on the host until needed: checkpointed activations, the shards (weights), or both."""
 
     @model_validator(mode="after")
     def _offloads_what_is_there(self) -> "TrainingSection":

@@ -47,10 +47,10 @@ def test_weights_and_optimizer_are_gone_before_the_proof(tmp_path, monkeypatch):
     """Some 60,000 weights are trained; at the proof no tensor of the run's may be left that is as large
     as one of its matrices, nor the optimizer."""
     seen = {}
-    build_model, build_optimizer = loop.build_model, loop.build_optimizer
+    start_model, build_optimizer = loop.start_model, loop.build_optimizer
 
     def model_of(*arguments):
-        seen["model"] = build_model(*arguments)
+        seen["model"] = start_model(*arguments)
         return seen["model"]
 
     def optimizer_of(*arguments, **options):
@@ -64,7 +64,7 @@ def test_weights_and_optimizer_are_gone_before_the_proof(tmp_path, monkeypatch):
         seen["devices"] = {p.device.type for p in seen["model"].parameters()}
         return {}
 
-    monkeypatch.setattr(loop, "build_model", model_of)
+    monkeypatch.setattr(loop, "start_model", model_of)
     monkeypatch.setattr(loop, "build_optimizer", optimizer_of)
     monkeypatch.setattr(run_export, "check_golden", look)
     run_training(tiny_recipe(tmp_path, training={"steps": 1}), tmp_path / "run")
