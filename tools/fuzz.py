@@ -100,7 +100,7 @@ PIECES += [
 PIECES += [b"null", b"../", *TEMPLATE_PIECES]
 VALUES = json.loads(
     r"""[null, true, -1, 0, 1.5, 1000000000, 1e30, 1e999, NaN, "", "x", "NaN", "\ud800", "../x", [], {},
-    [null], [[[]]], ["a", 1], {"role": "user"}, {"a": {"b": [1]}}, "{% for i in range(10**9) %}{% endfor %}"]"""
+    [null], [[[]]], ["a", 1], {"role": "user"}, {"a": {"b": [1]}}, "{{ 1 // 0 }}"]"""
 )
 ROWS = r"""{"prompt": "p0", "chosen": "sun", "rejected": "moon", "margin": 0.5, "weight": 2.0, "id": "a"}
 {"prompt": "p0", "chosen": "sun", "rejected": "moon", "label": "tie", "system": "Be brief.", "split": "a"}
@@ -245,14 +245,14 @@ def template(folder: Path, rng: random.Random) -> Read:
 
 
 TARGETS: dict[str, tuple[Callable[[Path, random.Random], Read], int]] = {  # name: (writer, percent)
-    **{f"rows, {kind}": (partial(rows, kind), 15) for kind in ("json", "jsonl")},
-    **{f"rows, {kind}": (partial(rows, kind), 10) for kind in ("jsonl.gz", "csv", "parquet")},
-    "recipe": (recipe, 10),
-    "run folder": (run_folder, 5),
-    "chat template": (template, 10),
-    "weights": (partial(reward, ("model.safetensors",)), 5),
-    "config": (partial(reward, ("config.json",)), 5),
-    "tokenizer": (partial(reward, ("tokenizer.json", "tokenizer_config.json")), 5),
+    **{f"rows, {kind}": (partial(rows, kind), 20) for kind in ("json", "jsonl")},
+    **{f"rows, {kind}": (partial(rows, kind), 11) for kind in ("jsonl.gz", "csv", "parquet")},
+    "recipe": (recipe, 11),
+    "run folder": (run_folder, 3),
+    "chat template": (template, 4),
+    "weights": (partial(reward, ("model.safetensors",)), 3),
+    "config": (partial(reward, ("config.json",)), 3),
+    "tokenizer": (partial(reward, ("tokenizer.json", "tokenizer_config.json")), 3),
 }
 
 
@@ -277,7 +277,7 @@ def outcome(read: Read) -> tuple[str, str]:
         read()
     except HafrmError as error:
         return ("error", "") if len(str(error)) <= LENGTH else ("long error", str(error)[:80])
-    except BaseException as error:  # noqa: BLE001 - what this looks for; a panic in Rust is no Exception
+    except BaseException as error:  # what this looks for; a panic in Rust is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         return type(error).__name__, traceback.format_exc(limit=-4)[-3000:]

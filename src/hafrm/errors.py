@@ -7,8 +7,15 @@ import difflib
 from collections.abc import Iterable
 
 
+_LONGEST = 4000  # characters; a value that is quoted may have megabytes
+
+
 class HafrmError(Exception):
     """The root of every error that hafrm raises on purpose."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-500:]}"
 
 
 class ConfigError(HafrmError, ValueError):
@@ -21,6 +28,13 @@ class DataError(HafrmError, ValueError):
 
 class ModelError(HafrmError, ValueError):
     """A model or tokenizer cannot do what was asked of it."""
+
+
+class EndlessTemplateError(HafrmError, TimeoutError):
+    """A chat template was stopped, because it did not end in time."""
+
+    def __init__(self) -> None:
+        super().__init__("The chat template does not end, it loops: use another one")
 
 
 class CheckpointError(HafrmError, RuntimeError):

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hafrm.data.chat_template import render_conversations
+from hafrm.data.chat_template import render_conversations, time_limit
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message
+
+_SECONDS = (
+    60.0  # for some hundred conversations; a template may loop on what only one of them holds
+)
 
 
 class SpecialTokens:
@@ -126,6 +130,7 @@ class Renderer:
         self._special = special
         self._blanks = self._find_blanks()
 
+    @time_limit(_SECONDS)
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
         """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
@@ -136,7 +141,7 @@ class Renderer:
             answers = [probe, *(marker.mark(response) for response in group.responses)]
             try:
                 before, *texts = self._render([[*turns, Message("assistant", a)] for a in answers])
-            except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            except TemplateError as error:
                 roles = ", ".join(message.role for message in group.prompt)
                 raise DataError(
                     f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
@@ -153,6 +158,7 @@ class Renderer:
                 raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
         return rendered, marker
 
+    @time_limit(_SECONDS)
     def render_prompts(self, groups: Sequence[Group]) -> tuple[list[str], Marker]:
         """The marked text that asks for a response to each prompt, and the marker that reads the marks."""
         probes = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]

@@ -182,7 +182,7 @@ def _read(path: Path, name: str) -> RunFiles:
 def _record(line: dict[str, Any]) -> MetricsRecord:
     kind = str(line.get("kind") or line.get("phase"))
     values = {name: v for name, v in line.items() if isinstance(v, int | float) and name != "step"}
-    return MetricsRecord(int(line["step"]), kind, values)
+    return MetricsRecord(int(line.get("step", 0)), kind, values)
 
 
 def short_paths(paths: Sequence[Path]) -> list[str]:

@@ -260,7 +260,10 @@ def _model_errors(what: str) -> Iterator[None]:
     except HafrmError:
         raise
     # transformers, tokenizers, safetensors, torch and the hub raise anything, a bare Exception too
-    except Exception as error:
+    except BaseException as error:
+        # nor is a panic in the tokenizers' Rust an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{what}: {said if len(said) <= 400 else said[:400] + '...'}") from error
 
@@ -340,11 +343,11 @@ def load_whole(
             trust_remote_code=False,
             **{"use_safetensors": True, **options},
         )
-    if info["missing_keys"]:  # transformers only warns, and initialises them
+    if missing := sorted(info["missing_keys"]):  # transformers only warns, and initialises them
         kind = (model.config.architectures or ["?"])[0]
         raise ModelError(
-            f"{path} holds a {kind} without weights for {sorted(info['missing_keys'])}, which would be "
-            f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
+            f"{path} holds a {kind} without {len(missing)} weights ({', '.join(missing[:3])}), which would "
+            f"be random in a {type(model).__name__}; give a run folder or the directory of such a model"
         )
     if surplus := sorted(info["unexpected_keys"]):
         log.warning(
