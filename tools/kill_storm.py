@@ -6,7 +6,7 @@ Six commands take their share of the kills: training in full, with LoRA and on t
 a comparison of methods, and RLHF. A kill is SIGKILL, after a random time or as soon as a file is being
 written under its temporary name; of the process alone or of its children too. Then the command is resumed,
 and killed again, until it ends. Every file it leaves is compared but provenance.json and manifest.json (one
-entry for each process, and the digest of such a file), lock files, and the speeds in metrics.jsonl.
+entry for each process, and the digest of such a file), lock files, and the times and speeds in JSON.
 Prints a table; with --folder it works there and keeps what differs.
 """
 
@@ -40,7 +40,7 @@ from support.tiny_rlhf import write_prompts, write_reward
 from support.tiny_runs import write_base, write_preferences
 
 Process = multiprocessing.get_context("fork").Process
-SPEEDS = {"comparisons_per_second", "tokens_per_second", "seconds"}
+TIMES = {"comparisons_per_second", "tokens_per_second", "seconds"}
 NOT_COMPARED = ("provenance.json", "manifest.json", ".lock")
 BEFORE_A_STEP = (".recipe.yaml.", ".provenance.json.", ".manifest.json.")  # no save, no export
 TRAIN = """
@@ -136,15 +136,19 @@ def leftovers(folder: Path) -> set[str]:
     return {str(p) for p in names if p.name.endswith(".tmp") or p.name == "model.unverified"}
 
 
+def drop_times(values: dict[str, object]) -> dict[str, object]:
+    """A JSON object without what no two runs share."""
+    return {name: value for name, value in values.items() if name not in TIMES}
+
+
 def contents(out: Path) -> dict[str, str]:
     """The digest of every file that two equal runs must share."""
     digests = {}
     for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in NOT_COMPARED):
         content = path.read_bytes()
-        if path.name == "metrics.jsonl":
-            records = [json.loads(line) for line in content.splitlines()]
-            without = [{k: v for k, v in record.items() if k not in SPEEDS} for record in records]
-            content = json.dumps(without).encode()
+        if path.suffix in (".json", ".jsonl"):
+            texts = content.splitlines() if path.suffix == ".jsonl" else [content]
+            content = json.dumps([json.loads(t, object_hook=drop_times) for t in texts]).encode()
         digests[str(path.relative_to(out))] = hashlib.sha256(content).hexdigest()
     return digests
 
@@ -229,7 +233,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=COMMANDS), parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only", choices=COMMANDS)
+    parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="hafrm-storm-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ Every message says what is wrong, the value got, what is allowed, and the fix.
 import difflib
 from collections.abc import Iterable
 
-
 _LONGEST = 4000  # characters; a value that is quoted may have megabytes
 
 
