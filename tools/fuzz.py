@@ -26,7 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+if __name__ == "__main__":  # not in a test's process
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("src", "tests")]
 
 # ruff: noqa: E402 - an import takes longer than an input may
@@ -194,7 +199,9 @@ TARGETS: dict[str, tuple[Callable[..., Read], int]] = {  # name: (its writer, pe
 
 def fuzz(target: str, num: int, seed: int) -> Counter[str]:
     """How many of a target's inputs end in a "result", an "error" or which traceback; in this folder."""
-    counts = Counter[str]()
+    counts, before = Counter[str](), resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
     # a KeyboardInterrupt after so much of the CPU's time: no reader catches that
     signal.signal(signal.SIGPROF, signal.default_int_handler)
     for number in range(num):
@@ -211,6 +218,7 @@ def fuzz(target: str, num: int, seed: int) -> Counter[str]:
             counts[traceback.format_exc(limit=-4)[-3000:]] += 1
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
+    resource.setrlimit(resource.RLIMIT_AS, before)
     return counts
 
 
@@ -223,6 +231,7 @@ def prepare() -> None:
     run = RunFolder.create("run", RECIPE)
     run.record_provenance(seed=0, **DIGESTS)
     run.append_metrics({"step": 2, "kind": "train", "loss": 0.5})
+    run.append_sample({"step": 2, "prompt": "p", "response": "r", "reward": 0.5, "kl": 0.1})
     run.checkpoint_path(2).mkdir(parents=True)
     (run.checkpoint_path(2) / "state.json").write_text('{"step": 2}')
     write_manifest(run.checkpoint_path(2))
@@ -242,8 +251,6 @@ def main() -> None:
         prepare()
         print("| files | inputs | result | clear error | faults |\n|---|---|---|---|---|")
         for target in [args.only] if args.only else TARGETS:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
             num = args.inputs * TARGETS[target][1] // 100
             counts = fuzz(target, num, args.seed)
             results, errors = counts.pop("result", 0), counts.pop("error", 0)

@@ -117,9 +117,17 @@ def to_plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_plain(kind: type[T], value: Any) -> T:
-    """The dataclass `kind` from what `to_plain` made of it; raises pydantic's ValidationError."""
-    return TypeAdapter(kind).validate_python(value)
+def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result") -> T:
+    """The dataclass `kind` from what `to_plain` made of it; CheckpointError, with `place`, for other."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _unreadable(place, kind, f"{where}: {error.errors()[0]['msg']}") from error
+
+
+def _unreadable(place: Path | str, kind: type[Any], reason: object) -> CheckpointError:
+    return CheckpointError(f"{place} cannot be read as {kind.__name__}: {reason}; make it again")
 
 
 def write_result(path: Path, result: Any) -> None:
@@ -133,10 +141,7 @@ def write_result(path: Path, result: Any) -> None:
 def read_result(path: Path, kind: type[T]) -> T:
     """Read a result that `write_result` wrote; raises CheckpointError for any other file."""
     try:
-        return from_plain(kind, json.loads(path.read_bytes()))
-    except (OSError, ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        name = kind.__name__
-        raise CheckpointError(
-            f"{path} cannot be read as {name}: {reason}; make it again"
-        ) from error
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, kind, error) from error
+    return from_plain(kind, value, path)

@@ -234,6 +234,12 @@ def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, t
     (tmp_path / "test.json").write_text('{"sets": 3}')
     with pytest.raises(CheckpointError, match=r"test\.json cannot be read as Evaluation"):
         read_material([tmp_path])
+    (tmp_path / "test.json").unlink()
+    for name, line in (("metrics", '{"loss": 1}'), ("samples", '{"step": 1, "prompt": []}')):
+        (file := tmp_path / f"{name}.jsonl").write_text(line + "\n")
+        with pytest.raises(CheckpointError, match=rf"{name}\.jsonl cannot be read as"):
+            read_material([tmp_path])
+        file.unlink()
 
 
 def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):

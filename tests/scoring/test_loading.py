@@ -72,6 +72,15 @@ def test_a_damaged_file_is_a_model_error(base, name, content):
         load_any_tokenizer(base) if name.startswith("tok") else load(base)
 
 
+def test_a_panic_in_the_tokenizers_rust_is_a_model_error(base):
+    file = base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["continuing_subword_prefix"] = "longer than any token"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"cannot load a tokenizer from .*out of range"):
+        load_any_tokenizer(base)
+
+
 def test_truncated_weights_are_a_model_error(base):
     with (base / "model.safetensors").open("r+b") as file:
         file.truncate(20_000)

@@ -160,7 +160,8 @@ def _read(path: Path, name: str) -> RunFiles:
             f"did you mean {' '.join(map(str, inside[:4]))}?" if inside else "give a run's folder"
         )
         raise CheckpointError(f"{path} holds nothing to report, none of {', '.join(FILES)}: {hint}")
-    metrics = tuple(map(_record, read_json_lines(path / "metrics.jsonl")))
+    lines, samples = path / "metrics.jsonl", path / "samples.jsonl"
+    metrics = tuple(_record(line, lines) for line in read_json_lines(lines))
     recipe, provenance = path / "recipe.yaml", path / "provenance.json"
     is_training = any(record.kind == "train" for record in metrics)
     results: dict[str, Any] = {
@@ -174,15 +175,16 @@ def _read(path: Path, name: str) -> RunFiles:
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         sessions=read_result(provenance, ProvenanceFile).sessions if provenance.is_file() else (),
         metrics=metrics,
-        samples=tuple(from_plain(Sample, line) for line in read_json_lines(path / "samples.jsonl")),
+        samples=tuple(from_plain(Sample, line, samples) for line in read_json_lines(samples)),
         **results,
     )
 
 
-def _record(line: dict[str, Any]) -> MetricsRecord:
+def _record(line: dict[str, Any], file: Path) -> MetricsRecord:
     kind = str(line.get("kind") or line.get("phase"))
     values = {name: v for name, v in line.items() if isinstance(v, int | float) and name != "step"}
-    return MetricsRecord(int(line.get("step", 0)), kind, values)
+    record = {"step": line.get("step"), "kind": kind, "values": values}
+    return from_plain(MetricsRecord, record, file)
 
 
 def short_paths(paths: Sequence[Path]) -> list[str]:
