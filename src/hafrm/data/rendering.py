@@ -20,9 +20,7 @@ from hafrm.data.chat_template import render_conversations, time_limit
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message
 
-_SECONDS = (
-    60.0  # for some hundred conversations; a template may loop on what only one of them holds
-)
+_SECONDS = 60.0  # for some hundred conversations; one of them may make a template loop
 
 
 class SpecialTokens:
