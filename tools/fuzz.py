@@ -128,8 +128,7 @@ def rows(kind: str, folder: Path, rng: random.Random) -> Read:
     path, row = folder / f"rows.{kind}", rng.choice(ROWS)
     table = [json.loads(row.replace("p0", f"p{i}")) for i in range(rng.choice((1, 3, 6)))]
     if kind == "parquet":
-        names = ("prompt", "chosen", "rejected")
-        columns = {name: [str(r.get(name, "")) for r in table] for name in names}
+        columns = {key: [str(row.get(key, "")) for row in table] for key in table[0]}
         when = [rng.choice((0, 2**62))] * len(table)  # a date that Python has not
         pq.write_table(pa.table({**columns, "when": pa.array(when, pa.timestamp("us"))}), path)
         content = path.read_bytes()
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TARGETS)
     args = parser.parse_args()
     logging.disable()
-    faults: list[str] = []
+    num_faults = 0
     with tempfile.TemporaryDirectory(prefix="hafrm-fuzz-") as folder:
         os.chdir(folder)
         prepare()
@@ -254,10 +253,10 @@ def main() -> None:
             num = args.inputs * TARGETS[target][1] // 100
             counts = fuzz(target, num, args.seed)
             results, errors = counts.pop("result", 0), counts.pop("error", 0)
-            print(f"| {target} | {num} | {results} | {errors} | {counts.total()} |", flush=True)
-            faults += [f"{target}: {count} times\n{place}" for place, count in counts.items()]
-    print("\n\n".join(faults))
-    sys.exit(bool(faults))
+            row = f"| {target} | {num} | {results} | {errors} | {counts.total()} |"
+            print(row, *counts, sep="\n", flush=True)
+            num_faults += counts.total()
+    sys.exit(bool(num_faults))
 
 
 if __name__ == "__main__":

@@ -136,19 +136,16 @@ def leftovers(folder: Path) -> set[str]:
     return {str(p) for p in names if p.name.endswith(".tmp") or p.name == "model.unverified"}
 
 
-def drop_times(values: dict[str, object]) -> dict[str, object]:
-    """A JSON object without what no two runs share."""
-    return {name: value for name, value in values.items() if name not in TIMES}
-
-
 def contents(out: Path) -> dict[str, str]:
-    """The digest of every file that two equal runs must share."""
-    digests = {}
+    """The digest of every file that two equal runs must share, without times."""
+    digests, drop_times = {}, lambda pairs: [pair for pair in pairs if pair[0] not in TIMES]
     for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in NOT_COMPARED):
         content = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
             texts = content.splitlines() if path.suffix == ".jsonl" else [content]
-            content = json.dumps([json.loads(t, object_hook=drop_times) for t in texts]).encode()
+            content = json.dumps(
+                [json.loads(t, object_pairs_hook=drop_times) for t in texts]
+            ).encode()
         digests[str(path.relative_to(out))] = hashlib.sha256(content).hexdigest()
     return digests
 
