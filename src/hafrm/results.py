@@ -122,12 +122,9 @@ def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result")
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise _unreadable(place, kind, f"{where}: {error.errors()[0]['msg']}") from error
-
-
-def _unreadable(place: Path | str, kind: type[Any], reason: object) -> CheckpointError:
-    return CheckpointError(f"{place} cannot be read as {kind.__name__}: {reason}; make it again")
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(f"{place} cannot be read as {kind.__name__}: {reason}") from error
 
 
 def write_result(path: Path, result: Any) -> None:
@@ -143,5 +140,5 @@ def read_result(path: Path, kind: type[T]) -> T:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, kind, error) from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}; make it again") from error
     return from_plain(kind, value, path)

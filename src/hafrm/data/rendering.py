@@ -20,8 +20,6 @@ from hafrm.data.chat_template import render_conversations, time_limit
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message
 
-_SECONDS = 60.0  # for some hundred conversations; one of them may make a template loop
-
 
 class SpecialTokens:
     """The strings that a tokenizer turns into control ids, and the ids of each string as plain text."""
@@ -128,7 +126,7 @@ class Renderer:
         self._special = special
         self._blanks = self._find_blanks()
 
-    @time_limit(_SECONDS)
+    @time_limit(60)  # what only one of some hundred conversations holds may make a template loop
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
         """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
@@ -156,7 +154,7 @@ class Renderer:
                 raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
         return rendered, marker
 
-    @time_limit(_SECONDS)
+    @time_limit(60)
     def render_prompts(self, groups: Sequence[Group]) -> tuple[list[str], Marker]:
         """The marked text that asks for a response to each prompt, and the marker that reads the marks."""
         probes = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]
