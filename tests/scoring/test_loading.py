@@ -56,6 +56,7 @@ def test_a_quantised_base_is_refused_by_name(base, method):
         {"vocab_size": "x"},
         {"num_attention_heads": 0},
         {"num_hidden_layers": 10**9},
+        {"num_labels": 10**6},
         {"hidden_size": None},
         {"rope_parameters": []},
     ],

@@ -38,7 +38,7 @@ log = logging.getLogger("hafrm")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
-_MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000}
+_MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_labels"), 10_000)
 _MOST_OF_ALL = 10**30  # some tokenizers and configs write this for "no limit"
 FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
 
@@ -300,7 +300,7 @@ def _check_shards(directory: Path) -> None:
 
 
 def _check_sizes(file: Path) -> None:
-    """Raise ModelError for numbers of layers that would keep transformers busy for minutes."""
+    """Raise ModelError for numbers of layers or labels that would keep transformers busy for minutes."""
     with _model_errors(f"{file} is damaged"):
         config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
