@@ -6,15 +6,13 @@ Every message says what is wrong, the value got, what is allowed, and the fix.
 import difflib
 from collections.abc import Iterable
 
-_LONGEST = 4000  # characters; a value that is quoted may have megabytes
-
 
 class HafrmError(Exception):
     """The root of every error that hafrm raises on purpose."""
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-500:]}"
+        text = super().__str__()  # which may quote a value of megabytes
+        return text if len(text) <= 4000 else f"{text[:2000]} ... {text[-500:]}"
 
 
 class ConfigError(HafrmError, ValueError):

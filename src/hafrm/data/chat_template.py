@@ -109,8 +109,7 @@ def render_conversations(
     *,
     add_generation_prompt: bool = False,
 ) -> list[str]:
-    """The text that `apply_chat_template` gives for each conversation; whatever the template does wrong is
-    a TemplateError."""
+    """The text that `apply_chat_template` gives for each conversation, or a TemplateError."""
     try:
         rendered = tokenizer.apply_chat_template(
             [[dict(message) for message in conversation] for conversation in conversations],
@@ -133,7 +132,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     own = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(EndlessTemplateError)
     # a signal would reach the main thread only
     timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, own)
-    timer.daemon = True
     timer.start()
     try:
         yield

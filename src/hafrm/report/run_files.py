@@ -183,8 +183,9 @@ def _read(path: Path, name: str) -> RunFiles:
 def _record(line: dict[str, Any], file: Path) -> MetricsRecord:
     kind = str(line.get("kind") or line.get("phase"))
     values = {name: v for name, v in line.items() if isinstance(v, int | float) and name != "step"}
-    record = {"step": line.get("step"), "kind": kind, "values": values}
-    return from_plain(MetricsRecord, record, file)
+    return from_plain(
+        MetricsRecord, {"step": line.get("step"), "kind": kind, "values": values}, file
+    )
 
 
 def short_paths(paths: Sequence[Path]) -> list[str]:
