@@ -129,6 +129,7 @@ def test_a_date_that_cannot_be_frozen_is_refused_with_the_fix(template: str) -> 
         ("{{ '' ~ 10**9999 }}", "ValueError"),
         ("{% include 'x' %}", "TypeError: no loader"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError"),
         ("(" * 300, None),
     ],
 )
@@ -185,6 +186,17 @@ def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> N
     assert choose_pad(chat_tokenizer(pad_token=None), "a <|pad|> b") == "<|endoftext|>"
 
 
+def damaged():
+    """One that tokenizers cannot write and read again."""
+
+    def fail(_: dict) -> None:
+        raise Exception("Token `x` out of vocabulary")  # noqa: TRY002 - as tokenizers does
+
+    tokenizer = chat_tokenizer()
+    tokenizer.__deepcopy__ = fail
+    return tokenizer
+
+
 def several_templates():
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
@@ -198,8 +210,9 @@ def several_templates():
         (lambda: chat_tokenizer(eos_token=None), r"no EOS token.*Set tokenizer\.eos_token"),
         (lambda: plain_tokenizer(pad=False), "no pad token other than its EOS.*add_special_tokens"),
         (ByT5Tokenizer, r"fast tokenizer.*ByT5Tokenizer"),
+        (damaged, "The tokenizer is damaged: Token `x`"),
     ],
-    ids=["no default", "no EOS", "nothing can serve as pad", "slow"],
+    ids=["no default", "no EOS", "nothing can serve as pad", "slow", "damaged"],
 )
 def test_a_tokenizer_that_cannot_be_prepared_is_refused_with_the_fix(make, message: str) -> None:
     with pytest.raises(ModelError, match=message):

@@ -85,7 +85,10 @@ def prepare_tokenizer(
             "to the token that ends an assistant's turn (such as <|im_end|> or </s>)."
         )
     template = freeze_date(_own_template(tokenizer, plain_if_none=close))
-    own = copy.deepcopy(tokenizer)
+    try:
+        own = copy.deepcopy(tokenizer)
+    except Exception as error:  # a vocabulary that loads, and cannot be written and read again
+        raise ModelError(f"The tokenizer is damaged: {error}") from error
     # untyped properties, whose setters also rebuild the post-processor, here without tokens
     for flag in ("add_bos_token", "add_eos_token"):
         setattr(own, flag, False)
@@ -117,13 +120,14 @@ def render_conversations(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
+        texts = list(map(str, rendered))
+        "".join(texts).encode()  # a tokenizer takes no lone surrogates
     except (TemplateError, HafrmError):
         raise
     # it is a program: 1 // 0, a macro that calls itself, a loop of 10**9, 'a' * 10**10
     except Exception as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from error
-    assert isinstance(rendered, list)
-    return [str(text) for text in rendered]
+    return texts
 
 
 @contextlib.contextmanager
