@@ -190,7 +190,7 @@ def damaged():
     """One that tokenizers cannot write and read again."""
 
     def fail(_: dict) -> None:
-        raise Exception("Token `x` out of vocabulary")  # noqa: TRY002 - as tokenizers does
+        raise Exception("Token `x` out of vocabulary")
 
     tokenizer = chat_tokenizer()
     tokenizer.__deepcopy__ = fail
