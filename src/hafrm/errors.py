@@ -10,6 +10,10 @@ from collections.abc import Iterable
 class HafrmError(Exception):
     """The root of every error that hafrm raises on purpose."""
 
+    def __str__(self) -> str:
+        text = super().__str__()  # which may quote a value of megabytes
+        return text if len(text) <= 4000 else f"{text[:2000]} ... {text[-500:]}"
+
 
 class ConfigError(HafrmError, ValueError):
     """A recipe, an option or a method name is wrong."""
@@ -21,6 +25,13 @@ class DataError(HafrmError, ValueError):
 
 class ModelError(HafrmError, ValueError):
     """A model or tokenizer cannot do what was asked of it."""
+
+
+class EndlessTemplateError(HafrmError, TimeoutError):
+    """A chat template was stopped, because it did not end in time."""
+
+    def __init__(self) -> None:
+        super().__init__("The chat template does not end, it loops: use another one")
 
 
 class CheckpointError(HafrmError, RuntimeError):

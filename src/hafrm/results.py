@@ -117,9 +117,18 @@ def to_plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_plain(kind: type[T], value: Any) -> T:
-    """The dataclass `kind` from what `to_plain` made of it; raises pydantic's ValidationError."""
-    return TypeAdapter(kind).validate_python(value)
+def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result") -> T:
+    """The dataclass `kind` from what `to_plain` made of it; CheckpointError, with `place`, for other."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = (
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']} (problems: {error.error_count()})"
+        )
+        raise CheckpointError(
+            f"{place} is no {kind.__name__} of this version: {problem}"
+        ) from error
 
 
 def write_result(path: Path, result: Any) -> None:
@@ -131,11 +140,7 @@ def write_result(path: Path, result: Any) -> None:
 def read_result(path: Path, kind: type[T]) -> T:
     """Read a result that `write_result` wrote; raises CheckpointError for any other file."""
     try:
-        return from_plain(kind, json.loads(path.read_bytes()))
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        problem = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            problem = f"{place}: {first['msg']} (problems: {error.error_count()})"
-        raise CheckpointError(f"{path} is no {kind.__name__} of this version: {problem}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}; make it again") from error
+    return from_plain(kind, value, path)

@@ -1,5 +1,7 @@
 """Chat templates are closed at the EOS, free of dates, and otherwise render as before."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
 import pytest
@@ -13,10 +15,11 @@ from hafrm.data.chat_template import (
     freeze_date,
     prepare_tokenizer,
     read_template,
+    time_limit,
 )
 from hafrm.data.chat_template import render_conversations as render
 from hafrm.data.encoding import Encoder
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError, EndlessTemplateError, ModelError
 from hafrm.preferences import Group, Message
 from support.chat_tokenizers import (
     CHATML,
@@ -117,6 +120,40 @@ def test_a_date_that_cannot_be_frozen_is_refused_with_the_fix(template: str) -> 
         freeze_date(template)
 
 
+@pytest.mark.parametrize(
+    ("piece", "says"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "loops"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ '' ~ 10**9999 }}", "ValueError"),
+        ("{% include 'x' %}", "TypeError: no loader"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError"),
+        ("(" * 300, None),
+    ],
+)
+def test_a_template_that_never_ends_or_fails_is_one_clear_error(monkeypatch, piece, says) -> None:
+    monkeypatch.setattr("hafrm.data.chat_template.PROBE_SECONDS", 0.2)
+    tokenizer = chat_tokenizer(CHATML + (piece if says else f"{{{{ {piece} }}}}"))
+    for close in (True, False):
+        with pytest.raises((ModelError, EndlessTemplateError), match=says):
+            prepare_tokenizer(tokenizer, close=close)
+
+
+def test_a_time_limit_ends_a_loop_in_any_thread() -> None:
+    def loop() -> None:
+        with time_limit(0.1):
+            while True:
+                pass
+
+    with ThreadPoolExecutor(1) as threads, pytest.raises(EndlessTemplateError, match="not end"):
+        threads.submit(loop).result(timeout=20)
+    with time_limit(0.01):
+        pass
+    time.sleep(0.05)  # a block that ended in time is left alone
+
+
 def test_the_plain_template_writes_turns_as_text_with_the_eos_after_each_answer() -> None:
     tokenizer = prepare_tokenizer(plain_tokenizer(), close=True)
     assert tokenizer.apply_chat_template([SYSTEM, USER, ANSWER, USER, ANSWER], tokenize=False) == (
@@ -149,6 +186,17 @@ def test_a_pad_that_equals_the_eos_is_replaced_by_one_from_the_vocabulary() -> N
     assert choose_pad(chat_tokenizer(pad_token=None), "a <|pad|> b") == "<|endoftext|>"
 
 
+def damaged():
+    """One that tokenizers cannot write and read again."""
+
+    def fail(_: dict) -> None:
+        raise Exception("Token `x` out of vocabulary")
+
+    tokenizer = chat_tokenizer()
+    tokenizer.__deepcopy__ = fail
+    return tokenizer
+
+
 def several_templates():
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
@@ -162,8 +210,9 @@ def several_templates():
         (lambda: chat_tokenizer(eos_token=None), r"no EOS token.*Set tokenizer\.eos_token"),
         (lambda: plain_tokenizer(pad=False), "no pad token other than its EOS.*add_special_tokens"),
         (ByT5Tokenizer, r"fast tokenizer.*ByT5Tokenizer"),
+        (damaged, "The tokenizer is damaged: Token `x`"),
     ],
-    ids=["no default", "no EOS", "nothing can serve as pad", "slow"],
+    ids=["no default", "no EOS", "nothing can serve as pad", "slow", "damaged"],
 )
 def test_a_tokenizer_that_cannot_be_prepared_is_refused_with_the_fix(make, message: str) -> None:
     with pytest.raises(ModelError, match=message):

@@ -133,6 +133,7 @@ def test_margin_weight_votes_tie_id_and_tags_are_taken_along() -> None:
     assert parsed.id == "12"
     assert parsed.tags == tags | {"subset": "7"}
     assert parsed.comparisons == (Comparison(0, 1, margin=-1.5, weight=2.0, votes=Votes(3, 1, 0)),)
+    assert good(PAIR | {"margin": None}).comparisons == good(PAIR | {"margin": 0}).comparisons
     assert good(PAIR | {"votes": [2, 2, 1]}).comparisons[0].votes == Votes(2, 2, 1)
     assert good(PAIR | {"votes": (2, 3.0)}).comparisons[0].votes == Votes(2, 3, 0)
 

@@ -240,6 +240,12 @@ def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, t
     )
     with pytest.raises(CheckpointError, match=problem):
         read_material([tmp_path])
+    (tmp_path / "test.json").unlink()
+    for name, line in (("metrics", '{"loss": 1}'), ("samples", '{"step": 1, "prompt": []}')):
+        (file := tmp_path / f"{name}.jsonl").write_text(line + "\n")
+        with pytest.raises(CheckpointError, match=rf"{name}\.jsonl cannot be read as"):
+            read_material([tmp_path])
+        file.unlink()
 
 
 def test_files_of_another_version_are_named_and_the_rest_of_the_page_is_there(folders, tmp_path):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import hafrm
+from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
 from hafrm.scoring.loading import (
     load_any_tokenizer,
@@ -17,6 +19,7 @@ from hafrm.scoring.loading import (
     load_config,
     load_policy,
 )
+from support.models import one_at_a_time, token_groups
 from support.tiny_runs import write_base
 
 
@@ -53,6 +56,7 @@ def test_a_quantised_base_is_refused_by_name(base, method):
         {"vocab_size": "x"},
         {"num_attention_heads": 0},
         {"num_hidden_layers": 10**9},
+        {"num_labels": 10**6},
         {"hidden_size": None},
         {"rope_parameters": []},
     ],
@@ -72,6 +76,15 @@ def test_a_damaged_file_is_a_model_error(base, name, content):
         load_any_tokenizer(base) if name.startswith("tok") else load(base)
 
 
+def test_a_panic_in_the_tokenizers_rust_is_a_model_error(base):
+    file = base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["continuing_subword_prefix"] = "longer than any token"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"cannot load a tokenizer from .*out of range"):
+        load_any_tokenizer(base)
+
+
 def test_truncated_weights_are_a_model_error(base):
     with (base / "model.safetensors").open("r+b") as file:
         file.truncate(20_000)
@@ -85,6 +98,25 @@ def test_an_index_names_no_file_outside_its_directory(base, outside):
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": outside}}))
     with pytest.raises(ModelError, match="not a file of its directory"):
         load(base)
+
+
+def test_the_text_part_of_a_multimodal_checkpoint_is_the_stock_models(tmp_path):
+    """trl#2957: Gemma 3 with its vision tower."""
+    text = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=80
+    )
+    stock = transformers.Gemma3ForConditionalGeneration(config).eval()
+    stock.save_pretrained(tmp_path)
+    groups = token_groups(((11, (5, 9)), (7, (8,))), vocab=70)
+    model = load_policy(tmp_path, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        logps = model(lay_out(groups)).logps
+    _, expected = one_at_a_time(stock, torch.nn.Linear(32, 1), groups)
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "a/b/c", "base/model", "~/model"])

@@ -175,6 +175,17 @@ def test_how_a_step_is_run_changes_no_loss(tmp_path, finished, training):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
+def test_adapters_learn_the_same_under_gradient_checkpointing(tmp_path):
+    """trl#2486."""
+    for folder, checkpointing in (("plain", False), ("checkpointed", True)):
+        training = {"gradient_checkpointing": checkpointing}
+        recipe = tiny_recipe(tmp_path, training=training, lora={"rank": 4})
+        run_training(recipe, tmp_path / folder, finish=no_export)
+    one, other = (metrics(tmp_path / folder) for folder in ("plain", "checkpointed"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], abs=1e-5)
+    assert one[0]["loss"] != pytest.approx(one[-1]["loss"], abs=1e-3)
+
+
 def test_bf16_trains_and_exports_bf16(tmp_path):
     recipe = tiny_recipe(tmp_path, training={"precision": "bf16", "steps": 1})
     run_training(recipe, tmp_path / "run")

@@ -8,10 +8,18 @@ import torch
 
 from hafrm.errors import NumericsError
 from hafrm.preferences import Comparison, TokenizedGroup
+from hafrm.recipe import TrainingSection
 from hafrm.training.losses import reward_loss
 from hafrm.training.methods import get_method
 from hafrm.training.passes import reference_logps
-from hafrm.training.step import DECAY, MEASURES, NonFiniteCheck, build_optimizer, losses_of
+from hafrm.training.step import (
+    DECAY,
+    MEASURES,
+    NonFiniteCheck,
+    build_optimizer,
+    learning_rate,
+    losses_of,
+)
 from hafrm.training.step_batches import MicroBatch, References
 from support.dispatched import Dispatched
 from support.models import tiny_hybrid
@@ -133,6 +141,12 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_a_device(method):
     with Dispatched() as seen:
         guard.check()
     assert "_local_scalar_dense" in seen.names
+
+
+def test_the_first_update_of_a_warm_up_is_not_at_rate_0():
+    """transformers#34754, verl#3674: half of 6 updates linearly up to the peak, half down."""
+    training = TrainingSection(learning_rate=3.0, warmup_fraction=0.5, schedule="linear")
+    assert [learning_rate(training, i, 6) for i in range(6)] == [1, 2, 3, 3, 2, 1]
 
 
 def test_norms_and_biases_do_not_decay():

@@ -4,16 +4,19 @@ A reward is read at the last token, so what a consumer renders must end in the v
 on: the template is closed (it ends at the EOS), prints no date, and pad is not EOS.
 """
 
+import contextlib
 import copy
+import ctypes
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ConfigError, EndlessTemplateError, HafrmError, ModelError
 
 ChatTurns = Sequence[Mapping[str, str]]
 
@@ -48,6 +51,7 @@ PAPER_TEMPLATES = {
     ),
 }
 
+PROBE_SECONDS = 1.5  # for one short conversation, which takes less than a millisecond
 FROZEN_DATE = date(2024, 7, 26)  # any will do; Llama 3.1's own template falls back to this one
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _TODAY_LEFT = re.compile(r"strftime_now(?!\s+is\s+(not\s+)?defined)")
@@ -81,7 +85,10 @@ def prepare_tokenizer(
             "to the token that ends an assistant's turn (such as <|im_end|> or </s>)."
         )
     template = freeze_date(_own_template(tokenizer, plain_if_none=close))
-    own = copy.deepcopy(tokenizer)
+    try:
+        own = copy.deepcopy(tokenizer)
+    except Exception as error:  # a vocabulary that loads, and cannot be written and read again
+        raise ModelError(f"The tokenizer is damaged: {error}") from error
     # untyped properties, whose setters also rebuild the post-processor, here without tokens
     for flag in ("add_bos_token", "add_eos_token"):
         setattr(own, flag, False)
@@ -105,15 +112,35 @@ def render_conversations(
     *,
     add_generation_prompt: bool = False,
 ) -> list[str]:
-    """The text that `apply_chat_template` gives for each conversation."""
-    rendered = tokenizer.apply_chat_template(
-        [[dict(message) for message in conversation] for conversation in conversations],
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
-    assert isinstance(rendered, list)
-    return [str(text) for text in rendered]
+    """The text that `apply_chat_template` gives for each conversation, or a TemplateError."""
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [[dict(message) for message in conversation] for conversation in conversations],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        texts = list(map(str, rendered))
+        "".join(texts).encode()  # a tokenizer takes no lone surrogates
+    except (TemplateError, HafrmError):
+        raise
+    # it is a program: 1 // 0, a macro that calls itself, a loop of 10**9, 'a' * 10**10
+    except Exception as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+    return texts
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise EndlessTemplateError in a block, in any thread, that renders for longer."""
+    own = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(EndlessTemplateError)
+    # a signal would reach the main thread only
+    timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, own)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) -> str:
@@ -189,15 +216,15 @@ def _tried(
     tokenizer: PreTrainedTokenizerFast, template: str, turns: ChatTurns, *, prompt: bool = False
 ) -> list[str]:
     """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
-    try:
+    with contextlib.suppress(TemplateError), time_limit(PROBE_SECONDS):
         return render_conversations(tokenizer, template, [turns], add_generation_prompt=prompt)
-    except TemplateError:
-        return []
+    return []
 
 
 def _rendered_answers(tokenizer: PreTrainedTokenizerFast, template: str) -> list[str]:
     try:  # the first must succeed, a template may refuse the others
-        render_conversations(tokenizer, template, _ENDS_IN_ANSWER[:1])
+        with time_limit(PROBE_SECONDS):
+            render_conversations(tokenizer, template, _ENDS_IN_ANSWER[:1])
     except TemplateError as error:
         raise _unusable(f"fails on a question and an answer: {error}") from error
     texts = [text for p in _ENDS_IN_ANSWER for text in _tried(tokenizer, template, p)]

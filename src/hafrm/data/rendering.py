@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hafrm.data.chat_template import render_conversations
+from hafrm.data.chat_template import render_conversations, time_limit
 from hafrm.errors import DataError, ModelError
 from hafrm.preferences import Group, Message
 
@@ -126,6 +126,7 @@ class Renderer:
         self._special = special
         self._blanks = self._find_blanks()
 
+    @time_limit(60)  # what only one of some hundred conversations holds may make a template loop
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
         """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
@@ -136,7 +137,7 @@ class Renderer:
             answers = [probe, *(marker.mark(response) for response in group.responses)]
             try:
                 before, *texts = self._render([[*turns, Message("assistant", a)] for a in answers])
-            except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            except TemplateError as error:
                 roles = ", ".join(message.role for message in group.prompt)
                 raise DataError(
                     f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
@@ -153,6 +154,7 @@ class Renderer:
                 raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
         return rendered, marker
 
+    @time_limit(60)
     def render_prompts(self, groups: Sequence[Group]) -> tuple[list[str], Marker]:
         """The marked text that asks for a response to each prompt, and the marker that reads the marks."""
         probes = [replace(group, responses=("a", "b"), comparisons=()) for group in groups]

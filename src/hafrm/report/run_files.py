@@ -212,7 +212,7 @@ def _read_files(path: Path) -> RunFiles:
 def _record(line: dict[str, Any]) -> MetricsRecord:
     kind = str(line.get("kind") or line.get("phase"))
     values = {name: v for name, v in line.items() if isinstance(v, int | float) and name != "step"}
-    return MetricsRecord(int(line["step"]), kind, values)
+    return from_plain(MetricsRecord, {"step": line.get("step"), "kind": kind, "values": values})
 
 
 def short_paths(paths: Sequence[Path]) -> list[str]:

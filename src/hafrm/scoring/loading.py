@@ -315,8 +315,8 @@ def check_complete(model: Any, path: str | Path, missing: set[str]) -> None:
     if missing:
         kind = (model.config.architectures or ["?"])[0]
         raise ModelError(
-            f"{path} holds a {kind} without weights for {sorted(missing)}, which would be "
-            f"random in a {type(model).__name__}; give a run folder or the directory of such a model"
+            f"{path} holds a {kind} without {len(missing)} weights ({', '.join(sorted(missing)[:3])}), "
+            f"which a {type(model).__name__} has; give a run folder or the directory of such a model"
         )
 
 

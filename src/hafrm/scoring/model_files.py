@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hafrm.errors import HafrmError, ModelError
 
 ADAPTER = "adapter_config.json"
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_labels")
 _MOST_LAYERS = 10_000
 _HEAD = re.compile(r"(base_model\.model\.)?(score|v_head|value_head|reward_head|classifier)\.")
 
@@ -43,7 +43,10 @@ def model_errors(what: str) -> Iterator[None]:
     except HafrmError:
         raise
     # transformers, tokenizers, safetensors, torch and the hub raise anything, a bare Exception too
-    except Exception as error:
+    except BaseException as error:
+        # nor is a panic in the tokenizers' Rust an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{what}: {said if len(said) <= 400 else said[:400] + '...'}") from error
 
@@ -86,7 +89,7 @@ def _check_shards(directory: Path) -> None:
 
 
 def check_config_file(file: Path) -> None:
-    """Raise ModelError for a number of layers that would keep transformers busy for minutes."""
+    """Raise ModelError for a number of layers or labels that would keep transformers busy for minutes."""
     with model_errors(f"{file} is damaged"):
         config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
