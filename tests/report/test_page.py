@@ -243,7 +243,9 @@ def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, t
     (tmp_path / "test.json").unlink()
     for name, line in (("metrics", '{"loss": 1}'), ("samples", '{"step": 1, "prompt": []}')):
         (file := tmp_path / f"{name}.jsonl").write_text(line + "\n")
-        with pytest.raises(CheckpointError, match=rf"{name}\.jsonl cannot be read as"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}\.jsonl is not shown: .* of this version"
+        ):
             read_material([tmp_path])
         file.unlink()
 
