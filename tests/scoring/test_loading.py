@@ -11,12 +11,8 @@ import torch
 
 import hafrm
 from hafrm.errors import ModelError
-from hafrm.scoring.loading import (
-    load_any_tokenizer,
-    load_causal_lm,
-    load_config,
-    load_policy,
-)
+from hafrm.scoring.loading import load_causal_lm, load_policy
+from hafrm.scoring.model_files import load_any_tokenizer, load_config
 from support.tiny_runs import write_base
 
 
