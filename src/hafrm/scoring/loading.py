@@ -4,18 +4,15 @@ Models to score with are read from safetensors, never a pickle. A base is a caus
 adapter, or a run; `check_base` looks at its configs and headers before any data is read.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -52,6 +49,7 @@ from hafrm.scoring.model_files import (
     load_whole,
     model_errors,
     stored_reward_head,
+    stored_tensors,
 )
 
 log = logging.getLogger("hafrm")
@@ -195,27 +193,19 @@ def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None
     configs = [load_config(directory), with_dropout(policy.backbone.config)]
     own, other = ({k: v for k, v in c.to_dict().items() if k not in _OF_A_HEAD} for c in configs)
     head, left = None, set(weights)
-    for file in sorted(directory.glob("*.safetensors")) if own == other else ():
-        for name, value in _tensors(file):
-            inside = name.removeprefix(f"{prefix}.")
-            same = weights.get(inside)
-            if name == "score.weight":
-                head = value
-            elif same is None or not torch.equal(value.to(same), same):
-                return None
-            left.discard(inside)
+    for name, stored in stored_tensors(directory) if own == other else ():
+        value, inside = stored.get_tensor(name), name.removeprefix(f"{prefix}.")
+        same = weights.get(inside)
+        if name == "score.weight":
+            head = value
+        elif same is None or not torch.equal(value.to(same), same):
+            return None
+        left.discard(inside)
     if head is None or left:
         return None
     score = nn.Linear(head.shape[1], 1, bias=False, device=policy.device)
     score.weight = nn.Parameter(head.to(policy.device).float())
     return score
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, one at a time; of a damaged one none, as loading it will say."""
-    with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 - no mapping
-            yield name, stored.get_tensor(name)
 
 
 def load_policy(

@@ -113,19 +113,24 @@ def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
         )
 
 
+def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """The name of every tensor in a directory's safetensors, and the open file; ModelError for damage."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
+            yield from ((name, stored) for name in stored.keys())  # noqa: SIM118 - no mapping
+
+
 def check_shapes(directory: Path, model: PreTrainedModel) -> None:
     """Raise ModelError for damaged safetensors, and for sizes that differ from those of a model which was
     made from the directory's config; no weight is read."""
     own = {name: list(value.shape) for name, value in model.state_dict().items()}
-    for file in sorted(directory.glob("*.safetensors")):
-        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - no mapping
-                shape = list(stored.get_slice(name).get_shape())
-                if own.get(name, shape) != shape:
-                    raise ModelError(
-                        f"{file}: {name} has the sizes {shape}, but {own[name]} by config.json: take the "
-                        "config that these weights were saved with"
-                    )
+    for name, stored in stored_tensors(directory):
+        shape = list(stored.get_slice(name).get_shape())
+        if own.get(name, shape) != shape:
+            raise ModelError(
+                f"{directory}: {name} has the sizes {shape}, but {own[name]} by config.json: take the "
+                "config that these weights were saved with"
+            )
 
 
 def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | None:
@@ -187,10 +192,8 @@ def stored_reward_head(
         quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
         files = (cached_file(str(path), name, **quiet) for name in names)
         place = Path(next(filter(None, files))).parent
-    head: dict[str, Tensor] = {}
-    for file in sorted(place.glob("*.safetensors")):
-        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
-            head |= {n: stored.get_tensor(n).float() for n in filter(_is_head, stored.keys())}
+    stored_heads = ((name, file) for name, file in stored_tensors(place) if _is_head(name))
+    head: dict[str, Tensor] = {n: file.get_tensor(n).float() for n, file in stored_heads}
     for file in (*place.glob("pytorch_model*.bin"), *place.glob("value_head.bin")):
         with model_errors(f"{file} is damaged"):
             names = torch.load(file, map_location="meta", weights_only=True)

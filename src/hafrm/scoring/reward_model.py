@@ -130,7 +130,7 @@ class Scorer(ABC):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ConfigError(f"max_tokens must be a whole number above 0, got {max_tokens!r}")
         self.model, self.encoder = model.eval(), encoder
-        self._run = partial(run_forward, **forward_options(model, max_tokens))
+        self._run: partial[Scores] = partial(run_forward, **forward_options(model, max_tokens))
 
     @abstractmethod
     def score_encoded(
@@ -154,17 +154,15 @@ class Scorer(ABC):
         self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`."""
-        return self._score_texts(prompts, responses, may_cut=False)[0]
+        return self.score_batch_cut(prompts, responses, may_cut=False)[0]
 
     def score_batch_cut(
-        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
+        self,
+        prompts: Iterable[PromptLike],
+        responses: Iterable[Iterable[str]],
+        may_cut: bool = True,
     ) -> tuple[list[list[float]], int]:
         """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were."""
-        return self._score_texts(prompts, responses, may_cut=True)
-
-    def _score_texts(
-        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]], *, may_cut: bool
-    ) -> tuple[list[list[float]], int]:
         prompts = _as_list(prompts, "prompts must be a list")
         lists = _as_list(responses, "responses must be a list of lists of texts")
         if len(prompts) != len(lists):
