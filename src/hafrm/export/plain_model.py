@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm.errors import DataError, ModelError
-from hafrm.scoring.model_files import stored_tensors
 
 log = logging.getLogger("hafrm")
 
@@ -193,8 +193,15 @@ class PlainModel:
     @cached_property
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor in the safetensors files, by name."""
-        files = stored_tensors(self.path)
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in files}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - no mapping
+                        shapes[name] = tuple(opened.get_slice(name).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file} is damaged: {error}") from error
+        return shapes
 
     @cached_property
     def tokenizer(self) -> Any:
