@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hafrm.engine.adjustments import narrow_layer
+from hafrm.engine.attention import narrow_layer
 from hafrm.engine.model import HybridModel, decoder_layers
 
 

@@ -53,12 +53,11 @@ def device():
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A tiny model's `reward`, with five golden scores, and `policy`; copy what a test changes."""
-    from hafrm.export.proof import write_golden
-    from support.exports import GOLDEN_GROUP, export_both
+    from support.exports import GOLDEN_GROUP, export_both, record_golden
 
     folder = tmp_path_factory.mktemp("exported")
     export_both(folder)
-    assert write_golden(folder / "reward", [GOLDEN_GROUP]) == 5
+    assert record_golden(folder / "reward", GOLDEN_GROUP) == 5
     return folder
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hafrm.benchmarks import row_readers
+from hafrm.benchmarks import definitions
 from hafrm.benchmarks.definitions import BENCHMARKS
 from hafrm.benchmarks.rules import Item
 from hafrm.data.files import RefusedError
@@ -65,7 +65,7 @@ def test_ppes_ties_are_left_out_and_named() -> None:
     assert read("ppe-preference").candidates == (GOOD, BAD)
     assert read("ppe-preference", winner="model_a").candidates == (BAD, GOOD)
     row = ROWS["ppe-preference"] | {"winner": "tie (bothbad)"}
-    assert row_readers.ppe_preference(row, "") == LeftOut("tie")
+    assert definitions.ppe_preference(row, "") == LeftOut("tie")
 
 
 def test_ppes_pairs_count_from_0_and_its_columns_from_1() -> None:
@@ -75,7 +75,7 @@ def test_ppes_pairs_count_from_0_and_its_columns_from_1() -> None:
     assert item.pairs == ((1, 0), (1, 0), (2, 3))
     assert item.part == "MATH"
     row = ROWS["ppe-correctness"] | {"sampled_conflict_pairs": []}
-    assert isinstance(row_readers.ppe_correctness(row, "MATH"), LeftOut)
+    assert isinstance(definitions.ppe_correctness(row, "MATH"), LeftOut)
 
 
 def test_rmb_keeps_the_conversation_and_puts_the_best_first() -> None:

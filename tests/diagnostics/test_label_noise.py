@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.diagnostics.label_noise import (
+from hafrm.diagnostics.breakdown import (
     audit_labels,
     disagreement,
     mean_margin,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.diagnostics.representation import describe_states, linear_cka, mean_cosine, spectrum
+from hafrm.diagnostics.diagnosis import describe_states, linear_cka, mean_cosine, spectrum
 from hafrm.errors import NumericsError
 
 CROSS = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hafrm.engine.adjustments import narrow_layer, widen_layer
+from hafrm.engine.attention import narrow_layer, widen_layer
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, decoder_layers, new_reward_head
 from hafrm.scoring.forward import run_forward

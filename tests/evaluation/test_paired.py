@@ -15,7 +15,7 @@ from hafrm.cli import app
 from hafrm.engine.model import HybridModel
 from hafrm.errors import ConfigError
 from hafrm.evaluation import compare_models, evaluate
-from hafrm.evaluation.paired import adjusted, compare_correct
+from hafrm.evaluation.comparisons import adjusted, compare_correct
 from hafrm.recipe_file import dump_recipe
 from hafrm.statistics import Difference, Estimate, paired_bootstrap, seeded_difference
 from support.tiny_runs import tiny_recipe, write_preferences

@@ -14,11 +14,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from hafrm.errors import DataError, ModelError
 from hafrm.export.checklist import CLAUSES, verify_directory
-from hafrm.export.proof import write_golden
 from hafrm.results import to_plain
 from support.chat_tokenizers import chat_tokenizer
 from support.export_faults import FAULTS, in_config
-from support.exports import GOLDEN_GROUP, export_both, save_stock_classifier
+from support.exports import GOLDEN_GROUP, export_both, record_golden, save_stock_classifier
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_code_of_the_directory_is_not_run(export):
 def test_learned_positions_pass_with_a_word_on_left_padding(tmp_path):
     """GPT-2 counts positions from the row's start unless it is told them."""
     export_both(tmp_path, "gpt2")
-    write_golden(tmp_path / "reward", [GOLDEN_GROUP])
+    record_golden(tmp_path / "reward", GOLDEN_GROUP)
     verification = verify_directory(tmp_path / "reward")
     (result,) = [r for r in verification.clauses if r.name == "left = right padding"]
     assert verification.ok

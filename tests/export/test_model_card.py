@@ -10,10 +10,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from hafrm.export.model_card import write_cards
-from hafrm.export.proof import write_golden
 from hafrm.preferences import Group, Message
 from hafrm.recipe_file import dump_recipe
-from support.exports import export_both
+from support.exports import export_both, record_golden
 from support.tiny_runs import tiny_recipe
 
 SESSION = {
@@ -29,7 +28,7 @@ def run(tmp_path_factory) -> Path:
     """A run folder with exported models and golden scores, without the training."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     export_both(folder / "model")
-    write_golden(folder / "model" / "reward", [CONVERSATION])
+    record_golden(folder / "model" / "reward", CONVERSATION)
     (folder / "recipe.yaml").write_text(dump_recipe(tiny_recipe(folder)))
     (folder / "provenance.json").write_text(json.dumps({"sessions": [SESSION]}))
     write_cards(folder)

@@ -5,8 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from hafrm.export.plain_model import old_rotary_keys
-from hafrm.export.stock_export import old_config, old_tokenizer
+from hafrm.export.plain_model import old_config, old_rotary_keys, old_tokenizer
 from support.exports import export_both
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}

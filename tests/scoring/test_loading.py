@@ -13,12 +13,8 @@ import transformers
 import hafrm
 from hafrm.engine.layout import lay_out
 from hafrm.errors import ModelError
-from hafrm.scoring.loading import (
-    load_any_tokenizer,
-    load_causal_lm,
-    load_config,
-    load_policy,
-)
+from hafrm.scoring.loading import load_causal_lm, load_policy
+from hafrm.scoring.model_files import load_any_tokenizer, load_config
 from support.models import one_at_a_time, token_groups
 from support.tiny_runs import write_base
 

@@ -8,8 +8,15 @@ import transformers
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
-from hafrm.export.stock_export import export_policy, export_reward, gather_weights
+from hafrm.export.stock_export import (
+    export_policy,
+    export_reward,
+    gather_weights,
+    score_in_memory,
+    write_golden,
+)
 from hafrm.preferences import Group, Message
+from hafrm.scoring.reward_model import RewardModel
 from support.chat_tokenizers import chat_tokenizer
 from support.models import FAMILIES, hybrid_of, llama_config, sharpened
 
@@ -33,6 +40,13 @@ def export_both(folder: Path, family: str = "llama") -> tuple[HybridModel, Encod
     export_reward(weights, encoder, folder / "reward")
     export_policy(weights, encoder, folder / "policy")
     return model, encoder
+
+
+def record_golden(directory: Path, *groups: Group) -> int:
+    """Golden scores of an export, as it gives them itself; returns their number."""
+    rm = RewardModel.from_pretrained(directory, device="cpu")
+    memory = score_in_memory(rm.model, rm.encoder, groups, max_tokens=128, autocast=None)
+    return write_golden(directory, memory)
 
 
 def save_stock_classifier(

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm.errors import ConfigError, ModelError
-from hafrm.scoring.loading import load_policy, load_reward, model_digest
-from hafrm.training.bases import check_base
+from hafrm.scoring.loading import check_base, load_policy, load_reward, model_digest
 from hafrm.training.loop import run_training
 from hafrm.training.methods import get_method
 from hafrm.training.setup import build_encoder, build_model

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from hafrm.errors import NumericsError, VerificationError
-from hafrm.export import plain_model, proof
+from hafrm.export import plain_model, stock_export
 from hafrm.export.checklist import replay_directory
 from hafrm.training import loop, run_export
 from hafrm.training.loop import run_training
+from support.exports import record_golden
 from support.tiny_runs import tiny_recipe
 
 
@@ -91,7 +92,7 @@ def test_the_proof_runs_on_the_gpu_only_where_float32_fits_with_a_margin(reward,
     pretend_gpu(monkeypatch, 2**31 + 2**20)
     assert plain_model.device_for(1000).type == "cuda"
     pretend_gpu(monkeypatch, 0)
-    proof.write_golden(reward, [])
+    record_golden(reward)
     assert max(replay_directory(reward).differences.values()) < 1e-5
 
 
@@ -103,12 +104,12 @@ def test_the_replay_has_all_threads_where_torchrun_left_one_to_each_rank(reward,
         given.update(options["env"])
         return subprocess.CompletedProcess(command, 0, json.dumps({"ok": True, "differences": {}}))
 
-    monkeypatch.setattr(proof.subprocess, "run", run)
+    monkeypatch.setattr(stock_export.subprocess, "run", run)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    proof.check_golden(reward)
+    stock_export.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == str(torch.get_num_threads())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
-    proof.check_golden(reward)
+    stock_export.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == "96"

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from hafrm.engine.layout import lay_out
 from hafrm.errors import CheckpointError, ConfigError, DataError
 from hafrm.recipe_file import load_recipe
-from hafrm.scoring.loading import load_config
+from hafrm.scoring.model_files import load_config
 from hafrm.training import setup
 from hafrm.training.loop import run_training
 from hafrm.training.methods import get_method

@@ -31,12 +31,10 @@ from hafrm.scoring.loading import (
     Placement,
     choose_dtype,
     find_heads,
-    load_any_tokenizer,
     load_causal_lm,
-    load_config,
-    load_generation_config,
     model_digest,
 )
+from hafrm.scoring.model_files import load_any_tokenizer, load_config, load_generation_config
 
 CHUNK = 64  # prompts whose work is lost by a kill
 _NO_LIMIT = 2**20

@@ -35,7 +35,8 @@ from hafrm.errors import CheckpointError, ConfigError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.run_folder import ResumableFolder, read_json_lines
-from hafrm.scoring.loading import Placement, choose_dtype, load_config, load_encoder, model_digest
+from hafrm.scoring.loading import Placement, choose_dtype, load_encoder, model_digest
+from hafrm.scoring.model_files import load_config
 from hafrm.scoring.reward_model import RewardModel
 
 KIND = "bulk scoring"

@@ -35,7 +35,7 @@ def data_command(  # noqa: PLR0913 - one argument is one option
     encode = None
     if model is not None:
         from hafrm.data.encoding import Encoder  # noqa: PLC0415
-        from hafrm.scoring.loading import load_any_tokenizer  # noqa: PLC0415
+        from hafrm.scoring.model_files import load_any_tokenizer  # noqa: PLC0415
 
         encode = Encoder(load_any_tokenizer(model)).encode
     data = read_preferences(sources, max_bad_fraction=1.0, columns=names)

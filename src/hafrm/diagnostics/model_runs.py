@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hafrm.diagnostics.breakdown import divisions_of, slice_accuracies, style_biases
-from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis
-from hafrm.diagnostics.label_noise import audit_labels, worst_errors
-from hafrm.diagnostics.representation import StateMatrix, describe_states
+from hafrm.diagnostics.breakdown import (
+    audit_labels,
+    divisions_of,
+    slice_accuracies,
+    style_biases,
+    worst_errors,
+)
+from hafrm.diagnostics.diagnosis import Diagnosis, SetDiagnosis, StateMatrix, describe_states
 from hafrm.engine.layout import Branches, Layout
 from hafrm.engine.model import HybridModel, hidden_size
 from hafrm.errors import ConfigError, ModelError
@@ -23,8 +27,9 @@ from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
 from hafrm.scoring.forward import PerResponse, run_sequences
-from hafrm.scoring.loading import Heads, find_heads, load_config, load_policy
-from hafrm.scoring.reward_model import MAX_TOKENS, MAX_TOKENS_CPU, PolicyModel, RewardModel
+from hafrm.scoring.loading import Heads, find_heads, load_policy
+from hafrm.scoring.model_files import load_config
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, forward_options
 from hafrm.statistics import SEED
 
 log = logging.getLogger("hafrm")
@@ -62,7 +67,10 @@ def diagnose(
     if len(set(names)) < len(names):
         raise ConfigError("a model is given twice; --also takes other models than MODEL")
     models = {path: find_heads(path) for path in names}
-    base = _base_of(Path(model)) if base is None else Path(base)
+    recipe = Path(model) / "recipe.yaml"
+    if base is None and recipe.is_file():
+        base = Path(load_recipe(recipe).model.path)
+        base = base if base.is_dir() else None  # it may be gone, or a hub id
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
@@ -100,13 +108,6 @@ def _score(
     return ScoredModel(name, head, tokenized, scores, states)
 
 
-def _base_of(run: Path) -> Path | None:
-    """The model that a run folder's recipe began with, if it is still there."""
-    recipe = run / "recipe.yaml"
-    base = Path(load_recipe(recipe).model.path) if recipe.is_file() else None
-    return base if base is not None and base.is_dir() else None
-
-
 def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetDiagnosis:
     prompts, texts = comparisons.prompts, (comparisons.chosen_texts, comparisons.rejected_texts)
     return SetDiagnosis(
@@ -119,7 +120,7 @@ def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetD
     )
 
 
-def _base_states(path: Path, trained: ScoredModel, options: EvaluationOptions) -> StateMatrix:
+def _base_states(path: str | Path, trained: ScoredModel, options: EvaluationOptions) -> StateMatrix:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     model = load_policy(path, dtype=options.dtype, device=options.device)
     config = model.backbone.config
@@ -142,13 +143,7 @@ def last_states(model: HybridModel, groups: Sequence[Branches]) -> StateMatrix:
         with torch.no_grad():
             return (model.last_states(layout.to(model.device)),)
 
-    on_cpu = model.device.type == "cpu"
-    sequences = run_sequences(
-        run,
-        groups,
-        max_tokens=MAX_TOKENS_CPU if on_cpu else MAX_TOKENS,
-        threads=torch.get_num_threads() if on_cpu else 1,
-    )
+    sequences = run_sequences(run, groups, **forward_options(model))
     num = sum(len(group.response_ids) for group in groups)
     states = np.empty((num, hidden_size(model.backbone.config)), np.float32)
     for indices, (values,) in sequences:

@@ -1,17 +1,21 @@
-"""Shared-prefix attention, registered once with transformers' AttentionInterface.
+"""Shared-prefix attention, registered once with transformers' AttentionInterface; the last layer's hooks.
 
 Every segment (one per response) is a causal attention call, bottom-right aligned: queries
 `[prompt + first branch | second branch | ...]`, keys `[prompt + branch]` for each. On CUDA in half
 precision this is one varlen call per layer; what that kernel cannot do is padded there into masked batches
 of groups of like length; CPUs take a segment at a time, which is the reference implementation. No
 `[tokens, tokens]` mask is ever built. The layout arrives as a keyword that transformers hands down.
+
+The last layer runs only the tokens that a head reads: response tokens and the last of each prompt (or,
+without log-probs, the last of each response). Of all others it makes keys and values alone.
 """
 
+import functools
 import inspect
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +33,14 @@ try:  # CUDA only; private in older releases of torch
 except ImportError:  # pragma: no cover - torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
-T = TypeVar("T")
 _PARAMETERS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 # Releases before 2.11 lack a scale or a window: there padded groups run.
 _VARLEN_COMPLETE = {"scale", "window_size"} <= _PARAMETERS
+READ_INDICES = "read_indices"  # the keyword that tells layers which tokens will be read
+_TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.dense")
+# modules of a layer that treat every token alone, by the names that most families give them
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+# modules that get a layer's keywords, the indices to read among them, and run first in it
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def _segment_mask(layout: Layout, queries: int, keys: int, window: int | None) -
         allowed = allowed.tril(keys - queries)
         return allowed if window is None else allowed.triu(keys - queries - window + 1)
 
-    return _once(layout, (queries, keys, window), build)
+    return layout.once((queries, keys, window), build)
 
 
 def _dense(
@@ -187,13 +195,6 @@ def _dense(
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def _once(layout: Layout, name: Hashable, build: Callable[[], T]) -> T:
-    if name not in layout.masks:
-        layout.masks[name] = build()
-    cached: T = layout.masks[name]
-    return cached
-
-
 class _Batch(NamedTuple):
     indices: Int[Tensor, "groups longest"]  # in the sequence; padding repeats the group's first
     real: Bool[Tensor, "groups longest"]
@@ -210,12 +211,12 @@ def attend_by_group(
 ) -> Float[Tensor, "1 tokens heads value_dim"]:
     """As `attend_by_segment`, in one masked call for each class of lengths."""
     outputs, places = [], []
-    for number, batch in enumerate(_once(layout, "batches", lambda: _batches(layout))):
+    for number, batch in enumerate(layout.once("batches", lambda: _batches(layout))):
         indices, heads = batch.indices.flatten(), query.shape[1]
         q, k, v = (_gather(x, indices, len(batch.indices), heads) for x in (query, key, value))
         output = _dense(q, k, v, _group_mask(layout, number, batch, rule, query.dtype), rule)
         # nonzero() waits for a GPU: once per sequence, not in every layer
-        real = _once(layout, ("real", number), batch.real.flatten().nonzero)[:, 0]
+        real = layout.once(("real", number), batch.real.flatten().nonzero)[:, 0]
         outputs.append(output.transpose(1, 2).flatten(0, 1)[real])
         places.append(indices[real])
     back = torch.empty_like(torch.cat(places))
@@ -277,7 +278,7 @@ def _group_mask(
         allowed |= torch.eye(allowed.shape[1], dtype=torch.bool, device=allowed.device)
         return allowed[:, None]
 
-    allowed = _once(layout, ("allowed", number, rule.window), allow)
+    allowed = layout.once(("allowed", number, rule.window), allow)
     if rule.softcap is not None:
         return allowed
 
@@ -286,4 +287,92 @@ def _group_mask(
         terms = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return terms.masked_fill_(~allowed, float("-inf"))
 
-    return _once(layout, ("terms", number, rule.window, dtype), as_terms)
+    return layout.once(("terms", number, rule.window, dtype), as_terms)
+
+
+def checkpoint_around_compiled(layer: nn.Module) -> None:
+    """Keep a layer's checkpoint, if it has one, outside of its compiled graphs."""
+    checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+    if checkpoint is None:
+        return
+    compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+    # inside, it would not survive the graph's break around attention, and nothing would be compiled
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(forward: functools.partial[Any], *inputs: Any) -> Any:
+        again = functools.partial(compiled(forward.func), *forward.args, **forward.keywords)
+        return checkpoint(again, *inputs)
+
+    layer._gradient_checkpointing_func = run
+
+
+def narrow_layer(layer: nn.Module) -> list[str]:
+    """Let a model's last layer run only the indices passed as READ_INDICES, if any; names of what is
+    narrowed: nothing in a layer of another build."""
+    if not hasattr(layer, "_hafrm_hooks"):
+        modules = dict(layer.named_modules())
+        # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
+        starts = [modules[name] for name in _ATTENTION if name in modules]
+        # a mixture of experts may look at all tokens at once, and give back more than its output
+        mixtures = [name for name in modules if "experts" in name]
+        tokenwise = [n for n in _TOKENWISE if not any(name.startswith(n) for name in mixtures)]
+        names = [n for n in tokenwise if starts and n in modules]
+        handles = [m.register_forward_pre_hook(_note, with_kwargs=True) for m in starts]
+        for name in names:
+            handles.append(modules[name].register_forward_pre_hook(_take))
+            handles.append(modules[name].register_forward_hook(_put_back))
+        layer._hafrm_hooks = names, handles  # type: ignore[assignment]
+    return list(layer._hafrm_hooks[0])  # type: ignore[index]
+
+
+def widen_layer(layer: nn.Module) -> None:
+    """Take the hooks of `narrow_layer` away again."""
+    if hasattr(layer, "_hafrm_hooks"):
+        for handle in layer._hafrm_hooks[1]:  # type: ignore[index]
+            handle.remove()
+        del layer._hafrm_hooks
+
+
+class _Forward(threading.local):
+    indices: Tensor | None = None  # that the last layer of this thread's forward runs
+    num_tokens = 0
+
+
+_forward = _Forward()
+# The hooks are functions and not methods, so that a model that has them can be copied.
+
+
+def _note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+    _forward.indices = kwargs.get(READ_INDICES)
+
+
+def _take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    if _forward.indices is None:
+        return None
+    _forward.num_tokens = inputs[0].shape[1]
+    return inputs[0].index_select(1, _forward.indices), *inputs[1:]
+
+
+def _put_back(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+    if _forward.indices is None:
+        return None
+    assert isinstance(output, Tensor), f"{type(module).__name__} gives more than a tensor"
+    apply: Any = _PutTokens.apply
+    whole: Tensor = apply(output[0], _forward.indices, _forward.num_tokens)[None]
+    return whole
+
+
+class _PutTokens(torch.autograd.Function):
+    """Zeros with x at `indices`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "read dim"], indices: Int[Tensor, " read"], num_tokens: int
+    ) -> Float[Tensor, "tokens dim"]:
+        # Not saved for backward: a checkpointed layer would run its last product again to see it.
+        ctx.indices = indices
+        return x.new_zeros(num_tokens, x.shape[1]).index_copy_(0, indices, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.indices), None, None

@@ -13,16 +13,18 @@ of all segments, scored = response tokens (each has a log-prob), responses = bra
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -54,6 +56,13 @@ class Layout:
     cu_keys: Int[Tensor, " bounds"]
     # what attention builds once for all layers, such as masks by (queries, keys, window)
     masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def once(self, name: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built once for all layers."""
+        if name not in self.masks:
+            self.masks[name] = build()
+        cached: T = self.masks[name]
+        return cached
 
     @property
     def num_tokens(self) -> int:

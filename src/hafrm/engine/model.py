@@ -5,6 +5,7 @@ read at the last real token, by position and never by comparing ids with pad, in
 """
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,22 +14,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
 
-from hafrm.engine.adjustments import (
+from hafrm.engine.attention import (
     READ_INDICES,
+    SHARED_PREFIX,
     checkpoint_around_compiled,
-    fuse_gelu,
     narrow_layer,
-    switch_off_dropout,
     widen_layer,
 )
-from hafrm.engine.attention import SHARED_PREFIX
 from hafrm.engine.layout import Layout, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
 from hafrm.errors import ModelError, NumericsError
 
 # Where a backbone remembers the attention it came with; it may be wrapped more than once.
 _STOCK_ATTENTION = "_hafrm_stock_attention"
+_RATES = "_hafrm_rates"  # where a config keeps the rates that it came with
 _SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -175,6 +176,37 @@ class HybridModel(nn.Module):
     def device(self) -> torch.device:
         """Where it computes; its parameters may lie on the host."""
         return self.compute_device or next(self.parameters()).device
+
+
+def switch_off_dropout(module: nn.Module) -> None:
+    """Every dropout probability and router jitter to zero: two forwards of one batch must agree."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        # Some layers keep the rate as a number, some read it from their config (Falcon).
+        for owner in (part, getattr(part, "config", None)):
+            for name, value in list(vars(owner).items()) if owner is not None else ():
+                if ("drop" in name or "jitter" in name) and isinstance(value, float) and value:
+                    setattr(owner, name, 0.0)
+                    if isinstance(owner, PretrainedConfig):
+                        vars(owner).setdefault(_RATES, {})[name] = value
+
+
+def with_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a config with the rates that `switch_off_dropout` set to zero, as it is exported."""
+    config = copy.deepcopy(config)
+    for part in (config, *[v for v in vars(config).values() if isinstance(v, PretrainedConfig)]):
+        for name, rate in vars(part).pop(_RATES, {}).items():
+            setattr(part, name, rate)
+    return config
+
+
+def fuse_gelu(module: nn.Module) -> None:
+    """Replace GPT-2's and Phi's GELU of nine operations by torch's single one; the config names its own."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
 @contextlib.contextmanager

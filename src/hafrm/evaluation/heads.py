@@ -16,21 +16,22 @@ from numpy.typing import NDArray
 from hafrm.data.encoding import EncodingReport
 from hafrm.engine.model import longest_sequence
 from hafrm.errors import ConfigError
-from hafrm.evaluation.comparisons import Comparisons, Data, Margins, read_comparisons
+from hafrm.evaluation.comparisons import (
+    Comparisons,
+    Data,
+    Margins,
+    ModelComparison,
+    adjusted,
+    compare_set,
+    read_comparisons,
+)
 from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
-from hafrm.evaluation.paired import ModelComparison, adjusted, compare_set
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
 from hafrm.results import read_result
-from hafrm.scoring.loading import (
-    Heads,
-    Placement,
-    find_heads,
-    load_config,
-    load_encoder,
-    shared_reward_head,
-)
+from hafrm.scoring.loading import Heads, find_heads, load_encoder, shared_reward_head
+from hafrm.scoring.model_files import load_config
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import accuracy_interval, paired_bootstrap
 
@@ -71,8 +72,8 @@ def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
 
     Raises ConfigError for an unknown dtype or device, ModelError for a model that cannot be loaded.
     """
-    place = Placement(options.dtype, options.device)
-    arguments: dict[str, Any] = {**vars(place), "max_length": options.max_length}
+    names = ("dtype", "device", "max_length")
+    arguments: dict[str, Any] = {name: getattr(options, name) for name in names}
     if name == REWARD:
         assert heads.reward is not None
         scorer: Scorer = RewardModel.from_pretrained(heads.reward, **arguments)

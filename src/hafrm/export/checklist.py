@@ -8,12 +8,13 @@ replays golden scores alone and in padded batches, and prints a line of JSON; ex
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hafrm.errors import ModelError
 from hafrm.export.plain_model import (
@@ -134,6 +135,16 @@ def replay_directory(directory: Path) -> GoldenReplay:
     return plain.replay(("right", "left"))
 
 
+def _none(what: str, find: Callable[[PlainModel], Iterable[object]]) -> Check:
+    """A check that `find` finds nothing."""
+
+    def check(plain: PlainModel) -> Finding:
+        names = sorted(map(str, find(plain)))
+        return not names, f"{what}: {', '.join(names[:4]) or 'none'}"
+
+    return check
+
+
 def _config(key: str, is_right: Callable[[Any], bool]) -> Check:
     """A check of one value in config.json."""
     return lambda plain: (is_right(plain.config.get(key)), f"{key} {plain.config.get(key)!r}")
@@ -145,12 +156,11 @@ def _is_classifier(names: Any) -> bool:
     return len(names or ()) == 1 and str(names[0]).endswith("ForSequenceClassification")
 
 
-def _stock_code(plain: PlainModel) -> Finding:
+def _own_code(plain: PlainModel) -> list[str]:
     # an auto_map asks for trust_remote_code, and some servers run it unasked
     names = ("config.json", "tokenizer_config.json")
-    code = [f"auto_map in {name}" for name in names if plain.read_json(name).get("auto_map")]
-    code += sorted(file.name for file in plain.path.rglob("*.py"))
-    return not code, ", ".join(code) or "no auto_map and no Python files"
+    maps = [f"auto_map in {name}" for name in names if plain.read_json(name).get("auto_map")]
+    return maps + [file.name for file in plain.path.rglob("*.py")]
 
 
 def _safetensors_only(plain: PlainModel) -> Finding:
@@ -178,20 +188,6 @@ def _rotary_settings(plain: PlainModel) -> Finding:
             if theirs != value:
                 return False, f"{key} is {value}, but {theirs} for transformers 4"
     return True, "transformers 4 and 5 rotate alike"
-
-
-def _no_fresh_weights(plain: PlainModel) -> Finding:
-    # transformers initialises what it misses at random, with a warning only (ms-swift#6129)
-    model, info = plain.loaded
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info.get("mismatched_keys", ()))
-    observed = f"freshly initialised: {', '.join(missing[:4])}"
-    return not missing, observed if missing else f"{type(model).__name__}, complete"
-
-
-def _nothing_left_over(plain: PlainModel) -> Finding:
-    # vLLM refuses a file with an LM head (vllm#21176)
-    surplus = sorted(plain.loaded[1]["unexpected_keys"])
-    return not surplus, f"surplus: {', '.join(surplus[:4]) or 'none'}"
 
 
 def _chat_template(plain: PlainModel) -> Finding:
@@ -249,11 +245,14 @@ def _ends_in_eos(plain: PlainModel) -> Finding:
     return True, f"it ends in {plain.tokenizer.convert_ids_to_tokens(last)!r}"
 
 
-def _inputs_fit(plain: PlainModel) -> Finding:
-    # decoders refuse token_type_ids
-    taken = set(inspect.signature(type(plain.loaded[0]).forward).parameters)
-    refused = set(plain.tokenizer("a")) - taken
-    return not refused, f"the model refuses {', '.join(sorted(refused)) or 'no input'}"
+def _fresh_weights(plain: PlainModel) -> list[Any]:
+    info = plain.loaded[1]
+    return [*info["missing_keys"], *info.get("mismatched_keys", ())]
+
+
+def _refused_inputs(plain: PlainModel) -> set[str]:
+    taken = inspect.signature(type(plain.loaded[0]).forward).parameters
+    return set(plain.tokenizer("a")) - set(taken)
 
 
 def _finite_scores(plain: PlainModel) -> Finding:
@@ -263,26 +262,15 @@ def _finite_scores(plain: PlainModel) -> Finding:
     return is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}"
 
 
-def _last_token(plain: PlainModel) -> Finding:
-    # vLLM and SGLang read at the literal last token (TRL#6952, TRL#3750)
-    by_hand = torch.tensor([plain.score_by_hand(text) for text in plain.texts])
-    return _within(plain, largest_difference(plain.alone, by_hand))
-
-
 def _left_is_right_padding(plain: PlainModel) -> Finding:
     # TRL#937, reward-bench#137
     right, left = plain.score(plain.texts, "right"), plain.score(plain.texts, "left")
     bare = plain.score(plain.texts, "left", positions=False)
-    holds, observed = _within(plain, largest_difference(left, right))
+    holds, observed = _within(plain, left, right)
     shift = largest_difference(bare, right)
     if holds and not shift <= plain.tolerance:
         observed += f"; left padding without position_ids is off by {shift:.2g}: pad right"
     return holds, observed
-
-
-def _batch_1_is_batch_n(plain: PlainModel) -> Finding:
-    # reward-bench#137, NeMo-Aligner#439
-    return _within(plain, largest_difference(plain.score(plain.texts), plain.alone))
 
 
 def _golden_scores(plain: PlainModel) -> Finding:
@@ -291,11 +279,14 @@ def _golden_scores(plain: PlainModel) -> Finding:
     replay = plain.replay()
     if replay.faults:
         return False, replay.faults[0]
-    holds, observed = _within(plain, replay.differences["alone"])
-    return holds, f"{len(plain.golden)} replayed, {observed}"
+    return _tolerated(plain, replay.differences["alone"])
 
 
-def _within(plain: PlainModel, difference: float) -> Finding:
+def _within(plain: PlainModel, values: Tensor, expected: Tensor) -> Finding:
+    return _tolerated(plain, largest_difference(values, expected))
+
+
+def _tolerated(plain: PlainModel, difference: float) -> Finding:
     observed = f"largest difference {difference:.2g} (tolerated {plain.tolerance:g})"
     return difference <= plain.tolerance, observed  # False for NaN
 
@@ -308,7 +299,7 @@ _ON_FILES_AND_TEXT = (
     Clause("one label", _config("id2label", lambda names: len(names or {}) == 1), _CLASSIFIER),
     # or pipelines and vLLM give the reward's sigmoid (vllm#20807)
     Clause("raw reward", _config("problem_type", lambda k: k == "regression"), _CLASSIFIER),
-    Clause("stock code", _stock_code),
+    Clause("stock code", _none("code of its own", _own_code)),
     Clause("safetensors only", _safetensors_only),
     # left over from the base model: loaders would quantise again
     Clause("not quantised", _config("quantization_config", lambda left: not left)),
@@ -325,13 +316,18 @@ _LOADABLE = ("one label", "stock code", "safetensors only", "not quantised", "he
 _TEXTS = ("BOS once", "ends in EOS", "no date in the template")
 CLAUSES = (
     *_ON_FILES_AND_TEXT,
-    Clause("no fresh weights", _no_fresh_weights, (*_CLASSIFIER, *_LOADABLE)),
-    Clause("nothing left over", _nothing_left_over, _MODEL),
-    Clause("inputs fit", _inputs_fit, (*_MODEL, *_TEMPLATE)),
+    # transformers initialises what it misses at random, with a warning only (ms-swift#6129)
+    Clause("no fresh weights", _none("at random", _fresh_weights), (*_CLASSIFIER, *_LOADABLE)),
+    # vLLM refuses a file with an LM head (vllm#21176)
+    Clause("nothing left over", _none("surplus", lambda p: p.loaded[1]["unexpected_keys"]), _MODEL),
+    # decoders refuse token_type_ids
+    Clause("inputs fit", _none("refused", _refused_inputs), (*_MODEL, *_TEMPLATE)),
     Clause("finite scores", _finite_scores, (*_MODEL, "ids have embeddings")),
-    Clause("last token", _last_token, _SCORES),
+    # vLLM and SGLang read at the literal last token (TRL#6952, TRL#3750)
+    Clause("last token", lambda p: _within(p, p.alone, p.scores_by_hand()), _SCORES),
     Clause("left = right padding", _left_is_right_padding, _SCORES),
-    Clause("batch 1 = batch N", _batch_1_is_batch_n, _SCORES),
+    # reward-bench#137, NeMo-Aligner#439
+    Clause("batch 1 = batch N", lambda p: _within(p, p.score(p.texts), p.alone), _SCORES),
     Clause("golden scores", _golden_scores, ("last token", *_TEXTS)),
 )
 """In the order of checking: a clause comes after those that it needs."""

@@ -117,16 +117,43 @@ def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+def write_for_older_readers(directory: Path) -> None:
+    """Add transformers 4's keys to the JSON files of an export; version 5 reads both."""
+    for name, convert in (("config.json", old_config), ("tokenizer_config.json", old_tokenizer)):
+        file = directory / name
+        if file.is_file():
+            content = convert(json.loads(file.read_bytes()))
+            text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+            file.write_text(text + "\n", encoding="utf-8")
+
+
+def old_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with version 4's names for rotary settings and dtype beside 5's, nested configs too."""
+    result = {
+        key: old_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    # without them version 4 takes its class's default base, and says nothing (vllm-project/vllm#42624)
+    return old_rotary_keys(config) | dtype | result
+
+
+def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer's config with a class that both versions have, and extra tokens under the old key."""
+    result = dict(config)
+    if result.get("tokenizer_class") == "TokenizersBackend":
+        result["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # or version 4's class adds token_type_ids, which decoders refuse
+        result.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(result.get("extra_special_tokens"), list):
+        # not under both keys: version 5 would then drop them (huggingface/transformers#47838)
+        result["additional_special_tokens"] = result.pop("extra_special_tokens")
+    return result
+
+
 def largest_difference(values: Float[Tensor, " texts"], expected: Float[Tensor, " texts"]) -> float:
     """The largest difference, relative to max(1, |expected|)."""
     return float(((values - expected).abs() / expected.abs().clamp(min=1.0)).max())
-
-
-class Finding(NamedTuple):
-    """Whether a clause of the checklist holds (None: it does not apply), and what was observed."""
-
-    holds: bool | None
-    observed: str
 
 
 class GoldenReplay(NamedTuple):
@@ -256,11 +283,11 @@ class PlainModel:
         return rewards
 
     @torch.no_grad()
-    def score_by_hand(self, text: str) -> float:
-        """The head's product with the hidden state of the literal last token, as servers compute it."""
-        model = self.loaded[0]
-        hidden = model.base_model(**self._batch([text], "right")).last_hidden_state[:, -1]
-        return float(model.score(hidden)[0, 0])
+    def scores_by_hand(self) -> Float[Tensor, " texts"]:
+        """The head's products with the hidden state of each literal last token, as servers compute them."""
+        model, batches = self.loaded[0], (self._batch([text], "right") for text in self.texts)
+        hidden = [model.base_model(**batch).last_hidden_state[:, -1] for batch in batches]
+        return torch.cat([model.score(state)[:, 0].float().cpu() for state in hidden])
 
     def _batch(self, texts: Sequence[str], side: Side) -> dict[str, Tensor]:
         options = {"return_tensors": "pt", "padding": len(texts) > 1, "padding_side": side}

@@ -1,17 +1,23 @@
-"""Write a trained model as stock directories; `proof` shows that they give every consumer our scores.
+"""Write a trained model as stock directories, and prove that they give every consumer its scores in memory.
 
 Every directory has the tokenizer with the closed chat template of training. A reward model and a policy are
 never one file, because vLLM refuses unknown weights.
 """
 
+import contextlib
 import copy
 import json
 import logging
-from collections.abc import Mapping
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
@@ -27,18 +33,31 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hafrm.atomic import atomic_directory
+from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.data.encoding import Encoder
-from hafrm.engine.adjustments import with_dropout
-from hafrm.engine.model import HybridModel
-from hafrm.errors import ModelError
-from hafrm.export.plain_model import old_rotary_keys
+from hafrm.engine.model import HybridModel, longest_sequence, with_dropout
+from hafrm.errors import ModelError, NumericsError, VerificationError
+from hafrm.export.plain_model import (
+    GOLDEN,
+    TOLERANCE,
+    PlainModel,
+    device_for,
+    write_for_older_readers,
+)
+from hafrm.preferences import Group, Message, TokenizedGroup
+from hafrm.scoring.forward import Scores, first_responses, free_memory, run_forward
+from hafrm.scoring.model_files import load_config
+from hafrm.scoring.reward_model import RewardModel
 
 log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
-_ADAPTER = "default"
-"""PEFT's name of the one adapter."""
+_ADAPTER = "default"  # PEFT's name of the one adapter
+HALF_TOLERANCE = 0.1
+"""Instead of TOLERANCE where the model in memory or the stored weights are in half precision."""
+_QUESTION = Message("user", "What is the capital of France?")
+PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
+"""Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +73,9 @@ class StockWeights:
 def gather_weights(model: HybridModel) -> StockWeights:
     """Collect the weights on the main rank; every rank must call this for a sharded model."""
     return StockWeights(
-        config=with_dropout(model.backbone.config),
-        backbone=_merge_lora(model.backbone, _gather(model.backbone)),
-        reward_head={} if model.reward_head is None else _gather(model.reward_head),
-        policy_head={} if model.policy_head is None else _gather(model.policy_head),
+        with_dropout(model.backbone.config),
+        _merge_lora(model.backbone, _gather(model.backbone)),
+        *(_gather(head) for head in (model.reward_head, model.policy_head)),
     )
 
 
@@ -98,20 +116,15 @@ def export_policy(
             part.tie_word_embeddings = False
         stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
     head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
-    if (
-        stock.generation_config is not None
-    ):  # else plain `generate` writes on past the end of a turn
-        ends = encoder.turn_ends(_base_generation(weights.config))
+    if stock.generation_config is not None:
+        generation = None  # that of the base, if it is still there
+        with contextlib.suppress(OSError, ValueError):
+            name = weights.config._name_or_path
+            generation = GenerationConfig.from_pretrained(name, trust_remote_code=False)
+        # else plain `generate` writes on past the end of a turn
+        ends = encoder.turn_ends(generation)
         stock.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     _write(stock, weights.backbone, head, encoder, directory)
-
-
-def _base_generation(config: PretrainedConfig) -> GenerationConfig | None:
-    """The generation config of the checkpoint that a config was read from, as far as it is still there."""
-    try:
-        return GenerationConfig.from_pretrained(config._name_or_path, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
 
 
 def export_adapter(
@@ -147,14 +160,14 @@ def export_adapter(
         config.save_pretrained(str(aside))
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         encoder.export_tokenizer(aside)
-        _write_for_older_readers(aside)
+        write_for_older_readers(aside)
 
 
-def _gather(module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights on the main rank."""
+def _gather(module: nn.Module | None) -> dict[str, Tensor]:
+    """The module's weights on the main rank; none of no module."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     weights = {}
-    for name, value in module.state_dict().items():
+    for name, value in module.state_dict().items() if module is not None else ():
         # one at a time: ranks share host memory
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if is_main:
@@ -202,22 +215,20 @@ def _write(
     prefix, dtype = stock.base_model_prefix, stock.dtype
     state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
     state |= {name: value.to(dtype) for name, value in head.items()}
-    if dtype == torch.float16:  # its largest number is 65,504
-        over = [name for name, value in state.items() if not torch.isfinite(value).all()]
-        if over:
-            raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
+    # float16's largest number is 65,504
+    over = [n for n, v in state.items() if dtype == torch.float16 and not torch.isfinite(v).all()]
+    if over:
+        raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
     surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
     stock.tie_weights()
     left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
     if left or surplus:
-        name = type(stock).__name__
-        raise ModelError(
-            f"{name} cannot hold this model: it lacks {left}, and has {surplus} too many"
-        )
+        problem = f"it lacks {left}, and has {surplus} too many"
+        raise ModelError(f"{type(stock).__name__} cannot hold this model: {problem}")
     with atomic_directory(directory) as aside:
         stock.save_pretrained(aside)
         encoder.export_tokenizer(aside)
-        _write_for_older_readers(aside)
+        write_for_older_readers(aside)
 
 
 def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
@@ -231,35 +242,151 @@ def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
     return short if matched == set(layers) else sorted(layers)
 
 
-def _write_for_older_readers(directory: Path) -> None:
-    """Add transformers 4's keys to the JSON files of an export; version 5 reads both."""
-    for name, convert in (("config.json", old_config), ("tokenizer_config.json", old_tokenizer)):
-        file = directory / name
-        if file.is_file():
-            content = convert(json.loads(file.read_bytes()))
-            text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
-            file.write_text(text + "\n", encoding="utf-8")
+def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: str) -> T:
+    """What `check` returns for an export, which is renamed to `directory` if it passes, and else stays.
 
-
-def old_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with version 4's names for rotary settings and dtype beside 5's, nested configs too."""
-    result = {
-        key: old_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
-        for key, value in config.items()
-    }
-    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
-    # without them version 4 takes its class's default base, and says nothing (vllm-project/vllm#42624)
-    return old_rotary_keys(config) | dtype | result
-
-
-def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer's config with a class that both versions have, and extra tokens under the old key."""
-    result = dict(config)
-    if result.get("tokenizer_class") == "TokenizersBackend":
-        result["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # or version 4's class adds token_type_ids, which decoders refuse
-        result.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    if isinstance(result.get("extra_special_tokens"), list):
-        # not under both keys: version 5 would then drop them (huggingface/transformers#47838)
-        result["additional_special_tokens"] = result.pop("extra_special_tokens")
+    Raises VerificationError for whatever `check` raises; `again` says how to repeat it.
+    """
+    try:
+        result = check(unverified)
+    # a consumer's library raises anything; the training must not be lost
+    except Exception as error:
+        raise VerificationError(
+            f"the export is not verified: {error}. It is complete and kept as {unverified}; {again}"
+        ) from error
+    unverified.rename(directory)
     return result
+
+
+def _num_threads() -> int:
+    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return torch.get_num_threads()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Golden conversations, and what the model in memory gives them before it is saved."""
+
+    groups: list[Group]
+    encoded: list[TokenizedGroup]
+    scores: Scores
+    is_half: bool  # computed in bfloat16
+
+    def check(self, directory: Path, rewards: Any = None, logps: Any = None) -> float:
+        """The largest difference of a saved model's scores: of rewards relative to max(1, |reward|), of
+        log-probs in nat per token. Raises NumericsError beyond the tolerance for the dtype."""
+        differences = []
+        if rewards is not None and self.scores.rewards is not None:
+            expected = self.scores.rewards
+            differences += [np.abs(rewards - expected) / np.maximum(1.0, np.abs(expected))]
+        if logps is not None and self.scores.logps is not None:
+            differences += [np.abs(logps - self.scores.logps) / self.scores.lengths]
+        largest = float(np.max(differences, initial=0.0))  # NaN where there is one
+        is_half = self.is_half or load_config(directory).dtype != torch.float32
+        tolerance = HALF_TOLERANCE if is_half else TOLERANCE
+        if not largest <= tolerance:
+            raise NumericsError(
+                f"{directory} does not give the scores that the model in memory gave: they differ by "
+                f"{largest:.2g} (tolerated {tolerance:g})"
+            )
+        return largest
+
+
+def score_in_memory(
+    model: HybridModel,
+    encoder: Encoder,
+    groups: Sequence[Group],
+    *,
+    max_tokens: int,
+    autocast: torch.dtype | None,
+) -> InMemory:
+    """What a model gives golden conversations of up to `max_tokens` tokens, and a built-in one; all ranks
+    call."""
+    groups = [*groups, PLAIN]
+    longest = min(max_tokens, longest_sequence(model.backbone.config) or max_tokens)
+    encoded, report = Encoder(encoder.tokenizer, max_length=longest).encode(groups)
+    groups = [group for i, group in enumerate(groups) if i not in report.refused]
+    scores = run_forward(model.eval(), encoded, max_tokens=max_tokens, autocast=autocast)
+    return InMemory(groups, list(encoded), scores, autocast is not None)
+
+
+def write_golden(directory: Path, memory: InMemory) -> int:
+    """Score the golden conversations with the exported weights; returns the number of golden lines.
+
+    Conversations with special tokens in their text, and those cut, are left out, because a consumer that
+    renders and tokenizes them gets other ids. Raises NumericsError when that leaves none, and where the
+    rewards are not those in memory.
+    """
+    torch.set_num_threads(_num_threads())
+    free_memory()
+    device = device_for(sum(map(math.prod, PlainModel(directory).weights.values())))
+    model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
+    tokenizer = model.encoder.tokenizer
+    rewards = model.score_encoded(memory.encoded)
+    largest = memory.check(directory, rewards=rewards)
+    log.info("the export gives the rewards of the model in memory within %.1e", largest)
+    lines, starts = [], first_responses(memory.encoded)
+    for group, ids, start in zip(memory.groups, memory.encoded, starts, strict=True):
+        for k, response in enumerate(group.responses):
+            messages = [m._asdict() for m in (*group.prompt, Message("assistant", response))]
+            ours = [*ids.prompt_ids.tolist(), *ids.response_ids[k].tolist()]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if tokenizer(text, add_special_tokens=False)["input_ids"] != ours:
+                continue
+            reward = float(rewards[start + k])
+            line = {"messages": messages, "text": text, "input_ids": ours, "reward": reward}
+            lines.append(json.dumps(line) + "\n")
+    if not lines:
+        raise NumericsError(
+            f"{directory}: every conversation gets other ids than in training; fix tokenizer or template"
+        )
+    atomic_write(directory / GOLDEN, "".join(lines))
+    return len(lines)
+
+
+def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Largest differences of plain transformers' scores, alone and padded right and left.
+
+    Raises NumericsError when they exceed the tolerance, or the directory gives consumers other scores.
+    """
+    # -P: modules of the current directory must not be imported
+    command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_threads())}
+    free_memory()
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = run.stdout.strip().splitlines()
+    if run.returncode not in (0, 1) or not lines:
+        raise NumericsError(
+            f"{directory} cannot be loaded by plain transformers:\n{run.stderr.strip()[-2000:]}"
+        )
+    replay = json.loads(lines[-1])
+    differences: dict[str, float] = replay["differences"]
+    if not replay["ok"]:
+        raise NumericsError(
+            f"{directory} does not give consumers the scores of training: differences {differences} "
+            f"(tolerated {tolerance:g}), faults {replay['faults']}"
+        )
+    return differences
+
+
+@torch.no_grad()
+def check_policy(directory: Path, memory: InMemory) -> tuple[int, float]:
+    """Number of responses whose log-probs plain transformers gives as the model in memory did, and the
+    largest difference, as `InMemory.check` measures it."""
+    torch.set_num_threads(_num_threads())
+    free_memory()
+    stock = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    ).eval()
+    device = device_for(sum(p.numel() for p in stock.parameters()))
+    stock.to(device)
+    sums = []
+    for prompt, response in ((g.prompt_ids, ids) for g in memory.encoded for ids in g.response_ids):
+        ids = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
+        token_logps = stock(ids[None]).logits[0, :-1].log_softmax(-1)
+        sums.append(float(token_logps.gather(1, ids[1:, None])[len(prompt) - 1 :].sum()))
+    largest = memory.check(directory, logps=np.array(sums))
+    log.info("plain transformers gives the log-probs of the model in memory within %.1e", largest)
+    return len(sums), largest

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
 
-from hafrm.diagnostics.label_noise import cut_text
+from hafrm.diagnostics.breakdown import cut_text
 from hafrm.evaluation.metrics import LENGTH_SLICES, PairwiseMetrics, SetResult
 from hafrm.report.html import Block, Details, Plots, Strips, Text, drawn
 from hafrm.report.plots import AxisScale, chart, estimates

@@ -26,8 +26,8 @@ from hafrm.errors import ConfigError
 from hafrm.preferences import Group, Message
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe, SamplingSection
 from hafrm.scoring.forward import first_responses, plan_sequences, run_forward, share_prompts
-from hafrm.scoring.loading import default_device
-from hafrm.training.bases import load_base
+from hafrm.scoring.loading import load_base
+from hafrm.scoring.model_files import default_device
 from hafrm.training.setup import inject_lora
 
 log = logging.getLogger("hafrm")

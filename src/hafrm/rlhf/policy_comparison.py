@@ -28,9 +28,9 @@ from hafrm.rlhf.actor import encode_prompts, write_responses
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import LONGEST, RlhfResult, input_digests, score_rollouts
 from hafrm.rlhf.train_policy import train_policy
-from hafrm.scoring.loading import default_device
+from hafrm.scoring.loading import load_base, load_tokenizer
+from hafrm.scoring.model_files import default_device
 from hafrm.statistics import Estimate, clustered_bootstrap, seeded_difference, seeded_mean
-from hafrm.training.bases import load_base, load_tokenizer
 from hafrm.training.checkpoint import open_run
 from hafrm.training.setup import with_precision, with_training
 

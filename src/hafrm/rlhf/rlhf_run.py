@@ -24,16 +24,22 @@ from hafrm.data.encoding import Encoder
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
-from hafrm.export.proof import PLAIN, check_policy, prove, score_in_memory
-from hafrm.export.stock_export import export_policy, gather_weights
+from hafrm.export.stock_export import (
+    PLAIN,
+    check_policy,
+    export_policy,
+    gather_weights,
+    prove,
+    score_in_memory,
+)
 from hafrm.preferences import Group
 from hafrm.results import write_result
 from hafrm.rlhf.actor import Actor, Prompt, Rollout, encode_prompts
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.run_folder import RunFolder
+from hafrm.scoring.loading import check_base, load_tokenizer
 from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import clustered_bootstrap
-from hafrm.training.bases import check_base, load_tokenizer
 from hafrm.training.checkpoint import file_digests, model_digests
 from hafrm.training.loop import MetricsLog
 

@@ -20,7 +20,7 @@ from hafrm.rlhf.ppo_update import PolicyWithValue, advantages_of, measure_rollou
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
 from hafrm.rlhf.trl_runs import run_trl
-from hafrm.scoring.loading import default_device
+from hafrm.scoring.model_files import default_device
 from hafrm.training import parallel
 from hafrm.training.checkpoint import load_checkpoint, load_weights, open_run, save_checkpoint
 from hafrm.training.loop import StoppedError

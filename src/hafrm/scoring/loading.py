@@ -1,45 +1,55 @@
-"""Find and load models: `find_heads` in a run folder, `load_*` from directories of stock transformers.
+"""Find and load models: `find_heads` in a run folder, `load_*` to score with, `load_base` to train from.
 
-Models to score with are read from safetensors, never a pickle, and no code of a model directory is run.
-Every other module loads configs, tokenizers and models through this one.
+Models to score with are read from safetensors, never a pickle. A base is a causal LM, a reward model, an
+adapter, or a run; `check_base` looks at its configs and headers before any data is read.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from hafrm.atomic import fingerprint
+from hafrm.data.chat_template import choose_pad, read_template
 from hafrm.data.encoding import Encoder
-from hafrm.engine.adjustments import with_dropout
-from hafrm.engine.model import HybridModel, longest_sequence, sharing_obstacle, split_causal_lm
+from hafrm.engine.model import (
+    HybridModel,
+    hidden_size,
+    longest_sequence,
+    sharing_obstacle,
+    split_causal_lm,
+    with_dropout,
+)
 from hafrm.errors import ConfigError, ModelError
+from hafrm.recipe import ModelSection
 from hafrm.scoring.model_files import (
     ADAPTER,
-    check_config_file,
-    check_place,
+    check_complete,
+    check_shapes,
     check_unquantised,
+    default_device,
     find_adapter,
-    is_head,
-    merge_adapter,
+    is_classifier,
+    load_any_tokenizer,
+    load_config,
+    load_parts,
+    load_whole,
     model_errors,
+    stored_reward_head,
+    stored_tensors,
 )
 
 log = logging.getLogger("hafrm")
@@ -47,8 +57,6 @@ log = logging.getLogger("hafrm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
 FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
-
-
 _OF_A_HEAD = {
     *("architectures", "id2label", "label2id", "num_labels", "problem_type", "dtype"),
     *("_name_or_path", "transformers_version", "tie_word_embeddings", "use_cache"),
@@ -82,11 +90,6 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
     adapter = find_adapter(root)
     is_reward = is_classifier(load_config(root)) if adapter is None else adapter.scores
     return Heads(root, None) if is_reward else Heads(None, root)
-
-
-def is_classifier(config: PretrainedConfig) -> bool:
-    """Whether a config is that of a `...ForSequenceClassification`."""
-    return str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
 
 
 def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
@@ -190,27 +193,19 @@ def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None
     configs = [load_config(directory), with_dropout(policy.backbone.config)]
     own, other = ({k: v for k, v in c.to_dict().items() if k not in _OF_A_HEAD} for c in configs)
     head, left = None, set(weights)
-    for file in sorted(directory.glob("*.safetensors")) if own == other else ():
-        for name, value in _tensors(file):
-            inside = name.removeprefix(f"{prefix}.")
-            same = weights.get(inside)
-            if name == "score.weight":
-                head = value
-            elif same is None or not torch.equal(value.to(same), same):
-                return None
-            left.discard(inside)
+    for name, stored in stored_tensors(directory) if own == other else ():
+        value, inside = stored.get_tensor(name), name.removeprefix(f"{prefix}.")
+        same = weights.get(inside)
+        if name == "score.weight":
+            head = value
+        elif same is None or not torch.equal(value.to(same), same):
+            return None
+        left.discard(inside)
     if head is None or left:
         return None
     score = nn.Linear(head.shape[1], 1, bias=False, device=policy.device)
     score.weight = nn.Parameter(head.to(policy.device).float())
     return score
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, one at a time; of a damaged one none, as loading it will say."""
-    with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 - no mapping
-            yield name, stored.get_tensor(name)
 
 
 def load_policy(
@@ -250,40 +245,6 @@ def load_encoder(
     )
 
 
-def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
-    """The tokenizer of a directory or hub id, of any kind; raises ModelError when there is none."""
-    files = ("tokenizer_config.json", "tokenizer.json")
-    check_place(path, *files)
-    if (adapter := find_adapter(path, revision)) and not any(
-        (Path(path) / f).is_file() for f in files
-    ):
-        return load_any_tokenizer(adapter.base, adapter.revision)
-    with model_errors(f"cannot load a tokenizer from {path}"):
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-
-
-def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """The config of a directory or hub id, for an adapter its base's; ModelError when there is no model."""
-    check_place(path)
-    if adapter := find_adapter(path, revision):
-        return load_config(adapter.base, adapter.revision)
-    if Path(path).is_dir():
-        check_config_file(Path(path) / "config.json")
-    with model_errors(f"{path} is no model directory and no hub id that can be read"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        )
-    return config
-
-
-def load_generation_config(path: str | Path) -> GenerationConfig:
-    """The generation config of a directory or hub id, from its config where it has none."""
-    try:
-        return GenerationConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):
-        return GenerationConfig.from_model_config(load_config(path))
-
-
 def model_digest(path: str | Path) -> str:
     """Identifies a model's weights: a digest of a directory's files, or a hub id's commit; with those of
     its base where it is an adapter."""
@@ -297,64 +258,111 @@ def model_digest(path: str | Path) -> str:
     return "sha256:" + hashlib.sha256("\n".join([*digests, *base.split()]).encode()).hexdigest()
 
 
-def load_whole(
-    auto: Any,
-    path: str | Path,
-    dtype: torch.dtype,
-    device: str | torch.device | None,
-    **options: Any,
-) -> Any:
-    """A stock model of the class `auto`; raises ModelError when it cannot be loaded or lacks weights."""
-    model, missing = load_parts(auto, path, dtype, device, **options)
-    check_complete(model, path, missing)
-    return model
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
+    """The base model's fast tokenizer, with its section's template and a pad of its own."""
+    path = base_directory(model.path)
+    tokenizer = load_any_tokenizer(path, model.revision)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        kind = type(tokenizer).__name__
+        raise ModelError(f"{model.path} has a slow {kind}; convert it to a tokenizer.json")
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_template(model.chat_template)
+    try:
+        choose_pad(tokenizer)
+    except ModelError:
+        # Phi-2 has no token to spare for padding, but more embeddings than tokens: use one of those.
+        if len(tokenizer) >= load_config(path, model.revision).get_text_config().vocab_size:
+            raise
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer
 
 
-def check_complete(model: Any, path: str | Path, missing: set[str]) -> None:
-    """Raise ModelError for weights that are missing: transformers only warns, and initialises them."""
-    if missing:
-        kind = (model.config.architectures or ["?"])[0]
-        raise ModelError(
-            f"{path} holds a {kind} without {len(missing)} weights ({', '.join(sorted(missing)[:3])}), "
-            f"which a {type(model).__name__} has; give a run folder or the directory of such a model"
+def load_base(
+    model: ModelSection, dtype: torch.dtype, device: torch.device, *, policy: bool = True
+) -> PreTrainedModel:
+    """The causal LM to start from; without `policy` its LM head may be random. Raises ModelError when it
+    cannot be loaded whole."""
+    path = base_directory(model.path)
+    # None: a base may have only a pickle, which torch reads as weights alone
+    options = {"revision": model.revision, "use_safetensors": None}
+    causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
+    head = causal.get_output_embeddings()
+    name = next((n for n, module in causal.named_modules() if module is head), None)
+    lacking = {n for n in missing if name and n.startswith(f"{name}.")}
+    check_complete(causal, path, missing - lacking)
+    if lacking and policy:
+        if model.policy_from is None:
+            raise ModelError(_no_lm_head(path))
+        place = base_directory(model.policy_from)
+        other = load_whole(AutoModelForCausalLM, place, dtype, "cpu", use_safetensors=None)
+        with model_errors(f"the LM head of model.policy_from {place} does not fit {path}"):
+            head.load_state_dict(other.get_output_embeddings().state_dict())
+    return cast("PreTrainedModel", causal)
+
+
+def _no_lm_head(path: str) -> str:
+    return (
+        f"{path} is a model without an LM head: name the model that it was trained from in "
+        "model.policy_from, or train the reward alone (method.name: bt)"
+    )
+
+
+def check_base(
+    model: ModelSection, *, policy: bool = True, reward: bool = False
+) -> PretrainedConfig:
+    """The config of the base; ModelError for what `load_base` or an export would refuse, as far as configs
+    and the headers of local files tell."""
+    path = base_directory(model.path)
+    config = load_config(path, model.revision)
+    check_unquantised(path, config)
+    adapter = find_adapter(path, model.revision)
+    check_shapes(Path(path if adapter is None else adapter.base), meta_causal_lm(config, path))
+    is_headless = is_classifier(config) and not config.tie_word_embeddings
+    if policy and is_headless and model.policy_from is None:
+        raise ModelError(_no_lm_head(path))
+    if model.policy_from is not None and not is_headless:
+        raise ConfigError(
+            f"model.policy_from is of no use: {path} needs no other LM head; remove it"
         )
+    if reward and Path(path).is_dir():
+        starting_reward_head(model, hidden_size(config))
+    if reward and type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"transformers has no sequence classifier for the {type(config).__name__} of {path}, so its "
+            "reward model could not be exported: take another base"
+        )
+    return config
 
 
-def load_parts(
-    auto: Any,
-    path: str | Path,
-    dtype: torch.dtype,
-    device: str | torch.device | None,
-    **options: Any,
-) -> tuple[Any, set[str]]:
-    """A stock model of the class `auto`, an adapter merged into its base, and the names of weights that its
-    files lack. Those that it has no place for are logged, except reward heads."""
-    revision, own = options.get("revision"), set[str]()
-    if adapter := find_adapter(path, revision):
-        labels = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
-        options |= {"revision": adapter.revision, **labels}
-        model, missing = load_parts(auto, adapter.base, dtype, device, **options)
-        with model_errors(f"cannot merge the adapter {path} into {adapter.base}"):
-            model, own, surplus = merge_adapter(model, path, revision)
-    else:
-        check_unquantised(path, load_config(path, revision))
-        with model_errors(f"cannot load a model from {path}"):
-            model, info = auto.from_pretrained(
-                path,
-                dtype=dtype,
-                # each weight goes there as it is read: the host never holds the whole model
-                device_map={"": device or default_device()},
-                output_loading_info=True,
-                trust_remote_code=False,
-                **{"use_safetensors": True, **options},
-            )
-        missing, surplus = set(info["missing_keys"]), set(info["unexpected_keys"])
-    if surplus := {name for name in surplus if not is_head(name)}:
-        kind = type(model).__name__
-        log.warning("%s holds weights that a %s has no place for: %s", path, kind, sorted(surplus))
-    return model, missing - own
+def meta_causal_lm(config: PretrainedConfig, path: str, **options: Any) -> Any:
+    """A causal LM on torch's meta device, drawing no random number."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        except ValueError as error:
+            raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def starting_reward_head(model: ModelSection, size: int) -> Float[Tensor, "1 hidden"] | None:
+    """The reward head that training continues with, None for a new one.
+
+    Raises ModelError where model.reward_head says keep and there is none, or one of another size.
+    """
+    if model.reward_head == "new":
+        return None
+    path = head_directory(model.path, "reward")
+    stored = stored_reward_head(path, model.revision)
+    if stored is None and model.reward_head == "keep":
+        raise ModelError(
+            f"model.reward_head is keep, but {path} has no reward head: remove the key"
+        )
+    if stored is not None and stored.shape[1] != size:
+        raise ModelError(
+            f"the reward head of {path} has {stored.shape[1]} inputs, the model {size}"
+        )
+    return stored
+
+
+def reference_place(model: ModelSection) -> str | None:
+    """The files that a base's log-probs follow from; None where they are those of two models."""
+    return None if model.policy_from else base_directory(model.path)

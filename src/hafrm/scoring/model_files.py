@@ -1,11 +1,13 @@
-"""What a model's files hold, read from JSON and safetensors headers without loading the model.
+"""What a model's files hold: config, tokenizer, weights and heads, an adapter merged into its base.
 
 A model is the directory or hub id of a stock model, or of a PEFT adapter, which names its base. Code of a
-directory never runs, and of pickles only names are read.
+directory never runs, and of pickles only names are read. Every other module loads configs, tokenizers and
+models through this one.
 """
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +17,20 @@ import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hafrm.errors import HafrmError, ModelError
+
+log = logging.getLogger("hafrm")
 
 ADAPTER = "adapter_config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_labels")
@@ -51,7 +62,7 @@ def model_errors(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {said if len(said) <= 400 else said[:400] + '...'}") from error
 
 
-def check_place(path: str | Path, *files: str) -> None:
+def _check_place(path: str | Path, *files: str) -> None:
     """Raise ModelError for a folder without a model, and for a local path that is not there: the hub is
     asked for nothing but hub ids."""
     place, name = Path(path), str(path)
@@ -77,18 +88,13 @@ def _check_shards(directory: Path) -> None:
     for index in directory.glob("*.index.json"):
         with model_errors(f"{index} is damaged"):
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            for file in files:
-                if Path(file).name != file or file == "..":
-                    raise ModelError(
-                        f"{index} names {file!r}, which is not a file of its directory"
-                    )
-                if not (directory / file).is_file():
-                    raise ModelError(
-                        f"{index} names {file}, which is missing: copy the whole model"
-                    )
+            own = {file.name for file in directory.iterdir() if file.is_file()}
+            if strange := [file for file in files if file not in own]:
+                problem = "which is not a file of its directory: copy the whole model"
+                raise ModelError(f"{index} names {strange[0]!r}, {problem}")
 
 
-def check_config_file(file: Path) -> None:
+def _check_config_file(file: Path) -> None:
     """Raise ModelError for a number of layers or labels that would keep transformers busy for minutes."""
     with model_errors(f"{file} is damaged"):
         config = json.loads(file.read_bytes())
@@ -110,26 +116,31 @@ def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
         )
 
 
+def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """The name of every tensor in a directory's safetensors, and the open file; ModelError for damage."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
+            yield from ((name, stored) for name in stored.keys())  # noqa: SIM118 - no mapping
+
+
 def check_shapes(directory: Path, model: PreTrainedModel) -> None:
     """Raise ModelError for damaged safetensors, and for sizes that differ from those of a model which was
     made from the directory's config; no weight is read."""
     own = {name: list(value.shape) for name, value in model.state_dict().items()}
-    for file in sorted(directory.glob("*.safetensors")):
-        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - no mapping
-                shape = list(stored.get_slice(name).get_shape())
-                if own.get(name, shape) != shape:
-                    raise ModelError(
-                        f"{file}: {name} has the sizes {shape}, but {own[name]} by config.json: take the "
-                        "config that these weights were saved with"
-                    )
+    for name, stored in stored_tensors(directory):
+        shape = list(stored.get_slice(name).get_shape())
+        if own.get(name, shape) != shape:
+            raise ModelError(
+                f"{directory}: {name} has the sizes {shape}, but {own[name]} by config.json: take the "
+                "config that these weights were saved with"
+            )
 
 
 def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | None:
     """What the adapter in a directory or hub id says; None for a whole model."""
     file: Any = Path(path) / ADAPTER
     if not Path(path).is_dir():
-        check_place(path)
+        _check_place(path)
         file = find_adapter_config_file(str(path), revision=revision)
     if file is None or not Path(file).is_file():
         return None
@@ -142,7 +153,7 @@ def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | Non
         return Adapter(base, config.get("revision"), config.get("task_type") == "SEQ_CLS")
 
 
-def merge_adapter(
+def _merge_adapter(
     model: Any, path: str | Path, revision: str | None
 ) -> tuple[Any, set[str], set[str]]:
     """The model with an adapter's weights merged in, their names, and those that it has no place for;
@@ -165,7 +176,7 @@ def merge_adapter(
     return merged, own, surplus
 
 
-def is_head(name: str) -> bool:
+def _is_head(name: str) -> bool:
     """Whether a weight belongs to a reward or value head."""
     return _HEAD.match(name) is not None
 
@@ -184,14 +195,12 @@ def stored_reward_head(
         quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
         files = (cached_file(str(path), name, **quiet) for name in names)
         place = Path(next(filter(None, files))).parent
-    head: dict[str, Tensor] = {}
-    for file in sorted(place.glob("*.safetensors")):
-        with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
-            head |= {n: stored.get_tensor(n).float() for n in filter(is_head, stored.keys())}
+    stored_heads = ((name, file) for name, file in stored_tensors(place) if _is_head(name))
+    head: dict[str, Tensor] = {n: file.get_tensor(n).float() for n, file in stored_heads}
     for file in (*place.glob("pytorch_model*.bin"), *place.glob("value_head.bin")):
         with model_errors(f"{file} is damaged"):
             names = torch.load(file, map_location="meta", weights_only=True)
-        if not head and any(map(is_head, names)):
+        if not head and any(map(_is_head, names)):
             raise ModelError(
                 f"{file} holds a reward head in a pickle: save it as safetensors, or set "
                 "model.reward_head: new"
@@ -208,3 +217,105 @@ def stored_reward_head(
             "to train a new one, set model.reward_head: new"
         )
     return head[name]
+
+
+def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a directory or hub id, of any kind; raises ModelError when there is none."""
+    files = ("tokenizer_config.json", "tokenizer.json")
+    _check_place(path, *files)
+    if (adapter := find_adapter(path, revision)) and not any(
+        (Path(path) / f).is_file() for f in files
+    ):
+        return load_any_tokenizer(adapter.base, adapter.revision)
+    with model_errors(f"cannot load a tokenizer from {path}"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The config of a directory or hub id, for an adapter its base's; ModelError when there is no model."""
+    _check_place(path)
+    if adapter := find_adapter(path, revision):
+        return load_config(adapter.base, adapter.revision)
+    if Path(path).is_dir():
+        _check_config_file(Path(path) / "config.json")
+    with model_errors(f"{path} is no model directory and no hub id that can be read"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        )
+    return config
+
+
+def load_generation_config(path: str | Path) -> GenerationConfig:
+    """The generation config of a directory or hub id, from its config where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError):
+        return GenerationConfig.from_model_config(load_config(path))
+
+
+def load_whole(
+    auto: Any,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    **options: Any,
+) -> Any:
+    """A stock model of the class `auto`; raises ModelError when it cannot be loaded or lacks weights."""
+    model, missing = load_parts(auto, path, dtype, device, **options)
+    check_complete(model, path, missing)
+    return model
+
+
+def check_complete(model: Any, path: str | Path, missing: set[str]) -> None:
+    """Raise ModelError for weights that are missing: transformers only warns, and initialises them."""
+    if missing:
+        kind = (model.config.architectures or ["?"])[0]
+        raise ModelError(
+            f"{path} holds a {kind} without {len(missing)} weights ({', '.join(sorted(missing)[:3])}), "
+            f"which a {type(model).__name__} has; give a run folder or the directory of such a model"
+        )
+
+
+def load_parts(
+    auto: Any,
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    **options: Any,
+) -> tuple[Any, set[str]]:
+    """A stock model of the class `auto`, an adapter merged into its base, and the names of weights that its
+    files lack. Those that it has no place for are logged, except reward heads."""
+    revision, own = options.get("revision"), set[str]()
+    if adapter := find_adapter(path, revision):
+        labels = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
+        options |= {"revision": adapter.revision, **labels}
+        model, missing = load_parts(auto, adapter.base, dtype, device, **options)
+        with model_errors(f"cannot merge the adapter {path} into {adapter.base}"):
+            model, own, surplus = _merge_adapter(model, path, revision)
+    else:
+        check_unquantised(path, load_config(path, revision))
+        with model_errors(f"cannot load a model from {path}"):
+            model, info = auto.from_pretrained(
+                path,
+                dtype=dtype,
+                # each weight goes there as it is read: the host never holds the whole model
+                device_map={"": device or default_device()},
+                output_loading_info=True,
+                trust_remote_code=False,
+                **{"use_safetensors": True, **options},
+            )
+        missing, surplus = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if surplus := {name for name in surplus if not _is_head(name)}:
+        kind = type(model).__name__
+        log.warning("%s holds weights that a %s has no place for: %s", path, kind, sorted(surplus))
+    return model, missing - own
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a `...ForSequenceClassification`."""
+    return str((config.architectures or [""])[0]).endswith("ForSequenceClassification")

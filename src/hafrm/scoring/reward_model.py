@@ -114,6 +114,13 @@ class Best:
     rewards: list[float]
 
 
+def forward_options(model: HybridModel, max_tokens: int | None = None) -> dict[str, Any]:
+    """How many tokens at once a model scores, and in how many threads."""
+    if model.device.type == "cpu":
+        return {"max_tokens": max_tokens or MAX_TOKENS_CPU, "threads": torch.get_num_threads()}
+    return {"max_tokens": max_tokens or MAX_TOKENS, "threads": 1}
+
+
 class Scorer(ABC):
     """What every model that scores can do: `score`, `score_batch`, `probability`, `best_of`."""
 
@@ -122,14 +129,8 @@ class Scorer(ABC):
     ) -> None:
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ConfigError(f"max_tokens must be a whole number above 0, got {max_tokens!r}")
-        on_cpu = model.device.type == "cpu"
-        self.model = model.eval()
-        self.encoder = encoder
-        self._run = partial(
-            run_forward,
-            max_tokens=max_tokens or (MAX_TOKENS_CPU if on_cpu else MAX_TOKENS),
-            threads=torch.get_num_threads() if on_cpu else 1,
-        )
+        self.model, self.encoder = model.eval(), encoder
+        self._run: partial[Scores] = partial(run_forward, **forward_options(model, max_tokens))
 
     @abstractmethod
     def score_encoded(
@@ -153,19 +154,15 @@ class Scorer(ABC):
         self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
     ) -> list[list[float]]:
         """The scores of `responses[i]`, the responses to `prompts[i]`."""
-        scores, num_cut = self._score_texts(prompts, responses, may_cut=False)
-        assert not num_cut
-        return scores
+        return self.score_batch_cut(prompts, responses, may_cut=False)[0]
 
     def score_batch_cut(
-        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
+        self,
+        prompts: Iterable[PromptLike],
+        responses: Iterable[Iterable[str]],
+        may_cut: bool = True,
     ) -> tuple[list[list[float]], int]:
         """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were."""
-        return self._score_texts(prompts, responses, may_cut=True)
-
-    def _score_texts(
-        self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]], *, may_cut: bool
-    ) -> tuple[list[list[float]], int]:
         prompts = _as_list(prompts, "prompts must be a list")
         lists = _as_list(responses, "responses must be a list of lists of texts")
         if len(prompts) != len(lists):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from hafrm.evaluation.comparisons import accuracy_over_seeds, compare_correct
 from hafrm.evaluation.metrics import calibration
-from hafrm.evaluation.paired import accuracy_over_seeds, compare_correct
 from hafrm.results import Cell, Column, Table
 from hafrm.statistics import Estimate, Real, holm
 

@@ -24,9 +24,9 @@ from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe
 from hafrm.results import read_result, write_result
+from hafrm.scoring.loading import reference_place
 from hafrm.study.run_grid import StudyPlan, StudyRun
 from hafrm.training import parallel
-from hafrm.training.bases import reference_place
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method

@@ -33,8 +33,7 @@ from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
-from hafrm.scoring.loading import load_config
-from hafrm.scoring.model_files import find_adapter
+from hafrm.scoring.model_files import find_adapter, load_config
 from hafrm.tensor_files import TensorFiles, own_part, write_tensors
 from hafrm.training import parallel
 from hafrm.training.setup import PreparedData

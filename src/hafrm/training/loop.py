@@ -22,9 +22,9 @@ from hafrm.errors import ConfigError, HafrmError
 from hafrm.recipe import Recipe, TrackingSection
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder
+from hafrm.scoring.loading import reference_place
 from hafrm.statistics import in_words, training_alarms, with_bounds
 from hafrm.training import parallel
-from hafrm.training.bases import reference_place
 from hafrm.training.checkpoint import (
     load_checkpoint,
     load_weights,

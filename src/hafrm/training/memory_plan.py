@@ -18,9 +18,9 @@ from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
 from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
 from hafrm.results import Column, Table
-from hafrm.scoring.loading import default_device
+from hafrm.scoring.loading import check_base
+from hafrm.scoring.model_files import default_device
 from hafrm.training import parallel
-from hafrm.training.bases import check_base
 from hafrm.training.methods import Method
 from hafrm.training.passes import reference_tokens
 from hafrm.training.setup import meta_model, with_precision, with_training

@@ -20,26 +20,29 @@ from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.model_card import write_cards
 from hafrm.export.plain_model import GOLDEN
-from hafrm.export.proof import (
+from hafrm.export.stock_export import (
     InMemory,
+    StockWeights,
     check_golden,
     check_policy,
+    export_adapter,
+    export_policy,
+    export_reward,
+    gather_weights,
     prove,
     score_in_memory,
     write_golden,
 )
-from hafrm.export.stock_export import export_adapter, export_policy, export_reward, gather_weights
 from hafrm.preferences import Group
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
 from hafrm.run_folder import RunFolder, step_of
 from hafrm.scoring.forward import free_memory
-from hafrm.scoring.loading import DTYPES, FUSED_RULE, base_directory
+from hafrm.scoring.loading import DTYPES, FUSED_RULE, base_directory, reference_place
 from hafrm.scoring.model_files import find_adapter
 from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, fit_fused
 from hafrm.training import parallel
-from hafrm.training.bases import reference_place
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.passes import HeadScores, decided_margins
@@ -85,11 +88,10 @@ def export_run(
     if not parallel.is_main():
         return
     with atomic_directory(run.unverified_path, replace=True) as aside:
-        if model.reward_head is not None:
+        if weights.reward_head:
             export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
-        if model.policy_head is not None:
-            export_policy(weights, data.encoder, aside / "policy", dtype=dtype)
-            write_result(aside / "policy" / IMPLICIT_RULE, _implicit_rule(recipe, method))
+        if weights.policy_head:
+            _write_policy(weights, data.encoder, aside / "policy", dtype, recipe)
         if rule is not None:
             log.info("fused score, fitted on validation: %s", rule)
             write_result(aside / FUSED_RULE, rule)
@@ -98,7 +100,7 @@ def export_run(
 
     def check(models: Path) -> None:
         if (models / "reward").is_dir():
-            num_golden = write_golden(models / "reward", (), memory)
+            num_golden = write_golden(models / "reward", memory)
             largest = max(check_golden(models / "reward").values(), default=0.0)
             said = "plain transformers gives %d golden scores of the export within %.1e"
             log.info(said, num_golden, largest)
@@ -128,14 +130,19 @@ def _export_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
 
 
-def _implicit_rule(recipe: Recipe, method: Method) -> ImplicitRule:
+def _write_policy(
+    weights: StockWeights, encoder: Encoder, to: Path, dtype: torch.dtype, recipe: Recipe
+) -> None:
+    export_policy(weights, encoder, to, dtype=dtype)
+    method = resolve_method(recipe)
     reference = reference_place(recipe.model) if method.scores_against_reference else None
     if recipe.model.policy_from and method.scores_against_reference:
         log.warning(
             "no checkpoint holds the reference of the policy (its LM head is that of model.policy_from): "
             "its implicit reward is the log-prob alone"
         )
-    return ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
+    rule = ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
+    write_result(to / IMPLICIT_RULE, rule)
 
 
 class ExportOptions(NamedTuple):
@@ -186,23 +193,29 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     model = build_model(with_training(recipe, compile=False), method, encoder, torch.device("cpu"))
     load_weights(checkpoint, model)
     memory = _score_in_memory(model, encoder, golden, recipe)
-    _write_head(model, encoder, recipe, options, unverified, dtype)
-    del model
+    weights, complete = gather_weights(model), unverified if merge else unverified / MERGED
+    if options.head == "policy":
+        _write_policy(weights, encoder, unverified, dtype, recipe)
+    else:
+        if not merge:
+            base, dtype = base_directory(recipe.model.path), torch.float32
+            export_adapter(model, encoder, unverified, base, recipe.model.revision)
+        export_reward(weights, encoder, complete, dtype=dtype)
+    del model, weights
     free_memory()  # the proof loads the model again
 
     def check(directory: Path) -> tuple[int, float]:
         if options.head == "policy":
             result = check_policy(directory, memory)
         else:
-            result = _check_reward(directory, directory if merge else directory / MERGED, memory)
+            result = _check_reward(directory, complete, memory)
         # A card of an adapter would say how to load a whole model; test results are the best step's.
         if merge and (is_best or not (run.path / "test.json").is_file()):
             write_cards(run.path, {options.head: directory})
         return result
 
     num, difference = prove(unverified, to, check, "the same command repeats it and its proof")
-    stored = str(dtype if merge else torch.float32).removeprefix("torch.")
-    merged = None if recipe.lora is None else merge
+    stored, merged = str(dtype).removeprefix("torch."), None if recipe.lora is None else merge
     return Exported(checkpoint.name, stored, merged, num, difference)
 
 
@@ -250,29 +263,10 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
     return by_step[step], step == best
 
 
-def _write_head(
-    model: HybridModel,
-    encoder: Encoder,
-    recipe: Recipe,
-    options: ExportOptions,
-    to: Path,
-    dtype: torch.dtype,
-) -> None:
-    if options.head == "policy":
-        export_policy(gather_weights(model), encoder, to, dtype=dtype)
-        write_result(to / IMPLICIT_RULE, _implicit_rule(recipe, resolve_method(recipe)))
-        return
-    if options.merge_lora is False:
-        base = base_directory(recipe.model.path)
-        export_adapter(model, encoder, to, base, recipe.model.revision)
-        to, dtype = to / MERGED, torch.float32
-    export_reward(gather_weights(model), encoder, to, dtype=dtype)
-
-
 def _check_reward(directory: Path, complete: Path, memory: InMemory) -> tuple[int, float]:
     """The number of golden scores of the complete model, and the largest difference in the directory, which
     may be an adapter."""
-    num_golden = write_golden(complete, (), memory)
+    num_golden = write_golden(complete, memory)
     checklist = verify_directory(complete, run_model=False)
     if not checklist.ok:
         faults = "; ".join(f"{r.name}: {r.observed} ({r.fix})" for r in checklist.failed)

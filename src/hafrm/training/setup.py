@@ -35,14 +35,15 @@ from hafrm.engine.model import (
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import DataSection, LoraSection, Recipe, Section
-from hafrm.scoring.loading import has_bfloat16, head_directory
-from hafrm.training import parallel
-from hafrm.training.bases import (
+from hafrm.scoring.loading import (
+    has_bfloat16,
+    head_directory,
     load_base,
     load_tokenizer,
     meta_causal_lm,
     starting_reward_head,
 )
+from hafrm.training import parallel
 from hafrm.training.methods import Method
 
 log = logging.getLogger("hafrm")

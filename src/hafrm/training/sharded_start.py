@@ -25,10 +25,10 @@ from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.errors import ModelError
 from hafrm.recipe import ModelSection, Recipe
-from hafrm.scoring.loading import base_directory, load_config
+from hafrm.scoring.loading import base_directory, load_base
+from hafrm.scoring.model_files import load_config
 from hafrm.tensor_files import TensorFiles
 from hafrm.training import parallel
-from hafrm.training.bases import load_base
 from hafrm.training.methods import Method
 from hafrm.training.setup import (
     assemble,
