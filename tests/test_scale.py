@@ -12,7 +12,7 @@ def scale():
 
 
 def test_traffic_is_two_gathers_of_the_layers_one_of_the_outside_and_one_scatter(scale):
-    """4 ranks move 3/4 of it: layers 2 + 2 bytes a weight, outside 2, gradients 4, once a step or in all."""
+    """4 ranks move 3/4 of it: layers 2 + 2 bytes a weight, outside 2, gradients 4, once or each time."""
     training = {"precision": "bf16", "gradient_checkpointing": True, "batch_size": 8}
     recipe = scale.recipe_of(training={**training, "parallel": "fsdp"})
     ours = scale.Scenario(config_of("llama"), recipe, (30, 20, 10))

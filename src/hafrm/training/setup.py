@@ -15,10 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hafrm.data.encoding import Encoder, EncodingReport
@@ -37,12 +34,7 @@ from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import DataSection, LoraSection, Recipe, Section
 from hafrm.scoring.loading import has_bfloat16, head_directory
 from hafrm.training import parallel
-from hafrm.training.bases import (
-    load_base,
-    load_tokenizer,
-    meta_causal_lm,
-    starting_reward_head,
-)
+from hafrm.training.bases import load_base, load_tokenizer, meta_causal_lm, starting_reward_head
 from hafrm.training.methods import Method
 
 log = logging.getLogger("hafrm")
@@ -90,9 +82,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         "encoding": report.counts(),
     }
     _log_counts(counts, report)
-    return PreparedData(
-        encoder, train, validation, list(itertools.islice(good, NUM_GOLDEN)), counts
-    )
+    golden = list(itertools.islice(good, NUM_GOLDEN))
+    return PreparedData(encoder, train, validation, golden, counts)
 
 
 def _log_counts(counts: dict[str, Any], report: EncodingReport) -> None:
@@ -158,10 +149,9 @@ def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> Sequence[Gr
 def build_encoder(recipe: Recipe, **changes: Any) -> Encoder:
     """The encoder that the recipe trains with, or one with other options."""
     data = recipe.data
-    options = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    return Encoder(
-        load_tokenizer(recipe.model), **{**options, "too_long": data.too_long, **changes}
-    )
+    names = ("max_length", "max_prompt_length", "too_long")
+    options = {name: getattr(data, name) for name in names} | changes
+    return Encoder(load_tokenizer(recipe.model), **options)
 
 
 def with_precision(recipe: Root, device: str) -> Root:
@@ -267,13 +257,12 @@ def inject_lora(
         ) from error
     layers = {n: m for n, m in backbone.named_modules() if isinstance(m, LoraLayer)}
     # experts and routers kept as parameters, embeddings: their adapters cannot be merged or exported
-    if others := [
-        n for n, m in layers.items() if not isinstance(m.get_base_layer(), nn.Linear | Conv1D)
-    ]:
-        raise ConfigError(
-            f"lora.targets {lora.targets!r} takes {others[0]}, which is no linear layer: name the "
-            f"layers to adapt; {allowed}"
-        )
+    for name, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+            raise ConfigError(
+                f"lora.targets {lora.targets!r} takes {name}, which is no linear layer: name the layers "
+                f"to adapt; {allowed}"
+            )
     # PEFT drops a name that matches nothing beside one that does
     for target in () if isinstance(targets, str) else targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
