@@ -207,11 +207,7 @@ class RlhfRun:
         return is_best
 
     def _log_held_out(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Mapping[str, Responses],
-        kls: Responses,
+        self, step: int, rollouts: list[Rollout], rewards: Mapping[str, Responses], kls: Responses
     ) -> None:
         """Write an evaluation, and some of its responses to read."""
         values: dict[str, float] = {}
@@ -235,7 +231,7 @@ class RlhfRun:
         return last or (every > 0 and step % every == 0)
 
     def record_provenance(self) -> None:
-        """`RunFolder.record_provenance` of all that the run is made from, and how many prompts there are."""
+        """`RunFolder.record_provenance` of what the run is made from, and its numbers of prompts."""
         num_train, num_held_out = len(self.train_prompts), len(self.held_out_prompts)
         counts = {"train_prompts": num_train, "held_out_prompts": num_held_out}
         self.folder.record_provenance(
@@ -300,9 +296,8 @@ def load_prompts(
     if data.validation:
         held_out = read(data.validation, "bad_validation_rows.jsonl")
     else:
-        train, held_out = split_by_prompt(
-            train, fraction=data.validation_fraction, seed=_SPLIT_SEED + seed
-        )
+        fraction, seed = data.validation_fraction, _SPLIT_SEED + seed
+        train, held_out = split_by_prompt(train, fraction=fraction, seed=seed)
     parts = {"data.train": without_prompts(train, held_out), "data.validation": held_out}
     fitting = [encode_prompts(groups, encoder, data) for groups in parts.values()]
     for (name, groups), prompts in zip(parts.items(), fitting, strict=True):

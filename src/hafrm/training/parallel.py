@@ -171,8 +171,8 @@ def synchronise(model: nn.Module, *, last: bool, scatter: bool = False) -> Itera
     """Exchange gradients in the last micro-batch of a step only; with `scatter`, those of shards in all."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or scatter)
-    waits = isinstance(model, DistributedDataParallel) and not last
-    with model.no_sync() if waits else contextlib.nullcontext():
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
         yield
 
 

@@ -121,9 +121,8 @@ def read_splits(
 
     validation, test = read(data.validation), read(data.test)
     if not data.validation:
-        train, validation = split_by_prompt(
-            train, fraction=data.validation_fraction, seed=VALIDATION_SEED + seed
-        )
+        fraction, seed = data.validation_fraction, VALIDATION_SEED + seed
+        train, validation = split_by_prompt(train, fraction=fraction, seed=seed)
     num_groups = len(train) + len(validation)
     if data.shared_prompts == "drop":
         validation = without_prompts(validation, test)
