@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hafrm.recipe import Recipe
-from hafrm.training import setup
+from hafrm.training import parallel, setup
 from hafrm.training.loop import Job
 from hafrm.training.methods import resolve_method
 from hafrm.training.step_batches import build_micro_batch, plan_step
@@ -111,7 +111,7 @@ def measure(file: Path, model: Path, num_rows: int, read_only: bool) -> dict[str
         (read,), encoded = at, time.process_time()
         method = resolve_method(recipe)
         network = setup.build_model(recipe, method, data.encoder, torch.device("cpu"))
-        refs = Job(recipe, method, None, data, network).order.window(0, 16)
+        refs = Job(recipe, method, None, data, network, parallel.start()).order.window(0, 16)
         for groups in plan_step(data.train, refs, 4096)[0]:
             batch = build_micro_batch(groups)
             rewards = network(batch.layout).rewards

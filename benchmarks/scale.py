@@ -25,6 +25,7 @@ from hafrm.training.memory_plan import (
     Target,
     count_weights,
     memory_need,
+    scatters_gradients,
 )
 from hafrm.training.methods import get_method
 from hafrm.training.setup import meta_model
@@ -100,7 +101,7 @@ class Row:
     """Of one GPU's micro-batch."""
     bytes: MemoryNeed
     fits: bool
-    """Its steps do; what comes before them is another matter (docs/scale.md)."""
+    """Steps do, and the passes without gradients before them."""
     traffic: float
     """Bytes into or out of a GPU, a step."""
     compute_seconds: float
@@ -123,17 +124,18 @@ class Scenario:
     def row(self, gpus: int, machine: Machine) -> Row:
         """The fewest micro-batches that fit, or the most that are tried."""
         target = Target("cuda", int(machine.memory * GIB), gpus)
+        scatters = scatters_gradients(self.weights.trainable, target)
         for micro_batches in range(1, MOST_MICRO_BATCHES + 1):
             tokens = -(-self.work.tokens // (gpus * micro_batches))
-            need = self.bytes(gpus, tokens, accumulates=micro_batches > 1)
-            fits = need.step <= target.usable
+            need = self.bytes(gpus, tokens, accumulates=micro_batches > 1 and not scatters)
+            fits = max(need.step, need.passes) <= target.usable
             if (
                 fits
                 or need.step - need.activations - need.working > target.usable
                 or tokens <= sum(self.comparison)
             ):
                 break
-        traffic = self.traffic(gpus, micro_batches)
+        traffic = self.traffic(gpus, micro_batches, micro_batches if scatters else 1)
         return Row(
             gpus=gpus,
             micro_batches=micro_batches,
@@ -152,12 +154,12 @@ class Scenario:
             self.recipe, self.weights, target, tokens, tokens, accumulates=accumulates
         )
 
-    def traffic(self, gpus: int, micro_batches: int) -> float:
+    def traffic(self, gpus: int, micro_batches: int, num_scatters: int) -> float:
         """Bytes a step: layers gathered for forward and backward of every micro-batch, what is outside
-        of layers once for both; gradients scattered in float32, once."""
+        of layers once for both; gradients scattered in float32, once or in every micro-batch."""
         outside = self.weights.outside
         gathers = 2 * HALF * (self.weights.total - outside) + HALF * outside
-        scatters = FLOAT32 * self.weights.trainable
+        scatters = num_scatters * FLOAT32 * self.weights.trainable
         return (micro_batches * gathers + scatters) * (gpus - 1) / gpus
 
     def hiding_tokens(self, machine: Machine, bandwidth: float) -> float:
@@ -198,7 +200,8 @@ def report(scenario: Scenario, machine: Machine, gpus: list[int]) -> None:
         f"{reference_flops(counts, work).total / flops.total:.2f} of a step\n"
     )
     rows = [scenario.row(number, machine) for number in gpus]
-    print(f"Before it is sharded every GPU holds {rows[0].bytes.passes / GIB:.0f} GiB.\n")
+    passes = ", ".join(f"{row.bytes.passes / GIB:.1f}" for row in rows)
+    print(f"Passes without gradients, before the first step and in validation: {passes} GiB.\n")
     print(
         "| GPUs | weights | gradients | optimiser | exchange | activations | working | all | fits |"
     )

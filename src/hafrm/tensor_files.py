@@ -11,21 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import _TYPES
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 ROWS = "first_rows"
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class Part(NamedTuple):

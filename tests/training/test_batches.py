@@ -4,10 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from hafrm.preferences import Comparison, TokenizedGroup
-from hafrm.training.parallel import Ranks
 from hafrm.training.step_batches import (
     ComparisonOrder,
     ComparisonRef,
@@ -136,9 +134,14 @@ def test_indices_margins_weights_and_references_point_at_the_right_responses():
 
 
 def test_steps_come_in_order_and_the_next_one_is_built_while_this_one_runs():
-    groups, ranks = pairs(), Ranks(0, 1, torch.device("cpu"))
+    groups = pairs()
     order = ComparisonOrder(groups, per_prompt=1, seed=0)
-    with Prefetch(groups, order, None, batch_size=8, max_tokens=40, ranks=ranks) as source:
+
+    def build(step):
+        plan = plan_step(groups, order.window(8 * step, 8), 40)
+        return [build_micro_batch(batch) for batch in plan[0]]
+
+    with Prefetch(build) as source:
         steps = [source.take(step) for step in range(2)]
         step, upcoming = source._ahead
         assert step == 2

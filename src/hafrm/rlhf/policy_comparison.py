@@ -118,10 +118,9 @@ class ComparisonWorker:
         """Start or resume the run, unless it is done; the answers of its policy."""
         folder, recipe = self.folder / "runs" / run.folder, run.recipe(self.recipe)
         if (folder / "model").is_dir():
+            digests = input_digests(recipe, with_gold=self.gold is not None)
             with open_run(recipe, folder, resume=True) as done:
-                done.record_provenance(
-                    seed=run.seed, **input_digests(recipe, with_gold=self.gold is not None)
-                )
+                done.record_provenance(seed=run.seed, **digests)
         else:
             resume = (folder / "recipe.yaml").is_file()
             if resume and recipe.algorithm.name != "ppo":
@@ -176,8 +175,7 @@ def compare_policies(
     judge = None if comparison.judge is None else load_judge(comparison.judge, recipe.judge)
     runs = plan_runs(comparison.models, comparison.seeds)
     make_worker = partial(ComparisonWorker, recipe, folder, gold)
-    seeds = range(comparison.seeds)
-    start = make_worker()
+    seeds, start = range(comparison.seeds), make_worker()
     answers = {START: [start.answer(recipe.model, seed) for seed in seeds]}
     with ProcessPool(make_worker, num_processes) as pool:
         by_run = pool.run(
@@ -185,14 +183,13 @@ def compare_policies(
         )
     for run, own in by_run.items():
         answers.setdefault(run.model, []).append(own)
+    pairs = list(itertools.combinations(answers, 2))
     result = RlhfComparison(
         models=tuple(answers)[1:],
         seeds=tuple(seeds),
         scored_by=scored_by or "nothing",
         standings=tuple(_standing(name, answers, folder) for name in answers),
-        wins=compare_answers(
-            answers, list(itertools.combinations(answers, 2)), judge, scored_by or ""
-        ),
+        wins=compare_answers(answers, pairs, judge, scored_by or ""),
     )
     write_result(folder / "rlhf_comparison.json", result)
     return result

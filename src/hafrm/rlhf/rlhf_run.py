@@ -213,11 +213,7 @@ class RlhfRun:
         return is_best
 
     def _log_held_out(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Mapping[str, Responses],
-        kls: Responses,
+        self, step: int, rollouts: list[Rollout], rewards: Mapping[str, Responses], kls: Responses
     ) -> None:
         """Write an evaluation, and some of its responses to read."""
         values: dict[str, float] = {}
@@ -241,8 +237,7 @@ class RlhfRun:
         return last or (every > 0 and step % every == 0)
 
     def record_provenance(self) -> None:
-        """Versions, seed, digests of all that the run is made from, and how many prompts there are; raises
-        CheckpointError where a resumed run was made from something else."""
+        """`RunFolder.record_provenance` of what the run is made from, and its numbers of prompts."""
         num_train, num_held_out = len(self.train_prompts), len(self.held_out_prompts)
         counts = {"train_prompts": num_train, "held_out_prompts": num_held_out}
         self.folder.record_provenance(
@@ -253,14 +248,11 @@ class RlhfRun:
 
     def finish(self, num_steps: int) -> RlhfResult:
         """Export the policy as it is now, which must be the best step's, unless that is done."""
-        dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
         self.result.num_steps = num_steps
         write_result(self.folder.path / "result.json", self.result)
-        if not self.folder.model_path.is_dir():
-            self._export(dtype)
-        return self.result
-
-    def _export(self, dtype: torch.dtype) -> None:
+        if self.folder.model_path.is_dir():
+            return self.result
+        dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
         actor, unverified = self.actor, self.folder.unverified_path
         # log-probs of the policy itself, and not at the sampling temperature
         actor.model.transform = replace(actor.model.transform, temperature=1.0)
@@ -276,6 +268,7 @@ class RlhfRun:
             lambda models: check_policy(models / "policy", memory),
             f"no training is lost: PPO repeats the export with hafrm rlhf --resume {self.folder.path}",
         )
+        return self.result
 
 
 def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str, str]]:
@@ -309,9 +302,8 @@ def load_prompts(
     if data.validation:
         held_out = read(data.validation, "bad_validation_rows.jsonl")
     else:
-        train, held_out = split_by_prompt(
-            train, fraction=data.validation_fraction, seed=_SPLIT_SEED + seed
-        )
+        fraction, seed = data.validation_fraction, _SPLIT_SEED + seed
+        train, held_out = split_by_prompt(train, fraction=fraction, seed=seed)
     parts = {"data.train": without_prompts(train, held_out), "data.validation": held_out}
     fitting = [encode_prompts(groups, encoder, data) for groups in parts.values()]
     for (name, groups), prompts in zip(parts.items(), fitting, strict=True):

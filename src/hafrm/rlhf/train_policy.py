@@ -73,9 +73,7 @@ class Ppo:
         self.rlhf, self.recipe = rlhf, rlhf.recipe
         self.policy = PolicyWithValue(rlhf.actor.model)
         algorithm = self.recipe.algorithm
-        self.optimizer = build_optimizer(
-            self.policy.model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
-        )
+        self.optimizer = build_optimizer(self.policy.model)
         head = {"params": [self.policy.value_head.weight], "weight_decay": 0.0}
         self.optimizer.add_param_group(head | {"rate": algorithm.value_rate})
         self.kl_coefficient = algorithm.kl_coefficient

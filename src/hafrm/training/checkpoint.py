@@ -106,8 +106,7 @@ def model_digests(key: str, path: str | None, revision: str | None = None) -> di
     if not folder.is_dir():
         commit = getattr(load_config(path, revision), "_commit_hash", None)
         return {f"{key} {path}": str(commit)}
-    heads = [folder / "model" / "reward", folder / "model" / "policy"]
-    heads += [folder / "reward", folder / "policy"]
+    heads = [folder / head for head in ("model/reward", "model/policy", "reward", "policy")]
     own = [head for head in heads if head.is_dir()] or [folder]
     files = sorted(f for head in own for f in head.iterdir() if f.suffix in _OF_A_MODEL)
     adapter = find_adapter(folder)

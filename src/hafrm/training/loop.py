@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
@@ -55,7 +55,15 @@ from hafrm.training.step import (
     memory_errors,
     take_step,
 )
-from hafrm.training.step_batches import ComparisonOrder, Prefetch, References, step_groups
+from hafrm.training.step_batches import (
+    ComparisonOrder,
+    MicroBatch,
+    Prefetch,
+    References,
+    build_micro_batch,
+    plan_step,
+    step_groups,
+)
 
 log = logging.getLogger("hafrm")
 
@@ -101,7 +109,8 @@ def run_training(
         prepared = data or prepare_data(recipe, bad)
         parallel.from_main(lambda: record_provenance(run, planned, prepared))
         model = start_model(planned, method, prepared.encoder, ranks)
-        return Job(planned, method, run, prepared, model).train(ranks, resume, finish or export_job)
+        job = Job(planned, method, run, prepared, model, ranks)
+        return job.train(resume, finish or export_job)
 
 
 def export_job(job: "Job") -> None:
@@ -111,13 +120,20 @@ def export_job(job: "Job") -> None:
 
 
 class Job:
-    """One run in one process: what stays the same from step to step."""
+    """One run in one process."""
 
     def __init__(
-        self, recipe: Recipe, method: Method, run: RunFolder, data: PreparedData, model: HybridModel
+        self,
+        recipe: Recipe,
+        method: Method,
+        run: RunFolder,
+        data: PreparedData,
+        model: HybridModel,
+        ranks: parallel.Ranks,
     ) -> None:
         training = recipe.training
         self.recipe, self.method, self.run, self.data = recipe, method, run, data
+        self.model, self.ranks = model, ranks
         self.order = ComparisonOrder(
             data.train, per_prompt=training.comparisons_per_prompt, seed=training.seed
         )
@@ -129,90 +145,76 @@ class Job:
         self._budget: Any = {"max_tokens": 2 * training.token_budget, "autocast": self.autocast}
         self.train_references: References | None = None
         self.validation_references: References | None = None
-        self.model = model
         self.distance: Tensor | None = None  # NormBT's running mean
         self.best: dict[str, float] = {}
         self.best_step = -1
 
-    def train(
-        self, ranks: parallel.Ranks, resume: bool, finish: "Callable[[Job], None]"
-    ) -> TrainResult:
-        training = self.recipe.training
+    def train(self, resume: bool, finish: "Callable[[Job], None]") -> TrainResult:
+        training, command = self.recipe.training, f"hafrm train --resume {self.run.path}"
         self._check_first_batch()
         if self.method.needs_reference:
             self._load_references()
-        wrapped = parallel.wrap(self.model, ranks)
-        self.scatter = agree_on_scatter(self.model, ranks)
+        self.wrapped = parallel.wrap(self.model, self.ranks)
+        scatter = agree_on_scatter(self.model, self.ranks)
         decay, betas, eps = training.weight_decay, training.betas, training.eps
-        optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
-        metrics = MetricsLog(self.run, self.recipe, self.num_steps)
-        start = self._resume(wrapped, optimizer, metrics, ranks) if resume else 0
-        nonfinite, stop = NonFiniteCheck(ranks.device), StopSignal()
-        batches = Prefetch(
-            self.data.train,
-            self.order,
-            self.train_references,
-            batch_size=training.batch_size,
-            max_tokens=training.token_budget,
-            ranks=ranks,
+        self.optimizer = build_optimizer(self.model, weight_decay=decay, betas=betas, eps=eps)
+        self.metrics = MetricsLog(self.run, self.recipe, self.num_steps)
+        start = self._resume() if resume else 0
+        self.nonfinite, stop = NonFiniteCheck(self.ranks.device), StopSignal()
+        smaller = (
+            f"{command} training.max_tokens={training.token_budget // 2} "
+            "training.gradient_checkpointing=true; for a group that is too large, lower data.max_length"
         )
+        batches = Prefetch(self._micro_batches)
         progress = parallel.progress_of_main("training", done=start)
-        with stop, metrics, batches, progress as on_progress:
+        with stop, self.metrics, batches, progress as on_progress:
             for step in range(start, self.num_steps):
                 rate = learning_rate(training, step, self.num_steps)
-                for group in optimizer.param_groups:
+                for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                result = self._step(step, batches, wrapped, optimizer, nonfinite)
+                with memory_errors(f"step {step + 1}", smaller):
+                    result = take_step(
+                        self.wrapped,
+                        self.optimizer,
+                        batches.take(step),
+                        self.method,
+                        num_comparisons=training.batch_size,
+                        max_grad_norm=training.max_grad_norm,
+                        autocast=self.autocast,
+                        nonfinite=self.nonfinite,
+                        distance=self.distance,
+                        scatter=scatter,
+                    )
                 self.distance = result.distance
-                metrics.step(step + 1, rate, result, nonfinite)
+                self.metrics.step(step + 1, rate, result, self.nonfinite)
                 on_progress(step + 1, self.num_steps)
-                improved = self._is_due(step + 1, self.recipe.evaluation.every) and self._evaluate(
-                    step + 1, wrapped, metrics, nonfinite
-                )
-                stopping = stop.agreed(ranks)
-                due = self._is_due(step + 1, self.recipe.checkpoint.every)
-                if due or improved or stopping:
-                    nonfinite.check()
-                    self._save(step + 1, wrapped, optimizer, metrics)
+                due = self._is_due(step + 1, self.recipe.evaluation.every)
+                improved = due and self._evaluate(step + 1)
+                stopping = stop.agreed(self.ranks)
+                if self._is_due(step + 1, self.recipe.checkpoint.every) or improved or stopping:
+                    self.nonfinite.check()
+                    self._save(step + 1)
                 if stopping and step + 1 < self.num_steps:
                     raise StoppedError(
                         f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
-                        f"resume with: hafrm train --resume {self.run.path}"
+                        f"resume with: {command}"
                     )
         # A resumed run that had finished comes straight here.
         if self.best_step != self.num_steps:
-            load_weights(self.run.checkpoint_path(self.best_step), wrapped)
-        del wrapped, optimizer, batches  # frees their memory for the export
+            load_weights(self.run.checkpoint_path(self.best_step), self.wrapped)
+        del self.wrapped, self.optimizer, batches  # frees their memory for the export
         finish(self)
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
-    def _step(
-        self,
-        step: int,
-        prefetch: Prefetch,
-        wrapped: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        nonfinite: NonFiniteCheck,
-    ) -> StepResult:
-        """One optimiser step; raises MemoryBudgetError where it does not fit, with how to resume."""
-        training = self.recipe.training
-        resume = (
-            f"hafrm train --resume {self.run.path} training.max_tokens={training.token_budget // 2} "
-            "training.gradient_checkpointing=true; for a group that is too large, lower data.max_length"
-        )
-        with memory_errors(f"step {step + 1}", resume):
-            return take_step(
-                wrapped,
-                optimizer,
-                prefetch.take(step),
-                self.method,
-                num_comparisons=training.batch_size,
-                max_grad_norm=training.max_grad_norm,
-                autocast=self.autocast,
-                nonfinite=nonfinite,
-                distance=self.distance,
-                scatter=self.scatter,
-            )
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's part of a step, in pinned memory where it goes to a GPU."""
+        training, ranks = self.recipe.training, self.ranks
+        refs = self.order.window(step * training.batch_size, training.batch_size)
+        plan = plan_step(self.data.train, refs, training.token_budget, ranks.size)
+        batches = [build_micro_batch(groups, self.train_references) for groups in plan[ranks.rank]]
+        if ranks.device.type == "cpu":
+            return batches
+        return [batch.moved(Tensor.pin_memory) for batch in batches]
 
     def _check_first_batch(self) -> None:
         """Shared against plain on the shortest groups of the first step."""
@@ -242,16 +244,13 @@ class Job:
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
-    def _evaluate(
-        self, step: int, wrapped: nn.Module, metrics: "MetricsLog", nonfinite: NonFiniteCheck
-    ) -> bool:
+    def _evaluate(self, step: int) -> bool:
         """Validate; True where this step is the best so far."""
-        nonfinite.check()
-        model = parallel.unwrap(wrapped)
-        scores = self.score_validation(model)
+        self.nonfinite.check()
+        scores = self.score_validation(self.model)
         values = validate(self.data.validation, scores, self.method)
-        values |= repeated_wins(model, self.data.validation, scores, **self._budget)
-        metrics.report("validation", step, values)
+        values |= repeated_wins(self.model, self.data.validation, scores, **self._budget)
+        self.metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric
         sign = -1.0 if name == "loss" else 1.0
         # Accuracy moves in steps of one comparison; the loss breaks its ties.
@@ -266,31 +265,23 @@ class Job:
         logps = None if references is None else references.logps
         return score_heads(model, self.data.validation, logps, self.method, **self._budget)
 
-    def _save(
-        self, step: int, wrapped: nn.Module, optimizer: torch.optim.Optimizer, metrics: "MetricsLog"
-    ) -> None:
+    def _save(self, step: int) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}
-        state["interval"] = parallel.from_all(metrics.interval())
+        state["interval"] = parallel.from_all(self.metrics.interval())
         if self.distance is not None:
             state["distance"] = float(self.distance)
-        save_checkpoint(self.run, step, wrapped, optimizer, state)
+        save_checkpoint(self.run, step, self.wrapped, self.optimizer, state)
         if parallel.is_main():
             self.run.prune(keep=self.recipe.checkpoint.keep, protect=[self.best_step])
 
-    def _resume(
-        self,
-        wrapped: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        metrics: "MetricsLog",
-        ranks: parallel.Ranks,
-    ) -> int:
+    def _resume(self) -> int:
         folder, step = parallel.from_main(self.run.latest_checkpoint), 0
         if folder is not None:
-            state: dict[str, Any] = load_checkpoint(folder, wrapped, optimizer)
+            state: dict[str, Any] = load_checkpoint(folder, self.wrapped, self.optimizer)
             step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
             if (distance := state.get("distance")) is not None:
                 self.distance = torch.tensor(distance, device=self.model.device)
-            metrics.resume(state["interval"], ranks)
+            self.metrics.resume(state["interval"], self.ranks)
         if parallel.is_main():
             self.run.truncate_after(step)
         log.info("resuming after step %d of %d", step, self.num_steps)

@@ -54,11 +54,8 @@ class Target:
 
     def shards(self, recipe: Recipe) -> int:
         """Among how many ranks FSDP2 divides a model: hsdp among those of a node."""
-        return (
-            min(self.ranks, parallel.per_node(8))
-            if recipe.training.parallel == "hsdp"
-            else self.ranks
-        )
+        near = parallel.per_node(8) if recipe.training.parallel == "hsdp" else self.ranks
+        return min(self.ranks, near)
 
 
 class Weights(NamedTuple):
@@ -346,10 +343,8 @@ def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, Mem
     heads = {"policy": method.trains_policy, "reward": method.trains_reward}
     weights = count_weights(meta_model(check_base(recipe.model, **heads), recipe, method))
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
-    is_open = recipe.training.parallel == "auto" and recipe.training.offload in (
-        "none",
-        "activations",
-    )
+    on_device = recipe.training.offload in ("none", "activations")
+    is_open = recipe.training.parallel == "auto" and on_device
     if recipe.lora and is_open and is_sharded(recipe, target):
         copies = with_training(recipe, parallel="ddp")
         plan = plan_memory(copies, weights, target)

@@ -211,12 +211,7 @@ def from_main(compute: Callable[[], T]) -> T:
     since caches differ and shared folders are late."""
     if num_ranks() == 1:
         return compute()
-    answer: list[Any] = [None]
-    if is_main():
-        try:
-            answer = [compute()]
-        except (HafrmError, OSError) as error:
-            answer = [error]
+    answer: list[Any] = [_answer_of(compute) if is_main() else None]
     dist.broadcast_object_list(answer, group=_hosts)
     if isinstance(answer[0], Exception):
         raise answer[0]
@@ -225,14 +220,17 @@ def from_main(compute: Callable[[], T]) -> T:
 
 def on_all(compute: Callable[[], None]) -> None:
     """Run `compute` on every rank and wait for all; what it raises on one, all raise."""
-    error: Exception | None = None
+    for answer in from_all(_answer_of(compute)):
+        if isinstance(answer, Exception):
+            raise answer
+
+
+def _answer_of(compute: Callable[[], T]) -> T | Exception:
+    """What `compute` returns, or the error that it raises."""
     try:
-        compute()
-    except (HafrmError, OSError) as failed:
-        error = failed
-    for failure in from_all(error):
-        if failure is not None:
-            raise failure
+        return compute()
+    except (HafrmError, OSError) as error:
+        return error
 
 
 def from_all(value: T) -> list[T]:
@@ -249,20 +247,11 @@ def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnPr
     return show_progress(what, done=done) if is_main() else contextlib.nullcontext(no_progress)
 
 
-def score_on_all_ranks(
-    model: HybridModel,
-    groups: Sequence[Branches],
-    *,
-    max_tokens: int,
-    autocast: torch.dtype | None = None,
-    on_progress: OnProgress = no_progress,
-) -> Scores:
+def score_on_all_ranks(model: HybridModel, groups: Sequence[Branches], **options: Any) -> Scores:
     """`run_forward` divided among the ranks: every rank calls, and gets all scores, to the bit those of one
     process."""
     place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
-    scores = run_forward(
-        model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress, part=place
-    )
+    scores = run_forward(model, groups, part=place, **options)
     for values in (scores.rewards, scores.logps):
         if values is not None:
             add_up(torch.from_numpy(values))

@@ -66,15 +66,15 @@ def reference_logps(
     model: HybridModel,
     groups: Sequence[TokenizedGroup],
     *,
-    max_tokens: int,
-    autocast: torch.dtype | None = None,
     path: str | None = None,
+    **options: Any,
 ) -> References:
     """The model's own log-probs of every response, from the cache or from one packed pass of all ranks,
-    before the model is wrapped. `path` is the checkpoint that it still equals; None: nothing is cached."""
+    before the model is wrapped. `path` is the checkpoint that it still equals; None: nothing is cached.
+    `options` are those of `run_forward`."""
 
     def look() -> tuple[Path | None, NDArray[np.float32] | None]:
-        file = reference_cache(model, groups, autocast, path)
+        file = reference_cache(model, groups, options.get("autocast"), path)
         try:
             return file, None if file is None else load_file(file)["logps"]
         except (OSError, SafetensorError, KeyError):  # a damaged file is computed again
@@ -84,31 +84,27 @@ def reference_logps(
     file, logps = parallel.from_main(look)
     if logps is None:
         with parallel.progress_of_main("reference log-probs") as on_progress:
-            logps = parallel.score_on_all_ranks(
-                model, groups, max_tokens=max_tokens, autocast=autocast, on_progress=on_progress
-            ).logps
+            scores = parallel.score_on_all_ranks(model, groups, on_progress=on_progress, **options)
+            logps = scores.logps
         assert logps is not None
         if file is not None and parallel.is_main():
             write_cache(file, save({"logps": logps}))
     return References(logps, first_responses(groups))
 
 
-def references_of(  # noqa: PLR0913 - two sets, what is reached, and how the pass runs
+def references_of(
     model: HybridModel,
     train: Sequence[TokenizedGroup],
     refs: Sequence[ComparisonRef],
     validation: Sequence[TokenizedGroup],
-    *,
-    max_tokens: int,
-    autocast: torch.dtype | None = None,
-    path: str | None = None,
+    **options: Any,
 ) -> tuple[References, References]:
     """`reference_logps` of the training and the validation groups, from one pass or one file; of the
     training groups only for responses of `refs`, the comparisons that the run reaches."""
     used = step_groups(train, refs)
     groups = [*(group.tokens for group in used), *validation]
     log.info("reference log-probs of %d responses", sum(len(g.response_ids) for g in groups))
-    both = reference_logps(model, groups, max_tokens=max_tokens, autocast=autocast, path=path)
+    both = reference_logps(model, groups, **options)
     first = first_responses(train)
     # NaN where nothing is computed: a loss which read one would stop the run
     logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
@@ -133,15 +129,13 @@ def score_heads(
     groups: Sequence[TokenizedGroup],
     references: NDArray[np.float32] | None,
     method: Method | None,
-    *,
-    max_tokens: int,
-    autocast: torch.dtype | None = None,
+    **options: Any,
 ) -> HeadScores:
     """Both heads' scores, from one pass of all ranks; `references` are reference log-probs. Without a
     `method`, the rewards alone."""
     training = model.training
     model.eval()
-    scores = parallel.score_on_all_ranks(model, groups, max_tokens=max_tokens, autocast=autocast)
+    scores = parallel.score_on_all_ranks(model, groups, **options)
     model.train(training)
     implicit = per_token = None
     if method is not None and scores.logps is not None:
@@ -177,21 +171,19 @@ def validate(
 
 
 def repeated_wins(
-    model: HybridModel, groups: Sequence[TokenizedGroup], scores: HeadScores, **budget: Any
+    model: HybridModel, groups: Sequence[TokenizedGroup], scores: HeadScores, **options: Any
 ) -> dict[str, float]:
     """In how many of some groups a token of the chosen response, repeated to its length, gets more reward
     than the response, a hack that RLHF finds; empty without a reward head."""
-    chosen = [(i, g.comparisons[0].chosen) for i, g in enumerate(groups) if g.comparisons][
-        :NUM_PROBES
-    ]
     if scores.rewards is None:
         return {}
+    chosen = [(i, g.comparisons[0].chosen) for i, g in enumerate(groups) if g.comparisons]
     probes = []
-    for i, response in chosen:
+    for i, response in (chosen := chosen[:NUM_PROBES]):
         ids = groups[i].response_ids[response].copy()
         ids[:-1] = ids[len(ids) // 2 - 1]
         probes.append(replace(groups[i], response_ids=(ids,), comparisons=()))
-    repeated = score_heads(model, probes, None, None, **budget).rewards
+    repeated = score_heads(model, probes, None, None, **options).rewards
     own = scores.rewards[[scores.first[i] + response for i, response in chosen]]
     assert repeated is not None
     return with_bounds("repeated_wins", float((repeated > own).mean()), len(probes))

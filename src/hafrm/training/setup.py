@@ -15,10 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hafrm.data.encoding import Encoder, EncodingReport
@@ -91,9 +88,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         "encoding": report.counts(),
     }
     _log_counts(counts, report)
-    return PreparedData(
-        encoder, train, validation, list(itertools.islice(good, NUM_GOLDEN)), counts
-    )
+    golden = list(itertools.islice(good, NUM_GOLDEN))
+    return PreparedData(encoder, train, validation, golden, counts)
 
 
 def _log_counts(counts: dict[str, Any], report: EncodingReport) -> None:
@@ -131,9 +127,8 @@ def read_splits(
 
     validation, test = read(data.validation), read(data.test)
     if not data.validation:
-        train, validation = split_by_prompt(
-            train, fraction=data.validation_fraction, seed=VALIDATION_SEED + seed
-        )
+        fraction, seed = data.validation_fraction, VALIDATION_SEED + seed
+        train, validation = split_by_prompt(train, fraction=fraction, seed=seed)
     num_groups = len(train) + len(validation)
     if data.shared_prompts == "drop":
         validation = without_prompts(validation, test)
@@ -159,10 +154,9 @@ def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> Sequence[Gr
 def build_encoder(recipe: Recipe, **changes: Any) -> Encoder:
     """The encoder that the recipe trains with, or one with other options."""
     data = recipe.data
-    options = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    return Encoder(
-        load_tokenizer(recipe.model), **{**options, "too_long": data.too_long, **changes}
-    )
+    names = ("max_length", "max_prompt_length", "too_long")
+    options = {name: getattr(data, name) for name in names} | changes
+    return Encoder(load_tokenizer(recipe.model), **options)
 
 
 def with_precision(recipe: Root, device: str) -> Root:
@@ -268,13 +262,12 @@ def inject_lora(
         ) from error
     layers = {n: m for n, m in backbone.named_modules() if isinstance(m, LoraLayer)}
     # experts and routers kept as parameters, embeddings: their adapters cannot be merged or exported
-    if others := [
-        n for n, m in layers.items() if not isinstance(m.get_base_layer(), nn.Linear | Conv1D)
-    ]:
-        raise ConfigError(
-            f"lora.targets {lora.targets!r} takes {others[0]}, which is no linear layer: name the "
-            f"layers to adapt; {allowed}"
-        )
+    for name, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+            raise ConfigError(
+                f"lora.targets {lora.targets!r} takes {name}, which is no linear layer: name the layers "
+                f"to adapt; {allowed}"
+            )
     # PEFT drops a name that matches nothing beside one that does
     for target in () if isinstance(targets, str) else targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):

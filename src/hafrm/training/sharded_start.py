@@ -123,10 +123,9 @@ def _can_read_rows(section: ModelSection, causal: Any, names: Iterable[str]) -> 
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
+    options: Any = {"dtype": torch.float32, "trust_remote_code": False}
     try:  # a model with one layer shows what the head does
-        small = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        small = AutoModelForCausalLM.from_config(config, **options)
     except Exception:  # noqa: BLE001 - configs check themselves in many ways: the whole model is tried then
         return False
     split_causal_lm(small)
@@ -153,10 +152,8 @@ def _hand_out(
     whole: dict[str, nn.Parameter] = {}
 
     def load() -> None:
-        log.info(
-            "%s is read whole by the main rank, because its files need conversion",
-            recipe.model.path,
-        )
+        why = "because its files need conversion"
+        log.info("%s is read whole by the main rank, %s", recipe.model.path, why)
         host = torch.device("cpu")
         causal = load_base(recipe.model, starting_dtype(recipe), host, policy=method.trains_policy)
         split_causal_lm(causal)
@@ -175,9 +172,8 @@ def _weight_files(section: ModelSection) -> list[Path]:
     folder = Path(base_directory(section.path))
     if not folder.is_dir():
         wanted = ["*.safetensors", "*.safetensors.index.json"]
-        folder = Path(
-            snapshot_download(str(folder), revision=section.revision, allow_patterns=wanted)
-        )
+        options: Any = {"revision": section.revision, "allow_patterns": wanted}
+        folder = Path(snapshot_download(str(folder), **options))
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]

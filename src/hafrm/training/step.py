@@ -261,7 +261,11 @@ class NonFiniteCheck:
 
 
 def build_optimizer(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices decay, norms and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]

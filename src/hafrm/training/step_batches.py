@@ -21,7 +21,6 @@ from torch import Tensor
 
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.preferences import TokenizedGroup
-from hafrm.training.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -223,20 +222,10 @@ def build_micro_batch(
 
 
 class Prefetch(AbstractContextManager["Prefetch"]):
-    """This rank's micro-batches, built one step ahead in a thread; use as a context manager."""
+    """What `build` makes of each step, built one step ahead in a thread; use as a context manager."""
 
-    def __init__(
-        self,
-        groups: Sequence[TokenizedGroup],
-        order: ComparisonOrder,
-        references: References | None,
-        *,
-        batch_size: int,
-        max_tokens: int,
-        ranks: Ranks,
-    ) -> None:
-        self._groups, self._order, self._references = groups, order, references
-        self._batch_size, self._max_tokens, self._ranks = batch_size, max_tokens, ranks
+    def __init__(self, build: Callable[[int], list[MicroBatch]]) -> None:
+        self._build = build
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="hafrm-prefetch")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -249,11 +238,3 @@ class Prefetch(AbstractContextManager["Prefetch"]):
         batches = self._ahead[1].result() if self._ahead and ready else self._build(step)
         self._ahead = (step + 1, self._worker.submit(self._build, step + 1))
         return batches
-
-    def _build(self, step: int) -> list[MicroBatch]:
-        refs = self._order.window(step * self._batch_size, self._batch_size)
-        plan = plan_step(self._groups, refs, self._max_tokens, self._ranks.size)
-        batches = [build_micro_batch(groups, self._references) for groups in plan[self._ranks.rank]]
-        if self._ranks.device.type == "cpu":
-            return batches
-        return [batch.moved(Tensor.pin_memory) for batch in batches]
