@@ -22,28 +22,6 @@ from hafrm.run_folder import expand_user
 
 Root = TypeVar("Root", bound=Section)
 
-_NO_AUTO = "give a number, such as 0.2"
-REMOVED = {
-    "method.alpha=auto": f"alpha is no longer set automatically: {_NO_AUTO}",
-    "method.gradient_ratio": f"removed; set method.alpha instead: {_NO_AUTO}",
-    "data.weights=uniform": "removed; give one number for each entry of data.train",
-    "evaluation.judge": "renamed to evaluation.reward_model",
-    "data.too_long=drop": "removed from RLHF recipes: longer prompts are always left out and counted",
-    "data.too_long=refuse": "removed: longer prompts are always left out and counted",
-    "reward.models": "renamed to reward.model, which is one reward model",
-    "reward.rule": "removed; reward.model is one reward model",
-    "reward.kinds": "removed; reward.model takes run/model/policy for the implicit reward",
-    "reward.weights": "removed; reward.model is one reward model",
-    "reward.spread": "removed; reward.model is one reward model",
-    "training.betas": "removed from RLHF recipes; they are AdamW's own, 0.9 and 0.999",
-    "training.eps": "removed from RLHF recipes; it is AdamW's own, 1e-8",
-    "watch.min_entropy_fraction": "removed; watch.max_kl stops a policy that collapses",
-    "watch.hacking_window": "removed; reward hacking is looked for over four evaluations",
-    "tracking.samples": "removed; four held-out responses are written at each evaluation",
-    "judge.template": "removed; a judge is asked in one way",
-    "algorithm.whiten_rewards": "removed; advantages are whitened",
-}
-"""Keys (or key=value) of earlier recipes that are gone, and what to write instead."""
 OTHER_VERBS = {
     "method": "hafrm train, plan and compare",
     "reward": "hafrm rlhf",
@@ -235,12 +213,8 @@ def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]
     key = ".".join(str(part) for part in location[:2])
     head = f"{key} ({places[key]})" if key in places else key
     entry = describe_keys(root).get(key)
-    # another kind of recipe may still have the key
-    removed = (entry is None and REMOVED.get(key)) or REMOVED.get(f"{key}={value}")
     if error["type"] == "value_error":  # our own rules are complete sentences, one line per problem
         yield from str(error["ctx"]["error"]).split("\n")
-    elif removed:
-        yield f"{head}: {removed}"
     elif error["type"] == "extra_forbidden":
         yield f"{head}: unknown {'key' if len(location) > 1 else 'section'}{_hint(root, location)}"
     elif entry is None:  # a whole section is missing, or is no mapping

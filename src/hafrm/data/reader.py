@@ -4,6 +4,7 @@ Rows of one source that share a prompt (and a subset) become one group, with eac
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,6 @@ from hafrm.atomic import atomic_write
 from hafrm.data.files import (
     NumberedRows,
     Refusal,
-    exists,
     parse_hub,
     read_file,
     read_hub,
@@ -101,7 +101,10 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
         read_labels=read_labels and need_responses,
         implicit_prompt=implicit_prompt,
     )
-    check_columns(columns or {})
+    for name in columns or {}:
+        if name not in COLUMNS:
+            hint = f"{did_you_mean(name, COLUMNS)}allowed are {', '.join(sorted(COLUMNS))}"
+            raise DataError(f"columns names {show(name)}, which is no column of ours; {hint}")
     readers = []
     for source in _distinct_sources(sources):
         own = dict(columns or {}) | source.columns
@@ -140,7 +143,7 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
         return [Source("memory", "memory", rows=entry)]
     location, mark, selection = str(entry).rpartition("#")
     remote = str(entry).startswith(("hub:", "set:"))
-    if not mark or (not remote and exists(Path(entry))):
+    if not mark or (not remote and os.path.exists(str(entry))):
         location, selection = str(entry), ""  # "#" may be part of a file's name
     where = _parse_selection(selection, str(entry))
     limit = int(where.pop("limit")) if "limit" in where else None
@@ -198,17 +201,6 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
         or all(str(row.get(tag)) == value for tag, value in source.where.items())
     )
     return islice(wanted, source.limit)
-
-
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise `DataError` for names that no shape understands."""
-    for name in columns:
-        if name not in COLUMNS:
-            hint = did_you_mean(name, COLUMNS)
-            raise DataError(
-                f"columns names {show(name)}, which is no column of ours; {hint}allowed are "
-                f"{', '.join(sorted(COLUMNS))}"
-            )
 
 
 def _in_our_columns(row: object, source: Source) -> object:

@@ -94,27 +94,11 @@ class Lazy(Sequence[Item]):
         return self._columns[name][self._numbers]
 
 
-def column(
-    items: Sequence[Item], name: str, value: Callable[[Item], Any], dtype: DTypeLike
-) -> NDArray[Any]:
-    """`value` of each item; of lazy ones, remembered by its name."""
-    if isinstance(items, Lazy):
-        return items.column(name, value, dtype)
-    return np.fromiter(map(value, items), dtype, len(items))
-
-
 def pick(items: Sequence[Item], places: NDArray[Any]) -> Sequence[Item]:
     """The items at some places, or where a mask is true."""
     if isinstance(items, Lazy):
         return items.part(places)
     return [items[place] for place in np.arange(len(items))[places].tolist()]
-
-
-def transform(items: Sequence[Item], change: Callable[[Item], Item]) -> Sequence[Item]:
-    """Every item, changed."""
-    if isinstance(items, Lazy):
-        return Lazy(lambda number: change(items[number]), len(items))
-    return [change(item) for item in items]
 
 
 def join(parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
