@@ -22,11 +22,7 @@ from hafrm.run_folder import expand_user
 
 Root = TypeVar("Root", bound=Section)
 
-OTHER_VERBS = {
-    "method": "hafrm train, plan and compare",
-    "reward": "hafrm rlhf",
-    "algorithm": "hafrm rlhf",
-}
+OTHER_VERBS = {"method": "hafrm train", "reward": "hafrm rlhf", "algorithm": "hafrm rlhf"}
 """Sections that only one kind of recipe has, and the verbs that take it."""
 
 
@@ -238,9 +234,7 @@ def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
     """The keys like an unknown one, here or in other sections, or else all keys of its section."""
     sections, name = sections_of(root), str(location[-1])
     allowed = list(sections[str(location[0])].model_fields if len(location) > 1 else sections)
-    homes = {
-        leaf: f"{home}.{leaf}" for home, kind in sections.items() for leaf in kind.model_fields
-    }
+    homes = {key.partition(".")[2]: key for key in describe_keys(root)}
     # the right key of another section, or a mistyped one of this
     hint = f"did you mean {homes[name]}? " if name in homes else did_you_mean(name, allowed)
     return f"; {hint}allowed here: {', '.join(allowed)}"

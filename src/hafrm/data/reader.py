@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.files import (
-    NumberedRows,
-    Refusal,
-    parse_hub,
-    read_file,
-    read_hub,
-    show,
-    stem,
-)
+from hafrm.data.files import NumberedRows, Refusal, parse_hub, read_file, read_hub, show, stem
 from hafrm.data.grouping import GroupedRows
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
 from hafrm.data.parse import COLUMNS, CONTEXT_COLUMNS, SHAPES, TAGS, ImplicitPrompt, parse_row
@@ -217,11 +209,9 @@ def _parse_selection(selection: str, entry: str) -> dict[str, str]:
     for part in selection.split("&") if selection else []:
         key, _, value = part.partition("=")
         if key not in {*COLUMNS, "limit", "ignore"} or not value:
-            raise DataError(
-                f"{entry[:200]!r}: cannot select rows by {part[:80]!r}; after '#' write "
-                f"key=value, joined by '&', with a key of: limit, ignore, {', '.join(TAGS)}, "
-                "or a column's name"
-            )
+            keys = f"limit, ignore, {', '.join(TAGS)}, or a column's name"
+            written = f"{entry[:200]!r}: cannot select rows by {part[:80]!r}"
+            raise DataError(f"{written}; after '#' write key=value, joined by '&'; keys: {keys}")
         where[key] = value
     limit = where.get("limit", "1")
     # more digits than a number of rows can have
@@ -305,9 +295,8 @@ class _SourceReader:
                 f"Or say which column is which, {_suggested_columns(self.columns)}"
             )
         if reasons["unread context"] and max_bad_fraction < 1:
-            refused = {
-                r.detail.split("`")[1] for r in self.bad_rows if r.reason == "unread context"
-            }
+            details = [r.detail for r in self.bad_rows if r.reason == "unread context"]
+            refused = {detail.split("`")[1] for detail in details}
             columns = [name for name in CONTEXT_COLUMNS if name in refused]
             raise DataError(
                 f"{reasons['unread context']:,} of {self.num_rows:,} rows of {place} have a context that "
@@ -353,7 +342,5 @@ def _suggested_columns(columns: Iterable[str]) -> str:
     if pairs.keys() >= {"chosen", "rejected"} or not pairs.keys() - {"prompt"}:
         pairs = {name: pairs.get(name, "...") for name in ("prompt", "chosen", "rejected")}
     written = {f"{name}: {own}": f"{name}={own}" for name, own in pairs.items() if name != own}
-    return (
-        f"perhaps data.columns: {{{', '.join(written)}}} "
-        f"(hafrm data --columns {','.join(written.values())})"
-    )
+    option = f"hafrm data --columns {','.join(written.values())}"
+    return f"perhaps data.columns: {{{', '.join(written)}}} ({option})"

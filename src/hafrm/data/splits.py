@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_file
 from hafrm.data.store import Lazy, join, pick
-from hafrm.errors import ConfigError, DataError
+from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message, prompt_key
 
 
@@ -44,8 +44,6 @@ def split_by_prompt(
 
     `fraction` is met in expectation only, so that adding data never moves a prompt to the other side.
     """
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
     if fraction == 0 or not groups:
         return groups, []
     keys, owner = np.unique(prompt_keys(groups), return_inverse=True)

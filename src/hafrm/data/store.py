@@ -119,13 +119,8 @@ def store_tokens(groups: Iterable[TokenizedGroup]) -> Lazy[TokenizedGroup]:
     records = Records()
     for group in groups:
         ids = (group.prompt_ids, *group.response_ids)
-        head = [
-            group.id,
-            group.source,
-            group.tags,
-            pack_comparisons(group.comparisons),
-            [*map(len, ids)],
-        ]
+        names = group.id, group.source, group.tags
+        head = [*names, pack_comparisons(group.comparisons), [*map(len, ids)]]
         tokens = np.concatenate(ids).astype(np.int32, copy=False).tobytes()
         records.append(json.dumps(head).encode() + b"\n" + tokens)
 
@@ -147,7 +142,4 @@ def pack_comparisons(pairs: Sequence[Comparison]) -> list[tuple[Any, ...]]:
 
 def unpack_comparisons(rows: Iterable[Sequence[Any]]) -> tuple[Comparison, ...]:
     """The comparisons of such values."""
-    return tuple(
-        Comparison(chosen, rejected, margin, weight, tie, votes and Votes(*votes))
-        for chosen, rejected, margin, weight, tie, votes in rows
-    )
+    return tuple(Comparison(*[*rest, votes and Votes(*votes)]) for *rest, votes in rows)

@@ -81,9 +81,7 @@ def compare_methods(
         # a rate that suits the tuning set may be too high for another set or seed
         for run, done in results.items():
             if done.diverged is not None:
-                raise NumericsError(
-                    f"{run} diverged: {done.diverged}. Give smaller --learning-rates"
-                )
+                raise NumericsError(f"{run}: {done.diverged}. Give smaller --learning-rates")
         result = StudyResult(
             recipe=str(out / "recipe.yaml"),
             metric=plan.recipe.evaluation.metric,
@@ -120,10 +118,7 @@ def _choose_rate(
     finite = {rate: sign * value for rate, value in tried.items() if value is not None}
     if not finite:
         rates = ", ".join(f"{rate:.3g}" for rate in tried)
-        raise NumericsError(
-            f"{method.name} diverges at every learning rate tried ({rates}): give smaller ones with "
-            "--learning-rates"
-        )
+        raise NumericsError(f"{method.name} diverges at {rates}: give smaller --learning-rates")
     best = max(finite, key=finite.__getitem__)
     log.info("learning rate of %s: %.3g", method.name, best)
     return Tuning(method.name, next(iter(results)).train, best, tuple(sorted(tried.items())))

@@ -30,12 +30,7 @@ from hafrm.training.bases import reference_place
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.passes import (
-    decided_margins,
-    reference_logps,
-    reference_tokens,
-    score_heads,
-)
+from hafrm.training.passes import decided_margins, reference_logps, reference_tokens, score_heads
 from hafrm.training.setup import PreparedData, build_encoder, build_model, prepare_data
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
