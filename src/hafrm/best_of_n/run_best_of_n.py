@@ -117,19 +117,14 @@ def best_of_n(
             for name, path in models.items()
         }
         candidates, scores = _scored(usable, all_scores, left_out)
-        rows = (
-            {
-                "id": g.id,
-                "responses": g.responses,
-                "scores": {n: s[i].tolist() for n, s in scores.items()},
-            }
-            for i, g in enumerate(c.group for c in candidates)
-        )
+        rows = []
+        for i, group in enumerate(c.group for c in candidates):
+            own = {name: by_prompt[i].tolist() for name, by_prompt in scores.items()}
+            rows.append({"id": group.id, "responses": group.responses, "scores": own})
         atomic_write(out / "scores.jsonl", _lines(rows))
         golden = scores.pop("gold", None)
-        gold = None
-        if pick.gold is not None:
-            gold = pick.gold if pick.gold in golds else f"gold ({pick.gold})"
+        is_named = pick.gold is None or pick.gold in golds
+        gold = pick.gold if is_named else f"gold ({pick.gold})"
         wins = _compare_picks(candidates, scores, golden, judge, gold, sample=pick.sample)
         sizes = [len(c.texts) for c in candidates]
         num = max(sizes) if policy is None else options.draw.num

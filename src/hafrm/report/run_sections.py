@@ -105,7 +105,7 @@ def training_section(material: Material) -> Iterator[Block]:
 def rlhf_section(material: Material) -> Iterator[Block]:
     """The policy learns to get high rewards from a reward model. Where the reward still rises but the gold
     reward falls, the policy exploits the reward model's errors."""
-    runs = [run for run in material.folders if run.is_rlhf]
+    runs = [run for run in material.folders if run.records("rlhf") or run.records("held-out")]
     plots = [_curve_plot(curve, runs, material) for curve in RLHF_CURVES]
     for title, name in (("Reward over KL", "reward"), ("Gold reward over KL", "gold")):
         series = []

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import NumericsError
@@ -31,12 +32,12 @@ from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import Answers, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
     REWARD_MARGINS,
+    SCORES_FILE,
     TOKEN_MARGINS,
     Arrays,
     RunResult,
     RunWorker,
     StudyData,
-    read_scores,
     read_study_data,
 )
 from hafrm.training.checkpoint import file_digests, model_digests
@@ -141,7 +142,7 @@ def scores_of_runs(
     scores: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
     by_seed: dict[tuple[str, int], dict[str, Arrays]] = defaultdict(dict)
     for run in runs:
-        stored = read_scores(run.folder(out))
+        stored = load_file(run.folder(out) / SCORES_FILE)
         for scorer, head in scorers_of(run.method).items():
             is_fused = head == "fused"
             values = _fuse(stored, stored, run.method.method, lengths) if is_fused else stored[head]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import DivergedError
@@ -84,11 +84,6 @@ def read_run_result(folder: Path) -> RunResult | None:
     """A run's result, or None if it has not finished."""
     file = folder / RUN_RESULT
     return read_result(file, RunResult) if file.is_file() else None
-
-
-def read_scores(folder: Path) -> Arrays:
-    """A finished run's scores of every response of the test sets, by head, and its validation margins."""
-    return load_file(folder / SCORES_FILE)
 
 
 class RunWorker:
