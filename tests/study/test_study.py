@@ -109,7 +109,7 @@ def test_a_study_needs_test_sets_and_weights_that_fit_every_training_set(tmp_pat
     with pytest.raises(ConfigError, match=r"data\.test names no source"):
         plan_study(without, ["bt"], num_seeds=1)
     weighed = recipe.data.model_copy(update={"weights": (1.0, 2.0)})
-    with pytest.raises(ConfigError, match="leave out data.weights"):
+    with pytest.raises(ConfigError, match=r"leave out data\.weights"):
         plan_study(recipe.model_copy(update={"data": weighed}), ["bt"], num_seeds=1)
 
 
