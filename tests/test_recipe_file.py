@@ -246,13 +246,6 @@ def test_some_values_of_a_recipe_are_changed_without_the_others():
         with_values(recipe, {"training.sed": 2})
 
 
-@pytest.mark.parametrize("key", ["alpha: auto", "gradient_ratio: 0.1"])
-def test_a_key_that_went_away_is_answered_with_what_to_write_instead(tmp_path: Path, key: str):
-    message = complaint(tmp_path, SMALLEST + f"method:\n  {key}\n")
-    assert f"method.{key.partition(':')[0]} (line 4): " in message
-    assert "give a number" in message and "a problem:" in message
-
-
 def test_garbage_in_any_place_is_a_config_error_and_nothing_else():
     """Every key, and every section, with values of every other kind: refused in words or accepted."""
     garbage = (None, True, -1, 1e308, "", "\x00", [[]], {"a": 1}, b"x")

@@ -39,9 +39,7 @@ def write_errors(path: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"cannot write {path}: {reason}; fix that and run it again"
-        ) from error
+        raise CheckpointError(f"cannot write {path}: {reason}; fix that, run it again") from error
 
 
 def check_writable(path: Path) -> None:

@@ -200,10 +200,8 @@ class TrainingSection(Section):
     @model_validator(mode="after")
     def _offloads_what_is_there(self) -> "TrainingSection":
         if self.offload in ("activations", "all") and not self.gradient_checkpointing:
-            raise ValueError(
-                f"training.offload is {self.offload}, and takes what gradient_checkpointing keeps: set "
-                "training.gradient_checkpointing to true"
-            )
+            needed = "training.gradient_checkpointing, whose activations are moved: set it to true"
+            raise ValueError(f"training.offload is {self.offload} and needs {needed}")
         return self
 
     @property

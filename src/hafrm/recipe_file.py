@@ -22,33 +22,7 @@ from hafrm.run_folder import expand_user
 
 Root = TypeVar("Root", bound=Section)
 
-_NO_AUTO = "give a number, such as 0.2"
-REMOVED = {
-    "method.alpha=auto": f"alpha is no longer set automatically: {_NO_AUTO}",
-    "method.gradient_ratio": f"removed; set method.alpha instead: {_NO_AUTO}",
-    "data.weights=uniform": "removed; give one number for each entry of data.train",
-    "evaluation.judge": "renamed to evaluation.reward_model",
-    "data.too_long=drop": "removed from RLHF recipes: longer prompts are always left out and counted",
-    "data.too_long=refuse": "removed: longer prompts are always left out and counted",
-    "reward.models": "renamed to reward.model, which is one reward model",
-    "reward.rule": "removed; reward.model is one reward model",
-    "reward.kinds": "removed; reward.model takes run/model/policy for the implicit reward",
-    "reward.weights": "removed; reward.model is one reward model",
-    "reward.spread": "removed; reward.model is one reward model",
-    "training.betas": "removed from RLHF recipes; they are AdamW's own, 0.9 and 0.999",
-    "training.eps": "removed from RLHF recipes; it is AdamW's own, 1e-8",
-    "watch.min_entropy_fraction": "removed; watch.max_kl stops a policy that collapses",
-    "watch.hacking_window": "removed; reward hacking is looked for over four evaluations",
-    "tracking.samples": "removed; four held-out responses are written at each evaluation",
-    "judge.template": "removed; a judge is asked in one way",
-    "algorithm.whiten_rewards": "removed; advantages are whitened",
-}
-"""Keys (or key=value) of earlier recipes that are gone, and what to write instead."""
-OTHER_VERBS = {
-    "method": "hafrm train, plan and compare",
-    "reward": "hafrm rlhf",
-    "algorithm": "hafrm rlhf",
-}
+OTHER_VERBS = {"method": "hafrm train", "reward": "hafrm rlhf", "algorithm": "hafrm rlhf"}
 """Sections that only one kind of recipe has, and the verbs that take it."""
 
 
@@ -235,12 +209,8 @@ def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]
     key = ".".join(str(part) for part in location[:2])
     head = f"{key} ({places[key]})" if key in places else key
     entry = describe_keys(root).get(key)
-    # another kind of recipe may still have the key
-    removed = (entry is None and REMOVED.get(key)) or REMOVED.get(f"{key}={value}")
     if error["type"] == "value_error":  # our own rules are complete sentences, one line per problem
         yield from str(error["ctx"]["error"]).split("\n")
-    elif removed:
-        yield f"{head}: {removed}"
     elif error["type"] == "extra_forbidden":
         yield f"{head}: unknown {'key' if len(location) > 1 else 'section'}{_hint(root, location)}"
     elif entry is None:  # a whole section is missing, or is no mapping
@@ -264,9 +234,7 @@ def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
     """The keys like an unknown one, here or in other sections, or else all keys of its section."""
     sections, name = sections_of(root), str(location[-1])
     allowed = list(sections[str(location[0])].model_fields if len(location) > 1 else sections)
-    homes = {
-        leaf: f"{home}.{leaf}" for home, kind in sections.items() for leaf in kind.model_fields
-    }
+    homes = {key.partition(".")[2]: key for key in describe_keys(root)}
     # the right key of another section, or a mistyped one of this
     hint = f"did you mean {homes[name]}? " if name in homes else did_you_mean(name, allowed)
     return f"; {hint}allowed here: {', '.join(allowed)}"

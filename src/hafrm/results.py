@@ -3,15 +3,15 @@
 How a number or an interval is written is decided here and nowhere else.
 """
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import CheckpointError
@@ -85,15 +85,14 @@ def to_markdown(table: Table) -> str:
     """The table in GitHub's Markdown, its notes below; the title is left to the caller's heading."""
     heading = [column.name for column in table.columns]
     rule = ["---" if column.kind == "text" else "---:" for column in table.columns]
-    rows = [[_markdown_cell(text) for text in row] for row in (heading, *table.texts())]
+    # a bar would end the cell, a line break the row
+    rows = [
+        [" ".join(_escaped(text).replace("|", "\\|").split()) for text in row]
+        for row in (heading, *table.texts())
+    ]
     lines = [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
     lines += [line for note in table.notes for line in ("", _escaped(note))]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_cell(text: str) -> str:
-    # a bar would end the cell, a line break the row
-    return " ".join(_escaped(text).replace("|", "\\|").split())
 
 
 def _escaped(text: str) -> str:
@@ -104,17 +103,8 @@ def _escaped(text: str) -> str:
 
 def to_plain(value: Any) -> Any:
     """A value as JSON has it: dataclasses as objects, numbers of numpy and torch unpacked, nan as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars
-        return to_plain(value.tolist())
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # numpy and torch have `tolist`, arrays and scalars
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
 
 
 def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result") -> T:

@@ -60,9 +60,8 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
-            raise CheckpointError(
-                f"{path}, line {number}: not a JSON object with a whole step; remove that line"
-            )
+            problem = "not a JSON object with a whole step; remove that line"
+            raise CheckpointError(f"{path}, line {number}: {problem}")
         pairs.append((line, record))
     return pairs
 
@@ -303,9 +302,8 @@ class RecordFile:
         try:
             self.records = {str(r["id"]): r for r in read_json_lines(file)}
         except KeyError:
-            raise CheckpointError(
-                f"{file} has a line without an id: remove that line, or give another --out"
-            ) from None
+            fix = "remove that line, or give another --out"
+            raise CheckpointError(f"{file} has a line without an id: {fix}") from None
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append records; a kill after this returns cannot lose them."""

@@ -1,6 +1,7 @@
 """Best of n from the command line on: files, numbers, kills, and what is refused."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -9,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hafrm.best_of_n import candidates as candidates_module
-from hafrm.best_of_n.picks import BestOfN, kl_of_best
+from hafrm.best_of_n.picks import BestOfN
 from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n
 from hafrm.cli import app, main
 from hafrm.errors import DataError
@@ -87,7 +88,7 @@ def test_curves_and_wins_by_hand(tmp_path):
     assert [point.gold.value for point in letter.curve] == [1.75, 2.0]
     assert [point.gold.value for point in length.curve] == [1.75, 2.5]
     assert [point.proxy.value for point in length.curve] == [1.75, 2.5]
-    assert [point.kl for point in length.curve] == [kl_of_best(1), kl_of_best(2)]
+    assert [point.kl for point in length.curve] == [0.0, math.log(2) - 0.5]
     assert (letter.peak, letter.since_peak.value) == (2, 0.0)
     (wins,) = result.wins
     assert (wins.win.value, wins.tie.value, wins.lose.value) == (0.0, 0.5, 0.5)
@@ -155,7 +156,7 @@ def test_the_command_draws_scores_and_resumes_after_a_kill(tmp_path, rm, monkeyp
     # a kill while models scored: nothing is drawn again
     (out / "best_of_n.json").unlink()
     with monkeypatch.context() as context:
-        context.setattr(candidates_module, "load_causal_lm", None)
+        context.setattr(candidates_module.LocalPolicy, "write", None)
         invoke(*command, "--out", out)
     assert read_json(out / "best_of_n.json") == first
 

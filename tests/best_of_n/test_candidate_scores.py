@@ -19,7 +19,7 @@ GROUPS = [
 def test_scores_are_those_of_each_prompt_alone_and_too_long_is_said(tmp_path):
     export_both(tmp_path)
     for path, kind in (("", RewardModel), ("policy", PolicyModel)):
-        *scored, refused = score_by_model(tmp_path / path, GROUPS, AUTO)
+        *scored, refused = score_by_model(str(tmp_path / path), GROUPS, AUTO)
         plain = kind.from_pretrained(tmp_path / (path or "reward"))
         for group, scores in zip(GROUPS, scored, strict=False):
             alone = plain.score(group.prompt[0].content, list(group.responses))

@@ -21,6 +21,7 @@ from hafrm.data.reader import read_preferences
 from hafrm.errors import DataError, ModelError, ServerError
 from hafrm.preferences import Group, Message
 from hafrm.run_folder import RecordFile
+from hafrm.scoring.loading import AUTO
 from support.chat_endpoint import fails, says, serving
 from support.chat_tokenizers import plain_tokenizer
 from support.tiny_runs import write_base
@@ -122,7 +123,7 @@ def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_pat
     base, section = write_base(tmp_path), DrawSection(num=3, max_new_tokens=5, batch_size=4)
 
     def draw(file):
-        policy = LocalPolicy(base, section)
+        policy = LocalPolicy(base, section, AUTO)
         return draw_candidates(policy, PROMPTS, section, RecordFile(tmp_path / file))
 
     whole = draw("whole.jsonl")
@@ -136,7 +137,9 @@ def test_a_killed_job_resumes_to_the_candidates_that_it_would_have_drawn(tmp_pat
 def test_the_cache_key_changes_with_whatever_changes_candidates(tmp_path):
     def key(prompts=PROMPTS, **options):
         section = DrawSection(num=3, **options)
-        return json.dumps(drawing_key(LocalPolicy(tmp_path / "base", section), prompts, section))
+        return json.dumps(
+            drawing_key(LocalPolicy(tmp_path / "base", section, AUTO), prompts, section)
+        )
 
     write_base(tmp_path)
     keys = [key(), key(PROMPTS[:2]), key(seed=1), key(max_new_tokens=6), key(temperature=0.5)]
@@ -145,7 +148,7 @@ def test_the_cache_key_changes_with_whatever_changes_candidates(tmp_path):
 
 
 def test_a_policy_is_asked_through_its_template_and_ends_where_its_turns_end(tmp_path):
-    policy = LocalPolicy(write_base(tmp_path), DrawSection(max_new_tokens=5, temperature=0.0))
+    policy = LocalPolicy(write_base(tmp_path), DrawSection(max_new_tokens=5, temperature=0.0), AUTO)
     long = Group("long", (Message("user", "word " * 140),), ())
     refused, answered = policy.write([long, PROMPTS[0]], 2, ROUND)
     assert "the policy has room for 251" in refused[0].error
@@ -170,11 +173,11 @@ def test_policies_without_template_are_refused_with_the_fix(tmp_path):
     plain_tokenizer().save_pretrained(base)
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match=r"no chat template.*chat_template\.jinja"):
-        LocalPolicy(base, DrawSection())
+        LocalPolicy(base, DrawSection(), AUTO)
     (base / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     )
-    policy = LocalPolicy(base, DrawSection())
+    policy = LocalPolicy(base, DrawSection(), AUTO)
     assert policy.turn_ends == (policy.encoder.eos_id,)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hafrm.best_of_n.candidates import Candidates
-from hafrm.best_of_n.picks import curve_values, expected_picks, kl_of_best
+from hafrm.best_of_n.picks import curve_values, expected_picks
 from hafrm.preferences import Group
 from hafrm.statistics import bootstrap_columns, clustered_bootstrap
 
@@ -41,12 +41,6 @@ def test_a_prompt_with_fewer_candidates_keeps_its_best():
     candidates = Candidates(Group("g", (), ()), ["a", "b"])
     scores = [np.array([1.0, 2.0])]
     assert curve_values([candidates], scores, scores, 4).tolist() == [[1.5, 2.0, 2.0, 2.0]]
-
-
-def test_kl_by_hand():
-    """log 1 - 0 = 0; log 4 - 3/4 = 0.6363."""
-    assert kl_of_best(1) == 0.0
-    assert kl_of_best(4) == pytest.approx(0.6363, abs=1e-4)
 
 
 def test_columns_share_resamples_and_equal_the_bootstrap_of_each_alone():

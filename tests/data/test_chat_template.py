@@ -32,9 +32,9 @@ from support.chat_tokenizers import (
     plain_tokenizer,
 )
 
-USER = {"role": "user", "content": "  How do I bake bread?\n"}
-ANSWER = {"role": "assistant", "content": "Mix flour, water and salt. "}
-SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+USER = Message("user", "  How do I bake bread?\n")
+ANSWER = Message("assistant", "Mix flour, water and salt. ")
+SYSTEM = Message("system", "You are a helpful assistant.")
 ENDS_IN_ANSWER = ([USER, ANSWER], [USER, ANSWER, USER, ANSWER], [SYSTEM, USER, ANSWER])
 ENDS_IN_QUESTION = ([USER], [USER, ANSWER, USER], [SYSTEM, USER])
 # Beginnings and ends that jinja's whitespace rules treat specially: a wrapper must not disturb them.
@@ -77,8 +77,7 @@ def test_a_closed_template_differs_from_the_original_behind_the_eos_only(templat
             continue
         for prompted in (False, True):
             before, after = (
-                render(tokenizer, t, [conversation], add_generation_prompt=prompted)[0]
-                for t in (template, closed)
+                render(tokenizer, t, [conversation], ask=prompted)[0] for t in (template, closed)
             )
             if conversation in ENDS_IN_ANSWER and not prompted:
                 end = before.rfind("<|im_end|>")
@@ -156,12 +155,13 @@ def test_a_time_limit_ends_a_loop_in_any_thread() -> None:
 
 def test_the_plain_template_writes_turns_as_text_with_the_eos_after_each_answer() -> None:
     tokenizer = prepare_tokenizer(plain_tokenizer(), close=True)
-    assert tokenizer.apply_chat_template([SYSTEM, USER, ANSWER, USER, ANSWER], tokenize=False) == (
+    talk = [turn._asdict() for turn in (SYSTEM, USER, ANSWER, USER, ANSWER)]
+    assert tokenizer.apply_chat_template(talk, tokenize=False) == (
         "System: You are a helpful assistant.\n\nUser:   How do I bake bread?\n\n\n"
         "Assistant: Mix flour, water and salt. <|endoftext|>\n\nUser:   How do I bake bread?\n\n\n"
         "Assistant: Mix flour, water and salt. <|endoftext|>"
     )
-    prompt = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(talk[1:2], tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("bread?\n\n\nAssistant:")
 
 
@@ -170,7 +170,9 @@ def test_preparing_leaves_the_tokenizer_given_alone() -> None:
     own = prepare_tokenizer(tokenizer, close=True)
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert own("a").input_ids == own("a", add_special_tokens=False).input_ids
-    assert own.apply_chat_template([USER, ANSWER], tokenize=False).startswith("<s>User:")
+    assert own.apply_chat_template([USER._asdict(), ANSWER._asdict()], tokenize=False).startswith(
+        "<s>User:"
+    )
     assert tokenizer.chat_template is None
     assert tokenizer.pad_token is None
     assert len(own) == len(tokenizer)
@@ -206,7 +208,7 @@ def several_templates():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (several_templates, "several chat templates"),
+        (several_templates, "several templates"),
         (lambda: chat_tokenizer(eos_token=None), r"no EOS token.*Set tokenizer\.eos_token"),
         (lambda: plain_tokenizer(pad=False), "no pad token other than its EOS.*add_special_tokens"),
         (ByT5Tokenizer, r"fast tokenizer.*ByT5Tokenizer"),
@@ -246,7 +248,7 @@ def test_a_tokenizer_that_splits_special_tokens_or_pads_is_cured_of_it() -> None
 def test_the_papers_templates_write_what_its_code_trains_on(name: str, text: str) -> None:
     """The text of its collator for a question and an answer, with the EOS and without a BOS."""
     encoder = Encoder(chat_tokenizer(read_template(name)))
-    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+    turns = [Message("user", "How?"), Message("assistant", "So.")]
     assert render(encoder.tokenizer, encoder.template, [turns]) == [text]
     assert encoder.template == PAPER_TEMPLATES[name]  # it ends at the EOS as it is
     talk = (Message("user", "a b"), Message("assistant", "c"), Message("user", "d e"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm.data.describe import Description, describe_data, fraction_saved_by_sharing
+from hafrm.data.describe import Description, count_tokens, describe_data
 from hafrm.data.reader import read_preferences as read
 from hafrm.preferences import Comparison, Group, TokenizedGroup
 from hafrm.results import read_result, write_result
@@ -76,8 +76,8 @@ def test_the_shared_share_counts_prompts_and_responses_once() -> None:
     comparisons does not count."""
     pairs = (Comparison(0, 1), Comparison(0, 2), Comparison(1, 2))
     groups = [tokenized(10, [5, 1, 3], pairs), tokenized(9, [9], ())]
-    assert fraction_saved_by_sharing(groups) == 1 - 19 / 78
-    assert fraction_saved_by_sharing([]) == 0.0
+    assert count_tokens(groups)[1] == 1 - 19 / 78
+    assert count_tokens([])[1] == 0.0
 
 
 def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:

@@ -256,8 +256,8 @@ def test_text_that_a_normaliser_turns_into_a_special_token_is_refused_by_name() 
     """Typed in capitals it is not the token, until the tokenizer has made small letters of it."""
     encoder = Encoder(edited_tokenizer(CHATML, "<|sep|>", normalized=True, lowercase=True))
     encoder.encode([group("HELLO")])
-    with pytest.raises(DataError, match=r"'row 7'.*turned into a special token"):
-        encoder.encode_one(group("Hi", name="row 7", responses=("a<|SEP|>b",)))
+    _, report = encoder.encode([group("Hi", name="row 7", responses=("a<|SEP|>b",))])
+    assert re.search(r"'row 7'.*turned into a special token", report.refused[0])
 
 
 def test_unknown_characters_are_no_special_tokens() -> None:
@@ -362,8 +362,6 @@ def test_a_group_that_cannot_be_encoded_costs_that_group_and_is_named(
     assert json.loads((tmp_path / "bad.jsonl").read_text())["group"] == "row 7"
     with pytest.raises(DataError, match=message):
         report.check(groups, 0.1)
-    with pytest.raises(DataError, match=message):
-        encoder.encode_one(bad)
 
 
 def test_a_token_beyond_the_embedding_costs_its_group() -> None:

@@ -139,7 +139,6 @@ def test_a_run_that_the_watchdog_stops_ends_with_1_and_exports(tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("evaluation.judge=x", "renamed to evaluation.reward_model"),
         ("reward.model=null", "reward.model is missing"),
         ("judge.model=m", "need comparison.judge"),
         ("comparison.models=[a=b]", "comparison.test: missing"),

@@ -20,9 +20,7 @@ GroupScores = NDArray[np.float64] | str
 """One score for each response of a group, or why there are none, as "reason: detail"."""
 
 
-def score_by_model(
-    path: str | Path, groups: Sequence[Group], place: Placement
-) -> list[GroupScores]:
+def score_by_model(path: str, groups: Sequence[Group], place: Placement) -> list[GroupScores]:
     """The scores of a model's main head; none for a group that the template or length refuses."""
     model = load_main_head(path, EvaluationOptions(dtype=place.dtype, device=place.device))
     encoded = [_encode(model, group) for group in groups]
@@ -35,15 +33,14 @@ def score_by_model(
 
 def _encode(model: Scorer, group: Group) -> TokenizedGroup | str:
     """The group as ids, uncut, or why it cannot be scored."""
-    try:
-        encoded, report = model.encoder.encode_one(group)
-    except DataError as error:
-        return f"not encodable: {error}"
+    encoded, report = model.encoder.encode([group])
+    if report.refused:
+        return f"not encodable: {report.refused[0]}"
     # half an answer would get a score too, and a wrong one
-    if report.prompts_cut or report.responses_cut or encoded is None:
+    if report.prompts_cut or report.responses_cut or not encoded:
         limit = model.encoder.lengths.max_length
         return f"too long: prompt and candidate have more than {limit} tokens, the model's limit"
-    return encoded
+    return encoded[0]
 
 
 def score_by_gold(gold: GoldReward, groups: Sequence[Group]) -> list[GroupScores]:
@@ -67,16 +64,11 @@ def named_models(models: Sequence[str]) -> list[tuple[str, str]]:
     for text in models:
         name, equals, path = text.partition("=")
         if not equals or not name or "/" in name:
-            name, path = _run_name(text), text
+            # runs/haf/model/reward -> haf, runs/haf/model/policy -> haf-policy
+            parts = [p for p in Path(text).parts if p not in ("model", "reward", ".", "/")]
+            name = "-".join(parts[-2:] if parts[-1:] == ["policy"] else parts[-1:]) or text
+            path = text
         if not path:
-            raise ConfigError(
-                f"{text!r} names no model; give PATH or NAME=PATH, such as haf=runs/haf"
-            )
+            raise ConfigError(f"{text!r} names no model; give PATH or NAME=PATH, such as a=runs/a")
         named.append((name, path))
     return named
-
-
-def _run_name(path: str) -> str:
-    """runs/haf/model/reward -> haf, runs/haf/model/policy -> haf-policy."""
-    parts = [part for part in Path(path).parts if part not in ("model", "reward", ".", "/")]
-    return "-".join(parts[-2:] if parts[-1:] == ["policy"] else parts[-1:]) or path

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,7 @@ from hafrm.preferences import Group, Message
 from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section
 from hafrm.run_folder import RecordFile
-from hafrm.scoring.loading import (
-    AUTO,
-    Placement,
-    choose_dtype,
-    find_heads,
-    load_causal_lm,
-    model_digest,
-)
-from hafrm.scoring.model_files import load_any_tokenizer, load_config, load_generation_config
+from hafrm.scoring import loading
 
 CHUNK = 64  # prompts whose work is lost by a kill
 _NO_LIMIT = 2**20
@@ -160,9 +153,9 @@ DrawRound = tuple[int, int, int]
 class LocalPolicy:
     """A causal LM in a directory that stock transformers loads, asked through its chat template."""
 
-    def __init__(self, path: str | Path, section: DrawSection, place: Placement = AUTO) -> None:
+    def __init__(self, path: str | Path, section: DrawSection, place: loading.Placement) -> None:
         """Raises ModelError for anything but a causal LM whose tokenizer has a chat template."""
-        directory = find_heads(path).policy
+        directory = loading.find_heads(path).policy
         if directory is None:
             raise ModelError(f"{path} cannot write: give --policy the directory of a causal LM")
         self._directory, self._device = directory, place.device
@@ -170,13 +163,10 @@ class LocalPolicy:
         self.batch_size = section.batch_size
         tokenizer = load_any_tokenizer(directory)
         if tokenizer.chat_template is None:
-            raise ModelError(
-                f"the policy {path} has no chat template; write one to its chat_template.jinja, or take a "
-                "policy trained on chats"
-            )
+            raise ModelError(f"policy {path} has no chat template: write its chat_template.jinja")
         self.encoder = Encoder(tokenizer, max_length=_NO_LIMIT, close=False)
         self.turn_ends = self.encoder.turn_ends(load_generation_config(directory))
-        self._dtype = choose_dtype(directory, place.dtype, place.device)
+        self._dtype = loading.choose_dtype(directory, place.dtype, place.device)
         text_config = load_config(directory).get_text_config()
         self._positions = getattr(text_config, "max_position_embeddings", None) or _NO_LIMIT
         self.model: PreTrainedModel | None = None  # loaded when something must be drawn
@@ -184,7 +174,7 @@ class LocalPolicy:
     def cache_key(self) -> dict[str, Any]:
         """Everything its responses depend on; a batch is drawn together, so its size is part of it."""
         return {
-            "policy": f"{model_digest(self._directory)} {self.encoder.cache_key} {self._dtype}",
+            "policy": f"{loading.model_digest(self._directory)} {self.encoder.cache_key} {self._dtype}",
             **asdict(self.options),
             "turn_ends": self.turn_ends,
             "batch_size": self.batch_size,
@@ -194,7 +184,9 @@ class LocalPolicy:
         """For each prompt `num` replies, or one error where the template or the length forbids it."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         if self.model is None:
-            self.model = load_causal_lm(self._directory, dtype=self._dtype, device=self._device)
+            self.model = loading.load_causal_lm(
+                self._directory, dtype=self._dtype, device=self._device
+            )
         # torch takes seeds of 63 bits
         seed = int(np.random.SeedSequence(draw_round).generate_state(1, np.uint64)[0] >> 1)
         pad = self.turn_ends[0] if self.encoder.pad_id is None else self.encoder.pad_id
@@ -208,7 +200,8 @@ class LocalPolicy:
             seed=seed,
             batch_size=self.batch_size,
         )
-        own = iter([self._decode(response) for response in responses] for responses in drawn)
+        read = partial(self.encoder.read_response, ends=self.turn_ends)
+        own = iter([Reply(*read(response)) for response in responses] for responses in drawn)
         return [[Reply(error=p)] if isinstance(p, str) else next(own) for p in ids]
 
     def _prompt_ids(self, prompt: Group) -> list[int] | str:
@@ -222,21 +215,14 @@ class LocalPolicy:
             return f"too long: the prompt has {len(ids)} tokens, the policy has room for {room}"
         return ids
 
-    def _decode(self, ids: list[int]) -> Reply:
-        text, ended = self.encoder.read_response(ids, self.turn_ends)
-        return Reply(text, ended=ended)
-
 
 class EndpointPolicy:
     """A chat model behind an endpoint."""
 
     def __init__(self, endpoint: Endpoint, section: DrawSection) -> None:
         self.endpoint = endpoint
-        self._settings = {
-            "temperature": section.temperature,
-            "top_p": section.top_p,
-            "max_tokens": section.max_new_tokens,
-        }
+        self._settings = section.model_dump(include={"temperature", "top_p"})
+        self._settings["max_tokens"] = section.max_new_tokens
 
     def cache_key(self) -> dict[str, Any]:
         """Everything its responses depend on."""

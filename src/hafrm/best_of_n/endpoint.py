@@ -73,9 +73,7 @@ class Endpoint:
             import diskcache  # noqa: PLC0415 - an extra
             import openai  # noqa: PLC0415 - an extra
         except ImportError as error:
-            raise ConfigError(
-                f"endpoints need the package {error.name}: pip install 'hafrm[judge]'"
-            ) from error
+            raise ConfigError(f"endpoints need {error.name}: pip install 'hafrm[judge]'") from error
         self.url, self.section = hide_secrets(url), section or EndpointSection()
         self._openai, self._key_variable = openai, key_variable
         folder = cache or cache_folder("replies")
@@ -179,10 +177,8 @@ class Endpoint:
 def require_some(replies: Sequence[Reply], url: str) -> None:
     """Raise ServerError when every request was rejected: then the settings are wrong."""
     if replies and all(reply.error is not None for reply in replies):
-        raise ServerError(
-            f"{url} rejects every request, such as with {replies[0].error}; change its settings, such as "
-            "policy.request='{name: value}' (null removes one)"
-        )
+        fix = "change policy.request='{name: value}' (null removes one)"
+        raise ServerError(f"{url} rejects every request, the first with {replies[0].error}; {fix}")
 
 
 def is_url(text: str | None) -> bool:

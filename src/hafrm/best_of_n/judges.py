@@ -253,11 +253,9 @@ def _measure_wins(
         return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
 
     # wins - losses lie between -1 and 1, where seeded_mean would cut at 0: so a difference to nothing
-    difference = (
-        seeded_difference(judged, np.zeros_like(judged)).estimate
-        if several
-        else clustered_bootstrap(judged.ravel())
-    )
+    difference = clustered_bootstrap(judged.ravel())
+    if several:
+        difference = seeded_difference(judged, np.zeros_like(judged)).estimate
     reliability = judge_reliability(verdicts)
     return Wins(
         *names,

@@ -26,7 +26,7 @@ class CurvePoint:
     """The best of n random candidates."""
 
     n: int
-    kl: float  # log n - (n - 1) / n, nat
+    kl: float  # of the best of n from the policy, nat: log n - (n - 1) / n
     proxy: Estimate  # mean score of the pick, by the model that picks
     gold: Estimate | None  # mean gold score of the pick
 
@@ -130,14 +130,6 @@ def expected_picks(
     return curve
 
 
-def kl_of_best(n: int) -> float:
-    """KL(best of n || policy) in nat: log n - (n - 1) / n.
-
-    Exact for independent samples that never repeat or tie, else an upper bound (arXiv 2401.01879).
-    """
-    return math.log(n) - (n - 1) / n
-
-
 def best_indices(scores: PerPrompt) -> NDArray[np.int64]:
     """The index of the best candidate of each prompt; the first of equals."""
     return np.array([int(np.argmax(s)) for s in scores], np.int64)
@@ -161,7 +153,8 @@ def measure_picker(
 ) -> PickerResult:
     """The curves of one model's picks, and their agreement with the gold score."""
     sizes = range(1, num + 1)
-    kl = [kl_of_best(n) for n in sizes]
+    # exact for independent samples that never repeat or tie, else an upper bound (arXiv 2401.01879)
+    kl = [math.log(n) - (n - 1) / n for n in sizes]
     proxy = bootstrap_columns(curve_values(candidates, scores, scores, num))
     if gold is None:
         nothing = [None] * num

@@ -20,13 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from hafrm.atomic import atomic_write
-from hafrm.best_of_n.candidate_scores import (
-    GoldReward,
-    GroupScores,
-    named_models,
-    score_by_gold,
-    score_by_model,
-)
+from hafrm.best_of_n import candidate_scores
 from hafrm.best_of_n.candidates import (
     Candidates,
     DrawSection,
@@ -89,7 +83,10 @@ class BestOfNOptions(Section):
 
 
 def best_of_n(
-    options: BestOfNOptions, out: Path, *, golds: Mapping[str, GoldReward] | None = None
+    options: BestOfNOptions,
+    out: Path,
+    *,
+    golds: Mapping[str, candidate_scores.GoldReward] | None = None,
 ) -> BestOfN:
     """Gather candidates, score them, compare the picks, and measure; every file of `out` is written.
 
@@ -102,7 +99,11 @@ def best_of_n(
             raise ConfigError(f"settings of `{name}` need --{name} URL, got {target}")
     place, golds = Placement(pick.dtype, pick.device), golds or {}
     models = _models(pick, golds)
-    policy = None if pick.policy is None else _policy(pick.policy, options, place)
+    policy: Policy | None = None
+    if pick.policy is not None and is_url(pick.policy):
+        policy = EndpointPolicy(Endpoint(pick.policy, options.policy), options.draw)
+    elif pick.policy is not None:
+        policy = LocalPolicy(pick.policy, options.draw, place)
     judge = None if pick.judge is None else load_judge(pick.judge, options.judge)
     with ResumableFolder.open(out, "best-of-n") as folder:
         drawn = _gather(folder, options, policy)
@@ -110,17 +111,20 @@ def best_of_n(
         usable = _usable(drawn, left_out)
         groups = [c.group for c in usable]
         all_scores = {  # one model is in memory at a time
-            name: score_by_gold(golds[path], groups)
+            name: candidate_scores.score_by_gold(golds[path], groups)
             if path in golds
-            else score_by_model(path, groups, place)
+            else candidate_scores.score_by_model(path, groups, place)
             for name, path in models.items()
         }
         candidates, scores = _scored(usable, all_scores, left_out)
-        atomic_write(out / "scores.jsonl", _lines(_score_rows(candidates, scores)))
+        rows = []
+        for i, group in enumerate(c.group for c in candidates):
+            own = {name: by_prompt[i].tolist() for name, by_prompt in scores.items()}
+            rows.append({"id": group.id, "responses": group.responses, "scores": own})
+        atomic_write(out / "scores.jsonl", _lines(rows))
         golden = scores.pop("gold", None)
-        gold = None
-        if pick.gold is not None:
-            gold = pick.gold if pick.gold in golds else f"gold ({pick.gold})"
+        is_named = pick.gold is None or pick.gold in golds
+        gold = pick.gold if is_named else f"gold ({pick.gold})"
         wins = _compare_picks(candidates, scores, golden, judge, gold, sample=pick.sample)
         sizes = [len(c.texts) for c in candidates]
         num = max(sizes) if policy is None else options.draw.num
@@ -143,9 +147,9 @@ def best_of_n(
     return result
 
 
-def _models(pick: PickSection, golds: Mapping[str, GoldReward]) -> dict[str, str]:
+def _models(pick: PickSection, golds: Mapping[str, candidate_scores.GoldReward]) -> dict[str, str]:
     """The paths of all that score, by name; what gives the gold score is called gold."""
-    named = named_models(pick.models)
+    named = candidate_scores.named_models(pick.models)
     names = Counter(["gold", *(name for name, _ in named)])
     for name, num in names.items():
         if num > 1:
@@ -161,12 +165,6 @@ def _models(pick: PickSection, golds: Mapping[str, GoldReward]) -> dict[str, str
             "(what gold itself picks is always a baseline), or give another --gold"
         )
     return models
-
-
-def _policy(path: str, options: BestOfNOptions, place: Placement) -> Policy:
-    if is_url(path):
-        return EndpointPolicy(Endpoint(path, options.policy), options.draw)
-    return LocalPolicy(path, options.draw, place)
 
 
 def _gather(
@@ -206,7 +204,7 @@ def _usable(drawn: Sequence[Candidates], left_out: Counter[str]) -> list[Candida
 
 def _scored(
     candidates: Sequence[Candidates],
-    all_scores: Mapping[str, Sequence[GroupScores]],
+    all_scores: Mapping[str, Sequence[candidate_scores.GroupScores]],
     left_out: Counter[str],
 ) -> tuple[list[Candidates], dict[str, PerPrompt]]:
     """The prompts that every model could score, with these scores; the others are counted."""
@@ -248,17 +246,6 @@ def _compare_picks(
         by_prompt = zip(golden, own, strict=True) if golden is not None else ()
         answers[name] = [Answers(prompts, texts, tuple(float(g[k]) for g, k in by_prompt))]
     return compare_answers(answers, methods, judge, gold or "")
-
-
-def _score_rows(
-    candidates: Sequence[Candidates], scores: Mapping[str, PerPrompt]
-) -> Iterable[dict[str, Any]]:
-    for i, c in enumerate(candidates):
-        yield {
-            "id": c.prompt.id,
-            "responses": c.group.responses,
-            "scores": {name: own[i].tolist() for name, own in scores.items()},
-        }
 
 
 def _pick_rows(

@@ -51,19 +51,15 @@ def _write_parts(
 
     files = [out / "train.jsonl", out / "test.jsonl"]
     if there := [str(file) for file in files if file.exists()]:
-        raise CheckpointError(
-            f"{' and '.join(there)} exists already: remove it or give another --out"
-        )
+        raise CheckpointError(f"{', '.join(there)} exists already: remove it or give another --out")
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"--split must be between 0 and 1, both excluded, got {fraction}")
     check_writable(files[0])
-    bad_rows_file = out / "bad_rows.jsonl"
-    preferences = read_preferences(
-        sources, bad_rows_file=bad_rows_file, need_comparisons=False, columns=columns
-    )
-    if preferences.bad_rows:
-        typer.echo(f"{len(preferences.bad_rows)} bad rows are left out: {bad_rows_file}")
-    parts = split_by_prompt(preferences.groups, fraction, seed)
+    bad = out / "bad_rows.jsonl"
+    data = read_preferences(sources, bad_rows_file=bad, need_comparisons=False, columns=columns)
+    if data.bad_rows:
+        typer.echo(f"{len(data.bad_rows)} bad rows are left out: {bad}")
+    parts = split_by_prompt(data.groups, fraction, seed)
     for file, part in zip(files, parts, strict=True):
         rows, pairs = write_groups(part, file), num_comparisons(part)
         unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
@@ -72,10 +68,7 @@ def _write_parts(
 
 @app.command("report")
 def report_command(
-    folders: Annotated[
-        list[Path],
-        Argument(help="Run folders, and outputs of compare, best-of-n, rlhf."),
-    ],
+    folders: Annotated[list[Path], Argument(help="Runs, and outputs of compare, best-of-n, rlhf.")],
     out: Annotated[Path, Option("--out", help="The page.")] = Path("report.html"),
 ) -> None:
     """One self-contained page: summary, curves, accuracy with intervals, texts to read, provenance."""

@@ -62,14 +62,10 @@ def main() -> None:
         sys.exit(1)
 
 
-_SOURCES = Argument(
-    help="Files (JSON(L), CSV, Parquet), file#split=test, hub:name:split, set:name."
-)
+_SOURCES = Argument(help="Files (JSON(L), CSV, Parquet), file#split=test, hub:name:split, set:name")
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
-Dtype = Annotated[
-    str, Option(help="float32, bfloat16, float16; auto: as stored, on a CPU float32.")
-]
+Dtype = Annotated[str, Option(help="float32, bfloat16, float16; auto: as stored, on a CPU float32")]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU if there is one).")]
 
 

@@ -23,23 +23,19 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     data: OptionalSources = None,
     *,
     also: Annotated[list[str] | None, Option(help="Another model, or a seed: NAME=PATH.")] = None,
-    benchmark: Annotated[
-        list[str] | None, Option(help="Such as rewardbench2; all. DATA: a local folder.")
-    ] = None,
+    benchmark: Annotated[list[str] | None, Option(help="Such as rewardbench2; all.")] = None,
     diagnose: Annotated[bool, Option("--diagnose", help="Also why it is right or wrong.")] = False,
     json_file: JsonFile = None,
-    max_length: Annotated[
-        int | None, Option(help="Cut longer inputs to so many tokens (default: the run's).")
-    ] = None,
+    max_length: Annotated[int | None, Option(help="Tokens to cut to (default: the run's).")] = None,
     max_bad_fraction: Annotated[float, Option(help="Bad rows allowed.", min=0, max=1)] = 0.02,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
-    On preferences (DATA) or on published benchmarks; for one model, or compared with others. For a run
-    folder the result is also kept in it for `hafrm report`: evaluation.json, diagnostics.json (--diagnose)
-    or benchmarks.json.
+    On preferences (DATA) or on published benchmarks (DATA: a local folder); for one model, or compared with
+    others. For a run folder the result is also kept in it for `hafrm report`: evaluation.json,
+    diagnostics.json (--diagnose) or benchmarks.json.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
         raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
@@ -82,15 +78,10 @@ def _named(text: str) -> tuple[str, str]:
 @app.command("score")
 def score_command(  # noqa: PLR0913 - the verb and its options
     model: Annotated[str, Argument(help="Run folder or reward directory.")],
-    sources: Annotated[
-        list[str],
-        Argument(help="Files, folders, file#split=test, hub:name:split (docs/scoring.md)."),
-    ],
+    sources: Annotated[list[str], Argument(help="Files, folders, hub sets (docs/scoring.md).")],
     *,
     out: Annotated[Path, Option(help="The folder for the same rows with scores.")],
-    rows_per_shard: Annotated[
-        int, Option(help="Rows of an output file, the most that a kill can cost.", min=1)
-    ] = ROWS_PER_SHARD,
+    rows_per_shard: Annotated[int, Option(help="Rows of an output file.", min=1)] = ROWS_PER_SHARD,
     shard: Annotated[str, Option(help="i/n: only part i of n, from 0 to n - 1.")] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,
@@ -118,13 +109,9 @@ def score_command(  # noqa: PLR0913 - the verb and its options
 
 @app.command("best-of-n")
 def best_of_n_command(  # noqa: PLR0913 - the verb and its options
-    models: Annotated[
-        list[str], Argument(help="Runs, reward or policy directories: PATH or NAME=PATH.")
-    ],
+    models: Annotated[list[str], Argument(help="Runs or model directories: PATH, NAME=PATH.")],
     *,
-    prompts: Annotated[
-        list[str], Option(help="Prompts; without --policy their responses are candidates.")
-    ],
+    prompts: Annotated[list[str], Option(help="Prompts; without --policy, with responses.")],
     out: Annotated[Path, Option(help="Folder for all results; a killed job resumes.")],
     policy: Annotated[str | None, Option(help="Writes candidates: a directory, or a URL.")] = None,
     num: Annotated[int, Option("-n", "--num", help="Candidates for each prompt.")] = 16,
@@ -133,9 +120,7 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     seed: Annotated[int, Option(help="Another seed gives other candidates.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
-    settings: Annotated[
-        list[str] | None, Option("--set", help="section.key=value (docs/best_of_n.md).")
-    ] = None,
+    settings: Annotated[list[str] | None, Option("--set", help="section.key=value.")] = None,
 ) -> None:
     """Score the same candidates with every model and compare what each picks, for n = 1 to N.
 
@@ -172,10 +157,8 @@ def export_command(
     lora = {None: "", True: ", LoRA merged", False: ", as an adapter"}[done.merged]
     typer.echo(f"exported the {options.head} model from {done.source} in {done.dtype}{lora}: {out}")
     what = "golden scores" if options.head == "reward" else "log-probs"
-    typer.echo(
-        f"plain transformers gives the same {done.num_golden} {what} (largest difference "
-        f"{done.difference:.2g})"
-    )
+    same = f"plain transformers gives the same {done.num_golden} {what}"
+    typer.echo(f"{same} (largest difference {done.difference:.2g})")
 
 
 @app.command("verify")
@@ -205,10 +188,8 @@ def verify_command(
 
         directory = head_directory(target, "reward")
         if (Path(head_directory(directory, "policy")) / IMPLICIT_RULE).is_file():
-            raise ModelError(
-                f"{target} is a policy, and verify checks reward models: a policy's log-probs are proved "
-                "when it is exported"
-            )
+            proved = "a policy's log-probs are proved when it is exported"
+            raise ModelError(f"{target} is a policy, and verify checks reward models: {proved}")
         result = verify_directory(Path(directory), golden, **options)
     show_result(result, json_file)
     if not result.ok:

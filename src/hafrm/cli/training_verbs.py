@@ -7,29 +7,22 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from hafrm.cli.entry import (
-    Out,
-    Overrides,
-    Processes,
-    Recipe,
-    RecipeFile,
-    Resume,
-    app,
-    parse_run,
-    show_result,
-)
+from hafrm.cli import entry
 from hafrm.errors import ConfigError
 from hafrm.progress import show_progress
 from hafrm.recipe_file import load_as, load_recipe
 from hafrm.statistics import in_words
 
 
-@app.command("train")
+@entry.app.command("train")
 def train_command(
-    recipe: Recipe = None, overrides: Overrides = None, out: Out = None, resume: Resume = None
+    recipe: entry.Recipe = None,
+    overrides: entry.Overrides = None,
+    out: entry.Out = None,
+    resume: entry.Resume = None,
 ) -> None:
     """Train a reward model as a recipe says, and export it once others can load it."""
-    source, changes, folder = parse_run(recipe, overrides, out, resume)
+    source, changes, folder = entry.parse_run(recipe, overrides, out, resume)
     loaded = load_recipe(source, changes)
     from hafrm.evaluation import evaluate  # noqa: PLC0415
     from hafrm.export.model_card import write_cards  # noqa: PLC0415
@@ -39,28 +32,25 @@ def train_command(
         result = loop.run_training(loaded, folder, resume=resume is not None)
         if not parallel.is_main():
             return
-        typer.echo(
-            f"trained {result.num_steps} steps; exported step {result.best_step} of {folder}"
-        )
+        steps = f"{result.num_steps} steps; exported step {result.best_step}"
+        typer.echo(f"trained {steps} of {folder}")
         typer.echo(f"  validation: {in_words(result.best)}")
         if loaded.data.test:
             with show_progress("scoring test sets") as on_progress:
                 options = loaded.data.reading_options
                 tested = evaluate(folder, loaded.data.test, on_progress=on_progress, **options)
-            show_result(tested, folder / "test.json")
+            entry.show_result(tested, folder / "test.json")
             write_cards(folder)
         typer.echo(f"use it:  hafrm evaluate {folder} DATA...   hafrm score {folder} IN --out OUT")
     finally:
         parallel.stop()
 
 
-@app.command("plan")
+@entry.app.command("plan")
 def plan_command(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    memory: Annotated[
-        float | None, Option(help="GiB of each GPU (default: this machine's).")
-    ] = None,
+    recipe: entry.RecipeFile,
+    overrides: entry.Overrides = None,
+    memory: Annotated[float | None, Option(help="GiB of a GPU (default: this one's).")] = None,
     ranks: Annotated[int, Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
     """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
@@ -69,25 +59,21 @@ def plan_command(
 
     loaded = load_recipe(recipe, overrides or ())
     need = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
-    show_result(need)
+    entry.show_result(need)
     if not need.fits:
         raise typer.Exit(1)
 
 
-@app.command("compare")
+@entry.app.command("compare")
 def compare_command(  # noqa: PLR0913 - the verb and its options
-    recipe: RecipeFile,
-    overrides: Overrides = None,
+    recipe: entry.RecipeFile,
+    overrides: entry.Overrides = None,
     *,
-    methods: Annotated[
-        str, Option(help="Baseline first; options as in haf:alpha=0.05.")
-    ] = "bt,dpo,haf,grm-sft",
+    methods: Annotated[str, Option(help="Baseline first; haf:alpha=0.05.")] = "bt,dpo,haf,grm-sft",
     seeds: Annotated[int, Option(help="Runs of each method on each set.", min=1)] = 3,
-    learning_rates: Annotated[
-        str | None, Option(help="Default: the recipe's / 3, x 1, x 3.")
-    ] = None,
+    learning_rates: Annotated[str | None, Option(help="Default: recipe's / 3, x 1, x 3.")] = None,
     mixed: Annotated[bool, Option(help="Also train and tune on all sets together.")] = True,
-    processes: Processes = None,
+    processes: entry.Processes = None,
     keep_models: Annotated[bool, Option("--keep-models", help="Export all runs' models.")] = False,
     out: Annotated[Path, Option(help="The comparison's folder.")] = Path("comparison"),
 ) -> None:
@@ -103,19 +89,19 @@ def compare_command(  # noqa: PLR0913 - the verb and its options
     plan = plan_study(loaded, methods.split(","), num_seeds=seeds, rates=rates, mixed=mixed)
     num = processes or default_num_processes()
     result = compare_methods(plan, out, processes=num, keep_models=keep_models)
-    show_result(result)
+    entry.show_result(result)
     typer.echo(f"all numbers: {out / COMPARISON_FILE}")
 
 
-@app.command("rlhf")
+@entry.app.command("rlhf")
 def rlhf_command(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
+    recipe: entry.Recipe = None,
+    overrides: entry.Overrides = None,
     *,
-    out: Out = None,
-    resume: Resume = None,
+    out: entry.Out = None,
+    resume: entry.Resume = None,
     gold: Annotated[str | None, Option(help="demo: its world's reward selects steps.")] = None,
-    processes: Processes = None,
+    processes: entry.Processes = None,
 ) -> None:
     """Train a policy against reward models with PPO, RLOO or GRPO, as a recipe says.
 
@@ -128,7 +114,7 @@ def rlhf_command(
 
     if gold not in (None, "demo"):
         raise ConfigError(f"--gold is {gold!r}; only demo's reward is known")
-    source, changes, folder = parse_run(recipe, overrides, out, resume)
+    source, changes, folder = entry.parse_run(recipe, overrides, out, resume)
     loaded = load_as(RlhfRecipe, source, changes)
     truth = gold_reward if gold else None
 
@@ -138,7 +124,7 @@ def rlhf_command(
 
         num, show = processes or default_num_processes(), partial(typer.echo, err=True)
         comparison = compare_policies(loaded, folder, gold=truth, num_processes=num, on_run=show)
-        show_result(comparison)
+        entry.show_result(comparison)
         typer.echo(f"written to {folder / 'rlhf_comparison.json'}")
         return
 

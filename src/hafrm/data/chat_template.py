@@ -9,16 +9,16 @@ import copy
 import ctypes
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hafrm.errors import ConfigError, EndlessTemplateError, HafrmError, ModelError
-
-ChatTurns = Sequence[Mapping[str, str]]
+from hafrm.preferences import Message
 
 # Turns as text. The blank after the colon belongs to the content: a prompt that ends in "Assistant: "
 # is not a token prefix of prompt + response, one that ends in "Assistant:" is.
@@ -57,10 +57,8 @@ _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _TODAY_LEFT = re.compile(r"strftime_now(?!\s+is\s+(not\s+)?defined)")
 
 _MARK = "hafrmResponse"
-_USER = {"role": "user", "content": "hafrmQuestion"}
-_EARLIER = {"role": "assistant", "content": "hafrmEarlier"}
-_SYSTEM = {"role": "system", "content": "hafrmSystem"}
-_ANSWER = {"role": "assistant", "content": _MARK}
+_USER, _SYSTEM = Message("user", "hafrmQuestion"), Message("system", "hafrmSystem")
+_EARLIER, _ANSWER = Message("assistant", "hafrmEarlier"), Message("assistant", _MARK)
 _ENDS_IN_QUESTION = ((_USER,), (_USER, _EARLIER, _USER), (_SYSTEM, _USER))
 _ENDS_IN_ANSWER = tuple((*turns, _ANSWER) for turns in _ENDS_IN_QUESTION)
 # by preference: pad itself (not the one for filling in the middle), reserved tokens, unknown
@@ -108,17 +106,18 @@ def prepare_tokenizer(
 def render_conversations(
     tokenizer: PreTrainedTokenizerFast,
     template: str,
-    conversations: Sequence[ChatTurns],
+    conversations: Sequence[Sequence[Message]],
     *,
-    add_generation_prompt: bool = False,
+    ask: bool = False,
 ) -> list[str]:
-    """The text that `apply_chat_template` gives for each conversation, or a TemplateError."""
+    """The text of each conversation, or a TemplateError; with `ask`, the template asks for an answer behind
+    it."""
     try:
         rendered = tokenizer.apply_chat_template(
-            [[dict(message) for message in conversation] for conversation in conversations],
+            [[message._asdict() for message in conversation] for conversation in conversations],
             chat_template=template,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=ask,
         )
         texts = list(map(str, rendered))
         "".join(texts).encode()  # a tokenizer takes no lone surrogates
@@ -148,13 +147,9 @@ def _own_template(tokenizer: PreTrainedTokenizerFast, *, plain_if_none: bool) ->
         try:
             return str(tokenizer.get_chat_template())
         except ValueError as error:
-            raise ModelError(
-                f"The tokenizer has several chat templates, set one: {error}"
-            ) from error
+            raise ModelError(f"The tokenizer has several templates, set one: {error}") from error
     if not plain_if_none:
-        raise ModelError(
-            "This reward model's tokenizer has no chat template: set the one of its model card."
-        )
+        raise ModelError("The tokenizer has no chat template: set the one of its model card.")
     first = tokenizer("a").input_ids[:1]
     adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
@@ -202,7 +197,14 @@ def close_template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     if end >= 0 and not surplus:
         return template
     closed = _wrapped(template, surplus=surplus, missing="" if end >= 0 else eos)
-    _check_wrapping(tokenizer, template, closed, eos)
+    for probe, ask in product((*_ENDS_IN_ANSWER, *_ENDS_IN_QUESTION), (False, True)):
+        before = _tried(tokenizer, template, probe, ask=ask)
+        if before and probe in _ENDS_IN_ANSWER and not ask:
+            head, mark, tail = before[0].rpartition(_MARK)
+            before = [head + mark + (tail.partition(eos)[0] if eos in tail else tail) + eos]
+        after = _tried(tokenizer, closed, probe, ask=ask)
+        if before != after:
+            raise _unusable(f"cannot be closed: wrapped it renders {after}, not {before}")
     return closed
 
 
@@ -213,11 +215,15 @@ def written_around_turns(tokenizer: PreTrainedTokenizerFast, template: str) -> s
 
 
 def _tried(
-    tokenizer: PreTrainedTokenizerFast, template: str, turns: ChatTurns, *, prompt: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    turns: Sequence[Message],
+    *,
+    ask: bool = False,
 ) -> list[str]:
     """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
     with contextlib.suppress(TemplateError), time_limit(PROBE_SECONDS):
-        return render_conversations(tokenizer, template, [turns], add_generation_prompt=prompt)
+        return render_conversations(tokenizer, template, [turns], ask=ask)
     return []
 
 
@@ -246,20 +252,6 @@ def _wrapped(template: str, *, surplus: str, missing: str) -> str:
         "{% if messages[-1]['role'] == 'assistant' and not add_generation_prompt %}"
         f"{{{{ {ending} }}}}{{% else %}}{{{{ {text} }}}}{{% endif %}}"
     )
-
-
-def _check_wrapping(
-    tokenizer: PreTrainedTokenizerFast, template: str, closed: str, eos: str
-) -> None:
-    for probe in (*_ENDS_IN_ANSWER, *_ENDS_IN_QUESTION):
-        for prompt in (False, True):
-            before = _tried(tokenizer, template, probe, prompt=prompt)
-            if before and probe in _ENDS_IN_ANSWER and not prompt:
-                head, mark, tail = before[0].rpartition(_MARK)
-                before = [head + mark + (tail.partition(eos)[0] if eos in tail else tail) + eos]
-            after = _tried(tokenizer, closed, probe, prompt=prompt)
-            if before != after:
-                raise _unusable(f"cannot be closed: wrapped it renders {after}, not {before}")
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerFast, written: str = "") -> str:

@@ -82,8 +82,8 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         facts["columns not read"] = ", ".join(data.unread_columns[:12])
     if encode is not None:
         encoded, report = encode(data.groups)
-        lengths |= _count_tokens(encoded)
-        saved = fraction_saved_by_sharing(encoded)
+        of_tokens, saved = count_tokens(encoded)
+        lengths |= of_tokens
         facts["shared prompts save"] = f"{100 * saved:.1f} % of all tokens"
         counts = report.counts().items()
         facts |= {f"encoding: {name.replace('_', ' ')}": num for name, num in counts if num}
@@ -93,28 +93,25 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
     return Description(facts, bad_rows, {name: _spread(sizes) for name, sizes in lengths.items()})
 
 
-def _count_tokens(groups: Iterable[TokenizedGroup]) -> "dict[str, array[int]]":
-    prompts, responses, sequences = array("q"), array("q"), array("q")
-    for group in groups:
-        prompts.append(len(group.prompt_ids))
-        responses.extend(map(len, group.response_ids))
-        sequences.extend(len(group.prompt_ids) + len(ids) for ids in group.response_ids)
-    names = ("prompt tokens", "response tokens", "sequence tokens")
-    return dict(zip(names, (prompts, responses, sequences), strict=True))
+def count_tokens(groups: Iterable[TokenizedGroup]) -> "tuple[dict[str, array[int]], float]":
+    """Lengths in tokens, and the fraction of tokens that sharing prompts saves.
 
-
-def fraction_saved_by_sharing(groups: Iterable[TokenizedGroup]) -> float:
-    """1 - sum over groups of (P + sum of R) / sum over comparisons of (2 P + C + R), in tokens.
-
-    Of groups with comparisons; every response counts in the first sum, compared or not.
+    It is 1 - sum over groups of (P + sum of R) / sum over comparisons of (2 P + C + R), of groups with
+    comparisons; every response counts in the first sum, compared or not.
     """
+    prompts, responses, sequences = array("q"), array("q"), array("q")
     packed = paired = 0
     for group in groups:
+        sizes = [len(ids) for ids in group.response_ids]
+        prompts.append(len(group.prompt_ids))
+        responses.extend(sizes)
+        sequences.extend(prompts[-1] + size for size in sizes)
         packed += group.num_tokens if group.comparisons else 0
         for pair in group.comparisons:
-            sides = group.response_ids[pair.chosen], group.response_ids[pair.rejected]
-            paired += sum(len(group.prompt_ids) + len(ids) for ids in sides)
-    return 1 - packed / paired if paired else 0.0
+            paired += 2 * prompts[-1] + sizes[pair.chosen] + sizes[pair.rejected]
+    names = ("prompt tokens", "response tokens", "sequence tokens")
+    lengths = dict(zip(names, (prompts, responses, sequences), strict=True))
+    return lengths, 1 - packed / paired if paired else 0.0
 
 
 def _spread(values: "array[int]") -> Lengths:

@@ -46,8 +46,6 @@ class LengthPolicy:
     too_long: Literal["cut", "drop"] = "cut"
 
     def __post_init__(self) -> None:
-        if self.too_long not in ("cut", "drop"):
-            raise ConfigError(f"too_long must be cut or drop, got {self.too_long!r}")
         # two on each side: BOS and a token of the prompt, a token of the response and EOS
         if not 2 <= self.min_prompt_room <= self.max_length - 2:
             raise ConfigError(
@@ -104,10 +102,9 @@ class EncodingReport:
         if bad_rows_file is not None:
             with bad_rows_file.open("a", encoding="utf-8") as file:
                 for i, detail in self.refused.items():
-                    own = {"source": groups[i].source, "group": groups[i].id}
-                    file.write(
-                        json.dumps(own | {"reason": "not encodable", "detail": detail}) + "\n"
-                    )
+                    row = {"source": groups[i].source, "group": groups[i].id}
+                    row |= {"reason": "not encodable", "detail": detail}
+                    file.write(json.dumps(row) + "\n")
         num, (index, why) = len(self.refused), next(iter(self.refused.items()))
         first = f"first: group {groups[index].id!r} of {groups[index].source!r}: {why}"
         if num > max_bad_fraction * len(groups) or num == len(groups):
@@ -174,13 +171,6 @@ class Encoder:
         encoded = self._encode_parts(groups, self._encode_chunk, report)
         return (store_tokens(encoded) if isinstance(groups, Lazy) else list(encoded)), report
 
-    def encode_one(self, group: Group) -> tuple[TokenizedGroup | None, EncodingReport]:
-        """A single group as ids (None: dropped); raises DataError where `encode` refuses it."""
-        encoded, report = self.encode([group])
-        if report.refused:
-            raise DataError(report.refused[0])
-        return (encoded[0] if encoded else None), report
-
     def encode_prompts(
         self, groups: Sequence[Group]
     ) -> tuple[list[NDArray[np.int32]], EncodingReport]:
@@ -204,9 +194,8 @@ class Encoder:
                     report.refused[start] = str(error)
                     return []
                 middle = len(part) // 2
-                return encode_part(part[:middle], start) + encode_part(
-                    part[middle:], start + middle
-                )
+                first = encode_part(part[:middle], start)
+                return first + encode_part(part[middle:], start + middle)
             for name in _COUNTS:
                 setattr(report, name, getattr(report, name) + getattr(own, name))
             return encoded
@@ -232,9 +221,8 @@ class Encoder:
         Control tokens that the policy wrote within its turn stay visible, for a reward to react to.
         """
         end = next((k for k, token in enumerate(ids) if token in ends), None)
-        text = self.tokenizer.decode(
-            list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        text = self.tokenizer.decode(list(ids[:end]), **verbatim)
         # a template's blank before the answer is the response's first token, and not part of its text
         return str(text).lstrip(" "), end is not None
 
@@ -278,9 +266,8 @@ class Encoder:
             cut = [len(a) < len(b) for a, b in zip(fitted[1], responses, strict=True)]
             report.prompts_cut += len(fitted[0]) < len(prompt)
             report.responses_cut += sum(cut)
-            report.indistinct += sum(
-                fitted[1][c.chosen] == fitted[1][c.rejected] for c in group.comparisons
-            )
+            same = (fitted[1][c.chosen] == fitted[1][c.rejected] for c in group.comparisons)
+            report.indistinct += sum(same)
             arrays = [self._as_array(ids, where) for ids in (fitted[0], *fitted[1])]
             names = group.id, group.source, group.tags
             yield TokenizedGroup(arrays[0], tuple(arrays[1:]), group.comparisons, *names)

@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import math
+import os
 import re
 import reprlib
 import zlib
@@ -87,17 +88,9 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return []
 
 
-def exists(path: Path) -> bool:
-    """Whether there is a file or folder of this name; no error for a name that none can have."""
-    try:
-        return path.exists()
-    except OSError:  # too long, say
-        return False
-
-
 def read_file(path: Path) -> NumberedRows:
     """(row number, row or `Refusal`) of every row of a file, in order."""
-    if not exists(path):
+    if not os.path.exists(path):  # no error for a name that none can have
         place = str(path)[:300]
         raise DataError(f"{place}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():

@@ -27,7 +27,8 @@ class GroupedRows:
         tags = [Message(tag, row.tags[tag]) for tag in ("subset", "split") if tag in row.tags]
         self._keys.append(int(prompt_key((*row.prompt, *tags)), 16))
         self._numbers.append(number)
-        self._rows.append(_pack(row))
+        packed = [row.id, row.prompt, row.responses, pack_comparisons(row.comparisons), row.tags]
+        self._rows.append(json.dumps(packed, ensure_ascii=False).encode())
 
     def groups(self, source: str) -> tuple[Sequence[Group], list[tuple[int, str]]]:
         """The groups in the order of their first rows, lazy unless small; and (row number, group's id) of
@@ -88,12 +89,6 @@ class _Draft:
     def group(self, source: str) -> Group:
         responses, comparisons = tuple(self.responses), tuple(self.comparisons.values())
         return Group(self.first.id, self.first.prompt, responses, comparisons, source, self.tags)
-
-
-def _pack(group: Group) -> bytes:
-    pairs = pack_comparisons(group.comparisons)
-    row = [group.id, group.prompt, group.responses, pairs, group.tags]
-    return json.dumps(row, ensure_ascii=False).encode()
 
 
 def _unpack(record: bytes) -> Group:

@@ -180,9 +180,8 @@ def _messages(row: RawRow, column: str) -> list[dict[str, Any]]:
 
 def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet]:
     """The hub's splits by part, called as the parts are (with `end` behind); no parts: one piece."""
-    return {part: HubSet(name, part + end, **more) for part in parts} or {
-        _WHOLE: HubSet(name, **more)
-    }
+    whole = {_WHOLE: HubSet(name, **more)}
+    return {part: HubSet(name, part + end, **more) for part in parts} or whole
 
 
 _HALVES, _VALIDATED = ("train", "test"), ("train", "validation")
@@ -259,12 +258,21 @@ def read_named_set(
 def _rows_of(
     named: NamedSet, file: str | None, part: str | None, left_out: Counter[str]
 ) -> NumberedRows:
-    """The rows of one part in our columns, one by one."""
+    """The rows of one part in our columns, without those that the set's filter leaves out."""
 
     def converted(counts: Counter[str]) -> NumberedRows:
         hub = _WHOLE if named.in_one_piece else part or ""
-        rows = read_file(Path(file)) if file else read_hub(named.hub[hub])
-        return _converted(named, rows, counts)
+        for number, row in read_file(Path(file)) if file else read_hub(named.hub[hub]):
+            ours: object = row  # what is no row at all, `parse_row` refuses
+            if isinstance(row, dict):
+                try:
+                    ours = named.read_row(row)
+                except RefusedError as refused:
+                    ours = refused.refusal
+            if isinstance(ours, LeftOut):
+                counts[ours.reason] += 1
+            else:
+                yield number, ours
 
     if not named.in_one_piece:
         yield from converted(left_out)
@@ -278,21 +286,6 @@ def _rows_of(
             num_test -= 1
         if part == (split or named.parts[0]):
             yield number, row
-
-
-def _converted(named: NamedSet, rows: NumberedRows, left_out: Counter[str]) -> NumberedRows:
-    """The rows in our columns, without those that the set's filter leaves out."""
-    for number, row in rows:
-        ours: object = row  # what is no row at all, `parse_row` refuses
-        if isinstance(row, dict):
-            try:
-                ours = named.read_row(row)
-            except RefusedError as refused:
-                ours = refused.refusal
-        if isinstance(ours, LeftOut):
-            left_out[ours.reason] += 1
-        else:
-            yield number, ours
 
 
 def _prompt(row: object) -> str | None:

@@ -139,9 +139,7 @@ def _with_context(row: RawRow, prompt: Messages) -> Messages:
         refuse("not a string", f"`system` must be text, got {show(system)}")
     if system and system.strip() and prompt[:1] != (Message("system", system),):
         if prompt and prompt[0].role == "system":
-            refuse(
-                "wrong roles", f"`system` and the prompt's own system turn differ: {show(system)}"
-            )
+            refuse("wrong roles", f"`system` is not the prompt's own system turn: {show(system)}")
         prompt = (Message("system", system), *prompt)
     for column in CONTEXT_COLUMNS:
         value = row.get(column)
@@ -288,9 +286,7 @@ def _decoded(value: object, column: str) -> object:
     except (ValueError, RecursionError) as error:
         if match[1] == "content":  # an answer in JSON, perhaps, and about something else
             return value
-        refuse(
-            "unreadable row", f"`{column}` looks like messages, not JSON: {error}: {show(value)}"
-        )
+        refuse("unreadable row", f"`{column}` looks like messages in JSON, {error}: {show(value)}")
     return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else value
 
 

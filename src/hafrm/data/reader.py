@@ -4,6 +4,7 @@ Rows of one source that share a prompt (and a subset) become one group, with eac
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,16 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write
-from hafrm.data.files import (
-    NumberedRows,
-    Refusal,
-    exists,
-    parse_hub,
-    read_file,
-    read_hub,
-    show,
-    stem,
-)
+from hafrm.data.files import NumberedRows, Refusal, parse_hub, read_file, read_hub, show, stem
 from hafrm.data.grouping import GroupedRows
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
 from hafrm.data.parse import COLUMNS, CONTEXT_COLUMNS, SHAPES, TAGS, ImplicitPrompt, parse_row
@@ -101,7 +93,10 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
         read_labels=read_labels and need_responses,
         implicit_prompt=implicit_prompt,
     )
-    check_columns(columns or {})
+    for name in columns or {}:
+        if name not in COLUMNS:
+            hint = f"{did_you_mean(name, COLUMNS)}allowed are {', '.join(sorted(COLUMNS))}"
+            raise DataError(f"columns names {show(name)}, which is no column of ours; {hint}")
     readers = []
     for source in _distinct_sources(sources):
         own = dict(columns or {}) | source.columns
@@ -140,7 +135,7 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
         return [Source("memory", "memory", rows=entry)]
     location, mark, selection = str(entry).rpartition("#")
     remote = str(entry).startswith(("hub:", "set:"))
-    if not mark or (not remote and exists(Path(entry))):
+    if not mark or (not remote and os.path.exists(str(entry))):
         location, selection = str(entry), ""  # "#" may be part of a file's name
     where = _parse_selection(selection, str(entry))
     limit = int(where.pop("limit")) if "limit" in where else None
@@ -200,17 +195,6 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
     return islice(wanted, source.limit)
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise `DataError` for names that no shape understands."""
-    for name in columns:
-        if name not in COLUMNS:
-            hint = did_you_mean(name, COLUMNS)
-            raise DataError(
-                f"columns names {show(name)}, which is no column of ours; {hint}allowed are "
-                f"{', '.join(sorted(COLUMNS))}"
-            )
-
-
 def _in_our_columns(row: object, source: Source) -> object:
     """The row with its columns under our names, without those to be ignored."""
     if not isinstance(row, Mapping):
@@ -225,11 +209,9 @@ def _parse_selection(selection: str, entry: str) -> dict[str, str]:
     for part in selection.split("&") if selection else []:
         key, _, value = part.partition("=")
         if key not in {*COLUMNS, "limit", "ignore"} or not value:
-            raise DataError(
-                f"{entry[:200]!r}: cannot select rows by {part[:80]!r}; after '#' write "
-                f"key=value, joined by '&', with a key of: limit, ignore, {', '.join(TAGS)}, "
-                "or a column's name"
-            )
+            keys = f"limit, ignore, {', '.join(TAGS)}, or a column's name"
+            written = f"{entry[:200]!r}: cannot select rows by {part[:80]!r}"
+            raise DataError(f"{written}; after '#' write key=value, joined by '&'; keys: {keys}")
         where[key] = value
     limit = where.get("limit", "1")
     # more digits than a number of rows can have
@@ -313,9 +295,8 @@ class _SourceReader:
                 f"Or say which column is which, {_suggested_columns(self.columns)}"
             )
         if reasons["unread context"] and max_bad_fraction < 1:
-            refused = {
-                r.detail.split("`")[1] for r in self.bad_rows if r.reason == "unread context"
-            }
+            details = [r.detail for r in self.bad_rows if r.reason == "unread context"]
+            refused = {detail.split("`")[1] for detail in details}
             columns = [name for name in CONTEXT_COLUMNS if name in refused]
             raise DataError(
                 f"{reasons['unread context']:,} of {self.num_rows:,} rows of {place} have a context that "
@@ -361,7 +342,5 @@ def _suggested_columns(columns: Iterable[str]) -> str:
     if pairs.keys() >= {"chosen", "rejected"} or not pairs.keys() - {"prompt"}:
         pairs = {name: pairs.get(name, "...") for name in ("prompt", "chosen", "rejected")}
     written = {f"{name}: {own}": f"{name}={own}" for name, own in pairs.items() if name != own}
-    return (
-        f"perhaps data.columns: {{{', '.join(written)}}} "
-        f"(hafrm data --columns {','.join(written.values())})"
-    )
+    option = f"hafrm data --columns {','.join(written.values())}"
+    return f"perhaps data.columns: {{{', '.join(written)}}} ({option})"

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from os.path import commonprefix
 
 import numpy as np
@@ -27,11 +28,8 @@ class SpecialTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, written: str) -> None:
         backend = tokenizer.backend_tokenizer
         named = set(tokenizer.all_special_tokens)
-        visible = {
-            index: token
-            for index, token in sorted(tokenizer.added_tokens_decoder.items())
-            if not token.content.isspace()
-        }
+        tokens = sorted(tokenizer.added_tokens_decoder.items())
+        visible = {index: token for index, token in tokens if not token.content.isspace()}
         # some ChatML tokenizers do not flag the tokens that the template writes around turns (`written`)
         added = {
             index: token
@@ -122,7 +120,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
-        self._template = str(tokenizer.chat_template)
+        self._render = partial(render_conversations, tokenizer, str(tokenizer.chat_template))
         self._special = special
         self._blanks = self._find_blanks()
 
@@ -136,16 +134,15 @@ class Renderer:
             turns = [Message(m.role, marker.mark(m.content)) for m in group.prompt]
             answers = [probe, *(marker.mark(response) for response in group.responses)]
             try:
-                before, *texts = self._render([[*turns, Message("assistant", a)] for a in answers])
+                talks = [[*turns, Message("assistant", answer)] for answer in answers]
+                before, *texts = self._render(talks)
             except TemplateError as error:
                 roles = ", ".join(message.role for message in group.prompt)
                 raise DataError(
                     f"The chat template refuses group {group.id!r} of {group.source!r}, whose roles are "
                     f"{roles}: {error}. Remove it, or change its turns to what the template accepts."
                 ) from error
-            marker.num_shortened += sum(
-                not _holds(t, a) for t, a in zip(texts, answers[1:], strict=True)
-            )
+            marker.num_shortened += len(texts) - sum(map(_holds, texts, answers[1:]))
             before, match, _ = before.rpartition(probe)
             if not match:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
@@ -168,13 +165,6 @@ class Renderer:
             is_same = asked == plain or asked.rstrip(self._blanks) == before
             texts.append(before if is_same else asked)
         return texts, marker
-
-    def _render(
-        self, conversations: Sequence[Sequence[Message]], *, ask: bool = False
-    ) -> list[str]:
-        turns = [[message._asdict() for message in conversation] for conversation in conversations]
-        template = self._template
-        return render_conversations(self._tokenizer, template, turns, add_generation_prompt=ask)
 
     def _cut(self, before: str, conversations: list[str]) -> RenderedGroup:
         # Some templates look into the response (for reasoning, say) and write another text before it: the

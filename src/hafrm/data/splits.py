@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_file
-from hafrm.data.store import column, join, pick, transform
-from hafrm.errors import ConfigError, DataError
+from hafrm.data.store import Lazy, join, pick
+from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message, prompt_key
 
 
@@ -28,7 +28,13 @@ def normalised_key(prompt: Sequence[Message]) -> str:
 
 def prompt_keys(groups: Sequence[Group]) -> NDArray[np.uint64]:
     """`normalised_key` of each group's prompt, as numbers."""
-    return column(groups, "prompt", lambda g: int(normalised_key(g.prompt), 16), np.uint64)
+
+    def number(group: Group) -> int:
+        return int(normalised_key(group.prompt), 16)
+
+    if isinstance(groups, Lazy):
+        return groups.column("prompt", number, np.uint64)
+    return np.fromiter(map(number, groups), np.uint64, len(groups))
 
 
 def split_by_prompt(
@@ -38,8 +44,6 @@ def split_by_prompt(
 
     `fraction` is met in expectation only, so that adding data never moves a prompt to the other side.
     """
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
     if fraction == 0 or not groups:
         return groups, []
     keys, owner = np.unique(prompt_keys(groups), return_inverse=True)
@@ -101,7 +105,11 @@ def _weigh(groups: Sequence[Group], factor: float) -> Sequence[Group]:
         pairs = tuple(replace(pair, weight=pair.weight * factor) for pair in group.comparisons)
         return replace(group, comparisons=pairs)
 
-    return groups if factor == 1 else transform(groups, weigh)
+    if factor == 1:
+        return groups
+    if isinstance(groups, Lazy):
+        return Lazy(lambda number: weigh(groups[number]), len(groups))
+    return [weigh(group) for group in groups]
 
 
 def _uniform(key: str, seed: int) -> float:

@@ -94,27 +94,11 @@ class Lazy(Sequence[Item]):
         return self._columns[name][self._numbers]
 
 
-def column(
-    items: Sequence[Item], name: str, value: Callable[[Item], Any], dtype: DTypeLike
-) -> NDArray[Any]:
-    """`value` of each item; of lazy ones, remembered by its name."""
-    if isinstance(items, Lazy):
-        return items.column(name, value, dtype)
-    return np.fromiter(map(value, items), dtype, len(items))
-
-
 def pick(items: Sequence[Item], places: NDArray[Any]) -> Sequence[Item]:
     """The items at some places, or where a mask is true."""
     if isinstance(items, Lazy):
         return items.part(places)
     return [items[place] for place in np.arange(len(items))[places].tolist()]
-
-
-def transform(items: Sequence[Item], change: Callable[[Item], Item]) -> Sequence[Item]:
-    """Every item, changed."""
-    if isinstance(items, Lazy):
-        return Lazy(lambda number: change(items[number]), len(items))
-    return [change(item) for item in items]
 
 
 def join(parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
@@ -135,13 +119,8 @@ def store_tokens(groups: Iterable[TokenizedGroup]) -> Lazy[TokenizedGroup]:
     records = Records()
     for group in groups:
         ids = (group.prompt_ids, *group.response_ids)
-        head = [
-            group.id,
-            group.source,
-            group.tags,
-            pack_comparisons(group.comparisons),
-            [*map(len, ids)],
-        ]
+        names = group.id, group.source, group.tags
+        head = [*names, pack_comparisons(group.comparisons), [*map(len, ids)]]
         tokens = np.concatenate(ids).astype(np.int32, copy=False).tobytes()
         records.append(json.dumps(head).encode() + b"\n" + tokens)
 
@@ -163,7 +142,4 @@ def pack_comparisons(pairs: Sequence[Comparison]) -> list[tuple[Any, ...]]:
 
 def unpack_comparisons(rows: Iterable[Sequence[Any]]) -> tuple[Comparison, ...]:
     """The comparisons of such values."""
-    return tuple(
-        Comparison(chosen, rejected, margin, weight, tie, votes and Votes(*votes))
-        for chosen, rejected, margin, weight, tie, votes in rows
-    )
+    return tuple(Comparison(*[*rest, votes and Votes(*votes)]) for *rest, votes in rows)

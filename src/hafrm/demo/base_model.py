@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -126,14 +126,6 @@ def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
     return packed
 
 
-def _loss(model: LlamaForCausalLM, sequences: Sequence[PackedText]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of the tokens in nats, each conversation on its own."""
-    ids, positions, labels = torch.stack([*sequences], dim=1)
-    # without an attention mask transformers takes positions that start again for a new sequence
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-
-
 def _train(
     model: LlamaForCausalLM, sequences: Sequence[PackedText], on_progress: OnProgress
 ) -> Iterator[float]:
@@ -145,7 +137,11 @@ def _train(
     for step, batch in enumerate(np.array_split(order, num_steps)):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(step, num_steps)
-        loss = _loss(model, [sequences[i] for i in batch])
+        ids, positions, labels = torch.stack([sequences[i] for i in batch], dim=1)
+        # without an attention mask transformers takes positions that start again for a new sequence
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        # the mean over the step's tokens, in nats
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         if not torch.isfinite(loss):
             raise NumericsError(f"pretraining the demo's model: the loss of step {step} is {loss}")
         optimizer.zero_grad()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.demo.base_model import pretrain
@@ -57,7 +56,9 @@ class DemoResult:
 def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
     """Write the world, pretrain, train and evaluate; `on_stage` is called with a line per stage."""
     world = json.loads(lzma.decompress(files("hafrm.demo").joinpath("world.json.xz").read_bytes()))
-    data = write_sets(world["sets"], folder / "data")
+    data = {name: folder / "data" / f"{name}.jsonl" for name in world["sets"]}
+    for name, rows in world["sets"].items():
+        atomic_write(data[name], "".join(json.dumps(row) + "\n" for row in rows))
     base = folder / "base"
     if not base.is_dir():
         conversations = [tuple(c) for c in world["pretraining"]]
@@ -76,9 +77,8 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
         out = folder / method
         on_stage(f"{number}/5 training {LABELS[method]}")
         if not (out / "model").is_dir():  # an export is the last thing that a run does
-            run_training(
-                demo_recipe(method, base, data), out, resume=(out / "recipe.yaml").is_file()
-            )
+            resume = (out / "recipe.yaml").is_file()
+            run_training(demo_recipe(method, base, data), out, resume=resume)
     on_stage("5/5 evaluating on four test sets, labelled by the gold preference")
     for method in METHODS:
         sources = [str(data[f"test-{name}"]) for name in TEST_SETS]
@@ -91,15 +91,6 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
         report = folder / "report.html"
         write_report([folder / method for method in METHODS], report)
     return DemoResult(folder, evaluations, report)
-
-
-def write_sets(sets: dict[str, list[dict[str, Any]]], directory: Path) -> dict[str, Path]:
-    """Write every set as JSON lines of prompt, chosen and rejected; returns the files by set."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, rows in sets.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        atomic_write(directory / f"{name}.jsonl", lines)
-    return {name: directory / f"{name}.jsonl" for name in sets}
 
 
 def demo_recipe(method: str, base: Path, data: dict[str, Path]) -> Recipe:

@@ -13,9 +13,8 @@ def cautions(material: Material) -> Iterator[str]:
     """All sentences, folder by folder."""
     for run in material.folders:
         yield from (f"{run.name}: {problem}." for problem in run.unreadable)
-        lines = [
-            {"step": r.step, **r.values} for r in run.metrics if r.kind in ("train", "validation")
-        ]
+        kinds = ("train", "validation")
+        lines = [{"step": r.step, **r.values} for r in run.metrics if r.kind in kinds]
         warmup = run.recipe.training.warmup_fraction if run.recipe is not None else 0.0
         warmup *= max((line["step"] for line in lines), default=0)
         for _, text in training_alarms(lines, warmup):
@@ -28,19 +27,14 @@ def cautions(material: Material) -> Iterator[str]:
                 yield f"{run.name} {more}."
         for model in run.best_of_n.models if run.best_of_n is not None else ():
             if model.since_peak is not None and model.since_peak.high < 0:
-                yield (
-                    f"Best of n with {model.name} over-optimises: beyond n = {model.peak} the gold score "
-                    f"changes by {model.since_peak}."
-                )
+                change = f"the gold score changes by {model.since_peak} beyond n = {model.peak}"
+                yield f"Best of n with {model.name} over-optimises: {change}."
         if run.study is not None:
             yield from _of_study(run.study)
     studies = [folder.study for folder in material.folders if folder.study is not None]
     has_one = any(len(study.seeds) == 1 for study in studies)
     if has_one or (not studies and any(folder.evaluation for folder in material.folders)):
-        yield (
-            "Only one seed was trained: the intervals cover the choice of test comparisons, but not the "
-            "variation between seeds."
-        )
+        yield "Only one seed was trained: the intervals leave out the variation between seeds."
 
 
 def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> Iterator[str]:
@@ -48,10 +42,7 @@ def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> I
     whole, accuracy = evaluation.sets[-1], evaluation.accuracy
     rule = max(whole.length.pick_longer, whole.length.pick_shorter, key=lambda rule: rule.value)
     if accuracy.low <= rule.high:
-        yield (
-            f"{name} ({accuracy}) is not clearly better than picking by length alone ({rule}): their "
-            "intervals overlap."
-        )
+        yield f"{name} ({accuracy}) is not clearly better than picking by length alone ({rule})."
     shorter, longer = (whole.length.slices[LENGTH_SLICES[i]] for i in (0, -1))
     if with_length and (longer.low > shorter.high or shorter.low > longer.high):
         yield (
@@ -81,7 +72,5 @@ def _of_study(study: StudyResult) -> Iterator[str]:
         if len(rates) > 1 and tuning.chosen in (min(rates), max(rates)):
             ends.append(tuning.method)
     if ends:
-        yield (
-            f"The best learning rate of {', '.join(ends)} is the lowest or the highest that was tried: "
-            "a better one may lie beyond it."
-        )
+        why = "is the lowest or highest tried: a better one may lie beyond it"
+        yield f"The best learning rate of {', '.join(ends)} {why}."

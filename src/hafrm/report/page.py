@@ -29,9 +29,7 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
     """
     missing = missing_packages()
     if missing:
-        raise ConfigError(
-            f"hafrm report needs {' and '.join(missing)}: pip install 'hafrm[report]'"
-        )
+        raise ConfigError(f"hafrm report needs {', '.join(missing)}: pip install 'hafrm[report]'")
     check_writable(out)
     page = render_material(read_material(folders)).encode("utf-8", "replace")
     atomic_write(out, page)

@@ -140,9 +140,8 @@ def _draw(axes: Axes, series: Series) -> None:
     if is_dotted or np.isfinite(y).sum() == 1:  # a line of one point is invisible
         drawn += axes.plot(x, y, "o")
     for artist in drawn:
-        artist.set_gid(
-            f"class:{colour}"
-        )  # matplotlib only has ids, which `_svg` turns into classes
+        # matplotlib only has ids, which `_svg` turns into classes
+        artist.set_gid(f"class:{colour}")
 
 
 def _set_axes(axes: Axes, scale: AxisScale, shown: Sequence[Series]) -> None:

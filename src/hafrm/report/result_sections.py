@@ -48,11 +48,8 @@ def accuracy_section(material: Material) -> Iterator[Block]:
         for rule, value in (("longer", length.pick_longer), ("shorter", length.pick_shorter)):
             part.append((f"pick the {rule}", value, value.num, None, None, None))
         rows += [(name if i == 0 else "", *row) for i, row in enumerate(part)]
-        agreement += [
-            f"{run.name}, {name}: both heads prefer the same response in {s.same_sign}."
-            for run, s in runs
-            if s.same_sign is not None
-        ]
+        same = [(run.name, s.same_sign) for run, s in runs if s.same_sign is not None]
+        agreement += [f"{run}, {name}: both heads prefer one response in {e}." for run, e in same]
     notes = (
         "log-loss: mean of \N{MINUS SIGN}log p(chosen) in nat; chance is 0.693. ECE: mean gap between "
         "predicted and observed probability. equal: comparisons with two equal scores, counted as wrong.",

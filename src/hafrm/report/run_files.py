@@ -120,11 +120,6 @@ class RunFiles:
         """Whether a reward model was trained here."""
         return any(record.kind in ("train", "validation") for record in self.metrics)
 
-    @property
-    def is_rlhf(self) -> bool:
-        """Whether a policy was trained here."""
-        return any(record.kind in ("rlhf", "held-out") for record in self.metrics)
-
     def records(self, kind: str) -> list[MetricsRecord]:
         """The lines of one kind, by step."""
         return [record for record in self.metrics if record.kind == kind]

@@ -105,7 +105,7 @@ def training_section(material: Material) -> Iterator[Block]:
 def rlhf_section(material: Material) -> Iterator[Block]:
     """The policy learns to get high rewards from a reward model. Where the reward still rises but the gold
     reward falls, the policy exploits the reward model's errors."""
-    runs = [run for run in material.folders if run.is_rlhf]
+    runs = [run for run in material.folders if run.records("rlhf") or run.records("held-out")]
     plots = [_curve_plot(curve, runs, material) for curve in RLHF_CURVES]
     for title, name in (("Reward over KL", "reward"), ("Gold reward over KL", "gold")):
         series = []
@@ -170,17 +170,14 @@ def _series(
 
 def provenance_section(material: Material) -> Iterator[Block]:
     """What is needed to reproduce every number."""
-    is_alone = len(material.folders) == 1
     for folder in material.folders:
-        if parts := tuple(_provenance(folder)):
-            yield Details(folder.name, parts, is_open=is_alone)
-
-
-def _provenance(folder: RunFiles) -> Iterator[Block]:
-    if facts := tuple(fact for session in folder.sessions for fact in _facts(session)):
-        yield Table("Processes", (Column(""), Column("")), facts)
-    if folder.recipe_text:
-        yield Details("Recipe", (Text((("", folder.recipe_text),), "file"),))
+        parts: list[Block] = []
+        if facts := tuple(fact for session in folder.sessions for fact in _facts(session)):
+            parts.append(Table("Processes", (Column(""), Column("")), facts))
+        if folder.recipe_text:
+            parts.append(Details("Recipe", (Text((("", folder.recipe_text),), "file"),)))
+        if parts:
+            yield Details(folder.name, tuple(parts), is_open=len(material.folders) == 1)
 
 
 def _facts(session: Session) -> Iterator[tuple[Cell, ...]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import NumericsError
@@ -31,12 +32,12 @@ from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import Answers, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
     REWARD_MARGINS,
+    SCORES_FILE,
     TOKEN_MARGINS,
     Arrays,
     RunResult,
     RunWorker,
     StudyData,
-    read_scores,
     read_study_data,
 )
 from hafrm.training.checkpoint import file_digests, model_digests
@@ -81,9 +82,7 @@ def compare_methods(
         # a rate that suits the tuning set may be too high for another set or seed
         for run, done in results.items():
             if done.diverged is not None:
-                raise NumericsError(
-                    f"{run} diverged: {done.diverged}. Give smaller --learning-rates"
-                )
+                raise NumericsError(f"{run}: {done.diverged}. Give smaller --learning-rates")
         result = StudyResult(
             recipe=str(out / "recipe.yaml"),
             metric=plan.recipe.evaluation.metric,
@@ -120,10 +119,7 @@ def _choose_rate(
     finite = {rate: sign * value for rate, value in tried.items() if value is not None}
     if not finite:
         rates = ", ".join(f"{rate:.3g}" for rate in tried)
-        raise NumericsError(
-            f"{method.name} diverges at every learning rate tried ({rates}): give smaller ones with "
-            "--learning-rates"
-        )
+        raise NumericsError(f"{method.name} diverges at {rates}: give smaller --learning-rates")
     best = max(finite, key=finite.__getitem__)
     log.info("learning rate of %s: %.3g", method.name, best)
     return Tuning(method.name, next(iter(results)).train, best, tuple(sorted(tried.items())))
@@ -146,7 +142,7 @@ def scores_of_runs(
     scores: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
     by_seed: dict[tuple[str, int], dict[str, Arrays]] = defaultdict(dict)
     for run in runs:
-        stored = read_scores(run.folder(out))
+        stored = load_file(run.folder(out) / SCORES_FILE)
         for scorer, head in scorers_of(run.method).items():
             is_fused = head == "fused"
             values = _fuse(stored, stored, run.method.method, lengths) if is_fused else stored[head]

@@ -107,16 +107,12 @@ def plan_study(
     """
     if not recipe.data.test:
         raise ConfigError("data.test names no source: a comparison of methods needs held-out data")
-    if isinstance(recipe.data.weights, tuple):
-        raise ConfigError(
-            "data.weights lists numbers, which fit one list of sets; a comparison trains on each set "
-            "alone too: leave it out"
-        )
+    if recipe.data.weights is not None:
+        raise ConfigError("leave out data.weights: a comparison trains on each set alone too")
     names = [set_name(entry) for entry in recipe.data.train]
     _refuse_doubles(names, "training sets")
-    sets: dict[str, tuple[str, ...]] = dict(
-        zip(names, ((e,) for e in recipe.data.train), strict=True)
-    )
+    entries: list[tuple[str, ...]] = [(entry,) for entry in recipe.data.train]
+    sets = dict(zip(names, entries, strict=True))
     if mixed and len(sets) > 1:
         sets[MIXED] = recipe.data.train
     # the recipe's own seed is the first one
@@ -146,9 +142,7 @@ def _parse_method(text: str) -> StudyMethod:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise ConfigError(
-                f"method {text!r}: {option!r} is no option; write name:key=value, such as haf:alpha=0.05"
-            )
+            raise ConfigError(f"method {text!r}: write {option!r} as key=value (alpha=0.05)")
         section[key] = YAML(typ="safe", pure=True).load(value)
     try:
         checked = MethodSection.model_validate(section)

@@ -94,7 +94,7 @@ class StudyResult:
     def _averages(self) -> Table:
         significant = [c for c in self.average_differences if c.is_significant]
         notes = [
-            f"no average differs significantly from {self.methods[0]}'s (Holm's p >= 0.05 for all)"
+            f"no average differs significantly from {self.methods[0]}'s (all Holm's p >= 0.05)"
         ]
         if significant:
             notes = ["averages that differ significantly (Holm's p < 0.05):"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from hafrm.atomic import atomic_write
 from hafrm.errors import DivergedError
@@ -30,12 +30,7 @@ from hafrm.training import parallel
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.passes import (
-    decided_margins,
-    reference_logps,
-    reference_tokens,
-    score_heads,
-)
+from hafrm.training.passes import decided_margins, reference_logps, reference_tokens, score_heads
 from hafrm.training.setup import PreparedData, build_encoder, build_model, prepare_data
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
@@ -89,11 +84,6 @@ def read_run_result(folder: Path) -> RunResult | None:
     """A run's result, or None if it has not finished."""
     file = folder / RUN_RESULT
     return read_result(file, RunResult) if file.is_file() else None
-
-
-def read_scores(folder: Path) -> Arrays:
-    """A finished run's scores of every response of the test sets, by head, and its validation margins."""
-    return load_file(folder / SCORES_FILE)
 
 
 class RunWorker:
