@@ -28,6 +28,7 @@ from hafrm.progress import OnProgress, no_progress
 from hafrm.recipe import Section
 from hafrm.run_folder import RecordFile
 from hafrm.scoring import loading
+from hafrm.scoring.model_files import load_any_tokenizer, load_config, load_generation_config
 
 CHUNK = 64  # prompts whose work is lost by a kill
 _NO_LIMIT = 2**20

@@ -46,6 +46,8 @@ class LengthPolicy:
     too_long: Literal["cut", "drop"] = "cut"
 
     def __post_init__(self) -> None:
+        if self.too_long not in ("cut", "drop"):
+            raise ConfigError(f"too_long must be cut or drop, got {self.too_long!r}")
         # two on each side: BOS and a token of the prompt, a token of the response and EOS
         if not 2 <= self.min_prompt_room <= self.max_length - 2:
             raise ConfigError(

@@ -123,9 +123,10 @@ def _can_read_rows(section: ModelSection, causal: Any, names: Iterable[str]) -> 
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
-    options: Any = {"dtype": torch.float32, "trust_remote_code": False}
     try:  # a model with one layer shows what the head does
-        small = AutoModelForCausalLM.from_config(config, **options)
+        small = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception:  # noqa: BLE001 - configs check themselves in many ways: the whole model is tried then
         return False
     split_causal_lm(small)
