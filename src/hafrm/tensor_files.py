@@ -38,9 +38,7 @@ def own_part(tensor: Tensor) -> Part:
     return Part(tensor.to_local(), offsets[0], tensor.shape)
 
 
-def write_tensors(
-    file: Path, parts: Mapping[str, Part], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(file: Path, parts: Mapping[str, Part]) -> None:
     """Write the parts, each copied to the host when its turn comes, and sync the file."""
     header: dict[str, Any] = {}
     end = 0
@@ -48,11 +46,8 @@ def write_tensors(
         start, end = end, end + part.rows.numel() * part.rows.element_size()
         place = {"dtype": _NAMES[part.rows.dtype], "shape": list(part.rows.shape)}
         header[name] = {**place, "data_offsets": [start, end]}
-    about = dict(metadata or {})
     if first := {name: part.first for name, part in parts.items() if part.rows.shape != part.shape}:
-        about[ROWS] = json.dumps(first)
-    if about:
-        header["__metadata__"] = about
+        header["__metadata__"] = {ROWS: json.dumps(first)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data is aligned to 8 bytes
     with file.open("xb") as output:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,9 @@ def repeated_wins(
     than the response, a hack that RLHF finds; empty without a reward head."""
     if scores.rewards is None:
         return {}
-    chosen = [(i, g.comparisons[0].chosen) for i, g in enumerate(groups) if g.comparisons]
-    probes = []
-    for i, response in (chosen := chosen[:NUM_PROBES]):
+    compared = ((i, g.comparisons[0].chosen) for i, g in enumerate(groups) if g.comparisons)
+    chosen, probes = list(islice(compared, NUM_PROBES)), []
+    for i, response in chosen:
         ids = groups[i].response_ids[response].copy()
         ids[:-1] = ids[len(ids) // 2 - 1]
         probes.append(replace(groups[i], response_ids=(ids,), comparisons=()))
