@@ -176,7 +176,7 @@ def test_a_finished_job_is_not_scored_again_and_another_is_refused_by_what_diffe
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     changed = write(tmp_path / "other" / "a.jsonl", range(1, 7))
-    monkeypatch.setattr(bulk_job, "RewardModel", None)  # nothing is scored any more
+    monkeypatch.setattr(bulk_job, "ModelOutputs", None)  # nothing is scored any more
     for path, wanted, options, differs in (
         (model, source + "#limit=3", SMALL, r"inputs\)"),
         (model, changed, SMALL, r"inputs\)"),

@@ -43,8 +43,12 @@ def parquet(tmp_path):
     return tmp_path / "x.parquet"
 
 
+def by_output(scores):
+    return [s if isinstance(s, Refusal) else {"reward": list(s)} for s in scores]
+
+
 def lines(rows, scores, *, is_packed=False):
-    data = render_shard(rows, scores, is_packed=is_packed)
+    data = render_shard(rows, by_output(scores), ["reward"], is_packed=is_packed)
     return [
         json.loads(line) for line in (gzip.decompress(data) if is_packed else data).splitlines()
     ]
@@ -137,7 +141,7 @@ def test_the_shape_of_a_row_decides_its_columns(row, scores, added):
 def test_parquet_keeps_its_types_and_gets_columns_that_all_its_shards_share(parquet):
     tables, shards = [], cut_into_shards(identify([str(parquet)]), 4)
     for rows, scores in zip(read_shards(shards, 4), ([(0.1,)] * 4, [BAD] * 4), strict=True):
-        content = render_shard(rows, scores, is_packed=False)
+        content = render_shard(rows, by_output(scores), ["reward"], is_packed=False)
         tables.append(pq.read_table(io.BytesIO(content)))
     before = pq.read_table(parquet)
     both = pa.concat_tables(tables)  # raises where schemas differ
@@ -157,10 +161,36 @@ def test_parquet_with_lists_and_pairs_gets_both_kinds_of_columns():
     }
     table = pa.table(columns)
     rows = ShardRows(range(2), table.to_pylist(), table)
-    content = render_shard(rows, [(1.0, 2.0), (3.0, 4.0)], is_packed=False)
+    content = render_shard(rows, by_output([(1.0, 2.0), (3.0, 4.0)]), ["reward"], is_packed=False)
     result = pq.read_table(io.BytesIO(content))
     assert result.column("rewards").to_pylist() == [[1.0, 2.0], None]
     assert result.column("chosen_reward").to_pylist() == [None, 3.0]
+
+
+@pytest.mark.parametrize("kind", ["json", "table"])
+def test_every_output_has_columns_of_its_own(kind):
+    """Single, list and pair; the parts of tokens are lists, and null where a row has no score."""
+    rows = [{"prompt": "a", "response": "x"}, {"prompt": "a", "response": ""}]
+    outputs = ["implicit", "fused", "tokens"]
+    scores = [{"implicit": [0.5], "fused": [0.25], "tokens": [[0.5, 0.0]]}, BAD]
+    content = render_shard(
+        ShardRows(range(2), rows, pa.Table.from_pylist(rows) if kind == "table" else None),
+        scores,
+        outputs,
+        is_packed=False,
+    )
+    if kind == "table":
+        written = pq.read_table(io.BytesIO(content)).to_pylist()
+    else:
+        written = [json.loads(line) for line in content.splitlines()]
+    added = {"implicit_reward": 0.5, "fused_score": 0.25, "token_rewards": [0.5, 0.0]}
+    assert written[0].items() >= added.items()
+    assert written[1].items() >= (dict.fromkeys(added) | ERROR).items()
+    pair = ShardRows([0], [{"chosen": "x", "rejected": "y"}])
+    both = {"fused": [1.0, 2.0], "implicit": [3.0, 4.0], "tokens": [[1.0], [2.0]]}
+    (row,) = map(json.loads, render_shard(pair, [both], outputs, is_packed=False).splitlines())
+    assert (row["chosen_fused_score"], row["rejected_implicit_reward"]) == (1.0, 4.0)
+    assert row["rejected_token_rewards"] == [2.0]
 
 
 def test_a_selection_of_parquet_writes_what_json_has_no_word_for_as_text(parquet):

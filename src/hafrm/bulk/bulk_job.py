@@ -37,7 +37,7 @@ from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.run_folder import ResumableFolder, read_json_lines
 from hafrm.scoring.loading import Placement, choose_dtype, load_encoder, model_digest
 from hafrm.scoring.model_files import load_config
-from hafrm.scoring.reward_model import RewardModel
+from hafrm.scoring.outputs import ModelOutputs, heads_for, model_files
 
 KIND = "bulk scoring"
 RECORDS = "_score"  # readers of data folders (Spark, pyarrow) ignore a leading underscore
@@ -46,7 +46,7 @@ SHARDS, BAD_ROWS = "shards.jsonl", "bad_rows.jsonl"
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How a job runs; the scores and outputs depend on the first three only."""
+    """How a job runs; its files depend on all but `device` and `shard`."""
 
     rows_per_shard: int = ROWS_PER_SHARD
     max_length: int | None = None
@@ -55,6 +55,8 @@ class BulkOptions:
     device: str | None = None
     shard: str = "0/1"
     """i/n: only every n-th shard, from the i-th on, counted from 0; for job arrays."""
+    outputs: tuple[str, ...] = ("reward",)
+    """What each response gets: names in `scoring.outputs`."""
 
     @property
     def part(self) -> tuple[int, int]:
@@ -90,11 +92,12 @@ def score_files(
     options = options or BulkOptions()
     Placement(options.dtype, options.device)
     i, n = options.part
-    dtype = str(choose_dtype(model, options.dtype, options.device)).removeprefix("torch.")
+    files = model_files(heads_for(model, options.outputs))
+    dtype = str(choose_dtype(files[0], options.dtype, options.device)).removeprefix("torch.")
     options = replace(options, dtype=dtype)  # a later call or another part must use the same
     inputs = identify(sources)
     shards = cut_into_shards(inputs, options.rows_per_shard)[i::n]
-    cache_key = _cache_key(model, inputs, options)
+    cache_key = _cache_key(files, inputs, options)
     _check_output(out)
     with ResumableFolder.open(out / RECORDS / f"part-{i}-of-{n}", KIND) as part:
         for other in (out / RECORDS).glob(f"part-*/{SHARDS}"):
@@ -107,13 +110,16 @@ def score_files(
         on_rows = over_passes(on_progress, sum(shard.num_rows for shard in todo))
         scored = _score_in_turn(model, todo, options, on_rows) if todo else ()
         for shard, (rows, scores) in zip(todo, scored, strict=True):
-            content = render_shard(rows, scores, is_packed=shard.file.endswith(".gz"))
+            is_packed = shard.file.endswith(".gz")
+            content = render_shard(rows, scores, options.outputs, is_packed=is_packed)
             atomic_write(out / shard.file, content)
             bad = _bad_rows(shard, rows, scores)
             bad_rows.add([row for row in bad if row["id"] not in bad_rows.records])
             finished[shard.file] = {
                 "id": shard.file,
-                "num_responses": sum(len(s) for s in scores if not isinstance(s, Refusal)),
+                "num_responses": sum(
+                    len(s[options.outputs[0]]) for s in scores if not isinstance(s, Refusal)
+                ),
                 "num_bad": len(bad),
                 "digest": "sha256:" + hashlib.sha256(content).hexdigest(),
             }
@@ -136,11 +142,14 @@ def _check_output(out: Path) -> None:
         raise CheckpointError(f"{out} {what}: give another --out")
 
 
-def _cache_key(model: str | Path, inputs: Sequence[Input], options: BulkOptions) -> dict[str, Any]:
+def _cache_key(
+    files: Sequence[str | Path], inputs: Sequence[Input], options: BulkOptions
+) -> dict[str, Any]:
     """Everything that the scores and the outputs' names depend on."""
-    encoder = load_encoder(model, load_config(model), options.max_length, "drop")
+    encoder = load_encoder(files[0], load_config(files[0]), options.max_length, "drop")
     return {
-        "model": model_digest(model),
+        "model": [model_digest(file) for file in files],
+        "outputs": options.outputs,
         "tokenizer": encoder.cache_key,
         "template": encoder.template_sha256,
         "max_length": encoder.lengths.max_length,
@@ -159,51 +168,36 @@ def _bad_rows(shard: Shard, rows: ShardRows, scores: Sequence[RowScores]) -> lis
     ]
 
 
-EncodedRow = tuple[TokenizedGroup, tuple[str, ...]] | Refusal
-"""A row's prompt with its distinct responses as ids, and all its responses; or why it has no score."""
-
-
 _parse = partial(parse_row, need_comparisons=False, read_labels=False)  # labels score nothing
 
 
-def encode_rows(encoder: Encoder, rows: ShardRows) -> list[EncodedRow]:
+def encode_rows(encoder: Encoder, rows: ShardRows) -> list[TokenizedGroup | Refusal]:
     """The rows as token ids; one that cannot be read or rendered, or is too long, is a refusal."""
     parsed = {
         f"row {number}": row if isinstance(row, Refusal) else _parse(row)
         for number, row in zip(rows.numbers, rows.values, strict=True)
     }
     rows_read = {n: row for n, row in parsed.items() if not isinstance(row, Refusal)}
-    groups = [Group(n, r.prompt, tuple(dict.fromkeys(r.responses))) for n, r in rows_read.items()]
+    groups = [Group(name, row.prompt, row.responses) for name, row in rows_read.items()]
     by_id, report = encoder.encode(groups)
     limit = f"prompt and response have more than {encoder.lengths.max_length:,} tokens, the limit"
     too_long = Refusal("too long", limit)
     encoded: dict[str, TokenizedGroup | Refusal] = {group.id: too_long for group in groups}
     encoded |= {groups[i].id: Refusal("not encodable", why) for i, why in report.refused.items()}
     encoded |= {group.id: group for group in by_id}
-    result: list[EncodedRow] = []
-    for name, row in parsed.items():
-        if isinstance(row, Refusal):
-            result.append(row)
-            continue
-        group = encoded[name]
-        result.append(group if isinstance(group, Refusal) else (group, row.responses))
-    return result
+    return [row if isinstance(row, Refusal) else encoded[name] for name, row in parsed.items()]
 
 
 def score_rows(
-    model: RewardModel, rows: Sequence[EncodedRow], on_progress: OnProgress = no_progress
+    model: ModelOutputs,
+    rows: Sequence[TokenizedGroup | Refusal],
+    outputs: Sequence[str],
+    on_progress: OnProgress = no_progress,
 ) -> list[RowScores]:
-    """The scores of each row; `on_progress` counts distinct responses."""
-    groups = [row[0] for row in rows if not isinstance(row, Refusal)]
-    scores = iter(model.score_encoded(groups, on_progress).tolist())
-    result: list[RowScores] = []
-    for row in rows:
-        if isinstance(row, Refusal):
-            result.append(row)
-        else:  # one score for each distinct response, in the order of `encode_rows`
-            score_of = {text: next(scores) for text in dict.fromkeys(row[1])}
-            result.append(tuple(score_of[text] for text in row[1]))
-    return result
+    """The scores of each row; `on_progress` counts responses."""
+    groups = [row for row in rows if not isinstance(row, Refusal)]
+    by_group = iter(model.score(groups, outputs, on_progress))
+    return [row if isinstance(row, Refusal) else next(by_group) for row in rows]
 
 
 def _score_in_turn(
@@ -212,12 +206,13 @@ def _score_in_turn(
     """The rows and scores of every shard; the next one is encoded while one is scored."""
     place: dict[str, Any] = {"dtype": options.dtype, "device": options.device}
     place |= {"max_length": options.max_length, "too_long": "drop"}
-    model = RewardModel.from_pretrained(path, **place)
+    model = ModelOutputs(path, options.outputs, **place)
+    hybrid = model.scorer.model
     all_rows, is_checked = read_shards(shards, options.rows_per_shard), False
 
-    def prepare() -> tuple[ShardRows, list[EncodedRow]]:
+    def prepare() -> tuple[ShardRows, list[TokenizedGroup | Refusal]]:
         rows = next(all_rows)
-        return rows, encode_rows(model.encoder, rows)
+        return rows, encode_rows(model.scorer.encoder, rows)
 
     with ThreadPoolExecutor(1) as executor:  # one thread, so that shards are read in order
         upcoming = executor.submit(prepare)
@@ -225,19 +220,19 @@ def _score_in_turn(
             rows, encoded = upcoming.result()
             if i < len(shards):
                 upcoming = executor.submit(prepare)
-            groups = [row[0] for row in encoded if not isinstance(row, Refusal)]
+            groups = [row for row in encoded if not isinstance(row, Refusal)]
             if groups and not is_checked:
                 # a few short groups against one response at a time, as other consumers score
                 shortest = sorted(groups, key=lambda group: group.num_tokens)[:3]
                 few = [replace(group, response_ids=group.response_ids[:2]) for group in shortest]
-                self_check(model.model, lay_out(few).to(model.model.device))
+                self_check(hybrid, lay_out(few).to(hybrid.device))
                 is_checked = True
 
             def on_responses(done: int, total: int, num_rows: int = shard.num_rows) -> None:
                 # never all rows: the shard is done only when it is written
                 on_rows(num_rows * done // (total + 1), num_rows)
 
-            yield rows, score_rows(model, encoded, on_responses)
+            yield rows, score_rows(model, encoded, options.outputs, on_responses)
 
 
 def _finished_shards(out: Path, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:

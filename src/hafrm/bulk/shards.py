@@ -4,9 +4,9 @@ import gzip
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from hafrm.errors import DataError
 log = logging.getLogger("hafrm")
 
 ROWS_PER_SHARD = 4096  # enough to fill packed sequences with inputs of similar length
-RowScores = tuple[float, ...] | Refusal  # of a row's responses, in order, or why there are none
-# the score columns of a row, by its shape, and the one that says why it has no score
-PAIR: tuple[str, ...] = ("chosen_reward", "rejected_reward")
-LIST, SINGLE, ERROR = ("rewards",), ("reward",), "error"
+RowScores = Mapping[str, Sequence[Any]] | Refusal
+"""The scores of a row's responses, in order, by output, or why there are none."""
+ERROR = "error"  # the column that says why a row has no score
+# the column of an output in a row with one response; tokens: a list of numbers
+NAMES = {"reward": "reward", "implicit": "implicit_reward", "fused": "fused_score"}
+NAMES |= {"tokens": "token_rewards"}
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,20 @@ def _table_blocks(source: Source, size: int) -> Iterator[ShardRows]:
         yield ShardRows(range(start, start + len(rest)), table_rows(rest), rest)
 
 
-def render_shard(rows: ShardRows, scores: Sequence[RowScores], *, is_packed: bool) -> bytes:
+def render_shard(
+    rows: ShardRows, scores: Sequence[RowScores], outputs: Sequence[str], *, is_packed: bool
+) -> bytes:
     """The shard's output file: every row with its scores, or with null and an `error`."""
     if rows.table is not None:
-        return _render_table(rows, scores)
-    lines = "".join(map(_line, rows.values, scores)).encode()
+        return _render_table(rows, scores, outputs)
+    lines = "".join(_line(*row, outputs) for row in zip(rows.values, scores, strict=True)).encode()
     # without a time in the header, so that the same rows are the same bytes
     return gzip.compress(lines, mtime=0) if is_packed else lines
 
 
-def _line(row: object, scores: RowScores) -> str:
+def _line(row: object, scores: RowScores, outputs: Sequence[str]) -> str:
     columns = dict(row) if isinstance(row, Mapping) else {}
-    columns |= _score_columns(columns, scores)
+    columns |= _score_columns(columns, scores, outputs)
     if isinstance(scores, Refusal) or ERROR in columns:  # perhaps of an earlier scoring
         columns[ERROR] = _error(scores)
     line = json.dumps(columns, ensure_ascii=False, default=str)
@@ -170,29 +174,51 @@ def _error(scores: RowScores) -> str | None:
     return f"{scores.reason}: {scores.detail}" if isinstance(scores, Refusal) else None
 
 
-def _score_columns(row: Mapping[str, Any], scores: RowScores) -> dict[str, Any]:
+def _score_columns(
+    row: Mapping[str, Any], scores: RowScores, outputs: Sequence[str]
+) -> dict[str, Any]:
     """The columns that a row gets, by its shape as the reader sees it; null where it has no score."""
     columns = {name for name, value in row.items() if value is not None}
-    is_pair = columns & {"chosen", "rejected"}
-    names = PAIR if is_pair else LIST if columns & {"completions", "responses"} else SINGLE
-    if isinstance(scores, Refusal):
-        return dict.fromkeys(names)
-    return {LIST[0]: list(scores)} if names == LIST else dict(zip(names, scores, strict=True))
+    is_list = not columns & {"chosen", "rejected"} and columns & {"completions", "responses"}
+    result: dict[str, Any] = {}
+    for output in outputs:
+        names = _column_names(columns, output)
+        values = None if isinstance(scores, Refusal) else scores[output]
+        if values is None:
+            result |= dict.fromkeys(names)
+        else:
+            result |= {names[0]: values} if is_list else dict(zip(names, values, strict=True))
+    return result
 
 
-def _render_table(rows: ShardRows, scores: Sequence[RowScores]) -> bytes:
+def _column_names(columns: Collection[str], output: str) -> tuple[str, ...]:
+    name = NAMES[output]
+    if {"chosen", "rejected"} & set(columns):
+        return f"chosen_{name}", f"rejected_{name}"
+    return (f"{name.removesuffix('s')}s" if {"completions", "responses"} & set(columns) else name,)
+
+
+def _render_table(rows: ShardRows, scores: Sequence[RowScores], outputs: Sequence[str]) -> bytes:
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     table = rows.table
     # All shards of a file must have the same columns, whatever rows they hold.
     before = set(table.column_names)
-    names = PAIR if before & {"chosen", "rejected"} else ()
-    names += LIST if before & {"responses", "completions"} else ()
-    names += SINGLE if "response" in before or not names else ()
-    columns = [_score_columns(dict(row), s) for row, s in zip(rows.values, scores, strict=True)]  # type: ignore[call-overload]
-    kinds = {name: pa.list_(pa.float32()) if name in LIST else pa.float32() for name in names}
-    added = {name: pa.array([row.get(name) for row in columns], kinds[name]) for name in names}
+    shapes = [
+        shape for shape in ({"chosen", "rejected"}, {"responses", "completions"}) if before & shape
+    ]
+    shapes += [{"response"}] if "response" in before or not shapes else []
+    columns = [
+        _score_columns(dict(row), s, outputs)  # type: ignore[call-overload]
+        for row, s in zip(rows.values, scores, strict=True)
+    ]
+    added = {}
+    for shape, output in product(shapes, outputs):
+        kind = pa.float32() if output != "tokens" else pa.list_(pa.float32())
+        kind = pa.list_(kind) if "responses" in shape else kind
+        for name in _column_names(shape, output):
+            added[name] = pa.array([row.get(name) for row in columns], kind)
     added[ERROR] = pa.array([_error(row) for row in scores], pa.string())
     table = table.drop_columns([name for name in added if name in before])  # of an earlier scoring
     for name, column in added.items():

@@ -77,7 +77,7 @@ def _named(text: str) -> tuple[str, str]:
 
 @app.command("score")
 def score_command(  # noqa: PLR0913 - the verb and its options
-    model: Annotated[str, Argument(help="Run folder or reward directory.")],
+    model: Annotated[str, Argument(help="Run folder or model directory.")],
     sources: Annotated[list[str], Argument(help="Files, folders, hub sets (docs/scoring.md).")],
     *,
     out: Annotated[Path, Option(help="The folder for the same rows with scores.")],
@@ -86,17 +86,19 @@ def score_command(  # noqa: PLR0913 - the verb and its options
     dtype: Dtype = "auto",
     device: Device = None,
     max_length: Annotated[int | None, Option(help="Tokens; longer rows get no score.")] = None,
+    by: Annotated[
+        str, Option(help="Of reward, implicit, fused; several: reward,fused.")
+    ] = "reward",
+    per_token: Annotated[bool, Option("--per-token", help="Also each token's part.")] = False,
 ) -> None:
-    """Add the model's reward to every row, order kept. The same command resumes a job that was stopped."""
+    """Add the model's scores to every row, order kept. The same command resumes a job that was stopped."""
     from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
-    from hafrm.scoring.loading import find_heads  # noqa: PLC0415
+    from hafrm.scoring.outputs import TOKENS, parse_outputs  # noqa: PLC0415
 
-    reward = find_heads(model).reward
-    if reward is None:
-        raise ModelError(f"{model} has no reward model (a policy alone scores by `hafrm evaluate`)")
-    options = BulkOptions(rows_per_shard, max_length, dtype, device, shard)
+    outputs = parse_outputs(by) + (TOKENS,) * per_token
+    options = BulkOptions(rows_per_shard, max_length, dtype, device, shard, outputs)
     with show_progress("scoring rows") as on_progress:
-        result = score_files(reward, sources, out, options, on_progress)
+        result = score_files(model, sources, out, options, on_progress)
     typer.echo(
         f"scored {result.num_responses} responses in {result.num_rows} rows, "
         f"{result.num_bad} of them not scored (see their `error`): {out}"

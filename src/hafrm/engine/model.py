@@ -40,6 +40,7 @@ class Outputs(NamedTuple):
     logps: Float[Tensor, " responses"] | None  # sum of the response tokens' log-probs, float32, nat
     lengths: Int[Tensor, " responses"]  # response tokens, the EOS included
     reward_states: Float[Tensor, "responses hidden"] | None  # what rewards are read from, detached
+    token_logps: Float[Tensor, " scored"] | None  # what `logps` sums, detached
 
 
 class TokenOutputs(NamedTuple):
@@ -118,7 +119,7 @@ class HybridModel(nn.Module):
     def forward(self, layout: Layout) -> Outputs:
         """Rewards and log-probs of the layout's responses, in the layout's order."""
         states = self.hidden_states(layout)
-        rewards = logps = reward_states = None
+        rewards = logps = reward_states = token_logps = None
         if self.reward_head is not None:
             last = states.hidden[states.last]
             with torch.autocast(last.device.type, enabled=False):
@@ -129,7 +130,8 @@ class HybridModel(nn.Module):
             tokens = self._token_logps(states.hidden[states.predictor], layout)
             sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
             logps = sums.index_add(0, layout.response_of, tokens)
-        return Outputs(rewards, logps, layout.lengths, reward_states)
+            token_logps = tokens.detach()
+        return Outputs(rewards, logps, layout.lengths, reward_states, token_logps)
 
     def tokens(self, layout: Layout) -> TokenOutputs:
         states = self.hidden_states(layout)

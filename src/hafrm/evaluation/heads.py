@@ -30,8 +30,9 @@ from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
 from hafrm.results import read_result
-from hafrm.scoring.loading import Heads, find_heads, load_encoder, shared_reward_head
+from hafrm.scoring.loading import Heads, find_heads
 from hafrm.scoring.model_files import load_config
+from hafrm.scoring.outputs import join_heads
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import accuracy_interval, paired_bootstrap
 
@@ -158,7 +159,7 @@ def _score_all_heads(
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options) if both is None else both
-        score = scorer.score_encoded if both is None else both.score_both
+        score = None if both is None else lambda *given: both.score_heads(*given)[:2]
         own, tokenized, report = score_groups(scorer, comparisons.groups, options, done, score)
         scores |= {name: own} if both is None else {REWARD: own[0], IMPLICIT: own[1]}
         reports.append(report)
@@ -180,13 +181,7 @@ def _load_both(heads: Heads, options: EvaluationOptions) -> PolicyModel | None:
         return None
     policy = load_head(heads, IMPLICIT, options)
     assert isinstance(policy, PolicyModel)
-    encoder = load_encoder(heads.reward, policy.model.backbone.config, options.max_length)
-    encoder.lengths = policy.encoder.lengths
-    # with pad as its EOS the reward would be read at another token than the policy ends at
-    if encoder.cache_key != policy.encoder.cache_key or encoder.pad_id == encoder.eos_id:
-        return None
-    policy.model.reward_head = shared_reward_head(heads.reward, policy.model)
-    return None if policy.model.reward_head is None else policy
+    return None if join_heads(heads, policy, options.max_length) is None else policy
 
 
 def score_groups(

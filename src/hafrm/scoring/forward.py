@@ -46,6 +46,8 @@ class Scores:
     logps: NDArray[np.float32] | None
     lengths: NDArray[np.int64]  # tokens of each response, EOS included
     first: NDArray[np.int64]  # index of each group's first response
+    token_logps: tuple[NDArray[np.float32], ...] | None = None
+    """Of each response's tokens; only where they were asked for."""
 
 
 class IndexedGroup(NamedTuple):
@@ -73,14 +75,18 @@ def run_forward(  # noqa: PLR0913
     threads: int = 1,
     on_progress: OnProgress = no_progress,
     part: tuple[int, int] = (0, 1),
+    per_token: bool = False,
 ) -> Scores:
     """Scores of all responses, in order, from packed sequences of up to `max_tokens` tokens, `threads` at
-    a time; NumericsError for one that is not finite. `on_progress` counts responses.
+    a time; NumericsError for one that is not finite. Equal responses to equal prompts run once.
+    `on_progress` counts responses.
 
     `part` = (i, n) runs every n-th sequence, leaves the scores of the others 0, and checks none.
     """
     lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
-    rewards, logps = (np.zeros(len(lengths), np.float32) for _ in range(2))
+    distinct, copy_of, num_copies = _drop_copies(groups)
+    rewards, logps = (np.zeros(len(num_copies), np.float32) for _ in range(2))
+    tokens: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(num_copies)
 
     def run(layout: Layout) -> Outputs:
         half = torch.autocast(model.device.type, autocast) if autocast else nullcontext()
@@ -92,35 +98,45 @@ def run_forward(  # noqa: PLR0913
     halve = not isinstance(model, FSDPModule)
     num_done = 0
     for indices, outputs in run_sequences(
-        run, groups, max_tokens=max_tokens, threads=threads, part=part, halve=halve
+        run, distinct, max_tokens=max_tokens, threads=threads, part=part, halve=halve
     ):
         for values, output in ((rewards, outputs[0]), (logps, outputs[1])):
             if output is not None:
                 values[indices] = output.float().cpu().numpy()
-        num_done += len(indices)
+        if per_token and outputs[4] is not None:
+            assert outputs[2] is not None
+            for i, own in zip(indices, outputs[4].split(outputs[2].tolist()), strict=True):
+                tokens[i] = own.float().cpu().numpy()
+        num_done += int(num_copies[indices].sum())
         # the other parts are about as far
         on_progress(min(num_done * part[1], len(lengths)), len(lengths))
-    same = _first_of_equal_ids(groups)  # rounding differs from place to place in a sequence
     scores = Scores(
-        rewards=None if model.reward_head is None else rewards[same],
-        logps=None if model.policy_head is None else logps[same],
+        rewards=None if model.reward_head is None else rewards[copy_of],
+        logps=None if model.policy_head is None else logps[copy_of],
         lengths=lengths,
         first=first_responses(groups),
+        token_logps=tuple(tokens[i] for i in copy_of) if per_token else None,
     )
     if part == (0, 1):
         check_finite(scores)
     return scores
 
 
-def _first_of_equal_ids(groups: Sequence[Branches]) -> NDArray[np.int64]:
-    """For every response the index of the first one with the same prompt ids and response ids."""
-    first: dict[tuple[bytes, bytes], int] = {}
-    keys = (
-        (np.asarray(group.prompt_ids, np.int32).tobytes(), np.asarray(ids, np.int32).tobytes())
-        for group in groups
-        for ids in group.response_ids
-    )
-    return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], np.int64)
+def _drop_copies(
+    groups: Sequence[Branches],
+) -> tuple[Sequence[Branches], NDArray[np.int64], NDArray[np.int64]]:
+    """The groups without responses that occurred before with the same prompt ids and response ids; which of
+    theirs each of all responses is; and how often each occurs."""
+    number: dict[tuple[bytes, bytes], int] = {}
+    distinct, copy_of = list[Branches](), list[int]()
+    for group in groups:
+        prompt, own = np.asarray(group.prompt_ids, np.int32).tobytes(), []
+        for ids in group.response_ids:
+            key, num_before = (prompt, np.asarray(ids, np.int32).tobytes()), len(number)
+            copy_of.append(number.setdefault(key, num_before))
+            own += [ids] if len(number) > num_before else []
+        distinct += [TokenizedGroup(group.prompt_ids, tuple(own))] if own else []
+    return distinct, np.array(copy_of, np.int64), np.bincount(np.array(copy_of, np.int64))
 
 
 def run_sequences(

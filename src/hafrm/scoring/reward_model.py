@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Annotated, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -176,11 +176,9 @@ class Scorer(ABC):
             texts_of.append(_as_list(texts, what))
             if not all(isinstance(text, str) for text in texts_of[-1]):
                 raise DataError(f"{what}, got {show(texts_of[-1])}")
-        # equal responses would be laid out and run twice
-        distinct = [tuple(dict.fromkeys(texts)) for texts in texts_of]
         groups = [
-            Group(f"prompt {i}", as_messages(prompt), texts)
-            for i, (prompt, texts) in enumerate(zip(prompts, distinct, strict=True))
+            Group(f"prompt {i}", as_messages(prompt), tuple(texts))
+            for i, (prompt, texts) in enumerate(zip(prompts, texts_of, strict=True))
             if texts
         ]
         encoded, report = self.encoder.encode(groups)
@@ -193,8 +191,7 @@ class Scorer(ABC):
                 "them, or load the model with a larger max_length"
             )
         scores = iter(self.score_encoded(encoded).tolist())
-        score_of = [{text: next(scores) for text in texts} for texts in distinct]
-        return [[score_of[i][text] for text in texts] for i, texts in enumerate(texts_of)], num_cut
+        return [[next(scores) for _ in texts] for texts in texts_of], num_cut
 
     def probability(self, prompt: PromptLike, chosen: str, rejected: str) -> float:
         """P(chosen is preferred) = sigmoid(score difference), the Bradley-Terry model; not calibrated."""
@@ -251,6 +248,16 @@ class RewardModel(Scorer):
         return scores.rewards
 
 
+class PolicyScores(NamedTuple):
+    """What both heads give each response."""
+
+    rewards: NDArray[np.float32] | None
+    implicit: NDArray[np.float32]
+    lengths: NDArray[np.int64] | None  # tokens of each response; None where `implicit` is a mean
+    tokens: list[NDArray[np.float32]] | None
+    """The part of each response token in the implicit reward, where asked for: they sum to it."""
+
+
 class PolicyModel(Scorer):
     """The implicit reward of a policy: beta * (log pi - log pi_ref), DPO's reward (arXiv 2305.18290)."""
 
@@ -274,6 +281,7 @@ class PolicyModel(Scorer):
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         max_length: int | None = None,
+        too_long: Literal["cut", "drop"] = "cut",
     ) -> "PolicyModel":
         """Load a run folder or a `...ForCausalLM` directory; `reference` replaces the one in its rule."""
         path = head_directory(path, "policy")
@@ -294,29 +302,41 @@ class PolicyModel(Scorer):
                     f"{path} has a vocabulary of {size} tokens, its reference {name} one of {other}; "
                     "give the checkpoint that the policy was trained from"
                 )
-        encoder = load_encoder(path, policy.backbone.config, max_length)
+        encoder = load_encoder(path, policy.backbone.config, max_length, too_long)
         return cls(policy, encoder, frozen, rule)
 
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        return self._implicit(self._run(self.model, encoded, on_progress=on_progress), encoded)
+        return self.score_heads(encoded, on_progress).implicit
 
-    def score_both(
-        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(rewards, implicit rewards) from one forward; the policy's model must have a reward head too."""
-        scores = self._run(self.model, encoded, on_progress=on_progress)
-        assert scores.rewards is not None
-        return scores.rewards, self._implicit(scores, encoded)
-
-    def _implicit(self, scores: Scores, encoded: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
+    def score_heads(
+        self,
+        encoded: Sequence[TokenizedGroup],
+        on_progress: OnProgress = no_progress,
+        *,
+        per_token: bool = False,
+    ) -> PolicyScores:
+        """Implicit rewards, and from the same forward the rewards of a model with a reward head too."""
+        scores = self._run(self.model, encoded, on_progress=on_progress, per_token=per_token)
         implicit: Any = scores.logps
+        tokens: Any = scores.token_logps
         if self.reference is not None:
-            implicit = implicit - self._run(self.reference, encoded).logps
+            start = self._run(self.reference, encoded, per_token=per_token)
+            implicit = implicit - start.logps
+            tokens = tokens and [
+                a - b for a, b in zip(tokens, start.token_logps or (), strict=True)
+            ]
+        lengths: Any = scores.lengths
         if self.rule.per_token:
-            implicit = implicit / scores.lengths
-        return np.asarray(self.rule.beta * implicit, np.float32)
+            implicit = implicit / lengths
+            tokens = tokens and [own / len(own) for own in tokens]
+        return PolicyScores(
+            scores.rewards,
+            np.asarray(self.rule.beta * implicit, np.float32),
+            None if self.rule.per_token else lengths,
+            tokens and [np.asarray(self.rule.beta * own, np.float32) for own in tokens],
+        )
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:

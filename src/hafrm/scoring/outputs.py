@@ -1,0 +1,134 @@
+"""What a model gives a response: its reward, its implicit reward and their fused score, by name.
+
+Both heads of a run answer from one forward; a reward alone from one that computes no log-probs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hafrm.engine.model import HybridModel
+from hafrm.errors import ConfigError, ModelError, did_you_mean
+from hafrm.preferences import TokenizedGroup
+from hafrm.progress import OnProgress, no_progress
+from hafrm.results import read_result
+from hafrm.scoring.loading import Heads, find_heads, load_encoder, shared_reward_head
+from hafrm.scoring.reward_model import (
+    FusedRule,
+    PolicyModel,
+    RewardModel,
+    Scorer,
+    fused_scores,
+    read_implicit_rule,
+)
+
+OUTPUTS = ("reward", "implicit", "fused")
+TOKENS = "tokens"  # the parts of a response's tokens in its implicit reward
+_NEEDS = {
+    "reward": ("reward",),
+    "implicit": ("policy",),
+    "fused": ("reward", "policy", "fused"),
+    TOKENS: ("policy",),
+}
+_CALLED = {"reward": "reward model", "policy": "policy", "fused": "rule of a fused score"}
+OutputScores = dict[str, list[Any]]
+"""Of one group, by output: a float of each response, for TOKENS a list of them."""
+
+
+def parse_outputs(text: str) -> tuple[str, ...]:
+    """The outputs that "reward,fused" names; ConfigError for others."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in OUTPUTS:
+            hint = did_you_mean(name, OUTPUTS)
+            raise ConfigError(f"an output is one of {', '.join(OUTPUTS)}, got {name!r}; {hint}")
+    return names
+
+
+def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
+    """The files of a model that these outputs need; ModelError where it lacks one."""
+    heads = find_heads(path)
+    needed = {part for name in names for part in _NEEDS[name]}
+    found = {part: value for part, value in vars(heads).items() if part in needed and value}
+    if lacking := needed - found.keys():
+        what = " and no ".join(sorted(_CALLED[part] for part in lacking))
+        raise ModelError(f"{path} has no {what}: it cannot give {', '.join(names)}")
+    return replace(Heads(None, None), **found)
+
+
+def model_files(heads: Heads) -> list[str | Path]:
+    """The directories that the outputs of these heads follow from."""
+    reference = None if heads.policy is None else read_implicit_rule(heads.policy).reference
+    return [part for part in (heads.reward, heads.policy, reference) if part is not None]
+
+
+def join_heads(heads: Heads, policy: PolicyModel, max_length: int | None) -> RewardModel | None:
+    """The reward model on the policy's own backbone, whose forward then gives both; None where the two
+    exports do not share it."""
+    assert heads.reward is not None
+    config = policy.model.backbone.config
+    encoder = load_encoder(heads.reward, config, max_length)
+    encoder.lengths = policy.encoder.lengths
+    # with pad as its EOS the reward would be read at another token than the policy ends at
+    if encoder.cache_key != policy.encoder.cache_key or encoder.pad_id == encoder.eos_id:
+        return None
+    head = shared_reward_head(heads.reward, policy.model)
+    if head is None:
+        return None
+    policy.model.reward_head = head
+    alone = HybridModel(policy.model.backbone, reward_head=head, sharing=policy.model.sharing)
+    return RewardModel(alone, policy.encoder)
+
+
+class ModelOutputs:
+    """A model in memory, with what it needs for the outputs that it was loaded for."""
+
+    def __init__(self, path: str | Path, names: Sequence[str], **options: Any) -> None:
+        """`options` are those of `RewardModel.from_pretrained`; ModelError for outputs it cannot give."""
+        heads = heads_for(path, names)
+        self.reward = self.policy = self.rule = None
+        if heads.policy is not None:
+            self.policy = PolicyModel.from_pretrained(heads.policy, **options)
+        if heads.fused is not None:
+            self.rule = read_result(heads.fused, FusedRule)
+        if heads.reward is not None and self.policy is not None:
+            self.reward = join_heads(heads, self.policy, options.get("max_length"))
+            if self.reward is None:
+                raise ModelError(
+                    f"the reward model and the policy of {path} are not of one backbone and tokenizer, so "
+                    "they cannot answer together: give the directory of one of them"
+                )
+        elif heads.reward is not None:
+            self.reward = RewardModel.from_pretrained(heads.reward, **options)
+
+    @property
+    def scorer(self) -> Scorer:
+        """The head that the model is used by."""
+        scorer = self.reward or self.policy
+        assert scorer is not None
+        return scorer
+
+    def score(
+        self,
+        groups: Sequence[TokenizedGroup],
+        names: Sequence[str],
+        on_progress: OnProgress = no_progress,
+    ) -> list[OutputScores]:
+        """The outputs called `names` of each group's responses; NumericsError where one is not finite."""
+        given: dict[str, Any] = {}
+        if set(names) <= {"reward"}:
+            assert self.reward is not None
+            given["reward"] = self.reward.score_encoded(groups, on_progress)
+        else:
+            assert self.policy is not None
+            scores = self.policy.score_heads(groups, on_progress, per_token=TOKENS in names)
+            given |= {"reward": scores.rewards, "implicit": scores.implicit, TOKENS: scores.tokens}
+            if self.rule is not None and scores.rewards is not None:
+                given["fused"] = fused_scores(
+                    scores.rewards, scores.implicit, self.rule, scores.lengths
+                )
+        rest = {name: (value.tolist() for value in given[name]) for name in names}
+        sizes = [len(group.response_ids) for group in groups]
+        return [{name: list(islice(rest[name], size)) for name in names} for size in sizes]
