@@ -1,4 +1,4 @@
-"""The verbs `evaluate`, `score`, `best-of-n`, `export` and `verify`: what a trained model is used for."""
+"""The verbs that use a trained model: `evaluate`, `score`, `best-of-n`, `export`, `serve`, `verify`."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from hafrm.progress import show_progress
 
 if TYPE_CHECKING:
     from hafrm.export.checklist import Verification
-    from hafrm.export.reward_servers import ServerReplay
+    from hafrm.serving.server_checks import ServerReplay
 
 
 @app.command("evaluate")
@@ -163,6 +163,45 @@ def export_command(
     typer.echo(f"{same} (largest difference {done.difference:.2g})")
 
 
+@app.command("serve")
+def serve_command(  # noqa: PLR0913 - the verb and its options
+    model: Annotated[str, Argument(help="Run folder, or the directory of one head.")],
+    *,
+    host: Annotated[str, Option(help="Other machines reach it by 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535)] = 8000,
+    upstream: Annotated[str | None, Option(help="URL of a vLLM or SGLang that runs it.")] = None,
+    api_key_file: Annotated[Path | None, Option(help="Bearer keys, one in a line.")] = None,
+    no_auth: Annotated[bool, Option("--no-auth", help="Other machines need no key.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_length: Annotated[int | None, Option(help="Tokens; what is longer is refused.")] = None,
+    upstream_key: Annotated[str | None, Option(envvar="HAFRM_API_KEY", help="Its key.")] = None,
+) -> None:
+    """Answer reward requests of trainers: OpenRLHF, verl, slime, TRL, vLLM's and SGLang's clients.
+
+    Ready once the model has given its golden scores again. SIGTERM answers what was accepted and exits 0.
+    """
+    keys = [] if api_key_file is None else api_key_file.read_text(encoding="utf-8").split()
+    if api_key_file is not None and not keys:
+        raise ConfigError(f"{api_key_file} holds no key")
+    if host not in ("127.0.0.1", "localhost", "::1") and not (keys or no_auth):
+        raise ConfigError(f"--host {host} lets other machines in: give --api-key-file or --no-auth")
+    try:
+        from hafrm.serving import reward_app  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'hafrm[serve]'") from error
+    from hafrm.serving.backends import LocalBackend, UpstreamBackend  # noqa: PLC0415
+
+    backend = (
+        LocalBackend(model, dtype=dtype, device=device, max_length=max_length)
+        if upstream is None
+        else UpstreamBackend(model, upstream, upstream_key, max_length)
+    )
+    server = reward_app.RewardServer(backend, Path(model).name, keys)
+    typer.echo(f"serving {', '.join(backend.names)} of {model} at http://{host}:{port}", err=True)
+    reward_app.run_server(server, host, port)
+
+
 @app.command("verify")
 def verify_command(
     target: Annotated[str, Argument(help="Reward directory, run folder, or a server's URL.")],
@@ -178,7 +217,7 @@ def verify_command(
     options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
     result: Verification | ServerReplay
     if target.startswith(("http://", "https://")):
-        from hafrm.export.reward_servers import verify_server  # noqa: PLC0415
+        from hafrm.serving.server_checks import verify_server  # noqa: PLC0415
 
         if golden is None:
             raise ConfigError("a server needs golden scores: give --golden, an exported directory")

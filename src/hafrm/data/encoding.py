@@ -228,6 +228,26 @@ class Encoder:
         # a template's blank before the answer is the response's first token, and not part of its text
         return str(text).lstrip(" "), end is not None
 
+    def has_control_tokens(self, text: str) -> bool:
+        """Whether a text holds special tokens, as one that a chat template rendered does."""
+        return self._special.pattern.search(text) is not None
+
+    def last_turn(self, ids: NDArray[np.int32]) -> int:
+        """Where the last turn of a rendered conversation may begin: behind its last special token but those
+        at its end, or at 1."""
+        special = np.isin(ids, np.flatnonzero(self._special.is_special))
+        places = np.flatnonzero(special[: np.flatnonzero(~special).max(initial=0)])
+        return int(places.max(initial=0)) + 1
+
+    def closing(self) -> list[int]:
+        """The ids that the template writes behind every response, from its first special token on."""
+        example = Group("example", (Message("user", "x"),), ("x", "yes"))
+        (encoded,), _ = self.encode([example])
+        ids, other = (list[int](part.tolist()) for part in encoded.response_ids)
+        while ids and not (self._special.is_special[ids[0]] and other[-len(ids) :] == ids):
+            ids = ids[1:]
+        return ids
+
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""
         self.tokenizer.save_pretrained(directory)

@@ -1,0 +1,176 @@
+"""What answers behind the front: a model in this process, or the forward of another server.
+
+Both read conversations with the model's own tokenizer and template, so ids and lengths are ours either way.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hafrm.data.encoding import Encoder
+from hafrm.errors import DataError, ModelError, ServerError
+from hafrm.export.plain_model import GOLDEN, TOLERANCE, GoldenLine, read_golden
+from hafrm.preferences import Group, TokenizedGroup
+from hafrm.scoring.loading import find_heads, load_encoder, model_digest
+from hafrm.scoring.model_files import load_config
+from hafrm.scoring.outputs import (
+    OUTPUTS,
+    TOKENS,
+    ModelOutputs,
+    OutputScores,
+    heads_for,
+    model_files,
+)
+from hafrm.scoring.reward_model import as_messages, forward_options
+from hafrm.serving.protocols import Conversation, Dialogue, Rendered, RequestError, ServerClient
+from hafrm.serving.server_checks import SERVER_TOLERANCE
+
+
+class ConversationEncoder:
+    """Conversations in any form, as groups of token ids; nothing is cut."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.end = encoder.closing()
+        self.end_text = str(encoder.tokenizer.decode(self.end, skip_special_tokens=False))
+        trailing = {self.end_text, encoder.tokenizer.pad_token, encoder.tokenizer.eos_token}
+        self.trailing = tuple(text for text in trailing if text)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[TokenizedGroup]:
+        """A group for each; RequestError for one that is malformed, or longer than the model takes."""
+        dialogues: dict[int, Group] = {}
+        encoded: dict[int, TokenizedGroup] = {}
+        for i, item in enumerate(conversations):
+            try:
+                if isinstance(item, Dialogue) and not self._is_rendered(item):
+                    dialogues[i] = Group(str(i), as_messages(item.prompt), tuple(item.responses))
+                else:
+                    encoded[i] = self._cut(self._ids(item))
+            except DataError as error:
+                raise RequestError(422, str(error), i) from error
+        groups, report = self.encoder.encode(list(dialogues.values()))
+        for place, why in report.refused.items():
+            raise RequestError(422, why, list(dialogues)[place])
+        encoded |= {int(group.id): group for group in groups}
+        for i in dialogues.keys() - encoded.keys():
+            raise RequestError(422, self._too_long, i)
+        return [encoded[i] for i in range(len(conversations))]
+
+    @property
+    def _too_long(self) -> str:
+        return f"longer than {self.encoder.lengths.max_length:,} tokens, the limit; nothing is cut"
+
+    def _is_rendered(self, item: Dialogue) -> bool:
+        return item.may_be_rendered and (
+            not item.prompt or self.encoder.has_control_tokens(item.prompt)
+        )
+
+    def _ids(self, item: Conversation) -> NDArray[np.int32]:
+        if isinstance(item, Dialogue):
+            item = Rendered(item.prompt + item.responses[0], open=True)
+        if not isinstance(item, Rendered):
+            return np.array(item, np.int64).astype(np.int32)
+        text = item.text
+        if item.open:
+            while text.endswith(self.trailing):
+                text = text.removesuffix(next(filter(text.endswith, self.trailing)))
+            text += self.end_text
+        try:
+            ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text holds a lone surrogate: {error}") from error
+        return np.array(ids, np.int32)
+
+    def _cut(self, ids: NDArray[np.int32]) -> TokenizedGroup:
+        """Token ids as a prompt and a response; where they are cut changes nothing but what is shared."""
+        if len(ids) > self.encoder.lengths.max_length:
+            raise DataError(self._too_long)
+        if len(ids) < 2 or int(ids.max()) >= (self.encoder.vocab_size or 2**31):
+            raise DataError("fewer than two tokens, or ids beyond the model's vocabulary")
+        if ids[len(ids) - len(self.end) :].tolist() != self.end:
+            raise DataError(
+                f"it does not end in {self.end_text!r}, as the model's chat template ends a conversation; "
+                "render it with that template, or send messages"
+            )
+        at = self.encoder.last_turn(ids)
+        return TokenizedGroup(ids[:at], (ids[at:],))
+
+
+class LocalBackend:
+    """A model in this process, with every output that it has."""
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        """`options` are those of `ModelOutputs`."""
+        names = [name for name in (*OUTPUTS, TOKENS) if _has(path, name)]
+        self.model = ModelOutputs(path, names, too_long="drop", **options)
+        self.names, self.encoder = tuple(names), self.model.scorer.encoder
+        hybrid, heads = self.model.scorer.model, heads_for(path, names)
+        self.golden = _golden(heads.reward)
+        self.batch_tokens = 8 * int(forward_options(hybrid)["max_tokens"])
+        dtype = next(hybrid.backbone.parameters()).dtype
+        self.tolerance = TOLERANCE if dtype.itemsize == 4 else SERVER_TOLERANCE
+        self.replay_every: float | None = None
+        files = model_files(heads)
+        self.about = {"dtype": str(dtype).removeprefix("torch."), "device": str(hybrid.device)}
+        self.about |= {"weights": ", ".join(map(model_digest, files))}
+
+    def score(self, groups: Sequence[TokenizedGroup], names: Sequence[str]) -> list[OutputScores]:
+        """The outputs of each group."""
+        return self.model.score(groups, names)
+
+
+class UpstreamBackend:
+    """The forward of a running vLLM or SGLang, asked for rewards by token ids."""
+
+    def __init__(
+        self, path: str | Path, url: str, api_key: str | None = None, max_length: int | None = None
+    ) -> None:
+        """Raises ModelError for a model without golden scores, which the server is held to."""
+        directory = find_heads(path).reward
+        if directory is None or not (golden := _golden(directory)):
+            raise ModelError(
+                f"{path} has no reward model with golden scores: no upstream can be proved"
+            )
+        self.golden, self.names, self.tolerance = golden, ("reward",), SERVER_TOLERANCE
+        self.encoder = load_encoder(directory, load_config(directory), max_length, "drop")
+        self.client = ServerClient(url, api_key)
+        self._protocol: Any = None
+        self._pool = ThreadPoolExecutor(_UPSTREAM_REQUESTS, "upstream")
+        self.batch_tokens, self.replay_every = 2**18, 180.0
+        self.about = {"upstream": self.client.base}
+
+    def score(self, groups: Sequence[TokenizedGroup], _: Sequence[str]) -> list[OutputScores]:
+        """The rewards of each group; ServerError for a server that is down or answers in another form."""
+        ids = [[*g.prompt_ids.tolist(), *r.tolist()] for g in groups for r in g.response_ids]
+        distinct = [list(own) for own in dict.fromkeys(map(tuple, ids))]
+        if self._protocol is None:
+            self._protocol = self.client.find_protocol(distinct[:1])
+        size = max(1, min(8, len(distinct) // _UPSTREAM_REQUESTS))
+        parts = [distinct[i : i + size] for i in range(0, len(distinct), size)]
+        answers = self._pool.map(lambda part: self.client.rewards(self._protocol, part), parts)
+        reward_of = dict(zip(map(tuple, distinct), (r for a in answers for r in a), strict=True))
+        if not np.isfinite(list(reward_of.values())).all():
+            raise ServerError("the upstream gives a reward that is not finite")
+        rewards = iter([reward_of[tuple(own)] for own in ids])
+        return [{"reward": [next(rewards) for _ in group.response_ids]} for group in groups]
+
+
+_UPSTREAM_REQUESTS = 16  # at a time
+Backend = LocalBackend | UpstreamBackend
+
+
+def _has(path: str | Path, name: str) -> bool:
+    try:
+        heads_for(path, [name])
+    except ModelError:
+        return False
+    return True
+
+
+def _golden(directory: Path | None) -> list[GoldenLine]:
+    """The golden lines of a reward directory; none without a file."""
+    return read_golden(directory) if directory and (directory / GOLDEN).is_file() else []

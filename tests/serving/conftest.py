@@ -1,0 +1,49 @@
+"""One tiny model with both heads behind the app, in this process."""
+
+import json
+import shutil
+import time
+
+import pytest
+from starlette.testclient import TestClient
+
+from hafrm.scoring.reward_model import IMPLICIT_RULE, RewardModel
+from hafrm.serving.backends import LocalBackend
+from hafrm.serving.reward_app import RewardServer
+
+KEY = "key-ä1"
+
+
+@pytest.fixture(scope="session")
+def run(exported, tmp_path_factory):
+    """A run with both heads, golden scores and a rule of their fused score."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(exported, folder / "model")
+    (folder / "model" / "fused.json").write_text('{"factor": 0.5}')
+    rule = json.dumps({"reference": None, "beta": 0.1, "per_token": False})
+    (folder / "model" / "policy" / IMPLICIT_RULE).write_text(rule)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rm(run):
+    return RewardModel.from_pretrained(run)
+
+
+@pytest.fixture(scope="session")
+def server(run):
+    return RewardServer(LocalBackend(run), "run")
+
+
+def until_ready(client):
+    for _ in range(200):
+        if client.get("/ready").status_code == 200:
+            return client
+        time.sleep(0.01)
+    raise AssertionError(client.get("/ready").json())
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with TestClient(server.app) as client:
+        yield until_ready(client)

@@ -1,0 +1,390 @@
+"""The front: every protocol gives the scores of `hafrm score`, or an error that says what is wrong."""
+
+import asyncio
+import json
+import math
+import random
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from serving.conftest import KEY, until_ready
+from starlette.testclient import TestClient
+
+from hafrm.bulk.bulk_job import BulkOptions, score_files
+from hafrm.errors import NumericsError, ServerError
+from hafrm.export.plain_model import GOLDEN, read_golden
+from hafrm.serving import reward_app
+from hafrm.serving.backends import LocalBackend
+from hafrm.serving.protocols import PROTOCOLS, RequestError
+from hafrm.serving.reward_app import RewardServer
+from hafrm.serving.score_queue import ScoreQueue
+
+PROMPT = [{"role": "user", "content": "Say sun."}]
+RESPONSES = ["sun", "I would say moon", "sun"]
+
+
+@pytest.fixture(scope="module")
+def golden(run):
+    return read_golden(run / "model" / "reward")
+
+
+def scores_of(rm, *texts):
+    return pytest.approx(rm.score(PROMPT[0]["content"], list(texts)), abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)
+def test_every_protocol_gives_the_golden_scores(client, golden, protocol):
+    def ask(inputs):
+        answer = client.post(protocol.path, json=protocol.ask(inputs))
+        assert answer.status_code == 200, answer.text
+        return protocol.read(answer.json(), len(inputs))
+
+    expected = pytest.approx([line.reward for line in golden], abs=1e-5)
+    texts = [line.text for line in golden]
+    assert [ask([text])[0] for text in texts] == expected
+    if not protocol.one:
+        assert ask(texts) == expected
+    if protocol.ids:
+        assert ask([list(line.input_ids) for line in golden]) == expected
+
+
+def test_the_callers_own_requests(client, rm, golden):
+    """As in the sources of verl's reward loop, OpenRLHF's remote reward and agents, slime's rm_hub, and a
+    reward function for TRL."""
+    text, expected = golden[0].text, pytest.approx(golden[0].reward, abs=1e-5)
+    post = client.post
+    # verl on vLLM and on SGLang: one text
+    body = {"model": "run", "input": text, "use_activation": False}
+    assert post("/classify", json=body).json()["data"][-1]["probs"][-1] == expected
+    body = {"model": "run", "input": text}
+    assert post("/v1/embeddings", json=body).json()["data"][-1]["embedding"][-1] == expected
+    # OpenRLHF decodes sequences with their pads, and perhaps without the end
+    end = golden[0].text[-4:]
+    assert end == "</s>"
+    for query in (text, text.removesuffix(end), text + "<pad><pad>"):
+        body = {"query": [query], "prompts": ["p"], "labels": [None]}
+        answer = post("/get_reward", json=body).json()
+        assert answer["rewards"] == answer["scores"] == [expected]
+        assert list(answer["extra_logs"].items()) == []
+    # slime: a prompt as it was rendered, as text, and as messages
+    answer = golden[0].messages[-1]["content"]
+    rendered = text[: text.rindex(answer)]
+    messages = list(golden[0].messages[:-1])
+    for prompt in (rendered, messages, messages[0]["content"]):
+        body = {"prompt": prompt, "response": answer, "label": "x"}
+        assert post("/reward", json=body).json() == expected
+
+    # TRL: completions in, floats out
+    def reward_func(prompts, completions, **_):
+        pairs = zip(prompts, completions, strict=True)
+        groups = [{"prompt": p, "responses": [c[0]["content"]]} for p, c in pairs]
+        answer = post("/score", json={"groups": groups}).json()
+        return [group["reward"][0] for group in answer["groups"]]
+
+    completions = [[{"role": "assistant", "content": text}] for text in RESPONSES]
+    assert reward_func([PROMPT] * 3, completions, ids=[1]) == scores_of(rm, *RESPONSES)
+    # vLLM's messages
+    body = {"messages": [*PROMPT, {"role": "assistant", "content": "sun"}]}
+    assert post("/classify", json=body).json()["data"][0]["probs"] == scores_of(rm, "sun")
+
+
+def test_the_native_route_gives_what_files_get(client, run, tmp_path):
+    """All outputs and the tokens' parts; and P = 1 / (1 + exp(r_ref - r)), 0.5 for the reference itself."""
+    groups = [{"prompt": PROMPT, "responses": RESPONSES, "reference": "sun"}]
+    outputs = ["reward", "implicit", "fused"]
+    body = {"groups": groups, "outputs": [*outputs, "probability"], "per_token": True}
+    (scores,) = client.post("/score", json=body).json()["groups"]
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": PROMPT, "responses": RESPONSES}))
+    options = BulkOptions(outputs=(*outputs, "tokens"))
+    score_files(run, [str(source)], tmp_path / "out", options)
+    row = json.loads((tmp_path / "out" / "in.jsonl").read_text())
+    columns = ("rewards", "implicit_rewards", "fused_scores", "token_rewards")
+    for name, column in zip((*outputs, "tokens"), columns, strict=True):
+        assert scores[name] == [pytest.approx(value, abs=1e-6) for value in row[column]]
+    gap = scores["reward"][1] - scores["reward"][0]
+    assert scores["probability"] == pytest.approx([0.5, 1 / (1 + math.exp(-gap)), 0.5])
+
+
+def test_special_tokens_in_peoples_text_are_text(client, rm):
+    typed = "sun</s>\nuser: Say moon.</s>"
+    body = {"groups": [{"prompt": f"Say {typed}", "responses": [typed]}]}
+    (scores,) = client.post("/score", json=body).json()["groups"]
+    assert scores["reward"] == pytest.approx([rm.score(f"Say {typed}", typed)], abs=1e-6)
+
+
+REFUSED = {
+    "no JSON": ("/score", b"{", 400, "no JSON"),
+    "half a surrogate": ("/score", b'{"groups": "\\ud800"}', 400, "no JSON"),
+    "a list": ("/classify", [], 422, "valid dictionary"),
+    "unknown field": ("/classify", {"input": "x", "inputs": 1}, 422, "inputs: Extra"),
+    "a sigmoid": ("/classify", {"input": "x", "use_activation": True}, 422, "use_activation"),
+    "truncation": ("/pooling", {"input": "x", "truncate_prompt_tokens": 4}, 422, "truncate"),
+    "nothing": ("/classify", {"model": "x"}, 422, "either `input` or `messages`"),
+    "both": ("/classify", {"text": "x", "input_ids": [1]}, 422, "either `text` or"),
+    "no end": ("/get_reward", {"query": []}, 422, "query"),
+    "not closed": ("/classify", {"input": ["x</s>", "user: x"]}, 422, "item 1: it does not end in"),
+    "too long": ("/classify", {"text": "sun " * 200 + "</s>"}, 422, "longer than 128 tokens"),
+    "long dialogue": (
+        "/score",
+        {
+            "groups": [
+                {"prompt": "a", "responses": ["b"]},
+                {"prompt": "sun " * 200, "responses": ["b"]},
+            ]
+        },
+        422,
+        "item 1: longer than 128",
+    ),
+    "no turns": ("/score", {"groups": [{"prompt": [], "responses": ["b"]}]}, 422, "no messages"),
+    "no reference": (
+        "/score",
+        {"groups": [{"prompt": "a", "responses": ["b"]}], "outputs": ["probability"]},
+        422,
+        "needs a `reference`",
+    ),
+    "ids beyond": ("/classify", {"input": [1, 10**6]}, 422, "beyond the model's vocabulary"),
+    "huge ids": ("/classify", {"input": [1, 2**70]}, 422, ""),
+    "wrong roles": (
+        "/classify",
+        {"messages": PROMPT * 2},
+        422,
+        "must end in the assistant's response",
+    ),
+    "nan": ("/score", b'{"groups": [NaN]}', 400, "no JSON"),
+    "unknown route": ("/generate", {}, 404, "Not Found"),
+    "two kinds": ("/v1/score", {"query": "x", "items": [[1]]}, 422, "must both be text"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_scored_is_refused_in_words(client, name):
+    path, body, status, message = REFUSED[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = client.post(path, content=content)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert message in error["message"] and error["code"] == status
+    if message.startswith("item "):
+        assert error["index"] == 1
+
+
+def test_fuzzed_requests_never_break_the_server(client):
+    """Cut, spliced and mistyped forms of right requests: 200 or 4xx."""
+    draw = random.Random(0)
+    values = [
+        None,
+        True,
+        -1,
+        1e400,
+        "",
+        "x</s>",
+        [],
+        [[]],
+        {},
+        [1, 2],
+        {"role": "user"},
+        "\ud83d",
+        [["x"]],
+    ]
+    names = [
+        "input",
+        "messages",
+        "text",
+        "query",
+        "items",
+        "groups",
+        "prompt",
+        "response",
+        "outputs",
+    ]
+    names += ["responses", "per_token", "reference", "input_ids", "role", "content", "model"]
+    paths = [*(p.path for p in PROTOCOLS), "/score"]
+
+    def tree(depth):
+        if depth == 0 or draw.random() < 0.4:
+            return draw.choice(values)
+        if draw.random() < 0.3:
+            return [tree(depth - 1) for _ in range(draw.randrange(3))]
+        return {draw.choice(names): tree(depth - 1) for _ in range(draw.randrange(4))}
+
+    statuses = set()
+    for _ in range(250):
+        body = json.dumps(tree(4)).encode()
+        if draw.random() < 0.2:
+            body = body[: draw.randrange(len(body) + 1)] + bytes([draw.randrange(256)])
+        statuses.add(client.post(draw.choice(paths), content=body).status_code)
+    assert statuses <= {200, 400, 422}
+    assert client.post("/classify", content=b"[" * 100_000).status_code == 400
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(client, rm):
+    words = ("sun", "sea", "tree", "boat", "bird", "rain")
+    talks = [
+        (f"Say {words[i % 6]}.", f"{words[i % 5]} {words[i % 4]}" * (i % 3 + 1)) for i in range(96)
+    ]
+
+    def ask(talk):
+        body = {"groups": [{"prompt": talk[0], "responses": [talk[1]]}]}
+        return client.post("/score", json=body).json()["groups"][0]["reward"][0]
+
+    with ThreadPoolExecutor(16) as pool:
+        got = list(pool.map(ask, talks))
+    assert got == pytest.approx([rm.score(*talk) for talk in talks], abs=1e-6)
+
+
+def test_keys_guard_every_route_but_health(server, run):
+    guarded = RewardServer(server.backend, "run", [KEY, "other"])
+    with TestClient(guarded.app) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        for path in ("/ready", "/info", "/metrics", "/v1/models", "/nowhere"):
+            assert client.get(path).status_code == 401
+        for header in ("Bearer wrong", KEY, f"Basic {KEY}", "Bearer", "Bearer " + KEY[:-1]):
+            answer = client.post("/score", json={}, headers={"Authorization": header.encode()})
+            assert answer.status_code == 401
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        client.headers["Authorization"] = f"Bearer {KEY}".encode()
+        until_ready(client)
+
+
+def test_info_and_metrics_say_what_serves_and_no_text(client, server):
+    client.post("/score", json={"groups": [{"prompt": "Say sun.", "responses": ["sun"]}]})
+    info = client.get("/info").json()
+    assert info["outputs"] == ["reward", "implicit", "fused", "tokens"]
+    assert info["golden"]["num"] == 5 and info["golden"]["difference"] < 1e-5
+    assert info["weights"].count("sha256:") == 2 and info["dtype"] == "float32"
+    metrics = client.get("/metrics").text
+    assert 'hafrm_requests_total{path="/score",status="200"}' in metrics
+    assert "hafrm_ready 1.0" in metrics and "hafrm_waiting_tokens 0.0" in metrics
+    assert "sun" not in metrics
+    assert client.get("/v1/models").json()["data"][0]["id"] == "run"
+
+
+def test_weights_that_do_not_give_the_golden_scores_serve_nothing(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    file = other / "model" / "reward" / GOLDEN
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[2]["reward"] += 0.01
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with TestClient(RewardServer(LocalBackend(other), "run").app) as client:
+        for _ in range(100):
+            reason = client.get("/ready").json()["reason"]
+            if "being replayed" not in reason:
+                break
+            time.sleep(0.01)
+        assert "golden scores differ by 0.0" in reason
+        answer = client.post("/classify", json={"input": "x</s>"})
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "10"
+        assert client.get("/health").status_code == 200
+
+
+def test_one_head_alone_is_served(run):
+    with TestClient(RewardServer(LocalBackend(run / "model" / "policy"), "p").app) as client:
+        until_ready(client)
+        assert client.get("/info").json()["outputs"] == ["implicit", "tokens"]
+        answer = client.post("/classify", json={"input": "user: x</s>"})
+        assert (answer.status_code, "cannot give: reward" in answer.text) == (422, True)
+        groups = [{"prompt": "Say sun.", "responses": ["sun", "sea"], "reference": "sun"}]
+        body = {"groups": groups, "outputs": ["implicit", "probability"]}
+        assert client.post("/score", json=body).json()["groups"][0]["probability"][0] == 0.5
+
+
+def test_limits(client, server, monkeypatch):
+    big = {"text": ["x" * 2**20] * 17}
+    assert client.post("/classify", json=big).status_code == 413
+    monkeypatch.setattr(reward_app, "MAX_ITEMS", 2)
+    body = {"groups": [{"prompt": "a", "responses": ["b"] * 3}]}
+    assert client.post("/score", json=body).status_code == 413
+
+
+class Fake:
+    """Groups that score their own first id, and may wait or fail."""
+
+    def __init__(self, bad=(), error=NumericsError("not finite")):
+        self.gate, self.bad, self.error, self.batches = threading.Event(), bad, error, []
+
+    def __call__(self, groups, names):
+        self.gate.wait()
+        first = [int(group.prompt_ids[0]) for group in groups]
+        self.batches.append(first)
+        if set(first) & set(self.bad):
+            raise self.error
+        return [{"reward": [float(value)]} for value in first]
+
+
+def groups_of(*values, size=10):
+    from hafrm.preferences import TokenizedGroup
+
+    ids = np.ones(size - 1, np.int32)
+    return [TokenizedGroup(np.array([value], np.int32), (ids,)) for value in values]
+
+
+async def opened(fake, *jobs):
+    """Submit all, then let the model run."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    await asyncio.sleep(0.02)
+    fake.gate.set()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_large_request_does_not_hold_up_a_small_one():
+    """80 tokens a batch, of which a request gets 10 at a time while others wait."""
+    fake = Fake()
+    queue = ScoreQueue(fake, batch_tokens=80, max_waiting=10**6)
+
+    async def ask():
+        return await opened(
+            fake, *(queue.submit(groups_of(*v), ("reward",)) for v in ([0], range(1, 90), [99]))
+        )
+
+    first, large, small = asyncio.run(ask())
+    queue.close()
+    assert [own["reward"][0] for own in large] == list(map(float, range(1, 90)))
+    assert small == [{"reward": [99.0]}] and first == [{"reward": [0.0]}]
+    assert 99 in fake.batches[1]
+    assert queue.waiting == 0
+
+
+def test_a_fault_is_the_fault_of_one_item_and_a_dead_upstream_of_all():
+    fake = Fake(bad=[3])
+    queue = ScoreQueue(fake, batch_tokens=1000, max_waiting=10**6)
+
+    async def ask():
+        jobs = [
+            queue.submit(groups_of(*values), ("reward",)) for values in ([0], [1, 3, 2], [5, 6])
+        ]
+        return await opened(fake, *jobs)
+
+    _, failed, right = asyncio.run(ask())
+    assert isinstance(failed, RequestError) and (failed.status, failed.index) == (500, 1)
+    assert right == [{"reward": [5.0]}, {"reward": [6.0]}]
+    fake.error, before = ServerError("down"), len(fake.batches)
+    _, failed, _ = asyncio.run(ask())
+    assert isinstance(failed, ServerError) and len(fake.batches) <= before + 3
+    queue.close()
+
+
+def test_a_full_queue_refuses_and_a_vanished_client_costs_nothing():
+    fake = Fake()
+    queue = ScoreQueue(fake, batch_tokens=20, max_waiting=100)
+
+    async def ask():
+        waiting = [asyncio.create_task(queue.submit(groups_of(k), ("reward",))) for k in range(9)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(RequestError, match="90 tokens wait") as full:
+            await queue.submit(groups_of(1, 2), ("reward",))
+        assert full.value.retry_after >= 1
+        for task in waiting[1:]:
+            task.cancel()
+        await asyncio.sleep(0.02)
+        assert queue.waiting == 10
+        fake.gate.set()
+        return await waiting[0]
+
+    assert asyncio.run(ask()) == [{"reward": [0.0]}]
+    queue.close()
+    assert fake.batches == [[0]]
