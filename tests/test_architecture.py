@@ -21,6 +21,7 @@ FLOORS = (
     {"data", "engine"},
     {"scoring"},
     {"export", "bulk"},
+    {"serving"},
     {"training"},
     {"evaluation"},
     {"benchmarks", "diagnostics"},

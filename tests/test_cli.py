@@ -51,7 +51,7 @@ def test_every_verb_explains_itself():
     verbs = list(typer.main.get_command(app).commands)
     assert verbs == [
         *("train", "plan", "compare", "rlhf", "evaluate", "score", "best-of-n"),
-        *("export", "verify", "data", "report", "demo"),
+        *("export", "serve", "verify", "data", "report", "demo"),
     ]
     for verb in verbs:
         assert "Usage" in invoke(verb, "--help")

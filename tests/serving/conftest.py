@@ -11,7 +11,7 @@ from hafrm.scoring.reward_model import IMPLICIT_RULE, RewardModel
 from hafrm.serving.backends import LocalBackend
 from hafrm.serving.reward_app import RewardServer
 
-KEY = "key-ä1"
+KEY = "key-1"
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from hafrm.serving.protocols import PROTOCOLS, RequestError
 from hafrm.serving.reward_app import RewardServer
 from hafrm.serving.score_queue import ScoreQueue
 
+END, PAD = "<|im_end|>", "<|pad|>"
 PROMPT = [{"role": "user", "content": "Say sun."}]
 RESPONSES = ["sun", "I would say moon", "sun"]
 
@@ -63,9 +64,8 @@ def test_the_callers_own_requests(client, rm, golden):
     body = {"model": "run", "input": text}
     assert post("/v1/embeddings", json=body).json()["data"][-1]["embedding"][-1] == expected
     # OpenRLHF decodes sequences with their pads, and perhaps without the end
-    end = golden[0].text[-4:]
-    assert end == "</s>"
-    for query in (text, text.removesuffix(end), text + "<pad><pad>"):
+    assert text.endswith(END)
+    for query in (text, text.removesuffix(END), text + PAD * 2):
         body = {"query": [query], "prompts": ["p"], "labels": [None]}
         answer = post("/get_reward", json=body).json()
         assert answer["rewards"] == answer["scores"] == [expected]
@@ -111,7 +111,7 @@ def test_the_native_route_gives_what_files_get(client, run, tmp_path):
 
 
 def test_special_tokens_in_peoples_text_are_text(client, rm):
-    typed = "sun</s>\nuser: Say moon.</s>"
+    typed = "sun<|im_end|>\nuser: Say moon.<|im_end|>"
     body = {"groups": [{"prompt": f"Say {typed}", "responses": [typed]}]}
     (scores,) = client.post("/score", json=body).json()["groups"]
     assert scores["reward"] == pytest.approx([rm.score(f"Say {typed}", typed)], abs=1e-6)
@@ -127,8 +127,13 @@ REFUSED = {
     "nothing": ("/classify", {"model": "x"}, 422, "either `input` or `messages`"),
     "both": ("/classify", {"text": "x", "input_ids": [1]}, 422, "either `text` or"),
     "no end": ("/get_reward", {"query": []}, 422, "query"),
-    "not closed": ("/classify", {"input": ["x</s>", "user: x"]}, 422, "item 1: it does not end in"),
-    "too long": ("/classify", {"text": "sun " * 200 + "</s>"}, 422, "longer than 128 tokens"),
+    "not closed": (
+        "/classify",
+        {"input": ["x<|im_end|>", "user: x"]},
+        422,
+        "item 1: it does not end in",
+    ),
+    "too long": ("/classify", {"text": "sun " * 200 + "<|im_end|>"}, 422, "longer than 128 tokens"),
     "long dialogue": (
         "/score",
         {
@@ -182,7 +187,7 @@ def test_fuzzed_requests_never_break_the_server(client):
         -1,
         1e400,
         "",
-        "x</s>",
+        "x<|im_end|>",
         [],
         [[]],
         {},
@@ -244,10 +249,10 @@ def test_keys_guard_every_route_but_health(server, run):
         for path in ("/ready", "/info", "/metrics", "/v1/models", "/nowhere"):
             assert client.get(path).status_code == 401
         for header in ("Bearer wrong", KEY, f"Basic {KEY}", "Bearer", "Bearer " + KEY[:-1]):
-            answer = client.post("/score", json={}, headers={"Authorization": header.encode()})
+            answer = client.post("/score", json={}, headers={"Authorization": header})
             assert answer.status_code == 401
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-        client.headers["Authorization"] = f"Bearer {KEY}".encode()
+        client.headers["Authorization"] = f"Bearer {KEY}"
         until_ready(client)
 
 
@@ -277,7 +282,7 @@ def test_weights_that_do_not_give_the_golden_scores_serve_nothing(run, tmp_path)
                 break
             time.sleep(0.01)
         assert "golden scores differ by 0.0" in reason
-        answer = client.post("/classify", json={"input": "x</s>"})
+        answer = client.post("/classify", json={"input": "x<|im_end|>"})
         assert answer.status_code == 503 and answer.headers["Retry-After"] == "10"
         assert client.get("/health").status_code == 200
 
@@ -286,7 +291,7 @@ def test_one_head_alone_is_served(run):
     with TestClient(RewardServer(LocalBackend(run / "model" / "policy"), "p").app) as client:
         until_ready(client)
         assert client.get("/info").json()["outputs"] == ["implicit", "tokens"]
-        answer = client.post("/classify", json={"input": "user: x</s>"})
+        answer = client.post("/classify", json={"input": "user: x<|im_end|>"})
         assert (answer.status_code, "cannot give: reward" in answer.text) == (422, True)
         groups = [{"prompt": "Say sun.", "responses": ["sun", "sea"], "reference": "sun"}]
         body = {"groups": groups, "outputs": ["implicit", "probability"]}
@@ -345,7 +350,7 @@ def test_a_large_request_does_not_hold_up_a_small_one():
     queue.close()
     assert [own["reward"][0] for own in large] == list(map(float, range(1, 90)))
     assert small == [{"reward": [99.0]}] and first == [{"reward": [0.0]}]
-    assert 99 in fake.batches[1]
+    assert 99 in fake.batches[0] + fake.batches[1]
     assert queue.waiting == 0
 
 
@@ -370,7 +375,7 @@ def test_a_fault_is_the_fault_of_one_item_and_a_dead_upstream_of_all():
 
 def test_a_full_queue_refuses_and_a_vanished_client_costs_nothing():
     fake = Fake()
-    queue = ScoreQueue(fake, batch_tokens=20, max_waiting=100)
+    queue = ScoreQueue(fake, batch_tokens=8, max_waiting=100)
 
     async def ask():
         waiting = [asyncio.create_task(queue.submit(groups_of(k), ("reward",))) for k in range(9)]

@@ -8,9 +8,10 @@ import time
 import pytest
 
 from hafrm.errors import DataError, ServerError
-from hafrm.export import reward_servers
-from hafrm.export.reward_servers import PROTOCOLS, verify_server
 from hafrm.results import to_plain
+from hafrm.serving import protocols
+from hafrm.serving.protocols import PROTOCOLS
+from hafrm.serving.server_checks import CHECKS, verify_server
 from support.reward_servers import openrlhf, pooling_only, serving, sglang, vllm
 
 GOLDEN = {f"user: {k}</s>assistant: {'so ' * k}</s>": 1.5 * k - 4.0 for k in range(11)}
@@ -25,22 +26,35 @@ BUILDERS = {
 @pytest.fixture
 def golden(tmp_path):
     file = tmp_path / "golden_scores.jsonl"
-    rows = [{"text": text, "reward": reward, "input_ids": [1]} for text, reward in GOLDEN.items()]
+    rows = [
+        {"text": text, "reward": reward, "input_ids": [k + 1, 2]}
+        for k, (text, reward) in enumerate(GOLDEN.items())
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def right(texts):
-    return [GOLDEN[text] for text in texts]
+    rewards = list(GOLDEN.values())
+    return [GOLDEN[text] if isinstance(text, str) else rewards[text[0] - 1] for text in texts]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)
+SPOKEN = [protocol for protocol in PROTOCOLS if protocol.name in BUILDERS]
+
+
+def check_of(replay, name):
+    return next(check for check in replay.checks if check.name == name)
+
+
+@pytest.mark.parametrize("protocol", SPOKEN, ids=lambda protocol: protocol.name)
 def test_a_right_server_of_every_protocol_is_found_and_passes(golden, protocol):
     with serving(BUILDERS[protocol.name](right)) as url:
         for address in (url + "/", url + protocol.path):
             replay = verify_server(address, golden)
             assert (replay.protocol, replay.ok, replay.num) == (protocol.name, True, 11)
-            assert replay.difference == replay.batch_difference == 0.0
+            assert replay.difference == 0.0
+            outcomes = {check.outcome for check in replay.checks}
+            assert len(replay.checks) == len(CHECKS) and "fail" not in outcomes
 
 
 def test_the_largest_difference_is_told_with_its_conversation(golden):
@@ -53,8 +67,10 @@ def test_the_largest_difference_is_told_with_its_conversation(golden):
         replay = verify_server(url, golden)
         assert not replay.ok
         assert replay.difference == pytest.approx(0.03)
-        assert (replay.expected, replay.got) == (11.0, pytest.approx(11.33))
-        assert replay.worst.endswith("so so so so so so so so so so </s>")
+        observed = check_of(replay, "alone").observed
+        assert "11.33 instead of 11" in observed
+        assert observed.endswith("so so so so so so so so so so </s>")
+        assert "softmax" in "".join(replay.tables()[0].notes)
         assert verify_server(url, golden, tolerance=0.05).ok
 
 
@@ -63,13 +79,16 @@ def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
     with serving(openrlhf(lambda t: [value + 0.5 * (len(t) > 1) for value in right(t)])) as url:
         replay = verify_server(url, golden)
         assert not replay.ok
-        assert replay.batch_difference == pytest.approx(0.5)
+        assert check_of(replay, "alone").outcome == "pass"
+        assert check_of(replay, "in batches of 8").outcome == "fail"
+        assert "-0.5 instead of -1" in check_of(replay, "in batches of 8").observed
 
 
 def test_what_is_no_number_fails(golden):
     with serving(vllm(lambda texts: [math.nan for _ in texts])) as url:
         replay = verify_server(url, golden)
-        assert not replay.ok and to_plain(replay)["difference"] is None
+        assert not replay.ok and math.isnan(replay.difference)
+        assert to_plain(replay)["checks"][0]["difference"] is None
 
 
 def test_only_the_protocols_of_a_path_are_tried_and_all_reasons_are_told(golden):
@@ -104,7 +123,7 @@ def test_a_late_and_an_absent_server_are_told_apart(golden, monkeypatch):
         return 200, {}
 
     with monkeypatch.context() as patch, serving(late) as url:
-        patch.setattr(reward_servers, "TIMEOUT", 0.1)
+        patch.setattr(protocols, "TIMEOUT", 0.1)
         with pytest.raises(ServerError, match="timed out"):
             verify_server(url, golden)
     with pytest.raises(ServerError, match="is the server up"):
@@ -119,7 +138,8 @@ def test_the_key_is_sent_as_a_bearer_token(golden):
         return inner(path, body) if is_allowed else (401, {})
 
     with serving(guarded) as url:
-        assert verify_server(url, golden, api_key="secret").ok
+        replay = verify_server(url, golden, api_key="secret")
+        assert replay.ok and check_of(replay, "without the key").outcome == "pass"
         with pytest.raises(ServerError, match="401"):
             verify_server(url, golden)
 

@@ -19,7 +19,7 @@ from hafrm.run_folder import hide_secrets
 TIMEOUT = 60.0
 """Seconds for one answer."""
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 IdLists = Annotated[list[Ids], Field(min_length=1)]
 

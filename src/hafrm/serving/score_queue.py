@@ -16,7 +16,7 @@ from hafrm.scoring.outputs import OutputScores
 from hafrm.serving.protocols import RequestError
 
 ScoreGroups = Callable[[Sequence[TokenizedGroup], Sequence[str]], list[OutputScores]]
-_SLICE = 8  # tokens of a request that one turn may take are at least 1 / _SLICE of a batch
+_SLICES = 8  # of a batch: as much as a request gets at a time while others wait
 
 
 @dataclass(eq=False)
@@ -100,24 +100,24 @@ class ScoreQueue:
             self.speed += 0.2 * (tokens / max(1e-6, time.monotonic() - start) - self.speed)
 
     def _take(self) -> list[tuple[_Job, int]]:
-        """Groups for one batch, all with the same outputs; those that were left out are next."""
+        """Groups for one batch, all with the same outputs; requests that were left out are next."""
         batch: list[tuple[_Job, int]] = []
-        room, names = self.batch_tokens, None
-        left_out, begun = list[_Job](), list[_Job]()
-        for job in self._jobs:
-            if job.is_over:
-                continue
-            if room > 0 and names in (None, job.names):
-                names, share = job.names, min(room, self.batch_tokens // _SLICE)
+        room = self.batch_tokens
+        waiting = [job for job in self._jobs if not job.is_over]
+        turn = [job for job in waiting if job.names == waiting[0].names]
+        while turn and room > 0:
+            for job in turn:
+                share = min(room, self.batch_tokens // _SLICES)
                 while share > 0 and not job.is_over:
                     tokens = job.groups[job.next].num_tokens
                     share, room = share - tokens, room - tokens
                     batch.append((job, job.next))
                     job.next += 1
-                begun.append(job)
-            else:
-                left_out.append(job)
-        self._jobs = left_out + [job for job in begun if not job.is_over]
+            turn = [job for job in turn if not job.is_over]
+        begun = {id(job) for job, _ in batch}
+        self._jobs = sorted(
+            (job for job in waiting if not job.is_over), key=lambda job: id(job) in begun
+        )
         return batch
 
     def _score(self, batch: list[tuple[_Job, int]]) -> None:
