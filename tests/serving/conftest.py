@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 from starlette.testclient import TestClient
@@ -10,8 +9,7 @@ from starlette.testclient import TestClient
 from hafrm.scoring.reward_model import IMPLICIT_RULE, RewardModel
 from hafrm.serving.backends import LocalBackend
 from hafrm.serving.reward_app import RewardServer
-
-KEY = "key-1"
+from support.reward_servers import until_ready
 
 
 @pytest.fixture(scope="session")
@@ -33,14 +31,6 @@ def rm(run):
 @pytest.fixture(scope="session")
 def server(run):
     return RewardServer(LocalBackend(run), "run")
-
-
-def until_ready(client):
-    for _ in range(200):
-        if client.get("/ready").status_code == 200:
-            return client
-        time.sleep(0.01)
-    raise AssertionError(client.get("/ready").json())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from serving.conftest import KEY, until_ready
 from starlette.testclient import TestClient
 
 from hafrm.bulk.bulk_job import BulkOptions, score_files
@@ -22,7 +21,9 @@ from hafrm.serving.backends import LocalBackend
 from hafrm.serving.protocols import PROTOCOLS, RequestError
 from hafrm.serving.reward_app import RewardServer
 from hafrm.serving.score_queue import ScoreQueue
+from support.reward_servers import until_ready
 
+KEY = "key-1"
 END, PAD = "<|im_end|>", "<|pad|>"
 PROMPT = [{"role": "user", "content": "Say sun."}]
 RESPONSES = ["sun", "I would say moon", "sun"]
@@ -309,8 +310,9 @@ def test_limits(client, server, monkeypatch):
 class Fake:
     """Groups that score their own first id, and may wait or fail."""
 
-    def __init__(self, bad=(), error=NumericsError("not finite")):
-        self.gate, self.bad, self.error, self.batches = threading.Event(), bad, error, []
+    def __init__(self, bad=()):
+        self.gate, self.bad, self.batches = threading.Event(), bad, []
+        self.error = NumericsError("not finite")
 
     def __call__(self, groups, names):
         self.gate.wait()

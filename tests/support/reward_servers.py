@@ -1,5 +1,6 @@
 """Small HTTP servers that answer as vLLM, SGLang and OpenRLHF do, with any rewards, for tests."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -72,3 +73,12 @@ def serving(answer: Server) -> AbstractContextManager[str]:
         return (status, {}, content) if is_raw else as_json(content, status)
 
     return serving_http(encoded)
+
+
+def until_ready(client: Any) -> Any:
+    """A client of `hafrm serve`, once the golden scores have been replayed."""
+    for _ in range(200):
+        if client.get("/ready").status_code == 200:
+            return client
+        time.sleep(0.01)
+    raise AssertionError(client.get("/ready").json())

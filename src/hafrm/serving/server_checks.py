@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,8 @@ Replies = tuple[Sequence[str], Sequence[float], Sequence[float]]
 """Conversations, the rewards that a server gave them, and those expected."""
 
 
-class ServerCheck(NamedTuple):
+@dataclass(frozen=True)
+class ServerCheck:
     """The outcome of one way of asking."""
 
     name: str
