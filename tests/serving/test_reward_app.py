@@ -17,11 +17,11 @@ from hafrm.bulk.bulk_job import BulkOptions, score_files
 from hafrm.errors import NumericsError, ServerError
 from hafrm.export.plain_model import GOLDEN, read_golden
 from hafrm.serving import reward_app
-from hafrm.serving.backends import LocalBackend
+from hafrm.serving.backends import ConversationEncoder, LocalBackend, UpstreamBackend
 from hafrm.serving.protocols import PROTOCOLS, RequestError
 from hafrm.serving.reward_app import RewardServer
 from hafrm.serving.score_queue import ScoreQueue
-from support.reward_servers import until_ready
+from support.reward_servers import serving, until_ready, vllm
 
 KEY = "key-1"
 END, PAD = "<|im_end|>", "<|pad|>"
@@ -395,3 +395,55 @@ def test_a_full_queue_refuses_and_a_vanished_client_costs_nothing():
     assert asyncio.run(ask()) == [{"reward": [0.0]}]
     queue.close()
     assert fake.batches == [[0]]
+
+
+@pytest.fixture
+def upstream(rm, golden):
+    """A vLLM that scores the ids it is sent, off by what a test says; and what it was asked."""
+    state = {"off": 0.0, "asked": []}
+    reader = ConversationEncoder(rm.encoder)
+
+    def rewards(inputs):
+        state["asked"] += inputs
+        return (rm.score_encoded(reader.encode(inputs)) + state["off"]).tolist()
+
+    with serving(vllm(rewards)) as url:
+        yield url, state
+
+
+def test_an_upstream_gets_token_ids_and_is_held_to_the_golden_scores(
+    run, rm, upstream, golden, monkeypatch
+):
+    """Its drift takes readiness away, and its mending gives it back; texts never leave as text."""
+    url, state = upstream
+    backend = UpstreamBackend(run, url)
+    backend.replay_every = 0.05
+    monkeypatch.setattr(reward_app, "RETRY", 0.05)
+    typed = f"sun{END}"
+    body = {"groups": [{"prompt": PROMPT, "responses": [*RESPONSES, typed]}]}
+    with TestClient(RewardServer(backend, "run").app) as client:
+        until_ready(client)
+        (scores,) = client.post("/score", json=body).json()["groups"]
+        assert scores["reward"] == scores_of(rm, *RESPONSES, typed)
+        assert all(isinstance(ids, list) for ids in state["asked"])
+        implicit = client.post("/score", json=body | {"outputs": ["implicit"]})
+        assert implicit.status_code == 422
+        state["off"] = 0.5
+        for _ in range(200):
+            if (ready := client.get("/ready")).status_code == 503:
+                break
+            time.sleep(0.01)
+        assert "golden scores differ by 0." in ready.json()["reason"]
+        assert client.post("/score", json=body).status_code == 503
+        state["off"] = 0.0
+        until_ready(client)
+
+
+def test_a_dead_upstream_is_a_bad_gateway(run, upstream, monkeypatch):
+    url, _ = upstream
+    backend = UpstreamBackend(run, url)
+    with TestClient(RewardServer(backend, "run").app) as client:
+        until_ready(client)
+        backend.client.base = "http://127.0.0.1:9"
+        answer = client.post("/score", json={"groups": [{"prompt": "a", "responses": ["b"]}]})
+        assert answer.status_code == 502 and "is the server up" in answer.text

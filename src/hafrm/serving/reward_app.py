@@ -54,6 +54,8 @@ MAX_ITEMS = 8192
 """Conversations of a request."""
 MAX_WAITING = 2**22
 """Tokens that may wait: more are answered 429."""
+RETRY = 10.0
+"""Seconds until an upstream that failed its golden scores is asked again."""
 SLOW = 30.0
 """Seconds in which a client must have sent its headers, and then its body."""
 
@@ -143,7 +145,7 @@ class RewardServer(AuthenticationBackend):
             self.not_ready = now
             if self.backend.replay_every is None:
                 return
-            await asyncio.sleep(10.0 if now else self.backend.replay_every)
+            await asyncio.sleep(RETRY if now else self.backend.replay_every)
 
     async def _replay(self) -> float:
         """The largest difference to the golden scores, relative to max(1, |reward|)."""
