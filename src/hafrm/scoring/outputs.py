@@ -47,6 +47,12 @@ def parse_outputs(text: str) -> tuple[str, ...]:
     return names
 
 
+def outputs_of(path: str | Path) -> tuple[str, ...]:
+    """Everything that a model can give, TOKENS too."""
+    heads = find_heads(path)
+    return tuple(k for k, parts in _NEEDS.items() if all(getattr(heads, part) for part in parts))
+
+
 def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
     """The files of a model that these outputs need; ModelError where it lacks one."""
     heads = find_heads(path)

@@ -12,19 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import Encoder
-from hafrm.errors import DataError, ModelError, ServerError
+from hafrm.errors import DataError, ModelError, NumericsError
 from hafrm.export.plain_model import GOLDEN, TOLERANCE, GoldenLine, read_golden
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.scoring.loading import find_heads, load_encoder, model_digest
 from hafrm.scoring.model_files import load_config
-from hafrm.scoring.outputs import (
-    OUTPUTS,
-    TOKENS,
-    ModelOutputs,
-    OutputScores,
-    heads_for,
-    model_files,
-)
+from hafrm.scoring.outputs import ModelOutputs, OutputScores, heads_for, model_files, outputs_of
 from hafrm.scoring.reward_model import as_messages, forward_options
 from hafrm.serving.protocols import Conversation, Dialogue, Rendered, RequestError, ServerClient
 from hafrm.serving.server_checks import SERVER_TOLERANCE
@@ -36,6 +29,9 @@ class ConversationEncoder:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.end = encoder.closing()
+        # no text of more characters fits, and to tokenize one of megabytes takes half a minute
+        longest = max(map(len, encoder.tokenizer.get_vocab()))
+        self.max_characters = longest * encoder.lengths.max_length
         self.end_text = str(encoder.tokenizer.decode(self.end, skip_special_tokens=False))
         trailing = {self.end_text, encoder.tokenizer.pad_token, encoder.tokenizer.eos_token}
         self.trailing = tuple(text for text in trailing if text)
@@ -46,6 +42,7 @@ class ConversationEncoder:
         encoded: dict[int, TokenizedGroup] = {}
         for i, item in enumerate(conversations):
             try:
+                self._check_size(item)
                 if isinstance(item, Dialogue) and not self._is_rendered(item):
                     dialogues[i] = Group(str(i), as_messages(item.prompt), tuple(item.responses))
                 else:
@@ -59,6 +56,15 @@ class ConversationEncoder:
         for i in dialogues.keys() - encoded.keys():
             raise RequestError(422, self._too_long, i)
         return [encoded[i] for i in range(len(conversations))]
+
+    def _check_size(self, item: Conversation) -> None:
+        texts = [item.text] if isinstance(item, Rendered) else []
+        if isinstance(item, Dialogue):
+            turns = [item.prompt] if isinstance(item.prompt, str) else item.prompt
+            said = [turn if isinstance(turn, str) else turn["content"] or "" for turn in turns]
+            texts = [*said, max(item.responses, key=len)]
+        if sum(map(len, texts)) > self.max_characters:
+            raise DataError(self._too_long)
 
     @property
     def _too_long(self) -> str:
@@ -105,9 +111,9 @@ class LocalBackend:
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         """`options` are those of `ModelOutputs`."""
-        names = [name for name in (*OUTPUTS, TOKENS) if _has(path, name)]
+        names = outputs_of(path)
         self.model = ModelOutputs(path, names, too_long="drop", **options)
-        self.names, self.encoder = tuple(names), self.model.scorer.encoder
+        self.names, self.encoder = names, self.model.scorer.encoder
         hybrid, heads = self.model.scorer.model, heads_for(path, names)
         self.golden = _golden(heads.reward)
         self.batch_tokens = 8 * int(forward_options(hybrid)["max_tokens"])
@@ -154,21 +160,13 @@ class UpstreamBackend:
         answers = self._pool.map(lambda part: self.client.rewards(self._protocol, part), parts)
         reward_of = dict(zip(map(tuple, distinct), (r for a in answers for r in a), strict=True))
         if not np.isfinite(list(reward_of.values())).all():
-            raise ServerError("the upstream gives a reward that is not finite")
+            raise NumericsError("the upstream gives a reward that is not finite")
         rewards = iter([reward_of[tuple(own)] for own in ids])
         return [{"reward": [next(rewards) for _ in group.response_ids]} for group in groups]
 
 
 _UPSTREAM_REQUESTS = 16  # at a time
 Backend = LocalBackend | UpstreamBackend
-
-
-def _has(path: str | Path, name: str) -> bool:
-    try:
-        heads_for(path, [name])
-    except ModelError:
-        return False
-    return True
 
 
 def _golden(directory: Path | None) -> list[GoldenLine]:

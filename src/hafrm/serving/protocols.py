@@ -4,6 +4,7 @@ After vLLM's pooling entrypoints, SGLang's native and scoring routes, OpenRLHF's
 reward. A field that is not listed is refused, and so is an option that would change the reward.
 """
 
+import contextlib
 import http
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import httpx2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hafrm.errors import HafrmError, ServerError
+from hafrm.recipe import Section
 from hafrm.run_folder import hide_secrets
 
 TIMEOUT = 60.0
@@ -53,18 +55,14 @@ class RequestError(HafrmError):
         self.status, self.index, self.retry_after = status, index, retry_after
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Turn(_Fields):
+class Turn(Section):
     """One message."""
 
     role: str
     content: str | None
 
 
-class RewardRequest(_Fields):
+class RewardRequest(Section):
     """What a caller may send; ValueError for fields that do not go together."""
 
     model: str | None = None
@@ -167,7 +165,7 @@ class SlimeRequest(RewardRequest):
         return [Dialogue(prompt, [self.response], may_be_rendered=isinstance(prompt, str))]
 
 
-class ScoreGroup(_Fields):
+class ScoreGroup(Section):
     """A prompt and responses to it; `reference`: the response that `probability` compares them with."""
 
     prompt: str | list[Turn]
@@ -179,7 +177,7 @@ class GroupsRequest(RewardRequest):
     """`POST /score`, the native route: any outputs, per token too."""
 
     groups: list[ScoreGroup]
-    outputs: list[Literal["reward", "implicit", "fused", "probability"]] = ["reward"]
+    outputs: list[Literal["reward", "implicit", "fused", "probability"]] = ["reward"]  # noqa: RUF012
     per_token: bool = False
 
     def conversations(self) -> list[Conversation]:
@@ -304,13 +302,17 @@ class ServerClient:
         """The JSON answer to a POST of `body`, or to a GET without one; ServerError without an answer."""
         method, url = "GET" if body is None else "POST", self.base + path
         try:
-            try:
-                answer = self._http.request(method, url, json=body)
-            except (httpx2.NetworkError, httpx2.RemoteProtocolError):  # the connection is lost
-                answer = self._http.request(method, url, json=body)
+            with contextlib.suppress(httpx2.NetworkError, httpx2.RemoteProtocolError):
+                return self._read(self._http.request(method, url, json=body), url)
+            return self._read(
+                self._http.request(method, url, json=body), url
+            )  # it was lost: once more
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             why = f"{type(error).__name__}: {error}; is the server up?"
             raise ServerError(hide_secrets(f"{url} gives no answer: {why}")) from error
+
+    @staticmethod
+    def _read(answer: httpx2.Response, url: str) -> Any:
         if answer.is_error:
             code, details = answer.status_code, " ".join(answer.text.split())[:300]
             hint = " (it wants another --api-key)" if code in (401, 403) else ""

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import uvicorn
@@ -60,12 +60,8 @@ SLOW = 30.0
 """Seconds in which a client must have sent its headers, and then its body."""
 
 
-class _Prepared(NamedTuple):
-    """A request as token ids, the outputs that it needs, and how its answer is written."""
-
-    groups: list[TokenizedGroup]
-    names: tuple[str, ...]
-    write: Callable[[list[OutputScores]], Any]
+_Prepared = tuple[list[TokenizedGroup], tuple[str, ...], Callable[[list[OutputScores]], Any]]
+"""A request as token ids, the outputs that it needs, and how its answer is written."""
 
 
 class RewardServer(AuthenticationBackend):
@@ -80,29 +76,19 @@ class RewardServer(AuthenticationBackend):
         self._count_metrics()
         paths = dict.fromkeys(["/score", *(protocol.path for protocol in PROTOCOLS)])
         routes = [Route(path, self._score, methods=["POST"]) for path in paths]
-        routes += [
-            Route("/health", self._health),
-            Route("/ready", self._ready),
-            Route("/info", self._info),
-            Route("/metrics", self._metrics),
-            Route("/v1/models", self._models),
-        ]
+        others = {"/health": self._health, "/ready": self._ready, "/info": self._info}
+        others |= {"/metrics": self._metrics, "/v1/models": self._models}
+        routes += [Route(path, answer) for path, answer in others.items()]
         auth = Middleware(AuthenticationMiddleware, backend=self, on_error=_refuse_key)
-        handlers: Any = {HTTPException: _http_error, HafrmError: _hafrm_error}
-        self.app = Starlette(
-            routes=routes,
-            middleware=[auth],
-            exception_handlers=handlers,
-            lifespan=self._lifespan,
-            max_body_size=MAX_BODY,
-        )
+        options: Any = {"exception_handlers": {HTTPException: _http_error}, "middleware": [auth]}
+        options |= {"lifespan": self._lifespan, "max_body_size": MAX_BODY}
+        self.app = Starlette(routes=routes, **options)
 
     def _count_metrics(self) -> None:
         self._registry = CollectorRegistry()  # of its own: several apps may live in one process
         own: Any = {"registry": self._registry}
         self._requests = Counter("hafrm_requests", "Answers", ["path", "status"], **own)
         self._seconds = Histogram("hafrm_request_seconds", "Time to answer", ["path"], **own)
-        self._tokens = Counter("hafrm_tokens", "Tokens of scored conversations", **own)
         self._responses = Counter("hafrm_responses", "Scored responses", **own)
         self._golden = Gauge("hafrm_golden_difference", "Of the last replay, relative", **own)
         waiting = Gauge("hafrm_waiting_tokens", "Tokens that wait to be scored", **own)
@@ -112,11 +98,8 @@ class RewardServer(AuthenticationBackend):
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self.queue = ScoreQueue(
-            self.backend.score,
-            batch_tokens=self.backend.batch_tokens,
-            max_waiting=MAX_WAITING,
-        )
+        tokens = {"batch_tokens": self.backend.batch_tokens, "max_waiting": MAX_WAITING}
+        self.queue = ScoreQueue(self.backend.score, **tokens)
         watch = asyncio.create_task(self._watch())
         try:
             yield
@@ -209,18 +192,15 @@ class RewardServer(AuthenticationBackend):
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
     async def _score(self, request: Request) -> Response:
-        path, start, status = request.url.path, time.monotonic(), 499
+        path, start = request.url.path, time.monotonic()
         try:
             response = await self._answer(request)
-            status = response.status_code
         except HafrmError as error:
-            response = _hafrm_error(request, error)
-            status = response.status_code
+            response = _hafrm_error(error)
         except ClientDisconnect:
             response = Response(status_code=499)
-        finally:
-            self._requests.labels(path, status).inc()
-            self._seconds.labels(path).observe(time.monotonic() - start)
+        self._requests.labels(path, response.status_code).inc()
+        self._seconds.labels(path).observe(time.monotonic() - start)
         return response
 
     async def _answer(self, request: Request) -> Response:
@@ -234,11 +214,11 @@ class RewardServer(AuthenticationBackend):
                 408, f"the body did not arrive in {SLOW:g} s", headers={"Connection": "close"}
             )
         loop, path = asyncio.get_running_loop(), request.url.path
-        prepared = await loop.run_in_executor(self._encoding, self._prepare, path, body)
-        scores = await _unless_gone(request, self.queue.submit(prepared.groups, prepared.names))
-        self._responses.inc(sum(len(group.response_ids) for group in prepared.groups))
-        self._tokens.inc(sum(group.num_tokens for group in prepared.groups))
-        return JSONResponse(prepared.write(scores))
+        prepare = loop.run_in_executor(self._encoding, self._prepare, path, body)
+        groups, names, write = await prepare
+        scores = await _unless_gone(request, self.queue.submit(groups, names))
+        self._responses.inc(sum(len(group.response_ids) for group in groups))
+        return JSONResponse(write(scores))
 
     def _prepare(self, path: str, body: bytes) -> _Prepared:
         """Reads a request; RequestError for what cannot be one."""
@@ -284,7 +264,7 @@ class RewardServer(AuthenticationBackend):
             usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
             return {**answer, "model": self.name, "usage": usage}
 
-        return _Prepared(groups, names, write)
+        return groups, names, write
 
 
 def _write_group(
@@ -321,7 +301,7 @@ def _error(status: int, message: str, index: int | None = None, **options: Any) 
     return JSONResponse({"error": error}, status, **options)
 
 
-def _hafrm_error(_: Request, error: Exception) -> JSONResponse:
+def _hafrm_error(error: HafrmError) -> JSONResponse:
     if not isinstance(error, RequestError):
         return _error(502 if isinstance(error, ServerError) else 500, str(error))
     after = error.retry_after
@@ -368,15 +348,10 @@ def run_server(server: RewardServer, host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises what it caught once more at the end: that would be its exit code
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        server.app,
-        host,
-        port,
-        http=_ImpatientProtocol,
-        timeout_keep_alive=int(SLOW),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=2048,
-    )
-    uvicorn.Server(config).run()
+    options: Any = {
+        "http": _ImpatientProtocol,
+        "timeout_keep_alive": int(SLOW),
+        "server_header": False,
+    }
+    options |= {"log_config": None, "access_log": False}
+    uvicorn.Server(uvicorn.Config(server.app, host, port, **options)).run()

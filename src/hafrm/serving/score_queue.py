@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hafrm.errors import ServerError
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.outputs import OutputScores
-from hafrm.serving.protocols import RequestError
+from hafrm.serving.protocols import OtherProtocolError, RequestError
 
 ScoreGroups = Callable[[Sequence[TokenizedGroup], Sequence[str]], list[OutputScores]]
 _SLICES = 8  # of a batch: as much as a request gets at a time while others wait
@@ -126,11 +126,11 @@ class ScoreQueue:
             return
         try:
             results = self.score([job.groups[i] for job, i in batch], batch[0][0].names)
-        except ServerError as error:  # the server behind is down: for all of them
-            for job, _ in batch:
-                job.settle(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to a request
-            if len(batch) == 1:
+            if isinstance(error, ServerError) and not isinstance(error, OtherProtocolError):
+                for job, _ in batch:  # the server behind is down: for all of them
+                    job.settle(error)
+            elif len(batch) == 1:
                 job, i = batch[0]
                 job.settle(RequestError(500, str(error), i))
             else:

@@ -95,19 +95,13 @@ class _Asked:
     @cached_property
     def plain(self) -> PlainModel:
         if self.directory is None:
-            raise _NotCheckedError(
-                "--golden names a file; with the exported directory, whose weights say"
-            )
+            raise _NotCheckedError("--golden must be an exported directory, whose weights score it")
         return PlainModel(self.directory)
 
     def rewards(self, inputs: Any) -> list[float]:
         if self.protocol.one:
             return [self.client.rewards(self.protocol, [one])[0] for one in inputs]
         return self.client.rewards(self.protocol, inputs)
-
-
-def _alone(asked: _Asked) -> Replies:
-    return asked.texts, asked.alone, asked.expected
 
 
 def _in_batches(asked: _Asked) -> Replies:
@@ -124,10 +118,6 @@ def _at_once(asked: _Asked) -> Replies:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         got = list(pool.map(lambda text: asked.rewards([text])[0], texts))
     return texts, got, [asked.expected[k] for k in order]
-
-
-def _again(asked: _Asked) -> Replies:
-    return asked.texts, [asked.rewards([text])[0] for text in asked.texts], asked.alone
 
 
 def _token_ids(asked: _Asked) -> Replies:
@@ -177,7 +167,7 @@ def _without_key(asked: _Asked) -> Replies:
 
 CHECKS: dict[str, tuple[Callable[[_Asked], Replies], str]] = {
     "alone": (
-        _alone,
+        lambda asked: (asked.texts, asked.alone, asked.expected),
         "serve the exported directory itself, with one label and no activation (1 everywhere is a "
         "softmax, between 0 and 1 a sigmoid)",
     ),
@@ -187,7 +177,7 @@ CHECKS: dict[str, tuple[Callable[[_Asked], Replies], str]] = {
         "vLLM: VLLM_BATCH_INVARIANT=1, or --max-num-seqs 1; SGLang: --max-running-requests 1",
     ),
     "asked again": (
-        _again,
+        lambda asked: (asked.texts, [asked.rewards([t])[0] for t in asked.texts], asked.alone),
         "vLLM: --no-enable-prefix-caching; SGLang: --disable-radix-cache",
     ),
     "token ids": (

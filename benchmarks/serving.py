@@ -1,0 +1,444 @@
+"""Serve one model in several ways, and ask over HTTP: speed, equality, faults, and a soak.
+
+    python benchmarks/serving.py speed  --data preferences.jsonl --tokenizer tokenizer.json
+    python benchmarks/serving.py equal  --data preferences.jsonl --tokenizer tokenizer.json --shape tiny
+    python benchmarks/serving.py faults --data preferences.jsonl --tokenizer tokenizer.json --shape tiny
+    python benchmarks/serving.py soak   --data ... --tokenizer ... --shape tiny --minutes 20
+
+`speed`: singles, one conversation in a request, and 8 candidates of a prompt in a request, by the same
+clients: hafrm's server by OpenRLHF's protocol and by its own, a server that works as OpenRLHF's (the
+handler runs the model on a padded batch, in the event loop), and plain transformers in a loop without a
+server. The servers are processes of their own and take turns; the best of `--repeats` counts.
+`equal`: every client asks for all items in an order of its own, by protocols drawn at random, and all
+answers are compared with what `hafrm score` writes. `faults`: what a server must stand, with each outcome.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import psutil
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from workload import SHAPES, build_model, config_of, load_tokenizer
+
+from hafrm.bulk.bulk_job import score_files
+from hafrm.data.encoding import Encoder
+from hafrm.data.reader import read_preferences
+from hafrm.engine.model import new_reward_head
+
+LENGTH = 2048
+Talk = tuple[list[dict[str, str]], list[str], list[str]]
+"""A prompt's messages, its responses, and each conversation rendered."""
+
+
+def build(folder: Path, args: argparse.Namespace) -> Encoder:
+    """A stock reward model of random weights, as a directory."""
+    encoder = Encoder(load_tokenizer(args.tokenizer), max_length=LENGTH)
+    encoder.export_tokenizer(folder)
+    config = config_of(args.shape, encoder)
+    config.num_labels, config.problem_type = 1, "regression"
+    model = build_model(
+        AutoModelForSequenceClassification, config, torch.float32, torch.device("cpu")
+    )
+    fresh = new_reward_head(config.hidden_size, torch.Generator().manual_seed(0))
+    model.score.weight.data.copy_(fresh.weight)
+    model.save_pretrained(folder)
+    return encoder
+
+
+def talks_of(data: str, encoder: Encoder, num: int, candidates: int) -> list[Talk]:
+    """Prompts with `candidates` responses each: its own two and others of the file."""
+    draw = random.Random(0)
+    groups = [g for g in read_preferences([data]).groups if len(g.responses) == 2]
+    draw.shuffle(groups)
+    pool = sorted({text for group in groups for text in group.responses})
+    talks: list[Talk] = []
+    for group in groups:
+        texts = list(dict.fromkeys([*group.responses, *draw.sample(pool, candidates)]))[:candidates]
+        prompt = [m._asdict() for m in group.prompt]
+        rendered = [
+            str(
+                encoder.tokenizer.apply_chat_template(
+                    [*prompt, {"role": "assistant", "content": text}], tokenize=False
+                )
+            )
+            for text in texts
+        ]
+        if max(map(len, rendered)) < 3 * LENGTH:
+            talks.append((prompt, texts, rendered))
+        if len(talks) == num:
+            break
+    return talks
+
+
+class OpenRlhfWay:
+    """What openrlhf.cli.serve_rm does with a request: strip, tokenize, pad, one forward; in the handler."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def score(self, queries: Sequence[str]) -> list[float]:
+        end = self.tokenizer.eos_token
+        texts = [query.removesuffix(end) + end for query in queries]
+        options = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
+        batch = self.tokenizer(texts, **options)
+        keys = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        keys["position_ids"] = (keys["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return [float(reward) for reward in self.model(**keys, use_cache=False).logits[:, 0]]
+
+
+def serve_as_openrlhf(folder: Path, port: int) -> None:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    way = OpenRlhfWay(folder)
+
+    async def get_reward(request: Request) -> JSONResponse:
+        rewards = way.score((await request.json())["query"])
+        return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": {}})
+
+    async def ready(_: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    routes = [Route("/get_reward", get_reward, methods=["POST"]), Route("/ready", ready)]
+    uvicorn.run(Starlette(routes=routes), port=port, log_level="warning")
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server of its own process, once it is ready; ended by SIGTERM."""
+    process = subprocess.Popen([sys.executable, *command, "--port", str(port)])
+    try:
+        for _ in range(1200):
+            with contextlib.suppress(httpx2.HTTPError):
+                if httpx2.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                    break
+            time.sleep(0.1)
+            assert process.poll() is None
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def hafrm_serve(folder: Path, port: int) -> Any:
+    return running(["-m", "hafrm", "serve", str(folder)], port)
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return int(own.getsockname()[1])
+
+
+Ask = Callable[[httpx2.AsyncClient], Awaitable[list[float]]]
+
+
+async def ask_all(url: str, asks: Sequence[Ask], clients: int) -> tuple[list[list[float]], Any]:
+    """All answers, and the seconds that each took."""
+    todo = iter(list(enumerate(asks)))
+    answers: list[list[float]] = [[]] * len(asks)
+    seconds = np.zeros(len(asks))
+
+    async def work() -> None:
+        async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
+            for k, ask in todo:
+                start = time.perf_counter()
+                answers[k] = await ask(client)
+                seconds[k] = time.perf_counter() - start
+
+    await asyncio.gather(*(work() for _ in range(clients)))
+    return answers, seconds
+
+
+def by_openrlhf(texts: Sequence[str]) -> Ask:
+    async def ask(client: httpx2.AsyncClient) -> list[float]:
+        return (await client.post("/get_reward", json={"query": texts})).json()["rewards"]
+
+    return ask
+
+
+def by_groups(prompt: Any, responses: Sequence[str]) -> Ask:
+    async def ask(client: httpx2.AsyncClient) -> list[float]:
+        body = {"groups": [{"prompt": prompt, "responses": responses}]}
+        return (await client.post("/score", json=body)).json()["groups"][0]["reward"]
+
+    return ask
+
+
+def by_vllm(texts: Sequence[str]) -> Ask:
+    async def ask(client: httpx2.AsyncClient) -> list[float]:
+        body = {"input": texts, "use_activation": False}
+        return [
+            row["probs"][0] for row in (await client.post("/classify", json=body)).json()["data"]
+        ]
+
+    return ask
+
+
+def by_sglang(texts: Sequence[str]) -> Ask:
+    async def ask(client: httpx2.AsyncClient) -> list[float]:
+        rows = (await client.post("/classify", json={"text": texts})).json()
+        return [row["embedding"][0] for row in rows]
+
+    return ask
+
+
+def speed(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
+    """A table: items per second and latencies."""
+    work = {
+        "single items": [(p, r[:1], t[:1]) for p, r, t in talks],
+        f"{args.candidates} candidates": talks[: max(8, len(talks) // args.candidates)],
+    }
+    rows: dict[tuple[str, str], tuple[float, Any]] = {}
+    scores: dict[tuple[str, str], Any] = {}
+
+    def note(task: str, name: str, num: int, run: Callable[[], tuple[Any, Any]]) -> None:
+        start = time.perf_counter()
+        answers, seconds = run()
+        rate = num / (time.perf_counter() - start)
+        scores[task, name] = np.concatenate([np.array(a) for a in answers])
+        if rate > rows.get((task, name), (0.0, None))[0]:
+            rows[task, name] = rate, seconds
+
+    def loop(way: OpenRlhfWay, own: list[Talk]) -> tuple[Any, Any]:
+        seconds, answers = [], []
+        for _, _, texts in own:
+            start = time.perf_counter()
+            answers.append(way.score(texts))
+            seconds.append(time.perf_counter() - start)
+        return answers, seconds
+
+    ours, theirs = free_port(), free_port()
+    way = OpenRlhfWay(folder)
+    command = [__file__, "as-openrlhf", "--folder", str(folder)]
+    with hafrm_serve(folder, ours), running(command, theirs):
+        for _ in range(args.repeats):
+            for task, own in work.items():
+                num = sum(len(texts) for _, _, texts in own)
+                note(task, "plain transformers, no server", num, lambda own=own: loop(way, own))
+                asks = [by_openrlhf(texts) for _, _, texts in own]
+                groups = [by_groups(prompt, responses) for prompt, responses, _ in own]
+                for name, port, requests in (
+                    ("OpenRLHF's way", theirs, asks),
+                    ("hafrm, /get_reward", ours, asks),
+                    ("hafrm, /score", ours, groups),
+                ):
+                    url = f"http://127.0.0.1:{port}"
+                    note(
+                        task,
+                        name,
+                        num,
+                        lambda url=url, requests=requests: asyncio.run(
+                            ask_all(url, requests, args.clients)
+                        ),
+                    )
+    print(f"\n{args.shape}, {args.clients} clients, {torch.get_num_threads()} thread(s)")
+    print("| work | server | items/s | of OpenRLHF's | p50 ms | p99 ms | largest difference |")
+    print("|---|---|---|---|---|---|---|")
+    for (task, name), (rate, seconds) in rows.items():
+        p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
+        base = rows[task, "OpenRLHF's way"][0]
+        plain = scores[task, "plain transformers, no server"]
+        gap = np.abs(scores[task, name] - plain).max()
+        print(
+            f"| {task} | {name} | {rate:.1f} | {rate / base:.2f} | {p50:.0f} | {p99:.0f} | {gap:.1e} |"
+        )
+
+
+def equal(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
+    """How far answers under load are from what `hafrm score` writes."""
+    items = [(p, r, t) for p, rs, ts in talks for r, t in zip(rs, ts, strict=True)][: args.items]
+    source = folder.parent / "items.jsonl"
+    source.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r, _ in items))
+    score_files(folder, [str(source)], folder.parent / "scored")
+    lines = (folder.parent / "scored" / "items.jsonl").read_text().splitlines()
+    expected = np.array([json.loads(line)["reward"] for line in lines])
+    asks, places = [], []
+    for client in range(args.clients):
+        draw = random.Random(client)
+        order = draw.sample(range(len(items)), len(items))
+        while order:
+            own, order = order[: (size := draw.choice([1, 1, 4, 16]))], order[size:]
+            texts = [items[k][2] for k in own]
+            kind = draw.choice([by_openrlhf, by_vllm, by_sglang, None])
+            asks.append(
+                by_groups(items[own[0]][0], [items[own[0]][1]]) if kind is None else kind(texts)
+            )
+            places.append(own[:1] if kind is None else own)
+    mixed = list(zip(asks, places, strict=True))
+    random.Random(0).shuffle(mixed)
+    port = free_port()
+    with hafrm_serve(folder, port):
+        start = time.perf_counter()
+        run = ask_all(f"http://127.0.0.1:{port}", [ask for ask, _ in mixed], args.clients)
+        answers, seconds = asyncio.run(run)
+        took = time.perf_counter() - start
+    got = np.concatenate([np.array(a) for a in answers])
+    wanted = expected[np.concatenate([np.array(own) for _, own in mixed])]
+    print(f"{len(got)} answers in {len(mixed)} requests of {args.clients} clients, {took:.0f} s")
+    print(f"largest difference to hafrm score: {np.abs(got - wanted).max():.1e}")
+    print(f"equal to the bit: {(got.astype(np.float32) == wanted.astype(np.float32)).mean():.1%}")
+    print("p50 and p99: {:.0f} and {:.0f} ms".format(*np.quantile(seconds, [0.5, 0.99]) * 1000))
+
+
+def faults(  # noqa: C901, PLR0915 - one fault after another
+    folder: Path, talks: list[Talk], args: argparse.Namespace
+) -> None:
+    """Each fault and its outcome, while another client asks on."""
+    port, draw = free_port(), random.Random(0)
+    url = f"http://127.0.0.1:{port}"
+    right = {"query": talks[0][2]}
+    with hafrm_serve(folder, port) as process, httpx2.Client(base_url=url, timeout=60) as http:
+        expected = http.post("/get_reward", json=right).json()["rewards"]
+
+        def tell(what: str, outcome: object) -> None:
+            again = http.post("/get_reward", json=right).json()["rewards"]
+            same = np.abs(np.subtract(again, expected)).max() < 1e-6
+            print(f"| {what} | {outcome} | {'right' if same else 'WRONG'} |", flush=True)
+
+        print("| fault | outcome | a right request after it |\n|---|---|---|")
+        statuses: dict[int, int] = {}
+        names = ["query", "input", "text", "groups", "prompt", "response", "messages", "x"]
+        values = [None, 1, -1.5, "", [], {}, ["x"], [[]], right["query"], talks[0][0]]
+        for _ in range(args.fuzz):
+            wrong = {name: draw.choice(values) for name in draw.sample(names, draw.randrange(4))}
+            body = bytearray(json.dumps(right | wrong if draw.random() < 0.5 else wrong).encode())
+            for _ in range(draw.randrange(3)):
+                body[draw.randrange(len(body))] = draw.randrange(256)
+            cut = len(body) if draw.random() < 0.5 else draw.randrange(1, len(body))
+            path = draw.choice(["/get_reward", "/score", "/classify", "/reward", "/v1/score"])
+            status = http.post(path, content=bytes(body[:cut])).status_code
+            statuses[status] = statuses.get(status, 0) + 1
+        tell(f"{args.fuzz} malformed bodies", statuses)
+        big = json.dumps({"query": ["x" * 10_000_000]}).encode()
+        start = time.perf_counter()
+        status = http.post("/get_reward", content=big).status_code
+        tell("a text of 10 MB", f"{status} in {time.perf_counter() - start:.1f} s")
+        status = http.post("/get_reward", content=big * 2).status_code
+        tell("a body of 20 MB", status)
+        loris = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        for own in loris[:100]:
+            own.send(b"POST /score HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        for own in loris[100:]:
+            own.send(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
+        tell("200 slow-loris connections open", "served beside them")
+        waited, closed = time.perf_counter(), 0
+        while closed < len(loris) and time.perf_counter() - waited < 60:
+            time.sleep(1)
+            closed = 0
+            for own in loris:
+                own.setblocking(False)
+                with contextlib.suppress(BlockingIOError, OSError):
+                    own.send(b"y")
+                own.settimeout(0.001)
+                with contextlib.suppress(TimeoutError):
+                    try:
+                        closed += own.recv(4096)[:12] in (b"", b"HTTP/1.1 408")
+                    except OSError:
+                        closed += 1
+        tell("the same, dripping", f"{closed} closed in {time.perf_counter() - waited:.0f} s")
+        script = (
+            "import sys, httpx2, json; body = json.load(sys.stdin)\n"
+            "while True: httpx2.post(sys.argv[1] + '/get_reward', json=body, timeout=600)"
+        )
+        vandals = []
+        for _ in range(4):
+            vandal = subprocess.Popen([sys.executable, "-c", script, url], stdin=subprocess.PIPE)
+            assert vandal.stdin is not None
+            vandal.stdin.write(
+                json.dumps({"query": [t for talk in talks for t in talk[2]]}).encode()
+            )
+            vandal.stdin.close()
+            vandals.append(vandal)
+        time.sleep(4)
+        for vandal in vandals:
+            vandal.kill()
+            vandal.wait()
+        time.sleep(1)
+        lines = http.get("/metrics").text.splitlines()
+        waiting = next(line for line in lines if line.startswith("hafrm_waiting_tokens"))
+        tell("kill -9 of 4 clients with all items asked", f"{waiting} a second later")
+        asks = [by_openrlhf(texts) for _, _, texts in talks] * 2
+
+        async def stopped() -> int:
+            task = asyncio.create_task(ask_all(url, asks, 16))
+            await asyncio.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            try:
+                await task
+            except httpx2.HTTPError:
+                return 0
+            return 1
+
+        asyncio.run(stopped())
+        print(f"| SIGTERM under load | exit code {process.wait(60)} | |")
+
+
+def soak(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
+    """Memory of the server, minute by minute, under load."""
+    port = free_port()
+    asks = [by_openrlhf(texts) for _, _, texts in talks]
+    asks += [by_groups(prompt, responses) for prompt, responses, _ in talks]
+    with hafrm_serve(folder, port) as process:
+        start, num = time.perf_counter(), 0
+        minute = 0
+        while time.perf_counter() - start < 60 * args.minutes:
+            answers, _ = asyncio.run(ask_all(f"http://127.0.0.1:{port}", asks, args.clients))
+            num += sum(map(len, answers))
+            if time.perf_counter() - start >= 60 * minute:
+                memory = psutil.Process(process.pid).memory_info().rss / 2**20
+                print(f"minute {minute}: {num} items, {memory:.0f} MiB", flush=True)
+                minute += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["speed", "equal", "faults", "soak", "as-openrlhf"])
+    parser.add_argument("--data", help="preference pairs, as hafrm reads them")
+    parser.add_argument("--tokenizer", type=Path, help="a model directory, or a tokenizer.json")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--items", type=int, default=1000, help="of equal")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--fuzz", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--port", type=int)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    if args.what == "as-openrlhf":
+        serve_as_openrlhf(args.folder, args.port)
+        return
+    runs = {"speed": speed, "equal": equal, "faults": faults, "soak": soak}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        folder.mkdir()
+        encoder = build(folder, args)
+        runs[args.what](folder, talks_of(args.data, encoder, args.prompts, args.candidates), args)
+
+
+if __name__ == "__main__":
+    main()
