@@ -37,12 +37,12 @@ from hafrm.scoring.outputs import TOKENS, OutputScores
 from hafrm.serving.backends import Backend, ConversationEncoder
 from hafrm.serving.protocols import (
     PROTOCOLS,
-    Conversation,
     Dialogue,
     GroupsRequest,
+    Protocol,
     Rendered,
     RequestError,
-    ScoreGroup,
+    RewardRequest,
 )
 from hafrm.serving.score_queue import ScoreQueue
 
@@ -79,7 +79,7 @@ class RewardServer(AuthenticationBackend):
         others = {"/health": self._health, "/ready": self._ready, "/info": self._info}
         others |= {"/metrics": self._metrics, "/v1/models": self._models}
         routes += [Route(path, answer) for path, answer in others.items()]
-        auth = Middleware(AuthenticationMiddleware, backend=self, on_error=_refuse_key)
+        auth = Middleware(AuthenticationMiddleware, backend=self, on_error=_http_error)
         options: Any = {"exception_handlers": {HTTPException: _http_error}, "middleware": [auth]}
         options |= {"lifespan": self._lifespan, "max_body_size": MAX_BODY}
         self.app = Starlette(routes=routes, **options)
@@ -117,14 +117,10 @@ class RewardServer(AuthenticationBackend):
                 good = self.difference <= self.backend.tolerance  # False for NaN
                 why = f"golden scores differ by {self.difference:.2g}, tolerated {self.backend.tolerance:g}"
                 now = None if good else why
-            except HafrmError as error:
+            except Exception as error:  # noqa: BLE001 - a dead watch would leave it ready
                 now = f"the golden scores cannot be replayed: {error}"
             if now != self.not_ready:
-                log.log(
-                    logging.ERROR if now else logging.INFO,
-                    "not ready: %s" if now else "ready%s",
-                    now or "",
-                )
+                log.warning("scores are %s", f"refused: {now}" if now else "served")
             self.not_ready = now
             if self.backend.replay_every is None:
                 return
@@ -136,13 +132,14 @@ class RewardServer(AuthenticationBackend):
         if not lines:
             log.warning("the model has no golden scores: that it serves right is not proved")
             return 0.0
-        talks: list[Conversation] = [
-            Dialogue(line.messages[:-1], [line.messages[-1]["content"]])
-            if line.messages
-            else Rendered(str(line.text))
-            for line in lines
-        ]
-        groups = self._reader.encode(talks)
+        groups = self._reader.encode(
+            [
+                Dialogue(line.messages[:-1], [line.messages[-1]["content"]])
+                if line.messages
+                else Rendered(str(line.text))
+                for line in lines
+            ]
+        )
         for line, group in zip(lines, groups, strict=True):
             ids = (*group.prompt_ids.tolist(), *group.response_ids[0].tolist())
             if line.input_ids not in (None, ids):
@@ -157,11 +154,8 @@ class RewardServer(AuthenticationBackend):
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # every key is compared, each in constant time
         right = [secrets.compare_digest(digest, own) for own in self._keys]
-        if (
-            self._keys
-            and conn.url.path != "/health"
-            and not (kind.lower() == "bearer" and any(right))
-        ):
+        is_open = not self._keys or conn.url.path == "/health"
+        if not is_open and not (kind.lower() == "bearer" and any(right)):
             self._requests.labels("unauthorised", 401).inc()
             raise AuthenticationError("this server needs Authorization: Bearer KEY")
 
@@ -174,11 +168,8 @@ class RewardServer(AuthenticationBackend):
 
     async def _info(self, _: Request) -> Response:
         encoder, backend = self.backend.encoder, self.backend
-        golden = {
-            "num": len(backend.golden),
-            "difference": self.difference,
-            "tolerance": backend.tolerance,
-        }
+        golden = {"num": len(backend.golden), "tolerance": backend.tolerance}
+        golden["difference"] = self.difference or 0.0
         limits = {"max_length": encoder.lengths.max_length, "body": MAX_BODY, "items": MAX_ITEMS}
         about = {"model": self.name, **backend.about, "template": encoder.template_sha256}
         about["tokenizer"] = encoder.cache_key
@@ -199,6 +190,9 @@ class RewardServer(AuthenticationBackend):
             response = _hafrm_error(error)
         except ClientDisconnect:
             response = Response(status_code=499)
+        except Exception as error:  # noqa: BLE001 - its message may quote a text, and would be logged
+            log.error("%s is answered 500: %s", path, type(error).__name__)
+            response = _error(500, f"the server failed: {type(error).__name__}")
         self._requests.labels(path, response.status_code).inc()
         self._seconds.labels(path).observe(time.monotonic() - start)
         return response
@@ -210,9 +204,7 @@ class RewardServer(AuthenticationBackend):
             async with asyncio.timeout(SLOW):
                 body = await request.body()
         except TimeoutError:
-            return _error(
-                408, f"the body did not arrive in {SLOW:g} s", headers={"Connection": "close"}
-            )
+            return _error(408, f"no body in {SLOW:g} s", headers={"Connection": "close"})
         loop, path = asyncio.get_running_loop(), request.url.path
         prepare = loop.run_in_executor(self._encoding, self._prepare, path, body)
         groups, names, write = await prepare
@@ -221,23 +213,9 @@ class RewardServer(AuthenticationBackend):
         return JSONResponse(write(scores))
 
     def _prepare(self, path: str, body: bytes) -> _Prepared:
-        """Reads a request; RequestError for what cannot be one."""
+        asked, protocol = _parse(path, body)
         try:
-            value = from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise RequestError(400, f"the body is no JSON: {error}") from error
-        fitting = [p for p in PROTOCOLS if p.path == path]
-        keys = value.keys() if isinstance(value, dict) else ()
-        # two protocols may share a path: the one whose field is there
-        protocol = next((p for p in fitting if {p.texts, p.ids} & {*keys}), (*fitting, None)[0])
-        try:
-            kind = protocol.request if protocol else GroupsRequest
-            asked = kind.model_validate(value)
             talks = asked.conversations()
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RequestError(422, f"{where}: {first['msg']}") from error
         except ValueError as error:
             raise RequestError(422, str(error)) from error
         by, outputs = self.backend.names[0], ["reward"]  # `by`: what probabilities compare
@@ -253,9 +231,13 @@ class RewardServer(AuthenticationBackend):
 
         def write(scores: list[OutputScores]) -> Any:
             if isinstance(asked, GroupsRequest):
-                pairs = zip(asked.groups, scores, strict=True)
-                answers = [_write_group(group, own, outputs, by) for group, own in pairs]
-                return {"model": self.name, "groups": answers}
+                for group, own in zip(asked.groups, scores, strict=True):
+                    if "probability" in outputs:
+                        gaps = np.subtract(own[by], own[by][-1])  # the reference stands last
+                        own["probability"] = special.expit(gaps).tolist()
+                    own |= {name: own[name][: len(group.responses)] for name in own}
+                named = [{name: own[name] for name in outputs} for own in scores]
+                return {"model": self.name, "groups": named}
             assert protocol is not None
             answer = protocol.answer([r for own in scores for r in own["reward"]], asked)
             if protocol.rows != "data":
@@ -267,15 +249,22 @@ class RewardServer(AuthenticationBackend):
         return groups, names, write
 
 
-def _write_group(
-    group: ScoreGroup, own: OutputScores, outputs: Sequence[str], by: str
-) -> dict[str, Any]:
-    num = len(group.responses)  # a reference stands behind them
-    answer = {name: own[name][:num] for name in outputs if name != "probability"}
-    if "probability" in outputs:
-        gaps = np.array(own[by][:num]) - own[by][num]
-        answer["probability"] = special.expit(gaps).tolist()
-    return answer
+def _parse(path: str, body: bytes) -> tuple[RewardRequest, Protocol | None]:
+    """The request of a route, and its protocol (None: the native one); RequestError for another body."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(400, f"the body is no JSON: {error}") from error
+    fitting = [p for p in PROTOCOLS if p.path == path]
+    keys = value.keys() if isinstance(value, dict) else ()
+    # two protocols may share a path: the one whose field is there
+    protocol = next((p for p in fitting if {p.texts, p.ids} & {*keys}), (*fitting, None)[0])
+    try:
+        return (protocol.request if protocol else GroupsRequest).model_validate(value), protocol
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RequestError(422, f"{where}: {first['msg']}") from error
 
 
 async def _unless_gone(request: Request, scores: Awaitable[Any]) -> Any:
@@ -309,12 +298,10 @@ def _hafrm_error(error: HafrmError) -> JSONResponse:
     return _error(error.status, str(error), error.index, headers=headers)
 
 
-def _http_error(_: Request, error: Any) -> JSONResponse:
+def _http_error(_: HTTPConnection, error: Any) -> JSONResponse:
+    if isinstance(error, AuthenticationError):
+        return _error(401, str(error), headers={"WWW-Authenticate": "Bearer"})
     return _error(error.status_code, error.detail, headers=error.headers)
-
-
-def _refuse_key(_: HTTPConnection, error: AuthenticationError) -> JSONResponse:
-    return _error(401, str(error), headers={"WWW-Authenticate": "Bearer"})
 
 
 class _ImpatientProtocol(H11Protocol):
@@ -348,10 +335,6 @@ def run_server(server: RewardServer, host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises what it caught once more at the end: that would be its exit code
         signal.signal(number, lambda *_: None)
-    options: Any = {
-        "http": _ImpatientProtocol,
-        "timeout_keep_alive": int(SLOW),
-        "server_header": False,
-    }
-    options |= {"log_config": None, "access_log": False}
+    options: Any = {"http": _ImpatientProtocol, "timeout_keep_alive": int(SLOW)}
+    options |= {"log_config": None, "access_log": False, "server_header": False}
     uvicorn.Server(uvicorn.Config(server.app, host, port, **options)).run()
