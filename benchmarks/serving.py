@@ -277,7 +277,7 @@ def equal(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
     asks, places = [], []
     for client in range(args.clients):
         draw = random.Random(client)
-        order = draw.sample(range(len(items)), len(items))
+        order = draw.sample(range(len(items)), int(len(items) * args.fraction))
         while order:
             own, order = order[: (size := draw.choice([1, 1, 4, 16]))], order[size:]
             texts = [items[k][2] for k in own]
@@ -355,7 +355,7 @@ def faults(  # noqa: C901, PLR0915 - one fault after another
                 with contextlib.suppress(TimeoutError):
                     try:
                         closed += own.recv(4096)[:12] in (b"", b"HTTP/1.1 408")
-                    except OSError:
+                    except ConnectionError:
                         closed += 1
         tell("the same, dripping", f"{closed} closed in {time.perf_counter() - waited:.0f} s")
         script = (
@@ -421,6 +421,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--items", type=int, default=1000, help="of equal")
+    parser.add_argument(
+        "--fraction", type=float, default=1.0, help="of the items, that a client asks for"
+    )
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--fuzz", type=int, default=10_000)

@@ -299,9 +299,15 @@ def test_one_head_alone_is_served(run):
         assert client.post("/score", json=body).json()["groups"][0]["probability"][0] == 0.5
 
 
-def test_limits(client, server, monkeypatch):
+def test_limits(client, server, monkeypatch, caplog):
     big = {"text": ["x" * 2**20] * 17}
     assert client.post("/classify", json=big).status_code == 413
+    monkeypatch.setattr(server.backend, "score", None)  # as a fault of ours
+    monkeypatch.setattr(server, "_prepare", lambda *_: 1 / 0)
+    answer = client.post("/classify", json={"text": "private"})
+    assert (answer.status_code, "ZeroDivisionError" in answer.text) == (500, True)
+    assert "ZeroDivisionError" in caplog.text and "private" not in caplog.text
+    monkeypatch.undo()
     monkeypatch.setattr(reward_app, "MAX_ITEMS", 2)
     body = {"groups": [{"prompt": "a", "responses": ["b"] * 3}]}
     assert client.post("/score", json=body).status_code == 413

@@ -190,6 +190,8 @@ class RewardServer(AuthenticationBackend):
             response = _hafrm_error(error)
         except ClientDisconnect:
             response = Response(status_code=499)
+        except HTTPException as error:
+            response = _http_error(request, error)
         except Exception as error:  # noqa: BLE001 - its message may quote a text, and would be logged
             log.error("%s is answered 500: %s", path, type(error).__name__)
             response = _error(500, f"the server failed: {type(error).__name__}")
