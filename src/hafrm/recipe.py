@@ -31,8 +31,9 @@ def _tuple_of_one_or_many(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 Location = Annotated[Text, AfterValidator(os.path.expanduser)]
-Sources = Annotated[tuple[Location, ...], BeforeValidator(_tuple_of_one_or_many)]
-Columns = Annotated[tuple[Text, ...], BeforeValidator(_tuple_of_one_or_many)]
+_ONE_OR_MANY = BeforeValidator(_tuple_of_one_or_many, json_schema_input_type=str | list[str])
+Sources = Annotated[tuple[Location, ...], _ONE_OR_MANY]
+Columns = Annotated[tuple[Text, ...], _ONE_OR_MANY]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weights = Annotated[tuple[Weight, ...], BeforeValidator(_tuple_if_list)]

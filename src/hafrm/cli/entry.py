@@ -18,7 +18,6 @@ from hafrm.run_folder import describe_process, hide_secrets
 app = typer.Typer(
     name="hafrm",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -123,8 +123,8 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     `max_bad_fraction` may be left out as bad; `rows` are more arguments of `read_preferences`, such as
     `columns`.
 
-    >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
-    >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
+        result = hafrm.evaluate("run", "test.jsonl")
+        result.accuracy.value, result.accuracy.low, result.accuracy.high
 
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """

@@ -214,10 +214,10 @@ class Scorer(ABC):
 class RewardModel(Scorer):
     """A reward model that gives each response a number.
 
-    >>> rm = RewardModel.from_pretrained("run")
-    >>> rm.score("What is 2+2?", ["4", "5"])            # one reward each, float32
-    >>> rm.probability("What is 2+2?", "4", "5")        # P(the first is preferred)
-    >>> rm.best_of("What is 2+2?", ["3", "4"]).response
+    rm = RewardModel.from_pretrained("run")
+    rm.score("What is 2+2?", ["4", "5"])            # one reward each, float32
+    rm.probability("What is 2+2?", "4", "5")        # P(the first is preferred)
+    rm.best_of("What is 2+2?", ["3", "4"]).response
     """
 
     @classmethod
