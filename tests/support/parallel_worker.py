@@ -235,8 +235,32 @@ def gradients_do_not_depend_on_when_they_are_exchanged(model: HybridModel, preci
         assert torch.allclose(once, often, rtol=1e-4, atol=1e-5 * float(once.abs().max()))
 
 
+def sequences() -> None:
+    """Two ranks run each sequence together: outputs and gradients are those of one, checkpointed or not."""
+    layout = lay_out(token_groups(SHAPES))
+    for family in ("llama", "mistral", "gemma2", "gpt2", "phi3"):
+        alone, both = tiny_hybrid(family), tiny_hybrid(family)
+        if family == "llama":
+            both.checkpoint_activations()
+        parallel.shard(both, parallel.start(), "ulysses")
+        assert both.team.size == 2
+        self_check(both, layout)
+        results = []
+        for model in (alone, both):
+            outputs = model(layout)
+            # one rank of a team counts the loss; FSDP2 takes the mean over ranks
+            factor = 2.0 * (rank() == 0) if model is both else 1.0
+            (factor * (outputs.rewards.square().sum() + outputs.logps.sum() / 50)).backward()
+            gradients = {n: parallel.whole(p.grad) for n, p in model.named_parameters()}
+            results.append({"rewards": outputs.rewards, "logps": outputs.logps, **gradients})
+        for name, value in results[0].items():
+            difference = float((value - results[1][name]).abs().max() / value.abs().max())
+            assert difference < 1e-5, (family, name, difference)
+
+
 def sharded_model(folder: str) -> None:
     parallel.start()
     shards(folder)
+    sequences()
     scores()
     parallel.stop()
