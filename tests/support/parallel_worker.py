@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 # Registers the backend "fake", whose exchanges do nothing, as nccl's do for tensors on the CPU at best.
 import torch.testing._internal.distributed.fake_pg
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
 from hafrm.engine import attention
@@ -256,6 +257,27 @@ def sequences() -> None:
         for name, value in results[0].items():
             difference = float((value - results[1][name]).abs().max() / value.abs().max())
             assert difference < 1e-5, (family, name, difference)
+
+
+def traffic(file: str) -> None:
+    """Write the bytes that a rank gets in one step: half of what FSDP2 gathers, and of what it scatters."""
+    moved = []
+
+    def count(kind: type, tensor: str) -> None:
+        exchange = kind.__call__
+        kind.__call__ = lambda *args, **options: (
+            moved.append(options[tensor].nbytes / 2) or exchange(*args, **options)
+        )
+
+    count(collectives.DefaultAllGather, "output_tensor")
+    count(collectives.DefaultReduceScatter, "input_tensor")
+    model = tiny_hybrid()
+    model.checkpoint_activations()
+    outputs = sharded(model, torch.bfloat16)(lay_out(token_groups(SHAPES)))
+    (outputs.rewards.sum() + outputs.logps.sum()).backward()
+    if rank() == 0:
+        Path(file).write_text(str(sum(moved)))
+    parallel.stop()
 
 
 def sharded_model(folder: str) -> None:
