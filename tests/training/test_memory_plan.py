@@ -212,11 +212,22 @@ def test_ranks_that_run_sequences_together_divide_what_layers_hold_but_not_the_w
     """The heads of keys, 2, divide among 4 GPUs in teams of 2; a step has half as many sequences."""
     gpus = Target("cuda", 2**30, ranks=4)
     apart, together = (
-        plan(gpus, training={"max_tokens": 512, "parallel": p}).need for p in ("fsdp", "ulysses")
+        plan(gpus, training={**BF16, "max_tokens": 512, "parallel": p}).need
+        for p in ("fsdp", "ulysses")
     )
     assert together.activations == apart.activations // 2
     assert together.weights == apart.weights
     assert together.passes < apart.passes
+
+
+def test_masks_are_planned_where_attention_pads_groups_on_a_gpu():
+    """float32 has no varlen kernel: 5 bytes a pair of tokens stay, positions take 10 more to make it."""
+    masks = 128 * 128
+    training = {"max_tokens": 128, "precision": "fp32"}
+    cpu, gpu = (plan(Target(d, 2**30), training=training).need for d in ("cpu", "cuda"))
+    assert gpu.activations - cpu.activations == 5 * masks
+    half = plan(Target("cuda", 2**30), training={**training, **BF16}).need
+    assert half.activations < gpu.activations
 
 
 def test_passes_are_planned_at_the_tokens_that_they_run():

@@ -255,6 +255,10 @@ def memory_need(
     *_, forward = activation_bytes(recipe, weights, -(-reference // team), sharded=sharded)
     gathers = gathered * (2 * weights.layer + weights.outside) if sharded else 0
     beside = states[0] + states[2] + gathers
+    if target.device == "cuda" and (gathered == FLOAT32 or weights.capped_heads):
+        # No varlen kernel: masks of padded groups, and positions subtracted in int64 to make them.
+        masks, more = (n * min(n, 2 * recipe.data.max_length) for n in (tokens, reference))
+        saved, working, forward = saved + 5 * masks, max(working, 10 * masks), forward + 15 * more
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
     if sharded and recipe.training.offload in ("weights", "all"):  # but what is gathered of them
