@@ -193,8 +193,8 @@ class TrainingSection(Section):
     """Most comparisons of one prompt in one optimizer step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """ddp: copies; fsdp: shards; hsdp: shards in each node. auto: fsdp on GPUs, ddp for LoRA that fits."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp", "ulysses"] = "auto"
+    """ddp: copies; fsdp: shards; hsdp: of a node; ulysses: sequences too. auto: fsdp, or ddp for LoRA."""
     offload: Literal["none", "activations", "weights", "all"] = "none"
     """What lies on the host until needed: checkpointed activations, the shards (weights), or both."""
 

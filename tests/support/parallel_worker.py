@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 # Registers the backend "fake", whose exchanges do nothing, as nccl's do for tensors on the CPU at best.
 import torch.testing._internal.distributed.fake_pg
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
 from hafrm.engine import attention
@@ -235,8 +236,53 @@ def gradients_do_not_depend_on_when_they_are_exchanged(model: HybridModel, preci
         assert torch.allclose(once, often, rtol=1e-4, atol=1e-5 * float(once.abs().max()))
 
 
+def sequences() -> None:
+    """Two ranks run each sequence together: outputs and gradients are those of one, checkpointed or not."""
+    layout = lay_out(token_groups(SHAPES))
+    for family in ("llama", "mistral", "gemma2", "gpt2", "phi3"):
+        alone, both = tiny_hybrid(family), tiny_hybrid(family)
+        if family == "llama":
+            both.checkpoint_activations()
+        parallel.shard(both, parallel.start(), "ulysses")
+        assert both.team.size == 2
+        self_check(both, layout)
+        results = []
+        for model in (alone, both):
+            outputs = model(layout)
+            # one rank of a team counts the loss; FSDP2 takes the mean over ranks
+            factor = 2.0 * (rank() == 0) if model is both else 1.0
+            (factor * (outputs.rewards.square().sum() + outputs.logps.sum() / 50)).backward()
+            gradients = {n: parallel.whole(p.grad) for n, p in model.named_parameters()}
+            results.append({"rewards": outputs.rewards, "logps": outputs.logps, **gradients})
+        for name, value in results[0].items():
+            difference = float((value - results[1][name]).abs().max() / value.abs().max())
+            assert difference < 1e-5, (family, name, difference)
+
+
+def traffic(file: str) -> None:
+    """Write the bytes that a rank gets in one step: half of what FSDP2 gathers, and of what it scatters."""
+    moved = []
+
+    def count(kind: type, tensor: str) -> None:
+        exchange = kind.__call__
+        kind.__call__ = lambda *args, **options: (
+            moved.append(options[tensor].nbytes / 2) or exchange(*args, **options)
+        )
+
+    count(collectives.DefaultAllGather, "output_tensor")
+    count(collectives.DefaultReduceScatter, "input_tensor")
+    model = tiny_hybrid()
+    model.checkpoint_activations()
+    outputs = sharded(model, torch.bfloat16)(lay_out(token_groups(SHAPES)))
+    (outputs.rewards.sum() + outputs.logps.sum()).backward()
+    if rank() == 0:
+        Path(file).write_text(str(sum(moved)))
+    parallel.stop()
+
+
 def sharded_model(folder: str) -> None:
     parallel.start()
     shards(folder)
+    sequences()
     scores()
     parallel.stop()

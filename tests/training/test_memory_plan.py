@@ -28,6 +28,7 @@ from hafrm.training.memory_plan import (
 )
 from hafrm.training.methods import get_method
 from hafrm.training.parallel import Ranks
+from hafrm.training.passes import pass_tokens
 from hafrm.training.setup import meta_model
 from hafrm.training.step_batches import MicroBatch
 from support.live_bytes import LiveBytes
@@ -205,6 +206,33 @@ def test_shards_keep_whole_gradients_in_several_micro_batches_and_no_copies_of_a
     training = {**BF16, "max_tokens": 128}
     alone = plan(Target("cuda", 2**30), training=training).need.activations
     assert alone - plan(two, training=training).need.activations > 2 * 2 * counted.layer
+
+
+def test_ranks_that_run_sequences_together_divide_what_layers_hold_but_not_the_weights_twice():
+    """The heads of keys, 2, divide among 4 GPUs in teams of 2; a step has half as many sequences."""
+    gpus = Target("cuda", 2**30, ranks=4)
+    apart, together = (
+        plan(gpus, training={**BF16, "max_tokens": 512, "parallel": p}).need
+        for p in ("fsdp", "ulysses")
+    )
+    assert together.activations == apart.activations // 2
+    assert together.weights == apart.weights
+    assert together.passes < apart.passes
+
+
+def test_masks_are_planned_where_attention_pads_groups_on_a_gpu():
+    """float32 has no varlen kernel: 5 bytes a pair of tokens stay, positions take 10 more to make it."""
+    masks = 128 * 128
+    training = {"max_tokens": 128, "precision": "fp32"}
+    cpu, gpu = (plan(Target(d, 2**30), training=training).need for d in ("cpu", "cuda"))
+    assert gpu.activations - cpu.activations == 5 * masks
+    half = plan(Target("cuda", 2**30), training={**training, **BF16}).need
+    assert half.activations < gpu.activations
+
+
+def test_passes_are_planned_at_the_tokens_that_they_run():
+    """Four micro-batches' up to 2^15, and beyond that a micro-batch's."""
+    assert [pass_tokens(n) for n in (1024, 16384, 65536)] == [4096, 32768, 65536]
 
 
 def test_memory_here_is_what_this_process_may_have(monkeypatch):

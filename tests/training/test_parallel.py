@@ -1,4 +1,4 @@
-"""Two processes take the same steps as one: DDP and FSDP2 on gloo, ranks with unequal tokens."""
+"""Two processes take the same steps as one: DDP, FSDP2 and Ulysses on gloo, ranks with unequal tokens."""
 
 import shutil
 from pathlib import Path
@@ -63,6 +63,7 @@ def recipe_for(folder: Path, mode: str, **sections: Any) -> Recipe:
     [
         ("ddp", {}),
         ("fsdp", {}),
+        ("ulysses", {}),
         *(
             pytest.param(mode, sections, marks=pytest.mark.slow)
             for mode in ("ddp", "fsdp")

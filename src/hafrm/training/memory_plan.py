@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hafrm.engine.logprobs import chunk_rows
-from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
+from hafrm.engine.model import HybridModel, decoder_layers, hidden_size, num_kv_heads
 from hafrm.errors import ConfigError
 from hafrm.recipe import Recipe
 from hafrm.results import Column, Table
@@ -22,7 +22,7 @@ from hafrm.scoring.loading import check_base
 from hafrm.scoring.model_files import default_device
 from hafrm.training import parallel
 from hafrm.training.methods import Method
-from hafrm.training.passes import reference_tokens
+from hafrm.training.passes import pass_tokens
 from hafrm.training.setup import meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
@@ -57,6 +57,10 @@ class Target:
         near = parallel.per_node(8) if recipe.training.parallel == "hsdp" else self.ranks
         return min(self.ranks, near)
 
+    def team(self, recipe: Recipe, weights: "Weights") -> int:
+        """Ranks that run one sequence together."""
+        return parallel.team_size(recipe.training.parallel, self.ranks, weights.kv_heads)
+
 
 class Weights(NamedTuple):
     """Numbers of weights by what they cost, and the widths that decide a layer's activations."""
@@ -77,6 +81,7 @@ class Weights(NamedTuple):
     head_normed: int  # the same of norms over attention heads (Qwen3, Gemma3)
     rms: bool
     capped_heads: int  # attention heads, where their scores are soft-capped
+    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ def count_weights(model: HybridModel) -> Weights:
         head_normed=head_normed,
         rms=any("RMSNorm" in type(m).__name__ for m in model.backbone.modules()),
         capped_heads=config.num_attention_heads if capped else 0,
+        kv_heads=num_kv_heads(config),
     )
 
 
@@ -240,14 +246,19 @@ def memory_need(
     recipe: Recipe, weights: Weights, target: Target, tokens: int, budget: int, *, accumulates: bool
 ) -> MemoryNeed:
     """The need with micro-batches of `tokens`; passes without gradients take a multiple of `budget`."""
-    sharded, reference = is_sharded(recipe, target), reference_tokens(budget)
+    sharded, reference = is_sharded(recipe, target), pass_tokens(budget)
+    team = target.team(recipe, weights)  # which divides what layers hold, and gathers hidden states
     shards = target.shards(recipe) if sharded else 1
     gathered = HALF if recipe.training.precision == "bf16" else FLOAT32
     states = state_bytes(weights, shards=shards, gathered=gathered, accumulates=accumulates)
-    saved, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
-    *_, forward = activation_bytes(recipe, weights, reference, sharded=sharded)
+    saved, working, _ = activation_bytes(recipe, weights, -(-tokens // team), sharded=sharded)
+    *_, forward = activation_bytes(recipe, weights, -(-reference // team), sharded=sharded)
     gathers = gathered * (2 * weights.layer + weights.outside) if sharded else 0
     beside = states[0] + states[2] + gathers
+    if target.device == "cuda" and (gathered == FLOAT32 or weights.capped_heads):
+        # No varlen kernel: masks of padded groups, and positions subtracted in int64 to make them.
+        masks, more = (n * min(n, 2 * recipe.data.max_length) for n in (tokens, reference))
+        saved, working, forward = saved + 5 * masks, max(working, 10 * masks), forward + 15 * more
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
     if sharded and recipe.training.offload in ("weights", "all"):  # but what is gathered of them
@@ -277,7 +288,7 @@ def agree_on_scatter(model: HybridModel, ranks: parallel.Ranks) -> bool:
 def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
     """The plan at the recipe's token budget; for auto, at the largest that fits, or else the smallest."""
     training, least = recipe.training, 2 * recipe.data.max_length
-    step = training.batch_size * least
+    step, team = training.batch_size * least, target.team(recipe, weights)
     # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
     export = FLOAT32 * weights.trainable + weights.frozen_bytes
     export += weights.total * (FLOAT32 * weights.adapters + HALF * (training.precision == "bf16"))
@@ -286,7 +297,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
     def plan(budget: int) -> MemoryPlan:
         tokens = min(budget, step)
         # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
-        accumulates = tokens < -(-step * 5 // (8 * target.ranks))
+        accumulates = tokens < -(-step * 5 * team // (8 * target.ranks))
         accumulates = accumulates and not scatters_gradients(weights.trainable, target)
         need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
         return MemoryPlan(target, is_sharded(recipe, target), budget, tokens, need, host)
@@ -294,7 +305,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
     if training.max_tokens != "auto":
         return plan(training.max_tokens)
     # Not a bisection: where a step takes several micro-batches, FSDP2 keeps whole gradients.
-    budgets = range(min(max(LARGEST, least), step), least, -GRAIN)
+    budgets = range(min(max(LARGEST * team, least), step), least, -GRAIN)
     return next((p for p in map(plan, budgets) if p.fits), plan(least))
 
 

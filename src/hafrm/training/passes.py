@@ -33,8 +33,8 @@ log = logging.getLogger("hafrm")
 NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
 
 
-def reference_tokens(budget: int) -> int:
-    """Tokens of a sequence in the reference's pass, which keeps nothing for a backward pass."""
+def pass_tokens(budget: int) -> int:
+    """Tokens of a sequence in the reference's pass and in validation, which keep nothing for a backward."""
     # matrix products become no more efficient beyond, and a row of a long pair is large as it is
     return max(budget, min(4 * budget, 2**15))
 
