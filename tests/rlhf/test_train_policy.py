@@ -45,6 +45,11 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
+def test_a_reward_head_to_start_from_is_refused_where_a_policy_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.reward_head.*unknown key"):
+        tiny_rlhf(tmp_path, model={"reward_head": "new"})
+
+
 def test_a_run_writes_what_others_read_and_exports_a_stock_policy(tmp_path):
     result = train_policy(
         tiny_rlhf(tmp_path), tmp_path / "run", gold=lambda _, text: float(len(text))

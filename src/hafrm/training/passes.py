@@ -153,13 +153,13 @@ def score_heads(
 def validate(
     groups: Sequence[TokenizedGroup], scores: HeadScores, method: Method
 ) -> dict[str, float]:
-    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, no
-    ties; `_low` and `_high` are a 95 % interval with the comparisons of one prompt as one trial."""
+    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, of
+    decided comparisons; `_low` and `_high` are a 95 % interval with the comparisons of one prompt as one trial."""
     heads = {"reward": scores.rewards, "implicit": scores.implicit}
     values_of = {name: values for name, values in heads.items() if values is not None}
     margins = {n: decided_margins(groups, v, scores.first) for n, v in values_of.items()}
     ranked = margins[method.scores_with]
-    num_prompts = sum(any(not c.tie for c in group.comparisons) for group in groups)
+    num_prompts = sum(any(c.is_decided for c in group.comparisons) for group in groups)
     result = {
         **with_bounds("accuracy", float((ranked > 0).mean()), num_prompts),
         "loss": float(np.logaddexp(0.0, -ranked).mean()),
@@ -193,12 +193,12 @@ def repeated_wins(
 def decided_margins(
     groups: Sequence[TokenizedGroup], values: NDArray[np.floating[Any]], first: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """value(chosen) - value(rejected) of every comparison that is not a tie."""
+    """value(chosen) - value(rejected) of every comparison that is decided."""
     sides = [
         (start + c.chosen, start + c.rejected)
         for group, start in zip(groups, first, strict=True)
         for c in group.comparisons
-        if not c.tie
+        if c.is_decided
     ]
     chosen, rejected = np.array(sides).T
     exact = values.astype(np.float64)
