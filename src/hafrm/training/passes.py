@@ -154,7 +154,7 @@ def validate(
     groups: Sequence[TokenizedGroup], scores: HeadScores, method: Method
 ) -> dict[str, float]:
     """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, of
-    decided comparisons; `_low` and `_high` are a 95 % interval with the comparisons of one prompt as one trial."""
+    decided comparisons; `_low` and `_high` are a 95 % interval, the comparisons of a prompt one trial."""
     heads = {"reward": scores.rewards, "implicit": scores.implicit}
     values_of = {name: values for name, values in heads.items() if values is not None}
     margins = {n: decided_margins(groups, v, scores.first) for n, v in values_of.items()}
