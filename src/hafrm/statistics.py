@@ -190,7 +190,10 @@ def seeded_mean(
     estimate = _over_seeds((values,), clusters, proportion=proportion).estimate
     if not proportion:
         return estimate
-    return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
+    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    if low == high and low in (0.0, 1.0):  # all agree, which says little of other prompts
+        low, high = wilson(low, values.shape[1] if clusters is None else len(np.unique(clusters)))
+    return replace(estimate, low=low, high=high)
 
 
 def seeded_difference(

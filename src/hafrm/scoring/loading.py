@@ -142,7 +142,7 @@ def choose_dtype(
     path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> torch.dtype:
     """The dtype to load weights in: `auto` is the checkpoint's on a GPU, which is logged, else float32."""
-    named = dtype if isinstance(dtype, str) else "auto"
+    named = "auto" if isinstance(dtype, torch.dtype) else dtype
     Placement(named, None if device is None else str(device))  # raises ConfigError
     if isinstance(dtype, torch.dtype):
         return dtype
