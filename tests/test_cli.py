@@ -149,6 +149,10 @@ def test_verify_shows_every_clause_and_exits_with_1_where_one_does_not_hold(
     policy = shutil.copytree(exported / "policy", tmp_path / "policy")
     write_result(policy / IMPLICIT_RULE, ImplicitRule(None))
     assert "is a policy, and verify checks reward models" in refused("verify", policy)
+    policy_run = shutil.copytree(
+        exported / "policy", tmp_path / "rlhf" / "model" / "policy"
+    ).parents[1]
+    assert "is a policy, and verify checks reward models" in refused("verify", policy_run)
     broken = shutil.copytree(exported / "reward", tmp_path / "run" / "model" / "reward")
     FAULTS["no problem type"][1](broken)
     output = invoke("verify", tmp_path / "run", code=1)
@@ -160,7 +164,7 @@ def test_verify_replays_golden_scores_on_a_server(exported, tmp_path, refused):
     golden = exported / "reward" / "golden_scores.jsonl"
     rewards = {row["text"]: row["reward"] for row in map(json.loads, golden.open())}
     with serving(openrlhf(lambda texts: [rewards[t] for t in texts])) as url:
-        output = invoke("verify", url, "--golden", golden.parent, "--json", tmp_path / "out.json")
+        output = invoke("verify", url, "--golden", exported, "--json", tmp_path / "out.json")
         assert "openrlhf" in output
         assert "the server gives the exported scores" in output
         assert "give --golden" in refused("verify", url)

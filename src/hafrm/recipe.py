@@ -48,7 +48,7 @@ class Section(BaseModel):
     )
 
 
-class ModelSection(Section):
+class PolicySection(Section):
     """The language model to start from."""
 
     path: Location
@@ -59,6 +59,11 @@ class ModelSection(Section):
     """A Jinja file, paper-phi-2 or paper-mistral; null: the model's own template, or a plain one."""
     policy_from: Location | None = None
     """Model whose LM head is taken where `path` is a reward model without one: what it was trained from."""
+
+
+class ModelSection(PolicySection):
+    """The language model to start from, and its reward head."""
+
     reward_head: Literal["new", "keep"] | None = None
     """keep: continue with the reward head of `path`; new: drop it; null: keep it where there is one."""
 

@@ -141,7 +141,7 @@ def test_the_side_file_is_written_before_the_error_and_emptied_when_all_is_well(
         read([jsonl(tmp_path / "set.jsonl", rows)], bad_rows_file=side_file)
     message = str(caught.value)
     for expected in (
-        "3 of 4 rows", "75.0%", "allowed: 2.0%", "2  empty response", "row 1", "1  lone surrogate",
+        "3 of 4 rows", "75.0%", "allowed: 2.0%", "2  empty response", "row 1", "1  unusable character",
         str(side_file), "data.max_bad_fraction",
     ):  # fmt: skip
         assert expected in message

@@ -179,19 +179,22 @@ def verify_command(
     """Check an export clause by clause, or replay its golden scores on a server; exit code 1 on failure."""
     options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
     result: Verification | ServerReplay
+    from hafrm.scoring.loading import head_directory  # noqa: PLC0415
+
     if target.startswith(("http://", "https://")):
         from hafrm.export.reward_servers import verify_server  # noqa: PLC0415
 
         if golden is None:
             raise ConfigError("a server needs golden scores: give --golden, an exported directory")
+        golden = Path(head_directory(golden, "reward"))
         result = verify_server(target, golden, api_key=api_key, **options)
     else:
         from hafrm.export.checklist import verify_directory  # noqa: PLC0415
-        from hafrm.scoring.loading import head_directory  # noqa: PLC0415
         from hafrm.scoring.reward_model import IMPLICIT_RULE  # noqa: PLC0415
 
         directory = head_directory(target, "reward")
-        if (Path(head_directory(directory, "policy")) / IMPLICIT_RULE).is_file():
+        policy = head_directory(directory, "policy")
+        if policy != directory or (Path(policy) / IMPLICIT_RULE).is_file():
             proved = "a policy's log-probs are proved when it is exported"
             raise ModelError(f"{target} is a policy, and verify checks reward models: {proved}")
         result = verify_directory(Path(directory), golden, **options)

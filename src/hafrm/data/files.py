@@ -25,11 +25,12 @@ from hafrm.errors import DataError
 
 Reason = Literal[
     "empty response", "empty prompt", "chosen equals rejected", "prompts differ", "wrong roles",
-    "not a string", "non-finite margin", "bad number", "too long", "lone surrogate", "duplicate",
+    "not a string", "non-finite margin", "bad number", "too long", "unusable character", "duplicate",
     "missing column", "unreadable row", "unread context", "unknown label", "not encodable",
 ]  # fmt: skip
 """Why rows are bad. "non-finite margin" is a margin or weight that is no usable number, "bad number" one of
 votes, ranks or scores; "not encodable" is what the chat template or the tokenizer refuses."""
+MAX_NUMBER = 1e15  # larger ones overflow in float32, as a gradient's square
 MAX_CHARS = 200_000
 """Limit of a prompt or response in characters, checked before any tokenizer sees it."""
 RawRow = Mapping[Any, Any]
@@ -259,13 +260,15 @@ def list_of(value: object, column: str) -> list[Any]:
 
 
 def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
-    """A finite number; text and booleans are refused, whatever they look like."""
+    """A number up to MAX_NUMBER; text and booleans are refused, whatever they look like."""
     try:
         number = float(value) if isinstance(value, Real) else math.nan
     except OverflowError:  # an integer above 1e308
         number = math.inf
-    if isinstance(value, bool) or not math.isfinite(number):
-        refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
+    if isinstance(value, bool) or not abs(number) <= MAX_NUMBER:
+        refuse(
+            reason, f"`{column}` must be a finite number up to {MAX_NUMBER:g}, got {show(value)}"
+        )
     return number
 
 
@@ -275,7 +278,7 @@ def check_text(text: str, name: str) -> None:
         refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
     # lone surrogates, which no encoding has, and NUL, which C strings end at
     if bad := re.search("[\ud800-\udfff\0]", text):
-        refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
+        refuse("unusable character", f"{name} has {bad[0]!r} at character {bad.start()}")
 
 
 def refuse(reason: Reason, detail: str) -> NoReturn:

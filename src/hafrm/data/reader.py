@@ -312,10 +312,11 @@ class _SourceReader:
             for reason, count in reasons.most_common()
         )
         listed = f"All are listed in {bad_rows_file}. " if bad_rows_file else ""
+        fix = "or raise data.max_bad_fraction (--max-bad-fraction) to leave them out"
         raise DataError(
             f"{num_bad:,} of {self.num_rows:,} rows of {place} are bad "
             f"({num_bad / self.num_rows:.1%}; allowed: {max_bad_fraction:.1%}):{table}\n{listed}"
-            "Correct them, or raise data.max_bad_fraction (--max-bad-fraction) to leave them out."
+            + (f"Correct them, {fix}." if num_bad < self.num_rows else "Correct them.")
         )
 
 

@@ -41,6 +41,7 @@ from hafrm.training.passes import (
     references_of,
     repeated_wins,
     score_heads,
+    state_spread,
     validate,
 )
 from hafrm.training.run_export import export_run
@@ -249,8 +250,9 @@ class Job:
     def _evaluate(self, step: int) -> bool:
         """Validate; True where this step is the best so far."""
         self.nonfinite.check()
-        scores = self.score_validation(self.model)
-        values = validate(self.data.validation, scores, self.method)
+        with state_spread(self.model) as spread:
+            scores = self.score_validation(self.model)
+        values = validate(self.data.validation, scores, self.method) | spread
         values |= repeated_wins(self.model, self.data.validation, scores, **self._budget)
         self.metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric

@@ -72,8 +72,8 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
     held_out_report.check(held_out, recipe.data.max_bad_fraction, bad_rows_file)
     good = (group for i, group in enumerate(held_out) if i not in held_out_report.refused)
     for name, groups in (("data.train", train), ("data.validation", validation)):
-        if not any(not c.tie for group in groups for c in group.comparisons):
-            raise DataError(f"{name} holds no comparison that is not a tie; add data to it")
+        if not any(c.is_decided for group in groups for c in group.comparisons):
+            raise DataError(f"{name} has ties and comparisons of weight 0 only; add data to it")
     counts = {
         "rows": reading.num_rows,
         "bad_rows": len(reading.bad_rows) + len(report.refused) + len(held_out_report.refused),
