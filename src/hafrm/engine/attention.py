@@ -81,8 +81,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
     rule = Rule(scaling, sliding_window or getattr(module, "sliding_window", None), softcap)
     if team is None:
         return _attend(query, key, value, branch_layout, rule), None
-    query, key, value = (team.to_heads(x, branch_layout) for x in (query, key, value))
-    return team.to_tokens(_attend(query, key, value, branch_layout, rule), branch_layout), None
+    return _attend_together(query, key, value, branch_layout, rule, team), None
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
@@ -97,6 +96,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if _VARLEN_COMPLETE and rule.softcap is None and _has_kernel(query, key, value, card):
         return _varlen(query, key, value, layout, rule)
     return attend_by_group(query, key, value, layout, rule)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_together(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, team: Team
+) -> Tensor:
+    query, key, value = (team.to_heads(x, layout) for x in (query, key, value))
+    return team.to_tokens(_attend(query, key, value, layout, rule), layout)
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:

@@ -75,13 +75,13 @@ class Weights(NamedTuple):
     adapters: bool  # LoRA: the policy head is frozen too
     layers: int
     width: int
+    kv_heads: int
     vocab: int  # of the policy head; 0 without one
     features: int  # inputs and outputs of a layer's matrices, and a gated MLP's product
     normed: int  # numbers of a token that a layer's norms read
     head_normed: int  # the same of norms over attention heads (Qwen3, Gemma3)
     rms: bool
     capped_heads: int  # attention heads, where their scores are soft-capped
-    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,13 @@ def count_weights(model: HybridModel) -> Weights:
         adapters=any("lora_" in name for name, _ in model.named_parameters()),
         layers=len(layers),
         width=width,
+        kv_heads=num_kv_heads(config),
         vocab=0 if head is None else head.out_features,
         features=features + gated,
         normed=normed,
         head_normed=head_normed,
         rms=any("RMSNorm" in type(m).__name__ for m in model.backbone.modules()),
         capped_heads=config.num_attention_heads if capped else 0,
-        kv_heads=num_kv_heads(config),
     )
 
 
@@ -288,11 +288,13 @@ def agree_on_scatter(model: HybridModel, ranks: parallel.Ranks) -> bool:
 def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
     """The plan at the recipe's token budget; for auto, at the largest that fits, or else the smallest."""
     training, least = recipe.training, 2 * recipe.data.max_length
-    step, team = training.batch_size * least, target.team(recipe, weights)
+    step = training.batch_size * least
     # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
     export = FLOAT32 * weights.trainable + weights.frozen_bytes
     export += weights.total * (FLOAT32 * weights.adapters + HALF * (training.precision == "bf16"))
     host = max(3 * FLOAT32 * weights.trainable, export)
+
+    team = target.team(recipe, weights)
 
     def plan(budget: int) -> MemoryPlan:
         tokens = min(budget, step)
