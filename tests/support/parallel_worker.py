@@ -169,6 +169,13 @@ def scores() -> None:
         parallel.score_on_all_ranks(model, groups, max_tokens=10_000)
 
 
+def evaluate(*arguments: str) -> None:
+    """`hafrm evaluate ARGUMENTS`; the result is written by one rank."""
+    from hafrm.cli import app
+
+    app(["evaluate", *arguments], standalone_mode=False)
+
+
 def sharded_start(folder: str) -> None:
     """A model that each rank reads its rows of, against one that `from_pretrained` loads whole."""
     ranks = parallel.start()

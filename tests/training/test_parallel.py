@@ -1,7 +1,6 @@
 """Two processes take the same steps as one: DDP and FSDP2 on gloo, ranks with unequal tokens."""
 
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from hafrm.run_folder import read_json_lines
 from hafrm.tensor_files import TensorFiles
 from hafrm.training import loop, parallel
 from hafrm.training.loop import run_training
-from support import forked, parallel_worker
+from support import parallel_worker
 from support.chat_tokenizers import chat_tokenizer
+from support.forked import on_two_ranks
 from support.models import GPT2, GROUPED
 from support.tiny_runs import tiny_recipe
 
@@ -37,24 +37,6 @@ def launch(recipe: Recipe, folder: Path, *options: str) -> None:
     file = folder.with_suffix(".yaml")
     file.write_text(dump_recipe(recipe))
     on_two_ranks("train", folder.parent, str(file), str(folder), *options)
-
-
-def on_two_ranks(check: str, logs: Path, *arguments: str) -> None:
-    """Run a function of parallel_worker in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    target, files = getattr(parallel_worker, check), [logs / f"{check}-{r}.log" for r in "01"]
-    ranks = [
-        forked.start(file, target, *arguments, RANK=r, LOCAL_RANK=r, **shared)
-        for r, file in zip("01", files, strict=True)
-    ]
-    for rank in ranks:
-        rank.join(timeout=120)
-        rank.kill()
-    printed = "\n".join(file.read_text()[-3000:] for file in files)
-    assert [rank.exitcode for rank in ranks] == [0, 0], printed
 
 
 def assert_same_training(one: Path, two: Path) -> None:

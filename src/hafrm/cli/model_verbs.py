@@ -35,7 +35,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
 
     On preferences (DATA) or on published benchmarks (DATA: a local folder); for one model, or compared with
     others. For a run folder the result is also kept in it for `hafrm report`: evaluation.json,
-    diagnostics.json (--diagnose) or benchmarks.json.
+    diagnostics.json (--diagnose) or benchmarks.json. Processes of one torchrun share the scoring.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
         raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
@@ -45,15 +45,17 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     from hafrm.diagnostics.model_runs import diagnose as diagnose_model  # noqa: PLC0415
     from hafrm.evaluation import compare_models, heads  # noqa: PLC0415
     from hafrm.evaluation import evaluate as evaluate_model  # noqa: PLC0415
+    from hafrm.training import parallel  # noqa: PLC0415
 
     result: HasTables
+    parallel.start()
     options = heads.EvaluationOptions(None, max_length, dtype, device, max_bad_fraction)
     sources = data or []
     (name, path), *others = map(_named, [model, *(also or ())])
     kind = "benchmarks" if benchmark else "diagnostics" if diagnose else "evaluation"
     is_run = (Path(path) / "recipe.yaml").is_file() and os.access(path, os.W_OK)
     own_file = Path(path) / f"{kind}.json" if is_run and (diagnose or not also) else None
-    with show_progress("scoring responses") as progress:
+    with parallel.progress_of_main("scoring responses") as progress:
         run: dict[str, Any] = {"options": options, "on_progress": progress}
         if benchmark:
             folder = Path(sources[0]) if sources else None
@@ -66,7 +68,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
             result = compare_models(seeds, rivals, sources, **run)
         else:
             result = evaluate_model(path, sources, **vars(options), on_progress=progress)
-    show_result(result, json_file, own_file)
+    parallel.stop()
+    if parallel.is_main():
+        show_result(result, json_file, own_file)
 
 
 def _named(text: str) -> tuple[str, str]:

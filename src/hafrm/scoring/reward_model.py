@@ -130,7 +130,7 @@ class Scorer(ABC):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ConfigError(f"max_tokens must be a whole number above 0, got {max_tokens!r}")
         self.model, self.encoder = model.eval(), encoder
-        self._run: partial[Scores] = partial(run_forward, **forward_options(model, max_tokens))
+        self.forward: partial[Scores] = partial(run_forward, **forward_options(model, max_tokens))
 
     @abstractmethod
     def score_encoded(
@@ -246,7 +246,7 @@ class RewardModel(Scorer):
     ) -> NDArray[np.float32]:
         pad = self.model.backbone.config.get_text_config().pad_token_id
         groups = [_without_trailing_pad(group, pad) for group in encoded]
-        scores = self._run(self.model, groups, on_progress=on_progress)
+        scores = self.forward(self.model, groups, on_progress=on_progress)
         assert scores.rewards is not None
         return scores.rewards
 
@@ -300,20 +300,20 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        return self._implicit(self._run(self.model, encoded, on_progress=on_progress), encoded)
+        return self._implicit(self.forward(self.model, encoded, on_progress=on_progress), encoded)
 
     def score_both(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(rewards, implicit rewards) from one forward; the policy's model must have a reward head too."""
-        scores = self._run(self.model, encoded, on_progress=on_progress)
+        scores = self.forward(self.model, encoded, on_progress=on_progress)
         assert scores.rewards is not None
         return scores.rewards, self._implicit(scores, encoded)
 
     def _implicit(self, scores: Scores, encoded: Sequence[TokenizedGroup]) -> NDArray[np.float32]:
         implicit: Any = scores.logps
         if self.reference is not None:
-            implicit = implicit - self._run(self.reference, encoded).logps
+            implicit = implicit - self.forward(self.reference, encoded).logps
         if self.rule.per_token:
             implicit = implicit / scores.lengths
         return np.asarray(self.rule.beta * implicit, np.float32)
