@@ -153,7 +153,7 @@ def export_command(
     merge_lora: Annotated[bool | None, Option(help="LoRA merged, or as an adapter.")] = None,
     checkpoint: Annotated[str, Option(help="best, latest or a step.")] = "best",
 ) -> None:
-    """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
+    """Write one head of a run as a directory that stock transformers loads, and check its scores."""
     from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415
 
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)

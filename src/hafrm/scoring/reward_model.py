@@ -89,7 +89,7 @@ def fit_fused(
     if (x[x.any(1)] @ fit.x > 0).all():  # separable: the likelihood has no maximum
         return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
     if a <= 0:  # the ratio would turn the reward around
-        return FusedRule(0.0, len(x), "beside the implicit reward, the reward explains nothing")
+        return FusedRule(0.0, len(x), "the reward adds nothing to the implicit reward")
     return FusedRule(max(0.0, b / a), len(x))
 
 

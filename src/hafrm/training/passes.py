@@ -4,11 +4,11 @@ The reference is the frozen starting checkpoint, run once and cached on disk: no
 memory. Validation chooses the best step; full metrics are in `hafrm.evaluation`.
 """
 
-import contextlib
 import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -174,7 +174,7 @@ def validate(
     return result
 
 
-@contextlib.contextmanager
+@contextmanager
 def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
     """Measures meanwhile the `effective_rank` of the states that this rank's reward head reads, of some
     NUM_STATES responses (0: all alike); stays empty without a reward head."""
@@ -186,12 +186,8 @@ def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
             states.append(inputs[0].cpu().numpy())
 
     head = model.reward_head
-    hook = None if head is None else head.register_forward_pre_hook(keep)
-    try:
+    with nullcontext() if head is None else head.register_forward_pre_hook(keep):
         yield values
-    finally:
-        if hook is not None:
-            hook.remove()
     if states:
         rank = effective_rank(spectrum(np.concatenate(states)))
         values["effective_rank"] = 0.0 if math.isnan(rank) else rank
