@@ -40,7 +40,7 @@ log = logging.getLogger("hafrm")
 CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
 PACKAGES = (
     *("hafrm", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate"),
-    *("safetensors", "numpy", "scipy", "pydantic"),
+    *("safetensors", "numpy", "scipy", "pydantic", "jinja2", "pyarrow"),
 )
 """The packages whose versions decide what a run computes."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -105,10 +105,6 @@ def without_secrets(plain: Any) -> Any:
 
 def describe_process() -> dict[str, Any]:
     """When, where and with what this process runs, to publish: without host name and home directory."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     home = os.path.expanduser("~")
     program = Path(sys.argv[0]).name.replace("__main__.py", "hafrm")  # of python -m hafrm
     command = hide_secrets(shlex.join([program, *sys.argv[1:]]))
@@ -117,8 +113,17 @@ def describe_process() -> dict[str, Any]:
         "command": command if home in {"~", "/"} else command.replace(home + "/", "~/"),
         "git": _git_state(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "versions": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of PACKAGES."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hafrm.atomic import atomic_write
+from hafrm.atomic import atomic_write, fingerprint
 from hafrm.data.files import NumberedRows, Refusal, parse_hub, read_file, read_hub, show, stem
 from hafrm.data.grouping import GroupedRows
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
@@ -167,6 +167,12 @@ def parse_source(entry: str | Path | RawRows) -> Source:
 def local_files(entry: str) -> list[Path]:
     """The files on this machine that an entry reads."""
     return [Path(source.path) for source in parse_sources(entry) if source.path is not None]
+
+
+def file_digests(entries: Iterable[str]) -> dict[str, str]:
+    """Digests of the local files that data entries name."""
+    files = {file for entry in entries for file in local_files(entry)}
+    return {str(file): fingerprint(file) for file in sorted(files) if os.path.isfile(file)}
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
