@@ -84,7 +84,10 @@ def test_alpacas_first_tenth_is_the_test_part_as_in_the_paper(tmp_path: Path):
 def test_parts_come_from_the_hub_and_the_later_ones_are_kept_apart(monkeypatch) -> None:
     calls = []
 
-    def load(name: str, config: str | None, *, split: str, revision: object, data_dir: str) -> Rows:
+    def load(
+        name: str, config: str | None, *, split: str, data_dir: str, **options: object
+    ) -> Rows:
+        assert options == {"streaming": True, "revision": None}
         calls.append((name, config, split, data_dir))
         return transcripts("a", "b", "c") if split == "train" else transcripts("B ", "z")
 

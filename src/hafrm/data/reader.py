@@ -186,7 +186,7 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
     elif source.named is not None:
         rows = read_named_set(source.named, source.path, source.where.get("split"), left_out)
     elif source.location.startswith("hub:"):
-        rows = read_hub(parse_hub(source.location))
+        rows = read_hub(parse_hub(source.location), stream=True)
     else:
         rows = read_file(Path(source.location))
     if (source.columns or source.ignore) and source.named is None:
