@@ -105,6 +105,10 @@ def without_secrets(plain: Any) -> Any:
 
 def describe_process() -> dict[str, Any]:
     """When, where and with what this process runs, to publish: without host name and home directory."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     home = os.path.expanduser("~")
     program = Path(sys.argv[0]).name.replace("__main__.py", "hafrm")  # of python -m hafrm
     command = hide_secrets(shlex.join([program, *sys.argv[1:]]))
@@ -113,17 +117,8 @@ def describe_process() -> dict[str, Any]:
         "command": command if home in {"~", "/"} else command.replace(home + "/", "~/"),
         "git": _git_state(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": package_versions(),
+        "versions": versions,
     }
-
-
-def package_versions() -> dict[str, str]:
-    """The versions of Python and of PACKAGES."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _git_state() -> dict[str, Any] | None:

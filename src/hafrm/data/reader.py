@@ -164,15 +164,10 @@ def parse_source(entry: str | Path | RawRows) -> Source:
     return sources[0]
 
 
-def local_files(entry: str) -> list[Path]:
-    """The files on this machine that an entry reads."""
-    return [Path(source.path) for source in parse_sources(entry) if source.path is not None]
-
-
 def file_digests(entries: Iterable[str]) -> dict[str, str]:
-    """Digests of the local files that data entries name."""
-    files = {file for entry in entries for file in local_files(entry)}
-    return {str(file): fingerprint(file) for file in sorted(files) if os.path.isfile(file)}
+    """Digests of the files on this machine that data entries read."""
+    paths = {Path(s.path) for entry in entries for s in parse_sources(entry) if s.path}
+    return {str(p): fingerprint(p) for p in sorted(paths) if os.path.isfile(p)}
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:

@@ -11,7 +11,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -62,7 +62,7 @@ class Records:
         return os.pread(self._file.fileno(), end - start, start)
 
     def save(self, file: Path) -> NDArray[np.int64]:
-        """Write all of them to a file; returns where each one ends, behind a 0, as `open` wants it."""
+        """Write all of them to a file; returns the places that `open` wants."""
         with file.open("wb") as out:
             if self._file is not None:
                 self._file.seek(0)
@@ -88,11 +88,7 @@ class Lazy(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-    @overload
-    def __getitem__(self, place: slice) -> "Lazy[Item]": ...
-    def __getitem__(self, place: int | slice) -> "Item | Lazy[Item]":
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return self.part(place)
         return self._make(int(self._numbers[place]))
@@ -103,13 +99,6 @@ class Lazy(Sequence[Item]):
         part._size, part._columns = self._size, self._columns
         part._numbers = self._numbers[places]
         return part
-
-    def column(self, name: str, value: Callable[[Item], Any], dtype: DTypeLike) -> NDArray[Any]:
-        """A number of each item, computed once for this and all other parts of the same items."""
-        if name not in self._columns:
-            values = (value(self._make(number)) for number in range(self._size))
-            self._columns[name] = np.fromiter(values, dtype, self._size)
-        return self._columns[name][self._numbers]
 
 
 def pick(items: Sequence[Item], places: NDArray[Any]) -> Sequence[Item]:
@@ -135,20 +124,23 @@ def join(parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
 def numbers_of(
     items: Sequence[Item], name: str, value: Callable[[Item], Any], dtype: DTypeLike
 ) -> NDArray[Any]:
-    """A number of each item, as a `column` where they are lazy."""
-    if isinstance(items, Lazy):
-        return items.column(name, value, dtype)
-    return np.fromiter(map(value, items), dtype, len(items))
+    """A number of each item; of lazy ones computed once for these and all other parts of the same items."""
+    if not isinstance(items, Lazy):
+        return np.fromiter(map(value, items), dtype, len(items))
+    if name not in items._columns:
+        values = (value(items._make(number)) for number in range(items._size))
+        items._columns[name] = np.fromiter(values, dtype, items._size)
+    return items._columns[name][items._numbers]
 
 
-_COUNTS: dict[str, Callable[[TokenizedGroup], int]] = {
+_COUNTS: dict[str, Callable[[Any], int]] = {
     "comparisons": lambda group: len(group.comparisons),
     "ties": lambda group: sum(pair.tie for pair in group.comparisons),
     "responses": lambda group: len(group.response_ids),
 }
 
 
-def counts_of(groups: Sequence[TokenizedGroup], name: str) -> NDArray[np.int32]:
+def counts_of(groups: Sequence[Any], name: str) -> NDArray[np.int32]:
     """How many comparisons, ties or responses each group has; stored groups are not read for it."""
     return numbers_of(groups, name, _COUNTS[name], np.int32)
 

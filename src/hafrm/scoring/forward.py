@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from hafrm.data.store import numbers_of
+from hafrm.data.store import counts_of
 from hafrm.engine.layout import Branches, Layout, lay_out
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import MemoryBudgetError, NumericsError
@@ -61,9 +61,7 @@ _Run = Callable[[list[IndexedGroup]], PerResponse]
 
 def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
     """Index of each group's first response among the responses of all groups."""
-    counts: NDArray[np.int64] = numbers_of(
-        groups, "responses", lambda group: len(group.response_ids), np.int64
-    )
+    counts = counts_of(groups, "responses")
     return np.cumsum(counts) - counts
 
 

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -19,24 +18,15 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from hafrm import preferences
-from hafrm.atomic import (
-    atomic_directory,
-    atomic_write,
-    cache_folder,
-    check_manifest,
-    fingerprint,
-    remove_directory,
-    write_manifest,
-)
+from hafrm import atomic, preferences
 from hafrm.data import store
 from hafrm.data.encoding import Encoder
-from hafrm.data.reader import file_digests, local_files, parse_sources
+from hafrm.data.reader import file_digests, parse_sources
 from hafrm.data.store import Lazy, StoredTokens, counts_of, store_tokens
 from hafrm.errors import CheckpointError, DataError
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.recipe import Recipe
-from hafrm.run_folder import package_versions
+from hafrm.run_folder import describe_process
 from hafrm.training import parallel, setup
 
 log = logging.getLogger("hafrm")
@@ -73,20 +63,17 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         folder = _cache_of(recipe, encoder, digests)
         return digests, folder, folder is not None and folder.is_dir()
 
-    before = _file_states(entries)
     # only the main rank looks: all must do the same, and read files once for their digests
     digests, folder, is_cached = parallel.from_main(look)
-    if folder is not None and is_cached:
-        cached = _open_cached(folder, encoder, digests, bad_rows_file)
-        if cached is not None:
-            return cached
+    cached = _open_cached(folder, encoder, digests, bad_rows_file) if folder and is_cached else None
+    if cached is not None:
+        return cached
     prepared = _read_and_encode(recipe, encoder, digests, bad_rows_file)
-    is_large = isinstance(prepared.train, Lazy) and folder is not None
-    if not is_large or bad_rows_file is None or _file_states(entries) != before:
+    if folder is None or bad_rows_file is None or not isinstance(prepared.train, Lazy):
         return prepared
-    assert folder is not None
-    _write_cached(folder, prepared, bad_rows_file)
-    # its own temporary files are freed
+    if file_digests(entries) != digests or not _write_cached(folder, prepared, bad_rows_file):
+        return prepared
+    # in place of our temporary files, which are freed
     return _open_cached(folder, encoder, digests, None) or prepared
 
 
@@ -131,12 +118,6 @@ def _digest_of_groups(groups: Iterable[TokenizedGroup]) -> str:
     return digest.hexdigest()
 
 
-def _file_states(entries: Iterable[str]) -> list[tuple[int, int]]:
-    """Size and time of change of each data file: they show whether it changed while it was read."""
-    files = (file for entry in entries for file in local_files(entry) if os.path.isfile(file))
-    return [(state.st_size, state.st_mtime_ns) for state in map(Path.stat, files)]
-
-
 def _cache_of(recipe: Recipe, encoder: Encoder, digests: dict[str, str]) -> Path | None:
     """The folder of the recipe's encoded data, by all that it is made from: what files hold, tokenizer,
     template, limits, seed, and our code; None for a hub set that may change."""
@@ -145,17 +126,17 @@ def _cache_of(recipe: Recipe, encoder: Encoder, digests: dict[str, str]) -> Path
         for source in parse_sources(entry):
             if source.path is None and not re.search("@[0-9a-f]{40}(:|$)", source.location):
                 return None
-    code = sorted(
-        [*Path(store.__file__).parent.glob("*.py"), Path(preferences.__file__), Path(__file__)]
-    )
+    own = (preferences.__file__, setup.__file__, __file__)
+    code = [*sorted(Path(store.__file__).parent.glob("*.py")), *map(Path, own)]
     parts = [encoder.cache_key, data.model_dump_json(), recipe.training.seed, digests]
-    parts += [package_versions(), *map(fingerprint, code)]
-    return cache_folder("data") / hashlib.sha256(repr(parts).encode()).hexdigest()
+    parts += [describe_process()["versions"], *map(atomic.fingerprint, code)]
+    return atomic.cache_folder("data") / hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _write_cached(folder: Path, data: PreparedData, bad_rows_file: Path) -> None:
+def _write_cached(folder: Path, data: PreparedData, bad_rows_file: Path) -> bool:
+    """Whether it could be written."""
     try:
-        with atomic_directory(folder, replace=True) as aside:
+        with atomic.atomic_directory(folder, replace=True) as aside:
             for name, groups in (("train", data.train), ("validation", data.validation)):
                 stored = groups if isinstance(groups, StoredTokens) else store_tokens(groups)
                 stored.save(aside / name)
@@ -163,11 +144,13 @@ def _write_cached(folder: Path, data: PreparedData, bad_rows_file: Path) -> None
             rest = {"golden": _GROUPS.dump_python(data.golden, mode="json")}
             rest |= {"counts": data.counts, "token_digest": data.token_digest}
             (aside / "data.json").write_text(json.dumps(rest))
-            write_manifest(aside)
+            atomic.write_manifest(aside)
         for old in sorted(folder.parent.iterdir(), key=lambda p: p.stat().st_mtime)[:-NUM_CACHED]:
-            remove_directory(old)
+            atomic.remove_directory(old)
     except (CheckpointError, OSError) as error:
         log.warning("nothing is cached: %s (HAFRM_CACHE names the folder)", error)
+        return False
+    return True
 
 
 def _open_cached(
@@ -175,11 +158,11 @@ def _open_cached(
 ) -> PreparedData | None:
     """What was written there; None where it is damaged, or on another machine."""
     try:
-        check_manifest(folder)
+        atomic.check_manifest(folder)
         train, validation = (StoredTokens.open(folder / name) for name in ("train", "validation"))
         rest = json.loads((folder / "data.json").read_bytes())
         if bad_rows_file is not None:
-            atomic_write(bad_rows_file, (folder / "bad_rows.jsonl").read_bytes())
+            atomic.atomic_write(bad_rows_file, (folder / "bad_rows.jsonl").read_bytes())
     except (CheckpointError, OSError) as error:
         log.warning("%s is not used: %s", folder, error)
         return None

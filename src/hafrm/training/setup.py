@@ -18,11 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hafrm.data.encoding import Encoder
-from hafrm.data.reader import (
-    PreferenceData,
-    parse_sources,
-    read_preferences,
-)
+from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, without_prompts
 from hafrm.engine.model import (
     HybridModel,
