@@ -1,15 +1,16 @@
 """What preference data costs by its number of rows: rows per second, memory, seconds to the first step.
 
     python benchmarks/data_scale.py --base HuggingFaceTB/SmolLM2-135M-Instruct --folder /tmp/scale \
-        10_000 100_000 1_000_000 --repeat 10
+        10_000 100_000 --repeat 10 100
 
 Rows are generated: a prompt and two responses of lognormal lengths (medians of 24 and 48 words, a token
 each, times --lengths) from the vocabulary of the base's tokenizer. For each number a fresh process reads,
 checks, splits and encodes them and takes one step of a tiny model with that tokenizer; a second one starts
-from the cache, with all files dropped from the page cache before. `--repeat 10` starts again, from a file
-and a cache that are the last ones ten times over: a start of ten million rows without the hours before.
+from the cache, with all files dropped from the page cache before. `--repeat 100` starts again, from a file
+and a cache that are the last ones a hundred times over: ten million rows without the hours before.
 
-Seconds are of the processor, imports included in `first step`; the cached start has wall-clock seconds too.
+Seconds are of the processor, imports included in `first step`; the cached start also has wall-clock seconds
+from the end of the imports.
 `peak` is the largest private memory (RssAnon, sampled each 0.1 s: RSS also counts libraries and pages of
 mapped files), `slope` its growth from the line before.
 """
@@ -41,7 +42,7 @@ from hafrm.training.step_batches import build_micro_batch, plan_step
 
 COLUMNS = (
     *("rows", "file MB", "read, split", "encode", "first step", "rows/s", "peak MB", "slope B/row"),
-    *("cached: first step", "wall", "peak MB", "slope B/row"),
+    *("cached: first step", "wall, no imports", "peak MB", "slope B/row"),
 )
 PIECES = 2048
 
@@ -175,7 +176,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", required=True, help="directory or hub id with the tokenizer")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--lengths", type=float, default=1.0, help="factor on all lengths")
-    parser.add_argument("--repeat", type=int, help="a cached start of the last rows, so many times")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        nargs="+",
+        default=[],
+        help="cached starts of the last rows so many times",
+    )
     args = parser.parse_args(arguments)
     os.environ["HAFRM_CACHE"] = str(args.folder / "cache")
     model = args.folder / "model"
@@ -190,10 +197,12 @@ def main(arguments: list[str] | None = None) -> None:
         starts = [measure_apart(file, model) | {"rows": num_rows} for _ in range(2)]
         print(row_of(num_rows, file, starts, last), flush=True)
         last = list(starts)
-    if args.repeat:
-        long = repeat(file, model, args.repeat)
-        cached = measure_apart(long, model) | {"rows": num_rows * args.repeat}
-        print(row_of(num_rows * args.repeat, long, [{}, cached], last), flush=True)
+    for times in args.repeat:
+        long = repeat(file, model, times)
+        cached = measure_apart(long, model) | {"rows": num_rows * times}
+        print(row_of(num_rows * times, long, [{}, cached], last), flush=True)
+        last = [None, cached]
+        long.unlink()
 
 
 def row_of(
