@@ -40,7 +40,7 @@ log = logging.getLogger("hafrm")
 CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
 PACKAGES = (
     *("hafrm", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate"),
-    *("safetensors", "numpy", "scipy", "pydantic"),
+    *("safetensors", "numpy", "scipy", "pydantic", "jinja2", "pyarrow"),
 )
 """The packages whose versions decide what a run computes."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")

@@ -15,6 +15,7 @@ import torch.testing._internal.distributed.fake_pg
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
+from hafrm.data import store
 from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
@@ -57,6 +58,7 @@ def train(recipe: str, folder: str, *options: str) -> None:
     run_export.check_golden = check
     if "--own-cache" in options:
         os.environ["HAFRM_CACHE"] = str(Path(folder).parent / f"cache-of-{rank()}")
+        store.IN_MEMORY = 1000  # so that token ids are cached too
     loop.validate = falling_accuracy(loop.validate)
     finish = (lambda _: parallel.stop()) if "--no-export" in options else None
     loop.run_training(load_recipe(recipe), Path(folder), finish=finish)

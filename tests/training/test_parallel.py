@@ -135,14 +135,16 @@ def test_a_model_read_in_shards_is_the_one_that_transformers_loads_whole(tmp_pat
 
 
 def test_ranks_whose_caches_differ_do_as_the_main_rank_does(tmp_path):
-    """The first run leaves the reference in the main rank's cache alone; the second one still ends."""
+    """The first run leaves reference and token ids in the main rank's cache alone; in the second one, the
+    other rank encodes its own, and both train on the same."""
     sections = {"training": {"steps": 1, "max_tokens": 128}}
     recipe, losses = tiny_recipe(tmp_path, **sections), []
     for name in ("first", "second"):
         launch(recipe, tmp_path / name, "--own-cache", "--no-export")
         losses.append([r["loss"] for r in read_json_lines(tmp_path / name / "metrics.jsonl")])
-    assert list((tmp_path / "cache-of-0").rglob("reference/*"))
-    assert not list((tmp_path / "cache-of-1").rglob("reference/*"))
+    for kind in ("reference", "data"):
+        assert list((tmp_path / "cache-of-0").rglob(f"{kind}/*"))
+        assert not list((tmp_path / "cache-of-1").rglob(f"{kind}/*"))
     assert losses[0] == losses[1]
 
 

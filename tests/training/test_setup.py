@@ -15,10 +15,10 @@ from hafrm.scoring.model_files import load_config
 from hafrm.training import setup
 from hafrm.training.loop import run_training
 from hafrm.training.methods import get_method
+from hafrm.training.prepared_data import prepare_data
 from hafrm.training.setup import (
     build_model,
     meta_model,
-    prepare_data,
     with_precision,
 )
 from support.chat_tokenizers import CHATML

@@ -234,22 +234,23 @@ def parse_hub(location: str) -> HubSet:
     return HubSet(match["name"], match["split"], match["config"], revision=match["revision"])
 
 
-def read_hub(hub: HubSet) -> NumberedRows:
-    """(row number, row) of every row, in order."""
+def read_hub(hub: HubSet, *, stream: bool = False) -> NumberedRows:
+    """(row number, row) of every row, in order. With `stream`, rows are fetched as they are read, without
+    a download of the set before, unless a slice of a split is wanted."""
     import datasets  # noqa: PLC0415  (1.4 s)
 
+    options: dict[str, Any] = {"streaming": True} if stream and "[" not in hub.split else {}
     try:
         if hub.file is not None:
             url = f"hf://datasets/{hub.name}/{hub.file}"
-            table = datasets.load_dataset("json", data_files=url, split="train")
+            table = datasets.load_dataset("json", data_files=url, split="train", **options)
         else:
-            folder = {} if hub.folder is None else {"data_dir": hub.folder}
-            table = datasets.load_dataset(
-                hub.name, hub.config, split=hub.split, revision=hub.revision, **folder
-            )
+            options |= {"revision": hub.revision, "split": hub.split}
+            options |= {} if hub.folder is None else {"data_dir": hub.folder}
+            table = datasets.load_dataset(hub.name, hub.config, **options)
+        yield from enumerate(table)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{hub} cannot be loaded: {error}") from error
-    yield from enumerate(table)
 
 
 def list_of(value: object, column: str) -> list[Any]:

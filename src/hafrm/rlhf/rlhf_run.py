@@ -21,6 +21,7 @@ from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.best_of_n.candidates import read_prompts
 from hafrm.best_of_n.judges import conversation_text
 from hafrm.data.encoding import Encoder
+from hafrm.data.reader import file_digests
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
@@ -40,7 +41,7 @@ from hafrm.run_folder import RunFolder
 from hafrm.scoring.loading import check_base, load_tokenizer
 from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import clustered_bootstrap
-from hafrm.training.checkpoint import file_digests, model_digests
+from hafrm.training.checkpoint import model_digests
 from hafrm.training.loop import MetricsLog
 
 log = logging.getLogger("hafrm")

@@ -31,7 +31,8 @@ from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
 from hafrm.training.passes import decided_margins, pass_tokens, reference_logps, score_heads
-from hafrm.training.setup import PreparedData, build_encoder, build_model, prepare_data
+from hafrm.training.prepared_data import PreparedData, prepare_data
+from hafrm.training.setup import build_encoder, build_model
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"

@@ -44,8 +44,9 @@ from hafrm.training.passes import (
     state_spread,
     validate,
 )
+from hafrm.training.prepared_data import PreparedData, prepare_data
 from hafrm.training.run_export import export_run
-from hafrm.training.setup import PreparedData, prepare_data, with_precision
+from hafrm.training.setup import with_precision
 from hafrm.training.sharded_start import start_model
 from hafrm.training.step import (
     MEASURES,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import cache_folder, write_cache
+from hafrm.data.store import counts_of
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import first_responses
@@ -111,7 +112,7 @@ def references_of(
     both = reference_logps(model, groups, **options)
     first = first_responses(train)
     # NaN where nothing is computed: a loss which read one would stop the run
-    logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
+    logps = np.full(counts_of(train, "responses").sum(), np.nan, np.float32)
     place = [first[group.group_index] + response for group in used for response in group.responses]
     cut = len(place)
     logps[np.array(place, np.int64)] = both.logps[:cut]

@@ -46,9 +46,8 @@ from hafrm.training import parallel
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.passes import HeadScores, decided_margins
+from hafrm.training.prepared_data import NUM_GOLDEN, PreparedData
 from hafrm.training.setup import (
-    NUM_GOLDEN,
-    PreparedData,
     build_encoder,
     build_model,
     read_splits,
