@@ -142,7 +142,7 @@ _COUNTS: dict[str, Callable[[Any], int]] = {
 
 
 def counts_of(groups: Sequence[Any], name: str) -> NDArray[np.int32]:
-    """How many comparisons, decided ones, ties or responses each group has; stored groups are not read for it."""
+    """How many of what `_COUNTS` names each group has; stored groups are not read for it."""
     return numbers_of(groups, name, _COUNTS[name], np.int32)
 
 
