@@ -5,7 +5,7 @@ A tensor may lie in one file, or as rows in several: then each file's metadata s
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,23 +38,29 @@ def own_part(tensor: Tensor) -> Part:
     return Part(tensor.to_local(), offsets[0], tensor.shape)
 
 
-def write_tensors(file: Path, parts: Mapping[str, Part]) -> None:
-    """Write the parts, each copied to the host when its turn comes, and sync the file."""
-    header: dict[str, Any] = {}
+def write_tensors(
+    file: Path, parts: Mapping[str, Part], values: Iterator[Tensor] | None = None
+) -> None:
+    """Write the parts, each copied to the host when its turn comes, and sync the file. Rows on the meta
+    device are taken from `values`."""
+    first = {name: part.first for name, part in parts.items() if part.rows.shape != part.shape}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if first:
+        header["__metadata__"][ROWS] = json.dumps(first)
     end = 0
     for name, part in parts.items():
         start, end = end, end + part.rows.numel() * part.rows.element_size()
         place = {"dtype": _NAMES[part.rows.dtype], "shape": list(part.rows.shape)}
         header[name] = {**place, "data_offsets": [start, end]}
-    if first := {name: part.first for name, part in parts.items() if part.rows.shape != part.shape}:
-        header["__metadata__"] = {ROWS: json.dumps(first)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data is aligned to 8 bytes
     with file.open("xb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        for part in parts.values():
+        for name, part in parts.items():
+            rows = part.rows if values is None else next(values)
+            assert (rows.shape, rows.dtype) == (part.rows.shape, part.rows.dtype), name
             # a copy: a storage that numpy has seen cannot be freed by resizing
-            flat = part.rows.contiguous().to("cpu", copy=True).reshape(-1)
+            flat = rows.contiguous().to("cpu", copy=True).reshape(-1)
             output.write(flat.view(torch.uint8).numpy().data)
         output.flush()
         os.fsync(output.fileno())

@@ -4,15 +4,15 @@ Every directory has the tokenizer with the closed chat template of training. A r
 never one file, because vLLM refuses unknown weights.
 """
 
+import collections
 import contextlib
-import copy
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -32,6 +33,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.data.encoding import Encoder
@@ -48,10 +51,12 @@ from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses, free_memory, run_forward
 from hafrm.scoring.model_files import load_config
 from hafrm.scoring.reward_model import RewardModel
+from hafrm.tensor_files import Part, write_tensors
 
 log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
+MOST_BYTES = 50 * 10**9  # of a file, as in transformers
 _ADAPTER = "default"  # PEFT's name of the one adapter
 HALF_TOLERANCE = 0.1
 """Instead of TOLERANCE where the model in memory or the stored weights are in half precision."""
@@ -60,71 +65,51 @@ PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
 """Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
 
 
-@dataclass(frozen=True)
-class StockWeights:
-    """A model's complete weights on the CPU, LoRA merged, under their stock names."""
-
-    config: PretrainedConfig
-    backbone: Mapping[str, Tensor]
-    reward_head: Mapping[str, Tensor]  # a head is empty if the model lacks it
-    policy_head: Mapping[str, Tensor]
-
-
-def gather_weights(model: HybridModel) -> StockWeights:
-    """Collect the weights on the main rank; every rank must call this for a sharded model."""
-    return StockWeights(
-        with_dropout(model.backbone.config),
-        _merge_lora(model.backbone, _gather(model.backbone)),
-        *(_gather(head) for head in (model.reward_head, model.policy_head)),
-    )
-
-
 def export_reward(
-    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+    model: HybridModel, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias.
+    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias; all ranks of a
+    sharded model call, and each weight is whole when its turn comes alone.
 
     Raises ModelError if transformers has no such classifier, or it cannot hold the model.
     """
-    if not weights.reward_head:
+    if model.reward_head is None:
         raise ModelError("this model has no reward head to export; export its policy instead")
-    config = copy.deepcopy(weights.config)
+    config = with_dropout(model.backbone.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
     config.problem_type = "regression"  # or servers apply a sigmoid
     stock = _stock(AutoModelForSequenceClassification, config, encoder, dtype)
-    head = {f"score.{name}": value for name, value in weights.reward_head.items()}
-    _write(stock, weights.backbone, head, encoder, directory)
+    _write(stock, model.backbone, ("score", model.reward_head), encoder, directory)
 
 
 def export_policy(
-    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+    model: HybridModel, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock causal LM: backbone and retained LM head."""
-    if not weights.policy_head:
+    """Write the stock causal LM: backbone and retained LM head; otherwise as `export_reward`."""
+    head = model.policy_head
+    if head is None:
         raise ModelError("this model has no policy head to export; export its reward model instead")
-    config = copy.deepcopy(weights.config)
-    stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
-    names = {module: name for name, module in stock.named_modules()}
-    name = names[stock.get_output_embeddings()]
-    inputs = names[stock.get_input_embeddings()].removeprefix(f"{stock.base_model_prefix}.")
-    if config.tie_word_embeddings and not torch.equal(
-        weights.backbone[f"{inputs}.weight"], weights.policy_head["weight"]
+    config = with_dropout(model.backbone.config)
+    embeddings: Any = model.backbone.get_input_embeddings().weight
+    if config.tie_word_embeddings and not (
+        head.weight is embeddings or torch.equal(_whole(embeddings), _whole(head.weight))
     ):
         # a head of its own under a config that says tied, as merged adapters leave it: tying loses it
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
-        stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
-    head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
+    stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
     if stock.generation_config is not None:
         generation = None  # that of the base, if it is still there
         with contextlib.suppress(OSError, ValueError):
-            name = weights.config._name_or_path
+            name = config._name_or_path
             generation = GenerationConfig.from_pretrained(name, trust_remote_code=False)
         # else plain `generate` writes on past the end of a turn
         ends = encoder.turn_ends(generation)
         stock.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
-    _write(stock, weights.backbone, head, encoder, directory)
+    names = {module: name for name, module in stock.named_modules()}
+    output = names[stock.get_output_embeddings()]
+    _write(stock, model.backbone, (output, head), encoder, directory)
 
 
 def export_adapter(
@@ -163,30 +148,32 @@ def export_adapter(
         write_for_older_readers(aside)
 
 
-def _gather(module: nn.Module | None) -> dict[str, Tensor]:
-    """The module's weights on the main rank; none of no module."""
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    weights = {}
-    for name, value in module.state_dict().items() if module is not None else ():
-        # one at a time: ranks share host memory
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if is_main:
-            weights[name] = whole.detach().cpu()
-    return weights
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + scaling * B A in float32, under the names from before the adapters."""
-    if not weights:
-        return {}
-    merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
-    for name, module in backbone.named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = (weights[f"{name}.lora_{k}.{_ADAPTER}.weight"].float() for k in "AB")
-            delta = module.scaling[_ADAPTER] * (b @ a)
-            if getattr(module, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
-                delta = delta.t()
-            merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
+def _whole(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _read_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """A weight under its name from before adapters, W + scaling * B A in float32 where it has one, cast; on
+    the main rank's CPU, and of no use on others, which must call too."""
+    path, _, leaf = name.rpartition(".")
+    layer: Any = module.get_submodule(path)
+    if not isinstance(layer, LoraLayer) or leaf != "weight":
+        layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        value = _whole(getattr(layer, leaf).detach().to(dtype))
+        return value.cpu() if _is_main() else value
+    factors = (getattr(layer, f"lora_{k}")[_ADAPTER].weight for k in "BA")
+    value, b, a = map(_whole, (layer.get_base_layer().weight, *factors))
+    if not _is_main():
+        return value
+    delta = layer.scaling[_ADAPTER] * (b.cpu().float() @ a.cpu().float())
+    if getattr(layer, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
+        delta = delta.t()
+    merged: Tensor = (value.cpu().float() + delta).to(dtype)
     return merged
 
 
@@ -207,28 +194,84 @@ def _stock(
 
 def _write(
     stock: PreTrainedModel,
-    backbone: Mapping[str, Tensor],
-    head: Mapping[str, Tensor],
+    backbone: PreTrainedModel,
+    head: tuple[str, nn.Module],
     encoder: Encoder,
     directory: Path,
 ) -> None:
-    prefix, dtype = stock.base_model_prefix, stock.dtype
-    state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
-    state |= {name: value.to(dtype) for name, value in head.items()}
-    # float16's largest number is 65,504
-    over = [n for n, v in state.items() if dtype == torch.float16 and not torch.isfinite(v).all()]
-    if over:
-        raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
-    surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    """Write the weights of `backbone` and `head` as `stock`, which has none itself, has them in files."""
+    name, module = head
+    sources: dict[str, tuple[nn.Module, str]]
+    sources = {f"{stock.base_model_prefix}.{n}": (backbone, n) for n in _stock_names(backbone)}
+    sources |= {f"{name}.{n}": (module, n) for n in module.state_dict()}
     stock.tie_weights()
-    left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
+    stored = _stored_tensors(stock)
+    left = sorted({name for names, _ in stored for name in names} - sources.keys())
+    surplus = sorted(sources.keys() - stock.state_dict().keys())
     if left or surplus:
         problem = f"it lacks {left}, and has {surplus} too many"
         raise ModelError(f"{type(stock).__name__} cannot hold this model: {problem}")
-    with atomic_directory(directory) as aside:
-        stock.save_pretrained(aside)
-        encoder.export_tokenizer(aside)
-        write_for_older_readers(aside)
+    read = (
+        {name: _read_weight(*sources[name], stock.dtype) for name in names} for names, _ in stored
+    )
+    try:
+        if _is_main():
+            with atomic_directory(directory) as aside:
+                stock.save_pretrained(aside, state_dict={})  # the configs
+                # clones: parts of a converted tensor would count as all of it
+                tensors = {n: tensor.clone() for _, own in stored for n, tensor in own.items()}
+                _write_files(aside, tensors, _as_stored(stock, read))
+                encoder.export_tokenizer(aside)
+                write_for_older_readers(aside)
+    finally:
+        collections.deque(read, maxlen=0)  # what the other ranks gather
+
+
+def _stock_names(backbone: nn.Module) -> list[str]:
+    """The names of a backbone's weights from before adapters and quantisation."""
+    names = backbone.state_dict()
+    return [
+        n.replace(".base_layer.", ".") for n in names if ".lora_" not in n and ".weight." not in n
+    ]
+
+
+def _stored_tensors(stock: PreTrainedModel) -> list[tuple[list[str], dict[str, Tensor]]]:
+    """Weights, one each where that can be, and the tensors on the meta device that they are in files."""
+    state = remove_tied_weights_from_state_dict(stock.state_dict(), stock)
+    files = revert_weight_conversion(stock, state)
+    if files is state:
+        return [([name], {name: state[name]}) for name in sorted(state)]
+    alone = [([n], revert_weight_conversion(stock, {n: state[n]})) for n in sorted(state)]
+    shapes = {name: tensor.shape for _, part in alone for name, tensor in part.items()}
+    if shapes == {name: tensor.shape for name, tensor in files.items()}:
+        return alone
+    return [(sorted(state), files)]  # several weights of the model are one in its files
+
+
+def _as_stored(stock: PreTrainedModel, read: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
+    for weights in read:
+        # float16's largest number is 65,504
+        over = [
+            n for n, w in weights.items() if stock.dtype == torch.float16 and not w.isfinite().all()
+        ]
+        if over:
+            raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
+        yield from revert_weight_conversion(stock, weights).values()
+
+
+def _write_files(directory: Path, tensors: dict[str, Tensor], values: Iterator[Tensor]) -> None:
+    """safetensors, and their index if they are several."""
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=pattern, max_shard_size=MOST_BYTES
+    )
+    for file, names in split.filename_to_tensors.items():
+        parts = {name: Part(tensors[name], 0, tensors[name].shape) for name in names}
+        write_tensors(directory / file, parts, values)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text)
 
 
 def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
