@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import _TYPES
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 ROWS = "first_rows"
+MOST_BYTES = 50 * 10**9  # of one of a model's files, as in transformers
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
@@ -64,6 +66,20 @@ def write_tensors(
             output.write(flat.view(torch.uint8).numpy().data)
         output.flush()
         os.fsync(output.fileno())
+
+
+def write_files(folder: Path, tensors: dict[str, Tensor], values: Iterator[Tensor]) -> None:
+    """Write a model's tensors, here on the meta device, as model.safetensors, or several and an index."""
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MOST_BYTES
+    )
+    for file, names in split.filename_to_tensors.items():
+        parts = {name: Part(tensors[name], 0, tensors[name].shape) for name in names}
+        write_tensors(folder / file, parts, values)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
 
 
 class TensorFiles:

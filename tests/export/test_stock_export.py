@@ -14,11 +14,11 @@ from transformers import (
     pipeline,
 )
 
+from hafrm import tensor_files
 from hafrm.data.encoding import Encoder
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.errors import CheckpointError, ModelError
-from hafrm.export import stock_export
 from hafrm.export.checklist import replay_directory
 from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.preferences import Message
@@ -183,7 +183,7 @@ def test_weights_written_one_by_one_are_the_file_that_transformers_writes_of_all
         if family != "mixtral":
             files = [(folder / "model.safetensors").read_bytes() for folder in (one, all_)]
             assert files[0] == files[1]
-    monkeypatch.setattr(stock_export, "MOST_BYTES", 30_000)
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 30_000)
     export_reward(model, encoder, tmp_path / "split", dtype=dtype)
     assert len(list((tmp_path / "split").glob("model-*.safetensors"))) > 1
     kind = AutoModelForSequenceClassification

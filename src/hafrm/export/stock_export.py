@@ -12,17 +12,17 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -45,18 +45,18 @@ from hafrm.export.plain_model import (
     TOLERANCE,
     PlainModel,
     device_for,
+    num_threads,
     write_for_older_readers,
 )
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses, free_memory, run_forward
 from hafrm.scoring.model_files import load_config
 from hafrm.scoring.reward_model import RewardModel
-from hafrm.tensor_files import Part, write_tensors
+from hafrm.tensor_files import write_files
 
 log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
-MOST_BYTES = 50 * 10**9  # of a file, as in transformers
 _ADAPTER = "default"  # PEFT's name of the one adapter
 HALF_TOLERANCE = 0.1
 """Instead of TOLERANCE where the model in memory or the stored weights are in half precision."""
@@ -92,12 +92,11 @@ def export_policy(
         raise ModelError("this model has no policy head to export; export its reward model instead")
     config = with_dropout(model.backbone.config)
     embeddings: Any = model.backbone.get_input_embeddings().weight
-    if config.tie_word_embeddings and not (
-        head.weight is embeddings or torch.equal(_whole(embeddings), _whole(head.weight))
-    ):
+    if config.tie_word_embeddings and head.weight is not embeddings:
+        differ = _full((head.weight != embeddings).any())
         # a head of its own under a config that says tied, as merged adapters leave it: tying loses it
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            part.tie_word_embeddings = False
+            part.tie_word_embeddings = not differ.item()
     stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
     if stock.generation_config is not None:
         generation = None  # that of the base, if it is still there
@@ -152,28 +151,30 @@ def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _full(weight: Tensor) -> Tensor:
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """All of it, on the main rank's CPU; others, which must call too, get it on the meta device."""
+    return _full(weight).to("cpu" if _is_main() else "meta")
+
+
 def _read_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """A weight under its name from before adapters, W + scaling * B A in float32 where it has one, cast; on
-    the main rank's CPU, and of no use on others, which must call too."""
+    """A weight under its name from before adapters, with one W + scaling * B A in float32, cast."""
     path, _, leaf = name.rpartition(".")
     layer: Any = module.get_submodule(path)
-    if not isinstance(layer, LoraLayer) or leaf != "weight":
-        layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        value = _whole(getattr(layer, leaf).detach().to(dtype))
-        return value.cpu() if _is_main() else value
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    value = (dequantize_module_weight(base) if leaf == "weight" else getattr(base, leaf)).detach()
+    if base is layer or leaf != "weight":
+        return _whole(value.to(dtype))
     factors = (getattr(layer, f"lora_{k}")[_ADAPTER].weight for k in "BA")
-    value, b, a = map(_whole, (layer.get_base_layer().weight, *factors))
-    if not _is_main():
-        return value
-    delta = layer.scaling[_ADAPTER] * (b.cpu().float() @ a.cpu().float())
+    value, b, a = (_whole(part).float() for part in (value, *factors))
+    delta = layer.scaling[_ADAPTER] * (b @ a)
     if getattr(layer, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
         delta = delta.t()
-    merged: Tensor = (value.cpu().float() + delta).to(dtype)
+    merged: Tensor = (value + delta).to(dtype)
     return merged
 
 
@@ -184,12 +185,11 @@ def _stock(
     config.pad_token_id, config.eos_token_id = encoder.pad_id, encoder.eos_id
     try:
         with torch.device("meta"):
-            return cast(
-                "PreTrainedModel", auto.from_config(config, dtype=dtype, trust_remote_code=False)
-            )
+            stock: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
-        name = type(config).__name__
-        raise ModelError(f"transformers has no {auto.__name__} for {name}") from error
+        kind = type(config).__name__
+        raise ModelError(f"transformers has no {auto.__name__} for {kind}") from error
+    return stock
 
 
 def _write(
@@ -200,39 +200,39 @@ def _write(
     directory: Path,
 ) -> None:
     """Write the weights of `backbone` and `head` as `stock`, which has none itself, has them in files."""
-    name, module = head
-    sources: dict[str, tuple[nn.Module, str]]
-    sources = {f"{stock.base_model_prefix}.{n}": (backbone, n) for n in _stock_names(backbone)}
-    sources |= {f"{name}.{n}": (module, n) for n in module.state_dict()}
+    sources: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, module in ((stock.base_model_prefix, backbone), head):
+        for n in module.state_dict():
+            if ".lora_" not in n and ".weight." not in n:  # what bitsandbytes keeps of a weight
+                own = n.replace(".base_layer.", ".")
+                sources[f"{prefix}.{own}"] = module, own
     stock.tie_weights()
     stored = _stored_tensors(stock)
     left = sorted({name for names, _ in stored for name in names} - sources.keys())
     surplus = sorted(sources.keys() - stock.state_dict().keys())
     if left or surplus:
-        problem = f"it lacks {left}, and has {surplus} too many"
-        raise ModelError(f"{type(stock).__name__} cannot hold this model: {problem}")
-    read = (
-        {name: _read_weight(*sources[name], stock.dtype) for name in names} for names, _ in stored
-    )
+        problem = f"cannot hold this model: it lacks {left}, and has {surplus} too many"
+        raise ModelError(f"{type(stock).__name__} {problem}")
+    read = ([(n, _read_weight(*sources[n], stock.dtype)) for n in names] for names, _ in stored)
+
+    def values() -> Iterator[Tensor]:
+        for weights in map(dict, read):
+            half = stock.dtype == torch.float16  # whose largest number is 65,504
+            if over := [name for name, w in weights.items() if half and not w.isfinite().all()]:
+                raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
+            yield from revert_weight_conversion(stock, weights).values()
+
     try:
         if _is_main():
             with atomic_directory(directory) as aside:
                 stock.save_pretrained(aside, state_dict={})  # the configs
                 # clones: parts of a converted tensor would count as all of it
                 tensors = {n: tensor.clone() for _, own in stored for n, tensor in own.items()}
-                _write_files(aside, tensors, _as_stored(stock, read))
+                write_files(aside, tensors, values())
                 encoder.export_tokenizer(aside)
                 write_for_older_readers(aside)
     finally:
         collections.deque(read, maxlen=0)  # what the other ranks gather
-
-
-def _stock_names(backbone: nn.Module) -> list[str]:
-    """The names of a backbone's weights from before adapters and quantisation."""
-    names = backbone.state_dict()
-    return [
-        n.replace(".base_layer.", ".") for n in names if ".lora_" not in n and ".weight." not in n
-    ]
 
 
 def _stored_tensors(stock: PreTrainedModel) -> list[tuple[list[str], dict[str, Tensor]]]:
@@ -248,40 +248,11 @@ def _stored_tensors(stock: PreTrainedModel) -> list[tuple[list[str], dict[str, T
     return [(sorted(state), files)]  # several weights of the model are one in its files
 
 
-def _as_stored(stock: PreTrainedModel, read: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
-    for weights in read:
-        # float16's largest number is 65,504
-        over = [
-            n for n, w in weights.items() if stock.dtype == torch.float16 and not w.isfinite().all()
-        ]
-        if over:
-            raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
-        yield from revert_weight_conversion(stock, weights).values()
-
-
-def _write_files(directory: Path, tensors: dict[str, Tensor], values: Iterator[Tensor]) -> None:
-    """safetensors, and their index if they are several."""
-    pattern = "model{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern=pattern, max_shard_size=MOST_BYTES
-    )
-    for file, names in split.filename_to_tensors.items():
-        parts = {name: Part(tensors[name], 0, tensors[name].shape) for name in names}
-        write_tensors(directory / file, parts, values)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text)
-
-
 def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
     """Short names if they match exactly these layers, else the layers' full names."""
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, (nn.Linear, LoraLayer))]
     short = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    matched = {
-        name
-        for name, module in backbone.named_modules()
-        if name.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, LoraLayer))
-    }
+    matched = {name for name in linear if name.rsplit(".", 1)[-1] in short}
     return short if matched == set(layers) else sorted(layers)
 
 
@@ -299,13 +270,6 @@ def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: 
         ) from error
     unverified.rename(directory)
     return result
-
-
-def _num_threads() -> int:
-    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return torch.get_num_threads()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -362,7 +326,7 @@ def write_golden(directory: Path, memory: InMemory) -> int:
     renders and tokenizes them gets other ids. Raises NumericsError when that leaves none, and where the
     rewards are not those in memory.
     """
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(num_threads())
     free_memory()
     device = device_for(sum(map(math.prod, PlainModel(directory).weights.values())))
     model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
@@ -396,7 +360,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
     """
     # -P: modules of the current directory must not be imported
     command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     free_memory()
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.strip().splitlines()
@@ -418,7 +382,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
 def check_policy(directory: Path, memory: InMemory) -> tuple[int, float]:
     """Number of responses whose log-probs plain transformers gives as the model in memory did, and the
     largest difference, as `InMemory.check` measures it."""
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(num_threads())
     free_memory()
     stock = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=False
