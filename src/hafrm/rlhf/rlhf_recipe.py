@@ -203,5 +203,7 @@ class RlhfRecipe(Section):
             )
         if self.judge != EndpointSection() and (comparison is None or comparison.judge is None):
             yield "settings of `judge` need comparison.judge, its URL"
+        if self.model.quantization:
+            yield "model.quantization is for reward models: remove it"
         if self.reward.model is None and comparison is None:
             yield "reward.model is missing: name one (or comparison.models, to compare several)"

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -284,8 +286,16 @@ def load_base(
     cannot be loaded whole."""
     path = base_directory(model.path)
     # None: a base may have only a pickle, which torch reads as weights alone
-    options = {"revision": model.revision, "use_safetensors": None}
+    options: dict[str, Any] = {"revision": model.revision, "use_safetensors": None}
+    if model.quantization:
+        options["quantization_config"] = _nf4(path, dtype)
     causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
+    if model.quantization:
+        del causal.config.quantization_config  # an export has whole weights
+        for module in causal.modules():
+            # or an evaluation on a CPU rounds products to bfloat16, and repacks the weights
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     head = causal.get_output_embeddings()
     name = next((n for n, module in causal.named_modules() if module is head), None)
     lacking = {n for n in missing if name and n.startswith(f"{name}.")}
@@ -298,6 +308,20 @@ def load_base(
         with model_errors(f"the LM head of model.policy_from {place} does not fit {path}"):
             head.load_state_dict(other.get_output_embeddings().state_dict())
     return cast("PreTrainedModel", causal)
+
+
+def _nf4(path: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's: 4 bits a weight of a linear layer, a scale for 64 in 8 bits, products in `dtype`."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("model.quantization needs bitsandbytes: pip install 'hafrm[qlora]'")
+    if find_adapter(path) is not None:
+        raise ConfigError(f"{path} is an adapter, which cannot be merged in 4 bits: merge it first")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _no_lm_head(path: str) -> str:

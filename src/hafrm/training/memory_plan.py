@@ -340,6 +340,8 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
     """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
+    if recipe.model.quantization:  # bytes that FSDP2 cannot divide
+        recipe = with_training(recipe, parallel="ddp")
     heads = {"policy": method.trains_policy, "reward": method.trains_reward}
     weights = count_weights(meta_model(check_base(recipe.model, **heads), recipe, method))
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.

@@ -236,6 +236,9 @@ def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> N
         "only reward models become adapters: remove --no-merge-lora": merge is False and policy,
         "adapters stay in float32: remove --dtype": merge is False
         and dtype not in (None, "float32"),
+        "the adapters' base was quantised, and is not on disk so: remove --no-merge-lora": (
+            merge is False and recipe.model.quantization is not None
+        ),
         "model.path is an adapter itself, so another one needs its merged base: remove --no-merge-lora": (
             is_adapter
         ),
