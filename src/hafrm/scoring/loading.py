@@ -292,10 +292,16 @@ def load_base(
     causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
     if model.quantization:
         del causal.config.quantization_config  # an export has whole weights
-        for module in causal.modules():
-            # or an evaluation on a CPU rounds products to bfloat16, and repacks the weights
-            if hasattr(module, "support_avx512bf16_for_cpu"):
+        for place, module in causal.named_modules():
+            if hasattr(module, "quant_state"):
+                # or an evaluation on a CPU rounds products to bfloat16, and repacks the weights
                 module.support_avx512bf16_for_cpu = False
+                # bitsandbytes 0.50's CPU kernel takes the scales of blocks that begin at a row
+                if device.type == "cpu" and module.in_features % 64:
+                    raise ModelError(
+                        f"{place} of {path} has {module.in_features} inputs, and bitsandbytes dequantises "
+                        "multiples of 64 only on a CPU: train without model.quantization, or on a GPU"
+                    )
     head = causal.get_output_embeddings()
     name = next((n for n, module in causal.named_modules() if module is head), None)
     lacking = {n for n in missing if name and n.startswith(f"{name}.")}
