@@ -60,7 +60,8 @@ def train(recipe: str, folder: str, *options: str) -> None:
         os.environ["HAFRM_CACHE"] = str(Path(folder).parent / f"cache-of-{rank()}")
     loop.validate = falling_accuracy(loop.validate)
     finish = (lambda _: parallel.stop()) if "--no-export" in options else None
-    loop.run_training(load_recipe(recipe), Path(folder), finish=finish)
+    resume = "--resume" in options
+    loop.run_training(load_recipe(recipe), Path(folder), resume=resume, finish=finish)
     assert parallel.is_main() == (rank() == 0)  # although the group has ended
     with pytest.raises(ConfigError, match="launch them again"):
         parallel.start()

@@ -147,6 +147,8 @@ def _write_policy(
             "no checkpoint holds the reference of the policy (its LM head is that of model.policy_from): "
             "its implicit reward is the log-prob alone"
         )
+    if recipe.model.quantization and method.scores_against_reference:
+        log.warning("the policy's implicit reward will be against its base as it is, not in 4 bits")
     rule = ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
     write_result(to / IMPLICIT_RULE, rule)
 
