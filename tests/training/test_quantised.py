@@ -6,11 +6,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hafrm.errors import ConfigError, ModelError
 from hafrm.export.stock_export import InMemory
+from hafrm.recipe import ModelSection
 from hafrm.recipe_file import build_recipe
-from hafrm.scoring import loading
+from hafrm.scoring import loading, model_files
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
@@ -19,6 +21,7 @@ from hafrm.training.methods import resolve_method
 from hafrm.training.passes import reference_cache
 from hafrm.training.run_export import ExportOptions, export_from_run
 from hafrm.training.setup import build_encoder, build_model, meta_model
+from support.models import GPT2
 from support.tiny_runs import tiny_recipe, write_base
 
 SECTIONS = {"model": {"quantization": "nf4"}, "lora": {"rank": 4, "alpha": 8.0}}
@@ -135,12 +138,20 @@ def test_what_cannot_be_quantised_is_refused(run, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"was quantised.*remove --no-merge-lora"):
         export_from_run(run, tmp_path / "out", ExportOptions(merge_lora=False))
     recipe = tiny_recipe(tmp_path, **SECTIONS)
-    with pytest.raises(ModelError, match=r"has 32 inputs.*multiples of 64"):
+    with pytest.raises(ModelError, match=r"transposed.*multiples of 64"):
         quantised_model(recipe)
+    sizes = {**GPT2, "vocab_size": 400, "n_embd": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match=r"transposed"):
+        loading.load_base(
+            ModelSection(path=str(tmp_path / "gpt2"), quantization="nf4"),
+            torch.float32,
+            torch.device("cpu"),
+        )
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "find_adapter", lambda *_: "an adapter")
+        patch.setattr(model_files, "find_adapter", lambda *_: "an adapter")
         with pytest.raises(ConfigError, match="merge it first"):
             quantised_model(recipe)
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr(model_files, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'hafrm\[qlora\]'"):
         quantised_model(recipe)

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -50,6 +48,8 @@ from hafrm.scoring.model_files import (
     load_parts,
     load_whole,
     model_errors,
+    nf4_config,
+    settle_nf4,
     stored_reward_head,
     stored_tensors,
 )
@@ -288,20 +288,10 @@ def load_base(
     # None: a base may have only a pickle, which torch reads as weights alone
     options: dict[str, Any] = {"revision": model.revision, "use_safetensors": None}
     if model.quantization:
-        options["quantization_config"] = _nf4(path, dtype)
+        options["quantization_config"] = nf4_config(path, dtype)
     causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
     if model.quantization:
-        del causal.config.quantization_config  # an export has whole weights
-        for place, module in causal.named_modules():
-            if hasattr(module, "quant_state"):
-                # or an evaluation on a CPU rounds products to bfloat16, and repacks the weights
-                module.support_avx512bf16_for_cpu = False
-                # bitsandbytes 0.50's CPU kernel takes the scales of blocks that begin at a row
-                if device.type == "cpu" and module.in_features % 64:
-                    raise ModelError(
-                        f"{place} of {path} has {module.in_features} inputs, and bitsandbytes dequantises "
-                        "multiples of 64 only on a CPU: train without model.quantization, or on a GPU"
-                    )
+        settle_nf4(causal, path, device)
     head = causal.get_output_embeddings()
     name = next((n for n, module in causal.named_modules() if module is head), None)
     lacking = {n for n in missing if name and n.startswith(f"{name}.")}
@@ -314,20 +304,6 @@ def load_base(
         with model_errors(f"the LM head of model.policy_from {place} does not fit {path}"):
             head.load_state_dict(other.get_output_embeddings().state_dict())
     return cast("PreTrainedModel", causal)
-
-
-def _nf4(path: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's: 4 bits a weight of a linear layer, a scale for 64 in 8 bits, products in `dtype`."""
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("model.quantization needs bitsandbytes: pip install 'hafrm[qlora]'")
-    if find_adapter(path) is not None:
-        raise ConfigError(f"{path} is an adapter, which cannot be merged in 4 bits: merge it first")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def _no_lm_head(path: str) -> str:
