@@ -20,6 +20,7 @@ from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
 from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelError, NumericsError
+from hafrm.export import stock_export
 from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe
@@ -196,10 +197,18 @@ def sharded_start(folder: str) -> None:
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                     self_check(model, lay_out(token_groups(SHAPES)))
                 gradients_do_not_depend_on_when_they_are_exchanged(model, precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock_export, "write_files", full_disk)  # the other rank has no file to write
+        with pytest.raises(CheckpointError, match="disk full"):
+            parallel.on_all(lambda: export_reward(model, encoder, Path(folder) / "full"))
     incomplete = sharded_recipe(Path(folder) / "incomplete", lora=False, precision="fp32")
     with pytest.raises(ModelError, match="without 1 weights"):
         build_sharded(incomplete, method, encoder, ranks)
     parallel.stop()
+
+
+def full_disk(*_) -> None:
+    raise OSError("disk full")
 
 
 def exports_are_equal(

@@ -131,8 +131,8 @@ class MemoryPlan:
         return (
             f"{need.step / GIB:.3g} GiB for a step in micro-batches of {self.tokens} tokens, "
             f"{need.passes / GIB:.3g} for passes without gradients, {usable:.3g} usable: "
-            f"training.max_tokens {self.max_tokens} {verdict}; proof of the export: "
-            f"{self.proof / GIB:.3g} on the {self.prover}"
+            f"training.max_tokens {self.max_tokens} {verdict}; proof of the export: at "
+            f"most {self.proof / GIB:.3g} on the {self.prover}"
         )
 
     def tables(self) -> tuple[Table, ...]:

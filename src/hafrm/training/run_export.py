@@ -85,15 +85,11 @@ def export_run(
     with contextlib.ExitStack() as stack:
         unverified = atomic_directory(run.unverified_path, replace=True)
         aside = parallel.from_main(lambda: stack.enter_context(unverified))
-
-        def write() -> None:
-            if model.reward_head is not None:
-                export_reward(model, data.encoder, aside / "reward", dtype=dtype)
-            parallel.wait()  # for the main rank's disk
-            if model.policy_head is not None:
-                _write_policy(model, data.encoder, aside / "policy", dtype, recipe)
-
-        parallel.on_all(write)
+        place, to = aside / "reward", aside / "policy"
+        if model.reward_head is not None:
+            parallel.on_all(lambda: export_reward(model, data.encoder, place, dtype=dtype))
+        if model.policy_head is not None:
+            parallel.on_all(lambda: _write_policy(model, data.encoder, to, dtype, recipe))
         if rule is not None and parallel.is_main():
             log.info("fused score, fitted on validation: %s", rule)
             write_result(aside / FUSED_RULE, rule)
