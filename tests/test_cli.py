@@ -19,7 +19,7 @@ from hafrm.scoring.reward_model import IMPLICIT_RULE, FusedRule, ImplicitRule, R
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.export_faults import FAULTS
-from support.forked import on_two_ranks
+from support.forked import on_ranks
 from support.reward_servers import openrlhf, serving
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -247,7 +247,7 @@ def test_two_processes_evaluate_to_the_result_of_one(exported, tmp_path, options
     data = str(write_preferences(tmp_path / "data.jsonl", num=8))
     ours, theirs = (str(tmp_path / f"{num}.json") for num in ("one", "two"))
     invoke("evaluate", exported, data, *options, "--json", ours)
-    on_two_ranks("evaluate", tmp_path, str(exported), data, *options, "--json", theirs)
+    on_ranks("evaluate", tmp_path, str(exported), data, *options, "--json", theirs)
     assert Path(ours).read_bytes() == Path(theirs).read_bytes()
     logs = [(tmp_path / f"evaluate-{rank}.log").read_text() for rank in "01"]
     assert "accuracy" in logs[0] and "accuracy" not in logs[1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.forked import on_two_ranks
+from support.forked import on_ranks
 from support.recipe_models import config_of
 from support.scripts import load_script
 
@@ -32,7 +32,7 @@ def test_traffic_is_two_gathers_of_all_weights_and_one_scatter_and_nodes_add_up_
 
 def test_two_ranks_move_in_a_step_what_the_script_says(scale, tmp_path):
     """FSDP2's own exchanges, counted: above by the padding of rows that do not divide, 1 %."""
-    on_two_ranks("traffic", tmp_path, str(tmp_path / "moved"))
+    on_ranks("traffic", tmp_path, str(tmp_path / "moved"))
     ours = scenario(scale, "fsdp")
     moved = float((tmp_path / "moved").read_text())
     assert 1.0 <= moved / ours.traffic(2, 1, 1)[0] < 1.01

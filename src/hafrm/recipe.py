@@ -66,6 +66,8 @@ class ModelSection(PolicySection):
 
     reward_head: Literal["new", "keep"] | None = None
     """keep: continue with the reward head of `path`; new: drop it; null: keep it where there is one."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: under `lora`, the linear layers' frozen weights in 4 bits (QLoRA; needs hafrm[qlora])."""
 
 
 class DataSection(Section):
@@ -270,6 +272,16 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _quantises_what_is_frozen_and_whole(self) -> "Recipe":
+        sharded = self.training.parallel in ("fsdp", "hsdp")
+        if self.model.quantization and (self.lora is None or sharded):
+            raise ValueError(
+                "model.quantization needs `lora`, and training.parallel auto or ddp: quantised weights "
+                "neither train nor are divided"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_a_comparison_into_a_micro_batch(self) -> "Recipe":

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +17,13 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
 from hafrm.data import store
+from hafrm.data.encoding import Encoder
 from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
 from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelError, NumericsError
-from hafrm.export.stock_export import gather_weights
+from hafrm.export import stock_export
+from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe
 from hafrm.run_folder import RunFolder
@@ -61,7 +64,8 @@ def train(recipe: str, folder: str, *options: str) -> None:
         store.IN_MEMORY = 1000  # so that token ids are cached too
     loop.validate = falling_accuracy(loop.validate)
     finish = (lambda _: parallel.stop()) if "--no-export" in options else None
-    loop.run_training(load_recipe(recipe), Path(folder), finish=finish)
+    resume = "--resume" in options
+    loop.run_training(load_recipe(recipe), Path(folder), resume=resume, finish=finish)
     assert parallel.is_main() == (rank() == 0)  # although the group has ended
     with pytest.raises(ConfigError, match="launch them again"):
         parallel.start()
@@ -133,8 +137,6 @@ def shards(folder: str) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
-    weights = gather_weights(model)
-    assert bool(weights.backbone) == bool(weights.policy_head) == (rank() == 0)
     storages = [p.to_local().untyped_storage() for p in model.parameters()]
     parallel.release(model)
     assert sum(storage.nbytes() for storage in storages) == 0
@@ -200,14 +202,46 @@ def sharded_start(folder: str) -> None:
                 assert parameters[name].requires_grad == value.requires_grad
             for ours, theirs in zip(model.buffers(), expected.buffers(), strict=True):
                 assert torch.equal(ours, theirs)
+            exports_are_equal(model, expected, encoder, base)
             if base.name == "base-llama":
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                     self_check(model, lay_out(token_groups(SHAPES)))
                 gradients_do_not_depend_on_when_they_are_exchanged(model, precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock_export, "write_files", full_disk)  # the other rank has no file to write
+        with pytest.raises(CheckpointError, match="disk full"):
+            parallel.on_all(lambda: export_reward(model, encoder, Path(folder) / "full"))
     incomplete = sharded_recipe(Path(folder) / "incomplete", lora=False, precision="fp32")
     with pytest.raises(ModelError, match="without 1 weights"):
         build_sharded(incomplete, method, encoder, ranks)
     parallel.stop()
+
+
+def full_disk(*_) -> None:
+    raise OSError("disk full")
+
+
+def exports_are_equal(
+    model: HybridModel, expected: HybridModel, encoder: Encoder, base: Path
+) -> None:
+    """To the bit, with adapters that change the model, in either dtype."""
+    whole = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            value = torch.randn_like(whole[name])
+            whole[name].data.copy_(value)
+            parameter.data.copy_(parallel.hand_out(value, parameter.detach()))
+    export = {"reward": export_reward, "policy": export_policy}
+    folder = base.with_name(f"exports-{base.name}")
+    for head, dtype in itertools.product(export, [torch.float32, torch.bfloat16]):
+        for name, source in (("sharded", model), ("whole", expected)):
+            export[head](source, encoder, folder / name / head, dtype=dtype)
+        if rank() == 0:
+            for file in sorted((folder / "whole" / head).iterdir()):
+                other = folder / "sharded" / head / file.name
+                assert file.read_bytes() == other.read_bytes(), (base, head, dtype, file.name)
+            shutil.rmtree(folder)
+        parallel.wait()
 
 
 def sharded_recipe(base: Path, lora: bool, precision: str) -> Recipe:

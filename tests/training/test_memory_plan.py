@@ -287,15 +287,19 @@ def test_what_cannot_fit_stops_an_automatic_budget_and_a_number_is_warned_of_and
     assert "does not fit" in record.message
 
 
-def test_a_plan_counts_the_host_memory_of_a_checkpoint_or_the_export():
-    """bf16 LoRA: gathered weights (2 bytes a frozen one), merged in float32, cast. Training all weights
-    in float32: a checkpoint of weights and two moments."""
+def test_a_plan_counts_what_lies_on_the_host_and_the_proof_of_the_export_where_it_has_room():
+    """One weight on its way to a file, merged in float32; offloaded shards with gradients and moments (16
+    bytes a weight); the merged export in float32, with three tenths and 2 GiB for a batch."""
     lora, gpu = {"training": BF16, "lora": {"rank": 4}}, Target("cuda", 2**32)
-    counts, adapted = count_weights(meta_of("llama", recipe_of(**lora))), plan(gpu, **lora)
-    gathered = 4 * counts.trainable + counts.frozen_bytes
-    assert adapted.host == gathered + (4 + 2) * counts.total
+    adapted, counts = plan(gpu, **lora), count_weights(meta_of("llama", recipe_of(**lora)))
+    assert adapted.need.host == 4 * 4 * counts.largest
+    assert adapted.proof == int(1.3 * 4 * (counts.total - counts.trainable)) + 2**31
+    assert (adapted.prover, plan(Target("cuda", 2**31), **lora).prover) == ("GPU", "host")
+    assert "proof of the export: at most 2 on the GPU" in str(adapted)
+    training = {"precision": "fp32", "parallel": "fsdp", "offload": "weights"}
     whole = count_weights(meta_of("llama", recipe_of()))
-    assert plan(gpu, training={"precision": "fp32"}).host == 12 * whole.trainable
+    need = plan(Target("cuda", 2**32, ranks=2), training=training).need
+    assert need.host == 16 * whole.trainable // 2 + 4 * 4 * whole.largest
 
 
 def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_whether_it_fits(

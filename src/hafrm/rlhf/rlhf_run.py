@@ -29,7 +29,6 @@ from hafrm.export.stock_export import (
     PLAIN,
     check_policy,
     export_policy,
-    gather_weights,
     prove,
     score_in_memory,
 )
@@ -262,7 +261,7 @@ class RlhfRun:
         options: Any = {"max_tokens": actor.max_tokens, "autocast": actor.autocast}
         memory = score_in_memory(actor.model, actor.encoder, golden, **options)
         with atomic_directory(unverified, replace=True) as aside:
-            export_policy(gather_weights(actor.model), actor.encoder, aside / "policy", dtype=dtype)
+            export_policy(actor.model, actor.encoder, aside / "policy", dtype=dtype)
         prove(
             unverified,
             self.folder.model_path,

@@ -48,6 +48,8 @@ from hafrm.scoring.model_files import (
     load_parts,
     load_whole,
     model_errors,
+    nf4_config,
+    settle_nf4,
     stored_reward_head,
     stored_tensors,
 )
@@ -284,8 +286,13 @@ def load_base(
     cannot be loaded whole."""
     path = base_directory(model.path)
     # None: a base may have only a pickle, which torch reads as weights alone
-    options = {"revision": model.revision, "use_safetensors": None}
+    options: dict[str, Any] = {"revision": model.revision, "use_safetensors": None}
+    quantised = isinstance(model, ModelSection) and model.quantization is not None
+    if quantised:
+        options["quantization_config"] = nf4_config(path, dtype)
     causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
+    if quantised:
+        settle_nf4(causal, path, device)
     head = causal.get_output_embeddings()
     name = next((n for n, module in causal.named_modules() if module is head), None)
     lacking = {n for n in missing if name and n.startswith(f"{name}.")}

@@ -177,7 +177,8 @@ def release(model: HybridModel) -> None:
         parameter.grad = None
         if isinstance(parameter, DTensor):  # FSDP2 refers to the shards by itself
             parameter.to_local().untyped_storage().resize_(0)
-    model.to("meta")
+    for module in model.modules():
+        module._parameters = dict.fromkeys(module._parameters)
     free_memory()
 
 

@@ -58,6 +58,8 @@ def reference_cache(
         return None
     assert model.policy_head is not None
     dtypes = f"{autocast} {model.policy_head.weight.dtype}"
+    if any(p.dtype == torch.uint8 for p in model.parameters()):
+        dtypes += " nf4"
     digest = hashlib.sha256(repr((2, dtypes, model.transform, weights)).encode())
     for group in groups:
         for ids in (group.prompt_ids, *group.response_ids):
