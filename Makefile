@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check format bench bench-score clean
+.PHONY: help demo test test-all check format docs bench bench-score clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,10 @@ format: $(STAMP)  ## put the code in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(STAMP)  ## build the site into site/; a broken link is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)  ## time a training step against TRL (installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl
 	$(BIN)/python benchmarks/train_step.py --data $(DATA) --tokenizer $(TOKENIZER) $(OPTIONS)
@@ -41,4 +45,4 @@ bench-score: $(STAMP)  ## time scoring against plain transformers
 	$(BIN)/python benchmarks/score.py --data $(DATA) --tokenizer $(TOKENIZER)
 
 clean:  ## remove the environment and what runs wrote
-	rm -rf $(VENV) runs demo-run .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs demo-run site .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,15 @@ import transformers
 from contenders import Marks, Ours
 from torch import Tensor
 from transformers.activations import NewGELUActivation
-from workload import SHAPES, Rows, Workload, best_time, load, synchronise
+from workload import (
+    Rows,
+    Workload,
+    add_model_options,
+    best_time,
+    load,
+    model_options,
+    synchronise,
+)
 
 from hafrm.engine import attention
 from hafrm.engine.attention import Rule, attend_by_group, attend_by_segment
@@ -34,15 +42,14 @@ WARM_STEPS = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True, type=Path)
-    parser.add_argument("--shape", choices=SHAPES, default="phi-2")
+    add_model_options(parser, "phi-2")
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = model_options(parser)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     w = load(
@@ -55,7 +62,7 @@ def main() -> None:
         device=torch.device(args.device),
         lora_rank=args.lora_rank,
     )
-    rows = Rows(args.out, f"parts-{args.shape}", seconds=args.seconds)
+    rows = Rows(args.out, f"parts-{args.name}", seconds=args.seconds)
     rows.add({"part": "busy"}, lambda: busy(w))
     for exponent in (24, 26, 27):
         rows.add({"part": "head", "logits": f"2^{exponent}"}, lambda e=exponent: head(w, 2**e))

@@ -1,15 +1,16 @@
-"""What a run costs on many GPUs, on paper: FLOPs, bytes, traffic and comparisons per second under FSDP2.
+"""What a run costs on many GPUs, on paper: bytes, traffic, comparisons per second, GPU hours and money.
 
-    python benchmarks/scale.py --config llama-70b --lora --lengths long --gpus 8 16 32 64
+    python benchmarks/scale.py --config llama-70b --lora --lengths long --gpus 8 64 512
+    python benchmarks/scale.py --cost --lengths long
 
-Weights are counted on the run's own model on the meta device, bytes are the memory plan's
-(hafrm.training.memory_plan), FLOPs those of benchmarks/step_flops.py; peak, utilisation and bandwidths
-are assumptions and can be given. No GPU and no weights are needed.
+Weights are counted on the run's own model on the meta device, bytes and micro-batches are the memory plan's
+(hafrm.training.memory_plan), FLOPs those of benchmarks/step_flops.py; peak, utilisation, bandwidths and the
+price are assumptions and can be given. No GPU and no weights are needed.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +19,33 @@ from step_flops import count, reference_flops, step_flops, work_of
 
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe
-from hafrm.training.memory_plan import (
-    FLOAT32,
-    HALF,
-    MemoryNeed,
-    Target,
-    count_weights,
-    memory_need,
-    scatters_gradients,
-)
+from hafrm.training import memory_plan
+from hafrm.training.memory_plan import FLOAT32, GIB, HALF, MemoryNeed, Target
 from hafrm.training.methods import get_method
-from hafrm.training.setup import meta_model
+from hafrm.training.setup import meta_model, with_training
 
 HAF = get_method("haf")
-GIB, NODE = 2**30, 8
-"""GPUs that a node's own links connect."""
+NODE = 8  # GPUs that a node's own links connect
+COMPARISONS = 10_000_000  # that a cost is of, each trained on once
+TRL = (
+    2.5,
+    5.2,
+)  # times our step: RewardTrainer tuned, and as shipped; docs/performance.md, on a CPU
 
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama-70b": lambda: transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-    "mistral-7b": lambda: transformers.MistralConfig(
-        vocab_size=32768,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        sliding_window=None,
-    ),
-    "phi-2": lambda: transformers.PhiConfig(
-        vocab_size=51200,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        partial_rotary_factor=0.4,
-    ),
+
+def _llama(layers: int, width: int, mlp: int, heads: int, vocab: int, **more: Any) -> Any:
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": mlp}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": vocab}
+    return lambda: transformers.LlamaConfig(**sizes, **more)
+
+
+CONFIGS = {
+    "llama-1b": _llama(16, 2048, 8192, 32, 128256, tie_word_embeddings=True),
+    "mistral-7b": _llama(32, 4096, 14336, 32, 32768),
+    "llama-70b": _llama(80, 8192, 28672, 64, 128256),
 }
+# Tokens of prompt, chosen and rejected response: like HH-RLHF, and like long-form sets.
 LENGTHS = {"hh": (160, 70, 70), "long": (300, 400, 400)}
-"""Tokens of prompt, chosen and rejected response: like HH-RLHF, and like long-form sets."""
-MOST_MICRO_BATCHES = 16
-
-Comparison = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a GPU and its links are taken to do."""
-
-    peak: float
-    """Dense bfloat16 FLOP/s."""
-    mfu: float
-    """Share of the peak that a step's useful FLOPs reach."""
-    node: float
-    """Bytes per second into a GPU from its node."""
-    network: float
-    """The same from other nodes."""
-    memory: float
-    """GiB of a GPU."""
-
-    @property
-    def speed(self) -> float:
-        return self.peak * self.mfu
-
-    def bandwidth(self, gpus: int) -> float:
-        return self.node if gpus <= NODE else self.network
 
 
 @dataclass(frozen=True)
@@ -96,135 +53,144 @@ class Row:
     """One number of GPUs."""
 
     gpus: int
+    batch: int
     micro_batches: int
-    tokens: int
-    """Of one GPU's micro-batch."""
+    tokens: int  # of one GPU's micro-batch
     bytes: MemoryNeed
     fits: bool
-    """Steps do, and the passes without gradients before them."""
-    traffic: float
-    """Bytes into or out of a GPU, a step."""
-    compute_seconds: float
-    traffic_seconds: float
+    compute: float  # seconds of a step
+    moving: float
+    start: float  # seconds to read the weights
+    reference: float  # seconds of computing for the comparisons of a step, once
+
+    def speeds(self) -> tuple[float, float]:
+        """Comparisons a second: traffic not hidden at all, and all of it hidden."""
+        slow, fast = self.compute + self.moving, max(self.compute, self.moving)
+        return self.batch / slow, self.batch / fast
+
+    def gpu_hours(self) -> tuple[float, float]:
+        """Of COMPARISONS, their reference log-probs included: least and most."""
+        reference = self.reference / self.batch
+        most, least = (COMPARISONS * self.gpus * (1 / s + reference) / 3600 for s in self.speeds())
+        return least, most
 
 
 class Scenario:
-    """A model, a way to train it, and the comparisons of a step."""
+    """A model, a way to train it, and comparisons of one size."""
 
-    def __init__(self, config: Any, recipe: Recipe, comparison: Comparison) -> None:
-        self.recipe, self.comparison = recipe, comparison
-        self.batch = recipe.training.batch_size
-        self.checkpointing = recipe.training.gradient_checkpointing
-        model = meta_model(config, recipe, HAF)
-        self.counts, self.weights = count(model), count_weights(model)
+    def __init__(self, config: Any, recipe: Recipe, comparison: tuple[int, int, int]) -> None:
         prompt, chosen, rejected = comparison
-        self.work = work_of([(prompt, (chosen, rejected))] * self.batch)
-        self.flops = step_flops(self.counts, self.work, checkpointing=self.checkpointing)
+        length = {"max_length": prompt + max(chosen, rejected)}
+        self.recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=length)})
+        self.comparison, self.size = comparison, sum(comparison)
+        model = meta_model(config, recipe, HAF)
+        counts, self.weights = count(model), memory_plan.count_weights(model)
+        work = work_of([(prompt, (chosen, rejected))])
+        self.flops = step_flops(counts, work, checkpointing=recipe.training.gradient_checkpointing)
+        self.reference = reference_flops(counts, work).total
 
-    def row(self, gpus: int, machine: Machine) -> Row:
-        """The fewest micro-batches that fit, or the most that are tried."""
+    def row(self, gpus: int, batch: int, machine: argparse.Namespace) -> Row:
+        """In micro-batches as the plan's budget makes them."""
         target = Target("cuda", int(machine.memory * GIB), gpus)
-        scatters = scatters_gradients(self.weights.trainable, target)
-        for micro_batches in range(1, MOST_MICRO_BATCHES + 1):
-            tokens = -(-self.work.tokens // (gpus * micro_batches))
-            need = self.bytes(gpus, tokens, accumulates=micro_batches > 1 and not scatters)
-            fits = max(need.step, need.passes) <= target.usable
-            if (
-                fits
-                or need.step - need.activations - need.working > target.usable
-                or tokens <= sum(self.comparison)
-            ):
-                break
-        traffic = self.traffic(gpus, micro_batches, micro_batches if scatters else 1)
+        recipe, shards = with_training(self.recipe, batch_size=batch), target.shards(self.recipe)
+        plan = memory_plan.plan_memory(recipe, self.weights, target)
+        share = max(self.size, -(-batch * self.size // gpus))
+        micro_batches = -(-share // plan.tokens)
+        tokens = -(-share // micro_batches)
+        scatters = memory_plan.scatters_gradients(self.weights.trainable, target)
+        several, sizes = micro_batches > 1 and not scatters, (tokens, plan.max_tokens)
+        need = memory_plan.memory_need(recipe, self.weights, target, *sizes, accumulates=several)
+        near, far = self.traffic(gpus, micro_batches, micro_batches if scatters else 1)
+        moving = near / (machine.node if shards <= NODE else machine.network)
+        moving += far / machine.network + self.to_host(gpus, micro_batches, tokens) / machine.host
+        files = HALF * self.weights.total / -(-shards // NODE)  # of a node that divides the weights
+        speed = 1e12 * machine.peak * machine.mfu * gpus / batch
         return Row(
-            gpus=gpus,
-            micro_batches=micro_batches,
-            tokens=tokens,
-            bytes=need,
-            fits=fits,
-            traffic=traffic,
-            compute_seconds=self.flops.total / gpus / machine.speed,
-            traffic_seconds=traffic / machine.bandwidth(gpus),
+            *(gpus, batch, micro_batches, tokens, need),
+            fits=max(need.step, need.passes) <= target.usable,
+            compute=self.flops.total / speed,
+            moving=moving / 1e9,
+            start=files / machine.disk / 1e9,
+            reference=self.reference / speed,
         )
 
-    def bytes(self, gpus: int, tokens: int, *, accumulates: bool) -> MemoryNeed:
-        """The need of one GPU of those that share the weights by FSDP2."""
-        target = Target("cuda", 0, gpus)
-        return memory_need(
-            self.recipe, self.weights, target, tokens, tokens, accumulates=accumulates
-        )
-
-    def traffic(self, gpus: int, micro_batches: int, num_scatters: int) -> float:
-        """Bytes a step: layers gathered for forward and backward of every micro-batch, what is outside
-        of layers once for both; gradients scattered in float32, once or in every micro-batch."""
-        outside = self.weights.outside
-        gathers = 2 * HALF * (self.weights.total - outside) + HALF * outside
+    def traffic(self, gpus: int, micro_batches: int, num_scatters: int) -> tuple[float, float]:
+        """Bytes a step into a GPU: from those that divide the weights, gathered for forward and backward of
+        every micro-batch, with float32 gradients scattered; from nodes that copy (hsdp), their shards."""
+        shards = Target("cuda", 0, gpus).shards(self.recipe)
+        gathers = 2 * HALF * self.weights.total * micro_batches
         scatters = num_scatters * FLOAT32 * self.weights.trainable
-        return (micro_batches * gathers + scatters) * (gpus - 1) / gpus
+        copies = gpus // shards
+        far = 2 * scatters / shards * (copies - 1) / copies
+        return (gathers + scatters) * (shards - 1) / shards, far
 
-    def hiding_tokens(self, machine: Machine, bandwidth: float) -> float:
-        """Tokens of a micro-batch from which a layer computes longer than the next one is gathered, in
-        forward and in backward (with the gradients' way out)."""
-        forward = HALF / 2
-        trained = not self.counts.adapters
-        backward = (HALF + FLOAT32 * trained) / (2 + 2 * trained + 2 * self.checkpointing)
-        return max(forward, backward) * machine.speed / bandwidth
+    def to_host(self, gpus: int, micro_batches: int, tokens: int) -> float:
+        """Bytes a step between a GPU and its host, out and back: layers' inputs; shards, with gradients."""
+        offload, weights = self.recipe.training.offload, self.weights
+        moved = 0.0
+        if offload in ("activations", "all"):
+            moved += 2 * weights.layers * HALF * weights.width * tokens
+        if offload in ("weights", "all"):
+            shard = FLOAT32 * weights.trainable + weights.frozen_bytes
+            shards = Target("cuda", 0, gpus).shards(self.recipe)
+            moved += (2 * shard + FLOAT32 * weights.trainable) / shards
+        return moved * micro_batches
 
 
 def recipe_of(**sections: Any) -> Recipe:
     return build_recipe({"model": {"path": "-"}, "data": {"train": "-"}, **sections})
 
 
-def config_of(name: str) -> transformers.PretrainedConfig:
+def config_of(name: str) -> Any:
     """A built-in shape, or the config.json of a model."""
     if name in CONFIGS:
         return CONFIGS[name]()
     if not Path(name).exists():
         raise SystemExit(f"--config {name}: no file, and none of {', '.join(CONFIGS)}")
-    config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(name)
-    return config
+    return transformers.AutoConfig.from_pretrained(name)
 
 
-def report(scenario: Scenario, machine: Machine, gpus: list[int]) -> None:
-    counts, flops, work, weights = (
-        scenario.counts,
-        scenario.flops,
-        scenario.work,
-        scenario.weights,
-    )
+def show(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def heading(*names: str) -> None:
+    show(*names)
+    show(*["---"] * len(names))
+
+
+def report(scenario: Scenario, rows: list[Row]) -> None:
+    weights, flops = scenario.weights, scenario.flops
+    shares = [100 * part / flops.total for part in (flops.head, flops.attention)]
     print(
-        f"{weights.total / 1e9:.2f} G weights, {weights.trainable / 1e9:.3g} G trained; a step of "
-        f"{scenario.batch} comparisons of {scenario.comparison}: {work.tokens:,} tokens, "
-        f"{flops.total / 1e15:.3g} PFLOP ({100 * flops.head / flops.total:.1f} % head, "
-        f"{100 * flops.attention / flops.total:.1f} % attention); the reference's pass, once: "
-        f"{reference_flops(counts, work).total / flops.total:.2f} of a step\n"
+        f"\n{weights.total / 1e9:.2f} G weights, {weights.trainable / 1e9:.3g} G trained; a comparison of "
+        f"{scenario.comparison}: {flops.total / 1e12:.4g} TFLOP ({shares[0]:.1f} % head, {shares[1]:.1f} % "
+        f"attention), and once {scenario.reference / flops.total:.2f} of that for the reference\n"
     )
-    rows = [scenario.row(number, machine) for number in gpus]
-    passes = ", ".join(f"{row.bytes.passes / GIB:.1f}" for row in rows)
-    print(f"Passes without gradients, before the first step and in validation: {passes} GiB.\n")
-    print(
-        "| GPUs | weights | gradients | optimiser | exchange | activations | working | all | fits |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    parts = ("weights", "gradients", "optimiser", "exchange", "activations", "working", "passes")
+    heading("GPUs", *parts, "a step", "fits")
     for row in rows:
-        need = row.bytes
-        parts = (need.weights, need.gradients, need.optimiser, need.exchange, need.activations)
-        sizes = (*parts, need.working, need.step)
-        shown = " | ".join(f"{size / GIB:.1f}" for size in sizes)
-        print(f"| {row.gpus} | {shown} | {'yes' if row.fits else 'no'} |")
-    print(
-        "\n| GPUs | micro-batches x tokens | GB moved | s moving | s computing | hidden from tokens "
-        "| comparisons/s |\n|---|---|---|---|---|---|---|"
-    )
+        sizes = [f"{getattr(row.bytes, name) / GIB:.1f}" for name in (*parts, "step")]
+        show(row.gpus, *sizes, "yes" if row.fits else "no")
+    print()
+    speed = ("s moving", "s computing", "s to read", "comparisons/s")
+    heading("GPUs", "comparisons a step", "micro-batches x tokens", *speed)
     for row in rows:
-        hiding = scenario.hiding_tokens(machine, machine.bandwidth(row.gpus))
-        slow = scenario.batch / (row.compute_seconds + row.traffic_seconds)
-        fast = scenario.batch / max(row.compute_seconds, row.traffic_seconds)
-        speed = f"{slow:.1f} to {fast:.1f}" if row.fits else "-"
-        print(
-            f"| {row.gpus} | {row.micro_batches} x {row.tokens:,} | {row.traffic / 1e9:.0f} | "
-            f"{row.traffic_seconds:.2f} | {row.compute_seconds:.2f} | {hiding:,.0f} | {speed} |"
-        )
+        slow, fast = row.speeds()
+        times = (f"{row.moving:.2f}", f"{row.compute:.2f}", f"{row.start:.0f}")
+        speeds = f"{slow:.3g} to {fast:.3g}" if row.fits else "-"
+        show(row.gpus, row.batch, f"{row.micro_batches} x {row.tokens:,}", *times, speeds)
+
+
+def report_cost(rows: list[tuple[str, str, Row]], price: float) -> None:
+    heading("model", "GPUs", "parallel", "days", "GPU hours", "$", "$ at TRL's ratio")
+    for (name, gpus), own in groupby(rows, lambda entry: (entry[0], entry[2].gpus)):
+        fits = [(row.gpu_hours(), mode) for _, mode, row in own if row.fits]
+        for hours, mode in sorted(fits, key=lambda entry: entry[0][1])[:1]:  # the cheaper one
+            days = (f"{x / gpus / 24:.2g}" for x in hours)
+            trl = (x * hours[0] * price for x in TRL)
+            whole = ([f"{x:,.0f}" for x in xs] for xs in (hours, [x * price for x in hours], trl))
+            show(name, gpus, mode, *map(" to ".join, (days, *whole)))
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
@@ -232,41 +198,49 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="llama-70b", help=f"a path, or {', '.join(CONFIGS)}")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--lora", action="store_true", help="rank 64 on all linear layers")
-    how.add_argument("--full", action="store_true", help="all weights (the default)")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument("--cost", action="store_true", help="of 10 million comparisons instead")
+    parser.add_argument("--lora", action="store_true", help="rank 64 on all linear layers")
+    parser.add_argument("--parallel", choices=("fsdp", "hsdp"), default="fsdp")
+    offload = ("none", "activations", "weights", "all")
+    parser.add_argument("--offload", choices=offload, default="none", help="to the host")
     parser.add_argument("--lengths", choices=LENGTHS, default="hh")
     parser.add_argument("--tokens", type=int, nargs=3, help="prompt, chosen, rejected instead")
-    parser.add_argument("--batch", type=int, default=128, help="comparisons of a step")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--memory", type=float, default=78.0, help="GiB of a GPU")
-    parser.add_argument("--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of a GPU")
-    parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached")
-    parser.add_argument("--node-bandwidth", type=float, default=400.0, help="GB/s within a node")
-    parser.add_argument("--network", type=float, default=50.0, help="GB/s a GPU between nodes")
+    parser.add_argument("--batch", type=int, help="of a step; by default 128, or 8 a GPU if more")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
+    for name, default, what in (
+        ("memory", 78.0, "GiB of a GPU"),
+        ("peak", 989.0, "dense bf16 TFLOP/s of a GPU"),
+        ("mfu", 0.35, "share of the peak that is reached"),
+        ("node", 400.0, "GB/s into a GPU from its node"),
+        ("network", 50.0, "GB/s into a GPU from other nodes"),
+        ("host", 50.0, "GB/s between a GPU and its host"),
+        ("disk", 2.0, "GB/s that a node reads"),
+        ("price", 2.5, "$ of a GPU hour"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=default, help=f"{what} ({default})")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     transformers.logging.set_verbosity_error()
-    training = {
-        "precision": "bf16",
-        "gradient_checkpointing": not args.no_checkpointing,
-        "batch_size": args.batch,
-        "parallel": "fsdp",
-    }
-    recipe = recipe_of(training=training, **({"lora": {}} if args.lora else {}))
-    comparison = tuple(args.tokens or LENGTHS[args.lengths])
-    machine = Machine(
-        peak=args.peak * 1e12,
-        mfu=args.mfu,
-        node=args.node_bandwidth * 1e9,
-        network=args.network * 1e9,
-        memory=args.memory,
-    )
-    report(Scenario(config_of(args.config), recipe, comparison), machine, args.gpus)
+    training = {"precision": "bf16", "parallel": args.parallel, "offload": args.offload}
+    training |= {"gradient_checkpointing": True, "max_tokens": "auto"}
+    comparison, costs = tuple(args.tokens or LENGTHS[args.lengths]), []
+    for name in CONFIGS if args.cost else [args.config]:
+        for lora in (False, True) if args.cost else (args.lora,):
+            recipe = recipe_of(training=training, **({"lora": {}} if lora else {}))
+            scenario = Scenario(config_of(name), recipe, comparison)
+            sizes = [(n, args.batch or max(128, 8 * n)) for n in args.gpus]
+            if not args.cost:
+                report(scenario, [scenario.row(*size, args) for size in sizes])
+                continue
+            method = f"{name}, {'LoRA' if lora else 'all weights'}"
+            for size, mode in product(sizes, ("fsdp", "hsdp")):
+                scenario.recipe = with_training(scenario.recipe, parallel=mode)
+                costs.append((method, mode, scenario.row(*size, args)))
+    if args.cost:
+        report_cost(costs, args.price)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,14 @@ from numpy.typing import NDArray
 from step_flops import count, reference_flops, work_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workload import (
-    SHAPES,
     Rows,
+    add_model_options,
     build_model,
     config_of,
     free_memory,
     load_tokenizer,
     measure_peaks,
+    model_options,
     synchronise,
 )
 
@@ -255,13 +256,7 @@ def same_ids(task: Task, plain: Plain) -> NDArray[np.bool_]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="preference pairs, as hafrm reads them")
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        type=Path,
-        help="a model directory, or a tokenizer.json with <s>, </s>, <unk>",
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    add_model_options(parser, "small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=64, help="of best-of-16")
     parser.add_argument("--candidates", type=int, default=16)
@@ -271,13 +266,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
     parser.add_argument("--out", type=Path, help="folder for the rows")
-    args = parser.parse_args()
+    args = model_options(parser)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     on_gpu = args.device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    rows = Rows(args.out, f"score-{args.shape}", seconds=args.seconds)
+    rows = Rows(args.out, f"score-{args.name}", seconds=args.seconds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         encoder = Encoder(load_tokenizer(args.tokenizer), max_length=POSITIONS)
@@ -290,7 +285,7 @@ def main() -> None:
         work = tasks(args.data, encoder, args)
         for task in work:
             print(task.describe(), file=sys.stderr, flush=True)
-            what = {"task": task.name, "shape": args.shape, "responses": task.num_responses}
+            what = {"task": task.name, "shape": args.name, "responses": task.num_responses}
             rows.add(what, lambda task=task: measure(task, plain, ours, args))
         if on_gpu:
             rows.add({"task": "vLLM"}, lambda: time_vllm(work, plain, folder))
@@ -299,7 +294,7 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"\n{Path(args.data).name}, {args.shape}, {where}, best of {args.repeats}")
+    print(f"\n{Path(args.data).name}, {args.name}, {where}, best of {args.repeats}")
     print("| work | contender | seconds | candidates/s | speed-up | x its floor | max difference |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:

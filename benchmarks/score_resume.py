@@ -32,7 +32,7 @@ from hafrm.bulk.bulk_job import RECORDS
 from hafrm.data.encoding import Encoder
 from hafrm.data.reader import read_preferences
 from hafrm.engine.model import HybridModel, hidden_size, new_reward_head, split_causal_lm
-from hafrm.export.stock_export import export_reward, gather_weights
+from hafrm.export.stock_export import export_reward
 from hafrm.preferences import Group
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".jsonl")
@@ -46,7 +46,7 @@ def write_model(base: Path, layers: int, folder: Path) -> Path:
     backbone.layers = backbone.layers[:layers]
     head = new_reward_head(hidden_size(backbone.config), torch.Generator().manual_seed(0))
     encoder = Encoder(load_tokenizer(base), max_length=1024)
-    export_reward(gather_weights(HybridModel(backbone, reward_head=head)), encoder, folder)
+    export_reward(HybridModel(backbone, reward_head=head), encoder, folder)
     return folder
 
 

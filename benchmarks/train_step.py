@@ -2,13 +2,13 @@
 
     python benchmarks/train_step.py --data preferences.jsonl --tokenizer MODEL_DIRECTORY
 
-On a CPU every contender trains a Llama of 6 layers and width 384 (random weights, float32, two threads) in
-optimiser steps of 16 comparisons; on a GPU `--shape phi-2` or `--shape mistral-7b --lora-rank 16`, in
-bfloat16. The total time of the steps is compared, since a median would hide long batches. TRL runs as
-shipped and tuned (no checkpointing, length-grouped). `--ladder N` adds the ablation over N steps. Peak
-memory is the growth of a contender over its loaded model; on a CPU only the first one's is known, since
-processes keep what they free: name one with `--only`. With `--out` each row is in FOLDER/train-SHAPE.jsonl
-as soon as it is measured.
+On a CPU every contender trains a Llama of 6 layers and width 384 (random weights, float32, two threads)
+in optimiser steps of 16 comparisons; on a GPU `--shape phi-2` or `--shape mistral-7b --lora-rank 16`,
+in bfloat16. `--model DIRECTORY` trains a real model instead. The total time of the steps is compared,
+since a median would hide long batches. TRL runs as shipped and tuned (no checkpointing, length-
+grouped). `--ladder N` adds the ablation over N steps. Peak memory is the growth of a contender over its
+loaded model; on a CPU only the first one's is known, since processes keep what they free: name one with
+`--only`. With `--out` each row is in FOLDER/train-NAME.jsonl as soon as it is measured.
 """
 
 import argparse
@@ -22,7 +22,16 @@ import torch
 import transformers
 from contenders import CONTENDERS, LADDER, Marks, peak_growth
 from step_flops import count, step_flops, work_of
-from workload import BATCH, SHAPES, Peaks, Rows, Workload, load, measure_peaks
+from workload import (
+    BATCH,
+    Peaks,
+    Rows,
+    Workload,
+    add_model_options,
+    load,
+    measure_peaks,
+    model_options,
+)
 
 from hafrm.engine.model import HybridModel, new_reward_head
 from hafrm.recipe import LoraSection
@@ -55,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     peak = measure_peaks(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    rows = Rows(args.out, f"train-{args.shape}", seconds=args.seconds)
+    rows = Rows(args.out, f"train-{args.name}", seconds=args.seconds)
     print(describe(args, peak), file=sys.stderr)
     for data, steps in zip(args.data, args.steps * len(args.data), strict=False):
         for contenders, length in ((CONTENDERS, steps), (LADDER, args.ladder)):
@@ -70,10 +79,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, nargs="+", help="preference data, a table each")
-    parser.add_argument(
-        "--tokenizer", required=True, type=Path, help="model directory or tokenizer.json"
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    add_model_options(parser, "small")
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -86,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ladder", type=int, default=0, help="steps of the ablation (0: none)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later")
     parser.add_argument("--out", type=Path, help="folder for the rows")
-    return parser.parse_args()
+    return model_options(parser)
 
 
 def workload(args: argparse.Namespace, data: str, steps: int, device: torch.device) -> Workload:
@@ -124,7 +130,7 @@ def measure(
             "table": f"{w.name}, {w.num_comparisons} comparisons in {w.steps} steps, {kind}",
             "contender": name,
             "comparisons": w.num_comparisons,
-            "shape": args.shape,
+            "shape": args.name,
             "lora_rank": args.lora_rank,
             "max_tokens": args.max_tokens,
             "machine": machine(args),
@@ -164,7 +170,7 @@ def machine(args: argparse.Namespace) -> str:
 def describe(args: argparse.Namespace, peak: Peaks) -> str:
     lora = f", LoRA rank {args.lora_rank}" if args.lora_rank else ""
     return (
-        f"{args.shape}{lora}, steps of {BATCH} comparisons, at most {args.max_length} tokens a sequence, "
+        f"{args.name}{lora}, steps of {BATCH} comparisons, at most {args.max_length} tokens a sequence, "
         f"{machine(args)}: {peak.flops / 1e9:.0f} GFLOP/s and {peak.bandwidth / 1e9:.0f} GB/s measured; "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )

@@ -1,9 +1,10 @@
 """What all benchmarks share: the same comparisons, ids and model, the machine's peaks, and rows of results.
 
-A workload is a fixed window of comparisons of a data set, encoded once, and a model shape with random
-weights. Results are rows, written one by one as they come, so that what fails later loses nothing.
+A workload is a fixed window of comparisons of a data set, encoded once, and a model: a shape with random
+weights, or a directory. Results are rows, written as they come, so that what fails later loses nothing.
 """
 
+import argparse
 import copy
 import gc
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -102,21 +104,44 @@ class Workload:
         return self.steps * BATCH
 
     def causal_lm(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The same random causal LM every time."""
+        """The same causal LM every time."""
         return build_model(AutoModelForCausalLM, self.config, dtype, self.device)
 
     def classifier(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A random classifier with one label, of the same shape."""
-        config = type(self.config).from_dict(self.config.to_dict() | {"num_labels": 1})
+        """A classifier with one label, of the same shape and with a random head."""
+        config = copy.deepcopy(self.config)
+        config.num_labels = 1
         return build_model(AutoModelForSequenceClassification, config, dtype, self.device)
 
 
 def build_model(auto: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The same random weights every time."""
+    """The weights of the directory that the config was read from, else the same random ones every time."""
     torch.manual_seed(0)
+    if Path(config.name_or_path).is_dir():
+        return auto.from_pretrained(config.name_or_path, config=config, dtype=dtype).to(device)
     with device:
         model = auto.from_config(copy.deepcopy(config), dtype=dtype)
     return model.to(device)
+
+
+def add_model_options(parser: argparse.ArgumentParser, shape: str) -> None:
+    """--model, or --tokenizer with --shape."""
+    parser.add_argument(
+        "--model", type=Path, help="a model directory; else --shape and --tokenizer"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default=shape, help="of random weights")
+    parser.add_argument("--tokenizer", type=Path, help="model directory or tokenizer.json")
+
+
+def model_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with a model's directory as shape and tokenizer."""
+    args = parser.parse_args()
+    if args.model is not None:
+        args.shape, args.tokenizer = str(args.model), args.model
+    args.name = Path(args.shape).name
+    if args.tokenizer is None:
+        parser.error("give --model, or --tokenizer")
+    return args
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -172,7 +197,9 @@ def load(  # noqa: PLR0913
 
 
 def config_of(shape: str, encoder: Encoder) -> PretrainedConfig:
-    """The shape's config, with the vocabulary and special tokens of the encoder."""
+    """The shape's config, with the vocabulary and special tokens of the encoder; a model's is its own."""
+    if shape not in SHAPES:
+        return AutoConfig.from_pretrained(shape)
     kind, sizes = SHAPES[shape]
     return kind(
         **{"vocab_size": len(encoder.tokenizer), "max_position_embeddings": 4096} | sizes,

@@ -19,6 +19,7 @@ from hafrm.scoring.reward_model import IMPLICIT_RULE, FusedRule, ImplicitRule, R
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.export_faults import FAULTS
+from support.forked import on_ranks
 from support.reward_servers import openrlhf, serving
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -148,6 +149,10 @@ def test_verify_shows_every_clause_and_exits_with_1_where_one_does_not_hold(
     policy = shutil.copytree(exported / "policy", tmp_path / "policy")
     write_result(policy / IMPLICIT_RULE, ImplicitRule(None))
     assert "is a policy, and verify checks reward models" in refused("verify", policy)
+    policy_run = shutil.copytree(
+        exported / "policy", tmp_path / "rlhf" / "model" / "policy"
+    ).parents[1]
+    assert "is a policy, and verify checks reward models" in refused("verify", policy_run)
     broken = shutil.copytree(exported / "reward", tmp_path / "run" / "model" / "reward")
     FAULTS["no problem type"][1](broken)
     output = invoke("verify", tmp_path / "run", code=1)
@@ -159,7 +164,7 @@ def test_verify_replays_golden_scores_on_a_server(exported, tmp_path, refused):
     golden = exported / "reward" / "golden_scores.jsonl"
     rewards = {row["text"]: row["reward"] for row in map(json.loads, golden.open())}
     with serving(openrlhf(lambda texts: [rewards[t] for t in texts])) as url:
-        output = invoke("verify", url, "--golden", golden.parent, "--json", tmp_path / "out.json")
+        output = invoke("verify", url, "--golden", exported, "--json", tmp_path / "out.json")
         assert "openrlhf" in output
         assert "the server gives the exported scores" in output
         assert "give --golden" in refused("verify", url)
@@ -235,6 +240,17 @@ def test_evaluate_measures_every_source_by_both_heads_and_their_fused_score(expo
         assert "pick longer" in output
         assert re.search(r"fused +\d+\.\d % \[", output)
         assert "fused score, fitted on the run's validation data: reward + " in output
+
+
+@pytest.mark.parametrize("options", [(), ("--diagnose",)], ids=["plain", "diagnose"])
+def test_two_processes_evaluate_to_the_result_of_one(exported, tmp_path, options):
+    data = str(write_preferences(tmp_path / "data.jsonl", num=8))
+    ours, theirs = (str(tmp_path / f"{num}.json") for num in ("one", "two"))
+    invoke("evaluate", exported, data, *options, "--json", ours)
+    on_ranks("evaluate", tmp_path, str(exported), data, *options, "--json", theirs)
+    assert Path(ours).read_bytes() == Path(theirs).read_bytes()
+    logs = [(tmp_path / f"evaluate-{rank}.log").read_text() for rank in "01"]
+    assert "accuracy" in logs[0] and "accuracy" not in logs[1]
 
 
 def test_data_describes_and_split_parts_by_prompt_and_keeps_what_has_no_label(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hafrm.recipe import Recipe, describe_keys
 from hafrm.recipe_file import dump_recipe, load_as, load_recipe
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
+from support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_RECIPE = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -21,6 +22,12 @@ def test_every_shipped_recipe_loads_and_survives_being_written_out(path: Path, t
     recipe = load_as(KINDS[path], path)
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     assert load_as(KINDS[path], tmp_path / "again.yaml") == recipe
+
+
+def test_the_schemas_for_editors_are_those_of_the_recipes():
+    """After a change of a key: python tools/recipe_schema.py."""
+    schemas = load_script("tools/recipe_schema").SCHEMAS
+    assert {file: file.read_text() for file in schemas} == schemas
 
 
 def test_the_ppo_recipe_holds_the_numbers_of_the_paper_s_script_and_of_trl_s_old_defaults():

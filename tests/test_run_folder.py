@@ -545,6 +545,8 @@ def test_jobs_refuse_folders_of_something_else_files_and_folders_in_use(
         "judge.request='{api_key: SECRET, top_p: 1}'",
         '\'policy.request={"headers": {"Authorization": "Bearer SECRET"}}\'',
         "--policy-request api_key=SECRET",
+        "judge.request='{top_p: 1, extra_headers: {X-Token: SECRET, X-Org: SECRET}}'",
+        "--policy 'https://host/v1?token=SECRET&x=1'",
     ],
 )
 def test_passwords_and_keys_reach_neither_provenance_nor_manifests(

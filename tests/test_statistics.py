@@ -172,6 +172,11 @@ def test_the_mean_over_seeds_by_hand() -> None:
     assert (mean.low, mean.high) == pytest.approx((0.75 - half, 0.75 + half))
 
 
+def test_seeds_that_agree_on_everything_have_wilsons_interval_over_prompts() -> None:
+    got = seeded_mean(np.ones((3, 8), bool), np.repeat(np.arange(4), 2))
+    assert (got.low, got.high) == pytest.approx(wilson(1.0, 4))
+
+
 def test_prompts_with_several_comparisons_count_once() -> None:
     row = np.repeat(np.random.default_rng(2).random(30) < 0.6, 4)
     clusters = np.repeat(np.arange(30), 4)

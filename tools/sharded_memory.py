@@ -1,10 +1,11 @@
-"""Shows on two processes that a sharded start needs half the memory, and that they train what one cannot.
+"""Shows on two processes that a sharded start needs half the memory and an export next to none, and that
+they train what one cannot.
 
     python tools/sharded_memory.py
 
-A random Llama is written to disk. First each of two ranks builds it in shards, while a thread samples the
-process's private memory. Then full training runs under RLIMIT_DATA: in one process, where it must fail,
-and in two.
+A random Llama is written to disk. First each of two ranks builds it in shards and exports it, while a
+thread samples the process's private memory. Then full training runs under RLIMIT_DATA: in one process,
+where it must fail, and in two.
 """
 
 import os
@@ -27,6 +28,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hafrm.export.stock_export import export_reward
 from hafrm.training import parallel
 from hafrm.training.loop import run_training
 from hafrm.training.methods import resolve_method
@@ -67,7 +69,7 @@ class Peak(threading.Thread):
 
 
 def build(folder: Path) -> None:
-    """The most that a rank takes to build the model, above what it had."""
+    """The most that a rank takes to build the model, and then to export it, above what it had."""
     ranks = parallel.start()
     recipe = tiny_recipe(folder, training={"parallel": "fsdp"})
     method, encoder = resolve_method(recipe), build_encoder(recipe)
@@ -83,6 +85,13 @@ def build(folder: Path) -> None:
         f"{ranks.size} process(es), rank {ranks.rank}: {(peak.most - peak.before) / MIB:.0f} MiB to build "
         f"{4 * whole / MIB:.0f} MiB of weights; {allowed / MIB:.0f} are allowed"
     )
+    directory = folder / f"export-{ranks.size}"
+    with Peak(daemon=True) as peak:
+        export_reward(model, encoder, directory, dtype=torch.bfloat16)
+    taken = (peak.most - peak.before) / MIB
+    if parallel.is_main():
+        size = (directory / "model.safetensors").stat().st_size
+        print(f"{taken:.0f} MiB to export them as {size / MIB:.0f} MiB of bfloat16")
 
 
 def train(folder: Path) -> None:

@@ -39,6 +39,11 @@ class Comparison:
     tie: bool = False  # neither was preferred; kept for evaluation and not trained on
     votes: Votes | None = None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether metrics count it: it is no tie, and its weight is not 0."""
+        return not self.tie and self.weight > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

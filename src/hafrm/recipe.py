@@ -31,8 +31,9 @@ def _tuple_of_one_or_many(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 Location = Annotated[Text, AfterValidator(os.path.expanduser)]
-Sources = Annotated[tuple[Location, ...], BeforeValidator(_tuple_of_one_or_many)]
-Columns = Annotated[tuple[Text, ...], BeforeValidator(_tuple_of_one_or_many)]
+_ONE_OR_MANY = BeforeValidator(_tuple_of_one_or_many, json_schema_input_type=str | list[str])
+Sources = Annotated[tuple[Location, ...], _ONE_OR_MANY]
+Columns = Annotated[tuple[Text, ...], _ONE_OR_MANY]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weights = Annotated[tuple[Weight, ...], BeforeValidator(_tuple_if_list)]
@@ -47,7 +48,7 @@ class Section(BaseModel):
     )
 
 
-class ModelSection(Section):
+class PolicySection(Section):
     """The language model to start from."""
 
     path: Location
@@ -58,8 +59,15 @@ class ModelSection(Section):
     """A Jinja file, paper-phi-2 or paper-mistral; null: the model's own template, or a plain one."""
     policy_from: Location | None = None
     """Model whose LM head is taken where `path` is a reward model without one: what it was trained from."""
+
+
+class ModelSection(PolicySection):
+    """The language model to start from, and its reward head."""
+
     reward_head: Literal["new", "keep"] | None = None
     """keep: continue with the reward head of `path`; new: drop it; null: keep it where there is one."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: under `lora`, the linear layers' frozen weights in 4 bits (QLoRA; needs hafrm[qlora])."""
 
 
 class DataSection(Section):
@@ -192,8 +200,8 @@ class TrainingSection(Section):
     """Most comparisons of one prompt in one optimizer step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """ddp: copies; fsdp: shards; hsdp: shards in each node. auto: fsdp on GPUs, ddp for LoRA that fits."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp", "ulysses"] = "auto"
+    """ddp: copies; fsdp: shards; hsdp: of a node; ulysses: sequences too. auto: fsdp, or ddp for LoRA."""
     offload: Literal["none", "activations", "weights", "all"] = "none"
     """What lies on the host until needed: checkpointed activations, the shards (weights), or both."""
 
@@ -264,6 +272,16 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _quantises_what_is_frozen_and_whole(self) -> "Recipe":
+        sharded = self.training.parallel in ("fsdp", "hsdp")
+        if self.model.quantization and (self.lora is None or sharded):
+            raise ValueError(
+                "model.quantization needs `lora`, and training.parallel auto or ddp: quantised weights "
+                "neither train nor are divided"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_a_comparison_into_a_micro_batch(self) -> "Recipe":

@@ -40,7 +40,7 @@ log = logging.getLogger("hafrm")
 CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
 PACKAGES = (
     *("hafrm", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate"),
-    *("safetensors", "numpy", "scipy", "pydantic"),
+    *("safetensors", "numpy", "scipy", "pydantic", "jinja2", "pyarrow"),
 )
 """The packages whose versions decide what a run computes."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -76,12 +76,13 @@ def _drop_after(path: Path, step: int) -> None:
 
 _KEY = (
     r"(?:api|secret|access)[_-]?key|passw(?:or)?d|secret|authorization|(?:auth|access|hf)[_-]?token"
+    r"|headers|extra_query"
 )
 _SECRET = re.compile(
-    # user:password@ of an address; then name: value, name=value and --name value
+    # user:password@ of an address; then name: value, name=value, --name value and an address's query
     r"(?P<scheme>\w://)[^/\s'\"]+@"
-    rf"|(?P<name>[\w-]*(?:{_KEY})['\"]?\s*[:=]\s*|--[\w-]*(?:{_KEY})\s+)"
-    r"(?:'[^']*'|\"[^\"]*\"|(?:Bearer\s+)?[^\s'\",}]+)",
+    rf"|(?P<name>[\w-]*(?:{_KEY})['\"]?\s*[:=]\s*|--[\w-]*(?:{_KEY})\s+|[?&](?:key|token)=)"
+    r"(?:\{[^}]*\}|'[^']*'|\"[^\"]*\"|(?:Bearer\s+)?[^\s'\",}]+)",
     re.I,
 )
 

@@ -190,7 +190,10 @@ def seeded_mean(
     estimate = _over_seeds((values,), clusters, proportion=proportion).estimate
     if not proportion:
         return estimate
-    return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
+    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    if low == high and low in (0.0, 1.0):  # all agree, which says little of other prompts
+        low, high = wilson(low, values.shape[1] if clusters is None else len(np.unique(clusters)))
+    return replace(estimate, low=low, high=high)
 
 
 def seeded_difference(
@@ -270,6 +273,25 @@ def _t_test(mean: float, error: float, degrees: int | float) -> float:
     return float(2 * special.stdtr(degrees, -abs(mean) / error))
 
 
+def effective_rank(fractions: Float[np.ndarray, " directions"]) -> float:
+    """exp of the entropy of a `spectrum`; NaN for that of a constant."""
+    p = fractions[fractions > 0]
+    # Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower
+    return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
+
+
+def spectrum(states: Float[np.ndarray, "responses hidden"]) -> Float[np.ndarray, " directions"]:
+    """Eigenvalues of the covariance as fractions of their sum, largest first; empty for a constant."""
+    centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
+    # squared singular values are the covariance's eigenvalues, up to a factor
+    values = np.linalg.svd(centred, compute_uv=False) ** 2
+    total = values.sum()
+    # rounding around the mean of equal states is no variance
+    if total <= (1e-12 * np.abs(states).max(initial=0.0)) ** 2 * states.size:
+        return np.empty(0)
+    return np.asarray(values / total, np.float64)
+
+
 ALARM_LINES = 10  # lines of kind train that an alarm looks at, to separate a mean from noise
 
 
@@ -285,6 +307,13 @@ def training_alarms(
             "repeated",
             f"one token, repeated, gets more reward than {validated[-1]['repeated_wins']:.0%} of chosen "
             "responses, which RLHF would find: train longer, or add rejected responses that repeat one",
+        )
+    ranks = [line["effective_rank"] for line in validated if "effective_rank" in line]
+    if ranks and ranks[-1] < max(ranks) / 3:
+        yield (
+            "spread",
+            f"the effective rank of the states that rewards are read from fell from {max(ranks):.3g} "
+            f"to {ranks[-1]:.3g}: lower training.learning_rate, or train the policy head too (method haf)",
         )
     lines = [line for line in lines if "reward_loss" in line]
     if len(lines) < ALARM_LINES:

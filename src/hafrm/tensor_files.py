@@ -5,11 +5,12 @@ A tensor may lie in one file, or as rows in several: then each file's metadata s
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import _TYPES
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 ROWS = "first_rows"
+MOST_BYTES = 50 * 10**9  # of one of a model's files, as in transformers
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
@@ -38,26 +40,46 @@ def own_part(tensor: Tensor) -> Part:
     return Part(tensor.to_local(), offsets[0], tensor.shape)
 
 
-def write_tensors(file: Path, parts: Mapping[str, Part]) -> None:
-    """Write the parts, each copied to the host when its turn comes, and sync the file."""
-    header: dict[str, Any] = {}
+def write_tensors(
+    file: Path, parts: Mapping[str, Part], values: Iterator[Tensor] | None = None
+) -> None:
+    """Write the parts, each copied to the host when its turn comes, and sync the file. Rows on the meta
+    device are taken from `values`."""
+    first = {name: part.first for name, part in parts.items() if part.rows.shape != part.shape}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if first:
+        header["__metadata__"][ROWS] = json.dumps(first)
     end = 0
     for name, part in parts.items():
         start, end = end, end + part.rows.numel() * part.rows.element_size()
         place = {"dtype": _NAMES[part.rows.dtype], "shape": list(part.rows.shape)}
         header[name] = {**place, "data_offsets": [start, end]}
-    if first := {name: part.first for name, part in parts.items() if part.rows.shape != part.shape}:
-        header["__metadata__"] = {ROWS: json.dumps(first)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data is aligned to 8 bytes
     with file.open("xb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        for part in parts.values():
+        for name, part in parts.items():
+            rows = part.rows if values is None else next(values)
+            assert (rows.shape, rows.dtype) == (part.rows.shape, part.rows.dtype), name
             # a copy: a storage that numpy has seen cannot be freed by resizing
-            flat = part.rows.contiguous().to("cpu", copy=True).reshape(-1)
+            flat = rows.contiguous().to("cpu", copy=True).reshape(-1)
             output.write(flat.view(torch.uint8).numpy().data)
         output.flush()
         os.fsync(output.fileno())
+
+
+def write_files(folder: Path, tensors: dict[str, Tensor], values: Iterator[Tensor]) -> None:
+    """Write a model's tensors, here on the meta device, as model.safetensors, or several and an index."""
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MOST_BYTES
+    )
+    for file, names in split.filename_to_tensors.items():
+        parts = {name: Part(tensors[name], 0, tensors[name].shape) for name in names}
+        write_tensors(folder / file, parts, values)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
 
 
 class TensorFiles:

@@ -233,7 +233,7 @@ BAD_INPUT = [
     ({"prompt": "", "response": "sun"}, "empty prompt"),
     ({"prompt": "Say " + "sun " * 300, "response": "sun"}, "more than 128 tokens"),
     ({"prompt": "Say sun.", "response": "sun " * 300}, "more than 128 tokens"),
-    ({"prompt": "Say \ud800.", "response": "sun"}, "surrogate"),
+    ({"prompt": "Say \ud800.", "response": "sun"}, "unusable character"),
     (["Say sun.", "sun"], "unreadable row"),
     ({"prompt": SYSTEM, "response": "x"}, "not encodable: The chat template refuses group"),
 ]

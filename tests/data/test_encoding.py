@@ -329,11 +329,16 @@ def test_cuts_and_drops_are_counted() -> None:
     assert report.indistinct == 1
 
 
-@pytest.mark.parametrize(("length", "prompt_length"), [(3, None), (100, 1), (100, 99), (100, 0)])
+@pytest.mark.parametrize(
+    ("length", "prompt_length"), [(3, None), (40.5, None), (100, 1), (100, 99), (100, 0)]
+)
 def test_lengths_that_leave_nothing_of_a_prompt_or_response_are_refused(
     length: int, prompt_length: int | None
 ) -> None:
-    with pytest.raises(ConfigError, match=r"data.max_prompt_length must be between 2.*Raise"):
+    with pytest.raises(
+        ConfigError,
+        match=r"max_length must be a whole number|data.max_prompt_length must be between 2.*Raise",
+    ):
         Encoder(chat_tokenizer(), max_length=length, max_prompt_length=prompt_length)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hafrm.data.files import RefusedError
 from hafrm.data.named_sets import SET_GROUPS, SETS, LeftOut
 from hafrm.data.parse import parse_row
-from hafrm.data.reader import PreferenceData, local_files, parse_source, parse_sources
+from hafrm.data.reader import PreferenceData, file_digests, parse_source, parse_sources
 from hafrm.data.reader import read_preferences as read
 from hafrm.errors import DataError
 from hafrm.preferences import Group, Message
@@ -64,8 +64,9 @@ def test_a_file_of_one_part_is_read_in_the_published_form_and_named_after_the_se
 
 def test_the_files_that_an_entry_reads_are_known_for_their_digests(tmp_path: Path):
     train = write(tmp_path / "hh/train.jsonl", transcripts("a"))
-    assert local_files(f"set:hh-harmless={train}") == local_files(f"{train}#limit=3") == [train]
-    assert local_files("set:hh-harmless#split=train") == local_files("hub:org/pairs:train") == []
+    for entry in (f"set:hh-harmless={train}", f"{train}#limit=3"):
+        assert [*file_digests([entry])] == [str(train)]
+    assert file_digests(["set:hh-harmless#split=train", "hub:org/pairs:train"]) == {}
 
 
 def test_alpacas_first_tenth_is_the_test_part_as_in_the_paper(tmp_path: Path):
@@ -84,7 +85,10 @@ def test_alpacas_first_tenth_is_the_test_part_as_in_the_paper(tmp_path: Path):
 def test_parts_come_from_the_hub_and_the_later_ones_are_kept_apart(monkeypatch) -> None:
     calls = []
 
-    def load(name: str, config: str | None, *, split: str, revision: object, data_dir: str) -> Rows:
+    def load(
+        name: str, config: str | None, *, split: str, data_dir: str, **options: object
+    ) -> Rows:
+        assert options == {"streaming": True, "revision": None}
         calls.append((name, config, split, data_dir))
         return transcripts("a", "b", "c") if split == "train" else transcripts("B ", "z")
 

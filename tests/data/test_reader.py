@@ -141,7 +141,7 @@ def test_the_side_file_is_written_before_the_error_and_emptied_when_all_is_well(
         read([jsonl(tmp_path / "set.jsonl", rows)], bad_rows_file=side_file)
     message = str(caught.value)
     for expected in (
-        "3 of 4 rows", "75.0%", "allowed: 2.0%", "2  empty response", "row 1", "1  lone surrogate",
+        "3 of 4 rows", "75.0%", "allowed: 2.0%", "2  empty response", "row 1", "1  unusable character",
         str(side_file), "data.max_bad_fraction",
     ):  # fmt: skip
         assert expected in message
@@ -288,7 +288,10 @@ def test_hub_names_are_taken_apart(
 ) -> None:
     calls = []
 
-    def load(name: str, config: str | None, *, split: str, revision: str | None) -> list[Any]:
+    def load(
+        name: str, config: str | None, *, split: str, revision: str | None, streaming: bool = False
+    ) -> list[Any]:
+        assert streaming == ("[" not in split)  # a slice is of the whole
         calls.append((name, config, split, revision))
         return [pair("p"), pair("q")]
 
@@ -311,19 +314,42 @@ def test_hub_errors_are_data_errors(monkeypatch: pytest.MonkeyPatch) -> None:
             read([wrong])
 
 
-def test_the_datasets_library_itself_reads_a_local_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_datasets_library_itself_streams_what_it_would_download(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """300 rows in two files of a local folder: the rows of the stream are those of the whole table, and of
+    a set of which two rows are asked for, no more than the first block is read."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    load = partial(datasets.load_dataset, cache_dir=str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    load, opened = partial(datasets.load_dataset, cache_dir=str(tmp_path / "cache")), []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        table = load(*args, **options)
+        opened.append(type(table))
+        return (opened.append(row["prompt"]) or row for row in table)
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
     folder = tmp_path / "pairs"
     folder.mkdir()
-    jsonl(folder / "train.jsonl", [pair("p", [{"role": "assistant", "content": "a"}], "b")])
-    reading = read([f"hub:{folder}:train"])
-    assert (reading.groups[0].source, reading.groups[0].responses) == ("pairs", ("a", "b"))
+    for part in range(2):
+        turns = [{"role": "assistant", "content": "a"}]
+        rows = [
+            pair(f"p{i}", turns, "b", margin=i / 3) for i in range(150 * part, 150 * part + 150)
+        ]
+        file = folder / f"train-{part}.{kind}"
+        if kind == "jsonl":
+            jsonl(file, rows)
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(file)
+    streamed, sliced = read([f"hub:{folder}:train"]), read([f"hub:{folder}:train[:100%]"])
+    kinds = [k for k in opened if isinstance(k, type)]
+    assert kinds == [datasets.IterableDataset, datasets.Dataset]
+    assert streamed == sliced and len(streamed.groups) == 300
+    assert (streamed.groups[0].source, streamed.groups[0].responses) == ("pairs", ("a", "b"))
+    opened.clear()
+    assert read([f"hub:{folder}:train#limit=2"]).num_rows == 2 and len(opened) <= 1 + 3
     with pytest.raises(DataError, match="cannot be loaded"):
         read([f"hub:{folder}:dev"])
 

@@ -1,6 +1,7 @@
 """`diagnose` as a whole: one model or several on real files, its result on disk and its tables."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,13 @@ def test_the_verb_writes_into_a_run_folder_and_where_json_says(folder, tmp_path)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "there.json").is_file()
     assert (run / "diagnostics.json").read_bytes() == (tmp_path / "there.json").read_bytes()
+
+
+def test_a_policy_of_rlhf_is_diagnosed_without_its_base(folder, tmp_path) -> None:
+    shutil.copytree(folder / "other" / "policy", tmp_path / "ppo" / "model" / "policy")
+    (tmp_path / "ppo" / "recipe.yaml").write_text("reward: {model: run}\n")
+    result = diagnose(tmp_path / "ppo", str(folder / "plain.jsonl"))
+    assert result.scored_with == "implicit reward" and result.base is None
 
 
 def test_a_model_given_twice_and_a_base_that_is_no_model_are_refused(folder, tmp_path) -> None:

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from hafrm.diagnostics.diagnosis import describe_states, linear_cka, mean_cosine, spectrum
+from hafrm.diagnostics.diagnosis import describe_states, linear_cka, mean_cosine
 from hafrm.errors import NumericsError
+from hafrm.statistics import spectrum
 
 CROSS = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
 """Equal variance along two directions."""

@@ -5,7 +5,8 @@ import pytest
 
 from hafrm.errors import DataError, NumericsError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
-from hafrm.preferences import Comparison, Group, Message
+from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
+from hafrm.training.passes import decided_margins
 from support.tiny_runs import write_preferences
 
 
@@ -30,6 +31,15 @@ def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
     assert (decided.chosen_texts, decided.rejected_texts) == (["y", "q"], ["x", "p"])
     sets = {name: where.tolist() for name, where in decided.sets().items()}
     assert sets == {"a": [0], "c": [1], "all": [0, 1]}
+
+
+def test_comparisons_of_weight_0_count_in_no_metric_of_validation_or_evaluation() -> None:
+    """Scores 0, 3, 2, 9, 7, 5: the margins are 3, 7 and -2, and the second is of weight 0."""
+    groups = [group("a", ["x", "y"]), group("b", ["x", "y"], weight=0.0), group("c", ["p", "q"])]
+    scores = np.array([0.0, 3, 2, 9, 7, 5])
+    assert Comparisons.of(groups).margins(scores).tolist() == [3.0, -2.0]
+    encoded = [TokenizedGroup(np.empty(0, np.int32), (), g.comparisons) for g in groups]
+    assert decided_margins(encoded, scores, np.array([0, 2, 4])).tolist() == [3.0, -2.0]
 
 
 def test_a_comparison_without_a_score_from_one_model_is_left_out_for_all() -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -13,24 +14,23 @@ from transformers import (
     pipeline,
 )
 
+from hafrm import tensor_files
 from hafrm.data.encoding import Encoder
 from hafrm.engine.layout import lay_out
-from hafrm.engine.model import HybridModel
+from hafrm.engine.model import HybridModel, split_causal_lm
 from hafrm.errors import CheckpointError, ModelError
 from hafrm.export.checklist import replay_directory
-from hafrm.export.stock_export import (
-    StockWeights,
-    export_policy,
-    export_reward,
-    gather_weights,
-)
+from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.preferences import Message
 from hafrm.scoring.loading import load_policy
 from hafrm.scoring.reward_model import RewardModel
+from hafrm.training.methods import get_method
+from hafrm.training.setup import assemble
 from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer
 from support.export_faults import FAULTS
-from support.exports import GOLDEN_GROUP, export_both, hybrid_with_encoder
+from support.exports import GOLDEN_GROUP, export_both, hybrid_with_encoder, saved_whole
 from support.models import FAMILIES
+from support.recipe_models import config_of, recipe_of, tiny_mixtral_config
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,10 @@ def test_nothing_is_left_when_writing_fails_midway_or_there_is_no_head(tmp_path,
 
     monkeypatch.setattr(encoder, "export_tokenizer", fail)
     with pytest.raises(CheckpointError, match="disk full"):
-        export_reward(gather_weights(model), encoder, tmp_path / "reward")
-    weights = StockWeights(model.backbone.config, {}, {}, {})
+        export_reward(model, encoder, tmp_path / "reward")
+    model.reward_head = None
     with pytest.raises(ModelError, match="no reward head"):
-        export_reward(weights, encoder, tmp_path / "reward")
+        export_reward(model, encoder, tmp_path / "reward")
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +124,7 @@ def test_plain_generation_stops_where_the_templates_turn_and_the_base_end(tmp_pa
     GenerationConfig(eos_token_id=[encoder.eos_id, end]).save_pretrained(tmp_path)
     for place, ends in ((tmp_path, [sep, encoder.eos_id, end]), ("gone", [sep, encoder.eos_id])):
         model.backbone.config._name_or_path = str(place)
-        export_policy(gather_weights(model), encoder, tmp_path / "policy")
+        export_policy(model, encoder, tmp_path / "policy")
         config = GenerationConfig.from_pretrained(tmp_path / "policy")
         assert config.eos_token_id == ends
         shutil.rmtree(tmp_path / "policy")
@@ -133,13 +133,13 @@ def test_plain_generation_stops_where_the_templates_turn_and_the_base_end(tmp_pa
 def test_an_untied_head_under_a_config_that_says_tied_is_exported_untied(tmp_path):
     model, encoder = hybrid_with_encoder()
     model.backbone.config.tie_word_embeddings = True  # as a merged adapter leaves it
-    export_policy(gather_weights(model), encoder, tmp_path / "policy")
+    export_policy(model, encoder, tmp_path / "policy")
     config = json.loads((tmp_path / "policy" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     loaded = load_policy(tmp_path / "policy", dtype=torch.float32, device="cpu")
     assert torch.equal(loaded.policy_head.weight, model.policy_head.weight)
     model.policy_head.weight = model.backbone.get_input_embeddings().weight
-    export_policy(gather_weights(model), encoder, tmp_path / "tied")
+    export_policy(model, encoder, tmp_path / "tied")
     assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"]
 
 
@@ -147,7 +147,48 @@ def test_an_export_has_the_dropout_of_its_base_which_training_switches_off(tmp_p
     model, encoder = hybrid_with_encoder("gpt2")
     assert model.backbone.config.attn_pdrop == 0.0
     HybridModel(model.backbone, policy_head=model.policy_head)  # wrapped twice, as for a reference
-    export_reward(gather_weights(model), encoder, tmp_path / "reward")
+    export_reward(model, encoder, tmp_path / "reward")
     config = json.loads((tmp_path / "reward" / "config.json").read_text())
     assert (config["attn_pdrop"], config["resid_pdrop"]) == (0.1, 0.1)
     assert not any("hafrm" in key for key in config)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [("llama", False), ("llama", True), ("gpt2", True), ("mixtral", False), ("llama-tied", True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_written_one_by_one_are_the_file_that_transformers_writes_of_all(
+    tmp_path, monkeypatch, family, lora, dtype
+):
+    """To the bit; with experts, which files hold one by one, the tensors and not their order. In several
+    files with an index where they are large."""
+    config = tiny_mixtral_config() if family == "mixtral" else config_of(family)
+    backbone, head = split_causal_lm(AutoModelForCausalLM.from_config(config).eval())
+    recipe = recipe_of(**({"lora": {"rank": 4}} if lora else {}))
+    model, encoder = assemble(backbone, head, recipe, get_method("haf")), hybrid_with_encoder()[1]
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    for export, auto in (
+        (export_reward, AutoModelForSequenceClassification),
+        (export_policy, AutoModelForCausalLM),
+    ):
+        one, all_ = tmp_path / export.__name__, tmp_path / f"{export.__name__}-whole"
+        export(model, encoder, one, dtype=dtype)
+        saved_whole(one, model, auto, all_)
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, all_))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        if family != "mixtral":
+            files = [(folder / "model.safetensors").read_bytes() for folder in (one, all_)]
+            assert files[0] == files[1]
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 30_000)
+    export_reward(model, encoder, tmp_path / "split", dtype=dtype)
+    assert len(list((tmp_path / "split").glob("model-*.safetensors"))) > 1
+    kind = AutoModelForSequenceClassification
+    whole, split = (kind.from_pretrained(tmp_path / n) for n in ("export_reward", "split"))
+    for (name, value), again in zip(
+        whole.state_dict().items(), split.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, again), name

@@ -135,6 +135,20 @@ def test_a_reward_that_one_repeated_token_earns_is_warned_of():
         assert any("one token, repeated, gets more reward than 70%" in s for s in said) is speaks
 
 
+def test_hidden_states_that_lose_their_spread_are_warned_of():
+    """A third of the highest effective rank is where the warning begins."""
+    for last, speaks in ((2.9, True), (3.1, False)):
+        ranks = (9.0, 6.0, last)
+        metrics = tuple(
+            MetricsRecord(
+                i, "validation", with_bounds("repeated_wins", 0.0, 64) | {"effective_rank": rank}
+            )
+            for i, rank in enumerate(ranks, start=1)
+        )
+        said = sentences(metrics=metrics)
+        assert any("rewards are read from fell from 9 to 2.9" in s for s in said) is speaks
+
+
 def test_single_seeds_and_ends_of_a_search_are_named():
     tried = Tuning("haf", "all", 3e-4, ((1e-4, 0.6), (3e-4, 0.5)))
     inside = replace(tried, method="bt", tried=(*tried.tried, (1e-3, 0.7)))

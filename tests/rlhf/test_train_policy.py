@@ -1,6 +1,7 @@
 """Whole RLHF runs on tiny models: what they write, how they resume, when they stop, what they refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError, NumericsError
 from hafrm.recipe_file import dump_recipe, load_as
+from hafrm.rlhf import rlhf_run
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
 from hafrm.rlhf.rlhf_run import RlhfRun, prompts_of_step, score_rollouts
 from hafrm.rlhf.train_policy import Ppo, train_policy
@@ -43,6 +45,31 @@ def assert_same_run(first: Path, second: Path) -> None:
     files = [f"checkpoints/{last.name}/{name}.safetensors" for name in ("model", "optimizer")]
     for file in (*files, "model/policy/model.safetensors", "samples.jsonl"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_a_reward_head_to_start_from_is_refused_where_a_policy_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.reward_head.*unknown key"):
+        tiny_rlhf(tmp_path, model={"reward_head": "new"})
+
+
+@pytest.mark.parametrize("place", ["export_policy", "check_policy", "prove"])
+def test_a_kill_within_the_export_costs_nothing(tmp_path, monkeypatch, place):
+    """The folder as it is on disk right after a part of the export, resumed by another process."""
+    recipe, run, killed = tiny_rlhf(tmp_path), tmp_path / "run", tmp_path / "killed"
+    part = getattr(rlhf_run, place)
+
+    def copied(*args, **options):
+        done = part(*args, **options)
+        shutil.copytree(run, killed)
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rlhf_run, place, copied)
+        train_policy(recipe, run)
+    train_policy(recipe, killed, resume=True)
+    assert_same_run(run, killed)
+    assert [path.name for path in killed.glob(".*.tmp")] == []
+    assert not (killed / "model.unverified").exists()
 
 
 def test_a_run_writes_what_others_read_and_exports_a_stock_policy(tmp_path):

@@ -35,7 +35,7 @@ def test_the_factor_is_the_ratio_of_the_two_log_odds():
         ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], "does not separate"),
         ([1.0, -1.0], [0.1, 3.0], "right about every comparison"),
         ([1.0, 1.0, -1.0], [2.0, 1.0, 3.0], "right about every comparison"),
-        ([-1.0] * 3 + [1.0] + [0.0] * 4, [0.0] * 4 + [1.0] * 3 + [-1.0], "explains nothing"),
+        ([-1.0] * 3 + [1.0] + [0.0] * 4, [0.0] * 4 + [1.0] * 3 + [-1.0], "adds nothing"),
     ],
 )
 def test_where_nothing_can_be_estimated_the_reward_stands_alone(reward, implicit, note):

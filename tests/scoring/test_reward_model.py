@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.export.stock_export import export_reward, gather_weights
+from hafrm.export.stock_export import export_reward
 from hafrm.results import write_result
 from hafrm.scoring.loading import Heads, Placement, choose_dtype, find_heads
 from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, PolicyModel, RewardModel
@@ -156,7 +156,7 @@ def test_auto_is_float32_on_a_cpu_and_the_stored_dtype_on_a_gpu_which_the_log_sa
 ):
     half, single = tmp_path / "half", exported / "reward"
     model, encoder = hybrid_with_encoder()
-    export_reward(gather_weights(model), encoder, half, dtype=torch.bfloat16)
+    export_reward(model, encoder, half, dtype=torch.bfloat16)
     assert RewardModel.from_pretrained(half).model.backbone.dtype == torch.float32
     named = RewardModel.from_pretrained(single, dtype="bfloat16", device="cpu")
     assert named.model.backbone.dtype == torch.bfloat16

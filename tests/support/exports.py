@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.export.stock_export import (
     export_policy,
     export_reward,
-    gather_weights,
     score_in_memory,
     write_golden,
 )
@@ -36,10 +36,30 @@ def hybrid_with_encoder(family: str = "llama") -> tuple[HybridModel, Encoder]:
 def export_both(folder: Path, family: str = "llama") -> tuple[HybridModel, Encoder]:
     """`folder/reward` and `folder/policy`, and the model that they were made from."""
     model, encoder = hybrid_with_encoder(family)
-    weights = gather_weights(model)
-    export_reward(weights, encoder, folder / "reward")
-    export_policy(weights, encoder, folder / "policy")
+    export_reward(model, encoder, folder / "reward")
+    export_policy(model, encoder, folder / "policy")
     return model, encoder
+
+
+def saved_whole(directory: Path, model: HybridModel, auto: Any, to: Path) -> None:
+    """The weights of an export as transformers writes them: all gathered, merged, cast, then saved."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    stock = auto.from_config(config, dtype=config.dtype)
+    prefix, weights = stock.base_model_prefix, dict(model.backbone.state_dict())
+    state = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
+    for name, layer in model.backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = (weights[f"{name}.lora_{k}.default.weight"].float() for k in "AB")
+            delta = layer.scaling["default"] * (b @ a)
+            delta = delta.t() if getattr(layer, "fan_in_fan_out", False) else delta
+            state[f"{name}.weight"] = state[f"{name}.weight"].float() + delta
+    state = {f"{prefix}.{name}": value for name, value in state.items()}
+    if hasattr(stock, "score"):
+        state["score.weight"] = model.reward_head.weight
+    else:
+        state["lm_head.weight"] = model.policy_head.weight
+    stock.load_state_dict({name: value.to(config.dtype) for name, value in state.items()})
+    stock.save_pretrained(to)
 
 
 def record_golden(directory: Path, *groups: Group) -> int:

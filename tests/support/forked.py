@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+
+from support import parallel_worker
 
 _forks = multiprocessing.get_context("forkserver")
 
@@ -37,6 +40,27 @@ def _run(log: Path, target: Callable[..., None], arguments: tuple, variables: di
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     target(*arguments)
+
+
+def on_ranks(check: str, logs: Path, *arguments: str, size: int = 2) -> None:
+    """Run a function of parallel_worker in several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    target, files = (
+        getattr(parallel_worker, check),
+        [logs / f"{check}-{r}.log" for r in range(size)],
+    )
+    ranks = [
+        start(file, target, *arguments, RANK=str(r), LOCAL_RANK=str(r), **shared)
+        for r, file in enumerate(files)
+    ]
+    for rank in ranks:
+        rank.join(timeout=120)
+        rank.kill()
+    printed = "\n".join(file.read_text()[-3000:] for file in files)
+    assert [rank.exitcode for rank in ranks] == [0] * size, printed
 
 
 def train_slowly(*arguments: str) -> None:

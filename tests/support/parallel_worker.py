@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,13 +13,17 @@ import torch.distributed as dist
 
 # Registers the backend "fake", whose exchanges do nothing, as nccl's do for tensors on the CPU at best.
 import torch.testing._internal.distributed.fake_pg
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
+from hafrm.data import store
+from hafrm.data.encoding import Encoder
 from hafrm.engine import attention
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, self_check
 from hafrm.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelError, NumericsError
-from hafrm.export.stock_export import gather_weights
+from hafrm.export import stock_export
+from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import build_recipe, load_recipe
 from hafrm.run_folder import RunFolder
@@ -56,9 +61,11 @@ def train(recipe: str, folder: str, *options: str) -> None:
     run_export.check_golden = check
     if "--own-cache" in options:
         os.environ["HAFRM_CACHE"] = str(Path(folder).parent / f"cache-of-{rank()}")
+        store.IN_MEMORY = 1000  # so that token ids are cached too
     loop.validate = falling_accuracy(loop.validate)
     finish = (lambda _: parallel.stop()) if "--no-export" in options else None
-    loop.run_training(load_recipe(recipe), Path(folder), finish=finish)
+    resume = "--resume" in options
+    loop.run_training(load_recipe(recipe), Path(folder), resume=resume, finish=finish)
     assert parallel.is_main() == (rank() == 0)  # although the group has ended
     with pytest.raises(ConfigError, match="launch them again"):
         parallel.start()
@@ -130,8 +137,6 @@ def shards(folder: str) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
-    weights = gather_weights(model)
-    assert bool(weights.backbone) == bool(weights.policy_head) == (rank() == 0)
     storages = [p.to_local().untyped_storage() for p in model.parameters()]
     parallel.release(model)
     assert sum(storage.nbytes() for storage in storages) == 0
@@ -169,6 +174,13 @@ def scores() -> None:
         parallel.score_on_all_ranks(model, groups, max_tokens=10_000)
 
 
+def evaluate(*arguments: str) -> None:
+    """`hafrm evaluate ARGUMENTS`; the result is written by one rank."""
+    from hafrm.cli import app
+
+    app(["evaluate", *arguments], standalone_mode=False)
+
+
 def sharded_start(folder: str) -> None:
     """A model that each rank reads its rows of, against one that `from_pretrained` loads whole."""
     ranks = parallel.start()
@@ -190,14 +202,46 @@ def sharded_start(folder: str) -> None:
                 assert parameters[name].requires_grad == value.requires_grad
             for ours, theirs in zip(model.buffers(), expected.buffers(), strict=True):
                 assert torch.equal(ours, theirs)
+            exports_are_equal(model, expected, encoder, base)
             if base.name == "base-llama":
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                     self_check(model, lay_out(token_groups(SHAPES)))
                 gradients_do_not_depend_on_when_they_are_exchanged(model, precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock_export, "write_files", full_disk)  # the other rank has no file to write
+        with pytest.raises(CheckpointError, match="disk full"):
+            parallel.on_all(lambda: export_reward(model, encoder, Path(folder) / "full"))
     incomplete = sharded_recipe(Path(folder) / "incomplete", lora=False, precision="fp32")
     with pytest.raises(ModelError, match="without 1 weights"):
         build_sharded(incomplete, method, encoder, ranks)
     parallel.stop()
+
+
+def full_disk(*_) -> None:
+    raise OSError("disk full")
+
+
+def exports_are_equal(
+    model: HybridModel, expected: HybridModel, encoder: Encoder, base: Path
+) -> None:
+    """To the bit, with adapters that change the model, in either dtype."""
+    whole = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            value = torch.randn_like(whole[name])
+            whole[name].data.copy_(value)
+            parameter.data.copy_(parallel.hand_out(value, parameter.detach()))
+    export = {"reward": export_reward, "policy": export_policy}
+    folder = base.with_name(f"exports-{base.name}")
+    for head, dtype in itertools.product(export, [torch.float32, torch.bfloat16]):
+        for name, source in (("sharded", model), ("whole", expected)):
+            export[head](source, encoder, folder / name / head, dtype=dtype)
+        if rank() == 0:
+            for file in sorted((folder / "whole" / head).iterdir()):
+                other = folder / "sharded" / head / file.name
+                assert file.read_bytes() == other.read_bytes(), (base, head, dtype, file.name)
+            shutil.rmtree(folder)
+        parallel.wait()
 
 
 def sharded_recipe(base: Path, lora: bool, precision: str) -> Recipe:
@@ -228,8 +272,53 @@ def gradients_do_not_depend_on_when_they_are_exchanged(model: HybridModel, preci
         assert torch.allclose(once, often, rtol=1e-4, atol=1e-5 * float(once.abs().max()))
 
 
+def sequences() -> None:
+    """Two ranks run each sequence together: outputs and gradients are those of one, checkpointed or not."""
+    layout = lay_out(token_groups(SHAPES))
+    for family in ("llama", "mistral", "gemma2", "gpt2", "phi3"):
+        alone, both = tiny_hybrid(family), tiny_hybrid(family)
+        if family == "llama":
+            both.checkpoint_activations()
+        parallel.shard(both, parallel.start(), "ulysses")
+        assert both.team.size == 2
+        self_check(both, layout)
+        results = []
+        for model in (alone, both):
+            outputs = model(layout)
+            # one rank of a team counts the loss; FSDP2 takes the mean over ranks
+            factor = 2.0 * (rank() == 0) if model is both else 1.0
+            (factor * (outputs.rewards.square().sum() + outputs.logps.sum() / 50)).backward()
+            gradients = {n: parallel.whole(p.grad) for n, p in model.named_parameters()}
+            results.append({"rewards": outputs.rewards, "logps": outputs.logps, **gradients})
+        for name, value in results[0].items():
+            difference = float((value - results[1][name]).abs().max() / value.abs().max())
+            assert difference < 1e-5, (family, name, difference)
+
+
+def traffic(file: str) -> None:
+    """Write the bytes that a rank gets in one step: half of what FSDP2 gathers, and of what it scatters."""
+    moved = []
+
+    def count(kind: type, tensor: str) -> None:
+        exchange = kind.__call__
+        kind.__call__ = lambda *args, **options: (
+            moved.append(options[tensor].nbytes / 2) or exchange(*args, **options)
+        )
+
+    count(collectives.DefaultAllGather, "output_tensor")
+    count(collectives.DefaultReduceScatter, "input_tensor")
+    model = tiny_hybrid()
+    model.checkpoint_activations()
+    outputs = sharded(model, torch.bfloat16)(lay_out(token_groups(SHAPES)))
+    (outputs.rewards.sum() + outputs.logps.sum()).backward()
+    if rank() == 0:
+        Path(file).write_text(str(sum(moved)))
+    parallel.stop()
+
+
 def sharded_model(folder: str) -> None:
     parallel.start()
     shards(folder)
+    sequences()
     scores()
     parallel.stop()

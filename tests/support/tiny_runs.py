@@ -15,14 +15,14 @@ from support.models import llama_config
 WORDS = ["sun", "sea", "tree", "boat", "bird", "rain", "song", "moon", "leaf", "hill"]
 
 
-def write_base(folder: Path, *, tied: bool = False) -> Path:
+def write_base(folder: Path, *, tied: bool = False, width: int = 32) -> Path:
     """A random Llama with a chat tokenizer, as `model.path` wants it."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
     config = llama_config(
         tokenizer,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

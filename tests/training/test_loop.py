@@ -23,7 +23,7 @@ from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel
 from hafrm.training import loop, run_export
 from hafrm.training.loop import StoppedError, run_training
-from hafrm.training.setup import prepare_data
+from hafrm.training.prepared_data import prepare_data
 from hafrm.training.step import MEASURES
 from support import forked
 from support.live_bytes import short_of_memory

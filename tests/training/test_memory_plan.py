@@ -28,6 +28,7 @@ from hafrm.training.memory_plan import (
 )
 from hafrm.training.methods import get_method
 from hafrm.training.parallel import Ranks
+from hafrm.training.passes import pass_tokens
 from hafrm.training.setup import meta_model
 from hafrm.training.step_batches import MicroBatch
 from support.live_bytes import LiveBytes
@@ -207,6 +208,33 @@ def test_shards_keep_whole_gradients_in_several_micro_batches_and_no_copies_of_a
     assert alone - plan(two, training=training).need.activations > 2 * 2 * counted.layer
 
 
+def test_ranks_that_run_sequences_together_divide_what_layers_hold_but_not_the_weights_twice():
+    """The heads of keys, 2, divide among 4 GPUs in teams of 2; a step has half as many sequences."""
+    gpus = Target("cuda", 2**30, ranks=4)
+    apart, together = (
+        plan(gpus, training={**BF16, "max_tokens": 512, "parallel": p}).need
+        for p in ("fsdp", "ulysses")
+    )
+    assert together.activations == apart.activations // 2
+    assert together.weights == apart.weights
+    assert together.passes < apart.passes
+
+
+def test_masks_are_planned_where_attention_pads_groups_on_a_gpu():
+    """float32 has no varlen kernel: 5 bytes a pair of tokens stay, positions take 10 more to make it."""
+    masks = 128 * 128
+    training = {"max_tokens": 128, "precision": "fp32"}
+    cpu, gpu = (plan(Target(d, 2**30), training=training).need for d in ("cpu", "cuda"))
+    assert gpu.activations - cpu.activations == 5 * masks
+    half = plan(Target("cuda", 2**30), training={**training, **BF16}).need
+    assert half.activations < gpu.activations
+
+
+def test_passes_are_planned_at_the_tokens_that_they_run():
+    """Four micro-batches' up to 2^15, and beyond that a micro-batch's."""
+    assert [pass_tokens(n) for n in (1024, 16384, 65536)] == [4096, 32768, 65536]
+
+
 def test_memory_here_is_what_this_process_may_have(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = target_here(HERE)
@@ -259,15 +287,19 @@ def test_what_cannot_fit_stops_an_automatic_budget_and_a_number_is_warned_of_and
     assert "does not fit" in record.message
 
 
-def test_a_plan_counts_the_host_memory_of_a_checkpoint_or_the_export():
-    """bf16 LoRA: gathered weights (2 bytes a frozen one), merged in float32, cast. Training all weights
-    in float32: a checkpoint of weights and two moments."""
+def test_a_plan_counts_what_lies_on_the_host_and_the_proof_of_the_export_where_it_has_room():
+    """One weight on its way to a file, merged in float32; offloaded shards with gradients and moments (16
+    bytes a weight); the merged export in float32, with three tenths and 2 GiB for a batch."""
     lora, gpu = {"training": BF16, "lora": {"rank": 4}}, Target("cuda", 2**32)
-    counts, adapted = count_weights(meta_of("llama", recipe_of(**lora))), plan(gpu, **lora)
-    gathered = 4 * counts.trainable + counts.frozen_bytes
-    assert adapted.host == gathered + (4 + 2) * counts.total
+    adapted, counts = plan(gpu, **lora), count_weights(meta_of("llama", recipe_of(**lora)))
+    assert adapted.need.host == 4 * 4 * counts.largest
+    assert adapted.proof == int(1.3 * 4 * (counts.total - counts.trainable)) + 2**31
+    assert (adapted.prover, plan(Target("cuda", 2**31), **lora).prover) == ("GPU", "host")
+    assert "proof of the export: at most 2 on the GPU" in str(adapted)
+    training = {"precision": "fp32", "parallel": "fsdp", "offload": "weights"}
     whole = count_weights(meta_of("llama", recipe_of()))
-    assert plan(gpu, training={"precision": "fp32"}).host == 12 * whole.trainable
+    need = plan(Target("cuda", 2**32, ranks=2), training=training).need
+    assert need.host == 16 * whole.trainable // 2 + 4 * 4 * whole.largest
 
 
 def test_the_command_prints_the_plan_loads_no_weights_and_says_by_its_exit_code_whether_it_fits(

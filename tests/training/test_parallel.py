@@ -1,7 +1,6 @@
-"""Two processes take the same steps as one: DDP and FSDP2 on gloo, ranks with unequal tokens."""
+"""Two processes take the same steps as one: DDP, FSDP2 and Ulysses on gloo, ranks with unequal tokens."""
 
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from hafrm.run_folder import read_json_lines
 from hafrm.tensor_files import TensorFiles
 from hafrm.training import loop, parallel
 from hafrm.training.loop import run_training
-from support import forked, parallel_worker
+from support import parallel_worker
 from support.chat_tokenizers import chat_tokenizer
+from support.forked import on_ranks
 from support.models import GPT2, GROUPED
 from support.tiny_runs import tiny_recipe
 
@@ -32,29 +32,11 @@ STEP_WIDE = {"reward_loss": "normbt", "sum_to_zero": 0.1}
 LORA = {"rank": 4, "alpha": 8.0}
 
 
-def launch(recipe: Recipe, folder: Path, *options: str) -> None:
-    """Run the recipe in two processes, of which the second must end before the proof."""
+def launch(recipe: Recipe, folder: Path, *options: str, size: int = 2) -> None:
+    """Run the recipe in several processes, of which the second must end before the proof."""
     file = folder.with_suffix(".yaml")
     file.write_text(dump_recipe(recipe))
-    on_two_ranks("train", folder.parent, str(file), str(folder), *options)
-
-
-def on_two_ranks(check: str, logs: Path, *arguments: str) -> None:
-    """Run a function of parallel_worker in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    target, files = getattr(parallel_worker, check), [logs / f"{check}-{r}.log" for r in "01"]
-    ranks = [
-        forked.start(file, target, *arguments, RANK=r, LOCAL_RANK=r, **shared)
-        for r, file in zip("01", files, strict=True)
-    ]
-    for rank in ranks:
-        rank.join(timeout=120)
-        rank.kill()
-    printed = "\n".join(file.read_text()[-3000:] for file in files)
-    assert [rank.exitcode for rank in ranks] == [0, 0], printed
+    on_ranks("train", folder.parent, str(file), str(folder), *options, size=size)
 
 
 def assert_same_training(one: Path, two: Path) -> None:
@@ -81,6 +63,7 @@ def recipe_for(folder: Path, mode: str, **sections: Any) -> Recipe:
     [
         ("ddp", {}),
         ("fsdp", {}),
+        ("ulysses", {}),
         *(
             pytest.param(mode, sections, marks=pytest.mark.slow)
             for mode in ("ddp", "fsdp")
@@ -108,22 +91,30 @@ def test_two_processes_train_as_one_and_the_second_has_ended_before_the_proof(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_resumed_by_one_process(tmp_path, monkeypatch):
-    """From the rows that each rank wrote."""
+def test_a_sharded_run_is_resumed_by_one_process_and_by_four(tmp_path):
+    """From the rows that each of two ranks wrote; losses to 1e-4 and weights to 1e-5, as above."""
     recipe = recipe_for(tmp_path, "fsdp")
-    monkeypatch.setattr(loop, "validate", parallel_worker.falling_accuracy(loop.validate))
-    launch(recipe, tmp_path / "two")
-    run_training(recipe, tmp_path / "one")
-    shutil.rmtree(tmp_path / "two/checkpoints/step-4")
-    shutil.rmtree(tmp_path / "two/model")
-    run_training(recipe, tmp_path / "two", resume=True)
-    assert_same_training(tmp_path / "one", tmp_path / "two")
+    launch(recipe, tmp_path / "two", "--no-export")
+    folders = {size: shutil.copytree(tmp_path / "two", tmp_path / str(size)) for size in (1, 4)}
+    for folder in folders.values():
+        shutil.rmtree(folder / "checkpoints/step-4")
+    run_training(recipe, folders[1], resume=True, finish=lambda _: None)
+    launch(recipe, folders[4], "--no-export", "--resume", size=4)
+    expected = read_json_lines(tmp_path / "two/metrics.jsonl")
+    for size, folder in folders.items():
+        lines = zip(read_json_lines(folder / "metrics.jsonl"), expected, strict=True)
+        assert all(own["loss"] == pytest.approx(line["loss"], abs=1e-4) for own, line in lines)
+        files = sorted((folder / "checkpoints/step-4").glob("model*.safetensors"))
+        assert len(files) == size
+        stored = TensorFiles((tmp_path / "two/checkpoints/step-4").glob("model*.safetensors"))
+        for name in stored.names:
+            assert torch.allclose(TensorFiles(files).read(name), stored.read(name), atol=1e-5), name
 
 
 @pytest.mark.parametrize("check", ["hosts", "sharded_model"])
 def test_what_two_ranks_exchange_is_what_one_process_has(tmp_path, check):
     """The checks are functions of parallel_worker."""
-    on_two_ranks(check, tmp_path, str(tmp_path))
+    on_ranks(check, tmp_path, str(tmp_path))
 
 
 def test_a_model_read_in_shards_is_the_one_that_transformers_loads_whole(tmp_path):
@@ -148,18 +139,20 @@ def test_a_model_read_in_shards_is_the_one_that_transformers_loads_whole(tmp_pat
     weights = {k: v for k, v in causal["llama"].state_dict().items() if k != "model.norm.weight"}
     causal["llama"].save_pretrained(incomplete, state_dict=weights)
     (incomplete / "model.safetensors.index.json").unlink()
-    on_two_ranks("sharded_start", tmp_path, str(tmp_path))
+    on_ranks("sharded_start", tmp_path, str(tmp_path))
 
 
 def test_ranks_whose_caches_differ_do_as_the_main_rank_does(tmp_path):
-    """The first run leaves the reference in the main rank's cache alone; the second one still ends."""
+    """The first run leaves reference and token ids in the main rank's cache alone; in the second one, the
+    other rank encodes its own, and both train on the same."""
     sections = {"training": {"steps": 1, "max_tokens": 128}}
     recipe, losses = tiny_recipe(tmp_path, **sections), []
     for name in ("first", "second"):
         launch(recipe, tmp_path / name, "--own-cache", "--no-export")
         losses.append([r["loss"] for r in read_json_lines(tmp_path / name / "metrics.jsonl")])
-    assert list((tmp_path / "cache-of-0").rglob("reference/*"))
-    assert not list((tmp_path / "cache-of-1").rglob("reference/*"))
+    for kind in ("reference", "data"):
+        assert list((tmp_path / "cache-of-0").rglob(f"{kind}/*"))
+        assert not list((tmp_path / "cache-of-1").rglob(f"{kind}/*"))
     assert losses[0] == losses[1]
 
 

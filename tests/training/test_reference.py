@@ -10,6 +10,7 @@ from hafrm.atomic import cache_folder
 from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses
+from hafrm.statistics import effective_rank, spectrum
 from hafrm.training import parallel
 from hafrm.training.passes import (
     reference_cache,
@@ -17,6 +18,7 @@ from hafrm.training.passes import (
     references_of,
     repeated_wins,
     score_heads,
+    state_spread,
 )
 from hafrm.training.step_batches import ComparisonRef
 from support.models import tiny_hybrid, token_groups
@@ -101,6 +103,21 @@ def test_the_file_follows_the_checkpoints_files_or_its_commit_token_ids_and_dtyp
     assert reference_cache(model, groups(), None, base) is None
     reference_logps(model, groups(), max_tokens=100, path=base)
     assert not cache_folder("reference").exists()
+
+
+def test_the_spread_of_the_states_is_that_of_what_the_reward_head_reads():
+    model = tiny_hybrid()
+    some = groups()
+    with state_spread(model) as spread:
+        score_heads(model, some, None, None, max_tokens=64)
+    states = [model.last_states(lay_out([group])).detach().numpy() for group in some]
+    expected = effective_rank(spectrum(np.concatenate(states)))
+    assert spread["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    assert not model.reward_head._forward_pre_hooks
+    model.reward_head = None
+    with state_spread(model) as none:
+        score_heads(model, some, None, None, max_tokens=64)
+    assert none == {}
 
 
 def test_one_token_repeated_is_scored_against_the_chosen_response_and_keeps_the_eos(monkeypatch):

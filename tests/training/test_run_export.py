@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hafrm.errors import CheckpointError, ConfigError, ModelError, NumericsError, VerificationError
+from hafrm.export import stock_export
 from hafrm.export.checklist import verify_directory
 from hafrm.scoring.loading import find_heads
 from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
@@ -144,14 +146,13 @@ def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
 
 
 def test_weights_beyond_float16_are_refused(finished, tmp_path, monkeypatch):
-    gather = run_export.gather_weights
+    read = stock_export._read_weight
 
-    def large(model):
-        gathered = gather(model)
-        gathered.reward_head["weight"][0, 0] = 1e5
-        return gathered
+    def large(module, *args):
+        value = read(module, *args)
+        return value * 1e9 if isinstance(module, nn.Linear) else value
 
-    monkeypatch.setattr(run_export, "gather_weights", large)
+    monkeypatch.setattr(stock_export, "_read_weight", large)
     with pytest.raises(ModelError, match=r"score\.weight.*do not fit into float16"):
         export_from_run(finished, tmp_path / "out", ExportOptions(dtype="float16"))
     assert not (tmp_path / "out").exists()
@@ -189,20 +190,20 @@ def test_an_export_that_differs_from_the_model_in_memory_is_not_verified(
     finished, tmp_path, monkeypatch, head
 ):
     """As a re-tied LM head or a lost reward head would: the directory agrees with itself alone."""
-    gather = run_export.gather_weights
+    read = stock_export._read_weight
 
-    def other(model):
-        gathered = gather(model)
-        getattr(gathered, f"{head}_head")["weight"].mul_(1.01)
-        return gathered
+    def other(module, *args):
+        value = read(module, *args)
+        is_head = isinstance(module, nn.Linear) and (len(value) == 1) == (head == "reward")
+        return value * 1.01 if is_head else value
 
-    monkeypatch.setattr(run_export, "gather_weights", other)
+    monkeypatch.setattr(stock_export, "_read_weight", other)
     with pytest.raises(VerificationError, match=r"model in memory gave.*kept as"):
         export_from_run(finished, tmp_path / "out", ExportOptions(head))
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "model")
     with pytest.raises(VerificationError, match="scores that the model in memory gave"):
         run_training(tiny_recipe(finished.parent), run, resume=True)
-    monkeypatch.setattr(run_export, "gather_weights", gather)
+    monkeypatch.setattr(stock_export, "_read_weight", read)
     run_training(tiny_recipe(finished.parent), run, resume=True)
     assert (run / "model" / head).is_dir()

@@ -15,10 +15,10 @@ from hafrm.scoring.model_files import load_config
 from hafrm.training import setup
 from hafrm.training.loop import run_training
 from hafrm.training.methods import get_method
+from hafrm.training.prepared_data import prepare_data
 from hafrm.training.setup import (
     build_model,
     meta_model,
-    prepare_data,
     with_precision,
 )
 from support.chat_tokenizers import CHATML
@@ -88,11 +88,14 @@ def test_what_named_sets_leave_out_is_recorded(tmp_path):
     assert prepare_data(recipe).counts["left_out"] == {"tie": 3}
 
 
-def test_data_of_nothing_but_ties_are_refused(tmp_path, two_files):
+@pytest.mark.parametrize("column", [{"tie": True}, {"weight": 0}])
+def test_data_of_nothing_but_ties_or_comparisons_of_weight_0_are_refused(
+    tmp_path, two_files, column
+):
     lines = Path(two_files[0]).read_text().splitlines()
-    rows = [json.loads(line) | {"tie": True} for line in lines]
+    rows = [json.loads(line) | column for line in lines]
     Path(two_files[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="no comparison that is not a tie"):
+    with pytest.raises(DataError, match="ties and comparisons of weight 0 only"):
         prepare_data(tiny_recipe(tmp_path, data={"train": two_files[0]}))
 
 

@@ -18,7 +18,6 @@ from hafrm.run_folder import describe_process, hide_secrets
 app = typer.Typer(
     name="hafrm",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -49,6 +48,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Stderr()])
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("hafrm").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel that nobody needs
     # transformers shows a bar for every shard that it loads or writes; ours say enough.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

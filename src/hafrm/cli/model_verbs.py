@@ -35,7 +35,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
 
     On preferences (DATA) or on published benchmarks (DATA: a local folder); for one model, or compared with
     others. For a run folder the result is also kept in it for `hafrm report`: evaluation.json,
-    diagnostics.json (--diagnose) or benchmarks.json.
+    diagnostics.json (--diagnose) or benchmarks.json. Processes of one torchrun share the scoring.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
         raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
@@ -45,15 +45,17 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     from hafrm.diagnostics.model_runs import diagnose as diagnose_model  # noqa: PLC0415
     from hafrm.evaluation import compare_models, heads  # noqa: PLC0415
     from hafrm.evaluation import evaluate as evaluate_model  # noqa: PLC0415
+    from hafrm.training import parallel  # noqa: PLC0415
 
     result: HasTables
+    parallel.start()
     options = heads.EvaluationOptions(None, max_length, dtype, device, max_bad_fraction)
     sources = data or []
     (name, path), *others = map(_named, [model, *(also or ())])
     kind = "benchmarks" if benchmark else "diagnostics" if diagnose else "evaluation"
     is_run = (Path(path) / "recipe.yaml").is_file() and os.access(path, os.W_OK)
     own_file = Path(path) / f"{kind}.json" if is_run and (diagnose or not also) else None
-    with show_progress("scoring responses") as progress:
+    with parallel.progress_of_main("scoring responses") as progress:
         run: dict[str, Any] = {"options": options, "on_progress": progress}
         if benchmark:
             folder = Path(sources[0]) if sources else None
@@ -66,7 +68,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
             result = compare_models(seeds, rivals, sources, **run)
         else:
             result = evaluate_model(path, sources, **vars(options), on_progress=progress)
-    show_result(result, json_file, own_file)
+    parallel.stop()
+    if parallel.is_main():
+        show_result(result, json_file, own_file)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -151,7 +155,7 @@ def export_command(
     merge_lora: Annotated[bool | None, Option(help="LoRA merged, or as an adapter.")] = None,
     checkpoint: Annotated[str, Option(help="best, latest or a step.")] = "best",
 ) -> None:
-    """Write one head of a run as a directory that stock transformers loads, proved before it appears."""
+    """Write one head of a run as a directory that stock transformers loads, and check its scores."""
     from hafrm.training.run_export import ExportOptions, export_from_run  # noqa: PLC0415
 
     options = ExportOptions("policy" if policy else "reward", dtype, merge_lora, checkpoint)
@@ -216,19 +220,22 @@ def verify_command(
     """Check an export clause by clause, or replay its golden scores on a server; exit code 1 on failure."""
     options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
     result: Verification | ServerReplay
+    from hafrm.scoring.loading import head_directory  # noqa: PLC0415
+
     if target.startswith(("http://", "https://")):
         from hafrm.serving.server_checks import verify_server  # noqa: PLC0415
 
         if golden is None:
             raise ConfigError("a server needs golden scores: give --golden, an exported directory")
+        golden = Path(head_directory(golden, "reward"))
         result = verify_server(target, golden, api_key=api_key, **options)
     else:
         from hafrm.export.checklist import verify_directory  # noqa: PLC0415
-        from hafrm.scoring.loading import head_directory  # noqa: PLC0415
         from hafrm.scoring.reward_model import IMPLICIT_RULE  # noqa: PLC0415
 
         directory = head_directory(target, "reward")
-        if (Path(head_directory(directory, "policy")) / IMPLICIT_RULE).is_file():
+        policy = head_directory(directory, "policy")
+        if policy != directory or (Path(policy) / IMPLICIT_RULE).is_file():
             proved = "a policy's log-probs are proved when it is exported"
             raise ModelError(f"{target} is a policy, and verify checks reward models: {proved}")
         result = verify_directory(Path(directory), golden, **options)

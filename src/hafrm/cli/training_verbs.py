@@ -21,7 +21,7 @@ def train_command(
     out: entry.Out = None,
     resume: entry.Resume = None,
 ) -> None:
-    """Train a reward model as a recipe says, and export it once others can load it."""
+    """Train a reward model from a recipe, and export directories that stock transformers loads."""
     source, changes, folder = entry.parse_run(recipe, overrides, out, resume)
     loaded = load_recipe(source, changes)
     from hafrm.evaluation import evaluate  # noqa: PLC0415

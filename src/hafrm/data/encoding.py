@@ -48,6 +48,10 @@ class LengthPolicy:
     def __post_init__(self) -> None:
         if self.too_long not in ("cut", "drop"):
             raise ConfigError(f"too_long must be cut or drop, got {self.too_long!r}")
+        if not isinstance(self.max_length, int) or self.max_length < 4:
+            raise ConfigError(
+                f"max_length must be a whole number from 4 on, got {self.max_length!r}"
+            )
         # two on each side: BOS and a token of the prompt, a token of the response and EOS
         if not 2 <= self.min_prompt_room <= self.max_length - 2:
             raise ConfigError(

@@ -25,11 +25,12 @@ from hafrm.errors import DataError
 
 Reason = Literal[
     "empty response", "empty prompt", "chosen equals rejected", "prompts differ", "wrong roles",
-    "not a string", "non-finite margin", "bad number", "too long", "lone surrogate", "duplicate",
+    "not a string", "non-finite margin", "bad number", "too long", "unusable character", "duplicate",
     "missing column", "unreadable row", "unread context", "unknown label", "not encodable",
 ]  # fmt: skip
 """Why rows are bad. "non-finite margin" is a margin or weight that is no usable number, "bad number" one of
 votes, ranks or scores; "not encodable" is what the chat template or the tokenizer refuses."""
+MAX_NUMBER = 1e15  # larger ones overflow in float32, as a gradient's square
 MAX_CHARS = 200_000
 """Limit of a prompt or response in characters, checked before any tokenizer sees it."""
 RawRow = Mapping[Any, Any]
@@ -233,22 +234,23 @@ def parse_hub(location: str) -> HubSet:
     return HubSet(match["name"], match["split"], match["config"], revision=match["revision"])
 
 
-def read_hub(hub: HubSet) -> NumberedRows:
-    """(row number, row) of every row, in order."""
+def read_hub(hub: HubSet, *, stream: bool = False) -> NumberedRows:
+    """(row number, row) of every row, in order. With `stream`, rows are fetched as they are read, without
+    a download of the set before, unless a slice of a split is wanted."""
     import datasets  # noqa: PLC0415  (1.4 s)
 
+    options: dict[str, Any] = {"streaming": True} if stream and "[" not in hub.split else {}
     try:
         if hub.file is not None:
             url = f"hf://datasets/{hub.name}/{hub.file}"
-            table = datasets.load_dataset("json", data_files=url, split="train")
+            table = datasets.load_dataset("json", data_files=url, split="train", **options)
         else:
-            folder = {} if hub.folder is None else {"data_dir": hub.folder}
-            table = datasets.load_dataset(
-                hub.name, hub.config, split=hub.split, revision=hub.revision, **folder
-            )
+            options |= {"revision": hub.revision, "split": hub.split}
+            options |= {} if hub.folder is None else {"data_dir": hub.folder}
+            table = datasets.load_dataset(hub.name, hub.config, **options)
+        yield from enumerate(table)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{hub} cannot be loaded: {error}") from error
-    yield from enumerate(table)
 
 
 def list_of(value: object, column: str) -> list[Any]:
@@ -259,13 +261,15 @@ def list_of(value: object, column: str) -> list[Any]:
 
 
 def as_number(value: object, column: str, reason: Reason = "bad number") -> float:
-    """A finite number; text and booleans are refused, whatever they look like."""
+    """A number up to MAX_NUMBER; text and booleans are refused, whatever they look like."""
     try:
         number = float(value) if isinstance(value, Real) else math.nan
     except OverflowError:  # an integer above 1e308
         number = math.inf
-    if isinstance(value, bool) or not math.isfinite(number):
-        refuse(reason, f"`{column}` must be a finite number, got {show(value)}")
+    if isinstance(value, bool) or not abs(number) <= MAX_NUMBER:
+        refuse(
+            reason, f"`{column}` must be a finite number up to {MAX_NUMBER:g}, got {show(value)}"
+        )
     return number
 
 
@@ -275,7 +279,7 @@ def check_text(text: str, name: str) -> None:
         refuse("too long", f"{name} has {len(text):,} characters, the limit is {MAX_CHARS:,}")
     # lone surrogates, which no encoding has, and NUL, which C strings end at
     if bad := re.search("[\ud800-\udfff\0]", text):
-        refuse("lone surrogate", f"{name} has {bad[0]!r} at character {bad.start()}")
+        refuse("unusable character", f"{name} has {bad[0]!r} at character {bad.start()}")
 
 
 def refuse(reason: Reason, detail: str) -> NoReturn:

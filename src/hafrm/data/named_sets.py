@@ -262,7 +262,8 @@ def _rows_of(
 
     def converted(counts: Counter[str]) -> NumberedRows:
         hub = _WHOLE if named.in_one_piece else part or ""
-        for number, row in read_file(Path(file)) if file else read_hub(named.hub[hub]):
+        rows = read_file(Path(file)) if file else read_hub(named.hub[hub], stream=True)
+        for number, row in rows:
             ours: object = row  # what is no row at all, `parse_row` refuses
             if isinstance(row, dict):
                 try:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hafrm.atomic import atomic_write
+from hafrm.atomic import atomic_write, fingerprint
 from hafrm.data.files import NumberedRows, Refusal, parse_hub, read_file, read_hub, show, stem
 from hafrm.data.grouping import GroupedRows
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
@@ -164,9 +164,10 @@ def parse_source(entry: str | Path | RawRows) -> Source:
     return sources[0]
 
 
-def local_files(entry: str) -> list[Path]:
-    """The files on this machine that an entry reads."""
-    return [Path(source.path) for source in parse_sources(entry) if source.path is not None]
+def file_digests(entries: Iterable[str]) -> dict[str, str]:
+    """Digests of the files on this machine that data entries read."""
+    paths = {Path(s.path) for entry in entries for s in parse_sources(entry) if s.path}
+    return {str(p): fingerprint(p) for p in sorted(paths) if os.path.isfile(p)}
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
@@ -180,7 +181,7 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
     elif source.named is not None:
         rows = read_named_set(source.named, source.path, source.where.get("split"), left_out)
     elif source.location.startswith("hub:"):
-        rows = read_hub(parse_hub(source.location))
+        rows = read_hub(parse_hub(source.location), stream=True)
     else:
         rows = read_file(Path(source.location))
     if (source.columns or source.ignore) and source.named is None:
@@ -312,10 +313,11 @@ class _SourceReader:
             for reason, count in reasons.most_common()
         )
         listed = f"All are listed in {bad_rows_file}. " if bad_rows_file else ""
+        fix = "or raise data.max_bad_fraction (--max-bad-fraction) to leave them out"
         raise DataError(
             f"{num_bad:,} of {self.num_rows:,} rows of {place} are bad "
             f"({num_bad / self.num_rows:.1%}; allowed: {max_bad_fraction:.1%}):{table}\n{listed}"
-            "Correct them, or raise data.max_bad_fraction (--max-bad-fraction) to leave them out."
+            + (f"Correct them, {fix}." if num_bad < self.num_rows else "Correct them.")
         )
 
 

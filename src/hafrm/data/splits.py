@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.atomic import atomic_file
-from hafrm.data.store import Lazy, join, pick
+from hafrm.data.store import Lazy, join, numbers_of, pick
 from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, Message, prompt_key
 
@@ -32,9 +32,7 @@ def prompt_keys(groups: Sequence[Group]) -> NDArray[np.uint64]:
     def number(group: Group) -> int:
         return int(normalised_key(group.prompt), 16)
 
-    if isinstance(groups, Lazy):
-        return groups.column("prompt", number, np.uint64)
-    return np.fromiter(map(number, groups), np.uint64, len(groups))
+    return numbers_of(groups, "prompt", number, np.uint64)
 
 
 def split_by_prompt(

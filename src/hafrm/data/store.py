@@ -1,19 +1,21 @@
 """Sequences that are kept on disk: records are appended to a file, and items are made when they are read.
 
 What fits into IN_MEMORY bytes stays plain objects. Of what does not, only offsets and other arrays of
-numbers are in memory, so ten million groups need less than 2 GiB.
+numbers are in memory. Token ids can be kept in a folder, and opened again without being read.
 """
 
 import json
 import os
+import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from safetensors.numpy import load_file, save_file
 
 from hafrm.atomic import write_errors
 from hafrm.preferences import Comparison, TokenizedGroup, Votes
@@ -27,7 +29,7 @@ class Records:
     """Byte strings that are appended one by one, and read by their number."""
 
     def __init__(self) -> None:
-        self._ends = array("q", [0])
+        self._ends: Any = array("q", [0])
         self._buffer = bytearray()  # the last ones
         self._in_file = 0  # bytes before those of the buffer
         self._file: Any = None
@@ -59,6 +61,22 @@ class Records:
         # threads or forked processes could share
         return os.pread(self._file.fileno(), end - start, start)
 
+    def save(self, file: Path) -> NDArray[np.int64]:
+        """Write all of them to a file; returns the places that `open` wants."""
+        with file.open("wb") as out:
+            if self._file is not None:
+                self._file.seek(0)
+                shutil.copyfileobj(self._file, out, 2**20)
+            out.write(self._buffer)
+        return np.array(self._ends, np.int64)
+
+    @classmethod
+    def open(cls, file: Path, ends: NDArray[np.int64]) -> "Records":
+        """Those that `save` has written, left where they are."""
+        records = cls()
+        records._file, records._ends, records._in_file = file.open("rb"), ends, int(ends[-1])
+        return records
+
 
 class Lazy(Sequence[Item]):
     """Items that `make` makes from their numbers, each time they are read; or a part of them."""
@@ -70,11 +88,7 @@ class Lazy(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-    @overload
-    def __getitem__(self, place: slice) -> "Lazy[Item]": ...
-    def __getitem__(self, place: int | slice) -> "Item | Lazy[Item]":
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return self.part(place)
         return self._make(int(self._numbers[place]))
@@ -85,13 +99,6 @@ class Lazy(Sequence[Item]):
         part._size, part._columns = self._size, self._columns
         part._numbers = self._numbers[places]
         return part
-
-    def column(self, name: str, value: Callable[[Item], Any], dtype: DTypeLike) -> NDArray[Any]:
-        """A number of each item, computed once for this and all other parts of the same items."""
-        if name not in self._columns:
-            values = (value(self._make(number)) for number in range(self._size))
-            self._columns[name] = np.fromiter(values, dtype, self._size)
-        return self._columns[name][self._numbers]
 
 
 def pick(items: Sequence[Item], places: NDArray[Any]) -> Sequence[Item]:
@@ -114,25 +121,70 @@ def join(parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
     return Lazy(make, int(ends[-1]))
 
 
-def store_tokens(groups: Iterable[TokenizedGroup]) -> Lazy[TokenizedGroup]:
+def numbers_of(
+    items: Sequence[Item], name: str, value: Callable[[Item], Any], dtype: DTypeLike
+) -> NDArray[Any]:
+    """A number of each item; of lazy ones computed once for these and all other parts of the same items."""
+    if not isinstance(items, Lazy):
+        return np.fromiter(map(value, items), dtype, len(items))
+    if name not in items._columns:
+        values = (value(items._make(number)) for number in range(items._size))
+        items._columns[name] = np.fromiter(values, dtype, items._size)
+    return items._columns[name][items._numbers]
+
+
+_COUNTS: dict[str, Callable[[Any], int]] = {
+    "comparisons": lambda group: len(group.comparisons),
+    "decided": lambda group: sum(pair.is_decided for pair in group.comparisons),
+    "ties": lambda group: sum(pair.tie for pair in group.comparisons),
+    "responses": lambda group: len(group.response_ids),
+}
+
+
+def counts_of(groups: Sequence[Any], name: str) -> NDArray[np.int32]:
+    """How many of what `_COUNTS` names each group has; stored groups are not read for it."""
+    return numbers_of(groups, name, _COUNTS[name], np.int32)
+
+
+class StoredTokens(Lazy[TokenizedGroup]):
+    """Groups of token ids in a file, and their counts in memory."""
+
+    def __init__(self, records: Records, counts: Mapping[str, NDArray[np.int32]]) -> None:
+        def make(number: int) -> TokenizedGroup:
+            head, _, tokens = records[number].partition(b"\n")
+            name, source, tags, comparisons, sizes = json.loads(head)
+            # a copy's own bytes: read-only, as the arrays of every encoded group
+            parts = np.split(np.frombuffer(tokens, np.int32), np.cumsum(sizes)[:-1])
+            pairs = unpack_comparisons(comparisons)
+            return TokenizedGroup(parts[0], tuple(parts[1:]), pairs, name, source, tags)
+
+        super().__init__(make, len(records))
+        self._records, self._columns = records, dict(counts)
+
+    def save(self, file: Path) -> None:
+        """Write the records to `file`, and beside it their places and counts as safetensors."""
+        columns = {"ends": self._records.save(file), **self._columns}
+        save_file(columns, file.with_suffix(".safetensors"))
+
+    @classmethod
+    def open(cls, file: Path) -> "StoredTokens":
+        """The groups that `save` has written."""
+        columns = load_file(file.with_suffix(".safetensors"))
+        return cls(Records.open(file, columns.pop("ends")), columns)
+
+
+def store_tokens(groups: Iterable[TokenizedGroup]) -> StoredTokens:
     """The groups, kept on disk."""
-    records = Records()
+    records, counts = Records(), {name: array("i") for name in _COUNTS}
     for group in groups:
+        for name, count in _COUNTS.items():
+            counts[name].append(count(group))
         ids = (group.prompt_ids, *group.response_ids)
         names = group.id, group.source, group.tags
         head = [*names, pack_comparisons(group.comparisons), [*map(len, ids)]]
         tokens = np.concatenate(ids).astype(np.int32, copy=False).tobytes()
         records.append(json.dumps(head).encode() + b"\n" + tokens)
-
-    def make(number: int) -> TokenizedGroup:
-        head, _, tokens = records[number].partition(b"\n")
-        name, source, tags, comparisons, sizes = json.loads(head)
-        # a copy's own bytes: read-only, as the arrays of every encoded group
-        parts = np.split(np.frombuffer(tokens, np.int32), np.cumsum(sizes)[:-1])
-        pairs = unpack_comparisons(comparisons)
-        return TokenizedGroup(parts[0], tuple(parts[1:]), pairs, name, source, tags)
-
-    return Lazy(make, len(records))
+    return StoredTokens(records, {name: np.array(own, np.int32) for name, own in counts.items()})
 
 
 def pack_comparisons(pairs: Sequence[Comparison]) -> list[tuple[Any, ...]]:

@@ -15,7 +15,7 @@ from hafrm.diagnostics.breakdown import LabelNoise, Slice, StyleBias, WorstExamp
 from hafrm.errors import NumericsError
 from hafrm.evaluation.metrics import Accuracy, Temperature
 from hafrm.results import Cell, Table, columns
-from hafrm.statistics import Real
+from hafrm.statistics import Real, effective_rank, spectrum
 
 StateMatrix = Float[np.ndarray, "responses hidden"]
 MIN_COMPARISONS = 10
@@ -154,24 +154,9 @@ def describe_states(
                 f"{model} gives hidden states that are not finite; check its weights, or run it in float32"
             )
     fractions = spectrum(states)
-    p = fractions[fractions > 0]
-    # Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower
-    rank = float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
     top = float(fractions[0]) if len(fractions) else math.nan
     cka = math.nan if base is None else linear_cka(states, base)
-    return Representation(model, rank, top, mean_cosine(states), cka)
-
-
-def spectrum(states: StateMatrix) -> Float[np.ndarray, " directions"]:
-    """Eigenvalues of the covariance as fractions of their sum, largest first; empty for a constant."""
-    centred = states.astype(np.float64) - states.mean(axis=0, dtype=np.float64)
-    # squared singular values are the covariance's eigenvalues, up to a factor
-    values = np.linalg.svd(centred, compute_uv=False) ** 2
-    total = values.sum()
-    # rounding around the mean of equal states is no variance
-    if total <= (1e-12 * np.abs(states).max(initial=0.0)) ** 2 * states.size:
-        return np.empty(0)
-    return np.asarray(values / total, np.float64)
+    return Representation(model, effective_rank(fractions), top, mean_cosine(states), cka)
 
 
 def mean_cosine(states: StateMatrix) -> float:

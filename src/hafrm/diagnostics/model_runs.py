@@ -1,5 +1,6 @@
 """`diagnose`: runs one reward model, and others beside it, one at a time, and gathers every diagnostic."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -69,8 +70,9 @@ def diagnose(
     models = {path: find_heads(path) for path in names}
     recipe = Path(model) / "recipe.yaml"
     if base is None and recipe.is_file():
-        base = Path(load_recipe(recipe).model.path)
-        base = base if base.is_dir() else None  # it may be gone, or a hub id
+        with contextlib.suppress(ConfigError):  # of another kind of run
+            base = Path(load_recipe(recipe).model.path)
+            base = base if base.is_dir() else None  # it may be gone, or a hub id
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from hafrm.engine.layout import Layout
+from hafrm.engine.layout import Layout, Team
 
 SHARED_PREFIX = "hafrm_shared_prefix"  # the name under which transformers knows this attention
 
@@ -61,6 +61,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
     *,
     scaling: float | None = None,
     branch_layout: Layout | None = None,
+    team: Team | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **unused: Any,
@@ -78,7 +79,9 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rule = Rule(scaling, sliding_window or getattr(module, "sliding_window", None), softcap)
-    return _attend(query, key, value, branch_layout, rule), None
+    if team is None:
+        return _attend(query, key, value, branch_layout, rule), None
+    return _attend_together(query, key, value, branch_layout, rule, team), None
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
@@ -93,6 +96,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rul
     if _VARLEN_COMPLETE and rule.softcap is None and _has_kernel(query, key, value, card):
         return _varlen(query, key, value, layout, rule)
     return attend_by_group(query, key, value, layout, rule)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_together(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule, team: Team
+) -> Tensor:
+    query, key, value = (team.to_heads(x, layout) for x in (query, key, value))
+    return team.to_tokens(_attend(query, key, value, layout, rule), layout)
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, capability: tuple[int, int]) -> bool:

@@ -12,6 +12,7 @@ of all segments, scored = response tokens (each has a log-prob), responses = bra
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 T = TypeVar("T")
 
@@ -140,6 +142,52 @@ def lay_out(groups: Sequence[Branches]) -> Layout:
         cu_keys=torch.from_numpy(np.cumsum(keys).astype(np.int32)),
         **tensors,
     )
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that run each sequence together (Ulysses, arXiv 2309.14509): everywhere a rank has a part of
+    the tokens, in attention all tokens of a part of the heads. By default one rank alone."""
+
+    group: Any = None  # a ProcessGroup
+    rank: int = 0
+    size: int = 1
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This rank's part of the rows."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def to_heads(
+        self, x: Float[Tensor, "1 heads own dim"], layout: Layout
+    ) -> Float[Tensor, "1 part tokens dim"]:
+        heads = x.shape[1] // self.size
+        shapes = [(heads, num, x.shape[3]) for num in self._tokens(layout)]
+        return torch.cat(self._exchange(x[0].chunk(self.size), shapes), dim=1)[None]
+
+    def to_tokens(
+        self, x: Float[Tensor, "1 tokens part dim"], layout: Layout
+    ) -> Float[Tensor, "1 own heads dim"]:
+        tokens = self._tokens(layout)
+        shape = (tokens[self.rank], *x.shape[2:])
+        return torch.cat(self._exchange(x[0].split(tokens), [shape] * self.size), dim=1)[None]
+
+    def gather(self, x: Float[Tensor, "own dim"], layout: Layout) -> Float[Tensor, "tokens dim"]:
+        shapes = [(num, x.shape[1]) for num in self._tokens(layout)]
+        return torch.cat(self._exchange([x] * self.size, shapes))
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        return torch.stack(self._exchange([x] * self.size, [x.shape] * self.size)).sum(0)
+
+    def _tokens(self, layout: Layout) -> list[int]:
+        return [len(part) for part in layout.input_ids.tensor_split(self.size)]
+
+    def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What every rank sends here, in these shapes, for a part sent to each."""
+        sent, sizes = torch.cat([part.flatten() for part in parts]), [math.prod(s) for s in shapes]
+        lengths = [part.numel() for part in parts]
+        received = all_to_all_single_autograd(sent, sizes, lengths, self.group)
+        return [x.view(*s) for x, s in zip(received.split(sizes), shapes, strict=True)]
 
 
 @dataclass(frozen=True)

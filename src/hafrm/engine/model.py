@@ -23,7 +23,7 @@ from hafrm.engine.attention import (
     narrow_layer,
     widen_layer,
 )
-from hafrm.engine.layout import Layout, unshare
+from hafrm.engine.layout import Layout, Team, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
 from hafrm.errors import ModelError, NumericsError
 
@@ -78,6 +78,7 @@ class HybridModel(nn.Module):
             raise ModelError("a HybridModel needs a reward head, a policy head, or both")
         self.backbone = backbone
         self.compute_device: torch.device | None = None
+        self.team = Team()
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
         self.reads_scored = policy_head is not None  # all response tokens, or their last ones alone
@@ -127,16 +128,20 @@ class HybridModel(nn.Module):
             # a sum over the one column: FSDP2 warns of a model that gives out a view
             rewards, reward_states = column.sum(1), last.detach()
         if self.policy_head is not None:
-            tokens = self._token_logps(states.hidden[states.predictor], layout)
+            team = self.team if self.sharing else Team()
+            scored = states.predictor, layout.targets, layout.response_of
+            predictor, targets, owners = map(team.own, scored)
+            tokens = self._token_logps(states.hidden[predictor], targets)
             sums = torch.zeros(layout.num_responses, dtype=torch.float32, device=tokens.device)
-            logps = sums.index_add(0, layout.response_of, tokens)
+            sums = sums.index_add(0, owners, tokens)
             token_logps = tokens.detach()
+            logps = sums if team.size == 1 else team.add_up(sums)
         return Outputs(rewards, logps, layout.lengths, reward_states, token_logps)
 
     def tokens(self, layout: Layout) -> TokenOutputs:
         states = self.hidden_states(layout)
         hidden = states.hidden[states.predictor]
-        return TokenOutputs(hidden, self._token_logps(hidden, layout))
+        return TokenOutputs(hidden, self._token_logps(hidden, layout.targets))
 
     def last_states(self, layout: Layout) -> Float[Tensor, "responses hidden"]:
         """The hidden state of each response's last real token, float32: what a reward is read from."""
@@ -155,23 +160,27 @@ class HybridModel(nn.Module):
             return HiddenStates(hidden, padded.predictor, padded.last)
         if read is None:
             read = layout.read if self.reads_scored else layout.last
+        team = self.team
+        # Together, ranks run the last layer whole: which tokens of a part are read, a GPU would wait for.
+        narrow = {READ_INDICES: read} if team.size == 1 else {"team": team}
         hidden = self.backbone(
-            input_ids=layout.input_ids[None],
-            position_ids=layout.position_ids[None],
+            input_ids=team.own(layout.input_ids)[None],
+            position_ids=team.own(layout.position_ids)[None],
             attention_mask=None,
             use_cache=False,
             branch_layout=layout,
-            **{READ_INDICES: read},
+            **narrow,
         ).last_hidden_state[0]
+        hidden = hidden if team.size == 1 else team.gather(hidden, layout)
         return HiddenStates(hidden, layout.predictor, layout.last)
 
     def _token_logps(
-        self, hidden: Float[Tensor, "scored hidden"], layout: Layout
+        self, hidden: Float[Tensor, "scored hidden"], targets: Int[Tensor, " scored"]
     ) -> Float[Tensor, " scored"]:
         head = self.policy_head
         assert head is not None
         return token_logprobs(
-            hidden, head.weight, layout.targets, bias=head.bias, transform=self.transform
+            hidden, head.weight, targets, bias=head.bias, transform=self.transform
         )
 
     @property
@@ -240,6 +249,12 @@ def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
 def hidden_size(config: PretrainedConfig) -> int:
     """Width of the last hidden state."""
     return int(config.get_text_config().hidden_size)
+
+
+def num_kv_heads(config: PretrainedConfig) -> int:
+    """Attention heads of keys and values."""
+    text = config.get_text_config()
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
 def longest_sequence(config: PretrainedConfig) -> int | None:

@@ -49,8 +49,9 @@ class Comparisons:
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Comparisons":
-        """All comparisons of the groups, in their order."""
-        owned = [(i, pair) for i, group in enumerate(groups) for pair in group.comparisons]
+        """The comparisons of the groups, in their order, without those of weight 0."""
+        every = ((i, pair) for i, group in enumerate(groups) for pair in group.comparisons)
+        owned = [(i, pair) for i, pair in every if pair.weight > 0]
         return cls(groups, np.array([i for i, _ in owned], int), tuple(pair for _, pair in owned))
 
     def __len__(self) -> int:

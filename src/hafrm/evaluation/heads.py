@@ -7,6 +7,7 @@ from the two. One model is in memory at a time, and no model is changed.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from hafrm.scoring.model_files import load_config
 from hafrm.scoring.outputs import join_heads
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import accuracy_interval, paired_bootstrap
+from hafrm.training import parallel
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
 Scores = dict[str, NDArray[np.float32]]
@@ -85,6 +87,8 @@ def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
     if options.max_prompt_length is not None:
         lengths = scorer.encoder.lengths
         scorer.encoder.lengths = replace(lengths, max_prompt_length=options.max_prompt_length)
+    if parallel.num_ranks() > 1:
+        scorer.forward = partial(parallel.score_on_all_ranks, **scorer.forward.keywords)
     return scorer
 
 
@@ -120,8 +124,8 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     `max_bad_fraction` may be left out as bad; `rows` are more arguments of `read_preferences`, such as
     `columns`.
 
-    >>> result = hafrm.evaluation.evaluate("run", "test.jsonl")
-    >>> result.accuracy.value, result.accuracy.low, result.accuracy.high
+        result = hafrm.evaluate("run", "test.jsonl")
+        result.accuracy.value, result.accuracy.low, result.accuracy.high
 
     Raises DataError for data without comparisons, ModelError for a model that cannot be scored with.
     """

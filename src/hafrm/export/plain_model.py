@@ -7,6 +7,7 @@ pickle is read.
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -96,6 +97,14 @@ def device_for(num_weights: int) -> torch.device:
         sizes = f"float32 takes {needed / 2**30:.1f} GiB, the GPU has {free / 2**30:.1f} GiB free"
         log.info("the golden scores are computed on the CPU: %s", sizes)
     return torch.device("cpu")
+
+
+def num_threads() -> int:
+    """Of the CPU, for a proof."""
+    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return torch.get_num_threads()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:

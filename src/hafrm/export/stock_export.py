@@ -4,24 +4,25 @@ Every directory has the tokenizer with the closed chat template of training. A r
 never one file, because vLLM refuses unknown weights.
 """
 
+import collections
 import contextlib
-import copy
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -32,6 +33,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hafrm.atomic import atomic_directory, atomic_write
 from hafrm.data.encoding import Encoder
@@ -42,12 +45,14 @@ from hafrm.export.plain_model import (
     TOLERANCE,
     PlainModel,
     device_for,
+    num_threads,
     write_for_older_readers,
 )
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses, free_memory, run_forward
 from hafrm.scoring.model_files import load_config
 from hafrm.scoring.reward_model import RewardModel
+from hafrm.tensor_files import write_files
 
 log = logging.getLogger("hafrm")
 T = TypeVar("T")
@@ -60,71 +65,50 @@ PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
 """Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
 
 
-@dataclass(frozen=True)
-class StockWeights:
-    """A model's complete weights on the CPU, LoRA merged, under their stock names."""
-
-    config: PretrainedConfig
-    backbone: Mapping[str, Tensor]
-    reward_head: Mapping[str, Tensor]  # a head is empty if the model lacks it
-    policy_head: Mapping[str, Tensor]
-
-
-def gather_weights(model: HybridModel) -> StockWeights:
-    """Collect the weights on the main rank; every rank must call this for a sharded model."""
-    return StockWeights(
-        with_dropout(model.backbone.config),
-        _merge_lora(model.backbone, _gather(model.backbone)),
-        *(_gather(head) for head in (model.reward_head, model.policy_head)),
-    )
-
-
 def export_reward(
-    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+    model: HybridModel, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias.
+    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias; all ranks of a
+    sharded model call, and each weight is whole when its turn comes alone.
 
     Raises ModelError if transformers has no such classifier, or it cannot hold the model.
     """
-    if not weights.reward_head:
+    if model.reward_head is None:
         raise ModelError("this model has no reward head to export; export its policy instead")
-    config = copy.deepcopy(weights.config)
+    config = with_dropout(model.backbone.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
     config.problem_type = "regression"  # or servers apply a sigmoid
     stock = _stock(AutoModelForSequenceClassification, config, encoder, dtype)
-    head = {f"score.{name}": value for name, value in weights.reward_head.items()}
-    _write(stock, weights.backbone, head, encoder, directory)
+    _write(stock, model.backbone, ("score", model.reward_head), encoder, directory)
 
 
 def export_policy(
-    weights: StockWeights, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
+    model: HybridModel, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock causal LM: backbone and retained LM head."""
-    if not weights.policy_head:
+    """Write the stock causal LM: backbone and retained LM head; otherwise as `export_reward`."""
+    head = model.policy_head
+    if head is None:
         raise ModelError("this model has no policy head to export; export its reward model instead")
-    config = copy.deepcopy(weights.config)
-    stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
-    names = {module: name for name, module in stock.named_modules()}
-    name = names[stock.get_output_embeddings()]
-    inputs = names[stock.get_input_embeddings()].removeprefix(f"{stock.base_model_prefix}.")
-    if config.tie_word_embeddings and not torch.equal(
-        weights.backbone[f"{inputs}.weight"], weights.policy_head["weight"]
-    ):
+    config = with_dropout(model.backbone.config)
+    embeddings: Any = model.backbone.get_input_embeddings().weight
+    if config.tie_word_embeddings and head.weight is not embeddings:
+        differ = _full((head.weight != embeddings).any())
         # a head of its own under a config that says tied, as merged adapters leave it: tying loses it
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            part.tie_word_embeddings = False
-        stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
-    head = {f"{name}.{key}": value for key, value in weights.policy_head.items()}
+            part.tie_word_embeddings = not differ.item()
+    stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
     if stock.generation_config is not None:
         generation = None  # that of the base, if it is still there
         with contextlib.suppress(OSError, ValueError):
-            name = weights.config._name_or_path
+            name = config._name_or_path
             generation = GenerationConfig.from_pretrained(name, trust_remote_code=False)
         # else plain `generate` writes on past the end of a turn
         ends = encoder.turn_ends(generation)
         stock.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
-    _write(stock, weights.backbone, head, encoder, directory)
+    names = {module: name for name, module in stock.named_modules()}
+    output = names[stock.get_output_embeddings()]
+    _write(stock, model.backbone, (output, head), encoder, directory)
 
 
 def export_adapter(
@@ -163,30 +147,34 @@ def export_adapter(
         write_for_older_readers(aside)
 
 
-def _gather(module: nn.Module | None) -> dict[str, Tensor]:
-    """The module's weights on the main rank; none of no module."""
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    weights = {}
-    for name, value in module.state_dict().items() if module is not None else ():
-        # one at a time: ranks share host memory
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if is_main:
-            weights[name] = whole.detach().cpu()
-    return weights
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _merge_lora(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + scaling * B A in float32, under the names from before the adapters."""
-    if not weights:
-        return {}
-    merged = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
-    for name, module in backbone.named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = (weights[f"{name}.lora_{k}.{_ADAPTER}.weight"].float() for k in "AB")
-            delta = module.scaling[_ADAPTER] * (b @ a)
-            if getattr(module, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
-                delta = delta.t()
-            merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + delta
+def _full(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of it, on the main rank's CPU; others, which must call too, get it on the meta device."""
+    return _full(weight).to("cpu" if _is_main() else "meta")
+
+
+def _read_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """A weight under its name from before adapters, with one W + scaling * B A in float32, cast."""
+    path, _, leaf = name.rpartition(".")
+    layer: Any = module.get_submodule(path)
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    value = (dequantize_module_weight(base) if leaf == "weight" else getattr(base, leaf)).detach()
+    if base is layer or leaf != "weight":
+        return _whole(value.to(dtype))
+    factors = (getattr(layer, f"lora_{k}")[_ADAPTER].weight for k in "BA")
+    value, b, a = (_whole(part).float() for part in (value, *factors))
+    delta = layer.scaling[_ADAPTER] * (b @ a)
+    if getattr(layer, "fan_in_fan_out", False):  # GPT-2 stores its weights transposed
+        delta = delta.t()
+    merged: Tensor = (value + delta).to(dtype)
     return merged
 
 
@@ -197,48 +185,74 @@ def _stock(
     config.pad_token_id, config.eos_token_id = encoder.pad_id, encoder.eos_id
     try:
         with torch.device("meta"):
-            return cast(
-                "PreTrainedModel", auto.from_config(config, dtype=dtype, trust_remote_code=False)
-            )
+            stock: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
-        name = type(config).__name__
-        raise ModelError(f"transformers has no {auto.__name__} for {name}") from error
+        kind = type(config).__name__
+        raise ModelError(f"transformers has no {auto.__name__} for {kind}") from error
+    return stock
 
 
 def _write(
     stock: PreTrainedModel,
-    backbone: Mapping[str, Tensor],
-    head: Mapping[str, Tensor],
+    backbone: PreTrainedModel,
+    head: tuple[str, nn.Module],
     encoder: Encoder,
     directory: Path,
 ) -> None:
-    prefix, dtype = stock.base_model_prefix, stock.dtype
-    state = {f"{prefix}.{name}": value.to(dtype) for name, value in backbone.items()}
-    state |= {name: value.to(dtype) for name, value in head.items()}
-    # float16's largest number is 65,504
-    over = [n for n, v in state.items() if dtype == torch.float16 and not torch.isfinite(v).all()]
-    if over:
-        raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
-    surplus = stock.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    """Write the weights of `backbone` and `head` as `stock`, which has none itself, has them in files."""
+    sources: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, module in ((stock.base_model_prefix, backbone), head):
+        for n in module.state_dict():
+            if ".lora_" not in n and ".weight." not in n:  # what bitsandbytes keeps of a weight
+                own = n.replace(".base_layer.", ".")
+                sources[f"{prefix}.{own}"] = module, own
     stock.tie_weights()
-    left = [name for name, parameter in stock.named_parameters() if parameter.is_meta]
+    stored = _stored_tensors(stock)
+    left = sorted({name for names, _ in stored for name in names} - sources.keys())
+    surplus = sorted(sources.keys() - stock.state_dict().keys())
     if left or surplus:
-        problem = f"it lacks {left}, and has {surplus} too many"
-        raise ModelError(f"{type(stock).__name__} cannot hold this model: {problem}")
-    with atomic_directory(directory) as aside:
-        stock.save_pretrained(aside)
-        encoder.export_tokenizer(aside)
-        write_for_older_readers(aside)
+        problem = f"cannot hold this model: it lacks {left}, and has {surplus} too many"
+        raise ModelError(f"{type(stock).__name__} {problem}")
+    read = ([(n, _read_weight(*sources[n], stock.dtype)) for n in names] for names, _ in stored)
+
+    def values() -> Iterator[Tensor]:
+        for weights in map(dict, read):
+            half = stock.dtype == torch.float16  # whose largest number is 65,504
+            if over := [name for name, w in weights.items() if half and not w.isfinite().all()]:
+                raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
+            yield from revert_weight_conversion(stock, weights).values()
+
+    try:
+        if _is_main():
+            with atomic_directory(directory) as aside:
+                stock.save_pretrained(aside, state_dict={})  # the configs
+                # clones: parts of a converted tensor would count as all of it
+                tensors = {n: tensor.clone() for _, own in stored for n, tensor in own.items()}
+                write_files(aside, tensors, values())
+                encoder.export_tokenizer(aside)
+                write_for_older_readers(aside)
+    finally:
+        collections.deque(read, maxlen=0)  # what the other ranks gather
+
+
+def _stored_tensors(stock: PreTrainedModel) -> list[tuple[list[str], dict[str, Tensor]]]:
+    """Weights, one each where that can be, and the tensors on the meta device that they are in files."""
+    state = remove_tied_weights_from_state_dict(stock.state_dict(), stock)
+    files = revert_weight_conversion(stock, state)
+    if files is state:
+        return [([name], {name: state[name]}) for name in sorted(state)]
+    alone = [([n], revert_weight_conversion(stock, {n: state[n]})) for n in sorted(state)]
+    shapes = {name: tensor.shape for _, part in alone for name, tensor in part.items()}
+    if shapes == {name: tensor.shape for name, tensor in files.items()}:
+        return alone
+    return [(sorted(state), files)]  # several weights of the model are one in its files
 
 
 def _targets(backbone: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
     """Short names if they match exactly these layers, else the layers' full names."""
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, (nn.Linear, LoraLayer))]
     short = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    matched = {
-        name
-        for name, module in backbone.named_modules()
-        if name.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, LoraLayer))
-    }
+    matched = {name for name in linear if name.rsplit(".", 1)[-1] in short}
     return short if matched == set(layers) else sorted(layers)
 
 
@@ -256,13 +270,6 @@ def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: 
         ) from error
     unverified.rename(directory)
     return result
-
-
-def _num_threads() -> int:
-    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
-        return torch.get_num_threads()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -319,7 +326,7 @@ def write_golden(directory: Path, memory: InMemory) -> int:
     renders and tokenizes them gets other ids. Raises NumericsError when that leaves none, and where the
     rewards are not those in memory.
     """
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(num_threads())
     free_memory()
     device = device_for(sum(map(math.prod, PlainModel(directory).weights.values())))
     model = RewardModel.from_pretrained(directory, dtype=torch.float32, device=device)
@@ -353,7 +360,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
     """
     # -P: modules of the current directory must not be imported
     command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads())}
     free_memory()
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.strip().splitlines()
@@ -375,7 +382,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
 def check_policy(directory: Path, memory: InMemory) -> tuple[int, float]:
     """Number of responses whose log-probs plain transformers gives as the model in memory did, and the
     largest difference, as `InMemory.check` measures it."""
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(num_threads())
     free_memory()
     stock = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=False

@@ -22,7 +22,7 @@ from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
 from hafrm.process_pool import ProcessPool
-from hafrm.recipe import ModelSection
+from hafrm.recipe import PolicySection
 from hafrm.results import Table, columns, read_result, write_result
 from hafrm.rlhf.actor import encode_prompts, write_responses
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
@@ -128,11 +128,11 @@ class ComparisonWorker:
                 resume = False
             train_policy(recipe, folder, resume=resume, gold=self.gold)
         # an exported policy brings its template along
-        answers = self.answer(ModelSection(path=str(folder / "model" / "policy")), run.seed)
+        answers = self.answer(PolicySection(path=str(folder / "model" / "policy")), run.seed)
         write_result(folder / "answers.json", answers)  # to be read by people
         return answers
 
-    def answer(self, policy: ModelSection, seed: int) -> Answers:
+    def answer(self, policy: PolicySection, seed: int) -> Answers:
         """A policy's answers to the test prompts, sampled as the recipe says, and their scores."""
         recipe = self.recipe
         assert recipe.comparison is not None

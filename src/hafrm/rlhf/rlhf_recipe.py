@@ -13,7 +13,7 @@ from hafrm.recipe import (
     CheckpointSection,
     Location,
     LoraSection,
-    ModelSection,
+    PolicySection,
     Section,
     Sources,
     Text,
@@ -160,7 +160,7 @@ class ComparisonSection(Section):
 class RlhfRecipe(Section):
     """Everything that decides what an RLHF run computes, and what is shown of it."""
 
-    model: ModelSection
+    model: PolicySection
     data: PromptSection
     reward: RewardSection = RewardSection()
     sampling: SamplingSection = SamplingSection()

@@ -21,6 +21,7 @@ from hafrm.best_of_n.candidate_scores import GoldReward
 from hafrm.best_of_n.candidates import read_prompts
 from hafrm.best_of_n.judges import conversation_text
 from hafrm.data.encoding import Encoder
+from hafrm.data.reader import file_digests
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
@@ -28,7 +29,6 @@ from hafrm.export.stock_export import (
     PLAIN,
     check_policy,
     export_policy,
-    gather_weights,
     prove,
     score_in_memory,
 )
@@ -40,7 +40,7 @@ from hafrm.run_folder import RunFolder
 from hafrm.scoring.loading import check_base, load_tokenizer
 from hafrm.scoring.reward_model import Scorer
 from hafrm.statistics import clustered_bootstrap
-from hafrm.training.checkpoint import file_digests, model_digests
+from hafrm.training.checkpoint import model_digests
 from hafrm.training.loop import MetricsLog
 
 log = logging.getLogger("hafrm")
@@ -261,7 +261,7 @@ class RlhfRun:
         options: Any = {"max_tokens": actor.max_tokens, "autocast": actor.autocast}
         memory = score_in_memory(actor.model, actor.encoder, golden, **options)
         with atomic_directory(unverified, replace=True) as aside:
-            export_policy(gather_weights(actor.model), actor.encoder, aside / "policy", dtype=dtype)
+            export_policy(actor.model, actor.encoder, aside / "policy", dtype=dtype)
         prove(
             unverified,
             self.folder.model_path,

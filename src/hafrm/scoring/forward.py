@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from hafrm.data.store import counts_of
 from hafrm.engine.layout import Branches, Layout, lay_out
 from hafrm.engine.model import HybridModel, Outputs
 from hafrm.errors import MemoryBudgetError, NumericsError
@@ -62,8 +63,8 @@ _Run = Callable[[list[IndexedGroup]], PerResponse]
 
 def first_responses(groups: Sequence[Branches]) -> NDArray[np.int64]:
     """Index of each group's first response among the responses of all groups."""
-    counts = [len(group.response_ids) for group in groups]
-    return np.cumsum([0, *counts])[:-1].astype(np.int64)
+    counts = counts_of(groups, "responses")
+    return np.cumsum(counts) - counts
 
 
 def run_forward(  # noqa: PLR0913

@@ -34,7 +34,7 @@ from hafrm.engine.model import (
     with_dropout,
 )
 from hafrm.errors import ConfigError, ModelError
-from hafrm.recipe import ModelSection
+from hafrm.recipe import ModelSection, PolicySection
 from hafrm.scoring.model_files import (
     ADAPTER,
     check_complete,
@@ -48,6 +48,8 @@ from hafrm.scoring.model_files import (
     load_parts,
     load_whole,
     model_errors,
+    nf4_config,
+    settle_nf4,
     stored_reward_head,
     stored_tensors,
 )
@@ -142,7 +144,7 @@ def choose_dtype(
     path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> torch.dtype:
     """The dtype to load weights in: `auto` is the checkpoint's on a GPU, which is logged, else float32."""
-    named = dtype if isinstance(dtype, str) else "auto"
+    named = "auto" if isinstance(dtype, torch.dtype) else dtype
     Placement(named, None if device is None else str(device))  # raises ConfigError
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -258,7 +260,7 @@ def model_digest(path: str | Path) -> str:
     return "sha256:" + hashlib.sha256("\n".join([*digests, *base.split()]).encode()).hexdigest()
 
 
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
+def load_tokenizer(model: PolicySection) -> PreTrainedTokenizerFast:
     """The base model's fast tokenizer, with its section's template and a pad of its own."""
     path = base_directory(model.path)
     tokenizer = load_any_tokenizer(path, model.revision)
@@ -278,14 +280,19 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerFast:
 
 
 def load_base(
-    model: ModelSection, dtype: torch.dtype, device: torch.device, *, policy: bool = True
+    model: PolicySection, dtype: torch.dtype, device: torch.device, *, policy: bool = True
 ) -> PreTrainedModel:
     """The causal LM to start from; without `policy` its LM head may be random. Raises ModelError when it
     cannot be loaded whole."""
     path = base_directory(model.path)
     # None: a base may have only a pickle, which torch reads as weights alone
-    options = {"revision": model.revision, "use_safetensors": None}
+    options: dict[str, Any] = {"revision": model.revision, "use_safetensors": None}
+    quantised = isinstance(model, ModelSection) and model.quantization is not None
+    if quantised:
+        options["quantization_config"] = nf4_config(path, dtype)
     causal, missing = load_parts(AutoModelForCausalLM, path, dtype, device, **options)
+    if quantised:
+        settle_nf4(causal, path, device)
     head = causal.get_output_embeddings()
     name = next((n for n, module in causal.named_modules() if module is head), None)
     lacking = {n for n in missing if name and n.startswith(f"{name}.")}
@@ -308,7 +315,7 @@ def _no_lm_head(path: str) -> str:
 
 
 def check_base(
-    model: ModelSection, *, policy: bool = True, reward: bool = False
+    model: PolicySection, *, policy: bool = True, reward: bool = False
 ) -> PretrainedConfig:
     """The config of the base; ModelError for what `load_base` or an export would refuse, as far as configs
     and the headers of local files tell."""
@@ -324,7 +331,7 @@ def check_base(
         raise ConfigError(
             f"model.policy_from is of no use: {path} needs no other LM head; remove it"
         )
-    if reward and Path(path).is_dir():
+    if reward and isinstance(model, ModelSection) and Path(path).is_dir():
         starting_reward_head(model, hidden_size(config))
     if reward and type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ModelError(

@@ -10,17 +10,19 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,7 +30,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hafrm.errors import HafrmError, ModelError
+from hafrm.errors import ConfigError, HafrmError, ModelError
 
 log = logging.getLogger("hafrm")
 
@@ -114,6 +116,33 @@ def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
         raise ModelError(
             f"{path} is quantised ({method}); give the checkpoint that it was quantised from"
         )
+
+
+def nf4_config(path: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's: 4 bits a weight of a linear layer, a scale for 64 in 8 bits, products in `dtype`."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("model.quantization needs bitsandbytes: pip install 'hafrm[qlora]'")
+    if find_adapter(path) is not None:
+        raise ConfigError(f"{path} is an adapter, which cannot be merged in 4 bits: merge it first")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def settle_nf4(causal: PreTrainedModel, path: str, device: torch.device) -> None:
+    """Make a quantised base ready to train and to export; ModelError where its weights would be wrong."""
+    del causal.config.quantization_config  # an export has whole weights
+    layers: Any = (module for module in causal.modules() if hasattr(module, "quant_state"))
+    for layer in layers:
+        # or an evaluation on a CPU rounds products to bfloat16, and repacks the weights
+        layer.support_avx512bf16_for_cpu = False
+        # GPT-2's lie transposed, and bitsandbytes 0.50's CPU kernel reads rows of whole blocks
+        if layer.source_cls is not nn.Linear or (device.type == "cpu" and layer.in_features % 64):
+            why = "transposed layers, or on a CPU widths of other than multiples of 64"
+            raise ModelError(f"{path} has {why}: it trains without model.quantization only")
 
 
 def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:

@@ -89,7 +89,7 @@ def fit_fused(
     if (x[x.any(1)] @ fit.x > 0).all():  # separable: the likelihood has no maximum
         return FusedRule(0.0, len(x), "a mixture of the two is right about every comparison")
     if a <= 0:  # the ratio would turn the reward around
-        return FusedRule(0.0, len(x), "beside the implicit reward, the reward explains nothing")
+        return FusedRule(0.0, len(x), "the reward adds nothing to the implicit reward")
     return FusedRule(max(0.0, b / a), len(x))
 
 
@@ -130,7 +130,7 @@ class Scorer(ABC):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ConfigError(f"max_tokens must be a whole number above 0, got {max_tokens!r}")
         self.model, self.encoder = model.eval(), encoder
-        self._run: partial[Scores] = partial(run_forward, **forward_options(model, max_tokens))
+        self.forward: partial[Scores] = partial(run_forward, **forward_options(model, max_tokens))
 
     @abstractmethod
     def score_encoded(
@@ -211,10 +211,10 @@ class Scorer(ABC):
 class RewardModel(Scorer):
     """A reward model that gives each response a number.
 
-    >>> rm = RewardModel.from_pretrained("run")
-    >>> rm.score("What is 2+2?", ["4", "5"])            # one reward each, float32
-    >>> rm.probability("What is 2+2?", "4", "5")        # P(the first is preferred)
-    >>> rm.best_of("What is 2+2?", ["3", "4"]).response
+    rm = RewardModel.from_pretrained("run")
+    rm.score("What is 2+2?", ["4", "5"])            # one reward each, float32
+    rm.probability("What is 2+2?", "4", "5")        # P(the first is preferred)
+    rm.best_of("What is 2+2?", ["3", "4"]).response
     """
 
     @classmethod
@@ -243,7 +243,7 @@ class RewardModel(Scorer):
     ) -> NDArray[np.float32]:
         pad = self.model.backbone.config.get_text_config().pad_token_id
         groups = [_without_trailing_pad(group, pad) for group in encoded]
-        scores = self._run(self.model, groups, on_progress=on_progress)
+        scores = self.forward(self.model, groups, on_progress=on_progress)
         assert scores.rewards is not None
         return scores.rewards
 
@@ -318,11 +318,11 @@ class PolicyModel(Scorer):
         per_token: bool = False,
     ) -> PolicyScores:
         """Implicit rewards, and from the same forward the rewards of a model with a reward head too."""
-        scores = self._run(self.model, encoded, on_progress=on_progress, per_token=per_token)
+        scores = self.forward(self.model, encoded, on_progress=on_progress, per_token=per_token)
         implicit: Any = scores.logps
         tokens: Any = scores.token_logps
         if self.reference is not None:
-            start = self._run(self.reference, encoded, per_token=per_token)
+            start = self.forward(self.reference, encoded, per_token=per_token)
             implicit = implicit - start.logps
             tokens = tokens and [
                 a - b for a, b in zip(tokens, start.token_logps or (), strict=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from hafrm.atomic import atomic_write
+from hafrm.data.reader import file_digests
 from hafrm.errors import NumericsError
 from hafrm.evaluation.comparisons import Comparisons
 from hafrm.process_pool import ProcessPool
@@ -40,7 +41,7 @@ from hafrm.study.study_runs import (
     StudyData,
     read_study_data,
 )
-from hafrm.training.checkpoint import file_digests, model_digests
+from hafrm.training.checkpoint import model_digests
 from hafrm.training.methods import Method, get_method
 
 log = logging.getLogger("hafrm")

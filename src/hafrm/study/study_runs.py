@@ -30,8 +30,9 @@ from hafrm.training import parallel
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.passes import decided_margins, reference_logps, reference_tokens, score_heads
-from hafrm.training.setup import PreparedData, build_encoder, build_model, prepare_data
+from hafrm.training.passes import decided_margins, pass_tokens, reference_logps, score_heads
+from hafrm.training.prepared_data import PreparedData, prepare_data
+from hafrm.training.setup import build_encoder, build_model
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
@@ -139,7 +140,7 @@ class RunWorker:
             self._references = reference_logps(
                 build_model(recipe, method, build_encoder(recipe), ranks.device).eval(),
                 self.data.tokenized,
-                max_tokens=reference_tokens(recipe.training.token_budget),
+                max_tokens=pass_tokens(recipe.training.token_budget),
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
                 path=reference_place(recipe.model),
             ).logps
@@ -148,7 +149,7 @@ class RunWorker:
     def _score(self, job: Job, folder: Path) -> None:
         """Keep the scores of the test sets, and the validation margins that a fused score is fitted on."""
 
-        budget = 2 * job.recipe.training.token_budget
+        budget = pass_tokens(job.recipe.training.token_budget)
         score = partial(score_heads, job.model, max_tokens=budget, autocast=job.autocast)
         references = self._test_references() if job.method.needs_reference else None
         scores = score(self.data.tokenized, references, job.method)

@@ -6,15 +6,12 @@ and the number of ranks may change.
 """
 
 import contextlib
-import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,20 +20,17 @@ from torch.distributed.tensor import DTensor
 from hafrm.atomic import (
     atomic_directory,
     check_manifest,
-    fingerprint,
     quick_fingerprint,
     write_manifest,
 )
-from hafrm.data.reader import local_files
 from hafrm.errors import CheckpointError
-from hafrm.preferences import TokenizedGroup
 from hafrm.recipe import Recipe, Section
 from hafrm.recipe_file import dump_recipe, load_as
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.model_files import find_adapter, load_config
 from hafrm.tensor_files import TensorFiles, own_part, write_tensors
 from hafrm.training import parallel
-from hafrm.training.setup import PreparedData
+from hafrm.training.prepared_data import PreparedData
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
@@ -81,20 +75,12 @@ def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> Non
         **model_digests("model.path", recipe.model.path, recipe.model.revision),
         **model_digests("model.policy_from", recipe.model.policy_from),
         "the chat template": data.encoder.template_sha256,
-        "the comparisons as token ids": _digest_of_groups(
-            itertools.chain(data.train, data.validation)
-        ),
+        "the comparisons as token ids": data.token_digest,
     }
     details = {"counts": data.counts, "template_sha256": data.encoder.template_sha256}
     details |= {f"training.{name}": getattr(recipe.training, name) for name in MAY_CHANGE}
-    digests = file_digests([*recipe.data.train, *recipe.data.validation, *recipe.data.test])
-    run.record_provenance(seed=recipe.training.seed, data=digests, inputs=inputs, details=details)
-
-
-def file_digests(entries: Iterable[str]) -> dict[str, str]:
-    """Digests of the local files that data entries name."""
-    files = {file for entry in entries for file in local_files(entry)}
-    return {str(file): fingerprint(file) for file in sorted(files) if file.is_file()}
+    seed, files = recipe.training.seed, data.file_digests
+    run.record_provenance(seed=seed, data=files, inputs=inputs, details=details)
 
 
 def model_digests(key: str, path: str | None, revision: str | None = None) -> dict[str, str]:
@@ -112,16 +98,6 @@ def model_digests(key: str, path: str | None, revision: str | None = None) -> di
     adapter = find_adapter(folder)
     base = {} if adapter is None else model_digests(key, adapter.base, adapter.revision)
     return base | {f"{key} {file}": quick_fingerprint(file) for file in files if file.is_file()}
-
-
-def _digest_of_groups(groups: Iterable[TokenizedGroup]) -> str:
-    digest = hashlib.sha256()
-    for group in groups:
-        ids = (group.prompt_ids, *group.response_ids)
-        digest.update(repr(([len(i) for i in ids], group.comparisons)).encode())
-        for part in ids:
-            digest.update(np.ascontiguousarray(part, np.int32).tobytes())
-    return digest.hexdigest()
 
 
 def save_checkpoint(

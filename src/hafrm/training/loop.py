@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,16 @@ from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import (
     HeadScores,
-    reference_tokens,
+    pass_tokens,
     references_of,
     repeated_wins,
     score_heads,
+    state_spread,
     validate,
 )
+from hafrm.training.prepared_data import PreparedData, prepare_data
 from hafrm.training.run_export import export_run
-from hafrm.training.setup import PreparedData, prepare_data, with_precision
+from hafrm.training.setup import with_precision
 from hafrm.training.sharded_start import start_model
 from hafrm.training.step import (
     MEASURES,
@@ -141,8 +143,8 @@ class Job:
         num_batches = int(training.epochs * self.order.num_comparisons) // training.batch_size
         self.num_steps = max(1, num_batches) if training.steps is None else training.steps
         self.autocast = torch.bfloat16 if training.precision == "bf16" else None
-        # of validation, which keeps nothing for a backward pass
-        self._budget: Any = {"max_tokens": 2 * training.token_budget, "autocast": self.autocast}
+        tokens = pass_tokens(training.token_budget)
+        self._budget: Any = {"max_tokens": tokens, "autocast": self.autocast}
         self.train_references: References | None = None
         self.validation_references: References | None = None
         self.distance: Tensor | None = None  # NormBT's running mean
@@ -208,10 +210,13 @@ class Job:
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of a step, in pinned memory where it goes to a GPU."""
-        training, ranks = self.recipe.training, self.ranks
+        training, ranks, team = self.recipe.training, self.ranks, self.model.team
         refs = self.order.window(step * training.batch_size, training.batch_size)
-        plan = plan_step(self.data.train, refs, training.token_budget, ranks.size)
-        batches = [build_micro_batch(groups, self.train_references) for groups in plan[ranks.rank]]
+        plan = plan_step(self.data.train, refs, training.token_budget, ranks.size // team.size)
+        mine = plan[ranks.rank // team.size]
+        batches = [build_micro_batch(groups, self.train_references) for groups in mine]
+        if team.rank > 0:  # the first of the team counts its comparisons
+            batches = [replace(batch, weights=0 * batch.weights) for batch in batches]
         if ranks.device.type == "cpu":
             return batches
         return [batch.moved(Tensor.pin_memory) for batch in batches]
@@ -235,9 +240,8 @@ class Job:
             self.data.train,
             self.order.reached(self.num_steps * training.batch_size),
             self.data.validation,
-            max_tokens=reference_tokens(training.token_budget),
-            autocast=self.autocast,
             path=reference_place(self.recipe.model),
+            **self._budget,
         )
         self.model.train(training.gradient_checkpointing)  # dropout is off either way
 
@@ -247,8 +251,9 @@ class Job:
     def _evaluate(self, step: int) -> bool:
         """Validate; True where this step is the best so far."""
         self.nonfinite.check()
-        scores = self.score_validation(self.model)
-        values = validate(self.data.validation, scores, self.method)
+        with state_spread(self.model) as spread:
+            scores = self.score_validation(self.model)
+        values = validate(self.data.validation, scores, self.method) | spread
         values |= repeated_wins(self.model, self.data.validation, scores, **self._budget)
         self.metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric

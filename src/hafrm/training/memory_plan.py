@@ -12,23 +12,26 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hafrm.engine.logprobs import chunk_rows
-from hafrm.engine.model import HybridModel, decoder_layers, hidden_size
+from hafrm.engine.model import HybridModel, decoder_layers, hidden_size, num_kv_heads
 from hafrm.errors import ConfigError
+from hafrm.export.plain_model import proof_bytes
 from hafrm.recipe import Recipe
 from hafrm.results import Column, Table
 from hafrm.scoring.loading import check_base
 from hafrm.scoring.model_files import default_device
 from hafrm.training import parallel
 from hafrm.training.methods import Method
-from hafrm.training.passes import reference_tokens
+from hafrm.training.passes import pass_tokens
 from hafrm.training.setup import meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
 
 GIB = 2**30
 FLOAT32, HALF = 4, 2  # bytes of a number
+NF4 = 0.516  # with a byte's scale for 64 weights, and scales of 256 of those
 LARGEST = 2**15  # tokens beyond which matrix products become no more efficient
 GRAIN = 256  # tokens between two automatic budgets
 SCORED = 0.6  # of a micro-batch's tokens, in responses: two fifths of a comparison are its prompt
@@ -57,6 +60,10 @@ class Target:
         near = parallel.per_node(8) if recipe.training.parallel == "hsdp" else self.ranks
         return min(self.ranks, near)
 
+    def team(self, recipe: Recipe, weights: "Weights") -> int:
+        """Ranks that run one sequence together."""
+        return parallel.team_size(recipe.training.parallel, self.ranks, weights.kv_heads)
+
 
 class Weights(NamedTuple):
     """Numbers of weights by what they cost, and the widths that decide a layer's activations."""
@@ -71,12 +78,15 @@ class Weights(NamedTuple):
     adapters: bool  # LoRA: the policy head is frozen too
     layers: int
     width: int
+    kv_heads: int
     vocab: int  # of the policy head; 0 without one
     features: int  # inputs and outputs of a layer's matrices, and a gated MLP's product
     normed: int  # numbers of a token that a layer's norms read
     head_normed: int  # the same of norms over attention heads (Qwen3, Gemma3)
     rms: bool
     capped_heads: int  # attention heads, where their scores are soft-capped
+    largest: int  # of one weight
+    dequantised: int  # of one, for its product; 0 for a base that is not quantised
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ class MemoryNeed:
     activations: int  # what autograd keeps of the micro-batch
     working: int  # what backward holds at once: of a layer, or logits and the head's gradient
     passes: int  # without gradients: the reference's, over whole weights, or validation
+    host: int  # what is offloaded, and one weight on its way to a file
 
     @property
     def step(self) -> int:
@@ -106,7 +117,14 @@ class MemoryPlan:
     max_tokens: int  # for auto, the largest budget that fits
     tokens: int  # of the largest micro-batch: the budget, or all of a step where that is less
     need: MemoryNeed
-    host: int  # bytes of the main rank's host, to write a checkpoint or the export
+    proof: int  # bytes to replay the export in float32, after training, by the main rank
+
+    @property
+    def prover(self) -> str:
+        """Where the export is proved: on the GPU where it has room, once the model in memory is gone."""
+        return (
+            "GPU" if self.target.device == "cuda" and self.proof <= self.target.memory else "host"
+        )
 
     @property
     def fits(self) -> bool:
@@ -118,20 +136,24 @@ class MemoryPlan:
         return (
             f"{need.step / GIB:.3g} GiB for a step in micro-batches of {self.tokens} tokens, "
             f"{need.passes / GIB:.3g} for passes without gradients, {usable:.3g} usable: "
-            f"training.max_tokens {self.max_tokens} {verdict}"
+            f"training.max_tokens {self.max_tokens} {verdict}; proof of the export: at "
+            f"most {self.proof / GIB:.3g} on the {self.prover}"
         )
 
     def tables(self) -> tuple[Table, ...]:
         need, target = self.need, self.target
-        sizes = {**asdict(need), "a step in all": need.step, "host, to write files": self.host}
+        sizes = {**asdict(need), "a step in all": need.step}
         sizes["passes without gradients"] = sizes.pop("passes")
+        sizes["host, until then"] = sizes.pop("host")
+        sizes[f"proof of the export, on the {self.prover}"] = self.proof
         rows = tuple((name, size / GIB) for name, size in sizes.items() if size)
         title = f"memory of {target.ranks} {target.device.upper()} rank(s), each"
         return (Table(title, (Column("what"), Column("GiB", "general")), rows, (str(self),)),)
 
 
-def count_weights(model: HybridModel) -> Weights:
-    """The weights of a model, which may be on the meta device, by what they cost."""
+def count_weights(model: HybridModel, *, quantised: bool = False) -> Weights:
+    """The weights of a model, which may be on the meta device, by what they cost; the linear layers' in nf4
+    if `quantised`."""
 
     def size(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
         sizes = [(p.numel(), p.requires_grad) for p in parameters]
@@ -141,6 +163,8 @@ def count_weights(model: HybridModel) -> Weights:
     layers, width = list(decoder_layers(model.backbone)), hidden_size(model.backbone.config)
     parts = layers if model.reward_head is None else [*layers, model.reward_head]
     inside = {id(p) for part in parts for p in part.parameters()}
+    linear = (m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear | Conv1D))
+    packed = {id(m.weight): m.weight.numel() for m in linear if quantised}
     features, gated, normed, head_normed = 0, 0, 0, 0
     visited = getattr(config, "num_experts_per_tok", None) or 1
     capped = getattr(config, "attn_logit_softcapping", None)
@@ -160,18 +184,25 @@ def count_weights(model: HybridModel) -> Weights:
             normed += p.numel()
     return Weights(
         *size(model.parameters()),
-        sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        sum(
+            int(NF4 * p.numel()) if id(p) in packed else p.nbytes
+            for p in model.parameters()
+            if not p.requires_grad
+        ),
         *max((size(layer.parameters()) for layer in layers), default=(0, 0)),
         *size(p for p in model.parameters() if id(p) not in inside),
         adapters=any("lora_" in name for name, _ in model.named_parameters()),
         layers=len(layers),
         width=width,
+        kv_heads=num_kv_heads(config),
         vocab=0 if head is None else head.out_features,
         features=features + gated,
         normed=normed,
         head_normed=head_normed,
         rms=any("RMSNorm" in type(m).__name__ for m in model.backbone.modules()),
         capped_heads=config.num_attention_heads if capped else 0,
+        largest=max(p.numel() for p in model.parameters()),
+        dequantised=max(packed.values(), default=0),
     )
 
 
@@ -209,11 +240,12 @@ def activation_bytes(
     # Autocast keeps a bfloat16 copy of every trained weight until backward has used it.
     copies = HALF * weights.layers * weights.layer_trainable if half and not sharded else 0
     gradient = weights.layer_trainable  # bytes: a matrix is a quarter of a layer
-    ends = 2 * stream  # embeddings and the last norm
+    gradient += size * weights.dequantised
+    ends, forward = 2 * stream, copies + layer + size * weights.dequantised
     if recipe.training.gradient_checkpointing:  # keeps a layer's input alone, and no copies
         working = max(copies + layer, 5 * layer // 4 + gradient)
-        return ends + weights.layers * stream, working, copies + layer
-    return ends + copies + weights.layers * layer, layer // 3 + gradient, copies + layer
+        return ends + weights.layers * stream, working, forward
+    return ends + copies + weights.layers * layer, layer // 3 + gradient, forward
 
 
 def logprob_bytes(
@@ -240,21 +272,30 @@ def memory_need(
     recipe: Recipe, weights: Weights, target: Target, tokens: int, budget: int, *, accumulates: bool
 ) -> MemoryNeed:
     """The need with micro-batches of `tokens`; passes without gradients take a multiple of `budget`."""
-    sharded, reference = is_sharded(recipe, target), reference_tokens(budget)
+    sharded, reference = is_sharded(recipe, target), pass_tokens(budget)
+    team = target.team(recipe, weights)  # which divides what layers hold, and gathers hidden states
     shards = target.shards(recipe) if sharded else 1
     gathered = HALF if recipe.training.precision == "bf16" else FLOAT32
     states = state_bytes(weights, shards=shards, gathered=gathered, accumulates=accumulates)
-    saved, working, _ = activation_bytes(recipe, weights, tokens, sharded=sharded)
-    *_, forward = activation_bytes(recipe, weights, reference, sharded=sharded)
+    saved, working, _ = activation_bytes(recipe, weights, -(-tokens // team), sharded=sharded)
+    *_, forward = activation_bytes(recipe, weights, -(-reference // team), sharded=sharded)
     gathers = gathered * (2 * weights.layer + weights.outside) if sharded else 0
     beside = states[0] + states[2] + gathers
+    if target.device == "cuda" and (gathered == FLOAT32 or weights.capped_heads):
+        # No varlen kernel: masks of padded groups, and positions subtracted in int64 to make them.
+        masks, more = (n * min(n, 2 * recipe.data.max_length) for n in (tokens, reference))
+        saved, working, forward = saved + 5 * masks, max(working, 10 * masks), forward + 15 * more
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
+    # A weight and what is added to it in float32, their sum, and it in the file's dtype.
+    host = 4 * FLOAT32 * weights.largest
     if sharded and recipe.training.offload in ("weights", "all"):  # but what is gathered of them
+        host += sum(states[:3])
         states, beside = (0, 0, 0, states[3]), gathers
     if recipe.training.offload in ("activations", "all"):
+        host += saved
         saved //= weights.layers
-    return MemoryNeed(*states, saved, working, passes=beside + forward)
+    return MemoryNeed(*states, saved, working, beside + forward, host)
 
 
 def is_sharded(recipe: Recipe, target: Target) -> bool:
@@ -278,23 +319,22 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
     """The plan at the recipe's token budget; for auto, at the largest that fits, or else the smallest."""
     training, least = recipe.training, 2 * recipe.data.max_length
     step = training.batch_size * least
-    # A checkpoint with AdamW's moments; or gathered weights, merged with adapters in float32, cast.
-    export = FLOAT32 * weights.trainable + weights.frozen_bytes
-    export += weights.total * (FLOAT32 * weights.adapters + HALF * (training.precision == "bf16"))
-    host = max(3 * FLOAT32 * weights.trainable, export)
+    proof = proof_bytes(weights.total - weights.adapters * weights.trainable)
+
+    team = target.team(recipe, weights)
 
     def plan(budget: int) -> MemoryPlan:
         tokens = min(budget, step)
         # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
-        accumulates = tokens < -(-step * 5 // (8 * target.ranks))
+        accumulates = tokens < -(-step * 5 * team // (8 * target.ranks))
         accumulates = accumulates and not scatters_gradients(weights.trainable, target)
         need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
-        return MemoryPlan(target, is_sharded(recipe, target), budget, tokens, need, host)
+        return MemoryPlan(target, is_sharded(recipe, target), budget, tokens, need, proof)
 
     if training.max_tokens != "auto":
         return plan(training.max_tokens)
     # Not a bisection: where a step takes several micro-batches, FSDP2 keeps whole gradients.
-    budgets = range(min(max(LARGEST, least), step), least, -GRAIN)
+    budgets = range(min(max(LARGEST * team, least), step), least, -GRAIN)
     return next((p for p in map(plan, budgets) if p.fits), plan(least))
 
 
@@ -340,8 +380,11 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
     """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
+    if recipe.model.quantization:  # bytes that FSDP2 cannot divide
+        recipe = with_training(recipe, parallel="ddp")
     heads = {"policy": method.trains_policy, "reward": method.trains_reward}
-    weights = count_weights(meta_model(check_base(recipe.model, **heads), recipe, method))
+    model = meta_model(check_base(recipe.model, **heads), recipe, method)
+    weights = count_weights(model, quantised=recipe.model.quantization is not None)
     # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
     on_device = recipe.training.offload in ("none", "activations")
     is_open = recipe.training.parallel == "auto" and on_device

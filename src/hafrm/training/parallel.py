@@ -4,6 +4,7 @@ Any launcher starts them: only RANK, WORLD_SIZE and LOCAL_RANK are read.
 """
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -27,13 +28,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hafrm.engine.layout import Branches
-from hafrm.engine.model import HybridModel, decoder_layers
+from hafrm.engine.layout import Branches, Team
+from hafrm.engine.model import HybridModel, decoder_layers, num_kv_heads
 from hafrm.errors import ConfigError, HafrmError
 from hafrm.progress import OnProgress, no_progress, show_progress
 from hafrm.scoring.forward import Scores, check_finite, free_memory, run_forward
 
-Mode = Literal["auto", "ddp", "fsdp", "hsdp"]
+Mode = Literal["auto", "ddp", "fsdp", "hsdp", "ulysses"]
 T = TypeVar("T")
 
 DEVICES_TIMEOUT = timedelta(minutes=30)  # for an exchange within a step
@@ -103,7 +104,13 @@ def per_node(default: int) -> int:
 
 def shards(mode: Mode, num_ranks: int, device: str) -> bool:
     """Whether the ranks divide the model: `auto` is FSDP2 on several GPUs, DDP on several CPUs."""
-    return num_ranks > 1 and (mode in ("fsdp", "hsdp") or (mode == "auto" and device == "cuda"))
+    asked = mode in ("fsdp", "hsdp", "ulysses")
+    return num_ranks > 1 and (asked or (mode == "auto" and device == "cuda"))
+
+
+def team_size(mode: Mode, num_ranks: int, kv_heads: int) -> int:
+    """How many ranks run a sequence together: as many of a node as the heads of keys divide among."""
+    return math.gcd(min(num_ranks, per_node(8)), kv_heads) if mode == "ulysses" else 1
 
 
 def wrap(model: HybridModel, ranks: Ranks) -> nn.Module:
@@ -123,14 +130,22 @@ def shard(
 ) -> None:
     """Divide the model by FSDP2, in place; parameters may be on the meta device.
 
-    `hsdp` divides it among the ranks of a node only, and each node has all of it. With `offload` the shards
-    stay on the host.
+    `hsdp` divides it among the ranks of a node only, and each node has all of it; `ulysses` divides among
+    ranks of a node each sequence too. With `offload` the shards stay on the host.
     """
     options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     near = per_node(ranks.size)
     if mode == "hsdp" and ranks.size > near:
         shape, names = (ranks.size // near, near), ("replicate", "shard")
         options["mesh"] = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    heads = num_kv_heads(model.backbone.config)
+    if (size := team_size(mode, ranks.size, heads)) > 1:
+        model.team = Team(dist.new_subgroups(size)[0], ranks.rank % size, size)
+    elif mode == "ulysses":
+        raise ConfigError(
+            f"training.parallel is ulysses, but the model's {heads} heads of keys cannot be divided among "
+            f"{min(near, ranks.size)} ranks of a node: launch another number of them, or set it to fsdp"
+        )
     # Inputs stay as they are: a cast copies the layout for every layer, without its cached masks.
     policy = MixedPrecisionPolicy(
         param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -162,7 +177,8 @@ def release(model: HybridModel) -> None:
         parameter.grad = None
         if isinstance(parameter, DTensor):  # FSDP2 refers to the shards by itself
             parameter.to_local().untyped_storage().resize_(0)
-    model.to("meta")
+    for module in model.modules():
+        module._parameters = dict.fromkeys(module._parameters)
     free_memory()
 
 
@@ -250,10 +266,12 @@ def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnPr
 def score_on_all_ranks(model: HybridModel, groups: Sequence[Branches], **options: Any) -> Scores:
     """`run_forward` divided among the ranks: every rank calls, and gets all scores, to the bit those of one
     process."""
-    place = (dist.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
+    rank, team = dist.get_rank() if num_ranks() > 1 else 0, model.team
+    place = rank // team.size, num_ranks() // team.size
     scores = run_forward(model, groups, part=place, **options)
     for values in (scores.rewards, scores.logps):
         if values is not None:
+            values *= team.rank == 0  # noqa: PLW2901 - the others of a team have the same
             add_up(torch.from_numpy(values))
     check_finite(scores)  # here, so that all ranks stop or none
     return scores

@@ -6,7 +6,9 @@ memory. Validation chooses the best step; full metrics are in `hafrm.evaluation`
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,22 +21,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import cache_folder, write_cache
+from hafrm.data.store import counts_of
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
-from hafrm.statistics import with_bounds
+from hafrm.statistics import effective_rank, spectrum, with_bounds
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.step_batches import ComparisonRef, References, step_groups
 
 log = logging.getLogger("hafrm")
 
+NUM_STATES = 256  # validation responses whose hidden states are measured
 NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
 
 
-def reference_tokens(budget: int) -> int:
-    """Tokens of a sequence in the reference's pass, which keeps nothing for a backward pass."""
+def pass_tokens(budget: int) -> int:
+    """Tokens of a sequence in the reference's pass and in validation, which keep nothing for a backward."""
     # matrix products become no more efficient beyond, and a row of a long pair is large as it is
     return max(budget, min(4 * budget, 2**15))
 
@@ -54,6 +58,8 @@ def reference_cache(
         return None
     assert model.policy_head is not None
     dtypes = f"{autocast} {model.policy_head.weight.dtype}"
+    if any(p.dtype == torch.uint8 for p in model.parameters()):
+        dtypes += " nf4"
     digest = hashlib.sha256(repr((2, dtypes, model.transform, weights)).encode())
     for group in groups:
         for ids in (group.prompt_ids, *group.response_ids):
@@ -108,7 +114,7 @@ def references_of(
     both = reference_logps(model, groups, **options)
     first = first_responses(train)
     # NaN where nothing is computed: a loss which read one would stop the run
-    logps = np.full(sum(len(group.response_ids) for group in train), np.nan, np.float32)
+    logps = np.full(counts_of(train, "responses").sum(), np.nan, np.float32)
     place = [first[group.group_index] + response for group in used for response in group.responses]
     cut = len(place)
     logps[np.array(place, np.int64)] = both.logps[:cut]
@@ -153,13 +159,13 @@ def score_heads(
 def validate(
     groups: Sequence[TokenizedGroup], scores: HeadScores, method: Method
 ) -> dict[str, float]:
-    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, no
-    ties; `_low` and `_high` are a 95 % interval with the comparisons of one prompt as one trial."""
+    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, of
+    decided comparisons; `_low` and `_high` are a 95 % interval, the comparisons of a prompt one trial."""
     heads = {"reward": scores.rewards, "implicit": scores.implicit}
     values_of = {name: values for name, values in heads.items() if values is not None}
     margins = {n: decided_margins(groups, v, scores.first) for n, v in values_of.items()}
     ranked = margins[method.scores_with]
-    num_prompts = sum(any(not c.tie for c in group.comparisons) for group in groups)
+    num_prompts = sum(any(c.is_decided for c in group.comparisons) for group in groups)
     result = {
         **with_bounds("accuracy", float((ranked > 0).mean()), num_prompts),
         "loss": float(np.logaddexp(0.0, -ranked).mean()),
@@ -169,6 +175,25 @@ def validate(
         implicit_accuracy = float((margins["implicit"] > 0).mean())
         result |= with_bounds("implicit_accuracy", implicit_accuracy, num_prompts)
     return result
+
+
+@contextmanager
+def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
+    """Measures meanwhile the `effective_rank` of the states that this rank's reward head reads, of some
+    NUM_STATES responses (0: all alike); stays empty without a reward head."""
+    values: dict[str, float] = {}
+    states: list[NDArray[np.float32]] = []
+
+    def keep(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        if sum(map(len, states)) < NUM_STATES:
+            states.append(inputs[0].cpu().numpy())
+
+    head = model.reward_head
+    with nullcontext() if head is None else head.register_forward_pre_hook(keep):
+        yield values
+    if states:
+        rank = effective_rank(spectrum(np.concatenate(states)))
+        values["effective_rank"] = 0.0 if math.isnan(rank) else rank
 
 
 def repeated_wins(
@@ -193,12 +218,12 @@ def repeated_wins(
 def decided_margins(
     groups: Sequence[TokenizedGroup], values: NDArray[np.floating[Any]], first: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """value(chosen) - value(rejected) of every comparison that is not a tie."""
+    """value(chosen) - value(rejected) of every comparison that is decided."""
     sides = [
         (start + c.chosen, start + c.rejected)
         for group, start in zip(groups, first, strict=True)
         for c in group.comparisons
-        if not c.tie
+        if c.is_decided
     ]
     chosen, rejected = np.array(sides).T
     exact = values.astype(np.float64)

@@ -4,6 +4,7 @@ A directory appears under its name only when a fresh process with plain transfor
 golden scores; else it is kept as NAME.unverified. So `model/` means that the run is complete.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -22,13 +23,11 @@ from hafrm.export.model_card import write_cards
 from hafrm.export.plain_model import GOLDEN
 from hafrm.export.stock_export import (
     InMemory,
-    StockWeights,
     check_golden,
     check_policy,
     export_adapter,
     export_policy,
     export_reward,
-    gather_weights,
     prove,
     score_in_memory,
     write_golden,
@@ -46,9 +45,8 @@ from hafrm.training import parallel
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.passes import HeadScores, decided_margins
+from hafrm.training.prepared_data import NUM_GOLDEN, PreparedData
 from hafrm.training.setup import (
-    NUM_GOLDEN,
-    PreparedData,
     build_encoder,
     build_model,
     read_splits,
@@ -73,7 +71,7 @@ def export_run(
     """Write `model/reward` and `model/policy`, as far as the method trained them, and the rule of their
     fused score; VerificationError where the proof fails, with the models kept.
 
-    All ranks call. Their process group ends once the weights are gathered, and those that write nothing
+    All ranks call. Their process group ends once the weights are written, and those that write nothing
     return before the proof, which may take an hour. The model is empty afterwards.
     """
     dtype, rule = _export_dtype(recipe), None
@@ -83,20 +81,21 @@ def export_run(
         margins = (decided_margins(data.validation, values, scores.first) for values in heads)
         rule = fit_fused(*margins)
     memory = _score_in_memory(model, data.encoder, data.golden, recipe)
-    weights = gather_weights(model)
-    parallel.stop()
-    if not parallel.is_main():
-        return
-    with atomic_directory(run.unverified_path, replace=True) as aside:
-        if weights.reward_head:
-            export_reward(weights, data.encoder, aside / "reward", dtype=dtype)
-        if weights.policy_head:
-            _write_policy(weights, data.encoder, aside / "policy", dtype, recipe)
-        if rule is not None:
+    with contextlib.ExitStack() as stack:
+        unverified = atomic_directory(run.unverified_path, replace=True)
+        aside = parallel.from_main(lambda: stack.enter_context(unverified))
+        place, to = aside / "reward", aside / "policy"
+        if model.reward_head is not None:
+            parallel.on_all(lambda: export_reward(model, data.encoder, place, dtype=dtype))
+        if model.policy_head is not None:
+            parallel.on_all(lambda: _write_policy(model, data.encoder, to, dtype, recipe))
+        if rule is not None and parallel.is_main():
             log.info("fused score, fitted on validation: %s", rule)
             write_result(aside / FUSED_RULE, rule)
-    del weights
+    parallel.stop()
     parallel.release(model)
+    if not parallel.is_main():
+        return
 
     def check(models: Path) -> None:
         if (models / "reward").is_dir():
@@ -131,9 +130,11 @@ def _export_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def _write_policy(
-    weights: StockWeights, encoder: Encoder, to: Path, dtype: torch.dtype, recipe: Recipe
+    model: HybridModel, encoder: Encoder, to: Path, dtype: torch.dtype, recipe: Recipe
 ) -> None:
-    export_policy(weights, encoder, to, dtype=dtype)
+    export_policy(model, encoder, to, dtype=dtype)
+    if not parallel.is_main():
+        return
     method = resolve_method(recipe)
     reference = reference_place(recipe.model) if method.scores_against_reference else None
     if recipe.model.policy_from and method.scores_against_reference:
@@ -141,6 +142,8 @@ def _write_policy(
             "no checkpoint holds the reference of the policy (its LM head is that of model.policy_from): "
             "its implicit reward is the log-prob alone"
         )
+    if recipe.model.quantization and method.scores_against_reference:
+        log.warning("the policy's implicit reward will be against its base as it is, not in 4 bits")
     rule = ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
     write_result(to / IMPLICIT_RULE, rule)
 
@@ -193,15 +196,15 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     model = build_model(with_training(recipe, compile=False), method, encoder, torch.device("cpu"))
     load_weights(checkpoint, model)
     memory = _score_in_memory(model, encoder, golden, recipe)
-    weights, complete = gather_weights(model), unverified if merge else unverified / MERGED
+    complete = unverified if merge else unverified / MERGED
     if options.head == "policy":
-        _write_policy(weights, encoder, unverified, dtype, recipe)
+        _write_policy(model, encoder, unverified, dtype, recipe)
     else:
         if not merge:
             base, dtype = base_directory(recipe.model.path), torch.float32
             export_adapter(model, encoder, unverified, base, recipe.model.revision)
-        export_reward(weights, encoder, complete, dtype=dtype)
-    del model, weights
+        export_reward(model, encoder, complete, dtype=dtype)
+    del model
     free_memory()  # the proof loads the model again
 
     def check(directory: Path) -> tuple[int, float]:
@@ -230,6 +233,9 @@ def _check_possible(recipe: Recipe, method: Method, options: ExportOptions) -> N
         "only reward models become adapters: remove --no-merge-lora": merge is False and policy,
         "adapters stay in float32: remove --dtype": merge is False
         and dtype not in (None, "float32"),
+        "the adapters' base was quantised, and is not on disk so: remove --no-merge-lora": (
+            merge is False and recipe.model.quantization is not None
+        ),
         "model.path is an adapter itself, so another one needs its merged base: remove --no-merge-lora": (
             is_adapter
         ),

@@ -1,13 +1,12 @@
-"""From a recipe to what a run starts with: encoded groups, and the model with its heads and adapters.
+"""From a recipe to what a run starts with: groups of each split, and the model with its heads and adapters.
 
-The test set is read only to prove that no prompt of it is trained on. Start at `prepare_data` and
+The test set is read only to prove that no prompt of it is trained on. Start at `read_splits` and
 `build_model`.
 """
 
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hafrm.data.encoding import Encoder, EncodingReport
+from hafrm.data.encoding import Encoder
 from hafrm.data.reader import PreferenceData, parse_sources, read_preferences
 from hafrm.data.splits import check_leakage, mix, split_by_prompt, without_prompts
 from hafrm.engine.model import (
@@ -29,8 +28,8 @@ from hafrm.engine.model import (
     sharing_obstacle,
     split_causal_lm,
 )
-from hafrm.errors import ConfigError, DataError, ModelError
-from hafrm.preferences import Group, TokenizedGroup
+from hafrm.errors import ConfigError, ModelError
+from hafrm.preferences import Group
 from hafrm.recipe import DataSection, LoraSection, Recipe, Section
 from hafrm.scoring.loading import (
     has_bfloat16,
@@ -46,70 +45,8 @@ from hafrm.training.methods import Method
 log = logging.getLogger("hafrm")
 Root = TypeVar("Root", bound=Section)
 
-NUM_GOLDEN = 16  # held-out conversations whose scores are exported
 # Beyond users' seeds: cut by the hash of a user's own test split, nothing would be left to validate on.
 VALIDATION_SEED = 2**32
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Encoded groups, and how many rows became what."""
-
-    encoder: Encoder
-    train: Sequence[TokenizedGroup]
-    validation: Sequence[TokenizedGroup]
-    golden: list[Group]  # held-out conversations whose scores are exported for consumers to replay
-    counts: dict[str, Any]
-
-
-def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedData:
-    """Read, split by prompt, check for leakage, and encode; DataError for unusable data."""
-    encoder = build_encoder(recipe)
-    reading, to_train, held_out, num_dropped = read_splits(recipe, bad_rows_file)
-    train, report = encoder.encode(to_train)
-    validation, held_out_report = encoder.encode(held_out)
-    report.check(to_train, recipe.data.max_bad_fraction, bad_rows_file)
-    held_out_report.check(held_out, recipe.data.max_bad_fraction, bad_rows_file)
-    good = (group for i, group in enumerate(held_out) if i not in held_out_report.refused)
-    for name, groups in (("data.train", train), ("data.validation", validation)):
-        if not any(not c.tie for group in groups for c in group.comparisons):
-            raise DataError(f"{name} holds no comparison that is not a tie; add data to it")
-    counts = {
-        "rows": reading.num_rows,
-        "bad_rows": len(reading.bad_rows) + len(report.refused) + len(held_out_report.refused),
-        "unread_columns": list(reading.unread_columns),
-        "left_out": reading.left_out,
-        "groups_with_shared_prompts_dropped": num_dropped,
-        "train_groups": len(train),
-        "validation_groups": len(validation),
-        "train_comparisons": sum(len(group.comparisons) for group in train),
-        "ties_not_trained_on": sum(c.tie for group in train for c in group.comparisons),
-        "identical_comparisons": report.indistinct,
-        "encoding": report.counts(),
-    }
-    _log_counts(counts, report)
-    golden = list(itertools.islice(good, NUM_GOLDEN))
-    return PreparedData(encoder, train, validation, golden, counts)
-
-
-def _log_counts(counts: dict[str, Any], report: EncodingReport) -> None:
-    """One line on what will be trained on, and warnings; DataError where no comparison can teach."""
-    num, num_identical = counts["train_comparisons"], report.indistinct
-    why = "the template or data.max_length leaves nothing of what differs between their responses"
-    if num_identical == num:
-        raise DataError(f"all {num:,} comparisons have two equal sides as token ids: {why}")
-    if not parallel.is_main():
-        return
-    unread = ", ".join(counts["unread_columns"][:12]) or "none"
-    log.info(
-        f"data: {counts['rows']} rows ({counts['bad_rows']} bad), {num} comparisons to train on "
-        f"({counts['ties_not_trained_on']} ties, {num_identical} identical), columns not read: {unread}"
-    )
-    if num_identical:
-        log.warning("%d of %d comparisons have two equal sides: %s", num_identical, num, why)
-    if report.shortened:
-        what = "responses, such as the thoughts before an answer"
-        log.warning("the chat template leaves out a part of %d %s", report.shortened, what)
 
 
 def read_splits(

@@ -84,6 +84,7 @@ def take_step(  # noqa: PLR0913
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_tokens = sum(batch.layout.num_tokens for batch in batches)
+    num_tokens //= parallel.unwrap(model).team.size
     return StepResult(sums, grad_norm, num_tokens, means.next_distance())
 
 

@@ -6,7 +6,6 @@ it: a resumed run needs only the step's number, and packing cannot change what i
 
 import functools
 import heapq
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hafrm.data.store import counts_of
 from hafrm.engine.layout import Layout, lay_out
 from hafrm.preferences import TokenizedGroup
 
@@ -61,13 +61,16 @@ class ComparisonOrder:
 
     def __init__(self, groups: Sequence[TokenizedGroup], *, per_prompt: int, seed: int) -> None:
         self._groups, self._per_prompt, self._seed = groups, per_prompt, seed
-        owners, comparisons = array("q"), array("q")
-        for index, group in enumerate(groups):
-            own = [c for c, comparison in enumerate(group.comparisons) if not comparison.tie]
-            owners.extend([index] * len(own))
-            comparisons.extend(own)
-        self._owners, self._comparisons = np.array(owners), np.array(comparisons)
-        self.num_comparisons = len(owners)
+        sizes = counts_of(groups, "comparisons")
+        ends = np.cumsum(sizes)
+        owners = np.repeat(np.arange(len(groups)), sizes)
+        decided = np.ones(len(owners), np.bool_)
+        for index in np.flatnonzero(counts_of(groups, "ties")).tolist():
+            pairs = groups[index].comparisons
+            decided[ends[index] - len(pairs) : ends[index]] = [not pair.tie for pair in pairs]
+        self._owners = owners[decided]
+        self._comparisons = (np.arange(len(owners)) - np.repeat(ends - sizes, sizes))[decided]
+        self.num_comparisons = len(self._owners)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
     def _epoch(self, number: int) -> NDArray[np.int64]:
