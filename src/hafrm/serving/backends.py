@@ -27,48 +27,36 @@ class ConversationEncoder:
     """Conversations in any form, as groups of token ids; nothing is cut."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.end = encoder.closing()
+        self.encoder, self.end = encoder, encoder.closing()
+        limit = encoder.lengths.max_length
+        self._too_long = f"longer than {limit:,} tokens, the limit; nothing is cut"
         # no text of more characters fits, and to tokenize one of megabytes takes half a minute
-        longest = max(map(len, encoder.tokenizer.get_vocab()))
-        self.max_characters = longest * encoder.lengths.max_length
+        self._max_size = limit * max(map(len, encoder.tokenizer.get_vocab()))
         self.end_text = str(encoder.tokenizer.decode(self.end, skip_special_tokens=False))
         trailing = {self.end_text, encoder.tokenizer.pad_token, encoder.tokenizer.eos_token}
-        self.trailing = tuple(text for text in trailing if text)
+        self._trailing = tuple(text for text in trailing if text)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[TokenizedGroup]:
         """A group for each; RequestError for one that is malformed, or longer than the model takes."""
-        dialogues: dict[int, Group] = {}
+        dialogues: list[tuple[int, Group]] = []
         encoded: dict[int, TokenizedGroup] = {}
         for i, item in enumerate(conversations):
             try:
-                self._check_size(item)
+                if _size(item) > self._max_size:
+                    raise DataError(self._too_long)
                 if isinstance(item, Dialogue) and not self._is_rendered(item):
-                    dialogues[i] = Group(str(i), as_messages(item.prompt), tuple(item.responses))
+                    group = Group(str(i), as_messages(item.prompt), tuple(item.responses))
+                    dialogues.append((i, group))
                 else:
-                    encoded[i] = self._cut(self._ids(item))
+                    encoded[i] = self._split(self._ids(item))
             except DataError as error:
                 raise RequestError(422, str(error), i) from error
-        groups, report = self.encoder.encode(list(dialogues.values()))
-        for place, why in report.refused.items():
-            raise RequestError(422, why, list(dialogues)[place])
+        groups, report = self.encoder.encode([group for _, group in dialogues])
         encoded |= {int(group.id): group for group in groups}
-        for i in dialogues.keys() - encoded.keys():
-            raise RequestError(422, self._too_long, i)
+        for k, (i, _) in enumerate(dialogues):
+            if i not in encoded:
+                raise RequestError(422, report.refused.get(k, self._too_long), i)
         return [encoded[i] for i in range(len(conversations))]
-
-    def _check_size(self, item: Conversation) -> None:
-        texts = [item.text] if isinstance(item, Rendered) else []
-        if isinstance(item, Dialogue):
-            turns = [item.prompt] if isinstance(item.prompt, str) else item.prompt
-            said = [turn if isinstance(turn, str) else turn["content"] or "" for turn in turns]
-            texts = [*said, max(item.responses, key=len)]
-        if sum(map(len, texts)) > self.max_characters:
-            raise DataError(self._too_long)
-
-    @property
-    def _too_long(self) -> str:
-        return f"longer than {self.encoder.lengths.max_length:,} tokens, the limit; nothing is cut"
 
     def _is_rendered(self, item: Dialogue) -> bool:
         return item.may_be_rendered and (
@@ -81,18 +69,17 @@ class ConversationEncoder:
         if not isinstance(item, Rendered):
             return np.array(item, np.int64).astype(np.int32)
         text = item.text
-        if item.open:
-            while text.endswith(self.trailing):
-                text = text.removesuffix(next(filter(text.endswith, self.trailing)))
-            text += self.end_text
+        while item.open and text.endswith(self._trailing):
+            text = text.removesuffix(next(filter(text.endswith, self._trailing)))
+        text += self.end_text if item.open else ""
         try:
             ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         except UnicodeEncodeError as error:
             raise DataError(f"the text holds a lone surrogate: {error}") from error
         return np.array(ids, np.int32)
 
-    def _cut(self, ids: NDArray[np.int32]) -> TokenizedGroup:
-        """Token ids as a prompt and a response; where they are cut changes nothing but what is shared."""
+    def _split(self, ids: NDArray[np.int32]) -> TokenizedGroup:
+        # a prompt and a response; where they are split changes nothing but what is shared
         if len(ids) > self.encoder.lengths.max_length:
             raise DataError(self._too_long)
         if len(ids) < 2 or int(ids.max()) >= (self.encoder.vocab_size or 2**31):
@@ -104,6 +91,13 @@ class ConversationEncoder:
             )
         at = self.encoder.last_turn(ids)
         return TokenizedGroup(ids[:at], (ids[at:],))
+
+
+def _size(item: Conversation) -> int:
+    """Characters, about, of the longest conversation in it."""
+    if isinstance(item, Dialogue):
+        return len(str(item.prompt)) + max(map(len, item.responses))
+    return len(item.text if isinstance(item, Rendered) else item)
 
 
 class LocalBackend:
@@ -120,13 +114,9 @@ class LocalBackend:
         dtype = next(hybrid.backbone.parameters()).dtype
         self.tolerance = TOLERANCE if dtype.itemsize == 4 else SERVER_TOLERANCE
         self.replay_every: float | None = None
-        files = model_files(heads)
         self.about = {"dtype": str(dtype).removeprefix("torch."), "device": str(hybrid.device)}
-        self.about |= {"weights": ", ".join(map(model_digest, files))}
-
-    def score(self, groups: Sequence[TokenizedGroup], names: Sequence[str]) -> list[OutputScores]:
-        """The outputs of each group."""
-        return self.model.score(groups, names)
+        self.about["weights"] = ", ".join(map(model_digest, model_files(heads)))
+        self.score = self.model.score
 
 
 class UpstreamBackend:

@@ -4,26 +4,24 @@ After vLLM's pooling entrypoints, SGLang's native and scoring routes, OpenRLHF's
 reward. A field that is not listed is refused, and so is an option that would change the reward.
 """
 
-import contextlib
-import http
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import httpx2
 import numpy as np
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic_core import from_json
+from scipy import special
 
 from hafrm.errors import HafrmError, ServerError
 from hafrm.recipe import Section
 from hafrm.run_folder import hide_secrets
+from hafrm.scoring.outputs import TOKENS, OutputScores
 
 TIMEOUT = 60.0
 """Seconds for one answer."""
-Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Texts = Annotated[list[Text], Field(min_length=1)]
-IdLists = Annotated[list[Ids], Field(min_length=1)]
 
 
 class Dialogue(NamedTuple):
@@ -43,16 +41,15 @@ class Rendered(NamedTuple):
 
 Conversation = Dialogue | Rendered | Sequence[int]
 """What is scored: messages, a rendered text, or token ids."""
+Inputs = Sequence[str] | Sequence[Sequence[int]]
 
 
 class RequestError(HafrmError):
     """A request without scores: the status that answers it, and the item that it is about."""
 
-    def __init__(
-        self, status: int, message: str, index: int | None = None, retry_after: int | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, index: int | None = None) -> None:
         super().__init__(message if index is None else f"item {index}: {message}")
-        self.status, self.index, self.retry_after = status, index, retry_after
+        self.status, self.index = status, index
 
 
 class Turn(Section):
@@ -62,107 +59,11 @@ class Turn(Section):
     content: str | None
 
 
-class RewardRequest(Section):
-    """What a caller may send; ValueError for fields that do not go together."""
-
-    model: str | None = None
-
-    def conversations(self) -> list[Conversation]:
-        """One for each reward of the answer."""
-        raise NotImplementedError
-
-
-def is_one(value: Any) -> bool:
-    """Whether a text or ids were sent without a list around them."""
-    return isinstance(value, str) or isinstance(value[0], int)
-
-
-def _conversations(first: Any, second: Any, names: str) -> list[Conversation]:
-    """Of the one value that is given."""
-    if (first is None) == (second is None):
-        raise ValueError(f"give either {names}")
-    value = second if first is None else first
-    values = [value] if is_one(value) else value
-    return [Rendered(item) if isinstance(item, str) else item for item in values]
-
-
-class VllmRequest(RewardRequest):
-    """`/classify` and `/pooling` of vLLM, and OpenAI's embeddings.
-
-    Nothing is added to a rendered text, whatever `add_special_tokens` says: the template wrote its BOS.
-    """
-
-    input: Text | Ids | Texts | IdLists | None = None
-    messages: Annotated[list[Turn], Field(min_length=2)] | None = None
-    use_activation: Literal[False] | None = None  # a sigmoid is no reward
-    add_special_tokens: bool | None = None
-    truncate_prompt_tokens: None = None
-    encoding_format: Literal["float"] | None = None
-    task: Literal["classify"] | None = None
-    add_generation_prompt: Literal[False] | None = None
-    truncation_side: str | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
-    user: str | None = None
-    request_id: str | None = None
-
-    def conversations(self) -> list[Conversation]:
-        if self.messages is None or self.input is not None:
-            return _conversations(self.input, self.messages, "`input` or `messages`")
-        *prompt, last = (turn.model_dump() for turn in self.messages)
-        if last["role"] != "assistant" or last["content"] is None:
-            raise ValueError("`messages` must end in the assistant's response")
-        return [Dialogue(prompt, [last["content"]])]
-
-
-class SglangRequest(RewardRequest):
-    """SGLang's native `/classify`."""
-
-    text: Text | Texts | None = None
-    input_ids: Ids | IdLists | None = None
-    rid: str | None = None
-
-    def conversations(self) -> list[Conversation]:
-        return _conversations(self.text, self.input_ids, "`text` or `input_ids`")
-
-
-class ScoreRequest(RewardRequest):
-    """SGLang's `/v1/score`: each item follows the query, as text or as ids."""
-
-    query: str | list[int] = ""
-    items: Texts | IdLists
-    label_token_ids: list[int] | None = None  # of a language model; a reward has no labels
-    apply_softmax: Literal[False] | None = None
-    item_first: Literal[False] | None = None
-
-    def conversations(self) -> list[Conversation]:
-        query: Any = self.query
-        if isinstance(query, str) != isinstance(self.items[0], str):
-            raise ValueError("`query` and `items` must both be text, or both ids")
-        return _conversations([query + item for item in self.items], None, "")
-
-
-class OpenRlhfRequest(RewardRequest):
-    """OpenRLHF's remote reward: whole sequences as text, of which prompts and labels are parts."""
-
-    query: Texts
-    prompts: list[Any] | None = None
-    labels: list[Any] | None = None
-
-    def conversations(self) -> list[Conversation]:
-        return [Rendered(text, open=True) for text in self.query]
-
-
-class SlimeRequest(RewardRequest):
-    """slime's `--rm-url`: one sample. A prompt that its chat template rendered holds control tokens."""
-
-    prompt: str | list[Turn]
-    response: str
-    label: Any = None
-
-    def conversations(self) -> list[Conversation]:
-        prompt = self.model_dump()["prompt"]
-        return [Dialogue(prompt, [self.response], may_be_rendered=isinstance(prompt, str))]
+Text = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+IdLists = Annotated[list[Ids], Field(min_length=1)]
+Messages = Annotated[list[Turn], Field(min_length=2)]
 
 
 class ScoreGroup(Section):
@@ -173,22 +74,36 @@ class ScoreGroup(Section):
     reference: str | None = None
 
 
-class GroupsRequest(RewardRequest):
+class GroupsRequest(Section):
     """`POST /score`, the native route: any outputs, per token too."""
 
+    model: str | None = None
     groups: list[ScoreGroup]
     outputs: list[Literal["reward", "implicit", "fused", "probability"]] = ["reward"]  # noqa: RUF012
     per_token: bool = False
 
+    @property
+    def names(self) -> list[str]:
+        """The outputs, TOKENS too."""
+        return [*self.outputs, *[TOKENS] * self.per_token]
+
     def conversations(self) -> list[Conversation]:
+        """A dialogue for each group, its reference last; ValueError where one lacks."""
         if "probability" in self.outputs and any(g.reference is None for g in self.groups):
             raise ValueError("`probability` needs a `reference` response in every group")
         return [
-            Dialogue(
-                g["prompt"], [*g["responses"], *[g["reference"]] * (g["reference"] is not None)]
-            )
+            Dialogue(g["prompt"], g["responses"] + [g["reference"]] * (g["reference"] is not None))
             for g in self.model_dump()["groups"]
         ]
+
+    def answer(self, scores: Sequence[OutputScores], by: str) -> dict[str, Any]:
+        """The outputs of each group; probabilities compare scores called `by`."""
+        rows = []
+        for group, own in zip(self.groups, scores, strict=True):
+            if "probability" in self.outputs:
+                own["probability"] = special.expit(np.subtract(own[by], own[by][-1])).tolist()
+            rows.append({name: own[name][: len(group.responses)] for name in self.names})
+        return {"groups": rows}
 
 
 @dataclass(frozen=True)
@@ -197,29 +112,64 @@ class Protocol:
 
     name: str
     path: str
-    request: type[RewardRequest]
     texts: str
-    rows: str | None  # None: the answer is the rows itself
-    reward: str | None  # None: a row is the reward
+    rows: str | None = None  # None: the answer is the rows itself
+    reward: str | None = None  # None: a row is the reward
     ids: str | None = None  # where token ids go; None: it takes none
-    one: bool = False  # one conversation in a request, and its row the whole answer
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # what we send with them
+    takes: Mapping[str, Any] = field(default_factory=dict)  # the other fields that callers send
+    is_list: bool = True  # takes a list of conversations
 
-    def ask(self, inputs: Sequence[str] | Sequence[Sequence[int]]) -> dict[str, Any]:
+    @cached_property
+    def request(self) -> type[BaseModel]:
+        """What a caller may send; null is as good as nothing."""
+        inputs: dict[str, Any] = {self.texts: Text | Texts if self.is_list else str}
+        if self.ids:
+            inputs[self.ids] = inputs.get(self.ids, Ids) | Ids | IdLists
+        inputs |= {"model": str, **self.takes}
+        fields: Any = {name: (kind | None, None) for name, kind in inputs.items()}
+        return create_model(self.name, __base__=Section, **fields)
+
+    def ask(self, inputs: Inputs) -> dict[str, Any]:
         """The request for rendered texts or token ids."""
         key = self.texts if isinstance(inputs[0], str) else self.ids
         assert key is not None
-        return {**self.options, key: inputs[0] if self.one else list(inputs)}
+        return {**self.options, key: list(inputs) if self.is_list else inputs[0]}
 
-    def answer(self, rewards: Sequence[float], request: RewardRequest) -> Any:
+    def conversations(self, sent: Mapping[str, Any]) -> list[Conversation]:
+        """What a request asks about; ValueError for fields that do not go together."""
+        kinds = [
+            kind for kind in (self.texts, self.ids, "messages") if kind in self.request.model_fields
+        ]
+        kinds = list(dict.fromkeys(kinds))
+        if len(given := [kind for kind in kinds if kind in sent]) != 1:
+            raise ValueError(f"give either {' or '.join(f'`{kind}`' for kind in kinds)}")
+        items = sent[given[0]]
+        if "messages" in sent:
+            *prompt, last = items
+            if last["role"] != "assistant" or last.get("content") is None:
+                raise ValueError("`messages` must end in the assistant's response")
+            return [Dialogue(prompt, [last["content"]])]
+        if self.name == "slime":
+            prompt = sent.get("prompt", "")
+            return [Dialogue(prompt, [items], may_be_rendered=isinstance(prompt, str))]
+        items = [items] if is_single(items) else items
+        if self.name == "sglang-score":  # each item follows the query
+            query = sent.get("query", "")
+            if type(query) is not type(items[0]):
+                raise ValueError("`query` and `items` must both be text, or both ids")
+            items = [query + item for item in items]
+        is_open = self.name == "openrlhf"
+        return [Rendered(item, is_open) if isinstance(item, str) else item for item in items]
+
+    def answer(self, scores: Sequence[OutputScores], sent: Mapping[str, Any]) -> Any:
         """What a server answers."""
-        rows: list[Any] = list(rewards)
+        rows: list[Any] = [reward for own in scores for reward in own["reward"]]
         if self.reward is not None:
-            rows = [{"index": k, self.reward: [reward]} for k, reward in enumerate(rewards)]
+            rows = [{"index": k, self.reward: [reward]} for k, reward in enumerate(rows)]
         if self.rows is None:
-            value = getattr(request, self.texts) or getattr(request, str(self.ids))
-            return rows[0] if self.one or is_one(value) else rows
-        extra = {"scores": rows, "extra_logs": {}} if self.path == "/get_reward" else {}
+            return rows[0] if is_single(sent.get(self.texts) or sent[str(self.ids)]) else rows
+        extra = {"scores": rows, "extra_logs": {}} if self.name == "openrlhf" else {}
         return {"object": "list", self.rows: rows, **extra}
 
     def read(self, answer: Any, num: int) -> list[float]:
@@ -228,32 +178,80 @@ class Protocol:
         # SGLang answers a single text without a list
         rows = rows if isinstance(rows, list) else [rows]
         if self.reward is not None:
-            rows = sorted(rows, key=lambda row: row.get("index", 0))
-            rows = [row[self.reward] for row in rows]
+            rows = [row[self.reward] for row in sorted(rows, key=lambda row: row.get("index", 0))]
         # a number for each text, or a list of one
         rewards: list[float] = np.array(rows, np.float64).reshape(num).tolist()
         return rewards
 
 
+def is_single(value: Any) -> bool:
+    """Whether a text or ids were sent without a list around them."""
+    return isinstance(value, str) or isinstance(value[0], int)
+
+
 _RAW = {"use_activation": False, "add_special_tokens": False}
+# a sigmoid is no reward, and nothing is cut; nothing is added to rendered text: the template wrote its BOS
+_VLLM: dict[str, Any] = {"use_activation": Literal[False], "truncate_prompt_tokens": Literal[None]}
+_VLLM |= {"messages": Messages, "encoding_format": Literal["float"], "task": Literal["classify"]}
+_VLLM |= {"add_special_tokens": bool, "add_generation_prompt": Literal[False], "priority": int}
+_VLLM |= dict.fromkeys(("truncation_side", "cache_salt", "user", "request_id"), str)
+_SCORE: dict[str, Any] = {
+    "query": str | list[int],
+    "apply_softmax": Literal[False],
+    "item_first": Literal[False],
+}
+_SCORE |= {"items": Texts | IdLists, "label_token_ids": Any}  # a reward has no labels
+_SLIME: dict[str, Any] = {"prompt": str | list[Turn], "label": Any}
+_RID: dict[str, Any] = {"rid": str}
+_LISTS: dict[str, Any] = {"query": Texts, "prompts": list, "labels": list}
 PROTOCOLS = (
+    Protocol("vllm-classify", "/classify", "input", "data", "probs", "input", _RAW, _VLLM),
+    Protocol("sglang-classify", "/classify", "text", None, "embedding", "input_ids", {}, _RID),
+    Protocol("vllm-pooling", "/pooling", "input", "data", "data", "input", _RAW, _VLLM),
+    Protocol("openrlhf", "/get_reward", "query", "rewards", None, None, {}, _LISTS),
+    Protocol("embeddings", "/v1/embeddings", "input", "data", "embedding", "input", {}, _VLLM),
+    Protocol("sglang-score", "/v1/score", "items", "scores", None, None, {"query": ""}, _SCORE),
     Protocol(
-        "vllm-classify", "/classify", VllmRequest, "input", "data", "probs", "input", options=_RAW
-    ),
-    Protocol("sglang-classify", "/classify", SglangRequest, "text", None, "embedding", "input_ids"),
-    Protocol(
-        "vllm-pooling", "/pooling", VllmRequest, "input", "data", "data", "input", options=_RAW
-    ),
-    Protocol("openrlhf", "/get_reward", OpenRlhfRequest, "query", "rewards", None),
-    Protocol("embeddings", "/v1/embeddings", VllmRequest, "input", "data", "embedding", "input"),
-    Protocol(
-        "sglang-score", "/v1/score", ScoreRequest, "items", "scores", None, options={"query": ""}
-    ),
-    Protocol(
-        "slime", "/reward", SlimeRequest, "response", None, None, one=True, options={"prompt": ""}
+        "slime", "/reward", "response", None, None, None, {"prompt": ""}, _SLIME, is_list=False
     ),
 )
 """In the order in which `hafrm verify` tries a server."""
+
+
+class Asked(NamedTuple):
+    """What a request asks: conversations, which outputs, and how the answer is written."""
+
+    conversations: list[Conversation]
+    outputs: tuple[str, ...]
+    answer: Callable[[Sequence[OutputScores]], Any]
+
+
+def read_request(path: str, body: bytes, by: str) -> Asked:
+    """What a body asks, whose probabilities compare scores called `by`; RequestError for another form."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(400, f"the body is no JSON: {error}") from error
+    try:
+        if path == "/score":
+            groups = GroupsRequest.model_validate(value)
+            names = (by if name == "probability" else name for name in groups.names)
+            outputs = tuple(dict.fromkeys(names))
+            return Asked(groups.conversations(), outputs, partial(groups.answer, by=by))
+        fitting = [protocol for protocol in PROTOCOLS if protocol.path == path]
+        keys = value.keys() if isinstance(value, dict) else ()
+        # two protocols may share a path: the one whose field is there
+        fits = (p for p in fitting if {p.texts, p.ids} & {*keys})
+        protocol = next(fits, fitting[0])
+        sent = protocol.request.model_validate(value).model_dump(exclude_none=True)
+        talks = protocol.conversations(sent)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RequestError(422, f"{where}: {first['msg']}") from error
+    except ValueError as error:
+        raise RequestError(422, str(error)) from error
+    return Asked(talks, ("reward",), partial(protocol.answer, sent=sent))
 
 
 class OtherProtocolError(ServerError):
@@ -270,17 +268,14 @@ class ServerClient:
         self.base = base.removesuffix(self.path)
         keys = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx2.Client(headers=keys, timeout=TIMEOUT)
-        self._model: dict[str, str] | None = None
 
-    def rewards(
-        self, protocol: Protocol, inputs: Sequence[str] | Sequence[Sequence[int]]
-    ) -> list[float]:
+    def rewards(self, protocol: Protocol, inputs: Inputs) -> list[float]:
         """The rewards of rendered texts or token ids; OtherProtocolError for an answer of another form."""
-        return self.read(protocol, {**self.model(), **protocol.ask(inputs)}, len(inputs))
+        return self.read(protocol, protocol.ask(inputs), len(inputs))
 
     def read(self, protocol: Protocol, body: Mapping[str, Any], num: int) -> list[float]:
         """The rewards that the server answers to a request for `num` conversations."""
-        answer = self.request(protocol.path, body)
+        answer = self.request(protocol.path, {**self.model, **body})
         try:
             return protocol.read(answer, num)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -289,45 +284,39 @@ class ServerClient:
                 f"texts: {error!r}; it may return embeddings, or have several labels"
             ) from error
 
+    @cached_property
     def model(self) -> dict[str, str]:
         """The model's name as requests give it; only vLLM and SGLang name theirs."""
-        if self._model is None:
-            try:
-                self._model = {"model": str(self.request("/v1/models")["data"][0]["id"])}
-            except (OtherProtocolError, KeyError, IndexError, TypeError):
-                self._model = {}
-        return self._model
+        try:
+            return {"model": str(self.request("/v1/models")["data"][0]["id"])}
+        except (OtherProtocolError, KeyError, IndexError, TypeError):
+            return {}
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON answer to a POST of `body`, or to a GET without one; ServerError without an answer."""
         method, url = "GET" if body is None else "POST", self.base + path
+        shown = hide_secrets(url)
         try:
-            with contextlib.suppress(httpx2.NetworkError, httpx2.RemoteProtocolError):
-                return self._read(self._http.request(method, url, json=body), url)
-            return self._read(
-                self._http.request(method, url, json=body), url
-            )  # it was lost: once more
+            try:
+                answer = self._http.request(method, url, json=body)
+            except (httpx2.NetworkError, httpx2.RemoteProtocolError):  # lost: once more
+                answer = self._http.request(method, url, json=body)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            why = f"{type(error).__name__}: {error}; is the server up?"
-            raise ServerError(hide_secrets(f"{url} gives no answer: {why}")) from error
-
-    @staticmethod
-    def _read(answer: httpx2.Response, url: str) -> Any:
+            why = hide_secrets(f"{type(error).__name__}: {error}")
+            raise ServerError(f"{shown} gives no answer: {why}; is the server up?") from error
         if answer.is_error:
             code, details = answer.status_code, " ".join(answer.text.split())[:300]
             hint = " (it wants another --api-key)" if code in (401, 403) else ""
             # other codes, such as 401 and 503, have nothing to do with the protocol and end the search
             is_other = code in (400, 404, 405, 415, 422, 500, 501)
-            said = f"{url} answers {code} {http.HTTPStatus(code).phrase}{hint} | {details}"
-            raise (OtherProtocolError if is_other else ServerError)(hide_secrets(said))
+            kind = OtherProtocolError if is_other else ServerError
+            raise kind(f"{shown} answers {code} {answer.reason_phrase}{hint} | {details}")
         try:
             return answer.json()
         except ValueError as error:
-            raise OtherProtocolError(
-                hide_secrets(f"{url} does not answer JSON: {error}")
-            ) from error
+            raise OtherProtocolError(f"{shown} does not answer JSON: {error}") from error
 
-    def find_protocol(self, inputs: Sequence[str] | Sequence[Sequence[int]]) -> Protocol:
+    def find_protocol(self, inputs: Inputs) -> Protocol:
         """The first protocol by which the server answers; ServerError with all reasons for none."""
         reasons = []
         for protocol in PROTOCOLS:

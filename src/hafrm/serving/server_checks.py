@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hafrm.errors import DataError, ServerError
 from hafrm.export.plain_model import GoldenLine, PlainModel, read_golden
@@ -23,6 +24,12 @@ SERVER_TOLERANCE = 1.5e-2
 _BATCH_SIZE, _AT_ONCE = 8, 32
 Replies = tuple[Sequence[str], Sequence[float], Sequence[float]]
 """Conversations, the rewards that a server gave them, and those expected."""
+
+
+def relative_differences(got: Sequence[float], expected: Sequence[float]) -> NDArray[np.float64]:
+    """How far rewards are from the expected ones, relative to max(1, |expected|)."""
+    wanted = np.asarray(expected, np.float64)
+    return np.asarray(np.abs(got - wanted) / np.maximum(1.0, np.abs(wanted)))
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,9 @@ class _Asked:
         return PlainModel(self.directory)
 
     def rewards(self, inputs: Any) -> list[float]:
-        if self.protocol.one:
-            return [self.client.rewards(self.protocol, [one])[0] for one in inputs]
-        return self.client.rewards(self.protocol, inputs)
+        size = len(inputs) if self.protocol.is_list else 1
+        parts = (inputs[i : i + size] for i in range(0, len(inputs), size))
+        return [r for part in parts for r in self.client.rewards(self.protocol, part)]
 
 
 def _in_batches(asked: _Asked) -> Replies:
@@ -133,8 +140,7 @@ def _messages(asked: _Asked) -> Replies:
     lines = [line for line in asked.lines if line.messages]
     if "messages" not in asked.protocol.request.model_fields or not lines:
         raise _NotCheckedError("the protocol, or the golden file, has no messages")
-    model = {**asked.client.model(), **asked.protocol.options}
-    bodies = [{**model, "messages": list(line.messages)} for line in lines]
+    bodies = [{**asked.protocol.options, "messages": list(line.messages)} for line in lines]
     got = [asked.client.read(asked.protocol, body, 1)[0] for body in bodies]
     return [str(line.text) for line in lines], got, [line.reward for line in lines]
 
@@ -231,8 +237,8 @@ def _run_check(name: str, asked: _Asked, tolerance: float) -> ServerCheck:
         return ServerCheck(name, "refused", None, str(error), fix)
     if not texts:
         return ServerCheck(name, "pass", None, "refused, as it should be", "")
-    got, expected = np.array(replies, np.float64)
-    differences = np.abs(got - expected) / np.maximum(1.0, np.abs(expected))
+    got, expected = replies
+    differences = relative_differences(got, expected)
     worst = int(np.argmax(differences))  # NaN is the largest
     difference = float(differences[worst])
     if difference <= tolerance:  # False for NaN
