@@ -79,9 +79,9 @@ def test_copies_run_once_and_get_the_same_score(run, monkeypatch):
 
 def test_what_a_model_lacks_and_unknown_names_are_refused(exported, run, tmp_path):
     assert parse_outputs("fused, reward") == ("fused", "reward")
-    with pytest.raises(ConfigError, match="did you mean implicit"):
+    with pytest.raises(ConfigError, match="outputs are reward, implicit and fused"):
         parse_outputs("implict")
-    with pytest.raises(ModelError, match="no policy: it cannot give tokens"):
+    with pytest.raises(ModelError, match="cannot give tokens: it has reward"):
         ModelOutputs(exported / "reward", ["tokens"])
     with pytest.raises(ModelError, match="no rule of a fused score"):
         ModelOutputs(exported, ["fused"])

@@ -183,11 +183,11 @@ def _score_columns(
     result: dict[str, Any] = {}
     for output in outputs:
         names = _column_names(columns, output)
-        values = None if isinstance(scores, Refusal) else scores[output]
-        if values is None:
+        if isinstance(scores, Refusal):
             result |= dict.fromkeys(names)
         else:
-            result |= {names[0]: values} if is_list else dict(zip(names, values, strict=True))
+            values = [scores[output]] if is_list else scores[output]
+            result |= zip(names, values, strict=True)
     return result
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,12 @@ def _score_all_heads(
 ) -> tuple[Scores, EncodingReport, str | None]:
     """Each head's scores, the main head's first, with its encoder's report; and the fused rule in words."""
     scores, reports, lengths, rule = Scores(), list[EncodingReport](), None, None
-    both = _load_both(heads, options)
+    both, parts = _load_both(heads, options), attrgetter("rewards", "logps")
     names = scorer_names(heads) if both is None else [IMPLICIT]
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options) if both is None else both
-        score = None if both is None else lambda *given: both.score_heads(*given)[:2]
+        score = None if both is None else lambda *given: parts(both.score_heads(*given))
         own, tokenized, report = score_groups(scorer, comparisons.groups, options, done, score)
         scores |= {name: own} if both is None else {REWARD: own[0], IMPLICIT: own[1]}
         reports.append(report)

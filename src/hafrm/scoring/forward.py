@@ -47,8 +47,7 @@ class Scores:
     logps: NDArray[np.float32] | None
     lengths: NDArray[np.int64]  # tokens of each response, EOS included
     first: NDArray[np.int64]  # index of each group's first response
-    token_logps: tuple[NDArray[np.float32], ...] | None = None
-    """Of each response's tokens; only where they were asked for."""
+    token_logps: NDArray[np.float32] | None = None  # of all responses' tokens, where asked for
 
 
 class IndexedGroup(NamedTuple):
@@ -116,7 +115,7 @@ def run_forward(  # noqa: PLR0913
         logps=None if model.policy_head is None else logps[copy_of],
         lengths=lengths,
         first=first_responses(groups),
-        token_logps=tuple(tokens[i] for i in copy_of) if per_token else None,
+        token_logps=np.concatenate([tokens[i] for i in copy_of]) if per_token else None,
     )
     if part == (0, 1):
         check_finite(scores)

@@ -4,13 +4,14 @@ Both heads of a run answer from one forward; a reward alone from one that comput
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hafrm.engine.model import HybridModel
-from hafrm.errors import ConfigError, ModelError, did_you_mean
+from hafrm.errors import ConfigError, ModelError
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import read_result
@@ -24,7 +25,6 @@ from hafrm.scoring.reward_model import (
     read_implicit_rule,
 )
 
-OUTPUTS = ("reward", "implicit", "fused")
 TOKENS = "tokens"  # the parts of a response's tokens in its implicit reward
 _NEEDS = {
     "reward": ("reward",),
@@ -32,7 +32,6 @@ _NEEDS = {
     "fused": ("reward", "policy", "fused"),
     TOKENS: ("policy",),
 }
-_CALLED = {"reward": "reward model", "policy": "policy", "fused": "rule of a fused score"}
 OutputScores = dict[str, list[Any]]
 """Of one group, by output: a float of each response, for TOKENS a list of them."""
 
@@ -40,10 +39,8 @@ OutputScores = dict[str, list[Any]]
 def parse_outputs(text: str) -> tuple[str, ...]:
     """The outputs that "reward,fused" names; ConfigError for others."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in OUTPUTS:
-            hint = did_you_mean(name, OUTPUTS)
-            raise ConfigError(f"an output is one of {', '.join(OUTPUTS)}, got {name!r}; {hint}")
+    if unknown := set(names) - {"reward", "implicit", "fused"}:
+        raise ConfigError(f"outputs are reward, implicit and fused, got {', '.join(unknown)!r}")
     return names
 
 
@@ -55,13 +52,14 @@ def outputs_of(path: str | Path) -> tuple[str, ...]:
 
 def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
     """The files of a model that these outputs need; ModelError where it lacks one."""
-    heads = find_heads(path)
+    if lacking := set(names) - set(own := outputs_of(path)):
+        raise ModelError(
+            f"{path} cannot give {', '.join(sorted(lacking))}: it has {', '.join(own)}"
+        )
     needed = {part for name in names for part in _NEEDS[name]}
-    found = {part: value for part, value in vars(heads).items() if part in needed and value}
-    if lacking := needed - found.keys():
-        what = " and no ".join(sorted(_CALLED[part] for part in lacking))
-        raise ModelError(f"{path} has no {what}: it cannot give {', '.join(names)}")
-    return replace(Heads(None, None), **found)
+    return Heads(
+        **{part: file if part in needed else None for part, file in vars(find_heads(path)).items()}
+    )
 
 
 def model_files(heads: Heads) -> list[str | Path]:
@@ -94,11 +92,11 @@ class ModelOutputs:
     def __init__(self, path: str | Path, names: Sequence[str], **options: Any) -> None:
         """`options` are those of `RewardModel.from_pretrained`; ModelError for outputs it cannot give."""
         heads = heads_for(path, names)
-        self.reward = self.policy = self.rule = None
+        self.reward = self.policy = None
         if heads.policy is not None:
             self.policy = PolicyModel.from_pretrained(heads.policy, **options)
         if heads.fused is not None:
-            self.rule = read_result(heads.fused, FusedRule)
+            self.rule = read_result(heads.fused, FusedRule)  # of "fused" alone
         if heads.reward is not None and self.policy is not None:
             self.reward = join_heads(heads, self.policy, options.get("max_length"))
             if self.reward is None:
@@ -130,11 +128,13 @@ class ModelOutputs:
         else:
             assert self.policy is not None
             scores = self.policy.score_heads(groups, on_progress, per_token=TOKENS in names)
-            given |= {"reward": scores.rewards, "implicit": scores.implicit, TOKENS: scores.tokens}
-            if self.rule is not None and scores.rewards is not None:
-                given["fused"] = fused_scores(
-                    scores.rewards, scores.implicit, self.rule, scores.lengths
-                )
+            given |= {"reward": scores.rewards, "implicit": scores.logps}
+            if scores.token_logps is not None:
+                given[TOKENS] = np.split(scores.token_logps, np.cumsum(scores.lengths)[:-1])
+            if "fused" in names:
+                lengths = None if self.policy.rule.per_token else scores.lengths
+                rewards, implicit = given["reward"], given["implicit"]
+                given["fused"] = fused_scores(rewards, implicit, self.rule, lengths)
         rest = {name: (value.tolist() for value in given[name]) for name in names}
         sizes = [len(group.response_ids) for group in groups]
         return [{name: list(islice(rest[name], size)) for name in names} for size in sizes]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, overload
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -248,16 +248,6 @@ class RewardModel(Scorer):
         return scores.rewards
 
 
-class PolicyScores(NamedTuple):
-    """What both heads give each response."""
-
-    rewards: NDArray[np.float32] | None
-    implicit: NDArray[np.float32]
-    lengths: NDArray[np.int64] | None  # tokens of each response; None where `implicit` is a mean
-    tokens: list[NDArray[np.float32]] | None
-    """The part of each response token in the implicit reward, where asked for: they sum to it."""
-
-
 class PolicyModel(Scorer):
     """The implicit reward of a policy: beta * (log pi - log pi_ref), DPO's reward (arXiv 2305.18290)."""
 
@@ -308,7 +298,8 @@ class PolicyModel(Scorer):
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
     ) -> NDArray[np.float32]:
-        return self.score_heads(encoded, on_progress).implicit
+        implicit: Any = self.score_heads(encoded, on_progress).logps
+        return np.asarray(implicit, np.float32)
 
     def score_heads(
         self,
@@ -316,27 +307,19 @@ class PolicyModel(Scorer):
         on_progress: OnProgress = no_progress,
         *,
         per_token: bool = False,
-    ) -> PolicyScores:
-        """Implicit rewards, and from the same forward the rewards of a model with a reward head too."""
+    ) -> Scores:
+        """Implicit rewards in the place of log-probs, and from the same forward the rewards of a model with
+        a reward head too; `per_token`: also the part of each token, which sum to the implicit reward."""
         scores = self.forward(self.model, encoded, on_progress=on_progress, per_token=per_token)
-        implicit: Any = scores.logps
-        tokens: Any = scores.token_logps
+        own: list[Any] = [scores.logps, *[scores.token_logps] * per_token]
         if self.reference is not None:
             start = self.forward(self.reference, encoded, per_token=per_token)
-            implicit = implicit - start.logps
-            tokens = tokens and [
-                a - b for a, b in zip(tokens, start.token_logps or (), strict=True)
-            ]
-        lengths: Any = scores.lengths
+            own = [a - b for a, b in zip(own, (start.logps, start.token_logps), strict=False)]
         if self.rule.per_token:
-            implicit = implicit / lengths
-            tokens = tokens and [own / len(own) for own in tokens]
-        return PolicyScores(
-            scores.rewards,
-            np.asarray(self.rule.beta * implicit, np.float32),
-            None if self.rule.per_token else lengths,
-            tokens and [np.asarray(self.rule.beta * own, np.float32) for own in tokens],
-        )
+            sizes = scores.lengths, np.repeat(scores.lengths, scores.lengths)
+            own = [a / size for a, size in zip(own, sizes, strict=False)]
+        implicit, *tokens = (np.asarray(self.rule.beta * values, np.float32) for values in own)
+        return replace(scores, logps=implicit, token_logps=tokens[0] if tokens else None)
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:

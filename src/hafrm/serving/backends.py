@@ -5,6 +5,8 @@ Both read conversations with the model's own tokenizer and template, so ids and 
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,12 @@ class ConversationEncoder:
         """A group for each; RequestError for one that is malformed, or longer than the model takes."""
         dialogues: list[tuple[int, Group]] = []
         encoded: dict[int, TokenizedGroup] = {}
-        for i, item in enumerate(conversations):
+        for i, given in enumerate(conversations):
+            item = self._as_rendered(given)
             try:
                 if _size(item) > self._max_size:
                     raise DataError(self._too_long)
-                if isinstance(item, Dialogue) and not self._is_rendered(item):
+                if isinstance(item, Dialogue):
                     group = Group(str(i), as_messages(item.prompt), tuple(item.responses))
                     dialogues.append((i, group))
                 else:
@@ -58,14 +61,13 @@ class ConversationEncoder:
                 raise RequestError(422, report.refused.get(k, self._too_long), i)
         return [encoded[i] for i in range(len(conversations))]
 
-    def _is_rendered(self, item: Dialogue) -> bool:
-        return item.may_be_rendered and (
-            not item.prompt or self.encoder.has_control_tokens(item.prompt)
-        )
+    def _as_rendered(self, item: Conversation) -> Conversation:
+        if not (isinstance(item, Dialogue) and item.may_be_rendered):
+            return item
+        is_rendered = not item.prompt or self.encoder.has_control_tokens(item.prompt)
+        return Rendered(item.prompt + item.responses[0], open=True) if is_rendered else item
 
-    def _ids(self, item: Conversation) -> NDArray[np.int32]:
-        if isinstance(item, Dialogue):
-            item = Rendered(item.prompt + item.responses[0], open=True)
+    def _ids(self, item: Rendered | Sequence[int]) -> NDArray[np.int32]:
         if not isinstance(item, Rendered):
             return np.array(item, np.int64).astype(np.int32)
         text = item.text
@@ -135,27 +137,24 @@ class UpstreamBackend:
         self.encoder = load_encoder(directory, load_config(directory), max_length, "drop")
         self.client = ServerClient(url, api_key)
         self._protocol: Any = None
-        self._pool = ThreadPoolExecutor(_UPSTREAM_REQUESTS, "upstream")
+        self._pool = ThreadPoolExecutor(16, "upstream")
         self.batch_tokens, self.replay_every = 2**18, 180.0
         self.about = {"upstream": self.client.base}
 
     def score(self, groups: Sequence[TokenizedGroup], _: Sequence[str]) -> list[OutputScores]:
         """The rewards of each group; ServerError for a server that is down or answers in another form."""
         ids = [[*g.prompt_ids.tolist(), *r.tolist()] for g in groups for r in g.response_ids]
-        distinct = [list(own) for own in dict.fromkeys(map(tuple, ids))]
         if self._protocol is None:
-            self._protocol = self.client.find_protocol(distinct[:1])
-        size = max(1, min(8, len(distinct) // _UPSTREAM_REQUESTS))
-        parts = [distinct[i : i + size] for i in range(0, len(distinct), size)]
-        answers = self._pool.map(lambda part: self.client.rewards(self._protocol, part), parts)
-        reward_of = dict(zip(map(tuple, distinct), (r for a in answers for r in a), strict=True))
-        if not np.isfinite(list(reward_of.values())).all():
+            self._protocol = self.client.find_protocol(ids[:1])
+        parts = [ids[i : i + 8] for i in range(0, len(ids), 8)]
+        answers = self._pool.map(partial(self.client.rewards, self._protocol), parts)
+        rewards = [reward for answer in answers for reward in answer]
+        if not np.isfinite(rewards).all():
             raise NumericsError("the upstream gives a reward that is not finite")
-        rewards = iter([reward_of[tuple(own)] for own in ids])
-        return [{"reward": [next(rewards) for _ in group.response_ids]} for group in groups]
+        rest = iter(rewards)
+        return [{"reward": list(islice(rest, len(group.response_ids)))} for group in groups]
 
 
-_UPSTREAM_REQUESTS = 16  # at a time
 Backend = LocalBackend | UpstreamBackend
 
 

@@ -41,7 +41,7 @@ class Rendered(NamedTuple):
 
 Conversation = Dialogue | Rendered | Sequence[int]
 """What is scored: messages, a rendered text, or token ids."""
-Inputs = Sequence[str] | Sequence[Sequence[int]]
+Inputs = Sequence[str] | Sequence[Sequence[Any]]
 
 
 class RequestError(HafrmError):
@@ -131,20 +131,19 @@ class Protocol:
         return create_model(self.name, __base__=Section, **fields)
 
     def ask(self, inputs: Inputs) -> dict[str, Any]:
-        """The request for rendered texts or token ids."""
-        key = self.texts if isinstance(inputs[0], str) else self.ids
-        assert key is not None
+        """The request for rendered texts, token ids, or one conversation's messages."""
+        if isinstance(inputs[0][0], Mapping):
+            return {**self.options, "messages": inputs[0]}
+        key: Any = self.texts if isinstance(inputs[0], str) else self.ids
         return {**self.options, key: list(inputs) if self.is_list else inputs[0]}
 
     def conversations(self, sent: Mapping[str, Any]) -> list[Conversation]:
         """What a request asks about; ValueError for fields that do not go together."""
-        kinds = [
-            kind for kind in (self.texts, self.ids, "messages") if kind in self.request.model_fields
-        ]
-        kinds = list(dict.fromkeys(kinds))
-        if len(given := [kind for kind in kinds if kind in sent]) != 1:
+        all_kinds = dict.fromkeys((self.texts, self.ids, "messages"))
+        kinds = [kind for kind in all_kinds if kind in self.request.model_fields]
+        if len(given := sent.keys() & kinds) != 1:
             raise ValueError(f"give either {' or '.join(f'`{kind}`' for kind in kinds)}")
-        items = sent[given[0]]
+        items = sent[given.pop()]
         if "messages" in sent:
             *prompt, last = items
             if last["role"] != "assistant" or last.get("content") is None:
@@ -241,8 +240,7 @@ def read_request(path: str, body: bytes, by: str) -> Asked:
         fitting = [protocol for protocol in PROTOCOLS if protocol.path == path]
         keys = value.keys() if isinstance(value, dict) else ()
         # two protocols may share a path: the one whose field is there
-        fits = (p for p in fitting if {p.texts, p.ids} & {*keys})
-        protocol = next(fits, fitting[0])
+        protocol = next((p for p in fitting if {p.texts, p.ids} & {*keys}), fitting[0])
         sent = protocol.request.model_validate(value).model_dump(exclude_none=True)
         talks = protocol.conversations(sent)
     except ValidationError as error:
@@ -265,23 +263,19 @@ class ServerClient:
         """`url` may end in a protocol's path, which is then the only one to try."""
         base = url.rstrip("/")
         self.path = next((p.path for p in PROTOCOLS if base.endswith(p.path)), "")
-        self.base = base.removesuffix(self.path)
+        self.base, self.has_key = base.removesuffix(self.path), api_key is not None
         keys = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx2.Client(headers=keys, timeout=TIMEOUT)
 
     def rewards(self, protocol: Protocol, inputs: Inputs) -> list[float]:
-        """The rewards of rendered texts or token ids; OtherProtocolError for an answer of another form."""
-        return self.read(protocol, protocol.ask(inputs), len(inputs))
-
-    def read(self, protocol: Protocol, body: Mapping[str, Any], num: int) -> list[float]:
-        """The rewards that the server answers to a request for `num` conversations."""
-        answer = self.request(protocol.path, {**self.model, **body})
+        """The rewards of what `Protocol.ask` takes; OtherProtocolError for an answer of another form."""
+        answer = self.request(protocol.path, {**self.model, **protocol.ask(inputs)})
         try:
-            return protocol.read(answer, num)
+            return protocol.read(answer, len(inputs))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise OtherProtocolError(
-                f"{hide_secrets(self.base + protocol.path)} does not give one reward for each of {num} "
-                f"texts: {error!r}; it may return embeddings, or have several labels"
+                f"{hide_secrets(self.base + protocol.path)} does not give one reward for each of "
+                f"{len(inputs)} texts: {error!r}; it may return embeddings, or have several labels"
             ) from error
 
     @cached_property
@@ -295,12 +289,12 @@ class ServerClient:
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON answer to a POST of `body`, or to a GET without one; ServerError without an answer."""
         method, url = "GET" if body is None else "POST", self.base + path
-        shown = hide_secrets(url)
+        shown, ask = hide_secrets(url), partial(self._http.request, method, url, json=body)
         try:
             try:
-                answer = self._http.request(method, url, json=body)
+                answer = ask()
             except (httpx2.NetworkError, httpx2.RemoteProtocolError):  # lost: once more
-                answer = self._http.request(method, url, json=body)
+                answer = ask()
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             why = hide_secrets(f"{type(error).__name__}: {error}")
             raise ServerError(f"{shown} gives no answer: {why}; is the server up?") from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from hafrm.serving.protocols import OtherProtocolError, Protocol, ServerClient
 
 SERVER_TOLERANCE = 1.5e-2
 """Relative to max(1, |reward|): servers run bfloat16. vLLM's own tests of reward models allow this."""
-_BATCH_SIZE, _AT_ONCE = 8, 32
 Replies = tuple[Sequence[str], Sequence[float], Sequence[float]]
 """Conversations, the rewards that a server gave them, and those expected."""
 
@@ -78,32 +78,16 @@ class _NotCheckedError(Exception):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A server, the protocol that it speaks, and what it is asked about."""
-
     client: ServerClient
     protocol: Protocol
     lines: Sequence[GoldenLine]
-    directory: Path | None  # with the weights of the golden scores
-    url: str
-    api_key: str | None
-
-    @property
-    def texts(self) -> list[str]:
-        return [str(line.text) for line in self.lines]
-
-    @property
-    def expected(self) -> list[float]:
-        return [line.reward for line in self.lines]
-
-    @cached_property
-    def alone(self) -> list[float]:
-        return [self.rewards([text])[0] for text in self.texts]
+    golden: Path
 
     @cached_property
     def plain(self) -> PlainModel:
-        if self.directory is None:
+        if not (self.golden / "config.json").is_file():
             raise _NotCheckedError("--golden must be an exported directory, whose weights score it")
-        return PlainModel(self.directory)
+        return PlainModel(self.golden)
 
     def rewards(self, inputs: Any) -> list[float]:
         size = len(inputs) if self.protocol.is_list else 1
@@ -111,37 +95,22 @@ class _Asked:
         return [r for part in parts for r in self.client.rewards(self.protocol, part)]
 
 
-def _in_batches(asked: _Asked) -> Replies:
-    # servers differ in batching (sglang#2427)
-    texts = asked.texts
-    batches = (texts[i : i + _BATCH_SIZE] for i in range(0, len(texts), _BATCH_SIZE))
-    return texts, [reward for batch in batches for reward in asked.rewards(batch)], asked.expected
+def _texts(asked: _Asked, size: int = 1, at_once: int = 1) -> Replies:
+    # servers differ in batching (sglang#2427), and under load (vllm#51187, vllm#55612)
+    lines = list(islice(cycle(asked.lines), max(at_once, len(asked.lines))))
+    texts = [str(line.text) for line in lines]
+    with ThreadPoolExecutor(at_once) as pool:
+        parts = pool.map(asked.rewards, [texts[i : i + size] for i in range(0, len(texts), size)])
+    return texts, [r for part in parts for r in part], [line.reward for line in lines]
 
 
-def _at_once(asked: _Asked) -> Replies:
-    # pooling under load may give other numbers (vllm#51187, vllm#55612)
-    order = [k % len(asked.lines) for k in range(max(_AT_ONCE, len(asked.lines)))]
-    texts = [asked.texts[k] for k in order]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        got = list(pool.map(lambda text: asked.rewards([text])[0], texts))
-    return texts, got, [asked.expected[k] for k in order]
-
-
-def _token_ids(asked: _Asked) -> Replies:
-    lines = [line for line in asked.lines if line.input_ids]
-    if asked.protocol.ids is None or not lines:
-        raise _NotCheckedError("the protocol, or the golden file, has no token ids")
-    got = [asked.rewards([list(line.input_ids or ())])[0] for line in lines]
-    return [str(line.text) for line in lines], got, [line.reward for line in lines]
-
-
-def _messages(asked: _Asked) -> Replies:
-    # a server renders them with a template of its own (swift#8475)
-    lines = [line for line in asked.lines if line.messages]
-    if "messages" not in asked.protocol.request.model_fields or not lines:
-        raise _NotCheckedError("the protocol, or the golden file, has no messages")
-    bodies = [{**asked.protocol.options, "messages": list(line.messages)} for line in lines]
-    got = [asked.client.read(asked.protocol, body, 1)[0] for body in bodies]
+def _other_form(asked: _Asked, form: str) -> Replies:
+    # ids, to which a server adds none, or messages, which it renders by its own template (swift#8475)
+    lines = [line for line in asked.lines if getattr(line, form)]
+    is_taken = asked.protocol.ids if form == "input_ids" else form in asked.protocol.takes
+    if not is_taken or not lines:
+        raise _NotCheckedError(f"the protocol, or the golden file, has no {form}")
+    got = [asked.rewards([list(getattr(line, form))])[0] for line in lines]
     return [str(line.text) for line in lines], got, [line.reward for line in lines]
 
 
@@ -160,10 +129,10 @@ def _long(asked: _Asked, num_tokens: int) -> Replies:
 
 
 def _without_key(asked: _Asked) -> Replies:
-    if asked.api_key is None:
+    if not asked.client.has_key:
         raise _NotCheckedError("no --api-key was given")
     try:
-        ServerClient(asked.url).rewards(asked.protocol, asked.texts[:1])
+        ServerClient(asked.client.base).rewards(asked.protocol, [str(asked.lines[0].text)])
     except ServerError as error:
         if "answers 401" in str(error) or "answers 403" in str(error):
             return [], [], []
@@ -171,34 +140,30 @@ def _without_key(asked: _Asked) -> Replies:
     return ["it answers without the key"], [np.nan], [0.0]
 
 
+_LONG = (
+    "vLLM: --no-enable-chunked-prefill, or --max-num-batched-tokens above the longest input, "
+    "--max-model-len; SGLang: --chunked-prefill-size -1, --context-length"
+)
+_ALONE = "vLLM: VLLM_BATCH_INVARIANT=1, or --max-num-seqs 1; SGLang: --max-running-requests 1"
 CHECKS: dict[str, tuple[Callable[[_Asked], Replies], str]] = {
     "alone": (
-        lambda asked: (asked.texts, asked.alone, asked.expected),
+        _texts,
         "serve the exported directory itself, with one label and no activation (1 everywhere is a "
         "softmax, between 0 and 1 a sigmoid)",
     ),
-    "in batches of 8": (_in_batches, "vLLM: VLLM_BATCH_INVARIANT=1, or --max-num-seqs 1"),
-    "32 at once": (
-        _at_once,
-        "vLLM: VLLM_BATCH_INVARIANT=1, or --max-num-seqs 1; SGLang: --max-running-requests 1",
-    ),
-    "asked again": (
-        lambda asked: (asked.texts, [asked.rewards([t])[0] for t in asked.texts], asked.alone),
-        "vLLM: --no-enable-prefix-caching; SGLang: --disable-radix-cache",
-    ),
+    "in batches of 8": (partial(_texts, size=8), _ALONE),
+    "32 at once": (partial(_texts, at_once=32), _ALONE),
+    "asked again": (_texts, "vLLM: --no-enable-prefix-caching; SGLang: --disable-radix-cache"),
     "token ids": (
-        _token_ids,
+        partial(_other_form, form="input_ids"),
         "the server adds tokens to ids, or reads another vocabulary: send text",
     ),
-    "messages": (_messages, "vLLM: --chat-template DIR/chat_template.jinja; or send rendered text"),
-    **{
-        f"over {n:,} tokens": (
-            partial(_long, num_tokens=n),
-            "vLLM: --no-enable-chunked-prefill, or --max-num-batched-tokens above the longest input, "
-            "--max-model-len; SGLang: --chunked-prefill-size -1, --context-length",
-        )
-        for n in (2048, 8192)
-    },
+    "messages": (
+        partial(_other_form, form="messages"),
+        "vLLM: --chat-template DIR/chat_template.jinja; or send rendered text",
+    ),
+    "over 2,048 tokens": (partial(_long, num_tokens=2048), _LONG),
+    "over 8,192 tokens": (partial(_long, num_tokens=8192), _LONG),
     "without the key": (
         _without_key,
         "start it with a key; where that guards /v1 alone, let a proxy guard the other routes",
@@ -220,8 +185,7 @@ def verify_server(
         raise DataError(f"{golden} has lines without rendered `text`; `hafrm export` writes it")
     client = ServerClient(url, api_key)
     protocol = client.find_protocol([str(lines[0].text)])
-    directory = golden if (golden / "config.json").is_file() else None
-    asked = _Asked(client, protocol, lines, directory, url, api_key)
+    asked = _Asked(client, protocol, lines, golden)
     checks = tuple(_run_check(name, asked, tolerance) for name in CHECKS)
     ok = all(check.outcome != "fail" for check in checks)
     return ServerReplay(ok, hide_secrets(url), protocol.name, len(lines), tolerance, checks)
