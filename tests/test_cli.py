@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from hafrm.cli import app, data_verbs, main
 from hafrm.data.reader import read_preferences
+from hafrm.evaluation import evaluate
 from hafrm.export.checklist import replay_directory
+from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
 from hafrm.scoring.reward_model import IMPLICIT_RULE, FusedRule, ImplicitRule, RewardModel
 from hafrm.training import run_export
@@ -240,6 +242,16 @@ def test_evaluate_measures_every_source_by_both_heads_and_their_fused_score(expo
         assert "pick longer" in output
         assert re.search(r"fused +\d+\.\d % \[", output)
         assert "fused score, fitted on the run's validation data: reward + " in output
+
+
+def test_evaluate_names_a_file_that_the_run_was_trained_on(run, tmp_path, caplog):
+    """By its content: another name hides nothing, other rows are not accused."""
+    trained_on = load_recipe(run / "recipe.yaml").data.train[0]
+    copy = shutil.copy(trained_on, tmp_path / "held-out.jsonl")
+    evaluate(run, [copy, write_preferences(tmp_path / "other.jsonl", num=8, start=500)])
+    assert [line for line in caplog.messages if "was trained on" in line] == [
+        f"{copy} was trained on: its accuracy says little about other data"
+    ]
 
 
 @pytest.mark.parametrize("options", [(), ("--diagnose",)], ids=["plain", "diagnose"])

@@ -83,7 +83,7 @@ def test_what_a_model_lacks_and_unknown_names_are_refused(exported, run, tmp_pat
         parse_outputs("implict")
     with pytest.raises(ModelError, match="cannot give tokens: it has reward"):
         ModelOutputs(exported / "reward", ["tokens"])
-    with pytest.raises(ModelError, match="no rule of a fused score"):
+    with pytest.raises(ModelError, match="cannot give fused"):
         ModelOutputs(exported, ["fused"])
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "policy" / "tokenizer_config.json").read_text())

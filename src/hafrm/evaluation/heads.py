@@ -4,6 +4,8 @@ A head is a scorer of its own: the reward, and the implicit reward of the policy
 from the two. One model is in memory at a time, and no model is changed.
 """
 
+import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
+from hafrm.data.reader import file_digests
 from hafrm.engine.model import longest_sequence
 from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import (
@@ -38,6 +41,8 @@ from hafrm.scoring.outputs import join_heads
 from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
 from hafrm.statistics import accuracy_interval, paired_bootstrap
 from hafrm.training import parallel
+
+log = logging.getLogger("hafrm")
 
 REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
 Scores = dict[str, NDArray[np.float32]]
@@ -135,6 +140,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     options = EvaluationOptions(
         reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
     ).cut_as_trained(heads)
+    _warn_of_training_data(heads, data)
     scores, report, rule = _score_all_heads(heads, comparisons, options, on_progress)
     comparisons = comparisons.scored_by(*scores.values())
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
@@ -152,6 +158,21 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
         seam_merges=report.seam_merges,
         fused_rule=rule,
     )
+
+
+def _warn_of_training_data(heads: Heads, data: Data) -> None:
+    """Name files that the heads' run was trained on, whatever they are called now."""
+    run = (heads.reward or heads.policy or Path()).parent.parent
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+        digests = json.loads((run / "provenance.json").read_bytes())["sessions"][-1]["data"]
+    except (ConfigError, OSError):  # no run
+        return
+    trained_on = {digests.get(str(Path(source))) for source in recipe.data.train}
+    sources = [data] if isinstance(data, str | Path) else data
+    for path, digest in file_digests(str(s) for s in sources if isinstance(s, str | Path)).items():
+        if digest in trained_on:
+            log.warning("%s was trained on: its accuracy says little about other data", path)
 
 
 def _score_all_heads(
