@@ -5,7 +5,7 @@
     python benchmarks/serving.py faults --data preferences.jsonl --tokenizer tokenizer.json --shape tiny
     python benchmarks/serving.py soak   --data ... --tokenizer ... --shape tiny --minutes 20
 
-`speed`: singles, one conversation in a request, and 8 candidates of a prompt in a request, by the same
+`speed`: one item a request, 16 in a list as OpenRLHF sends them, 8 candidates of a prompt, by the same
 clients: hafrm's server by OpenRLHF's protocol and by its own, a server that works as OpenRLHF's (the
 handler runs the model on a padded batch, in the event loop), and plain transformers in a loop without a
 server. The servers are processes of their own and take turns; the best of `--repeats` counts.
@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from hafrm.data.reader import read_preferences
 from hafrm.engine.model import new_reward_head
 
 LENGTH = 2048
+PLAIN, THEIRS = "plain transformers, no server", "OpenRLHF's way"
 Talk = tuple[list[dict[str, str]], list[str], list[str]]
 """A prompt's messages, its responses, and each conversation rendered."""
 
@@ -171,99 +174,83 @@ async def ask_all(url: str, asks: Sequence[Ask], clients: int) -> tuple[list[lis
     return answers, seconds
 
 
+def post(path: str, body: dict[str, Any], read: Callable[[Any], list[float]]) -> Ask:
+    async def ask(client: httpx2.AsyncClient) -> list[float]:
+        answer = await client.post(path, json=body)
+        return read(answer.raise_for_status().json())
+
+    return ask
+
+
 def by_openrlhf(texts: Sequence[str]) -> Ask:
-    async def ask(client: httpx2.AsyncClient) -> list[float]:
-        return (await client.post("/get_reward", json={"query": texts})).json()["rewards"]
-
-    return ask
+    return post("/get_reward", {"query": texts}, lambda answer: answer["rewards"])
 
 
-def by_groups(prompt: Any, responses: Sequence[str]) -> Ask:
-    async def ask(client: httpx2.AsyncClient) -> list[float]:
-        body = {"groups": [{"prompt": prompt, "responses": responses}]}
-        return (await client.post("/score", json=body)).json()["groups"][0]["reward"]
-
-    return ask
+def by_groups(talks: Sequence[Talk]) -> Ask:
+    groups = [{"prompt": prompt, "responses": responses} for prompt, responses, _ in talks]
+    rewards = lambda answer: [r for group in answer["groups"] for r in group["reward"]]  # noqa: E731
+    return post("/score", {"groups": groups}, rewards)
 
 
 def by_vllm(texts: Sequence[str]) -> Ask:
-    async def ask(client: httpx2.AsyncClient) -> list[float]:
-        body = {"input": texts, "use_activation": False}
-        return [
-            row["probs"][0] for row in (await client.post("/classify", json=body)).json()["data"]
-        ]
-
-    return ask
+    body = {"input": texts, "use_activation": False}
+    return post("/classify", body, lambda answer: [row["probs"][0] for row in answer["data"]])
 
 
 def by_sglang(texts: Sequence[str]) -> Ask:
-    async def ask(client: httpx2.AsyncClient) -> list[float]:
-        rows = (await client.post("/classify", json={"text": texts})).json()
-        return [row["embedding"][0] for row in rows]
-
-    return ask
+    return post("/classify", {"text": texts}, lambda rows: [row["embedding"][0] for row in rows])
 
 
 def speed(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
-    """A table: items per second and latencies."""
-    work = {
-        "single items": [(p, r[:1], t[:1]) for p, r, t in talks],
-        f"{args.candidates} candidates": talks[: max(8, len(talks) // args.candidates)],
+    """A table: items per second and latencies, with as many threads on each side as there are cores."""
+    cores = os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(cores)  # of the servers
+    torch.set_num_threads(cores)
+    singles = [(prompt, responses[:1], texts[:1]) for prompt, responses, texts in talks]
+    num = max(8, len(talks) // args.candidates)
+    work: dict[str, list[list[Talk]]] = {  # the talks of each request
+        "1 item a request": [[talk] for talk in singles],
+        "16 items a request": [singles[i : i + 16] for i in range(0, len(singles), 16)],
+        f"{args.candidates} candidates of a prompt": [[talk] for talk in talks[:num]],
     }
     rows: dict[tuple[str, str], tuple[float, Any]] = {}
     scores: dict[tuple[str, str], Any] = {}
 
-    def note(task: str, name: str, num: int, run: Callable[[], tuple[Any, Any]]) -> None:
-        start = time.perf_counter()
-        answers, seconds = run()
-        rate = num / (time.perf_counter() - start)
-        scores[task, name] = np.concatenate([np.array(a) for a in answers])
-        if rate > rows.get((task, name), (0.0, None))[0]:
-            rows[task, name] = rate, seconds
-
-    def loop(way: OpenRlhfWay, own: list[Talk]) -> tuple[Any, Any]:
-        seconds, answers = [], []
-        for _, _, texts in own:
-            start = time.perf_counter()
-            answers.append(way.score(texts))
-            seconds.append(time.perf_counter() - start)
-        return answers, seconds
+    def note(task: str, name: str, answers: list[list[float]], seconds: Any, total: float) -> None:
+        scores[task, name] = np.concatenate([np.array(own) for own in answers])
+        rate = len(scores[task, name]) / total
+        rows[task, name] = max(
+            rows.get((task, name), (0.0, None)), (rate, seconds), key=lambda r: r[0]
+        )
 
     ours, theirs = free_port(), free_port()
     way = OpenRlhfWay(folder)
     command = [__file__, "as-openrlhf", "--folder", str(folder)]
     with hafrm_serve(folder, ours), running(command, theirs):
-        for _ in range(args.repeats):
-            for task, own in work.items():
-                num = sum(len(texts) for _, _, texts in own)
-                note(task, "plain transformers, no server", num, lambda own=own: loop(way, own))
-                asks = [by_openrlhf(texts) for _, _, texts in own]
-                groups = [by_groups(prompt, responses) for prompt, responses, _ in own]
-                for name, port, requests in (
-                    ("OpenRLHF's way", theirs, asks),
-                    ("hafrm, /get_reward", ours, asks),
-                    ("hafrm, /score", ours, groups),
-                ):
-                    url = f"http://127.0.0.1:{port}"
-                    note(
-                        task,
-                        name,
-                        num,
-                        lambda url=url, requests=requests: asyncio.run(
-                            ask_all(url, requests, args.clients)
-                        ),
-                    )
-    print(f"\n{args.shape}, {args.clients} clients, {torch.get_num_threads()} thread(s)")
+        for _, (task, requests) in product(range(args.repeats), work.items()):
+            texts = [[text for _, _, own in talks for text in own] for talks in requests]
+            asks = [by_openrlhf(own) for own in texts]
+            answers, times = [], [time.perf_counter()]
+            for own in texts:
+                answers.append(way.score(own))
+                times.append(time.perf_counter())
+            note(task, PLAIN, answers, np.diff(times), times[-1] - times[0])
+            for name, port, own_asks in (
+                (THEIRS, theirs, asks),
+                ("hafrm, /get_reward", ours, asks),
+                ("hafrm, /score", ours, [by_groups(talks) for talks in requests]),
+            ):
+                start = time.perf_counter()
+                run = ask_all(f"http://127.0.0.1:{port}", own_asks, args.clients)
+                note(task, name, *asyncio.run(run), time.perf_counter() - start)
+    print(f"\n{args.shape}, {args.clients} clients, {cores} threads on each side")
     print("| work | server | items/s | of OpenRLHF's | p50 ms | p99 ms | largest difference |")
     print("|---|---|---|---|---|---|---|")
     for (task, name), (rate, seconds) in rows.items():
         p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
-        base = rows[task, "OpenRLHF's way"][0]
-        plain = scores[task, "plain transformers, no server"]
-        gap = np.abs(scores[task, name] - plain).max()
-        print(
-            f"| {task} | {name} | {rate:.1f} | {rate / base:.2f} | {p50:.0f} | {p99:.0f} | {gap:.1e} |"
-        )
+        base, gap = rows[task, THEIRS][0], np.abs(scores[task, name] - scores[task, PLAIN]).max()
+        cells = task, name, f"{rate:.1f}", f"{rate / base:.2f}", f"{p50:.0f}", f"{p99:.0f}"
+        print("|", " | ".join(cells), f"| {gap:.1e} |")
 
 
 def equal(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
@@ -283,9 +270,11 @@ def equal(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
             texts = [items[k][2] for k in own]
             kind = draw.choice([by_openrlhf, by_vllm, by_sglang, None])
             asks.append(
-                by_groups(items[own[0]][0], [items[own[0]][1]]) if kind is None else kind(texts)
+                by_groups([(items[k][0], [items[k][1]], []) for k in own])
+                if kind is None
+                else kind(texts)
             )
-            places.append(own[:1] if kind is None else own)
+            places.append(own)
     mixed = list(zip(asks, places, strict=True))
     random.Random(0).shuffle(mixed)
     port = free_port()
@@ -302,114 +291,153 @@ def equal(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
     print("p50 and p99: {:.0f} and {:.0f} ms".format(*np.quantile(seconds, [0.5, 0.99]) * 1000))
 
 
-def faults(  # noqa: C901, PLR0915 - one fault after another
-    folder: Path, talks: list[Talk], args: argparse.Namespace
-) -> None:
-    """Each fault and its outcome, while another client asks on."""
-    port, draw = free_port(), random.Random(0)
-    url = f"http://127.0.0.1:{port}"
-    right = {"query": talks[0][2]}
-    with hafrm_serve(folder, port) as process, httpx2.Client(base_url=url, timeout=60) as http:
-        expected = http.post("/get_reward", json=right).json()["rewards"]
+def fuzz(http: httpx2.Client, talks: list[Talk], num: int) -> dict[int, int]:
+    """How many malformed bodies got which status."""
+    draw, right, statuses = random.Random(0), {"query": talks[0][2]}, dict[int, int]()
+    names = ["query", "input", "text", "groups", "prompt", "response", "messages", "x"]
+    values = [None, 1, -1.5, "", [], {}, ["x"], [[]], right["query"], talks[0][0]]
+    for _ in range(num):
+        wrong = {name: draw.choice(values) for name in draw.sample(names, draw.randrange(4))}
+        body = bytearray(json.dumps(right | wrong if draw.random() < 0.5 else wrong).encode())
+        for _ in range(draw.randrange(3)):
+            body[draw.randrange(len(body))] = draw.randrange(256)
+        cut = len(body) if draw.random() < 0.5 else draw.randrange(1, len(body))
+        path = draw.choice(["/get_reward", "/score", "/classify", "/reward", "/v1/score"])
+        status = http.post(path, content=bytes(body[:cut])).status_code
+        statuses[status] = statuses.get(status, 0) + 1
+    return statuses
+
+
+def drip(port: int, beside: Callable[[], None]) -> str:
+    """When the server closed 200 connections, half of which drip headers, half a body, a byte a second."""
+    starts = (b"X-Slow: ", b"Content-Length: 999\r\n\r\n{")
+    loris = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+    for k, own in enumerate(loris):
+        own.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\n" + starts[k % 2])
+    beside()
+    start, closed = time.perf_counter(), list[float]()
+    while loris and time.perf_counter() - start < 90:
+        time.sleep(1)
+        for own in list(loris):
+            own.setblocking(False)
+            try:
+                own.send(b"y")
+                gone = own.recv(4096) is not None  # the end, or an answer: 408
+            except BlockingIOError:
+                gone = False  # still open
+            except OSError:
+                gone = True
+            if gone:
+                closed.append(time.perf_counter() - start)
+                own.close()
+                loris.remove(own)
+    last = f"the last after {max(closed):.1f} s" if closed else ""
+    return f"{len(closed)} of 200 closed or answered 408, {last}"
+
+
+def kill_clients(url: str, texts: list[str]) -> None:
+    """Four clients that ask for everything, killed while the server scores."""
+    script = (
+        "import sys, httpx2, json; body = json.load(sys.stdin)\n"
+        "while True: httpx2.post(sys.argv[1] + '/get_reward', json=body, timeout=600)"
+    )
+    vandals = []
+    for _ in range(4):
+        vandal = subprocess.Popen([sys.executable, "-c", script, url], stdin=subprocess.PIPE)
+        assert vandal.stdin is not None
+        vandal.stdin.write(json.dumps({"query": texts}).encode())
+        vandal.stdin.close()
+        vandals.append(vandal)
+    time.sleep(4)
+    for vandal in vandals:
+        vandal.kill()
+        vandal.wait()
+    time.sleep(1)
+
+
+async def signal_under_load(
+    url: str, asks: list[Ask], process: subprocess.Popen[bytes], number: int
+) -> str:
+    """Send a signal while 16 clients ask on; count the answers, and the requests that a client had sent in
+    whole 50 ms before it and that got none."""
+    answered, refused, lost, sent_at = [], [], [], [float("inf")]
+
+    async def work(own: list[Ask]) -> None:
+        async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
+            for ask in own:
+                start = time.perf_counter()
+                try:
+                    await ask(client)
+                    answered.append(time.perf_counter())
+                except httpx2.HTTPError:
+                    (lost if start < sent_at[0] - 0.05 else refused).append(start)
+                    if len(refused) > 64:
+                        return
+
+    task = asyncio.gather(*(work(asks[k::16] * 50) for k in range(16)))
+    await asyncio.sleep(2)
+    sent_at[0] = time.perf_counter()
+    process.send_signal(number)
+    await asyncio.wait_for(task, 120)
+    after = sum(at > sent_at[0] for at in answered)
+    code = process.wait(60)
+    return (
+        f"{len(answered)} answered, {after} of them after the signal; {len(lost)} accepted before it "
+        f"without an answer; later ones: connection refused ({len(refused)}); exit code {code}"
+    )
+
+
+def faults(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
+    """Each fault and its outcome, and whether a right request after it has its right answer."""
+    port, texts = free_port(), [text for talk in talks for text in talk[2]]
+    url, right = f"http://127.0.0.1:{port}", {"query": talks[0][2]}
+    asks = [by_openrlhf(own) for _, _, own in talks]
+    with httpx2.Client(base_url=url, timeout=60) as http:
+
+        def answer() -> Any:
+            return http.post("/get_reward", json=right).json()["rewards"]
 
         def tell(what: str, outcome: object) -> None:
-            again = http.post("/get_reward", json=right).json()["rewards"]
-            same = np.abs(np.subtract(again, expected)).max() < 1e-6
+            same = np.abs(np.subtract(answer(), expected)).max() < 1e-6
             print(f"| {what} | {outcome} | {'right' if same else 'WRONG'} |", flush=True)
 
         print("| fault | outcome | a right request after it |\n|---|---|---|")
-        statuses: dict[int, int] = {}
-        names = ["query", "input", "text", "groups", "prompt", "response", "messages", "x"]
-        values = [None, 1, -1.5, "", [], {}, ["x"], [[]], right["query"], talks[0][0]]
-        for _ in range(args.fuzz):
-            wrong = {name: draw.choice(values) for name in draw.sample(names, draw.randrange(4))}
-            body = bytearray(json.dumps(right | wrong if draw.random() < 0.5 else wrong).encode())
-            for _ in range(draw.randrange(3)):
-                body[draw.randrange(len(body))] = draw.randrange(256)
-            cut = len(body) if draw.random() < 0.5 else draw.randrange(1, len(body))
-            path = draw.choice(["/get_reward", "/score", "/classify", "/reward", "/v1/score"])
-            status = http.post(path, content=bytes(body[:cut])).status_code
-            statuses[status] = statuses.get(status, 0) + 1
-        tell(f"{args.fuzz} malformed bodies", statuses)
-        big = json.dumps({"query": ["x" * 10_000_000]}).encode()
-        start = time.perf_counter()
-        status = http.post("/get_reward", content=big).status_code
-        tell("a text of 10 MB", f"{status} in {time.perf_counter() - start:.1f} s")
-        status = http.post("/get_reward", content=big * 2).status_code
-        tell("a body of 20 MB", status)
-        loris = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
-        for own in loris[:100]:
-            own.send(b"POST /score HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-        for own in loris[100:]:
-            own.send(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
-        tell("200 slow-loris connections open", "served beside them")
-        waited, closed = time.perf_counter(), 0
-        while closed < len(loris) and time.perf_counter() - waited < 60:
-            time.sleep(1)
-            closed = 0
-            for own in loris:
-                own.setblocking(False)
-                with contextlib.suppress(BlockingIOError, OSError):
-                    own.send(b"y")
-                own.settimeout(0.001)
-                with contextlib.suppress(TimeoutError):
-                    try:
-                        closed += own.recv(4096)[:12] in (b"", b"HTTP/1.1 408")
-                    except ConnectionError:
-                        closed += 1
-        tell("the same, dripping", f"{closed} closed in {time.perf_counter() - waited:.0f} s")
-        script = (
-            "import sys, httpx2, json; body = json.load(sys.stdin)\n"
-            "while True: httpx2.post(sys.argv[1] + '/get_reward', json=body, timeout=600)"
-        )
-        vandals = []
-        for _ in range(4):
-            vandal = subprocess.Popen([sys.executable, "-c", script, url], stdin=subprocess.PIPE)
-            assert vandal.stdin is not None
-            vandal.stdin.write(
-                json.dumps({"query": [t for talk in talks for t in talk[2]]}).encode()
-            )
-            vandal.stdin.close()
-            vandals.append(vandal)
-        time.sleep(4)
-        for vandal in vandals:
-            vandal.kill()
-            vandal.wait()
-        time.sleep(1)
-        lines = http.get("/metrics").text.splitlines()
-        waiting = next(line for line in lines if line.startswith("hafrm_waiting_tokens"))
-        tell("kill -9 of 4 clients with all items asked", f"{waiting} a second later")
-        asks = [by_openrlhf(texts) for _, _, texts in talks] * 2
-
-        async def stopped() -> int:
-            task = asyncio.create_task(ask_all(url, asks, 16))
-            await asyncio.sleep(0.5)
-            process.send_signal(signal.SIGTERM)
-            try:
-                await task
-            except httpx2.HTTPError:
-                return 0
-            return 1
-
-        asyncio.run(stopped())
-        print(f"| SIGTERM under load | exit code {process.wait(60)} | |")
+        with hafrm_serve(folder, port) as process:
+            expected = answer()
+            tell(f"{args.fuzz} malformed bodies", fuzz(http, talks, args.fuzz))
+            big = json.dumps({"query": ["x" * 10_000_000]}).encode()
+            start = time.perf_counter()
+            status = http.post("/get_reward", content=big).status_code
+            tell("a text of 10 MB", f"{status} in {time.perf_counter() - start:.1f} s")
+            status = http.post("/get_reward", content=big * 2).status_code
+            tell("a body of 20 MB", status)
+            outcome = drip(port, lambda: tell("200 slow connections open", "served beside them"))
+            tell("they drip on", outcome)
+            kill_clients(url, texts)
+            lines = http.get("/metrics").text.splitlines()
+            waiting = next(line for line in lines if line.startswith("hafrm_waiting_tokens"))
+            tell("kill -9 of 4 clients with all items asked", f"{waiting} a second later")
+            outcome = asyncio.run(signal_under_load(url, asks, process, signal.SIGKILL))
+        with hafrm_serve(folder, port) as process:
+            tell("kill -9 of the server under load, and a new start", outcome)
+            outcome = asyncio.run(signal_under_load(url, asks, process, signal.SIGTERM))
+        print(f"| SIGTERM under load | {outcome} | |")
 
 
 def soak(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
-    """Memory of the server, minute by minute, under load."""
+    """Memory of the server, minute by minute, under mixed requests, `--pause` seconds between rounds."""
     port = free_port()
     asks = [by_openrlhf(texts) for _, _, texts in talks]
-    asks += [by_groups(prompt, responses) for prompt, responses, _ in talks]
+    asks += [by_groups([talk]) for talk in talks]
     with hafrm_serve(folder, port) as process:
-        start, num = time.perf_counter(), 0
-        minute = 0
-        while time.perf_counter() - start < 60 * args.minutes:
-            answers, _ = asyncio.run(ask_all(f"http://127.0.0.1:{port}", asks, args.clients))
-            num += sum(map(len, answers))
-            if time.perf_counter() - start >= 60 * minute:
-                memory = psutil.Process(process.pid).memory_info().rss / 2**20
-                print(f"minute {minute}: {num} items, {memory:.0f} MiB", flush=True)
-                minute += 1
+        server, start, num = psutil.Process(process.pid), time.perf_counter(), 0
+        for minute in range(1, int(args.minutes) + 1):
+            while time.perf_counter() - start < 60 * minute:
+                answers, _ = asyncio.run(ask_all(f"http://127.0.0.1:{port}", asks, args.clients))
+                num += sum(map(len, answers))
+                time.sleep(args.pause)
+            memory = server.memory_info().rss / 2**20
+            print(f"minute {minute}: {num} items, {memory:.1f} MiB", flush=True)
 
 
 def main() -> None:
@@ -428,6 +456,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--fuzz", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between rounds of soak")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--port", type=int)
     args = parser.parse_args()

@@ -117,7 +117,7 @@ class Workload:
 def build_model(auto: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """The weights of the directory that the config was read from, else the same random ones every time."""
     torch.manual_seed(0)
-    if Path(config.name_or_path).is_dir():
+    if config.name_or_path and Path(config.name_or_path).is_dir():
         return auto.from_pretrained(config.name_or_path, config=config, dtype=dtype).to(device)
     with device:
         model = auto.from_config(copy.deepcopy(config), dtype=dtype)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from hafrm.bulk.bulk_job import BulkOptions, score_files
@@ -18,7 +19,7 @@ from hafrm.errors import NumericsError, ServerError
 from hafrm.export.plain_model import GOLDEN, read_golden
 from hafrm.serving import reward_app
 from hafrm.serving.backends import ConversationEncoder, LocalBackend, UpstreamBackend
-from hafrm.serving.protocols import PROTOCOLS, RequestError
+from hafrm.serving.protocols import PROTOCOLS, Dialogue, RequestError
 from hafrm.serving.reward_app import RewardServer
 from hafrm.serving.score_queue import ScoreQueue
 from support.reward_servers import serving, until_ready, vllm
@@ -285,6 +286,42 @@ def test_weights_that_do_not_give_the_golden_scores_serve_nothing(run, tmp_path)
         answer = client.post("/classify", json={"input": "x<|im_end|>"})
         assert answer.status_code == 503 and answer.headers["Retry-After"] == "10"
         assert client.get("/health").status_code == 200
+
+
+def test_weights_that_are_not_finite_are_an_error_on_every_route(run, golden):
+    """One token's embedding: its items are 500 with their index, their neighbours are not. The head's: never
+    ready, so that nothing is scored."""
+    backend = LocalBackend(run / "model" / "reward")
+    network = backend.model.reward.model
+    bad = {"prompt": PROMPT, "responses": ["boat boat"]}
+    (ids,) = ConversationEncoder(backend.encoder).encode([Dialogue(PROMPT, ["boat boat"])])
+    seen = {i for line in golden for i in line.input_ids}
+    fresh = next(i for i in ids.response_ids[0].tolist() if i not in seen)
+    text = backend.encoder.tokenizer.decode([*ids.prompt_ids, *ids.response_ids[0]])
+    with TestClient(RewardServer(backend, "run").app) as client:
+        until_ready(client)
+        with torch.no_grad():
+            network.backbone.get_input_embeddings().weight[fresh] = torch.nan
+        for protocol in PROTOCOLS:
+            inputs = [golden[0].text, text] if protocol.is_list else [text]
+            failed = client.post(protocol.path, json=protocol.ask(inputs))
+            assert failed.status_code == 500, protocol.name
+            assert failed.json()["error"]["index"] == len(inputs) - 1
+            assert "not finite" in failed.json()["error"]["message"]
+            right = client.post(protocol.path, json=protocol.ask([golden[0].text]))
+            assert protocol.read(right.json(), 1) == pytest.approx([golden[0].reward], abs=1e-5)
+        good = {"prompt": PROMPT, "responses": RESPONSES}
+        failed = client.post("/score", json={"groups": [good, bad]})
+        assert (failed.status_code, failed.json()["error"]["index"]) == (500, 1)
+    with torch.no_grad():
+        network.reward_head.weight[0, 0] = torch.nan
+    with TestClient(RewardServer(backend, "run").app) as client:
+        while "being replayed" in (reason := client.get("/ready").json()["reason"]):
+            time.sleep(0.01)
+        assert "not finite" in reason
+        for protocol in PROTOCOLS:
+            answer = client.post(protocol.path, json=protocol.ask([text]))
+            assert answer.status_code == 503 and "not finite" in answer.text
 
 
 def test_one_head_alone_is_served(run):
