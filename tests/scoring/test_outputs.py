@@ -8,8 +8,8 @@ import pytest
 
 from hafrm.bulk.bulk_job import BulkOptions, score_files
 from hafrm.engine.model import HybridModel
-from hafrm.errors import ConfigError, ModelError
-from hafrm.scoring.outputs import ModelOutputs, parse_outputs
+from hafrm.errors import ModelError
+from hafrm.scoring.outputs import ModelOutputs
 from hafrm.scoring.reward_model import IMPLICIT_RULE, PolicyModel, RewardModel
 from support.exports import GOLDEN_GROUP
 
@@ -78,12 +78,11 @@ def test_copies_run_once_and_get_the_same_score(run, monkeypatch):
 
 
 def test_what_a_model_lacks_and_unknown_names_are_refused(exported, run, tmp_path):
-    assert parse_outputs("fused, reward") == ("fused", "reward")
-    with pytest.raises(ConfigError, match="outputs are reward, implicit and fused"):
-        parse_outputs("implict")
-    with pytest.raises(ModelError, match="cannot give tokens: it has reward"):
+    with pytest.raises(ModelError, match="gives reward, implicit, fused, tokens, not implict"):
+        ModelOutputs(run, ["implict"])
+    with pytest.raises(ModelError, match="gives reward, not tokens"):
         ModelOutputs(exported / "reward", ["tokens"])
-    with pytest.raises(ModelError, match="cannot give fused"):
+    with pytest.raises(ModelError, match="not fused"):
         ModelOutputs(exported, ["fused"])
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "policy" / "tokenizer_config.json").read_text())

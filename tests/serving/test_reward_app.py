@@ -289,8 +289,8 @@ def test_weights_that_do_not_give_the_golden_scores_serve_nothing(run, tmp_path)
 
 
 def test_weights_that_are_not_finite_are_an_error_on_every_route(run, golden):
-    """One token's embedding: its items are 500 with their index, their neighbours are not. The head's: never
-    ready, so that nothing is scored."""
+    """One token's embedding: its items are 500 with their index, their neighbours are not. The head's:
+    never ready, so that nothing is scored."""
     backend = LocalBackend(run / "model" / "reward")
     network = backend.model.reward.model
     bad = {"prompt": PROMPT, "responses": ["boat boat"]}

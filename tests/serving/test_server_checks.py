@@ -4,13 +4,17 @@ import base64
 import json
 import math
 import time
+from functools import partial
 
 import pytest
 
 from hafrm.errors import DataError, ServerError
+from hafrm.export.plain_model import read_golden
 from hafrm.results import to_plain
-from hafrm.serving import protocols
-from hafrm.serving.protocols import PROTOCOLS
+from hafrm.scoring.reward_model import RewardModel
+from hafrm.serving import protocols, server_checks
+from hafrm.serving.backends import ConversationEncoder
+from hafrm.serving.protocols import PROTOCOLS, Rendered
 from hafrm.serving.server_checks import CHECKS, verify_server
 from support.reward_servers import openrlhf, pooling_only, serving, sglang, vllm
 
@@ -89,6 +93,35 @@ def test_what_is_no_number_fails(golden):
         replay = verify_server(url, golden)
         assert not replay.ok and math.isnan(replay.difference)
         assert to_plain(replay)["checks"][0]["difference"] is None
+
+
+def test_long_texts_are_scored_by_plain_transformers_and_compared(exported, monkeypatch):
+    """Over 64 of 128 tokens, as 2,048 and 8,192 stand for: a server that loses what it read of a long text
+    (vllm#48831) fails there alone."""
+    rm = RewardModel.from_pretrained(exported)
+    reader = ConversationEncoder(rm.encoder)
+    lost = {"cut": 10**6}
+
+    def rewards(inputs):
+        talks = [Rendered(text) if isinstance(text, str) else text for text in inputs]
+        scores = rm.score_encoded(reader.encode(talks)).tolist()
+        return [s + (len(i) > lost["cut"]) for s, i in zip(scores, inputs, strict=True)]
+
+    checks = {
+        "alone": CHECKS["alone"],
+        "long": (partial(server_checks._long, num_tokens=64), "fix it"),
+    }
+    monkeypatch.setattr(server_checks, "CHECKS", checks)
+    with serving(vllm(rewards)) as url:
+        replay = verify_server(url, exported / "reward")
+        assert check_of(replay, "long").outcome == "pass", replay
+        lost["cut"] = max(len(line.text) for line in read_golden(exported / "reward"))
+        replay = verify_server(url, exported / "reward")
+        assert check_of(replay, "alone").outcome == "pass"
+        assert (check_of(replay, "long").outcome, check_of(replay, "long").fix) == (
+            "fail",
+            "fix it",
+        )
 
 
 def test_only_the_protocols_of_a_path_are_tried_and_all_reasons_are_told(golden):

@@ -97,9 +97,9 @@ def score_command(  # noqa: PLR0913 - the verb and its options
 ) -> None:
     """Add the model's scores to every row, order kept. The same command resumes a job that was stopped."""
     from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
-    from hafrm.scoring.outputs import TOKENS, parse_outputs  # noqa: PLC0415
+    from hafrm.scoring.outputs import TOKENS  # noqa: PLC0415
 
-    outputs = parse_outputs(by) + (TOKENS,) * per_token
+    outputs = tuple(dict.fromkeys([*by.split(","), *[TOKENS] * per_token]))
     options = BulkOptions(rows_per_shard, max_length, dtype, device, shard, outputs)
     with show_progress("scoring rows") as on_progress:
         result = score_files(model, sources, out, options, on_progress)

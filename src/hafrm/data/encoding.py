@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import dropwhile
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -212,13 +213,11 @@ class Encoder:
     def turn_ends(self, generation: GenerationConfig | None = None) -> tuple[int, ...]:
         """Ids that end an assistant's turn: the template's first control token behind an answer, the EOS,
         and those of a model's generation config."""
-        (encoded,), _ = self.encode([Group("example", (Message("user", "x"),), ("x",))])
-        control = [i for i in encoded.response_ids[0].tolist() if self._special.is_special[i]]
         own = None if generation is None else generation.eos_token_id
         # a config that names no control token is one of transformers' defaults for another tokenizer
         control_ids = set(np.flatnonzero(self._special.is_special).tolist())
         others = [i for i in (own if isinstance(own, list) else [own]) if i in control_ids]
-        ends = [*control[:1], self.eos_id, *others]
+        ends = [*self.closing()[:1], self.eos_id, *others]
         return tuple(dict.fromkeys(int(i) for i in ends if i is not None))
 
     def read_response(self, ids: Sequence[int], ends: Collection[int]) -> tuple[str, bool]:
@@ -245,12 +244,9 @@ class Encoder:
 
     def closing(self) -> list[int]:
         """The ids that the template writes behind every response, from its first special token on."""
-        example = Group("example", (Message("user", "x"),), ("x", "yes"))
-        (encoded,), _ = self.encode([example])
-        ids, other = (list[int](part.tolist()) for part in encoded.response_ids)
-        while ids and not (self._special.is_special[ids[0]] and other[-len(ids) :] == ids):
-            ids = ids[1:]
-        return ids
+        (encoded,), _ = self.encode([Group("example", (Message("user", "x"),), ("x",))])
+        ids: list[int] = encoded.response_ids[0].tolist()
+        return list(dropwhile(lambda i: not self._special.is_special[i], ids))
 
     def export_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer with the closed template and real pad, adding no BOS or EOS by itself."""

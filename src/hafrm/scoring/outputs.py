@@ -4,6 +4,7 @@ Both heads of a run answer from one forward; a reward alone from one that comput
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hafrm.engine.model import HybridModel
-from hafrm.errors import ConfigError, ModelError
+from hafrm.errors import ModelError
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import read_result
@@ -36,14 +37,6 @@ OutputScores = dict[str, list[Any]]
 """Of one group, by output: a float of each response, for TOKENS a list of them."""
 
 
-def parse_outputs(text: str) -> tuple[str, ...]:
-    """The outputs that "reward,fused" names; ConfigError for others."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if unknown := set(names) - {"reward", "implicit", "fused"}:
-        raise ConfigError(f"outputs are reward, implicit and fused, got {', '.join(unknown)!r}")
-    return names
-
-
 def outputs_of(path: str | Path) -> tuple[str, ...]:
     """Everything that a model can give, TOKENS too."""
     heads = find_heads(path)
@@ -53,13 +46,9 @@ def outputs_of(path: str | Path) -> tuple[str, ...]:
 def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
     """The files of a model that these outputs need; ModelError where it lacks one."""
     if lacking := set(names) - set(own := outputs_of(path)):
-        raise ModelError(
-            f"{path} cannot give {', '.join(sorted(lacking))}: it has {', '.join(own)}"
-        )
-    needed = {part for name in names for part in _NEEDS[name]}
-    return Heads(
-        **{part: file if part in needed else None for part, file in vars(find_heads(path)).items()}
-    )
+        raise ModelError(f"{path} gives {', '.join(own)}, not {', '.join(sorted(lacking))}")
+    heads, needed = find_heads(path), {part for name in names for part in _NEEDS[name]}
+    return replace(heads, **dict.fromkeys(vars(heads).keys() - needed))
 
 
 def model_files(heads: Heads) -> list[str | Path]:
