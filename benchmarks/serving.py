@@ -207,7 +207,7 @@ def speed(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
     os.environ["OMP_NUM_THREADS"] = str(cores)  # of the servers
     torch.set_num_threads(cores)
     singles = [(prompt, responses[:1], texts[:1]) for prompt, responses, texts in talks]
-    num = max(8, len(talks) // args.candidates)
+    num = max(4, len(talks) // args.candidates)
     work: dict[str, list[list[Talk]]] = {  # the talks of each request
         "1 item a request": [[talk] for talk in singles],
         "16 items a request": [singles[i : i + 16] for i in range(0, len(singles), 16)],
