@@ -1,6 +1,6 @@
 """An estimate of the memory that a run needs, before anything is loaded, and the token budget that fits.
 
-Weights are counted on torch's meta device; docs/scale.md compares the formulas with traces.
+Weights are counted on torch's meta device; docs/memory_plan.md compares the formulas with traces.
 """
 
 import logging
