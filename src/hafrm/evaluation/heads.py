@@ -185,7 +185,7 @@ def _score_all_heads(
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options) if both is None else both
-        score = None if both is None else lambda *given: parts(both.score_heads(*given))
+        score = None if both is None else lambda *arguments: parts(both.score_heads(*arguments))
         own, tokenized, report = score_groups(scorer, comparisons.groups, options, done, score)
         scores |= {name: own} if both is None else {REWARD: own[0], IMPLICIT: own[1]}
         reports.append(report)

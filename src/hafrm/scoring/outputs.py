@@ -110,20 +110,20 @@ class ModelOutputs:
         on_progress: OnProgress = no_progress,
     ) -> list[OutputScores]:
         """The outputs called `names` of each group's responses; NumericsError where one is not finite."""
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if set(names) <= {"reward"}:
             assert self.reward is not None
-            given["reward"] = self.reward.score_encoded(groups, on_progress)
+            values["reward"] = self.reward.score_encoded(groups, on_progress)
         else:
             assert self.policy is not None
             scores = self.policy.score_heads(groups, on_progress, per_token=TOKENS in names)
-            given |= {"reward": scores.rewards, "implicit": scores.logps}
+            values |= {"reward": scores.rewards, "implicit": scores.logps}
             if scores.token_logps is not None:
-                given[TOKENS] = np.split(scores.token_logps, np.cumsum(scores.lengths)[:-1])
+                values[TOKENS] = np.split(scores.token_logps, np.cumsum(scores.lengths)[:-1])
             if "fused" in names:
                 lengths = None if self.policy.rule.per_token else scores.lengths
-                rewards, implicit = given["reward"], given["implicit"]
-                given["fused"] = fused_scores(rewards, implicit, self.rule, lengths)
-        rest = {name: (value.tolist() for value in given[name]) for name in names}
+                rewards, implicit = values["reward"], values["implicit"]
+                values["fused"] = fused_scores(rewards, implicit, self.rule, lengths)
+        rest = {name: (value.tolist() for value in values[name]) for name in names}
         sizes = [len(group.response_ids) for group in groups]
         return [{name: list(islice(rest[name], size)) for name in names} for size in sizes]

@@ -42,8 +42,8 @@ class ConversationEncoder:
         """A group for each; RequestError for one that is malformed, or longer than the model takes."""
         dialogues: list[tuple[int, Group]] = []
         encoded: dict[int, TokenizedGroup] = {}
-        for i, given in enumerate(conversations):
-            item = self._as_rendered(given)
+        for i, conversation in enumerate(conversations):
+            item = self._as_rendered(conversation)
             try:
                 if _size(item) > self._max_size:
                     raise DataError(self._too_long)

@@ -141,9 +141,9 @@ class Protocol:
         """What a request asks about; ValueError for fields that do not go together."""
         all_kinds = dict.fromkeys((self.texts, self.ids, "messages"))
         kinds = [kind for kind in all_kinds if kind in self.request.model_fields]
-        if len(given := sent.keys() & kinds) != 1:
+        if len(sent_kinds := sent.keys() & kinds) != 1:
             raise ValueError(f"give either {' or '.join(f'`{kind}`' for kind in kinds)}")
-        items = sent[given.pop()]
+        items = sent[sent_kinds.pop()]
         if "messages" in sent:
             *prompt, last = items
             if last["role"] != "assistant" or last.get("content") is None:
