@@ -1,6 +1,7 @@
 """The front: every protocol gives the scores of `hafrm score`, or an error that says what is wrong."""
 
 import asyncio
+import base64
 import json
 import math
 import random
@@ -15,13 +16,15 @@ import torch
 from starlette.testclient import TestClient
 
 from hafrm.bulk.bulk_job import BulkOptions, score_files
+from hafrm.data.encoding import Encoder
 from hafrm.errors import NumericsError, ServerError
 from hafrm.export.plain_model import GOLDEN, read_golden
 from hafrm.serving import reward_app
 from hafrm.serving.backends import ConversationEncoder, LocalBackend, UpstreamBackend
-from hafrm.serving.protocols import PROTOCOLS, Dialogue, RequestError
+from hafrm.serving.protocols import PROTOCOLS, Dialogue, Rendered, RequestError
 from hafrm.serving.reward_app import RewardServer
 from hafrm.serving.score_queue import ScoreQueue
+from support.chat_tokenizers import TEMPLATES, chat_tokenizer
 from support.reward_servers import serving, until_ready, vllm
 
 KEY = "key-1"
@@ -56,15 +59,19 @@ def test_every_protocol_gives_the_golden_scores(client, golden, protocol):
 
 
 def test_the_callers_own_requests(client, rm, golden):
-    """As in the sources of verl's reward loop, OpenRLHF's remote reward and agents, slime's rm_hub, and a
-    reward function for TRL."""
+    """As in the sources of verl's reward loop, OpenRLHF's remote reward and agents, slime's rm_hub, vLLM's
+    examples, OpenAI's client, and a reward function for TRL."""
     text, expected = golden[0].text, pytest.approx(golden[0].reward, abs=1e-5)
     post = client.post
     # verl on vLLM and on SGLang: one text
     body = {"model": "run", "input": text, "use_activation": False}
     assert post("/classify", json=body).json()["data"][-1]["probs"][-1] == expected
-    body = {"model": "run", "input": text}
+    assert post("/classify", json=body | {"activation": False}).status_code == 200  # verl 0.7
+    body = {"model": client.get("/v1/models").json()["data"][0]["id"], "input": text}
     assert post("/v1/embeddings", json=body).json()["data"][-1]["embedding"][-1] == expected
+    # OpenAI's client asks so
+    (row,) = post("/v1/embeddings", json=body | {"encoding_format": "base64"}).json()["data"]
+    assert np.frombuffer(base64.b64decode(row["embedding"]), np.float32).tolist() == [expected]
     # OpenRLHF decodes sequences with their pads, and perhaps without the end
     assert text.endswith(END)
     for query in (text, text.removesuffix(END), text + PAD * 2):
@@ -90,8 +97,26 @@ def test_the_callers_own_requests(client, rm, golden):
     completions = [[{"role": "assistant", "content": text}] for text in RESPONSES]
     assert reward_func([PROMPT] * 3, completions, ids=[1]) == scores_of(rm, *RESPONSES)
     # vLLM's messages
-    body = {"messages": [*PROMPT, {"role": "assistant", "content": "sun"}]}
-    assert post("/classify", json=body).json()["data"][0]["probs"] == scores_of(rm, "sun")
+    for content in ("sun", [{"type": "text", "text": "sun"}]):
+        body = {"messages": [*PROMPT, {"role": "assistant", "content": content}]}
+        assert post("/classify", json=body).json()["data"][0]["probs"] == scores_of(rm, "sun")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_bos_that_the_caller_took_away_is_put_back(name):
+    """verl sends the rendered text without it, because vLLM adds one."""
+    encoder = Encoder(chat_tokenizer(TEMPLATES[name]), max_length=128)
+    reader = ConversationEncoder(encoder)
+
+    def ids_of(conversation):
+        (group,) = reader.encode([conversation])
+        return [*group.prompt_ids, *group.response_ids[0]]
+
+    expected = ids_of(Dialogue(PROMPT, ["sun"]))
+    text = encoder.tokenizer.decode(expected)
+    bare = text.removeprefix(encoder.tokenizer.bos_token)
+    for is_open in (True, False):
+        assert ids_of(Rendered(text, is_open)) == ids_of(Rendered(bare, is_open)) == expected
 
 
 def test_the_native_route_gives_what_files_get(client, run, tmp_path):

@@ -242,10 +242,16 @@ class Encoder:
         places = np.flatnonzero(special[: np.flatnonzero(~special).max(initial=0)])
         return int(places.max(initial=0)) + 1
 
+    def _example(self) -> TokenizedGroup:
+        return self.encode([Group("example", (Message("user", "x"),), ("x",))])[0][0]
+
+    def opening(self) -> int:
+        """The id that the template begins a conversation with."""
+        return int(self._example().prompt_ids[0])
+
     def closing(self) -> list[int]:
         """The ids that the template writes behind every response, from its first special token on."""
-        (encoded,), _ = self.encode([Group("example", (Message("user", "x"),), ("x",))])
-        ids: list[int] = encoded.response_ids[0].tolist()
+        ids: list[int] = self._example().response_ids[0].tolist()
         return list(dropwhile(lambda i: not self._special.is_special[i], ids))
 
     def export_tokenizer(self, directory: Path) -> None:

@@ -34,8 +34,10 @@ class ConversationEncoder:
         self._too_long = f"longer than {limit:,} tokens, the limit; nothing is cut"
         # no text of more characters fits, and to tokenize one of megabytes takes half a minute
         self._max_size = limit * max(map(len, encoder.tokenizer.get_vocab()))
-        self.end_text = str(encoder.tokenizer.decode(self.end, skip_special_tokens=False))
-        trailing = {self.end_text, encoder.tokenizer.pad_token, encoder.tokenizer.eos_token}
+        tokenizer = encoder.tokenizer
+        self.end_text = str(tokenizer.decode(self.end, skip_special_tokens=False))
+        self._bos = tokenizer.bos_token if encoder.opening() == tokenizer.bos_token_id else ""
+        trailing = {self.end_text, tokenizer.pad_token, tokenizer.eos_token}
         self._trailing = tuple(text for text in trailing if text)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[TokenizedGroup]:
@@ -74,6 +76,8 @@ class ConversationEncoder:
         while item.open and text.endswith(self._trailing):
             text = text.removesuffix(next(filter(text.endswith, self._trailing)))
         text += self.end_text if item.open else ""
+        # verl takes the template's BOS away, because vLLM adds one
+        text = text if text.startswith(self._bos) else self._bos + text
         try:
             ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         except UnicodeEncodeError as error:

@@ -4,6 +4,7 @@ After vLLM's pooling entrypoints, SGLang's native and scoring routes, OpenRLHF's
 reward. A field that is not listed is refused, and so is an option that would change the reward.
 """
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import httpx2
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
 from pydantic_core import from_json
 from scipy import special
 
@@ -52,11 +53,19 @@ class RequestError(HafrmError):
         self.status, self.index = status, index
 
 
+def _text_of(content: Any) -> Any:
+    """OpenAI's list of one text part, as its text."""
+    match content:
+        case [{"type": "text", "text": str(text), **rest}] if not rest:
+            return text
+    return content
+
+
 class Turn(Section):
     """One message."""
 
     role: str
-    content: str | None
+    content: Annotated[str | None, BeforeValidator(_text_of)]
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -165,7 +174,8 @@ class Protocol:
         """What a server answers."""
         rows: list[Any] = [reward for own in scores for reward in own["reward"]]
         if self.reward is not None:
-            rows = [{"index": k, self.reward: [reward]} for k, reward in enumerate(rows)]
+            write = _as_base64 if sent.get("encoding_format") == "base64" else list
+            rows = [{"index": k, self.reward: write([reward])} for k, reward in enumerate(rows)]
         if self.rows is None:
             return rows[0] if is_single(sent.get(self.texts) or sent[str(self.ids)]) else rows
         extra = {"scores": rows, "extra_logs": {}} if self.name == "openrlhf" else {}
@@ -183,6 +193,11 @@ class Protocol:
         return rewards
 
 
+def _as_base64(values: list[float]) -> str:
+    """As OpenAI's client reads embeddings."""
+    return base64.b64encode(np.array(values, "<f4").tobytes()).decode()
+
+
 def is_single(value: Any) -> bool:
     """Whether a text or ids were sent without a list around them."""
     return isinstance(value, str) or isinstance(value[0], int)
@@ -191,7 +206,8 @@ def is_single(value: Any) -> bool:
 _RAW = {"use_activation": False, "add_special_tokens": False}
 # a sigmoid is no reward, and nothing is cut; nothing is added to rendered text: the template wrote its BOS
 _VLLM: dict[str, Any] = {"use_activation": Literal[False], "truncate_prompt_tokens": Literal[None]}
-_VLLM |= {"messages": Messages, "encoding_format": Literal["float"], "task": Literal["classify"]}
+_VLLM |= {"messages": Messages, "encoding_format": Literal["float", "base64"]}
+_VLLM |= {"activation": Literal[False], "task": Literal["classify"]}  # the former is older
 _VLLM |= {"add_special_tokens": bool, "add_generation_prompt": Literal[False], "priority": int}
 _VLLM |= dict.fromkeys(("truncation_side", "cache_salt", "user", "request_id"), str)
 _SCORE: dict[str, Any] = {

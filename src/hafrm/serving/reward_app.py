@@ -69,7 +69,7 @@ class RewardServer(AuthenticationBackend):
         paths = {"/score", *(protocol.path for protocol in PROTOCOLS)}
         routes = [Route(path, self._score, methods=["POST"]) for path in paths]
         others = {"/health": self._health, "/ready": self._ready, "/info": self._info}
-        others["/metrics"] = self._metrics
+        others |= {"/metrics": self._metrics, "/v1/models": self._models}
         routes += [Route(path, answer) for path, answer in others.items()]
         auth = Middleware(AuthenticationMiddleware, backend=self, on_error=_refuse)
         options: Any = {"exception_handlers": {HTTPException: _refuse}, "middleware": [auth]}
@@ -158,6 +158,9 @@ class RewardServer(AuthenticationBackend):
         parts = {"outputs": backend.names, "golden": golden, "limits": limits}
         parts["protocols"] = {p.name: p.path for p in PROTOCOLS}
         return JSONResponse({**about, "tokenizer": encoder.cache_key, **parts})
+
+    async def _models(self, _: Request) -> Response:  # asked for first by vLLM's examples
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
     async def _metrics(self, _: Request) -> Response:
         return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
