@@ -41,6 +41,8 @@ class RewardSection(Section):
 
     model: Location | None = None
     """The reward model: a run folder, exported directory or hub id; null: see `comparison.models`."""
+    implicit_weight: float = Field(default=0.0, ge=0)
+    """grpo: weight of the implicit reward as a second reward (GDPO); 0: the main head alone."""
     scale: bool = False
     """ppo: divide by the running standard deviation of all rewards so far (paper: true)."""
     center: bool = False
@@ -190,6 +192,11 @@ class RlhfRecipe(Section):
             yield (
                 f"training.responses_per_prompt is {per_prompt}, and {name} compares the responses to a "
                 "prompt: set it to 2 or more (TRL's default: 8 for grpo)"
+            )
+        if self.reward.implicit_weight and name != "grpo":
+            yield (
+                f"reward.implicit_weight makes a second reward, and {name} learns from one: only grpo "
+                "normalises each before their sum; set it to 0, or algorithm.name to grpo"
             )
         if name == "ppo" and mini_batches > max(1, size // per_prompt):
             yield (
