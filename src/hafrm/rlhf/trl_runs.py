@@ -154,7 +154,7 @@ class _Watcher(TrainerCallback):
 
     def implicit(self, **_: Any) -> list[float]:
         """The second reward of what `reward`, which TRL calls first, has just scored in one forward."""
-        return by_name(self._rewards[-1])["implicit"].tolist()
+        return [*by_name(self._rewards[-1])["implicit"].tolist()]
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
         logs = values.get("logs") or {}
