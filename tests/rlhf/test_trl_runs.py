@@ -98,7 +98,7 @@ def test_the_implicit_reward_is_a_second_one_of_grpo_alone(tmp_path, both):
     assert "reward_weights" not in trl_options(two_rewards(tmp_path, both, weight=0.0))
     for name in ("ppo", "rloo"):
         with pytest.raises(
-            ConfigError, match=rf"{name} learns from one: only grpo normalises each"
+            ConfigError, match=rf"needs algorithm.name grpo: {name} learns from one"
         ):
             two_rewards(tmp_path, both, algorithm={"name": name})
     with pytest.raises(ModelError, match="gives reward, not implicit"):

@@ -194,10 +194,7 @@ class RlhfRecipe(Section):
                 "prompt: set it to 2 or more (TRL's default: 8 for grpo)"
             )
         if self.reward.implicit_weight and name != "grpo":
-            yield (
-                f"reward.implicit_weight makes a second reward, and {name} learns from one: only grpo "
-                "normalises each before their sum; set it to 0, or algorithm.name to grpo"
-            )
+            yield f"reward.implicit_weight needs algorithm.name grpo: {name} learns from one reward alone"
         if name == "ppo" and mini_batches > max(1, size // per_prompt):
             yield (
                 f"algorithm.mini_batches is {mini_batches}, but a batch has {size // per_prompt} prompts: "
