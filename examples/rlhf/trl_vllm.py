@@ -3,6 +3,7 @@
     HAFRM_REWARD=runs/haf accelerate launch examples/rlhf/trl_vllm.py POLICY prompts.jsonl OUT
     trl vllm-serve --model POLICY        # on other GPUs, with VLLM_MODE=server; colocate needs no server
 
+HAFRM_IMPLICIT_WEIGHT=0.5 makes the implicit reward a second one (GDPO), of a run with both heads.
 Within one process and without vLLM, `hafrm rlhf` does the same and watches the run.
 """
 
@@ -11,27 +12,37 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
-from hafrm import RewardModel
 from hafrm.data.reader import read_preferences
+from hafrm.rlhf.rlhf_run import by_name, load_rewards, score_texts
+
+WEIGHT = float(os.environ.get("HAFRM_IMPLICIT_WEIGHT", "0"))
 
 
-def reward_function(path: str) -> Callable[..., list[float]]:
-    """The reward model as TRL asks for it."""
-    model = RewardModel.from_pretrained(path)
+def reward_functions(
+    path: str, implicit_weight: float = WEIGHT
+) -> list[Callable[..., list[float]]]:
+    """The reward model as TRL asks for it: one reward, or both of one forward."""
+    model, scored = load_rewards(path, implicit_weight), dict[str, np.ndarray]()
 
     def hafrm_reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         answers = [[completion[-1]["content"]] for completion in completions]
         # the prompt of several completions is laid out once
-        return [own[0] for own in model.score_batch(prompts, answers)]
+        scored.update(by_name(score_texts(model, prompts, answers)[0]))
+        return scored["reward"].tolist()
 
-    return hafrm_reward
+    def hafrm_implicit(**_: Any) -> list[float]:
+        return scored["implicit"].tolist()  # TRL asks for it second
+
+    return [hafrm_reward, hafrm_implicit] if implicit_weight else [hafrm_reward]
 
 
 def options(out: str) -> dict[str, Any]:
     """TRL's options: 8 completions of a prompt, a KL price, vLLM on the training GPUs or on a server."""
-    return {
+    gdpo = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, WEIGHT]}
+    return (gdpo if WEIGHT else {}) | {
         "output_dir": out,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 8,
@@ -57,7 +68,7 @@ def main(policy: str, prompts: str, out: str) -> None:
     rows = [{"prompt": [message._asdict() for message in group.prompt]} for group in groups]
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=reward_function(os.environ["HAFRM_REWARD"]),
+        reward_funcs=reward_functions(os.environ["HAFRM_REWARD"]),
         args=GRPOConfig(**options(out)),
         train_dataset=Dataset.from_list(rows),
     )

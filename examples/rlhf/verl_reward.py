@@ -6,7 +6,8 @@
         reward.custom_reward_function.name=compute_score ...
 
 verl hands a reward function the response without its prompt, so the prompt travels in `extra_info`. Before
-verl 0.7 the two options are called custom_reward_function.path and .name.
+verl 0.7 the two options are called custom_reward_function.path and .name. With HAFRM_IMPLICIT_WEIGHT the
+implicit reward comes with it, from the same forward: verl.sh makes it a second reward (GDPO).
 """
 
 import os
@@ -17,19 +18,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafrm import RewardModel
 from hafrm.data.reader import read_preferences
+from hafrm.rlhf.rlhf_run import by_name, load_rewards, score_texts
+from hafrm.scoring.reward_model import Scorer
 
 
 @cache
-def reward_model() -> RewardModel:
+def reward_model() -> Scorer:
     """The reward model, loaded when it is first asked."""
-    return RewardModel.from_pretrained(os.environ["HAFRM_REWARD"])
+    weight = float(os.environ.get("HAFRM_IMPLICIT_WEIGHT", "0"))
+    return load_rewards(os.environ["HAFRM_REWARD"], weight)
 
 
 def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> dict[str, float]:
     """What verl calls for every response; Parquet gives the messages back as an array."""
-    return {"score": reward_model().score(list(extra_info["prompt"]), solution_str)}
+    rewards, _ = score_texts(reward_model(), [list(extra_info["prompt"])], [[solution_str]])
+    values = {name: float(own[0]) for name, own in by_name(rewards).items()}
+    return {"score": values["reward"], **values}
 
 
 def write_parquet(prompts: str, out: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hafrm.scoring.reward_model import RewardModel
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
 from support.scripts import load_script
 from support.tiny_rlhf import write_prompts, write_reward
 
@@ -29,7 +29,8 @@ def model(path: Path, monkeypatch: pytest.MonkeyPatch) -> RewardModel:
 def test_trl_gets_a_float_for_every_completion_of_a_conversation(path, model):
     """TRL 1.16: prompts and completions as messages, a prompt repeated for each of its generations."""
     texts = ["sun", "sea and sun", "the sea", "sea"]
-    result = load_script("examples/rlhf/trl_vllm").reward_function(str(path))(
+    (reward,) = load_script("examples/rlhf/trl_vllm").reward_functions(str(path))
+    result = reward(
         prompts=[ASK, ASK, TALK, TALK],
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         completion_ids=[[1], [2], [3], [4]],
@@ -72,4 +73,24 @@ def test_the_verl_example_writes_the_rows_that_it_scores(model, tmp_path):
         extra_info={"prompt": messages, "num_turns": 2},
         reward_router_address="localhost:1",
     )
-    assert result == {"score": pytest.approx(model.score(row["prompt"], "sea"), abs=1e-5)}
+    score = pytest.approx(model.score(row["prompt"], "sea"), abs=1e-5)
+    assert result == {"score": score, "reward": score}
+
+
+def test_trl_and_verl_get_the_rewards_of_both_heads(exported, monkeypatch):
+    """The policy is no run's, so its implicit reward is the mean log-prob of a token."""
+    monkeypatch.setenv("HAFRM_REWARD", str(exported))
+    monkeypatch.setenv("HAFRM_IMPLICIT_WEIGHT", "0.5")
+    reward, implicit = load_script("examples/rlhf/trl_vllm").reward_functions(str(exported))
+    texts = ["sun", "the sea"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    rewards = reward(prompts=[ASK, ASK], completions=completions)
+    pairs = list(zip(rewards, implicit(prompts=[ASK, ASK]), strict=True))
+    heads = [
+        head.from_pretrained(exported).score(ASK, texts) for head in (RewardModel, PolicyModel)
+    ]
+    np.testing.assert_allclose(np.array(pairs).T, heads, atol=1e-5)
+    score = load_script("examples/rlhf/verl_reward").compute_score
+    own = score(solution_str=texts[1], extra_info={"prompt": np.array(ASK, dtype=object)})
+    assert [own["reward"], own["implicit"]] == pytest.approx(pairs[1], abs=1e-5)
+    assert own["score"] == own["reward"]

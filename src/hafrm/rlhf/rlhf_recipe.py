@@ -41,6 +41,8 @@ class RewardSection(Section):
 
     model: Location | None = None
     """The reward model: a run folder, exported directory or hub id; null: see `comparison.models`."""
+    implicit_weight: float = Field(default=0.0, ge=0)
+    """grpo: weight of the implicit reward as a second reward (GDPO); 0: the main head alone."""
     scale: bool = False
     """ppo: divide by the running standard deviation of all rewards so far (paper: true)."""
     center: bool = False
@@ -191,6 +193,8 @@ class RlhfRecipe(Section):
                 f"training.responses_per_prompt is {per_prompt}, and {name} compares the responses to a "
                 "prompt: set it to 2 or more (TRL's default: 8 for grpo)"
             )
+        if self.reward.implicit_weight and name != "grpo":
+            yield f"reward.implicit_weight needs algorithm.name grpo: {name} learns from one reward alone"
         if name == "ppo" and mini_batches > max(1, size // per_prompt):
             yield (
                 f"algorithm.mini_batches is {mini_batches}, but a batch has {size // per_prompt} prompts: "

@@ -32,13 +32,15 @@ from hafrm.export.stock_export import (
     prove,
     score_in_memory,
 )
-from hafrm.preferences import Group
+from hafrm.preferences import Group, TokenizedGroup
+from hafrm.progress import OnProgress, no_progress
 from hafrm.results import write_result
 from hafrm.rlhf.actor import Actor, Prompt, Rollout, encode_prompts
 from hafrm.rlhf.rlhf_recipe import PromptSection, RlhfRecipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.loading import check_base, load_tokenizer
-from hafrm.scoring.reward_model import Scorer
+from hafrm.scoring.outputs import ModelOutputs, heads_for, model_files
+from hafrm.scoring.reward_model import PolicyModel, Scorer
 from hafrm.statistics import clustered_bootstrap
 from hafrm.training.checkpoint import model_digests
 from hafrm.training.loop import MetricsLog
@@ -48,12 +50,36 @@ log = logging.getLogger("hafrm")
 Responses = Float[np.ndarray, " responses"]
 Measure = Literal["gold", "independent", "penalised"]
 """What selects a step: the gold reward, evaluation.reward_model's, or the reward minus a KL penalty."""
+BOTH = ("reward", "implicit")  # the columns of two rewards
 WINDOW = 4  # evaluations over which a fall of the held-out measure is looked for
 LONGEST = 2**20  # tokens after which an encoder would cut: no prompt is cut, long ones are left out
 _UNTRAINED: tuple[Measure, ...] = ("gold", "independent")
 NUM_SAMPLES = 4  # held-out responses written down at each evaluation
 _SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part nests in another
 _HELD_OUT_SEED = 2**60  # beyond the seeds of all batches
+
+
+class _BothRewards(PolicyModel):
+    """Scores are pairs (reward, implicit reward), both from one forward."""
+
+    def score_encoded(
+        self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
+    ) -> NDArray[np.float32]:
+        scores: Any = self.score_heads(encoded, on_progress)
+        return np.stack([scores.rewards, scores.logps], axis=1)
+
+
+def load_rewards(path: str, implicit_weight: float) -> Scorer:
+    """The main head of a reward model, or both heads where the implicit reward counts too."""
+    if not implicit_weight:
+        return load_main_head(path, EvaluationOptions())
+    policy: Any = ModelOutputs(path, BOTH).policy
+    return _BothRewards(policy.model, policy.encoder, policy.reference, policy.rule)
+
+
+def by_name(rewards: NDArray[np.float32]) -> dict[str, Responses]:
+    """The rewards of responses, one or two each, by name."""
+    return dict(zip(BOTH, rewards.reshape(len(rewards), -1).T, strict=False))
 
 
 def score_texts(
@@ -136,7 +162,7 @@ class RlhfRun:
             recipe.data, encoder, recipe.training.seed, folder
         )
         assert recipe.reward.model is not None
-        self.reward_model = load_main_head(recipe.reward.model, EvaluationOptions())
+        self.reward_model = load_rewards(recipe.reward.model, recipe.reward.implicit_weight)
         self.actor = Actor.load(recipe, encoder, share=share)
         path = recipe.evaluation.reward_model
         self.independent = None if path is None else load_main_head(path, EvaluationOptions())
@@ -186,7 +212,7 @@ class RlhfRun:
         # always the same prompts and seed: two evaluations differ by the policy alone
         prompts = self.held_out_prompts[: recipe.evaluation.prompts]
         rollouts = self.actor.write(prompts, 1, _HELD_OUT_SEED + recipe.training.seed)
-        rewards = {"reward": score_rollouts(self.reward_model, rollouts)}
+        rewards = by_name(score_rollouts(self.reward_model, rollouts))
         if self.independent is not None:
             rewards["independent"] = score_rollouts(self.independent, rollouts)
         if self.gold is not None:
@@ -283,6 +309,9 @@ def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str,
         "the chat template": hashlib.sha256(template.encode()).hexdigest(),
         "--gold": str(with_gold),
     }
+    if recipe.reward.implicit_weight:  # its reference may lie elsewhere
+        for part in model_files(heads_for(str(recipe.reward.model), BOTH)):
+            inputs |= model_digests("reward.model", str(part))
     return {"data": file_digests([*data.train, *data.validation]), "inputs": inputs}
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from hafrm.errors import DataError
 from hafrm.rlhf.actor import Prompt
 from hafrm.rlhf.rlhf_recipe import RlhfRecipe
-from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun
+from hafrm.rlhf.rlhf_run import RlhfResult, RlhfRun, by_name
 from hafrm.training.checkpoint import trainable_weights
 
 log = logging.getLogger("hafrm")
@@ -30,7 +31,7 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
     """Train with RLOO or GRPO as the run's recipe says."""
     from datasets import Dataset  # noqa: PLC0415 - TRL takes seconds to load
 
-    name = rlhf.recipe.algorithm.name.upper()
+    name, weight = rlhf.recipe.algorithm.name.upper(), rlhf.recipe.reward.implicit_weight
     rlhf.evaluate(0)
     watcher = _Watcher(rlhf)
     prompts = usable_prompts(rlhf)
@@ -42,7 +43,7 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
         config = getattr(trl, f"{name}Config")
         trainer = getattr(trl, f"{name}Trainer")(
             model=rlhf.actor.causal,
-            reward_funcs=watcher.reward,
+            reward_funcs=[watcher.reward, watcher.implicit] if weight else watcher.reward,
             # what the recipe does not say keeps TRL's default
             args=config(output_dir=scratch, **trl_options(rlhf.recipe)),
             train_dataset=Dataset.from_list(rows),
@@ -61,8 +62,10 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
 def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
     """The recipe as TRL's options; several updates of a batch are one of our steps."""
     training, algorithm, sampling = recipe.training, recipe.algorithm, recipe.sampling
-    micro = micro_batch(recipe)
-    return {
+    micro, gdpo = micro_batch(recipe), {}
+    if weight := recipe.reward.implicit_weight:  # GDPO (arXiv 2601.05242), in TRL's words
+        gdpo = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1, weight]}
+    return gdpo | {
         "max_steps": training.steps * algorithm.epochs,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": training.batch_size // micro,
@@ -135,7 +138,7 @@ class _Watcher(TrainerCallback):
     def __init__(self, rlhf: RlhfRun) -> None:
         self.rlhf, self.step = rlhf, 0
         self.best: dict[str, Tensor] = trainable_weights(rlhf.actor.model)
-        self._rewards: list[float] = []
+        self._rewards: list[NDArray[np.float32]] = []
 
     def reward(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
@@ -143,12 +146,15 @@ class _Watcher(TrainerCallback):
         """One reward per completion, less the price of an unended one."""
         actor = self.rlhf.actor
         read = [actor.encoder.read_response(ids, actor.turn_ends) for ids in completion_ids]
-        texts = [[text] for text, _ in read]
         # the prompt of several completions is laid out once all the same
-        rewards = self.rlhf.reward(prompts, texts).tolist()
-        self._rewards += rewards
+        self._rewards.append(self.rlhf.reward(prompts, [[text] for text, _ in read]))
+        rewards = by_name(self._rewards[-1])["reward"].tolist()
         penalty = self.rlhf.recipe.reward.missing_eos_penalty
         return [r - penalty * (not end) for r, (_, end) in zip(rewards, read, strict=True)]
+
+    def implicit(self, **_: Any) -> list[float]:
+        """The second reward of what `reward`, which TRL calls first, has just scored in one forward."""
+        return [*by_name(self._rewards[-1])["implicit"].tolist()]
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
         logs = values.get("logs") or {}
@@ -164,11 +170,10 @@ class _Watcher(TrainerCallback):
     def _values(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """TRL's numbers under our names; its KL is per token, ours per response."""
         length = float(logs["completions/mean_length"])
-        rewards = np.array(self._rewards)
+        rewards = by_name(np.concatenate(self._rewards))
         self._rewards = []
-        return {
-            "reward": float(rewards.mean()),
-            "reward_std": float(rewards.std()),
+        return {name: float(own.mean()) for name, own in rewards.items()} | {
+            "reward_std": float(rewards["reward"].std()),
             # without a KL penalty TRL computes none: that of the last evaluation
             "kl": float(logs["kl"]) * length if "kl" in logs else self.rlhf.last_kl,
             "length": length,

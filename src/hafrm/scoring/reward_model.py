@@ -161,8 +161,9 @@ class Scorer(ABC):
         prompts: Iterable[PromptLike],
         responses: Iterable[Iterable[str]],
         may_cut: bool = True,
-    ) -> tuple[list[list[float]], int]:
-        """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were."""
+    ) -> tuple[list[list[Any]], int]:
+        """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were.
+        A score is whatever `score_encoded` gives for a response."""
         prompts = _as_list(prompts, "prompts must be a list")
         lists = _as_list(responses, "responses must be a list of lists of texts")
         if len(prompts) != len(lists):
