@@ -42,6 +42,7 @@ from hafrm.bulk.bulk_job import score_files
 from hafrm.data.encoding import Encoder
 from hafrm.data.reader import read_preferences
 from hafrm.engine.model import new_reward_head
+from hafrm.preferences import Group
 
 LENGTH = 2048
 PLAIN, THEIRS = "plain transformers, no server", "OpenRLHF's way"
@@ -65,7 +66,11 @@ def build(folder: Path, args: argparse.Namespace) -> Encoder:
 
 
 def talks_of(data: str, encoder: Encoder, num: int, candidates: int) -> list[Talk]:
-    """Prompts with `candidates` responses each: its own two and others of the file."""
+    """Prompts with `candidates` responses each: its own two and others of the file.
+
+    Without those of which a response merges with the template where the whole text is tokenised: rendered
+    text and messages are two inputs there, with two scores.
+    """
     draw = random.Random(0)
     groups = [g for g in read_preferences([data]).groups if len(g.responses) == 2]
     draw.shuffle(groups)
@@ -82,7 +87,10 @@ def talks_of(data: str, encoder: Encoder, num: int, candidates: int) -> list[Tal
             )
             for text in texts
         ]
-        if max(map(len, rendered)) < 3 * LENGTH:
+        encoded, _ = encoder.encode([Group(group.id, group.prompt, tuple(texts))])
+        apart = [[*g.prompt_ids, *ids] for g in encoded for ids in g.response_ids]
+        whole = encoder.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if max(map(len, rendered)) < 3 * LENGTH and apart == whole:
             talks.append((prompt, texts, rendered))
         if len(talks) == num:
             break
