@@ -18,6 +18,7 @@ TRANSFORMS = {
     "softcap": LogitTransform(softcap=3.0),
     "scale": LogitTransform(scale=0.25),
     "all": LogitTransform(scale=2.0, softcap=4.0, temperature=0.6),
+    "raw": LogitTransform(scale=2.0, softcap=4.0, temperature=0.6, normalised=False),
 }
 
 
@@ -30,7 +31,8 @@ def slow_logprobs(
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     logits = logits / transform.temperature
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    values = logits.log_softmax(-1) if transform.normalised else logits
+    return values.gather(1, targets[:, None])[:, 0]
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:

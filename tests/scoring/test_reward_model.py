@@ -6,11 +6,12 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.export.stock_export import export_reward
+from hafrm.preferences import Group, Message
 from hafrm.results import write_result
 from hafrm.scoring.loading import Heads, Placement, choose_dtype, find_heads
 from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, PolicyModel, RewardModel
@@ -147,6 +148,16 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(exported, tmp_path):
     assert scores(ImplicitRule(reference=str(policy), beta=0.1)) == [0.0] * 3
     twice = scores(ImplicitRule(reference=None, beta=2.0, per_token=True))
     assert twice == pytest.approx([2 * score for score in foreign], rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    encoder = PolicyModel.from_pretrained(policy).encoder
+    (group,), _ = encoder.encode([Group("1", (Message("user", PROMPT),), (RESPONSES[0],), ())])
+    ids = torch.from_numpy(np.concatenate([group.prompt_ids, group.response_ids[0]]).astype(int))
+    with torch.no_grad():
+        logits = (
+            model(ids[None]).logits[0, :-1].gather(1, ids[1:, None])[len(group.prompt_ids) - 1 :]
+        )
+    raw = scores(ImplicitRule(reference=None, logits=True))[0]
+    assert raw == pytest.approx(logits.sum().item(), abs=1e-4)
     with pytest.raises(ModelError, match="reference= with its present place"):
         scores(ImplicitRule(reference=str(tmp_path / "gone")))
 

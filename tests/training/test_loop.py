@@ -59,7 +59,7 @@ def no_export(_: loop.Job) -> None:
     """For a run whose checkpoints are looked at."""
 
 
-@pytest.mark.parametrize("method", ["haf", "bt", "dpo"])
+@pytest.mark.parametrize("method", ["haf", "bt", "dpo", "dpo-logits"])
 def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path, finished, method):
     model = finished / "model"
     if method != "haf":

@@ -143,6 +143,7 @@ HALVES = batch(3 * math.log(0.5), 2 * math.log(0.25), counts=(3, 2))
         # log-ratios ln 3 and -ln 3: 1 - sigmoid(ln 3) = 1/4 on either side
         (losses.kto_loss(batch(math.log(3), -math.log(3)), beta=1.0), 0.25),
         (losses.sft_loss(GAPS), 2.5),
+        (losses.likelihood_loss(HALVES), -math.log(0.75)),
         (losses.sft_logsigmoid_loss(batch(-20.0, -1.0), beta=0.1), softplus(2.0)),
     ],
 )

@@ -24,6 +24,7 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0  # not the model's own: the one that responses are sampled at
+    normalised: bool = True  # False: a token's logit stands for its log-prob (method dpo-logits)
 
     def apply_(self, z: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -55,9 +56,15 @@ def token_logprobs(
     transform: LogitTransform | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, " scored"]:
-    """log softmax(transform(W h + b))[target] of every token, float32, differentiable in h, W and b."""
+    """log softmax(transform(W h + b))[target] of every token, float32, differentiable in h, W and b; the
+    logit itself if `transform` is not normalised."""
     chunk = chunk or chunk_rows(weight.shape[0], weight.device.type)
     transform = transform or LogitTransform()
+    if not transform.normalised:
+        z = (hidden.float() * weight[targets].float()).sum(-1)
+        z = (z if bias is None else z + bias[targets].float()) * transform.scale
+        cap = transform.softcap
+        return (z if cap is None else cap * torch.tanh(z / cap)) / transform.temperature
     apply: Any = _TokenLogProbs.apply
     logprobs: Tensor = apply(hidden, weight, bias, targets, transform, chunk)
     return logprobs

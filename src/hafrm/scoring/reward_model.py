@@ -44,6 +44,7 @@ class ImplicitRule:
     reference: str | None  # path or hub id of the frozen starting checkpoint; None: log-prob alone
     beta: float = 1.0
     per_token: bool = False  # divide by the response's tokens
+    logits: bool = False  # tokens' logits in the place of log-probs
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
@@ -262,6 +263,9 @@ class PolicyModel(Scorer):
         super().__init__(model, encoder)
         self.reference = None if reference is None else reference.eval()
         self.rule = rule
+        for part in (model, reference) if rule.logits else ():
+            if part is not None:
+                part.transform = replace(part.transform, normalised=False)
 
     @classmethod
     def from_pretrained(

@@ -146,6 +146,12 @@ def sft_loss(batch: PolicyLogps) -> PerComparison:
     return -batch.mean_logps()[0]
 
 
+def likelihood_loss(batch: PolicyLogps) -> PerComparison:
+    """Negative log of the total of both responses' length-normalised probabilities (nat per token), which
+    preference losses alone let fall; after the abstract of ICML 2026 poster 60715."""
+    return -torch.logaddexp(*batch.mean_logps())
+
+
 def sft_logsigmoid_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
     """GRM's default regulariser (arXiv 2406.10216): -log sigmoid(beta * log-prob sum of the chosen)."""
     return -F.logsigmoid(beta * _in_float32(batch.chosen_logps))

@@ -26,12 +26,17 @@ class PolicyLoss:
     options: Mapping[str, float] = field(default_factory=dict)  # with its paper's or TRL's values
     needs_reference: bool = True
     per_token: bool = False  # the loss compares log-probs per token, so the implicit reward does
+    reads_logits: bool = False  # the target tokens' logits take the place of their log-probs
 
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
     "dpo": PolicyLoss(losses.dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}),
     "dpo-noref": PolicyLoss(
         losses.reference_free_dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}, needs_reference=False
+    ),
+    # OpenReview wlxINVwfl7: DPO without its log-softmax
+    "dpo-logits": PolicyLoss(
+        losses.dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}, reads_logits=True
     ),
     "ipo": PolicyLoss(losses.ipo_loss, {"beta": 0.1}, per_token=True),
     "simpo": PolicyLoss(
@@ -60,6 +65,7 @@ class Method:
     centering: float = 0.0  # factor on (chosen + rejected)^2; TRL suggests 0.01
     reward_loss: str = "bt"  # one of REWARD_LOSSES
     sum_to_zero: float = 0.0  # factor on BSR's penalty; BSR takes 0.001
+    likelihood: float = 0.0  # factor on the length-normalised likelihood, part of the policy loss
 
     def __post_init__(self) -> None:
         if self.alpha > 0 and self.policy_loss is None:
@@ -102,6 +108,10 @@ class Method:
     def scores_per_token(self) -> bool:
         return self.policy_loss is not None and POLICY_LOSSES[self.policy_loss].per_token
 
+    @property
+    def reads_logits(self) -> bool:
+        return self.trains_policy and POLICY_LOSSES[self.policy_loss or ""].reads_logits
+
     def implicit_rewards(
         self,
         logps: Float[Tensor, " responses"],
@@ -138,7 +148,7 @@ METHODS: Mapping[str, Method] = {
         # Policies alone, scored by their implicit reward.
         *(
             _preset(loss, loss, reward_weight=0.0, alpha=1.0)
-            for loss in ("dpo", "dpo-noref", "ipo", "simpo", "orpo", "kto", "sft")
+            for loss in ("dpo", "dpo-noref", "dpo-logits", "ipo", "simpo", "orpo", "kto", "sft")
         ),
     )
 }
@@ -159,14 +169,15 @@ def get_method(name: str, **overrides: Any) -> Method:
     preset = METHODS[name]
     policy_loss = values.get("policy_loss", preset.policy_loss)
     if policy_loss != preset.policy_loss:
-        shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
+        shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero", "likelihood")
         preset = _preset(name, policy_loss, **{key: getattr(preset, key) for key in shared})
     method = replace(preset, **values)
     used = {"reward_weight", "policy_loss"}  # weights taken as if they were not 0
     if method.trains_reward:
         used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
     if method.policy_loss is not None:
-        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
+        loss = POLICY_LOSSES[method.policy_loss]
+        used |= {"alpha", *loss.options} | ({"likelihood"} if not loss.reads_logits else set())
     for key, value in values.items():
         if key not in used and value != getattr(preset, key):
             raise ConfigError(
@@ -234,6 +245,8 @@ def joint_loss(
         loss = POLICY_LOSSES[method.policy_loss or ""]
         options = {option: getattr(method, option) for option in loss.options}
         policy = loss.function(logps, **options)
+        if method.likelihood:
+            policy = policy + method.likelihood * losses.likelihood_loss(logps)
         # arXiv 2407.04185: L = L_reward + alpha * L_policy
         total = total + method.alpha * policy
     assert isinstance(total, Tensor)

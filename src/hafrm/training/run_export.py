@@ -16,7 +16,7 @@ import torch
 
 from hafrm.atomic import atomic_directory, check_writable, remove_directory
 from hafrm.data.encoding import Encoder
-from hafrm.engine.model import HybridModel
+from hafrm.engine.model import HybridModel, logit_transform
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.model_card import write_cards
@@ -121,6 +121,9 @@ def _score_in_memory(
 ) -> InMemory:
     # no more tokens at once than fit in training, where a micro-batch holds two such responses
     limit = 4 * recipe.data.max_length
+    model.transform = logit_transform(
+        model.backbone.config
+    )  # the export's are compared, normalised
     autocast = torch.bfloat16 if recipe.training.precision == "bf16" else None
     return score_in_memory(model, encoder, golden, max_tokens=limit, autocast=autocast)
 
@@ -144,7 +147,7 @@ def _write_policy(
         )
     if recipe.model.quantization and method.scores_against_reference:
         log.warning("the policy's implicit reward will be against its base as it is, not in 4 bits")
-    rule = ImplicitRule(reference, beta=method.beta, per_token=method.scores_per_token)
+    rule = ImplicitRule(reference, method.beta, method.scores_per_token, method.reads_logits)
     write_result(to / IMPLICIT_RULE, rule)
 
 

@@ -7,6 +7,7 @@ The test set is read only to prove that no prompt of it is trained on. Start at 
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,6 +173,7 @@ def assemble(
         policy_head=policy_head if method.trains_policy else None,
         sharing=training.sharing == "auto" and sharing_obstacle(backbone) is None,
     )
+    model.transform = replace(model.transform, normalised=not method.reads_logits)
     if training.gradient_checkpointing:
         model.checkpoint_activations(offload=training.offload in ("activations", "all"))
     return model
