@@ -4,11 +4,14 @@
 
 SOURCES holds the files that `SETS` and `HELD_OUT` name (docs/evidence.md says where each comes from).
 A set that is trained on becomes OUT/train/NAME.jsonl, OUT/validation/NAME.jsonl and OUT/test/NAME.jsonl,
-which share no prompt; a set that is only tested on becomes OUT/test/NAME.jsonl. The same files give the
-same parts.
+which share no prompt; a set that is only tested on becomes OUT/test/NAME.jsonl. OUT/flipped-20 and
+OUT/flipped-40 hold NOISY's training part with as many per cent of its labels turned around. The same files
+give the same parts.
 """
 
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from hafrm.data.reader import read_preferences
@@ -21,6 +24,7 @@ SETS = {  # name: (file to train on, comparisons to validate on, file to test on
     "helpful": ("hh-helpful", 200, "hh-helpful", 300),
     "harmless": ("hh-harmless", 200, "hh-harmless", 300),
 }
+NOISY, FLIP_SEED = "ethics", 3
 HELD_OUT = {
     "ethics-hard": ("ethics-util-hard", 300),
     "pandalm": ("pandalm", 300),
@@ -40,6 +44,8 @@ def main(sources: Path, out: Path) -> None:
         train, validation = draw(rest, num_validation, VALIDATION_SEED)
         for part, some in (("train", train), ("validation", validation), ("test", test)):
             write(some, out / part / f"{name}.jsonl")
+        for percent in (20, 40) if name == NOISY else ():
+            write(flipped(train, percent), out / f"flipped-{percent}" / f"{name}.jsonl")
     for name, (file, num) in HELD_OUT.items():
         _, test = draw(groups_of(sources, file), num, TEST_SEED)
         write(test, out / "test" / f"{name}.jsonl")
@@ -54,6 +60,21 @@ def draw(groups: list[Group], num: int, seed: int) -> tuple[list[Group], list[Gr
     """(rest, drawn): prompts with about `num` comparisons, all of them where there are no more."""
     total = sum(len(group.comparisons) for group in groups)
     return ([], groups) if num >= total else split_by_prompt(groups, num / total, seed)
+
+
+def flipped(groups: list[Group], percent: int) -> list[Group]:
+    """The groups with each comparison turned around at this probability."""
+    draws = random.Random(FLIP_SEED)
+    noisy = []
+    for group in groups:
+        pairs = [
+            replace(c, chosen=c.rejected, rejected=c.chosen)
+            if draws.random() < percent / 100
+            else c
+            for c in group.comparisons
+        ]
+        noisy.append(replace(group, comparisons=tuple(pairs)))
+    return noisy
 
 
 def write(groups: list[Group], file: Path) -> None:
