@@ -17,7 +17,7 @@ from hafrm.evaluation import evaluate
 from hafrm.export.checklist import replay_directory
 from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
-from hafrm.scoring.reward_model import IMPLICIT_RULE, FusedRule, ImplicitRule, RewardModel
+from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, RewardModel
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from support.export_faults import FAULTS
@@ -217,8 +217,7 @@ def test_every_verb_that_loads_a_model_takes_its_dtype_and_device(
     assert loaded == [("bfloat16", "cpu")] * (2 if verb == "also" else 1)
 
 
-def test_evaluate_measures_every_source_by_both_heads_and_their_fused_score(exported, tmp_path):
-    """A factor of 0 is the reward itself, so that it gains nothing, and a huge one the policy alone."""
+def test_evaluate_measures_every_source_by_both_heads(exported, tmp_path):
     (tmp_path / "model").mkdir()
     for head in ("reward", "policy"):
         (tmp_path / "model" / head).symlink_to(exported / head)
@@ -226,22 +225,14 @@ def test_evaluate_measures_every_source_by_both_heads_and_their_fused_score(expo
         write_preferences(tmp_path / "one.jsonl", num=8),
         write_preferences(tmp_path / "two.jsonl", num=5, start=100),
     ]
-    for factor, head in ((0.0, None), (1e6, "implicit")):
-        write_result(tmp_path / "model" / "fused.json", FusedRule(factor))
-        output = invoke("evaluate", tmp_path, *sources, "--json", tmp_path / "out.json")
-        result = json.loads((tmp_path / "out.json").read_text())
-        sets = result["sets"]
-        assert [s["name"] for s in sets] == ["one", "two", "all"]
-        correct = [s["accuracy"]["num_correct"] for s in sets]
-        assert correct[0] + correct[1] == correct[2]
-        assert (sets[2]["accuracy"]["num"], sets[0]["implicit"]["accuracy"]["num"]) == (13, 8)
-        same = sets[2] if head is None else sets[2][head]
-        assert sets[2]["fused"]["accuracy"] == same["accuracy"]
-        assert sets[2]["fused_gain"]["num"] == 13
-        assert result["fused_rule"].startswith(f"reward + {factor:.3g} x")
-        assert "pick longer" in output
-        assert re.search(r"fused +\d+\.\d % \[", output)
-        assert "fused score, fitted on the run's validation data: reward + " in output
+    output = invoke("evaluate", tmp_path, *sources, "--json", tmp_path / "out.json")
+    sets = json.loads((tmp_path / "out.json").read_text())["sets"]
+    assert [s["name"] for s in sets] == ["one", "two", "all"]
+    correct = [s["accuracy"]["num_correct"] for s in sets]
+    assert correct[0] + correct[1] == correct[2]
+    assert (sets[2]["accuracy"]["num"], sets[0]["implicit"]["accuracy"]["num"]) == (13, 8)
+    assert "pick longer" in output
+    assert re.search(r"implicit reward +\d+\.\d % \[", output)
 
 
 def test_evaluate_names_a_file_that_the_run_was_trained_on(run, tmp_path, caplog):

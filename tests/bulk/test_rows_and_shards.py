@@ -171,8 +171,8 @@ def test_parquet_with_lists_and_pairs_gets_both_kinds_of_columns():
 def test_every_output_has_columns_of_its_own(kind):
     """Single, list and pair; the parts of tokens are lists, and null where a row has no score."""
     rows = [{"prompt": "a", "response": "x"}, {"prompt": "a", "response": ""}]
-    outputs = ["implicit", "fused", "tokens"]
-    scores = [{"implicit": [0.5], "fused": [0.25], "tokens": [[0.5, 0.0]]}, BAD]
+    outputs = ["reward", "implicit", "tokens"]
+    scores = [{"reward": [0.25], "implicit": [0.5], "tokens": [[0.5, 0.0]]}, BAD]
     content = render_shard(
         ShardRows(range(2), rows, pa.Table.from_pylist(rows) if kind == "table" else None),
         scores,
@@ -183,13 +183,13 @@ def test_every_output_has_columns_of_its_own(kind):
         written = pq.read_table(io.BytesIO(content)).to_pylist()
     else:
         written = [json.loads(line) for line in content.splitlines()]
-    added = {"implicit_reward": 0.5, "fused_score": 0.25, "token_rewards": [0.5, 0.0]}
+    added = {"reward": 0.25, "implicit_reward": 0.5, "token_rewards": [0.5, 0.0]}
     assert written[0].items() >= added.items()
     assert written[1].items() >= (dict.fromkeys(added) | ERROR).items()
     pair = ShardRows([0], [{"chosen": "x", "rejected": "y"}])
-    both = {"fused": [1.0, 2.0], "implicit": [3.0, 4.0], "tokens": [[1.0], [2.0]]}
+    both = {"reward": [1.0, 2.0], "implicit": [3.0, 4.0], "tokens": [[1.0], [2.0]]}
     (row,) = map(json.loads, render_shard(pair, [both], outputs, is_packed=False).splitlines())
-    assert (row["chosen_fused_score"], row["rejected_implicit_reward"]) == (1.0, 4.0)
+    assert (row["chosen_reward"], row["rejected_implicit_reward"]) == (1.0, 4.0)
     assert row["rejected_token_rewards"] == [2.0]
 
 

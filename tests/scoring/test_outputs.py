@@ -1,4 +1,4 @@
-"""Reward, implicit reward, fused score and the parts of tokens: by name, from one forward."""
+"""Reward, implicit reward and the parts of tokens: by name, from one forward."""
 
 import json
 import shutil
@@ -13,21 +13,20 @@ from hafrm.scoring.outputs import ModelOutputs
 from hafrm.scoring.reward_model import IMPLICIT_RULE, PolicyModel, RewardModel
 from support.exports import GOLDEN_GROUP
 
-ALL = ("reward", "implicit", "fused", "tokens")
+ALL = ("reward", "implicit", "tokens")
 
 
 @pytest.fixture(scope="module")
 def run(exported, tmp_path_factory):
-    """Both heads, a rule of their fused score, and a policy that is its own reference."""
+    """Both heads of one run; the policy has no reference."""
     folder = shutil.copytree(exported, tmp_path_factory.mktemp("both") / "model")
-    (folder / "fused.json").write_text('{"factor": 0.5}')
     rule = {"reference": None, "beta": 0.1, "per_token": False}
     (folder / "policy" / IMPLICIT_RULE).write_text(json.dumps(rule))
     return folder
 
 
 def test_every_output_is_what_its_own_model_gives(run, monkeypatch):
-    """fused = reward + 0.5 * implicit / tokens; the parts of the tokens sum to the implicit reward."""
+    """From one forward; the parts of the tokens sum to the implicit reward."""
     forwards, forward = [], HybridModel.forward
 
     def counting(self, layout):
@@ -44,9 +43,6 @@ def test_every_output_is_what_its_own_model_gives(run, monkeypatch):
     lengths = [len(ids) for ids in groups[0].response_ids]
     assert scores["reward"] == pytest.approx(rewards.tolist(), abs=1e-6)
     assert scores["implicit"] == pytest.approx(implicit.tolist(), rel=1e-6)
-    assert scores["fused"] == pytest.approx(
-        [r + 0.5 * i / n for r, i, n in zip(rewards, implicit, lengths, strict=True)], rel=1e-6
-    )
     assert [len(own) for own in scores["tokens"]] == lengths
     assert [sum(own) for own in scores["tokens"]] == pytest.approx(implicit.tolist(), rel=1e-5)
     (alone,) = model.score(groups, ["reward"])
@@ -78,18 +74,16 @@ def test_copies_run_once_and_get_the_same_score(run, monkeypatch):
 
 
 def test_what_a_model_lacks_and_unknown_names_are_refused(exported, run, tmp_path):
-    with pytest.raises(ModelError, match="gives reward, implicit, fused, tokens, not implict"):
+    with pytest.raises(ModelError, match="gives reward, implicit, tokens, not implict"):
         ModelOutputs(run, ["implict"])
     with pytest.raises(ModelError, match="gives reward, not tokens"):
         ModelOutputs(exported / "reward", ["tokens"])
-    with pytest.raises(ModelError, match="not fused"):
-        ModelOutputs(exported, ["fused"])
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "policy" / "tokenizer_config.json").read_text())
     config["eos_token"] = config["pad_token"]
     (other / "policy" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="not of one backbone"):
-        ModelOutputs(other, ["fused"])
+        ModelOutputs(other, ["reward", "implicit"])
 
 
 def test_files_get_every_output(run, tmp_path):
@@ -104,4 +98,3 @@ def test_files_get_every_output(run, tmp_path):
     assert [sum(own) for own in row["token_rewards"]] == pytest.approx(
         row["implicit_rewards"], rel=1e-5
     )
-    assert len(row["fused_scores"]) == 3

@@ -14,10 +14,9 @@ from support.reward_servers import until_ready
 
 @pytest.fixture(scope="session")
 def run(exported, tmp_path_factory):
-    """A run with both heads, golden scores and a rule of their fused score."""
+    """A run with both heads and golden scores."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(exported, folder / "model")
-    (folder / "model" / "fused.json").write_text('{"factor": 0.5}')
     rule = json.dumps({"reference": None, "beta": 0.1, "per_token": False})
     (folder / "model" / "policy" / IMPLICIT_RULE).write_text(rule)
     return folder

@@ -122,7 +122,7 @@ def test_a_bos_that_the_caller_took_away_is_put_back(name):
 def test_the_native_route_gives_what_files_get(client, run, tmp_path):
     """All outputs and the tokens' parts; and P = 1 / (1 + exp(r_ref - r)), 0.5 for the reference itself."""
     groups = [{"prompt": PROMPT, "responses": RESPONSES, "reference": "sun"}]
-    outputs = ["reward", "implicit", "fused"]
+    outputs = ["reward", "implicit"]
     body = {"groups": groups, "outputs": [*outputs, "probability"], "per_token": True}
     (scores,) = client.post("/score", json=body).json()["groups"]
     source = tmp_path / "in.jsonl"
@@ -130,7 +130,7 @@ def test_the_native_route_gives_what_files_get(client, run, tmp_path):
     options = BulkOptions(outputs=(*outputs, "tokens"))
     score_files(run, [str(source)], tmp_path / "out", options)
     row = json.loads((tmp_path / "out" / "in.jsonl").read_text())
-    columns = ("rewards", "implicit_rewards", "fused_scores", "token_rewards")
+    columns = ("rewards", "implicit_rewards", "token_rewards")
     for name, column in zip((*outputs, "tokens"), columns, strict=True):
         assert scores[name] == [pytest.approx(value, abs=1e-6) for value in row[column]]
     gap = scores["reward"][1] - scores["reward"][0]
@@ -286,7 +286,7 @@ def test_keys_guard_every_route_but_health(server, run):
 def test_info_and_metrics_say_what_serves_and_no_text(client, server):
     client.post("/score", json={"groups": [{"prompt": "Say sun.", "responses": ["sun"]}]})
     info = client.get("/info").json()
-    assert info["outputs"] == ["reward", "implicit", "fused", "tokens"]
+    assert info["outputs"] == ["reward", "implicit", "tokens"]
     assert info["golden"]["num"] == 5 and info["golden"]["difference"] < 1e-5
     assert info["weights"].count("sha256:") == 2 and info["dtype"] == "float32"
     metrics = client.get("/metrics").text

@@ -140,6 +140,24 @@ def test_two_runs_fuse_as_one_run_with_two_heads_does(finished, monkeypatch):
         np.testing.assert_array_equal(scores[train, scorer][0], scores[train, "haf (fused)"][0])
 
 
+@pytest.mark.parametrize(
+    ("reward", "implicit", "factor"),
+    [
+        # where only one differs: sigmoid(a) = 3/4 and sigmoid(b) = 9/10, so b / a = ln 9 / ln 3
+        ([1.0] * 3 + [-1.0] + [0.0] * 10, [0.0] * 4 + [1.0] * 9 + [-1.0], 2.0),
+        ([1.0] * 3 + [-1.0] + [0.0] * 10, [0.0] * 4 + [10.0] * 9 + [-10.0], 0.2),
+        ([1.0] * 3 + [-1.0] + [0.0] * 10, [0.0] * 4 + [-1.0] * 9 + [1.0], 0.0),
+        ([], [], 0.0),
+        ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], 0.0),  # one separates nothing
+        ([1.0, -1.0], [0.1, 3.0], 0.0),  # both are right by w = (1, 1): no finite maximum
+        ([-1.0] * 3 + [1.0] + [0.0] * 4, [0.0] * 4 + [1.0] * 3 + [-1.0], 0.0),  # a < 0
+    ],
+)
+def test_the_fused_factor_is_the_ratio_of_the_two_log_odds(reward, implicit, factor):
+    found = method_comparison.fused_factor(np.array(reward), np.array(implicit))
+    assert found == pytest.approx(factor, rel=1e-5)
+
+
 def test_domains_pair_each_test_set_with_what_was_trained_on():
     """Sets a, b are trained on; test sets a, b, c: 2 in domain, 2 other, and c after a or b."""
     assert domains(["a", "b", MIXED], ["a", "b", "c"]) == {

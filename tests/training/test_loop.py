@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,12 +17,10 @@ from hafrm.cli import main
 from hafrm.errors import CheckpointError, ConfigError, DataError, MemoryBudgetError
 from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
-from hafrm.results import read_result
 from hafrm.run_folder import RunFolder, read_json_lines
-from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel
-from hafrm.training import loop, run_export
+from hafrm.scoring.reward_model import PolicyModel, RewardModel
+from hafrm.training import loop
 from hafrm.training.loop import StoppedError, run_training
-from hafrm.training.prepared_data import prepare_data
 from hafrm.training.step import MEASURES
 from support import forked
 from support.live_bytes import short_of_memory
@@ -69,7 +66,6 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
         model = tmp_path / "run/model"
     assert (model / "reward").is_dir() == (method in ("haf", "bt"))
     assert (model / "policy").is_dir() == (method != "bt")
-    assert (model / "fused.json").is_file() == (method == "haf")
     if (model / "reward").is_dir():
         stock, info = AutoModelForSequenceClassification.from_pretrained(
             model / "reward", output_loading_info=True
@@ -83,30 +79,6 @@ def test_every_method_trains_and_exports_what_stock_transformers_loads(tmp_path,
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         PolicyModel.from_pretrained(model / "policy").score("Say sun.", "sun")
-
-
-def test_the_fused_rule_is_fitted_on_the_exported_heads_validation_margins(tmp_path, monkeypatch):
-    """Each exported head scores the validation data by itself: float32, 1e-4."""
-    seen = {}
-
-    def fit(reward, implicit):
-        seen.update(reward=reward, implicit=implicit)
-        return FusedRule(0.25)
-
-    monkeypatch.setattr(run_export, "fit_fused", fit)
-    recipe = tiny_recipe(tmp_path, data={"validation_fraction": 0.5}, training={"steps": 1})
-    run_training(recipe, tmp_path / "run")
-    model = tmp_path / "run/model"
-    assert read_result(model / "fused.json", FusedRule) == FusedRule(0.25)
-    groups = prepare_data(recipe).validation
-    assert len(groups) > 4
-    ends = np.cumsum([len(group.response_ids) for group in groups])
-    chosen, rejected = ends - 2, ends - 1  # pairs, in this order
-    rewards = RewardModel.from_pretrained(model / "reward").score_encoded(groups)
-    implicit = PolicyModel.from_pretrained(model / "policy").score_encoded(groups)
-    implicit = implicit / [len(ids) for group in groups for ids in group.response_ids]
-    assert seen["reward"] == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-4)
-    assert seen["implicit"] == pytest.approx(implicit[chosen] - implicit[rejected], abs=1e-4)
 
 
 def test_training_learns_the_rule_of_the_data(tmp_path):
@@ -152,10 +124,10 @@ def test_lora_trains_the_reward_head_and_its_merged_export_scores_the_same(tmp_p
     prompt, responses = (Message("user", "Say sun."),), ["sun", "I would say moon and so on"]
     seen = {}
 
-    def keep(run, recipe, method, data, model, score):
+    def keep(run, recipe, data, model):
         seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
         seen["scores"] = RewardModel(model, data.encoder).score(prompt, responses)
-        return export(run, recipe, method, data, model, score)
+        return export(run, recipe, data, model)
 
     export = loop.export_run
     monkeypatch.setattr(loop, "export_run", keep)

@@ -36,7 +36,7 @@ def test_a_run_whose_proof_fails_keeps_its_models_and_resume_repeats_the_proof(
                 run_training(recipe, run, resume=True)
     assert not (run / "model").exists()
     unverified = run / "model.unverified"
-    assert {p.name for p in unverified.iterdir()} == {"reward", "policy", "fused.json"}
+    assert {p.name for p in unverified.iterdir()} == {"reward", "policy"}
     before = (unverified / "reward/model.safetensors").read_bytes()
     run_training(recipe, run, resume=True)
     assert not unverified.exists()

@@ -22,8 +22,7 @@ RowScores = Mapping[str, Sequence[Any]] | Refusal
 """The scores of a row's responses, in order, by output, or why there are none."""
 ERROR = "error"  # the column that says why a row has no score
 # the column of an output in a row with one response; tokens: a list of numbers
-NAMES = {"reward": "reward", "implicit": "implicit_reward", "fused": "fused_score"}
-NAMES |= {"tokens": "token_rewards"}
+NAMES = {"reward": "reward", "implicit": "implicit_reward", "tokens": "token_rewards"}
 
 
 @dataclass(frozen=True)

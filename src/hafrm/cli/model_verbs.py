@@ -90,9 +90,7 @@ def score_command(  # noqa: PLR0913 - the verb and its options
     dtype: Dtype = "auto",
     device: Device = None,
     max_length: Annotated[int | None, Option(help="Tokens; longer rows get no score.")] = None,
-    by: Annotated[
-        str, Option(help="Of reward, implicit, fused; several: reward,fused.")
-    ] = "reward",
+    by: Annotated[str, Option(help="reward, implicit or reward,implicit.")] = "reward",
     per_token: Annotated[bool, Option("--per-token", help="Also each token's part.")] = False,
 ) -> None:
     """Add the model's scores to every row, order kept. The same command resumes a job that was stopped."""

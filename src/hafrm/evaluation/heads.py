@@ -1,7 +1,7 @@
 """Models scored on the same comparisons by each of their heads: `evaluate` one, `compare_models` several.
 
-A head is a scorer of its own: the reward, and the implicit reward of the policy; their fused score follows
-from the two. One model is in memory at a time, and no model is changed.
+A head is a scorer of its own: the reward, and the implicit reward of the policy. One model is in memory
+at a time, and no model is changed.
 """
 
 import json
@@ -34,17 +34,16 @@ from hafrm.evaluation.metrics import Evaluation, SetResult, pairwise_metrics
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress, over_passes
 from hafrm.recipe_file import load_recipe
-from hafrm.results import read_result
 from hafrm.scoring.loading import Heads, find_heads
 from hafrm.scoring.model_files import load_config
 from hafrm.scoring.outputs import join_heads
-from hafrm.scoring.reward_model import FusedRule, PolicyModel, RewardModel, Scorer, fused_scores
-from hafrm.statistics import accuracy_interval, paired_bootstrap
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer
+from hafrm.statistics import accuracy_interval
 from hafrm.training import parallel
 
 log = logging.getLogger("hafrm")
 
-REWARD, IMPLICIT, FUSED = "reward", "implicit reward", "fused"
+REWARD, IMPLICIT = "reward", "implicit reward"
 Scores = dict[str, NDArray[np.float32]]
 """One score for each response of all groups, by head."""
 
@@ -141,7 +140,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
         reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
     ).cut_as_trained(heads)
     _warn_of_training_data(heads, data)
-    scores, report, rule = _score_all_heads(heads, comparisons, options, on_progress)
+    scores, report = _score_all_heads(heads, comparisons, options, on_progress)
     comparisons = comparisons.scored_by(*scores.values())
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
     return Evaluation(
@@ -156,7 +155,6 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
         prompts_cut=report.prompts_cut,
         responses_cut=report.responses_cut,
         seam_merges=report.seam_merges,
-        fused_rule=rule,
     )
 
 
@@ -177,28 +175,20 @@ def _warn_of_training_data(heads: Heads, data: Data) -> None:
 
 def _score_all_heads(
     heads: Heads, comparisons: Comparisons, options: EvaluationOptions, on_progress: OnProgress
-) -> tuple[Scores, EncodingReport, str | None]:
-    """Each head's scores, the main head's first, with its encoder's report; and the fused rule in words."""
-    scores, reports, lengths, rule = Scores(), list[EncodingReport](), None, None
+) -> tuple[Scores, EncodingReport]:
+    """Each head's scores, the main head's first, with its encoder's report."""
+    scores, reports = Scores(), list[EncodingReport]()
     both, parts = _load_both(heads, options), attrgetter("rewards", "logps")
     names = scorer_names(heads) if both is None else [IMPLICIT]
     done = over_passes(on_progress, comparisons.num_responses * len(names))
     for name in names:
         scorer = load_head(heads, name, options) if both is None else both
         score = None if both is None else lambda *arguments: parts(both.score_heads(*arguments))
-        own, tokenized, report = score_groups(scorer, comparisons.groups, options, done, score)
+        own, _, report = score_groups(scorer, comparisons.groups, options, done, score)
         scores |= {name: own} if both is None else {REWARD: own[0], IMPLICIT: own[1]}
         reports.append(report)
-        if isinstance(scorer, PolicyModel) and not scorer.rule.per_token:
-            # with the policy's own tokens: the reward's encoder may cut elsewhere
-            nums = np.array([len(i) for group in tokenized for i in group.response_ids], np.float32)
-            lengths = _spread(nums, comparisons.groups, report)
         del scorer  # before the next one is loaded
-    if heads.fused is not None:
-        rule = read_result(heads.fused, FusedRule)
-        # it follows from the other two, without a pass of its own
-        scores[FUSED] = fused_scores(scores[REWARD], scores[IMPLICIT], rule, lengths)
-    return scores, reports[0], None if rule is None else str(rule)
+    return scores, reports[0]
 
 
 def _load_both(heads: Heads, options: EvaluationOptions) -> PolicyModel | None:
@@ -223,18 +213,11 @@ def score_groups(
     tokenized, report = scorer.encoder.encode(groups)
     report.check(groups, options.max_bad_fraction)
     scores = np.asarray((score or scorer.score_encoded)(tokenized, done))
-    return _spread(scores, groups, report), tokenized, report
-
-
-def _spread(
-    values: NDArray[np.float32], groups: Sequence[Group], report: EncodingReport
-) -> NDArray[np.float32]:
-    """The values (last axis) of encoded responses at their places among all, NaN elsewhere."""
     is_encoded = [i not in report.refused for i in range(len(groups))]
     places = np.repeat(is_encoded, [len(group.responses) for group in groups])
-    result = np.full((*values.shape[:-1], len(places)), np.nan, np.float32)
-    result[..., places] = values
-    return result
+    result = np.full((*scores.shape[:-1], len(places)), np.nan, np.float32)
+    result[..., places] = scores
+    return result, tokenized, report
 
 
 def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins]) -> SetResult:
@@ -246,9 +229,6 @@ def _measure_set(name: str, comparisons: Comparisons, margins: dict[str, Margins
         others["implicit"] = metrics[IMPLICIT]
         same = np.sign(main) == np.sign(decided[IMPLICIT])
         others["same_sign"] = accuracy_interval(same, prompts)
-    if FUSED in margins:
-        others["fused"] = metrics[FUSED]
-        others["fused_gain"] = paired_bootstrap(decided[FUSED] > 0, main > 0, prompts)
     return SetResult(**vars(next(iter(metrics.values()))), name=name, **others)
 
 

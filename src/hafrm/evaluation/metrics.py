@@ -86,16 +86,13 @@ class PairwiseMetrics:
 class SetResult(PairwiseMetrics):
     """One source, or all of them together, by the reward (of a policy alone, the implicit reward).
 
-    The implicit reward and the fused score are there if the model has them beside the reward.
+    The implicit reward is there if the model has it beside the reward.
     """
 
     name: str
     implicit: PairwiseMetrics | None = None
     same_sign: Estimate | None = None
     """How often reward and implicit reward prefer the same response (both none included)."""
-    fused: PairwiseMetrics | None = None
-    fused_gain: Estimate | None = None
-    """Accuracy of the fused score minus that of the reward, paired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +108,6 @@ class Evaluation:
     responses_cut: int
     seam_merges: int
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
-    fused_rule: str | None = None
 
     @property
     def accuracy(self) -> Accuracy:
@@ -130,9 +126,7 @@ class Evaluation:
             fit, equal = r.calibration, r.accuracy.num_equal
             estimates = r.accuracy, r.length.pick_longer, r.mean_margin, fit.log_loss, fit.ece
             rows.append((r.name, r.accuracy.num, *estimates, equal, r.num_ties))
-        fused = f"fused score, fitted on the run's validation data: {self.fused_rule}"
-        notes = [fused] if self.fused_rule else []
-        notes += [f"left out: {reason}: {num} rows" for reason, num in self.left_out.items()]
+        notes = [f"left out: {reason}: {num} rows" for reason, num in self.left_out.items()]
         notes.append(
             f"bad rows {self.num_bad_rows}, responses cut {self.responses_cut}, "
             f"prompts cut {self.prompts_cut}, seam merges {self.seam_merges}"
@@ -156,18 +150,13 @@ def _by_length(sets: tuple[SetResult, ...]) -> Table:
 
 
 def _both_heads(sets: tuple[SetResult, ...]) -> Table:
-    """Each head's accuracy and that of both together, one below the other."""
+    """Each head's accuracy, one below the other."""
     rows: list[tuple[Cell, ...]] = []
     for r in sets:
-        rows.append((r.name, "reward", r.accuracy, None, None))
+        rows.append((r.name, "reward", r.accuracy, None))
         if r.implicit is not None:
-            rows.append(("", "implicit reward", r.implicit.accuracy, None, r.same_sign))
-        if r.fused is not None:
-            rows.append(("", "fused", r.fused.accuracy, r.fused_gain, None))
-    heads = columns(
-        "set | scorer | accuracy [95 %]: percent | less the reward's [95 %]: percent | "
-        "same sign [95 %]: percent"
-    )
+            rows.append(("", "implicit reward", r.implicit.accuracy, r.same_sign))
+    heads = columns("set | scorer | accuracy [95 %]: percent | same sign [95 %]: percent")
     return Table("both heads", heads, tuple(rows))
 
 

@@ -184,7 +184,7 @@ def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> dict[str, Any
 
 def _cell(cell: Cell, text: str, is_text: bool, colours: Mapping[str, int]) -> HtmlCell:
     if isinstance(cell, str):
-        # "haf, fused" is a head of the run haf
+        # "haf, implicit reward" is a head of the run haf
         colour = colours.get(text.partition(", ")[0])
         return HtmlCell("text" if is_text else "number", text, colour=colour)
     value, bracket, interval = typeset(text).partition(" [")

@@ -38,8 +38,8 @@ def accuracy_section(material: Material) -> Iterator[Block]:
     for name, runs in evaluated_sets(material).items():
         scorers: list[tuple[str, PairwiseMetrics]] = [(run.name, s) for run, s in runs]
         for run, s in runs:
-            others = (("implicit reward", s.implicit), ("fused", s.fused))
-            scorers += [(f"{run.name}, {head}", m) for head, m in others if m is not None]
+            if s.implicit is not None:
+                scorers.append((f"{run.name}, implicit reward", s.implicit))
         part: list[tuple[Cell, ...]] = []
         for scorer, m in scorers:
             fit, counts = m.calibration, (m.accuracy.num, m.accuracy.num_equal)

@@ -58,7 +58,6 @@ log = logging.getLogger("hafrm")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtypes of loaded weights. auto: the checkpoint's dtype on a GPU, float32 on a CPU."""
-FUSED_RULE = "fused.json"  # beside reward/ and policy/: how their scores are added
 _OF_A_HEAD = {
     *("architectures", "id2label", "label2id", "num_labels", "problem_type", "dtype"),
     *("_name_or_path", "transformers_version", "tie_word_embeddings", "use_cache"),
@@ -72,7 +71,6 @@ class Heads:
 
     reward: Path | None
     policy: Path | None
-    fused: Path | None = None  # the file with the rule of their fused score
 
 
 def find_heads(path: str | os.PathLike[str]) -> Heads:
@@ -81,9 +79,7 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
     for folder in (root / "model", root):  # a run folder has its exports in model/
         reward, policy = (p if p.is_dir() else None for p in (folder / "reward", folder / "policy"))
         if reward or policy:
-            rule = folder / FUSED_RULE
-            # the rule of one head alone is of no use
-            return Heads(reward, policy, rule if reward and policy and rule.is_file() else None)
+            return Heads(reward, policy)
     if root.is_dir() and not any((root / name).is_file() for name in ("config.json", ADAPTER)):
         raise ModelError(
             f"{root} holds no model: neither model/reward nor model/policy nor a config.json (a run has "

@@ -1,4 +1,4 @@
-"""What a model gives a response: its reward, its implicit reward and their fused score, by name.
+"""What a model gives a response: its reward, and its implicit reward, by name.
 
 Both heads of a run answer from one forward; a reward alone from one that computes no log-probs.
 """
@@ -15,14 +15,11 @@ from hafrm.engine.model import HybridModel
 from hafrm.errors import ModelError
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
-from hafrm.results import read_result
 from hafrm.scoring.loading import Heads, find_heads, load_encoder, shared_reward_head
 from hafrm.scoring.reward_model import (
-    FusedRule,
     PolicyModel,
     RewardModel,
     Scorer,
-    fused_scores,
     read_implicit_rule,
 )
 
@@ -30,7 +27,6 @@ TOKENS = "tokens"  # the parts of a response's tokens in its implicit reward
 _NEEDS = {
     "reward": ("reward",),
     "implicit": ("policy",),
-    "fused": ("reward", "policy", "fused"),
     TOKENS: ("policy",),
 }
 OutputScores = dict[str, list[Any]]
@@ -84,8 +80,6 @@ class ModelOutputs:
         self.reward = self.policy = None
         if heads.policy is not None:
             self.policy = PolicyModel.from_pretrained(heads.policy, **options)
-        if heads.fused is not None:
-            self.rule = read_result(heads.fused, FusedRule)  # of "fused" alone
         if heads.reward is not None and self.policy is not None:
             self.reward = join_heads(heads, self.policy, options.get("max_length"))
             if self.reward is None:
@@ -120,10 +114,6 @@ class ModelOutputs:
             values |= {"reward": scores.rewards, "implicit": scores.logps}
             if scores.token_logps is not None:
                 values[TOKENS] = np.split(scores.token_logps, np.cumsum(scores.lengths)[:-1])
-            if "fused" in names:
-                lengths = None if self.policy.rule.per_token else scores.lengths
-                rewards, implicit = values["reward"], values["implicit"]
-                values["fused"] = fused_scores(rewards, implicit, self.rule, lengths)
         rest = {name: (value.tolist() for value in values[name]) for name in names}
         sizes = [len(group.response_ids) for group in groups]
         return [{name: list(islice(rest[name], size)) for name in names} for size in sizes]

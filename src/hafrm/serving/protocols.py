@@ -88,7 +88,7 @@ class GroupsRequest(Section):
 
     model: str | None = None
     groups: list[ScoreGroup]
-    outputs: list[Literal["reward", "implicit", "fused", "probability"]] = ["reward"]  # noqa: RUF012
+    outputs: list[Literal["reward", "implicit", "probability"]] = ["reward"]  # noqa: RUF012
     per_token: bool = False
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy import optimize, special
 
 from hafrm.atomic import atomic_write
 from hafrm.data.reader import file_digests
@@ -27,7 +28,6 @@ from hafrm.process_pool import ProcessPool
 from hafrm.recipe_file import dump_recipe
 from hafrm.results import write_result
 from hafrm.run_folder import ResumableFolder
-from hafrm.scoring.reward_model import fit_fused, fused_scores
 from hafrm.statistics import Estimate, accuracy_interval, in_words
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import Answers, StudyResult, Tuning, summarise
@@ -159,9 +159,31 @@ def scores_of_runs(
 def _fuse(
     reward: Arrays, policy: Arrays, method: Method, lengths: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    rule = fit_fused(reward[REWARD_MARGINS], policy[TOKEN_MARGINS])
-    divided_by = None if method.scores_per_token else lengths
-    return fused_scores(reward["reward"], policy["implicit"], rule, divided_by)
+    factor = fused_factor(reward[REWARD_MARGINS], policy[TOKEN_MARGINS])
+    # per token: a long response's sum of log-ratios would outweigh its reward
+    by_token = policy["implicit"] / (1 if method.scores_per_token else lengths)
+    return (reward["reward"] + factor * by_token).astype(np.float32)
+
+
+def fused_factor(reward_margins: NDArray[Any], implicit_margins: NDArray[Any]) -> float:
+    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token); 0
+    where the comparisons do not determine it."""
+    x = np.stack([reward_margins, implicit_margins], axis=1).astype(np.float64)
+    scale = np.sqrt((x**2).mean(0)) if len(x) else np.zeros(2)
+    if not scale.all():  # one of the two separates no responses
+        return 0.0
+    x /= scale  # two scales far apart would make the problem ill-conditioned
+    penalty = 1e-9  # keeps the coefficients finite where the likelihood has no maximum
+
+    def loss_and_slope(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        loss = float(np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w))
+        return loss, -(special.expit(-x @ w)[:, None] * x).mean(0) + 2 * penalty * w
+
+    fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
+    a, b = (float(value) for value in fit.x / scale)
+    is_separable = (x[x.any(1)] @ fit.x > 0).all()  # the likelihood has no maximum
+    # a <= 0: the ratio would turn the reward around
+    return 0.0 if is_separable or a <= 0 else max(0.0, b / a)
 
 
 def outcomes_of(

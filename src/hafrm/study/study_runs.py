@@ -157,7 +157,10 @@ class RunWorker:
         groups, of_validation = job.data.validation, job.validation_references
         logps = None if of_validation is None else of_validation.logps
         validation = score(groups, logps, job.method)
-        on_validation = validation.rewards, validation.implicit_per_token
+        by_token = validation.implicit
+        if by_token is not None and not job.method.scores_per_token:
+            by_token = (by_token / validation.lengths).astype(np.float32)
+        on_validation = validation.rewards, by_token
         for name, values in zip((REWARD_MARGINS, TOKEN_MARGINS), on_validation, strict=True):
             if values is not None:
                 margins = decided_margins(groups, values, validation.first)

@@ -36,7 +36,6 @@ from hafrm.training.memory_plan import agree_on_scatter, with_token_budget
 from hafrm.training.methods import Method, resolve_method
 from hafrm.training.parallel import StopSignal
 from hafrm.training.passes import (
-    HeadScores,
     pass_tokens,
     references_of,
     repeated_wins,
@@ -118,7 +117,7 @@ def run_training(
 def export_job(job: "Job") -> None:
     """Export a job's models and verify them with plain transformers."""
     if not parallel.from_main(job.run.model_path.is_dir):
-        export_run(job.run, job.recipe, job.method, job.data, job.model, job.score_validation)
+        export_run(job.run, job.recipe, job.data, job.model)
 
 
 class Job:
@@ -252,7 +251,11 @@ class Job:
         """Validate; True where this step is the best so far."""
         self.nonfinite.check()
         with state_spread(self.model) as spread:
-            scores = self.score_validation(self.model)
+            references = self.validation_references
+            logps = None if references is None else references.logps
+            scores = score_heads(
+                self.model, self.data.validation, logps, self.method, **self._budget
+            )
         values = validate(self.data.validation, scores, self.method) | spread
         values |= repeated_wins(self.model, self.data.validation, scores, **self._budget)
         self.metrics.report("validation", step, values)
@@ -264,11 +267,6 @@ class Job:
             return False
         self.best, self.best_step = values, step
         return True
-
-    def score_validation(self, model: HybridModel) -> HeadScores:
-        references = self.validation_references
-        logps = None if references is None else references.logps
-        return score_heads(model, self.data.validation, logps, self.method, **self._budget)
 
     def _save(self, step: int) -> None:
         state: dict[str, Any] = {"best_step": self.best_step, "best": self.best}

@@ -127,7 +127,7 @@ class HeadScores:
 
     rewards: NDArray[np.float32] | None
     implicit: NDArray[np.float32] | None  # the policy's implicit reward, as the method defines it
-    implicit_per_token: NDArray[np.float32] | None  # divided by the tokens, EOS included
+    lengths: NDArray[np.int64]  # tokens of each response, EOS included
     first: NDArray[np.int64]  # index of each group's first response
 
 
@@ -144,16 +144,14 @@ def score_heads(
     model.eval()
     scores = parallel.score_on_all_ranks(model, groups, **options)
     model.train(training)
-    implicit = per_token = None
+    implicit = None
     if method is not None and scores.logps is not None:
         implicit = method.implicit_rewards(
             torch.from_numpy(scores.logps),
             torch.from_numpy(scores.lengths),
             None if references is None else torch.from_numpy(references),
         ).numpy()
-        lengths = 1 if method.scores_per_token else scores.lengths
-        per_token = (implicit / lengths).astype(np.float32)
-    return HeadScores(scores.rewards, implicit, per_token, scores.first)
+    return HeadScores(scores.rewards, implicit, scores.lengths, scores.first)
 
 
 def validate(

@@ -8,9 +8,9 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -38,13 +38,12 @@ from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
 from hafrm.run_folder import RunFolder, step_of
 from hafrm.scoring.forward import free_memory
-from hafrm.scoring.loading import DTYPES, FUSED_RULE, base_directory, reference_place
+from hafrm.scoring.loading import DTYPES, base_directory, reference_place
 from hafrm.scoring.model_files import find_adapter
-from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, fit_fused
+from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule
 from hafrm.training import parallel
 from hafrm.training.checkpoint import STATE, load_weights
 from hafrm.training.methods import Method, resolve_method
-from hafrm.training.passes import HeadScores, decided_margins
 from hafrm.training.prepared_data import NUM_GOLDEN, PreparedData
 from hafrm.training.setup import (
     build_encoder,
@@ -63,23 +62,16 @@ Head = Literal["reward", "policy"]
 def export_run(
     run: RunFolder,
     recipe: Recipe,
-    method: Method,
     data: PreparedData,
     model: HybridModel,
-    score_validation: Callable[[HybridModel], HeadScores],
 ) -> None:
-    """Write `model/reward` and `model/policy`, as far as the method trained them, and the rule of their
-    fused score; VerificationError where the proof fails, with the models kept.
+    """Write `model/reward` and `model/policy`, as far as the method trained them; VerificationError where
+    the proof fails, with the models kept.
 
     All ranks call. Their process group ends once the weights are written, and those that write nothing
     return before the proof, which may take an hour. The model is empty afterwards.
     """
-    dtype, rule = _export_dtype(recipe), None
-    if method.trains_reward and method.trains_policy:
-        scores = score_validation(model)
-        heads: Any = scores.rewards, scores.implicit_per_token
-        margins = (decided_margins(data.validation, values, scores.first) for values in heads)
-        rule = fit_fused(*margins)
+    dtype = _export_dtype(recipe)
     memory = _score_in_memory(model, data.encoder, data.golden, recipe)
     with contextlib.ExitStack() as stack:
         unverified = atomic_directory(run.unverified_path, replace=True)
@@ -89,9 +81,6 @@ def export_run(
             parallel.on_all(lambda: export_reward(model, data.encoder, place, dtype=dtype))
         if model.policy_head is not None:
             parallel.on_all(lambda: _write_policy(model, data.encoder, to, dtype, recipe))
-        if rule is not None and parallel.is_main():
-            log.info("fused score, fitted on validation: %s", rule)
-            write_result(aside / FUSED_RULE, rule)
     parallel.stop()
     parallel.release(model)
     if not parallel.is_main():
