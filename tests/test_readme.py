@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from hafrm.cli import app
+from hafrm.recipe import describe_keys
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -52,6 +53,21 @@ def test_its_commands_have_options_that_exist_and_files_that_are_there_or_made_b
                 assert (root / path).is_file() or path.split("/")[0] in made, line
         assert not {"run", "reward.model=run"} & {*arguments} - {place} or "run" in made, line
         made |= {place} - {None}
+
+
+def test_commands_of_the_how_to_pages_have_options_that_exist():
+    group = typer.main.get_command(app)
+    for page in sorted((Path(__file__).resolve().parents[1] / "docs/howto").glob("*.md")):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        commands = re.findall(r"^    (?:torchrun .* -m )?hafrm (.*)$", text, re.MULTILINE)
+        commands += re.findall(r"`(?:torchrun [^`]* -m )?hafrm ([^`]* [^`]*)`", text)
+        assert commands, page.name
+        for line in commands:
+            verb, *arguments = shlex.split(re.sub(r"\s#.*", "", line).replace("$", ""))
+            # raises for an unknown option
+            words = group.commands[verb].make_context(verb, arguments).params.get("overrides") or []
+            keys = {word.partition("=")[0] for word in words if "=" in word}
+            assert keys <= set(describe_keys()), line
 
 
 @pytest.mark.slow

@@ -12,7 +12,12 @@ from typer.main import get_command
 from hafrm.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)\)")  # a link from docs/ into the checkout
+
+
+def outside(page: str) -> re.Pattern[str]:
+    """Links from a page, a path within docs/, into the checkout."""
+    up = r"\.\./" * (page.count("/") + 1)
+    return re.compile(rf"\]\({up}([^)#.][^)#]*)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -22,13 +27,17 @@ def on_files(files: Files, config: Any) -> Files:
         obj=command, ctx=typer.Context(command), name="hafrm", title="Commands"
     )
     files.append(File.generated(config, "cli.md", content=text))
-    pages = "".join(page.read_text() for page in sorted(Path(config["docs_dir"]).glob("*.md")))
-    for name in sorted(set(OUTSIDE.findall(pages))):
+    docs = Path(config["docs_dir"])
+    pages = {page.relative_to(docs).as_posix(): page.read_text() for page in docs.rglob("*.md")}
+    for name in sorted(
+        {link for page, text in pages.items() for link in outside(page).findall(text)}
+    ):
         if (ROOT / name).is_file():  # if not, the strict build reports a broken link
             files.append(File.generated(config, f"source/{name}", abs_src_path=str(ROOT / name)))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links out of docs/ go to those copies."""
-    return OUTSIDE.sub(r"](source/\1)", markdown)
+    name = page.file.src_uri
+    return outside(name).sub(rf"]({'../' * name.count('/')}source/\1)", markdown)
