@@ -52,7 +52,8 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         lengths["response words"].extend(words)
         for pair in group.comparisons:
             sources[group.source] += 1
-            flags.update(tie=pair.tie, margin=pair.margin != 0, votes=pair.votes is not None)
+            is_set = {"tie": pair.tie, "margin": pair.margin != 0, "votes": pair.votes is not None}
+            flags.update(name for name, is_true in is_set.items() if is_true)
             if not pair.tie:
                 lengths["chosen words"].append(words[pair.chosen])
                 lengths["rejected words"].append(words[pair.rejected])

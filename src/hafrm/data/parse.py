@@ -245,8 +245,12 @@ def _split_texts(
     )
     cut = max((end.end() for end in ends), default=0)
     if not chosen[:cut].strip():
-        unit = implicit_prompt.removesuffix("s")
-        refuse("missing column", f"no `prompt`; the texts are no transcripts and share no {unit}")
+        unit, other = (
+            implicit_prompt.removesuffix("s"),
+            "; data.implicit_prompt: words cuts at words",
+        )
+        what = f"no `prompt`; the texts are no transcripts and share no {unit}"
+        refuse("missing column", what + other * (unit == "line"))
     prompt = Message("user", chosen[:cut].strip())
     return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
 

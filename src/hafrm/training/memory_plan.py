@@ -39,7 +39,7 @@ SCORED = 0.6  # of a micro-batch's tokens, in responses: two fifths of a compari
 SPARE = {"cuda": 0.1, "cpu": 0.6}
 REMEDIES = (
     "training.max_tokens=auto, training.gradient_checkpointing=true, training.precision=bf16, "
-    "lora.rank=64, more GPUs with training.parallel=fsdp"
+    "lora.rank=64, with it model.quantization=nf4, more GPUs with training.parallel=fsdp"
 )
 
 
