@@ -1,4 +1,4 @@
-"""The README's eight lines of Python run as they stand and print what they say; its commands can be run."""
+"""The README's eight lines of Python run as they stand and print what they say; the pages' commands can be run."""
 
 import contextlib
 import io
@@ -13,7 +13,8 @@ import typer
 from hafrm.cli import app
 from hafrm.recipe import describe_keys
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MODEL = "demo-run/haf/model/reward"
 PROMISED = re.findall(r"print\(.*\)  # (.*)", CODE)
@@ -38,9 +39,9 @@ def test_it_runs_on_any_reward_model_and_prints_what_it_promises_in_kind(exporte
     assert len(best) > 5
 
 
-def test_its_commands_have_options_that_exist_and_files_that_are_there_or_made_before():
-    root, made = Path(__file__).resolve().parents[1], {"demo-run"}
-    lines = re.findall(r"^    hafrm (.*)$", README.replace("\\\n", " "), re.MULTILINE)
+def test_commands_of_the_quickstart_have_options_that_exist_and_files_that_are_there_or_made():
+    page, made = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8"), {"demo-run"}
+    lines = re.findall(r"^    hafrm (.*)$", page.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) == 13
     group = typer.main.get_command(app)
     for line in lines:
@@ -50,14 +51,14 @@ def test_its_commands_have_options_that_exist_and_files_that_are_there_or_made_b
         for word in arguments:
             path = word.rpartition("=")[2]
             if "/" in path and not re.fullmatch(r"\d/\d", path):
-                assert (root / path).is_file() or path.split("/")[0] in made, line
+                assert (ROOT / path).is_file() or path.split("/")[0] in made, line
         assert not {"run", "reward.model=run"} & {*arguments} - {place} or "run" in made, line
         made |= {place} - {None}
 
 
 def test_commands_of_the_how_to_pages_have_options_that_exist():
     group = typer.main.get_command(app)
-    for page in sorted((Path(__file__).resolve().parents[1] / "docs/howto").glob("*.md")):
+    for page in sorted((ROOT / "docs/howto").glob("*.md")):
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         commands = re.findall(r"^    (?:torchrun .* -m )?hafrm (.*)$", text, re.MULTILINE)
         commands += re.findall(r"`(?:torchrun [^`]* -m )?hafrm ([^`]* [^`]*)`", text)
