@@ -1,6 +1,7 @@
 """The command line, as a user meets it."""
 
 import json
+import logging
 import re
 import runpy
 import shutil
@@ -294,3 +295,8 @@ def test_a_misspelt_recipe_is_refused_before_torch_is_imported(verb, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "did you mean path?" in done.stderr
+
+
+def test_warnings_of_the_hub_are_left_to_its_own_handler_so_that_they_are_printed_once(refused):
+    assert refused("plan", "nowhere.yaml").startswith("1 ConfigError")
+    assert not any(logging.getLogger(name).propagate for name in ("huggingface_hub", "datasets"))
