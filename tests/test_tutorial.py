@@ -1,18 +1,25 @@
-"""The notebook of the tutorial runs, cell by cell, with a tiny model and tiny data."""
+"""The tutorial's commands and keys exist; its notebook runs, cell by cell, on a tiny model."""
 
 import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from hafrm.cli import app
+from hafrm.recipe_file import load_recipe
 from support.tiny_runs import WORDS, write_base
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "examples/tutorial.ipynb"
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "examples/tutorial.ipynb"
+PAGE = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
 
 def run_notebook(overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -40,6 +47,18 @@ def run_notebook(overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if not commands:
             exec(cell, variables)  # noqa: S102
     return variables, printed
+
+
+def test_the_page_has_a_recipe_that_loads_and_commands_with_options_that_exist(tmp_path):
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "ethics.yaml").write_text(recipe)
+    assert load_recipe(tmp_path / "ethics.yaml").method.name == "bt"
+    commands = re.findall(r"^    \$ hafrm (.*)$", PAGE, re.MULTILINE)
+    assert len(commands) == 10
+    for line in commands:
+        verb, *arguments = shlex.split(line.replace(" & ", " "), comments=True)
+        command = typer.main.get_command(app).commands[verb]
+        command.make_context(verb, arguments)  # raises for an unknown option
 
 
 @pytest.mark.slow
