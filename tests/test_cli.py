@@ -1,9 +1,11 @@
 """The command line, as a user meets it."""
 
 import json
+import logging
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -271,3 +273,21 @@ def test_data_describes_and_split_parts_by_prompt_and_keeps_what_has_no_label(tm
     assert sum(map(len, parts)) == 80
     assert not {g.prompt for g in parts[0]} & {g.prompt for g in parts[1]}
     assert {f"u{i}" for i in range(50)} <= {g.id for part in parts for g in part}
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "compare"])
+def test_a_misspelt_recipe_is_refused_before_torch_is_imported(verb, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {pathh: base}\n")
+    code = (
+        f"import sys; from hafrm.cli import main; sys.argv = ['hafrm', {verb!r}, {str(recipe)!r}]\n"
+        "try: main()\nexcept SystemExit as stopped: sys.exit(3 if 'torch' in sys.modules else stopped.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "did you mean path?" in done.stderr
+
+
+def test_warnings_of_the_hub_are_left_to_its_own_handler_so_that_they_are_printed_once(refused):
+    assert refused("plan", "nowhere.yaml").startswith("1 ConfigError")
+    assert not any(logging.getLogger(name).propagate for name in ("huggingface_hub", "datasets"))

@@ -52,11 +52,11 @@ def encode(groups: Sequence[Group]) -> tuple[list[TokenizedGroup], Report]:
 
 
 def test_counts_and_lengths_are_those_worked_out_by_hand() -> None:
-    """Decided pairs in words: (3, 1), (1, 2), (2, 2); so 1 longer, 1 shorter, 1 equal. Prompts: 3, 3
+    """Decided pairs in words: (3, 1), (1, 2), (2, 2); so 1 longer, 1 shorter. Prompts: 3, 3
     and 2 + 2 + 1 + 1 = 6 words. Distinct responses: 3, 1, 2 | 2, 2 | 4, 1 words, 15 in all."""
     described = describe_data(read([ROWS], max_bad_fraction=0.5))
     bias = described.facts.pop("longer is chosen")
-    assert (bias.value, bias.num, str(bias)) == (1 / 3, 3, "33.3 % [6.1, 79.2]")
+    assert (bias.value, bias.num, str(bias)) == (1 / 2, 2, "50.0 % [9.5, 90.5]")
     counts = {"rows": 5, "bad rows": 1, "groups": 3, "prompts": 2, "responses": 7}
     counts |= {"comparisons": 4, "ties": 1, "with margin": 1, "with votes": 2}
     texts = {"from memory": "4 comparisons", "by split": "train: 2, (none): 2"}
@@ -88,7 +88,7 @@ def test_a_description_is_shown_as_tables_and_survives_json(tmp_path) -> None:
     assert described.lengths["response tokens"] == (23 / 7, 3, 7, 7)
     assert described.lengths["sequence tokens"][-1] == 17
     facts, bad, lengths = ({row[0]: row[1:] for row in t.texts()} for t in described.tables())
-    assert facts["longer is chosen"] == ("33.3 % [6.1, 79.2]",)
+    assert facts["longer is chosen"] == ("50.0 % [9.5, 90.5]",)
     assert facts["shared prompts save"] == ("49.0 % of all tokens",)
     assert facts["encoding: prompts cut"] == ("3",) and "encoding: dropped" not in facts
     assert bad == {"empty response": ("1",)}

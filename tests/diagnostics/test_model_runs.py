@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_slices_follow_votes_turns_and_tags_where_these_differ(diagnosis) -> Non
     assert "votes" in tags["voted"] and "votes" not in tags["plain"]
     assert "prompt length" in tags["plain"]
     assert "label" not in tags["voted"]  # all of them are "human"
+
+
+def test_a_table_of_slices_is_shown_only_where_there_are_some(diagnosis) -> None:
+    sets = tuple(replace(part, slices=()) for part in diagnosis.sets)
+    titles = [table.title for table in replace(diagnosis, sets=sets).tables()]
+    assert titles == [t.title for t in diagnosis.tables() if "slice" not in t.title]
+    assert len(titles) == len(diagnosis.tables()) - 1
 
 
 def test_a_single_head_is_diagnosed_by_itself(folder) -> None:

@@ -49,6 +49,8 @@ def main() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("hafrm").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel that nobody needs
+    for library in ("huggingface_hub", "datasets"):  # their own handlers print each warning already
+        logging.getLogger(library).propagate = False
     # transformers shows a bar for every shard that it loads or writes; ours say enough.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

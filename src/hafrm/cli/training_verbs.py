@@ -54,10 +54,10 @@ def plan_command(
     ranks: Annotated[int, Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
     """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
+    loaded = load_recipe(recipe, overrides or ())
     from hafrm.training.memory_plan import plan_recipe  # noqa: PLC0415
     from hafrm.training.methods import resolve_method  # noqa: PLC0415
 
-    loaded = load_recipe(recipe, overrides or ())
     need = plan_recipe(loaded, resolve_method(loaded), memory=memory, ranks=ranks)
     entry.show_result(need)
     if not need.fits:
@@ -81,11 +81,12 @@ def compare_command(  # noqa: PLR0913 - the verb and its options
 
     The same command resumes a comparison that was stopped.
     """
+    loaded = load_recipe(recipe, overrides or ())
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
     from hafrm.study.method_comparison import COMPARISON_FILE, compare_methods  # noqa: PLC0415
     from hafrm.study.run_grid import parse_rates, plan_study  # noqa: PLC0415
 
-    loaded, rates = load_recipe(recipe, overrides or ()), parse_rates(learning_rates)
+    rates = parse_rates(learning_rates)
     plan = plan_study(loaded, methods.split(","), num_seeds=seeds, rates=rates, mixed=mixed)
     num = processes or default_num_processes()
     result = compare_methods(plan, out, processes=num, keep_models=keep_models)

@@ -64,7 +64,8 @@ class Diagnosis:
     def tables(self) -> tuple[Table, ...]:
         """Calibration, style, slices, label noise, representations; the report shows the examples."""
         # style: a table each, features are many
-        parts = [self._calibration(), *map(_style, self.sets), _slices(self.sets)]
+        parts = [self._calibration(), *map(_style, self.sets)]
+        parts += [_slices(self.sets)] if any(result.slices for result in self.sets) else []
         parts += [] if self.label_noise is None else [_label_noise(self.label_noise)]
         return (*parts, self._representations())
 
