@@ -1,4 +1,4 @@
-"""Check that a wheel and an unpacked sdist hold what they should and nothing else; print the oldest versions.
+"""Check that a wheel and an unpacked sdist hold what they should, no more; print the oldest versions.
 
     python tools/wheel_contents.py dist/hafrm-1.0-py3-none-any.whl hafrm-1.0 > oldest.txt
 
@@ -18,8 +18,8 @@ NOT_IN_SDIST = (".ci/", ".github/")
 
 def tracked() -> set[str]:
     """The files of the repository."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)  # noqa: S607
-    return set(listed.stdout.splitlines())
+    command = ["git", "-C", str(ROOT), "ls-files"]
+    return set(subprocess.check_output(command, text=True).splitlines())
 
 
 def differ(what: str, actual: set[str], wanted: set[str]) -> None:

@@ -5,21 +5,23 @@
 #   tools/wheel_test.sh                 # newest, then oldest; ends with one line for both
 #   tools/wheel_test.sh oldest tests/data tests/engine    # one of them, and these tests of the sdist against the wheel
 #
-# PYTHON is the interpreter, TORCH (torch==2.13.0) replaces torch's version in both, where only one build is at hand.
+# PYTHON is the interpreter; DIST keeps what was built; TORCH (torch==2.13.0) replaces torch's version in both: PyPI's
+# torch for Linux is a CUDA build of gigabytes, and one CPU build may be at hand. PIP_EXTRA_INDEX_URL works as ever.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 clone=$PWD python=${PYTHON:-python3} work=$(mktemp -d)
+dist=$(realpath -m "${DIST:-$work/dist}")
 trap 'rm -rf "$work"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONPATH
 
 "$python" -m venv "$work/build"
 "$work/build/bin/pip" install --quiet build twine
-"$work/build/bin/python" -m build --outdir "$work/dist" . >"$work/build.log"  # the wheel from the sdist
-"$work/build/bin/twine" check --strict "$work"/dist/*
-tar xzf "$work"/dist/*.tar.gz -C "$work"
+"$work/build/bin/python" -m build --outdir "$dist" . >"$work/build.log"  # the wheel from the sdist
+"$work/build/bin/twine" check --strict "$dist"/*
+tar xzf "$dist"/*.tar.gz -C "$work"
 sdist=$(echo "$work"/hafrm-*)
-"$work/build/bin/python" "$clone/tools/wheel_contents.py" "$work"/dist/*.whl "$sdist" >"$work/oldest.txt"
+"$work/build/bin/python" "$clone/tools/wheel_contents.py" "$dist"/*.whl "$sdist" >"$work/oldest.txt"
 
 smoke() {  # NAME TESTS...: an environment, the commands, Python and its types
     local bin=$work/$1/bin constraints=$work/$1.txt
@@ -27,7 +29,7 @@ smoke() {  # NAME TESTS...: an environment, the commands, Python and its types
     [ -z "${TORCH:-}" ] || { sed -i '/^torch==/d' "$constraints"; echo "$TORCH" >>"$constraints"; }
     "$python" -m venv "$work/$1"
     "$bin/pip" install --quiet -c "$constraints" "${TORCH:-torch}"
-    "$bin/pip" install --quiet -c "$constraints" "$(echo "$work"/dist/*.whl)[report,serve]"
+    "$bin/pip" install --quiet -c "$constraints" "$(echo "$dist"/*.whl)[report,serve]"
     "$bin/pip" freeze | tr '\n' ' '
     echo
     mkdir "$work/use-$1" && cd "$work/use-$1"
@@ -43,7 +45,7 @@ write_base(Path()), write_preferences(Path('train.jsonl')), write_preferences(Pa
     "$bin/hafrm" score run test.jsonl --out scored
     "$bin/hafrm" verify run/model/reward
     "$bin/hafrm" report run
-    cp "$sdist/tests/support/user_code.py" . && "$bin/python" user_code.py
+    cp "$sdist/tools/user_code.py" . && "$bin/python" user_code.py
     if [ "$1" = newest ]; then
         "$bin/pip" install --quiet mypy pyright
         "$bin/mypy" --strict user_code.py
@@ -56,5 +58,10 @@ write_base(Path()), write_preferences(Path('train.jsonl')), write_preferences(Pa
     cd "$clone"
 }
 
-if [ $# -gt 0 ]; then smoke "$@"; else smoke newest && smoke oldest; fi
+if [ $# -gt 0 ]; then
+    smoke "$@"
+else
+    smoke newest
+    smoke oldest
+fi
 echo "wheel_test: passed"

@@ -1,4 +1,4 @@
-"""What a user writes; mypy --strict and pyright accept it with the installed wheel, and it runs (tools/wheel_test.sh).
+"""What a user writes; it runs, and mypy --strict and pyright accept it, with the installed wheel (wheel_test.sh).
 
 It wants ./base, ./train.jsonl and ./test.jsonl. `assert_type` fails where a type is Any.
 """
@@ -6,7 +6,7 @@ It wants ./base, ./train.jsonl and ./test.jsonl. `assert_type` fails where a typ
 from typing import assert_type
 
 import hafrm
-from hafrm import DataError, HafrmError, PolicyModel, Recipe, RewardModel
+from hafrm import DataError, PolicyModel, Recipe, RewardModel
 
 values = {"model.path": "base", "data.train": "train.jsonl", "data.max_length": 64}
 run = hafrm.train({**values, "training.steps": 2, "training.batch_size": 4}, out="from-python")
@@ -38,7 +38,7 @@ for model in (RewardModel.from_pretrained(run), PolicyModel.from_pretrained(run)
 
 try:
     hafrm.evaluate(run, "none.jsonl")
-except HafrmError as error:
-    assert isinstance(error, DataError)
+except DataError as error:
+    assert_type(error, DataError)
     print(error)
-print(f"{hafrm.__all__} work: accuracy {result.accuracy.value:.2f}")
+print("names:", *hafrm.__all__, *(getattr(hafrm, name).__module__ for name in hafrm.__all__))
