@@ -1,6 +1,6 @@
-"""What a user writes; it runs, and mypy --strict and pyright accept it, with the installed wheel (wheel_test.sh).
+"""What a user writes; it runs, and mypy --strict and pyright accept it, with the installed wheel.
 
-It wants ./base, ./train.jsonl and ./test.jsonl. `assert_type` fails where a type is Any.
+tools/wheel_test.sh runs it, with ./base, ./train.jsonl and ./test.jsonl. `assert_type` fails where a type is Any.
 """
 
 from typing import assert_type
@@ -22,7 +22,7 @@ result = hafrm.evaluate(run, "test.jsonl")
 assert_type(result.accuracy.value, float)
 assert_type(result.sets[0].accuracy.num_correct, int)
 
-data = hafrm.read_preferences([{"prompt": "hi", "chosen": "hello", "rejected": "no"}])
+data = hafrm.read_preferences([[{"prompt": "hi", "chosen": "hello", "rejected": "no"}]])
 assert_type(data.groups[0].responses, tuple[str, ...])
 assert_type(data.num_rows, int)
 
