@@ -1,6 +1,6 @@
 """What a user writes; it runs, and mypy --strict and pyright accept it, with the installed wheel.
 
-tools/wheel_test.sh runs it, with ./base, ./train.jsonl and ./test.jsonl. `assert_type` fails where a type is Any.
+tools/wheel_test.sh runs it beside a base and data. `assert_type` fails where a type is Any.
 """
 
 from typing import assert_type
