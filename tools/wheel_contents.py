@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_IN_SDIST = (".ci/", ".github/")
+NOT_IN_SDIST = (".ci/", ".github/", "results/")
 
 
 def tracked() -> set[str]:
