@@ -90,10 +90,10 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
     return Heads(root, None) if is_reward else Heads(None, root)
 
 
-def head_directory(path: str | Path, head: Literal["reward", "policy"]) -> str | Path:
+def head_directory(path: str | os.PathLike[str], head: Literal["reward", "policy"]) -> str | Path:
     """One head's directory in a run folder or its `model/`; any other path or hub id as it is."""
     folders = (Path(_checked_path(path)) / "model" / head, Path(path) / head)
-    return next((folder for folder in folders if folder.is_dir()), path)
+    return next((folder for folder in folders if folder.is_dir()), os.fspath(path))
 
 
 def _checked_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:

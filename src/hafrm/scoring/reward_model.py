@@ -5,6 +5,7 @@ consumers get.
 """
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +169,7 @@ class RewardModel(Scorer):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
@@ -216,7 +217,7 @@ class PolicyModel(Scorer):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         reference: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
@@ -225,25 +226,25 @@ class PolicyModel(Scorer):
         too_long: Literal["cut", "drop"] = "cut",
     ) -> "PolicyModel":
         """Load a run folder or a `...ForCausalLM` directory; `reference` replaces the one in its rule."""
-        path = head_directory(path, "policy")
-        rule = read_implicit_rule(path)
-        policy = load_policy(path, dtype=dtype, device=device)
+        directory = head_directory(path, "policy")
+        rule = read_implicit_rule(directory)
+        policy = load_policy(directory, dtype=dtype, device=device)
         name, frozen = reference or rule.reference, None
         if name is not None:
             try:
                 frozen = load_policy(name, dtype=dtype, device=device)
             except ModelError as error:
                 raise ModelError(
-                    f"{path} needs its reference {name}, which cannot be loaded; pass "
+                    f"{directory} needs its reference {name}, which cannot be loaded; pass "
                     f"reference= with its present place: {error}"
                 ) from error
             size, other = (m.backbone.config.get_text_config().vocab_size for m in (policy, frozen))
             if size != other:
                 raise ModelError(
-                    f"{path} has a vocabulary of {size} tokens, its reference {name} one of {other}; "
+                    f"{directory} has a vocabulary of {size} tokens, its reference {name} one of {other}; "
                     "give the checkpoint that the policy was trained from"
                 )
-        encoder = load_encoder(path, policy.backbone.config, max_length, too_long)
+        encoder = load_encoder(directory, policy.backbone.config, max_length, too_long)
         return cls(policy, encoder, frozen, rule)
 
     def score_encoded(
