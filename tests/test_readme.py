@@ -1,4 +1,4 @@
-"""The README's eight lines of Python run as they stand and print what they say; the pages' commands can be run."""
+"""The README's eight lines of Python run and print what they say; the pages' commands can be run."""
 
 import contextlib
 import io
