@@ -2,7 +2,7 @@ r"""Pretrain a small base model on dialogue: 46 M parameters, meant for minutes 
 
     python examples/pretrain_base.py --data dialogue.jsonl.xz --tokenizer MODEL --out base-46m
     hafrm compare recipes/compare-cpu.yaml model.path=base-46m --seeds 5 --out comparison-46m \
-        --methods bt,dpo,haf,grm-sft,haf:alpha=auto
+        --methods bt,dpo,haf,grm-sft
 
 The data are lines of JSON, each a list of {"role", "content"} messages. Conversations are written by the
 tokenizer's chat template, one after another, and cut into rows. What comes out is a stock

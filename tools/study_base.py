@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 def main(parts: list[Path], out: Path) -> None:
-    """Join, dequantise and write a stock directory in bfloat16, which holds all that 4 bits say."""
+    """Join, dequantise and write a stock directory in bfloat16, which rounds far less than 4 bits do."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").write_bytes(b"".join(part.read_bytes() for part in parts))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")

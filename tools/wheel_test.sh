@@ -11,6 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 clone=$PWD python=${PYTHON:-python3} work=$(mktemp -d)
 dist=$(realpath -m "${DIST:-$work/dist}")
+[ -z "$(ls -A "$dist" 2>/dev/null)" ] || { echo "$dist is not empty" >&2; exit 1; }
+[[ ${1:-oldest} =~ ^(oldest|newest)$ ]] || { echo "newest or oldest, not $1" >&2; exit 2; }
 trap 'rm -rf "$work"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONPATH

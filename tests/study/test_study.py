@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hafrm.data.reader import read_preferences
 from hafrm.errors import CheckpointError, ConfigError, DivergedError, NumericsError
 from hafrm.evaluation import evaluate
 from hafrm.recipe import Recipe
 from hafrm.results import read_result
+from hafrm.scoring.reward_model import PolicyModel
 from hafrm.study import method_comparison, study_runs
 from hafrm.study.method_comparison import (
     COMPARISON_FILE,
@@ -332,14 +334,22 @@ def test_only_a_divergence_is_put_down_to_the_learning_rate(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_scores_are_those_of_the_exported_models(tmp_path):
     recipe = study_recipe(tmp_path)
-    plan = plan_study(recipe, ["bt", "haf"], num_seeds=1, rates=[1e-3], mixed=False)
+    names = ["bt", "haf", "dpo-logits"]
+    plan = plan_study(recipe, names, num_seeds=1, rates=[1e-3], mixed=False)
     result = compare_methods(plan, tmp_path / "out", keep_models=True)
     accuracies = {(a.train, a.method, a.test): a.accuracy.value for a in result.accuracies}
-    for run in plan.runs({"bt": 1e-3, "haf": 1e-3}):
+    for run in plan.runs(dict.fromkeys(names, 1e-3)):
         folder = run.folder(tmp_path / "out")
         for part in evaluate(folder, recipe.data.test, max_length=64).sets[:-1]:
             value = accuracies[run.train, run.method.name, part.name]
             assert value == pytest.approx(part.accuracy.value)
+        policy = folder / "model/policy"
+        if policy.is_dir():
+            groups = read_preferences(recipe.data.test).groups
+            model = PolicyModel.from_pretrained(policy, max_length=64)
+            stored = load_file(folder / SCORES_FILE)["implicit"]
+            encoded, _ = model.encoder.encode(groups)
+            assert stored == pytest.approx(model.score_encoded(encoded), abs=1e-4)
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def _write_parts(
     for file, part in zip(files, parts, strict=True):
         rows, pairs = write_groups(part, file), num_comparisons(part)
         unlabelled = f", {rows - pairs} rows of unlabelled responses" if rows > pairs else ""
-        typer.echo(f"{file}: {pairs} comparisons of {len(part)} prompts{unlabelled}")
+        typer.echo(f"{file}: {pairs} comparisons of {len(part)} groups{unlabelled}")
 
 
 @app.command("report")

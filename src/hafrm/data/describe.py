@@ -60,7 +60,7 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         for tag, value in group.tags.items():
             tags.setdefault(tag, Counter()).update([value] * len(group.comparisons))
     num_comparisons = sources.total()
-    longer = np.subtract(lengths["chosen words"], lengths["rejected words"])
+    differences = np.subtract(lengths["chosen words"], lengths["rejected words"])
     facts: dict[str, int | str | Estimate] = {
         "rows": data.num_rows,
         "bad rows": len(data.bad_rows),
@@ -71,7 +71,7 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
         "ties": flags["tie"],
         "with margin": flags["margin"],
         "with votes": flags["votes"],
-        "longer is chosen": accuracy_interval(longer[longer != 0] > 0),
+        "longer is chosen": accuracy_interval(differences[differences != 0] > 0),
     }
     facts |= {f"left out: {reason}": num for reason, num in data.left_out.items()}
     facts |= {f"from {name}": f"{num} comparisons" for name, num in sources.items()}

@@ -245,12 +245,11 @@ def _split_texts(
     )
     cut = max((end.end() for end in ends), default=0)
     if not chosen[:cut].strip():
-        unit, other = (
-            implicit_prompt.removesuffix("s"),
-            "; data.implicit_prompt: words cuts at words",
+        unit = implicit_prompt.removesuffix("s")
+        hint = "; set data.implicit_prompt: words to cut at words" if unit == "line" else ""
+        refuse(
+            "missing column", f"no `prompt`; the texts are no transcripts and share no {unit}{hint}"
         )
-        what = f"no `prompt`; the texts are no transcripts and share no {unit}"
-        refuse("missing column", what + other * (unit == "line"))
     prompt = Message("user", chosen[:cut].strip())
     return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
 

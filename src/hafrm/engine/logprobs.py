@@ -2,7 +2,8 @@
 
 Logits exist for one chunk at a time and are recomputed in backward; for a frozen head the gradient is
 taken in forward and nothing is recomputed. Products run in the dtype of the hidden states, all else in
-float32, the output too (a bfloat16 output alone costs 0.38 nat over 300 tokens).
+float32, the output too (a bfloat16 output alone costs 0.38 nat over 300 tokens). Logits in the place of
+log-probs need the targets' rows of the head alone, all in float32.
 """
 
 from dataclasses import dataclass
@@ -58,13 +59,13 @@ def token_logprobs(
 ) -> Float[Tensor, " scored"]:
     """log softmax(transform(W h + b))[target] of every token, float32, differentiable in h, W and b; the
     logit itself if `transform` is not normalised."""
-    chunk = chunk or chunk_rows(weight.shape[0], weight.device.type)
     transform = transform or LogitTransform()
     if not transform.normalised:
         z = (hidden.float() * weight[targets].float()).sum(-1)
         z = (z if bias is None else z + bias[targets].float()) * transform.scale
         cap = transform.softcap
         return (z if cap is None else cap * torch.tanh(z / cap)) / transform.temperature
+    chunk = chunk or chunk_rows(weight.shape[0], weight.device.type)
     apply: Any = _TokenLogProbs.apply
     logprobs: Tensor = apply(hidden, weight, bias, targets, transform, chunk)
     return logprobs

@@ -47,7 +47,7 @@ _POLICY_CARD = """\
 # {name}, policy
 
 The language model whose log-probs were trained on preferences: a stock causal language model.
-`implicit_reward.json` says how its log-probs score a response; the results are those of that reward.
+`implicit_reward.json` says how it scores a response; the results are those of that reward.
 
 {rest}"""
 

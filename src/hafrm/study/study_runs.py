@@ -93,7 +93,7 @@ class RunWorker:
     def __init__(self, plan: StudyPlan, root: Path, *, keep_models: bool = False) -> None:
         self.plan, self.root, self.keep_models = plan, root, keep_models
         self.data = read_study_data(plan.recipe)
-        self._references: NDArray[np.float32] | None = None
+        self._references: dict[bool, NDArray[np.float32]] = {}  # whether logits
         self._prepared: dict[tuple[str, int], PreparedData] = {}
 
     def __call__(self, run: StudyRun) -> RunResult:
@@ -130,28 +130,30 @@ class RunWorker:
         write_result(folder / RUN_RESULT, result)
         return result
 
-    def _test_references(self) -> NDArray[np.float32]:
-        """The starting checkpoint's log-probs of the test sets, computed once."""
-        if self._references is None:
-            method = get_method("dpo")  # any method with a policy head
+    def _test_references(self, *, logits: bool = False) -> NDArray[np.float32]:
+        """The starting checkpoint's log-probs of the test sets, or its logits, computed once."""
+        if logits not in self._references:
+            method = get_method("dpo-logits" if logits else "dpo")
             ranks = parallel.start()
             # decided as `train` does, so that policy and reference are computed alike
             recipe = with_token_budget(self.plan.recipe, method, ranks)
-            self._references = reference_logps(
+            self._references[logits] = reference_logps(
                 build_model(recipe, method, build_encoder(recipe), ranks.device).eval(),
                 self.data.tokenized,
                 max_tokens=pass_tokens(recipe.training.token_budget),
                 autocast=torch.bfloat16 if recipe.training.precision == "bf16" else None,
                 path=reference_place(recipe.model),
             ).logps
-        return self._references
+        return self._references[logits]
 
     def _score(self, job: Job, folder: Path) -> None:
         """Keep the scores of the test sets, and the validation margins that a fused score is fitted on."""
 
         budget = pass_tokens(job.recipe.training.token_budget)
         score = partial(score_heads, job.model, max_tokens=budget, autocast=job.autocast)
-        references = self._test_references() if job.method.needs_reference else None
+        references = None
+        if job.method.needs_reference:
+            references = self._test_references(logits=job.method.reads_logits)
         scores = score(self.data.tokenized, references, job.method)
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
         groups, of_validation = job.data.validation, job.validation_references

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 
 from hafrm.atomic import atomic_directory, check_writable, remove_directory
 from hafrm.data.encoding import Encoder
-from hafrm.engine.model import HybridModel, logit_transform
+from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.model_card import write_cards
@@ -110,9 +111,8 @@ def _score_in_memory(
 ) -> InMemory:
     # no more tokens at once than fit in training, where a micro-batch holds two such responses
     limit = 4 * recipe.data.max_length
-    model.transform = logit_transform(
-        model.backbone.config
-    )  # the export's are compared, normalised
+    # with log-probs, which an export's are compared with, whatever the method reads
+    model.transform = replace(model.transform, normalised=True)
     autocast = torch.bfloat16 if recipe.training.precision == "bf16" else None
     return score_in_memory(model, encoder, golden, max_tokens=limit, autocast=autocast)
 
