@@ -186,13 +186,16 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
 }
+RECURRENT = (
+    "(linear_attention|mamba|recurrent|AttentionInterface)"  # as versions of transformers name it
+)
 UNSHAREABLE = {
     "bloom": ("BloomConfig", BLOOM, "AttentionInterface"),
     "falcon-alibi": ("FalconConfig", {**FALCON, "alibi": True}, "ALiBi"),
     "mamba": (
         "MambaConfig",
         {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-        "linear_attention",
+        RECURRENT,
     ),
     "qwen3.5": ("Qwen3_5TextConfig", LINEAR, "linear_attention"),
     "lfm2": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "conv"),
@@ -208,7 +211,7 @@ UNSHAREABLE = {
             "attention_window_size": 7,
             "logits_soft_cap": 5.0,
         },
-        "linear_attention",
+        RECURRENT,
     ),
 }
 
