@@ -26,7 +26,7 @@ case ${1:-} in
     ethics-13k) options=(data.cap=13440 training.steps=840) ;;
     flipped-*) options=("data.train=study/data/$1/ethics.jsonl") ;;
     alpha) methods=bt,haf:alpha=0.02,haf,haf:alpha=0.5,haf:alpha=1,haf:alpha=2 ;;
-    losses) methods=bt$(printf ',haf:policy_loss=%s' ipo simpo kto orpo sft dpo-logits),haf:likelihood=1 ;;
+    losses) methods=bt$(printf ',haf:policy_loss=%s' ipo simpo kto orpo sft dpo-logits dpo-likelihood) ;;
     *) sed -n '2,10p' tools/gpu_study.sh; exit 2 ;;
 esac
 if [ -n "${TOY:-}" ]; then

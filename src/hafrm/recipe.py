@@ -161,8 +161,6 @@ class MethodSection(Section):
     """Name of a reward loss: bt (paper), normbt."""
     sum_to_zero: float | None = Field(default=None, ge=0)
     """Weight of BSR's penalty: a step's comparisons times its mean reward squared (paper: 0)."""
-    likelihood: float | None = Field(default=None, ge=0)
-    """Weight, in the policy loss, of the length-normalised likelihood of both sides (paper: 0)."""
 
 
 class TrainingSection(Section):

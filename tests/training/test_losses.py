@@ -136,6 +136,8 @@ HALVES = batch(3 * math.log(0.5), 2 * math.log(0.25), counts=(3, 2))
             0.8 * softplus(-0.7) + 0.2 * softplus(0.7),
         ),
         (losses.reference_free_dpo_loss(GAPS, beta=0.1), softplus(-1.0)),
+        # means -2.5 and -2: e^-2.5 + e^-2 = 0.217420
+        (losses.dpo_likelihood_loss(GAPS, beta=0.1), softplus(-0.7) - math.log(0.217420)),
         (losses.ipo_loss(GAPS, beta=0.1), 16.0),  # gap 1, target 1 / (2 * 0.1) = 5
         # means -2.5 and -2: 2 * -0.5 - gamma 0.4
         (losses.simpo_loss(GAPS, beta=2.0, gamma=0.4), softplus(1.4)),
@@ -143,7 +145,6 @@ HALVES = batch(3 * math.log(0.5), 2 * math.log(0.25), counts=(3, 2))
         # log-ratios ln 3 and -ln 3: 1 - sigmoid(ln 3) = 1/4 on either side
         (losses.kto_loss(batch(math.log(3), -math.log(3)), beta=1.0), 0.25),
         (losses.sft_loss(GAPS), 2.5),
-        (losses.likelihood_loss(HALVES), -math.log(0.75)),
         (losses.sft_logsigmoid_loss(batch(-20.0, -1.0), beta=0.1), softplus(2.0)),
     ],
 )

@@ -50,7 +50,7 @@ def test_presets_have_their_papers_weights_and_grm_is_a_convex_sum() -> None:
         ("bt normbt bsr", {"reward"}),
         ("grm-sft grm-dpo-noref", {"reward", "policy"}),
         ("haf grm-dpo", {"reward", "policy", "reference"}),
-        ("dpo dpo-logits ipo kto", {"policy", "reference"}),
+        ("dpo dpo-logits dpo-likelihood ipo kto", {"policy", "reference"}),
         ("dpo-noref simpo orpo sft", {"policy"}),
     ],
 )
@@ -94,7 +94,6 @@ def test_alpha_zero_is_bit_for_bit_bradley_terry_whose_policy_still_scores() -> 
         ("bt", {"beta": 0.3}, "method.beta is set to 0.3, but method 'bt'"),
         ("haf", {"gamma": 0.5}, "method.gamma is set to"),
         ("dpo", {"centering": 0.01}, "method.centering is set to"),
-        ("dpo-logits", {"likelihood": 0.1}, "method.likelihood is set to"),
         ("bt", {"policy_loss": "dpo"}, r"set method\.alpha too"),
         ("bt", {"alpha": 0.2}, "no policy loss to weigh"),
         ("dpo", {"alpha": 0.0}, "would train nothing"),
@@ -179,10 +178,3 @@ def test_the_implicit_reward_is_what_the_loss_tells_responses_apart_by(names, ex
     for method in map(get_method, names.split()):
         inputs = torch.tensor([-10.0]), torch.tensor([5]), torch.tensor([-12.0])
         assert method.implicit_rewards(*inputs).item() == pytest.approx(expected)
-
-
-def test_the_likelihood_is_a_part_of_the_policy_loss_with_a_weight_of_its_own() -> None:
-    method = get_method("haf", likelihood=0.5)
-    loss = joint_loss(method, rewards=rewards(), logps=logps())
-    expected = losses.dpo_loss(logps(), beta=0.1) + 0.5 * losses.likelihood_loss(logps())
-    torch.testing.assert_close(loss.policy, expected)

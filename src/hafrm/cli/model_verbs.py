@@ -231,12 +231,12 @@ def verify_command(
         from hafrm.export.checklist import verify_directory  # noqa: PLC0415
         from hafrm.scoring.reward_model import IMPLICIT_RULE  # noqa: PLC0415
 
-        directory = head_directory(target, "reward")
-        policy = head_directory(directory, "policy")
-        if policy != directory or (Path(policy) / IMPLICIT_RULE).is_file():
+        directory = Path(head_directory(target, "reward"))
+        policy = Path(head_directory(directory, "policy"))
+        if policy != directory or (policy / IMPLICIT_RULE).is_file():
             proved = "a policy's log-probs are proved when it is exported"
             raise ModelError(f"{target} is a policy, and verify checks reward models: {proved}")
-        result = verify_directory(Path(directory), golden, **options)
+        result = verify_directory(directory, golden, **options)
     show_result(result, json_file)
     if not result.ok:
         raise typer.Exit(1)

@@ -146,10 +146,13 @@ def sft_loss(batch: PolicyLogps) -> PerComparison:
     return -batch.mean_logps()[0]
 
 
-def likelihood_loss(batch: PolicyLogps) -> PerComparison:
-    """Negative log of the total of both responses' length-normalised probabilities (nat per token), which
-    preference losses alone let fall; after the abstract of ICML 2026 poster 60715."""
-    return -torch.logaddexp(*batch.mean_logps())
+def dpo_likelihood_loss(
+    batch: PolicyLogps, *, beta: float, label_smoothing: float = 0.0
+) -> PerComparison:
+    """DPO plus the negative log of the total of both responses' length-normalised probabilities, which DPO
+    alone lets fall; after the abstract of ICML 2026 poster 60715, with weight 1."""
+    likelihood = torch.logaddexp(*batch.mean_logps())
+    return dpo_loss(batch, beta=beta, label_smoothing=label_smoothing) - likelihood
 
 
 def sft_logsigmoid_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:

@@ -34,6 +34,7 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
     "dpo-noref": PolicyLoss(
         losses.reference_free_dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}, needs_reference=False
     ),
+    "dpo-likelihood": PolicyLoss(losses.dpo_likelihood_loss, {"beta": 0.1, "label_smoothing": 0.0}),
     # OpenReview wlxINVwfl7: DPO without its log-softmax
     "dpo-logits": PolicyLoss(
         losses.dpo_loss, {"beta": 0.1, "label_smoothing": 0.0}, reads_logits=True
@@ -65,7 +66,6 @@ class Method:
     centering: float = 0.0  # factor on (chosen + rejected)^2; TRL suggests 0.01
     reward_loss: str = "bt"  # one of REWARD_LOSSES
     sum_to_zero: float = 0.0  # factor on BSR's penalty; BSR takes 0.001
-    likelihood: float = 0.0  # factor on the length-normalised likelihood, part of the policy loss
 
     def __post_init__(self) -> None:
         if self.alpha > 0 and self.policy_loss is None:
@@ -148,7 +148,17 @@ METHODS: Mapping[str, Method] = {
         # Policies alone, scored by their implicit reward.
         *(
             _preset(loss, loss, reward_weight=0.0, alpha=1.0)
-            for loss in ("dpo", "dpo-noref", "dpo-logits", "ipo", "simpo", "orpo", "kto", "sft")
+            for loss in (
+                "dpo",
+                "dpo-noref",
+                "dpo-logits",
+                "dpo-likelihood",
+                "ipo",
+                "simpo",
+                "orpo",
+                "kto",
+                "sft",
+            )
         ),
     )
 }
@@ -169,15 +179,14 @@ def get_method(name: str, **overrides: Any) -> Method:
     preset = METHODS[name]
     policy_loss = values.get("policy_loss", preset.policy_loss)
     if policy_loss != preset.policy_loss:
-        shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero", "likelihood")
+        shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
         preset = _preset(name, policy_loss, **{key: getattr(preset, key) for key in shared})
     method = replace(preset, **values)
     used = {"reward_weight", "policy_loss"}  # weights taken as if they were not 0
     if method.trains_reward:
         used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
     if method.policy_loss is not None:
-        loss = POLICY_LOSSES[method.policy_loss]
-        used |= {"alpha", *loss.options} | ({"likelihood"} if not loss.reads_logits else set())
+        used |= {"alpha", *POLICY_LOSSES[method.policy_loss].options}
     for key, value in values.items():
         if key not in used and value != getattr(preset, key):
             raise ConfigError(
@@ -245,8 +254,6 @@ def joint_loss(
         loss = POLICY_LOSSES[method.policy_loss or ""]
         options = {option: getattr(method, option) for option in loss.options}
         policy = loss.function(logps, **options)
-        if method.likelihood:
-            policy = policy + method.likelihood * losses.likelihood_loss(logps)
         # arXiv 2407.04185: L = L_reward + alpha * L_policy
         total = total + method.alpha * policy
     assert isinstance(total, Tensor)
