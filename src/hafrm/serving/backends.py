@@ -37,7 +37,8 @@ class ConversationEncoder:
         tokenizer = encoder.tokenizer
         self.end_text = str(tokenizer.decode(self.end, skip_special_tokens=False))
         self._bos = tokenizer.bos_token if encoder.opening() == tokenizer.bos_token_id else ""
-        trailing = {self.end_text, tokenizer.pad_token, tokenizer.eos_token}
+        # the whole end first: with its EOS alone gone, what is left would be no end
+        trailing = self.end_text, tokenizer.pad_token, tokenizer.eos_token
         self._trailing = tuple(text for text in trailing if text)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[TokenizedGroup]:
