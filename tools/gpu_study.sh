@@ -5,7 +5,7 @@
 #   tools/gpu_study.sh BLOCK                  # ethics-1k, helpful-1k, ethics-4k, harmless-1k, flipped-20,
 #                                             # flipped-40, ethics-13k, alpha or losses
 #
-# A call ends after $SECONDS_A_CALL; the same call goes on. Its small results are in $OUT at its end. SOURCES are the
+# A call ends after $SECONDS_A_CALL; the same call resumes. Its small results are in $OUT at its end. SOURCES are the
 # preference files of tools/study_data.py, GGUF the weights of tools/study_base.py, kept in two parts of 47 MiB for
 # machines that take no larger file. PROCESSES runs share the GPU. TOY=1 runs one step of each on a CPU.
 set -euo pipefail

@@ -247,9 +247,8 @@ def _split_texts(
     if not chosen[:cut].strip():
         unit = implicit_prompt.removesuffix("s")
         hint = "; set data.implicit_prompt: words to cut at words" if unit == "line" else ""
-        refuse(
-            "missing column", f"no `prompt`; the texts are no transcripts and share no {unit}{hint}"
-        )
+        problem = f"the texts are no transcripts and share no {unit}"
+        refuse("missing column", f"no `prompt`; {problem}{hint}")
     prompt = Message("user", chosen[:cut].strip())
     return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
 

@@ -16,19 +16,10 @@ from hafrm.errors import ModelError
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.loading import Heads, find_heads, load_encoder, shared_reward_head
-from hafrm.scoring.reward_model import (
-    PolicyModel,
-    RewardModel,
-    Scorer,
-    read_implicit_rule,
-)
+from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer, read_implicit_rule
 
 TOKENS = "tokens"  # the parts of a response's tokens in its implicit reward
-_NEEDS = {
-    "reward": ("reward",),
-    "implicit": ("policy",),
-    TOKENS: ("policy",),
-}
+_NEEDS = {"reward": "reward", "implicit": "policy", TOKENS: "policy"}  # the head of an output
 OutputScores = dict[str, list[Any]]
 """Of one group, by output: a float of each response, for TOKENS a list of them."""
 
@@ -36,14 +27,14 @@ OutputScores = dict[str, list[Any]]
 def outputs_of(path: str | Path) -> tuple[str, ...]:
     """Everything that a model can give, TOKENS too."""
     heads = find_heads(path)
-    return tuple(k for k, parts in _NEEDS.items() if all(getattr(heads, part) for part in parts))
+    return tuple(name for name, head in _NEEDS.items() if getattr(heads, head))
 
 
 def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
     """The files of a model that these outputs need; ModelError where it lacks one."""
     if lacking := set(names) - set(own := outputs_of(path)):
         raise ModelError(f"{path} gives {', '.join(own)}, not {', '.join(sorted(lacking))}")
-    heads, needed = find_heads(path), {part for name in names for part in _NEEDS[name]}
+    heads, needed = find_heads(path), {_NEEDS[name] for name in names}
     return replace(heads, **dict.fromkeys(vars(heads).keys() - needed))
 
 

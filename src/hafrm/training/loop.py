@@ -250,14 +250,12 @@ class Job:
     def _evaluate(self, step: int) -> bool:
         """Validate; True where this step is the best so far."""
         self.nonfinite.check()
+        groups, references = self.data.validation, self.validation_references
+        logps = None if references is None else references.logps
         with state_spread(self.model) as spread:
-            references = self.validation_references
-            logps = None if references is None else references.logps
-            scores = score_heads(
-                self.model, self.data.validation, logps, self.method, **self._budget
-            )
-        values = validate(self.data.validation, scores, self.method) | spread
-        values |= repeated_wins(self.model, self.data.validation, scores, **self._budget)
+            scores = score_heads(self.model, groups, logps, self.method, **self._budget)
+        values = validate(groups, scores, self.method) | spread
+        values |= repeated_wins(self.model, groups, scores, **self._budget)
         self.metrics.report("validation", step, values)
         name = self.recipe.evaluation.metric
         sign = -1.0 if name == "loss" else 1.0

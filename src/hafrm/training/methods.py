@@ -148,17 +148,8 @@ METHODS: Mapping[str, Method] = {
         # Policies alone, scored by their implicit reward.
         *(
             _preset(loss, loss, reward_weight=0.0, alpha=1.0)
-            for loss in (
-                "dpo",
-                "dpo-noref",
-                "dpo-logits",
-                "dpo-likelihood",
-                "ipo",
-                "simpo",
-                "orpo",
-                "kto",
-                "sft",
-            )
+            for loss in POLICY_LOSSES
+            if loss != "sft-logsigmoid"  # GRM's regulariser
         ),
     )
 }

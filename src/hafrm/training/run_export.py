@@ -60,12 +60,7 @@ MERGED = "merged"  # where the merged model lies beside an adapter until its sco
 Head = Literal["reward", "policy"]
 
 
-def export_run(
-    run: RunFolder,
-    recipe: Recipe,
-    data: PreparedData,
-    model: HybridModel,
-) -> None:
+def export_run(run: RunFolder, recipe: Recipe, data: PreparedData, model: HybridModel) -> None:
     """Write `model/reward` and `model/policy`, as far as the method trained them; VerificationError where
     the proof fails, with the models kept.
 
