@@ -1,14 +1,15 @@
 """Serve one model in several ways, and ask over HTTP: speed, equality, faults, and a soak.
 
-    python benchmarks/serving.py speed  --data preferences.jsonl --tokenizer tokenizer.json
+    python benchmarks/serving.py speed  --data ... --tokenizer ... --openrlhf CHECKOUT
     python benchmarks/serving.py equal  --data preferences.jsonl --tokenizer tokenizer.json --shape tiny
     python benchmarks/serving.py faults --data preferences.jsonl --tokenizer tokenizer.json --shape tiny
     python benchmarks/serving.py soak   --data ... --tokenizer ... --shape tiny --minutes 20
 
 `speed`: one item a request, 16 in a list as OpenRLHF sends them, 8 candidates of a prompt, by the same
-clients: hafrm's server by OpenRLHF's protocol and by its own, a server that works as OpenRLHF's (the
-handler runs the model on a padded batch, in the event loop), and plain transformers in a loop without a
-server. The servers are processes of their own and take turns; the best of `--repeats` counts.
+clients: hafrm's server by OpenRLHF's protocol and by its own, OpenRLHF's own server (its serve_rm.py from
+a checkout, whose handler runs the model on a padded batch in the event loop; in float32, and with packages
+that only training needs replaced by nothing), and plain transformers in a loop without a server. The
+servers are processes of their own and take turns; the best of `--repeats` counts.
 `equal`: every client asks for all items in an order of its own, by protocols drawn at random, and all
 answers are compared with what `hafrm score` writes. `faults`: what a server must stand, with each outcome.
 """
@@ -16,9 +17,12 @@ answers are compared with what `hafrm score` writes. `faults`: what a server mus
 import argparse
 import asyncio
 import contextlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
@@ -29,6 +33,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx2
 import numpy as np
@@ -45,7 +50,7 @@ from hafrm.engine.model import new_reward_head
 from hafrm.preferences import Group
 
 LENGTH = 2048
-PLAIN, THEIRS = "plain transformers, no server", "OpenRLHF's way"
+PLAIN, THEIRS = "plain transformers, no server", "OpenRLHF's"
 Talk = tuple[list[dict[str, str]], list[str], list[str]]
 """A prompt's messages, its responses, and each conversation rendered."""
 
@@ -97,8 +102,8 @@ def talks_of(data: str, encoder: Encoder, num: int, candidates: int) -> list[Tal
     return talks
 
 
-class OpenRlhfWay:
-    """What openrlhf.cli.serve_rm does with a request: strip, tokenize, pad, one forward; in the handler."""
+class PaddedBatches:
+    """What a loop of plain transformers does: tokenize, pad, one forward."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -106,33 +111,38 @@ class OpenRlhfWay:
 
     @torch.inference_mode()
     def score(self, queries: Sequence[str]) -> list[float]:
-        end = self.tokenizer.eos_token
-        texts = [query.removesuffix(end) + end for query in queries]
         options = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
-        batch = self.tokenizer(texts, **options)
+        batch = self.tokenizer(list(queries), **options)
         keys = {name: batch[name] for name in ("input_ids", "attention_mask")}
         keys["position_ids"] = (keys["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return [float(reward) for reward in self.model(**keys, use_cache=False).logits[:, 0]]
 
 
-def serve_as_openrlhf(folder: Path, port: int) -> None:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Packages that OpenRLHF imports and its server does not use."""
 
-    way = OpenRlhfWay(folder)
+    names = "deepspeed", "flash_attn", "pylatexenc", "ray"
 
-    async def get_reward(request: Request) -> JSONResponse:
-        rewards = way.score((await request.json())["query"])
-        return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": {}})
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        is_absent = name.partition(".")[0] in self.names
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_absent else None
 
-    async def ready(_: Request) -> JSONResponse:
-        return JSONResponse({})
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        return MagicMock(name=spec.name, __path__=[], __spec__=spec)
 
-    routes = [Route("/get_reward", get_reward, methods=["POST"]), Route("/ready", ready)]
-    uvicorn.run(Starlette(routes=routes), port=port, log_level="warning")
+    def exec_module(self, module: Any) -> None:
+        """There is nothing to run."""
+
+
+def serve_openrlhf(checkout: Path, folder: Path, port: int) -> None:
+    """OpenRLHF's server in this process; it offers half precision alone, which a CPU is slow in."""
+    sys.path.insert(0, str(checkout))
+    sys.meta_path.insert(0, _Absent())
+    utils = importlib.import_module("openrlhf.utils.utils")
+    utils.convert_to_torch_dtype = lambda _: torch.float32  # type: ignore[attr-defined]
+    sys.argv = ["serve_rm", "--reward.model_name_or_path", str(folder), "--host", "127.0.0.1"]
+    sys.argv += ["--port", str(port), "--ds.attn_implementation", "sdpa"]
+    runpy.run_module("openrlhf.cli.serve_rm", run_name="__main__")
 
 
 @contextlib.contextmanager
@@ -142,7 +152,8 @@ def running(command: Sequence[str], port: int) -> Iterator[subprocess.Popen[byte
     try:
         for _ in range(1200):
             with contextlib.suppress(httpx2.HTTPError):
-                if httpx2.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                # OpenRLHF's has no such route
+                if httpx2.get(f"http://127.0.0.1:{port}/ready").status_code in (200, 404):
                     break
             time.sleep(0.1)
             assert process.poll() is None
@@ -232,15 +243,15 @@ def speed(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
         )
 
     ours, theirs = free_port(), free_port()
-    way = OpenRlhfWay(folder)
-    command = [__file__, "as-openrlhf", "--folder", str(folder)]
+    plain = PaddedBatches(folder)
+    command = [__file__, "openrlhf", "--folder", str(folder), "--openrlhf", str(args.openrlhf)]
     with hafrm_serve(folder, ours), running(command, theirs):
         for _, (task, requests) in product(range(args.repeats), work.items()):
             texts = [[text for _, _, own in talks for text in own] for talks in requests]
             asks = [by_openrlhf(own) for own in texts]
             answers, times = [], [time.perf_counter()]
             for own in texts:
-                answers.append(way.score(own))
+                answers.append(plain.score(own))
                 times.append(time.perf_counter())
             note(task, PLAIN, answers, np.diff(times), times[-1] - times[0])
             for name, port, own_asks in (
@@ -450,7 +461,7 @@ def soak(folder: Path, talks: list[Talk], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "equal", "faults", "soak", "as-openrlhf"])
+    parser.add_argument("what", choices=["speed", "equal", "faults", "soak", "openrlhf"])
     parser.add_argument("--data", help="preference pairs, as hafrm reads them")
     parser.add_argument("--tokenizer", type=Path, help="a model directory, or a tokenizer.json")
     parser.add_argument("--shape", choices=SHAPES, default="small")
@@ -465,13 +476,16 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between rounds of soak")
+    parser.add_argument("--openrlhf", type=Path, help="a checkout, for speed")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--port", type=int)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    if args.what == "as-openrlhf":
-        serve_as_openrlhf(args.folder, args.port)
+    if args.what == "openrlhf":
+        serve_openrlhf(args.openrlhf, args.folder, args.port)
         return
+    if args.what == "speed" and args.openrlhf is None:
+        parser.error("speed needs --openrlhf, a checkout of OpenRLHF")
     runs = {"speed": speed, "equal": equal, "faults": faults, "soak": soak}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
