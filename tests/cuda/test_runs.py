@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hafrm.export.stock_export import check_golden
+from hafrm.export.proof import check_golden
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import read_json_lines
 from hafrm.scoring.reward_model import RewardModel

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,10 +19,12 @@ from hafrm import tensor_files
 from hafrm.data.encoding import Encoder
 from hafrm.engine.layout import lay_out
 from hafrm.engine.model import HybridModel, split_causal_lm
-from hafrm.errors import CheckpointError, ModelError
+from hafrm.errors import CheckpointError, ModelError, NumericsError
 from hafrm.export.checklist import replay_directory
+from hafrm.export.proof import InMemory
 from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.preferences import Message
+from hafrm.scoring.forward import Scores
 from hafrm.scoring.loading import load_policy
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training.methods import get_method
@@ -192,3 +195,26 @@ def test_weights_written_one_by_one_are_the_file_that_transformers_writes_of_all
         whole.state_dict().items(), split.state_dict().values(), strict=True
     ):
         assert torch.equal(value, again), name
+
+
+def test_rounding_to_half_precision_may_shift_all_rewards_but_not_reorder_them(
+    tmp_path, good, caplog
+):
+    """A bfloat16 LoRA run of SmolLM2-135M was refused its export: all rewards moved by 0.46, which changes
+    no comparison, and scattered by 0.10 of a spread of 0.66."""
+    export_reward(*hybrid_with_encoder(), tmp_path / "half", dtype=torch.bfloat16)
+    rewards = np.linspace(-1, 1, 34, dtype=np.float32)
+    empty = np.array([], dtype=np.int64)
+    in_half, in_full = (
+        InMemory([], [], Scores(rewards, None, empty, empty), half) for half in (True, False)
+    )
+    shifted = rewards + np.float32(0.46)
+    with caplog.at_level("INFO", "hafrm"):
+        assert in_half.check_rewards(good, shifted) < 1e-6
+        assert in_full.check_rewards(tmp_path / "half", shifted) < 1e-6
+    assert "moves the rewards by +0.46 and scatters them by" in caplog.text
+    with pytest.raises(NumericsError, match=r"differ by 0.46 \(tolerated 0.0001\)"):
+        in_full.check_rewards(good, shifted)
+    for wrong in (rewards[::-1], 2 * rewards, np.zeros_like(rewards), rewards * np.nan):
+        with pytest.raises(NumericsError, match="differ by"):
+            in_half.check_rewards(good, wrong)

@@ -9,12 +9,8 @@ from peft.tuners.lora import LoraLayer
 
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
-from hafrm.export.stock_export import (
-    export_policy,
-    export_reward,
-    score_in_memory,
-    write_golden,
-)
+from hafrm.export.proof import score_in_memory, write_golden
+from hafrm.export.stock_export import export_policy, export_reward
 from hafrm.preferences import Group, Message
 from hafrm.scoring.reward_model import RewardModel
 from support.chat_tokenizers import chat_tokenizer

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hafrm.errors import ConfigError, ModelError
-from hafrm.export.stock_export import InMemory
+from hafrm.export import proof
 from hafrm.recipe import ModelSection
 from hafrm.recipe_file import build_recipe
 from hafrm.scoring import loading, model_files
@@ -49,9 +49,9 @@ def test_a_merged_export_scores_as_the_quantised_model_did(tmp_path, monkeypatch
     the model computed in bfloat16. The linear layers are off by what 4 bits lose: a tenth of a weight."""
     write_base(tmp_path, width=128)
     differences = []
-    check = InMemory.check
+    within = proof._within
     monkeypatch.setattr(
-        InMemory, "check", lambda *a, **k: differences.append(check(*a, **k)) or differences[-1]
+        proof, "_within", lambda *a: differences.append(within(*a)) or differences[-1]
     )
     monkeypatch.setattr(run_export, "check_golden", lambda _: {})
     training = {**TRAINING, "precision": precision}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hafrm.errors import NumericsError, VerificationError
-from hafrm.export import plain_model, stock_export
+from hafrm.export import plain_model, proof
 from hafrm.export.checklist import replay_directory
 from hafrm.training import loop, run_export
 from hafrm.training.loop import run_training
@@ -104,12 +104,12 @@ def test_the_replay_has_all_threads_where_torchrun_left_one_to_each_rank(reward,
         given.update(options["env"])
         return subprocess.CompletedProcess(command, 0, json.dumps({"ok": True, "differences": {}}))
 
-    monkeypatch.setattr(stock_export.subprocess, "run", run)
+    monkeypatch.setattr(proof.subprocess, "run", run)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    stock_export.check_golden(reward)
+    proof.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == str(torch.get_num_threads())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
-    stock_export.check_golden(reward)
+    proof.check_golden(reward)
     assert given["OMP_NUM_THREADS"] == "96"

@@ -25,13 +25,8 @@ from hafrm.data.reader import file_digests
 from hafrm.data.splits import split_by_prompt, without_prompts
 from hafrm.errors import DataError
 from hafrm.evaluation.heads import EvaluationOptions, load_main_head
-from hafrm.export.stock_export import (
-    PLAIN,
-    check_policy,
-    export_policy,
-    prove,
-    score_in_memory,
-)
+from hafrm.export.proof import PLAIN, check_policy, prove, score_in_memory
+from hafrm.export.stock_export import export_policy
 from hafrm.preferences import Group, TokenizedGroup
 from hafrm.progress import OnProgress, no_progress
 from hafrm.results import write_result

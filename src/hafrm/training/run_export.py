@@ -22,17 +22,15 @@ from hafrm.errors import CheckpointError, ConfigError, DataError, ModelError
 from hafrm.export.checklist import verify_directory
 from hafrm.export.model_card import write_cards
 from hafrm.export.plain_model import GOLDEN
-from hafrm.export.stock_export import (
+from hafrm.export.proof import (
     InMemory,
     check_golden,
     check_policy,
-    export_adapter,
-    export_policy,
-    export_reward,
     prove,
     score_in_memory,
     write_golden,
 )
+from hafrm.export.stock_export import export_adapter, export_policy, export_reward
 from hafrm.preferences import Group
 from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_recipe
