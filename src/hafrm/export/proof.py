@@ -199,7 +199,7 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
 @torch.no_grad()
 def check_policy(directory: Path, memory: InMemory) -> tuple[int, float]:
     """Number of responses whose log-probs plain transformers gives as the model in memory did, and the
-    largest difference, as `InMemory.check` measures it."""
+    largest difference, as `InMemory.check_logps` measures it."""
     torch.set_num_threads(num_threads())
     free_memory()
     stock = AutoModelForCausalLM.from_pretrained(
