@@ -128,4 +128,10 @@ def test_a_model_given_twice_and_a_base_that_is_no_model_are_refused(folder, tmp
     with pytest.raises(ModelError, match="none does not exist"):
         diagnose(model, data, base=tmp_path / "none")
     # the same hidden size and vocabulary, so it is a base for all we know
-    assert diagnose(model, data, base=write_base(tmp_path)).base is not None
+    seen: list[tuple[int, int]] = []
+    base = write_base(tmp_path)
+    result = diagnose(model, data, base=base, on_progress=lambda *numbers: seen.append(numbers))
+    assert result.base is not None
+    # 42 responses scored, and their states of the model and of its base
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (126, 126)

@@ -76,9 +76,11 @@ def diagnose(
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
-    done = over_passes(on_progress, comparisons.num_responses * len(models))
+    num_states = min(MAX_STATES, comparisons.num_responses)
+    total = (comparisons.num_responses + num_states) * len(models) + num_states * (base is not None)
+    done = over_passes(on_progress, total)
     own, *others = (_score(path, models[path], comparisons, options, done) for path in names)
-    start = None if base is None else _base_states(base, own, options)
+    start = None if base is None else _base_states(base, own, options, done)
     comparisons = comparisons.scored_by(*(scored.scores for scored in (own, *others)))
     margins = np.stack([comparisons.margins(scored.scores) for scored in (own, *others)])
     return Diagnosis(
@@ -106,7 +108,7 @@ def _score(
     scores, tokenized, _ = score_groups(scorer, comparisons.groups, options, done)
     assert isinstance(scorer, RewardModel | PolicyModel)
     # the states are those that the head reads, of the backbone that scored
-    states = last_states(scorer.model, some_responses(tokenized))
+    states = last_states(scorer.model, some_responses(tokenized), done)
     return ScoredModel(name, head, tokenized, scores, states)
 
 
@@ -122,7 +124,9 @@ def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetD
     )
 
 
-def _base_states(path: str | Path, trained: ScoredModel, options: EvaluationOptions) -> StateMatrix:
+def _base_states(
+    path: str | Path, trained: ScoredModel, options: EvaluationOptions, done: OnProgress
+) -> StateMatrix:
     """The base model's states of the same ids; raises ModelError for one of another shape."""
     model = load_policy(path, dtype=options.dtype, device=options.device)
     config = model.backbone.config
@@ -135,10 +139,12 @@ def _base_states(path: str | Path, trained: ScoredModel, options: EvaluationOpti
             f"{path} (hidden size {size}, vocabulary {vocabulary}) is not the base model of {trained.name} "
             f"(hidden size {trained.states.shape[1]}, ids up to {largest}); give that one as `base`"
         )
-    return last_states(model, some_responses(groups))
+    return last_states(model, some_responses(groups), done)
 
 
-def last_states(model: HybridModel, groups: Sequence[Branches]) -> StateMatrix:
+def last_states(
+    model: HybridModel, groups: Sequence[Branches], on_progress: OnProgress = no_progress
+) -> StateMatrix:
     """The hidden state of every response's last token, float32, in the order of `groups`."""
 
     def run(layout: Layout) -> PerResponse:
@@ -148,9 +154,12 @@ def last_states(model: HybridModel, groups: Sequence[Branches]) -> StateMatrix:
     sequences = run_sequences(run, groups, **forward_options(model))
     num = sum(len(group.response_ids) for group in groups)
     states = np.empty((num, hidden_size(model.backbone.config)), np.float32)
+    num_done = 0
     for indices, (values,) in sequences:
         assert values is not None
         states[indices] = values.float().cpu().numpy()
+        num_done += len(indices)
+        on_progress(num_done, num)
     return states
 
 
