@@ -11,7 +11,7 @@ from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses
 from hafrm.statistics import effective_rank, spectrum
-from hafrm.training import parallel
+from hafrm.training import parallel, passes
 from hafrm.training.passes import (
     reference_cache,
     reference_logps,
@@ -58,6 +58,33 @@ def test_cached_equals_live_and_runs_the_model_once_unless_the_file_is_damaged(b
     file.write_bytes(b"torn")
     torn = reference_logps(tiny_hybrid(), groups(), max_tokens=12, path=base)
     assert (torn.logps == first.logps).all()
+
+
+def test_a_killed_pass_is_taken_up_where_its_last_file_ends(base, monkeypatch):
+    """Three groups of 12, 8 and 15 tokens in files of about 16, and a process that dies in the second."""
+    whole = reference_logps(tiny_hybrid(), groups(), max_tokens=500)
+    monkeypatch.setattr(passes, "PART_TOKENS", 16)
+    score, sizes = parallel.score_on_all_ranks, []
+
+    def dying(model, part, **options):
+        if sizes:
+            raise KeyboardInterrupt
+        sizes.append(len(part))
+        return score(model, part, **options)
+
+    monkeypatch.setattr(parallel, "score_on_all_ranks", dying)
+    with pytest.raises(KeyboardInterrupt):
+        reference_logps(tiny_hybrid(), groups(), max_tokens=500, path=base)
+    seen = []
+    monkeypatch.setattr(
+        parallel,
+        "score_on_all_ranks",
+        lambda model, part, **options: seen.append(len(part)) or score(model, part, **options),
+    )
+    resumed = reference_logps(tiny_hybrid(), groups(), max_tokens=500, path=base)
+    assert (sizes, seen) == ([1], [1, 1])
+    np.testing.assert_allclose(resumed.logps, whole.logps, atol=1e-5)
+    assert (resumed.first == whole.first).all()
 
 
 def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not_a_number(

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hafrm.atomic import cache_folder, write_cache
 from hafrm.data.store import counts_of
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
+from hafrm.progress import over_passes
 from hafrm.scoring.forward import first_responses
 from hafrm.scoring.loading import model_digest
 from hafrm.statistics import effective_rank, spectrum, with_bounds
@@ -33,6 +35,9 @@ from hafrm.training.step_batches import ComparisonRef, References, step_groups
 
 log = logging.getLogger("hafrm")
 
+PART_TOKENS = (
+    2**19
+)  # of one pass over the reference and its file: some minutes on a CPU, seconds on a GPU
 NUM_STATES = 256  # validation responses whose hidden states are measured
 NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
 
@@ -76,27 +81,36 @@ def reference_logps(
     path: str | None = None,
     **options: Any,
 ) -> References:
-    """The model's own log-probs of every response, from the cache or from one packed pass of all ranks,
-    before the model is wrapped. `path` is the checkpoint that it still equals; None: nothing is cached.
-    `options` are those of `run_forward`."""
+    """The model's own log-probs of every response, from the cache or from packed passes of all ranks,
+    before the model is wrapped. Each pass leaves a file, which a killed run finds again. `path` is the
+    checkpoint that the model still equals; None: nothing is cached. `options` are `run_forward`'s."""
+    ends = np.cumsum([group.num_tokens for group in groups]) // PART_TOKENS
+    parts = [
+        [g for _, g in part] for _, part in groupby(zip(ends, groups, strict=True), itemgetter(0))
+    ]
 
-    def look() -> tuple[Path | None, NDArray[np.float32] | None]:
-        file = reference_cache(model, groups, options.get("autocast"), path)
+    def look(part: Sequence[TokenizedGroup]) -> tuple[Path | None, NDArray[np.float32] | None]:
+        file = reference_cache(model, part, options.get("autocast"), path)
         try:
             return file, None if file is None else load_file(file)["logps"]
         except (OSError, SafetensorError, KeyError):  # a damaged file is computed again
             return file, None
 
     # Only the main rank looks: nodes may have a cache each, and all must do the same.
-    file, logps = parallel.from_main(look)
-    if logps is None:
-        with parallel.progress_of_main("reference log-probs") as on_progress:
-            scores = parallel.score_on_all_ranks(model, groups, on_progress=on_progress, **options)
-            logps = scores.logps
-        assert logps is not None
-        if file is not None and parallel.is_main():
-            write_cache(file, save({"logps": logps}))
-    return References(logps, first_responses(groups))
+    known = parallel.from_main(lambda: [look(part) for part in parts])
+    todo = [part for part, (_, cached) in zip(parts, known, strict=True) if cached is None]
+    every = list[NDArray[np.float32]]()
+    with parallel.progress_of_main("reference log-probs") as on_progress:
+        done = over_passes(on_progress, sum(len(g.response_ids) for part in todo for g in part))
+        for part, (file, cached) in zip(parts, known, strict=True):
+            logps = cached
+            if logps is None:
+                logps = parallel.score_on_all_ranks(model, part, on_progress=done, **options).logps
+                assert logps is not None
+                if file is not None and parallel.is_main():
+                    write_cache(file, save({"logps": logps}))
+            every.append(logps)
+    return References(np.concatenate(every), first_responses(groups))
 
 
 def references_of(
