@@ -211,7 +211,8 @@ def verify_command(
     golden: Annotated[Path | None, Option(help="Golden file or export (default: own).")] = None,
     json_file: JsonFile = None,
     tolerance: Annotated[
-        float | None, Option(help="Of max(1, |reward|) (default: 1e-4; a server: 1.5e-2).")
+        float | None,
+        Option(help="Of max(1, |reward|) (default: 1e-4; a server: docs/serving.md)."),
     ] = None,
     api_key: Annotated[str | None, Option(help="Bearer token.", envvar="HAFRM_API_KEY")] = None,
 ) -> None:

@@ -104,9 +104,9 @@ class RewardServer(AuthenticationBackend):
         while True:
             try:
                 self.difference = await self._replay()
-                good = self.difference <= self.backend.tolerance  # False for NaN
-                why = f"golden scores differ by {self.difference:.2g}, tolerated {self.backend.tolerance:g}"
-                now = None if good else why
+                tolerance = self.backend.tolerance
+                why = f"golden scores differ by {self.difference:.2g}, tolerated {tolerance:.2g}"
+                now = None if self.difference <= tolerance else why  # not None for NaN
             except Exception as error:  # noqa: BLE001 - a dead watch would leave it ready
                 now = f"the golden scores cannot be replayed: {error}"
             if now != self.not_ready:

@@ -97,12 +97,12 @@ def reference_logps(
             return file, None
 
     # Only the main rank looks: nodes may have a cache each, and all must do the same.
-    known = parallel.from_main(lambda: [look(part) for part in parts])
-    todo = [part for part, (_, cached) in zip(parts, known, strict=True) if cached is None]
+    files = parallel.from_main(lambda: [look(part) for part in parts])
+    todo = [part for part, (_, cached) in zip(parts, files, strict=True) if cached is None]
     every = list[NDArray[np.float32]]()
     with parallel.progress_of_main("reference log-probs") as on_progress:
         done = over_passes(on_progress, sum(len(g.response_ids) for part in todo for g in part))
-        for part, (file, cached) in zip(parts, known, strict=True):
+        for part, (file, cached) in zip(parts, files, strict=True):
             logps = cached
             if logps is None:
                 logps = parallel.score_on_all_ranks(model, part, on_progress=done, **options).logps
