@@ -275,17 +275,30 @@ def test_data_describes_and_split_parts_by_prompt_and_keeps_what_has_no_label(tm
     assert {f"u{i}" for i in range(50)} <= {g.id for part in parts for g in part}
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "compare"])
-def test_a_misspelt_recipe_is_refused_before_torch_is_imported(verb, tmp_path):
+MISSPELT = "model: {pathh: base}\n"
+GONE = "{model: {path: base}, data: {train: gone.jsonl}, training: {steps: 1}}\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "text", "message"),
+    [
+        ("train", MISSPELT, "did you mean path?"),
+        ("plan", MISSPELT, "did you mean path?"),
+        ("compare", MISSPELT, "did you mean path?"),
+        ("train", GONE, "gone.jsonl: no such file"),
+        ("compare", GONE, "gone.jsonl: no such file"),
+    ],
+)
+def test_a_misspelt_recipe_is_refused_before_torch_is_imported(verb, text, message, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: {pathh: base}\n")
+    recipe.write_text(text)
     code = (
         f"import sys; from hafrm.cli import main; sys.argv = ['hafrm', {verb!r}, {str(recipe)!r}]\n"
         "try: main()\nexcept SystemExit as stopped: sys.exit(3 if 'torch' in sys.modules else stopped.code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "did you mean path?" in done.stderr
+    assert message in done.stderr
 
 
 def test_warnings_of_the_hub_are_left_to_its_own_handler_so_that_they_are_printed_once(refused):

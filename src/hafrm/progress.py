@@ -56,9 +56,10 @@ def show_progress(what: str, *, done: int = 0) -> Iterator[OnProgress]:
 
 def _line(what: str, before: int, done: int, total: int, start: float) -> str:
     rate = (done - before) / max(time.monotonic() - start, 1e-9)
+    speed = f"{rate:,.1f}/s" if rate >= 1 or not rate else f"{1 / rate:,.1f} s each"
     if not total:
-        return f"{what}: {done:,}, {rate:,.1f}/s"
+        return f"{what}: {done:,}, {speed}"
     minutes, seconds = divmod(round((total - done) / rate) if rate else 0, 60)
     hours, minutes = divmod(minutes, 60)
     left = f", {hours}:{minutes:02d}:{seconds:02d} left" if rate else ""
-    return f"{what}: {done:,} of {total:,}, {rate:,.1f}/s{left}"
+    return f"{what}: {done:,} of {total:,}, {speed}{left}"

@@ -240,6 +240,8 @@ def test_two_files_of_one_stem_are_told_apart_and_one_file_is_not_read_twice(
             b'{"question": 1, "answer": 2}',
             r"no usable columns: .*\['question', 'answer'\]",
         ),
+        ("set.jsonl", b'{"prompt": "a", "chosen": "b"}', r"data.columns: \{rejected: \.\.\.\}"),
+        ("set.jsonl", b'{"prompt": "a", "response": "b"}', "for a model to respond to$"),
         ("set.json", b'{"a": 1}\n{"a": 2}\n', "name it .jsonl"),
         ("set.json", b"[" * 100_000, "is not JSON"),
         ("set.jsonl", '{"prompt": "\u00e9"}'.encode("latin-1"), "not UTF-8 text .*near row 0"),

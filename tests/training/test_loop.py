@@ -283,7 +283,9 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, finished, monkeypatc
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(
+    tmp_path, monkeypatch, capfd
+):
     """A real process is killed once a checkpoint stands; SIGTERM saves, and the command exits with 143."""
     steps = {"training": {"steps": 8}, "evaluation": {"every": 0}}
     recipe, run, file = (
@@ -314,6 +316,7 @@ def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(tmp_path,
         with pytest.raises(SystemExit) as stopped:
             main()
     assert stopped.value.code == 143
+    assert "SIGTERM: will stop and save after this step; again: stops now" in capfd.readouterr().err
     assert not (run / "model").exists()
     run_training(recipe, run, resume=True, finish=no_export)
     run_training(recipe, tmp_path / "whole", finish=no_export)

@@ -103,7 +103,10 @@ def parse_run(
     if resume is None:
         if recipe is None:
             raise ConfigError("this needs a recipe, or --resume with a run folder")
-        return recipe, changes, out or Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        if out is None:
+            out = Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+            typer.echo(f"run folder: {out}", err=True)
+        return recipe, changes, out
     if out is not None:
         raise ConfigError(f"--resume {resume} continues in that folder; leave out --out {out}")
     # the first override is then parsed as the recipe

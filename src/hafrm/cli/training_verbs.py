@@ -10,6 +10,7 @@ from typer import Option
 from hafrm.cli import entry
 from hafrm.errors import ConfigError
 from hafrm.progress import show_progress
+from hafrm.recipe import Recipe
 from hafrm.recipe_file import load_as, load_recipe
 from hafrm.statistics import in_words
 
@@ -24,6 +25,8 @@ def train_command(
     """Train a reward model from a recipe, and export directories that stock transformers loads."""
     source, changes, folder = entry.parse_run(recipe, overrides, out, resume)
     loaded = load_recipe(source, changes)
+    if resume is None:
+        _check_files(loaded)
     from hafrm.evaluation import evaluate  # noqa: PLC0415
     from hafrm.export.model_card import write_cards  # noqa: PLC0415
     from hafrm.training import loop, parallel  # noqa: PLC0415
@@ -82,6 +85,7 @@ def compare_command(  # noqa: PLR0913 - the verb and its options
     The same command resumes a comparison that was stopped.
     """
     loaded = load_recipe(recipe, overrides or ())
+    _check_files(loaded)
     from hafrm.process_pool import default_num_processes  # noqa: PLC0415
     from hafrm.study.method_comparison import COMPARISON_FILE, compare_methods  # noqa: PLC0415
     from hafrm.study.run_grid import parse_rates, plan_study  # noqa: PLC0415
@@ -140,3 +144,10 @@ def rlhf_command(
     if result.stopped is not None:
         typer.secho(f"stopped early: {result.stopped}", fg="red", err=True)
         raise typer.Exit(1)
+
+
+def _check_files(recipe: Recipe) -> None:
+    """Before torch is loaded, which takes longer than it takes to see that a file is not there."""
+    from hafrm.data.reader import check_sources  # noqa: PLC0415
+
+    check_sources([*recipe.data.train, *recipe.data.validation, *recipe.data.test])

@@ -89,8 +89,8 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return []
 
 
-def read_file(path: Path) -> NumberedRows:
-    """(row number, row or `Refusal`) of every row of a file, in order."""
+def check_file(path: Path) -> None:
+    """Raise DataError for a path that no rows can be read from."""
     if not os.path.exists(path):  # no error for a name that none can have
         place = str(path)[:300]
         raise DataError(f"{place}: no such file; a hub data set is written hub:name[:config]:split")
@@ -101,6 +101,11 @@ def read_file(path: Path) -> NumberedRows:
     if not is_known_kind(path):
         kinds = ", ".join([*_READERS, *_OPENERS])
         raise DataError(f"{path}: unknown kind of file; allowed are {kinds} (of text)")
+
+
+def read_file(path: Path) -> NumberedRows:
+    """(row number, row or `Refusal`) of every row of a file, in order."""
+    check_file(path)
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     number = -1
     try:

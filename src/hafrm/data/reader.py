@@ -9,12 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from hafrm.atomic import atomic_write, fingerprint
-from hafrm.data.files import NumberedRows, Refusal, parse_hub, read_file, read_hub, show, stem
+from hafrm.data.files import (
+    NumberedRows,
+    Refusal,
+    check_file,
+    parse_hub,
+    read_file,
+    read_hub,
+    show,
+    stem,
+)
 from hafrm.data.grouping import GroupedRows
 from hafrm.data.named_sets import NamedSet, find_sets, read_named_set
 from hafrm.data.parse import COLUMNS, CONTEXT_COLUMNS, SHAPES, TAGS, ImplicitPrompt, parse_row
@@ -121,6 +130,13 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
         left_out=dict(sum((reader.left_out for reader in readers), Counter())),
         num_groups=tuple(map(len, parts)),
     )
+
+
+def check_sources(entries: Iterable[str]) -> None:
+    """Raise DataError for a local file that is not there or cannot be read: before anything slow begins."""
+    for source in chain.from_iterable(map(parse_sources, entries)):
+        if source.path is not None and source.named is None:
+            check_file(Path(source.path))
 
 
 def parse_sources(entry: str | Path | RawRows) -> list[Source]:
@@ -292,8 +308,8 @@ class _SourceReader:
                 raise DataError(f"{place} is not in the set's published form: {detail}")
             shapes = "".join(f"\n  {shape}" for shape in SHAPES)
             raise DataError(
-                f"{place} has no usable columns: {detail}. Understood are{shapes}\n"
-                f"Or say which column is which, {_suggested_columns(self.columns)}"
+                f"{place} has no usable columns: {detail}. Understood are{shapes}"
+                f"{_suggested_columns(self.columns)}"
             )
         if reasons["unread context"] and max_bad_fraction < 1:
             details = [r.detail for r in self.bad_rows if r.reason == "unread context"]
@@ -332,7 +348,7 @@ _OTHER_NAMES = {
 
 
 def _suggested_columns(columns: Iterable[str]) -> str:
-    """How to name the columns of a source, by what other files call them."""
+    """How to name the columns of a source, by what other files call them; "" for no idea."""
     theirs = {name.lower(): name for name in columns}
     has_label = not theirs.keys().isdisjoint(["label", "winner", "preference"])
     pairs = {
@@ -341,8 +357,12 @@ def _suggested_columns(columns: Iterable[str]) -> str:
         for other in reversed([name, *others])
         if other in theirs and not (has_label and other.endswith(("_a", "_b", "winner")))
     }
-    if pairs.keys() >= {"chosen", "rejected"} or not pairs.keys() - {"prompt"}:
+    if pairs.keys() & {"chosen", "rejected"} or not pairs.keys() - {"prompt"}:
         pairs = {name: pairs.get(name, "...") for name in ("prompt", "chosen", "rejected")}
     written = {f"{name}: {own}": f"{name}={own}" for name, own in pairs.items() if name != own}
     option = f"hafrm data --columns {','.join(written.values())}"
-    return f"perhaps data.columns: {{{', '.join(written)}}} ({option})"
+    if not written:
+        return ""
+    return (
+        f"\nOr say which column is which, perhaps data.columns: {{{', '.join(written)}}} ({option})"
+    )

@@ -285,7 +285,7 @@ class Job:
             self.metrics.resume(state["interval"], self.ranks)
         if parallel.is_main():
             self.run.truncate_after(step)
-        log.info("resuming after step %d of %d", step, self.num_steps)
+        log.info("resuming after step %d of %d, with its weights", step, self.num_steps)
         return step
 
 

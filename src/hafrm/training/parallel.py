@@ -325,6 +325,10 @@ class StopSignal:
 
     def _remember(self, number: int, _: object) -> None:
         self.received = signal.Signals(number).name
+        # not by a logger or print, which the signal may have interrupted
+        os.write(
+            2, f"{self.received}: will stop and save after this step; again: stops now\n".encode()
+        )
         signal.signal(number, self._before[number])
 
     def agreed(self, ranks: Ranks) -> bool:
