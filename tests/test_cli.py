@@ -5,6 +5,7 @@ import logging
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,9 @@ def test_wrong_usage_exits_with_2_and_refused_input_with_1_and_no_traceback(
     error = refused("evaluate", exported, tmp_path / "missing.jsonl")
     assert error.startswith("1 ") and "missing.jsonl" in error and "Traceback" not in error
     source = write_preferences(tmp_path / "in.jsonl", num=2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1, port {port} (Address" in refused("serve", exported, "--port", port)
     devices = [("--device", name) for name in ("gpu", "cuda:99")]
     for option in (("--shard", "2/2"), ("--dtype", "int8"), *devices):
         command = ("score", exported, source, "--out", tmp_path / "out", *option)
@@ -241,7 +245,8 @@ def test_evaluate_names_a_file_that_the_run_was_trained_on(run, tmp_path, caplog
     """By its content: another name hides nothing, other rows are not accused."""
     trained_on = load_recipe(run / "recipe.yaml").data.train[0]
     copy = shutil.copy(trained_on, tmp_path / "held-out.jsonl")
-    evaluate(run, [copy, write_preferences(tmp_path / "other.jsonl", num=8, start=500)])
+    result = evaluate(run, [copy, write_preferences(tmp_path / "other.jsonl", num=8, start=500)])
+    assert result.trained_on == (str(copy),)
     assert [line for line in caplog.messages if "was trained on" in line] == [
         f"{copy} was trained on: its accuracy says little about other data"
     ]

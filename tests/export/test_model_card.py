@@ -65,7 +65,11 @@ def test_a_card_before_any_test_says_so_and_afterwards_has_the_numbers(run):
     }
     implicit = metrics | {"accuracy": accuracy | {"value": 0.6}}
     sets = [{"name": "held-out", **metrics, "implicit": implicit}]
-    (run / "test.json").write_text(json.dumps({"scored_with": "reward", "sets": sets}))
+    result = {"scored_with": "reward", "sets": sets}
+    (run / "evaluation.json").write_text(json.dumps(result | {"trained_on": ["train.jsonl"]}))
+    write_cards(run)
+    assert "Not evaluated on a test set yet" in card_of(run / "model" / "reward")[1]
+    (run / "evaluation.json").write_text(json.dumps(result))
     write_cards(run)
     _, text = card_of(run / "model" / "reward")
     numbers = "40 | 62.5 % [47.0, 76.0] | 52.5 % [47.0, 76.0] | 0.610 |"

@@ -72,11 +72,21 @@ def test_a_good_evaluation_calls_for_nothing_but_another_seed():
         (evaluation([1, -3], [True, True]), "worse than chance (log-loss"),
         (replace(GOOD, num_bad_rows=3, left_out={"tie": 2}), "(rows left out: 5)"),
         (replace(GOOD, responses_cut=4), "(responses cut: 4)"),
+        (replace(GOOD, trained_on=("a.jsonl",)), "was trained on a.jsonl"),
     ],
 )
 def test_a_check_speaks_of_an_evaluation(result, part):
     assert any(part in sentence for sentence in sentences(evaluation=result))
     assert not any(part in sentence for sentence in sentences(evaluation=GOOD))
+
+
+def test_sets_are_judged_one_by_one_and_not_all_together():
+    """One good set and one bad one, of which the mean would look harmless or bad."""
+    good, bad = GOOD.sets[0], evaluation([1, -3], [True, True]).sets[0]
+    named = (replace(good, name="own"), replace(bad, name="other"), replace(bad, name="all"))
+    spoken = sentences(evaluation=replace(GOOD, sets=named))
+    assert any("it on other are worse than chance" in sentence for sentence in spoken)
+    assert not any("it on own" in s or "it on all" in s or "of it are" in s for s in spoken)
 
 
 def test_length_bias_is_compared_with_annotators_where_a_diagnosis_is_there():

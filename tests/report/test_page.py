@@ -270,6 +270,10 @@ def test_what_evaluate_kept_in_the_run_is_shown_in_the_place_of_its_own_test(fol
     own = read_result(run / "test.json", Evaluation)
     later = replace(own, sets=tuple(replace(s, name=f"later {s.name}") for s in own.sets))
     write_result(run / "evaluation.json", later)
+    assert "held-out comparisons, later test" in Page(render_material(read_material([run]))).words
+    write_result(run / "evaluation.json", replace(later, trained_on=("train.jsonl",)))
+    words = Page(render_material(read_material([run]))).words
+    assert "held-out comparisons" not in words and "was trained on train.jsonl" in words
     score = Estimate(0.25, 0.1, 0.4, 4, "wilson")
     scores = {"reward": BenchmarkScore(score, {"Chat": score}, {}, 0)}
     one = BenchmarkResult("rewardbench", "RewardBench v1", "x", 4, 4, {}, scores, 0, 0)

@@ -122,4 +122,7 @@ def show_result(result: HasTables, *json_files: Path | None) -> None:
     print_tables(result.tables())
     for file in json_files:
         if file is not None:
+            # a run keeps the last result of each kind, and the report reads that
+            done = "replaced" if file.exists() else "written"
             write_result(file, result)
+            typer.echo(f"{file} {done}", err=True)

@@ -192,6 +192,7 @@ def serve_command(  # noqa: PLR0913 - the verb and its options
         from hafrm.serving import reward_app  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'hafrm[serve]'") from error
+    reward_app.check_port(host, port)  # loading the model takes longer
     from hafrm.serving.backends import LocalBackend, UpstreamBackend  # noqa: PLC0415
 
     backend = (

@@ -139,7 +139,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     options = EvaluationOptions(
         reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
     ).cut_as_trained(heads)
-    _warn_of_training_data(heads, data)
+    trained_on = _training_data(heads, data)
     scores, report = _score_all_heads(heads, comparisons, options, on_progress)
     comparisons = comparisons.scored_by(*scores.values())
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
@@ -155,22 +155,25 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
         prompts_cut=report.prompts_cut,
         responses_cut=report.responses_cut,
         seam_merges=report.seam_merges,
+        trained_on=trained_on,
     )
 
 
-def _warn_of_training_data(heads: Heads, data: Data) -> None:
-    """Name files that the heads' run was trained on, whatever they are called now."""
+def _training_data(heads: Heads, data: Data) -> tuple[str, ...]:
+    """Files that the heads' run was trained on, whatever they are called now, each with a warning."""
     run = (heads.reward or heads.policy or Path()).parent.parent
     try:
         recipe = load_recipe(run / "recipe.yaml")
         digests = json.loads((run / "provenance.json").read_bytes())["sessions"][-1]["data"]
     except (ConfigError, OSError):  # no run
-        return
-    trained_on = {digests.get(str(Path(source))) for source in recipe.data.train}
+        return ()
+    learnt = {digests.get(str(Path(source))) for source in recipe.data.train}
     sources = [data] if isinstance(data, str | Path) else data
-    for path, digest in file_digests(str(s) for s in sources if isinstance(s, str | Path)).items():
-        if digest in trained_on:
-            log.warning("%s was trained on: its accuracy says little about other data", path)
+    read = file_digests(str(s) for s in sources if isinstance(s, str | Path))
+    files = tuple(path for path, digest in read.items() if digest in learnt)
+    for path in files:
+        log.warning("%s was trained on: its accuracy says little about other data", path)
+    return files
 
 
 def _score_all_heads(

@@ -108,11 +108,18 @@ class Evaluation:
     responses_cut: int
     seam_merges: int
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
+    trained_on: tuple[str, ...] = ()
+    """Files among the sources that the model was trained on: it has seen their answers."""
 
     @property
     def accuracy(self) -> Accuracy:
         """On all comparisons together."""
         return self.sets[-1].accuracy  # "all" is last
+
+    @property
+    def single_sets(self) -> tuple[SetResult, ...]:
+        """Without the one that is all sources together."""
+        return self.sets[:-1] or self.sets
 
     def tables(self) -> tuple[Table, ...]:
         """Accuracy of every set with the length baseline beside it, accuracy by length, both heads."""

@@ -63,12 +63,15 @@ def summary_section(material: Material) -> Iterator[Block]:
 
 
 def _headline(material: Material) -> Iterator[Text]:
-    measured = [run.evaluation.sets[-1] for run in material.folders if run.evaluation]
-    if len(measured) == 1:  # several are side by side in the next section
-        accuracy, name = measured[0].accuracy, measured[0].name
-        which = "all test sets together" if name == "all" else short_sources([name])[name]
-        value, _, interval = str(accuracy).partition(" [")
-        label = f"[{interval} accuracy on {accuracy.num} held-out comparisons, {which}"
+    evaluations = [run.evaluation for run in material.folders if run.evaluation]
+    if len(evaluations) == 1:  # several are side by side in the next section
+        (evaluation,) = evaluations
+        first, *others = evaluation.single_sets
+        names = short_sources([first.name, *(other.name for other in others)])
+        value, _, interval = str(first.accuracy).partition(" [")
+        held_out = "" if evaluation.trained_on else "held-out "
+        label = f"[{interval} accuracy on {first.accuracy.num} {held_out}comparisons, {names[first.name]}"
+        label += "".join(f"; {other.accuracy} on {names[other.name]}" for other in others)
         yield Text((("", value), ("", label)), "headline")
 
 

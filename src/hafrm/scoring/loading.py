@@ -85,6 +85,10 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
             f"{root} holds no model: neither model/reward nor model/policy nor a config.json (a run has "
             "none before its end)"
         )
+    if not root.exists():
+        log.info(
+            "there is no folder %s here: asking the Hugging Face hub for a model of this name", root
+        )
     adapter = find_adapter(root)
     is_reward = is_classifier(load_config(root)) if adapter is None else adapter.scores
     return Heads(root, None) if is_reward else Heads(None, root)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hafrm.errors import HafrmError, ServerError
+from hafrm.errors import ConfigError, HafrmError, ServerError
 from hafrm.preferences import TokenizedGroup
 from hafrm.serving.backends import Backend, ConversationEncoder
 from hafrm.serving.protocols import (
@@ -247,6 +248,18 @@ class _ImpatientProtocol(H11Protocol):
         if not self.transport.is_closing():
             self._seen = self.cycle if is_waiting else "busy"
             self.loop.call_later(SLOW, self._check)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError where nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        problem = error.strerror or error
+        raise ConfigError(
+            f"cannot listen at {host}, port {port} ({problem}): give another --port"
+        ) from error
 
 
 def run_server(server: RewardServer, host: str, port: int) -> None:

@@ -326,9 +326,10 @@ class StopSignal:
     def _remember(self, number: int, _: object) -> None:
         self.received = signal.Signals(number).name
         # not by a logger or print, which the signal may have interrupted
-        os.write(
-            2, f"{self.received}: will stop and save after this step; again: stops now\n".encode()
+        said = (
+            "will stop and save after this step, and its validation if one is due; again: stops now"
         )
+        os.write(2, f"{self.received}: {said}\n".encode())
         signal.signal(number, self._before[number])
 
     def agreed(self, ranks: Ranks) -> bool:

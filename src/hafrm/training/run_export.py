@@ -65,6 +65,8 @@ def export_run(run: RunFolder, recipe: Recipe, data: PreparedData, model: Hybrid
     All ranks call. Their process group ends once the weights are written, and those that write nothing
     return before the proof, which may take an hour. The model is empty afterwards.
     """
+    if parallel.is_main():
+        log.info("exporting; then a fresh process repeats the scores with plain transformers")
     dtype = _export_dtype(recipe)
     memory = _score_in_memory(model, data.encoder, data.golden, recipe)
     with contextlib.ExitStack() as stack:

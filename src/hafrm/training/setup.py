@@ -133,7 +133,9 @@ def start_reward_head(model: HybridModel, recipe: Recipe, method: Method) -> Non
     stored = starting_reward_head(recipe.model, hidden_size(model.backbone.config))
     place = head_directory(recipe.model.path, "reward")
     if model.reward_head is not None:
-        log.info("reward head: %s", "a new one" if stored is None else f"that of {place}")
+        # not that a base without one gets a new one: a resumed run, built alike, would seem to lose its own
+        if stored is not None or recipe.model.reward_head == "new":
+            log.info("reward head: %s", "a new one" if stored is None else f"that of {place}")
         if stored is not None:
             with torch.no_grad():
                 model.reward_head.weight.copy_(stored)
