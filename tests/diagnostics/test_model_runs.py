@@ -101,7 +101,7 @@ def test_the_verb_writes_into_a_run_folder_and_where_json_says(folder, tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "model").symlink_to(folder / "run" / "model")
-    recipe = {"model": {"path": "nowhere"}, "data": {"train": ["x"]}, "method": {"name": "haf"}}
+    recipe = {"model": {"path": "no/where"}, "data": {"train": ["x"]}, "method": {"name": "haf"}}
     (run / "recipe.yaml").write_text(json.dumps(recipe))
     command = ["evaluate", str(run), str(folder / "plain.jsonl"), "--diagnose"]
     result = CliRunner().invoke(app, command)

@@ -70,9 +70,13 @@ def diagnose(
     models = {path: find_heads(path) for path in names}
     recipe = Path(model) / "recipe.yaml"
     if base is None and recipe.is_file():
-        with contextlib.suppress(ConfigError):  # of another kind of run
-            base = Path(load_recipe(recipe).model.path)
-            base = base if base.is_dir() else None  # it may be gone, or a hub id
+        # a recipe of another kind of run, or a base that is gone
+        with contextlib.suppress(ConfigError, ModelError):
+            start = load_recipe(recipe).model.path
+            is_hub = start.count("/") == 1 and not start.startswith(("/", "."))
+            if Path(start).is_dir() or is_hub:
+                load_config(start)
+                base = start
     if base is not None:
         load_config(base)  # here, and not after minutes of scoring
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
@@ -80,7 +84,7 @@ def diagnose(
     total = (comparisons.num_responses + num_states) * len(models) + num_states * (base is not None)
     done = over_passes(on_progress, total)
     own, *others = (_score(path, models[path], comparisons, options, done) for path in names)
-    start = None if base is None else _base_states(base, own, options, done)
+    before = None if base is None else _base_states(base, own, options, done)
     comparisons = comparisons.scored_by(*(scored.scores for scored in (own, *others)))
     margins = np.stack([comparisons.margins(scored.scores) for scored in (own, *others)])
     return Diagnosis(
@@ -91,8 +95,8 @@ def diagnose(
             for part, where in comparisons.sets().items()
         ),
         label_noise=audit_labels(comparisons, margins, names),
-        representations=tuple(describe_states(m.name, m.states, start) for m in (own, *others)),
-        base=None if start is None else describe_states(str(base), start),
+        representations=tuple(describe_states(m.name, m.states, before) for m in (own, *others)),
+        base=None if before is None else describe_states(str(base), before),
         num_states=len(own.states),
         worst=worst_errors(comparisons, margins),
     )
