@@ -18,6 +18,7 @@ from hafrm.statistics import (
     paired_bootstrap,
     seeded_difference,
     seeded_mean,
+    seeded_sum,
     wilson,
     with_bounds,
 )
@@ -194,6 +195,26 @@ def test_a_difference_swaps_sign_with_its_arguments_and_is_that_of_the_means() -
     assert (there.p_value < 0.05) == (not there.estimate.low <= 0 <= there.estimate.high)
     same = seeded_difference(first, first)
     assert (same.estimate.value, same.p_value) == (0, 1)
+
+
+def test_a_sum_over_sides_does_not_depend_on_the_numbers_of_their_seeds() -> None:
+    """Two studies of two methods on the same items: one difference of means, and its error by hand."""
+    rng = np.random.default_rng(5)
+    a, b, c, d = (rng.normal(size=(3, 200)) + rng.normal(size=(3, 1)) for _ in range(4))
+    pooled = seeded_sum([a / 2, b / 2, -c / 2, -d / 2], None, proportion=False)
+    items = (a.mean(0) + b.mean(0) - c.mean(0) - d.mean(0)) / 2
+    seeds = sum(side.mean(1).var(ddof=1) / 3 / 4 for side in (a, b, c, d))
+    variance = items.var(ddof=1) / 200 + seeds
+    free = variance**2 / (
+        (items.var(ddof=1) / 200) ** 2 / 199
+        + sum((side.mean(1).var(ddof=1) / 3 / 4) ** 2 / 2 for side in (a, b, c, d))
+    )
+    half = stats.t.ppf(0.975, free) * math.sqrt(variance)
+    assert pooled.estimate.high == pytest.approx(items.mean() + half)
+    shuffled = seeded_sum(
+        [a / 2, b[[2, 0, 1]] / 2, -c[[1, 2, 0]] / 2, -d / 2], None, proportion=False
+    )
+    assert shuffled.estimate.high == pytest.approx(pooled.estimate.high)
 
 
 def test_one_seed_says_nothing_about_another() -> None:

@@ -1,17 +1,21 @@
-"""Pool the blocks of docs/evidence.md: every scorer less the first, mean over the blocks' test sets.
+"""Pool the blocks of docs/evidence.md: every scorer minus the first, mean over the blocks' test sets.
 
-    python tools/study_pool.py OUT.json RECIPE=FOLDER...
+    python tools/study_pool.py OUT.json FOLDER...
 
-FOLDER holds what `hafrm compare RECIPE --out FOLDER` wrote: comparison.json and the scores of its runs.
-Each test set of a block counts alike, and each block. A prompt that several blocks test on is one cluster.
+A FOLDER holds what `hafrm compare --out FOLDER` wrote: recipe.yaml, comparison.json and its runs' scores.
+The recipe's data and base model must be there too. Each test set of a block counts alike, and each block.
+A prompt that several blocks test on is one cluster; the seeds of two blocks are independent.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from hafrm.evaluation.comparisons import accuracy_over_seeds, compare_correct
+import numpy as np
+
+from hafrm.errors import ConfigError
 from hafrm.recipe_file import load_recipe
+from hafrm.statistics import seeded_sum
 from hafrm.study.method_comparison import COMPARISON_FILE, outcomes_of, scores_of_runs
 from hafrm.study.run_grid import plan_study
 from hafrm.study.study_result import Answers, Outcomes, domains, stack_answers
@@ -20,33 +24,35 @@ from hafrm.study.study_runs import read_study_data
 KINDS = ("in domain", "held out")
 
 
-def main(out: Path, blocks: list[str]) -> None:
+def main(out: Path, folders: list[Path]) -> None:
     """Print the pooled accuracies and differences, and write them to a file."""
-    outcomes = [block_outcomes(*map(Path, block.split("="))) for block in blocks]
-    own, *others = ({scorer for _, scorer, _ in block} for block in outcomes)
-    scorers = [name for _, name, _ in outcomes[0] if name in own.intersection(*others)]
-    baseline, *rest = dict.fromkeys(scorers)
-    result = {"blocks": blocks, "baseline": baseline, "pooled": []}
+    blocks = [block_outcomes(folder) for folder in folders]
+    scorers = [list(dict.fromkeys(scorer for _, scorer, _ in block)) for block in blocks]
+    baseline, *others = (s for s in scorers[0] if all(s in names for names in scorers))
+    rows = []
     for kind in KINDS:
-        answers = {s: pooled(outcomes, s, kind) for s in (baseline, *rest)}
-        for scorer, (right, prompts) in answers.items():
-            mean = accuracy_over_seeds(right, prompts)
-            row = {"scorer": scorer, "tests": kind, "accuracy": mean.value, "of": len(prompts)}
-            row |= {"low": mean.low, "high": mean.high}
+        sides, prompts = {}, np.array([])
+        for scorer in (baseline, *others):
+            sides[scorer], prompts = pooled([answers(b, scorer, kind) for b in blocks])
+        minus = [-side for side in sides[baseline]]
+        for scorer, own in sides.items():
+            mean = seeded_sum(own, prompts).estimate
+            row = {"tests": kind, "scorer": scorer, "accuracy": [mean.value, mean.low, mean.high]}
             text = f"{kind}: {scorer} {mean}"
             if scorer != baseline:
-                gap = compare_correct(right, *answers[baseline])
-                less = gap.estimate
-                row |= {"less_baseline": [less.value, less.low, less.high], "p": gap.p_value}
-                text += f", less {baseline} {less}, p {gap.p_value:.2g}"
-            result["pooled"].append(row)
+                gap = seeded_sum([*own, *minus], prompts)
+                low, high = gap.estimate.low, gap.estimate.high
+                row |= {"minus_baseline": [gap.estimate.value, low, high], "p": gap.p_value}
+                text += f", minus {baseline} {gap.estimate}, p {gap.p_value:.2g}"
+            rows.append(row)
             print(text)
+    result = {"blocks": [folder.name for folder in folders], "baseline": baseline, "pooled": rows}
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def block_outcomes(recipe_file: Path, folder: Path) -> Outcomes:
+def block_outcomes(folder: Path) -> Outcomes:
     """Margins of every scorer of a finished comparison on all its test sets."""
-    recipe = load_recipe(recipe_file)
+    recipe = load_recipe(folder / "recipe.yaml")
     comparison = json.loads((folder / COMPARISON_FILE).read_text())
     rates = {tuning["method"]: tuning["chosen"] for tuning in comparison["learning_rates"]}
     plan = plan_study(recipe, [*rates], num_seeds=len(comparison["seeds"]))
@@ -54,15 +60,27 @@ def block_outcomes(recipe_file: Path, folder: Path) -> Outcomes:
     return outcomes_of(scores_of_runs(plan.runs(rates), data, folder), data.comparisons)
 
 
-def pooled(blocks: list[Outcomes], scorer: str, kind: str) -> Answers:
-    """One scorer's right answers on the test sets of a kind, weighted so that each block counts alike."""
-    parts = []
-    for outcomes in blocks:
-        trains, _, tests = (list(dict.fromkeys(key[i] for key in outcomes)) for i in range(3))
-        pairs = domains(trains, tests)[kind]
-        parts += [(test, outcomes[train, scorer, test]) for train, test in pairs]
-    return stack_answers(parts)
+def answers(block: Outcomes, scorer: str, kind: str) -> Answers:
+    """One scorer's right answers on a block's test sets of a kind, each of which counts alike."""
+    trains, _, tests = (list(dict.fromkeys(key[i] for key in block)) for i in range(3))
+    pairs = domains(trains, tests).get(kind)
+    if pairs is None:
+        raise ConfigError(f"the block that is trained on {trains} has no test set {kind}")
+    return stack_answers([(test, block[train, scorer, test]) for train, test in pairs])
+
+
+def pooled(blocks: list[Answers]) -> tuple[list[np.ndarray], np.ndarray]:
+    """(seeds x all blocks' comparisons of every block, 0 at those of the others; their prompts): the sum of
+    the means is the mean of the blocks' accuracies."""
+    sizes = [len(prompts) for _, prompts in blocks]
+    total, ends = sum(sizes), np.cumsum(sizes)
+    sides = []
+    for (right, _), size, end in zip(blocks, sizes, ends, strict=True):
+        side = np.zeros((len(right), total))
+        side[:, end - size : end] = right * (total / (len(blocks) * size))
+        sides.append(side)
+    return sides, np.concatenate([prompts for _, prompts in blocks])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), [*map(Path, sys.argv[2:])])

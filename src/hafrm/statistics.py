@@ -187,7 +187,7 @@ def seeded_mean(
     proportion: bool = True,
 ) -> Estimate:
     """The mean over (at least two) seeds and items, with an interval for another seed on other prompts."""
-    estimate = _over_seeds((values,), clusters, proportion=proportion).estimate
+    estimate = seeded_sum((values,), clusters, proportion=proportion).estimate
     if not proportion:
         return estimate
     low, high = max(0.0, estimate.low), min(1.0, estimate.high)
@@ -204,7 +204,7 @@ def seeded_difference(
     proportion: bool = True,
 ) -> Difference:
     """mean(first) - mean(second) on the same items; the seeds of the two sides are not paired."""
-    return _over_seeds((first, second), clusters, proportion=proportion)
+    return seeded_sum((first, -np.asarray(second, np.float64)), clusters, proportion=proportion)
 
 
 def _bootstrap(
@@ -237,17 +237,18 @@ def _cluster_sums(
     return sums, np.bincount(index).astype(np.float64)
 
 
-def _over_seeds(
+def seeded_sum(
     sides: Sequence[Shaped[np.ndarray, "_ items"]],
     clusters: Shaped[np.ndarray, " items"] | None,
     *,
-    proportion: bool,
+    proportion: bool = True,
 ) -> Difference:
-    """The first side's mean, less the second's if there is one, and whether it differs from 0."""
+    """The sum of the sides' means over seeds and items, and whether it differs from 0. All sides have the
+    same items, and seeds of their own."""
     if any(len(side) < 2 for side in sides):
         raise ValueError("an interval over seeds needs at least two seeds on each side")
     values = [np.asarray(side, np.float64) for side in sides]
-    items = values[0].mean(0) - sum(side.mean(0) for side in values[1:])
+    items = np.sum([side.mean(0) for side in values], axis=0)
     num_clusters = len(items) if clusters is None else len(np.unique(clusters))
     over_prompts = cluster_standard_error(items, clusters) ** 2
     if num_clusters > 1:  # from n to n - 1 in the denominator

@@ -69,7 +69,7 @@ def test_a_card_before_any_test_says_so_and_afterwards_has_the_numbers(run):
     (run / "evaluation.json").write_text(json.dumps(result | {"trained_on": ["train.jsonl"]}))
     write_cards(run)
     assert "Not evaluated on a test set yet" in card_of(run / "model" / "reward")[1]
-    (run / "evaluation.json").write_text(json.dumps(result))
+    (run / "test.json").write_text(json.dumps(result))
     write_cards(run)
     _, text = card_of(run / "model" / "reward")
     numbers = "40 | 62.5 % [47.0, 76.0] | 52.5 % [47.0, 76.0] | 0.610 |"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -212,9 +213,23 @@ def test_rounding_to_half_precision_may_shift_all_rewards_but_not_reorder_them(
     with caplog.at_level("INFO", "hafrm"):
         assert in_half.check_rewards(good, shifted) < 1e-6
         assert in_full.check_rewards(tmp_path / "half", shifted) < 1e-6
-    assert "moves the rewards by +0.46 and scatters them by" in caplog.text
+    assert "half precision moves the rewards by +0.46 and scatters them by" in caplog.text
     with pytest.raises(NumericsError, match=r"differ by 0.46 \(tolerated 0.0001\)"):
         in_full.check_rewards(good, shifted)
-    for wrong in (rewards[::-1], 2 * rewards, np.zeros_like(rewards), rewards * np.nan):
+    for size in (1, 0.05):  # rewards of an untrained head are much alike
+        memory = replace(in_half, scores=replace(in_half.scores, rewards=size * rewards))
+        memory.check_rewards(good, size * (rewards + 0.2 * rewards[::-1]))
+        for wrong in (rewards[::-1], 2 * rewards, np.zeros_like(rewards), rewards * np.nan):
+            with pytest.raises(NumericsError, match="differ by"):
+                memory.check_rewards(good, size * wrong)
+
+
+def test_log_probs_in_half_precision_are_held_to_their_root_mean_square(good):
+    logps, lengths = np.linspace(-9, -1, 34), np.full(34, 2)
+    scores = Scores(None, logps, lengths, np.array([], dtype=np.int64))
+    one_off = np.where(np.arange(34) == 0, 0.4, 0.0)  # 0.2 nat for each of its two tokens
+    for half, right, wrong in ((True, one_off, 0.3), (False, 1e-5, one_off)):
+        memory = InMemory([], [], scores, half)
+        memory.check_logps(good, logps + right)
         with pytest.raises(NumericsError, match="differ by"):
-            in_half.check_rewards(good, wrong)
+            memory.check_logps(good, logps + wrong)

@@ -50,7 +50,19 @@ def test_rows_that_share_a_prompt_are_laid_out_once_and_keep_their_places(model,
         model, shuffled, max_tokens=10_000, on_progress=lambda *n: reported.append(n)
     )
     np.testing.assert_allclose(scores.rewards, alone[0][order], **TOLERANCE)
-    assert reported == [(NUM_RESPONSES, NUM_RESPONSES)]  # one sequence
+    # one sequence, which alone would say all
+    assert reported == [(NUM_RESPONSES - 1, NUM_RESPONSES), (NUM_RESPONSES, NUM_RESPONSES)]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_progress_of_a_part_rises_and_reaches_its_end_once(model, index):
+    """Passes are added up: a pass that ended twice, or never, would run past 100 % or back."""
+    reported = []
+    run_forward(
+        model, GROUPS, max_tokens=30, part=(index, 2), on_progress=lambda *n: reported.append(n)
+    )
+    done = [number for number, _ in reported]
+    assert done == sorted(done) and done.count(NUM_RESPONSES) == 1 and done[-1] == NUM_RESPONSES
 
 
 def test_a_group_that_is_too_large_for_a_row_is_cut_and_repeats_its_prompt():

@@ -6,6 +6,7 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 
 from hafrm.errors import DataError, ServerError
@@ -15,7 +16,12 @@ from hafrm.scoring.reward_model import RewardModel
 from hafrm.serving import protocols, server_checks
 from hafrm.serving.backends import ConversationEncoder
 from hafrm.serving.protocols import PROTOCOLS, Rendered
-from hafrm.serving.server_checks import CHECKS, verify_server
+from hafrm.serving.server_checks import (
+    CHECKS,
+    half_tolerance,
+    relative_differences,
+    verify_server,
+)
 from support.reward_servers import openrlhf, pooling_only, serving, sglang, vllm
 
 GOLDEN = {f"user: {k}</s>assistant: {'so ' * k}</s>": 1.5 * k - 4.0 for k in range(11)}
@@ -62,7 +68,8 @@ def test_a_right_server_of_every_protocol_is_found_and_passes(golden, protocol):
 
 
 def test_the_largest_difference_is_told_with_its_conversation(golden):
-    """Reward 11.0 comes back as 11.33: 0.33 / 11 = 0.03; -4.0 as -3.97: 0.0075 is within 1.5e-2."""
+    """Reward 11.0 comes back as 11.33; -4.0 as -3.97."""
+    spread = np.std([line.reward for line in read_golden(golden)])
 
     def off(texts):
         return [{11.0: 11.33, -4.0: -3.97}.get(value, value) for value in right(texts)]
@@ -70,13 +77,30 @@ def test_the_largest_difference_is_told_with_its_conversation(golden):
     with serving(vllm(off)) as url:
         replay = verify_server(url, golden, tolerance=0.015)
         assert not replay.ok
-        assert replay.difference == pytest.approx(0.03)
+        assert replay.difference == pytest.approx(0.33 / spread)
         observed = check_of(replay, "alone").observed
         assert "11.33 instead of 11" in observed
         assert observed.endswith("so so so so so so so so so so </s>")
         assert "softmax" in "".join(replay.tables()[0].notes)
-        assert verify_server(url, golden, tolerance=0.05).ok
+        assert verify_server(url, golden, tolerance=0.4 / spread).ok
         assert verify_server(url, golden).ok  # rounding: the rewards are far more spread than that
+
+
+@pytest.mark.parametrize("mean", [0.0, 20.0, 400.0])
+def test_a_limit_by_the_spread_does_not_grow_with_the_rewards(mean):
+    """Spread 2.8: bfloat16's sixth of it passes; the same answer to all, and all off by half of it, do not,
+    whatever constant all rewards have in common."""
+    rewards = mean + np.array([-2.8, 2.8] * 5)
+    assert half_tolerance(2.8) == 0.25
+    for got, passes in (
+        (rewards + 2.8 / 6, True),
+        (np.full(10, mean), False),
+        (rewards + 1.4, False),
+        (rewards + 4 * 2.8, False),
+    ):
+        assert (relative_differences(got, rewards, 2.8).max() <= 0.25) is np.bool_(passes)
+    # rewards that are all alike: a quarter of their spread, or what vLLM tolerates
+    assert (half_tolerance(0.6), half_tolerance(0.0)) == (0.15, 1.5e-2)
 
 
 def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
@@ -86,7 +110,7 @@ def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
         assert not replay.ok
         assert check_of(replay, "alone").outcome == "pass"
         assert check_of(replay, "in batches of 8").outcome == "fail"
-        assert "-0.5 instead of -1" in check_of(replay, "in batches of 8").observed
+        assert "-3.5 instead of -4" in check_of(replay, "in batches of 8").observed
 
 
 def test_what_is_no_number_fails(golden):

@@ -19,7 +19,7 @@ from hafrm.preferences import Message
 from hafrm.recipe_file import dump_recipe
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.reward_model import PolicyModel, RewardModel
-from hafrm.training import loop
+from hafrm.training import loop, parallel
 from hafrm.training.loop import StoppedError, run_training
 from hafrm.training.step import MEASURES
 from support import forked
@@ -321,6 +321,22 @@ def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(
     run_training(recipe, run, resume=True, finish=no_export)
     run_training(recipe, tmp_path / "whole", finish=no_export)
     assert_same_run(tmp_path / "whole", run)
+
+
+def test_a_signal_is_remembered_where_nobody_reads_what_is_said(monkeypatch):
+    """`hafrm train ... | tee log`: ctrl-C ends tee first."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(parallel.os, "write", broken)
+    stop = parallel.StopSignal()
+    with stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == "SIGINT"
+        assert signal.getsignal(signal.SIGINT) is before  # a second one stops at once
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_provenance_and_metrics_say_what_was_run(finished):

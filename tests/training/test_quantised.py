@@ -18,7 +18,7 @@ from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from hafrm.training.memory_plan import count_weights, plan_recipe
 from hafrm.training.methods import resolve_method
-from hafrm.training.passes import reference_cache
+from hafrm.training.passes import reference_file, reference_weights
 from hafrm.training.run_export import ExportOptions, export_from_run
 from hafrm.training.setup import build_encoder, build_model, meta_model
 from support.models import GPT2
@@ -106,9 +106,8 @@ def test_only_linear_layers_are_quantised_and_evaluation_computes_as_training(tm
 def test_the_reference_of_a_quantised_base_is_not_that_of_the_base(tmp_path):
     write_base(tmp_path, width=128)
     recipes = [tiny_recipe(tmp_path, **SECTIONS), tiny_recipe(tmp_path, lora=SECTIONS["lora"])]
-    files = [
-        reference_cache(quantised_model(recipe), [], None, recipe.model.path) for recipe in recipes
-    ]
+    models = [(quantised_model(recipe), recipe.model.path) for recipe in recipes]
+    files = [reference_file(m, [], None, reference_weights(m, path)) for m, path in models]
     assert None not in files
     assert files[0] != files[1]
 

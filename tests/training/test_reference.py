@@ -13,8 +13,9 @@ from hafrm.scoring.forward import Scores, first_responses
 from hafrm.statistics import effective_rank, spectrum
 from hafrm.training import parallel, passes
 from hafrm.training.passes import (
-    reference_cache,
+    reference_file,
     reference_logps,
+    reference_weights,
     references_of,
     repeated_wins,
     score_heads,
@@ -35,6 +36,10 @@ def groups(seed: int = 0) -> list[TokenizedGroup]:
 @pytest.fixture(autouse=True)
 def _own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HAFRM_CACHE", str(tmp_path))
+
+
+def cache_of(model, some, autocast, path):
+    return reference_file(model, some, autocast, reference_weights(model, path))
 
 
 @pytest.fixture
@@ -116,18 +121,18 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
 def test_the_file_follows_the_checkpoints_files_or_its_commit_token_ids_and_dtype(base, tmp_path):
     model, file = tiny_hybrid(), tmp_path / "base/model.safetensors"
     names = {
-        reference_cache(model, groups(), None, base),
-        reference_cache(model, groups(seed=1), None, base),
-        reference_cache(model, groups(), torch.bfloat16, base),
+        cache_of(model, groups(), None, base),
+        cache_of(model, groups(seed=1), None, base),
+        cache_of(model, groups(), torch.bfloat16, base),
     }
-    assert reference_cache(tiny_hybrid(), groups(), None, base) in names
+    assert cache_of(tiny_hybrid(), groups(), None, base) in names
     file.write_bytes(b"two")
-    names.add(reference_cache(model, groups(), None, base))
+    names.add(cache_of(model, groups(), None, base))
     model.backbone.config._commit_hash = "abc"
-    names.add(reference_cache(model, groups(), None, "some/model"))
+    names.add(cache_of(model, groups(), None, "some/model"))
     assert len(names) == 5
     file.unlink()
-    assert reference_cache(model, groups(), None, base) is None
+    assert cache_of(model, groups(), None, base) is None
     reference_logps(model, groups(), max_tokens=100, path=base)
     assert not cache_folder("reference").exists()
 

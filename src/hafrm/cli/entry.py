@@ -105,7 +105,8 @@ def parse_run(
             raise ConfigError("this needs a recipe, or --resume with a run folder")
         if out is None:
             out = Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-            typer.echo(f"run folder: {out}", err=True)
+            if os.environ.get("RANK", "0") == "0":  # once for all processes of a torchrun
+                typer.echo(f"run folder: {out}", err=True)
         return recipe, changes, out
     if out is not None:
         raise ConfigError(f"--resume {resume} continues in that folder; leave out --out {out}")

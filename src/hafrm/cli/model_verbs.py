@@ -213,7 +213,7 @@ def verify_command(
     json_file: JsonFile = None,
     tolerance: Annotated[
         float | None,
-        Option(help="Of max(1, |reward|) (default: 1e-4; a server: docs/serving.md)."),
+        Option(help="Largest difference (default: 1e-4; a server: by the spread of its rewards)."),
     ] = None,
     api_key: Annotated[str | None, Option(help="Bearer token.", envvar="HAFRM_API_KEY")] = None,
 ) -> None:

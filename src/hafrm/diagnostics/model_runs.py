@@ -72,9 +72,10 @@ def diagnose(
     if base is None and recipe.is_file():
         # a recipe of another kind of run, or a base that is gone
         with contextlib.suppress(ConfigError, ModelError):
-            start = load_recipe(recipe).model.path
-            is_hub = start.count("/") == 1 and not start.startswith(("/", "."))
-            if Path(start).is_dir() or is_hub:
+            start = Path(load_recipe(recipe).model.path)
+            # owner/name on the hub, unless it looks like a folder that is gone
+            is_hub = len(start.parts) == 2 and not start.parent.exists()
+            if start.is_dir() or is_hub:
                 load_config(start)
                 base = start
     if base is not None:

@@ -58,9 +58,8 @@ def write_cards(run: Path, exports: Mapping[str, Path] | None = None) -> None:
     folder = RunFolder.open(run)
     recipe: dict[str, Any] = YAML(typ="safe").load(folder.recipe_path.read_text("utf-8"))
     session = (_read(folder.provenance_path).get("sessions") or [{}])[-1]
-    tested = _read(run / "test.json") or _read(run / "evaluation.json")
-    if tested.get("trained_on"):
-        tested = {}
+    measured = [_read(run / f"{name}.json") for name in ("evaluation", "test")]  # as the report
+    tested = next((m for m in measured if m and not m.get("trained_on")), {})
     for head, directory in exports.items():
         if not directory.is_dir():
             continue

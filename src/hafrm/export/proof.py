@@ -40,7 +40,9 @@ log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
 HALF_TOLERANCE = 0.1
-"""Instead of TOLERANCE where the model in memory or the stored weights are in half precision."""
+"""Of log-probs, where the model in memory or the stored weights are in half precision."""
+LEAST_SCATTER = 0.02
+"""What rounding to half precision may scatter rewards by, however alike they are."""
 _QUESTION = Message("user", "What is the capital of France?")
 PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
 """Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
@@ -89,13 +91,13 @@ class InMemory:
             return _within(TOLERANCE, largest, directory)
         scatter, spread = float(differences.std()), float(expected.std())
         log.info(
-            "rounding to half precision moves the rewards by %+.2g and scatters them by %.2g; "
+            "half precision moves the rewards by %+.2g and scatters them by %.2g; "
             "their standard deviation is %.2g",
             differences.mean(),
             scatter,
             spread,
         )
-        return _within(max(HALF_TOLERANCE, spread / 2), scatter, directory)
+        return _within(max(LEAST_SCATTER, spread / 2), scatter, directory)
 
     def check_logps(self, directory: Path, logps: NDArray[np.float64]) -> float:
         """The largest difference of a saved model's log-probs in nat per token, in half precision the root

@@ -109,7 +109,8 @@ def run_forward(  # noqa: PLR0913
                 tokens[i] = own.float().cpu().numpy()
         num_done += int(num_copies[indices].sum())
         # the other parts are about as far
-        on_progress(min(num_done * part[1], len(lengths)), len(lengths))
+        on_progress(min(num_done * part[1], len(lengths) - 1), len(lengths))
+    on_progress(len(lengths), len(lengths))
     scores = Scores(
         rewards=None if model.reward_head is None else rewards[copy_of],
         logps=None if model.policy_head is None else logps[copy_of],

@@ -85,7 +85,7 @@ def find_heads(path: str | os.PathLike[str]) -> Heads:
             f"{root} holds no model: neither model/reward nor model/policy nor a config.json (a run has "
             "none before its end)"
         )
-    if not root.exists():
+    if not root.exists() and not root.is_absolute():
         log.info(
             "there is no folder %s here: asking the Hugging Face hub for a model of this name", root
         )

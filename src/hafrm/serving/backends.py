@@ -22,7 +22,7 @@ from hafrm.scoring.model_files import load_config
 from hafrm.scoring.outputs import ModelOutputs, OutputScores, heads_for, model_files, outputs_of
 from hafrm.scoring.reward_model import as_messages, forward_options
 from hafrm.serving.protocols import Conversation, Dialogue, Rendered, RequestError, ServerClient
-from hafrm.serving.server_checks import half_tolerance
+from hafrm.serving.server_checks import half_tolerance, reward_spread
 
 
 class ConversationEncoder:
@@ -119,7 +119,9 @@ class LocalBackend:
         self.golden = _golden(heads.reward)
         self.batch_tokens = 8 * int(forward_options(hybrid)["max_tokens"])
         dtype = next(hybrid.backbone.parameters()).dtype
-        self.tolerance = TOLERANCE if dtype.itemsize == 4 else half_tolerance(self.golden)
+        self.tolerance = (
+            TOLERANCE if dtype.itemsize == 4 else half_tolerance(reward_spread(self.golden))
+        )
         self.replay_every: float | None = None
         self.about = {"dtype": str(dtype).removeprefix("torch."), "device": str(hybrid.device)}
         self.about["weights"] = ", ".join(map(model_digest, model_files(heads)))
@@ -138,7 +140,11 @@ class UpstreamBackend:
             raise ModelError(
                 f"{path} has no reward model with golden scores: no upstream can be proved"
             )
-        self.golden, self.names, self.tolerance = golden, ("reward",), half_tolerance(golden)
+        self.golden, self.names, self.tolerance = (
+            golden,
+            ("reward",),
+            half_tolerance(reward_spread(golden)),
+        )
         self.encoder = load_encoder(directory, load_config(directory), max_length, "drop")
         self.client = ServerClient(url, api_key)
         self._protocol: Any = None

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -40,7 +41,7 @@ from hafrm.serving.protocols import (
     read_request,
 )
 from hafrm.serving.score_queue import ScoreQueue
-from hafrm.serving.server_checks import relative_differences
+from hafrm.serving.server_checks import relative_differences, reward_spread
 
 log = logging.getLogger("hafrm")
 
@@ -118,7 +119,7 @@ class RewardServer(AuthenticationBackend):
             await asyncio.sleep(RETRY if now else self.backend.replay_every)
 
     async def _replay(self) -> float:
-        """The largest difference to the golden scores, relative to max(1, |reward|)."""
+        """The largest difference to the golden scores, as `relative_differences` measures it."""
         lines = self.backend.golden
         if not lines:
             log.warning("the model has no golden scores: that it serves right is not proved")
@@ -131,7 +132,8 @@ class RewardServer(AuthenticationBackend):
         ]
         scores = await self.queue.submit(self._reader.encode(talks), ("reward",))
         expected = [line.reward for line in lines]
-        return float(relative_differences([own["reward"][0] for own in scores], expected).max())
+        got = [own["reward"][0] for own in scores]
+        return float(relative_differences(got, expected, reward_spread(lines)).max())
 
     async def authenticate(self, conn: HTTPConnection) -> None:
         """starlette's hook: AuthenticationError without a right bearer key."""
@@ -252,13 +254,14 @@ class _ImpatientProtocol(H11Protocol):
 
 def check_port(host: str, port: int) -> None:
     """Raise ConfigError where nothing can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        problem = error.strerror or error
+    except (OSError, UnicodeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        problem = os.strerror(number) if number and number > 0 else error
         raise ConfigError(
-            f"cannot listen at {host}, port {port} ({problem}): give another --port"
+            f"cannot listen at {host}, port {port} ({problem}): give another --port or --host"
         ) from error
 
 

@@ -20,25 +20,32 @@ from hafrm.results import Table, columns
 from hafrm.run_folder import hide_secrets
 from hafrm.serving.protocols import OtherProtocolError, Protocol, ServerClient
 
-LEAST = 1.5e-2
-"""Always tolerated, relative to max(1, |reward|): what vLLM's own tests of reward models allow."""
+VLLM_TOLERANCE = 1.5e-2
+"""What vLLM's own tests of reward models allow: tolerated of every server."""
 Replies = tuple[Sequence[str], Sequence[float], Sequence[float]]
 """Conversations, the rewards that a server gave them, and those expected."""
 
 
-def relative_differences(got: Sequence[float], expected: Sequence[float]) -> NDArray[np.float64]:
-    """How far rewards are from the expected ones, relative to max(1, |expected|)."""
-    wanted = np.asarray(expected, np.float64)
-    return np.asarray(np.abs(got - wanted) / np.maximum(1.0, np.abs(wanted)))
+def reward_spread(golden: Sequence[GoldenLine]) -> float:
+    """The standard deviation of the golden rewards, 0 without any."""
+    return float(np.std([line.reward for line in golden])) if golden else 0.0
 
 
-def half_tolerance(golden: Sequence[GoldenLine]) -> float:
-    """What a server in half precision may differ by: a quarter of the golden rewards' standard deviation.
+def relative_differences(
+    got: Sequence[float], expected: Sequence[float], spread: float
+) -> NDArray[np.float64]:
+    """How far rewards are from the expected ones, relative to max(1, spread): not to the rewards, because a
+    model may add any constant to all of them."""
+    return np.abs(np.subtract(got, expected, dtype=np.float64)) / max(1.0, spread)
 
-    On SmolLM2-135M, 30 layers, bfloat16 is off by a sixth of that deviation and float16 by a thirtieth; a
-    second BOS by 0.4 of it, a missing or doubled EOS by 4 and more.
+
+def half_tolerance(spread: float) -> float:
+    """What `relative_differences` may be in half precision: a quarter of the spread.
+
+    On SmolLM2-135M, 30 layers, bfloat16 is off by a sixth of it and float16 by a thirtieth; a second BOS by
+    0.4 of it, a missing or doubled EOS by 4 and more.
     """
-    return max(LEAST, float(np.std([line.reward for line in golden])) / 4) if golden else LEAST
+    return max(VLLM_TOLERANCE, min(1.0, spread) / 4)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class ServerCheck:
 
     name: str
     outcome: str  # pass, fail, refused (by the server), or not checked
-    difference: float | None  # the largest, relative to max(1, |reward|)
+    difference: float | None  # the largest of `relative_differences`
     tolerance: float
     observed: str
     fix: str  # empty unless it failed or was refused
@@ -71,7 +78,9 @@ class ServerReplay:
     def tables(self) -> tuple[Table, ...]:
         """Every check, with the fix of those that fail."""
         rows = tuple(
-            (c.name, c.outcome, *_numbers(c.difference, c.tolerance), c.observed)
+            (c.name, c.outcome, f"{c.difference:.2g}", f"{c.tolerance:.2g}", c.observed)
+            if c.difference is not None
+            else (c.name, c.outcome, "", "", c.observed)
             for c in self.checks
         )
         notes = [f"{c.name}: {c.fix}" for c in self.checks if c.fix]
@@ -79,10 +88,6 @@ class ServerReplay:
         what = f"{self.num} golden scores by {self.protocol}"
         heads = columns("asked | outcome | difference | tolerated | observed")
         return (Table(f"{self.url}: {what}", heads, rows, (*notes, verdict)),)
-
-
-def _numbers(difference: float | None, tolerance: float) -> tuple[str, str]:
-    return ("", "") if difference is None else (f"{difference:.2g}", f"{tolerance:.2g}")
 
 
 class _NotCheckedError(Exception):
@@ -191,7 +196,7 @@ def verify_server(
     """Send every golden conversation to a server in all ways of `CHECKS`, and compare the rewards.
 
     Without a `tolerance` it is `half_tolerance` for conversations sent alone, and for the other ways four
-    times what these differed by: a server in float32 is held to more.
+    times what these differed by, so that a server in float32 is held to a stricter limit.
     A `url` that ends in a protocol's path tries no other path. Raises DataError for a golden file without
     rendered texts, ServerError for a server without answers.
     """
@@ -202,11 +207,11 @@ def verify_server(
     protocol = client.find_protocol([str(lines[0].text)])
     asked = _Asked(client, protocol, lines, golden)
     first, *names = CHECKS
-    most = half_tolerance(lines) if tolerance is None else tolerance
-    checks = [_run_check(first, asked, most)]
+    limit = half_tolerance(reward_spread(lines)) if tolerance is None else tolerance
+    checks = [_run_check(first, asked, limit)]
     if tolerance is None and checks[0].difference is not None:
-        most = min(most, max(LEAST, 4 * checks[0].difference))
-    checks += [_run_check(name, asked, most) for name in names]
+        limit = min(limit, max(VLLM_TOLERANCE, 4 * checks[0].difference))
+    checks += [_run_check(name, asked, limit) for name in names]
     ok = all(check.outcome != "fail" for check in checks)
     return ServerReplay(ok, hide_secrets(url), protocol.name, len(lines), tuple(checks))
 
@@ -222,7 +227,7 @@ def _run_check(name: str, asked: _Asked, tolerance: float) -> ServerCheck:
     if not texts:
         return ServerCheck(name, "pass", None, tolerance, "refused, as it should be", "")
     got, expected = replies
-    differences = relative_differences(got, expected)
+    differences = relative_differences(got, expected, reward_spread(asked.lines))
     worst = int(np.argmax(differences))  # NaN is the largest
     difference = float(differences[worst])
     if difference <= tolerance:  # False for NaN

@@ -325,12 +325,13 @@ class StopSignal:
 
     def _remember(self, number: int, _: object) -> None:
         self.received = signal.Signals(number).name
-        # not by a logger or print, which the signal may have interrupted
+        signal.signal(number, self._before[number])
         said = (
             "will stop and save after this step, and its validation if one is due; again: stops now"
         )
-        os.write(2, f"{self.received}: {said}\n".encode())
-        signal.signal(number, self._before[number])
+        # not by a logger or print, which the signal may have interrupted; a pipe's reader may be gone
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{self.received}: {said}\n".encode())
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank got the signal, so that all stop after the same step; waits for no device."""

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
@@ -35,9 +35,8 @@ from hafrm.training.step_batches import ComparisonRef, References, step_groups
 
 log = logging.getLogger("hafrm")
 
-PART_TOKENS = (
-    2**19
-)  # of one pass over the reference and its file: some minutes on a CPU, seconds on a GPU
+PART_TOKENS = 2**19
+"""Of one pass over the reference and its file: some minutes on a CPU, seconds on a GPU."""
 NUM_STATES = 256  # validation responses whose hidden states are measured
 NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
 
@@ -48,18 +47,23 @@ def pass_tokens(budget: int) -> int:
     return max(budget, min(4 * budget, 2**15))
 
 
-def reference_cache(
+def reference_weights(model: HybridModel, path: str | None) -> str | None:
+    """What identifies the weights of a model that equals the checkpoint at `path`: a digest of the files
+    there, or the commit on the hub. None for nothing."""
+    if path is None or not Path(path).is_dir():
+        return None if path is None else getattr(model.backbone.config, "_commit_hash", None)
+    return model_digest(path) if any(Path(path).glob("*.safetensors")) else None
+
+
+def reference_file(
     model: HybridModel,
     groups: Sequence[TokenizedGroup],
     autocast: torch.dtype | None,
-    path: str | None,
+    weights: str | None,
 ) -> Path | None:
-    """The file of these log-probs, by weights (a digest of the files at `path`, or its commit on the hub),
-    token ids (hence template, lengths and data) and dtype; None where nothing identifies the weights."""
-    weights: str | None = getattr(model.backbone.config, "_commit_hash", None)
-    if path is not None and Path(path).is_dir():
-        weights = model_digest(path) if any(Path(path).glob("*.safetensors")) else None
-    if path is None or weights is None:
+    """The file of these log-probs, by `reference_weights`, token ids (hence template, lengths and data) and
+    dtype; None where nothing identifies the weights."""
+    if weights is None:
         return None
     assert model.policy_head is not None
     dtypes = f"{autocast} {model.policy_head.weight.dtype}"
@@ -89,17 +93,20 @@ def reference_logps(
         [g for _, g in part] for _, part in groupby(zip(ends, groups, strict=True), itemgetter(0))
     ]
 
-    def look(part: Sequence[TokenizedGroup]) -> tuple[Path | None, NDArray[np.float32] | None]:
-        file = reference_cache(model, part, options.get("autocast"), path)
-        try:
-            return file, None if file is None else load_file(file)["logps"]
-        except (OSError, SafetensorError, KeyError):  # a damaged file is computed again
-            return file, None
+    def read_cache() -> list[tuple[Path | None, NDArray[np.float32] | None]]:
+        weights, cached = reference_weights(model, path), []
+        for part in parts:
+            file, logps = reference_file(model, part, options.get("autocast"), weights), None
+            # a damaged file is computed again
+            with suppress(OSError, SafetensorError, KeyError):
+                logps = None if file is None else load_file(file)["logps"]
+            cached.append((file, logps))
+        return cached
 
-    # Only the main rank looks: nodes may have a cache each, and all must do the same.
-    files = parallel.from_main(lambda: [look(part) for part in parts])
+    # Only the main rank reads: nodes may have a cache each, and all must do the same.
+    files = parallel.from_main(read_cache)
     todo = [part for part, (_, cached) in zip(parts, files, strict=True) if cached is None]
-    every = list[NDArray[np.float32]]()
+    of_parts = [np.empty(0, np.float32)]
     with parallel.progress_of_main("reference log-probs") as on_progress:
         done = over_passes(on_progress, sum(len(g.response_ids) for part in todo for g in part))
         for part, (file, cached) in zip(parts, files, strict=True):
@@ -109,8 +116,8 @@ def reference_logps(
                 assert logps is not None
                 if file is not None and parallel.is_main():
                     write_cache(file, save({"logps": logps}))
-            every.append(logps)
-    return References(np.concatenate(every), first_responses(groups))
+            of_parts.append(logps)
+    return References(np.concatenate(of_parts), first_responses(groups))
 
 
 def references_of(

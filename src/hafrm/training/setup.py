@@ -133,7 +133,7 @@ def start_reward_head(model: HybridModel, recipe: Recipe, method: Method) -> Non
     stored = starting_reward_head(recipe.model, hidden_size(model.backbone.config))
     place = head_directory(recipe.model.path, "reward")
     if model.reward_head is not None:
-        # not that a base without one gets a new one: a resumed run, built alike, would seem to lose its own
+        # a resumed run is built the same way: "a new one" would suggest that its trained head was lost
         if stored is not None or recipe.model.reward_head == "new":
             log.info("reward head: %s", "a new one" if stored is None else f"that of {place}")
         if stored is not None:
