@@ -294,7 +294,9 @@ GONE = "{model: {path: base}, data: {train: gone.jsonl}, training: {steps: 1}}\n
         ("compare", GONE, "gone.jsonl: no such file"),
     ],
 )
-def test_a_misspelt_recipe_is_refused_before_torch_is_imported(verb, text, message, tmp_path):
+def test_a_misspelt_recipe_and_a_missing_file_are_refused_before_torch_is_imported(
+    verb, text, message, tmp_path
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     code = (

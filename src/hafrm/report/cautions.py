@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from hafrm.evaluation.metrics import LENGTH_SLICES, Evaluation, SetResult
+from hafrm.evaluation.metrics import LENGTH_SLICES, Evaluation
 from hafrm.report.run_files import Material
 from hafrm.statistics import training_alarms
 from hafrm.study.study_result import StudyResult
@@ -40,9 +40,33 @@ def cautions(material: Material) -> Iterator[str]:
 def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> Iterator[str]:
     for file in evaluation.trained_on:
         yield f"{name} was trained on {file}: it has seen the answers there."
+    is_one = len(evaluation.sets) == 1
+    by_length, by_side, unsure = list[str](), list[str](), list[str]()
     for measured in evaluation.single_sets:
-        where = f"{name} on {measured.name}" if len(evaluation.sets) > 1 else name
-        yield from _of_set(where, measured, with_length=with_length)
+        accuracy, length = measured.accuracy, measured.length
+        where = "" if is_one else f"{measured.name}: "
+        rule = max(length.pick_longer, length.pick_shorter, key=lambda rule: rule.value)
+        if accuracy.low <= rule.high:
+            by_length.append(f"{where}{accuracy} against {rule}")
+        # a diagnosis compares with annotators what is only suspected here
+        shorter, longer = (length.slices[LENGTH_SLICES[i]] for i in (0, -1))
+        if with_length and (longer.low > shorter.high or shorter.low > longer.high):
+            by_side.append(f"{where}{shorter} against {longer}")
+        loss = measured.calibration.log_loss
+        if loss > math.log(2):
+            unsure.append(f"{where}{loss:.3f}")
+    if by_length:
+        yield f"{name} is not clearly better than picking by length alone ({'; '.join(by_length)})."
+    if by_side:
+        yield (
+            f"{name} depends on length: its accuracy where the chosen response is much shorter, against "
+            f"where it is much longer, is {'; '.join(by_side)}."
+        )
+    if unsure:
+        yield (
+            f"The probabilities of {name} are worse than chance (log-loss {'; '.join(unsure)}, against "
+            "0.693): fit a temperature before you read sigmoid(margin) as a probability."
+        )
     counts = {
         "rows left out": evaluation.num_bad_rows + sum(evaluation.left_out.values()),
         "prompts cut": evaluation.prompts_cut,
@@ -51,26 +75,6 @@ def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> I
     parts = [f"{what}: {num}" for what, num in counts.items() if num]
     if parts:
         yield f"The test data of {name} are incomplete ({', '.join(parts)})."
-
-
-def _of_set(name: str, measured: SetResult, *, with_length: bool) -> Iterator[str]:
-    # a diagnosis compares with annotators what is only suspected here
-    accuracy, length = measured.accuracy, measured.length
-    rule = max(length.pick_longer, length.pick_shorter, key=lambda rule: rule.value)
-    if accuracy.low <= rule.high:
-        yield f"{name} ({accuracy}) is not clearly better than picking by length alone ({rule})."
-    shorter, longer = (length.slices[LENGTH_SLICES[i]] for i in (0, -1))
-    if with_length and (longer.low > shorter.high or shorter.low > longer.high):
-        yield (
-            f"{name} depends on length: its accuracy is {shorter} where the chosen response is much "
-            f"shorter, and {longer} where it is much longer."
-        )
-    loss = measured.calibration.log_loss
-    if loss > math.log(2):
-        yield (
-            f"The probabilities of {name} are worse than chance (log-loss {loss:.3f} against 0.693): "
-            "fit a temperature before you read sigmoid(margin) as a probability."
-        )
 
 
 def _of_study(study: StudyResult) -> Iterator[str]:

@@ -71,7 +71,8 @@ def _headline(material: Material) -> Iterator[Text]:
         value, _, interval = str(first.accuracy).partition(" [")
         held_out = "" if evaluation.trained_on else "held-out "
         label = f"[{interval} accuracy on {first.accuracy.num} {held_out}comparisons, {names[first.name]}"
-        label += "".join(f"; {other.accuracy} on {names[other.name]}" for other in others)
+        label += "".join(f"; {other.accuracy} on {names[other.name]}" for other in others[:3])
+        label += f"; {len(others) - 3} more below" if len(others) > 3 else ""
         yield Text((("", value), ("", label)), "headline")
 
 
