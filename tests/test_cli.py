@@ -68,6 +68,7 @@ def test_wrong_usage_exits_with_2_and_refused_input_with_1_and_no_traceback(
 ):
     assert refused("trian").startswith("2 ")
     assert refused("train").startswith("1 ConfigError: this needs a recipe")
+    assert refused("train", "gone.yaml").startswith("1 run folder: runs/")
     error = refused("evaluate", exported, tmp_path / "missing.jsonl")
     assert error.startswith("1 ") and "missing.jsonl" in error and "Traceback" not in error
     source = write_preferences(tmp_path / "in.jsonl", num=2)
@@ -231,7 +232,10 @@ def test_evaluate_measures_every_source_by_both_heads(exported, tmp_path):
         write_preferences(tmp_path / "one.jsonl", num=8),
         write_preferences(tmp_path / "two.jsonl", num=5, start=100),
     ]
+    (tmp_path / "out.json").write_text("{}")
     output = invoke("evaluate", tmp_path, *sources, "--json", tmp_path / "out.json")
+    assert f"{tmp_path / 'out.json'} replaced" in output.replace("\n", "")
+    assert "out.json written" not in output
     sets = json.loads((tmp_path / "out.json").read_text())["sets"]
     assert [s["name"] for s in sets] == ["one", "two", "all"]
     correct = [s["accuracy"]["num_correct"] for s in sets]
