@@ -78,7 +78,7 @@ def diagnose(
             if start.is_dir() or is_hub:
                 load_config(start)
                 base = start
-    if base is not None:
+    elif base is not None:
         load_config(base)  # here, and not after minutes of scoring
     comparisons = read_comparisons(data, options.max_bad_fraction)[1].decided()
     num_states = min(MAX_STATES, comparisons.num_responses)

@@ -167,10 +167,10 @@ def _training_data(heads: Heads, data: Data) -> tuple[str, ...]:
         digests = json.loads((run / "provenance.json").read_bytes())["sessions"][-1]["data"]
     except (ConfigError, OSError):  # no run
         return ()
-    learnt = {digests.get(str(Path(source))) for source in recipe.data.train}
+    of_training = {digests.get(str(Path(source))) for source in recipe.data.train}
     sources = [data] if isinstance(data, str | Path) else data
-    read = file_digests(str(s) for s in sources if isinstance(s, str | Path))
-    files = tuple(path for path, digest in read.items() if digest in learnt)
+    of_data = file_digests(str(s) for s in sources if isinstance(s, str | Path))
+    files = tuple(path for path, digest in of_data.items() if digest in of_training)
     for path in files:
         log.warning("%s was trained on: its accuracy says little about other data", path)
     return files

@@ -24,13 +24,7 @@ from hafrm.atomic import atomic_write
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, longest_sequence
 from hafrm.errors import NumericsError, VerificationError
-from hafrm.export.plain_model import (
-    GOLDEN,
-    TOLERANCE,
-    PlainModel,
-    device_for,
-    num_threads,
-)
+from hafrm.export.plain_model import GOLDEN, TOLERANCE, PlainModel, device_for, num_threads
 from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses, free_memory, run_forward
 from hafrm.scoring.model_files import load_config

@@ -31,9 +31,7 @@ from hafrm.atomic import atomic_directory
 from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel, with_dropout
 from hafrm.errors import ModelError
-from hafrm.export.plain_model import (
-    write_for_older_readers,
-)
+from hafrm.export.plain_model import write_for_older_readers
 from hafrm.tensor_files import write_files
 
 _ADAPTER = "default"  # PEFT's name of the one adapter

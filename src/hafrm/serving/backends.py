@@ -119,9 +119,8 @@ class LocalBackend:
         self.golden = _golden(heads.reward)
         self.batch_tokens = 8 * int(forward_options(hybrid)["max_tokens"])
         dtype = next(hybrid.backbone.parameters()).dtype
-        self.tolerance = (
-            TOLERANCE if dtype.itemsize == 4 else half_tolerance(reward_spread(self.golden))
-        )
+        is_full = dtype.itemsize == 4
+        self.tolerance = TOLERANCE if is_full else half_tolerance(reward_spread(self.golden))
         self.replay_every: float | None = None
         self.about = {"dtype": str(dtype).removeprefix("torch."), "device": str(hybrid.device)}
         self.about["weights"] = ", ".join(map(model_digest, model_files(heads)))
@@ -140,11 +139,8 @@ class UpstreamBackend:
             raise ModelError(
                 f"{path} has no reward model with golden scores: no upstream can be proved"
             )
-        self.golden, self.names, self.tolerance = (
-            golden,
-            ("reward",),
-            half_tolerance(reward_spread(golden)),
-        )
+        self.golden, self.names = golden, ("reward",)
+        self.tolerance = half_tolerance(reward_spread(golden))
         self.encoder = load_encoder(directory, load_config(directory), max_length, "drop")
         self.client = ServerClient(url, api_key)
         self._protocol: Any = None
