@@ -88,8 +88,8 @@ def test_the_largest_difference_is_told_with_its_conversation(golden):
 
 @pytest.mark.parametrize("mean", [0.0, 20.0, 400.0])
 def test_a_limit_by_the_spread_does_not_grow_with_the_rewards(mean):
-    """Spread 2.8: a sixth of it, as of bfloat16, passes; the same answer to all, and all off by half of it, do not,
-    whatever constant all rewards have in common."""
+    """Spread 2.8: a sixth of it passes; the same answer to all, and all off by half of it, do not, whatever
+    constant all rewards have in common."""
     rewards = mean + np.array([-2.8, 2.8] * 5)
     assert half_tolerance(2.8) == 0.25
     for got, passes in (

@@ -42,8 +42,8 @@ def relative_differences(
 def half_tolerance(spread: float) -> float:
     """What `relative_differences` may be in half precision: a quarter of the spread.
 
-    On SmolLM2-135M, 30 layers, bfloat16 is off by up to a fifth of it and float16 by a thirtieth; a second BOS by
-    0.4 of it, a missing or doubled EOS by 4 and more.
+    On SmolLM2-135M, 30 layers, bfloat16 is off by up to a fifth of it and float16 by a thirtieth; a second
+    BOS by 0.4 of it, a missing or doubled EOS by 4 and more.
     """
     return max(VLLM_TOLERANCE, min(1.0, spread) / 4)
 
