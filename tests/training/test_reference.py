@@ -139,12 +139,16 @@ def test_the_file_follows_the_checkpoints_files_or_its_commit_token_ids_and_dtyp
 
 def test_the_spread_of_the_states_is_that_of_what_the_reward_head_reads():
     model = tiny_hybrid()
+    with torch.no_grad():  # equal weights would make all norms equal
+        model.backbone.norm.weight[::2] = 0.2
     some = groups()
     with state_spread(model) as spread:
         score_heads(model, some, None, None, max_tokens=64)
     states = [model.last_states(lay_out([group])).detach().numpy() for group in some]
-    expected = effective_rank(spectrum(np.concatenate(states)))
-    assert spread["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    together = np.concatenate(states)
+    assert spread["effective_rank"] == pytest.approx(effective_rank(spectrum(together)), rel=1e-4)
+    norms = [np.sqrt(state @ state) for state in together]
+    assert spread["norm_spread"] == pytest.approx(np.std(norms) / np.mean(norms), rel=1e-4)
     assert not model.reward_head._forward_pre_hooks
     model.reward_head = None
     with state_spread(model) as none:

@@ -198,8 +198,9 @@ def validate(
 
 @contextmanager
 def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
-    """Measures meanwhile the `effective_rank` of the states that this rank's reward head reads, of some
-    NUM_STATES responses (0: all alike); stays empty without a reward head."""
+    """Measures meanwhile, of the states that this rank's reward head reads, the `effective_rank` (0: all
+    alike) and `norm_spread`, their norms' standard deviation over their mean, of some NUM_STATES
+    responses; stays empty without a reward head."""
     values: dict[str, float] = {}
     states: list[NDArray[np.float32]] = []
 
@@ -211,8 +212,10 @@ def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
     with nullcontext() if head is None else head.register_forward_pre_hook(keep):
         yield values
     if states:
-        rank = effective_rank(spectrum(np.concatenate(states)))
+        together = np.concatenate(states)
+        rank, norms = effective_rank(spectrum(together)), np.linalg.norm(together, axis=1)
         values["effective_rank"] = 0.0 if math.isnan(rank) else rank
+        values["norm_spread"] = float(norms.std() / norms.mean())
 
 
 def repeated_wins(
