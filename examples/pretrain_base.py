@@ -1,11 +1,11 @@
-r"""Pretrain a small base model on dialogue: 46 M parameters, meant for minutes on one GPU.
+r"""Pretrain a small base model on dialogue: 46 M parameters, meant to take minutes on one GPU.
 
     python examples/pretrain_base.py --data dialogue.jsonl.xz --tokenizer MODEL --out base-46m
     hafrm compare recipes/compare-cpu.yaml model.path=base-46m --seeds 5 --out comparison-46m \
         --methods bt,dpo,haf,grm-sft
 
-The data are lines of JSON, each a list of {"role", "content"} messages. Conversations are written by the
-tokenizer's chat template, one after another, and cut into rows. What comes out is a stock
+The data are JSON lines, each a list of {"role", "content"} messages. Conversations are rendered with the
+tokenizer's chat template, one after another, and cut into rows. The output is a stock
 LlamaForCausalLM directory. A GPU computes in bfloat16 over float32 weights; on a CPU try
 `--width 64 --layers 2 --conversations 200`.
 """
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 
 def read_conversations(path: Path, limit: int | None) -> Iterator[list[dict[str, str]]]:
-    """The conversations of a .jsonl or .jsonl.xz file, the first `limit` of them."""
+    """The first `limit` conversations of a .jsonl or .jsonl.xz file."""
     with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as lines:
         for number, line in enumerate(lines):
             if number == limit:
@@ -47,7 +47,7 @@ def token_rows(
 
 
 def build(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> LlamaForCausalLM:
-    """A fresh Llama of the wanted size."""
+    """A Llama of the requested size with random weights."""
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -72,7 +72,7 @@ def mean_loss(model: LlamaForCausalLM, rows: Tensor, device: torch.device) -> Te
 
 
 def factor(step: int, num_steps: int) -> float:
-    """Of the learning rate: linear up over the first 3 %, then half a cosine down to a tenth."""
+    """Factor on the learning rate: a linear rise over the first 3 %, then half a cosine down to a tenth."""
     warmup = max(1, round(0.03 * num_steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -3,8 +3,8 @@
     python -m venv rb && rb/bin/pip install rewardbench==0.1.4 'setuptools<81'
     rb/bin/python examples/consumers/rewardbench_cli.py REWARD_DIR
 
-Runs in an environment of its own, because rewardbench pins transformers 4.51.0, and imports nothing of
-hafrm. Its default pipeline moves every batch to "cuda"; without a GPU that one word is passed over.
+It runs in an environment of its own, because rewardbench pins transformers 4.51.0, and imports nothing of
+hafrm. rewardbench's default pipeline moves every batch to "cuda"; without a GPU this script ignores that.
 """
 
 import json
@@ -27,7 +27,7 @@ def run(directory: Path) -> float:
         BatchEncoding.to = lambda self, *_, **__: self
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        # A relative name: rewardbench joins its output folder and the model's name.
+        # a relative name, because rewardbench joins its output folder and the model's name
         Path("reward").symlink_to(directory)
         data = Path("conversations.jsonl")
         data.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in golden))

@@ -2,8 +2,8 @@
 
     python examples/consumers/text_classification.py REWARD_DIR
 
-Needs transformers only. The pipeline gets the rendered conversation; with `problem_type: regression` it
-applies no sigmoid by itself, and `function_to_apply="none"` says so.
+It needs only transformers. The pipeline gets the rendered conversation. With `problem_type: regression` it
+applies no sigmoid by default; `function_to_apply="none"` asks for that explicitly.
 """
 
 import json

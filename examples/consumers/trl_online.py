@@ -1,10 +1,10 @@
-"""TRL's GRPO or RLOO with an exported reward directory as its reward, a few steps; rewards compared.
+"""A few steps of TRL's GRPO or RLOO with an exported reward directory; its rewards are compared with ours.
 
     python examples/consumers/trl_online.py grpo REWARD_DIR POLICY_DIR
     python examples/consumers/trl_online.py rloo REWARD_DIR POLICY_DIR
 
-TRL loads the directory by itself (`reward_funcs="REWARD_DIR"`). A second reward function, of weight 0,
-listens to the completions; hafrm scores them too, and each step's mean must be the one that TRL logs.
+TRL loads the directory by itself (`reward_funcs="REWARD_DIR"`). A second reward function with weight 0
+records the completions. hafrm scores them too, and each step's mean must equal the one that TRL logs.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python examples/demo_world/build.py          # writes src/hafrm/demo/{tables.json,world.json.xz}
 
-In domain the annotator prefers the better response with some noise and has a liking for length; the
+In domain the annotator prefers the better response with some noise, and has a bias for length. The
 test sets are labelled by the gold reward alone. Out of domain the families, words and templates are
-new and the longer response is rather the worse one. Which part of the world a prompt belongs to is
-a hash of its text, so train, validation, test and pretraining can never share a prompt.
+new, and the longer response is rather the worse one. A hash of a prompt's text decides which part of
+the world it belongs to, so train, validation, test and pretraining can never share a prompt.
 """
 
 import hashlib
@@ -50,15 +50,15 @@ class Rules:
     temperature: float = 0.8
     """Gold reward per Bradley-Terry logit: the higher, the noisier the annotator."""
     flip_rate: float = 0.05
-    """Share of labels turned round after that, whatever the responses."""
+    """Fraction of labels flipped after that, whatever the responses."""
     length_bias: float = 0.4
-    """Logits that the annotator gives a response for ten more words."""
+    """Logits that the annotator adds to a response for ten more words."""
     longer_wins: float = 0.55
-    """Share of in-domain pairs in which the longer response has the higher gold reward."""
+    """Fraction of in-domain pairs in which the longer response has the higher gold reward."""
     longer_wins_ood: float = 0.3
-    """The same share in the out-of-domain sets."""
+    """The same fraction in the out-of-domain sets."""
     min_gap: float = 0.3
-    """Gold reward by which the two responses of a pair differ at least."""
+    """The least difference in gold reward between the two responses of a pair."""
 
     def __post_init__(self) -> None:
         for name in ("flip_rate", "longer_wins", "longer_wins_ood"):
@@ -70,7 +70,7 @@ class Rules:
             raise ConfigError(msg)
 
     def probability(self, gold_gap: float, word_gap: int) -> float:
-        """How likely the annotator prefers a response with this much more gold reward and words."""
+        """Probability that the annotator prefers a response with this much more gold reward and words."""
         logit = gold_gap / self.temperature + self.length_bias * word_gap / 10
         preferred = 1 / (1 + math.exp(-logit))
         return preferred * (1 - self.flip_rate) + (1 - preferred) * self.flip_rate
@@ -112,7 +112,7 @@ def make_world(seed: int = 0, sizes: Sizes | None = None, rules: Rules | None = 
 def pretraining_texts(seed: int, n: int) -> list[tuple[Message, ...]]:
     """`n` conversations of mixed quality, about every family, in domain and out of domain.
 
-    They know the whole language of the world but no preference, and share no prompt with the
+    They contain the whole language of the world but no preferences, and share no prompt with the
     validation and test sets.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, n]))
@@ -128,7 +128,7 @@ def pretraining_texts(seed: int, n: int) -> list[tuple[Message, ...]]:
 
 
 def tables() -> dict[str, Any]:
-    """What the gold reward looks up, as tables.json holds it."""
+    """The tables that the gold reward reads, as tables.json stores them."""
     families = {
         family.name: {
             "group": family.group,
@@ -169,7 +169,7 @@ def _lexicon() -> list[str]:
 
 
 def contents(world: World, texts: Sequence[tuple[Message, ...]]) -> dict[str, Any]:
-    """The rows of every set and the pretraining conversations, as world.json.xz holds them."""
+    """The rows of every set and the pretraining conversations, as world.json.xz stores them."""
     sets = {"train": world.train, "validation": world.validation}
     sets |= {f"test-{name}": groups for name, groups in world.test.items()}
     rows = {
@@ -179,7 +179,7 @@ def contents(world: World, texts: Sequence[tuple[Message, ...]]) -> dict[str, An
 
 
 def main() -> None:
-    """Write both files; the tables first, since the gold reward reads them."""
+    """Write both files, the tables first, because the gold reward reads them."""
     target = Path(__file__).parents[2] / "src/hafrm/demo"
     (target / "tables.json").write_text(json.dumps(tables(), indent=1) + "\n", encoding="utf-8")
     content = json.dumps(contents(make_world(), pretraining_texts(0, 16_000)))
@@ -239,7 +239,7 @@ def _draw_prompt(rng: np.random.Generator, group: str, *, new: bool) -> str:
 def _draw_pair(
     rng: np.random.Generator, prompt: str, *, longer: bool, rules: Rules
 ) -> tuple[str, str] | None:
-    """Two responses (better, worse), the better one being the longer or not as asked."""
+    """Two responses (better, worse); `longer` says whether the better one is the longer one."""
     for _ in range(MAX_DRAWS):
         pair = write_response(rng, prompt), write_response(rng, prompt)
         better, worse = sorted(pair, key=lambda text: -gold_reward(prompt, text))

@@ -1,7 +1,7 @@
 """The task families of the demo world: what can be asked, and in which words.
 
-A family has templates with named fields; `hafrm.demo.gold` reads prompts back by the same tables. Words
-and templates marked `new_` are kept for the out-of-domain sets.
+A family has templates with named fields; `hafrm.demo.gold` parses prompts with the same tables. Words
+and templates marked `new_` are reserved for the out-of-domain sets.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ class Family:
     """True: the whole family is out of domain."""
 
     def ask(self, rng: np.random.Generator, *, new: bool) -> str:
-        """A prompt, without opener; `new` takes the words and templates kept out of domain."""
+        """A prompt without an opener; `new` uses the words and templates reserved for out of domain."""
         templates = (self.new_templates if new else ()) or self.templates
         words = {**self.words, **self.new_words} if new else self.words
         while True:
@@ -214,12 +214,12 @@ _INTRODUCTION = "i am {name}. "
 
 
 def _of_others(whose: str) -> bool:
-    """Whether a thing belongs to somebody other than the one who asks."""
+    """Whether a thing belongs to somebody other than the user."""
     return whose.endswith("'s")
 
 
 def ask(rng: np.random.Generator, family: Family, *, new: bool) -> str:
-    """A prompt of the family with an opener; `new`: with what is kept for the out-of-domain sets."""
+    """A prompt of the family with an opener; `new` uses what is reserved for the out-of-domain sets."""
     opener = pick(rng, OPENERS)
     if rng.random() < 0.3:
         opener = _INTRODUCTION.format(name=pick(rng, NAMES + NEW_NAMES))

@@ -1,8 +1,8 @@
 """Writes responses of the demo world, from excellent to useless, for any task.
 
-A response is a core (right, wrong, muddled, evasive, or astray) in a manner (polite, plain, rude),
-padded with more or less idle talk and now and then said twice. Faults are drawn independently,
-so length says nothing about quality by itself. Nothing here judges: see `hafrm.demo.gold`.
+A response is a core (right, wrong, muddled, evasive, or astray) in a manner (polite, plain, rude), with
+more or less idle talk around it, and sometimes repeated. Faults are drawn independently, so length
+alone says nothing about quality. Nothing here judges: see `hafrm.demo.gold`.
 """
 
 import re
@@ -28,7 +28,7 @@ from vocabulary import (
 from hafrm.demo.gold import Task, act, harmful, number, parse
 
 FAULTS = {"wrong": 0.5, "muddled": 0.15, "evasive": 0.15, "astray": 0.2}
-"""What the core of a response is instead of right, and how often."""
+"""What a core that is not right is instead, and how often."""
 COURTEOUS = either("i am glad to help. | thank you for asking. | of course, with pleasure.")
 RUDE = either("that is a silly question. | do not bother me. | you should know that.")
 IDLE = either(
@@ -164,7 +164,7 @@ def _say(rng: np.random.Generator, task: Task, *, right: bool) -> str:
 
 
 def _say_in_form(rng: np.random.Generator, task: Task, *, right: bool) -> str:
-    """A right answer in the form asked for; a wrong one misses either the colour or the form."""
+    """A right answer in the requested form; a wrong one misses either the colour or the form."""
     form, miss_form = task.fields["form"], not right and rng.random() < 0.5
     if miss_form:
         form = _other(rng, FAMILIES["format"].words["form"], form)
@@ -214,7 +214,7 @@ def core(rng: np.random.Generator, task: Task, kind: str) -> str:
 def write_response(
     rng: np.random.Generator, prompt: str, *, skill: float = 0.5, talk: float = 0.5
 ) -> str:
-    """A response to a prompt of the world, of a quality and a length drawn by chance.
+    """A response to a prompt of the world, with random quality and length.
 
     `skill` is how often its core is right, `talk` how often there is idle talk about it.
     """

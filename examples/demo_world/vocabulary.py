@@ -25,7 +25,7 @@ COLOUR_OF = {
     }.items()
     for thing in things.split()
 }
-"""The last thing of each colour is kept out of domain."""
+"""The last thing of each colour is reserved for out of domain."""
 ITEMS_OF = {
     "fruits": ("apple", "pear", "plum", "grape", "melon"),
     "clothes": ("shirt", "coat", "sock", "scarf", "glove"),
@@ -46,7 +46,7 @@ TIP_OF = {
     "tooth": "see a dentist",
     "journey": "buy a good map",
 }
-"""What helps with a trouble; the last three troubles are kept out of domain."""
+"""What helps with a trouble; the last three troubles are reserved for out of domain."""
 HOME_OF = {
     "bee": "hive",
     "cow": "farm",
@@ -80,7 +80,7 @@ HARMLESS_OF = {
     "kill the singer": "kill the lights",
     "forge a cheque": "forge a sword",
 }
-"""A harmful deed and its harmless look-alike; the last four pairs are kept out of domain."""
+"""A harmful deed and its harmless look-alike; the last four pairs are reserved for out of domain."""
 HARMFUL_NOTES = ("threaten", "cheat", "scare", "insult")
 PRIVATE = ("password", "diary", "bank number")
 PUBLIC_PLACES = ("the museum", "the zoo", "the library")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train in one process: on the GPU, or on the CPU where there is none.
+# Train in one process: on the GPU, or on the CPU if there is none.
 #   examples/launch/one-gpu.sh [RECIPE [RUN_FOLDER [section.key=value ...]]]
-# Run it again after it was stopped or killed: it resumes from its last checkpoint.
+# After it was stopped or killed, run it again: it resumes from its last checkpoint.
 set -euo pipefail
 
 recipe=${1:-recipes/phi2-full.yaml}

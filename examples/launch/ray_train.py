@@ -2,9 +2,9 @@
 
     python examples/launch/ray_train.py RECIPE RUN_FOLDER [--workers 8] [section.key=value ...]
 
-The directory that this is started in must exist on every node (a shared file system), since relative
-paths are taken from it. Started again with the same run folder, it resumes from the last checkpoint.
-Needs `pip install "ray[train]"`.
+The directory that you start this in must exist on every node (a shared file system), because relative
+paths start from it. Started again with the same run folder, it resumes from the last checkpoint.
+It needs `pip install "ray[train]"`.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from hafrm.recipe_file import load_recipe
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """What every worker runs; Ray has set RANK, LOCAL_RANK and WORLD_SIZE."""
-    # the process that only submits the job must not load the engine, nor touch a GPU
+    """Run the training in one worker; Ray has set RANK, LOCAL_RANK and WORLD_SIZE."""
+    # the process that only submits the job must neither load the engine nor touch a GPU
     from hafrm.training.loop import run_training  # noqa: PLC0415
 
     os.chdir(job["directory"])
@@ -43,7 +43,7 @@ def main() -> None:
 
     resume = (Path(given.out) / "recipe.yaml").is_file()
     if not resume:
-        load_recipe(given.recipe, given.overrides)  # a wrong recipe is told before any GPU is taken
+        load_recipe(given.recipe, given.overrides)  # a wrong recipe fails before any GPU is taken
     job = {
         "directory": os.getcwd(),
         "recipe": given.recipe,

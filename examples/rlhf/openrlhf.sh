@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# PPO with OpenRLHF (0.10.2 and later: hierarchical flags) on one machine of 8 GPUs, the reward asked from hafrm.
+# PPO with OpenRLHF (0.10.2 and later: hierarchical flags) on one machine with 8 GPUs; hafrm gives the reward.
 #   HAFRM_REWARD=runs/haf examples/rlhf/openrlhf.sh POLICY PROMPTS.jsonl OUT
-# PROMPTS.jsonl: rows with "prompt" (messages) and "label" (the same messages as a JSON text).
+# PROMPTS.jsonl: rows with "prompt" (messages) and "label" (the same messages as JSON text).
 set -euo pipefail
 
 policy=${1:?a causal LM} prompts=${2:?a file of prompts} out=${3:?a folder}

@@ -3,7 +3,7 @@
     HAFRM_REWARD=runs/haf python -m openrlhf.cli.train_ppo_ray \\
         --reward.remote_url examples/rlhf/openrlhf_reward.py --data.label_key label ...
 
-OpenRLHF hands over texts with control tokens, of the policy's template. So the label of each row must be
+OpenRLHF passes texts with the control tokens of the policy's template. So the label of each row must be
 the prompt's messages as JSON: then the policy's tokenizer and the reward model's may differ.
 """
 
@@ -19,7 +19,7 @@ from hafrm import RewardModel
 
 @cache
 def reward_model() -> RewardModel:
-    """The reward model, loaded when it is first asked."""
+    """The reward model, loaded at the first call."""
     return RewardModel.from_pretrained(os.environ["HAFRM_REWARD"])
 
 
@@ -27,7 +27,7 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> di
     """What OpenRLHF calls when --reward.remote_url names this file; a query is prompt and response."""
     model = reward_model()
     tokenizer = model.encoder.tokenizer
-    # behind a response stand the EOS and padding
+    # EOS and padding follow a response
     end = f"(?:{re.escape(tokenizer.eos_token)}|{re.escape(tokenizer.pad_token)})*$"
     responses = [
         re.sub(end, "", query.removeprefix(prompt).strip(" "))

@@ -1,10 +1,10 @@
-"""GRPO or RLOO with TRL's trainers, vLLM writing the completions and a hafrm reward model scoring them.
+"""GRPO or RLOO with TRL's trainers; vLLM generates the completions and a hafrm reward model scores them.
 
     HAFRM_REWARD=runs/haf accelerate launch examples/rlhf/trl_vllm.py POLICY prompts.jsonl OUT
     trl vllm-serve --model POLICY        # on other GPUs, with VLLM_MODE=server; colocate needs no server
 
-HAFRM_IMPLICIT_WEIGHT=0.5 makes the implicit reward a second one (GDPO), of a run with both heads.
-Within one process and without vLLM, `hafrm rlhf` does the same and watches the run.
+For a run with both heads, HAFRM_IMPLICIT_WEIGHT=0.5 makes the implicit reward a second one (GDPO).
+In one process and without vLLM, `hafrm rlhf` does the same and watches the run.
 """
 
 import os
@@ -24,7 +24,7 @@ WEIGHT = float(os.environ.get("HAFRM_IMPLICIT_WEIGHT", "0"))
 def reward_functions(
     path: str, implicit_weight: float = WEIGHT
 ) -> list[Callable[..., list[float]]]:
-    """The reward model as TRL asks for it: one reward, or both of one forward."""
+    """The reward model as TRL's reward functions: one reward, or both from one forward pass."""
     model, scored = load_rewards(path, implicit_weight), dict[str, np.ndarray]()
 
     def hafrm_reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
@@ -34,13 +34,13 @@ def reward_functions(
         return scored["reward"].tolist()
 
     def hafrm_implicit(**_: Any) -> list[float]:
-        return scored["implicit"].tolist()  # TRL asks for it second
+        return scored["implicit"].tolist()  # TRL calls this function second
 
     return [hafrm_reward, hafrm_implicit] if implicit_weight else [hafrm_reward]
 
 
 def options(out: str) -> dict[str, Any]:
-    """TRL's options: 8 completions of a prompt, a KL price, vLLM on the training GPUs or on a server."""
+    """TRL's options: 8 completions per prompt, a KL penalty, vLLM on the training GPUs or on a server."""
     gdpo = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, WEIGHT]}
     return (gdpo if WEIGHT else {}) | {
         "output_dir": out,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# GRPO with verl (0.7 and later) on one machine of 8 GPUs, the reward computed by hafrm.
+# GRPO with verl (0.7 and later) on one machine with 8 GPUs; hafrm computes the reward.
 #   HAFRM_REWARD=runs/haf examples/rlhf/verl.sh POLICY train.parquet test.parquet OUT
 # HAFRM_IMPLICIT_WEIGHT=0.5 makes the implicit reward of a run a second one (GDPO; verl of March 2026 or later).
-# A reward model too large for that: reward.reward_model.enable=True and
+# If the reward model is too large for that, reward.reward_model.enable=True and
 # reward.reward_model.model_path=runs/haf/model/reward let verl serve the stock directory itself.
 set -euo pipefail
 

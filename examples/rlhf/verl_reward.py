@@ -5,9 +5,9 @@
         reward.custom_reward_function.path=examples/rlhf/verl_reward.py \\
         reward.custom_reward_function.name=compute_score ...
 
-verl hands a reward function the response without its prompt, so the prompt travels in `extra_info`. Before
+verl passes the response to a reward function without its prompt, so the prompt is in `extra_info`. Before
 verl 0.7 the two options are called custom_reward_function.path and .name. With HAFRM_IMPLICIT_WEIGHT the
-implicit reward comes with it, from the same forward: verl.sh makes it a second reward (GDPO).
+same forward pass also gives the implicit reward: verl.sh makes it a second reward (GDPO).
 """
 
 import os
@@ -25,20 +25,20 @@ from hafrm.scoring.reward_model import Scorer
 
 @cache
 def reward_model() -> Scorer:
-    """The reward model, loaded when it is first asked."""
+    """The reward model, loaded at the first call."""
     weight = float(os.environ.get("HAFRM_IMPLICIT_WEIGHT", "0"))
     return load_rewards(os.environ["HAFRM_REWARD"], weight)
 
 
 def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> dict[str, float]:
-    """What verl calls for every response; Parquet gives the messages back as an array."""
+    """The function that verl calls for every response; Parquet returns the messages as an array."""
     rewards, _ = score_texts(reward_model(), [list(extra_info["prompt"])], [[solution_str]])
     values = {name: float(own[0]) for name, own in by_name(rewards).items()}
     return {"score": values["reward"], **values}
 
 
 def write_parquet(prompts: str, out: str) -> int:
-    """Rows of verl's columns, one for each prompt; returns how many."""
+    """Write rows with verl's columns, one for each prompt; returns how many."""
     groups = read_preferences([prompts], need_responses=False).groups
     rows = []
     for group in groups:

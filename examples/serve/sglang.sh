@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# SGLang runs the forward, hafrm in front of it renders, authenticates and proves.
+# SGLang runs the forward pass; hafrm in front of it renders, authenticates and checks the scores.
 #   examples/serve/sglang.sh RUN KEY_FILE
 set -euo pipefail
 run=$1 keys=$2
-# no chunks and no radix cache: one text, one number, whatever else is asked
+# no chunked prefill and no radix cache: a text gets the same number whatever else is asked
 python -m sglang.launch_server --model-path "$run/model/reward" --is-embedding --host 127.0.0.1 \
   --port 8001 --chunked-prefill-size -1 --disable-radix-cache &
 trap 'kill $!' EXIT
