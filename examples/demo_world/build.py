@@ -5,7 +5,8 @@
 In domain the annotator prefers the better response with some noise, and has a bias for length. The
 test sets are labelled by the gold reward alone. Out of domain the families, words and templates are
 new, and the longer response is rather the worse one. A hash of a prompt's text decides which part of
-the world it belongs to, so train, validation, test and pretraining can never share a prompt.
+the world it belongs to, so train, validation and test can never share a prompt. Pretraining shares none
+with validation and test.
 """
 
 import hashlib
