@@ -252,5 +252,5 @@ def test_lora_targets_that_are_no_linear_layer_are_refused(tmp_path, targets, na
 
 def test_lora_on_experts_that_are_no_linear_layers_is_refused(tmp_path):
     recipe = tiny_recipe(tmp_path, lora={"rank": 2})
-    with pytest.raises(ConfigError, match="is no linear layer"):
+    with pytest.raises(ConfigError, match="is not a linear layer"):
         meta_model(tiny_mixtral_config(), recipe, get_method("haf"))
