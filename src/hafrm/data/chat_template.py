@@ -130,7 +130,7 @@ def render_conversations(
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise EndlessTemplateError in a `with` block, in any thread, that runs for longer than this."""
+    """Raise EndlessTemplateError in a `with` block, in any thread, that runs for longer than `seconds`."""
     own = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(EndlessTemplateError)
     # a signal would reach the main thread only
     timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, own)

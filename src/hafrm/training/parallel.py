@@ -109,7 +109,7 @@ def shards(mode: Mode, num_ranks: int, device: str) -> bool:
 
 
 def team_size(mode: Mode, num_ranks: int, kv_heads: int) -> int:
-    """How many ranks run a sequence together: as many of a node as divide the number of key heads."""
+    """How many ranks run a sequence together: the largest common divisor of ranks per node and KV heads."""
     return math.gcd(min(num_ranks, per_node(8)), kv_heads) if mode == "ulysses" else 1
 
 
