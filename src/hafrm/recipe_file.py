@@ -213,7 +213,7 @@ def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]
         yield from str(error["ctx"]["error"]).split("\n")
     elif error["type"] == "extra_forbidden":
         yield f"{head}: unknown {'key' if len(location) > 1 else 'section'}{_hint(root, location)}"
-    elif entry is None:  # a whole section is missing, or is no mapping
+    elif entry is None:  # a whole section is missing, or is not a mapping
         fields = sections_of(root)[key].model_fields if key else root.model_fields
         needed = [name for name, info in fields.items() if info.is_required()] or list(fields)
         got = "missing" if error["type"] == "missing" else f"got {_shown(value)}"

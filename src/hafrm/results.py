@@ -117,12 +117,12 @@ def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result")
             f"{'.'.join(map(str, first['loc']))}: {first['msg']} (problems: {error.error_count()})"
         )
         raise CheckpointError(
-            f"{place} is no {kind.__name__} of this version: {problem}"
+            f"{place} is not a valid {kind.__name__} of this version: {problem}"
         ) from error
 
 
 def write_result(path: Path, result: Any) -> None:
-    """Write a result as JSON, complete or not at all; the folder is made where it is missing."""
+    """Write a result as JSON, complete or not at all; the folder is created if it is missing."""
     text = json.dumps(to_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
 

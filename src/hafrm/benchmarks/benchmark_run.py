@@ -151,7 +151,7 @@ def score_items(
     done: OnProgress = no_progress,
     options: EvaluationOptions | None = None,
 ) -> tuple[list[CandidateScores], EncodingReport]:
-    """One score for each candidate of each item (NaN where it cannot be encoded), and what had to be cut.
+    """One score for each candidate of each item (NaN if it cannot be encoded), and what had to be cut.
 
     Raises NumericsError for a score that is not finite.
     """

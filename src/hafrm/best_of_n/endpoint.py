@@ -161,7 +161,7 @@ class Endpoint:
         except self._openai.OpenAIError as error:
             raise self._unusable(error) from error
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise self._unusable(f"this is no chat completion: {content}") from error
+            raise self._unusable(f"this is not a chat completion: {content}") from error
         with contextlib.suppress(OSError, sqlite3.Error):  # a full disk
             self._cache.set(key, content)
         return reply

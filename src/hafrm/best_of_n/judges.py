@@ -158,7 +158,7 @@ def combine_orders(forward: Verdict, backward: Verdict) -> PairVerdict:
 
 @dataclass(frozen=True)
 class JudgeReliability:
-    """How an LLM judge behaved; NaN where no reply could show it."""
+    """How an LLM judge behaved; NaN if no reply could show it."""
 
     num_pairs: int
     num_not_judged: int
@@ -271,7 +271,7 @@ def _measure_wins(
 
 
 def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
-    """Who wins against whom; with the judge's reliability where an LLM was asked."""
+    """Who wins against whom; with the judge's reliability if an LLM was asked."""
     reports = [w.reliability for w in wins if w.reliability is not None]
     heads = "first | second | first wins | tie | second wins | wins - losses | same pick: percent"
     if reports:

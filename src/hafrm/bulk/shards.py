@@ -176,7 +176,7 @@ def _error(scores: RowScores) -> str | None:
 def _score_columns(
     row: Mapping[str, Any], scores: RowScores, outputs: Sequence[str]
 ) -> dict[str, Any]:
-    """The columns that a row gets, by its shape as the reader sees it; null where it has no score."""
+    """The columns that a row gets, by its shape as the reader sees it; null if it has no score."""
     columns = {name for name, value in row.items() if value is not None}
     is_list = not columns & {"chosen", "rejected"} and columns & {"completions", "responses"}
     result: dict[str, Any] = {}

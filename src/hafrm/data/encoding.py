@@ -214,7 +214,7 @@ class Encoder:
         """Ids that end an assistant's turn: the template's first control token after an answer, the EOS,
         and those of a model's generation config."""
         own = None if generation is None else generation.eos_token_id
-        # an id that is no control token is a default of transformers for another tokenizer
+        # an id that is not a control token is a default of transformers for another tokenizer
         control_ids = set(np.flatnonzero(self._special.is_special).tolist())
         others = [i for i in (own if isinstance(own, list) else [own]) if i in control_ids]
         ends = [*self.closing()[:1], self.eos_id, *others]

@@ -152,7 +152,7 @@ def _read_json(path: Path) -> NumberedRows:
 def _read_csv(path: Path) -> NumberedRows:
     csv.field_size_limit(2**31 - 1)  # rows have their own limit, not csv's 128 KiB
     with _open_text(path, newline="") as stream:
-        # strict: a quote that never closes would swallow the rows behind it
+        # strict: a quote that never closes would swallow the rows after it
         reader = csv.DictReader(stream, strict=True)
         names = reader.fieldnames or []
         if len(set(names)) < len(names):

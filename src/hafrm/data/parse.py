@@ -54,7 +54,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
-# labels, in lower case and with one blank for all that is no letter or digit
+# labels, in lower case and with one space for anything that is not a letter or digit
 _TIE = re.compile(
     r"tie[sd]?|draw|equal|equally (good|bad)|same|no preference|neither|(tie |it s a tie )?both ?(good|bad)"
 )

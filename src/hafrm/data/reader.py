@@ -47,7 +47,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the source's
     ignore: tuple[str, ...] = ()  # columns that are read as if they were not there
     named: NamedSet | None = None  # the published set whose form the rows have
-    path: str | None = None  # the file on this machine, where it is one
+    path: str | None = None  # the file on this machine, if it is one
 
 
 @dataclass(frozen=True, slots=True)

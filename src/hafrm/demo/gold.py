@@ -116,7 +116,7 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
                 ordered = map(re.escape, sorted(set(choices), key=len, reverse=True))
                 group = f"(?P<{field}>{'|'.join(ordered)})"
                 expression = expression.replace("{" + field + "}", group)
-            # a prompt may begin with an opener, a sentence of its own
+            # a prompt may begin with an opener, a separate sentence
             patterns.append((name, re.compile("(?:.*[.] )?" + expression)))
     return patterns
 

@@ -45,7 +45,7 @@ class ScoredModel:
     name: str
     scored_with: str
     tokenized: Sequence[TokenizedGroup]
-    scores: NDArray[np.float32]  # of each response; NaN where it cannot be encoded
+    scores: NDArray[np.float32]  # of each response; NaN if it cannot be encoded
     states: StateMatrix  # of some of the responses, the same ones for all models
 
 

@@ -88,7 +88,7 @@ class Layout:
         return [prompt + length for prompt, branches in self.shape for length in branches]
 
     def to(self, device: torch.device | str) -> "Layout":
-        """The same layout on another device; asynchronous where the memory is pinned."""
+        """The same layout on another device; asynchronous if the memory is pinned."""
         return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Layout":

@@ -1,6 +1,6 @@
 """Models scored on the same comparisons by each of their heads: `evaluate` one, `compare_models` several.
 
-A head is a scorer of its own: the reward, and the implicit reward of the policy. One model is in memory
+Each head is a separate scorer: the reward, and the implicit reward of the policy. One model is in memory
 at a time, and no model is changed.
 """
 

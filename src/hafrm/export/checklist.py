@@ -85,7 +85,7 @@ def verify_directory(
     """Check any reward directory by every clause; without `run_model`, only its files and rendered text.
 
     Golden scores are replayed from `golden`, or from the directory's own file if it has one.
-    Raises ModelError when there is no model, DataError for a damaged golden file.
+    Raises ModelError if there is no model, DataError for a damaged golden file.
     """
     if (path / "adapter_config.json").is_file():
         raise ModelError(
@@ -103,7 +103,7 @@ def verify_directory(
 def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
     """Check the clauses in order; a clause is not applicable if one that it needs does not hold."""
     results: list[ClauseResult] = []
-    # what keeps a clause from being checked: a failed clause, whatever lies between the two
+    # what keeps a clause from being checked: a failed clause, however many lie between the two
     reasons: dict[str, str] = {}
     for name, check, needs in clauses:
         holds: bool | None = None

@@ -66,7 +66,7 @@ def export_policy(
     embeddings: Any = model.backbone.get_input_embeddings().weight
     if config.tie_word_embeddings and head.weight is not embeddings:
         differ = _full((head.weight != embeddings).any())
-        # a head of its own under a config that says tied, as merged adapters leave it: tying loses it
+        # an untied head under a config that says tied, as merged adapters leave it: tying would lose it
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = not differ.item()
     stock = _stock(AutoModelForCausalLM, config, encoder, dtype)

@@ -143,7 +143,7 @@ class HtmlCell:
 
 
 def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> dict[str, Any]:
-    """What the template writes of a table: its rows in named groups, "" where it has none."""
+    """What the template needs of a table: its rows in groups by name, "" if there are no groups."""
     table = block if isinstance(block, Table) else block.table
     columns = [*zip(*table.rows, strict=True)] or [()] * len(table.columns)
     is_estimate = [any(isinstance(cell, Estimate) for cell in cells) for cells in columns]

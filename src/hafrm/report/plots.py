@@ -210,7 +210,7 @@ def _svg(title: str, fill: Callable[[Axes], None]) -> Markup:
     drawn = file.getvalue().decode("utf-8")
     # before the figure are metadata and a style that would apply to the whole page
     inside = drawn[drawn.index('<g id="figure_1">') : drawn.rindex("</svg>")]
-    # ids of markers and clip paths occur in every plot: each plot gets a prefix of its own
+    # ids of markers and clip paths occur in every plot: each plot gets its own prefix
     prefix = hashlib.sha256((title + inside).encode("utf-8", "replace")).hexdigest()[:8]
     inside = re.sub(r'<g id="class:([^"]*)">', r'<g class="\1">', inside)
     inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")

@@ -128,7 +128,7 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """The unbiased standard deviation; 1 before there are two rewards, or where all are equal."""
+        """The unbiased standard deviation; 1 before there are two rewards, or if all are equal."""
         variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return math.sqrt(variance) if variance > 0 else 1.0
 

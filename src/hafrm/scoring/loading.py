@@ -261,7 +261,7 @@ def model_digest(path: str | Path) -> str:
 
 
 def load_tokenizer(model: PolicySection) -> PreTrainedTokenizerFast:
-    """The base model's fast tokenizer, with its section's template and a pad of its own."""
+    """The base model's fast tokenizer, with its section's template and its own pad token."""
     path = base_directory(model.path)
     tokenizer = load_any_tokenizer(path, model.revision)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -347,7 +347,7 @@ def meta_causal_lm(config: PretrainedConfig, path: str, **options: Any) -> Any:
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
         except ValueError as error:
-            raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
+            raise ModelError(f"model.path {path!r} is not a causal LM: {error}") from error
 
 
 def starting_reward_head(model: ModelSection, size: int) -> Float[Tensor, "1 hidden"] | None:

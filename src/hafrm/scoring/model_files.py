@@ -261,13 +261,13 @@ def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """The config of a directory or hub id, for an adapter its base's; ModelError when there is no model."""
+    """The config of a directory or hub id, for an adapter its base's; ModelError if there is no model."""
     _check_place(path)
     if adapter := find_adapter(path, revision):
         return load_config(adapter.base, adapter.revision)
     if Path(path).is_dir():
         _check_config_file(Path(path) / "config.json")
-    with model_errors(f"{path} is no model directory and no hub id that can be read"):
+    with model_errors(f"{path} is neither a model directory nor a readable hub id"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
@@ -275,7 +275,7 @@ def load_config(path: str | Path, revision: str | None = None) -> PretrainedConf
 
 
 def load_generation_config(path: str | Path) -> GenerationConfig:
-    """The generation config of a directory or hub id, from its config where it has none."""
+    """The generation config of a directory or hub id, from its config if it has none."""
     try:
         return GenerationConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):

@@ -253,7 +253,7 @@ class _ImpatientProtocol(H11Protocol):
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ConfigError where nothing can listen there."""
+    """Raise ConfigError if nothing can listen there."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()

@@ -184,7 +184,7 @@ CHECKS: dict[str, tuple[Callable[[_Asked], Replies], str]] = {
     "over 8,192 tokens": (partial(_long, num_tokens=8192), _LONG),
     "without the key": (
         _without_key,
-        "start it with a key; where that guards /v1 alone, let a proxy guard the other routes",
+        "start it with a key; if that guards only /v1, let a proxy guard the other routes",
     ),
 }
 """How a server is asked, and what to change if its rewards differ."""

@@ -173,7 +173,7 @@ def fused_factor(reward_margins: NDArray[Any], implicit_margins: NDArray[Any]) -
     if not scale.all():  # one of the two separates no responses
         return 0.0
     x /= scale  # two scales far apart would make the problem ill-conditioned
-    penalty = 1e-9  # keeps the coefficients finite where the likelihood has no maximum
+    penalty = 1e-9  # keeps the coefficients finite if the likelihood has no maximum
 
     def loss_and_slope(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         loss = float(np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w))

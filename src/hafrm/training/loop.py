@@ -208,7 +208,7 @@ class Job:
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of a step, in pinned memory where it goes to a GPU."""
+        """This rank's part of a step, in pinned memory if it goes to a GPU."""
         training, ranks, team = self.recipe.training, self.ranks, self.model.team
         refs = self.order.window(step * training.batch_size, training.batch_size)
         plan = plan_step(self.data.train, refs, training.token_budget, ranks.size // team.size)

@@ -84,7 +84,7 @@ class Weights(NamedTuple):
     normed: int  # numbers per token that a layer's norms read
     head_normed: int  # the same of norms over attention heads (Qwen3, Gemma3)
     rms: bool
-    capped_heads: int  # attention heads, where their scores are soft-capped
+    capped_heads: int  # attention heads, if their scores are soft-capped
     largest: int  # numbers in the largest weight
     dequantised: int  # the same, dequantised for its product; 0 for a base that is not quantised
 

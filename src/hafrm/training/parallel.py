@@ -152,7 +152,7 @@ def shard(
     )
     for layer in decoder_layers(model.backbone):
         fully_shard(layer, mp_policy=policy, **options)
-    if model.reward_head is not None:  # a unit of its own, which stays in float32
+    if model.reward_head is not None:  # a separate unit, which stays in float32
         fully_shard(model.reward_head, **options)
     # By default FSDP2 leaves the root gathered after a forward, and an export would use the copies.
     fully_shard(model, mp_policy=policy, reshard_after_forward=True, **options)

@@ -149,7 +149,7 @@ class Exported(NamedTuple):
 
     source: str  # the checkpoint's name
     dtype: str
-    merged: bool | None  # none where the run has no adapters
+    merged: bool | None  # None if the run has no adapters
     num_golden: int  # conversations whose scores (or log-probs) plain transformers has replayed
     difference: float  # the largest, relative to max(1, |score|)
 
@@ -170,7 +170,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     if unverified.exists():
         configs = unverified / "config.json", unverified / "adapter_config.json"
         if not any(map(Path.is_file, configs)):
-            problem = "is no export: move it away or choose another place"
+            problem = "is not an export: move it away or choose another place"
             raise CheckpointError(f"{unverified} {problem}")
         log.info("%s, whose proof failed, is replaced", unverified)
         remove_directory(unverified)

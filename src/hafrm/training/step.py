@@ -237,12 +237,12 @@ class NonFiniteCheck:
         if isinstance(parameter, DTensor):  # sharded parameters accept no plain tensor beside them
             mesh, flag = parameter.device_mesh, flag.to(parameter.device)
             flag = DTensor.from_local(flag, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        # What GradScaler sets: torch's fused optimisers skip the whole update where it is 1.
+        # What GradScaler sets: torch's fused optimisers skip the whole update if it is 1.
         optimizer.found_inf = flag  # type: ignore[attr-defined]
         self.check_now()
 
     def check_now(self) -> None:
-        """`check`, where reading the flag costs nothing."""
+        """`check`, if reading the flag costs nothing."""
         if self._broken.device.type == "cpu":
             self.check()
 
