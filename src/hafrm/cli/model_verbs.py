@@ -33,8 +33,8 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
 ) -> None:
     """Measure pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
-    DATA is preference data, or with --benchmark a local folder. Evaluates one model, or compares it with
-    others. If MODEL is a run folder, the result is also saved there for `hafrm report`: evaluation.json,
+    DATA: preferences, or for published benchmarks a local folder (else the hub). Evaluates one model, or
+    compares several. For a run folder, the result is also saved in it for `hafrm report`: evaluation.json,
     diagnostics.json (--diagnose) or benchmarks.json. Under torchrun, the processes divide the scoring.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
@@ -177,7 +177,7 @@ def serve_command(  # noqa: PLR0913 - the verb and its options
     dtype: Dtype = "auto",
     device: Device = None,
     max_length: Annotated[int | None, Option(help="In tokens; longer inputs are refused.")] = None,
-    upstream_key: Annotated[str | None, Option(envvar="HAFRM_API_KEY", help="Upstream key")] = None,
+    upstream_key: Annotated[str | None, Option(envvar="HAFRM_API_KEY", help="Bearer key.")] = None,
 ) -> None:
     """Serve rewards to trainers: OpenRLHF, verl, slime, TRL, and clients of vLLM and SGLang.
 

@@ -65,8 +65,8 @@ def reward_loss(
 def distance_weights(distances: PerComparison, mean_distance: Float[Tensor, ""]) -> PerComparison:
     """NormBT's factor on each reward loss, constant for the gradient: mean distance / own distance.
 
-    The Bradley-Terry gradient of the reward head scales with ||h_chosen - h_rejected||, so pairs with
-    similar states hardly train; the factor cancels that (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
+    The Bradley-Terry gradient of the reward head is the error times ||h_chosen - h_rejected||, so pairs
+    of similar states hardly train; the factor cancels that (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
     """
     return (mean_distance / (distances + EPSILON)).detach()
 

@@ -45,7 +45,7 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class Target:
-    """The device of one rank, its free bytes before anything is loaded, and the number of ranks."""
+    """The device of one rank, its available bytes before anything is loaded, and the number of ranks."""
 
     device: Literal["cuda", "cpu"]
     memory: int
@@ -86,7 +86,7 @@ class Weights(NamedTuple):
     rms: bool
     capped_heads: int  # attention heads, if their scores are soft-capped
     largest: int  # numbers in the largest weight
-    dequantised: int  # the same, dequantised for its product; 0 for a base that is not quantised
+    dequantised: int  # numbers in the largest quantised weight, for its product; 0 if there is none
 
 
 @dataclass(frozen=True)
