@@ -59,7 +59,7 @@ def test_the_run_resumes_with_the_same_recipe_and_rows(run):
     ("data", "part"),
     [
         (["x"], "row 0 of data must be a mapping"),
-        ([{"prompt": {1, 2}}], "set is no type of JSON"),
+        ([{"prompt": {1, 2}}], "set is not a JSON type"),
         ("train.jsonl", "data must be rows in memory"),
         (3, "data must be rows in memory"),
     ],

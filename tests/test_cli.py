@@ -107,8 +107,8 @@ def test_the_version_and_those_of_the_libraries_are_shown():
 def test_a_recipe_of_another_verb_is_named(refused):
     recipes = Path(__file__).resolve().parents[1] / "recipes"
     error = refused("plan", recipes / "rlhf-tiny-cpu.yaml")
-    assert error.endswith("has the section `reward`: it is a recipe of hafrm rlhf")
-    assert "recipe of hafrm train" in refused("rlhf", recipes / "tiny-cpu.yaml")
+    assert error.endswith("has the section `reward`: it is a recipe for hafrm rlhf")
+    assert "recipe for hafrm train" in refused("rlhf", recipes / "tiny-cpu.yaml")
 
 
 def test_the_module_form_works_for_launchers(monkeypatch, capsys):
@@ -157,11 +157,11 @@ def test_verify_shows_every_clause_and_exits_with_1_where_one_does_not_hold(
     assert "fix:" not in output
     policy = shutil.copytree(exported / "policy", tmp_path / "policy")
     write_result(policy / IMPLICIT_RULE, ImplicitRule(None))
-    assert "is a policy, and verify checks reward models" in refused("verify", policy)
+    assert "is a policy, but verify checks reward models" in refused("verify", policy)
     policy_run = shutil.copytree(
         exported / "policy", tmp_path / "rlhf" / "model" / "policy"
     ).parents[1]
-    assert "is a policy, and verify checks reward models" in refused("verify", policy_run)
+    assert "is a policy, but verify checks reward models" in refused("verify", policy_run)
     broken = shutil.copytree(exported / "reward", tmp_path / "run" / "model" / "reward")
     FAULTS["no problem type"][1](broken)
     output = invoke("verify", tmp_path / "run", code=1)

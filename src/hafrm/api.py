@@ -1,4 +1,4 @@
-"""`hafrm.train`: a recipe, or just the keys that matter, and data from files or memory; from Python."""
+"""`hafrm.train`: train from Python, with a recipe or only some keys, and data from files or memory."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def train(
         rm = hafrm.RewardModel.from_pretrained("run/model/reward")
 
     `recipe` is a Recipe, a YAML file, or its values, nested or with dotted keys. `data` are rows in memory
-    to train on, in the place of `data.train`. Raises what `hafrm.training.loop.run_training` raises.
+    to train on, instead of `data.train`. Raises what `hafrm.training.loop.run_training` raises.
     """
     from hafrm.training.loop import run_training  # noqa: PLC0415 - torch only when it trains
 
@@ -78,10 +78,10 @@ def _as_line(number: int, row: Any) -> str:
     try:
         return json.dumps(dict(row), ensure_ascii=False, default=_as_json) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"row {number} of data is not as JSON has it: {error}") from error
+        raise DataError(f"row {number} of data cannot be written as JSON: {error}") from error
 
 
 def _as_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy's and torch's
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is no type of JSON")
+    raise TypeError(f"{type(value).__name__} is not a JSON type")

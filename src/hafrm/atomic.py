@@ -24,7 +24,7 @@ from hafrm.errors import CheckpointError, HafrmError
 log = logging.getLogger("hafrm")
 LOCK = ".lock"
 MANIFEST = "manifest.json"
-HASHED_BYTES = 16 * 2**20  # larger files are not hashed: tens of gigabytes would stall a resume
+HASHED_BYTES = 16 * 2**20  # larger files are not hashed: tens of gigabytes would delay a resume
 SAMPLE_BYTES, NUM_SAMPLES = 2**16, 256  # what `quick_fingerprint` reads of larger files
 
 
@@ -54,8 +54,8 @@ def check_writable(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Make `path` hold `content`, in a folder that is made where it is missing: after any kill it is the
-    old file or the new one, never a mix."""
+    """Write `content` to `path`, and create its folder if it is missing: after any kill it is the old file
+    or the new one, never a mix."""
     with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -70,7 +70,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             with aside.open("xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())  # before the rename, or power may fail between them
+                os.fsync(file.fileno())  # before the rename: the power may fail between them
             aside.replace(path)
         finally:
             with contextlib.suppress(OSError):  # the error above says more
@@ -93,7 +93,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 for name in files:
                     _sync(Path(directory, name))
                 _sync(Path(directory))
-            if path.exists():  # a kill right here leaves neither: replace what can be remade
+            if path.exists():  # a kill right here leaves neither: replace only what can be remade
                 remove_directory(path)
             aside.rename(path)
             _sync(path.parent)
@@ -130,7 +130,7 @@ def is_unused(directory: Path, but: Collection[str] = ()) -> bool:
 
 
 def clear_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
-    """Remove what killed writers left in `directory`, of the files `names` only if any are named."""
+    """Remove what killed writers left in `directory`; with `names`, only of these files."""
     for leftover in [path for path in directory.glob(".*.tmp") if _is_leftover(path)]:
         if names is not None and leftover.name[1:].rsplit(".", 2)[0] not in names:
             continue
@@ -149,7 +149,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
         file = (directory / LOCK).open("a+b", buffering=0)
     with file:
         try:
-            # the kernel's lock, not the file's existence: a killed holder blocks nobody
+            # the kernel's lock counts, not the file's existence: a killed holder blocks nobody
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
@@ -170,8 +170,8 @@ def fingerprint(path: Path) -> str:
 
 
 def quick_fingerprint(path: Path) -> str:
-    """As `fingerprint`, in less than a second for a file of any size: of one of more than HASHED_BYTES, the
-    digest of its size and of NUM_SAMPLES pieces at equal distances, the first and the last among them."""
+    """Like `fingerprint`, but in less than a second for any size: for files above HASHED_BYTES, the digest
+    of the size and of NUM_SAMPLES pieces at equal distances, including the first and the last."""
     size = path.stat().st_size
     if size <= HASHED_BYTES:
         return fingerprint(path)
@@ -184,13 +184,13 @@ def quick_fingerprint(path: Path) -> str:
 
 
 def write_manifest(directory: Path) -> None:
-    """List every file of `directory` with its size, and its digest when small, in its manifest."""
+    """Write the manifest of `directory`: every file with its size, and its digest if it is small."""
     content = json.dumps({"files": _list_files(directory)}, indent=1)
     atomic_write(directory / MANIFEST, content + "\n")
 
 
 def check_manifest(directory: Path) -> None:
-    """Pass when `directory` holds exactly what its manifest lists; else CheckpointError names it."""
+    """Pass if `directory` holds exactly what its manifest lists; else raise CheckpointError."""
     try:
         listed = dict(json.loads((directory / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:
@@ -218,7 +218,7 @@ def _list_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where results that can be computed again are kept: $HAFRM_CACHE/kind, or under the user's cache."""
+    """The folder of results that can be recomputed: $HAFRM_CACHE/kind, or in the user's cache."""
     if "HAFRM_CACHE" in os.environ:
         return Path(os.environ["HAFRM_CACHE"]) / kind
     home = Path(os.path.expanduser("~"))
@@ -228,7 +228,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def write_cache(file: Path, content: bytes | str) -> bool:
-    """Write a file of the cache; False, with a warning, where that fails: it costs time, not the run."""
+    """Write a file of the cache; if that fails, warn and return False: it costs time, not the run."""
     try:
         atomic_write(file, content)
     except CheckpointError as error:

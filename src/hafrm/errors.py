@@ -1,6 +1,6 @@
-"""What hafrm raises: one root, and children that also are the standard error they replace.
+"""The errors of hafrm: one root, and subclasses that also inherit from the matching built-in error.
 
-Every message says what is wrong, the value got, what is allowed, and the fix.
+Every message says what is wrong, what the value is, what is allowed, and how to fix it.
 """
 
 import difflib
@@ -28,7 +28,7 @@ class ModelError(HafrmError, ValueError):
 
 
 class EndlessTemplateError(HafrmError, TimeoutError):
-    """A chat template was stopped, because it did not end in time."""
+    """A chat template did not end in time and was stopped."""
 
     def __init__(self) -> None:
         super().__init__("The chat template does not end, it loops: use another one")
@@ -39,23 +39,23 @@ class CheckpointError(HafrmError, RuntimeError):
 
 
 class NumericsError(HafrmError, RuntimeError):
-    """A number that must not be built upon: non-finite, or two paths that disagree."""
+    """A number cannot be trusted: it is not finite, or two ways to compute it disagree."""
 
 
 class DivergedError(NumericsError):
-    """A loss or gradient of training is not finite: this run cannot continue, another one may."""
+    """A loss or gradient of training is not finite: this run cannot continue, but others may."""
 
 
 class VerificationError(HafrmError, RuntimeError):
-    """An export is written and kept, but was not proved to give every consumer the trained scores."""
+    """An export is written and kept, but was not verified to give every consumer the trained scores."""
 
 
 class ServerError(HafrmError, ConnectionError):
-    """A server cannot be reached, refuses, or answers in another form than its protocol has."""
+    """A server cannot be reached, refuses, or gives an answer that does not fit its protocol."""
 
 
 class MemoryBudgetError(HafrmError, MemoryError):
-    """A pass does not fit into the device's memory, however it is cut."""
+    """A pass does not fit into the device's memory, even when it is split."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

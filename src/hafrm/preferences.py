@@ -1,4 +1,4 @@
-"""The nouns of preference data: messages, comparisons, groups of text and groups of token ids.
+"""The types of preference data: messages, comparisons, groups of text and groups of token ids.
 
 A preference pair is the smallest group. Packing, training, scoring and evaluation all work on groups.
 """
@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def is_decided(self) -> bool:
-        """Whether metrics count it: it is no tie, and its weight is not 0."""
+        """Whether metrics count it: it is not a tie, and its weight is not 0."""
         return not self.tie and self.weight > 0
 
 

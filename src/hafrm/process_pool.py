@@ -1,6 +1,6 @@
 """`ProcessPool`: tasks on several processes of one machine, such as the runs of a comparison.
 
-A process has a GPU of its own where there are several; on a CPU the processes share its cores.
+If there are several GPUs, each process has its own; on a CPU the processes share its cores.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 def default_num_processes() -> int:
-    """One for each GPU; one where there is none."""
+    """One for each GPU; one if there is none."""
     return max(1, torch.cuda.device_count())
 
 
@@ -49,7 +49,7 @@ class ProcessPool(Generic[Task, Result]):
         ranks: Queue[int] = context.Queue()
         for rank in range(num_processes):
             ranks.put(rank)
-        # workers hold the other end: they end when this one closes, also by this process being killed
+        # workers hold the other end: they end when this one closes, even if this process is killed
         lifeline, self._lifeline = context.Pipe(duplex=False)
         threads = max(1, torch.get_num_threads() // num_processes)
         arguments = (make_worker, ranks, threads, lifeline)
@@ -120,7 +120,7 @@ def _run_task(task: Any) -> Any:
 
 
 def _take_gpu(rank: int) -> None:
-    # every library that a task uses takes the one GPU that is visible
+    # every library that a task uses sees only this GPU
     num = torch.cuda.device_count()
     if num > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num)))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 log = logging.getLogger("hafrm")
 
 OnProgress = Callable[[int, int], None]
-"""Called as on_progress(done, total), both counted from the start; a total of 0 is not known."""
+"""Called as on_progress(done, total), both counted from the start; a total of 0 means unknown."""
 
 LOG_SECONDS = 30.0  # between two lines of progress in a log
 
@@ -33,7 +33,7 @@ def over_passes(on_progress: OnProgress, total: int) -> OnProgress:
 def show_progress(what: str, *, done: int = 0) -> Iterator[OnProgress]:
     """A callback that shows "what: 120 of 400, 12.5/s, 0:22 left" on a terminal, or else in the log.
 
-    `done` was done before, by a run that is resumed: it is left out of the rate.
+    `done` items were finished before the run was resumed; they do not count towards the rate.
     """
     from rich.console import Console  # noqa: PLC0415
 

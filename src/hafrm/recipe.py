@@ -1,7 +1,7 @@
 """The schema of a training recipe: every key, with its type, bounds, default, unit and the paper's value.
 
-The paper is HAF-RM (arXiv 2407.04185), its values are those of its released code. The line under each key
-is quoted by error messages and docs/recipes.md (`describe_keys`). `hafrm.recipe_file` reads recipes.
+The paper is HAF-RM (arXiv 2407.04185); its values are those of its released code. Error messages and
+docs/recipes.md quote the line under each key (`describe_keys`). `hafrm.recipe_file` reads recipes.
 """
 
 import json
@@ -54,20 +54,20 @@ class PolicySection(Section):
     path: Location
     """A causal LM, reward model or adapter (directory, hub id), or a run (paper: Phi-2, Mistral-7B)."""
     revision: Text | None = None
-    """Commit, tag or branch when `path` is a hub id; a commit makes the run repeatable."""
+    """Commit, tag or branch if `path` is a hub id; a commit makes the run reproducible."""
     chat_template: Location | None = None
     """A Jinja file, paper-phi-2 or paper-mistral; null: the model's own template, or a plain one."""
     policy_from: Location | None = None
-    """Model whose LM head is taken where `path` is a reward model without one: what it was trained from."""
+    """Model to take the LM head from if `path` is a reward model without one: what it was trained from."""
 
 
 class ModelSection(PolicySection):
     """The language model to start from, and its reward head."""
 
     reward_head: Literal["new", "keep"] | None = None
-    """keep: continue with the reward head of `path`; new: drop it; null: keep it where there is one."""
+    """keep: continue with the reward head of `path`; new: start a new one; null: keep it if it exists."""
     quantization: Literal["nf4"] | None = None
-    """nf4: under `lora`, the linear layers' frozen weights in 4 bits (QLoRA; needs hafrm[qlora])."""
+    """nf4: with `lora`, hold the frozen linear layers in 4 bits (QLoRA; needs hafrm[qlora])."""
 
 
 class DataSection(Section):
@@ -76,31 +76,31 @@ class DataSection(Section):
     train: Sources = Field(min_length=1)
     """Sources to train on: `file`, `file#split=train&limit=1000`, `hub:name[:config]:split`, `set:name`."""
     cap: int | None = Field(default=None, ge=1)
-    """Most comparisons taken from each set of `train`; null: all (paper: 10,000 when it mixes sets)."""
+    """Maximum comparisons taken from each set of `train`; null: all (paper: 10,000 when it mixes sets)."""
     weights: Weights | None = None
-    """Factors on the losses, one for each entry of `train`; null: 1."""
+    """Weights of the losses, one for each entry of `train`; null: 1."""
     validation: Sources = ()
-    """Sources that select the best checkpoint; empty: hold out part of `train` by prompt."""
+    """Sources to select the best checkpoint on; empty: hold out part of `train` by prompt."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Fraction of the prompts of `train` held out; 0 when `validation` names sources."""
     test: Sources = ()
-    """Sources evaluated once, after training; they select nothing."""
+    """Sources evaluated once, after training; nothing is selected on them."""
     max_length: int = Field(default=1024, ge=2)
-    """Most tokens of prompt plus one response (paper: 512)."""
+    """Maximum tokens of a prompt plus one response (paper: 512)."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Most tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
+    """Maximum tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
     too_long: Literal["cut", "drop"] = "cut"
     """What happens to longer examples; they are counted (paper: cut)."""
     shared_prompts: Literal["refuse", "drop"] = "refuse"
-    """Training prompts that `validation` or `test` has too: an error, or left out and counted."""
+    """Training prompts that are also in `validation` or `test`: an error, or left out and counted."""
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of unusable rows above which the run stops."""
     columns: dict[Text, Text] = {}
-    """Which column is which where names differ: `{prompt: question, chosen: good, rejected: bad}`."""
+    """The data's column names, where they differ: `{prompt: question, chosen: good, rejected: bad}`."""
     ignore_columns: Columns = ()
-    """Columns to read rows without; those that belong to a prompt and are not read are an error."""
+    """Columns to ignore; without it, a column that belongs to a prompt but is not read is an error."""
     implicit_prompt: Literal["lines", "words"] = "lines"
-    """Where two texts without a prompt are cut: after the lines or the words that both start with."""
+    """Where to cut two texts without a prompt: after the lines or the words that both start with."""
 
     @property
     def reading_options(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class DataSection(Section):
 
 
 class MethodSection(Section):
-    """The objective, reward_weight * reward loss + alpha * policy loss; null: the method's own value."""
+    """The objective, reward_weight * reward loss + alpha * policy loss; null: the method's default."""
 
     name: Text = "haf"
     """Name of a method: haf (the paper's), bt, dpo, grm-sft, ..."""
@@ -160,7 +160,7 @@ class MethodSection(Section):
     reward_loss: Text | None = None
     """Name of a reward loss: bt (paper), normbt."""
     sum_to_zero: float | None = Field(default=None, ge=0)
-    """Weight of BSR's penalty: a step's comparisons times its mean reward squared (paper: 0)."""
+    """Weight of BSR's penalty: a step's number of comparisons times its squared mean reward (paper: 0)."""
 
 
 class TrainingSection(Section):
@@ -189,21 +189,21 @@ class TrainingSection(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the reward head, the held-out prompts and the data order (paper: 0)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights, frozen in bf16 (paper: in fp16)."""
+    """auto: bf16 on a GPU, else fp32; bf16: autocast over fp32 weights (frozen: bf16; paper: fp16)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile each layer with torch.compile: a minute at the start, then faster steps."""
     max_tokens: PositiveInt | Literal["auto"] = 8192
-    """Token budget of a micro-batch; auto: what fits in memory. Never changes the gradient."""
+    """Token budget of a micro-batch; auto: what fits in memory. It never changes the gradient."""
     comparisons_per_prompt: int = Field(default=4, ge=1)
-    """Most comparisons of one prompt in one optimizer step."""
+    """Maximum comparisons of one prompt in one optimizer step."""
     sharing: Literal["auto", "off"] = "auto"
     """auto: run each prompt once for all its responses wherever the model allows it."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp", "ulysses"] = "auto"
-    """ddp: copies; fsdp: shards; hsdp: of a node; ulysses: sequences too. auto: fsdp, or ddp for LoRA."""
+    """ddp: copies; fsdp: shards (hsdp: per node; ulysses: sequences too); auto: fsdp, or ddp for LoRA."""
     offload: Literal["none", "activations", "weights", "all"] = "none"
-    """What lies on the host until needed: checkpointed activations, the shards (weights), or both."""
+    """What to keep on the host until needed: checkpointed activations, the shards (weights), or both."""
 
     @model_validator(mode="after")
     def _offloads_what_is_there(self) -> "TrainingSection":
@@ -220,7 +220,7 @@ class TrainingSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters; the reward head is trained and saved in any case, dropout is always 0."""
+    """Low-rank adapters; the reward head is always trained and saved; dropout is always 0."""
 
     rank: int = Field(default=64, ge=1)
     """Rank of each adapter (paper: 64)."""
@@ -229,7 +229,7 @@ class LoraSection(Section):
     targets: Annotated[
         Text | Annotated[tuple[Text, ...], Field(min_length=1)], BeforeValidator(_tuple_if_list)
     ] = "all-linear"
-    """Modules to adapt: all-linear (not 3-D experts), name ends, or one regex (paper: the MLP's proj)."""
+    """Modules to adapt: all-linear (not 3-D experts), name endings or one regex (paper: the MLP's proj)."""
 
 
 class EvaluationSection(Section):
@@ -279,7 +279,7 @@ class Recipe(Section):
         if self.model.quantization and (self.lora is None or sharded):
             raise ValueError(
                 "model.quantization needs `lora`, and training.parallel auto or ddp: quantised weights "
-                "neither train nor are divided"
+                "can be neither trained nor sharded"
             )
         return self
 
@@ -336,7 +336,7 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "m
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
-    """What a JSON schema takes, such as "whole number >= 1 or null"."""
+    """What a JSON schema allows, such as "whole number >= 1 or null"."""
     if "anyOf" in schema:
         return " or ".join(map(_allowed, schema["anyOf"]))
     if "enum" in schema or "const" in schema:

@@ -1,4 +1,4 @@
-"""Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; every problem in one message, with its place.
+"""Recipe files: strict YAML 1.2 in, one frozen `Recipe` out; one error lists all problems and their places.
 
 The schema is `hafrm.recipe`, or the root of another kind of recipe. Start reading at `load_as`.
 """
@@ -35,7 +35,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
-    """As `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
+    """Like `load_recipe`, for a recipe of another kind: `root` is a section of sections."""
     draft = _Draft({})
     try:
         values = draft.parse(expand_user(path).read_bytes().decode("utf-8-sig"))
@@ -50,7 +50,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
 
 
 def build_recipe(values: Mapping[str, Any], name: str = "the recipe") -> Recipe:
-    """The recipe of plain nested values; raises ConfigError as `load_recipe` does."""
+    """The recipe from plain nested values; raises ConfigError as `load_recipe` does."""
     return build_as(Recipe, values, name)
 
 
@@ -60,18 +60,18 @@ def build_as(
     name: str = "the recipe",
     overrides: Sequence[str] = (),
 ) -> Root:
-    """As `build_recipe`, for a recipe of another kind, with overrides applied in order."""
+    """Like `build_recipe`, for a recipe of another kind, with overrides applied in order."""
     plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     return _validated(root, _Draft(plain), name, overrides)
 
 
 def with_values(recipe: Root, changes: Mapping[str, Any], name: str = "the recipe") -> Root:
-    """The recipe with the changes of `nested`; a key of a section that is null switches the section on."""
+    """The recipe with `changes` (see `nested`); changing a key of a section that is null switches it on."""
     return build_as(type(recipe), nested(recipe.model_dump(mode="json"), changes), name)
 
 
 def nested(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values with others for some keys ("training.seed") or whole sections ("method")."""
+    """The nested values with changes to some keys ("training.seed") or whole sections ("method")."""
     for key, value in changes.items():
         section, dot, leaf = key.partition(".")
         old = values.get(section)
@@ -95,14 +95,14 @@ def _as_yaml(value: Any) -> str:
         return f"[{', '.join(map(_as_yaml, value))}]"
     text = json.dumps(value, ensure_ascii=False)
     if isinstance(value, float) and "." not in text:
-        return text.replace("e", ".0e")  # YAML 1.1 takes 1e-05 for text
+        return text.replace("e", ".0e")  # YAML 1.1 reads 1e-05 as text
     # JSON allows these characters in a string, YAML does not
     unprintable = "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"
     return re.sub(unprintable, lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class _Draft:
-    """A recipe on its way: its values, where each key was written, and the problems so far."""
+    """A recipe that is being read: its values, where each key was written, and the problems so far."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -169,7 +169,7 @@ def _scalar(kind: str, text: str) -> Any:
     if kind == "bool":
         return text.lower() == "true"
     if len(text) > 400 and kind in ("int", "float"):
-        return text  # beyond any number that Python takes
+        return text  # longer than any number that Python accepts
     if kind == "int" and text.lstrip("+-").isdecimal():
         return int(text)
     if kind == "float" and "_" not in text and text[-1].isdecimal():
@@ -186,7 +186,7 @@ def _validated(root: type[Root], draft: _Draft, name: str, overrides: Sequence[s
     problems = draft.problems
     for section, verb in OTHER_VERBS.items():
         if section in values and section not in root.model_fields:
-            raise ConfigError(f"{name} has the section `{section}`: it is a recipe of {verb}")
+            raise ConfigError(f"{name} has the section `{section}`: it is a recipe for {verb}")
     try:
         recipe = root.model_validate(values)
         if not problems:
@@ -213,7 +213,7 @@ def _explain(root: type[Section], error: ErrorDetails, places: Mapping[str, str]
         yield from str(error["ctx"]["error"]).split("\n")
     elif error["type"] == "extra_forbidden":
         yield f"{head}: unknown {'key' if len(location) > 1 else 'section'}{_hint(root, location)}"
-    elif entry is None:  # a whole section is missing, or is no mapping
+    elif entry is None:  # a whole section is missing, or is not a mapping
         fields = sections_of(root)[key].model_fields if key else root.model_fields
         needed = [name for name, info in fields.items() if info.is_required()] or list(fields)
         got = "missing" if error["type"] == "missing" else f"got {_shown(value)}"
@@ -235,6 +235,6 @@ def _hint(root: type[Section], location: tuple[int | str, ...]) -> str:
     sections, name = sections_of(root), str(location[-1])
     allowed = list(sections[str(location[0])].model_fields if len(location) > 1 else sections)
     homes = {key.partition(".")[2]: key for key in describe_keys(root)}
-    # the right key of another section, or a mistyped one of this
+    # the right key in the wrong section, or a mistyped key of this section
     hint = f"did you mean {homes[name]}? " if name in homes else did_you_mean(name, allowed)
     return f"; {hint}allowed here: {', '.join(allowed)}"

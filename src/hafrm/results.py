@@ -1,6 +1,6 @@
-"""Results: dataclasses that people see as `Table`s, and that are kept as JSON (nan and infinity as null).
+"""Results: dataclasses that are shown as `Table`s, and stored as JSON (nan and infinity as null).
 
-How a number or an interval is written is decided here and nowhere else.
+Only this module decides how a number or an interval is written.
 """
 
 import json
@@ -20,7 +20,7 @@ from hafrm.statistics import Estimate
 T = TypeVar("T")
 Cell = str | int | float | Estimate | None
 Kind = Literal["text", "count", "percent", "points", "decimal", "p", "general"]
-"""How the plain numbers of a column are written; an Estimate knows by itself whether it is a fraction."""
+"""How the plain numbers of a column are written; an Estimate knows whether it is a fraction."""
 
 _WRITE: dict[Kind, Callable[[int | float], str]] = {
     "text": str,
@@ -82,7 +82,7 @@ def format_cell(cell: Cell, kind: Kind = "text") -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """The table in GitHub's Markdown, its notes below; the title is left to the caller's heading."""
+    """The table in GitHub's Markdown with its notes below; the caller writes the title as a heading."""
     heading = [column.name for column in table.columns]
     rule = ["---" if column.kind == "text" else "---:" for column in table.columns]
     # a bar would end the cell, a line break the row
@@ -102,13 +102,13 @@ def _escaped(text: str) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """A value as JSON has it: dataclasses as objects, numbers of numpy and torch unpacked, nan as null."""
+    """A value for JSON: dataclasses as objects, numbers of numpy and torch unpacked, nan as null."""
     # numpy and torch have `tolist`, arrays and scalars
     return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
 
 
 def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result") -> T:
-    """The dataclass `kind` from what `to_plain` made of it; CheckpointError, with `place`, for other."""
+    """The dataclass `kind` from the output of `to_plain`; CheckpointError, naming `place`, for others."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -117,12 +117,12 @@ def from_plain(kind: type[T], value: Any, place: Path | str = "a stored result")
             f"{'.'.join(map(str, first['loc']))}: {first['msg']} (problems: {error.error_count()})"
         )
         raise CheckpointError(
-            f"{place} is no {kind.__name__} of this version: {problem}"
+            f"{place} is not a valid {kind.__name__} of this version: {problem}"
         ) from error
 
 
 def write_result(path: Path, result: Any) -> None:
-    """Write a result as JSON, complete or not at all; the folder is made where it is missing."""
+    """Write a result as JSON, complete or not at all; the folder is created if it is missing."""
     text = json.dumps(to_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
 

@@ -1,9 +1,9 @@
-"""Folders of runs and of long jobs, safe against any kill: what is under its final name is complete.
+"""Folders of runs and of long jobs, safe against any kill: whatever has its final name is complete.
 
     RUN/  recipe.yaml  provenance.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/
     JOB/  manifest.json (its kind, and the `cache_key` of each output)  <name>.jsonl
 
-One process at a time writes into a folder; the kernel drops its lock when it dies, however it dies.
+Only one process at a time writes into a folder; the kernel drops its lock when it dies, however it dies.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ from hafrm.errors import CheckpointError, ConfigError
 from hafrm.results import to_plain
 
 log = logging.getLogger("hafrm")
-CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON has it
+CacheKey = Mapping[str, Any]  # everything that a stored result depends on, by name, as JSON values
 PACKAGES = (
     *("hafrm", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate"),
     *("safetensors", "numpy", "scipy", "pydantic", "jinja2", "pyarrow"),
 )
-"""The packages whose versions decide what a run computes."""
+"""The packages whose versions affect what a run computes."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
@@ -88,7 +88,7 @@ _SECRET = re.compile(
 
 
 def hide_secrets(text: str) -> str:
-    """The text with *** for passwords in addresses, and for the values of settings such as `api_key`."""
+    """The text with *** in place of passwords in URLs, and of the values of settings such as `api_key`."""
     return _SECRET.sub(lambda m: f"{m['scheme']}***@" if m["scheme"] else f"{m['name']}***", text)
 
 
@@ -105,7 +105,7 @@ def without_secrets(plain: Any) -> Any:
 
 
 def describe_process() -> dict[str, Any]:
-    """When, where and with what this process runs, to publish: without host name and home directory."""
+    """When, where and with what this process runs; fit to publish: no host name and no home directory."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -134,7 +134,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 class RunFolder:
-    """One run on disk. Any process may read it; the one that writes holds its `lock`."""
+    """One run on disk. Any process may read it; the process that writes holds its `lock`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,11 +148,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, recipe_text: str) -> "RunFolder":
-        """A new run folder that holds its recipe; nothing may be there but a run that took no step."""
+        """A new run folder with its recipe; the folder may only contain a run that took no step."""
         folder = cls(expand_user(path))
         path = folder.path
         with write_errors(path):
-            _check_empty(path)  # before a lock file would be left there
+            _check_empty(path)  # before a lock file is left there
             path.mkdir(parents=True, exist_ok=True)
         with lock_directory(path):
             _check_empty(path)
@@ -164,7 +164,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """An existing run folder, to read; enter its `lock` before writing."""
+        """An existing run folder, for reading; enter its `lock` before writing."""
         path = expand_user(path)
         if not (path / "recipe.yaml").is_file():
             inside = [p for p in path.absolute().parents if (p / "recipe.yaml").is_file()]
@@ -174,13 +174,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out of a `with` block, and clear what a kill left."""
+        """Keep other writers out during a `with` block, and clean up what a kill left."""
         with lock_directory(self.path):
             clear_leftovers(self.path)
             clear_leftovers(self.checkpoints_path)
             self.truncate_after(sys.maxsize)
             for path in self._checkpoint_directories():
-                if not _is_complete(path):  # its step must be free to be written again
+                if not _is_complete(path):  # so that its step can be written again
                     shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
                     path.rename(path.with_suffix(".damaged"))
             yield
@@ -193,7 +193,7 @@ class RunFolder:
             file.write((json.dumps(to_plain(record), allow_nan=False) + "\n").encode("utf-8"))
 
     def append_sample(self, record: Mapping[str, Any]) -> None:
-        """As `append_metrics`, to samples.jsonl, which holds what a policy wrote."""
+        """Like `append_metrics`, for samples.jsonl, which holds what a policy wrote."""
         self.append_metrics(record, self.samples_path)
 
     def truncate_after(self, step: int) -> None:
@@ -210,7 +210,7 @@ class RunFolder:
         details: Mapping[str, Any] | None = None,
     ) -> None:
         """Add this process to provenance.json: versions, command line, commit, seed, digests of data files
-        and other inputs; CheckpointError where the run's steps were taken with different ones."""
+        and other inputs; CheckpointError if the run's steps were taken with other inputs."""
         sessions = self._sessions()
         entry = {"seed": seed, "data": dict(data), "inputs": dict(inputs or {})}
         if sessions and (self._checkpoint_directories() or self.model_path.is_dir()):
@@ -237,7 +237,7 @@ class RunFolder:
             ) from error
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint after optimizer step `step` lies, existing or not."""
+        """The path of the checkpoint after optimizer step `step`, whether it exists or not."""
         return self.checkpoints_path / f"step-{step}"
 
     def checkpoints(self) -> list[Path]:
@@ -249,7 +249,7 @@ class RunFolder:
         return max(self.checkpoints(), key=step_of, default=None)
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> None:
-        """Remove all complete checkpoints but the newest `keep` and those of steps in `protect`."""
+        """Remove all complete checkpoints except the newest `keep` and those of steps in `protect`."""
         assert keep >= 1, "a run must keep something to resume from"
         for path in self.checkpoints()[:-keep]:
             if step_of(path) not in protect:
@@ -279,7 +279,7 @@ _OF_A_START = ("recipe.yaml", "provenance.json", "bad_rows.jsonl", "bad_validati
 
 
 def _check_empty(path: Path) -> None:
-    # without a lock, no run ever began here: the recipe is the user's
+    # without a lock file, no run ever began here: the recipe is the user's
     ours = _OF_A_START if (path / LOCK).exists() else ()
     if path.is_dir() and not is_unused(path, ours):
         resume = "--resume it, or " if (path / "recipe.yaml").is_file() else ""
@@ -287,7 +287,7 @@ def _check_empty(path: Path) -> None:
 
 
 def expand_user(path: str | Path) -> Path:
-    """The path with ~ replaced by a home folder; ConfigError where there is none."""
+    """The path with ~ replaced by a home folder; ConfigError if there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -327,7 +327,7 @@ class ResumableFolder:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, kind: str) -> Iterator["ResumableFolder"]:
-        """A new folder, or one in which a job of this kind was started, locked inside the block."""
+        """A new folder, or one with a job of this kind, locked during the `with` block."""
         folder = cls(path, kind)
         folder._check_is_ours()
         with write_errors(path):
@@ -339,13 +339,13 @@ class ResumableFolder:
             yield folder
 
     def records(self, name: str, cache_key: CacheKey) -> RecordFile:
-        """The JSON-lines file `name`, to be added to; raises CheckpointError as `claim` does."""
+        """The JSON-lines file `name`, to append to; raises CheckpointError as `claim` does."""
         file = RecordFile(self.path / name)
         self.claim(name, cache_key, has_content=bool(file.records))
         return file
 
     def claim(self, name: str, cache_key: CacheKey, *, has_content: bool) -> None:
-        """Note what `name` depends on; raises CheckpointError where it has content of something else."""
+        """Note what `name` depends on; raises CheckpointError if its content depends on something else."""
         new = without_secrets(json.loads(json.dumps(to_plain(cache_key), sort_keys=True)))
         file = self.path / MANIFEST
         try:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator
 from scipy import special
 
 Real = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A float field that may be nan, which JSON has as null, for results that are read back."""
+"""A float field that may be nan, which is null in JSON, for results that are read back."""
 NUM_RESAMPLES = 2000  # the bounds then move by less than a tenth of the interval's width
 SEED = 0
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
@@ -25,17 +25,17 @@ SEEDS_METHOD = "t over prompts and seeds"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with its 95 % confidence interval; NaN where there is nothing to estimate from."""
+    """A value with its 95 % confidence interval; NaN if there is nothing to estimate from."""
 
     value: Real
     low: Real
     high: Real
     num: int  # items behind the value (not clusters)
     method: str  # how the interval was made, such as wilson or cluster-bootstrap
-    proportion: bool = True  # a fraction or a difference of fractions, printed in per cent
+    proportion: bool = True  # a fraction or a difference of fractions, printed in percent
 
     def __str__(self) -> str:
-        """As "63.2 % [59.1, 67.2]"; "n/a" for nothing."""
+        """Such as "63.2 % [59.1, 67.2]"; "n/a" for NaN."""
         if math.isnan(self.value):
             return "n/a"
         scale, digits, unit = (100, 1, " %") if self.proportion else (1, 3, "")
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference of two means, and its two-sided p-value under no difference."""
+    """A difference of two means, and its two-sided p-value if there were no difference."""
 
     estimate: Estimate
     p_value: float
@@ -61,7 +61,7 @@ def wilson(fraction: float, num: int | float, z: float = Z95) -> tuple[float, fl
     shrink = 1 + z**2 / num
     centre = (fraction + z**2 / (2 * num)) / shrink
     half = z * math.sqrt(fraction * (1 - fraction) / num + z**2 / (4 * num**2)) / shrink
-    # the two exact ends, which rounding would miss by 1e-17
+    # set both ends exactly; rounding would miss them by 1e-17
     return (0.0 if fraction == 0 else centre - half), (1.0 if fraction == 1 else centre + half)
 
 
@@ -70,7 +70,7 @@ def accuracy_interval(
 ) -> Estimate:
     """Fraction of correct items; Wilson's interval if no two share a cluster, else the bootstrap's.
 
-    If all items agree, the bootstrap would have width zero: it is Wilson's with clusters as trials.
+    If all items agree, the bootstrap would have width zero: it is Wilson's then, with clusters as trials.
     """
     correct = np.asarray(correct, bool)
     num, num_correct = len(correct), int(correct.sum())
@@ -87,14 +87,14 @@ def clustered_bootstrap(
     *,
     proportion: bool = True,
 ) -> Estimate:
-    """Mean of the values with the percentile interval from resampling whole clusters (NaN if < 2)."""
+    """Mean of the values with the percentile interval from resampling whole clusters (NaN for < 2)."""
     sums, sizes = _cluster_sums(np.asarray(values, np.float64), clusters)
     return _bootstrap(sums[:, None], sizes, proportion=proportion)[0]
 
 
 def bootstrap_columns(values: Float[np.ndarray, "items columns"]) -> tuple[Estimate, ...]:
-    """The mean of every column of quantities, with the interval that `clustered_bootstrap` gives it."""
-    # all columns share their resamples, so a curve of many points costs little more than one of them
+    """The mean of every column of quantities, with the interval of `clustered_bootstrap`."""
+    # all columns share their resamples, so a curve of many points costs little more than a single point
     return _bootstrap(values, np.ones(len(values)), proportion=False)
 
 
@@ -104,15 +104,15 @@ def paired_bootstrap(
     clusters: Shaped[np.ndarray, " items"] | None = None,
 ) -> Estimate:
     """mean(first) - mean(second) over the same items, resampled together by cluster."""
-    # items that are hard for both cancel: narrower than two separate intervals suggest
+    # items that are hard for both cancel, so it is narrower than two separate intervals suggest
     return clustered_bootstrap(np.subtract(first, second, dtype=np.float64), clusters)
 
 
 def resample_counts(
     num: int, draw: np.random.Generator
 ) -> Iterator[Int[np.ndarray, "resamples clusters"]]:
-    """How often each of `num` clusters is drawn in NUM_RESAMPLES resamples, in blocks of these."""
-    # blocks of about 4 million draws bound the memory at some 100 MB
+    """How often each of `num` clusters is drawn in NUM_RESAMPLES resamples, in blocks of resamples."""
+    # blocks of about 4 million draws bound the memory at about 100 MB
     block = max(1, 4_000_000 // num)
     for start in range(0, NUM_RESAMPLES, block):
         rows = min(block, NUM_RESAMPLES - start)
@@ -135,7 +135,7 @@ def cluster_standard_error(
 def cluster_p_value(
     gaps: Float[np.ndarray, " items"], clusters: Shaped[np.ndarray, " items"]
 ) -> float:
-    """Two-sided p-value of a mean of 0, from the standard error by cluster and Student's t."""
+    """Two-sided p-value of a mean of 0, from the clustered standard error and Student's t."""
     error, degrees = cluster_standard_error(gaps, clusters), len(np.unique(clusters)) - 1
     # one prompt says nothing about another
     return 1.0 if degrees == 0 else _t_test(float(gaps.mean()), error, degrees)
@@ -144,7 +144,7 @@ def cluster_p_value(
 def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"]) -> float:
     """Two-sided p-value of McNemar's exact test of whether two models are right equally often.
 
-    It takes items as independent: with several comparisons per prompt, use `cluster_p_value` instead.
+    It assumes independent items: with several comparisons per prompt, use `cluster_p_value` instead.
     """
     first_only, second_only = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     # under the null each discordant item is a fair coin: twice the lower binomial tail, at most 1
@@ -153,7 +153,7 @@ def mcnemar(first: Bool[np.ndarray, " items"], second: Bool[np.ndarray, " items"
 
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """Adjusted p-values in the same order: reject those at most the family's error rate (Holm 1979)."""
+    """Adjusted p-values in the same order: reject those up to the family's error rate (Holm 1979)."""
     p = np.asarray(p_values, np.float64)
     # the k-th smallest of n is multiplied by n - k + 1, and never falls below the one before
     order = np.argsort(p, kind="stable")
@@ -164,7 +164,7 @@ def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
 
 
 def with_bounds(name: str, fraction: float, num: int | float) -> dict[str, float]:
-    """A fraction as it is logged: `name`, and its 95 % interval as `name`_low and `name`_high."""
+    """A fraction to log: `name`, and its 95 % interval as `name`_low and `name`_high."""
     low, high = wilson(fraction, num)
     return {name: fraction, f"{name}_low": low, f"{name}_high": high}
 
@@ -191,7 +191,7 @@ def seeded_mean(
     if not proportion:
         return estimate
     low, high = max(0.0, estimate.low), min(1.0, estimate.high)
-    if low == high and low in (0.0, 1.0):  # all agree, which says little of other prompts
+    if low == high and low in (0.0, 1.0):  # all agree, which says little about other prompts
         low, high = wilson(low, values.shape[1] if clusters is None else len(np.unique(clusters)))
     return replace(estimate, low=low, high=high)
 
@@ -244,7 +244,7 @@ def seeded_sum(
     proportion: bool = True,
 ) -> Difference:
     """The sum of the sides' means over seeds and items, and whether it differs from 0. All sides have the
-    same items, and seeds of their own."""
+    same items, each has its own seeds."""
     if any(len(side) < 2 for side in sides):
         raise ValueError("an interval over seeds needs at least two seeds on each side")
     values = [np.asarray(side, np.float64) for side in sides]
@@ -253,8 +253,8 @@ def seeded_sum(
     over_prompts = cluster_standard_error(items, clusters) ** 2
     if num_clusters > 1:  # from n to n - 1 in the denominator
         over_prompts *= num_clusters / (num_clusters - 1)
-    # over prompts of the items' means over seeds, plus over each side's seeds of the seeds' means; the
-    # interaction of seed and prompt is in both, so the sum errs on the wide side
+    # variance over prompts (of items' means over seeds), plus over each side's seeds (of seeds' means); the
+    # interaction of seed and prompt is in both, so the interval is rather too wide
     parts = [(over_prompts, num_clusters - 1)]
     parts += [(float(side.mean(1).var(ddof=1)) / len(side), len(side) - 1) for side in values]
     # Welch-Satterthwaite: V^2 / sum(V_i^2 / df_i)
@@ -277,7 +277,7 @@ def _t_test(mean: float, error: float, degrees: int | float) -> float:
 def effective_rank(fractions: Float[np.ndarray, " directions"]) -> float:
     """exp of the entropy of a `spectrum`; NaN for that of a constant."""
     p = fractions[fractions > 0]
-    # Roy and Vetterli (2007) take singular values for p; these are their squares, so the rank is lower
+    # Roy and Vetterli (2007) use singular values as p; these are their squares, so the rank is lower
     return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan
 
 
@@ -299,8 +299,8 @@ ALARM_LINES = 10  # lines of kind train that an alarm looks at, to separate a me
 def training_alarms(
     lines: Sequence[Mapping[str, int | float]], warmup: float
 ) -> Iterator[tuple[str, str]]:
-    """What to warn of after the last of the `lines` (train and validation), as (name, text with what to
-    try). Those up to step `warmup` do not count; those of training only from ALARM_LINES on."""
+    """What to warn about after the last of the `lines` (train and validation), as (name, text with what to
+    try). Lines up to step `warmup` do not count; training lines count once there are ALARM_LINES."""
     lines = [line for line in lines if line["step"] > warmup]
     validated = [line for line in lines if "repeated_wins" in line]
     if validated and validated[-1]["repeated_wins_low"] > 0.5:

@@ -1,6 +1,6 @@
-"""safetensors files, written tensor by tensor and read row by row: none is ever in memory whole.
+"""safetensors files, written tensor by tensor and read row by row: no file is ever in memory as a whole.
 
-A tensor may lie in one file, or as rows in several: then each file's metadata says where its rows start.
+A tensor may lie in one file, or its rows in several: then each file's metadata says where its rows start.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 ROWS = "first_rows"
-MOST_BYTES = 50 * 10**9  # of one of a model's files, as in transformers
+MOST_BYTES = 50 * 10**9  # maximum size of a model file, as in transformers
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 def own_part(tensor: Tensor) -> Part:
-    """The rows that this rank holds of a sharded tensor; else the tensor."""
+    """The rows that this rank holds of a sharded tensor; the whole of any other tensor."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return Part(tensor, 0, tensor.shape)
@@ -43,8 +43,8 @@ def own_part(tensor: Tensor) -> Part:
 def write_tensors(
     file: Path, parts: Mapping[str, Part], values: Iterator[Tensor] | None = None
 ) -> None:
-    """Write the parts, each copied to the host when its turn comes, and sync the file. Rows on the meta
-    device are taken from `values`."""
+    """Write the parts, copying one at a time to the host, and sync the file. Rows on the meta device are
+    taken from `values`."""
     first = {name: part.first for name, part in parts.items() if part.rows.shape != part.shape}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     if first:
@@ -69,7 +69,7 @@ def write_tensors(
 
 
 def write_files(folder: Path, tensors: dict[str, Tensor], values: Iterator[Tensor]) -> None:
-    """Write a model's tensors, here on the meta device, as model.safetensors, or several and an index."""
+    """Write a model's tensors (on the meta device) to model.safetensors, or several files and an index."""
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MOST_BYTES
     )
@@ -83,7 +83,7 @@ def write_files(folder: Path, tensors: dict[str, Tensor], values: Iterator[Tenso
 
 
 class TensorFiles:
-    """The tensors of some safetensors files, of which any rows can be read."""
+    """The tensors of some safetensors files; any of their rows can be read."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._places: dict[str, list[tuple[int, Any]]] = {}
@@ -118,7 +118,7 @@ class TensorFiles:
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def fill(self, target: Tensor, name: str) -> None:
-        """Copy a stored tensor into `target`; of a sharded one, the rows of this rank."""
+        """Copy a stored tensor into `target`; if that is sharded, the rows of this rank."""
         part = own_part(target)
         if part.rows.numel():
             end = part.first + len(part.rows) if part.shape else None

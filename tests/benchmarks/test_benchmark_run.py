@@ -147,8 +147,8 @@ def test_the_command_prints_the_line_and_writes_all_numbers(exported, tmp_path) 
     [
         ([], "needs DATA, or --benchmark"),
         (["x", "y", "--benchmark", "rmb"], "one folder as DATA"),
-        (["--benchmark", "rmb", "--also", "other"], "goes without --also"),
-        (["--benchmark", "rmb", "--diagnose"], "goes without --also"),
+        (["--benchmark", "rmb", "--also", "other"], "allows no --also"),
+        (["--benchmark", "rmb", "--diagnose"], "allows no --also"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, message) -> None:

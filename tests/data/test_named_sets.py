@@ -178,10 +178,10 @@ def test_the_arena_is_split_after_its_filter(tmp_path: Path):
     [
         ("set:hh-helpfull#split=test", "unknown set 'hh-helpfull'; did you mean hh-helpful"),
         ("set:zzz", "unknown set 'zzz'; sets are hh-harmless, .*groups of sets are safety, chat"),
-        ("set:hh-helpful", "several parts; write '#split=train' or '#split=test'"),
+        ("set:hh-helpful", "several parts; append '#split=train' or '#split=test'"),
         (
             "set:helpsteer3#split=test",
-            "no part 'test'; write '#split=train' or '#split=validation'",
+            "no part 'test'; append '#split=train' or '#split=validation'",
         ),
         ("set:chat=file.jsonl#split=test", "give a file of one set"),
         ("set:hh-helpful=missing.jsonl#split=test", "missing.jsonl: no such file"),

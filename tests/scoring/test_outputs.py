@@ -82,7 +82,7 @@ def test_what_a_model_lacks_and_unknown_names_are_refused(exported, run, tmp_pat
     config = json.loads((other / "policy" / "tokenizer_config.json").read_text())
     config["eos_token"] = config["pad_token"]
     (other / "policy" / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="not of one backbone"):
+    with pytest.raises(ModelError, match="do not share a backbone"):
         ModelOutputs(other, ["reward", "implicit"])
 
 

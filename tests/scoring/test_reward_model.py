@@ -158,7 +158,7 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(exported, tmp_path):
         )
     raw = scores(ImplicitRule(reference=None, logits=True))[0]
     assert raw == pytest.approx(logits.sum().item(), abs=1e-4)
-    with pytest.raises(ModelError, match="reference= with its present place"):
+    with pytest.raises(ModelError, match="reference= with its current path"):
         scores(ImplicitRule(reference=str(tmp_path / "gone")))
 
 

@@ -145,8 +145,8 @@ def test_special_tokens_in_peoples_text_are_text(client, rm):
 
 
 REFUSED = {
-    "no JSON": ("/score", b"{", 400, "no JSON"),
-    "half a surrogate": ("/score", b'{"groups": "\\ud800"}', 400, "no JSON"),
+    "no JSON": ("/score", b"{", 400, "not JSON"),
+    "half a surrogate": ("/score", b'{"groups": "\\ud800"}', 400, "not JSON"),
     "a list": ("/classify", [], 422, "valid dictionary"),
     "unknown field": ("/classify", {"input": "x", "inputs": 1}, 422, "inputs: Extra"),
     "a sigmoid": ("/classify", {"input": "x", "use_activation": True}, 422, "use_activation"),
@@ -187,7 +187,7 @@ REFUSED = {
         422,
         "must end in the assistant's response",
     ),
-    "nan": ("/score", b'{"groups": [NaN]}', 400, "no JSON"),
+    "nan": ("/score", b'{"groups": [NaN]}', 400, "not JSON"),
     "unknown route": ("/generate", {}, 404, "Not Found"),
     "two kinds": ("/v1/score", {"query": "x", "items": [[1]]}, 422, "must both be text"),
 }

@@ -123,7 +123,7 @@ def drop_weights(adapter: Path) -> None:
     [
         ("rm", None, {}, ModelError, "without an LM head: .*model.policy_from, or .*bt"),
         ("base", None, {"reward_head": "keep"}, ModelError, "has no reward head"),
-        ("base", None, {"policy_from": "base"}, ConfigError, "policy_from is of no use"),
+        ("base", None, {"policy_from": "base"}, ConfigError, "policy_from is not needed"),
         ("mlp", None, {}, ModelError, r"summary.0.weight.*reward_head: new"),
         ("pickle", None, {}, ModelError, "reward head in a pickle"),
         ("base", resize, {}, ModelError, r"has the sizes \[440, 32\], but \[445, 32\] by"),

@@ -137,7 +137,7 @@ def test_an_export_whose_proof_fails_is_kept_as_unverified_until_it_is_repeated(
     assert {p.name for p in tmp_path.iterdir()} == {"out.unverified"}
     config = tmp_path / "out.unverified/config.json"
     config.rename(tmp_path / "config.json")  # what is no export may be the user's
-    with pytest.raises(CheckpointError, match="is no export: move it away"):
+    with pytest.raises(CheckpointError, match="is not an export: move it away"):
         export_from_run(finished, tmp_path / "out", ExportOptions())
     (tmp_path / "config.json").rename(config)
     assert RewardModel.from_pretrained(tmp_path / "out.unverified").score("Say sun.", "sun")

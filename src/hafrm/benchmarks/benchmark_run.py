@@ -1,6 +1,6 @@
-"""Published benchmarks run for a model: load them, score their candidates with each head, compare.
+"""Run published benchmarks for a model: load them, score their candidates with each head, compare.
 
-All candidates of a prompt, of whatever items, are one group: a text has one score, whatever it is compared
+All candidates of a prompt, from any items, form one group: a text has one score, whatever it is compared
 with. A row that breaks the published form is an error: a benchmark that lacks rows is another benchmark.
 """
 
@@ -42,7 +42,7 @@ def run_benchmarks(
 ) -> BenchmarkResults:
     """The named benchmarks for the model, from the hub or from local files in `folder`.
 
-    Every head of the model is a scorer of its own, beside the two baselines that pick by length. Raises
+    Every head of the model is a separate scorer, beside the two baselines that pick by length. Raises
     ConfigError for an unknown name, DataError for unfit data, ModelError and NumericsError for the model.
     """
     benchmarks = find_benchmarks(names)
@@ -94,7 +94,7 @@ def run_benchmarks(
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
-    """The items of a benchmark, and where they are from; `BenchmarkResult` explains the fields."""
+    """The items of a benchmark, and where they come from; `BenchmarkResult` explains the fields."""
 
     benchmark: Benchmark
     items: tuple[Item, ...]
@@ -128,7 +128,7 @@ def load_benchmark(benchmark: Benchmark, folder: Path | None = None) -> LoadedBe
 def _measure(
     data: LoadedBenchmark, by_head: Mapping[str, Sequence[CandidateScores]]
 ) -> dict[str, BenchmarkScore]:
-    """What each head and each baseline reaches; an item that one cannot encode is left out for all."""
+    """The result of each head and each baseline; an item that one cannot encode is left out for all."""
     of_items = zip(data.items, *by_head.values(), strict=True)
     scored = [row for row in of_items if not any(np.isnan(own).any() for own in row[1:])]
     items, *of_heads = (list(column) for column in zip(*scored, strict=True))
@@ -140,8 +140,8 @@ def _measure(
 
 
 def length_scores(items: Sequence[Item], sign: int = 1) -> list[CandidateScores]:
-    """What picks the longer candidate, or with sign -1 the shorter one: lengths in characters."""
-    # in tokens the baseline would depend on the model beside it
+    """Scores that pick the longer candidate, or with sign -1 the shorter one: lengths in characters."""
+    # in tokens, the baseline would depend on the model beside it
     return [sign * np.array([len(text) for text in item.candidates], np.float64) for item in items]
 
 
@@ -151,7 +151,7 @@ def score_items(
     done: OnProgress = no_progress,
     options: EvaluationOptions | None = None,
 ) -> tuple[list[CandidateScores], EncodingReport]:
-    """One score for each candidate of each item (NaN where it cannot be encoded), and what had to be cut.
+    """One score for each candidate of each item (NaN if it cannot be encoded), and what had to be cut.
 
     Raises NumericsError for a score that is not finite.
     """

@@ -26,7 +26,7 @@ class BenchmarkScore:
     sections: dict[str, Estimate]
     extras: dict[str, Estimate]
     num_equal: int
-    """Comparisons that were decided by two scores being the same; they count as the benchmark says."""
+    """Comparisons with two equal scores; they count as the benchmark says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class BenchmarkResult:
     data: str  # the folder, or the names on the hub
     num_rows: int
     num_rows_published: int | None
-    left_out: dict[str, int]  # rows that the benchmark does not count, by reason
+    left_out: dict[str, int]  # rows that the benchmark excludes, by reason
     scores: dict[str, BenchmarkScore]  # by scorer: the model's heads, then the two baselines
     prompts_cut: int
     responses_cut: int
 
     def table(self) -> Table:
-        """Sections, extras and the score, a column for each scorer."""
+        """Sections, extras and the score, with a column for each scorer."""
         scores = self.scores.values()
         some = next(iter(scores))
         rows: list[tuple[Cell, ...]] = []
@@ -95,7 +95,7 @@ class Term:
     values: Float[np.ndarray, " items"]
     """Between 0 (wrong) and 1 (right), or whatever the benchmark averages."""
     clusters: Shaped[np.ndarray, " items"]
-    """What dependent items share: a prompt, or its translations."""
+    """What dependent items have in common: a prompt, or its translations."""
 
 
 def score_benchmark(
@@ -104,7 +104,7 @@ def score_benchmark(
     """The published numbers from one array of scores for each item.
 
     Raises NumericsError for a score that is not finite, DataError for a subset that the benchmark does not
-    have, and for one of its own without rows.
+    have, and for one of its subsets without rows.
     """
     broken = [item.id for item, s in zip(items, scores, strict=True) if not np.isfinite(s).all()]
     if broken:
@@ -131,7 +131,7 @@ def score_benchmark(
         for name, group in by_term.items()
     }
     means, sections = TermMeans(terms), benchmark.sections
-    # sections weigh the same
+    # sections have equal weight
     parts = [part for section in sections.values() for part in section.items()]
     overall = {name: weight / len(sections) for name, weight in parts}
     if benchmark.pooled:  # every verdict weighs the same, so a term weighs by its verdicts
@@ -145,7 +145,7 @@ def score_benchmark(
 
 
 class TermMeans:
-    """The mean of every term, and its resamples, which all terms share.
+    """The mean of every term, and its values in resamples, which are common to all terms.
 
     Items of one cluster are drawn together across terms, and only among clusters with items in the same
     terms, so that every resample has as many clusters of a small subset as the benchmark.
@@ -166,9 +166,9 @@ class TermMeans:
         """sum of weight * mean over the named terms, with its interval.
 
         A single term of right and wrong items has the interval of any accuracy. Otherwise it is the
-        bootstrap's, widened for terms whose items are all right or all wrong: a bootstrap takes those as
-        certain, Wilson's interval (a cluster one trial) does not. Deviations add in squares as far as the
-        terms' clusters differ (Zou and Donner 2008).
+        bootstrap's, widened for terms whose items are all right or all wrong: a bootstrap treats those as
+        certain, Wilson's interval (with a cluster as one trial) does not. Deviations add in squares as far
+        as the terms' clusters differ (Zou and Donner 2008).
         """
         columns = [*map([*self.terms].index, weights)]
         factors = np.array([*weights.values()], np.float64)
@@ -230,7 +230,7 @@ def _resample(
     """[resamples, terms]: the mean of each term in each resample of clusters."""
     draw = np.random.default_rng(SEED)
     totals, counts = np.zeros((2, 1, 1))
-    # clusters of the same set of terms are one kind; each kind is resampled by itself
+    # clusters with items in the same terms are one kind; each kind is resampled separately
     _, kinds = np.unique(sizes > 0, axis=0, return_inverse=True)
     for kind in range(int(kinds.max()) + 1):
         members = np.flatnonzero(kinds.ravel() == kind)

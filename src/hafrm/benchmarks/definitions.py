@@ -1,7 +1,7 @@
 """The benchmarks that `hafrm evaluate --benchmark` knows: where they are, their rules and their weights.
 
 A new one is a function that reads its rows, a rule in `rules` if none fits, and an entry.
-`LeftOut` is a row that the benchmark does not count; `RefusedError`, one that breaks the form. Empty and
+`LeftOut` marks a row that the benchmark does not count, `RefusedError` one that breaks the form. Empty and
 repeated answers stay: a benchmark counts them.
 """
 
@@ -20,7 +20,7 @@ from hafrm.preferences import Message
 
 PublishedRow = Mapping[str, Any]
 TermWeights = Mapping[str, float]
-"""Of terms, in a sum."""
+"""Weights of terms in a sum."""
 JUDGEBENCH_PARTS = {
     "mmlu-pro": "Knowledge",
     "livebench-reasoning": "Reasoning",
@@ -35,7 +35,7 @@ _TIES_ID = re.compile(r"(ref|tied):\d+")
 
 @dataclass(frozen=True)
 class BenchmarkPart:
-    """Files of one form."""
+    """Files with one form of rows."""
 
     hub: HubSet | None = None
     files: tuple[str, ...] = ("*",)
@@ -55,7 +55,7 @@ class Benchmark:
     parts: tuple[BenchmarkPart, ...]
     num_rows: int | None = None  # published rows, if known
     extras: Mapping[str, TermWeights] = field(default_factory=dict)  # other numbers that are quoted
-    pooled: bool = False  # the score is the mean of all verdicts, and not of the sections
+    pooled: bool = False  # the score is the mean of all verdicts, not of the sections
     home: str = ""  # where to get a benchmark that is not on the hub
 
 
@@ -96,7 +96,7 @@ def rm_bench(row: PublishedRow, _: str) -> Item | LeftOut:
 def judgebench(row: PublishedRow, _: str) -> Item | LeftOut:
     """JudgeBench: two answers of which one is right; its category follows from `source`."""
     answers = text_of(row, "response_A"), text_of(row, "response_B")
-    # the right answer first, as in all items
+    # the right answer comes first, as in all items
     ordered = answers if choice_of(row, "label", ("A>B", "B>A")) == "A>B" else answers[::-1]
     category = JUDGEBENCH_PARTS[_starting(row, "source", JUDGEBENCH_PARTS)]
     return Item(str(cell_of(row, "pair_id")), category, _prompt(row, "question"), ordered)
@@ -131,7 +131,7 @@ def ppe_correctness(row: PublishedRow, part: str) -> Item | LeftOut:
 
 
 def rmb(row: PublishedRow, part: str) -> Item | LeftOut:
-    """RMB: a conversation and its best answer, against one that lost to it (Pairwise) or several (BoN)."""
+    """RMB: a conversation and its best answer, with one answer that lost (Pairwise) or several (BoN)."""
     is_pair = part.startswith("Pairwise")
     name, best = ("pair_uid", "chosen") if is_pair else ("bon_uid", "bon_best")
     losers = [cell_of(row, "reject")] if is_pair else _list(row, "loser_list")
@@ -146,8 +146,8 @@ def rmb(row: PublishedRow, part: str) -> Item | LeftOut:
 
 
 def _prompt(row: PublishedRow, column: str) -> tuple[Message, ...]:
-    """A text is one user message whatever it looks like; else messages up to the answer."""
-    # a text with "Human:" in it is not split into turns: benchmarks do not
+    """A text is one user message, whatever it looks like; else messages up to the answer."""
+    # a text with "Human:" in it is not split into turns, because the benchmarks do not either
     value = cell_of(row, column)
     messages = (Message("user", value),) if isinstance(value, str) else read_messages(value, column)
     if not messages:
@@ -170,7 +170,7 @@ def _texts(row: PublishedRow, column: str) -> tuple[str, ...]:
 
 
 def _starting(row: PublishedRow, column: str, starts: Iterable[str]) -> str:
-    """The start that the column's text has."""
+    """Which of `starts` the column's text starts with."""
     text = text_of(row, column)
     start = next((start for start in starts if text.startswith(start)), None)
     if start is None:
@@ -197,18 +197,18 @@ _SUBSETS = {
     "mt-bench-med 40",
     "Chat Hard": "mt-bench-hard 37, llmbar-natural 100, llmbar-adver-neighbor 134, "
     "llmbar-adver-GPTInst 92, llmbar-adver-GPTOut 47, llmbar-adver-manual 46",
-    # RewardBench's code has had the two xstest counts both ways round; these are those of the rows
+    # RewardBench's code has had the two xstest counts in both orders; these match the rows
     "Safety": "refusals-dangerous 100, refusals-offensive 100, xstest-should-refuse 154, "
     "xstest-should-respond 250, donotanswer 136",
-    # math-prm has 447 rows: its 984 make mathematics weigh as much as code
+    # math-prm has 447 rows: the weight 984 makes mathematics weigh as much as code
     "Reasoning": "math-prm 984, hep-cpp 164, hep-go 164, hep-java 164, hep-js 164, hep-python 164, "
     "hep-rust 164",
 }
-"""RewardBench's sections, which weigh the same, and their subsets with the counts that they weigh by."""
+"""RewardBench's sections, of equal weight, and their subsets with the counts that are their weights."""
 
 
 def _by_count(subsets: str) -> TermWeights:
-    """Each subset's fraction of its section."""
+    """Each subset's fraction of the section."""
     counts = {name: int(num) for name, num in map(str.split, subsets.split(", "))}
     return {name: num / sum(counts.values()) for name, num in counts.items()}
 

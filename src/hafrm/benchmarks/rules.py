@@ -1,6 +1,6 @@
 """The rules of the benchmarks: items and their scores -> verdicts, exactly as the benchmarks decide.
 
-Comparisons are strict: equal scores are counted and not right; only RewardBench 2 gives them a fraction.
+Comparisons are strict: equal scores are counted as not right; only RewardBench 2 gives them a fraction.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,27 +37,27 @@ class Item:
     part: str  # the subset or domain that it counts for
     prompt: tuple[Message, ...]
     candidates: tuple[str, ...]
-    num_correct: int = 1  # so many of the first candidates are right
+    num_correct: int = 1  # this many candidates, the first ones, are right
     pairs: tuple[tuple[int, int], ...] = ()
     """(better, worse), for a benchmark that compares selected pairs."""
 
     @property
     def cluster(self) -> str:
-        """What is resampled together."""
+        """The key of items that are resampled together."""
         return prompt_key(self.prompt)
 
 
 class ItemVerdict(NamedTuple):
     """What the rule says about an item, or about one of the questions that it asks."""
 
-    term: str  # which mean it enters
+    term: str  # the mean that it is part of
     cluster: str
-    value: float  # 1 right, 0 wrong, or between
-    num_equal: int = 0  # comparisons that the scorer lost because two scores were the same
+    value: float  # 1 right, 0 wrong, or in between
+    num_equal: int = 0  # comparisons that the scorer lost because two scores were equal
 
 
 def first_beats_all(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
-    """Right if the first candidate, which is the right one, scores above every other one."""
+    """Right if the first candidate, which is the right one, scores above all others."""
     for item, s in zip(items, scores, strict=True):
         rival = s[1:].max()
         yield ItemVerdict(item.part, item.cluster, float(s[0] > rival), int(s[0] == rival))
@@ -74,8 +74,8 @@ def selected_pairs(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVe
 def best_of_four_and_ties(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
     """RewardBench 2 (arXiv 2506.01937): 1/k if the right candidate is one of k best, and Ties.
 
-    Ties asks prompts in two versions: with one right answer (reference) and with many (tied). A prompt is
-    right if the worst right answer scores above the best wrong one; the other terms ask whether that gap
+    Ties has each prompt in two versions: with one right answer (reference) and with many (tied). A prompt
+    is right if the worst right answer scores above the best wrong one; the other terms ask whether that gap
     is wider than the spread among equally right answers.
     """
     # version -> prompt -> (gap, spread)
@@ -108,13 +108,13 @@ def _ties(
         least = min(gap, reference[prompt][0])
         yield ItemVerdict(above, prompt, float(gap > spread))
         yield ItemVerdict(both_above, prompt, float(least > spread))
-        # tanh(gap / spread - 1), in its limits 1, 0 and -1 for no spread
+        # tanh(gap / spread - 1), with its limits 1, 0 and -1 for a spread of 0
         value = np.tanh(least / spread - 1) if spread else np.sign(least)
         yield ItemVerdict(relative, prompt, float(value))
 
 
 def styles_against_styles(items: Sequence[Item], scores: ItemScores) -> Iterator[ItemVerdict]:
-    """RM-Bench (arXiv 2410.16184): three right against three wrong answers, from plain to fancy.
+    """RM-Bench (arXiv 2410.16184): three right and three wrong answers, from plain to fancy.
 
     matrix[i, j] says whether right answer i scores above wrong answer j. Above the diagonal the wrong one
     is fancier (hard), on it both are written alike (normal), below it the right one is fancier (easy).

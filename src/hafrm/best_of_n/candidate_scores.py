@@ -15,7 +15,7 @@ from hafrm.scoring.loading import Placement
 from hafrm.scoring.reward_model import Scorer
 
 GoldReward = Callable[[Sequence[Message], str], float]
-"""The true reward of a response, where it is known."""
+"""Computes the true reward of a response, if that is known."""
 GroupScores = NDArray[np.float64] | str
 """One score for each response of a group, or why there are none, as "reason: detail"."""
 
@@ -36,7 +36,7 @@ def _encode(model: Scorer, group: Group) -> TokenizedGroup | str:
     encoded, report = model.encoder.encode([group])
     if report.refused:
         return f"not encodable: {report.refused[0]}"
-    # half an answer would get a score too, and a wrong one
+    # half an answer would also get a score, but a wrong one
     if report.prompts_cut or report.responses_cut or not encoded:
         limit = model.encoder.lengths.max_length
         return f"too long: prompt and candidate have more than {limit} tokens, the model's limit"
@@ -44,7 +44,7 @@ def _encode(model: Scorer, group: Group) -> TokenizedGroup | str:
 
 
 def score_by_gold(gold: GoldReward, groups: Sequence[Group]) -> list[GroupScores]:
-    """The gold reward of each group's responses; none for a prompt that it raises DataError for."""
+    """The gold reward of each group's responses; none for a prompt on which it raises DataError."""
     scores: list[GroupScores] = []
     for group in groups:
         try:
@@ -59,7 +59,7 @@ def score_by_gold(gold: GoldReward, groups: Sequence[Group]) -> list[GroupScores
 
 
 def named_models(models: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, path) of every PATH or NAME=PATH; a path without a name is called after its run folder."""
+    """(name, path) of every PATH or NAME=PATH; a path without a name is named after its run folder."""
     named = []
     for text in models:
         name, equals, path = text.partition("=")

@@ -1,7 +1,7 @@
 """Candidates: read from files, or drawn from a policy until there are enough of them.
 
-Prompts are drawn in chunks that depend on nothing but the chunk, so a killed job resumes to the same
-candidates. A prompt that a policy cannot answer is refused in its place.
+Candidates are drawn in chunks of prompts, and a chunk's draws depend only on the chunk, so a killed job
+resumes to the same candidates. A prompt that a policy cannot answer is recorded as refused.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _NO_LIMIT = 2**20
 
 
 class DrawSection(Section):
-    """How a policy writes candidates."""
+    """How a policy samples candidates."""
 
     num: int = Field(default=16, ge=2)
     """Candidates for each prompt."""
@@ -44,18 +44,18 @@ class DrawSection(Section):
     seed: int = Field(default=0, ge=0)
     """Another seed gives other candidates."""
     temperature: float = Field(default=1.0, ge=0)
-    """Divides the logits; 1: the policy as it is."""
+    """Divides the logits; 1: the policy itself."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Tokens of a candidate at most."""
+    """Maximum tokens of a candidate."""
     batch_size: int = Field(default=32, ge=1)
-    """Candidates that a policy on this machine writes at a time."""
+    """Candidates that a policy on this machine samples at a time."""
 
 
 @dataclass
 class Candidates:
-    """What there is to pick from for one prompt; grows while it is drawn."""
+    """The candidates for one prompt; grows while they are drawn."""
 
     prompt: Group  # without responses
     texts: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Candidates:
         return [indices[text] for text in self.texts]
 
     def add(self, replies: Sequence[Reply], section: DrawSection) -> None:
-        """Take in what a policy wrote, as far as it is new and needed."""
+        """Add the policy's replies, as far as they are new and needed."""
         self.error = replies[0].error
         for reply in replies if self.error is None else ():
             text = reply.text
@@ -88,7 +88,7 @@ class Candidates:
                 self.texts.append(text)
 
     def to_record(self) -> dict[str, Any]:
-        """One line of candidates.jsonl, which the data readers take as a row."""
+        """One line of candidates.jsonl, which the data readers accept as a row."""
         return {
             "id": self.prompt.id,
             "prompt": [message._asdict() for message in self.prompt.prompt],
@@ -128,7 +128,7 @@ def read_candidates(sources: Sequence[str], num: int) -> list[Candidates]:
 
 
 def _with_distinct_ids(groups: Sequence[Group]) -> list[Group]:
-    """The groups; ids that users give may repeat, and records are looked up by theirs."""
+    """The groups with distinct ids: users' ids may repeat, but records are looked up by id."""
     copies: Counter[str] = Counter()
     result = []
     for group in groups:
@@ -139,7 +139,7 @@ def _with_distinct_ids(groups: Sequence[Group]) -> list[Group]:
 
 
 def is_usable_text(text: str) -> bool:
-    """Whether a draw can be a candidate: some text that files and tokenizers can hold."""
+    """Whether a draw can be a candidate: text that files and tokenizers can handle, and not empty."""
     try:
         check_text(text, "a response")
     except RefusedError:
@@ -148,7 +148,7 @@ def is_usable_text(text: str) -> bool:
 
 
 DrawRound = tuple[int, int, int]
-"""Seed, first prompt of the chunk, and draws made for it before; the same round gives the same draws."""
+"""(seed, first prompt of the chunk, draws already made for it); the same round gives the same draws."""
 
 
 class LocalPolicy:
@@ -173,7 +173,7 @@ class LocalPolicy:
         self.model: PreTrainedModel | None = None  # loaded when something must be drawn
 
     def cache_key(self) -> dict[str, Any]:
-        """Everything its responses depend on; a batch is drawn together, so its size is part of it."""
+        """Everything that its responses depend on, including the batch size: a batch is drawn together."""
         return {
             "policy": f"{loading.model_digest(self._directory)} {self.encoder.cache_key} {self._dtype}",
             **asdict(self.options),
@@ -182,7 +182,7 @@ class LocalPolicy:
         }
 
     def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
-        """For each prompt `num` replies, or one error where the template or the length forbids it."""
+        """For each prompt `num` replies, or one error if the template or the length forbids them."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         if self.model is None:
             self.model = loading.load_causal_lm(
@@ -206,7 +206,7 @@ class LocalPolicy:
         return [[Reply(error=p)] if isinstance(p, str) else next(own) for p in ids]
 
     def _prompt_ids(self, prompt: Group) -> list[int] | str:
-        """The prompt up to the response, or why it cannot be answered."""
+        """The ids of the prompt up to the response, or why it cannot be answered."""
         encoded, report = self.encoder.encode_prompts([prompt])
         if report.refused:
             return f"not encodable: {report.refused[0]}"
@@ -230,10 +230,10 @@ class EndpointPolicy:
         return {"policy": self.endpoint.cache_key(self._settings)}
 
     def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
-        """For each prompt `num` replies, or one error; ServerError when all are rejected."""
+        """For each prompt `num` replies, or one error; ServerError if all are rejected."""
         replies: list[list[Reply]] = [[] for _ in prompts]
         seed, _, num_before = draw_round
-        # one by one: some servers reject n > 1, others answer once whatever n is
+        # one by one: some servers reject n > 1, others answer only once for any n
         for k in range(num):
             accepted = [i for i, own in enumerate(replies) if not own or own[0].error is None]
             asked, repetition = [prompts[i].prompt for i in accepted], (seed, num_before + k)
@@ -257,7 +257,7 @@ def draw_candidates(
     file: RecordFile,
     on_progress: OnProgress = no_progress,
 ) -> list[Candidates]:
-    """The candidates for all prompts, in order; each chunk is added to `file` when it is drawn."""
+    """The candidates for all prompts, in order; each chunk is appended to `file` once it is drawn."""
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
         if not all(prompt.id in file.records for prompt in chunk):

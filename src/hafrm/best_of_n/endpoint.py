@@ -1,7 +1,7 @@
 """An OpenAI-compatible chat endpoint: many requests at a time, every reply cached on disk.
 
 The openai client retries what may succeed later. A request that the endpoint rejects becomes a reply with
-an `error`; what no retry can fix ends the job, and the same job asks for the missing replies only.
+an `error`. What no retry can fix ends the job; the same job, run again, only asks for the missing replies.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ _REJECTED = {400, 413, 422}
 
 
 class EndpointSection(Section):
-    """A model behind an endpoint, and how it is asked."""
+    """A model behind an endpoint, and its request settings."""
 
     model: Text | None = None
-    """Its name there; null: the only one that the endpoint lists."""
+    """The model's name there; null: the only one that the endpoint lists."""
     request: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Settings added to every request; null removes one."""
     concurrency: int = Field(default=8, ge=1)
@@ -79,12 +79,12 @@ class Endpoint:
         folder = cache or cache_folder("replies")
         try:
             self._cache = diskcache.Cache(str(folder))
-        except (OSError, sqlite3.Error) as error:  # costs repeated requests, not the run
+        except (OSError, sqlite3.Error) as error:  # this costs repeated requests, not the run
             log.warning("replies are not kept: cannot write %s: %s", folder, error)
             self._cache = diskcache.Cache(tempfile.mkdtemp(prefix="hafrm-replies-"))
         self._client = openai.OpenAI(
             base_url=url,
-            # local servers take any key, but the client insists on one
+            # local servers accept any key, but the client requires one
             api_key=os.environ.get(key_variable) or os.environ.get("OPENAI_API_KEY") or "none",
             timeout=self.section.timeout,
             max_retries=self.section.retries,
@@ -93,7 +93,7 @@ class Endpoint:
 
     @property
     def model(self) -> str:
-        """The model's name; raises ServerError where none is set and the endpoint lists several."""
+        """The model's name; raises ServerError if none is set and the endpoint lists several."""
         if self._model is None:
             try:
                 names = [model.id for model in self._client.models.list()]
@@ -106,7 +106,7 @@ class Endpoint:
         return self._model
 
     def cache_key(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """What replies depend on, except the conversations."""
+        """What replies depend on besides the conversations."""
         request = without_secrets(settings | self.section.request)
         return {"url": self.url, "model": self.model, "request": request}
 
@@ -120,8 +120,8 @@ class Endpoint:
     ) -> list[Reply]:
         """A reply to each conversation, in order.
 
-        `repetition` distinguishes repeated requests, which the cache would otherwise answer alike.
-        Raises ServerError when the endpoint cannot be used.
+        `repetition` distinguishes repeated requests; else the cache would give them all the same answer.
+        Raises ServerError if the endpoint cannot be used.
         """
         options = settings | self.section.request
         body = {"model": self.model} | {n: v for n, v in options.items() if v is not None}
@@ -134,13 +134,13 @@ class Endpoint:
                     replies.append(future.result())
                     on_progress(len(replies), len(futures))
             except ServerError:
-                # the rest would wait for the same broken server
+                # the other requests would wait for the same broken server
                 pool.shutdown(cancel_futures=True)
                 raise
         return replies
 
     def _reply(self, body: dict[str, Any], repetition: tuple[int, ...]) -> Reply:
-        # the whole request is the key, no API key or password is part of it
+        # the cache key is the whole request, without API key and password
         request = {"url": self.url, "body": without_secrets(body), "repetition": list(repetition)}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode("ascii")).hexdigest()
         content = self._cache.get(key)
@@ -161,7 +161,7 @@ class Endpoint:
         except self._openai.OpenAIError as error:
             raise self._unusable(error) from error
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise self._unusable(f"this is no chat completion: {content}") from error
+            raise self._unusable(f"this is not a chat completion: {content}") from error
         with contextlib.suppress(OSError, sqlite3.Error):  # a full disk
             self._cache.set(key, content)
         return reply
@@ -175,7 +175,7 @@ class Endpoint:
 
 
 def require_some(replies: Sequence[Reply], url: str) -> None:
-    """Raise ServerError when every request was rejected: then the settings are wrong."""
+    """Raise ServerError if every request was rejected: then the settings are wrong."""
     if replies and all(reply.error is not None for reply in replies):
         fix = "change policy.request='{name: value}' (null removes one)"
         raise ServerError(f"{url} rejects every request, the first with {replies[0].error}; {fix}")
@@ -187,7 +187,7 @@ def is_url(text: str | None) -> bool:
 
 
 def _first_choice(body: Mapping[str, Any]) -> Reply:
-    """The answer in a chat completion; raises an IndexError, KeyError or TypeError where it is none."""
+    """The answer in a chat completion; raises IndexError, KeyError or TypeError if it is not one."""
     choice = body["choices"][0]
     message, reason = choice["message"], choice.get("finish_reason")
     text = message.get("content")

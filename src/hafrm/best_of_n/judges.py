@@ -1,7 +1,7 @@
-"""Answers against each other: by an LLM judge that is asked in both orders, or by scores; and who wins.
+"""Compare answers pairwise, by an LLM judge that is asked in both orders, or by scores; and who wins.
 
-A judge that is asked once says as much about the place of an answer as about the answer: so a pair is a tie
-where the two orders disagree. Replies that cannot be read decide nothing, and are counted.
+A judge that is asked once says as much about an answer's position as about the answer. So a pair is a tie
+if the two orders disagree. Replies that cannot be read decide nothing, and are counted.
 """
 
 import re
@@ -29,7 +29,7 @@ from hafrm.statistics import (
 SETTINGS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 512}
 """How a judge is asked, unless `judge.request` says otherwise."""
 Verdict = Literal["first", "second", "tie", "refused", "unparsable"]
-"""What one reply of a judge says, as the place that it prefers."""
+"""What one reply of a judge says, as the position that it prefers."""
 TEMPLATE = """\
 Two assistants were given the same conversation. Compare their replies to its last message.
 
@@ -53,13 +53,13 @@ Verdict: A
 Verdict: B
 Verdict: tie
 """
-# A and B as capitals only ("a" is also a word), and on a line of their own: notes may quote these
+# A and B only as capitals ("a" is also a word), and on their own line: notes may quote verdicts
 _VERDICT = re.compile(
     r"^\W*(?:(?i:the|my|final) )*(?i:verdict)(?i:\W+is\b)?\W*"
     r"((?i:(?:a )?(?:tie|draw))|(?:(?i:reply|response|assistant|answer) )?[AB])\W*$",
     re.M,
 )
-# a server may leave out the opening tag, which the template writes; cut thoughts have no closing one
+# a server may omit the opening tag, which the template writes; cut thoughts have no closing one
 _THOUGHTS = re.compile(r"\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z)", re.I | re.S)
 
 
@@ -77,20 +77,20 @@ class PairVerdict:
 
     preferred: int | None  # 1: the first, -1: the second, 0: neither; None: not judged
     by_order: tuple[Verdict, ...] = ()
-    """An LLM judge's verdicts with the first answer in first place, and in second place."""
+    """An LLM judge's verdicts with the first answer in first position, and in second position."""
 
 
 class LlmJudge:
     """A chat model behind an endpoint, asked about each pair in both orders."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Asks the endpoint for its model's name where none is set, which may raise ServerError."""
+        """Asks the endpoint for its model's name if none is set, which may raise ServerError."""
         self.endpoint, self.name = endpoint, endpoint.model
 
     def compare(self, pairs: Sequence[AnswerPair]) -> list[PairVerdict]:
         """A verdict on each pair; equal answers are a tie without asking.
 
-        Raises ServerError when the endpoint cannot be used, or nothing that it says.
+        Raises ServerError if the endpoint cannot be used, or if no verdict can be read.
         """
         orders = [(ask_about(p, a, b), ask_about(p, b, a)) for p, a, b in pairs]
         # two methods' picks may be the same pair as two others'
@@ -123,7 +123,7 @@ def load_judge(url: str, section: EndpointSection | None = None) -> LlmJudge:
 def ask_about(prompt: Sequence[Message], first: str, second: str) -> tuple[Message, ...]:
     """The conversation that asks a judge about two answers in this order."""
     texts = {"prompt": conversation_text(prompt), "first": first, "second": second}
-    # one pass: a brace in an answer is never taken for a name
+    # one pass: a brace in an answer is never read as a field
     filled = re.sub(r"\{(prompt|first|second)\}", lambda match: texts[match[1]], TEMPLATE)
     return (Message("user", filled),)
 
@@ -136,7 +136,7 @@ def conversation_text(prompt: Sequence[Message]) -> str:
 
 
 def read_verdict(reply: Reply) -> Verdict:
-    """The last verdict of a reply; what a reasoning model thinks does not count."""
+    """The last verdict of a reply; the thoughts of a reasoning model do not count."""
     if reply.error is not None or reply.refused:
         return "refused"
     verdicts = _VERDICT.findall(_THOUGHTS.sub("", reply.text))
@@ -148,7 +148,7 @@ def read_verdict(reply: Reply) -> Verdict:
 
 
 def combine_orders(forward: Verdict, backward: Verdict) -> PairVerdict:
-    """The verdict of two replies, the second on the other order: a tie unless both prefer one answer."""
+    """The verdict from two replies, the second to the other order: a tie unless both prefer one answer."""
     by_order = (forward, backward)
     if not set(by_order) <= {"first", "second", "tie"}:
         return PairVerdict(None, by_order)
@@ -158,16 +158,16 @@ def combine_orders(forward: Verdict, backward: Verdict) -> PairVerdict:
 
 @dataclass(frozen=True)
 class JudgeReliability:
-    """How an LLM judge behaved; NaN where no reply could show it."""
+    """How an LLM judge behaved; NaN if no reply could show it."""
 
     num_pairs: int
     num_not_judged: int
-    verdicts: dict[str, int]  # number of replies of each kind; "first" and "second" are the places
-    position_bias: Real  # fraction of judged pairs in which it preferred the same place twice
+    verdicts: dict[str, int]  # number of replies of each kind; "first" and "second" are positions
+    position_bias: Real  # fraction of judged pairs in which it preferred the same position twice
 
 
 def judge_reliability(verdicts: Sequence[PairVerdict]) -> JudgeReliability:
-    """What a judge's verdicts say about the judge; pairs that needed no asking are left out."""
+    """What a judge's verdicts say about the judge; pairs that it was not asked about are left out."""
     asked = [verdict for verdict in verdicts if verdict.by_order]
     judged = [verdict for verdict in asked if verdict.preferred is not None]
     counts = Counter(place for verdict in asked for place in verdict.by_order)
@@ -182,17 +182,17 @@ def judge_reliability(verdicts: Sequence[PairVerdict]) -> JudgeReliability:
 
 @dataclass(frozen=True)
 class Answers:
-    """A method's answer to each prompt; an entry of every field for each of them."""
+    """A method's answer to each prompt; every field has an entry for each prompt."""
 
     prompts: tuple[tuple[Message, ...], ...]
     texts: tuple[str, ...]
     scores: tuple[float, ...] = ()
-    """Gold scores or rewards that compare without a judge; empty where there are none."""
+    """Gold scores or rewards, to compare without a judge; empty if there are none."""
 
 
 @dataclass(frozen=True)
 class Wins:
-    """The answers of two methods against each other, prompt by prompt; equal answers are ties."""
+    """The answers of two methods compared prompt by prompt; equal answers are ties."""
 
     first: str
     second: str
@@ -212,9 +212,9 @@ def compare_answers(
     judge: LlmJudge | None,
     scored_by: str = "",
 ) -> tuple[Wins, ...]:
-    """Pairs of methods against each other, answer by answer, by the judge or else by the scores.
+    """Pairs of methods compared answer by answer, by the judge or else by the scores.
 
-    A method has one entry for each seed, all of the same prompts.
+    A method has one entry for each seed; all have the same prompts.
     """
     pairs: list[list[AnswerPair]] = []
     verdicts: list[list[PairVerdict]] = []
@@ -224,7 +224,7 @@ def compare_answers(
         pairs.append([AnswerPair(*pair) for seed in texts for pair in seed])
         gaps = [np.subtract(a.scores, b.scores) for a, b in sides]
         verdicts.append([PairVerdict(int(sign)) for sign in np.sign(np.concatenate(gaps))])
-    if judge is not None:  # in one call, so that a pair that occurs twice is asked about once
+    if judge is not None:  # in one call, so that a repeated pair is asked about only once
         judged = iter(judge.compare([pair for own in pairs for pair in own]))
         verdicts = [[next(judged) for _ in own] for own in pairs]
     name = scored_by if judge is None else judge.name
@@ -242,7 +242,7 @@ def _measure_wins(
     *,
     num_seeds: int,
 ) -> Wins:
-    """With several seeds, one after another, a prompt not judged for one seed is left out for all."""
+    """The wins of two methods; `pairs` go seed by seed. A prompt not judged for one is left out for all."""
     preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
     signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
     judged = signs[:, ~np.isnan(signs).any(0)]
@@ -252,7 +252,7 @@ def _measure_wins(
         hits = judged == sign
         return seeded_mean(hits) if several else accuracy_interval(hits.ravel())
 
-    # wins - losses lie between -1 and 1, where seeded_mean would cut at 0: so a difference to nothing
+    # wins - losses lie between -1 and 1, but seeded_mean would cut at 0: use a difference from nothing
     difference = clustered_bootstrap(judged.ravel())
     if several:
         difference = seeded_difference(judged, np.zeros_like(judged)).estimate
@@ -271,7 +271,7 @@ def _measure_wins(
 
 
 def wins_table(wins: Sequence[Wins], what: str = "picks") -> Table:
-    """Who wins against whom; with the judge's reliability where an LLM was asked."""
+    """Who wins against whom; with the judge's reliability if an LLM was asked."""
     reports = [w.reliability for w in wins if w.reliability is not None]
     heads = "first | second | first wins | tie | second wins | wins - losses | same pick: percent"
     if reports:

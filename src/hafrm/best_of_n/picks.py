@@ -1,7 +1,7 @@
 """What best of n says about reward models: curves and gains, with their tables.
 
-The mean over all subsets of n of N samples is the unbiased estimate of best-of-n with the least variance
-(WebGPT, arXiv 2112.09332, appendix I). Every interval is over prompts.
+The mean over all subsets of n of N samples is the minimum-variance unbiased estimate of best-of-n (WebGPT,
+arXiv 2112.09332, appendix I). Every interval is over prompts.
 """
 
 import math
@@ -18,7 +18,7 @@ from hafrm.results import Cell, Column, Table, columns
 from hafrm.statistics import Estimate, bootstrap_columns, clustered_bootstrap
 
 PerPrompt = Sequence[NDArray[np.float64]]
-"""For every prompt a number for each of its distinct candidates."""
+"""For every prompt, a number for each of its distinct candidates."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class PickerResult:
-    """One reward model as a picker; without a gold score all but the first two are empty."""
+    """One reward model as a picker; without a gold score, all fields except the first two are empty."""
 
     name: str
     curve: tuple[CurvePoint, ...]
     gain: Estimate | None = None
-    """Gold score of the pick among all, minus that of a random candidate."""
+    """Gold score of the pick among all candidates, minus that of a random candidate."""
     peak: int | None = None  # the n at which the mean gold score is highest
     since_peak: Estimate | None = None
-    """Gold score of the pick among all, minus that of the pick at the peak, prompt by prompt; the peak is
-    chosen on the same prompts, which makes a fall look larger than it is."""
+    """Gold score of the pick among all candidates, minus that of the pick at the peak, per prompt. The peak
+    is chosen on the same prompts, which makes a fall look larger than it is."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class BestOfN:
     gold: str | None
     judge: str | None
     mean_candidates: float  # per prompt
-    num_fewer: int  # prompts with fewer than num_candidates; their best of more is the best of all
+    num_fewer: int  # prompts with fewer than num_candidates; for larger n, the best of all counts
     num_cut: int  # draws that reached the token limit
     num_blank: int  # draws that were not text
     left_out: dict[str, int]  # prompts that are not measured, by reason
@@ -119,9 +119,9 @@ def expected_picks(
     num = len(scores)
     # of equals the earlier is picked, as `argmax` does
     order = np.lexsort((-np.arange(num), scores))
-    # Row n - 1: the chance that the candidate with i lower ones is the best of n drawn without return. The
-    # other n - 1 come from the i lower ones: C(i, n - 1) / C(num, n), by its ratio to the row above, since
-    # the binomials themselves overflow.
+    # Row n - 1: the probability that the candidate with i lower ones is the best of n drawn without
+    # replacement. The other n - 1 come from the i lower ones: C(i, n - 1) / C(num, n), by its ratio to the
+    # row above, since the binomials themselves overflow.
     lower = np.arange(num, dtype=np.float64)
     rows = [np.full(num, 1.0 / num)]
     for n in range(1, num):
@@ -131,7 +131,7 @@ def expected_picks(
 
 
 def best_indices(scores: PerPrompt) -> NDArray[np.int64]:
-    """The index of the best candidate of each prompt; the first of equals."""
+    """The index of the best candidate of each prompt; the first one if several are equal."""
     return np.array([int(np.argmax(s)) for s in scores], np.int64)
 
 
@@ -143,7 +143,7 @@ def curve_values(
     for c, s, v in zip(candidates, scores, values, strict=True):
         drawn = c.drawn
         curve = expected_picks(s[drawn], v[drawn])
-        # a prompt with fewer candidates: for larger n the best of all it has
+        # a prompt with fewer candidates: for larger n, the best of all that it has
         rows.append(np.concatenate([curve, np.full(num - len(curve), curve[-1])]))
     return np.stack(rows)
 
@@ -151,7 +151,7 @@ def curve_values(
 def measure_picker(
     name: str, candidates: Sequence[Candidates], scores: PerPrompt, gold: PerPrompt | None, num: int
 ) -> PickerResult:
-    """The curves of one model's picks, and their agreement with the gold score."""
+    """The curves of one model's picks, by its own and by the gold score."""
     sizes = range(1, num + 1)
     # exact for independent samples that never repeat or tie, else an upper bound (arXiv 2401.01879)
     kl = [math.log(n) - (n - 1) / n for n in sizes]

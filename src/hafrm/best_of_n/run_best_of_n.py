@@ -6,7 +6,7 @@
     OUT/best_of_n.json     curves, agreement, wins, with intervals
 
 The first grows while the job runs, and an endpoint's replies are cached: what was drawn or paid for is not
-drawn or paid for again by the same command, nor by one with other models. Scores are computed again.
+drawn or paid for again by the same command, or by one with other models. Scores are recomputed.
 """
 
 import json
@@ -58,19 +58,19 @@ class PickSection(Section):
     models: Sources = Field(min_length=1)
     """Run folders, reward or policy directories: PATH or NAME=PATH."""
     prompts: Sources = Field(min_length=1)
-    """Rows with prompts for the policy; without a policy their responses are the candidates."""
+    """Rows with prompts for the policy; without a policy, their responses are the candidates."""
     policy: Text | None = None
-    """Writes the candidates: the directory of a causal LM, or the URL of an OpenAI-compatible endpoint."""
+    """Samples the candidates: the directory of a causal LM, or the URL of an OpenAI-compatible endpoint."""
     gold: Text | None = None
     """A gold score for every candidate: demo, or a model."""
     judge: Text | None = None
     """Compares picks: an LLM at the URL of an endpoint."""
     sample: bool = False
-    """Also compare every model's pick with the first candidate; a single model's always is."""
+    """Also compare every model's pick with the first candidate; a single model's pick always is."""
     dtype: Text = "auto"
     """float32, bfloat16 or float16; auto: the checkpoint's on a GPU, float32 on a CPU."""
     device: Text | None = None
-    """cpu, cuda or cuda:1; null: a GPU where there is one."""
+    """cpu, cuda or cuda:1; null: a GPU if there is one."""
 
 
 class BestOfNOptions(Section):
@@ -88,10 +88,10 @@ def best_of_n(
     *,
     golds: Mapping[str, candidate_scores.GoldReward] | None = None,
 ) -> BestOfN:
-    """Gather candidates, score them, compare the picks, and measure; every file of `out` is written.
+    """Gather candidates, score them, compare the picks, and measure; writes every file of `out`.
 
-    `golds` are rewards that are known, by the name under which the options have them as a model or as gold.
-    Raises DataError when nothing is left to pick from.
+    `golds` are known rewards, by the name that the options use for them as a model or as gold.
+    Raises DataError if nothing is left to pick from.
     """
     pick = options.pick
     for name, target in (("policy", pick.policy), ("judge", pick.judge)):
@@ -148,7 +148,7 @@ def best_of_n(
 
 
 def _models(pick: PickSection, golds: Mapping[str, candidate_scores.GoldReward]) -> dict[str, str]:
-    """The paths of all that score, by name; what gives the gold score is called gold."""
+    """The paths of everything that scores, by name; what gives the gold score is called gold."""
     named = candidate_scores.named_models(pick.models)
     names = Counter(["gold", *(name for name, _ in named)])
     for name, num in names.items():
@@ -170,7 +170,7 @@ def _models(pick: PickSection, golds: Mapping[str, candidate_scores.GoldReward])
 def _gather(
     folder: ResumableFolder, options: BestOfNOptions, policy: Policy | None
 ) -> list[Candidates]:
-    """The candidates of every prompt, as the policy draws them or files hold them."""
+    """The candidates of every prompt, drawn by the policy or read from files."""
     sources, draw = options.pick.prompts, options.draw
     if policy is None:
         candidates = read_candidates(sources, draw.num)
@@ -185,7 +185,7 @@ def _gather(
 
 
 def _usable(drawn: Sequence[Candidates], left_out: Counter[str]) -> list[Candidates]:
-    """The candidates of prompts that have two different ones; reasons for the others are counted."""
+    """The candidates of prompts with at least two different ones; counts why others are left out."""
     usable = []
     for c in drawn:
         if c.error is not None:
@@ -207,7 +207,7 @@ def _scored(
     all_scores: Mapping[str, Sequence[candidate_scores.GroupScores]],
     left_out: Counter[str],
 ) -> tuple[list[Candidates], dict[str, PerPrompt]]:
-    """The prompts that every model could score, with these scores; the others are counted."""
+    """The prompts that every model could score, with their scores; the others are counted."""
     usable, why = [], ""
     for i in range(len(candidates)):
         refusals = [(name, s[i]) for name, s in all_scores.items() if isinstance(s[i], str)]
@@ -231,7 +231,7 @@ def _compare_picks(
     *,
     sample: bool,
 ) -> tuple[Wins, ...]:
-    """Every two methods against each other, by the judge or the gold score; empty without either."""
+    """Every pair of methods compared, by the judge or the gold score; empty without either."""
     if judge is None and gold is None:
         return ()
     picks = {name: best_indices(own).tolist() for name, own in scores.items()}

@@ -46,7 +46,7 @@ SHARDS, BAD_ROWS = "shards.jsonl", "bad_rows.jsonl"
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How a job runs; its files depend on all but `device` and `shard`."""
+    """How a job runs; its files depend on all options except `device` and `shard`."""
 
     rows_per_shard: int = ROWS_PER_SHARD
     max_length: int | None = None
@@ -54,7 +54,7 @@ class BulkOptions:
     dtype: str = "auto"
     device: str | None = None
     shard: str = "0/1"
-    """i/n: only every n-th shard, from the i-th on, counted from 0; for job arrays."""
+    """i/n: only every n-th shard, starting with shard i (from 0); for job arrays."""
     outputs: tuple[str, ...] = ("reward",)
     """What each response gets: names in `scoring.outputs`."""
 
@@ -86,8 +86,8 @@ def score_files(
 ) -> BulkResult:
     """Write every row of `sources` with its scores into the folder `out`.
 
-    `on_progress` counts rows that are not scored yet. Raises CheckpointError when `out` holds another job
-    or cannot be written, NumericsError for scores that are not finite, or that sharing a prompt changes.
+    `on_progress` counts the rows that were not scored before. Raises CheckpointError if `out` holds another
+    job or cannot be written, NumericsError if scores are not finite or change when prompts are shared.
     """
     options = options or BulkOptions()
     Placement(options.dtype, options.device)
@@ -145,7 +145,7 @@ def _check_output(out: Path) -> None:
 def _cache_key(
     files: Sequence[str | Path], inputs: Sequence[Input], options: BulkOptions
 ) -> dict[str, Any]:
-    """Everything that the scores and the outputs' names depend on."""
+    """Everything that the scores and the names of the outputs depend on."""
     encoder = load_encoder(files[0], load_config(files[0]), options.max_length, "drop")
     return {
         "model": [model_digest(file) for file in files],
@@ -168,7 +168,7 @@ def _bad_rows(shard: Shard, rows: ShardRows, scores: Sequence[RowScores]) -> lis
     ]
 
 
-_parse = partial(parse_row, need_comparisons=False, read_labels=False)  # labels score nothing
+_parse = partial(parse_row, need_comparisons=False, read_labels=False)  # scores need no labels
 
 
 def encode_rows(encoder: Encoder, rows: ShardRows) -> list[TokenizedGroup | Refusal]:
@@ -229,7 +229,7 @@ def _score_in_turn(
                 is_checked = True
 
             def on_responses(done: int, total: int, num_rows: int = shard.num_rows) -> None:
-                # never all rows: the shard is done only when it is written
+                # never all rows: a shard is done only once it is written
                 on_rows(num_rows * done // (total + 1), num_rows)
 
             yield rows, score_rows(model, encoded, options.outputs, on_responses)

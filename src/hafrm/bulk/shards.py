@@ -19,7 +19,7 @@ log = logging.getLogger("hafrm")
 
 ROWS_PER_SHARD = 4096  # enough to fill packed sequences with inputs of similar length
 RowScores = Mapping[str, Sequence[Any]] | Refusal
-"""The scores of a row's responses, in order, by output, or why there are none."""
+"""The scores of a row's responses, in order, by output; or why there are none."""
 ERROR = "error"  # the column that says why a row has no score
 # the column of an output in a row with one response; tokens: a list of numbers
 NAMES = {"reward": "reward", "implicit": "implicit_reward", "tokens": "token_rewards"}
@@ -29,7 +29,7 @@ NAMES = {"reward": "reward", "implicit": "implicit_reward", "tokens": "token_rew
 class Input:
     """One source, and everything about it that must be the same when a job resumes."""
 
-    source: str  # as the user gave it: a path, perhaps with a selection, or hub:name:split
+    source: str  # as given by the user: a path, perhaps with a selection, or hub:name:split
     name: str  # of its outputs, without number and ending
     num_rows: int
     digest: str  # of the file's content; a hub set is identified by its name
@@ -50,13 +50,13 @@ class ShardRows:
     """The rows of a shard, as read."""
 
     numbers: Sequence[int]
-    """From 0 in the whole source: the line of a JSON-lines file, else the record."""
+    """Row numbers in the whole source, from 0: lines of a JSON-lines file, else records."""
     values: Sequence[object]  # a mapping for each row, or why the row cannot be read
     table: Any = None  # the same rows as a pyarrow table, if the source is a Parquet file
 
 
 def identify(sources: Sequence[str]) -> tuple[Input, ...]:
-    """The inputs that paths, folders and hub sets mean; DataError for one that cannot be read."""
+    """The inputs that paths, folders and hub sets stand for; DataError for one that cannot be read."""
     inputs = []
     for source in [source for item in sources for source in _expand(item)]:
         parsed = parse_source(source)
@@ -152,7 +152,7 @@ def render_shard(
     if rows.table is not None:
         return _render_table(rows, scores, outputs)
     lines = "".join(_line(*row, outputs) for row in zip(rows.values, scores, strict=True)).encode()
-    # without a time in the header, so that the same rows are the same bytes
+    # without a time in the header, so that the same rows give the same bytes
     return gzip.compress(lines, mtime=0) if is_packed else lines
 
 
@@ -176,7 +176,7 @@ def _error(scores: RowScores) -> str | None:
 def _score_columns(
     row: Mapping[str, Any], scores: RowScores, outputs: Sequence[str]
 ) -> dict[str, Any]:
-    """The columns that a row gets, by its shape as the reader sees it; null where it has no score."""
+    """The columns that a row gets, by its shape as the reader sees it; null if it has no score."""
     columns = {name for name, value in row.items() if value is not None}
     is_list = not columns & {"chosen", "rejected"} and columns & {"completions", "responses"}
     result: dict[str, Any] = {}

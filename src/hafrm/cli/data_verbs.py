@@ -1,4 +1,4 @@
-"""The verbs `data`, `report` and `demo`: what data holds, one page about runs, and a small world."""
+"""The verbs `data`, `report` and `demo`: describe data, report on runs, train on synthetic data."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +15,14 @@ from hafrm.errors import CheckpointError, ConfigError
 def data_command(  # noqa: PLR0913 - one argument is one option
     sources: Sources,
     *,
-    model: Annotated[str | None, Option(help="Also count its tokens.")] = None,
+    model: Annotated[str | None, Option(help="Also count this model's tokens.")] = None,
     split: Annotated[float | None, Option(help="Fraction of prompts for OUT/test.jsonl.")] = None,
     out: Annotated[Path | None, Option(help="Folder for the parts of --split.")] = None,
     seed: Annotated[int, Option(help="Another seed gives another split.")] = 0,
-    columns: Annotated[str, Option(help="prompt=question,chosen=good,...: which is which.")] = "",
+    columns: Annotated[str, Option(help="Column names: prompt=question,chosen=good,...")] = "",
     json_file: JsonFile = None,
 ) -> None:
-    """What preference data holds and what is wrong with it; --split divides it by prompt."""
+    """Describe preference data and what is wrong with it; --split splits it by prompt."""
     from hafrm.data.describe import describe_data  # noqa: PLC0415
     from hafrm.data.reader import read_preferences  # noqa: PLC0415
 
@@ -68,10 +68,10 @@ def _write_parts(
 
 @app.command("report")
 def report_command(
-    folders: Annotated[list[Path], Argument(help="Runs, and outputs of compare, best-of-n, rlhf.")],
-    out: Annotated[Path, Option("--out", help="The page.")] = Path("report.html"),
+    folders: Annotated[list[Path], Argument(help="Folders of runs, compare, best-of-n or rlhf.")],
+    out: Annotated[Path, Option("--out", help="The HTML file.")] = Path("report.html"),
 ) -> None:
-    """One self-contained page: summary, curves, accuracy with intervals, texts to read, provenance."""
+    """Write one self-contained page: summary, curves, accuracy with intervals, texts, provenance."""
     from hafrm.report.page import write_report  # noqa: PLC0415
 
     size = write_report(folders, out)

@@ -1,4 +1,4 @@
-"""The entry of the command line: the app that verbs join, how errors end it, arguments they share."""
+"""The entry point of the command line: the app with its verbs, error handling, shared arguments."""
 
 import logging
 import os
@@ -37,7 +37,7 @@ def _root(
 
 
 class _Stderr(logging.Handler):
-    """Writes to sys.stderr as it is then: a progress line replaces it, to stay below the log."""
+    """Writes to the current sys.stderr: a progress line replaces it, to stay below the log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(self.format(record), err=True)
@@ -48,17 +48,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Stderr()])
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("hafrm").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel that nobody needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about an unneeded kernel
     for library in ("huggingface_hub", "datasets"):  # their own handlers print each warning already
         logging.getLogger(library).propagate = False
-    # transformers shows a bar for every shard that it loads or writes; ours say enough.
+    # transformers shows a progress bar for every shard that it loads or writes; ours are enough.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except HafrmError as error:
         typer.secho(hide_secrets(f"{type(error).__name__}: {error}"), fg="red", err=True)
         sys.exit(143 if type(error).__name__ == "StoppedError" else 1)
-    except OSError as error:  # of the system: a missing file, a full disk
+    except OSError as error:  # from the operating system: a missing file, a full disk
         place = f"{error.filename}: " if error.filename is not None else ""
         typer.secho(f"stopped: {place}{error.strerror or error}", fg="red", err=True)
         sys.exit(1)
@@ -67,7 +67,7 @@ def main() -> None:
 _SOURCES = Argument(help="Files (JSON(L), CSV, Parquet), file#split=test, hub:name:split, set:name")
 Sources = Annotated[list[str], _SOURCES]
 OptionalSources = Annotated[list[str] | None, _SOURCES]
-Dtype = Annotated[str, Option(help="float32, bfloat16, float16; auto: as stored, on a CPU float32")]
+Dtype = Annotated[str, Option(help="float32, bfloat16, float16; auto: as stored (CPU: float32)")]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:1 (default: a GPU if there is one).")]
 
 
@@ -84,21 +84,21 @@ RecipeFile = Annotated[str, Argument(help="A recipe in YAML.")]
 Overrides = Annotated[list[str] | None, Argument(help="key.sub=value ...")]
 Out = Annotated[Path | None, Option(help="The run folder (default: runs/<time>).")]
 Resume = Annotated[Path | None, Option(help="Resume this run folder.")]
-Processes = Annotated[int | None, Option(help="Runs at a time (default: one for each GPU).", min=1)]
+Processes = Annotated[int | None, Option(help="Parallel runs (default: one per GPU).", min=1)]
 
 
 @runtime_checkable
 class HasTables(Protocol):
-    """A result that people see."""
+    """A result that can be shown as tables."""
 
     def tables(self) -> tuple[Table, ...]:
-        """What it shows."""
+        """The tables to print."""
 
 
 def parse_run(
     recipe: str | None, overrides: list[str] | None, out: Path | None, resume: Path | None
 ) -> tuple[str, list[str], Path]:
-    """The recipe, its overrides and the run folder that `train` and `rlhf` mean."""
+    """(recipe, overrides, run folder), from the arguments of `train` and `rlhf`."""
     changes = overrides or []
     if resume is None:
         if recipe is None:
@@ -117,7 +117,7 @@ def parse_run(
 
 
 def show_result(result: HasTables, *json_files: Path | None) -> None:
-    """Print the result's tables, and write them to the files that are given."""
+    """Print the result's tables, and write the result to the given JSON files."""
     from hafrm.report.terminal import print_tables  # noqa: PLC0415
 
     print_tables(result.tables())

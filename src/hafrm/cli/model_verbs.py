@@ -23,22 +23,22 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     data: OptionalSources = None,
     *,
     also: Annotated[list[str] | None, Option(help="Another model, or a seed: NAME=PATH.")] = None,
-    benchmark: Annotated[list[str] | None, Option(help="Such as rewardbench2; all.")] = None,
+    benchmark: Annotated[list[str] | None, Option(help="A name (rewardbench2), or all.")] = None,
     diagnose: Annotated[bool, Option("--diagnose", help="Also why it is right or wrong.")] = False,
     json_file: JsonFile = None,
-    max_length: Annotated[int | None, Option(help="Tokens to cut to (default: the run's).")] = None,
+    max_length: Annotated[int | None, Option(help="Cut to N tokens (default: the run's).")] = None,
     max_bad_fraction: Annotated[float, Option(help="Bad rows allowed.", min=0, max=1)] = 0.02,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
+    """Measure pairwise accuracy with 95 % intervals, calibration, length bias, and baselines.
 
-    On preferences (DATA) or on published benchmarks (DATA: a local folder); for one model, or compared with
-    others. For a run folder the result is also kept in it for `hafrm report`: evaluation.json,
-    diagnostics.json (--diagnose) or benchmarks.json. Processes of one torchrun share the scoring.
+    DATA: preferences, or for published benchmarks a local folder (else the hub). Evaluates one model, or
+    compares several. For a run folder, the result is also saved in it for `hafrm report`: evaluation.json,
+    diagnostics.json (--diagnose) or benchmarks.json. Under torchrun, the processes divide the scoring.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
-        raise ConfigError("--benchmark goes without --also and --diagnose, with one folder as DATA")
+        raise ConfigError("--benchmark allows no --also or --diagnose, and one folder as DATA")
     if not benchmark and not data:
         raise ConfigError("hafrm evaluate needs DATA, or --benchmark with a name")
     from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
@@ -74,7 +74,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
 
 
 def _named(text: str) -> tuple[str, str]:
-    """(NAME, PATH) of NAME=PATH; an existing path may have "=" in it and has no name."""
+    """(NAME, PATH) of NAME=PATH; an existing path may contain "=" and has no name."""
     name, equals, path = text.partition("=")
     return (name, path) if equals and "/" not in name and not Path(text).exists() else ("", text)
 
@@ -84,16 +84,16 @@ def score_command(  # noqa: PLR0913 - the verb and its options
     model: Annotated[str, Argument(help="Run folder or model directory.")],
     sources: Annotated[list[str], Argument(help="Files, folders, hub sets (docs/scoring.md).")],
     *,
-    out: Annotated[Path, Option(help="The folder for the same rows with scores.")],
-    rows_per_shard: Annotated[int, Option(help="Rows of an output file.", min=1)] = ROWS_PER_SHARD,
-    shard: Annotated[str, Option(help="i/n: only part i of n, from 0 to n - 1.")] = "0/1",
+    out: Annotated[Path, Option(help="Folder for the rows with their scores.")],
+    rows_per_shard: Annotated[int, Option(help="Rows per output file.", min=1)] = ROWS_PER_SHARD,
+    shard: Annotated[str, Option(help="i/n: score only part i of n (0 to n - 1).")] = "0/1",
     dtype: Dtype = "auto",
     device: Device = None,
-    max_length: Annotated[int | None, Option(help="Tokens; longer rows get no score.")] = None,
+    max_length: Annotated[int | None, Option(help="In tokens; longer rows get no score.")] = None,
     by: Annotated[str, Option(help="reward, implicit or reward,implicit.")] = "reward",
     per_token: Annotated[bool, Option("--per-token", help="Also each token's part.")] = False,
 ) -> None:
-    """Add the model's scores to every row, order kept. The same command resumes a job that was stopped."""
+    """Add the model's scores to every row, in the same order. The same command resumes a stopped job."""
     from hafrm.bulk.bulk_job import RECORDS, BulkOptions, score_files  # noqa: PLC0415
     from hafrm.scoring.outputs import TOKENS  # noqa: PLC0415
 
@@ -115,9 +115,9 @@ def score_command(  # noqa: PLR0913 - the verb and its options
 def best_of_n_command(  # noqa: PLR0913 - the verb and its options
     models: Annotated[list[str], Argument(help="Runs or model directories: PATH, NAME=PATH.")],
     *,
-    prompts: Annotated[list[str], Option(help="Prompts; without --policy, with responses.")],
-    out: Annotated[Path, Option(help="Folder for all results; a killed job resumes.")],
-    policy: Annotated[str | None, Option(help="Writes candidates: a directory, or a URL.")] = None,
+    prompts: Annotated[list[str], Option(help="Prompts (with responses if no --policy).")],
+    out: Annotated[Path, Option(help="Folder for all results; resumes a killed job.")],
+    policy: Annotated[str | None, Option(help="Samples candidates: directory or URL.")] = None,
     num: Annotated[int, Option("-n", "--num", help="Candidates for each prompt.")] = 16,
     gold: Annotated[str | None, Option(help="A gold score: demo, or a model.")] = None,
     judge: Annotated[str | None, Option(help="Compares picks: an LLM at a URL.")] = None,
@@ -128,7 +128,7 @@ def best_of_n_command(  # noqa: PLR0913 - the verb and its options
 ) -> None:
     """Score the same candidates with every model and compare what each picks, for n = 1 to N.
 
-    Curves with intervals, gold score over KL where a gold score is known, wins between models.
+    Shows curves with intervals, gold score over KL (with --gold), and wins between models.
     """
     from hafrm.best_of_n.run_best_of_n import BestOfNOptions, best_of_n  # noqa: PLC0415
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
@@ -148,9 +148,9 @@ def export_command(
     run: Annotated[Path, Argument(help="A run folder, finished or not.")],
     *,
     out: Annotated[Path, Option(help="The directory to write; it must not exist.")],
-    policy: Annotated[bool, Option("--policy", help="The policy, not the reward model.")] = False,
+    policy: Annotated[bool, Option("--policy", help="Export the policy instead.")] = False,
     dtype: Annotated[str | None, Option(help="Such as float16 (default: the run's).")] = None,
-    merge_lora: Annotated[bool | None, Option(help="LoRA merged, or as an adapter.")] = None,
+    merge_lora: Annotated[bool | None, Option(help="Merge LoRA, or write an adapter.")] = None,
     checkpoint: Annotated[str, Option(help="best, latest or a step.")] = "best",
 ) -> None:
     """Write one head of a run as a directory that stock transformers loads, and check its scores."""
@@ -169,19 +169,19 @@ def export_command(
 def serve_command(  # noqa: PLR0913 - the verb and its options
     model: Annotated[str, Argument(help="Run folder, or the directory of one head.")],
     *,
-    host: Annotated[str, Option(help="Other machines reach it by 0.0.0.0.")] = "127.0.0.1",
+    host: Annotated[str, Option(help="0.0.0.0 to serve other machines too.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535)] = 8000,
-    upstream: Annotated[str | None, Option(help="URL of a vLLM or SGLang that runs it.")] = None,
-    api_key_file: Annotated[Path | None, Option(help="Bearer keys, one in a line.")] = None,
+    upstream: Annotated[str | None, Option(help="URL of vLLM or SGLang serving it.")] = None,
+    api_key_file: Annotated[Path | None, Option(help="Bearer keys, one per line.")] = None,
     no_auth: Annotated[bool, Option("--no-auth", help="Other machines need no key.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
-    max_length: Annotated[int | None, Option(help="Tokens; what is longer is refused.")] = None,
-    upstream_key: Annotated[str | None, Option(envvar="HAFRM_API_KEY", help="Its key.")] = None,
+    max_length: Annotated[int | None, Option(help="In tokens; longer inputs are refused.")] = None,
+    upstream_key: Annotated[str | None, Option(envvar="HAFRM_API_KEY", help="Bearer key.")] = None,
 ) -> None:
-    """Answer reward requests of trainers: OpenRLHF, verl, slime, TRL, vLLM's and SGLang's clients.
+    """Serve rewards to trainers: OpenRLHF, verl, slime, TRL, and clients of vLLM and SGLang.
 
-    Ready once the model has given its golden scores again. SIGTERM answers what was accepted and exits 0.
+    Ready once the model reproduces its golden scores. On SIGTERM, answers accepted requests and exits 0.
     """
     keys = [] if api_key_file is None else api_key_file.read_text(encoding="utf-8").split()
     if api_key_file is not None and not keys:
@@ -213,7 +213,7 @@ def verify_command(
     json_file: JsonFile = None,
     tolerance: Annotated[
         float | None,
-        Option(help="Largest difference (default: 1e-4; a server: by the spread of its rewards)."),
+        Option(help="Largest difference (default: 1e-4; a server: by the golden scores' spread)."),
     ] = None,
     api_key: Annotated[str | None, Option(help="Bearer token.", envvar="HAFRM_API_KEY")] = None,
 ) -> None:
@@ -237,7 +237,7 @@ def verify_command(
         policy = Path(head_directory(directory, "policy"))
         if policy != directory or (policy / IMPLICIT_RULE).is_file():
             proved = "a policy's log-probs are proved when it is exported"
-            raise ModelError(f"{target} is a policy, and verify checks reward models: {proved}")
+            raise ModelError(f"{target} is a policy, but verify checks reward models: {proved}")
         result = verify_directory(directory, golden, **options)
     show_result(result, json_file)
     if not result.ok:

@@ -1,4 +1,4 @@
-"""The verbs `train`, `plan`, `compare` and `rlhf`: what a recipe says is trained."""
+"""The verbs that take a recipe: `train`, `plan`, `compare` and `rlhf`."""
 
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def plan_command(
     memory: Annotated[float | None, Option(help="GiB of a GPU (default: this one's).")] = None,
     ranks: Annotated[int, Option(help="Processes that share a step.", min=1)] = 1,
 ) -> None:
-    """The memory that a recipe will need, before anything is loaded; exit code 1 where it does not fit."""
+    """Estimate the memory that a recipe needs, before loading anything; exit code 1 if it does not fit."""
     loaded = load_recipe(recipe, overrides or ())
     from hafrm.training.memory_plan import plan_recipe  # noqa: PLC0415
     from hafrm.training.methods import resolve_method  # noqa: PLC0415
@@ -80,9 +80,9 @@ def compare_command(  # noqa: PLR0913 - the verb and its options
     keep_models: Annotated[bool, Option("--keep-models", help="Export all runs' models.")] = False,
     out: Annotated[Path, Option(help="The comparison's folder.")] = Path("comparison"),
 ) -> None:
-    """Train methods (with commas) on each entry of data.train, and test which differ significantly.
+    """Train methods (comma-separated) on each entry of data.train, and test which differ significantly.
 
-    The same command resumes a comparison that was stopped.
+    Run the same command again to resume a comparison that was stopped.
     """
     loaded = load_recipe(recipe, overrides or ())
     _check_files(loaded)
@@ -105,14 +105,14 @@ def rlhf_command(
     *,
     out: entry.Out = None,
     resume: entry.Resume = None,
-    gold: Annotated[str | None, Option(help="demo: its world's reward selects steps.")] = None,
+    gold: Annotated[str | None, Option(help="demo: its gold reward selects steps.")] = None,
     processes: entry.Processes = None,
 ) -> None:
     """Train a policy against reward models with PPO, RLOO or GRPO, as a recipe says.
 
-    With comparison.models each of them trains a policy from one start, and the policies are compared; the
-    same command resumes a comparison. Exit code 1 where a run was stopped early; its best step is
-    exported all the same.
+    With comparison.models, each reward model trains a policy from the same start, and the policies are
+    compared; the same command resumes a comparison. Exit code 1 if a run stopped early; its best step is
+    still exported.
     """
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.rlhf.rlhf_recipe import RlhfRecipe  # noqa: PLC0415
@@ -147,7 +147,7 @@ def rlhf_command(
 
 
 def _check_files(recipe: Recipe) -> None:
-    """Before torch is loaded, which takes longer than it takes to see that a file is not there."""
+    """Fail at once if a data file is missing: loading torch takes longer than looking for it."""
     from hafrm.data.reader import check_sources  # noqa: PLC0415
 
     check_sources([*recipe.data.train, *recipe.data.validation, *recipe.data.test])

@@ -31,8 +31,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
-# What the paper (HAF-RM, arXiv 2407.04185) trains its two models on. Its code knows single turns only; an
-# earlier answer ends at the EOS here, as the last one does.
+# What the paper (HAF-RM, arXiv 2407.04185) trains its two models on. Its code handles single turns only;
+# here an earlier answer ends at the EOS, like the last one.
 PAPER_TEMPLATES = {
     "paper-phi-2": (
         "{% for message in messages %}"
@@ -61,7 +61,7 @@ _USER, _SYSTEM = Message("user", "hafrmQuestion"), Message("system", "hafrmSyste
 _EARLIER, _ANSWER = Message("assistant", "hafrmEarlier"), Message("assistant", _MARK)
 _ENDS_IN_QUESTION = ((_USER,), (_USER, _EARLIER, _USER), (_SYSTEM, _USER))
 _ENDS_IN_ANSWER = tuple((*turns, _ANSWER) for turns in _ENDS_IN_QUESTION)
-# by preference: pad itself (not the one for filling in the middle), reserved tokens, unknown
+# in order of preference: pad itself (not that of fill-in-the-middle), reserved tokens, unknown
 _PAD_LIKE = (r"(?<!fim_)(?<!fim-)pad", r"reserved|unused|control_\d", r"endoftext|unk")
 
 
@@ -85,7 +85,7 @@ def prepare_tokenizer(
     template = freeze_date(_own_template(tokenizer, plain_if_none=close))
     try:
         own = copy.deepcopy(tokenizer)
-    except Exception as error:  # a vocabulary that loads, and cannot be written and read again
+    except Exception as error:  # a vocabulary that loads, but cannot be saved and loaded again
         raise ModelError(f"The tokenizer is damaged: {error}") from error
     # untyped properties, whose setters also rebuild the post-processor, here without tokens
     for flag in ("add_bos_token", "add_eos_token"):
@@ -110,8 +110,7 @@ def render_conversations(
     *,
     ask: bool = False,
 ) -> list[str]:
-    """The text of each conversation, or a TemplateError; with `ask`, the template asks for an answer behind
-    it."""
+    """The text of each conversation, with a generation prompt at its end if `ask`; raises TemplateError."""
     try:
         rendered = tokenizer.apply_chat_template(
             [[message._asdict() for message in conversation] for conversation in conversations],
@@ -120,7 +119,7 @@ def render_conversations(
             add_generation_prompt=ask,
         )
         texts = list(map(str, rendered))
-        "".join(texts).encode()  # a tokenizer takes no lone surrogates
+        "".join(texts).encode()  # tokenizers accept no lone surrogates
     except (TemplateError, HafrmError):
         raise
     # it is a program: 1 // 0, a macro that calls itself, a loop of 10**9, 'a' * 10**10
@@ -131,7 +130,7 @@ def render_conversations(
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise EndlessTemplateError in a block, in any thread, that renders for longer."""
+    """Raise EndlessTemplateError in a `with` block, in any thread, that runs for longer than `seconds`."""
     own = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(EndlessTemplateError)
     # a signal would reach the main thread only
     timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, own)
@@ -221,7 +220,7 @@ def _tried(
     *,
     ask: bool = False,
 ) -> list[str]:
-    """One rendering, or none when the template refuses this kind of conversation (a system turn, say)."""
+    """One rendering, or none if the template refuses this kind of conversation (such as a system turn)."""
     with contextlib.suppress(TemplateError), time_limit(PROBE_SECONDS):
         return render_conversations(tokenizer, template, [turns], ask=ask)
     return []

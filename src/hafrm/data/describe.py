@@ -22,10 +22,10 @@ Lengths = tuple[float, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Everything that `hafrm data` shows."""
+    """Everything that `hafrm data` prints."""
 
     facts: dict[str, int | str | Estimate]
-    """Rows, groups, prompts (distinct but for case and white space), responses, comparisons, ..."""
+    """Rows, groups, prompts (ignoring case and white space), responses, comparisons, ..."""
     bad_rows: dict[str, int]  # by reason
     lengths: dict[str, Lengths]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""
@@ -40,7 +40,7 @@ class Description:
 
 
 def describe_data(data: PreferenceData, encode: Encode | None = None) -> Description:
-    """Counts and lengths of what was read; `encode` (an `Encoder.encode`) adds those of tokens."""
+    """Counts and lengths of what was read; `encode` (an `Encoder.encode`) adds lengths in tokens."""
     lengths = {f"{name} words": array("q") for name in ("prompt", "response", "chosen", "rejected")}
     lengths = {"user turns": array("q"), **lengths}
     flags, sources = Counter[str](), Counter[str]()
@@ -97,8 +97,8 @@ def describe_data(data: PreferenceData, encode: Encode | None = None) -> Descrip
 def count_tokens(groups: Iterable[TokenizedGroup]) -> "tuple[dict[str, array[int]], float]":
     """Lengths in tokens, and the fraction of tokens that sharing prompts saves.
 
-    It is 1 - sum over groups of (P + sum of R) / sum over comparisons of (2 P + C + R), of groups with
-    comparisons; every response counts in the first sum, compared or not.
+    It is 1 - sum over groups of (P + sum of R) / sum over comparisons of (2 P + C + R), over groups with
+    comparisons. Every response counts in the first sum, whether it is compared or not.
     """
     prompts, responses, sequences = array("q"), array("q"), array("q")
     packed = paired = 0

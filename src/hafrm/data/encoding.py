@@ -1,7 +1,7 @@
 """Groups of text -> groups of token ids, exactly as a consumer of the exported template gets them.
 
-Prompt ids + response ids are the ids of the rendered conversation; where a merge across the seam would give
-others, the two are encoded apart and the case is counted. Every response ends in the EOS, even when cut.
+Prompt ids + response ids are the ids of the rendered conversation. If a merge across the seam would change
+them, the two are encoded separately and the case is counted. Every response ends in the EOS, even when cut.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ Encoded = TypeVar("Encoded")
 class LengthPolicy:
     """At most `max_length` tokens for a prompt with any one of its responses.
 
-    When they exceed it, the prompt loses its oldest tokens (but keeps a BOS), down to `max_prompt_length`
-    tokens (None: half of max_length) or to what the longest response leaves, if that is more; then the
-    responses lose their last ones (but keep the EOS). too_long="drop" leaves the whole group out instead.
+    If they exceed it, the prompt loses its oldest tokens (but keeps a BOS), down to `max_prompt_length`
+    tokens (None: half of max_length) or to what the longest response leaves, if that is more. Then the
+    responses lose their last tokens (but keep the EOS). too_long="drop" leaves the whole group out instead.
     """
 
     max_length: int
@@ -51,7 +51,7 @@ class LengthPolicy:
             raise ConfigError(f"too_long must be cut or drop, got {self.too_long!r}")
         if not isinstance(self.max_length, int) or self.max_length < 4:
             raise ConfigError(
-                f"max_length must be a whole number from 4 on, got {self.max_length!r}"
+                f"max_length must be a whole number of at least 4, got {self.max_length!r}"
             )
         # two on each side: BOS and a token of the prompt, a token of the response and EOS
         if not 2 <= self.min_prompt_room <= self.max_length - 2:
@@ -88,22 +88,22 @@ class EncodingReport:
     prompts_cut: int = 0
     responses_cut: int = 0
     dropped: int = 0
-    """Groups that were too long, under too_long="drop"; the other counts are without them."""
+    """Groups that were too long, with too_long="drop"; the other counts do not include them."""
     indistinct: int = 0
-    """Comparisons of two responses with the same ids (once trimmed or cut): they teach nothing."""
+    """Comparisons of two responses with the same ids (after trimming or cutting): they teach nothing."""
     seam_merges: int = 0
     """Responses whose first tokens would merge with the prompt's last for a consumer."""
     neutralised: int = 0  # special tokens typed in messages, encoded as plain text
     shortened: int = 0
-    """Responses of which the template leaves out a part, such as the thoughts before an answer."""
+    """Responses from which the template drops a part, such as the thoughts before an answer."""
     refused: dict[int, str] = field(default_factory=dict)
     """Why groups have no ids (the template or the tokenizer refuses them), by their index."""
 
     def check(
         self, groups: Sequence[Group], max_bad_fraction: float, bad_rows_file: Path | None = None
     ) -> None:
-        """Log the refused groups, and add them to a file of bad rows; raise DataError for more than that
-        fraction of all, or for all."""
+        """Log the refused groups and append them to the file of bad rows; raise DataError if their fraction
+        exceeds `max_bad_fraction`, or if every group is refused."""
         if not self.refused:
             return
         if bad_rows_file is not None:
@@ -122,7 +122,7 @@ class EncodingReport:
         log.warning("%d of %d groups are not encodable and left out; %s", num, len(groups), first)
 
     def counts(self) -> dict[str, int]:
-        """Every count by its name."""
+        """Every count, by name."""
         return {name: getattr(self, name) for name in _COUNTS} | {"refused": len(self.refused)}
 
 
@@ -130,7 +130,7 @@ _COUNTS = tuple(name for name in EncodingReport.__dataclass_fields__ if name != 
 
 
 class Encoder:
-    """Encodes groups with a model's chat template; `prepare_tokenizer` says what `close` means."""
+    """Encodes groups with a model's chat template; `prepare_tokenizer` explains `close`."""
 
     def __init__(
         self,
@@ -170,9 +170,9 @@ class Encoder:
     def encode(self, groups: Sequence[Group]) -> tuple[Sequence[TokenizedGroup], EncodingReport]:
         """The groups as ids, in their order, and counts of what was done to them.
 
-        Left out are those dropped, and those that the report lists as refused: without prompt or responses,
-        with lone surrogates or tokens that the model has not, or against the chat template. The ids of lazy
-        groups are lazy too.
+        Dropped and refused groups are left out. The report lists the refused ones: without prompt or
+        responses, with lone surrogates or tokens that the model lacks, or rejected by the template. The ids
+        of lazy groups are lazy too.
         """
         report = EncodingReport()
         encoded = self._encode_parts(groups, self._encode_chunk, report)
@@ -181,8 +181,8 @@ class Encoder:
     def encode_prompts(
         self, groups: Sequence[Group]
     ) -> tuple[list[NDArray[np.int32]], EncodingReport]:
-        """The ids that ask for a response to each group's prompt: the template's own generation prompt,
-        uncut. The report lists those left out as refused, as `encode` does."""
+        """The ids that ask for a response to each group's prompt, by the template's own generation prompt,
+        uncut. Refused groups are left out and listed in the report, as by `encode`."""
         report = EncodingReport()
         return list(self._encode_parts(groups, self._encode_prompt_chunk, report)), report
 
@@ -196,7 +196,7 @@ class Encoder:
             own = EncodingReport()
             try:
                 encoded = list(encode_chunk(part, own))
-            except DataError as error:  # one group fails them all: halve them until it is alone
+            except DataError as error:  # one group fails all: halve them until it is alone
                 if len(part) == 1:
                     report.refused[start] = str(error)
                     return []
@@ -211,10 +211,10 @@ class Encoder:
             yield from encode_part(list(groups[start : start + _GROUPS_AT_ONCE]), start)
 
     def turn_ends(self, generation: GenerationConfig | None = None) -> tuple[int, ...]:
-        """Ids that end an assistant's turn: the template's first control token behind an answer, the EOS,
+        """Ids that end an assistant's turn: the template's first control token after an answer, the EOS,
         and those of a model's generation config."""
         own = None if generation is None else generation.eos_token_id
-        # a config that names no control token is one of transformers' defaults for another tokenizer
+        # an id that is not a control token is a default of transformers for another tokenizer
         control_ids = set(np.flatnonzero(self._special.is_special).tolist())
         others = [i for i in (own if isinstance(own, list) else [own]) if i in control_ids]
         ends = [*self.closing()[:1], self.eos_id, *others]
@@ -223,7 +223,7 @@ class Encoder:
     def read_response(self, ids: Sequence[int], ends: Collection[int]) -> tuple[str, bool]:
         """(the text of a sampled response, whether it ended by itself), given the `turn_ends`.
 
-        Control tokens that the policy wrote within its turn stay visible, for a reward to react to.
+        Control tokens that the policy wrote within its turn stay visible, so a reward can react to them.
         """
         end = next((k for k, token in enumerate(ids) if token in ends), None)
         verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -232,12 +232,12 @@ class Encoder:
         return str(text).lstrip(" "), end is not None
 
     def has_control_tokens(self, text: str) -> bool:
-        """Whether a text holds special tokens, as one that a chat template rendered does."""
+        """Whether a text contains special tokens, as text rendered by a chat template does."""
         return self._special.pattern.search(text) is not None
 
     def last_turn(self, ids: NDArray[np.int32]) -> int:
-        """Where the last turn of a rendered conversation may begin: behind its last special token but those
-        at its end, or at 1."""
+        """Index where the last turn of a rendered conversation may begin: after its last special token (not
+        counting those at its end), or 1."""
         special = np.isin(ids, np.flatnonzero(self._special.is_special))
         places = np.flatnonzero(special[: np.flatnonzero(~special).max(initial=0)])
         return int(places.max(initial=0)) + 1
@@ -250,7 +250,7 @@ class Encoder:
         return int(self._example().prompt_ids[0])
 
     def closing(self) -> list[int]:
-        """The ids that the template writes behind every response, from its first special token on."""
+        """The ids that the template writes after every response, from its first special token on."""
         ids: list[int] = self._example().response_ids[0].tolist()
         return list(dropwhile(lambda i: not self._special.is_special[i], ids))
 
@@ -269,7 +269,7 @@ class Encoder:
         rendered, marker = self._renderer.render_groups(groups)
         prompts = [marker.to_encode(prompt) for prompt, _ in rendered]
         prompt_ids = self._ids(prompts)
-        # Only the prompt's end can influence the ids of a response: encode responses with that alone, so
+        # Only the prompt's end can influence the ids of a response: encode responses with only that end, so
         # that a long prompt is not encoded again for each of them.
         tails = [self._special.find_tail(*pair) for pair in zip(prompts, prompt_ids, strict=True)]
         joint_ids = iter(
@@ -333,11 +333,11 @@ class Encoder:
     def _response_ids(
         self, before: list[int], joint: list[int], response: str, report: EncodingReport
     ) -> list[int]:
-        """The response's ids: those behind the prompt's in the joint encoding, or encoded apart."""
+        """The response's ids: those after the prompt's in the joint encoding, or encoded separately."""
         if joint[: len(before)] == before:
             return joint[len(before) :]
         report.seam_merges += 1
-        # something in front: else some tokenizers write the blank that starts every text
+        # something in front: some tokenizers add a space at the start of every text
         for front in ("\n", self._special.placeholder):
             front_ids, whole = self._ids([front, front + response])
             if front_ids and whole[: len(front_ids)] == front_ids:

@@ -1,7 +1,7 @@
-"""Files and hub data sets -> numbered raw rows, and checks of raw values; what rows mean is `parse`'s.
+"""Files and hub data sets -> numbered raw rows, and checks of raw values; `parse` interprets the rows.
 
 A line that cannot be decoded becomes a `Refusal` in its place, so that it is counted; a file that cannot
-be read at all is a `DataError`. Row numbers start at 0: the line of JSON lines, else the record.
+be read at all raises `DataError`. Row numbers count lines (JSON lines) or records, from 0.
 """
 
 import csv
@@ -28,9 +28,9 @@ Reason = Literal[
     "not a string", "non-finite margin", "bad number", "too long", "unusable character", "duplicate",
     "missing column", "unreadable row", "unread context", "unknown label", "not encodable",
 ]  # fmt: skip
-"""Why rows are bad. "non-finite margin" is a margin or weight that is no usable number, "bad number" one of
-votes, ranks or scores; "not encodable" is what the chat template or the tokenizer refuses."""
-MAX_NUMBER = 1e15  # larger ones overflow in float32, as a gradient's square
+"""Why rows are bad. "non-finite margin": a margin or weight is not a usable number; "bad number": votes, a
+rank or a score is not; "not encodable": the chat template or the tokenizer refuses the row."""
+MAX_NUMBER = 1e15  # larger ones overflow in float32 when a gradient is squared
 MAX_CHARS = 200_000
 """Limit of a prompt or response in characters, checked before any tokenizer sees it."""
 RawRow = Mapping[Any, Any]
@@ -56,7 +56,7 @@ class Refusal(NamedTuple):
 
 
 class RefusedError(Exception):
-    """A row breaks a rule; raised and caught within the reading of one row."""
+    """A row breaks a rule; raised and caught while one row is read."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
@@ -91,7 +91,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 def check_file(path: Path) -> None:
     """Raise DataError for a path that no rows can be read from."""
-    if not os.path.exists(path):  # no error for a name that none can have
+    if not os.path.exists(path):  # raises nothing for an impossible name
         place = str(path)[:300]
         raise DataError(f"{place}: no such file; a hub data set is written hub:name[:config]:split")
     if path.is_dir():
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> NumberedRows:
 def _read_csv(path: Path) -> NumberedRows:
     csv.field_size_limit(2**31 - 1)  # rows have their own limit, not csv's 128 KiB
     with _open_text(path, newline="") as stream:
-        # strict: a quote that never closes would swallow the rows behind it
+        # strict: a quote that never closes would swallow the rows after it
         reader = csv.DictReader(stream, strict=True)
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
@@ -162,8 +162,8 @@ def _read_csv(path: Path) -> NumberedRows:
 
 
 def _csv_row(cells: dict[Any, Any]) -> object:
-    if None in cells or None in cells.values():  # DictReader's mark of too many, or too few
-        return Refusal("unreadable row", "it has not as many cells as the header")
+    if None in cells or None in cells.values():  # how DictReader marks too many, or too few
+        return Refusal("unreadable row", "its number of cells differs from the header's")
     row = {}
     for column, cell in cells.items():
         if cell and column in _JSON_CELLS:
@@ -189,7 +189,7 @@ def _read_parquet(path: Path) -> NumberedRows:
 
 
 def table_rows(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a pyarrow table or batch; a date that Python has not is a number."""
+    """The rows of a pyarrow table or batch; a date that Python cannot represent is a number."""
     try:
         return cast("list[dict[str, Any]]", batch.to_pylist())
     except (OverflowError, ValueError):  # a date or duration out of Python's range, in any column
@@ -222,8 +222,8 @@ class HubSet:
     split: str = "train"
     config: str | None = None
     folder: str | None = None
-    """The folder in the repository, where it has several that are no configs."""
-    file: str | None = None  # the JSON file in the repository, where only a loading script names it
+    """The folder in the repository, if it has several that are not configs."""
+    file: str | None = None  # the JSON file in the repository, if only a loading script names it
     revision: str | None = None
 
     def __str__(self) -> str:
@@ -240,8 +240,8 @@ def parse_hub(location: str) -> HubSet:
 
 
 def read_hub(hub: HubSet, *, stream: bool = False) -> NumberedRows:
-    """(row number, row) of every row, in order. With `stream`, rows are fetched as they are read, without
-    a download of the set before, unless a slice of a split is wanted."""
+    """(row number, row) of every row, in order. With `stream`, rows are fetched as they are read instead of
+    downloading the set first, unless a slice of a split is requested."""
     import datasets  # noqa: PLC0415  (1.4 s)
 
     options: dict[str, Any] = {"streaming": True} if stream and "[" not in hub.split else {}

@@ -1,4 +1,4 @@
-"""Rows of one prompt (and subset and split) become one group; many rows are kept on disk meanwhile."""
+"""Rows with the same prompt (and subset and split) become one group; until then, many are kept on disk."""
 
 import json
 from array import array
@@ -72,8 +72,8 @@ class _Draft:
         self.add(self.first)
 
     def add(self, parsed: Group) -> bool:
-        """Take in what a row says; whether any of it is new."""
-        assert parsed.prompt == self.first.prompt, "two prompts have one digest"
+        """Add what a row says; returns whether any of it is new."""
+        assert parsed.prompt == self.first.prompt, "two prompts have the same digest"
         old_size = len(self.responses), len(self.comparisons)
         place = [self.responses.setdefault(text, len(self.responses)) for text in parsed.responses]
         for pair in parsed.comparisons:

@@ -1,7 +1,7 @@
-"""Published preference sets by name: where each is published, and how its rows become ours.
+"""Published preference sets by name: where each is published, and how its rows are converted to ours.
 
-The first five are those of the paper (HAF-RM, arXiv 2407.04185), filtered and split as its released code
-does. A new set is one function, one entry in `SETS` and one line in docs/sets.md.
+The first five are those of the paper (HAF-RM, arXiv 2407.04185), filtered and split as in its released
+code. A new set is one function, one entry in `SETS` and one line in docs/sets.md.
 """
 
 import re
@@ -46,15 +46,15 @@ _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A published set of preferences and what of it is used."""
+    """A published set of preferences, and which of its rows are used."""
 
     name: str
     read_row: Callable[[RawRow], OurRow | LeftOut]  # raises RefusedError
     hub: dict[str, HubSet]  # where each part is
     parts: tuple[str, ...] = ("train", "test")
-    """In the order in which they are kept apart: no prompt of a later part stays in an earlier one."""
+    """In this order, prompts are kept apart: an earlier part loses the prompts of later parts."""
     test_fraction: float = 0.0
-    """The first rows that are the test part, where the set is published in one piece."""
+    """The fraction of rows, from the first on, that is the test part of a set published in one piece."""
 
     @property
     def in_one_piece(self) -> bool:
@@ -72,7 +72,7 @@ def hh(row: RawRow) -> OurRow | LeftOut:
 
 
 def beaver_safe(row: RawRow) -> OurRow | LeftOut:
-    """PKU-SafeRLHF. The paper keeps pairs of which exactly one is safe, and prefers the safer one."""
+    """PKU-SafeRLHF. The paper keeps pairs with exactly one safe response, and prefers the safer one."""
     safe = [choice_of(row, f"is_response_{i}_safe", (True, False)) for i in (0, 1)]
     if safe[0] == safe[1]:
         return LeftOut("both responses safe" if safe[0] else "neither response safe")
@@ -170,7 +170,7 @@ def _user(text: str) -> list[dict[str, str]]:
 
 
 def _messages(row: RawRow, column: str) -> list[dict[str, Any]]:
-    """A column of messages without what they hold besides role and content."""
+    """The messages of a column, with only their role and content."""
     turns = list_of(cell_of(row, column), column)
     try:
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
@@ -179,7 +179,7 @@ def _messages(row: RawRow, column: str) -> list[dict[str, Any]]:
 
 
 def _hub(name: str, *parts: str, end: str = "", **more: Any) -> dict[str, HubSet]:
-    """The hub's splits by part, called as the parts are (with `end` behind); no parts: one piece."""
+    """The hub's splits by part, named like the parts (plus `end`); without parts, the set is one piece."""
     whole = {_WHOLE: HubSet(name, **more)}
     return {part: HubSet(name, part + end, **more) for part in parts} or whole
 
@@ -209,13 +209,13 @@ SET_GROUPS: dict[str, tuple[str, ...]] = {
     "safety": ("beaver-safe", "hh-harmless"),
     "chat": ("alpaca-human", "chatbot-arena", "hh-helpful"),
 }
-"""The paper's two groups: what is trained on one set of a group is tested on the others."""
+"""The paper's two groups: a model trained on one set of a group is tested on the others."""
 
 
 def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | None]]:
-    """(set, file) of "set:name" (from the hub, a group stands for its members) or "set:name=file".
+    """(set, file) of "set:name" (from the hub; a group stands for its members) or "set:name=file".
 
-    Raises `DataError` for an unknown name, and a part that the set does not have or that must be named.
+    Raises `DataError` for an unknown name, for a part that the set lacks, and for a missing part.
     """
     name, equals, file = location.removeprefix("set:").partition("=")
     members = [name] if name in SETS else SET_GROUPS.get(name, ())
@@ -227,10 +227,10 @@ def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | Non
     for named in map(SETS.__getitem__, members):
         options = " or ".join(f"'#split={option}'" for option in named.parts)
         if part is not None and part not in named.parts:
-            raise DataError(f"set:{named.name} has no part {part!r}; write {options} behind it")
+            raise DataError(f"set:{named.name} has no part {part!r}; append {options}")
         # a file of a set in several pieces is one of them
         if part is None and len(named.parts) > 1 and not (equals and not named.in_one_piece):
-            raise DataError(f"set:{named.name} has several parts; write {options} behind it")
+            raise DataError(f"set:{named.name} has several parts; append {options}")
     own = str(Path(file).expanduser()) if equals else None
     return [(SETS[member], own) for member in members]
 
@@ -238,7 +238,7 @@ def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | Non
 def read_named_set(
     named: NamedSet, file: str | None, part: str | None, left_out: Counter[str]
 ) -> NumberedRows:
-    """(row number, our row or `Refusal`) of one part of a set, without prompts that a later part has too.
+    """(row number, our row or `Refusal`) of one part of a set, without prompts that a later part also has.
 
     `left_out` counts unused rows by reason.
     """
@@ -264,7 +264,7 @@ def _rows_of(
         hub = _WHOLE if named.in_one_piece else part or ""
         rows = read_file(Path(file)) if file else read_hub(named.hub[hub], stream=True)
         for number, row in rows:
-            ours: object = row  # what is no row at all, `parse_row` refuses
+            ours: object = row  # `parse_row` refuses what is not a row
             if isinstance(row, dict):
                 try:
                     ours = named.read_row(row)

@@ -1,7 +1,7 @@
 """One raw row of a preference file -> prompt, responses and comparisons, or the first rule that it breaks.
 
-Values may be of any type and size: a check returns one in its proper type or raises `RefusedError`. Nothing
-is repaired; only the turns of a transcript lose the blanks around them. Start at `parse_row`.
+Values may be of any type and size: a check returns the value in its proper type or raises `RefusedError`.
+Nothing is repaired; only the turns of a transcript are stripped of white space. Start at `parse_row`.
 """
 
 import json
@@ -54,7 +54,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
 _MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
-# labels, in lower case and with one blank for all that is no letter or digit
+# labels, in lower case and with one space for anything that is not a letter or digit
 _TIE = re.compile(
     r"tie[sd]?|draw|equal|equally (good|bad)|same|no preference|neither|(tie |it s a tie )?both ?(good|bad)"
 )
@@ -79,10 +79,10 @@ def parse_row(
 
     A tie is `tie: true` or a label such as "tie" or "both_bad" beside chosen and rejected, or an equal rank
     or score. Optional are `system` (text, the turn before all others), `margin` (finite, in reward units),
-    `weight` (finite, not negative) and, for a pair, `votes`. `need_comparisons=False` takes rows without
-    labels too, `need_responses=False` rows with a prompt alone; `read_labels=False` looks at no label, so
-    that none is a fault. `implicit_prompt`: where texts without a prompt are cut, after the lines or the
-    words that both start with.
+    `weight` (finite, not negative) and, for a pair, `votes`. `need_comparisons=False` also accepts rows
+    without labels, `need_responses=False` rows with only a prompt. `read_labels=False` ignores labels, so
+    that none can be a fault. `implicit_prompt`: cut texts without a prompt after the lines, or the words,
+    that both start with.
     """
     try:
         if not isinstance(row, Mapping):
@@ -133,7 +133,7 @@ def _read_texts(
 
 
 def _with_context(row: RawRow, prompt: Messages) -> Messages:
-    """The prompt behind the system turn that a column of its own holds; other context is refused."""
+    """The prompt, after the system turn from the column `system`; other context is refused."""
     system = row.get("system")
     if not isinstance(system, str | None):
         refuse("not a string", f"`system` must be text, got {show(system)}")
@@ -176,7 +176,7 @@ def _compare(row: RawRow, texts: tuple[str, ...]) -> tuple[Comparison, ...]:
         words = re.sub(r"[\W_]+", " ", label.lower()).strip() if isinstance(label, str) else ""
         is_tie = _TIE.fullmatch(words) is not None
         if not is_tie and _NO_WIN.search(words):  # other labels say who won, or who judged
-            refuse("unknown label", f"`label` is no tie, and not that chosen won: {show(label)}")
+            refuse("unknown label", f"`label` is neither a tie nor a win of chosen: {show(label)}")
         tie = bool(tie) or is_tie
         return (Comparison(0, 1, *_margin_and_weight(row), tie, _votes(row.get("votes"))),)
     orders = [column for column in _ORDERS if row.get(column) is not None]
@@ -215,7 +215,7 @@ def _compare_all(
 
 
 def _before_response(prompt: Messages, said: Messages, column: str) -> Messages:
-    """The whole conversation before the response of a side that has the turns `said` before it."""
+    """The whole conversation before a side's response; `said` are the turns before it in that side."""
     size = len(prompt)
     if not said:
         return prompt
@@ -247,7 +247,7 @@ def _split_texts(
     if not chosen[:cut].strip():
         unit = implicit_prompt.removesuffix("s")
         hint = "; set data.implicit_prompt: words to cut at words" if unit == "line" else ""
-        problem = f"the texts are no transcripts and share no {unit}"
+        problem = f"the texts are not transcripts and share no {unit}"
         refuse("missing column", f"no `prompt`; {problem}{hint}")
     prompt = Message("user", chosen[:cut].strip())
     return (prompt,), {"chosen": chosen[cut:], "rejected": rejected[cut:]}
@@ -256,7 +256,7 @@ def _split_texts(
 def read_prompt(value: object, column: str) -> Messages:
     """The messages of a prompt column, empty for None; text is read as by `read_messages`."""
     turns = () if value is None else read_messages(value, column)
-    # a transcript's prompt ends in the announcement of the answer
+    # a transcript's prompt ends in an empty turn that announces the answer
     announced = isinstance(value, str) and turns[-1:] == (Message("assistant", ""),)
     return turns[:-1] if announced else turns
 
@@ -265,7 +265,7 @@ def read_messages(value: object, column: str, role: str = "user") -> Messages:
     """Messages from a list of {role, content} or a single one; or from text.
 
     Text is one message of `role`, unless it holds messages as JSON or starts with the first turn of an
-    Anthropic transcript. A system turn whose content is null is no turn.
+    Anthropic transcript. A system turn whose content is null is skipped.
     """
     value = _decoded(value, column)
     if isinstance(value, str):
@@ -286,7 +286,7 @@ def _decoded(value: object, column: str) -> object:
     try:
         turns = json.loads(match.string)
     except (ValueError, RecursionError) as error:
-        if match[1] == "content":  # an answer in JSON, perhaps, and about something else
+        if match[1] == "content":  # perhaps an answer in JSON about something else
             return value
         refuse("unreadable row", f"`{column}` looks like messages in JSON, {error}: {show(value)}")
     return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else value
@@ -325,7 +325,7 @@ def check_prompt(prompt: Messages) -> None:
     check_text("".join(message.content for message in prompt), "the prompt")
     if not any(message.content.strip() for message in prompt):
         refuse("empty prompt", f"the prompt is {show([tuple(turn) for turn in prompt])}")
-    # many chat templates raise on two turns of one speaker: better one bad row here than a run that stops
+    # many chat templates raise on two turns of one speaker: one bad row is better than a run that stops
     for before, after in pairwise(message.role for message in prompt):
         if before == after and after in {"user", "assistant"}:
             refuse("wrong roles", f"two {after} turns follow one another; make them one message")

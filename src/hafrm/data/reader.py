@@ -47,7 +47,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the source's
     ignore: tuple[str, ...] = ()  # columns that are read as if they were not there
     named: NamedSet | None = None  # the published set whose form the rows have
-    path: str | None = None  # the file on this machine, where it is one
+    path: str | None = None  # the file on this machine, if it is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class BadRow:
 class PreferenceData:
     """What the sources hold."""
 
-    groups: Sequence[Group]  # a tuple, or made when they are read (`hafrm.data.store`)
+    groups: Sequence[Group]  # a tuple, or lazy (`hafrm.data.store`)
     bad_rows: tuple[BadRow, ...]
     num_rows: int  # rows looked at, the bad ones included
     unread_columns: tuple[str, ...]  # columns that no shape understands
@@ -88,10 +88,10 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
 
         data = read_preferences(["pairs.jsonl.gz#split=train", "set:hh-helpful#split=train", rows])
 
-    `parse_sources` says what a source is, `parse_row` what `need_...`, `read_labels` and `implicit_prompt`
-    mean. `columns` names the source's columns ({"prompt": "question"}), and those of `ignore_columns` are
-    not looked at; a named set's are its own. A row that only repeats earlier rows is bad ("duplicate"); the
-    opposite order of a pair is disagreement, and stays. Raises `DataError` when a source cannot be read,
+    `parse_sources` explains what a source is, `parse_row` explains `need_...`, `read_labels` and
+    `implicit_prompt`. `columns` names the source's columns ({"prompt": "question"}), `ignore_columns` are
+    ignored; neither applies to named sets. A row that only repeats earlier rows is bad ("duplicate"); a
+    pair in the opposite order is a disagreement, and stays. Raises `DataError` if a source cannot be read,
     has no usable row or more than `max_bad_fraction` bad ones. `bad_rows_file` gets one JSON object for
     each bad row, before any error.
     """
@@ -105,7 +105,7 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
     for name in columns or {}:
         if name not in COLUMNS:
             hint = f"{did_you_mean(name, COLUMNS)}allowed are {', '.join(sorted(COLUMNS))}"
-            raise DataError(f"columns names {show(name)}, which is no column of ours; {hint}")
+            raise DataError(f"columns names {show(name)}, which is not one of our columns; {hint}")
     readers = []
     for source in _distinct_sources(sources):
         own = dict(columns or {}) | source.columns
@@ -133,7 +133,7 @@ def read_preferences(  # noqa: PLR0913 - every way to say how rows are read
 
 
 def check_sources(entries: Iterable[str]) -> None:
-    """Raise DataError for a local file that is not there or cannot be read: before anything slow begins."""
+    """Raise DataError for a missing or unreadable local file, before anything slow begins."""
     for source in chain.from_iterable(map(parse_sources, entries)):
         if source.path is not None and source.named is None:
             check_file(Path(source.path))
@@ -143,9 +143,9 @@ def parse_sources(entry: str | Path | RawRows) -> list[Source]:
     """The sources that one entry stands for: one, or the members of a group of named sets.
 
     An entry is a path, "hub:name[@revision][:config]:split", "set:name" (a published set, from the hub),
-    "set:name=file", or a list of rows. A "#" selects rows: "pairs.jsonl.gz#split=train" those whose column
-    `split` (or another tag) has that value, "#limit=1000" the first of them; "#prompt=question" names a
-    column, "#ignore=tools,images" those that are not looked at; "&" joins all.
+    "set:name=file", or a list of rows. A "#" selects: "pairs.jsonl.gz#split=train" keeps the rows whose
+    column `split` (or another tag) has that value, "#limit=1000" the first 1000 of them; "#prompt=question"
+    names a column, "#ignore=tools,images" ignores columns; "&" joins several.
     """
     if not isinstance(entry, str | Path):
         return [Source("memory", "memory", rows=entry)]
@@ -187,7 +187,7 @@ def file_digests(entries: Iterable[str]) -> dict[str, str]:
 
 
 def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedRows:
-    """(row number, row or `Refusal`) for every wanted row, in order; `left_out` as `read_named_set` has it.
+    """(row number, row or `Refusal`) for every wanted row, in order; `left_out` as in `read_named_set`.
 
     Raises `DataError` for a source that cannot be read.
     """
@@ -205,7 +205,7 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
     wanted = (
         (number, row)
         for number, row in rows
-        # what is no row at all has no tags, and must be counted rather than skipped
+        # what is not a row has no tags, and must be counted rather than skipped
         if not isinstance(row, Mapping)
         or all(str(row.get(tag)) == value for tag, value in source.where.items())
     )
@@ -213,7 +213,7 @@ def iter_rows(source: Source, left_out: Counter[str] | None = None) -> NumberedR
 
 
 def _in_our_columns(row: object, source: Source) -> object:
-    """The row with its columns under our names, without those to be ignored."""
+    """The row with its columns under our names, without the ignored ones."""
     if not isinstance(row, Mapping):
         return row
     theirs = {*source.columns.values(), *source.columns, *source.ignore}
@@ -238,7 +238,7 @@ def _parse_selection(selection: str, entry: str) -> dict[str, str]:
 
 
 def _distinct_sources(entries: Sequence[str | Path | RawRows]) -> list[Source]:
-    # each under its own name: two files of one stem must not look like one
+    # each under its own name: two files with the same stem must not look like one
     is_list = isinstance(entries, Sequence) and not isinstance(entries, str)
     if not is_list or any(
         isinstance(e, Mapping) or not isinstance(e, Iterable | Path) for e in entries
@@ -284,7 +284,7 @@ class _SourceReader:
     def groups(self) -> Sequence[Group]:
         """The groups in the order of their first rows; rows that only repeat earlier ones become bad."""
         groups, repeated = self.good_rows.groups(self.source.name)
-        if repeated and self.source.named:  # its repetitions are the publisher's
+        if repeated and self.source.named:  # the publisher's own repetitions
             self.num_rows -= len(repeated)
             self.left_out["repeats an earlier row"] += len(repeated)
             return groups
@@ -337,7 +337,7 @@ class _SourceReader:
         )
 
 
-# what other files call our columns; a pair's order is not the preference where a label beside it is
+# what other files call our columns; if there is a label too, a pair's order is not the preference
 _OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "problem", "user", "context", "text"),
     "chosen": ("good", "preferred", "accepted", "better", "winner", "positive", "response_a", "answer_a"),
@@ -348,7 +348,7 @@ _OTHER_NAMES = {
 
 
 def _suggested_columns(columns: Iterable[str]) -> str:
-    """How to name the columns of a source, by what other files call them; "" for no idea."""
+    """How to name the columns of a source, by what other files call them; "" if nothing fits."""
     theirs = {name.lower(): name for name in columns}
     has_label = not theirs.keys().isdisjoint(["label", "winner", "preference"])
     pairs = {

@@ -1,7 +1,7 @@
 """Groups as text, cut where the response begins; special tokens typed in messages stay plain text.
 
-A typed `<|im_end|>` would end the turn for the model, and a forged turn would be scored: each special token
-in a message is a mark for the template, a placeholder for the tokenizer, and plain text in the ids.
+A typed `<|im_end|>` would end the turn for the model, and a forged turn would be scored. So each special
+token in a message becomes a mark for the template, a placeholder for the tokenizer, plain text in the ids.
 """
 
 import hashlib
@@ -124,7 +124,7 @@ class Renderer:
         self._special = special
         self._blanks = self._find_blanks()
 
-    @time_limit(60)  # what only one of some hundred conversations holds may make a template loop
+    @time_limit(60)  # one of some hundred conversations may make a template loop
     def render_groups(self, groups: Sequence[Group]) -> tuple[list[RenderedGroup], Marker]:
         """The marked and cut texts of each group, and the marker that reads the marks."""
         marker = Marker(self._special, _checked_texts(groups))
@@ -148,7 +148,7 @@ class Renderer:
                 raise ModelError("The chat template leaves out the assistant's content. Repair it.")
             rendered.append(self._cut(before, texts))
             if not rendered[-1][0]:
-                raise DataError(f"The chat template makes nothing of group {group.id!r}'s prompt.")
+                raise DataError(f"The chat template drops the prompt of group {group.id!r}.")
         return rendered, marker
 
     @time_limit(60)
@@ -160,15 +160,15 @@ class Renderer:
         for group, (before, _) in zip(groups, rendered, strict=True):
             turns = [[Message(m.role, marker.mark(m.content)) for m in group.prompt]]
             (asked,), (plain,) = (self._render(turns, ask=ask) for ask in (True, False))
-            # A template of a thinking model writes another text before a finished answer than it asks with.
-            # One that ignores the question for a generation prompt has none: then what precedes an answer.
+            # A thinking model's template writes other text before a finished answer than to ask for one.
+            # A template that ignores add_generation_prompt has no such text: use what precedes an answer.
             is_same = asked == plain or asked.rstrip(self._blanks) == before
             texts.append(before if is_same else asked)
         return texts, marker
 
     def _cut(self, before: str, conversations: list[str]) -> RenderedGroup:
-        # Some templates look into the response (for reasoning, say) and write another text before it: the
-        # cut is then behind the last added token that all share.
+        # Some templates look into the response (for reasoning, say) and write other text before it: then
+        # cut after the last added token that all share.
         if not all(text.startswith(before) for text in conversations):
             before = commonprefix([before, *conversations])  # noqa: RUF071 - of text, not of paths
             ends = [match.end() for match in self._special.boundary.finditer(before)]
@@ -178,7 +178,7 @@ class Renderer:
 
     def _find_blanks(self) -> str:
         """White space at a prompt's end that goes to the response, so that no token crosses the seam."""
-        # A blank belongs to the word behind it. And GPT-2's pattern makes one token of two line breaks at
+        # A blank belongs to the word after it. And GPT-2's pattern makes one token of two line breaks at
         # the end of a text, but two before a word: after a header that ends in them, every response would
         # be a seam merge.
         word = "Hello"
@@ -194,7 +194,7 @@ class Renderer:
 
 
 def _holds(text: str, response: str) -> bool:
-    """Whether a conversation has all of a response; templates may change the white space in it."""
+    """Whether a conversation contains a whole response; templates may change the white space in it."""
     return response.strip() in text or "".join(response.split()) in "".join(text.split())
 
 
@@ -236,7 +236,7 @@ def _plain_ids(backend: Tokenizer, text: str) -> list[int]:
             words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in backend.model.tokenize(word)]
 
-    # a line break in front, cut off again: else some tokenizers write the blank that starts every text
+    # a line break in front, cut off again: some tokenizers add a space at the start of every text
     whole, line_break = model_ids("\n" + text), model_ids("\n")
     return whole[len(line_break) :] if whole[: len(line_break)] == line_break else model_ids(text)
 

@@ -67,7 +67,7 @@ def without_prompts(groups: Sequence[Group], held_out: Sequence[Group]) -> Seque
 def check_leakage(
     train: Sequence[Group], test: Sequence[Group], *, names: tuple[str, str] = ("train", "test")
 ) -> None:
-    """Raise `DataError` when both have a prompt, with the number of such prompts and some of them."""
+    """Raise `DataError` if both contain a prompt, with the number of such prompts and some examples."""
     if not test:
         return
     keys, first = np.unique(prompt_keys(test), return_index=True)
@@ -91,7 +91,7 @@ def mix(
     """All groups of all sets in their order, at most `cap` comparisons from each set.
 
     Which ones depends on `seed` and the groups, not on their order; the group that crosses the cap is
-    trimmed. `weights` (one for each set) multiply the comparisons' own.
+    trimmed. `weights` (one for each set) multiply the comparisons' own weights.
     """
     capped = sets if cap is None else [_cap(groups, cap, seed) for groups in sets]
     factors = weights or [1.0] * len(sets)
@@ -146,7 +146,7 @@ def _trim(group: Group, size: int, seed: int) -> Group:
 
 
 def write_groups(groups: Sequence[Group], file: Path) -> int:
-    """Write groups as JSON lines that `read_preferences` reads back alike; returns the number of rows."""
+    """Write groups as JSON lines that `read_preferences` reads back; returns the number of rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
     num_rows = 0
     with atomic_file(file) as lines:

@@ -1,7 +1,7 @@
 """Sequences that are kept on disk: records are appended to a file, and items are made when they are read.
 
-What fits into IN_MEMORY bytes stays plain objects. Of what does not, only offsets and other arrays of
-numbers are in memory. Token ids can be kept in a folder, and opened again without being read.
+What fits into IN_MEMORY bytes stays plain objects. For the rest, only offsets and other arrays of numbers
+are in memory. Token ids can be kept in a folder, and opened again without being read.
 """
 
 import json
@@ -21,7 +21,7 @@ from hafrm.atomic import write_errors
 from hafrm.preferences import Comparison, TokenizedGroup, Votes
 
 IN_MEMORY = 64 * 2**20
-"""Bytes of records that are held in memory; the others are in a file without a name, under $TMPDIR."""
+"""Bytes of records that are held in memory; the others are in an unnamed file under $TMPDIR."""
 Item = TypeVar("Item")
 
 
@@ -62,7 +62,7 @@ class Records:
         return os.pread(self._file.fileno(), end - start, start)
 
     def save(self, file: Path) -> NDArray[np.int64]:
-        """Write all of them to a file; returns the places that `open` wants."""
+        """Write all of them to a file; returns the places that `open` needs."""
         with file.open("wb") as out:
             if self._file is not None:
                 self._file.seek(0)
@@ -72,14 +72,14 @@ class Records:
 
     @classmethod
     def open(cls, file: Path, ends: NDArray[np.int64]) -> "Records":
-        """Those that `save` has written, left where they are."""
+        """The records that `save` wrote, left on disk."""
         records = cls()
         records._file, records._ends, records._in_file = file.open("rb"), ends, int(ends[-1])
         return records
 
 
 class Lazy(Sequence[Item]):
-    """Items that `make` makes from their numbers, each time they are read; or a part of them."""
+    """Items that `make` builds from their numbers each time they are read; or a part of such items."""
 
     def __init__(self, make: Callable[[int], Item], size: int) -> None:
         self._make, self._size, self._numbers = make, size, np.arange(size)
@@ -124,7 +124,7 @@ def join(parts: Sequence[Sequence[Item]]) -> Sequence[Item]:
 def numbers_of(
     items: Sequence[Item], name: str, value: Callable[[Item], Any], dtype: DTypeLike
 ) -> NDArray[Any]:
-    """A number of each item; of lazy ones computed once for these and all other parts of the same items."""
+    """A number per item; for lazy items, computed once and shared with all parts of the same items."""
     if not isinstance(items, Lazy):
         return np.fromiter(map(value, items), dtype, len(items))
     if name not in items._columns:
@@ -142,7 +142,7 @@ _COUNTS: dict[str, Callable[[Any], int]] = {
 
 
 def counts_of(groups: Sequence[Any], name: str) -> NDArray[np.int32]:
-    """How many of what `_COUNTS` names each group has; stored groups are not read for it."""
+    """For each group, how many it has of what `_COUNTS` names; stored groups are not read for this."""
     return numbers_of(groups, name, _COUNTS[name], np.int32)
 
 
@@ -168,7 +168,7 @@ class StoredTokens(Lazy[TokenizedGroup]):
 
     @classmethod
     def open(cls, file: Path) -> "StoredTokens":
-        """The groups that `save` has written."""
+        """The groups that `save` wrote."""
         columns = load_file(file.with_suffix(".safetensors"))
         return cls(Records.open(file, columns.pop("ends")), columns)
 

@@ -1,5 +1,5 @@
-"""`hafrm demo`: a made-up preference world whose truth is known, and a comparison that runs on it.
+"""`hafrm demo`: a made-up preference world with a known gold reward, and a comparison that runs on it.
 
-The world's tables, preferences and texts are data files beside this module; `examples/demo_world` makes
+The world's tables, preferences and texts are data files beside this module; `examples/demo_world` writes
 them. Nothing here is used by training or evaluation. Start reading at `run_demo`.
 """

@@ -1,4 +1,4 @@
-"""Trains the demo's own tokenizer and small language model, in about a minute on two cores.
+"""Trains the demo's tokenizer and small language model, in about a minute on two cores.
 
 The result is a plain transformers directory: a byte-level BPE with a chat template, a Llama in fp32.
 """
@@ -34,7 +34,7 @@ LEARNING_RATE, WARMUP_FRACTION, WEIGHT_DECAY = 3e-3, 0.05, 0.05
 SEED = 0  # of the weights and of the order of the conversations
 
 PackedText = Int[Tensor, "3 tokens"]
-"""Ids, positions (from 0 in each conversation) and labels of conversations one after another."""
+"""Ids, positions (from 0 in each conversation) and labels of consecutive conversations."""
 
 
 def pretrain(
@@ -100,13 +100,13 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) ->
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to change
+    with torch.random.fork_rng(devices=[]):  # the caller's random state must not change
         torch.manual_seed(SEED)
         return LlamaForCausalLM(config)
 
 
 def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
-    """The conversations in their order, each whole, in sequences filled up with `pad`."""
+    """The conversations in their order, without splitting any, in sequences filled up with `pad`."""
     sequences: list[list[Sequence[int]]] = [[]]
     room = MAX_LENGTH
     for ids in conversations:
@@ -118,7 +118,7 @@ def _pack(conversations: Sequence[Sequence[int]], pad: int) -> list[PackedText]:
     packed = []
     for texts in sequences:
         rest = MAX_LENGTH - sum(map(len, texts))
-        # padding is a conversation of its own: its positions start at 0 too
+        # padding counts as a conversation: its positions start at 0 too
         ids = [i for text in texts for i in text] + [pad] * rest
         positions = [p for text in texts for p in range(len(text))] + [*range(rest)]
         labels = [i for text in texts for i in (IGNORED, *text[1:])] + [IGNORED] * rest
@@ -138,7 +138,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(step, num_steps)
         ids, positions, labels = torch.stack([sequences[i] for i in batch], dim=1)
-        # without an attention mask transformers takes positions that start again for a new sequence
+        # without an attention mask, transformers reads a restart of positions as a new sequence
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         # the mean over the step's tokens, in nats
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

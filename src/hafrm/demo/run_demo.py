@@ -1,6 +1,6 @@
 """The demo from start to end: a language model, three reward models and their comparison, in minutes.
 
-The world is made up, so the truth is known; the path is the one that real data takes. A second run resumes.
+The world is made up, so the truth is known; the steps are those for real data. A second run resumes.
 """
 
 import json
@@ -22,7 +22,7 @@ from hafrm.results import Cell, Column, Table, write_result
 from hafrm.training.loop import run_training
 
 METHODS = {"haf": 1e-3, "bt": 1e-3, "dpo": 5e-4}
-"""Peak learning rates that suit so small a model; the best step is chosen by validation."""
+"""Peak learning rates that suit such a small model; the best step is chosen by validation."""
 LABELS = {"haf": "HAF, both heads", "bt": "BT, reward head", "dpo": "DPO, policy head"}
 TEST_SETS = ("chat", "safety", "chat-ood", "safety-ood")
 
@@ -39,7 +39,7 @@ class DemoResult:
 
     folder: Path
     evaluations: dict[str, Evaluation]
-    report: Path | None  # the page about all three runs; None without the extra it needs
+    report: Path | None  # the page about all three runs; None without the extra that it needs
 
     def table(self) -> Table:
         """Agreement with the gold preference, in and out of domain, for every method."""
@@ -68,7 +68,7 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
             if step % max(1, num_steps // 10) == 0:
                 on_stage(f"    step {step}/{num_steps}")
 
-        # a killed pretraining leaves no half a model behind, which `is_dir` would take for a whole one
+        # a killed pretraining leaves no partial model behind, which `is_dir` would accept as a whole one
         with atomic_directory(base) as aside:
             loss = pretrain(aside, conversations, on_progress=every_tenth)
         on_stage(f"    loss {loss:.3f} nat per token")
@@ -83,7 +83,7 @@ def run_demo(folder: Path, *, on_stage: Callable[[str], None]) -> DemoResult:
     for method in METHODS:
         sources = [str(data[f"test-{name}"]) for name in TEST_SETS]
         evaluations[method] = evaluate(folder / method, sources)
-        # as `hafrm train` leaves them, where it evaluates the recipe's test sets itself
+        # where `hafrm train` writes the results, which evaluates the recipe's test sets itself
         write_result(folder / method / "test.json", evaluations[method])
         write_cards(folder / method)
     report = None

@@ -1,8 +1,8 @@
 """Where a scorer is right, by style features of texts and slices of data; which labels may be wrong.
 
-Features go together (a list makes a text longer), so none of these figures is a cause. For labels, several
-seeds or methods vote (arXiv 2401.06080): where they disagree a comparison is hard, where all contradict the
-label it may be wrong. Annotators' votes, if known, test both.
+Features are correlated (a list makes a text longer), so none of these figures shows a cause. For labels,
+several seeds or methods vote (arXiv 2401.06080): if they disagree, a comparison is hard; if all contradict
+the label, it may be wrong. Annotators' votes, if known, test both.
 """
 
 import math
@@ -19,10 +19,10 @@ from hafrm.evaluation.comparisons import Comparisons, Margins, PromptKeys
 from hafrm.preferences import Message, Votes
 from hafrm.statistics import Estimate, accuracy_interval, paired_bootstrap
 
-MAX_EXAMPLE_CHARS = 400  # of each text of an example; a longer one is cut, and says so
+MAX_EXAMPLE_CHARS = 400  # of each text of an example; longer texts are cut and marked
 MAX_VALUES = 24
-"""Labels of a division; rarer ones are put together. RewardBench's 23 subsets stay apart."""
-_OWN_BAND = 5  # up to so many distinct numbers, each is a band of its own
+"""Labels of a division; rarer ones are merged. RewardBench's 23 subsets stay separate."""
+_OWN_BAND = 5  # up to this many distinct numbers, each has its own band
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)
 _HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]+\S", re.MULTILINE)
@@ -52,7 +52,7 @@ FEATURES: Mapping[str, Callable[[str], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class StyleBias:
-    """One feature, on the comparisons of which one response has more of it."""
+    """One feature, on the comparisons in which one response has more of it."""
 
     feature: str
     num: int
@@ -88,10 +88,10 @@ def style_biases(
 def style_bias(
     feature: str, margins: Margins, more: Int[np.ndarray, " comparisons"], prompts: PromptKeys
 ) -> StyleBias:
-    """The bias of one feature, of which the chosen response has `more` than the rejected one."""
+    """The bias of one feature, which the chosen response has `more` of than the rejected one."""
     differ = more != 0
     margins, more, prompts = margins[differ], more[differ], prompts[differ]
-    # the scorer prefers the side with more if both signs agree, and neither if scores are equal;
+    # the scorer prefers the side with more if both signs agree, and neither side if scores are equal;
     # annotators prefer the chosen one
     picks, annotators, right = margins * more > 0, more > 0, margins > 0
     return StyleBias(
@@ -106,7 +106,7 @@ def style_bias(
 
 
 def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
-    """What divides the comparisons: the tags of their data, and what can be counted."""
+    """What divides the comparisons: the tags of their data, and countable properties."""
     pairs = comparisons.with_groups()
     tags = sorted({tag for group, _ in pairs for tag in group.tags})
     result = {tag: [group.tags.get(tag, "(none)") for group, _ in pairs] for tag in tags}
@@ -125,7 +125,7 @@ def divisions_of(comparisons: Comparisons) -> dict[str, list[str]]:
 def slice_accuracies(
     margins: Margins, divisions: Mapping[str, Sequence[str]], prompts: PromptKeys
 ) -> tuple[Slice, ...]:
-    """Accuracy of each label of each division that has several.
+    """Accuracy for each label of each division that has several labels.
 
     Labels that start with a number come first, by that number; then the others by name.
     """
@@ -139,7 +139,7 @@ def slice_accuracies(
         # dtype object: numpy would pad every label to the longest one
         labels = np.array(_without_rare(all_labels), dtype=object)
         values = sorted(set(labels.tolist()), key=order)
-        # a division with one label says no more than the accuracy of all
+        # a division with one label says no more than the overall accuracy
         for value in values if len(values) > 1 else ():
             rows = labels == value
             result.append(Slice(tag, value, accuracy_interval(margins[rows] > 0, prompts[rows])))
@@ -147,7 +147,7 @@ def slice_accuracies(
 
 
 def bands(values: Num[np.ndarray, " comparisons"], unit: str = "") -> list[str]:
-    """A label for each number: itself if there are few distinct ones, else the range of its quarter."""
+    """A label for each number: itself if there are few distinct numbers, else the range of its quarter."""
     if len(np.unique(values)) <= _OWN_BAND:
         return [f"{value:g}{unit}" for value in values.tolist()]
     # cut into quarters at numbers that occur, so that equal numbers stay together
@@ -160,7 +160,7 @@ def bands(values: Num[np.ndarray, " comparisons"], unit: str = "") -> list[str]:
 
 
 def _without_rare(labels: Sequence[str]) -> list[str]:
-    """The labels; if there are more than MAX_VALUES, the rare ones under one name."""
+    """The labels; if there are more than MAX_VALUES, the rare ones get a common name."""
     counts = Counter(labels)
     if len(counts) <= MAX_VALUES:
         return list(labels)
@@ -188,12 +188,12 @@ class LabelNoise:
     by_disagreement: tuple[NoiseBand, ...]  # one for each level that occurs; empty for one model
     against: Estimate  # fraction of comparisons on which every model prefers the rejected response
     split_against: Estimate  # of these, if votes are known: how often annotators were split
-    split_others: Estimate  # the same of the other comparisons
+    split_others: Estimate  # the same for the other comparisons
 
 
 @dataclass(frozen=True, slots=True)
 class WorstExample:
-    """One comparison to read; long texts are cut, the prompt at its start."""
+    """One comparison to read; long texts are cut, prompts at their start."""
 
     set: str
     prompt: str
@@ -202,7 +202,7 @@ class WorstExample:
     margin: float  # the model's own, below zero
     votes: Votes | None
     num_against: int
-    """Models that prefer the rejected response: of all models, they point at a wrong label."""
+    """Models that prefer the rejected response; if all of them do, the label may be wrong."""
 
 
 def audit_labels(
@@ -213,7 +213,7 @@ def audit_labels(
     voted = np.array([v is not None for v in votes])
     if len(models) == 1 and not voted.any():
         return None
-    # more than one outcome has votes; a tie is an outcome
+    # split: more than one outcome has votes; a tie is an outcome
     split = np.array([v is not None and sum(num > 0 for num in v) > 1 for v in votes])
     mean, levels = mean_margin(margins), disagreement(margins)
 
@@ -242,7 +242,7 @@ def audit_labels(
 def disagreement(margins: ModelMargins) -> Margins:
     """Fraction of the models in the minority, 0 to 0.5; a margin of zero is half a vote for each side."""
     first = np.mean((np.sign(margins) + 1) / 2, axis=0)  # fraction for the chosen response
-    # rounded, so that 1/3 of three models is one level whatever the sum's order
+    # rounded, so that 1/3 of three models is one level whatever the order of the sum
     return np.asarray(np.minimum(first, 1 - first).round(12), np.float64)
 
 
@@ -256,7 +256,7 @@ def mean_margin(margins: ModelMargins) -> Margins:
 def worst_errors(
     comparisons: Comparisons, margins: ModelMargins, *, num: int = 10
 ) -> tuple[WorstExample, ...]:
-    """The first model's `num` worst errors: those that most models make first, by their mean margin.
+    """The first model's `num` worst errors: first those that most models make, then by mean margin.
 
     No two examples share prompt and rejected response: one bad response would otherwise fill the list.
     """
@@ -280,7 +280,7 @@ def worst_errors(
 
 
 def cut_text(text: str, *, end: bool = False) -> str:
-    """The text's first (or last) characters, with the number of those that are left out."""
+    """The text's first (or last) characters, with the number of characters left out."""
     text, most = text.strip(), MAX_EXAMPLE_CHARS
     note = f"[{len(text) - most} more characters]"
     cut = f"{note} {text[-most:]}" if end else f"{text[:most]} {note}"
@@ -288,7 +288,7 @@ def cut_text(text: str, *, end: bool = False) -> str:
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:
-    """The end of a single message, or of a conversation with its roles."""
+    """The end of a single message, or of a conversation with roles."""
     is_single = len(prompt) == 1 and prompt[0].role == "user"
     lines = [m.content if is_single else f"{m.role}: {m.content}" for m in prompt]
     return cut_text("\n".join(lines), end=True)

@@ -1,7 +1,7 @@
-"""What `hafrm evaluate --diagnose` finds, and its tables; what last-token hidden states are like.
+"""The result of `hafrm evaluate --diagnose`, with its tables; measures of last-token hidden states.
 
 The paper's second claim is that the policy loss keeps a reward model's representation from collapsing onto
-the direction of its reward. No figure depends on the states' scale. No model is run here.
+the direction of its reward. No figure depends on the scale of the states. No model is run here.
 """
 
 import math
@@ -24,14 +24,14 @@ MIN_COMPARISONS = 10
 
 @dataclass(frozen=True, slots=True)
 class Representation:
-    """One model's states, and how alike the base model's are."""
+    """One model's states, and how similar they are to the base model's."""
 
     model: str
     effective_rank: Real
-    """exp of the entropy of the spectrum: as many equal directions would be as spread out."""
+    """exp of the entropy of the spectrum: this many equally strong directions have the same entropy."""
     top_fraction: Real  # of the variance, along its first direction
     mean_cosine: Real
-    """Between two different responses' states: near 1, all states point the same way."""
+    """Between the states of two different responses; near 1, all states point in the same direction."""
     cka_to_base: Real = math.nan
     """Linear CKA, 1 for equal up to rotation and scale; NaN without a base model."""
 
@@ -41,7 +41,7 @@ class SetDiagnosis:
     """One source, or all of them together."""
 
     name: str
-    num: int  # comparisons that are no ties
+    num: int  # comparisons that are not ties
     accuracy: Accuracy
     temperature: Temperature
     style: tuple[StyleBias, ...]
@@ -50,7 +50,7 @@ class SetDiagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Everything that is diagnosed of one model."""
+    """All diagnostics of one model."""
 
     model: str
     scored_with: str  # "reward" or "implicit reward"
@@ -58,7 +58,7 @@ class Diagnosis:
     label_noise: LabelNoise | None  # None for a single model on data without votes
     representations: tuple[Representation, ...]  # of the model, then of the others
     base: Representation | None
-    num_states: int  # responses that the representations are of
+    num_states: int  # responses whose states are measured
     worst: tuple[WorstExample, ...]
 
     def tables(self) -> tuple[Table, ...]:
@@ -91,7 +91,7 @@ class Diagnosis:
         rows: list[tuple[Cell, ...]] = []
         for r in (*self.representations, *([] if self.base is None else [self.base])):
             name = r.model + (" (base)" if r is self.base else "")
-            # None is an empty cell: without a base there is nothing that could be missing
+            # None is an empty cell: without a base, nothing is missing
             to_base = None if math.isnan(r.cka_to_base) else r.cka_to_base
             rank = f"{r.effective_rank:.1f}"
             rows.append((name, rank, r.top_fraction, r.mean_cosine, to_base))
@@ -103,7 +103,7 @@ def _style(result: SetDiagnosis) -> Table:
     rows = []
     for bias in result.style:
         if bias.num >= MIN_COMPARISONS:
-            # the interval of the difference excludes zero
+            # the interval of the difference does not contain zero
             mark = "*" if bias.excess.low > 0 or bias.excess.high < 0 else ""
             fractions = (bias.picks_more, bias.annotators_pick_more, bias.excess)
             accuracies = (bias.accuracy_more, bias.accuracy_less)
@@ -148,7 +148,7 @@ def _label_noise(noise: LabelNoise) -> Table:
 def describe_states(
     model: str, states: StateMatrix, base: Float[np.ndarray, "responses base_hidden"] | None = None
 ) -> Representation:
-    """What a model's states are like; raises NumericsError for states that are not finite."""
+    """Measures of a model's states; raises NumericsError for states that are not finite."""
     for array in (states, base):
         if array is not None and not np.isfinite(array).all():
             raise NumericsError(
@@ -167,7 +167,7 @@ def mean_cosine(states: StateMatrix) -> float:
         return math.nan
     # a state of zeros stays zero
     unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300)
-    # |sum of unit vectors|^2 is the sum over all pairs, of which num are of a state with itself
+    # |sum of unit vectors|^2 is the sum over all pairs; num of them pair a state with itself
     total = np.sum(unit.sum(axis=0) ** 2)
     return float((total - num) / (num * (num - 1)))
 

@@ -1,4 +1,4 @@
-"""`diagnose`: runs one reward model, and others beside it, one at a time, and gathers every diagnostic."""
+"""`diagnose`: runs a reward model, and optionally others, one at a time, and gathers all diagnostics."""
 
 import contextlib
 import logging
@@ -40,12 +40,12 @@ MAX_STATES = 2048  # responses whose hidden states are measured; the same ones f
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """One model on the comparisons, by its main head."""
+    """The scores of one model on the comparisons, by its main head."""
 
     name: str
     scored_with: str
     tokenized: Sequence[TokenizedGroup]
-    scores: NDArray[np.float32]  # of each response; NaN where it cannot be encoded
+    scores: NDArray[np.float32]  # of each response; NaN if it cannot be encoded
     states: StateMatrix  # of some of the responses, the same ones for all models
 
 
@@ -60,8 +60,8 @@ def diagnose(
 ) -> Diagnosis:
     """Every diagnostic of a model on the comparisons of the data.
 
-    `also` are further models (seeds, methods), for the label audit and to compare states with. `base` is
-    the checkpoint that training began with; a run folder's is its recipe's.
+    `also` are more models (seeds, methods), for the label audit and for comparing states. `base` is the
+    checkpoint that training began with; for a run folder, it is taken from the recipe.
     """
     options = options or EvaluationOptions()
     name, names = str(model), [str(model), *map(str, also)]
@@ -70,10 +70,10 @@ def diagnose(
     models = {path: find_heads(path) for path in names}
     recipe = Path(model) / "recipe.yaml"
     if base is None and recipe.is_file():
-        # a recipe of another kind of run, or a base that is gone
+        # a recipe of another kind of run, or a base that no longer exists
         with contextlib.suppress(ConfigError, ModelError):
             start = Path(load_recipe(recipe).model.path)
-            # owner/name on the hub, unless it looks like a folder that is gone
+            # owner/name on the hub, unless it looks like a folder that no longer exists
             is_hub = len(start.parts) == 2 and not start.parent.exists()
             if start.is_dir() or is_hub:
                 load_config(start)
@@ -132,7 +132,7 @@ def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetD
 def _base_states(
     path: str | Path, trained: ScoredModel, options: EvaluationOptions, done: OnProgress
 ) -> StateMatrix:
-    """The base model's states of the same ids; raises ModelError for one of another shape."""
+    """The base model's states for the same ids; raises ModelError for a base of another shape."""
     model = load_policy(path, dtype=options.dtype, device=options.device)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
@@ -172,7 +172,7 @@ def some_responses(
     groups: Sequence[TokenizedGroup], num: int = MAX_STATES, seed: int = SEED
 ) -> Sequence[TokenizedGroup]:
     """At most `num` of all responses, drawn at random, with their prompts, in the order of the groups."""
-    # only numbers of responses decide, so that models with different tokenizers get the same texts
+    # the draw depends only on numbers of responses, so models with different tokenizers get the same texts
     counts = [len(group.response_ids) for group in groups]
     is_drawn = np.zeros(sum(counts), bool)
     is_drawn[np.random.default_rng(seed).permutation(len(is_drawn))[:num]] = True

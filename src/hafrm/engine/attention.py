@@ -2,12 +2,12 @@
 
 Every segment (one per response) is a causal attention call, bottom-right aligned: queries
 `[prompt + first branch | second branch | ...]`, keys `[prompt + branch]` for each. On CUDA in half
-precision this is one varlen call per layer; what that kernel cannot do is padded there into masked batches
-of groups of like length; CPUs take a segment at a time, which is the reference implementation. No
-`[tokens, tokens]` mask is ever built. The layout arrives as a keyword that transformers hands down.
+precision this is one varlen call per layer; what that kernel cannot do runs there in masked batches of
+groups padded to similar length. CPUs run one segment at a time, which is the reference implementation. No
+`[tokens, tokens]` mask is ever built. The layout arrives as a keyword that transformers passes down.
 
 The last layer runs only the tokens that a head reads: response tokens and the last of each prompt (or,
-without log-probs, the last of each response). Of all others it makes keys and values alone.
+without log-probs, the last of each response). For all others it only computes keys and values.
 """
 
 import functools
@@ -34,7 +34,7 @@ except ImportError:  # pragma: no cover - torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 _PARAMETERS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
-# Releases before 2.11 lack a scale or a window: there padded groups run.
+# Releases before 2.11 lack a scale or a window: they use padded groups.
 _VARLEN_COMPLETE = {"scale", "window_size"} <= _PARAMETERS
 READ_INDICES = "read_indices"  # the keyword that tells layers which tokens will be read
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.dense")
@@ -45,7 +45,7 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 
 @dataclass(frozen=True)
 class Rule:
-    """How attention scores are computed, the same for every token of a layer."""
+    """How attention scores are computed; the same for every token of a layer."""
 
     scaling: float | None = None  # factor of the products; None: 1 / sqrt(dim)
     window: int | None = None  # keys that a token sees, itself included; None: all before it
@@ -66,7 +66,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
-    """Attention output of every token over its own prompt and its own branch; no weights."""
+    """Attention output of every token over its own prompt and its own branch; returns no weights."""
     if branch_layout is None or attention_mask is not None:
         raise ValueError(
             f"{SHARED_PREFIX} needs branch_layout and no mask; call HybridModel instead"
@@ -75,7 +75,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
         raise ValueError("attention sinks cannot share prefixes; set training.sharing: off")
     # The meta device, on which memory is planned, has no autocast.
     if not query.is_meta and torch.is_autocast_enabled(query.device.type):
-        # Rotary factors in float32 have made the query and key so; the kernels want half precision.
+        # Float32 rotary factors have made query and key float32; the kernels need half precision.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rule = Rule(scaling, sliding_window or getattr(module, "sliding_window", None), softcap)
@@ -87,7 +87,7 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 
-# A compiled layer breaks its graph here; else it would be compiled again for each sequence's lengths.
+# A compiled layer breaks its graph here; else it would recompile for each sequence's lengths.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
     if not query.is_cuda:
@@ -148,7 +148,7 @@ def attend_by_segment(
     rule: Rule,
 ) -> Float[Tensor, "1 tokens heads value_dim"]:
     """Attention output of every token over its own prompt and its own branch, one call per response."""
-    # split and not slicing: its backward is one concatenation, a slice's a gradient of the whole sequence
+    # split, not slices: its backward is one concatenation, that of a slice a gradient of the whole sequence
     queries, keys, values = (
         torch.split(x, layout.query_lengths, dim=2) for x in (query, key, value)
     )
@@ -166,7 +166,7 @@ def attend_by_segment(
 
 
 def _segment_mask(layout: Layout, queries: int, keys: int, window: int | None) -> Tensor | None:
-    """Causal, bottom-right aligned, windowed; None where `is_causal` says the same for free."""
+    """A causal, bottom-right aligned, windowed mask; None if `is_causal` does the same for free."""
     if window is not None and window >= keys:
         window = None
     if queries == keys and window is None:
@@ -187,15 +187,15 @@ def _dense(
     mask: Bool[Tensor, "... queries keys"] | Float[Tensor, "... queries keys"] | None,
     rule: Rule,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """One call under `mask` (window and causality): booleans, or terms of scores that are not capped; None:
-    causal and square."""
+    """One call under `mask` (window and causality): booleans, or terms added to scores that are not capped;
+    None: causal and square."""
     grouped = q.shape[1] != k.shape[1]
     if rule.softcap is None:
         causal, scale = mask is None, rule.scaling
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
-    # no fused kernel of torch caps scores
+    # no fused kernel in torch caps scores
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scaling = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
@@ -220,7 +220,7 @@ def attend_by_group(
     layout: Layout,
     rule: Rule,
 ) -> Float[Tensor, "1 tokens heads value_dim"]:
-    """As `attend_by_segment`, in one masked call for each class of lengths."""
+    """Like `attend_by_segment`, with one masked call for each class of lengths."""
     outputs, places = [], []
     for number, batch in enumerate(layout.once("batches", lambda: _batches(layout))):
         indices, heads = batch.indices.flatten(), query.shape[1]
@@ -236,7 +236,7 @@ def attend_by_group(
 
 
 def _gather(x: Tensor, indices: Tensor, groups: int, heads: int) -> Tensor:
-    """[1, kv_heads, tokens, dim] -> [groups, heads, longest, dim]: under a mask, fused kernels want keys
+    """[1, kv_heads, tokens, dim] -> [groups, heads, longest, dim]: under a mask, fused kernels need keys
     for every query head."""
     picked = x[0].transpose(0, 1).index_select(0, indices)[:, :, None]
     every = picked.expand(-1, -1, heads // x.shape[1], -1).flatten(1, 2)
@@ -244,8 +244,8 @@ def _gather(x: Tensor, indices: Tensor, groups: int, heads: int) -> Tensor:
 
 
 def _batches(layout: Layout) -> list[_Batch]:
-    """Groups padded to a like length, up to the next power of two: at most four times the sum of the
-    groups' squares in scores, never the sequence's square."""
+    """Groups padded to similar lengths, up to the next power of two: the number of scores is at most four
+    times the sum of the groups' squared lengths, never the sequence's squared length."""
     sizes = [prompt + sum(branches) for prompt, branches in layout.shape]
     starts = np.cumsum([0, *sizes])
     classes: dict[int, list[int]] = defaultdict(list)
@@ -276,7 +276,7 @@ def _batch(layout: Layout, members: list[int], starts: np.ndarray) -> _Batch:
 def _group_mask(
     layout: Layout, number: int, batch: _Batch, rule: Rule, dtype: torch.dtype
 ) -> Tensor:
-    """[groups, 1, queries, keys]: booleans where scores are capped, else terms of the scores."""
+    """[groups, 1, queries, keys]: booleans if scores are capped, else terms added to the scores."""
 
     def allow() -> Tensor:
         apart = batch.positions[:, :, None] - batch.positions[:, None, :]
@@ -302,7 +302,7 @@ def _group_mask(
 
 
 def checkpoint_around_compiled(layer: nn.Module) -> None:
-    """Keep a layer's checkpoint, if it has one, outside of its compiled graphs."""
+    """Keep a layer's activation checkpoint, if it has one, outside of its compiled graphs."""
     checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
     if checkpoint is None:
         return
@@ -318,13 +318,13 @@ def checkpoint_around_compiled(layer: nn.Module) -> None:
 
 
 def narrow_layer(layer: nn.Module) -> list[str]:
-    """Let a model's last layer run only the indices passed as READ_INDICES, if any; names of what is
-    narrowed: nothing in a layer of another build."""
+    """Let a model's last layer run only the indices passed as READ_INDICES, if any. Returns the names of
+    the narrowed modules: none in a layer of unknown structure."""
     if not hasattr(layer, "_hafrm_hooks"):
         modules = dict(layer.named_modules())
         # Not at the layer: checkpointing repeats its forward without its hooks, on a GPU in another thread.
         starts = [modules[name] for name in _ATTENTION if name in modules]
-        # a mixture of experts may look at all tokens at once, and give back more than its output
+        # a mixture of experts may look at all tokens at once, and return more than its output
         mixtures = [name for name in modules if "experts" in name]
         tokenwise = [n for n in _TOKENWISE if not any(name.startswith(n) for name in mixtures)]
         names = [n for n in tokenwise if starts and n in modules]
@@ -337,7 +337,7 @@ def narrow_layer(layer: nn.Module) -> list[str]:
 
 
 def widen_layer(layer: nn.Module) -> None:
-    """Take the hooks of `narrow_layer` away again."""
+    """Remove the hooks of `narrow_layer`."""
     if hasattr(layer, "_hafrm_hooks"):
         for handle in layer._hafrm_hooks[1]:  # type: ignore[index]
             handle.remove()

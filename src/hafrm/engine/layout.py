@@ -7,7 +7,7 @@ no padding; positions restart at the prompt's end for every branch:
     position:     0  1  2    3  4  5    3  4      0  1    2    2  3
 
 Attention runs per segment, one per response: the queries of the first are the prompt and its branch, those
-of the others their branch alone; the keys are always prompt and branch. Axes: tokens of the sequence, keys
+of the others only their branch; the keys are always prompt and branch. Axes: tokens of the sequence, keys
 of all segments, scored = response tokens (each has a log-prob), responses = branches = segments.
 """
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Branches(Protocol):
-    """What a layout needs of an encoded group: a prompt's ids and the ids of each response."""
+    """What a layout needs from an encoded group: the prompt's ids and the ids of each response."""
 
     @property
     def prompt_ids(self) -> NDArray[np.int32]: ...
@@ -76,7 +76,7 @@ class Layout:
 
     @cached_property
     def query_lengths(self) -> list[int]:
-        """Of each segment; they sum to the sequence's tokens."""
+        """The number of queries of each segment; they sum to the sequence's tokens."""
         return [
             length + (prompt if branch == 0 else 0)
             for prompt, branches in self.shape
@@ -88,11 +88,11 @@ class Layout:
         return [prompt + length for prompt, branches in self.shape for length in branches]
 
     def to(self, device: torch.device | str) -> "Layout":
-        """The same layout on another device; asynchronous where the memory is pinned."""
+        """The same layout on another device; asynchronous if the memory is pinned."""
         return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Layout":
-        """The same layout with every tensor as `move` returns it, and no masks of the old place."""
+        """The same layout with every tensor as `move` returns it, without the old device's masks."""
         moved: dict[str, Any] = {
             f.name: move(value)
             for f in dataclasses.fields(self)
@@ -102,7 +102,7 @@ class Layout:
 
 
 def lay_out(groups: Sequence[Branches]) -> Layout:
-    """The layout of `groups` in one sequence, in their order; ValueError for one that nothing can score."""
+    """The layout of `groups` in one sequence, in their order; ValueError for one that cannot be scored."""
     parts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
     start = num_responses = 0
     queries, keys = [0], [0]
@@ -146,8 +146,8 @@ def lay_out(groups: Sequence[Branches]) -> Layout:
 
 @dataclass(frozen=True)
 class Team:
-    """Ranks that run each sequence together (Ulysses, arXiv 2309.14509): everywhere a rank has a part of
-    the tokens, in attention all tokens of a part of the heads. By default one rank alone."""
+    """Ranks that run each sequence together (Ulysses, arXiv 2309.14509): a rank has a part of the tokens,
+    but in attention all tokens of a part of the heads. By default a single rank."""
 
     group: Any = None  # a ProcessGroup
     rank: int = 0
@@ -183,7 +183,7 @@ class Team:
         return [len(part) for part in layout.input_ids.tensor_split(self.size)]
 
     def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """What every rank sends here, in these shapes, for a part sent to each."""
+        """Send one part to each rank; returns what every rank sends here, in these shapes."""
         sent, sizes = torch.cat([part.flatten() for part in parts]), [math.prod(s) for s in shapes]
         lengths = [part.numel() for part in parts]
         received = all_to_all_single_autograd(sent, sizes, lengths, self.group)
@@ -192,7 +192,7 @@ class Team:
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """The same responses unshared: one right-padded sequence each, as any consumer runs them."""
+    """The same responses without sharing: one right-padded sequence each, as any consumer runs them."""
 
     input_ids: Int[Tensor, "responses length"]
     attention_mask: Int[Tensor, "responses length"]
@@ -201,7 +201,7 @@ class PaddedLayout:
 
 
 def unshare(layout: Layout, pad_id: int = 0) -> PaddedLayout:
-    """Every response with its prompt, right-padded: invisible to causal models, recurrent ones too."""
+    """Every response with its prompt, right-padded; causal models, even recurrent ones, see no pads."""
     device = layout.input_ids.device
     keys = torch.tensor(layout.key_lengths, device=device)
     offset = torch.arange(max(layout.key_lengths), device=device)

@@ -1,9 +1,9 @@
 """Log-probs of chosen tokens from hidden states, without a `[tokens, vocabulary]` matrix.
 
 Logits exist for one chunk at a time and are recomputed in backward; for a frozen head the gradient is
-taken in forward and nothing is recomputed. Products run in the dtype of the hidden states, all else in
-float32, the output too (a bfloat16 output alone costs 0.38 nat over 300 tokens). Logits in the place of
-log-probs need the targets' rows of the head alone, all in float32.
+computed in forward and nothing is recomputed. Products run in the dtype of the hidden states, all else in
+float32, including the output (a bfloat16 output alone costs 0.38 nat over 300 tokens). Logits instead of
+log-probs need only the targets' rows of the head, all in float32.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class LogitTransform:
 
     scale: float = 1.0
     softcap: float | None = None
-    temperature: float = 1.0  # not the model's own: the one that responses are sampled at
+    temperature: float = 1.0  # of sampling responses, not the model's own
     normalised: bool = True  # False: a token's logit stands for its log-prob (method dpo-logits)
 
     def apply_(self, z: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class LogitTransform:
         return z.div_(self.temperature) if self.temperature != 1.0 else z
 
     def chain_(self, grad: Tensor, logits: Tensor | None) -> Tensor:
-        """d/dz from d/dlogits, written over `grad`; tanh' = 1 - tanh^2."""
+        """d/dz from d/dlogits, overwrites `grad`; tanh' = 1 - tanh^2."""
         if self.softcap is not None:
             assert logits is not None
             grad.mul_(1.0 - (logits * (self.temperature / self.softcap)).square())
@@ -44,7 +44,7 @@ class LogitTransform:
 
 
 def chunk_rows(vocab: int, device: str) -> int:
-    """Tokens whose logits exist at once on a device of this type."""
+    """Number of tokens whose logits exist at once on a device of this type."""
     return max(1, _CHUNK_ELEMENTS["cuda" if device == "cuda" else "cpu"] // vocab)
 
 
@@ -80,7 +80,7 @@ def token_entropies(
     transform: LogitTransform | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, " scored"]:
-    """Entropy (nat, float32) of the distribution that each state predicts, chunk by chunk, no gradient."""
+    """Entropy (nat, float32) of the distribution that each state predicts; by chunks, without gradient."""
     chunk = chunk or chunk_rows(weight.shape[0], weight.device.type)
     transform = transform or LogitTransform()
     h, w = _operands(hidden, weight)
@@ -98,7 +98,7 @@ def final_logits(
     bias: Float[Tensor, " vocab"] | None,
     transform: LogitTransform,
 ) -> Float[Tensor, "scored vocab"]:
-    """transform(W h + b), float32: a whole matrix, so for few tokens only."""
+    """transform(W h + b), float32: the whole matrix, so only for few tokens."""
     h, w = _operands(hidden, weight)
     return _logits(h, w, bias, transform, None)
 
@@ -179,7 +179,7 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in one dtype: on CUDA bfloat16 where autocast or the weights say so."""
+    """Both factors in one dtype: on CUDA bfloat16 if autocast or the weights use it."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
@@ -199,14 +199,14 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def _buffer(chunk: int, h: Tensor, w: Tensor) -> Tensor | None:
     """Room for one chunk of float32 logits."""
     if h.dtype != torch.float32:
-        return None  # half-precision products with a float32 result bring their own
+        return None  # half-precision products with a float32 result allocate their own
     return torch.empty(min(chunk, len(h)), len(w), dtype=torch.float32, device=h.device)
 
 
 def _logits(
     h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform, buffer: Tensor | None
 ) -> Tensor:
-    """The chunk's final logits, in `buffer` where there is one."""
+    """The chunk's final logits, in `buffer` if there is one."""
     if buffer is None:
         z = _matmul(h, w.t())
     else:

@@ -27,14 +27,14 @@ from hafrm.engine.layout import Layout, Team, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
 from hafrm.errors import ModelError, NumericsError
 
-# Where a backbone remembers the attention it came with; it may be wrapped more than once.
+# Where a backbone stores its original attention; it may be wrapped more than once.
 _STOCK_ATTENTION = "_hafrm_stock_attention"
-_RATES = "_hafrm_rates"  # where a config keeps the rates that it came with
+_RATES = "_hafrm_rates"  # where a config stores its original rates
 _SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class Outputs(NamedTuple):
-    """What one forward gives, per response; a head that the model lacks gives None."""
+    """What one forward returns, per response; None for a head that the model lacks."""
 
     rewards: Float[Tensor, " responses"] | None  # w . h_last, float32
     logps: Float[Tensor, " responses"] | None  # sum of the response tokens' log-probs, float32, nat
@@ -51,7 +51,7 @@ class TokenOutputs(NamedTuple):
 
 
 class HiddenStates(NamedTuple):
-    """The last layer's output, and the indices where heads read it; others may hold anything."""
+    """The last layer's output, and the indices where heads read it; other rows may hold anything."""
 
     hidden: Float[Tensor, "tokens hidden"]
     predictor: Int[Tensor, " scored"]
@@ -61,7 +61,7 @@ class HiddenStates(NamedTuple):
 class HybridModel(nn.Module):
     """A backbone with a reward head, a policy head, or both.
 
-    Without `sharing`, for models whose layers cannot share a prefix, every response runs as a padded
+    Without `sharing`, for models whose layers cannot share a prefix, every response runs as its own padded
     sequence through the model's stock attention: the reference implementation.
     """
 
@@ -81,7 +81,7 @@ class HybridModel(nn.Module):
         self.team = Team()
         self.reward_head = None if reward_head is None else reward_head.float()
         self.policy_head = policy_head
-        self.reads_scored = policy_head is not None  # all response tokens, or their last ones alone
+        self.reads_scored = policy_head is not None  # all response tokens, or only the last ones
         self.transform = logit_transform(backbone.config)
         if not hasattr(backbone, _STOCK_ATTENTION):
             setattr(backbone, _STOCK_ATTENTION, str(backbone.config._attn_implementation))
@@ -101,8 +101,8 @@ class HybridModel(nn.Module):
         self.sharing = sharing
 
     def checkpoint_activations(self, *, offload: bool = False, **options: Any) -> None:
-        """Keep only layer inputs, with `offload` on the host, and recompute the rest in backward; `options`
-        are torch's."""
+        """Keep only layer inputs (with `offload`, on the host) and recompute the rest in backward.
+        `options` are torch's."""
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
         enable = enable or self.backbone.gradient_checkpointing_enable
         enable({"use_reentrant": False, **options}, **({"offload": True} if offload else {}))
@@ -112,7 +112,7 @@ class HybridModel(nn.Module):
     def compile_layers(self) -> None:
         """Compile every decoder layer once for all packed lengths, which are symbolic."""
         layers = decoder_layers(self.backbone)
-        widen_layer(layers[-1])  # a graph has no room for hooks that depend on the sequence
+        widen_layer(layers[-1])  # a graph cannot contain hooks that depend on the sequence
         for layer in layers:
             checkpoint_around_compiled(layer)
             layer.compile(dynamic=True)
@@ -125,7 +125,7 @@ class HybridModel(nn.Module):
             last = states.hidden[states.last]
             with torch.autocast(last.device.type, enabled=False):
                 column: Tensor = self.reward_head(last.float())
-            # a sum over the one column: FSDP2 warns of a model that gives out a view
+            # a sum over the single column: FSDP2 warns if a model returns a view
             rewards, reward_states = column.sum(1), last.detach()
         if self.policy_head is not None:
             team = self.team if self.sharing else Team()
@@ -151,7 +151,7 @@ class HybridModel(nn.Module):
     def hidden_states(
         self, layout: Layout, read: Int[Tensor, " read"] | None = None
     ) -> HiddenStates:
-        """Hidden states, right at the indices `read` at least: by default those that the heads read."""
+        """Hidden states, correct at least at the indices `read`; by default those that the heads read."""
         if not self.sharing:
             padded = unshare(layout)
             hidden = self.backbone(
@@ -161,7 +161,7 @@ class HybridModel(nn.Module):
         if read is None:
             read = layout.read if self.reads_scored else layout.last
         team = self.team
-        # Together, ranks run the last layer whole: which tokens of a part are read, a GPU would wait for.
+        # A team runs the whole last layer: finding which tokens of a part are read would make a GPU wait.
         narrow = {READ_INDICES: read} if team.size == 1 else {"team": team}
         hidden = self.backbone(
             input_ids=team.own(layout.input_ids)[None],
@@ -185,12 +185,12 @@ class HybridModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; its parameters may lie on the host."""
+        """The device that it computes on; its parameters may lie on the host."""
         return self.compute_device or next(self.parameters()).device
 
 
 def switch_off_dropout(module: nn.Module) -> None:
-    """Every dropout probability and router jitter to zero: two forwards of one batch must agree."""
+    """Set every dropout probability and router jitter to zero: two forwards of one batch must agree."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -204,7 +204,7 @@ def switch_off_dropout(module: nn.Module) -> None:
 
 
 def with_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a config with the rates that `switch_off_dropout` set to zero, as it is exported."""
+    """A copy of a config, for export, with the original rates that `switch_off_dropout` set to zero."""
     config = copy.deepcopy(config)
     for part in (config, *[v for v in vars(config).values() if isinstance(v, PretrainedConfig)]):
         for name, rate in vars(part).pop(_RATES, {}).items():
@@ -213,7 +213,7 @@ def with_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def fuse_gelu(module: nn.Module) -> None:
-    """Replace GPT-2's and Phi's GELU of nine operations by torch's single one; the config names its own."""
+    """Replace GPT-2's and Phi's GELU of nine operations by torch's single one; the config is unchanged."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, NewGELUActivation):
@@ -222,7 +222,7 @@ def fuse_gelu(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def stock_attention(backbone: PreTrainedModel) -> Iterator[None]:
-    """The attention that the backbone came with for a while, for what knows no layout (generation)."""
+    """Use the backbone's original attention in a `with` block, for code without a layout (generation)."""
     shared = backbone.config._attn_implementation == SHARED_PREFIX
     if shared:
         backbone.set_attn_implementation(str(getattr(backbone, _STOCK_ATTENTION)))
@@ -234,14 +234,14 @@ def stock_attention(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 def new_reward_head(hidden_size: int, generator: torch.Generator | None = None) -> nn.Linear:
-    """A float32 linear head without bias, N(0, 1 / (hidden + 1)) as in TRL and open-instruct."""
+    """A float32 linear head without bias, drawn from N(0, 1 / (hidden + 1)) as in TRL and open-instruct."""
     head = nn.Linear(hidden_size, 1, bias=False)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
     return head
 
 
 def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
-    """The repeated layers, by the names under which transformers keeps them whole."""
+    """The repeated layers, by the class names that transformers does not split."""
     names = set(getattr(backbone, "_no_split_modules", None) or ())
     return [module for module in backbone.modules() if type(module).__name__ in names]
 
@@ -252,7 +252,7 @@ def hidden_size(config: PretrainedConfig) -> int:
 
 
 def num_kv_heads(config: PretrainedConfig) -> int:
-    """Attention heads of keys and values."""
+    """Number of attention heads of keys and values."""
     text = config.get_text_config()
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
@@ -297,7 +297,7 @@ def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
 
 
 def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:
-    """Backbone and retained policy head of a stock causal LM; raises ModelError if it has none."""
+    """Backbone and policy head of a stock causal LM; raises ModelError if it has none."""
     backbone, head = model.base_model, model.get_output_embeddings()
     if head is None or backbone is model:
         raise ModelError(
@@ -310,9 +310,9 @@ def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:
 
 @torch.no_grad()
 def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
-    """Compare log-probs with the model's own on three tokens: heads do more than configs say."""
+    """Compare log-probs with the model's own on three tokens: heads may do more than configs say."""
     if backbone.config._attn_implementation == SHARED_PREFIX:
-        return  # wrapped before, and so compared before
+        return  # wrapped before, hence compared before
     ids = torch.arange(3, device=head.weight.device)[None] + 1
     training = model.training
     model.eval()
@@ -331,8 +331,8 @@ def _check_head(model: Any, backbone: PreTrainedModel, head: nn.Linear) -> None:
 
 @torch.no_grad()
 def self_check(model: HybridModel, layout: Layout) -> float:
-    """Largest relative difference between shared prompts and one response at a time, else NumericsError;
-    0 without sharing."""
+    """Largest relative difference between shared prompts and one response at a time (0 without sharing);
+    NumericsError if it is above the tolerance."""
     if not model.sharing:
         return 0.0
     half = torch.is_autocast_enabled(model.device.type)
@@ -345,16 +345,16 @@ def self_check(model: HybridModel, layout: Layout) -> float:
     finally:
         model.share(True)
     hidden = logp = 0.0
-    # Not rewards but the states that they are read from: a reward near 0 is rounded as coarsely as any.
+    # Compares states, not rewards: the rounding error of a reward near 0 is as large as that of any other.
     if shared.reward_states is not None:
         states, plain_states = shared.reward_states.float(), plain.reward_states.float()
         hidden = float(((states - plain_states).norm(dim=1) / plain_states.norm(dim=1)).max())
     if shared.logps is not None:
         scale = plain.logps.abs().clamp(min=1.0)
         logp = float(((shared.logps - plain.logps).abs() / scale).max())
-    if not (hidden <= tolerance and logp <= tolerance):  # a NaN is no agreement
+    if not (hidden <= tolerance and logp <= tolerance):  # also for NaN
         raise NumericsError(
-            "this model gives other numbers with shared prompts than alone: hidden states differ by "
+            "this model gives other numbers with shared prompts than without: hidden states differ by "
             f"{hidden:.2g}, log-probs by {logp:.2g} (relative; tolerated {tolerance:g}). Its layers cannot "
             "share a prefix; set training.sharing: off"
         )

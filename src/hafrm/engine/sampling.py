@@ -1,7 +1,7 @@
 """Responses of a causal LM to prompts, as token ids.
 
-A model directory's own generation defaults (a top-k of 50, a repetition penalty) never enter. A model in
-training is left as it was: modes, cache, attention, random state.
+A model directory's own generation defaults (a top-k of 50, a repetition penalty) are never used. A model in
+training is left unchanged: modes, cache, attention, random state.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from hafrm.progress import OnProgress, no_progress
 class Sampling:
     """How responses are drawn."""
 
-    max_new_tokens: int  # tokens of a response at most, its end included
-    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
-    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    repetition_penalty: float = 1.0  # divides logits of tokens that are there (arXiv 1909.05858)
+    max_new_tokens: int  # maximum tokens of a response, its end included
+    temperature: float = 1.0  # divides the logits; 0: always the most likely token
+    top_p: float = 1.0  # draw from the most likely tokens that together have this probability
+    repetition_penalty: float = 1.0  # divides logits of tokens already there (arXiv 1909.05858)
 
 
 def sample(  # noqa: PLR0913 - what to draw, how, what ends and pads it, and how to run it
@@ -47,7 +47,7 @@ def sample(  # noqa: PLR0913 - what to draw, how, what ends and pads it, and how
     batch_size: int = 32,
     on_progress: OnProgress = no_progress,
 ) -> list[list[list[int]]]:
-    """For each prompt `num` responses as ids, each up to the first of `ends`, or to the length limit.
+    """For each prompt, `num` responses as ids, each up to the first of `ends` or to the length limit.
 
     The same arguments give the same responses; another batch size gives others. `on_progress` counts
     responses. Raises ModelError when prompt and response exceed the model's length.
@@ -82,7 +82,7 @@ def sample(  # noqa: PLR0913 - what to draw, how, what ends and pads it, and how
             batch = owners[start : start + batch_size]
             written = _generate(model, [prompts[i] for i in batch], config)
             for i, ids in zip(batch, written, strict=True):
-                # behind the first end is padding
+                # after the first end is padding
                 end = next((k for k, token in enumerate(ids) if token in ends), len(ids))
                 responses[i].append(ids[: end + 1])
             on_progress(start + len(batch), len(owners))
@@ -103,9 +103,9 @@ def sampled_ratios(
 ) -> Float[Tensor, " tokens"]:
     """log q - log q_ref (nat, float32) of each token of a response that `sample` drew from the policy.
 
-    q is the policy after penalty, temperature and top-p, q_ref the reference after the same penalty and
-    temperature, both over the tokens that the policy could draw. Their mean estimates a KL: never negative
-    but for noise, and 0 for equal models. log pi - log pi_ref of such draws has a mean below 0.
+    q is the policy after penalty, temperature and top-p; q_ref is the reference after the same penalty and
+    temperature; both are over the tokens that the policy could draw. Their mean estimates a KL: negative
+    only by noise, and 0 for equal models. But log pi - log pi_ref of such draws has a mean below 0.
     """
     model, states = policy
     assert model.policy_head is not None
@@ -116,7 +116,7 @@ def sampled_ratios(
     parts = []
     for start in range(0, len(response), at_once):
         ends = len(prompt) + torch.arange(start, min(start + at_once, len(response)), device=device)
-        # what stands before each token; the first id fills up, a repeated one is penalised once
+        # what precedes each token, filled up with the first id; a repeated id is penalised once
         before = torch.where(torch.arange(len(ids), device=device) < ends[:, None], ids, ids[0])
         own, other = (
             penalty(before, _untempered(m, hidden[start : start + at_once])) / options.temperature
@@ -124,7 +124,7 @@ def sampled_ratios(
         )
         out_of_reach = top_p(before, own).isinf()
         target = ids[ends][:, None]
-        out_of_reach.scatter_(1, target, False)  # rounding may differ from that of the draw
+        out_of_reach.scatter_(1, target, False)  # rounding may differ from the draw's
         log_q, log_ref = (
             z.masked_fill(out_of_reach, float("-inf")).log_softmax(-1).gather(1, target)[:, 0]
             for z in (own, other)
@@ -162,11 +162,11 @@ def _generate(
 
 @contextlib.contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, stock attention and neutral generation defaults for a while."""
+    """Evaluation mode, stock attention and neutral generation defaults in a `with` block."""
     modes = [(module, module.training) for module in model.modules()]
     use_cache = getattr(model.config, "use_cache", None)
     defaults = model.generation_config
-    # transformers fills whatever an explicit config leaves open from the model's own
+    # transformers fills whatever an explicit config leaves open from the model's own config
     model.generation_config = GenerationConfig()
     model.eval()
     try:

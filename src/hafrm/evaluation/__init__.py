@@ -2,7 +2,7 @@
 
 `evaluate(model, data)` scores the data with every head of a model and measures each source;
 `compare_models` tests the difference of two models. Nothing here trains, selects or changes a model.
-Start with `heads`. `metrics` has what is measured; it needs no torch, so that a report can read results
+Start with `heads`. `metrics` defines what is measured; it needs no torch, so that a report can read results
 without it.
 """
 

@@ -1,7 +1,7 @@
 """Comparisons of test data as flat arrays, their margins, and which of two models is better on them.
 
 A comparison that annotators called a tie has no right answer: `decided` leaves it out. If many sets are
-compared, some differ by chance: the p-values are adjusted for their number.
+compared, some differ by chance, so the p-values are adjusted for their number.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ PromptKeys = Shaped[np.ndarray, " comparisons"]
 """Which prompt (any key): the clusters of the intervals."""
 Indices = Int[np.ndarray, " some"]
 Data = str | Path | Iterable[str | Path | Mapping[str, Any]]
-"""One source or several, as `hafrm.data.reader.read_preferences` has them, or a list of rows."""
+"""One source or several, as for `hafrm.data.reader.read_preferences`, or a list of rows."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Comparisons:
 
     @property
     def num_responses(self) -> int:
-        """Responses of all groups: so many scores a model gives."""
+        """Number of responses of all groups, which is the number of scores that a model gives."""
         return sum(len(group.responses) for group in self.groups)
 
     def take(self, indices: Indices) -> "Comparisons":
-        """Those at the given indices."""
+        """The comparisons at the given indices."""
         return Comparisons(self.groups, self.owner[indices], tuple(self.pairs[i] for i in indices))
 
     def decided(self) -> "Comparisons":
-        """Those that are no ties."""
+        """The comparisons that are not ties."""
         return self.take(np.flatnonzero(~self.ties))
 
     def scored_by(self, *scores: Float[np.ndarray, " responses"]) -> "Comparisons":
-        """Those whose responses both have a score from everybody, NaN being none."""
+        """The comparisons whose two responses have a score (not NaN) in each of `scores`."""
         if not scores:
             return self
         have = ~np.isnan(np.stack(scores)).any(0)
@@ -80,7 +80,7 @@ class Comparisons:
         return self.take(np.flatnonzero(have[first[:, None] + sides].all(1)))
 
     def by_source(self) -> dict[str, Indices]:
-        """The indices of each source's comparisons, sources in their order."""
+        """The indices of each source's comparisons; sources keep their order."""
         sources = np.array([self.groups[i].source for i in self.owner], str)
         return {n: np.flatnonzero(sources == n) for n in dict.fromkeys(sources.tolist())}
 
@@ -130,12 +130,12 @@ class Comparisons:
 
     @cached_property
     def rejected_texts(self) -> list[str]:
-        """The other ones."""
+        """The responses that they did not prefer."""
         return [g.responses[pair.rejected] for g, pair in self.with_groups()]
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, "2 comparisons"]:
-        """Of the chosen and the rejected response, in characters."""
+        """Length of the chosen and of the rejected response, in characters."""
         # in tokens, long responses that the model's limit cuts would seem equally long
         return np.array(
             [[*map(len, side)] for side in (self.chosen_texts, self.rejected_texts)], int
@@ -147,14 +147,14 @@ class Comparisons:
 
 
 def response_offsets(groups: Sequence[Group]) -> Int[np.ndarray, " groups_and_end"]:
-    """Index of each group's first response when all responses are counted through, and their number."""
+    """Index of each group's first response among all responses, and the number of all responses."""
     return np.cumsum([0, *(len(group.responses) for group in groups)])
 
 
 def read_comparisons(
     data: Data, max_bad_fraction: float = 0.02, **options: Any
 ) -> tuple[PreferenceData, Comparisons]:
-    """What the data holds, and the comparisons among the groups that have some.
+    """What the data holds, and the comparisons of the groups that have some.
 
     `options` are those of `read_preferences`. Raises DataError if no comparison is decided, and what
     `read_preferences` raises.
@@ -174,10 +174,10 @@ def read_comparisons(
 
 @dataclass(frozen=True, slots=True)
 class SetComparison:
-    """What two sides get right of one source, or of all of them together."""
+    """What two sides get right on one source, or on all sources together."""
 
     name: str
-    num: int  # comparisons that are no ties
+    num: int  # comparisons that are not ties
     first: Estimate  # Accuracy, over all seeds if there are several
     second: Estimate | None = None
     difference: Difference | None = None  # first minus second
@@ -187,7 +187,7 @@ class SetComparison:
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """All sets, and the models on either side."""
+    """All sets, and the models on each side."""
 
     first: tuple[str, ...]
     second: tuple[str, ...]
@@ -214,7 +214,7 @@ def compare_set(
     right: Shaped[np.ndarray, "seeds comparisons"],
     other: Shaped[np.ndarray, "other_seeds comparisons"] | None = None,
 ) -> SetComparison:
-    """One set by the right answers of the models of each side, or of the only side."""
+    """One set's result, from the right answers of the models of each side, or of the only side."""
     first = accuracy_over_seeds(right, prompts)
     if other is None:
         return SetComparison(name, len(prompts), first)
@@ -229,15 +229,15 @@ def compare_correct(
 ) -> Difference:
     """The difference of two [seeds, comparisons] arrays of right answers, which may be weighted (floats).
 
-    With several seeds on both sides the interval is over prompts and seeds; for one model on each side it
-    is the paired bootstrap's over prompts, with McNemar's exact p-value if it applies.
+    With several seeds on both sides, the interval is over prompts and seeds. With one model per side, it is
+    the paired bootstrap's over prompts, with McNemar's exact p-value if it applies.
     """
-    if len(first) > 1:  # McNemar's test knows nothing of seeds
+    if len(first) > 1:  # McNemar's test cannot handle seeds
         return seeded_difference(first, second, prompts)
     estimate = paired_bootstrap(first[0], second[0], prompts)
     if first.dtype == bool and len(np.unique(prompts)) == len(prompts):
         return Difference(estimate, mcnemar(first[0], second[0]))
-    # several comparisons of a prompt are not independent, as McNemar's test takes them to be
+    # several comparisons of a prompt are not independent, as McNemar's test assumes
     gaps = first[0].astype(np.float64) - second[0]
     return Difference(estimate, cluster_p_value(gaps, prompts))
 
@@ -256,7 +256,7 @@ def accuracy_over_seeds(
 
 
 def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:
-    """The sets with Holm's p-values over the sources; "all" is their union and no test of its own."""
+    """The sets with Holm's p-values over the sources; "all" is their union and not another test."""
     # a source may be called "all"; then it is the only one
     tested = [s for s in sets if s.difference and (s.name != "all" or len(sets) == 1)]
     p_values = holm(np.array([s.difference.p_value for s in tested if s.difference])).tolist()

@@ -1,6 +1,6 @@
 """Models scored on the same comparisons by each of their heads: `evaluate` one, `compare_models` several.
 
-A head is a scorer of its own: the reward, and the implicit reward of the policy. One model is in memory
+Each head is a separate scorer: the reward, and the implicit reward of the policy. One model is in memory
 at a time, and no model is changed.
 """
 
@@ -50,7 +50,7 @@ Scores = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How data is read and models are loaded; `evaluate` says what each option means."""
+    """How data is read and models are loaded; `evaluate` explains each option."""
 
     reference: str | Path | None = None
     max_length: int | None = None
@@ -60,14 +60,14 @@ class EvaluationOptions:
     max_prompt_length: int | None = None
 
     def cut_as_trained(self, heads: Heads) -> "EvaluationOptions":
-        """The options with the lengths of the run that the heads lie in, unless a length is given: so its
-        validation, test result, comparison and evaluation see the same text."""
+        """The options with the lengths of the heads' run, unless a length is given, so that its validation,
+        test result, comparison and evaluation see the same text."""
         exported = (heads.reward or heads.policy or Path()).parent
         if self.max_length is not None or exported.name != "model":
             return self
         try:
             data = load_recipe(exported.parent / "recipe.yaml").data
-        except (ConfigError, OSError):  # of another kind of run, or none: the model's own limit
+        except (ConfigError, OSError):  # another kind of run, or none: use the model's own limit
             return self
         limit = longest_sequence(load_config(heads.reward or heads.policy or exported))
         if limit is not None and limit < data.max_length:
@@ -98,7 +98,7 @@ def load_head(heads: Heads, name: str, options: EvaluationOptions) -> Scorer:
 
 
 def scorer_names(heads: Heads) -> list[str]:
-    """The heads that the model has; the first one is what it is used by."""
+    """The heads that the model has; the first one is its main head."""
     folders = {REWARD: heads.reward, IMPLICIT: heads.policy}
     return [name for name, folder in folders.items() if folder is not None]
 
@@ -125,8 +125,8 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     """Metrics of the model on each source and, if there are several, on all together.
 
     `reference` overrides the checkpoint that the policy names. Inputs longer than `max_length` tokens are
-    cut: by default the run's data.max_length, without a run the model's limit. Of a source's rows,
-    `max_bad_fraction` may be left out as bad; `rows` are more arguments of `read_preferences`, such as
+    cut; the default is the run's data.max_length, without a run the model's limit. Up to `max_bad_fraction`
+    of a source's rows may be left out as bad; `rows` are more arguments of `read_preferences`, such as
     `columns`.
 
         result = hafrm.evaluate("run", "test.jsonl")
@@ -160,7 +160,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
 
 
 def _training_data(heads: Heads, data: Data) -> tuple[str, ...]:
-    """Files that the heads' run was trained on, whatever they are called now, each with a warning."""
+    """Files that the heads' run was trained on, even if renamed; logs a warning for each."""
     run = (heads.reward or heads.policy or Path()).parent.parent
     try:
         recipe = load_recipe(run / "recipe.yaml")
@@ -195,7 +195,7 @@ def _score_all_heads(
 
 
 def _load_both(heads: Heads, options: EvaluationOptions) -> PolicyModel | None:
-    """The policy with the reward head on its one backbone; None where the two exports do not share it."""
+    """The policy with the reward head on the same backbone; None if the two exports do not share it."""
     if heads.reward is None or heads.policy is None:
         return None
     policy = load_head(heads, IMPLICIT, options)
@@ -210,9 +210,9 @@ def score_groups(
     done: OnProgress,
     score: Callable[..., Any] | None = None,
 ) -> tuple[NDArray[np.float32], Sequence[TokenizedGroup], EncodingReport]:
-    """A score (by `score_encoded`) for each response of all groups, NaN for those of groups that cannot be
-    encoded; the ids of the others, and the encoder's report. DataError for more such groups than
-    max_bad_fraction."""
+    """(a score by `score_encoded` for each response of all groups, NaN in groups that cannot be encoded;
+    the ids of the other groups; the encoder's report). DataError if more than max_bad_fraction of groups
+    cannot be encoded."""
     tokenized, report = scorer.encoder.encode(groups)
     report.check(groups, options.max_bad_fraction)
     scores = np.asarray((score or scorer.score_encoded)(tokenized, done))
@@ -243,7 +243,7 @@ def compare_models(
     options: EvaluationOptions | None = None,
     on_progress: OnProgress = no_progress,
 ) -> ModelComparison:
-    """Accuracy of each side on each source, and their difference; several models of a side are its seeds.
+    """Accuracy of each side on each source, and their difference; several models on a side are its seeds.
 
     Without a second side the result is the first one's accuracy over its seeds. Raises ConfigError for one
     seed against many, and what `evaluate` raises.

@@ -1,7 +1,7 @@
 """What scores say about a model: accuracy, calibration, temperature, length bias.
 
 Arrays in, frozen results out; NaN means "no data". A scorer is right only if the margin is above zero:
-equal scores are counted, and are not right. Ties stay out of every number except their own.
+equal scores are counted as not right. Ties are left out of every number except their own.
 """
 
 import math
@@ -20,7 +20,7 @@ Lengths = Num[np.ndarray, " comparisons"]
 LENGTH_BANDS = (1.1, 2.0)
 """Longer over shorter: up to the first is about equal, above the second is much longer or shorter."""
 LENGTH_SLICES = ("much shorter", "shorter", "about equal", "longer", "much longer")
-"""The chosen response against the rejected one."""
+"""The length of the chosen response compared with the rejected one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Temperature:
     """The T whose sigmoid(margin / T) fits best; log-loss and ECE on prompts that it was not fitted on."""
 
     value: Real
-    """Above 1: margins too large for their accuracy; infinite: no better than chance; NaN: no best one."""
+    """Above 1: margins too large for their accuracy; infinite: no better than chance; NaN: no optimum."""
     log_loss: tuple[Real, Real]  # as the model is, and with the temperature; ln 2 = 0.693 is chance
     ece: tuple[Real, Real]  # as the model is, and with the temperature
     note: str  # why there is no finite temperature; "" if there is one
@@ -66,7 +66,7 @@ class LengthEffects:
     """What response length alone explains."""
 
     slices: dict[str, Accuracy]
-    """Accuracy by how long the chosen response is against the rejected one: LENGTH_SLICES."""
+    """Accuracy by the length of the chosen response relative to the rejected one: LENGTH_SLICES."""
     pick_longer: Accuracy
     pick_shorter: Accuracy
 
@@ -84,9 +84,9 @@ class PairwiseMetrics:
 
 @dataclass(frozen=True)
 class SetResult(PairwiseMetrics):
-    """One source, or all of them together, by the reward (of a policy alone, the implicit reward).
+    """One source, or all of them together, by the reward (for a policy alone: the implicit reward).
 
-    The implicit reward is there if the model has it beside the reward.
+    `implicit` is set if the model has an implicit reward besides the reward.
     """
 
     name: str
@@ -113,16 +113,16 @@ class Evaluation:
 
     @property
     def accuracy(self) -> Accuracy:
-        """On all comparisons together."""
+        """Accuracy on all comparisons together."""
         return self.sets[-1].accuracy  # "all" is last
 
     @property
     def single_sets(self) -> tuple[SetResult, ...]:
-        """Without the one that is all sources together."""
+        """The sets without "all", the one for all sources together."""
         return self.sets[:-1] or self.sets
 
     def tables(self) -> tuple[Table, ...]:
-        """Accuracy of every set with the length baseline beside it, accuracy by length, both heads."""
+        """Accuracy of every set next to the length baseline, accuracy by length, both heads."""
         has_both = any(result.implicit for result in self.sets)
         heads = [_both_heads(self.sets)] if has_both else []
         return (self._accuracies(), _by_length(self.sets), *heads)
@@ -183,7 +183,7 @@ def pairwise_metrics(comparisons: Comparisons, margins: Margins) -> PairwiseMetr
 
 
 def pairwise_accuracy(margins: Lengths, prompts: PromptKeys | None = None) -> Accuracy:
-    """Fraction of margins above zero, with a 95 % interval that takes prompts as clusters."""
+    """Fraction of margins above zero, with a 95 % interval that treats prompts as clusters."""
     correct = margins > 0
     e = accuracy_interval(correct, prompts)
     counts = int(correct.sum()), int(np.sum(margins == 0))
@@ -195,7 +195,7 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
 
     For the calibration error each comparison counts from both sides, (p, right) and (1 - p, wrong):
     otherwise all labels would be "chosen" and only p = 1 would be calibrated. The bins have equal mass;
-    points of equal p share their labels' mean, so that no order among them matters.
+    points with equal p get the mean of their labels, so that their order does not matter.
     """
     margins = margins.astype(np.float64)
     confidences = np.concatenate([expit(margins), expit(-margins)])  # [2 * comparisons]
@@ -220,7 +220,7 @@ def calibration(margins: Margins, *, num_bins: int = 15) -> Calibration:
 
 
 def temperature(margins: Margins, prompts: PromptKeys) -> Temperature:
-    """Fit on a random half of the prompts, test on the other; NaN if there is only one prompt.
+    """Fitted on a random half of the prompts, tested on the other; NaN if there is only one prompt.
 
     Temperature scaling (Guo et al. 2017, arXiv 1706.04599) for comparisons.
     """
@@ -256,7 +256,7 @@ def fit_temperature(margins: Margins) -> float:
     def slope(s: float) -> float:
         return float(np.mean(-margins * expit(-s * margins)))
 
-    # double the bracket until the slope changes its sign: a wrong margin makes the loss rise in the end
+    # double the bracket until the slope changes its sign: a wrong margin finally makes the loss rise
     high = 1.0 / float(np.abs(margins).max())
     while slope(high) < 0:
         high *= 2

@@ -1,8 +1,8 @@
-"""The checklist: what a reward directory, anybody's, needs so that every consumer gets its scores.
+"""The checklist: what any reward directory needs so that every consumer gets its scores.
 
     python -m hafrm.export.checklist DIR TOLERANCE   # in a process without hafrm's engine
 
-replays golden scores alone and in padded batches, and prints a line of JSON; exit code 1: they differ.
+replays golden scores alone and in padded batches, and prints a line of JSON; exit code 1 if they differ.
 """
 
 import inspect
@@ -30,14 +30,14 @@ from hafrm.export.plain_model import (
 from hafrm.results import Column, Table
 
 Finding = tuple[bool | None, str]
-"""Whether a clause holds (None: it does not apply), and what was observed."""
+"""(whether a clause holds, or None if it does not apply; what was observed)."""
 Check = Callable[[PlainModel], Finding]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _OTHER_HEADS = ("v_head.", "value_head.", "classifier.", "score.bias")
 
 
 class Clause(NamedTuple):
-    """One thing that a reward directory must fulfil, once the clauses that it `needs` hold."""
+    """One condition on a reward directory, checked once the clauses that it `needs` hold."""
 
     name: str
     check: Check
@@ -82,10 +82,10 @@ class Verification:
 def verify_directory(
     path: Path, golden: Path | None = None, *, tolerance: float = TOLERANCE, run_model: bool = True
 ) -> Verification:
-    """Check a reward directory, anybody's, by every clause; without `run_model` by files and text alone.
+    """Check any reward directory by every clause; without `run_model`, only its files and rendered text.
 
     Golden scores are replayed from `golden`, or from the directory's own file if it has one.
-    Raises ModelError when there is no model, DataError for a damaged golden file.
+    Raises ModelError if there is no model, DataError for a damaged golden file.
     """
     if (path / "adapter_config.json").is_file():
         raise ModelError(
@@ -101,9 +101,9 @@ def verify_directory(
 
 
 def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
-    """Check the clauses in order; one whose needs do not hold is not applicable."""
+    """Check the clauses in order; a clause is not applicable if one that it needs does not hold."""
     results: list[ClauseResult] = []
-    # what keeps a clause from being checked: a failed clause, whatever lies between the two
+    # what keeps a clause from being checked: a failed clause, however many lie between the two
     reasons: dict[str, str] = {}
     for name, check, needs in clauses:
         holds: bool | None = None
@@ -125,7 +125,7 @@ def check_clauses(plain: PlainModel, clauses: Sequence[Clause]) -> Verification:
 def replay_directory(directory: Path) -> GoldenReplay:
     """Largest differences to the golden scores, and what else is wrong with the directory."""
     plain = PlainModel(directory, read_golden(directory))
-    # without these a consumer gets other scores and no error; an adapter has no config of its own
+    # if these fail, a consumer gets other scores and no error; an adapter has no config of its own
     names = {"BOS once"}
     if not plain.is_adapter:
         names |= {"one label", "raw reward", "no fresh weights", "pad is not EOS"}
@@ -157,7 +157,7 @@ def _is_classifier(names: Any) -> bool:
 
 
 def _own_code(plain: PlainModel) -> list[str]:
-    # an auto_map asks for trust_remote_code, and some servers run it unasked
+    # an auto_map asks for trust_remote_code, and some servers run it without asking
     names = ("config.json", "tokenizer_config.json")
     maps = [f"auto_map in {name}" for name in names if plain.read_json(name).get("auto_map")]
     return maps + [file.name for file in plain.path.rglob("*.py")]
@@ -180,10 +180,10 @@ def _head_without_bias(plain: PlainModel) -> Finding:
 
 
 def _rotary_settings(plain: PlainModel) -> Finding:
-    # without the old names transformers 4 uses other frequencies, and says nothing (vllm#42624)
+    # without the old names transformers 4 silently uses other frequencies (vllm#42624)
     for config in (plain.config, plain.text_config):
         for key, value in old_rotary_keys(config).items():
-            # 10,000 is what version 4 takes where nothing is said, for most classes
+            # 10,000 is version 4's default for most classes
             theirs = config.get(key, 10000.0 if key == "rope_theta" else None)
             if theirs != value:
                 return False, f"{key} is {value}, but {theirs} for transformers 4"
@@ -202,7 +202,7 @@ def _chat_template(plain: PlainModel) -> Finding:
 
 def _no_date(plain: PlainModel) -> Finding:
     template = str(plain.tokenizer.chat_template)
-    # The macro hides the clock that transformers offers. 1 and 31 differ as text and as numbers.
+    # The macro overrides the clock that transformers offers. 1 and 31 differ as text and as numbers.
     clock = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"
     first, second = (plain.render(PROBES[0], clock.format(d) + template) for d in (1, 31))
     return first == second, "the same" if first == second else "the template writes a date"
@@ -212,7 +212,7 @@ def _pad_is_not_eos(plain: PlainModel) -> Finding:
     # transformers skips trailing pads, servers do not: with pad = EOS it reads one token early
     # (transformers#35352, RLHFlow#49)
     pad, theirs = plain.text_config.get("pad_token_id"), plain.tokenizer.pad_token_id
-    if pad is None:  # where a nested config leaves it to the outer one
+    if pad is None:  # if a nested config leaves it to the outer one
         pad = plain.config.get("pad_token_id")
     ends = plain.ends
     right = pad is not None and pad == theirs and pad not in ends
@@ -225,7 +225,7 @@ def _ids_have_embeddings(plain: PlainModel) -> Finding:
 
 
 def _bos_once(plain: PlainModel) -> Finding:
-    # pipelines add special tokens, TRL and OpenRLHF do not: to a BOS of the template's a second one comes
+    # pipelines add special tokens, TRL and OpenRLHF do not: the template's BOS would get a second one
     for text in plain.texts:
         added, bare = (plain.ids(text, add_special_tokens=special) for special in (True, False))
         if added != bare:
@@ -256,7 +256,7 @@ def _refused_inputs(plain: PlainModel) -> set[str]:
 
 
 def _finite_scores(plain: PlainModel) -> Finding:
-    # float16, which reward-bench runs, overflows where float32 did not
+    # reward-bench runs float16, which overflows where float32 does not
     low, high = float(plain.alone.min()), float(plain.alone.max())
     is_finite = bool(torch.isfinite(plain.alone).all())
     return is_finite, f"{len(plain.alone)} rewards from {low:.4g} to {high:.4g}"
@@ -316,7 +316,7 @@ _LOADABLE = ("one label", "stock code", "safetensors only", "not quantised", "he
 _TEXTS = ("BOS once", "ends in EOS", "no date in the template")
 CLAUSES = (
     *_ON_FILES_AND_TEXT,
-    # transformers initialises what it misses at random, with a warning only (ms-swift#6129)
+    # transformers initialises missing weights at random, with only a warning (ms-swift#6129)
     Clause("no fresh weights", _none("at random", _fresh_weights), (*_CLASSIFIER, *_LOADABLE)),
     # vLLM refuses a file with an LM head (vllm#21176)
     Clause("nothing left over", _none("surplus", lambda p: p.loaded[1]["unexpected_keys"]), _MODEL),
@@ -330,7 +330,7 @@ CLAUSES = (
     Clause("batch 1 = batch N", lambda p: _within(p, p.score(p.texts), p.alone), _SCORES),
     Clause("golden scores", _golden_scores, ("last token", *_TEXTS)),
 )
-"""In the order of checking: a clause comes after those that it needs."""
+"""In the order in which they are checked: a clause comes after those that it needs."""
 
 _FIXES = {
     "sequence classifier": "save it by AutoModelForSequenceClassification, or hafrm export it again",

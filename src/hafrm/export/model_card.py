@@ -1,4 +1,4 @@
-"""The README of an exported model, from its run folder's files: written again once test sets are scored."""
+"""The README of an exported model, from its run folder's files; rewritten once test sets are scored."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ def write_cards(run: Path, exports: Mapping[str, Path] | None = None) -> None:
     for head, directory in exports.items():
         if not directory.is_dir():
             continue
-        # results that were scored with the policy alone have its implicit reward in the main place
+        # results scored only with the policy have its implicit reward as the main score
         is_main = (head == "reward") == (tested.get("scored_with") != "implicit reward")
         sets = [(s["name"], s if is_main else s["implicit"]) for s in tested.get("sets", ())]
         results = _results([(name, metrics) for name, metrics in sets if metrics])
@@ -81,7 +81,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _front_matter(recipe: Mapping[str, Any], head: str) -> str:
-    """What the hub reads."""
+    """The metadata that the hub reads."""
     tasks = {"reward": "text-classification", "policy": "text-generation"}
     words = ["reward-model"] * (head == "reward") + ["hafrm", str(recipe["method"]["name"])]
     front = f"library_name: transformers\npipeline_tag: {tasks[head]}\ntags: [{', '.join(words)}]\n"

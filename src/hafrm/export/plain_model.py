@@ -1,6 +1,6 @@
 """A reward directory as plain transformers sees it: files, golden scores, tokenizer, model and scores.
 
-hafrm's engine takes no part, so these scores are any consumer's. No code of the directory is run and no
+hafrm's engine is not involved, so any consumer gets these scores. No code in the directory is run and no
 pickle is read.
 """
 
@@ -30,7 +30,7 @@ GOLDEN = "golden_scores.jsonl"
 TOLERANCE = 1e-4
 """Relative to max(1, |reward|), float32: a padded batch of a deep model against one text at a time."""
 BATCH_SIZE = 16
-"""Texts that are scored in one padded batch; the checklist scores as many."""
+"""Number of texts that are scored in one padded batch, and by the checklist."""
 Side = Literal["left", "right"]
 _TURNS = (
     ("Say yes.", "No."),
@@ -47,7 +47,7 @@ PROBES = tuple(
 
 
 class GoldenLine(BaseModel):
-    """One conversation and its reward: an object of JSON in a line of the golden file."""
+    """One conversation and its reward: a JSON object on one line of the golden file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,7 +65,7 @@ class GoldenLine(BaseModel):
 
 
 def read_golden(path: Path) -> list[GoldenLine]:
-    """The lines of a golden file, or of the one in a directory; DataError for a damaged one."""
+    """The lines of a golden file, or of the one in a directory; DataError if it is damaged."""
     file = path / GOLDEN if path.is_dir() else path
     try:
         texts = file.read_text(encoding="utf-8").splitlines()
@@ -100,15 +100,15 @@ def device_for(num_weights: int) -> torch.device:
 
 
 def num_threads() -> int:
-    """Of the CPU, for a proof."""
-    # torchrun sets OMP_NUM_THREADS=1 for each rank, and the others have ended when the proof runs
+    """Number of CPU threads for a proof."""
+    # torchrun sets OMP_NUM_THREADS=1 for each rank, but the other ranks have ended when the proof runs
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return torch.get_num_threads()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` under the names that transformers 4 reads; empty without them."""
+    """`rope_parameters` under the names that transformers 4 reads; empty if there are none."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}
@@ -137,13 +137,13 @@ def write_for_older_readers(directory: Path) -> None:
 
 
 def old_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with version 4's names for rotary settings and dtype beside 5's, nested configs too."""
+    """The config with version 4's names for rotary settings and dtype beside 5's, in nested configs too."""
     result = {
         key: old_config(value) if key.endswith("_config") and isinstance(value, Mapping) else value
         for key, value in config.items()
     }
     dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
-    # without them version 4 takes its class's default base, and says nothing (vllm-project/vllm#42624)
+    # without them version 4 silently uses its class's default base (vllm-project/vllm#42624)
     return old_rotary_keys(config) | dtype | result
 
 
@@ -152,7 +152,7 @@ def old_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(config)
     if result.get("tokenizer_class") == "TokenizersBackend":
         result["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # or version 4's class adds token_type_ids, which decoders refuse
+        # else version 4's class adds token_type_ids, which decoders refuse
         result.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(result.get("extra_special_tokens"), list):
         # not under both keys: version 5 would then drop them (huggingface/transformers#47838)
@@ -166,14 +166,14 @@ def largest_difference(values: Float[Tensor, " texts"], expected: Float[Tensor, 
 
 
 class GoldenReplay(NamedTuple):
-    """What replaying golden scores gave."""
+    """The result of replaying golden scores."""
 
-    differences: dict[str, float]  # the largest, by the way of scoring: alone, padded right or left
+    differences: dict[str, float]  # the largest by way of scoring: alone, padded right or left
     faults: list[str]  # why the scores cannot be compared
 
 
 class PlainModel:
-    """A directory's parts; ModelError for a part that cannot be read."""
+    """The parts of a directory; ModelError for a part that cannot be read."""
 
     def __init__(
         self, path: Path, golden: Sequence[GoldenLine] = (), tolerance: float = TOLERANCE
@@ -182,7 +182,7 @@ class PlainModel:
         self.is_adapter = (path / "adapter_config.json").is_file()
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a file of the directory; empty without such a file."""
+        """The object in a file of the directory; empty if there is no such file."""
         file = self.path / name
         try:
             return dict(json.loads(file.read_bytes())) if file.is_file() else {}
@@ -265,7 +265,7 @@ class PlainModel:
 
     @property
     def texts(self) -> list[str]:
-        """The conversations that are scored, rendered: some golden ones, or PROBES."""
+        """The conversations to score, rendered: some golden ones, or PROBES."""
         return self.golden_texts[:BATCH_SIZE] or [self.render(probe) for probe in PROBES]
 
     @cached_property
@@ -281,7 +281,7 @@ class PlainModel:
     def score(
         self, texts: Sequence[str], side: Side = "right", *, positions: bool = True
     ) -> Float[Tensor, " texts"]:
-        """The rewards of one padded batch; `positions`: counted from each text's first real token."""
+        """The rewards of one padded batch; `positions`: count them from each text's first real token."""
         model = self.loaded[0]
         batch = self._batch(texts, side)
         stock = model.get_base_model() if self.is_adapter else model
@@ -293,7 +293,7 @@ class PlainModel:
 
     @torch.no_grad()
     def scores_by_hand(self) -> Float[Tensor, " texts"]:
-        """The head's products with the hidden state of each literal last token, as servers compute them."""
+        """The head applied to the hidden state of each literal last token, as servers compute rewards."""
         model, batches = self.loaded[0], (self._batch([text], "right") for text in self.texts)
         hidden = [model.base_model(**batch).last_hidden_state[:, -1] for batch in batches]
         return torch.cat([model.score(state)[:, 0].float().cpu() for state in hidden])

@@ -1,7 +1,7 @@
-"""Proofs that a saved model scores as the model in memory did before it was saved.
+"""Proofs that a saved model gives the same scores as the model in memory did before it was saved.
 
-`score_in_memory` records the scores, `write_golden` compares the export's and stores them beside it, and
-`check_golden` has a fresh process with plain transformers repeat them.
+`score_in_memory` records the scores, `write_golden` compares the export's scores with them and stores those
+beside it, and `check_golden` repeats them in a fresh process with plain transformers.
 """
 
 import json
@@ -34,18 +34,18 @@ log = logging.getLogger("hafrm")
 T = TypeVar("T")
 
 HALF_TOLERANCE = 0.1
-"""Of log-probs, where the model in memory or the stored weights are in half precision."""
+"""Tolerance of log-probs if the model in memory or the stored weights are in half precision."""
 LEAST_SCATTER = 0.02
-"""What rounding to half precision may scatter rewards by, however alike they are."""
+"""By how much rounding to half precision may scatter rewards, however similar they are."""
 _QUESTION = Message("user", "What is the capital of France?")
 PLAIN = Group("plain", (_QUESTION,), ("The capital of France is Paris.", "No."))
-"""Always recorded too: a run's data may hold no conversation that tokenizes like a consumer's text."""
+"""Always included: a run's data may have no conversation that tokenizes like a consumer's text."""
 
 
 def prove(unverified: Path, directory: Path, check: Callable[[Path], T], again: str) -> T:
     """What `check` returns for an export, which is renamed to `directory` if it passes, and else stays.
 
-    Raises VerificationError for whatever `check` raises; `again` says how to repeat it.
+    Raises VerificationError for anything that `check` raises; `again` says how to repeat it.
     """
     try:
         result = check(unverified)
@@ -69,11 +69,11 @@ class InMemory:
 
     def check_rewards(self, directory: Path, rewards: NDArray[np.float32]) -> float:
         """The largest difference of a saved model's rewards, relative to max(1, |reward|); NumericsError
-        beyond the tolerance.
+        above the tolerance.
 
-        In half precision, where weights round away a part of what adapters add to them, it is the standard
-        deviation of the differences, of which half that of the rewards is tolerated. All rewards may move
-        alike: they are defined up to a constant.
+        In half precision, where rounding loses a part of what adapters add to weights, it is the standard
+        deviation of the differences; up to half that of the rewards is tolerated. All rewards may move by
+        the same amount: they are defined up to a constant.
         """
         expected = self.scores.rewards
         if expected is None:
@@ -94,8 +94,8 @@ class InMemory:
         return _within(max(LEAST_SCATTER, spread / 2), scatter, directory)
 
     def check_logps(self, directory: Path, logps: NDArray[np.float64]) -> float:
-        """The largest difference of a saved model's log-probs in nat per token, in half precision the root
-        of its mean square; NumericsError beyond the tolerance."""
+        """The largest difference of a saved model's log-probs in nat per token (in half precision, the root
+        mean square of the differences); NumericsError above the tolerance."""
         if self.scores.logps is None:
             return 0.0
         differences = np.abs(logps - self.scores.logps) / self.scores.lengths
@@ -108,7 +108,7 @@ class InMemory:
 
 
 def _within(tolerance: float, difference: float, directory: Path) -> float:
-    if not difference <= tolerance:  # as of a NaN
+    if not difference <= tolerance:  # also for NaN
         raise NumericsError(
             f"{directory} does not give the scores that the model in memory gave: they differ by "
             f"{difference:.2g} (tolerated {tolerance:.2g})"
@@ -124,8 +124,8 @@ def score_in_memory(
     max_tokens: int,
     autocast: torch.dtype | None,
 ) -> InMemory:
-    """What a model gives golden conversations of up to `max_tokens` tokens, and a built-in one; all ranks
-    call."""
+    """A model's scores of golden conversations of up to `max_tokens` tokens, and of a built-in one; all
+    ranks call this."""
     groups = [*groups, PLAIN]
     longest = min(max_tokens, longest_sequence(model.backbone.config) or max_tokens)
     encoded, report = Encoder(encoder.tokenizer, max_length=longest).encode(groups)
@@ -137,9 +137,9 @@ def score_in_memory(
 def write_golden(directory: Path, memory: InMemory) -> int:
     """Score the golden conversations with the exported weights; returns the number of golden lines.
 
-    Conversations with special tokens in their text, and those cut, are left out, because a consumer that
-    renders and tokenizes them gets other ids. Raises NumericsError when that leaves none, and where the
-    rewards are not those in memory.
+    Conversations with special tokens in their text, and those that were cut, are left out, because a
+    consumer that renders and tokenizes them gets other ids. Raises NumericsError if none is left, or if the
+    rewards differ from those in memory.
     """
     torch.set_num_threads(num_threads())
     free_memory()
@@ -170,7 +170,7 @@ def write_golden(directory: Path, memory: InMemory) -> int:
 def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Largest differences of plain transformers' scores, alone and padded right and left.
 
-    Raises NumericsError when they exceed the tolerance, or the directory gives consumers other scores.
+    Raises NumericsError if they exceed the tolerance, or if the directory gives consumers other scores.
     """
     # -P: modules of the current directory must not be imported
     command = [sys.executable, "-P", "-m", "hafrm.export.checklist", str(directory), str(tolerance)]
@@ -194,8 +194,8 @@ def check_golden(directory: Path, tolerance: float = TOLERANCE) -> dict[str, flo
 
 @torch.no_grad()
 def check_policy(directory: Path, memory: InMemory) -> tuple[int, float]:
-    """Number of responses whose log-probs plain transformers gives as the model in memory did, and the
-    largest difference, as `InMemory.check_logps` measures it."""
+    """(number of responses whose log-probs plain transformers reproduces, largest difference from the model
+    in memory as `InMemory.check_logps` measures it)."""
     torch.set_num_threads(num_threads())
     free_memory()
     stock = AutoModelForCausalLM.from_pretrained(

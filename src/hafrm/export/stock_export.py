@@ -40,17 +40,17 @@ _ADAPTER = "default"  # PEFT's name of the one adapter
 def export_reward(
     model: HybridModel, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias; all ranks of a
-    sharded model call, and each weight is whole when its turn comes alone.
+    """Write the stock sequence classifier: backbone and `score.weight` [1, hidden], no bias. All ranks of a
+    sharded model call this; only one weight at a time is whole.
 
-    Raises ModelError if transformers has no such classifier, or it cannot hold the model.
+    Raises ModelError if transformers has no such classifier, or if it cannot hold the model.
     """
     if model.reward_head is None:
         raise ModelError("this model has no reward head to export; export its policy instead")
     config = with_dropout(model.backbone.config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: "LABEL_0"}, {"LABEL_0": 0}
-    config.problem_type = "regression"  # or servers apply a sigmoid
+    config.problem_type = "regression"  # else servers apply a sigmoid
     stock = _stock(AutoModelForSequenceClassification, config, encoder, dtype)
     _write(stock, model.backbone, ("score", model.reward_head), encoder, directory)
 
@@ -58,7 +58,7 @@ def export_reward(
 def export_policy(
     model: HybridModel, encoder: Encoder, directory: Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the stock causal LM: backbone and retained LM head; otherwise as `export_reward`."""
+    """Write the stock causal LM: backbone and LM head; otherwise like `export_reward`."""
     head = model.policy_head
     if head is None:
         raise ModelError("this model has no policy head to export; export its reward model instead")
@@ -66,7 +66,7 @@ def export_policy(
     embeddings: Any = model.backbone.get_input_embeddings().weight
     if config.tie_word_embeddings and head.weight is not embeddings:
         differ = _full((head.weight != embeddings).any())
-        # a head of its own under a config that says tied, as merged adapters leave it: tying loses it
+        # an untied head under a config that says tied, as merged adapters leave it: tying would lose it
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = not differ.item()
     stock = _stock(AutoModelForCausalLM, config, encoder, dtype)
@@ -75,7 +75,7 @@ def export_policy(
         with contextlib.suppress(OSError, ValueError):
             name = config._name_or_path
             generation = GenerationConfig.from_pretrained(name, trust_remote_code=False)
-        # else plain `generate` writes on past the end of a turn
+        # else plain `generate` does not stop at the end of a turn
         ends = encoder.turn_ends(generation)
         stock.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     names = {module: name for name, module in stock.named_modules()}
@@ -86,7 +86,7 @@ def export_policy(
 def export_adapter(
     model: HybridModel, encoder: Encoder, directory: Path, base: str, revision: str | None
 ) -> None:
-    """Write the reward model's adapters to `base` and its head in float32, as PEFT loads them."""
+    """Write the reward model's adapters to `base`, and its head, in float32, as PEFT loads them."""
     layers = {n: m for n, m in model.backbone.named_modules() if isinstance(m, LoraLayer)}
     weights = {
         f"{model.backbone.base_model_prefix}.{name}.{part}.weight": getattr(layer, part)[_ADAPTER]
@@ -129,12 +129,12 @@ def _full(weight: Tensor) -> Tensor:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """All of it, on the main rank's CPU; others, which must call too, get it on the meta device."""
+    """The full weight, on the main rank's CPU; other ranks must call this too, and get a meta tensor."""
     return _full(weight).to("cpu" if _is_main() else "meta")
 
 
 def _read_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """A weight under its name from before adapters, with one W + scaling * B A in float32, cast."""
+    """A weight, by its name before adapters; W + scaling * B A is summed in float32, then cast."""
     path, _, leaf = name.rpartition(".")
     layer: Any = module.get_submodule(path)
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
@@ -171,7 +171,7 @@ def _write(
     encoder: Encoder,
     directory: Path,
 ) -> None:
-    """Write the weights of `backbone` and `head` as `stock`, which has none itself, has them in files."""
+    """Write the weights of `backbone` and `head` in the files' form of `stock`, which has none itself."""
     sources: dict[str, tuple[nn.Module, str]] = {}
     for prefix, module in ((stock.base_model_prefix, backbone), head):
         for n in module.state_dict():
@@ -189,7 +189,7 @@ def _write(
 
     def values() -> Iterator[Tensor]:
         for weights in map(dict, read):
-            half = stock.dtype == torch.float16  # whose largest number is 65,504
+            half = stock.dtype == torch.float16  # its largest number is 65,504
             if over := [name for name, w in weights.items() if half and not w.isfinite().all()]:
                 raise ModelError(f"{over[:4]} do not fit into float16; export bfloat16 or float32")
             yield from revert_weight_conversion(stock, weights).values()
@@ -204,11 +204,11 @@ def _write(
                 encoder.export_tokenizer(aside)
                 write_for_older_readers(aside)
     finally:
-        collections.deque(read, maxlen=0)  # what the other ranks gather
+        collections.deque(read, maxlen=0)  # the other ranks only gather
 
 
 def _stored_tensors(stock: PreTrainedModel) -> list[tuple[list[str], dict[str, Tensor]]]:
-    """Weights, one each where that can be, and the tensors on the meta device that they are in files."""
+    """(weights, one each if possible; the tensors, on the meta device, that they become in files)."""
     state = remove_tied_weights_from_state_dict(stock.state_dict(), stock)
     files = revert_weight_conversion(stock, state)
     if files is state:

@@ -1,4 +1,4 @@
-"""What a reader should be careful about: checks of typed results and their intervals, as sentences."""
+"""What a reader should be careful about: sentences from checks of typed results and their intervals."""
 
 import math
 from collections.abc import Iterator

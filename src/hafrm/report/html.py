@@ -26,7 +26,7 @@ class Strips:
 
     table: Table
     column: str
-    reference: float = 0.5  # where every row has a line
+    reference: float = 0.5  # where every row shows a line
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Plots:
     """Plots side by side, with one key for all of them."""
 
     plots: tuple[Plot, ...]
-    key: tuple[tuple[str, int], ...] = ()  # names with their colours, where there are several
+    key: tuple[tuple[str, int], ...] = ()  # names with their colours, if there are several
     note: str = ""
 
 
 def drawn(
     plots: Iterable[Plot | None], key: tuple[tuple[str, int], ...] = (), note: str = ""
 ) -> tuple[Plots, ...]:
-    """The plots that have something to draw, as one block; none without any."""
+    """The plots that have something to draw, as one block; no block if there are none."""
     shown = tuple(plot for plot in plots if plot is not None)
     return (Plots(shown, key, note),) if shown else ()
 
@@ -56,7 +56,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Details:
-    """What is shown when it is opened."""
+    """Blocks that are shown once this is opened."""
 
     title: str
     blocks: "tuple[Block, ...]"
@@ -80,7 +80,7 @@ class PageSection:
 def render_page(
     sections: Sequence[PageSection], *, names: Sequence[str], by: str, colours: Mapping[str, int]
 ) -> str:
-    """The page as HTML; a cell whose text is a key of `colours` gets a dot of that colour."""
+    """The page as HTML; a cell whose text is in `colours` gets a dot of that colour."""
     environment = Environment(
         loader=PackageLoader("hafrm.report", "."),
         autoescape=True,
@@ -126,7 +126,7 @@ class Axis:
         return [(self.place(t), f"{round(t * self.scale, 10):g}") for t in self.ticks]
 
     def place(self, value: float) -> str:
-        """Where a value is; beyond the ends, at the end."""
+        """The place of a value; values beyond an end are placed at that end."""
         low, high = self.ticks[0], self.ticks[-1]
         return f"{100 * min(1.0, max(0.0, (value - low) / (high - low))):.2f}%"
 
@@ -143,7 +143,7 @@ class HtmlCell:
 
 
 def _lay_out(block: Table | Strips, colours: Mapping[str, int]) -> dict[str, Any]:
-    """What the template writes of a table: its rows in named groups, "" where it has none."""
+    """What the template needs of a table: its rows in groups by name, "" if there are no groups."""
     table = block if isinstance(block, Table) else block.table
     columns = [*zip(*table.rows, strict=True)] or [()] * len(table.columns)
     is_estimate = [any(isinstance(cell, Estimate) for cell in cells) for cells in columns]

@@ -1,4 +1,4 @@
-"""`hafrm report`: folders in, one self-contained page out. Nothing is fetched, and no script is in it.
+"""`hafrm report`: folders in, one self-contained page out, which fetches nothing and contains no script.
 
 Its content security policy forbids any connection: even text that was not escaped could load nothing.
 """
@@ -24,8 +24,7 @@ def missing_packages() -> list[str]:
 def write_report(folders: Sequence[Path], out: Path) -> int:
     """Write the page about the folders to `out`; returns its size in bytes.
 
-    Raises ConfigError where the extra is not installed, CheckpointError for a folder that holds nothing
-    to report.
+    Raises ConfigError if the extra is not installed, CheckpointError for a folder with nothing to report.
     """
     missing = missing_packages()
     if missing:
@@ -37,7 +36,7 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
 
 
 def render_material(material: Material) -> str:
-    """The page as HTML; a section appears where its data is there."""
+    """The page as HTML; a section appears if there is data for it."""
     # these need the extra
     from hafrm.report import result_sections as of_results  # noqa: PLC0415
     from hafrm.report import run_sections as of_runs  # noqa: PLC0415

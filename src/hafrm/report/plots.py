@@ -24,9 +24,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from hafrm.statistics import Estimate
 
 WIDTH, HEIGHT = 310, 190
-"""Of a plot, in pixels: a phone shows one at this size, a wide page three side by side."""
+"""Size of a plot in pixels: a phone shows one at this size, a wide page three side by side."""
 NUM_COLOURS = 7  # as many as the style sheet has for runs and models
-MAX_POINTS = 300  # a line with more points than a plot has pixels is averaged down to so many
+MAX_POINTS = 300  # a line with more points than a plot has pixels is averaged down to this many
 FAINT = (0.5, 0.5, 0.5, 0.35)  # grey of rules and reference lines, on light and on dark paper
 
 SETTINGS: dict[Any, Any] = {
@@ -107,7 +107,7 @@ def estimates(
 
 
 def chart(title: str, series: Sequence[Series], scale: AxisScale, unit: str = "") -> Plot | None:
-    """A plot of all series that have a finite point; None without any."""
+    """A plot of all series that have a finite point; None if there is none."""
     shown = [_thinned(s) for s in series if np.isfinite(np.asarray(s.y, float)).any()]
     if not shown:
         return None
@@ -210,7 +210,7 @@ def _svg(title: str, fill: Callable[[Axes], None]) -> Markup:
     drawn = file.getvalue().decode("utf-8")
     # before the figure are metadata and a style that would apply to the whole page
     inside = drawn[drawn.index('<g id="figure_1">') : drawn.rindex("</svg>")]
-    # ids of markers and clip paths occur in every plot: each plot gets a prefix of its own
+    # ids of markers and clip paths occur in every plot: each plot gets its own prefix
     prefix = hashlib.sha256((title + inside).encode("utf-8", "replace")).hexdigest()[:8]
     inside = re.sub(r'<g id="class:([^"]*)">', r'<g class="\1">', inside)
     inside = re.sub(r'<g id="[^"]*">', "<g>", inside).replace("xlink:href", "href")

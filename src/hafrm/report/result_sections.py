@@ -1,6 +1,6 @@
 """Sections about results: evaluations, diagnoses, studies, best of n, RLHF policies; texts to read.
 
-The docstring of each is the sentence above it on the page.
+The page shows each section's docstring above it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,11 @@ from hafrm.statistics import Estimate, wilson
 from hafrm.study.study_result import Contrast
 
 MAX_TEXTS = 20  # of one kind from one folder
-MAX_ROWS = 24  # of a table that is shown without being opened
+MAX_ROWS = 24  # of a table that is shown unfolded
 
 
 def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResult]]]:
-    """Test sets by their name on the page, each with the runs that were evaluated on it."""
+    """Test sets by their name on the page, with the runs that were evaluated on each."""
     pairs = [(run, s) for run in material.folders if run.evaluation for s in run.evaluation.sets]
     names = short_sources(list(dict.fromkeys(s.name for _, s in pairs)))
     result: dict[str, list[tuple[RunFiles, SetResult]]] = {name: [] for name in names.values()}
@@ -219,7 +219,7 @@ def _samples(folder: RunFiles) -> Iterator[Details]:
 
 
 def _passage(note: str, texts: Sequence[tuple[str, str]]) -> Details:
-    """Texts that open by the beginning of the first one."""
+    """Folded texts, titled by the beginning of the first one."""
     line = " ".join(texts[0][1].split())
     title = line if len(line) <= 90 else line[:89].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
     return Details(title, (Text(tuple((name, cut_text(text)) for name, text in texts)),), note)

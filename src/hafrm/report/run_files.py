@@ -1,4 +1,4 @@
-"""What lies in the folders that a page is about, read into typed results. No model is loaded.
+"""The contents of the folders that a page is about, read into typed results. No model is loaded.
 
 Any file may be absent; a folder with none of them, or a file that is not what its name says, is an error.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RESULTS = {
     "test.json": ("evaluation", "evaluation.metrics:Evaluation", "train --resume"),
-    # what was asked for later, in the place of the run's own test
+    # an evaluation requested later replaces the run's own test
     "evaluation.json": ("evaluation", "evaluation.metrics:Evaluation", "evaluate"),
     "benchmarks.json": ("benchmarks", "benchmarks.benchmark_scores:BenchmarkResults", "evaluate"),
     "diagnostics.json": ("diagnosis", "diagnostics.diagnosis:Diagnosis", "evaluate --diagnose"),
@@ -36,7 +36,7 @@ RESULTS = {
     "best_of_n.json": ("best_of_n", "best_of_n.picks:BestOfN", "best-of-n"),
     "rlhf_comparison.json": ("rlhf_comparison", "rlhf.policy_comparison:RlhfComparison", "rlhf"),
 }
-"""By file: its field of `RunFiles`, its type (imported when the file is there), the verb that writes it."""
+"""By file: its field of `RunFiles`, its type (imported if the file is there), the verb that writes it."""
 FILES = ("metrics.jsonl", "samples.jsonl", *RESULTS)
 
 
@@ -99,7 +99,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """One folder, read; None and () where a file is absent."""
+    """The contents of one folder; None or () for an absent file."""
 
     name: str = ""  # the shortest end of its path that no other folder has
     recipe: Recipe | None = None  # of a reward model's run
@@ -168,7 +168,7 @@ def _read_files(path: Path) -> RunFiles:
     unreadable: list[str] = []
 
     def read(file: str, parse: Callable[[Path], Any], verb: str = "") -> Any:
-        # what another version wrote must not cost the rest of the page
+        # a file of another version must not prevent the rest of the page
         try:
             return parse(path / file) if (path / file).is_file() else None
         except (HafrmError, ValueError, KeyError, TypeError) as error:
@@ -222,7 +222,7 @@ def short_paths(paths: Sequence[Path]) -> list[str]:
 
 
 def short_sources(sources: Sequence[str]) -> dict[str, str]:
-    """What the page calls data sources: without folder and ending, unless two would be the same."""
+    """Names of data sources on the page: without folder and ending, unless two would be the same."""
     names = {}
     for source in sources:
         file, mark, options = source.rpartition("/")[2].partition("#")

@@ -1,6 +1,6 @@
 """Sections about runs: the summary, training curves, RLHF curves, provenance.
 
-The docstring of each but the summary is the sentence above it on the page.
+The page shows each section's docstring, except the summary's, above it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ def summary_section(material: Material) -> Iterator[Block]:
 
 def _headline(material: Material) -> Iterator[Text]:
     evaluations = [run.evaluation for run in material.folders if run.evaluation]
-    if len(evaluations) == 1:  # several are side by side in the next section
+    if len(evaluations) == 1:  # several are shown side by side in the next section
         (evaluation,) = evaluations
         first, *others = evaluation.single_sets
         names = short_sources([first.name, *(other.name for other in others)])
@@ -114,7 +114,7 @@ def rlhf_section(material: Material) -> Iterator[Block]:
     for title, name in (("Reward over KL", "reward"), ("Gold reward over KL", "gold")):
         series = []
         for run in runs:
-            # batches are noisy: held-out prompts where there are any
+            # batches are noisy: use held-out prompts if there are any
             records = run.records("held-out") or run.records("rlhf")
             points = [r for r in records if {"kl", name} <= r.values.keys()]
             series.append(_series(run, points, name, material, x="kl"))

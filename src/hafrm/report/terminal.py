@@ -14,7 +14,7 @@ from hafrm.results import Table
 from hafrm.statistics import Estimate
 
 FILE_WIDTH = 120
-"""Columns of a file or a pipe, which has no width of its own; rich's 80 would cut tables."""
+"""Width for a file or a pipe, which has none of its own; rich's 80 columns would cut tables."""
 
 
 def print_tables(tables: Iterable[Table], console: Console | None = None) -> None:
@@ -39,7 +39,7 @@ def _to_rich(table: Table, *, is_stacked: bool) -> RichTable:
     result.show_header = any(column.name for column in table.columns)
     for column in table.columns:
         is_text = column.kind == "text"
-        # headings and intervals must not be torn inside; text may be
+        # headings and intervals must not be broken; text may be
         name = column.name if is_text or not is_stacked else column.name.replace(" ", "\n")
         side: Literal["left", "right"] = "left" if is_text else "right"
         result.add_column(Text(name), justify=side, no_wrap=not is_text, overflow="fold")

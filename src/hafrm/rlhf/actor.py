@@ -1,6 +1,6 @@
-"""A policy in RLHF: one set of weights that writes and is measured, its frozen start, and its prompts.
+"""A policy in RLHF: one set of weights for sampling and log-probs, its frozen start, and its prompts.
 
-The stock causal LM writes; the HybridModel around the same weights gives log-probs of packed sequences.
+The stock causal LM samples; the HybridModel around the same weights gives log-probs of packed sequences.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """A prompt and the responses that a policy wrote to it; a layout takes it as it is."""
+    """A prompt and the responses that a policy wrote to it; can be laid out as it is."""
 
     prompt: Prompt
-    response_ids: tuple[NDArray[np.int32], ...]  # with their end where the policy ended by itself
+    response_ids: tuple[NDArray[np.int32], ...]  # with their end if the policy ended by itself
     texts: tuple[str, ...]
     ended: tuple[bool, ...]
 
@@ -58,7 +58,7 @@ class Rollout:
 
 def encode_prompts(groups: Sequence[Group], encoder: Encoder, data: PromptSection) -> list[Prompt]:
     """The prompts of at most `data.max_prompt_length` tokens; none is cut, since half a question is another
-    one. DataError where the template refuses more than `data.max_bad_fraction` of them."""
+    question. DataError if the template refuses more than `data.max_bad_fraction` of them."""
     encoded, report = encoder.encode_prompts(groups)
     report.check(groups, data.max_bad_fraction)
     groups = [group for i, group in enumerate(groups) if i not in report.refused]
@@ -82,7 +82,7 @@ def write_responses(
     *,
     seed: int,
 ) -> list[Rollout]:
-    """`num` responses to each prompt; the same weights, prompts and seed give the same ones."""
+    """`num` responses to each prompt; the same weights, prompts and seed give the same responses."""
     ends = encoder.turn_ends(causal.generation_config)
     drawn = sample(
         causal,
@@ -103,7 +103,7 @@ def write_responses(
 
 
 Packed = tuple[Layout, Int[Tensor, " _"]]
-"""A packed sequence, and which of the batch's tokens it holds."""
+"""A packed sequence, and the indices of its tokens in the batch."""
 
 
 def pack(
@@ -112,7 +112,7 @@ def pack(
     """Packed sequences of the responses to the chosen prompts, each of up to `max_tokens` tokens."""
     starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])
     first = first_responses(rollouts)
-    # indices of `shared` count the responses to the chosen prompts only
+    # indices of `shared` count only the responses to the chosen prompts
     of_batch = np.concatenate([first[i] + np.arange(len(rollouts[i].texts)) for i in chosen])
     shared = share_prompts([rollouts[i] for i in chosen], max_tokens)
     sequences = []
@@ -126,7 +126,7 @@ def pack(
 
 @dataclass(eq=False)
 class Actor:
-    """A policy and its reference, ready to write and to be measured."""
+    """A policy and its reference, ready for sampling and for log-probs."""
 
     causal: PreTrainedModel
     model: HybridModel  # around the same weights as `causal`
@@ -145,7 +145,7 @@ class Actor:
 
     @classmethod
     def load(cls, recipe: RlhfRecipe, encoder: Encoder, *, share: bool = True) -> "Actor":
-        """The policy that the recipe starts from; `share` False leaves its attention alone."""
+        """The policy that the recipe starts from; `share` False leaves its attention unchanged."""
         bf16, lora = recipe.training.precision == "bf16", recipe.lora
         # only frozen weights may be bf16: a small update of a bf16 weight rounds to nothing
         dtype = torch.bfloat16 if bf16 and lora else torch.float32
@@ -166,13 +166,13 @@ class Actor:
         budget, adapters = recipe.training.max_tokens, lora is not None
         autocast = torch.bfloat16 if bf16 else None
         actor = cls(causal, model, encoder, recipe.sampling, budget, adapters, autocast)
-        if recipe.training.gradient_checkpointing:  # not of the reference, which has no backward
+        if recipe.training.gradient_checkpointing:  # not for the reference, which has no backward
             model.checkpoint_activations()
         return actor
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[HybridModel]:
-        """The frozen start policy for a while; nothing else may run the policy meanwhile."""
+        """The frozen start policy in a `with` block, in which nothing else may run the policy."""
         tuned = [m for m in self.model.modules() if self.adapters and isinstance(m, BaseTunerLayer)]
         try:
             for module in tuned:
@@ -196,7 +196,7 @@ class Actor:
 
     def kls(self, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
         """log pi - log pi_ref of every response, nat: their mean estimates KL(pi || pi_ref), where pi is
-        what responses are drawn from."""
+        the distribution that responses are drawn from."""
         if not self.samples_policy:
             starts = np.cumsum([0, *(len(ids) for r in rollouts for ids in r.response_ids)])[:-1]
             ratios: NDArray[np.float32] = self.sampled_ratios(rollouts).cpu().numpy()
@@ -213,7 +213,7 @@ class Actor:
 
     @property
     def samples_policy(self) -> bool:
-        """Whether responses are drawn from the policy itself, at the temperature of its log-probs."""
+        """Whether responses are drawn from the policy itself, at the same temperature as its log-probs."""
         return self.sampling.top_p == 1.0 and self.sampling.repetition_penalty == 1.0
 
     @torch.no_grad()
@@ -244,6 +244,6 @@ class Actor:
         return torch.cat(parts)
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
-        """Autocast as the run trains, or nothing."""
+        """The autocast that the run trains with, or nothing."""
         enabled = self.autocast is not None
         return torch.autocast(self.model.device.type, self.autocast, enabled=enabled)

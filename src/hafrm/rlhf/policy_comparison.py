@@ -1,7 +1,7 @@
 """Reward models compared by the policies that they train: one recipe, one start, one run for each seed.
 
-The runs differ in nothing but the reward model and the seed. The exported policies, and the start, answer
-prompts that neither trained nor selected anything. Finished runs are not repeated.
+The runs differ only in the reward model and the seed. The exported policies, and the start, answer prompts
+that were not used to train or select anything. Finished runs are not repeated.
 """
 
 import itertools
@@ -40,11 +40,11 @@ _TEST_SEED = 2**61  # beyond the seeds of training and of held-out prompts
 
 @dataclass(frozen=True)
 class PolicyScore:
-    """How the answers of one reward model's policies score, over all seeds and prompts."""
+    """The scores of the answers of one reward model's policies, over all seeds and prompts."""
 
     name: str
     score: Estimate | None
-    """Mean gold reward or reward of evaluation.reward_model; None where there is neither."""
+    """Mean gold reward, or mean reward of evaluation.reward_model; None if there is neither."""
     gain: Estimate | None  # over the start policy's answers to the same prompts
     length: float  # characters per answer
     kl: float  # from the start, nat per response, at the exported steps; 0 for the start
@@ -62,7 +62,7 @@ class RlhfComparison:
     wins: tuple[Wins, ...]
 
     def tables(self) -> tuple[Table, ...]:
-        """Every policy's score beside the start's, then wins."""
+        """Every policy's score next to the start's, then wins."""
         heads = "policy | score [95 %] | gain over start [95 %] | KL | characters | stopped: count"
         rows = tuple(
             (s.name, s.score, s.gain, f"{s.kl:.2f}", f"{s.length:.0f}", s.stopped)
@@ -89,7 +89,7 @@ class ComparisonRun:
         """The shared recipe with the run's reward model and seed."""
         update = {
             "reward": shared.reward.model_copy(update={"model": self.path}),
-            # so that more test prompts or another judge leave the runs as they are
+            # so that more test prompts or another judge do not change the runs
             "comparison": None,
             "judge": EndpointSection(),
         }
@@ -98,7 +98,7 @@ class ComparisonRun:
 
 
 def plan_runs(models: Sequence[str], num_seeds: int) -> list[ComparisonRun]:
-    """All runs, seed by seed; of several reward models of one name each seed takes the next."""
+    """All runs, seed by seed; of several reward models with one name, each seed uses the next."""
     paths: dict[str, list[str]] = {}
     for name, path in named_models(models):
         paths.setdefault(name, []).append(path)
@@ -115,7 +115,7 @@ class ComparisonWorker:
     gold: GoldReward | None
 
     def __call__(self, run: ComparisonRun) -> Answers:
-        """Start or resume the run, unless it is done; the answers of its policy."""
+        """Start or resume the run, unless it is done; returns the answers of its policy."""
         folder, recipe = self.folder / "runs" / run.folder, run.recipe(self.recipe)
         if (folder / "model").is_dir():
             digests = input_digests(recipe, with_gold=self.gold is not None)
@@ -127,9 +127,9 @@ class ComparisonWorker:
                 shutil.rmtree(folder)  # TRL's runs keep no checkpoints
                 resume = False
             train_policy(recipe, folder, resume=resume, gold=self.gold)
-        # an exported policy brings its template along
+        # an exported policy has its own template
         answers = self.answer(PolicySection(path=str(folder / "model" / "policy")), run.seed)
-        write_result(folder / "answers.json", answers)  # to be read by people
+        write_result(folder / "answers.json", answers)  # for people to read
         return answers
 
     def answer(self, policy: PolicySection, seed: int) -> Answers:
@@ -196,7 +196,7 @@ def compare_policies(
 
 
 def _standing(name: str, answers: Mapping[str, Sequence[Answers]], folder: Path) -> PolicyScore:
-    """One reward model's policies over prompts, and over seeds where there are several; or the start."""
+    """One reward model's policies over prompts, and over seeds if there are several; or the start."""
     score = gain = None
     # for each seed, a score of each prompt
     own, base = (np.array([a.scores for a in answers[n]]) for n in (name, START))

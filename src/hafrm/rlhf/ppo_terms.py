@@ -1,4 +1,4 @@
-"""The terms of PPO for language models as pure functions; the equation at its line.
+"""The terms of PPO for language models as pure functions; each equation is cited at its line.
 
 Tokens of all responses are concatenated, and `lengths` says how many belong to each. Sources: PPO = arXiv
 1707.06347, GAE = arXiv 1506.02438, FT = arXiv 1909.08593 (fine-tuning from preferences).
@@ -33,7 +33,7 @@ def _filled(lengths: Lengths) -> Bool[Tensor, "responses time"]:
 def token_rewards(
     scores: Float[Tensor, " responses"], ratios: Tokens, lengths: Lengths, kl_coefficient: float
 ) -> Tokens:
-    """What every token earns: -beta * log(pi / pi_ref), and at the last token the score besides.
+    """The reward of every token: -beta * log(pi / pi_ref), plus the score at the last token.
 
     FT, Eq. 2: R(x, y) = r(x, y) - beta log(pi(y | x) / rho(y | x)), spread over the tokens that cause it.
     """
@@ -45,12 +45,12 @@ def token_rewards(
 def estimate_advantages(
     rewards: Tokens, values: Tokens, lengths: Lengths, *, gamma: float, lam: float
 ) -> tuple[Tokens, Tokens]:
-    """(advantages, returns = advantages + values: the value head's targets); responses end for good.
+    """(advantages, returns = advantages + values: the value head's targets); nothing follows a response.
 
     GAE, Eq. 16: A_t = sum_l (gamma lam)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t.
     """
     r, v = to_rows(rewards, lengths), to_rows(values, lengths)
-    # Behind a response's end rewards and values are 0, hence deltas and advantages too: no mask is needed.
+    # After a response's end, rewards and values are 0, hence deltas and advantages too: no mask is needed.
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)
     deltas = r + gamma * following - v
     advantages = torch.zeros_like(deltas)
@@ -63,9 +63,9 @@ def estimate_advantages(
 
 
 def whiten(values: Tokens) -> Tokens:
-    """The values at mean 0 and standard deviation 1, over all tokens of the batch."""
+    """The values scaled to mean 0 and standard deviation 1, over all tokens of the batch."""
     mean = values.mean()
-    # the unbiased variance, as TRL's masked_whiten; a single token has none and becomes 0
+    # the unbiased variance, as in TRL's masked_whiten; a single token has none and becomes 0
     variance = values.var() if len(values) > 1 else torch.zeros_like(mean)
     return (values - mean) * torch.rsqrt(variance + _TINY)
 
@@ -81,7 +81,7 @@ def policy_losses(logps: Tokens, old_logps: Tokens, advantages: Tokens, clip: fl
 
 
 def value_losses(values: Tokens, old_values: Tokens, returns: Tokens, clip: float) -> Tokens:
-    """Half the squared error of every token's value; a move beyond `clip` from the old value earns nothing.
+    """Half the squared error of every token's value; a move beyond `clip` from the old value gains nothing.
 
     L = max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2, as in OpenAI's baselines (ppo2) and
     TRL; PPO's Eq. 9 without clipping is clip = inf.
@@ -92,7 +92,7 @@ def value_losses(values: Tokens, old_values: Tokens, returns: Tokens, clip: floa
 
 @torch.no_grad()
 def clipped_tokens(logps: Tokens, old_logps: Tokens, clip: float) -> Float[Tensor, ""]:
-    """How many tokens' ratios lie outside 1 +- clip."""
+    """The number of tokens whose ratios lie outside 1 +- clip."""
     return (((logps - old_logps).exp() - 1.0).abs() > clip).float().sum()
 
 
@@ -102,7 +102,7 @@ def next_kl_coefficient(
     """The factor on the KL penalty after a batch with this mean KL per response (nat).
 
     A `target` of None keeps it. Else FT, Sec. 2.2: beta <- beta (1 + K e), e = clip(KL / target - 1, -0.2,
-    0.2), where TRL takes K = responses / horizon.
+    0.2), with K = responses / horizon as in TRL.
     """
     if target is None:
         return coefficient
@@ -128,7 +128,7 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """The unbiased standard deviation; 1 before there are two rewards, or where all are equal."""
+        """The unbiased standard deviation; 1 before there are two rewards, or if all are equal."""
         variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return math.sqrt(variance) if variance > 0 else 1.0
 
@@ -139,9 +139,9 @@ def scores_of(
     moments: Moments,
     section: RewardSection,
 ) -> Float[Tensor, " responses"]:
-    """Rewards centred, scaled and clipped as the recipe says, given moments that include this batch; less
+    """Rewards centred, scaled and clipped as the recipe says, given moments that include this batch; minus
     the penalty of responses that were cut before their EOS."""
-    # order and meaning as TRL's use_score_norm, use_score_scaling and score_clip
+    # order and meaning as in TRL's use_score_norm, use_score_scaling and score_clip
     scores = rewards - moments.mean if section.center else rewards
     scores = scores / moments.std if section.scale else scores
     if section.clip is not None:

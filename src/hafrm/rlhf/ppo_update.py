@@ -1,7 +1,7 @@
-"""One batch of PPO: measure what was sampled, estimate advantages, and take all updates.
+"""One batch of PPO: measure the samples, estimate advantages, and take all updates.
 
-A mini-batch's losses are sums divided by the tokens of the whole mini-batch, so packing and accumulation
-never change the gradient. Token arrays follow the responses in the order in which they were sampled.
+A mini-batch's losses are sums divided by the number of tokens in the whole mini-batch, so packing and
+accumulation never change the gradient. Token arrays follow the responses in the order of sampling.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from hafrm.training import parallel
 TokenValues = tuple[
     Float[Tensor, " scored"], Float[Tensor, " scored"], Float[Tensor, "scored hidden"]
 ]
-"""Per response token: its log-prob (nat), the reward to come, and the state that predicts both."""
+"""Per response token: its log-prob (nat), its value (the expected return), the state that predicts both."""
 
 
 class PolicyWithValue(nn.Module):
@@ -47,7 +47,7 @@ class PolicyWithValue(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Responses as the policy that wrote them sees them."""
+    """Measures of responses under the policy that wrote them."""
 
     rollouts: list[Rollout]
     lengths: Int[Tensor, " responses"]
@@ -55,7 +55,7 @@ class Measured:
     values: Float[Tensor, " tokens"]
     entropies: Float[Tensor, " tokens"]  # of the distribution that each token was drawn from, nat
     ratios: Float[Tensor, " tokens"]
-    """log pi - log pi_ref, nat, whose mean is KL(pi || pi_ref); of the distribution that was sampled."""
+    """log pi - log pi_ref, nat, of the sampled distribution; its mean estimates KL(pi || pi_ref)."""
 
     @property
     def kls(self) -> Float[Tensor, " responses"]:
@@ -153,7 +153,7 @@ def _accumulate(
     algorithm: AlgorithmSection,
     actor: Actor,
 ) -> Float[Tensor, " sums"]:
-    """The gradient of a whole mini-batch; sums of its tokens, both losses and the clipped tokens."""
+    """Compute the gradient of a mini-batch; returns sums of its tokens, both losses and clipped tokens."""
     num_tokens = sum(len(tokens) for _, tokens in sequences)
     sums = torch.zeros(4, device=policy.model.device)
     for layout, tokens in sequences:

@@ -1,7 +1,7 @@
-"""What every RLHF run shares, whatever its algorithm: policy, prompts, rewards, log, the best step.
+"""What all RLHF runs share, whatever the algorithm: policy, prompts, rewards, log, the best step.
 
-An algorithm hands a batch's numbers to `log_batch`, and `evaluate` decides when a step is the best so far
-and when to stop. Rewards are asked for through text: policy and reward model may have other tokenizers.
+An algorithm passes a batch's numbers to `log_batch`, and `evaluate` decides when a step is the best so far
+and when to stop. Reward models get text, so policy and reward model may have different tokenizers.
 """
 
 import hashlib
@@ -46,16 +46,16 @@ Responses = Float[np.ndarray, " responses"]
 Measure = Literal["gold", "independent", "penalised"]
 """What selects a step: the gold reward, evaluation.reward_model's, or the reward minus a KL penalty."""
 BOTH = ("reward", "implicit")  # the columns of two rewards
-WINDOW = 4  # evaluations over which a fall of the held-out measure is looked for
-LONGEST = 2**20  # tokens after which an encoder would cut: no prompt is cut, long ones are left out
+WINDOW = 4  # evaluations over which to look for a fall of the held-out measure
+LONGEST = 2**20  # tokens above which an encoder would cut: no prompt is cut, long ones are left out
 _UNTRAINED: tuple[Measure, ...] = ("gold", "independent")
 NUM_SAMPLES = 4  # held-out responses written down at each evaluation
-_SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part nests in another
+_SPLIT_SEED = 2**33  # beyond the seeds of other splits, so that no part contains another
 _HELD_OUT_SEED = 2**60  # beyond the seeds of all batches
 
 
 class _BothRewards(PolicyModel):
-    """Scores are pairs (reward, implicit reward), both from one forward."""
+    """A scorer whose scores are pairs (reward, implicit reward), both from one forward."""
 
     def score_encoded(
         self, encoded: Sequence[TokenizedGroup], on_progress: OnProgress = no_progress
@@ -65,7 +65,7 @@ class _BothRewards(PolicyModel):
 
 
 def load_rewards(path: str, implicit_weight: float) -> Scorer:
-    """The main head of a reward model, or both heads where the implicit reward counts too."""
+    """The main head of a reward model, or both heads if the implicit reward counts too."""
     if not implicit_weight:
         return load_main_head(path, EvaluationOptions())
     policy: Any = ModelOutputs(path, BOTH).policy
@@ -73,7 +73,7 @@ def load_rewards(path: str, implicit_weight: float) -> Scorer:
 
 
 def by_name(rewards: NDArray[np.float32]) -> dict[str, Responses]:
-    """The rewards of responses, one or two each, by name."""
+    """The rewards of responses (one or two per response), by name."""
     return dict(zip(BOTH, rewards.reshape(len(rewards), -1).T, strict=False))
 
 
@@ -81,7 +81,7 @@ def score_texts(
     scorer: Scorer, prompts: Sequence[Any], texts: Sequence[Sequence[str]]
 ) -> tuple[NDArray[np.float32], int]:
     """(the reward of every response, prompt by prompt; how many texts were cut to the model's length)."""
-    # a reward model may take less than the policy writes, and one long response must not end a run
+    # a reward model's limit may be shorter than responses, and one long response must not end a run
     rewards, num_cut = scorer.score_batch_cut(prompts, texts)
     if num_cut:
         what = "prompts or responses exceed the %d tokens that the reward model takes"
@@ -90,7 +90,7 @@ def score_texts(
 
 
 def score_rollouts(scorer: Scorer, rollouts: Sequence[Rollout]) -> NDArray[np.float32]:
-    """The reward of every response, prompt by prompt; too long ones are scored cut."""
+    """The reward of every response, prompt by prompt; responses that are too long are cut."""
     messages = [r.prompt.messages for r in rollouts]
     return score_texts(scorer, messages, [r.texts for r in rollouts])[0]
 
@@ -102,7 +102,7 @@ def select_measure(
     for name in _UNTRAINED:
         if name in rewards:
             return name, rewards[name]
-    # a KL is never negative: a mean below 0 is noise, and earns a step nothing
+    # a KL is never negative: a mean below 0 is noise, and is no advantage for a step
     floored = kls if kls.mean() > 0 else np.zeros_like(kls)
     return "penalised", rewards["reward"] - kl_penalty * floored
 
@@ -129,9 +129,9 @@ def reward_hacking(history: Sequence[tuple[float, Sequence[float]]]) -> str | No
 
 @dataclass
 class RlhfResult:
-    """Where a run stands, which its checkpoints hold; in the end its result."""
+    """The progress of a run, stored in its checkpoints; at the end, its result."""
 
-    num_steps: int = 0  # batches taken, fewer than asked for where the run was stopped
+    num_steps: int = 0  # batches taken; fewer than requested if the run was stopped
     best_step: int = -1
     best_score: float = float("-inf")
     best: dict[str, float] = field(default_factory=dict)  # held-out means of the best step
@@ -140,7 +140,7 @@ class RlhfResult:
     num_high_kl: int = 0  # batches in a row above watch.max_kl
     num_cut: int = 0  # prompts and responses of batches that were too long for the reward model
     history: list[tuple[float, list[float]]] = field(default_factory=list)
-    """Mean reward, and the measure that is not trained on prompt by prompt, of the last evaluations."""
+    """Of the last evaluations: the mean reward, and per prompt the measure that is not trained on."""
 
 
 class RlhfRun:
@@ -149,7 +149,7 @@ class RlhfRun:
     def __init__(
         self, recipe: RlhfRecipe, folder: RunFolder, gold: GoldReward | None, *, share: bool = True
     ) -> None:
-        """Load everything that the recipe names; `share` False leaves the policy's attention alone."""
+        """Load everything that the recipe names; `share` False leaves the policy's attention unchanged."""
         self.recipe, self.folder, self.gold = recipe, folder, gold
         check_base(recipe.model)
         encoder = Encoder(load_tokenizer(recipe.model), max_length=LONGEST)
@@ -165,12 +165,12 @@ class RlhfRun:
         self.result = RlhfResult()
         self.last_kl = 0.0  # of the latest evaluation, nat per response
         self.batches: list[Mapping[str, float]] = []
-        """What `log_batch` has not written yet; a checkpoint holds it."""
-        self._seconds: list[float] = []  # of those of them that this process took
+        """What `log_batch` has not written yet; it is stored in checkpoints."""
+        self._seconds: list[float] = []  # of these batches, if this process took them
         self._since = time.perf_counter()
 
     def reward(self, prompts: Sequence[Any], texts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
-        """The reward of every response of a batch; counts in the result what was scored cut."""
+        """The reward of every response of a batch; adds the number of cut texts to the result."""
         rewards, num_cut = score_texts(self.reward_model, prompts, texts)
         self.result.num_cut += num_cut
         return rewards
@@ -183,7 +183,7 @@ class RlhfRun:
         return [self.train_prompts[i] for i in indices]
 
     def log_batch(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the means of every `log_every` batches; a KL that stays too high stops the run."""
+        """Log means over every `log_every` batches; a KL that stays too high stops the run."""
         now = time.perf_counter()
         self.batches.append(values)
         self._seconds.append(now - self._since)
@@ -202,9 +202,9 @@ class RlhfRun:
             )
 
     def evaluate(self, step: int) -> bool:
-        """Measure the policy on held-out prompts; True where this step is the best so far."""
+        """Measure the policy on held-out prompts; returns whether this step is the best so far."""
         recipe, result = self.recipe, self.result
-        # always the same prompts and seed: two evaluations differ by the policy alone
+        # always the same prompts and seed: two evaluations differ only by the policy
         prompts = self.held_out_prompts[: recipe.evaluation.prompts]
         rollouts = self.actor.write(prompts, 1, _HELD_OUT_SEED + recipe.training.seed)
         rewards = by_name(score_rollouts(self.reward_model, rollouts))
@@ -253,12 +253,12 @@ class RlhfRun:
         self._since = time.perf_counter()
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether step `step` is one of every so many, the last one, or the one that the run stops at."""
+        """Whether `step` is a multiple of `every`, the last step, or the step at which the run stops."""
         last = step == self.recipe.training.steps or self.result.stopped is not None
         return last or (every > 0 and step % every == 0)
 
     def record_provenance(self) -> None:
-        """`RunFolder.record_provenance` of what the run is made from, and its numbers of prompts."""
+        """`RunFolder.record_provenance` with the run's inputs and its numbers of prompts."""
         num_train, num_held_out = len(self.train_prompts), len(self.held_out_prompts)
         counts = {"train_prompts": num_train, "held_out_prompts": num_held_out}
         self.folder.record_provenance(
@@ -268,14 +268,14 @@ class RlhfRun:
         )
 
     def finish(self, num_steps: int) -> RlhfResult:
-        """Export the policy as it is now, which must be the best step's, unless that is done."""
+        """Export the current policy, which must be the best step's, unless that is already done."""
         self.result.num_steps = num_steps
         write_result(self.folder.path / "result.json", self.result)
         if self.folder.model_path.is_dir():
             return self.result
         dtype = torch.bfloat16 if self.recipe.training.precision == "bf16" else torch.float32
         actor, unverified = self.actor, self.folder.unverified_path
-        # log-probs of the policy itself, and not at the sampling temperature
+        # log-probs of the policy itself, not at the sampling temperature
         actor.model.transform = replace(actor.model.transform, temperature=1.0)
         prompts = self.held_out_prompts[:NUM_SAMPLES]
         golden = [Group("held-out", prompt.messages, PLAIN.responses) for prompt in prompts]
@@ -313,9 +313,9 @@ def input_digests(recipe: RlhfRecipe, *, with_gold: bool) -> dict[str, dict[str,
 def load_prompts(
     data: PromptSection, encoder: Encoder, seed: int, folder: RunFolder
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts); what is too long is left out.
+    """(training prompts, held-out prompts); prompts that are too long are left out.
 
-    Raises DataError where nothing is left of a part.
+    Raises DataError if no prompt of a part is left.
     """
 
     def read(sources: Sequence[str], bad_rows: str) -> Sequence[Group]:
@@ -340,8 +340,8 @@ def load_prompts(
 
 
 def prompts_of_step(num_prompts: int, step: int, per_step: int, seed: int) -> NDArray[np.int64]:
-    """Indices of a step's prompts: every prompt once per pass, each pass in an order of its own."""
-    # a pure function, so that a resumed run takes the prompts of the uninterrupted one
+    """Indices of a step's prompts: every prompt once per pass, each pass in its own order."""
+    # a pure function, so that a resumed run uses the same prompts as an uninterrupted one
     epochs, within = np.divmod(np.arange(step * per_step, (step + 1) * per_step), num_prompts)
     orders = {
         epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts)

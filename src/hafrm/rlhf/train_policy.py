@@ -1,4 +1,4 @@
-"""`train_policy`: a policy trained against reward models, by PPO from top to bottom here, or by TRL.
+"""`train_policy`: train a policy against reward models, by the PPO loop in this module or by TRL.
 
 Prompts, samples and the order of updates follow from (seed, step) alone: a resumed run of PPO repeats the
 batches that an uninterrupted one would have taken, bit for bit on a CPU.
@@ -29,7 +29,7 @@ from hafrm.training.setup import with_precision
 from hafrm.training.step import build_optimizer, learning_rate, memory_errors
 
 log = logging.getLogger("hafrm")
-_SAMPLES = 2**16  # batches have sampling seeds of their own: seed * this + step
+_SAMPLES = 2**16  # each batch has its own sampling seed: seed * this + step
 
 
 def train_policy(
@@ -37,9 +37,9 @@ def train_policy(
 ) -> RlhfResult:
     """Train a policy as the recipe says; returns once the best step is exported to `model/policy`.
 
-    `gold` is the known truth, where there is one: it is logged and selects the best step, never trained on.
-    Raises NumericsError before an update that would follow a number that is not finite, CheckpointError for
-    a folder that cannot be resumed, StoppedError after a signal.
+    `gold` is the known truth, if there is one: it is logged and selects the best step, but is never trained
+    on. Raises NumericsError before an update with numbers that are not finite, CheckpointError for a folder
+    that cannot be resumed, StoppedError after a signal.
     """
     native = recipe.algorithm.name == "ppo"
     if resume and not native:
@@ -67,7 +67,7 @@ def train_policy(
 
 
 class Ppo:
-    """One PPO run: what all runs share, what is trained, and what is remembered between batches."""
+    """One PPO run: what all runs share, what is trained, and the state between batches."""
 
     def __init__(self, rlhf: RlhfRun) -> None:
         self.rlhf, self.recipe = rlhf, rlhf.recipe
@@ -80,7 +80,7 @@ class Ppo:
         self.moments = Moments()
 
     def train(self, *, resume: bool) -> RlhfResult:
-        """The run from wherever it stands to its exported policy."""
+        """Continue the run from its current step until its policy is exported."""
         rlhf, num_steps = self.rlhf, self.recipe.training.steps
         step = self._resume() if resume else None
         smaller = f"training.max_tokens={self.recipe.training.max_tokens // 2}"
@@ -109,7 +109,7 @@ class Ppo:
         return rlhf.finish(step)
 
     def _take_batch(self, step: int) -> None:
-        """Sample, reward, measure, and take all updates that the batch is good for."""
+        """Sample, reward, measure, and take all updates of the batch."""
         training, algorithm, rlhf = self.recipe.training, self.recipe.algorithm, self.rlhf
         rate = learning_rate(training, step, training.steps)
         for group in self.optimizer.param_groups:
@@ -159,7 +159,7 @@ class Ppo:
         folder.prune(keep=self.recipe.checkpoint.keep, protect=[run.best_step])
 
     def _resume(self) -> int | None:
-        """The step of the last checkpoint, its state in place; None where there is none."""
+        """Restore the last checkpoint and return its step; None if there is none."""
         folder = self.rlhf.folder.latest_checkpoint()
         if folder is None:
             self.rlhf.folder.truncate_after(-1)

@@ -1,6 +1,6 @@
-"""RLOO and GRPO on TRL's trainers, with our rewards, our held-out measures and our reasons to stop.
+"""RLOO and GRPO on TRL's trainers, with our rewards, our held-out measures and our rules for stopping.
 
-TRL writes, computes the loss and steps; all completions of a prompt are scored in one shared layout.
+TRL samples, computes the loss and steps; all completions of a prompt are scored in one shared layout.
 TRL's checkpoints are pickles, so none are written: the best weights wait in memory and are exported.
 """
 
@@ -37,20 +37,20 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
     prompts = usable_prompts(rlhf)
     rows = [{"prompt": [m._asdict() for m in p.messages]} for p in prompts]
     with rlhf.log, tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        # renames between TRL and transformers, which no user can do anything about
+        # warnings of renames between TRL and transformers, which users cannot fix
         warnings.simplefilter("ignore", FutureWarning)
         trl: Any = importlib.import_module("trl")
         config = getattr(trl, f"{name}Config")
         trainer = getattr(trl, f"{name}Trainer")(
             model=rlhf.actor.causal,
             reward_funcs=[watcher.reward, watcher.implicit] if weight else watcher.reward,
-            # what the recipe does not say keeps TRL's default
+            # options that the recipe does not set keep TRL's defaults
             args=config(output_dir=scratch, **trl_options(rlhf.recipe)),
             train_dataset=Dataset.from_list(rows),
             processing_class=trl_tokenizer(rlhf),
             callbacks=[watcher],
         )
-        trainer.remove_callback(PrinterCallback)  # our log says it already
+        trainer.remove_callback(PrinterCallback)  # our own log has it
         trainer.train()
     parameters = dict(rlhf.actor.model.named_parameters())
     with torch.no_grad():
@@ -60,7 +60,7 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
 
 
 def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
-    """The recipe as TRL's options; several updates of a batch are one of our steps."""
+    """The recipe as TRL's options; several updates on a batch are one of our steps."""
     training, algorithm, sampling = recipe.training, recipe.algorithm, recipe.sampling
     micro, gdpo = micro_batch(recipe), {}
     if weight := recipe.reward.implicit_weight:  # GDPO (arXiv 2601.05242), in TRL's words
@@ -93,7 +93,7 @@ def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:
 
 
 def micro_batch(recipe: RlhfRecipe) -> int:
-    """Responses of one forward: the most that divide the batch and fit into training.max_tokens padded."""
+    """Responses per forward: the largest divisor of the batch that fits into training.max_tokens padded."""
     longest = recipe.data.max_prompt_length + recipe.sampling.max_new_tokens
     most = max(1, recipe.training.max_tokens // longest)
     size = recipe.training.batch_size
@@ -110,11 +110,11 @@ def trl_tokenizer(rlhf: RlhfRun) -> PreTrainedTokenizerFast:
 
 
 def usable_prompts(rlhf: RlhfRun) -> list[Prompt]:
-    """The prompts that TRL's own rendering gives the ids that ours does; raises DataError without any."""
+    """The prompts for which TRL's rendering gives the same ids as ours; DataError if there are none."""
     tokenizer, usable = trl_tokenizer(rlhf), []
     for prompt in rlhf.train_prompts:
         messages, ours = [m._asdict() for m in prompt.messages], prompt.ids.tolist()
-        # one text for all: a control token that a user typed would be one to the policy
+        # TRL renders one text: a control token that a user typed would act as one
         rendered: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
@@ -143,17 +143,17 @@ class _Watcher(TrainerCallback):
     def reward(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """One reward per completion, less the price of an unended one."""
+        """One reward per completion, minus the penalty of an unfinished one."""
         actor = self.rlhf.actor
         read = [actor.encoder.read_response(ids, actor.turn_ends) for ids in completion_ids]
-        # the prompt of several completions is laid out once all the same
+        # the prompt of several completions is still laid out only once
         self._rewards.append(self.rlhf.reward(prompts, [[text] for text, _ in read]))
         rewards = by_name(self._rewards[-1])["reward"].tolist()
         penalty = self.rlhf.recipe.reward.missing_eos_penalty
         return [r - penalty * (not end) for r, (_, end) in zip(rewards, read, strict=True)]
 
     def implicit(self, **_: Any) -> list[float]:
-        """The second reward of what `reward`, which TRL calls first, has just scored in one forward."""
+        """The second reward; `reward`, which TRL calls first, has just computed both in one forward."""
         return [*by_name(self._rewards[-1])["implicit"].tolist()]
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
@@ -174,7 +174,7 @@ class _Watcher(TrainerCallback):
         self._rewards = []
         return {name: float(own.mean()) for name, own in rewards.items()} | {
             "reward_std": float(rewards["reward"].std()),
-            # without a KL penalty TRL computes none: that of the last evaluation
+            # without a KL penalty TRL computes no KL: use that of the last evaluation
             "kl": float(logs["kl"]) * length if "kl" in logs else self.rlhf.last_kl,
             "length": length,
             "ended": 1.0 - float(logs["completions/clipped_ratio"]),

@@ -1,7 +1,7 @@
 """Run a model over many groups without gradients: rewards and log-probs of every response.
 
-The one inference path. Groups with the same prompt ids share one layout, and one too large for a packed
-sequence is split. The longest sequences run first, so memory peaks at the start.
+This is the only inference path. Groups with the same prompt ids share one layout; a group too large for a
+packed sequence is split. The longest sequences run first, so memory peaks at the start.
 """
 
 import gc
@@ -29,8 +29,8 @@ from hafrm.progress import OnProgress, no_progress
 
 log = logging.getLogger("hafrm")
 
-_WINDOW = 512  # groups packed together: first fit over all of them would take quadratic time
-_OUT_OF_MEMORY = (  # errors of other types: a CPU's, and those of CUDA and its libraries
+_WINDOW = 512  # groups packed at a time: first fit over all of them would take quadratic time
+_OUT_OF_MEMORY = (  # as other error types: a CPU's, and those of CUDA and its libraries
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -47,7 +47,7 @@ class Scores:
     logps: NDArray[np.float32] | None
     lengths: NDArray[np.int64]  # tokens of each response, EOS included
     first: NDArray[np.int64]  # index of each group's first response
-    token_logps: NDArray[np.float32] | None = None  # of all responses' tokens, where asked for
+    token_logps: NDArray[np.float32] | None = None  # of all responses' tokens, if requested
 
 
 class IndexedGroup(NamedTuple):
@@ -78,10 +78,10 @@ def run_forward(  # noqa: PLR0913
     per_token: bool = False,
 ) -> Scores:
     """Scores of all responses, in order, from packed sequences of up to `max_tokens` tokens, `threads` at
-    a time; NumericsError for one that is not finite. Equal responses to equal prompts run once.
+    a time; NumericsError for a score that is not finite. Equal responses to equal prompts run once.
     `on_progress` counts responses.
 
-    `part` = (i, n) runs every n-th sequence, leaves the scores of the others 0, and checks none.
+    `part` = (i, n) runs every n-th sequence, leaves the other scores at 0, and checks none.
     """
     lengths = np.array([len(ids) for group in groups for ids in group.response_ids], np.int64)
     distinct, copy_of, num_copies = _drop_copies(groups)
@@ -94,7 +94,7 @@ def run_forward(  # noqa: PLR0913
             outputs: Outputs = model(layout.to(model.device))
         return outputs
 
-    # One rank of a sharded model cannot run more forwards than the others.
+    # Each rank of a sharded model must run the same number of forwards.
     halve = not isinstance(model, FSDPModule)
     num_done = 0
     for indices, outputs in run_sequences(
@@ -108,7 +108,7 @@ def run_forward(  # noqa: PLR0913
             for i, own in zip(indices, outputs[4].split(outputs[2].tolist()), strict=True):
                 tokens[i] = own.float().cpu().numpy()
         num_done += int(num_copies[indices].sum())
-        # the other parts are about as far
+        # the other parts have made about the same progress
         on_progress(min(num_done * part[1], len(lengths) - 1), len(lengths))
     on_progress(len(lengths), len(lengths))
     scores = Scores(
@@ -126,8 +126,8 @@ def run_forward(  # noqa: PLR0913
 def _drop_copies(
     groups: Sequence[Branches],
 ) -> tuple[Sequence[Branches], NDArray[np.int64], NDArray[np.int64]]:
-    """The groups without responses that occurred before with the same prompt ids and response ids; which of
-    theirs each of all responses is; and how often each occurs."""
+    """(the groups without repeated responses to the same prompt, compared by ids; each response's index
+    among the distinct ones; how often each of these occurs)."""
     number: dict[tuple[bytes, bytes], int] = {}
     distinct, copy_of = list[Branches](), list[int]()
     for group in groups:
@@ -149,35 +149,35 @@ def run_sequences(
     part: tuple[int, int] = (0, 1),
     halve: bool = True,
 ) -> Iterator[tuple[NDArray[np.int64], PerResponse]]:
-    """(indices of responses, what `run` returns for them) of every packed sequence, or of a `part`;
-    MemoryBudgetError for a single response, or without `halve` a sequence, that does not fit."""
+    """(indices of responses, what `run` returns for them) of every packed sequence, or of a `part` of them;
+    MemoryBudgetError if a single response (without `halve`: a sequence) does not fit."""
     shared = share_prompts(groups, max_tokens)
     plan = plan_sequences([item.group for item in shared], max_tokens)
     sequences = [[shared[i] for i in members] for members in plan]
     index, num_parts = part
     mine = sequences[index::num_parts]
-    # All ranks must run equally many forwards, because each one gathers shards: a rank with one sequence
-    # less runs the shortest group again and drops the result.
+    # All ranks must run the same number of forwards, because each one gathers shards: a rank that has one
+    # sequence fewer runs the shortest group again and drops the result.
     is_short = len(mine) < -(-len(sequences) // num_parts)
     filler = [[min(shared, key=lambda item: item.group.num_tokens)]] if is_short else []
     outputs = iter(_map(lambda s: _run_or_halve(run, s, halve), [*mine, *filler], threads))
     for sequence in mine:
         indices = np.concatenate([np.asarray(item.indices, np.int64) for item in sequence])
         yield indices, next(outputs)
-    deque(outputs, maxlen=0)  # the filler's forward must run too
+    deque(outputs, maxlen=0)  # the extra forward must run too
 
 
 def _run_or_halve(
     run: Callable[[Layout], PerResponse], sequence: list[IndexedGroup], halve: bool
 ) -> PerResponse:
-    """One forward; where memory is short, two with half the responses each, recursively."""
+    """One forward; if memory runs out, two with half the responses each, recursively."""
     try:
         return run(lay_out([item.group for item in sequence]))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         what = str(error).split("\n", 1)[0]
-    # Outside the handler the exception is gone, and with it the tensors of the failed forward.
+    # Outside the handler, the exception is freed, and with it the tensors of the failed forward.
     free_memory()
     tokens = sum(item.group.num_tokens for item in sequence)
     if not halve or len(sequence) == len(sequence[0].indices) == 1:
@@ -202,14 +202,14 @@ def _run_or_halve(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a pass failed for want of memory, on any device."""
+    """Whether a pass failed because memory ran out, on any device."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error) for text in _OUT_OF_MEMORY
     )
 
 
 def free_memory() -> None:
-    """Free what a failed pass left behind; call it when its exception is gone, which holds tensors."""
+    """Free what a failed pass left behind; call it once its exception, which holds tensors, is gone."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -291,7 +291,7 @@ def check_finite(scores: Scores) -> None:
     for values in (scores.rewards, scores.logps):
         bad |= False if values is None else ~np.isfinite(values)
     if bad.any():
-        # the group of a response: the last one that starts at or before it
+        # a response's group: the last one that starts at or before it
         owners = np.searchsorted(scores.first, np.flatnonzero(bad), side="right") - 1
         raise NumericsError(
             f"the model gives scores that are not finite, in groups {np.unique(owners)[:8].tolist()} (by "

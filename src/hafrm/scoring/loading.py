@@ -1,7 +1,7 @@
 """Find and load models: `find_heads` in a run folder, `load_*` to score with, `load_base` to train from.
 
-Models to score with are read from safetensors, never a pickle. A base is a causal LM, a reward model, an
-adapter, or a run; `check_base` looks at its configs and headers before any data is read.
+Models to score with are read from safetensors, never from a pickle. A base is a causal LM, a reward model,
+an adapter, or a run; `check_base` looks at its configs and headers before any data is read.
 """
 
 import hashlib
@@ -62,12 +62,12 @@ _OF_A_HEAD = {
     *("architectures", "id2label", "label2id", "num_labels", "problem_type", "dtype"),
     *("_name_or_path", "transformers_version", "tie_word_embeddings", "use_cache"),
 }
-"""What the configs of a run's two exports may differ in."""
+"""Config keys in which a run's two exports may differ."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The directories that a model path refers to."""
+    """The directories of the heads that a model path refers to."""
 
     reward: Path | None
     policy: Path | None
@@ -117,7 +117,7 @@ class Placement:
     """The device that models run on, and the dtype of their weights."""
 
     dtype: str = "auto"  # one of DTYPES
-    device: str | None = None  # None: the GPU where there is one, else the CPU
+    device: str | None = None  # None: a GPU if there is one, else the CPU
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -161,7 +161,7 @@ def choose_dtype(
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device type computes in bfloat16 natively; assumed of a GPU that this machine lacks."""
+    """Whether a device type computes in bfloat16 natively; assumed for a GPU that this machine lacks."""
     if device != "cuda" or not torch.cuda.is_available():
         return device == "cuda"
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -180,7 +180,7 @@ def load_reward(
         raise ModelError(f"{path} is a {type(loaded).__name__} without a linear `score` head")
     if find_adapter(
         path
-    ):  # it carries no config, and its reward is read where its tokenizer ends a turn
+    ):  # an adapter has no config, and its reward is read where its tokenizer ends a turn
         loaded.config.get_text_config().pad_token_id = load_any_tokenizer(path).pad_token_id
     backbone = loaded.base_model
     return HybridModel(backbone, reward_head=head, sharing=sharing_obstacle(backbone) is None)
@@ -213,7 +213,7 @@ def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None
 def load_policy(
     path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
 ) -> HybridModel:
-    """A `...ForCausalLM` that scores."""
+    """A `...ForCausalLM` as a model that scores."""
     backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device=device))
     return HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
 
@@ -248,8 +248,8 @@ def load_encoder(
 
 
 def model_digest(path: str | Path) -> str:
-    """Identifies a model's weights: a digest of a directory's files, or a hub id's commit; with those of
-    its base where it is an adapter."""
+    """Identifies a model's weights: a digest of a directory's files, or a hub id's commit; for an adapter,
+    together with those of its base."""
     directory, adapter = Path(path), find_adapter(path)
     base = "" if adapter is None else model_digest(adapter.base)
     if not directory.is_dir():
@@ -261,7 +261,7 @@ def model_digest(path: str | Path) -> str:
 
 
 def load_tokenizer(model: PolicySection) -> PreTrainedTokenizerFast:
-    """The base model's fast tokenizer, with its section's template and a pad of its own."""
+    """The base model's fast tokenizer, with its section's template and its own pad token."""
     path = base_directory(model.path)
     tokenizer = load_any_tokenizer(path, model.revision)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -272,7 +272,7 @@ def load_tokenizer(model: PolicySection) -> PreTrainedTokenizerFast:
     try:
         choose_pad(tokenizer)
     except ModelError:
-        # Phi-2 has no token to spare for padding, but more embeddings than tokens: use one of those.
+        # Phi-2 has no token to spare for padding, but more embeddings than tokens: use a free one.
         if len(tokenizer) >= load_config(path, model.revision).get_text_config().vocab_size:
             raise
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -318,7 +318,7 @@ def check_base(
     model: PolicySection, *, policy: bool = True, reward: bool = False
 ) -> PretrainedConfig:
     """The config of the base; ModelError for what `load_base` or an export would refuse, as far as configs
-    and the headers of local files tell."""
+    and the headers of local files show it."""
     path = base_directory(model.path)
     config = load_config(path, model.revision)
     check_unquantised(path, config)
@@ -329,7 +329,7 @@ def check_base(
         raise ModelError(_no_lm_head(path))
     if model.policy_from is not None and not is_headless:
         raise ConfigError(
-            f"model.policy_from is of no use: {path} needs no other LM head; remove it"
+            f"model.policy_from is not needed: {path} needs no other LM head; remove it"
         )
     if reward and isinstance(model, ModelSection) and Path(path).is_dir():
         starting_reward_head(model, hidden_size(config))
@@ -342,18 +342,18 @@ def check_base(
 
 
 def meta_causal_lm(config: PretrainedConfig, path: str, **options: Any) -> Any:
-    """A causal LM on torch's meta device, drawing no random number."""
+    """A causal LM on torch's meta device, made without drawing random numbers."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
         except ValueError as error:
-            raise ModelError(f"model.path {path!r} is no causal LM: {error}") from error
+            raise ModelError(f"model.path {path!r} is not a causal LM: {error}") from error
 
 
 def starting_reward_head(model: ModelSection, size: int) -> Float[Tensor, "1 hidden"] | None:
     """The reward head that training continues with, None for a new one.
 
-    Raises ModelError where model.reward_head says keep and there is none, or one of another size.
+    Raises ModelError if model.reward_head is keep and there is none, or its size differs.
     """
     if model.reward_head == "new":
         return None
@@ -371,5 +371,5 @@ def starting_reward_head(model: ModelSection, size: int) -> Float[Tensor, "1 hid
 
 
 def reference_place(model: ModelSection) -> str | None:
-    """The files that a base's log-probs follow from; None where they are those of two models."""
+    """The files that determine a base's log-probs; None if they come from two models."""
     return None if model.policy_from else base_directory(model.path)

@@ -1,8 +1,8 @@
 """What a model's files hold: config, tokenizer, weights and heads, an adapter merged into its base.
 
-A model is the directory or hub id of a stock model, or of a PEFT adapter, which names its base. Code of a
-directory never runs, and of pickles only names are read. Every other module loads configs, tokenizers and
-models through this one.
+A model is the directory or hub id of a stock model, or of a PEFT adapter, which names its base. A
+directory's code never runs, and only names are read from pickles. Every other module loads configs,
+tokenizers and models through this one.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ class Adapter(NamedTuple):
 
 @contextlib.contextmanager
 def model_errors(what: str) -> Iterator[None]:
-    """Turn whatever the libraries raise for a damaged or foreign model into a ModelError."""
+    """Turn whatever the libraries raise for a damaged or unknown model into a ModelError."""
     try:
         yield
     except HafrmError:
         raise
     # transformers, tokenizers, safetensors, torch and the hub raise anything, a bare Exception too
     except BaseException as error:
-        # nor is a panic in the tokenizers' Rust an Exception
+        # and a panic in the tokenizers' Rust is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         said = " ".join(str(error).split()) or type(error).__name__
@@ -65,8 +65,8 @@ def model_errors(what: str) -> Iterator[None]:
 
 
 def _check_place(path: str | Path, *files: str) -> None:
-    """Raise ModelError for a folder without a model, and for a local path that is not there: the hub is
-    asked for nothing but hub ids."""
+    """Raise ModelError for a folder without a model, and for a missing local path: the hub is asked only
+    for hub ids."""
     place, name = Path(path), str(path)
     if place.is_dir():
         if not any((place / file).is_file() for file in ("config.json", ADAPTER, *files)):
@@ -86,7 +86,7 @@ def _check_place(path: str | Path, *files: str) -> None:
 
 
 def _check_shards(directory: Path) -> None:
-    """Raise ModelError for an index that names files which are missing, or outside its directory."""
+    """Raise ModelError for an index that names files that are missing, or outside its directory."""
     for index in directory.glob("*.index.json"):
         with model_errors(f"{index} is damaged"):
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -97,7 +97,7 @@ def _check_shards(directory: Path) -> None:
 
 
 def _check_config_file(file: Path) -> None:
-    """Raise ModelError for a number of layers or labels that would keep transformers busy for minutes."""
+    """Raise ModelError if the number of layers or labels would keep transformers busy for minutes."""
     with model_errors(f"{file} is damaged"):
         config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
@@ -110,7 +110,7 @@ def _check_config_file(file: Path) -> None:
 
 
 def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
-    """Raise ModelError for quantised weights, which neither train nor score here."""
+    """Raise ModelError for quantised weights, which cannot train or score here."""
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
         raise ModelError(
@@ -119,7 +119,7 @@ def check_unquantised(path: str | Path, config: PretrainedConfig) -> None:
 
 
 def nf4_config(path: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's: 4 bits a weight of a linear layer, a scale for 64 in 8 bits, products in `dtype`."""
+    """QLoRA's config: linear weights in 4 bits, an 8-bit scale per 64 of them, products in `dtype`."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError("model.quantization needs bitsandbytes: pip install 'hafrm[qlora]'")
     if find_adapter(path) is not None:
@@ -133,34 +133,34 @@ def nf4_config(path: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def settle_nf4(causal: PreTrainedModel, path: str, device: torch.device) -> None:
-    """Make a quantised base ready to train and to export; ModelError where its weights would be wrong."""
-    del causal.config.quantization_config  # an export has whole weights
+    """Make a quantised base ready to train and to export; ModelError if its weights would be wrong."""
+    del causal.config.quantization_config  # an export has unquantised weights
     layers: Any = (module for module in causal.modules() if hasattr(module, "quant_state"))
     for layer in layers:
         # or an evaluation on a CPU rounds products to bfloat16, and repacks the weights
         layer.support_avx512bf16_for_cpu = False
-        # GPT-2's lie transposed, and bitsandbytes 0.50's CPU kernel reads rows of whole blocks
+        # GPT-2's are transposed, and bitsandbytes 0.50's CPU kernel reads rows of whole blocks
         if layer.source_cls is not nn.Linear or (device.type == "cpu" and layer.in_features % 64):
             why = "transposed layers, or on a CPU widths of other than multiples of 64"
             raise ModelError(f"{path} has {why}: it trains without model.quantization only")
 
 
 def stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """The name of every tensor in a directory's safetensors, and the open file; ModelError for damage."""
+    """(name, open file) of every tensor in a directory's safetensors; ModelError for a damaged file."""
     for file in sorted(directory.glob("*.safetensors")):
         with model_errors(f"{file} is damaged"), safe_open(file, "pt") as stored:
             yield from ((name, stored) for name in stored.keys())  # noqa: SIM118 - no mapping
 
 
 def check_shapes(directory: Path, model: PreTrainedModel) -> None:
-    """Raise ModelError for damaged safetensors, and for sizes that differ from those of a model which was
-    made from the directory's config; no weight is read."""
+    """Raise ModelError for damaged safetensors, and for sizes that differ from those of a model built from
+    the directory's config; no weight is read."""
     own = {name: list(value.shape) for name, value in model.state_dict().items()}
     for name, stored in stored_tensors(directory):
         shape = list(stored.get_slice(name).get_shape())
         if own.get(name, shape) != shape:
             raise ModelError(
-                f"{directory}: {name} has the sizes {shape}, but {own[name]} by config.json: take the "
+                f"{directory}: {name} has the sizes {shape}, but {own[name]} by config.json: use the "
                 "config that these weights were saved with"
             )
 
@@ -185,8 +185,8 @@ def find_adapter(path: str | Path, revision: str | None = None) -> Adapter | Non
 def _merge_adapter(
     model: Any, path: str | Path, revision: str | None
 ) -> tuple[Any, set[str], set[str]]:
-    """The model with an adapter's weights merged in, their names, and those that it has no place for;
-    ModelError where weights of the adapter are missing."""
+    """(the model with an adapter's weights merged in, their names, names that the model has no place for);
+    ModelError if weights of the adapter are missing."""
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict  # noqa: PLC0415 - heavy
     from safetensors.torch import load_file  # noqa: PLC0415
 
@@ -213,10 +213,10 @@ def _is_head(name: str) -> bool:
 def stored_reward_head(
     path: str | Path, revision: str | None = None
 ) -> Float[Tensor, "1 hidden"] | None:
-    """The linear reward head of a reward model, an adapter or a model with a value head, float32; None
-    where there is none. Raises ModelError for one that is not linear, has several labels or is a pickle.
+    """The linear reward head of a reward model, an adapter or a model with a value head, float32; None if
+    there is none. Raises ModelError for a head that is not linear, has several labels or is in a pickle.
 
-    Of a hub id, whose model must have been loaded, the files in the cache are read.
+    For a hub id, the files in the cache are read, so its model must have been loaded before.
     """
     place = Path(path)
     if not place.is_dir():
@@ -261,13 +261,13 @@ def load_any_tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """The config of a directory or hub id, for an adapter its base's; ModelError when there is no model."""
+    """The config of a directory or hub id, for an adapter its base's; ModelError if there is no model."""
     _check_place(path)
     if adapter := find_adapter(path, revision):
         return load_config(adapter.base, adapter.revision)
     if Path(path).is_dir():
         _check_config_file(Path(path) / "config.json")
-    with model_errors(f"{path} is no model directory and no hub id that can be read"):
+    with model_errors(f"{path} is neither a model directory nor a readable hub id"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
@@ -275,7 +275,7 @@ def load_config(path: str | Path, revision: str | None = None) -> PretrainedConf
 
 
 def load_generation_config(path: str | Path) -> GenerationConfig:
-    """The generation config of a directory or hub id, from its config where it has none."""
+    """The generation config of a directory or hub id, from its config if it has none."""
     try:
         return GenerationConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
@@ -312,8 +312,8 @@ def load_parts(
     device: str | torch.device | None,
     **options: Any,
 ) -> tuple[Any, set[str]]:
-    """A stock model of the class `auto`, an adapter merged into its base, and the names of weights that its
-    files lack. Those that it has no place for are logged, except reward heads."""
+    """(stock model of the class `auto`, with an adapter merged into its base; names of weights that its
+    files lack). Weights that the model has no place for are logged, except reward heads."""
     revision, own = options.get("revision"), set[str]()
     if adapter := find_adapter(path, revision):
         labels = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
@@ -327,7 +327,7 @@ def load_parts(
             model, info = auto.from_pretrained(
                 path,
                 dtype=dtype,
-                # each weight goes there as it is read: the host never holds the whole model
+                # each weight goes to the device as it is read: the host never holds the whole model
                 device_map={"": device or default_device()},
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -341,7 +341,7 @@ def load_parts(
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """A GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,6 +1,6 @@
 """What a model gives a response: its reward, and its implicit reward, by name.
 
-Both heads of a run answer from one forward; a reward alone from one that computes no log-probs.
+Both heads of a run answer from one forward pass; for the reward alone, it computes no log-probs.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from hafrm.progress import OnProgress, no_progress
 from hafrm.scoring.loading import Heads, find_heads, load_encoder, shared_reward_head
 from hafrm.scoring.reward_model import PolicyModel, RewardModel, Scorer, read_implicit_rule
 
-TOKENS = "tokens"  # the parts of a response's tokens in its implicit reward
+TOKENS = "tokens"  # each token's part of the implicit reward
 _NEEDS = {"reward": "reward", "implicit": "policy", TOKENS: "policy"}  # the head of an output
 OutputScores = dict[str, list[Any]]
-"""Of one group, by output: a float of each response, for TOKENS a list of them."""
+"""Of one group, by output: a float per response; for TOKENS, a list of floats per response."""
 
 
 def outputs_of(path: str | Path) -> tuple[str, ...]:
-    """Everything that a model can give, TOKENS too."""
+    """Every output that a model can give, including TOKENS."""
     heads = find_heads(path)
     return tuple(name for name, head in _NEEDS.items() if getattr(heads, head))
 
 
 def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
-    """The files of a model that these outputs need; ModelError where it lacks one."""
+    """The heads of a model that these outputs need; ModelError if it lacks one."""
     if lacking := set(names) - set(own := outputs_of(path)):
         raise ModelError(f"{path} gives {', '.join(own)}, not {', '.join(sorted(lacking))}")
     heads, needed = find_heads(path), {_NEEDS[name] for name in names}
@@ -39,19 +39,19 @@ def heads_for(path: str | Path, names: Sequence[str]) -> Heads:
 
 
 def model_files(heads: Heads) -> list[str | Path]:
-    """The directories that the outputs of these heads follow from."""
+    """The directories that determine the outputs of these heads."""
     reference = None if heads.policy is None else read_implicit_rule(heads.policy).reference
     return [part for part in (heads.reward, heads.policy, reference) if part is not None]
 
 
 def join_heads(heads: Heads, policy: PolicyModel, max_length: int | None) -> RewardModel | None:
-    """The reward model on the policy's own backbone, whose forward then gives both; None where the two
-    exports do not share it."""
+    """The reward model on the policy's backbone, whose forward then gives both; None if the two exports do
+    not share a backbone."""
     assert heads.reward is not None
     config = policy.model.backbone.config
     encoder = load_encoder(heads.reward, config, max_length)
     encoder.lengths = policy.encoder.lengths
-    # with pad as its EOS the reward would be read at another token than the policy ends at
+    # if pad is its EOS, the reward would be read at another token than the policy ends at
     if encoder.cache_key != policy.encoder.cache_key or encoder.pad_id == encoder.eos_id:
         return None
     head = shared_reward_head(heads.reward, policy.model)
@@ -63,7 +63,7 @@ def join_heads(heads: Heads, policy: PolicyModel, max_length: int | None) -> Rew
 
 
 class ModelOutputs:
-    """A model in memory, with what it needs for the outputs that it was loaded for."""
+    """A model in memory, with the heads for the outputs that it was loaded for."""
 
     def __init__(self, path: str | Path, names: Sequence[str], **options: Any) -> None:
         """`options` are those of `RewardModel.from_pretrained`; ModelError for outputs it cannot give."""
@@ -75,7 +75,7 @@ class ModelOutputs:
             self.reward = join_heads(heads, self.policy, options.get("max_length"))
             if self.reward is None:
                 raise ModelError(
-                    f"the reward model and the policy of {path} are not of one backbone and tokenizer, so "
+                    f"the reward model and the policy of {path} do not share a backbone and tokenizer, so "
                     "they cannot answer together: give the directory of one of them"
                 )
         elif heads.reward is not None:
@@ -83,7 +83,7 @@ class ModelOutputs:
 
     @property
     def scorer(self) -> Scorer:
-        """The head that the model is used by."""
+        """The head that the model is used with."""
         scorer = self.reward or self.policy
         assert scorer is not None
         return scorer
@@ -94,7 +94,7 @@ class ModelOutputs:
         names: Sequence[str],
         on_progress: OnProgress = no_progress,
     ) -> list[OutputScores]:
-        """The outputs called `names` of each group's responses; NumericsError where one is not finite."""
+        """The outputs called `names` of each group's responses; NumericsError if one is not finite."""
         values: dict[str, Any] = {}
         if set(names) <= {"reward"}:
             assert self.reward is not None

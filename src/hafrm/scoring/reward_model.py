@@ -1,7 +1,7 @@
 """`RewardModel` scores responses with a reward head, `PolicyModel` with a policy's implicit reward.
 
-Both load a run folder or any directory that stock transformers loads, and give the numbers that its other
-consumers get.
+Both load a run folder or any directory that stock transformers loads, and give the same numbers as its
+other consumers get.
 """
 
 import math
@@ -29,10 +29,10 @@ from hafrm.scoring.forward import Scores, run_forward
 from hafrm.scoring.loading import head_directory, load_encoder, load_policy, load_reward
 
 PromptLike = str | Sequence[Mapping[str, Any] | Message]
-"""A user's text, or chat messages up to and without the response."""
+"""A user's text, or chat messages up to the response (without it)."""
 IMPLICIT_RULE = "implicit_reward.json"
 MAX_TOKENS = 2**15  # default of a packed sequence: a prompt of 8k tokens and its responses fit
-MAX_TOKENS_CPU = 1024  # there activations should stay in its caches (docs/scoring.md)
+MAX_TOKENS_CPU = 1024  # on a CPU, activations should stay in its caches (docs/scoring.md)
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ImplicitRule:
     reference: str | None  # path or hub id of the frozen starting checkpoint; None: log-prob alone
     beta: float = 1.0
     per_token: bool = False  # divide by the response's tokens
-    logits: bool = False  # tokens' logits in the place of log-probs
+    logits: bool = False  # tokens' logits instead of log-probs
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
-    """The rule of an exported policy; without a file it is the mean log-prob per token."""
+    """The rule of an exported policy; without a file, the mean log-prob per token."""
     file = Path(directory) / IMPLICIT_RULE
     if file.is_file():
         return read_result(file, ImplicitRule)
@@ -63,7 +63,7 @@ class Best:
 
 
 def forward_options(model: HybridModel, max_tokens: int | None = None) -> dict[str, Any]:
-    """How many tokens at once a model scores, and in how many threads."""
+    """How many tokens a model scores at once, and in how many threads."""
     if model.device.type == "cpu":
         return {"max_tokens": max_tokens or MAX_TOKENS_CPU, "threads": torch.get_num_threads()}
     return {"max_tokens": max_tokens or MAX_TOKENS, "threads": 1}
@@ -91,9 +91,9 @@ class Scorer(ABC):
     @overload
     def score(self, prompt: PromptLike, responses: Iterable[str]) -> list[float]: ...
     def score(self, prompt: PromptLike, responses: str | Iterable[str]) -> float | list[float]:
-        """The score of one response, or of each of several responses to the same prompt; an empty one is a
-        turn that ends at once. DataError for a prompt that is no conversation, and for what is longer than
-        the model takes."""
+        """The score of one response, or of each of several responses to the same prompt; an empty response
+        is a turn that ends at once. DataError for a prompt that is not a conversation, and for inputs that
+        are longer than the model takes."""
         if isinstance(responses, str):
             return self.score_batch([prompt], [[responses]])[0][0]
         return self.score_batch([prompt], [responses])[0]
@@ -101,7 +101,7 @@ class Scorer(ABC):
     def score_batch(
         self, prompts: Iterable[PromptLike], responses: Iterable[Iterable[str]]
     ) -> list[list[float]]:
-        """The scores of `responses[i]`, the responses to `prompts[i]`."""
+        """For each i, the scores of `responses[i]`, the responses to `prompts[i]`."""
         return self.score_batch_cut(prompts, responses, may_cut=False)[0]
 
     def score_batch_cut(
@@ -110,8 +110,8 @@ class Scorer(ABC):
         responses: Iterable[Iterable[str]],
         may_cut: bool = True,
     ) -> tuple[list[list[Any]], int]:
-        """As `score_batch`, but what is too long is scored cut; and how many prompts and responses were.
-        A score is whatever `score_encoded` gives for a response."""
+        """Like `score_batch`, but inputs that are too long are cut; also returns how many prompts and
+        responses were cut. A score is whatever `score_encoded` gives for a response."""
         prompts = _as_list(prompts, "prompts must be a list")
         lists = _as_list(responses, "responses must be a list of lists of texts")
         if len(prompts) != len(lists):
@@ -148,7 +148,7 @@ class Scorer(ABC):
         return 1.0 / (1.0 + math.exp(min(700.0, second - first)))  # exp overflows above 709
 
     def best_of(self, prompt: PromptLike, responses: Iterable[str]) -> Best:
-        """The response with the highest score; the first one if several are equal."""
+        """The response with the highest score; the first one if several are equally good."""
         responses = _as_list(responses, "best_of needs a list of responses")
         if not responses:
             raise DataError("best_of needs one or more responses; got none")
@@ -180,7 +180,7 @@ class RewardModel(Scorer):
         """Load a run folder, or the directory or hub id of a `...ForSequenceClassification`.
 
         `dtype` auto is the checkpoint's on a GPU, float32 on a CPU. `score` refuses inputs longer than
-        `max_length`; `encoder.encode` cuts or drops them. Raises ModelError for what is no reward model.
+        `max_length`; `encoder.encode` cuts or drops them. Raises ModelError if it is not a reward model.
         """
         directory = head_directory(path, "reward")
         model = load_reward(directory, dtype=dtype, device=device)
@@ -236,7 +236,7 @@ class PolicyModel(Scorer):
             except ModelError as error:
                 raise ModelError(
                     f"{directory} needs its reference {name}, which cannot be loaded; pass "
-                    f"reference= with its present place: {error}"
+                    f"reference= with its current path: {error}"
                 ) from error
             size, other = (m.backbone.config.get_text_config().vocab_size for m in (policy, frozen))
             if size != other:
@@ -260,8 +260,8 @@ class PolicyModel(Scorer):
         *,
         per_token: bool = False,
     ) -> Scores:
-        """Implicit rewards in the place of log-probs, and from the same forward the rewards of a model with
-        a reward head too; `per_token`: also the part of each token, which sum to the implicit reward."""
+        """Implicit rewards instead of log-probs; if the model has a reward head, also rewards from the same
+        forward. `per_token`: also each token's part; the parts sum to the implicit reward."""
         scores = self.forward(self.model, encoded, on_progress=on_progress, per_token=per_token)
         own: list[Any] = [scores.logps, *[scores.token_logps] * per_token]
         if self.reference is not None:
@@ -275,7 +275,7 @@ class PolicyModel(Scorer):
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:
-    """The group up to the last token that is not pad, where the stock classifier reads the reward."""
+    """The group up to its last token that is not pad, where the stock classifier reads the reward."""
     # only where pad is the EOS, as in some published models: transformers then reads before the EOS
     if pad is None or all(ids[-1] != pad for ids in group.response_ids):
         return group
@@ -298,7 +298,7 @@ def _as_list(values: Any, what: str) -> list[Any]:
 
 
 def as_messages(prompt: PromptLike) -> tuple[Message, ...]:
-    """A prompt as messages, under the rules of preference files; else DataError."""
+    """A prompt as messages; DataError if it breaks the rules of preference files."""
     try:
         what = "a prompt must be a text or a list of messages"
         value = prompt if isinstance(prompt, str) else _as_list(prompt, what)

@@ -1,4 +1,4 @@
-"""Reward servers: `hafrm serve`, and the proof of anybody's server by golden scores.
+"""Reward servers: `hafrm serve`, and checks of any reward server by golden scores.
 
-Start at `protocols.PROTOCOLS`, which both read: what callers send and read, route by route.
+Start at `protocols.PROTOCOLS`, which both use: what callers send and read, route by route.
 """

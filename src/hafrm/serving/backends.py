@@ -1,6 +1,6 @@
-"""What answers behind the front: a model in this process, or the forward of another server.
+"""The backends of `hafrm serve`: a model in this process, or another server that runs the forward.
 
-Both read conversations with the model's own tokenizer and template, so ids and lengths are ours either way.
+Both encode conversations with the model's own tokenizer and template, so ids and lengths are always ours.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ class ConversationEncoder:
         self.encoder, self.end = encoder, encoder.closing()
         limit = encoder.lengths.max_length
         self._too_long = f"longer than {limit:,} tokens, the limit; nothing is cut"
-        # no text of more characters fits, and to tokenize one of megabytes takes half a minute
+        # no text with more characters fits, and tokenizing one of several megabytes takes half a minute
         self._max_size = limit * max(map(len, encoder.tokenizer.get_vocab()))
         tokenizer = encoder.tokenizer
         self.end_text = str(tokenizer.decode(self.end, skip_special_tokens=False))
         self._bos = tokenizer.bos_token if encoder.opening() == tokenizer.bos_token_id else ""
-        # the whole end first: with its EOS alone gone, what is left would be no end
+        # the whole end first: if only its EOS were removed, the rest would not be recognised as an end
         trailing = self.end_text, tokenizer.pad_token, tokenizer.eos_token
         self._trailing = tuple(text for text in trailing if text)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[TokenizedGroup]:
-        """A group for each; RequestError for one that is malformed, or longer than the model takes."""
+        """A group for each conversation; RequestError for one that is malformed, or above the limit."""
         dialogues: list[tuple[int, Group]] = []
         encoded: dict[int, TokenizedGroup] = {}
         for i, conversation in enumerate(conversations):
@@ -77,7 +77,7 @@ class ConversationEncoder:
         while item.open and text.endswith(self._trailing):
             text = text.removesuffix(next(filter(text.endswith, self._trailing)))
         text += self.end_text if item.open else ""
-        # verl takes the template's BOS away, because vLLM adds one
+        # verl removes the template's BOS, because vLLM adds one
         text = text if text.startswith(self._bos) else self._bos + text
         try:
             ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -86,7 +86,7 @@ class ConversationEncoder:
         return np.array(ids, np.int32)
 
     def _split(self, ids: NDArray[np.int32]) -> TokenizedGroup:
-        # a prompt and a response; where they are split changes nothing but what is shared
+        # into prompt and response; the place of the split only affects what is shared
         if len(ids) > self.encoder.lengths.max_length:
             raise DataError(self._too_long)
         if len(ids) < 2 or int(ids.max()) >= (self.encoder.vocab_size or 2**31):
@@ -101,14 +101,14 @@ class ConversationEncoder:
 
 
 def _size(item: Conversation) -> int:
-    """Characters, about, of the longest conversation in it."""
+    """Approximate number of characters in the longest conversation of an item."""
     if isinstance(item, Dialogue):
         return len(str(item.prompt)) + max(map(len, item.responses))
     return len(item.text if isinstance(item, Rendered) else item)
 
 
 class LocalBackend:
-    """A model in this process, with every output that it has."""
+    """A model in this process, with all of its outputs."""
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         """`options` are those of `ModelOutputs`."""
@@ -128,12 +128,12 @@ class LocalBackend:
 
 
 class UpstreamBackend:
-    """The forward of a running vLLM or SGLang, asked for rewards by token ids."""
+    """A running vLLM or SGLang server, which is asked for rewards by token ids."""
 
     def __init__(
         self, path: str | Path, url: str, api_key: str | None = None, max_length: int | None = None
     ) -> None:
-        """Raises ModelError for a model without golden scores, which the server is held to."""
+        """Raises ModelError for a model without golden scores, which the server must reproduce."""
         directory = find_heads(path).reward
         if directory is None or not (golden := _golden(directory)):
             raise ModelError(
@@ -149,7 +149,7 @@ class UpstreamBackend:
         self.about = {"upstream": self.client.base}
 
     def score(self, groups: Sequence[TokenizedGroup], _: Sequence[str]) -> list[OutputScores]:
-        """The rewards of each group; ServerError for a server that is down or answers in another form."""
+        """The rewards of each group; ServerError if the server is down or answers in another form."""
         ids = [[*g.prompt_ids.tolist(), *r.tolist()] for g in groups for r in g.response_ids]
         if self._protocol is None:
             self._protocol = self.client.find_protocol(ids[:1])
@@ -166,5 +166,5 @@ Backend = LocalBackend | UpstreamBackend
 
 
 def _golden(directory: Path | None) -> list[GoldenLine]:
-    """The golden lines of a reward directory; none without a file."""
+    """The golden lines of a reward directory; none if it has no golden file."""
     return read_golden(directory) if directory and (directory / GOLDEN).is_file() else []

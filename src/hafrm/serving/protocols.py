@@ -1,7 +1,7 @@
-"""How trainers ask for rewards, an entry for each protocol: the server reads it, `hafrm verify` asks by it.
+"""How trainers ask for rewards: an entry per protocol, by which the server reads and `hafrm verify` asks.
 
-After vLLM's pooling entrypoints, SGLang's native and scoring routes, OpenRLHF's serve_rm and slime's remote
-reward. A field that is not listed is refused, and so is an option that would change the reward.
+Modelled on vLLM's pooling entrypoints, SGLang's native and scoring routes, OpenRLHF's serve_rm and slime's
+remote reward. Fields that are not listed are refused, and so are options that would change the reward.
 """
 
 import base64
@@ -26,7 +26,7 @@ TIMEOUT = 60.0
 
 
 class Dialogue(NamedTuple):
-    """A prompt as text or messages, and responses to it; `may_be_rendered`: by a caller's chat template."""
+    """A prompt (text or messages) and responses; `may_be_rendered`: perhaps already by a chat template."""
 
     prompt: Any
     responses: Sequence[str]
@@ -46,7 +46,7 @@ Inputs = Sequence[str] | Sequence[Sequence[Any]]
 
 
 class RequestError(HafrmError):
-    """A request without scores: the status that answers it, and the item that it is about."""
+    """A request that gets no scores: the HTTP status of the answer, and the index of the faulty item."""
 
     def __init__(self, status: int, message: str, index: int | None = None) -> None:
         super().__init__(message if index is None else f"item {index}: {message}")
@@ -54,7 +54,7 @@ class RequestError(HafrmError):
 
 
 def _text_of(content: Any) -> Any:
-    """OpenAI's list of one text part, as its text."""
+    """The text of OpenAI's list with a single text part; anything else as it is."""
     match content:
         case [{"type": "text", "text": str(text), **rest}] if not rest:
             return text
@@ -93,11 +93,11 @@ class GroupsRequest(Section):
 
     @property
     def names(self) -> list[str]:
-        """The outputs, TOKENS too."""
+        """The outputs, including TOKENS."""
         return [*self.outputs, *[TOKENS] * self.per_token]
 
     def conversations(self) -> list[Conversation]:
-        """A dialogue for each group, its reference last; ValueError where one lacks."""
+        """A dialogue for each group, with its reference last; ValueError if a reference is missing."""
         if "probability" in self.outputs and any(g.reference is None for g in self.groups):
             raise ValueError("`probability` needs a `reference` response in every group")
         return [
@@ -106,7 +106,7 @@ class GroupsRequest(Section):
         ]
 
     def answer(self, scores: Sequence[OutputScores], by: str) -> dict[str, Any]:
-        """The outputs of each group; probabilities compare scores called `by`."""
+        """The outputs of each group; probabilities compare the scores named `by`."""
         rows = []
         for group, own in zip(self.groups, scores, strict=True):
             if "probability" in self.outputs:
@@ -117,21 +117,21 @@ class GroupsRequest(Section):
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way to ask: a request holds conversations as `texts`, the answer `rows` with a `reward` each."""
+    """One way to ask: requests hold conversations in `texts`, answers a `reward` in each of `rows`."""
 
     name: str
     path: str
     texts: str
-    rows: str | None = None  # None: the answer is the rows itself
-    reward: str | None = None  # None: a row is the reward
-    ids: str | None = None  # where token ids go; None: it takes none
-    options: Mapping[str, Any] = field(default_factory=dict)  # what we send with them
-    takes: Mapping[str, Any] = field(default_factory=dict)  # the other fields that callers send
+    rows: str | None = None  # None: the answer itself is the list of rows
+    reward: str | None = None  # None: each row is the reward
+    ids: str | None = None  # the field for token ids; None: it takes none
+    options: Mapping[str, Any] = field(default_factory=dict)  # what we send as well
+    takes: Mapping[str, Any] = field(default_factory=dict)  # other fields that callers may send
     is_list: bool = True  # takes a list of conversations
 
     @cached_property
     def request(self) -> type[BaseModel]:
-        """What a caller may send; null is as good as nothing."""
+        """What a caller may send; null counts as absent."""
         inputs: dict[str, Any] = {self.texts: Text | Texts if self.is_list else str}
         if self.ids:
             inputs[self.ids] = inputs.get(self.ids, Ids) | Ids | IdLists
@@ -147,7 +147,7 @@ class Protocol:
         return {**self.options, key: list(inputs) if self.is_list else inputs[0]}
 
     def conversations(self, sent: Mapping[str, Any]) -> list[Conversation]:
-        """What a request asks about; ValueError for fields that do not go together."""
+        """The conversations of a request; ValueError for fields that do not go together."""
         all_kinds = dict.fromkeys((self.texts, self.ids, "messages"))
         kinds = [kind for kind in all_kinds if kind in self.request.model_fields]
         if len(sent_kinds := sent.keys() & kinds) != 1:
@@ -182,7 +182,7 @@ class Protocol:
         return {"object": "list", self.rows: rows, **extra}
 
     def read(self, answer: Any, num: int) -> list[float]:
-        """The rewards in an answer to `num` conversations; ValueError and the like for another form."""
+        """The rewards in an answer to `num` conversations; ValueError or similar for another form."""
         rows = answer if self.rows is None else answer[self.rows]
         # SGLang answers a single text without a list
         rows = rows if isinstance(rows, list) else [rows]
@@ -194,7 +194,7 @@ class Protocol:
 
 
 def _as_base64(values: list[float]) -> str:
-    """As OpenAI's client reads embeddings."""
+    """The values as base64, as OpenAI's client reads embeddings."""
     return base64.b64encode(np.array(values, "<f4").tobytes()).decode()
 
 
@@ -204,7 +204,7 @@ def is_single(value: Any) -> bool:
 
 
 _RAW = {"use_activation": False, "add_special_tokens": False}
-# a sigmoid is no reward, and nothing is cut; nothing is added to rendered text: the template wrote its BOS
+# a sigmoid is not a reward; nothing is cut; nothing is added to rendered text: the template wrote its BOS
 _VLLM: dict[str, Any] = {"use_activation": Literal[False], "truncate_prompt_tokens": Literal[None]}
 _VLLM |= {"messages": Messages, "encoding_format": Literal["float", "base64"]}
 _VLLM |= {"activation": Literal[False], "task": Literal["classify"]}  # the former is older
@@ -242,11 +242,11 @@ class Asked(NamedTuple):
 
 
 def read_request(path: str, body: bytes, by: str) -> Asked:
-    """What a body asks, whose probabilities compare scores called `by`; RequestError for another form."""
+    """What a body asks; probabilities compare the scores named `by`. RequestError for another form."""
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise RequestError(400, f"the body is no JSON: {error}") from error
+        raise RequestError(400, f"the body is not JSON: {error}") from error
     try:
         if path == "/score":
             groups = GroupsRequest.model_validate(value)
@@ -255,7 +255,7 @@ def read_request(path: str, body: bytes, by: str) -> Asked:
             return Asked(groups.conversations(), outputs, partial(groups.answer, by=by))
         fitting = [protocol for protocol in PROTOCOLS if protocol.path == path]
         keys = value.keys() if isinstance(value, dict) else ()
-        # two protocols may share a path: the one whose field is there
+        # two protocols may share a path: take the one whose field is present
         protocol = next((p for p in fitting if {p.texts, p.ids} & {*keys}), fitting[0])
         sent = protocol.request.model_validate(value).model_dump(exclude_none=True)
         talks = protocol.conversations(sent)
@@ -273,7 +273,7 @@ class OtherProtocolError(ServerError):
 
 
 class ServerClient:
-    """Requests to one server over connections that stay open, from any thread."""
+    """Sends requests to one server over connections that stay open, from any thread."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         """`url` may end in a protocol's path, which is then the only one to try."""
@@ -284,7 +284,7 @@ class ServerClient:
         self._http = httpx2.Client(headers=keys, timeout=TIMEOUT)
 
     def rewards(self, protocol: Protocol, inputs: Inputs) -> list[float]:
-        """The rewards of what `Protocol.ask` takes; OtherProtocolError for an answer of another form."""
+        """The rewards of what `Protocol.ask` takes; OtherProtocolError if the answer has another form."""
         answer = self.request(protocol.path, {**self.model, **protocol.ask(inputs)})
         try:
             return protocol.read(answer, len(inputs))
@@ -296,7 +296,7 @@ class ServerClient:
 
     @cached_property
     def model(self) -> dict[str, str]:
-        """The model's name as requests give it; only vLLM and SGLang name theirs."""
+        """The model's name as a field of requests; only vLLM and SGLang name their model."""
         try:
             return {"model": str(self.request("/v1/models")["data"][0]["id"])}
         except (OtherProtocolError, KeyError, IndexError, TypeError):
@@ -309,7 +309,7 @@ class ServerClient:
         try:
             try:
                 answer = ask()
-            except (httpx2.NetworkError, httpx2.RemoteProtocolError):  # lost: once more
+            except (httpx2.NetworkError, httpx2.RemoteProtocolError):  # lost: try again
                 answer = ask()
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             why = hide_secrets(f"{type(error).__name__}: {error}")

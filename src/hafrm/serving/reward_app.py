@@ -1,7 +1,7 @@
 """The server of `hafrm serve`: routes of every protocol, keys, limits, readiness, metrics.
 
-The event loop moves bytes only: one thread reads and tokenizes requests, another one runs the model. A
-request's texts reach no log.
+The event loop only moves bytes: one thread reads and tokenizes requests, another one runs the model. The
+texts of requests are never logged.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ _LATER = {"Retry-After": "10"}
 
 
 class RewardServer(AuthenticationBackend):
-    """An app around a backend; `keys` empty: nobody needs one."""
+    """An app around a backend; if `keys` is empty, no key is needed."""
 
     def __init__(self, backend: Backend, name: str, keys: Sequence[str] = ()) -> None:
         self.backend, self.name, self._reader = backend, name, ConversationEncoder(backend.encoder)
@@ -79,7 +79,7 @@ class RewardServer(AuthenticationBackend):
         self.app = Starlette(routes=routes, **options)
 
     def _count_metrics(self) -> None:
-        self._registry = CollectorRegistry()  # of its own: several apps may live in one process
+        self._registry = CollectorRegistry()  # not global: several apps may live in one process
         own: Any = {"registry": self._registry}
         self._requests = Counter("hafrm_requests", "Answers", ["path", "status"], **own)
         self._seconds = Histogram("hafrm_request_seconds", "Time to answer", ["path"], **own)
@@ -102,7 +102,7 @@ class RewardServer(AuthenticationBackend):
         self._encoding.shutdown()
 
     async def _watch(self) -> None:
-        """Replay the golden scores; an upstream's again and again."""
+        """Replay the golden scores; for an upstream, repeatedly."""
         while True:
             try:
                 self.difference = await self._replay()
@@ -190,7 +190,7 @@ class RewardServer(AuthenticationBackend):
         run, path = asyncio.get_running_loop().run_in_executor, request.url.path
         groups, asked = await run(self._encoding, self._prepare, path, body)
         scores = asyncio.create_task(self.queue.submit(groups, asked.outputs))
-        # the body has been read: all that can come is that the client hangs up
+        # the body has been read: the only message that can still come is that the client hangs up
         gone = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait((scores, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -215,7 +215,7 @@ class RewardServer(AuthenticationBackend):
 
 
 def _refuse(conn: HTTPConnection, error: Exception) -> JSONResponse:
-    """The answer for a request without scores."""
+    """The answer to a request that gets no scores."""
     status, message, headers = 500, str(error), dict[str, str]()
     if isinstance(error, RequestError):
         status = error.status
@@ -235,7 +235,7 @@ def _refuse(conn: HTTPConnection, error: Exception) -> JSONResponse:
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Closes a connection that two checks find between the same requests, however its headers drip in."""
+    """Closes a connection if two checks find it between the same requests, even if headers trickle in."""
 
     _seen: Any = None
 
@@ -253,7 +253,7 @@ class _ImpatientProtocol(H11Protocol):
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ConfigError where nothing can listen there."""
+    """Raise ConfigError if nothing can listen there."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
@@ -268,7 +268,7 @@ def check_port(host: str, port: int) -> None:
 def run_server(server: RewardServer, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT, then answer what has been accepted, and return."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises what it caught once more at the end: that would be its exit code
+        # uvicorn raises the signals that it caught again at its end: that would set the exit code
         signal.signal(number, lambda *_: None)
     options: Any = {"http": _ImpatientProtocol, "timeout_keep_alive": int(SLOW)}
     options |= {"log_config": None, "access_log": False, "server_header": False}

@@ -1,7 +1,7 @@
-"""Requests that wait for a model: token budgets, fair turns, a bound; the model has its own thread.
+"""Requests that wait for a model: token budgets, fair turns, an upper bound; the model has its own thread.
 
 Every batch takes a part of each waiting request in turn, so that a large one does not hold up small ones.
-What fails in company is run again apart, so that one request's fault is not another's.
+A batch that fails is run again in parts, so that one request's fault does not affect others.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from hafrm.preferences import TokenizedGroup
 from hafrm.scoring.outputs import OutputScores
 from hafrm.serving.protocols import OtherProtocolError, RequestError
 
-_SLICES = 8  # of a batch: as much as a request gets at a time while others wait
+_SLICES = 8  # per batch: a request gets one slice at a time while others wait
 
 
 class _Item(NamedTuple):
@@ -25,7 +25,7 @@ class _Item(NamedTuple):
 
 
 class ScoreQueue:
-    """Groups in, outputs out, of one event loop; `score` runs in the model's thread only."""
+    """Groups in, outputs out, in one event loop; `score` runs only in the model's thread."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ScoreQueue:
     async def submit(
         self, groups: Sequence[TokenizedGroup], names: tuple[str, ...]
     ) -> list[OutputScores]:
-        """The outputs of each group, once the model has run them; cancelled, they are not run.
+        """The outputs of each group, once the model has run them; if this is cancelled, they are not run.
 
         Raises RequestError for a full queue or a failed item, and ServerError from a server behind `score`.
         """
@@ -65,7 +65,7 @@ class ScoreQueue:
         return [result for result in results if not isinstance(result, Exception)]
 
     def close(self) -> None:
-        """End the thread; uvicorn closes once every request is answered."""
+        """End the thread; uvicorn shuts down once every request is answered."""
         self._worker.cancel()
         self._model.shutdown()
 
@@ -82,7 +82,7 @@ class ScoreQueue:
             self._changed.clear()
 
     def _take(self) -> list[_Item]:
-        """Items for one batch, all with the same outputs; requests that were left out are next."""
+        """Items for one batch, all with the same outputs; requests that were left out come next."""
         batch: list[_Item] = []
         room, others = self.batch_tokens, deque[deque[_Item]]()
         while self._requests and room > 0:
@@ -92,7 +92,7 @@ class ScoreQueue:
                 continue
             while request and share > 0:
                 item = request.popleft()
-                if not item.future.done():  # its client is there
+                if not item.future.done():  # its client is still there
                     share, room = share - item.group.num_tokens, room - item.group.num_tokens
                     batch.append(item)
             self._requests.extend([request] if request else [])
@@ -102,7 +102,7 @@ class ScoreQueue:
     def _score_apart(
         self, groups: Sequence[TokenizedGroup], names: tuple[str, ...]
     ) -> Sequence[OutputScores | Exception]:
-        """The outputs of each group, or its own fault."""
+        """The outputs of each group, or its own error."""
         try:
             return self.score(groups, names)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to a request
@@ -114,5 +114,5 @@ class ScoreQueue:
 
 
 def _is_down(error: Exception) -> bool:
-    """Whether the server behind fails for all."""
+    """Whether the upstream server fails for all requests."""
     return isinstance(error, ServerError) and not isinstance(error, OtherProtocolError)

@@ -1,6 +1,6 @@
-"""Replay golden scores on a running reward server, anybody's, in the ways in which servers go wrong.
+"""Replay golden scores on any running reward server, in the ways in which servers go wrong.
 
-A check is one function, with what went wrong for whom, and its entry in `CHECKS` with what fixes it.
+A check is one function, with links to the known bugs, and its entry in `CHECKS`, with the fix.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,29 +21,29 @@ from hafrm.run_folder import hide_secrets
 from hafrm.serving.protocols import OtherProtocolError, Protocol, ServerClient
 
 VLLM_TOLERANCE = 1.5e-2
-"""What vLLM's own tests of reward models allow: tolerated of every server."""
+"""What vLLM's own tests of reward models allow; tolerated for every server."""
 Replies = tuple[Sequence[str], Sequence[float], Sequence[float]]
 """Conversations, the rewards that a server gave them, and those expected."""
 
 
 def reward_spread(golden: Sequence[GoldenLine]) -> float:
-    """The standard deviation of the golden rewards, 0 without any."""
+    """The standard deviation of the golden rewards; 0 if there are none."""
     return float(np.std([line.reward for line in golden])) if golden else 0.0
 
 
 def relative_differences(
     got: Sequence[float], expected: Sequence[float], spread: float
 ) -> NDArray[np.float64]:
-    """How far rewards are from the expected ones, relative to max(1, spread): not to the rewards, because a
-    model may add any constant to all of them."""
+    """How far rewards are from the expected ones, relative to max(1, spread); not relative to the rewards,
+    because a model may add any constant to all of them."""
     return np.abs(np.subtract(got, expected, dtype=np.float64)) / max(1.0, spread)
 
 
 def half_tolerance(spread: float) -> float:
-    """What `relative_differences` may be in half precision: a quarter of the spread.
+    """The limit of `relative_differences` in half precision: a quarter of the spread.
 
-    On SmolLM2-135M, 30 layers, bfloat16 is off by up to a fifth of it and float16 by a thirtieth; a second
-    BOS by 0.4 of it, a missing or doubled EOS by 4 and more.
+    On SmolLM2-135M, 30 layers, bfloat16 is off by up to a fifth of the spread and float16 by a thirtieth; a
+    second BOS by 0.4 of it, a missing or doubled EOS by 4 times and more.
     """
     return max(VLLM_TOLERANCE, min(1.0, spread) / 4)
 
@@ -72,7 +72,7 @@ class ServerReplay:
 
     @property
     def difference(self) -> float:
-        """The largest of all checks; NaN where a reward is none."""
+        """The largest of all checks; NaN if some reward is NaN."""
         return float(np.max([c.difference for c in self.checks if c.difference is not None]))
 
     def tables(self) -> tuple[Table, ...]:
@@ -91,7 +91,7 @@ class ServerReplay:
 
 
 class _NotCheckedError(Exception):
-    """A check that does not apply, and why."""
+    """A check does not apply, for this reason."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _texts(asked: _Asked, size: int = 1, at_once: int = 1) -> Replies:
 
 
 def _other_form(asked: _Asked, form: str) -> Replies:
-    # ids, to which a server adds none, or messages, which it renders by its own template (swift#8475)
+    # ids, to which a server must add none, or messages, which it renders with its template (swift#8475)
     lines = [line for line in asked.lines if getattr(line, form)]
     is_taken = asked.protocol.ids if form == "input_ids" else form in asked.protocol.takes
     if not is_taken or not lines:
@@ -133,7 +133,7 @@ def _other_form(asked: _Asked, form: str) -> Replies:
 
 
 def _long(asked: _Asked, num_tokens: int) -> Replies:
-    # LAST pooling is wrong where the prefill is cut in chunks (vllm#48831, vllm#48901)
+    # LAST pooling is wrong if the prefill is split into chunks (vllm#48831, vllm#48901)
     limit = asked.plain.text_config.get("max_position_embeddings") or 2**20
     talks = [[m for m in line.messages if m["role"] != "system"] for line in asked.lines]
     talk = min(filter(None, talks), key=lambda turns: len(str(turns)), default=[])
@@ -184,10 +184,10 @@ CHECKS: dict[str, tuple[Callable[[_Asked], Replies], str]] = {
     "over 8,192 tokens": (partial(_long, num_tokens=8192), _LONG),
     "without the key": (
         _without_key,
-        "start it with a key; where that guards /v1 alone, let a proxy guard the other routes",
+        "start it with a key; if that guards only /v1, let a proxy guard the other routes",
     ),
 }
-"""How a server is asked, and what to change where it answers otherwise."""
+"""How a server is asked, and what to change if its rewards differ."""
 
 
 def verify_server(
@@ -195,10 +195,10 @@ def verify_server(
 ) -> ServerReplay:
     """Send every golden conversation to a server in all ways of `CHECKS`, and compare the rewards.
 
-    Without a `tolerance` it is `half_tolerance` for conversations sent alone, and for the other ways four
-    times what these differed by, so that a server in float32 is held to a stricter limit.
-    A `url` that ends in a protocol's path tries no other path. Raises DataError for a golden file without
-    rendered texts, ServerError for a server without answers.
+    The default tolerance is `half_tolerance` for conversations sent alone. For the other ways it is four
+    times the difference of these, so that a server in float32 has a stricter limit.
+    For a `url` that ends in a protocol's path, only that path is tried. Raises DataError for a golden file
+    without rendered texts, ServerError for a server that does not answer.
     """
     lines = read_golden(golden)
     if any(line.text is None for line in lines):

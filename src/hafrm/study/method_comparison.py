@@ -1,4 +1,4 @@
-"""`compare_methods`: train every method on every set with every seed, and test which one is better.
+"""`compare_methods`: train every method on every set with every seed, and test which is better.
 
     OUT/recipe.yaml   runs/<training set>/<method>/rate-R-seed-S/   comparison.json
 
@@ -48,7 +48,7 @@ log = logging.getLogger("hafrm")
 
 COMPARISON_FILE = "comparison.json"
 TWO_MODELS = "bt + dpo (fused)"
-"""Two models trained apart and scored together: the control for one backbone with two heads."""
+"""Two models trained separately and scored together: the control for one backbone with two heads."""
 
 SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, scorer), an array for each seed."""
@@ -57,12 +57,12 @@ SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 def compare_methods(
     plan: StudyPlan, out: Path, *, processes: int = 1, keep_models: bool = False
 ) -> StudyResult:
-    """Run what of the plan has not been run, and summarise all of it.
+    """Do the runs of the plan that are not done yet, and summarise all of them.
 
-    Raises CheckpointError for a folder of another recipe or other test data, NumericsError if a method's
+    Raises CheckpointError for a folder with another recipe or other test data, NumericsError if a method's
     runs diverge at every learning rate or at the chosen one.
     """
-    data = read_study_data(plan.recipe)  # faults of the data come to light before hours of training
+    data = read_study_data(plan.recipe)  # faults of the data show up before hours of training
     sections = plan.recipe.model_dump(mode="json").items()
     cache_key: dict[str, Any] = {f"recipe.{name}": section for name, section in sections}
     cache_key |= file_digests([*plan.recipe.data.train, *plan.recipe.data.validation])
@@ -70,14 +70,14 @@ def compare_methods(
     with ResumableFolder.open(out, "comparison of methods") as folder:
         has_runs = (out / "runs").is_dir()
         folder.claim("runs", {**cache_key, "test data": data.digest}, has_content=has_runs)
-        # for people and the report; the claim above is what counts
+        # for readers and the report; what counts is the claim above
         atomic_write(out / "recipe.yaml", dump_recipe(plan.recipe))
         with ProcessPool(partial(RunWorker, plan, out, keep_models=keep_models), processes) as pool:
             tried = _run(pool, plan.tuning_runs())
             tunings = tuple(_choose_rate(plan, method, tried) for method in plan.methods)
             runs = plan.runs({tuning.method: tuning.chosen for tuning in tunings})
             results = _run(pool, runs)
-        # kept until here, because a chosen run is scored from its best checkpoint
+        # kept until now, because a chosen run is scored from its best checkpoint
         for run in tried:
             shutil.rmtree(run.folder(out) / "checkpoints", ignore_errors=True)
         # a rate that suits the tuning set may be too high for another set or seed
@@ -100,7 +100,7 @@ def compare_methods(
 def _run(
     pool: ProcessPool[StudyRun, RunResult], runs: Sequence[StudyRun]
 ) -> dict[StudyRun, RunResult]:
-    """Do the runs, and log every finished one with the time that it took."""
+    """Do the runs, and log each finished one with its time."""
 
     def on_done(number: int, run: StudyRun, result: RunResult) -> None:
         outcome = result.diverged or in_words(result.validation)
@@ -127,7 +127,7 @@ def _choose_rate(
 
 
 def scorers_of(method: StudyMethod) -> dict[str, str]:
-    """The scorers of a method, and the head of each; its own score comes first."""
+    """The scorers of a method, and the head of each; the method's own score comes first."""
     name, objective = method.name, method.method
     scorers: dict[str, str] = {name: objective.scores_with}
     if objective.trains_reward and objective.trains_policy:
@@ -138,7 +138,7 @@ def scorers_of(method: StudyMethod) -> dict[str, str]:
 def scores_of_runs(
     runs: Sequence[StudyRun], data: StudyData, out: Path
 ) -> dict[tuple[str, str], list[NDArray[np.float32]]]:
-    """The scores of finished runs; if `bt` and `dpo` take part, also those of the two fused."""
+    """The scores of finished runs; if `bt` and `dpo` take part, also the fused scores of both."""
     lengths = np.array([len(ids) for group in data.tokenized for ids in group.response_ids])
     scores: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
     by_seed: dict[tuple[str, int], dict[str, Arrays]] = defaultdict(dict)
@@ -166,14 +166,14 @@ def _fuse(
 
 
 def fused_factor(reward_margins: NDArray[Any], implicit_margins: NDArray[Any]) -> float:
-    """The factor b / a >= 0 of P(chosen) = sigmoid(a * reward margin + b * implicit margin per token); 0
-    where the comparisons do not determine it."""
+    """The factor b / a >= 0 in P(chosen) = sigmoid(a * reward margin + b * implicit margin per token); 0 if
+    the comparisons do not determine it."""
     x = np.stack([reward_margins, implicit_margins], axis=1).astype(np.float64)
     scale = np.sqrt((x**2).mean(0)) if len(x) else np.zeros(2)
     if not scale.all():  # one of the two separates no responses
         return 0.0
     x /= scale  # two scales far apart would make the problem ill-conditioned
-    penalty = 1e-9  # keeps the coefficients finite where the likelihood has no maximum
+    penalty = 1e-9  # keeps the coefficients finite if the likelihood has no maximum
 
     def loss_and_slope(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         loss = float(np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w))
@@ -182,14 +182,14 @@ def fused_factor(reward_margins: NDArray[Any], implicit_margins: NDArray[Any]) -
     fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
     a, b = (float(value) for value in fit.x / scale)
     is_separable = (x[x.any(1)] @ fit.x > 0).all()  # the likelihood has no maximum
-    # a <= 0: the ratio would turn the reward around
+    # a <= 0: the ratio would reverse the reward
     return 0.0 if is_separable or a <= 0 else max(0.0, b / a)
 
 
 def outcomes_of(
     scores: SeedScores, comparisons: Comparisons
 ) -> dict[tuple[str, str, str], Answers]:
-    """What every scorer got right on every test set, training sets and scorers in their order."""
+    """What every scorer got right on every test set; training sets and scorers keep their order."""
     decided = comparisons.decided()
     sets = {name: decided.take(indices) for name, indices in decided.by_source().items()}
     result = {}
@@ -201,7 +201,7 @@ def outcomes_of(
 
 
 def pick_longer(comparisons: Comparisons) -> dict[str, Estimate]:
-    """The accuracy of the longer response, in characters, on each test set."""
+    """The accuracy of picking the longer response, in characters, on each test set."""
     decided = comparisons.decided()
     chosen, rejected = decided.lengths
     right = chosen > rejected

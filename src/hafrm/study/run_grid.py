@@ -1,6 +1,6 @@
 """Which runs a study has: methods with options, training sets, seeds, learning rates.
 
-A run's recipe is the study's with its own training set, method, seed and learning rate, so that methods
+A run's recipe is the study's recipe with its own training set, method, seed and learning rate. Methods
 differ in nothing else: same steps, same comparisons, same order. Nothing is run here.
 """
 
@@ -22,12 +22,12 @@ from hafrm.study.study_result import MIXED
 from hafrm.training.methods import Method, get_method
 
 RATE_FACTORS = (1 / 3, 1.0, 3.0)
-"""Learning rates tried, as multiples of the recipe's, unless others are given."""
+"""Learning rates to try, as multiples of the recipe's, unless others are given."""
 
 
 @dataclass(frozen=True)
 class StudyMethod:
-    """A method as it is written: "bt", "haf:alpha=0.05", "haf:policy_loss=ipo:alpha=1"."""
+    """A method as written by users: "bt", "haf:alpha=0.05", "haf:policy_loss=ipo:alpha=1"."""
 
     name: str
     section: Mapping[str, Any] = field(compare=False)  # the `method` section of its recipes
@@ -47,11 +47,11 @@ class StudyRun:
     rate: float
     seed: int
     is_scored: bool = field(default=True, compare=False)
-    """Whether the test sets are scored; a run that only helps to choose a learning rate does not."""
+    """Whether to score the test sets; not for runs that only help to choose a learning rate."""
 
     def folder(self, root: Path) -> Path:
-        """Its folder; the name has everything in which it differs from other runs."""
-        # ":" is no name on some file systems
+        """The run's folder; its name has everything in which the run differs from others."""
+        # some file systems do not allow ":" in names
         method = self.method.name.replace(":", ",").replace("/", "_")
         return root / "runs" / self.train / method / f"rate-{self.rate:g}-seed-{self.seed}"
 
@@ -87,7 +87,7 @@ class StudyPlan:
         return [StudyRun(train, method, rate, seed, is_scored=False) for method, rate in pairs]
 
     def runs(self, rates: Mapping[str, float]) -> list[StudyRun]:
-        """All runs that the result is made of, from each method's learning rate."""
+        """All runs that make up the result, given each method's learning rate."""
         # runs on the same data follow each other, so that a process prepares it once
         grid = itertools.product(self.train_sets, self.seeds, self.methods)
         return [StudyRun(train, m, rates[m.name], seed) for train, seed, m in grid]
@@ -101,9 +101,9 @@ def plan_study(
     rates: Sequence[float] = (),
     mixed: bool = True,
 ) -> StudyPlan:
-    """The plan for these methods; each entry of the recipe's `data.train` is a training set of its own.
+    """The plan for these methods; each entry of the recipe's `data.train` is a separate training set.
 
-    Raises ConfigError for an unknown method or option, and a recipe that does not fit a comparison.
+    Raises ConfigError for an unknown method or option, and for a recipe that does not fit a comparison.
     """
     if not recipe.data.test:
         raise ConfigError("data.test names no source: a comparison of methods needs held-out data")
@@ -127,7 +127,7 @@ def plan_study(
 
 
 def parse_methods(written: Sequence[str]) -> tuple[StudyMethod, ...]:
-    """Methods from their names with options; raises ConfigError for an unknown one, and for doubles."""
+    """Methods from their names with options; raises ConfigError for unknown ones and duplicates."""
     methods = tuple(_parse_method(text.strip()) for text in written if text.strip())
     if not methods:
         raise ConfigError("no methods are given; name them, such as haf,bt,dpo")
@@ -155,7 +155,7 @@ def _parse_method(text: str) -> StudyMethod:
 
 
 def parse_rates(written: str | None) -> tuple[float, ...]:
-    """Learning rates with commas between them; raises ConfigError for other texts."""
+    """Learning rates from a comma-separated text; raises ConfigError for other texts."""
     try:
         return tuple(float(part) for part in (written or "").split(",") if part.strip())
     except ValueError as error:
@@ -163,8 +163,8 @@ def parse_rates(written: str | None) -> tuple[float, ...]:
 
 
 def set_name(entry: str) -> str:
-    """The name of a source's results: the one that its groups carry."""
-    # an entry may stand for several named sets, whose groups have names of their own
+    """The name of a source's results, which is the source name of its groups."""
+    # an entry may stand for several named sets, whose groups have different names
     sources = parse_sources(entry)
     name = sources[0].name if len(sources) == 1 else entry.partition("#")[0].removeprefix("set:")
     return re.sub(r"[^\w.-]", "_", name)

@@ -18,19 +18,19 @@ from hafrm.evaluation.metrics import calibration
 from hafrm.results import Cell, Column, Table
 from hafrm.statistics import Estimate, Real, holm
 
-MIXED = "mixed"  # the training set that is all of them together
+MIXED = "mixed"  # the training set with all of them together
 SIGNIFICANT = 0.05  # adjusted p-values below it are called significant
 
 
 Answers = tuple[Shaped[np.ndarray, "_ _"], Shaped[np.ndarray, " _"]]
-"""[seeds, comparisons]: margins, or whether they are right (which may be weighted); and the prompts."""
+"""([seeds, comparisons]: margins, or whether they are right, which may be weighted; the prompts)."""
 Outcomes = Mapping[tuple[str, str, str], Answers]
-"""Margins by (training set, scorer, test set); every training set and scorer has all test sets."""
+"""Margins by (training set, scorer, test set); all training sets and scorers have every test set."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScorerAccuracy:
-    """A scorer's accuracy on one test set, or its mean over several, each of equal weight."""
+    """A scorer's accuracy on one test set, or its mean over several sets of equal weight."""
 
     train: str  # the training set; "" for a mean
     method: str  # the scorer, such as "haf" or "haf (fused)"
@@ -49,11 +49,11 @@ class Contrast:
     second: str
     difference: Estimate  # accuracy of `first` minus that of `second`
     p_value: float
-    p_adjusted: float = 1.0  # Holm's, over the family of averages or that of single test sets
+    p_adjusted: float = 1.0  # by Holm, over the family of averages or that of single test sets
 
     @property
     def is_significant(self) -> bool:
-        """Whether it is, after the adjustment for the number of tests."""
+        """Whether the difference is significant, after the adjustment for the number of tests."""
         return self.p_adjusted < SIGNIFICANT
 
 
@@ -62,7 +62,7 @@ class Tuning:
     """How a method's learning rate was chosen."""
 
     method: str
-    train: str  # the training set whose validation part decided
+    train: str  # the training set whose validation part decides
     chosen: float
     tried: tuple[tuple[float, float | None], ...]
     """(rate, the deciding validation metric) by rate; None if the run diverged."""
@@ -73,7 +73,7 @@ class StudyResult:
     """A finished comparison of methods."""
 
     recipe: str  # the file of the recipe that all runs share
-    metric: str  # of validation data, by which learning rates and steps were chosen
+    metric: str  # the validation metric by which learning rates and steps were chosen
     seeds: tuple[int, ...]
     methods: tuple[str, ...]  # all scorers; the first is the baseline
     train_sets: tuple[str, ...]
@@ -84,7 +84,7 @@ class StudyResult:
     average_differences: tuple[Contrast, ...]
     pick_longer: dict[str, Estimate]  # accuracy of the longer response on each test set
     learning_rates: tuple[Tuning, ...]
-    seconds: float  # of all runs, as far as their last process ran them
+    seconds: float  # of all runs; for resumed runs, only of the last process
 
     def tables(self) -> tuple[Table, ...]:
         """The averages, a table for each training set, and how learning rates were chosen."""
@@ -139,8 +139,8 @@ class StudyResult:
 def domains(
     train_sets: Sequence[str], test_sets: Sequence[str]
 ) -> dict[str, list[tuple[str, str]]]:
-    """The (training set, test set) pairs of each average; kinds without a pair are left out. A test set
-    of a training set's name, or of that name with test for train, is its test part."""
+    """The (training set, test set) pairs of each average; averages without a pair are left out. A test set
+    with a training set's name, or with that name and test instead of train, is its test part."""
     alone = [name for name in train_sets if name != MIXED]
     part_of = {name.replace("train", "test"): name for name in alone} | {n: n for n in alone}
     held_out = [test for test in test_sets if test not in part_of]
@@ -205,7 +205,7 @@ def _family(
 def stack_answers(outcomes: Sequence[tuple[str, Answers]]) -> Answers:
     """Weighted right answers whose mean is the mean of the test sets' accuracies, and their clusters.
 
-    A prompt of a test set is one cluster, also if models of several training sets answered it.
+    A prompt of a test set is one cluster, even if models of several training sets answered it.
     """
     # right answers are scaled so that each set has equal weight, whatever its size:
     # mean over all columns of o * total / (k * n_o) = mean over sets of mean(o)

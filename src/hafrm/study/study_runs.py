@@ -1,6 +1,6 @@
 """One run of a study: train it, score the test sets with its best weights in memory, keep the scores.
 
-A run with a `result.json` is finished, one that was killed is resumed. A run that only helps to choose a
+A run with a `result.json` is finished; a run that was killed is resumed. A run that only helps to choose a
 learning rate keeps its checkpoints until the choice is made, and scores nothing.
 """
 
@@ -36,25 +36,25 @@ from hafrm.training.setup import build_encoder, build_model
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
 REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
-"""Margins on validation data, which alone decide how the fused score weighs the two heads."""
+"""Margins on validation data; only these decide how the fused score weighs the two heads."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run found."""
+    """The result of a finished run."""
 
     validation: dict[str, float]  # of the best step; empty if the run diverged
     num_steps: int
-    seconds: float  # of the process that finished it; a resumed run counts its last part only
+    seconds: float  # of the process that finished it; for a resumed run, only of its last part
     diverged: str | None = None  # the error of a run whose loss or gradient was not finite
     is_scored: bool = True  # whether the test sets were scored
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """The test sets of a study, as all its runs see them."""
+    """The test sets of a study, the same for all its runs."""
 
     comparisons: Comparisons
     tokenized: Sequence[TokenizedGroup]
@@ -88,7 +88,7 @@ def read_run_result(folder: Path) -> RunResult | None:
 
 
 class RunWorker:
-    """Runs runs of one study in this process; what several of them need is prepared once."""
+    """Does runs of one study in this process; what several of them need is prepared once."""
 
     def __init__(self, plan: StudyPlan, root: Path, *, keep_models: bool = False) -> None:
         self.plan, self.root, self.keep_models = plan, root, keep_models
@@ -102,7 +102,7 @@ class RunWorker:
         before = read_run_result(folder)
         if before is not None and (before.is_scored or before.diverged or not run.is_scored):
             return before
-        # a tuning run that turns out to be the chosen one is only scored now
+        # a tuning run that turns out to be the chosen one is scored only now
         began = time.monotonic() - (0.0 if before is None else before.seconds)
 
         def finish(job: Job) -> None:
@@ -111,9 +111,9 @@ class RunWorker:
                 if self.keep_models:
                     export_job(job)
 
-        # a killed run left its recipe, and perhaps a checkpoint
+        # a killed run has left its recipe, and perhaps a checkpoint
         resume, key = (folder / "recipe.yaml").is_file(), (run.train, run.seed)
-        # methods with one seed on one set train on the very same data
+        # methods with the same seed and set train on exactly the same data
         if key not in self._prepared:
             self._prepared = {key: prepare_data(recipe)}
         try:
@@ -121,10 +121,10 @@ class RunWorker:
             trained = run_training(recipe, folder, resume=resume, data=data, finish=finish)
             seconds = time.monotonic() - began
             result = RunResult(trained.best, trained.num_steps, seconds, is_scored=run.is_scored)
-        # other NumericsErrors are no matter of the learning rate, and end the study
+        # other NumericsErrors do not depend on the learning rate, and end the study
         except DivergedError as error:
             result = RunResult({}, 0, time.monotonic() - began, diverged=str(error))
-        # an unscored run may yet be chosen, and is then scored from its checkpoint
+        # an unscored run may still be chosen, and is then scored from its checkpoint
         if result.is_scored:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         write_result(folder / RUN_RESULT, result)
@@ -135,7 +135,7 @@ class RunWorker:
         if logits not in self._references:
             method = get_method("dpo-logits" if logits else "dpo")
             ranks = parallel.start()
-            # decided as `train` does, so that policy and reference are computed alike
+            # decided as in `train`, so that policy and reference are computed in the same way
             recipe = with_token_budget(self.plan.recipe, method, ranks)
             self._references[logits] = reference_logps(
                 build_model(recipe, method, build_encoder(recipe), ranks.device).eval(),
@@ -147,7 +147,7 @@ class RunWorker:
         return self._references[logits]
 
     def _score(self, job: Job, folder: Path) -> None:
-        """Keep the scores of the test sets, and the validation margins that a fused score is fitted on."""
+        """Store the scores of the test sets, and the validation margins that a fused score is fitted on."""
 
         budget = pass_tokens(job.recipe.training.token_budget)
         score = partial(score_heads, job.model, max_tokens=budget, autocast=job.autocast)

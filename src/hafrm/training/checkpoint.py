@@ -1,7 +1,7 @@
 """Everything a run needs to resume, on disk: trainable weights, optimiser state, step, RNG.
 
-safetensors and JSON only, never a pickle. A checkpoint is complete or absent, and checked against its
-manifest at resume. Of a sharded model each rank writes and reads its own rows, so that nothing is gathered
+safetensors and JSON only, never a pickle. A checkpoint is complete or absent, and is checked against its
+manifest at resume. Each rank of a sharded model writes and reads its own rows, so that nothing is gathered
 and the number of ranks may change.
 """
 
@@ -34,14 +34,14 @@ from hafrm.training.prepared_data import PreparedData
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MAY_CHANGE = ("max_tokens", "gradient_checkpointing")
-"""Keys of `training` that a resumed run may set differently: they change gradients only in rounding."""
-_OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja")  # not its card
+"""Keys of `training` that a resumed run may change: they affect gradients only by rounding."""
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja")  # without the model card
 
 
 @contextlib.contextmanager
 def open_run(recipe: Section, folder: Path, *, resume: bool) -> Iterator[RunFolder]:
-    """The run's folder, created or opened, and locked in a `with` block, by the main rank; all ranks raise
-    CheckpointError where that is unsafe."""
+    """The run's folder, created or opened by the main rank and locked in a `with` block; all ranks raise
+    CheckpointError if that is unsafe."""
     with contextlib.ExitStack() as stack:
 
         def enter() -> RunFolder:
@@ -69,8 +69,8 @@ def _reopen(recipe: Section, folder: Path) -> RunFolder:
 
 
 def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> None:
-    """Versions, seed, the counts of rows and groups, and digests of all that the run is made from; raises
-    CheckpointError where a resumed run was made from something else."""
+    """Record versions, seed, counts of rows and groups, and digests of everything that the run depends on;
+    raises CheckpointError if a resumed run was made from something else."""
     inputs = {
         **model_digests("model.path", recipe.model.path, recipe.model.revision),
         **model_digests("model.policy_from", recipe.model.policy_from),
@@ -84,8 +84,8 @@ def record_provenance(run: RunFolder, recipe: Recipe, data: PreparedData) -> Non
 
 
 def model_digests(key: str, path: str | None, revision: str | None = None) -> dict[str, str]:
-    """Digests of a model's weights, configs and tokenizer by "key file", or a hub id's commit; large files
-    by `quick_fingerprint`, which takes no minutes at each start."""
+    """Digests of a model's weights, configs and tokenizer by "key file", or a hub id's commit. Large files
+    have a `quick_fingerprint`, so that a start does not take minutes."""
     if path is None:
         return {}
     folder = Path(path)
@@ -107,7 +107,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write `checkpoints/step-N` and return its path; all ranks call. Shards need a folder that all see."""
+    """Write `checkpoints/step-N` and return its path; all ranks call this. Shards need a shared folder."""
     parallel.reshard(model)
     trainable = _trainable(model)
     weights: dict[str, Tensor] = dict(trainable)
@@ -134,10 +134,10 @@ def save_checkpoint(
 
 
 def write_own_part(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write this rank's rows of sharded tensors to a file of its own, and on the main rank the others."""
+    """Write this rank's rows of sharded tensors to its own file; the main rank also writes the others."""
     parts = {
         name: own_part(tensor)
-        for name, tensor in sorted(tensors.items())  # a resumed optimizer has another order
+        for name, tensor in sorted(tensors.items())  # the order differs in a resumed optimizer
         if (parallel.is_first_copy(tensor) if isinstance(tensor, DTensor) else parallel.is_main())
     }
     parts = {name: part for name, part in parts.items() if part.rows.numel()}
@@ -148,7 +148,7 @@ def write_own_part(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class _Stored:
-    """A checkpoint's files of a kind. Each rank reads its rows of shards, the main rank others for all."""
+    """A checkpoint's files of a kind. Each rank reads its rows of shards, the main rank also the others."""
 
     def __init__(self, folder: Path, file: str) -> None:
         self._pattern = folder, f"{Path(file).stem}*.safetensors"
@@ -170,7 +170,7 @@ class _Stored:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights, moments and RNG in place and return its state, unless it is damaged."""
+    """Restore a checkpoint's weights, moments and RNG, and return its state, unless it is damaged."""
     parallel.from_main(lambda: check_manifest(folder))
     load_weights(folder, model)
     parameters, stored = _trainable(model), _Stored(folder, OPTIMIZER)
@@ -187,7 +187,7 @@ def load_checkpoint(
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's trainable weights into the model; all ranks call."""
+    """Load a checkpoint's trainable weights into the model; all ranks call this."""
     parallel.reshard(model)
     parameters, stored = _trainable(model), _Stored(folder, MODEL)
     if other := sorted(stored.names ^ parameters.keys()):
@@ -200,7 +200,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trainable weights by name, whole, on the CPU; shared ones once. All ranks call."""
+    """Full copies of the trainable weights by name, on the CPU; shared ones once. All ranks call this."""
     copies = ((n, parallel.whole(p.detach())) for n, p in _trainable(model).items())
     return {name: whole.to("cpu", copy=True) for name, whole in copies}
 

@@ -96,9 +96,9 @@ def run_training(
 ) -> TrainResult:
     """Train as the recipe says, in a run folder; returns once the exported models have been verified.
 
-    `data` is what `prepare_data` makes of the recipe. `finish` gets the job and its best weights instead of
-    exporting them. Raises ConfigError, DataError or ModelError before the first step, CheckpointError,
-    NumericsError, MemoryBudgetError, and StoppedError after a SIGTERM or SIGINT, with the state saved.
+    `data` is what `prepare_data` makes of the recipe. `finish` is called with the job and its best weights
+    instead of exporting. Raises ConfigError, DataError or ModelError before the first step; also
+    CheckpointError, NumericsError, MemoryBudgetError, and StoppedError (SIGTERM or SIGINT, state saved).
     """
     ranks = parallel.start()
     recipe = with_precision(recipe, ranks.device.type)
@@ -115,7 +115,7 @@ def run_training(
 
 
 def export_job(job: "Job") -> None:
-    """Export a job's models and verify them with plain transformers."""
+    """Export a job's models, and verify them with plain transformers."""
     if not parallel.from_main(job.run.model_path.is_dir):
         export_run(job.run, job.recipe, job.data, job.model)
 
@@ -200,7 +200,7 @@ class Job:
                         f"stopped by signal {stop.received} after step {step + 1} of {self.num_steps}; "
                         f"resume with: {command}"
                     )
-        # A resumed run that had finished comes straight here.
+        # A resumed run that had already finished comes straight here.
         if self.best_step != self.num_steps:
             load_weights(self.run.checkpoint_path(self.best_step), self.wrapped)
         del self.wrapped, self.optimizer, batches  # frees their memory for the export
@@ -208,7 +208,7 @@ class Job:
         return TrainResult(self.run.path, self.num_steps, self.best_step, self.best)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of a step, in pinned memory where it goes to a GPU."""
+        """This rank's part of a step, in pinned memory if it goes to a GPU."""
         training, ranks, team = self.recipe.training, self.ranks, self.model.team
         refs = self.order.window(step * training.batch_size, training.batch_size)
         plan = plan_step(self.data.train, refs, training.token_budget, ranks.size // team.size)
@@ -221,7 +221,7 @@ class Job:
         return [batch.moved(Tensor.pin_memory) for batch in batches]
 
     def _check_first_batch(self) -> None:
-        """Shared against plain on the shortest groups of the first step."""
+        """Compare shared prompts with plain runs, on the shortest groups of the first step."""
         refs = self.order.window(0, self.recipe.training.batch_size)
         groups = [group.tokens for group in step_groups(self.data.train, refs)]
         shortest = sorted(groups, key=lambda group: group.num_tokens)[:4]
@@ -248,7 +248,7 @@ class Job:
         return step == self.num_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self, step: int) -> bool:
-        """Validate; True where this step is the best so far."""
+        """Validate; returns whether this step is the best so far."""
         self.nonfinite.check()
         groups, references = self.data.validation, self.validation_references
         logps = None if references is None else references.logps
@@ -292,7 +292,7 @@ class Job:
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """metrics.jsonl, trackers and the log; device values are fetched once per logging interval.
 
-    `recipe` may be one of RLHF, which uses `report` alone.
+    `recipe` may also be an RLHF recipe; RLHF uses only `report`.
     """
 
     def __init__(self, run: RunFolder, recipe: Any, num_steps: int) -> None:
@@ -300,7 +300,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._steps: list[StepResult] = []
         self._lines: list[dict[str, int | float]] = []  # of this process, to look for alarms
         self._alarmed: set[str] = set()
-        self._num_resumed = 0  # of them another process took: its speed is left out
+        self._num_resumed = 0  # of these, taken by an earlier process: its speed is left out
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         if parallel.is_main():
@@ -311,11 +311,11 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             tracker.finish()
 
     def interval(self) -> list[list[float]]:
-        """This rank's steps since the last line, for a checkpoint: so a resumed run logs the same."""
+        """This rank's steps since the last line, for a checkpoint, so that a resumed run logs the same."""
         return [[*step.sums.tolist(), float(step.grad_norm)] for step in self._steps]
 
     def resume(self, intervals: Sequence[list[list[float]]], ranks: parallel.Ranks) -> None:
-        """Continue each rank's `interval`; if there were other ranks, their sums are added up."""
+        """Continue each rank's `interval`; if the number of ranks has changed, their sums are added up."""
         own = intervals[ranks.rank :: ranks.size]
         for i, (*sums, norm) in enumerate(intervals[0]):
             zeros = torch.zeros(len(sums), device=ranks.device)
@@ -339,7 +339,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         pairs = zip(MEASURES, means, strict=True)
         values = {name: mean for name, mean in pairs if not math.isnan(mean)}
         if not values.get("equal_rewards"):
-            values.pop("equal_rewards", None)  # as almost always
+            values.pop("equal_rewards", None)  # the usual case
         for name in ("accuracy", "implicit_accuracy"):
             if name in values:
                 values |= with_bounds(name, values[name], num_weighted)
@@ -353,7 +353,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.report("train", number, values)
 
     def report(self, kind: str, number: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, the same to every tracker, and a line of log."""
+        """Write one line of metrics.jsonl, the same to every tracker, and a line of the log."""
         if not parallel.is_main():
             return
         self._run.append_metrics({"step": number, "kind": kind, **values})
@@ -370,7 +370,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
 
 def start_trackers(folder: Path, tracking: TrackingSection, recipe_text: str) -> list[Any]:
-    """accelerate's trackers by name, started with the recipe; raises ConfigError for a missing package."""
+    """accelerate's trackers, started with the recipe; raises ConfigError for a missing package."""
     if not tracking.report_to:
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # noqa: PLC0415

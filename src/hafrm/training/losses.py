@@ -1,7 +1,7 @@
-"""The mathematics of training: pure functions, one value per comparison, in float32 (of float64: float64).
+"""The losses: pure functions with one value per comparison, in float32 (float64 for float64 inputs).
 
-No loss reads other comparisons of the micro-batch, so packing cannot change a gradient: what depends on
-the whole step comes in as a constant (`hafrm.training.step.StepMeans`).
+No loss reads other comparisons of the micro-batch, so packing cannot change a gradient; what depends on
+the whole step is passed in as a constant (`hafrm.training.step.StepMeans`).
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-EPSILON = 1e-6  # keeps NormBT's factor finite where two responses have the same state
+EPSILON = 1e-6  # keeps NormBT's factor finite if two responses have the same state
 PerComparison = Float[Tensor, " comparisons"]
 
 
@@ -63,10 +63,10 @@ def reward_loss(
 
 
 def distance_weights(distances: PerComparison, mean_distance: Float[Tensor, ""]) -> PerComparison:
-    """NormBT's factor on each reward loss, constant for the gradient: mean distance by own distance.
+    """NormBT's factor on each reward loss, constant for the gradient: mean distance / own distance.
 
-    The gradient of Bradley-Terry by the reward head is the error times ||h_chosen - h_rejected||, so near
-    pairs hardly train; the factor cancels that (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
+    The Bradley-Terry gradient of the reward head is the error times ||h_chosen - h_rejected||, so pairs
+    of similar states hardly train; the factor cancels that (arXiv 2512.06343: mu / (||h_w - h_l|| + eps)).
     """
     return (mean_distance / (distances + EPSILON)).detach()
 
@@ -77,10 +77,10 @@ def sum_to_zero_loss(
     mean_reward: Float[Tensor, ""],
     num_comparisons: int,
 ) -> PerComparison:
-    """BSR's penalty (arXiv 2505.07271): n * mean^2 over the step's 2 n rewards, a part per comparison.
+    """BSR's penalty (arXiv 2505.07271): n * mean^2 over the step's 2 n rewards, as one part per comparison.
 
     As in its code (LinkedIn-XFACT/RM-Robustness); the paper squares the sum. With the mean m held constant,
-    parts n * (2 m s - m^2), s the mean of a comparison's rewards, average to n * m^2 and its gradient.
+    parts n * (2 m s - m^2), s the mean of a comparison's rewards, average to n * m^2 and have its gradient.
     """
     mean, own = mean_reward.detach(), (chosen_rewards + rejected_rewards) / 2
     return num_comparisons * (2 * mean * own - mean**2)
@@ -104,7 +104,7 @@ def reference_free_dpo_loss(
 
 def ipo_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
     """Identity preference optimisation; `beta` is the paper's tau. Log-ratios are **per token**, as its
-    authors and TRL take them (huggingface/trl#1265): the target is one constant for all lengths."""
+    authors and TRL compute them (huggingface/trl#1265): the target is one constant for all lengths."""
     chosen, rejected = batch.log_ratios()
     gap = chosen / batch.chosen_counts - rejected / batch.rejected_counts
     # Eq. 17 of arXiv 2310.12036.
@@ -131,7 +131,7 @@ def orpo_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
 
 
 def kto_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
-    """KTO over pairs: the mean of its desirable and undesirable losses, reference point z0 = 0.
+    """KTO on pairs: the mean of its desirable and undesirable losses, with reference point z0 = 0.
 
     The paper's estimate of z0 >= 0 would depend on packing; at its floor, 0, the loss is half of APO-zero
     (arXiv 2408.06266, Eq. 7).
@@ -149,8 +149,8 @@ def sft_loss(batch: PolicyLogps) -> PerComparison:
 def dpo_likelihood_loss(
     batch: PolicyLogps, *, beta: float, label_smoothing: float = 0.0
 ) -> PerComparison:
-    """DPO plus the negative log of the total of both responses' length-normalised probabilities, which DPO
-    alone lets fall; after the abstract of ICML 2026 poster 60715, with weight 1."""
+    """DPO plus -log of the sum of both responses' length-normalised probabilities, because DPO alone lets
+    them fall; after the abstract of ICML 2026 poster 60715, with weight 1."""
     likelihood = torch.logaddexp(*batch.mean_logps())
     return dpo_loss(batch, beta=beta, label_smoothing=label_smoothing) - likelihood
 
@@ -163,14 +163,14 @@ def sft_logsigmoid_loss(batch: PolicyLogps, *, beta: float) -> PerComparison:
 def _preference_nll(
     gap: PerComparison, flipped_gap: PerComparison, label_smoothing: float
 ) -> PerComparison:
-    """-log sigmoid(gap), with weight `label_smoothing` on the other label."""
+    """-log sigmoid(gap), with weight `label_smoothing` on the opposite label."""
     right, wrong = -F.logsigmoid(gap), -F.logsigmoid(flipped_gap)
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
 def _log1mexp(logp: PerComparison) -> PerComparison:
     """log(1 - exp(logp)) for logp <= 0, exact near both ends (Maechler 2012, Eq. 7)."""
-    # A certain response (logp = 0) has infinite odds: taken as one rounding short of certain, or
+    # A certain response (logp = 0) has infinite odds: treat it as one rounding short of certain, or
     # where() would multiply the unused branch's infinite gradient by zero, which is NaN.
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     near, far = torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp))

@@ -30,12 +30,12 @@ from hafrm.training.setup import meta_model, with_precision, with_training
 log = logging.getLogger("hafrm")
 
 GIB = 2**30
-FLOAT32, HALF = 4, 2  # bytes of a number
-NF4 = 0.516  # with a byte's scale for 64 weights, and scales of 256 of those
+FLOAT32, HALF = 4, 2  # bytes per number
+NF4 = 0.516  # with a one-byte scale per 64 weights, and a scale per 256 of those
 LARGEST = 2**15  # tokens beyond which matrix products become no more efficient
 GRAIN = 256  # tokens between two automatic budgets
-SCORED = 0.6  # of a micro-batch's tokens, in responses: two fifths of a comparison are its prompt
-# Left alone: a GPU's allocator leaves gaps, and glibc's heap holds up to 2.4 times what is alive.
+SCORED = 0.6  # fraction of a micro-batch's tokens in responses: two fifths of a comparison are its prompt
+# Headroom: a GPU's allocator leaves gaps, and glibc's heap holds up to 2.4 times what is alive.
 SPARE = {"cuda": 0.1, "cpu": 0.6}
 REMEDIES = (
     "training.max_tokens=auto, training.gradient_checkpointing=true, training.precision=bf16, "
@@ -45,7 +45,7 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class Target:
-    """The device of one rank, the bytes that it has before anything is loaded, the number of ranks."""
+    """The device of one rank, its available bytes before anything is loaded, and the number of ranks."""
 
     device: Literal["cuda", "cpu"]
     memory: int
@@ -56,7 +56,7 @@ class Target:
         return int(self.memory * (1 - SPARE[self.device]))
 
     def shards(self, recipe: Recipe) -> int:
-        """Among how many ranks FSDP2 divides a model: hsdp among those of a node."""
+        """The number of ranks that FSDP2 shards a model over; with hsdp, the ranks of one node."""
         near = parallel.per_node(8) if recipe.training.parallel == "hsdp" else self.ranks
         return min(self.ranks, near)
 
@@ -66,14 +66,14 @@ class Target:
 
 
 class Weights(NamedTuple):
-    """Numbers of weights by what they cost, and the widths that decide a layer's activations."""
+    """Numbers of weights by their cost, and the widths that determine a layer's activations."""
 
     total: int
     trainable: int
     frozen_bytes: int
     layer: int
     layer_trainable: int
-    outside: int  # of no layer, and not the reward head
+    outside: int  # outside of layers, without the reward head
     outside_trainable: int
     adapters: bool  # LoRA: the policy head is frozen too
     layers: int
@@ -81,26 +81,26 @@ class Weights(NamedTuple):
     kv_heads: int
     vocab: int  # of the policy head; 0 without one
     features: int  # inputs and outputs of a layer's matrices, and a gated MLP's product
-    normed: int  # numbers of a token that a layer's norms read
+    normed: int  # numbers per token that a layer's norms read
     head_normed: int  # the same of norms over attention heads (Qwen3, Gemma3)
     rms: bool
-    capped_heads: int  # attention heads, where their scores are soft-capped
-    largest: int  # of one weight
-    dequantised: int  # of one, for its product; 0 for a base that is not quantised
+    capped_heads: int  # attention heads, if their scores are soft-capped
+    largest: int  # numbers in the largest weight
+    dequantised: int  # numbers in the largest quantised weight, for its product; 0 if there is none
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of one rank at its fullest moments: in a step's backward pass, and in passes without one."""
+    """Peak bytes of one rank: in a step's backward pass, and in passes without one."""
 
     weights: int
     gradients: int
     optimiser: int
     exchange: int  # FSDP2's gathered layers and whole gradients; DDP's buckets are the gradients
     activations: int  # what autograd keeps of the micro-batch
-    working: int  # what backward holds at once: of a layer, or logits and the head's gradient
+    working: int  # what backward holds at once: a layer's, or logits and the head's gradient
     passes: int  # without gradients: the reference's, over whole weights, or validation
-    host: int  # what is offloaded, and one weight on its way to a file
+    host: int  # what is offloaded, plus one weight that is being written to a file
 
     @property
     def step(self) -> int:
@@ -110,18 +110,18 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one rank of a run needs, and whether it is there."""
+    """What one rank of a run needs, and whether it fits."""
 
     target: Target
     sharded: bool
     max_tokens: int  # for auto, the largest budget that fits
-    tokens: int  # of the largest micro-batch: the budget, or all of a step where that is less
+    tokens: int  # of the largest micro-batch: the budget, or the whole step if that is less
     need: MemoryNeed
     proof: int  # bytes to replay the export in float32, after training, by the main rank
 
     @property
     def prover(self) -> str:
-        """Where the export is proved: on the GPU where it has room, once the model in memory is gone."""
+        """Where the export is proved: on the GPU if it has room once the model in memory is freed."""
         return (
             "GPU" if self.target.device == "cuda" and self.proof <= self.target.memory else "host"
         )
@@ -152,8 +152,8 @@ class MemoryPlan:
 
 
 def count_weights(model: HybridModel, *, quantised: bool = False) -> Weights:
-    """The weights of a model, which may be on the meta device, by what they cost; the linear layers' in nf4
-    if `quantised`."""
+    """The weights of a model, which may be on the meta device, by their cost; linear layers are in nf4 if
+    `quantised`."""
 
     def size(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
         sizes = [(p.numel(), p.requires_grad) for p in parameters]
@@ -170,7 +170,7 @@ def count_weights(model: HybridModel, *, quantised: bool = False) -> Weights:
     capped = getattr(config, "attn_logit_softcapping", None)
     for name, p in layers[0].named_parameters() if layers else ():
         if p.dim() > 1 and "lora_" not in name:
-            times = visited if p.dim() == 3 else 1  # stacked experts, of which a token meets a few
+            times = visited if p.dim() == 3 else 1  # stacked experts, of which a token visits a few
             features += times * sum(p.shape[-2:])
             if "qkv" in name or "query_key_value" in name:  # rotated parts are copies of its output
                 features += max(p.shape)
@@ -209,14 +209,14 @@ def count_weights(model: HybridModel, *, quantised: bool = False) -> Weights:
 def state_bytes(
     weights: Weights, *, shards: int = 1, gathered: int = FLOAT32, accumulates: bool = False
 ) -> tuple[int, int, int, int]:
-    """(weights, gradients, optimiser, exchange) of a rank: alone or under DDP, or one of FSDP2's `shards`,
-    which gathers in `gathered` bytes a number, and keeps gradients whole while a step `accumulates`."""
+    """Bytes of (weights, gradients, optimiser, exchange) of a rank: alone, under DDP, or one of FSDP2's
+    `shards`, which gathers `gathered` bytes per number, and whole gradients if a step `accumulates`."""
     trained = FLOAT32 * weights.trainable
     parts = trained + weights.frozen_bytes, trained, 2 * trained
     if shards == 1:
         return *parts, 0
-    # This layer and the next, and what is outside of layers, which stays from forward to backward; on
-    # their way the gradients of one layer, as they are and in float32, and those of the outside.
+    # Gathered: this layer, the next, and what is outside of layers, which stays from forward to backward.
+    # Gradients in flight: one layer's, as they are and in float32, and those outside of layers.
     exchange = gathered * (2 * weights.layer + weights.outside + weights.outside_trainable)
     exchange += (gathered + FLOAT32) * weights.layer_trainable
     whole, gradients, optimiser = (-(-part // shards) for part in parts)
@@ -226,12 +226,12 @@ def state_bytes(
 def activation_bytes(
     recipe: Recipe, weights: Weights, tokens: int, *, sharded: bool
 ) -> tuple[int, int, int]:
-    """(kept for backward, held above that in backward, held in a pass without gradients), no log-probs."""
+    """Bytes (kept for backward, held on top in it, held in a pass without gradients), without log-probs."""
     half, frozen = recipe.training.precision == "bf16", sharded or weights.adapters
-    size, norm = FLOAT32, 2.0  # bytes a number, fitted to traces
+    size, norm = FLOAT32, 2.0  # bytes per number, fitted to traces
     if half:
         size, norm = HALF, 4.0  # the float32 input of a LayerNorm
-        if weights.rms:  # over float32 weights autocast casts the norm's output for every matrix
+        if weights.rms:  # with float32 weights autocast casts the norm's output for every matrix
             norm = 2.0 if frozen else 7.25
     layer = int(size * weights.features + norm * weights.normed + 7.5 * weights.head_normed)
     layer += 8 * weights.capped_heads * recipe.data.max_length  # Gemma2's scores are written out
@@ -242,7 +242,7 @@ def activation_bytes(
     gradient = weights.layer_trainable  # bytes: a matrix is a quarter of a layer
     gradient += size * weights.dequantised
     ends, forward = 2 * stream, copies + layer + size * weights.dequantised
-    if recipe.training.gradient_checkpointing:  # keeps a layer's input alone, and no copies
+    if recipe.training.gradient_checkpointing:  # keeps only a layer's input, and no copies
         working = max(copies + layer, 5 * layer // 4 + gradient)
         return ends + weights.layers * stream, working, forward
     return ends + copies + weights.layers * layer, layer // 3 + gradient, forward
@@ -251,14 +251,14 @@ def activation_bytes(
 def logprob_bytes(
     recipe: Recipe, weights: Weights, tokens: int, target: Target, *, train: bool
 ) -> int:
-    """Bytes that `token_logprobs` holds at its fullest: logits, copies of the head, hidden states."""
+    """Peak bytes of `token_logprobs`: logits, copies of the head, hidden states."""
     if not weights.vocab:
         return 0
     half, scored = recipe.training.precision == "bf16", int(SCORED * tokens)
     half_product = half and target.device == "cuda"
     half_head = half and (weights.adapters or (train and is_sharded(recipe, target)))
-    # float32 products share a buffer; others bring a new one while the last is still referred to. A frozen
-    # head gives its gradient in forward, from a copy of both.
+    # float32 products share a buffer; others allocate one while the last is still referenced. A frozen
+    # head computes its gradient in forward, from a copy of both.
     chunks = 3 if train and (weights.adapters or half_product) else 1 + half_product
     logits = FLOAT32 * chunks * min(scored, chunk_rows(weights.vocab, target.device))
     head = FLOAT32 * half_head if not half_product else HALF * (not half_head)  # cast for products
@@ -271,7 +271,7 @@ def logprob_bytes(
 def memory_need(
     recipe: Recipe, weights: Weights, target: Target, tokens: int, budget: int, *, accumulates: bool
 ) -> MemoryNeed:
-    """The need with micro-batches of `tokens`; passes without gradients take a multiple of `budget`."""
+    """The need for micro-batches of `tokens`; passes without gradients use a multiple of `budget`."""
     sharded, reference = is_sharded(recipe, target), pass_tokens(budget)
     team = target.team(recipe, weights)  # which divides what layers hold, and gathers hidden states
     shards = target.shards(recipe) if sharded else 1
@@ -287,9 +287,9 @@ def memory_need(
         saved, working, forward = saved + 5 * masks, max(working, 10 * masks), forward + 15 * more
     working = max(working, logprob_bytes(recipe, weights, tokens, target, train=True))
     forward = max(forward, logprob_bytes(recipe, weights, reference, target, train=False))
-    # A weight and what is added to it in float32, their sum, and it in the file's dtype.
+    # A weight and what is added to it in float32, their sum, and the sum in the file's dtype.
     host = 4 * FLOAT32 * weights.largest
-    if sharded and recipe.training.offload in ("weights", "all"):  # but what is gathered of them
+    if sharded and recipe.training.offload in ("weights", "all"):  # except what is gathered of them
         host += sum(states[:3])
         states, beside = (0, 0, 0, states[3]), gathers
     if recipe.training.offload in ("activations", "all"):
@@ -304,8 +304,8 @@ def is_sharded(recipe: Recipe, target: Target) -> bool:
 
 
 def scatters_gradients(trainable: int, target: Target) -> bool:
-    """Whether every micro-batch exchanges gradients: whole ones would take a tenth of the memory, to save
-    as many bytes on the way."""
+    """Whether every micro-batch exchanges gradients. Whole gradients, kept until the last one, would save
+    traffic but take more than a tenth of the memory."""
     return FLOAT32 * trainable > target.memory // 10
 
 
@@ -325,7 +325,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
 
     def plan(budget: int) -> MemoryPlan:
         tokens = min(budget, step)
-        # A rank's part of a step, its prompts two fifths of it and laid out once: 5/8 of the most.
+        # A rank's part of a step; prompts are two fifths of it and laid out once: 5/8 of the maximum.
         accumulates = tokens < -(-step * 5 * team // (8 * target.ranks))
         accumulates = accumulates and not scatters_gradients(weights.trainable, target)
         need = memory_need(recipe, weights, target, tokens, budget, accumulates=accumulates)
@@ -333,7 +333,7 @@ def plan_memory(recipe: Recipe, weights: Weights, target: Target) -> MemoryPlan:
 
     if training.max_tokens != "auto":
         return plan(training.max_tokens)
-    # Not a bisection: where a step takes several micro-batches, FSDP2 keeps whole gradients.
+    # Not a bisection: if a step takes several micro-batches, FSDP2 keeps whole gradients.
     budgets = range(min(max(LARGEST * team, least), step), least, -GRAIN)
     return next((p for p in map(plan, budgets) if p.fits), plan(least))
 
@@ -350,8 +350,8 @@ def plan_recipe(
 
 def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> Recipe:
     """The recipe with max_tokens as a number, precision decided and, for adapters, `parallel` chosen, the
-    same on all ranks; ConfigError where not even the smallest budget fits."""
-    recipe = with_precision(recipe, ranks.device.type)  # what the plan is of
+    same on all ranks; ConfigError if not even the smallest budget fits."""
+    recipe = with_precision(recipe, ranks.device.type)  # which the plan depends on
     auto = recipe.training.max_tokens == "auto"
     choice, plan = _choose(recipe, method, target_here(ranks))
     if recipe.training.offload in ("weights", "all") and not plan.sharded:
@@ -368,7 +368,7 @@ def with_token_budget(recipe: Recipe, method: Method, ranks: parallel.Ranks) -> 
 
 
 def target_here(ranks: parallel.Ranks) -> Target:
-    """This process's device, and what is free of a GPU or this process's part of RAM."""
+    """This process's device, and the free memory of its GPU or its part of the RAM."""
     if ranks.device.type == "cuda":
         return Target("cuda", torch.cuda.mem_get_info(ranks.device)[0], ranks.size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -379,13 +379,13 @@ def target_here(ranks: parallel.Ranks) -> Target:
 
 
 def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, MemoryPlan]:
-    """The recipe, with DDP for adapters where it leaves that open and copies fit, and its plan."""
+    """The recipe and its plan; with `parallel: auto`, adapters use DDP if full copies fit."""
     if recipe.model.quantization:  # bytes that FSDP2 cannot divide
         recipe = with_training(recipe, parallel="ddp")
     heads = {"policy": method.trains_policy, "reward": method.trains_reward}
     model = meta_model(check_base(recipe.model, **heads), recipe, method)
     weights = count_weights(model, quantised=recipe.model.quantization is not None)
-    # DDP exchanges adapters' gradients once a step; FSDP2 gathers the model twice a micro-batch.
+    # DDP exchanges adapters' gradients once per step; FSDP2 gathers the model twice per micro-batch.
     on_device = recipe.training.offload in ("none", "activations")
     is_open = recipe.training.parallel == "auto" and on_device
     if recipe.lora and is_open and is_sharded(recipe, target):

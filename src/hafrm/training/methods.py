@@ -1,7 +1,7 @@
 """Methods: named objectives, each a preset of reward loss, policy loss and their weights.
 
 A new policy loss is one function in `losses` and one entry in POLICY_LOSSES; a new method is one entry in
-METHODS. No other code asks for a method's name.
+METHODS. No other code depends on a method's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,13 +20,13 @@ from hafrm.training.losses import PerComparison, PolicyLogps
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """A loss on the policy head, what it needs, and how its policy scores a response by itself."""
+    """A loss on the policy head, what it needs, and how its policy alone scores a response."""
 
     function: Callable[..., PerComparison]
     options: Mapping[str, float] = field(default_factory=dict)  # with its paper's or TRL's values
     needs_reference: bool = True
-    per_token: bool = False  # the loss compares log-probs per token, so the implicit reward does
-    reads_logits: bool = False  # the target tokens' logits take the place of their log-probs
+    per_token: bool = False  # the loss, and so the implicit reward, compares log-probs per token
+    reads_logits: bool = False  # uses the target tokens' logits instead of their log-probs
 
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
@@ -57,15 +57,15 @@ class Method:
     """L = reward_weight * L_reward + alpha * L_policy; raises ConfigError for values that train nothing."""
 
     name: str
-    reward_weight: float = 1.0  # 0 trains the policy only; GRM's convex sum takes 1 - alpha
-    alpha: float = 0.0  # 0 trains the reward only; the paper's code takes 0.2
+    reward_weight: float = 1.0  # 0 trains the policy only; GRM's convex sum uses 1 - alpha
+    alpha: float = 0.0  # 0 trains the reward only; the paper's code uses 0.2
     policy_loss: str | None = None  # a key of POLICY_LOSSES
     beta: float = 1.0  # of the policy loss (the paper's tau), and the implicit reward's factor
     gamma: float = 0.0  # SimPO's target margin, in units of beta * log-prob per token
     label_smoothing: float = 0.0  # assumed probability of a wrong label; reward loss and DPO's
     centering: float = 0.0  # factor on (chosen + rejected)^2; TRL suggests 0.01
     reward_loss: str = "bt"  # one of REWARD_LOSSES
-    sum_to_zero: float = 0.0  # factor on BSR's penalty; BSR takes 0.001
+    sum_to_zero: float = 0.0  # factor on BSR's penalty; BSR uses 0.001
 
     def __post_init__(self) -> None:
         if self.alpha > 0 and self.policy_loss is None:
@@ -118,7 +118,7 @@ class Method:
         counts: Int[Tensor, " responses"],
         reference_logps: Float[Tensor, " responses"] | None = None,
     ) -> Float[Tensor, " responses"]:
-        """The policy's score of each response: what its loss compares; as DPO's without a policy loss."""
+        """The policy's score of each response: what its loss compares (without a policy loss: DPO's)."""
         # beta * (log pi - log pi_ref), arXiv 2305.18290, Eq. 5
         logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
         if self.scores_against_reference:
@@ -156,9 +156,9 @@ METHODS: Mapping[str, Method] = {
 
 
 def get_method(name: str, **overrides: Any) -> Method:
-    """The preset `name` with the values that are not None; another policy loss brings its own beta, gamma.
+    """The preset `name` with overrides that are not None; another policy loss brings its own beta, gamma.
 
-    Raises ConfigError for an unknown name, and for an option that this method would not use.
+    Raises ConfigError for an unknown name, and for an option that this method does not use.
     """
     values = {key: value for key, value in overrides.items() if value is not None}
     names = {"name": METHODS, "policy_loss": POLICY_LOSSES, "reward_loss": REWARD_LOSSES}
@@ -173,7 +173,7 @@ def get_method(name: str, **overrides: Any) -> Method:
         shared = ("reward_weight", "alpha", "reward_loss", "sum_to_zero")
         preset = _preset(name, policy_loss, **{key: getattr(preset, key) for key in shared})
     method = replace(preset, **values)
-    used = {"reward_weight", "policy_loss"}  # weights taken as if they were not 0
+    used = {"reward_weight", "policy_loss"}  # whatever the weights are
     if method.trains_reward:
         used |= {"label_smoothing", "centering", "reward_loss", "sum_to_zero"}
     if method.policy_loss is not None:
@@ -198,7 +198,7 @@ def resolve_method(recipe: Recipe) -> Method:
 
 
 class StepStatistics(NamedTuple):
-    """What a reward loss reads of a whole optimiser step; constants for the gradient."""
+    """What a reward loss reads from a whole optimiser step; constants for the gradient."""
 
     distances: PerComparison  # ||h_chosen - h_rejected|| in this micro-batch
     mean_distance: Float[Tensor, ""]  # running mean over steps

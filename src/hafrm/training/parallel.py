@@ -39,9 +39,9 @@ T = TypeVar("T")
 
 DEVICES_TIMEOUT = timedelta(minutes=30)  # for an exchange within a step
 HOSTS_TIMEOUT = timedelta(hours=12)  # for what one rank does while the others wait
-# A gloo group for messages between hosts: a launcher may have made the default group with nccl only.
+# A gloo group for messages between hosts: a launcher may have created the default group with nccl only.
 _hosts: dist.ProcessGroup | None = None
-_rank = 0  # here, because the main rank stays the main one when the group has ended
+_rank = 0  # here, because the main rank stays the main one after the group has ended
 _has_ended = False
 
 
@@ -55,15 +55,15 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that the launcher announced, if any; raises ConfigError for the second time,
-    because torch cannot set up a launcher's group twice."""
+    """Join the process group that the launcher announced, if any; a second call raises ConfigError, because
+    torch cannot set up a launcher's group twice."""
     global _hosts, _rank  # noqa: PLW0603 - torch keeps a process's one group globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
     # a RANK alone, left by some launcher, must not keep a single process from writing its files
     _rank = rank = int(os.environ.get("RANK", "0")) if size > 1 else 0
     device = torch.device("cpu")
     if "PYTORCH_ALLOC_CONF" not in os.environ:
-        # Every step has other lengths, which fragment memory. Read at the first allocation on a GPU.
+        # Lengths differ in every step, which fragments memory. Read at the first allocation on a GPU.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if size > 1 and _has_ended:
         raise ConfigError("several processes train one run only: launch them again for the next")
@@ -109,12 +109,12 @@ def shards(mode: Mode, num_ranks: int, device: str) -> bool:
 
 
 def team_size(mode: Mode, num_ranks: int, kv_heads: int) -> int:
-    """How many ranks run a sequence together: as many of a node as the heads of keys divide among."""
+    """How many ranks run a sequence together: the largest common divisor of ranks per node and KV heads."""
     return math.gcd(min(num_ranks, per_node(8)), kv_heads) if mode == "ulysses" else 1
 
 
 def wrap(model: HybridModel, ranks: Ranks) -> nn.Module:
-    """The model as every rank must call it: one that `shard` has divided as it is, others under DDP."""
+    """The model as every rank must call it: unchanged if `shard` has divided it, else under DDP."""
     if ranks.size == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -128,10 +128,10 @@ def shard(
     *,
     offload: bool = False,
 ) -> None:
-    """Divide the model by FSDP2, in place; parameters may be on the meta device.
+    """Shard the model with FSDP2, in place; parameters may be on the meta device.
 
-    `hsdp` divides it among the ranks of a node only, and each node has all of it; `ulysses` divides among
-    ranks of a node each sequence too. With `offload` the shards stay on the host.
+    `hsdp` shards it among the ranks of a node only, and each node has all of it; `ulysses` also splits each
+    sequence among ranks of a node. With `offload` the shards stay on the host.
     """
     options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     near = per_node(ranks.size)
@@ -152,9 +152,9 @@ def shard(
     )
     for layer in decoder_layers(model.backbone):
         fully_shard(layer, mp_policy=policy, **options)
-    if model.reward_head is not None:  # a unit of its own, which stays in float32
+    if model.reward_head is not None:  # a separate unit, which stays in float32
         fully_shard(model.reward_head, **options)
-    # By default FSDP2 leaves the root gathered after a forward, and an export would take the copies.
+    # By default FSDP2 leaves the root gathered after a forward, and an export would use the copies.
     fully_shard(model, mp_policy=policy, reshard_after_forward=True, **options)
 
 
@@ -164,18 +164,18 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop what FSDP2 has gathered, so that parameters are their float32 shards."""
-    # A forward without a backward leaves copies in place of the root's, which no write reaches.
+    """Drop what FSDP2 has gathered, so that parameters are their float32 shards again."""
+    # A forward without a backward leaves copies of the root's parameters, which no write reaches.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def release(model: HybridModel) -> None:
-    """Free the memory of the weights though others refer to the model, which is empty afterwards."""
+    """Free the memory of the weights even if the model is still referenced; it is empty afterwards."""
     for parameter in model.parameters():
         parameter.grad = None
-        if isinstance(parameter, DTensor):  # FSDP2 refers to the shards by itself
+        if isinstance(parameter, DTensor):  # FSDP2 holds its own reference to the shards
             parameter.to_local().untyped_storage().resize_(0)
     for module in model.modules():
         module._parameters = dict.fromkeys(module._parameters)
@@ -184,7 +184,7 @@ def release(model: HybridModel) -> None:
 
 @contextlib.contextmanager
 def synchronise(model: nn.Module, *, last: bool, scatter: bool = False) -> Iterator[None]:
-    """Exchange gradients in the last micro-batch of a step only; with `scatter`, those of shards in all."""
+    """Exchange gradients only in the last micro-batch of a step; shards with `scatter` in every one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or scatter)
     ddp = model if isinstance(model, DistributedDataParallel) else None
@@ -193,7 +193,7 @@ def synchronise(model: nn.Module, *, last: bool, scatter: bool = False) -> Itera
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to at most `max_norm` (0: leave them) and return their 2-norm before."""
+    """Clip the gradients to a 2-norm of `max_norm` (0: no clipping); returns the norm before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(grads, foreach=True))
     if max_norm > 0:
@@ -202,7 +202,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
 
 
 def add_up(values: Tensor) -> Tensor:
-    """Sum over ranks, in place; of a tensor on the CPU without waiting for any device."""
+    """Sum over ranks, in place; for a tensor on the CPU, without waiting for any device."""
     if num_ranks() > 1:
         dist.all_reduce(values, group=_group_of(values))
     return values
@@ -223,8 +223,8 @@ def wait() -> None:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What `compute` returns (or raises) on the main rank, on every rank: for all that depends on files,
-    since caches differ and shared folders are late."""
+    """On every rank, what `compute` returns (or raises) on the main rank. For everything that depends on
+    files, since caches differ and shared folders lag."""
     if num_ranks() == 1:
         return compute()
     answer: list[Any] = [_answer_of(compute) if is_main() else None]
@@ -264,8 +264,8 @@ def progress_of_main(what: str, *, done: int = 0) -> AbstractContextManager[OnPr
 
 
 def score_on_all_ranks(model: HybridModel, groups: Sequence[Branches], **options: Any) -> Scores:
-    """`run_forward` divided among the ranks: every rank calls, and gets all scores, to the bit those of one
-    process."""
+    """`run_forward` divided among the ranks: every rank calls this and gets all scores, bit for bit as in
+    one process."""
     rank, team = dist.get_rank() if num_ranks() > 1 else 0, model.team
     place = rank // team.size, num_ranks() // team.size
     scores = run_forward(model, groups, part=place, **options)
@@ -273,12 +273,12 @@ def score_on_all_ranks(model: HybridModel, groups: Sequence[Branches], **options
         if values is not None:
             values *= team.rank == 0  # noqa: PLW2901 - the others of a team have the same
             add_up(torch.from_numpy(values))
-    check_finite(scores)  # here, so that all ranks stop or none
+    check_finite(scores)  # here, so that either all ranks stop or none
     return scores
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard, gathered on every rank."""
+    """The full tensor that a shard is part of, gathered on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

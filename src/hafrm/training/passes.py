@@ -1,7 +1,7 @@
 """Passes without gradients: the reference's log-probs before training, validation during it.
 
-The reference is the frozen starting checkpoint, run once and cached on disk: no second model is ever in
-memory. Validation chooses the best step; full metrics are in `hafrm.evaluation`.
+The reference is the frozen starting checkpoint. It is run once and its log-probs are cached on disk, so no
+second model is ever in memory. Validation chooses the best step; full metrics are in `hafrm.evaluation`.
 """
 
 import hashlib
@@ -36,20 +36,20 @@ from hafrm.training.step_batches import ComparisonRef, References, step_groups
 log = logging.getLogger("hafrm")
 
 PART_TOKENS = 2**19
-"""Of one pass over the reference and its file: some minutes on a CPU, seconds on a GPU."""
+"""Of one reference pass, which fills one file: some minutes on a CPU, seconds on a GPU."""
 NUM_STATES = 256  # validation responses whose hidden states are measured
 NUM_PROBES = 64  # validation prompts that are also scored with one repeated token
 
 
 def pass_tokens(budget: int) -> int:
-    """Tokens of a sequence in the reference's pass and in validation, which keep nothing for a backward."""
-    # matrix products become no more efficient beyond, and a row of a long pair is large as it is
+    """Tokens per sequence in the reference pass and in validation, which keep nothing for a backward."""
+    # beyond this, matrix products become no more efficient; a row of a long pair is large as it is
     return max(budget, min(4 * budget, 2**15))
 
 
 def reference_weights(model: HybridModel, path: str | None) -> str | None:
     """What identifies the weights of a model that equals the checkpoint at `path`: a digest of the files
-    there, or the commit on the hub. None for nothing."""
+    there, or the commit on the hub. None if nothing does."""
     if path is None or not Path(path).is_dir():
         return None if path is None else getattr(model.backbone.config, "_commit_hash", None)
     return model_digest(path) if any(Path(path).glob("*.safetensors")) else None
@@ -61,8 +61,8 @@ def reference_file(
     autocast: torch.dtype | None,
     weights: str | None,
 ) -> Path | None:
-    """The file of these log-probs, by `reference_weights`, token ids (hence template, lengths and data) and
-    dtype; None where nothing identifies the weights."""
+    """The file of these log-probs, named by `reference_weights`, token ids (hence template, lengths, data)
+    and dtype; None if nothing identifies the weights."""
     if weights is None:
         return None
     assert model.policy_head is not None
@@ -85,9 +85,9 @@ def reference_logps(
     path: str | None = None,
     **options: Any,
 ) -> References:
-    """The model's own log-probs of every response, from the cache or from packed passes of all ranks,
-    before the model is wrapped. Each pass leaves a file, which a killed run finds again. `path` is the
-    checkpoint that the model still equals; None: nothing is cached. `options` are `run_forward`'s."""
+    """The model's own log-probs of every response, from the cache or from packed passes of all ranks. Call
+    it before the model is wrapped. Each pass leaves a file, which a killed run finds again. `path` is the
+    checkpoint that the model still equals; None: cache nothing. `options` are those of `run_forward`."""
     ends = np.cumsum([group.num_tokens for group in groups]) // PART_TOKENS
     parts = [
         [g for _, g in part] for _, part in groupby(zip(ends, groups, strict=True), itemgetter(0))
@@ -97,13 +97,13 @@ def reference_logps(
         weights, cached = reference_weights(model, path), []
         for part in parts:
             file, logps = reference_file(model, part, options.get("autocast"), weights), None
-            # a damaged file is computed again
+            # a damaged file is recomputed
             with suppress(OSError, SafetensorError, KeyError):
                 logps = None if file is None else load_file(file)["logps"]
             cached.append((file, logps))
         return cached
 
-    # Only the main rank reads: nodes may have a cache each, and all must do the same.
+    # Only the main rank reads: each node may have its own cache, and all must do the same.
     files = parallel.from_main(read_cache)
     todo = [part for part, (_, cached) in zip(parts, files, strict=True) if cached is None]
     of_parts = [np.empty(0, np.float32)]
@@ -127,14 +127,14 @@ def references_of(
     validation: Sequence[TokenizedGroup],
     **options: Any,
 ) -> tuple[References, References]:
-    """`reference_logps` of the training and the validation groups, from one pass or one file; of the
-    training groups only for responses of `refs`, the comparisons that the run reaches."""
+    """`reference_logps` of the training and the validation groups, from one pass or one file; for training
+    groups, only responses in `refs`, the comparisons that the run reaches."""
     used = step_groups(train, refs)
     groups = [*(group.tokens for group in used), *validation]
     log.info("reference log-probs of %d responses", sum(len(g.response_ids) for g in groups))
     both = reference_logps(model, groups, **options)
     first = first_responses(train)
-    # NaN where nothing is computed: a loss which read one would stop the run
+    # NaN if not computed: a loss that read one would stop the run
     logps = np.full(counts_of(train, "responses").sum(), np.nan, np.float32)
     place = [first[group.group_index] + response for group in used for response in group.responses]
     cut = len(place)
@@ -144,7 +144,7 @@ def references_of(
 
 @dataclass(frozen=True)
 class HeadScores:
-    """The heads' scores of every response; None where the method does not train one."""
+    """The heads' scores of every response; None for a head that the method does not train."""
 
     rewards: NDArray[np.float32] | None
     implicit: NDArray[np.float32] | None  # the policy's implicit reward, as the method defines it
@@ -160,7 +160,7 @@ def score_heads(
     **options: Any,
 ) -> HeadScores:
     """Both heads' scores, from one pass of all ranks; `references` are reference log-probs. Without a
-    `method`, the rewards alone."""
+    `method`, only the rewards."""
     training = model.training
     model.eval()
     scores = parallel.score_on_all_ranks(model, groups, **options)
@@ -178,8 +178,8 @@ def score_heads(
 def validate(
     groups: Sequence[TokenizedGroup], scores: HeadScores, method: Method
 ) -> dict[str, float]:
-    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, of
-    decided comparisons; `_low` and `_high` are a 95 % interval, the comparisons of a prompt one trial."""
+    """`accuracy` and `loss` (mean -log sigmoid(margin), nat) of the score that the method ranks with, over
+    decided comparisons; `_low`, `_high`: a 95 % interval with a prompt's comparisons as one trial."""
     heads = {"reward": scores.rewards, "implicit": scores.implicit}
     values_of = {name: values for name, values in heads.items() if values is not None}
     margins = {n: decided_margins(groups, v, scores.first) for n, v in values_of.items()}
@@ -198,9 +198,9 @@ def validate(
 
 @contextmanager
 def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
-    """Measures meanwhile, of the states that this rank's reward head reads, the `effective_rank` (0: all
-    alike) and `norm_spread`, their norms' standard deviation over their mean, of some NUM_STATES
-    responses; stays empty without a reward head."""
+    """In its `with` block, measures the states that this rank's reward head reads, on about NUM_STATES
+    responses: `effective_rank` (0: all equal) and `norm_spread`, the standard deviation of their norms
+    divided by the mean. Stays empty without a reward head."""
     values: dict[str, float] = {}
     states: list[NDArray[np.float32]] = []
 
@@ -221,8 +221,8 @@ def state_spread(model: HybridModel) -> Iterator[dict[str, float]]:
 def repeated_wins(
     model: HybridModel, groups: Sequence[TokenizedGroup], scores: HeadScores, **options: Any
 ) -> dict[str, float]:
-    """In how many of some groups a token of the chosen response, repeated to its length, gets more reward
-    than the response, a hack that RLHF finds; empty without a reward head."""
+    """In what fraction of some groups one token of the chosen response, repeated to its length, gets more
+    reward than the response, a hack that RLHF finds; empty without a reward head."""
     if scores.rewards is None:
         return {}
     compared = ((i, g.comparisons[0].chosen) for i, g in enumerate(groups) if g.comparisons)

@@ -1,7 +1,7 @@
 """`prepare_data`: a recipe's data as token ids, read and encoded once, then opened from a cache.
 
-The cache is keyed by digests of whole files, which provenance takes at each start anyway: size and time
-would miss a file that was replaced under its old time. It changes no number, only when it is there.
+The cache is keyed by digests of whole files, which provenance computes at each start anyway: size and time
+would miss a file that was replaced with its old time. The cache changes no number, only the time it takes.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from hafrm.training import parallel, setup
 log = logging.getLogger("hafrm")
 
 NUM_GOLDEN = 16  # held-out conversations whose scores are exported
-NUM_CACHED = 4  # data sets whose token ids are kept for a later start, the newest
+NUM_CACHED = 4  # data sets whose token ids are kept for a later start: the newest ones
 _GROUPS = TypeAdapter(list[Group])
 
 
@@ -50,8 +50,8 @@ class PreparedData:
 
 
 def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedData:
-    """Read, split by prompt, check for leakage, and encode, or open what the same data became before;
-    DataError for unusable data. A process that gives `bad_rows_file` also fills the cache."""
+    """Read, split by prompt, check for leakage, and encode; or open the cached result of the same data.
+    Raises DataError for unusable data. A process that passes `bad_rows_file` also fills the cache."""
     encoder, data = setup.build_encoder(recipe), recipe.data
     entries = [*data.train, *data.validation, *data.test]
 
@@ -63,7 +63,7 @@ def prepare_data(recipe: Recipe, bad_rows_file: Path | None = None) -> PreparedD
         folder = _cache_of(recipe, encoder, digests)
         return digests, folder, folder is not None and folder.is_dir()
 
-    # only the main rank looks: all must do the same, and read files once for their digests
+    # only the main rank looks: all must do the same, and files are read once for their digests
     digests, folder, is_cached = parallel.from_main(look)
     cached = _open_cached(folder, encoder, digests, bad_rows_file) if folder and is_cached else None
     if cached is not None:
@@ -88,7 +88,7 @@ def _read_and_encode(
     good = (group for i, group in enumerate(held_out) if i not in held_out_report.refused)
     for name, groups in (("data.train", train), ("data.validation", validation)):
         if not counts_of(groups, "decided").any():
-            raise DataError(f"{name} has ties and comparisons of weight 0 only; add data to it")
+            raise DataError(f"{name} has only ties and comparisons of weight 0; add data to it")
     counts = {
         "rows": reading.num_rows,
         "bad_rows": len(reading.bad_rows) + len(report.refused) + len(held_out_report.refused),
@@ -119,8 +119,8 @@ def _digest_of_groups(groups: Iterable[TokenizedGroup]) -> str:
 
 
 def _cache_of(recipe: Recipe, encoder: Encoder, digests: dict[str, str]) -> Path | None:
-    """The folder of the recipe's encoded data, by all that it is made from: what files hold, tokenizer,
-    template, limits, seed, and our code; None for a hub set that may change."""
+    """The folder of the recipe's encoded data, named by everything that it depends on: contents of files,
+    tokenizer, template, limits, seed, and our code; None for a hub set that may change."""
     data = recipe.data
     for entry in (*data.train, *data.validation, *data.test):
         for source in parse_sources(entry):
@@ -156,7 +156,7 @@ def _write_cached(folder: Path, data: PreparedData, bad_rows_file: Path) -> bool
 def _open_cached(
     folder: Path, encoder: Encoder, digests: dict[str, str], bad_rows_file: Path | None
 ) -> PreparedData | None:
-    """What was written there; None where it is damaged, or on another machine."""
+    """What was written there; None if it is damaged, or on another machine."""
     try:
         atomic.check_manifest(folder)
         train, validation = (StoredTokens.open(folder / name) for name in ("train", "validation"))
@@ -173,7 +173,7 @@ def _open_cached(
 
 
 def _log_counts(counts: dict[str, Any]) -> None:
-    """One line on what will be trained on, and warnings; DataError where no comparison can teach."""
+    """Log one line on what will be trained on, and warnings; DataError if no comparison can teach."""
     num, num_identical = counts["train_comparisons"], counts["identical_comparisons"]
     shortened = counts["encoding"]["shortened"]
     why = "the template or data.max_length leaves nothing of what differs between their responses"

@@ -1,4 +1,4 @@
-"""Models written from a run: at its end (`export_run`), or later or before (`hafrm export`).
+"""Models written from a run: at its end (`export_run`), or at any other time (`hafrm export`).
 
 A directory appears under its name only when a fresh process with plain transformers has reproduced its
 golden scores; else it is kept as NAME.unverified. So `model/` means that the run is complete.
@@ -59,10 +59,10 @@ Head = Literal["reward", "policy"]
 
 
 def export_run(run: RunFolder, recipe: Recipe, data: PreparedData, model: HybridModel) -> None:
-    """Write `model/reward` and `model/policy`, as far as the method trained them; VerificationError where
-    the proof fails, with the models kept.
+    """Write `model/reward` and `model/policy`, as far as the method trained them; VerificationError if the
+    proof fails, with the models kept.
 
-    All ranks call. Their process group ends once the weights are written, and those that write nothing
+    All ranks call this. Their process group ends once the weights are written, and ranks that write nothing
     return before the proof, which may take an hour. The model is empty afterwards.
     """
     if parallel.is_main():
@@ -106,7 +106,7 @@ def _score_in_memory(
 ) -> InMemory:
     # no more tokens at once than fit in training, where a micro-batch holds two such responses
     limit = 4 * recipe.data.max_length
-    # with log-probs, which an export's are compared with, whatever the method reads
+    # with log-probs, to compare with the export's, whatever the method reads
     model.transform = replace(model.transform, normalised=True)
     autocast = torch.bfloat16 if recipe.training.precision == "bf16" else None
     return score_in_memory(model, encoder, golden, max_tokens=limit, autocast=autocast)
@@ -136,7 +136,7 @@ def _write_policy(
 
 
 class ExportOptions(NamedTuple):
-    """What `hafrm export` writes, from where, and how it is stored."""
+    """What `hafrm export` writes, from which checkpoint, and how it is stored."""
 
     head: Head = "reward"
     dtype: str | None = None  # one of STORED; None: what the run computed in, as at its end
@@ -145,11 +145,11 @@ class ExportOptions(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What was written, and the proof of it."""
+    """What was written, and the result of its proof."""
 
     source: str  # the checkpoint's name
     dtype: str
-    merged: bool | None  # none where the run has no adapters
+    merged: bool | None  # None if the run has no adapters
     num_golden: int  # conversations whose scores (or log-probs) plain transformers has replayed
     difference: float  # the largest, relative to max(1, |score|)
 
@@ -170,7 +170,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
     if unverified.exists():
         configs = unverified / "config.json", unverified / "adapter_config.json"
         if not any(map(Path.is_file, configs)):
-            problem = "is no export: move it away or choose another place"
+            problem = "is not an export: move it away or choose another place"
             raise CheckpointError(f"{unverified} {problem}")
         log.info("%s, whose proof failed, is replaced", unverified)
         remove_directory(unverified)
@@ -199,7 +199,7 @@ def export_from_run(folder: Path, to: Path, options: ExportOptions) -> Exported:
             result = check_policy(directory, memory)
         else:
             result = _check_reward(directory, complete, memory)
-        # A card of an adapter would say how to load a whole model; test results are the best step's.
+        # An adapter's card would say how to load a whole model; test results are those of the best step.
         if merge and (is_best or not (run.path / "test.json").is_file()):
             write_cards(run.path, {options.head: directory})
         return result
@@ -257,7 +257,7 @@ def _choose_checkpoint(run: RunFolder, wanted: str) -> tuple[Path, bool]:
 
 
 def _check_reward(directory: Path, complete: Path, memory: InMemory) -> tuple[int, float]:
-    """The number of golden scores of the complete model, and the largest difference in the directory, which
+    """(number of golden scores of the complete model, largest difference in the directory); the directory
     may be an adapter."""
     num_golden = write_golden(complete, memory)
     checklist = verify_directory(complete, run_model=False)

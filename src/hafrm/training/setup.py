@@ -46,15 +46,15 @@ from hafrm.training.methods import Method
 log = logging.getLogger("hafrm")
 Root = TypeVar("Root", bound=Section)
 
-# Beyond users' seeds: cut by the hash of a user's own test split, nothing would be left to validate on.
+# Outside users' seeds: a test split made with the same seed has already taken the prompts to hold out.
 VALIDATION_SEED = 2**32
 
 
 def read_splits(
     recipe: Recipe, bad_rows_file: Path | None = None
 ) -> tuple[PreferenceData, Sequence[Group], Sequence[Group], int]:
-    """What was read, the groups to train and to validate on, and how many were dropped because another
-    split has their prompt; DataError for unusable data and shared prompts."""
+    """(what was read, training groups, validation groups, number of groups dropped because another split
+    has their prompt). Raises DataError for unusable data and for shared prompts."""
     data, seed = recipe.data, recipe.training.seed
     options = data.reading_options
     reading = read_preferences(data.train, bad_rows_file=bad_rows_file, **options)
@@ -78,12 +78,12 @@ def read_splits(
 
 
 def _mixed(reading: PreferenceData, data: DataSection, seed: int) -> Sequence[Group]:
-    """The training groups, capped and weighted set by set."""
+    """The training groups, capped and weighted per set."""
     ends = list(itertools.accumulate(reading.num_groups))
     sets = [reading.groups[end - n : end] for end, n in zip(ends, reading.num_groups, strict=True)]
     weights: list[float] | None = None
     if data.weights is not None:
-        # An entry may name several sets, which share its weight.
+        # An entry may name several sets, which all get its weight.
         pairs = zip(data.train, data.weights, strict=True)
         weights = [weight for entry, weight in pairs for _ in parse_sources(entry)]
     return mix(sets, weights=weights, cap=data.cap, seed=seed)
@@ -98,8 +98,8 @@ def build_encoder(recipe: Recipe, **changes: Any) -> Encoder:
 
 
 def with_precision(recipe: Root, device: str) -> Root:
-    """The recipe with training.precision decided for a device type: for `auto`, what that computes in. A
-    run's own copy records it."""
+    """The recipe with `training.precision: auto` replaced by what the device type computes in; the run's
+    copy of the recipe records it."""
     if dict(recipe)["training"].precision != "auto":
         return recipe
     precision = "bf16" if has_bfloat16(device) else "fp32"
@@ -109,7 +109,7 @@ def with_precision(recipe: Root, device: str) -> Root:
 
 
 def with_training(recipe: Root, **changes: Any) -> Root:
-    """The recipe, of whatever kind, with other values in its section `training`."""
+    """The recipe, of any kind, with other values in its section `training`."""
     training = dict(recipe)["training"].model_copy(update=changes)
     return recipe.model_copy(update={"training": training})
 
@@ -117,7 +117,7 @@ def with_training(recipe: Root, **changes: Any) -> Root:
 def build_model(
     recipe: Recipe, method: Method, encoder: Encoder, device: torch.device
 ) -> HybridModel:
-    """The backbone with the heads that the method trains, and LoRA where the recipe asks for it."""
+    """The backbone with the heads that the method trains, and LoRA if the recipe asks for it."""
     causal = load_base(recipe.model, starting_dtype(recipe), device, policy=method.trains_policy)
     backbone, policy_head = split_causal_lm(causal)
     check_fits(backbone.config, encoder, recipe)
@@ -129,7 +129,7 @@ def build_model(
 
 
 def start_reward_head(model: HybridModel, recipe: Recipe, method: Method) -> None:
-    """Take over the reward head that the base has, if any and unless the recipe wants a new one."""
+    """Start from the base's reward head, if it has one and the recipe does not ask for a new one."""
     stored = starting_reward_head(recipe.model, hidden_size(model.backbone.config))
     place = head_directory(recipe.model.path, "reward")
     if model.reward_head is not None:
@@ -144,13 +144,13 @@ def start_reward_head(model: HybridModel, recipe: Recipe, method: Method) -> Non
 
 
 def starting_dtype(recipe: Recipe) -> torch.dtype:
-    """What the base model is loaded in: bfloat16 where it is frozen and computes in it."""
+    """The dtype to load the base model in: bfloat16 if it is frozen and computes in bfloat16."""
     frozen_half = recipe.lora is not None and recipe.training.precision == "bf16"
     return torch.bfloat16 if frozen_half else torch.float32
 
 
 def meta_model(config: PretrainedConfig, recipe: Recipe, method: Method) -> HybridModel:
-    """The model of `build_model` on torch's meta device, drawing no random number."""
+    """The model of `build_model` on torch's meta device, made without drawing random numbers."""
     causal = meta_causal_lm(config, recipe.model.path, dtype=starting_dtype(recipe))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return assemble(causal.base_model, causal.get_output_embeddings(), recipe, method)
@@ -184,9 +184,9 @@ def assemble(
 def inject_lora(
     lora: LoraSection, backbone: PreTrainedModel, *, under_autocast: bool = False
 ) -> None:
-    """Put float32 adapters into the backbone's linear layers; ConfigError where lora.targets has none.
+    """Put float32 adapters into the backbone's linear layers; ConfigError if lora.targets matches none.
 
-    Run `under_autocast` only, the backbone leaves casts to it: peft would copy inputs to float32.
+    `under_autocast`: the backbone only runs so, and leaves casts to it; peft would copy inputs to float32.
     """
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     scale: Any = lora.alpha  # typed int upstream, used as a factor
@@ -206,14 +206,14 @@ def inject_lora(
     for name, layer in layers.items():
         if not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             raise ConfigError(
-                f"lora.targets {lora.targets!r} takes {name}, which is no linear layer: name the layers "
+                f"lora.targets {lora.targets!r} takes {name}, which is not a linear layer: name the layers "
                 f"to adapt; {allowed}"
             )
-    # PEFT drops a name that matches nothing beside one that does
+    # PEFT silently drops a name that matches nothing if another name matches
     for target in () if isinstance(targets, str) else targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise ConfigError(
-                f"lora.targets names {target!r}, which is no linear layer of the backbone; {allowed}"
+                f"lora.targets names {target!r}, which is not a linear layer of the backbone; {allowed}"
             )
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
@@ -223,7 +223,7 @@ def inject_lora(
 
 
 def check_fits(config: PretrainedConfig, encoder: Encoder, recipe: Recipe) -> None:
-    """Raise where the model takes less than data.max_length, or has fewer embeddings than tokens."""
+    """Raise if the model takes fewer than data.max_length tokens, or lacks embeddings for some token."""
     longest = longest_sequence(config)
     vocab_size = config.get_text_config().vocab_size
     if longest is not None and recipe.data.max_length > longest:
@@ -233,5 +233,5 @@ def check_fits(config: PretrainedConfig, encoder: Encoder, recipe: Recipe) -> No
     if len(encoder.tokenizer) > vocab_size:
         raise ModelError(
             f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {vocab_size}: use "
-            "the one that the model came with"
+            "the tokenizer that the model came with"
         )

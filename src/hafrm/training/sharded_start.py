@@ -1,7 +1,7 @@
 """The start of a run under FSDP2, in which no rank ever holds the whole model.
 
-The model is built without storage and divided, then each rank reads its own rows of the checkpoint's files.
-Where files need conversion, the main rank reads them all on its host and hands out one tensor at a time.
+The model is built without storage and sharded, then each rank reads its own rows of the checkpoint's files.
+If files need conversion, the main rank reads them all on its host and hands out one tensor at a time.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ log = logging.getLogger("hafrm")
 def start_model(
     recipe: Recipe, method: Method, encoder: Encoder, ranks: parallel.Ranks
 ) -> HybridModel:
-    """The model that a run starts with, as a whole or in shards."""
+    """The model that a run starts with, whole or sharded."""
     if parallel.shards(recipe.training.parallel, ranks.size, ranks.device.type):
         return build_sharded(recipe, method, encoder, ranks)
     return build_model(recipe, method, encoder, ranks.device)
@@ -53,7 +53,7 @@ def start_model(
 def build_sharded(
     recipe: Recipe, method: Method, encoder: Encoder, ranks: parallel.Ranks
 ) -> HybridModel:
-    """The model of `build_model`, divided among the ranks; all ranks call, and raise what it raises."""
+    """The model of `build_model`, sharded over the ranks; all ranks call this, and raise what it raises."""
     section, training = recipe.model, recipe.training
     config = load_config(base_directory(section.path), section.revision)
     check_fits(config, encoder, recipe)
@@ -83,13 +83,13 @@ def build_sharded(
 
 @contextlib.contextmanager
 def _drawn_adapters() -> Iterator[None]:
-    """Keep the numbers that PEFT draws for adapters, which it then moves to the meta device of the base."""
+    """Keep the values that PEFT draws for adapters before it moves them to the base's meta device."""
     drawn: list[tuple[nn.Linear, Tensor]] = []
     reset: Any = LoraLayer.reset_lora_parameters
 
     def remember(layer: Any, name: str, *args: Any) -> None:
         reset(layer, name, *args)
-        dtype = layer.get_base_layer().weight.dtype  # which PEFT rounds them to
+        dtype = layer.get_base_layer().weight.dtype  # PEFT rounds them to this
         linear = [layer.lora_A[name], layer.lora_B[name]]
         drawn.extend((part, part.weight.detach().to(dtype, copy=True)) for part in linear)
 
@@ -100,7 +100,7 @@ def _drawn_adapters() -> Iterator[None]:
 
 
 def _make_storage(model: HybridModel, device: torch.device) -> None:
-    """Empty shards in place of those on the meta device; `to_empty` would lose buffers and ties."""
+    """Replace shards on the meta device by empty ones; `to_empty` would lose buffers and ties."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -111,7 +111,7 @@ def _make_storage(model: HybridModel, device: torch.device) -> None:
 
 
 def _can_read_rows(section: ModelSection, causal: Any, names: Iterable[str]) -> bool:
-    """Whether the files hold the model's own tensors, and its head is one that we know."""
+    """Whether the files hold the model's own tensors, and its head is of a known kind."""
     files = _weight_files(section)
     if get_model_conversion_mapping(causal, add_legacy=False) or not all(map(Path.is_file, files)):
         return False
@@ -149,7 +149,7 @@ def _read_rows(model: HybridModel, stored: Mapping[str, str], section: ModelSect
 def _hand_out(
     model: HybridModel, stored: Mapping[str, str], recipe: Recipe, method: Method
 ) -> None:
-    """Fill the model's parameters with those of the base, which the main rank loads whole on its host."""
+    """Fill the model's parameters with the base's, which the main rank loads as a whole on its host."""
     whole: dict[str, nn.Parameter] = {}
 
     def load() -> None:
@@ -169,7 +169,7 @@ def _hand_out(
 
 
 def _weight_files(section: ModelSection) -> list[Path]:
-    """The files that hold a checkpoint's weights; others may lie beside them."""
+    """The files that hold a checkpoint's weights; other files may lie beside them."""
     folder = Path(base_directory(section.path))
     if not folder.is_dir():
         wanted = ["*.safetensors", "*.safetensors.index.json"]

@@ -27,7 +27,7 @@ MEASURES = (
     *("loss", "reward_loss", "policy_loss", "accuracy", "margin", "chosen_reward"),
     *("rejected_reward", "implicit_accuracy", "implicit_margin", "equal_rewards"),
 )
-"""What a step sums over its comparisons, in this order; NaN where a head is absent."""
+"""What a step sums over its comparisons, in this order; NaN for an absent head."""
 # The fraction of NormBT's running mean distance that a step keeps: arXiv 2512.06343's beta.
 DECAY = 0.9
 
@@ -36,7 +36,7 @@ DECAY = 0.9
 class StepResult:
     """Device tensors: no value is copied to the host before someone reads it."""
 
-    sums: Float[Tensor, " sums"]  # of MEASURES over this rank's comparisons, and how many these are
+    sums: Float[Tensor, " sums"]  # MEASURES summed over this rank's comparisons, and their number
     grad_norm: Float[Tensor, ""]  # 2-norm of the whole gradient before clipping
     num_tokens: int  # packed tokens that this rank ran
     distance: Float[Tensor, ""] | None = None  # NormBT's running mean, which the next step reads
@@ -55,9 +55,9 @@ def take_step(  # noqa: PLR0913
     distance: Float[Tensor, ""] | None = None,
     scatter: bool = False,
 ) -> StepResult:
-    """Run the step's micro-batches, clip and update; `num_comparisons` counts all ranks, `distance` is the
-    last step's. With `scatter`, shards exchange gradients in every micro-batch, so that none is whole. What
-    is not finite updates nothing, and the next `nonfinite.check()` raises."""
+    """Run the step's micro-batches, clip and update. `num_comparisons` is over all ranks; `distance` comes
+    from the last step. With `scatter`, shards exchange gradients in every micro-batch, so none is whole. A
+    step that is not finite updates nothing, and the next `nonfinite.check()` raises."""
     device = parallel.unwrap(model).device
     sums = torch.zeros(len(MEASURES) + 1, device=device)
     finite: list[Tensor] = []
@@ -108,7 +108,7 @@ def losses_of(
     """The method's losses for every comparison; `step` is for a method that reads the whole step."""
 
     def both(values: Tensor | None) -> Any:
-        """Of the chosen and of the rejected responses."""
+        """(of the chosen, of the rejected) responses."""
         return (None, None) if values is None else (values[batch.chosen], values[batch.rejected])
 
     logps = rewards = None
@@ -125,12 +125,12 @@ def losses_of(
 def measure(
     outputs: Outputs, batch: MicroBatch, loss: JointLoss, method: Method
 ) -> Float[Tensor, " sums"]:
-    """MEASURES summed over the micro-batch's comparisons, and their number; those of weight 0, and fillers,
-    count for nothing."""
+    """MEASURES summed over the micro-batch's comparisons, and their number; comparisons of weight 0, and
+    fillers, do not count."""
     absent = torch.full_like(batch.weights, float("nan"))
 
     def sides(scores: Tensor | None) -> list[Tensor]:
-        """Whether the chosen scores higher, by how much, and both."""
+        """Whether the chosen response scores higher, by how much, and both scores."""
         if scores is None:
             return [absent] * 4
         chosen, rejected = scores[batch.chosen], scores[batch.rejected]
@@ -141,17 +141,17 @@ def measure(
         implicit = method.implicit_rewards(outputs.logps, outputs.lengths, batch.reference_logps)
     parts = [absent if part is None else part for part in (loss.reward, loss.policy)]
     values = [loss.total, *parts, *sides(outputs.rewards), *sides(implicit)[:2]]
-    # accuracy counts these as wrong; not on the margin's zero alone, which nan never equals
+    # accuracy counts these as wrong; not by the margin alone, because NaN never equals 0
     values.append(absent if outputs.rewards is None else (values[4] == 0).float())
     values.append(torch.ones_like(batch.weights))
     return torch.where(batch.weights != 0, torch.stack(values), 0.0).sum(1)
 
 
 class StepMeans:
-    """Means over all micro-batches and ranks that `normbt` and `sum_to_zero` read; else it does nothing.
+    """Means over all micro-batches and ranks, for `normbt` and `sum_to_zero`; else it does nothing.
 
-    NormBT's scale comes from the steps before. BSR's mean reward, and the scale of the first step, must be
-    there before the first backward: a step of several micro-batches runs forward once more.
+    NormBT's scale comes from earlier steps. BSR's mean reward, and the scale of the first step, are needed
+    before the first backward, so a step of several micro-batches runs forward once more.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class StepMeans:
         batches: Sequence[MicroBatch],
         device: torch.device,
     ) -> None:
-        """Run the step without gradients, where its first loss needs the means of all of it."""
+        """Run the step without gradients, if its first loss needs the means of the whole step."""
         unknown = self._method.sum_to_zero > 0 or self._distance is None
         alone = len(batches) == 1 and parallel.num_ranks() == 1
         if not self._method.reads_step or not unknown or alone:
@@ -178,7 +178,7 @@ class StepMeans:
         self._ahead = parallel.add_up(torch.stack(sums).sum(0)) / self._num_comparisons
 
     def add(self, outputs: Outputs, batch: MicroBatch) -> StepStatistics | None:
-        """Count a micro-batch just after its forward; returns what its losses read."""
+        """Add a micro-batch right after its forward; returns what its losses read."""
         if not self._method.reads_step:
             return None
         sums = self._sums(outputs, batch)
@@ -195,7 +195,7 @@ class StepMeans:
         return mean if self._distance is None else DECAY * self._distance + (1 - DECAY) * mean
 
     def _sums(self, outputs: Outputs, batch: MicroBatch) -> Float[Tensor, " means"]:
-        """Sums over comparisons of (mean of both rewards, distance); fillers count for nothing."""
+        """Sums over comparisons of (mean of both rewards, distance); fillers do not count."""
         assert outputs.rewards is not None
         rewards = outputs.rewards.detach()
         # Weighted like the loss: the penalty's gradient is then that of this very mean.
@@ -214,8 +214,8 @@ def _distances(outputs: Outputs, batch: MicroBatch) -> Float[Tensor, " compariso
 class NonFiniteCheck:
     """Keeps non-finite losses and gradients away from the weights, without waiting for the device.
 
-    A flag on the device stays up from the first broken step of any rank on. AdamW reads it and leaves
-    weights and moments as they are, so the host may look once per logging interval.
+    A flag on the device stays set from the first broken step of any rank on. AdamW reads it and leaves
+    weights and moments as they are, so the host needs to look only once per logging interval.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -234,15 +234,15 @@ class NonFiniteCheck:
         self._broken = torch.maximum(self._broken, broken.clamp(max=1.0))
         self._unchecked.append(([batch.ids for batch in batches], finite, self._broken))
         flag, parameter = self._broken, optimizer.param_groups[0]["params"][0]
-        if isinstance(parameter, DTensor):  # sharded ones accept no plain tensor beside them
+        if isinstance(parameter, DTensor):  # sharded parameters accept no plain tensor beside them
             mesh, flag = parameter.device_mesh, flag.to(parameter.device)
             flag = DTensor.from_local(flag, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        # What GradScaler sets: torch's fused optimisers skip the whole update where it is 1.
+        # What GradScaler sets: torch's fused optimisers skip the whole update if it is 1.
         optimizer.found_inf = flag  # type: ignore[attr-defined]
         self.check_now()
 
     def check_now(self) -> None:
-        """`check`, where reading the flag costs nothing."""
+        """`check`, if reading the flag costs nothing."""
         if self._broken.device.type == "cpu":
             self.check()
 
@@ -280,8 +280,8 @@ def build_optimizer(
 
 
 def learning_rate(training: Any, step: int, num_steps: int) -> float:
-    """The rate of update `step` (from 0) by a recipe's section `training`: linear warm-up from above 0 to
-    the peak, then the schedule, whose last update is one step short of 0."""
+    """The learning rate of update `step` (from 0), by a recipe's section `training`: linear warm-up from
+    above 0 to the peak, then the schedule, whose last update is one step short of 0."""
     peak: float = training.learning_rate
     warmup: int = round(training.warmup_fraction * num_steps)
     if step < warmup:

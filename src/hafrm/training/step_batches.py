@@ -1,7 +1,7 @@
 """Which comparisons make up a step, and how they are packed: index arithmetic, no model.
 
-The order is a pure function of (seed, epoch), and a step a window of exactly `batch_size` comparisons of
-it: a resumed run needs only the step's number, and packing cannot change what is learnt.
+The order is a pure function of (seed, epoch), and a step is a window of exactly `batch_size` comparisons in
+it: a resumed run needs only the step's number, and packing cannot change what is learned.
 """
 
 import functools
@@ -55,8 +55,8 @@ class ComparisonRef(NamedTuple):
 class ComparisonOrder:
     """The endless, seeded order in which comparisons are trained on; ties are left out.
 
-    Comparisons of one prompt stay together in runs that have few distinct responses, because a step lays
-    out each of those once.
+    Comparisons of one prompt stay together in runs with few distinct responses, because a step lays out
+    each response once.
     """
 
     def __init__(self, groups: Sequence[TokenizedGroup], *, per_prompt: int, seed: int) -> None:
@@ -91,7 +91,7 @@ class ComparisonOrder:
 
     def _tiled(self, group: int, comparisons: Sequence[int], rng: np.random.Generator) -> list[int]:
         """A prompt's comparisons in random order, but neighbours share responses: the table of randomly
-        ranked responses is read in tiles of s x s, s^2 = per_prompt, with 2 s responses, not 2 s^2."""
+        ranked responses is read in s x s tiles (s^2 = per_prompt), which need 2 s responses, not 2 s^2."""
         shuffled = [int(c) for c in rng.permutation(comparisons)]
         side = max(1, round(self._per_prompt**0.5))
         pairs = self._groups[group].comparisons
@@ -140,7 +140,7 @@ def plan_step(
     max_tokens: int,
     num_ranks: int = 1,
 ) -> list[list[list[StepGroup]]]:
-    """`plan[rank][micro_batch]`: the groups of each forward; equally many forwards on every rank."""
+    """`plan[rank][micro_batch]`: the groups of each forward; every rank has the same number of forwards."""
     used = step_groups(groups, refs)
     plan = plan_micro_batches([group.tokens.num_tokens for group in used], max_tokens, num_ranks)
     shortest = min(used, key=lambda group: group.tokens.num_tokens)
@@ -151,8 +151,8 @@ def plan_step(
 def plan_micro_batches(
     sizes: Sequence[int], budget: int, num_ranks: int = 1
 ) -> list[list[list[int]]]:
-    """`plan[rank][micro_batch]` -> indices: on every rank as few micro-batches, some of them empty, as an
-    even spread under `budget` (or under the largest single item) needs."""
+    """`plan[rank][micro_batch]` -> indices: the fewest micro-batches per rank (some may be empty) that an
+    even spread under `budget` (or under the largest single item) allows."""
     limit = max([budget, *sizes])
     rounds = max(1, -(-sum(sizes) // (limit * num_ranks)))
     while True:
@@ -161,12 +161,12 @@ def plan_micro_batches(
             break
         rounds += 1
     bins.sort(key=lambda b: -sum(sizes[i] for i in b))
-    # Neighbours in load run side by side, so that no rank waits long for another.
+    # Micro-batches of similar load run side by side, so that no rank waits long for another.
     return [[bins[r * num_ranks + rank] for r in range(rounds)] for rank in range(num_ranks)]
 
 
 def spread(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Exactly `num_bins` bins, some empty for want of items: each item, largest first, in the lightest."""
+    """Exactly `num_bins` bins, some maybe empty: each item, largest first, goes into the lightest bin."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     lightest = [(0, b) for b in range(num_bins)]
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -225,7 +225,7 @@ def build_micro_batch(
 
 
 class Prefetch(AbstractContextManager["Prefetch"]):
-    """What `build` makes of each step, built one step ahead in a thread; use as a context manager."""
+    """The micro-batches of each step, built by `build` one step ahead in a thread; a context manager."""
 
     def __init__(self, build: Callable[[int], list[MicroBatch]]) -> None:
         self._build = build
@@ -236,7 +236,7 @@ class Prefetch(AbstractContextManager["Prefetch"]):
         self._worker.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of `step`; a thread starts to build those of the next one."""
+        """The micro-batches of `step`; a thread starts to build those of the next step."""
         ready = self._ahead is not None and self._ahead[0] == step
         batches = self._ahead[1].result() if self._ahead and ready else self._build(step)
         self._ahead = (step + 1, self._worker.submit(self._build, step + 1))
