@@ -88,7 +88,7 @@ class DataSection(Section):
     max_length: int = Field(default=1024, ge=2)
     """Maximum tokens of a prompt plus one response (paper: 512)."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Maximum tokens of a prompt that is cut, on the left; null: what the response leaves (paper: 128)."""
+    """Tokens that the prompt of a too long example keeps at least; null: half of max_length (paper: 128)."""
     too_long: Literal["cut", "drop"] = "cut"
     """What happens to longer examples; they are counted (paper: cut)."""
     shared_prompts: Literal["refuse", "drop"] = "refuse"

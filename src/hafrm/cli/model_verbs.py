@@ -103,7 +103,7 @@ def score_command(  # noqa: PLR0913 - the verb and its options
         result = score_files(model, sources, out, options, on_progress)
     typer.echo(
         f"scored {result.num_responses} responses in {result.num_rows} rows, "
-        f"{result.num_bad} of them not scored (see their `error`): {out}"
+        f"{result.num_bad} rows not scored (see their `error`): {out}"
     )
     if result.num_resumed:
         typer.echo(f"{result.num_resumed} shards were already finished")

@@ -1,5 +1,5 @@
 """Trained models as directories that other software loads, and the proof that it gets the same scores.
 
 `stock_export` writes directories and proves them, `plain_model` scores with plain transformers,
-`checklist` verifies any reward directory, `reward_servers` a running server. Nothing here trains.
+`checklist` verifies any reward directory. Nothing here trains.
 """
