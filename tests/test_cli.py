@@ -191,10 +191,10 @@ def test_score_takes_folders_in_parts_and_says_what_is_listed(exported, tmp_path
     for name in ("a.jsonl", "b.jsonl"):
         write_lines(tmp_path / "in" / name, rows)
     command = ("score", exported, tmp_path / "in", "--out", tmp_path / "out", "--shard")
-    assert "1 responses in 2 rows, 1 rows not scored" in invoke(*command, "1/2")
+    assert "1 responses in 2 rows, 1 of the rows not scored" in invoke(*command, "1/2")
     assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["b.jsonl"]
     output = invoke(*command, "0/1")
-    assert "2 responses in 4 rows, 2 rows not scored" in output
+    assert "2 responses in 4 rows, 2 of the rows not scored" in output
     assert "1 shards were already finished" in output
     assert f"listed with reasons: {tmp_path / 'out' / '_score'}" in output.replace("\n", "")
 

@@ -190,7 +190,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def check_manifest(directory: Path) -> None:
-    """Pass if `directory` holds exactly what its manifest lists; else raise CheckpointError."""
+    """Pass if `directory` holds exactly what its manifest lists; else CheckpointError names the file."""
     try:
         listed = dict(json.loads((directory / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:

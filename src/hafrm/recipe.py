@@ -88,7 +88,7 @@ class DataSection(Section):
     max_length: int = Field(default=1024, ge=2)
     """Maximum tokens of a prompt plus one response (paper: 512)."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Tokens that the prompt of a too long example keeps at least; null: half of max_length (paper: 128)."""
+    """Tokens that a prompt keeps at least if it must be cut; null: half of max_length (paper: 128)."""
     too_long: Literal["cut", "drop"] = "cut"
     """What happens to longer examples; they are counted (paper: cut)."""
     shared_prompts: Literal["refuse", "drop"] = "refuse"
@@ -98,7 +98,7 @@ class DataSection(Section):
     columns: dict[Text, Text] = {}
     """The data's column names, where they differ: `{prompt: question, chosen: good, rejected: bad}`."""
     ignore_columns: Columns = ()
-    """Columns to ignore; without it, a column that belongs to a prompt but is not read is an error."""
+    """Columns to ignore; any other column that belongs to a prompt but is not read is an error."""
     implicit_prompt: Literal["lines", "words"] = "lines"
     """Where to cut two texts without a prompt: after the lines or the words that both start with."""
 

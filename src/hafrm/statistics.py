@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference of two means, and its two-sided p-value if there were no difference."""
+    """A difference of two means, and the two-sided p-value of the hypothesis that there is none."""
 
     estimate: Estimate
     p_value: float

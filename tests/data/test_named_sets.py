@@ -181,7 +181,7 @@ def test_the_arena_is_split_after_its_filter(tmp_path: Path):
         ("set:hh-helpful", "several parts; append '#split=train' or '#split=test'"),
         (
             "set:helpsteer3#split=test",
-            "no part 'test'; append '#split=train' or '#split=validation'",
+            "no part 'test'; use '#split=train' or '#split=validation'",
         ),
         ("set:chat=file.jsonl#split=test", "give a file of one set"),
         ("set:hh-helpful=missing.jsonl#split=test", "missing.jsonl: no such file"),

@@ -236,7 +236,8 @@ def test_unknown_folders_and_broken_files_are_refused_with_what_to_do(folders, t
         read_material([folders["haf"].parent])
     (tmp_path / "test.json").write_text('{"sets": 3}')
     problem = (
-        r"test\.json is not a valid Evaluation of .*: model: Field required \(problems: \d\); `"
+        r"test\.json is not a valid Evaluation of this version: "
+        r"model: Field required \(problems: \d\); `"
     )
     with pytest.raises(CheckpointError, match=problem):
         read_material([tmp_path])

@@ -1,6 +1,7 @@
 """The rules of the benchmarks: items and their scores -> verdicts, exactly as the benchmarks decide.
 
-Comparisons are strict: equal scores are counted as not right; only RewardBench 2 gives them a fraction.
+Comparisons are strict: equal scores are not right, and are also counted separately; only RewardBench 2
+gives them a fraction.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -242,7 +242,8 @@ def _measure_wins(
     *,
     num_seeds: int,
 ) -> Wins:
-    """The wins of two methods; `pairs` go seed by seed. A prompt not judged for one is left out for all."""
+    """The wins of two methods; `pairs` go seed by seed. A prompt not judged for one seed is left out for
+    all of them."""
     preferred = [np.nan if v.preferred is None else v.preferred for v in verdicts]
     signs = np.array(preferred, np.float64).reshape(num_seeds, -1)
     judged = signs[:, ~np.isnan(signs).any(0)]

@@ -15,11 +15,11 @@ from hafrm.errors import CheckpointError, ConfigError
 def data_command(  # noqa: PLR0913 - one argument is one option
     sources: Sources,
     *,
-    model: Annotated[str | None, Option(help="Also count this model's tokens.")] = None,
+    model: Annotated[str | None, Option(help="Also count tokens, as this model does.")] = None,
     split: Annotated[float | None, Option(help="Fraction of prompts for OUT/test.jsonl.")] = None,
     out: Annotated[Path | None, Option(help="Folder for the parts of --split.")] = None,
     seed: Annotated[int, Option(help="Another seed gives another split.")] = 0,
-    columns: Annotated[str, Option(help="Column names: prompt=question,chosen=good,...")] = "",
+    columns: Annotated[str, Option(help="Our name=yours: prompt=question,chosen=good,...")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """Describe preference data and what is wrong with it; --split splits it by prompt."""

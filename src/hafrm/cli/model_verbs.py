@@ -23,7 +23,7 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     data: OptionalSources = None,
     *,
     also: Annotated[list[str] | None, Option(help="Another model, or a seed: NAME=PATH.")] = None,
-    benchmark: Annotated[list[str] | None, Option(help="A name (rewardbench2), or all.")] = None,
+    benchmark: Annotated[list[str] | None, Option(help="Such as rewardbench2, or all.")] = None,
     diagnose: Annotated[bool, Option("--diagnose", help="Also why it is right or wrong.")] = False,
     json_file: JsonFile = None,
     max_length: Annotated[int | None, Option(help="Cut to N tokens (default: the run's).")] = None,
@@ -38,7 +38,9 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
     diagnostics.json (--diagnose) or benchmarks.json. Under torchrun, the processes divide the scoring.
     """
     if benchmark and (also or diagnose or len(data or ()) > 1):
-        raise ConfigError("--benchmark allows no --also or --diagnose, and one folder as DATA")
+        raise ConfigError(
+            "--benchmark allows no --also and no --diagnose, and at most one folder as DATA"
+        )
     if not benchmark and not data:
         raise ConfigError("hafrm evaluate needs DATA, or --benchmark with a name")
     from hafrm.benchmarks.benchmark_run import run_benchmarks  # noqa: PLC0415
@@ -103,7 +105,7 @@ def score_command(  # noqa: PLR0913 - the verb and its options
         result = score_files(model, sources, out, options, on_progress)
     typer.echo(
         f"scored {result.num_responses} responses in {result.num_rows} rows, "
-        f"{result.num_bad} rows not scored (see their `error`): {out}"
+        f"{result.num_bad} of the rows not scored (see their `error`): {out}"
     )
     if result.num_resumed:
         typer.echo(f"{result.num_resumed} shards were already finished")
@@ -177,7 +179,9 @@ def serve_command(  # noqa: PLR0913 - the verb and its options
     dtype: Dtype = "auto",
     device: Device = None,
     max_length: Annotated[int | None, Option(help="In tokens; longer inputs are refused.")] = None,
-    upstream_key: Annotated[str | None, Option(envvar="HAFRM_API_KEY", help="Bearer key.")] = None,
+    upstream_key: Annotated[
+        str | None, Option(envvar="HAFRM_API_KEY", help="--upstream's key.")
+    ] = None,
 ) -> None:
     """Serve rewards to trainers: OpenRLHF, verl, slime, TRL, and clients of vLLM and SGLang.
 

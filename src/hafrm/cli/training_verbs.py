@@ -111,8 +111,8 @@ def rlhf_command(
     """Train a policy against reward models with PPO, RLOO or GRPO, as a recipe says.
 
     With comparison.models, each reward model trains a policy from the same start, and the policies are
-    compared; the same command resumes a comparison. Exit code 1 if a run stopped early; its best step is
-    still exported.
+    compared; the same command resumes a comparison. Otherwise exit code 1 if the run was stopped early;
+    its best step is still exported.
     """
     from hafrm.demo.gold import gold_reward  # noqa: PLC0415
     from hafrm.rlhf.rlhf_recipe import RlhfRecipe  # noqa: PLC0415

@@ -25,7 +25,7 @@ class Description:
     """Everything that `hafrm data` prints."""
 
     facts: dict[str, int | str | Estimate]
-    """Rows, groups, prompts (ignoring case and white space), responses, comparisons, ..."""
+    """Rows, groups, distinct prompts (ignoring case and white space), responses, comparisons, ..."""
     bad_rows: dict[str, int]  # by reason
     lengths: dict[str, Lengths]
     """Of each group's prompt, each distinct response, and the sides of each comparison without ties."""

@@ -227,7 +227,7 @@ def find_sets(location: str, part: str | None) -> list[tuple[NamedSet, str | Non
     for named in map(SETS.__getitem__, members):
         options = " or ".join(f"'#split={option}'" for option in named.parts)
         if part is not None and part not in named.parts:
-            raise DataError(f"set:{named.name} has no part {part!r}; append {options}")
+            raise DataError(f"set:{named.name} has no part {part!r}; use {options}")
         # a file of a set in several pieces is one of them
         if part is None and len(named.parts) > 1 and not (equals and not named.in_one_piece):
             raise DataError(f"set:{named.name} has several parts; append {options}")

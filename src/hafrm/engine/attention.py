@@ -3,8 +3,9 @@
 Every segment (one per response) is a causal attention call, bottom-right aligned: queries
 `[prompt + first branch | second branch | ...]`, keys `[prompt + branch]` for each. On CUDA in half
 precision this is one varlen call per layer; what that kernel cannot do runs there in masked batches of
-groups padded to similar length. CPUs run one segment at a time, which is the reference implementation. No
-`[tokens, tokens]` mask is ever built. The layout arrives as a keyword that transformers passes down.
+groups of similar length, padded to the longest. CPUs run one segment at a time, which is the reference
+implementation. No `[tokens, tokens]` mask is ever built. The layout arrives as a keyword that transformers
+passes down.
 
 The last layer runs only the tokens that a head reads: response tokens and the last of each prompt (or,
 without log-probs, the last of each response). For all others it only computes keys and values.
@@ -244,8 +245,8 @@ def _gather(x: Tensor, indices: Tensor, groups: int, heads: int) -> Tensor:
 
 
 def _batches(layout: Layout) -> list[_Batch]:
-    """Groups padded to similar lengths, up to the next power of two: the number of scores is at most four
-    times the sum of the groups' squared lengths, never the sequence's squared length."""
+    """Groups of similar length (up to one power of two), padded to the longest: the number of scores is at
+    most four times the sum of the groups' squared lengths, never the sequence's squared length."""
     sizes = [prompt + sum(branches) for prompt, branches in layout.shape]
     starts = np.cumsum([0, *sizes])
     classes: dict[int, list[int]] = defaultdict(list)

@@ -1,7 +1,8 @@
 """What scores say about a model: accuracy, calibration, temperature, length bias.
 
 Arrays in, frozen results out; NaN means "no data". A scorer is right only if the margin is above zero:
-equal scores are counted as not right. Ties are left out of every number except their own.
+equal scores are not right, and are also counted separately. Ties are left out of every number except
+their own.
 """
 
 import math

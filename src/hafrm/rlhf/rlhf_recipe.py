@@ -138,7 +138,7 @@ class HeldOutSection(Section):
 
 
 class WatchdogSection(Section):
-    """When a run is stopped early because it diverges; the best step so far is still exported."""
+    """When a run that drifts too far from its start is stopped; the best step so far is still exported."""
 
     max_kl: float = Field(default=50.0, gt=0)
     """KL per response (nat, mean of a batch) that stops the run."""

@@ -275,7 +275,8 @@ class PolicyModel(Scorer):
 
 
 def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGroup:
-    """The group up to its last token that is not pad, where the stock classifier reads the reward."""
+    """The group with each response cut after its last token that is not pad, where the stock classifier
+    reads the reward."""
     # only where pad is the EOS, as in some published models: transformers then reads before the EOS
     if pad is None or all(ids[-1] != pad for ids in group.response_ids):
         return group

@@ -26,7 +26,7 @@ TIMEOUT = 60.0
 
 
 class Dialogue(NamedTuple):
-    """A prompt (text or messages) and responses; `may_be_rendered`: perhaps already by a chat template."""
+    """A prompt (text or messages) and responses; `may_be_rendered`: a chat template may have run."""
 
     prompt: Any
     responses: Sequence[str]

@@ -187,7 +187,7 @@ CHECKS: dict[str, tuple[Callable[[_Asked], Replies], str]] = {
         "start it with a key; if that guards only /v1, let a proxy guard the other routes",
     ),
 }
-"""How a server is asked, and what to change if its rewards differ."""
+"""How a server is asked, and what to change if the check fails."""
 
 
 def verify_server(

@@ -57,7 +57,7 @@ SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 def compare_methods(
     plan: StudyPlan, out: Path, *, processes: int = 1, keep_models: bool = False
 ) -> StudyResult:
-    """Do the runs of the plan that are not done yet, and summarise all of them.
+    """Do the runs of the plan that are not done yet, and summarise the whole plan.
 
     Raises CheckpointError for a folder with another recipe or other test data, NumericsError if a method's
     runs diverge at every learning rate or at the chosen one.

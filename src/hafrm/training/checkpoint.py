@@ -148,7 +148,7 @@ def write_own_part(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class _Stored:
-    """A checkpoint's files of a kind. Each rank reads its rows of shards, the main rank also the others."""
+    """A checkpoint's files of a kind. Each rank reads its rows of shards; the main rank reads all else."""
 
     def __init__(self, folder: Path, file: str) -> None:
         self._pattern = folder, f"{Path(file).stem}*.safetensors"

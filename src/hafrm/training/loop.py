@@ -300,7 +300,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._steps: list[StepResult] = []
         self._lines: list[dict[str, int | float]] = []  # of this process, to look for alarms
         self._alarmed: set[str] = set()
-        self._num_resumed = 0  # of these, taken by an earlier process: its speed is left out
+        self._num_resumed = 0  # of `_steps`, taken by an earlier process: their time is left out
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         if parallel.is_main():

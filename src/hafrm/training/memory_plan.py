@@ -210,7 +210,7 @@ def state_bytes(
     weights: Weights, *, shards: int = 1, gathered: int = FLOAT32, accumulates: bool = False
 ) -> tuple[int, int, int, int]:
     """Bytes of (weights, gradients, optimiser, exchange) of a rank: alone, under DDP, or one of FSDP2's
-    `shards`, which gathers `gathered` bytes per number, and whole gradients if a step `accumulates`."""
+    `shards`, which gathers `gathered` bytes per number; gradients stay whole if a step `accumulates`."""
     trained = FLOAT32 * weights.trainable
     parts = trained + weights.frozen_bytes, trained, 2 * trained
     if shards == 1:

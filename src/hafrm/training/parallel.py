@@ -55,8 +55,8 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that the launcher announced, if any; a second call raises ConfigError, because
-    torch cannot set up a launcher's group twice."""
+    """Join the process group that the launcher announced, if any; after `stop`, ConfigError, because torch
+    cannot set up a launcher's group twice."""
     global _hosts, _rank  # noqa: PLW0603 - torch keeps a process's one group globally too
     size = int(os.environ.get("WORLD_SIZE", "1"))
     # a RANK alone, left by some launcher, must not keep a single process from writing its files
@@ -109,12 +109,13 @@ def shards(mode: Mode, num_ranks: int, device: str) -> bool:
 
 
 def team_size(mode: Mode, num_ranks: int, kv_heads: int) -> int:
-    """How many ranks run a sequence together: the largest common divisor of ranks per node and KV heads."""
+    """How many ranks run a sequence together: for ulysses the greatest common divisor of the ranks per node
+    and the KV heads, else 1."""
     return math.gcd(min(num_ranks, per_node(8)), kv_heads) if mode == "ulysses" else 1
 
 
 def wrap(model: HybridModel, ranks: Ranks) -> nn.Module:
-    """The model as every rank must call it: unchanged if `shard` has divided it, else under DDP."""
+    """The model as every rank must call it: unchanged for one rank or after `shard`, else in DDP."""
     if ranks.size == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)

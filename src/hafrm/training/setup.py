@@ -186,7 +186,7 @@ def inject_lora(
 ) -> None:
     """Put float32 adapters into the backbone's linear layers; ConfigError if lora.targets matches none.
 
-    `under_autocast`: the backbone only runs so, and leaves casts to it; peft would copy inputs to float32.
+    `under_autocast`: the backbone always runs under autocast, which casts; peft would copy inputs too.
     """
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     scale: Any = lora.alpha  # typed int upstream, used as a factor
