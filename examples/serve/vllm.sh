@@ -3,8 +3,8 @@
 #   examples/serve/vllm.sh RUN KEY_FILE
 set -euo pipefail
 run=$1 keys=$2
-# No chunked prefill: it cuts inputs, and then the last token was pooled wrongly (vllm#48831, vllm#48901).
-# With it, --max-num-batched-tokens must exceed the longest input.
+# No chunked prefill: it cut inputs and then pooled the last token wrongly (vllm#48831, vllm#48901).
+# Without it, --max-num-batched-tokens must exceed the longest input.
 "${VLLM:-vllm}" serve "$run/model/reward" --runner pooling --host 127.0.0.1 --port 8001 \
   --no-enable-chunked-prefill &
 trap 'kill $!' EXIT

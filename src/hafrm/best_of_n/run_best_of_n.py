@@ -3,7 +3,7 @@
     OUT/candidates.jsonl   the candidates of every prompt, as drawn or read
     OUT/scores.jsonl       every candidate's score, by each model and by gold
     OUT/picks.jsonl        every model's pick for every prompt
-    OUT/best_of_n.json     curves, agreement, wins, with intervals
+    OUT/best_of_n.json     curves, baselines, wins, with intervals
 
 The first grows while the job runs, and an endpoint's replies are cached: what was drawn or paid for is not
 drawn or paid for again by the same command, or by one with other models. Scores are recomputed.

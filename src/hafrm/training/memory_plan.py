@@ -144,7 +144,7 @@ class MemoryPlan:
         need, target = self.need, self.target
         sizes = {**asdict(need), "a step in all": need.step}
         sizes["passes without gradients"] = sizes.pop("passes")
-        sizes["host, until then"] = sizes.pop("host")
+        sizes["host, before the proof"] = sizes.pop("host")
         sizes[f"proof of the export, on the {self.prover}"] = self.proof
         rows = tuple((name, size / GIB) for name, size in sizes.items() if size)
         title = f"memory of {target.ranks} {target.device.upper()} rank(s), each"
