@@ -4,7 +4,7 @@
 
 A FOLDER holds what `hafrm compare --out FOLDER` wrote: recipe.yaml, comparison.json and its runs' scores.
 The recipe's data and base model must be there too. Each test set of a block counts alike, and each block.
-A prompt that several blocks test on is one cluster; the seeds of two blocks are independent.
+A prompt that several blocks test on is one cluster; the seeds of two blocks are treated as independent.
 """
 
 import json
