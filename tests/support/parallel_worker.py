@@ -186,7 +186,8 @@ def sharded_start(folder: str) -> None:
     ranks = parallel.start()
     for base in sorted(Path(folder).glob("base-*")):
         adapted = [False] if base.name == "base-experts" else [False, True]  # routers take none
-        for lora, precision in itertools.product(adapted, ["fp32", "bf16"]):
+        precisions = ["fp32", "bf16"] if base.name == "base-llama" else ["fp32"]
+        for lora, precision in itertools.product(adapted, precisions):
             recipe = sharded_recipe(base, lora, precision)
             encoder, method = build_encoder(recipe), resolve_method(recipe)
             torch.manual_seed(0)
@@ -224,18 +225,18 @@ def full_disk(*_) -> None:
 def exports_are_equal(
     model: HybridModel, expected: HybridModel, encoder: Encoder, base: Path
 ) -> None:
-    """To the bit, with adapters that change the model, in either dtype."""
+    """To the bit, with adapters that change the model, one head in each dtype."""
     whole = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             value = torch.randn_like(whole[name])
             whole[name].data.copy_(value)
             parameter.data.copy_(parallel.hand_out(value, parameter.detach()))
-    export = {"reward": export_reward, "policy": export_policy}
     folder = base.with_name(f"exports-{base.name}")
-    for head, dtype in itertools.product(export, [torch.float32, torch.bfloat16]):
+    heads = {"reward": (export_reward, torch.float32), "policy": (export_policy, torch.bfloat16)}
+    for head, (export, dtype) in heads.items():
         for name, source in (("sharded", model), ("whole", expected)):
-            export[head](source, encoder, folder / name / head, dtype=dtype)
+            export(source, encoder, folder / name / head, dtype=dtype)
         if rank() == 0:
             for file in sorted((folder / "whole" / head).iterdir()):
                 other = folder / "sharded" / head / file.name

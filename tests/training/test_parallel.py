@@ -118,8 +118,8 @@ def test_what_two_ranks_exchange_is_what_one_process_has(tmp_path, check):
 
 
 def test_a_model_read_in_shards_is_the_one_that_transformers_loads_whole(tmp_path):
-    """Full and LoRA, in both precisions, tied and not, with GPT-2's other names and experts that need
-    conversion. Files that the index does not name are not read; a missing weight is an error."""
+    """Full and LoRA, tied and not, with GPT-2's other names and experts that need conversion, one in both
+    precisions. Files that the index does not name are not read; a missing weight is an error."""
     tokenizer = chat_tokenizer()
     sizes = {**GROUPED, "vocab_size": len(tokenizer)}
     causal = {

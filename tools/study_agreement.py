@@ -1,0 +1,42 @@
+"""How often two scorers of one comparison prefer the same response.
+
+    python tools/study_agreement.py FOLDER
+
+FOLDER is as in study_pool.py. Both scorers are of one seed, except where a scorer is compared with itself.
+HAF's two heads share a backbone; those of `bt` and `dpo`, the control, do not.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from study_pool import block_outcomes
+
+from hafrm.statistics import seeded_sum
+
+PAIRS = (
+    ("haf", "haf (implicit)"),
+    ("bt", "dpo"),
+    ("bt", "haf"),
+    ("dpo", "haf (implicit)"),
+    ("bt", "bt"),
+)
+
+
+def main(folder: Path) -> None:
+    """Print the agreement of each pair on each test set, in % with its interval over prompts and seeds."""
+    block = block_outcomes(folder)
+    trains, scorers, tests = (list(dict.fromkeys(key[i] for key in block)) for i in range(3))
+    for first, second in PAIRS:
+        if {first, second} <= set(scorers):
+            for test in tests:
+                (ours, prompts), (theirs, _) = (block[trains[0], s, test] for s in (first, second))
+                name = f"{first} and {second}"
+                if first == second:
+                    name, theirs = f"two seeds of {first}", np.roll(theirs, 1, axis=0)
+                is_same = np.sign(ours) == np.sign(theirs)
+                print(f"{name}, {test}: {seeded_sum([is_same], prompts).estimate}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
