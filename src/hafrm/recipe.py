@@ -141,8 +141,8 @@ class DataSection(Section):
 class MethodSection(Section):
     """The objective, reward_weight * reward loss + alpha * policy loss; null: the method's default."""
 
-    name: Text = "haf"
-    """Name of a method: haf (the paper's), bt, dpo, grm-sft, ..."""
+    name: Text = "bt"
+    """Name of a method: bt, haf (the paper's), dpo, grm-sft, ..."""
     reward_weight: float | None = Field(default=None, ge=0)
     """Weight of the reward loss (paper: 1)."""
     alpha: float | None = Field(default=None, ge=0)
