@@ -64,6 +64,7 @@ LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained("b
 RECIPE = """
 model: {path: base}
 data: {train: pairs.jsonl, validation_fraction: 0.3, max_length: 128}
+method: {name: haf}
 training: {steps: 2, batch_size: 4, max_tokens: 512}
 """
 COMMANDS = """

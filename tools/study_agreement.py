@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from study_pool import block_outcomes
 
-from hafrm.statistics import seeded_sum
+from hafrm.statistics import seeded_mean
 
 PAIRS = (
     ("haf", "haf (implicit)"),
@@ -33,9 +33,13 @@ def main(folder: Path) -> None:
                 (ours, prompts), (theirs, _) = (block[trains[0], s, test] for s in (first, second))
                 name = f"{first} and {second}"
                 if first == second:
+                    # every seed occurs in two pairs of seeds, so these have no interval
                     name, theirs = f"two seeds of {first}", np.roll(theirs, 1, axis=0)
-                is_same = np.sign(ours) == np.sign(theirs)
-                print(f"{name}, {test}: {seeded_sum([is_same], prompts).estimate}")
+                    means = 100 * (np.sign(ours) == np.sign(theirs)).mean(1)
+                    result = f"{means.mean():.1f} % ({means.min():.1f} to {means.max():.1f})"
+                else:
+                    result = str(seeded_mean(np.sign(ours) == np.sign(theirs), prompts))
+                print(f"{name}, {test}: {result}")
 
 
 if __name__ == "__main__":

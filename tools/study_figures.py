@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLOCKS = {"ethics-1k": "ETHICS, 960 pairs", "ethics-4k": "ETHICS, 3,840 pairs"}
+EQUAL_TO_ITS_REWARD_HEAD = "grm-sft (fused)"
 MECHANISM = ("bt", "haf", "normbt", "bsr")
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "hafrm",  # the same drawing has the same ids
@@ -40,7 +41,10 @@ def draw_differences(results: Path, file: Path) -> None:
     pooled = json.loads((results / "pooled.json").read_text())["pooled"]
     rows = list(
         dict.fromkeys(
-            row["first"] for rows in blocks.values() for row in rows if row["second"] == "bt"
+            row["first"]
+            for rows in blocks.values()
+            for row in rows
+            if row["first"] != EQUAL_TO_ITS_REWARD_HEAD
         )
     )
     figure = Figure(figsize=(7.2, 0.4 + 0.42 * len(rows)), layout="constrained")
@@ -82,7 +86,7 @@ def dots(
 ) -> None:
     """One dot with a whisker in every row that has a point."""
     shift = 0.5 * (place - (num_places - 1) / 2) / num_places
-    shown = [(rows.index(name) + shift, [100 * x for x in point]) for name, point in points.items()]
+    shown = [(rows.index(n) + shift, [100 * x for x in p]) for n, p in points.items() if n in rows]
     y = [place for place, _ in shown]
     colour = "black" if place == num_places - 1 else f"C{place}"
     axes.plot([p[0] for _, p in shown], y, "o", color=colour, markersize=3.5, label=label)
@@ -96,7 +100,7 @@ def draw_mechanism(folder: Path, file: Path) -> None:
     for method in MECHANISM:
         lines = [
             json.loads(line)
-            for line in (folder / method / "metrics.jsonl").read_text().splitlines()
+            for line in (folder / f"{method}-0" / "metrics.jsonl").read_text().splitlines()
         ]
         shown = [line for line in lines if "effective_rank" in line]
         for axes, key in zip(panels, ("effective_rank", "norm_spread"), strict=True):

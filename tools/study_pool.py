@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hafrm.errors import ConfigError
 from hafrm.recipe_file import load_recipe
-from hafrm.statistics import seeded_sum
+from hafrm.statistics import holm, seeded_sum
 from hafrm.study.method_comparison import COMPARISON_FILE, outcomes_of, scores_of_runs
 from hafrm.study.run_grid import plan_study
 from hafrm.study.study_result import Answers, Outcomes, domains, stack_answers
-from hafrm.study.study_runs import read_study_data
+from hafrm.study.study_runs import StudyData, read_study_data
 
 KINDS = ("in domain", "held out")
 
@@ -46,18 +47,30 @@ def main(out: Path, folders: list[Path]) -> None:
                 text += f", minus {baseline} {gap.estimate}, p {gap.p_value:.2g}"
             rows.append(row)
             print(text)
+    tested = [row for row in rows if "p" in row]
+    for row, p_value in zip(tested, holm(np.array([row["p"] for row in tested])), strict=True):
+        row["p_holm"] = float(p_value)
     result = {"blocks": [folder.name for folder in folders], "baseline": baseline, "pooled": rows}
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def block_outcomes(folder: Path) -> Outcomes:
     """Margins of every scorer of a finished comparison on all its test sets."""
+    scores, data = read_block(folder)
+    return outcomes_of(scores, data.comparisons)
+
+
+def read_block(folder: Path) -> tuple[dict[tuple[str, str], list[NDArray[np.float32]]], StudyData]:
+    """The scores of a finished comparison by training set and scorer, a row per seed, and its test sets."""
     recipe = load_recipe(folder / "recipe.yaml")
     comparison = json.loads((folder / COMPARISON_FILE).read_text())
     rates = {tuning["method"]: tuning["chosen"] for tuning in comparison["learning_rates"]}
     plan = plan_study(recipe, [*rates], num_seeds=len(comparison["seeds"]))
     data = read_study_data(recipe)
-    return outcomes_of(scores_of_runs(plan.runs(rates), data, folder), data.comparisons)
+    made_from = json.loads((folder / "manifest.json").read_text())["outputs"]["runs"]["test data"]
+    if data.digest != made_from:
+        raise ConfigError(f"the test data of {folder} are not those that its scores were made from")
+    return scores_of_runs(plan.runs(rates), data, folder), data
 
 
 def answers(block: Outcomes, scorer: str, kind: str) -> Answers:

@@ -8,8 +8,9 @@ from typing import assert_type
 import hafrm
 from hafrm import DataError, PolicyModel, Recipe, RewardModel
 
-values = {"model.path": "base", "data.train": "train.jsonl", "data.max_length": 64}
-run = hafrm.train({**values, "training.steps": 2, "training.batch_size": 4}, out="from-python")
+values = {"model.path": "base", "data.train": "train.jsonl", "method.name": "haf"}
+sizes = {"data.max_length": 64, "training.steps": 2, "training.batch_size": 4}
+run = hafrm.train({**values, **sizes}, out="from-python")
 assert_type(run.num_steps, int)
 assert_type(run.best, dict[str, float])
 

@@ -1,4 +1,4 @@
-"""hafrm: train, evaluate and use reward models that keep their language-model head.
+"""hafrm: train, evaluate and use reward models that can keep their language-model head.
 
 `train`, `evaluate` and `RewardModel` are where to start; `hafrm --help` is the same on the command line.
 Importing this loads nothing heavy: a name loads its module when it is first used.

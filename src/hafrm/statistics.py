@@ -314,7 +314,7 @@ def training_alarms(
         yield (
             "spread",
             f"the effective rank of the states that rewards are read from fell from {max(ranks):.3g} "
-            f"to {ranks[-1]:.3g}: lower training.learning_rate, or train the policy head too (method haf)",
+            f"to {ranks[-1]:.3g}: lower training.learning_rate",
         )
     lines = [line for line in lines if "reward_loss" in line]
     if len(lines) < ALARM_LINES:

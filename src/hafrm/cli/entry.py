@@ -33,7 +33,7 @@ def _show_version(is_asked: bool) -> None:
 def _root(
     _: Annotated[bool, Option("--version", is_eager=True, callback=_show_version)] = False,
 ) -> None:
-    """Train, evaluate and use reward models that keep their language-model head."""
+    """Train, evaluate and use reward models that can keep their language-model head."""
 
 
 class _Stderr(logging.Handler):
