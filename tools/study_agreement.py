@@ -19,6 +19,8 @@ PAIRS = (
     ("bt", "dpo"),
     ("bt", "haf"),
     ("dpo", "haf (implicit)"),
+    ("haf:alpha=2", "haf:alpha=2 (implicit)"),
+    ("bt", "haf:alpha=2"),
     ("bt", "bt"),
 )
 
