@@ -70,7 +70,7 @@ def read_block(folder: Path) -> tuple[dict[tuple[str, str], list[NDArray[np.floa
     made_from = json.loads((folder / "manifest.json").read_text())["outputs"]["runs"]["test data"]
     if data.digest != made_from:
         raise ConfigError(f"the test data of {folder} are not those that its scores were made from")
-    return scores_of_runs(plan.runs(rates), data, folder), data
+    return scores_of_runs(plan.runs(rates), folder), data
 
 
 def answers(block: Outcomes, scorer: str, kind: str) -> Answers:

@@ -12,17 +12,11 @@ from hafrm.evaluation import evaluate
 from hafrm.recipe import Recipe
 from hafrm.results import read_result
 from hafrm.scoring.reward_model import PolicyModel
-from hafrm.study import method_comparison, study_runs
-from hafrm.study.method_comparison import (
-    COMPARISON_FILE,
-    TWO_MODELS,
-    compare_methods,
-    scorers_of,
-    scores_of_runs,
-)
+from hafrm.study import study_runs
+from hafrm.study.method_comparison import COMPARISON_FILE, compare_methods, scorers_of
 from hafrm.study.run_grid import StudyPlan, parse_methods, parse_rates, plan_study
 from hafrm.study.study_result import MIXED, Answers, StudyResult, domains, stack_answers, summarise
-from hafrm.study.study_runs import SCORES_FILE, RunWorker, read_run_result, read_study_data
+from hafrm.study.study_runs import SCORES_FILE, RunWorker, read_run_result
 from hafrm.training import loop, setup
 from support.tiny_runs import tiny_recipe, write_preferences
 
@@ -122,42 +116,10 @@ def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):
     assert [run.rate for run in plan.tuning_runs()] == list(plan.rates)
 
 
-def test_two_runs_fuse_as_one_run_with_two_heads_does(finished, monkeypatch):
-    """The reward of one run and the policy of another, given one run's scores, make its fused score."""
-    haf, dpo = parse_methods(["haf", "dpo"])
-    heads = {"haf": "reward", "haf (implicit)": "implicit", "haf (fused)": "fused"}
-    assert (scorers_of(haf), scorers_of(dpo)) == (heads, {"dpo": "implicit"})
-    folder, plan, _ = finished
-    rates = dict.fromkeys(("haf", "bt", "dpo"), 1e-3)
-    stored = load_file(plan.runs(rates)[1].folder(folder / "out") / SCORES_FILE)
-    reward = {k: stored[k] for k in ("reward", study_runs.REWARD_MARGINS)}
-    implicit = {k: stored[k] for k in ("implicit", study_runs.TOKEN_MARGINS)}
-    by_method = {"haf": stored, "bt": reward, "dpo": implicit}
-    monkeypatch.setattr(method_comparison, "load_file", lambda f: dict(by_method[f.parts[-3]]))
-    runs = small_plan(folder, methods="haf,bt,dpo", num_sets=2).runs(rates)
-    scores = scores_of_runs(runs, read_study_data(plan.recipe), folder / "out")
-    both = [key for key in scores if key[1] == TWO_MODELS]
-    assert len(both) == 3
-    for train, scorer in both:
-        np.testing.assert_array_equal(scores[train, scorer][0], scores[train, "haf (fused)"][0])
-
-
-@pytest.mark.parametrize(
-    ("reward", "implicit", "factor"),
-    [
-        # where only one differs: sigmoid(a) = 3/4 and sigmoid(b) = 9/10, so b / a = ln 9 / ln 3
-        ([1.0] * 3 + [-1.0] + [0.0] * 10, [0.0] * 4 + [1.0] * 9 + [-1.0], 2.0),
-        ([1.0] * 3 + [-1.0] + [0.0] * 10, [0.0] * 4 + [10.0] * 9 + [-10.0], 0.2),
-        ([1.0] * 3 + [-1.0] + [0.0] * 10, [0.0] * 4 + [-1.0] * 9 + [1.0], 0.0),
-        ([], [], 0.0),
-        ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], 0.0),  # one separates nothing
-        ([1.0, -1.0], [0.1, 3.0], 0.0),  # both are right by w = (1, 1): no finite maximum
-        ([-1.0] * 3 + [1.0] + [0.0] * 4, [0.0] * 4 + [1.0] * 3 + [-1.0], 0.0),  # a < 0
-    ],
-)
-def test_the_fused_factor_is_the_ratio_of_the_two_log_odds(reward, implicit, factor):
-    found = method_comparison.fused_factor(np.array(reward), np.array(implicit))
-    assert found == pytest.approx(factor, rel=1e-5)
+def test_a_method_is_scored_by_every_head_that_it_trains_its_own_first():
+    haf, dpo, bt = parse_methods(["haf", "dpo", "bt"])
+    assert list(scorers_of(haf).items()) == [("haf", "reward"), ("haf (implicit)", "implicit")]
+    assert (scorers_of(dpo), scorers_of(bt)) == ({"dpo": "implicit"}, {"bt": "reward"})
 
 
 def test_domains_pair_each_test_set_with_what_was_trained_on():
@@ -209,9 +171,9 @@ def test_the_summary_compares_every_scorer_with_the_first():
 def test_the_result_on_disk_holds_the_whole_matrix_with_intervals(finished):
     folder, plan, result = finished
     assert read_result(folder / "out" / COMPARISON_FILE, StudyResult) == result
-    assert result.methods == ("bt", "haf", "haf (implicit)", "haf (fused)")
+    assert result.methods == ("bt", "haf", "haf (implicit)")
     assert (result.train_sets, result.test_sets) == (("sun", "sea", MIXED), ("sun", "other"))
-    assert len(result.accuracies) == 3 * 4 * 2
+    assert len(result.accuracies) == 3 * 3 * 2
     assert all(0 <= a.accuracy.low <= a.accuracy.high <= 1 for a in result.accuracies)
     assert {c.second for c in result.differences} == {"bt"}
     assert list(result.pick_longer) == ["sun", "other"]
@@ -254,16 +216,14 @@ def test_only_the_chosen_learning_rate_is_scored_and_it_is_not_trained_twice(tmp
         assert not (folder / "checkpoints").exists()
 
 
-def test_a_method_with_one_head_keeps_its_validation_margins_for_a_fusion_of_two_runs(tmp_path):
+def test_a_run_keeps_the_scores_of_the_heads_that_it_trains(tmp_path):
     plan = small_plan(tmp_path, methods="bt,dpo")
-    result = compare_methods(plan, tmp_path / "out")
-    assert result.methods == ("bt", "dpo", TWO_MODELS)
+    assert compare_methods(plan, tmp_path / "out").methods == ("bt", "dpo")
     stored = {
-        run.method.name: load_file(run.folder(tmp_path / "out") / SCORES_FILE).keys()
+        run.method.name: set(load_file(run.folder(tmp_path / "out") / SCORES_FILE))
         for run in plan.runs({"bt": 1e-3, "dpo": 1e-3})
     }
-    assert stored["bt"] == {"reward", study_runs.REWARD_MARGINS}
-    assert stored["dpo"] == {"implicit", study_runs.TOKEN_MARGINS}
+    assert stored == {"bt": {"reward"}, "dpo": {"implicit"}}
 
 
 def test_a_run_that_was_stopped_is_resumed(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from scipy import optimize, special
 
 from hafrm.atomic import atomic_write
 from hafrm.data.reader import file_digests
@@ -32,23 +31,16 @@ from hafrm.statistics import Estimate, accuracy_interval, in_words
 from hafrm.study.run_grid import StudyMethod, StudyPlan, StudyRun
 from hafrm.study.study_result import Answers, StudyResult, Tuning, summarise
 from hafrm.study.study_runs import (
-    REWARD_MARGINS,
     SCORES_FILE,
-    TOKEN_MARGINS,
-    Arrays,
     RunResult,
     RunWorker,
-    StudyData,
     read_study_data,
 )
 from hafrm.training.checkpoint import model_digests
-from hafrm.training.methods import Method, get_method
 
 log = logging.getLogger("hafrm")
 
 COMPARISON_FILE = "comparison.json"
-TWO_MODELS = "bt + dpo (fused)"
-"""Two models trained separately and scored together: the control for one backbone with two heads."""
 
 SeedScores = Mapping[tuple[str, str], Sequence[NDArray[np.float32]]]
 """Every response's score by (training set, scorer), an array for each seed."""
@@ -91,7 +83,7 @@ def compare_methods(
             pick_longer=pick_longer(data.comparisons),
             learning_rates=tunings,
             seconds=sum(done.seconds for done in (tried | results).values()),
-            **summarise(outcomes_of(scores_of_runs(runs, data, out), data.comparisons)),
+            **summarise(outcomes_of(scores_of_runs(runs, out), data.comparisons)),
         )
         write_result(out / COMPARISON_FILE, result)
     return result
@@ -131,59 +123,20 @@ def scorers_of(method: StudyMethod) -> dict[str, str]:
     name, objective = method.name, method.method
     scorers: dict[str, str] = {name: objective.scores_with}
     if objective.trains_reward and objective.trains_policy:
-        scorers |= {f"{name} (implicit)": "implicit", f"{name} (fused)": "fused"}
+        scorers[f"{name} (implicit)"] = "implicit"
     return scorers
 
 
 def scores_of_runs(
-    runs: Sequence[StudyRun], data: StudyData, out: Path
+    runs: Sequence[StudyRun], out: Path
 ) -> dict[tuple[str, str], list[NDArray[np.float32]]]:
-    """The scores of finished runs; if `bt` and `dpo` take part, also the fused scores of both."""
-    lengths = np.array([len(ids) for group in data.tokenized for ids in group.response_ids])
+    """The scores of finished runs, an array for each seed."""
     scores: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
-    by_seed: dict[tuple[str, int], dict[str, Arrays]] = defaultdict(dict)
     for run in runs:
         stored = load_file(run.folder(out) / SCORES_FILE)
         for scorer, head in scorers_of(run.method).items():
-            is_fused = head == "fused"
-            values = _fuse(stored, stored, run.method.method, lengths) if is_fused else stored[head]
-            scores[run.train, scorer].append(values)
-        by_seed[run.train, run.seed][run.method.name] = stored
-    for (train, _), stored_by_method in by_seed.items():
-        if {"bt", "dpo"} <= stored_by_method.keys():
-            bt, dpo = stored_by_method["bt"], stored_by_method["dpo"]
-            scores[train, TWO_MODELS].append(_fuse(bt, dpo, get_method("dpo"), lengths))
+            scores[run.train, scorer].append(stored[head])
     return scores
-
-
-def _fuse(
-    reward: Arrays, policy: Arrays, method: Method, lengths: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    factor = fused_factor(reward[REWARD_MARGINS], policy[TOKEN_MARGINS])
-    # per token: a long response's sum of log-ratios would outweigh its reward
-    by_token = policy["implicit"] / (1 if method.scores_per_token else lengths)
-    return (reward["reward"] + factor * by_token).astype(np.float32)
-
-
-def fused_factor(reward_margins: NDArray[Any], implicit_margins: NDArray[Any]) -> float:
-    """The factor b / a >= 0 in P(chosen) = sigmoid(a * reward margin + b * implicit margin per token); 0 if
-    the comparisons do not determine it."""
-    x = np.stack([reward_margins, implicit_margins], axis=1).astype(np.float64)
-    scale = np.sqrt((x**2).mean(0)) if len(x) else np.zeros(2)
-    if not scale.all():  # one of the two separates no responses
-        return 0.0
-    x /= scale  # two scales far apart would make the problem ill-conditioned
-    penalty = 1e-9  # keeps the coefficients finite if the likelihood has no maximum
-
-    def loss_and_slope(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        loss = float(np.logaddexp(0.0, -x @ w).mean() + penalty * (w @ w))
-        return loss, -(special.expit(-x @ w)[:, None] * x).mean(0) + 2 * penalty * w
-
-    fit = optimize.minimize(loss_and_slope, np.zeros(2), jac=True, options={"gtol": 1e-10})
-    a, b = (float(value) for value in fit.x / scale)
-    is_separable = (x[x.any(1)] @ fit.x > 0).all()  # the likelihood has no maximum
-    # a <= 0: the ratio would reverse the reward
-    return 0.0 if is_separable or a <= 0 else max(0.0, b / a)
 
 
 def outcomes_of(

@@ -33,7 +33,7 @@ class ScorerAccuracy:
     """A scorer's accuracy on one test set, or its mean over several sets of equal weight."""
 
     train: str  # the training set; "" for a mean
-    method: str  # the scorer, such as "haf" or "haf (fused)"
+    method: str  # the scorer, such as "haf" or "haf (implicit)"
     test: str  # the test set, or which mean: see `domains`
     accuracy: Estimate
     log_loss: Real = math.nan  # of sigmoid(margin), mean over seeds; NaN for a mean over sets

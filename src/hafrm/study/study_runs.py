@@ -8,9 +8,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +29,11 @@ from hafrm.training import parallel
 from hafrm.training.loop import Job, export_job, run_training
 from hafrm.training.memory_plan import with_token_budget
 from hafrm.training.methods import get_method
-from hafrm.training.passes import decided_margins, pass_tokens, reference_logps, score_heads
+from hafrm.training.passes import pass_tokens, reference_logps, score_heads
 from hafrm.training.prepared_data import PreparedData, prepare_data
 from hafrm.training.setup import build_encoder, build_model
 
 RUN_RESULT, SCORES_FILE = "result.json", "scores.safetensors"
-REWARD_MARGINS, TOKEN_MARGINS = "validation_reward", "validation_implicit_per_token"
-"""Margins on validation data; only these decide how the fused score weighs the two heads."""
-
-Arrays = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -147,25 +142,19 @@ class RunWorker:
         return self._references[logits]
 
     def _score(self, job: Job, folder: Path) -> None:
-        """Store the scores of the test sets, and the validation margins that a fused score is fitted on."""
-
+        """Store the scores of the test sets."""
         budget = pass_tokens(job.recipe.training.token_budget)
-        score = partial(score_heads, job.model, max_tokens=budget, autocast=job.autocast)
         references = None
         if job.method.needs_reference:
             references = self._test_references(logits=job.method.reads_logits)
-        scores = score(self.data.tokenized, references, job.method)
+        scores = score_heads(
+            job.model,
+            self.data.tokenized,
+            references,
+            job.method,
+            max_tokens=budget,
+            autocast=job.autocast,
+        )
         stored = {"reward": scores.rewards, "implicit": scores.implicit}
-        groups, of_validation = job.data.validation, job.validation_references
-        logps = None if of_validation is None else of_validation.logps
-        validation = score(groups, logps, job.method)
-        by_token = validation.implicit
-        if by_token is not None and not job.method.scores_per_token:
-            by_token = (by_token / validation.lengths).astype(np.float32)
-        on_validation = validation.rewards, by_token
-        for name, values in zip((REWARD_MARGINS, TOKEN_MARGINS), on_validation, strict=True):
-            if values is not None:
-                margins = decided_margins(groups, values, validation.first)
-                stored[name] = margins.astype(np.float32)
         arrays = {name: values for name, values in stored.items() if values is not None}
         atomic_write(folder / SCORES_FILE, save(arrays))
