@@ -98,10 +98,10 @@ def draw_mechanism(folder: Path, file: Path) -> None:
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for method in MECHANISM:
-        lines = [
-            json.loads(line)
-            for line in (folder / f"{method}-0" / "metrics.jsonl").read_text().splitlines()
-        ]
+        metrics = folder / f"{method}-0" / "metrics.jsonl"
+        if not metrics.is_file():
+            continue
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         shown = [line for line in lines if "effective_rank" in line]
         for axes, key in zip(panels, ("effective_rank", "norm_spread"), strict=True):
             axes.plot(
