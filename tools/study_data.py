@@ -5,9 +5,8 @@
 SOURCES holds the files that `SETS` and `HELD_OUT` name (docs/evidence.md says where each comes from).
 A set that is trained on becomes OUT/train/NAME.jsonl, OUT/validation/NAME.jsonl and OUT/test/NAME.jsonl,
 which share no prompt; a set that is only tested on becomes OUT/test/NAME.jsonl. OUT/flipped-20 and
-OUT/flipped-40 hold NOISY's training part with as many per cent of its labels turned around. OUT/rest holds
-it without its first NUM_PROXY comparisons: those train reward models, the rest the model that judges them.
-The same files give the same parts.
+OUT/flipped-40 hold NOISY's training part with as many per cent of its labels turned around. The same files
+give the same parts.
 """
 
 import random
@@ -25,7 +24,7 @@ SETS = {  # name: (file to train on, comparisons to validate on, file to test on
     "helpful": ("hh-helpful", 200, "hh-helpful", 300),
     "harmless": ("hh-harmless", 200, "hh-harmless", 300),
 }
-NOISY, FLIP_SEED, NUM_PROXY = "ethics", 3, 960
+NOISY, FLIP_SEED = "ethics", 3
 HELD_OUT = {
     "ethics-hard": ("ethics-util-hard", 300),
     "pandalm": ("pandalm", 300),
@@ -47,8 +46,6 @@ def main(sources: Path, out: Path) -> None:
             write(some, out / part / f"{name}.jsonl")
         for percent in (20, 40) if name == NOISY else ():
             write(flipped(train, percent), out / f"flipped-{percent}" / f"{name}.jsonl")
-        if name == NOISY:
-            write(train[NUM_PROXY:], out / "rest" / f"{name}.jsonl")
     for name, (file, num) in HELD_OUT.items():
         _, test = draw(groups_of(sources, file), num, TEST_SEED)
         write(test, out / "test" / f"{name}.jsonl")

@@ -249,10 +249,8 @@ def sharded_recipe(base: Path, lora: bool, precision: str) -> Recipe:
     training = {"parallel": "hsdp" if lora else "fsdp", "precision": precision, "max_tokens": 256}
     data = {"train": "-", "max_length": 64}
     sections = {"lora": {"rank": 4, "alpha": 8.0}} if lora else {}
-    sections["method"] = {"name": "haf"}
-    return build_recipe(
-        {"model": {"path": str(base)}, "data": data, "training": training, **sections}
-    )
+    own = {"model": {"path": str(base)}, "data": data, "method": {"name": "haf"}}
+    return build_recipe({**own, "training": training, **sections})
 
 
 def gradients_do_not_depend_on_when_they_are_exchanged(model: HybridModel, precision: str) -> None:
