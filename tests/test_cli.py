@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hafrm.cli import app, data_verbs, main
 from hafrm.data.reader import read_preferences
-from hafrm.evaluation import evaluate
+from hafrm.evaluation import evaluate, heads
 from hafrm.export.checklist import replay_directory
 from hafrm.recipe_file import load_recipe
 from hafrm.results import write_result
@@ -246,7 +246,7 @@ def test_evaluate_measures_every_source_by_both_heads(exported, tmp_path):
 
 
 def test_evaluate_names_a_file_that_the_run_was_trained_on(run, tmp_path, caplog):
-    """By its content: another name hides nothing, other rows are not accused."""
+    """By its content and the rows selected: another name hides nothing, other rows are not accused."""
     trained_on = load_recipe(run / "recipe.yaml").data.train[0]
     copy = shutil.copy(trained_on, tmp_path / "held-out.jsonl")
     result = evaluate(run, [copy, write_preferences(tmp_path / "other.jsonl", num=8, start=500)])
@@ -254,6 +254,14 @@ def test_evaluate_names_a_file_that_the_run_was_trained_on(run, tmp_path, caplog
     assert [line for line in caplog.messages if "was trained on" in line] == [
         f"{copy} was trained on: its accuracy says little about other data"
     ]
+    selected = shutil.copytree(run, tmp_path / "selected")
+    recipe = (run / "recipe.yaml").read_text()
+    (selected / "recipe.yaml").write_text(
+        recipe.replace(trained_on, f"{trained_on}#label=a&limit=5")
+    )
+    parts = [f"{copy}{selection}" for selection in ("", "#label=a", "#limit=3", "#label=b")]
+    seen = [heads.training_data(heads.find_heads(selected), part) for part in parts]
+    assert seen == [(str(copy),)] * 3 + [()]
 
 
 @pytest.mark.parametrize("options", [(), ("--diagnose",)], ids=["plain", "diagnose"])

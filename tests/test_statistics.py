@@ -217,6 +217,17 @@ def test_a_sum_over_sides_does_not_depend_on_the_numbers_of_their_seeds() -> Non
     assert shuffled.estimate.high == pytest.approx(pooled.estimate.high)
 
 
+def test_one_prompt_says_nothing_about_another() -> None:
+    """Its variance over prompts is not 0 but unknown, whatever rounding leaves of it."""
+    for seed in range(20):
+        right = np.random.default_rng(seed).random((3, 7)) < 0.6
+        estimate = seeded_mean(right, np.zeros(7))
+        assert estimate.value == pytest.approx(right.mean())
+        assert (estimate.low, estimate.high) == (0.0, 1.0)
+        difference = seeded_difference(right, ~right, np.zeros(7))
+        assert math.isnan(difference.estimate.low) and difference.p_value == 1.0
+
+
 def test_one_seed_says_nothing_about_another() -> None:
     with pytest.raises(ValueError, match="at least two seeds"):
         seeded_mean(drawn(0, num_seeds=1))

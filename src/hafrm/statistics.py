@@ -250,6 +250,11 @@ def seeded_sum(
     values = [np.asarray(side, np.float64) for side in sides]
     items = np.sum([side.mean(0) for side in values], axis=0)
     num_clusters = len(items) if clusters is None else len(np.unique(clusters))
+    if num_clusters == 1:  # one prompt says nothing about another
+        mean = float(items.mean())
+        return Difference(
+            Estimate(mean, math.nan, math.nan, len(items), SEEDS_METHOD, proportion), 1.0
+        )
     over_prompts = cluster_standard_error(items, clusters) ** 2
     if num_clusters > 1:  # from n to n - 1 in the denominator
         over_prompts *= num_clusters / (num_clusters - 1)

@@ -206,3 +206,6 @@ def test_a_prompt_that_an_endpoint_rejects_is_refused_in_its_place(tmp_path):
         assert [reply.text for reply in answered] == ["x", "x"]
         with pytest.raises(ServerError, match=r"rejects every request.*request"):
             connect(fake, tmp_path).write(PROMPTS[:1], 2, ROUND)
+        # later prompts that are all rejected do not accuse an endpoint that answered before
+        ((late,),) = connect(fake, tmp_path).write(PROMPTS[:1], 2, (0, 64, 0))
+        assert "too long" in late.error

@@ -51,6 +51,17 @@ def test_replies_come_in_the_order_asked_with_settings_and_several_at_a_time(con
         assert body == {"model": "m", "messages": None, "temperature": 0.0, "seed": 3}
 
 
+def test_an_interrupt_leaves_the_other_requests_unsent(connect):
+    def interrupt(num_done, _):
+        raise KeyboardInterrupt
+
+    asked = [conversation(str(i)) for i in range(200)]
+    with serving(lambda _: says("ok")) as fake:
+        with pytest.raises(KeyboardInterrupt):
+            connect(fake, concurrency=1).ask(asked, {}, on_progress=interrupt)
+        assert len(fake.asked) < 100
+
+
 def test_the_only_model_is_taken_and_several_must_be_named(connect):
     with serving(lambda _: says("ok")) as fake:
         assert connect(fake).model == "m"

@@ -258,6 +258,15 @@ def test_bad_rows_get_null_and_a_reason_and_their_neighbours_their_scores(model,
         assert all(v is None for name, v in row.items() if name.endswith(("reward", "rewards")))
 
 
+def test_a_shard_without_a_row_to_score_has_no_scores_of_tokens(model, tmp_path):
+    bad = write_rows(tmp_path / "bad.jsonl", [a_row(3)])
+    options = BulkOptions(outputs=("implicit", "tokens"))
+    sources = [bad, write(tmp_path / "none.jsonl", ())]
+    result = score_files(model.parent / "policy", sources, tmp_path / "out", options)
+    assert (result.num_bad, result.num_responses) == (1, 0)
+    assert [len(read_lines(tmp_path / "out" / Path(file).name)) for file in sources] == [1, 0]
+
+
 HEADLESS = {
     "policy": ("policy", lambda _: None),
     "value head beside": ("policy", FAULTS["a value head beside it"][1]),

@@ -78,6 +78,18 @@ def test_shards_cover_all_rows_once_and_are_of_their_inputs_kind(tmp_path, parqu
     assert cut_into_shards(identify([selected]), 4) == (Shard("x.jsonl", selected, 0, 2),)
 
 
+def test_a_parquet_source_whose_columns_are_named_or_ignored_is_read_as_rows(tmp_path):
+    table = pa.table({"question": ["Say sun."], "tools": ["x"], "response": ["sun"]})
+    pq.write_table(table, tmp_path / "q.parquet")
+    source = f"{tmp_path / 'q.parquet'}#prompt=question&ignore=tools"
+    (shard,) = cut_into_shards(identify([source]), 4)
+    assert shard.file == "q.jsonl"
+    (rows,) = read_shards([shard], 4)
+    assert rows.values == [{"prompt": "Say sun.", "response": "sun"}]
+    with pytest.raises(DataError, match="set of preferences"):
+        identify([f"set:hh-helpful={tmp_path / 'q.parquet'}"])
+
+
 def test_damaged_missing_and_repeated_inputs_are_refused_by_name(tmp_path, parquet):
     good = write(tmp_path / "x.jsonl", 3)
     other = write(tmp_path / "x-00000-of-00002.jsonl", 1)

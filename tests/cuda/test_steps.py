@@ -136,38 +136,37 @@ def one_rank(device: torch.device, folder: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def sharded(monkeypatch: pytest.MonkeyPatch, model: HybridModel, precision: Any) -> torch.nn.Module:
-    """The model under FSDP2, which `wrap` leaves out for a single process."""
-    with monkeypatch.context() as context:
-        context.setattr(parallel, "num_ranks", lambda: 2)
-        return parallel.wrap(model, "fsdp", precision)
+def sharded(model: HybridModel, precision: Any) -> torch.nn.Module:
+    """The model under FSDP2, which a run leaves out for a single process."""
+    parallel.shard(model, parallel.Ranks(0, 1, model.device), precision=precision)
+    return model
 
 
 @PRECISIONS
-def test_fsdp_on_one_rank_equals_no_fsdp(precision, tolerance, device, tmp_path, monkeypatch):
+def test_fsdp_on_one_rank_equals_no_fsdp(precision, tolerance, device, tmp_path):
     expected = gradient(tiny_hybrid().to(device), precision)
     with one_rank(device, tmp_path):
-        model = sharded(monkeypatch, tiny_hybrid().to(device), precision)
+        model = sharded(tiny_hybrid().to(device), precision)
         difference = gradient(model, precision) - expected
     assert difference.norm() < tolerance * expected.norm()
 
 
 def test_a_checkpoint_after_an_evaluation_under_fsdp_holds_all_weights_and_moments_in_float32(
-    device, tmp_path, monkeypatch
+    device, tmp_path
 ):
     """A forward without a backward leaves gathered bfloat16 copies in the shards' place."""
     folder = RunFolder.create(tmp_path / "run", "")
     layout = lay_out(token_groups(SHAPES)).to(device)
     with one_rank(device, tmp_path):
-        model = sharded(monkeypatch, tiny_hybrid().to(device), torch.bfloat16)
+        model = sharded(tiny_hybrid().to(device), torch.bfloat16)
         optimizer = adamw(model)
         run(model, micro_batches(pairs(), 100), torch.bfloat16, optimizer)
         names = [name for name, _ in model.named_parameters()]
         with torch.no_grad():
             model(layout)
         saved = save_checkpoint(folder, 1, model, optimizer, {})
-    stored = load_file(saved / "model.safetensors")
-    moments = load_file(saved / "optimizer.safetensors")
+    stored = load_file(saved / "model-00000.safetensors")  # of the only rank
+    moments = load_file(saved / "optimizer-00000.safetensors")
     assert stored.keys() == set(names)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     assert moments.keys() >= {

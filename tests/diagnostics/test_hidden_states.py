@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm.diagnostics.model_runs import last_states, some_responses
+from hafrm.diagnostics.model_runs import draw_responses, keep_responses, last_states
 from hafrm.engine.layout import lay_out, unshare
 from hafrm.preferences import TokenizedGroup
 from support.models import SHAPES, tiny_hybrid, token_groups
@@ -38,17 +38,14 @@ def test_states_are_those_of_a_plain_padded_run_at_the_last_token(model, sharing
     np.testing.assert_allclose(states, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_some_responses_are_drawn_once_each_and_follow_the_seed_not_the_ids() -> None:
-    other = tokenized(token_groups(SHAPES, seed=9))
+def test_responses_are_drawn_once_each_by_the_seed_and_stay_in_order() -> None:
     for num in (1, 4, 99):
-        drawn, again = (some_responses(groups, num, seed=0) for groups in (TOKENIZED, other))
-        sizes = [len(each.response_ids) for each in drawn]
-        assert sizes == [len(each.response_ids) for each in again]
-        assert sum(sizes) == min(num, NUM)
-        assert 0 not in sizes
-    texts = [
-        ids.tolist() for each in some_responses(TOKENIZED, 4, seed=0) for ids in each.response_ids
-    ]
-    everything = [ids.tolist() for group in GROUPS for ids in group.response_ids]
-    assert texts == [ids for ids in everything if ids in texts]
-    assert some_responses(TOKENIZED, 4, seed=1)[0] is not None
+        drawn = draw_responses(NUM, num, seed=0)
+        assert drawn.sum() == min(num, NUM)
+        np.testing.assert_array_equal(drawn, draw_responses(NUM, num, seed=0))
+        kept = keep_responses(TOKENIZED, drawn)
+        assert 0 not in [len(each.response_ids) for each in kept]
+        everything = [ids.tolist() for group in GROUPS for ids in group.response_ids]
+        texts = [ids.tolist() for each in kept for ids in each.response_ids]
+        assert texts == [everything[i] for i in np.flatnonzero(drawn)]
+    assert (draw_responses(NUM, 4, seed=0) != draw_responses(NUM, 4, seed=1)).any()

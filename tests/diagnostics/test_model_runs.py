@@ -88,6 +88,35 @@ def test_a_table_of_slices_is_shown_only_where_there_are_some(diagnosis) -> None
     assert len(titles) == len(diagnosis.tables()) - 1
 
 
+def test_models_of_which_one_refuses_a_prompt_are_compared_on_the_same_responses(folder, tmp_path):
+    """Two copies of one model are as far from their base, whichever responses are drawn."""
+    picky = shutil.copytree(folder / "run" / "model" / "reward", tmp_path / "picky")
+    template = (picky / "chat_template.jinja").read_text()
+    guard = "{% if '5' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    (picky / "chat_template.jinja").write_text(guard + template)
+    result = diagnose(
+        folder / "run" / "model" / "reward",
+        str(write_rows(tmp_path / "rows.jsonl", 20)),
+        also=[picky],
+        base=folder / "run" / "model" / "policy",
+        options=EvaluationOptions(max_bad_fraction=0.2),
+    )
+    own, other = result.representations
+    assert result.num_states == 36  # two pairs share each prompt
+    assert own.cka_to_base == pytest.approx(1.0)
+    assert replace(other, model=own.model) == own
+
+
+def test_a_base_without_a_language_model_head_is_left_out(folder, tmp_path, caplog) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run" / "model" / "reward", run / "model" / "reward")
+    base = shutil.copytree(run / "model" / "reward", tmp_path / "base")
+    recipe = {"model": {"path": str(base)}, "data": {"train": ["x"]}, "method": {"name": "bt"}}
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    assert diagnose(run, str(folder / "plain.jsonl")).base is None
+    assert "not compared with the base" in caplog.text
+
+
 def test_a_single_head_is_diagnosed_by_itself(folder) -> None:
     model = folder / "run" / "model"
     reward = diagnose(model / "reward", [str(folder / "plain.jsonl")])

@@ -1,5 +1,7 @@
 """Comparisons as flat arrays: margins by hand, ties, sources, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,14 @@ def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
     assert (decided.chosen_texts, decided.rejected_texts) == (["y", "q"], ["x", "p"])
     sets = {name: where.tolist() for name, where in decided.sets().items()}
     assert sets == {"a": [0], "c": [1], "all": [0, 1]}
+
+
+def test_a_source_with_the_name_of_all_sources_is_refused_if_there_are_others() -> None:
+    everything, other = (group(name, ["x", "y"]) for name in "ab")
+    one = replace(everything, source="all")
+    assert list(Comparisons.of([one]).sets()) == ["all"]
+    with pytest.raises(DataError, match="called all"):
+        Comparisons.of([one, other]).sets()
 
 
 def test_comparisons_of_weight_0_count_in_no_metric_of_validation_or_evaluation() -> None:

@@ -284,6 +284,16 @@ def test_what_evaluate_kept_in_the_run_is_shown_in_the_place_of_its_own_test(fol
     assert "RewardBench v1" in page.words and "25.0 % [10.0, 40.0]" in page.words
 
 
+def test_other_data_of_the_same_name_are_a_test_set_of_their_own(folders, tmp_path):
+    """The length baseline stands under its own comparisons."""
+    run = shutil.copytree(folders["haf"], tmp_path / "later")
+    own = read_result(run / "test.json", Evaluation)
+    fewer = replace(own.sets[0].accuracy, num=7)
+    write_result(run / "test.json", replace(own, sets=(replace(own.sets[0], accuracy=fewer),)))
+    page = Page(render_material(read_material([folders["haf"], run])))
+    assert f"{own.sets[0].name} of later" in page.words
+
+
 def test_a_run_shorter_than_a_logging_interval_is_a_run_all_the_same(folders, tmp_path):
     run = shutil.copytree(folders["haf"], tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

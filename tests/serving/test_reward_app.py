@@ -86,6 +86,9 @@ def test_the_callers_own_requests(client, rm, golden):
     for prompt in (rendered, messages, messages[0]["content"]):
         body = {"prompt": prompt, "response": answer, "label": "x"}
         assert post("/reward", json=body).json() == expected
+    # a policy may end at once
+    empty = post("/reward", json={"prompt": PROMPT, "response": ""})
+    assert [empty.json()] == scores_of(rm, "")
 
     # TRL: completions in, floats out
     def reward_func(prompts, completions, **_):

@@ -113,6 +113,22 @@ def test_a_server_that_scores_otherwise_in_a_batch_fails(golden):
         assert "-3.5 instead of -4" in check_of(replay, "in batches of 8").observed
 
 
+def test_a_server_that_refuses_some_conversation_sent_alone_is_not_verified(golden):
+    """As vLLM with a small --max-model-len: no reward could be compared, and the first one is wrong."""
+    first = next(iter(GOLDEN))
+    answer = vllm(lambda texts: [12345.0] * len(texts))
+
+    def picky(path, body):
+        if any(text != first for text in body.get("input", ())):
+            return 400, {"error": {"message": "the maximum context length is 16", "code": 400}}
+        return answer(path, body)
+
+    with serving(picky) as url:
+        replay = verify_server(url, golden)
+    assert not replay.ok and math.isnan(replay.difference)
+    assert check_of(replay, "alone").outcome == "refused"
+
+
 def test_what_is_no_number_fails(golden):
     with serving(vllm(lambda texts: [math.nan for _ in texts])) as url:
         replay = verify_server(url, golden)

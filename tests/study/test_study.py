@@ -107,6 +107,9 @@ def test_a_study_needs_test_sets_and_weights_that_fit_every_training_set(tmp_pat
     weighed = recipe.data.model_copy(update={"weights": (1.0, 2.0)})
     with pytest.raises(ConfigError, match=r"leave out data\.weights"):
         plan_study(recipe.model_copy(update={"data": weighed}), ["bt"], num_seeds=1)
+    names = recipe.data.model_copy(update={"train": ("mixed.jsonl", "other.jsonl")})
+    with pytest.raises(ConfigError, match="is called mixed"):
+        plan_study(recipe.model_copy(update={"data": names}), ["bt"], num_seeds=1)
 
 
 def test_rates_around_the_recipe_are_tried_unless_others_are_given(tmp_path):

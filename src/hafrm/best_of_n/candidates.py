@@ -232,7 +232,7 @@ class EndpointPolicy:
     def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
         """For each prompt `num` replies, or one error; ServerError if all are rejected."""
         replies: list[list[Reply]] = [[] for _ in prompts]
-        seed, _, num_before = draw_round
+        seed, start, num_before = draw_round
         # one by one: some servers reject n > 1, others answer only once for any n
         for k in range(num):
             accepted = [i for i, own in enumerate(replies) if not own or own[0].error is None]
@@ -242,7 +242,7 @@ class EndpointPolicy:
                 refusal = [Reply(error=f"not encodable: {answer.error}")]
                 stripped = replace(answer, text=answer.text.strip())
                 replies[i] = refusal if answer.error is not None else [*replies[i], stripped]
-            if k == 0:
+            if k == start == num_before == 0:
                 require_some(answers, self.endpoint.url)
         return replies
 

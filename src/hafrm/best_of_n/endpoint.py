@@ -133,7 +133,7 @@ class Endpoint:
                 for future in futures:
                     replies.append(future.result())
                     on_progress(len(replies), len(futures))
-            except ServerError:
+            except BaseException:  # Ctrl-C too
                 # the other requests would wait for the same broken server
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -61,6 +61,8 @@ def identify(sources: Sequence[str]) -> tuple[Input, ...]:
     for source in [source for item in sources for source in _expand(item)]:
         parsed = parse_source(source)
         place = parsed.location
+        if parsed.named:
+            raise DataError(f"{source} is a set of preferences; score a file, or hub:name:split")
         num_rows = sum(1 for _ in iter_rows(parsed))  # reads all of it: a damaged file stops here
         digest = place if place.startswith("hub:") else fingerprint(Path(place))
         inputs.append(Input(source, parsed.name, num_rows, digest))
@@ -84,7 +86,7 @@ def _expand(source: str) -> list[str]:
 
 def is_table(source: Source) -> bool:
     """Whether the source is a whole Parquet file, whose columns keep their types."""
-    whole = not source.where and source.limit is None
+    whole = not (source.where or source.columns or source.ignore) and source.limit is None
     return whole and Path(source.location).suffix.lower() == ".parquet"
 
 
@@ -178,7 +180,7 @@ def _score_columns(
 ) -> dict[str, Any]:
     """The columns that a row gets, by its shape as the reader sees it; null if it has no score."""
     columns = {name for name, value in row.items() if value is not None}
-    is_list = not columns & {"chosen", "rejected"} and columns & {"completions", "responses"}
+    is_list = not columns & {"chosen", "rejected"} and columns & {"responses"}
     result: dict[str, Any] = {}
     for output in outputs:
         names = _column_names(columns, output)
@@ -194,7 +196,7 @@ def _column_names(columns: Collection[str], output: str) -> tuple[str, ...]:
     name = NAMES[output]
     if {"chosen", "rejected"} & set(columns):
         return f"chosen_{name}", f"rejected_{name}"
-    return (f"{name.removesuffix('s')}s" if {"completions", "responses"} & set(columns) else name,)
+    return (f"{name.removesuffix('s')}s" if "responses" in columns else name,)
 
 
 def _render_table(rows: ShardRows, scores: Sequence[RowScores], outputs: Sequence[str]) -> bytes:
@@ -204,9 +206,7 @@ def _render_table(rows: ShardRows, scores: Sequence[RowScores], outputs: Sequenc
     table = rows.table
     # All shards of a file must have the same columns, whatever rows they hold.
     before = set(table.column_names)
-    shapes = [
-        shape for shape in ({"chosen", "rejected"}, {"responses", "completions"}) if before & shape
-    ]
+    shapes = [shape for shape in ({"chosen", "rejected"}, {"responses"}) if before & shape]
     shapes += [{"response"}] if "response" in before or not shapes else []
     columns = [
         _score_columns(dict(row), s, outputs)  # type: ignore[call-overload]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from numpy.typing import NDArray
 
 from hafrm.diagnostics.breakdown import (
@@ -44,9 +45,10 @@ class ScoredModel:
 
     name: str
     scored_with: str
-    tokenized: Sequence[TokenizedGroup]
     scores: NDArray[np.float32]  # of each response; NaN if it cannot be encoded
-    states: StateMatrix  # of some of the responses, the same ones for all models
+    drawn: Sequence[TokenizedGroup]  # the drawn responses that it can encode
+    has_states: Bool[np.ndarray, " drawn"]  # whether it can encode each drawn response
+    states: StateMatrix  # of those that it can
 
 
 def diagnose(
@@ -68,7 +70,7 @@ def diagnose(
     if len(set(names)) < len(names):
         raise ConfigError("a model is given twice; --also takes other models than MODEL")
     models = {path: find_heads(path) for path in names}
-    recipe = Path(model) / "recipe.yaml"
+    recipe, is_given = Path(model) / "recipe.yaml", base is not None
     if base is None and recipe.is_file():
         # a recipe of another kind of run, or a base that no longer exists
         with contextlib.suppress(ConfigError, ModelError):
@@ -85,9 +87,20 @@ def diagnose(
     total = (comparisons.num_responses + num_states) * len(models) + num_states * (base is not None)
     done = over_passes(on_progress, total)
     own, *others = (_score(path, models[path], comparisons, options, done) for path in names)
-    before = None if base is None else _base_states(base, own, options, done)
-    comparisons = comparisons.scored_by(*(scored.scores for scored in (own, *others)))
-    margins = np.stack([comparisons.margins(scored.scores) for scored in (own, *others)])
+    before = None
+    try:
+        before = None if base is None else _base_states(base, own, options, done)
+    except ModelError as error:  # such as a reward model without a language-model head
+        if is_given:
+            raise
+        log.warning("not compared with the base: %s", error)
+    scored = (own, *others)
+    common = np.logical_and.reduce([m.has_states for m in scored])  # the same responses for all
+    states = [m.states[common[m.has_states]] for m in scored]
+    if before is not None:
+        before = before[common[own.has_states]]
+    comparisons = comparisons.scored_by(*(m.scores for m in scored))
+    margins = np.stack([comparisons.margins(m.scores) for m in scored])
     return Diagnosis(
         model=name,
         scored_with=own.scored_with,
@@ -96,9 +109,11 @@ def diagnose(
             for part, where in comparisons.sets().items()
         ),
         label_noise=audit_labels(comparisons, margins, names),
-        representations=tuple(describe_states(m.name, m.states, before) for m in (own, *others)),
+        representations=tuple(
+            describe_states(m.name, s, before) for m, s in zip(scored, states, strict=True)
+        ),
         base=None if before is None else describe_states(str(base), before),
-        num_states=len(own.states),
+        num_states=int(common.sum()),
         worst=worst_errors(comparisons, margins),
     )
 
@@ -112,9 +127,11 @@ def _score(
     scorer = load_head(heads, head, options)
     scores, tokenized, _ = score_groups(scorer, comparisons.groups, options, done)
     assert isinstance(scorer, RewardModel | PolicyModel)
+    is_drawn, is_encoded = draw_responses(len(scores)), ~np.isnan(scores)
+    drawn = keep_responses(tokenized, is_drawn[is_encoded])
     # the states are those that the head reads, of the backbone that scored
-    states = last_states(scorer.model, some_responses(tokenized), done)
-    return ScoredModel(name, head, tokenized, scores, states)
+    states = last_states(scorer.model, drawn, done)
+    return ScoredModel(name, head, scores, drawn, is_encoded[is_drawn], states)
 
 
 def _diagnose_set(name: str, comparisons: Comparisons, margins: Margins) -> SetDiagnosis:
@@ -136,7 +153,7 @@ def _base_states(
     model = load_policy(path, dtype=options.dtype, device=options.device)
     config = model.backbone.config
     size, vocabulary = hidden_size(config), config.get_text_config().vocab_size
-    groups = trained.tokenized
+    groups = trained.drawn
     # the base is run on the trained model's ids, so both must have one vocabulary
     largest = max(int(ids.max()) for g in groups for ids in (g.prompt_ids, *g.response_ids))
     if size != trained.states.shape[1] or largest >= vocabulary:
@@ -144,7 +161,7 @@ def _base_states(
             f"{path} (hidden size {size}, vocabulary {vocabulary}) is not the base model of {trained.name} "
             f"(hidden size {trained.states.shape[1]}, ids up to {largest}); give that one as `base`"
         )
-    return last_states(model, some_responses(groups), done)
+    return last_states(model, groups, done)
 
 
 def last_states(
@@ -168,15 +185,21 @@ def last_states(
     return states
 
 
-def some_responses(
-    groups: Sequence[TokenizedGroup], num: int = MAX_STATES, seed: int = SEED
+def draw_responses(
+    num_responses: int, num: int = MAX_STATES, seed: int = SEED
+) -> Bool[np.ndarray, " responses"]:
+    """Which responses of all are drawn, at most `num`; the same for all models of these data."""
+    is_drawn = np.zeros(num_responses, bool)
+    is_drawn[np.random.default_rng(seed).permutation(num_responses)[:num]] = True
+    return is_drawn
+
+
+def keep_responses(
+    groups: Sequence[TokenizedGroup], is_kept: Bool[np.ndarray, " responses"]
 ) -> Sequence[TokenizedGroup]:
-    """At most `num` of all responses, drawn at random, with their prompts, in the order of the groups."""
-    # the draw depends only on numbers of responses, so models with different tokenizers get the same texts
+    """Some of the responses, with their prompts, in the order of the groups."""
     counts = [len(group.response_ids) for group in groups]
-    is_drawn = np.zeros(sum(counts), bool)
-    is_drawn[np.random.default_rng(seed).permutation(len(is_drawn))[:num]] = True
-    parts = np.split(is_drawn, np.cumsum(counts)[:-1])
+    parts = np.split(is_kept, np.cumsum(counts)[:-1])
     return [
         replace(group, response_ids=tuple(group.response_ids[i] for i in np.flatnonzero(part)))
         for group, part in zip(groups, parts, strict=True)

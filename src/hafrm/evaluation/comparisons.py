@@ -85,8 +85,10 @@ class Comparisons:
         return {n: np.flatnonzero(sources == n) for n in dict.fromkeys(sources.tolist())}
 
     def sets(self) -> dict[str, Indices]:
-        """The same, and "all" if there are several sources."""
+        """The same, and "all" if there are several sources; DataError if one of these has that name."""
         sources = self.by_source()
+        if len(sources) > 1 and "all" in sources:
+            raise DataError("a source is called all, as is the result of all sources: rename it")
         return sources | ({"all": np.arange(len(self))} if len(sources) > 1 else {})
 
     def margins(self, scores: Float[np.ndarray, " responses"]) -> Margins:

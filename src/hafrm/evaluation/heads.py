@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hafrm.data.encoding import EncodingReport
-from hafrm.data.reader import file_digests
+from hafrm.data.reader import Source, file_digests, parse_sources
 from hafrm.engine.model import longest_sequence
 from hafrm.errors import ConfigError
 from hafrm.evaluation.comparisons import (
@@ -139,7 +139,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     options = EvaluationOptions(
         reference, max_length, dtype, device, max_bad_fraction, max_prompt_length
     ).cut_as_trained(heads)
-    trained_on = _training_data(heads, data)
+    trained_on = training_data(heads, data)
     scores, report = _score_all_heads(heads, comparisons, options, on_progress)
     comparisons = comparisons.scored_by(*scores.values())
     margins = {head: comparisons.margins(values) for head, values in scores.items()}
@@ -159,7 +159,7 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
     )
 
 
-def _training_data(heads: Heads, data: Data) -> tuple[str, ...]:
+def training_data(heads: Heads, data: Data) -> tuple[str, ...]:
     """Files that the heads' run was trained on, even if renamed; logs a warning for each."""
     run = (heads.reward or heads.policy or Path()).parent.parent
     try:
@@ -167,13 +167,25 @@ def _training_data(heads: Heads, data: Data) -> tuple[str, ...]:
         digests = json.loads((run / "provenance.json").read_bytes())["sessions"][-1]["data"]
     except (ConfigError, OSError):  # no run
         return ()
-    of_training = {digests.get(str(Path(source))) for source in recipe.data.train}
-    sources = [data] if isinstance(data, str | Path) else data
-    of_data = file_digests(str(s) for s in sources if isinstance(s, str | Path))
-    files = tuple(path for path, digest in of_data.items() if digest in of_training)
-    for path in files:
-        log.warning("%s was trained on: its accuracy says little about other data", path)
-    return files
+    given = [data] if isinstance(data, str | Path) else data
+    trained, tested = (
+        [source for entry in entries for source in parse_sources(entry) if source.path]
+        for entries in (recipe.data.train, [s for s in given if isinstance(s, str | Path)])
+    )
+    now = file_digests(str(source.path) for source in tested)
+    files = []
+    for source in tested:
+        digest = now.get(str(Path(str(source.path))))
+        same = [s for s in trained if digest and digests.get(str(Path(str(s.path)))) == digest]
+        if any(_overlap(source, other) for other in same) and source.path not in files:
+            files.append(str(source.path))
+            log.warning("%s was trained on: its accuracy says little about other data", source.path)
+    return tuple(files)
+
+
+def _overlap(one: Source, other: Source) -> bool:
+    """Whether two selections of rows of a file may have rows in common, as those of two splits cannot."""
+    return all(value == other.where.get(tag, value) for tag, value in one.where.items())
 
 
 def _score_all_heads(

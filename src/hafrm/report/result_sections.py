@@ -21,12 +21,17 @@ MAX_ROWS = 24  # of a table that is shown unfolded
 
 
 def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResult]]]:
-    """Test sets by their name on the page, with the runs that were evaluated on each."""
+    """Test sets by their name on the page, with the runs that were evaluated on each; other data of the
+    same name get a row of their own, recognised by how many they are and by their lengths."""
     pairs = [(run, s) for run in material.folders if run.evaluation for s in run.evaluation.sets]
     names = short_sources(list(dict.fromkeys(s.name for _, s in pairs)))
     result: dict[str, list[tuple[RunFiles, SetResult]]] = {name: [] for name in names.values()}
     for run, measured in pairs:
-        result[names[measured.name]].append((run, measured))
+        name = names[measured.name]
+        firsts = [(s.accuracy.num, str(s.length.pick_longer)) for _, s in result[name][:1]]
+        if firsts not in ([], [(measured.accuracy.num, str(measured.length.pick_longer))]):
+            name = f"{name} of {run.name}"
+        result.setdefault(name, []).append((run, measured))
     return result
 
 

@@ -111,12 +111,13 @@ def run_forward(  # noqa: PLR0913
         # the other parts have made about the same progress
         on_progress(min(num_done * part[1], len(lengths) - 1), len(lengths))
     on_progress(len(lengths), len(lengths))
+    tokens = [np.empty(0, np.float32), *(tokens[i] for i in copy_of)]  # there may be no response
     scores = Scores(
         rewards=None if model.reward_head is None else rewards[copy_of],
         logps=None if model.policy_head is None else logps[copy_of],
         lengths=lengths,
         first=first_responses(groups),
-        token_logps=np.concatenate([tokens[i] for i in copy_of]) if per_token else None,
+        token_logps=np.concatenate(tokens) if per_token else None,
     )
     if part == (0, 1):
         check_finite(scores)

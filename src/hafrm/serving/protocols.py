@@ -177,7 +177,8 @@ class Protocol:
             write = _as_base64 if sent.get("encoding_format") == "base64" else list
             rows = [{"index": k, self.reward: write([reward])} for k, reward in enumerate(rows)]
         if self.rows is None:
-            return rows[0] if is_single(sent.get(self.texts) or sent[str(self.ids)]) else rows
+            given = sent[self.texts if self.texts in sent else str(self.ids)]
+            return rows[0] if is_single(given) else rows
         extra = {"scores": rows, "extra_logs": {}} if self.name == "openrlhf" else {}
         return {"object": "list", self.rows: rows, **extra}
 

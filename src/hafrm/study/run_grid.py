@@ -114,6 +114,10 @@ def plan_study(
     entries: list[tuple[str, ...]] = [(entry,) for entry in recipe.data.train]
     sets = dict(zip(names, entries, strict=True))
     if mixed and len(sets) > 1:
+        if MIXED in sets:
+            raise ConfigError(
+                f"a training set is called {MIXED}, as is that of all sets: rename it"
+            )
         sets[MIXED] = recipe.data.train
     # the recipe's own seed is the first one
     first, rate = recipe.training.seed, recipe.training.learning_rate

@@ -124,6 +124,8 @@ def _write_policy(
         return
     method = resolve_method(recipe)
     reference = reference_place(recipe.model) if method.scores_against_reference else None
+    if reference and Path(reference).is_dir():  # loaded later, perhaps from another directory
+        reference = str(Path(reference).absolute())
     if recipe.model.policy_from and method.scores_against_reference:
         log.warning(
             "no checkpoint holds the reference of the policy (its LM head is that of model.policy_from): "
