@@ -275,7 +275,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _quantises_what_is_frozen_and_whole(self) -> "Recipe":
-        sharded = self.training.parallel in ("fsdp", "hsdp")
+        sharded = self.training.parallel in ("fsdp", "hsdp", "ulysses")
         if self.model.quantization and (self.lora is None or sharded):
             raise ValueError(
                 "model.quantization needs `lora`, and training.parallel auto or ddp: quantised weights "

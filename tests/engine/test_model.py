@@ -198,6 +198,12 @@ UNSHAREABLE = {
         RECURRENT,
     ),
     "qwen3.5": ("Qwen3_5TextConfig", LINEAR, "linear_attention"),
+    "nemotron": ("NemotronConfig", GROUPED, "no layout"),
+    "gpt-oss": (
+        "GptOssConfig",
+        {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+        "attention sinks",
+    ),
     "lfm2": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "conv"),
     "recurrent-gemma": (
         "RecurrentGemmaConfig",

@@ -41,6 +41,11 @@ NOISE = [0.0, 2.0, 1.0, 4.0]
         ([0.0, 0.2, 0.5, 1.0], [END, END, END, START], False),  # both rise
         ([1.0, 0.5, 0.2, 0.0], [START, START, START, END], False),  # both fall
         ([0.0, 0.2, 0.5, 1.0], [START, START, START, NOISE], False),
+        (
+            [0.0, 0.2, 0.5, 1.0],
+            [[3.0], [3.0], [3.0], [0.0]],
+            False,
+        ),  # one prompt: no error to go by
         ([0.0, 0.1, 0.2, 0.5, 1.0], [START, END, END, END, END], False),  # fell before the window
     ],
 )

@@ -23,7 +23,7 @@ from hafrm.rlhf.train_policy import Ppo, train_policy
 from hafrm.run_folder import RunFolder, read_json_lines
 from hafrm.scoring.reward_model import RewardModel
 from hafrm.training import setup
-from support.chat_tokenizers import llama_like_tokenizer
+from support.chat_tokenizers import GEMMA_LIKE, chat_tokenizer, llama_like_tokenizer
 from support.tiny_rlhf import tiny_rlhf, write_prompts, write_reward
 
 RICH: dict[str, dict[str, Any]] = {
@@ -212,6 +212,25 @@ def test_a_reward_model_with_another_tokenizer_is_asked_through_text(tmp_path):
         for text in rollout.texts
     ]
     assert score_rollouts(rlhf.reward_model, rollouts).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_prompts_that_the_reward_models_template_refuses_are_left_out_before_the_first_batch(
+    tmp_path,
+):
+    """As a system turn with Gemma: the policy's own template may take it."""
+    rows = [{"prompt": [{"role": "user", "content": f"Say {i}"}]} for i in range(40)]
+    for number in (7, 23, 31):
+        rows[number]["prompt"].insert(0, {"role": "system", "content": "Be kind"})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = write_reward(tmp_path, "other", tokenizer=chat_tokenizer(template=GEMMA_LIKE))
+    data = {"max_bad_fraction": 0.2}
+    recipe = tiny_rlhf(tmp_path, reward={"model": str(other)}, data=data)
+    rlhf = RlhfRun(recipe, RunFolder.create(tmp_path / "run", dump_recipe(recipe)), None)
+    used = [*rlhf.train_prompts, *rlhf.held_out_prompts]
+    assert len(used) == 37 and {p.messages[0].role for p in used} == {"user"}
+    strict = tiny_rlhf(tmp_path, reward={"model": str(other)}, data={"max_bad_fraction": 0.0})
+    with pytest.raises(DataError, match="system"):
+        RlhfRun(strict, RunFolder.create(tmp_path / "strict", dump_recipe(strict)), None)
 
 
 def test_long_prompts_are_left_out_and_held_out_ones_never_trained_on(tmp_path):

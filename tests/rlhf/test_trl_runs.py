@@ -6,13 +6,19 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from hafrm.data.encoding import Encoder
 from hafrm.engine.model import HybridModel
 from hafrm.errors import CheckpointError, ConfigError, ModelError
+from hafrm.rlhf.actor import Actor
 from hafrm.rlhf.rlhf_run import RlhfRun, by_name, input_digests, load_rewards, score_texts
 from hafrm.rlhf.train_policy import train_policy
-from hafrm.rlhf.trl_runs import micro_batch, trl_options
+from hafrm.rlhf.trl_runs import micro_batch, start_reference, trl_options
 from hafrm.run_folder import read_json_lines
+from hafrm.scoring.loading import load_tokenizer
 from hafrm.scoring.reward_model import IMPLICIT_RULE, PolicyModel, RewardModel
 from support.tiny_rlhf import tiny_rlhf
 
@@ -46,6 +52,24 @@ def test_a_trl_run_cannot_be_resumed_and_says_why(tmp_path):
         tiny_rlhf(tmp_path, algorithm=RLOO, training={"responses_per_prompt": 1})
 
 
+def test_keys_that_only_ppo_reads_are_known_by_their_descriptions(tmp_path):
+    recipe = tiny_rlhf(tmp_path, algorithm=RLOO | {"lam": 0.9}, reward={"center": True})
+    assert recipe.ppo_keys == ["reward.center", "algorithm.mini_batches", "algorithm.lam"]
+
+
+def test_the_reference_of_trl_gets_the_weights_that_the_policy_starts_from(tmp_path):
+    """Whatever its config says it came from: here other weights, under adapters that add nothing yet."""
+    recipe = tiny_rlhf(tmp_path, algorithm=RLOO, lora={"rank": 2})
+    actor = Actor.load(recipe, Encoder(load_tokenizer(recipe.model), max_length=64))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = {name: value.clone() for name, value in reference.state_dict().items()}
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.zero_()
+    start_reference(reference, actor.causal)
+    assert all(torch.equal(reference.state_dict()[n], value) for n, value in expected.items())
+
+
 def test_without_trl_its_algorithms_name_the_extra(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -72,6 +96,25 @@ def test_a_run_writes_the_same_things_as_ours(tmp_path, name):
     assert json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])["step"] == 0
     leftovers = {p.name for p in (tmp_path / "run").iterdir()}
     assert not {"trl", "training_args.bin"} & leftovers
+
+
+@pytest.mark.slow
+def test_a_merged_start_has_no_kl_and_few_prompts_still_make_batches(tmp_path):
+    """TRL reads its reference from the base of the adapter, and takes no step without a whole batch."""
+    tiny_rlhf(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    recipe = tiny_rlhf(
+        tmp_path,
+        model={"path": str(tmp_path / "adapter")},
+        algorithm=RLOO | {"epochs": 1},
+        training={"learning_rate": 1e-9, "steps": 2, "batch_size": 64, "max_tokens": 2048},
+    )
+    assert train_policy(recipe, tmp_path / "run").num_steps == 2
+    records = read_json_lines(tmp_path / "run/metrics.jsonl")
+    assert [r["kl"] for r in records] == pytest.approx([0.0] * 4, abs=1e-3)
 
 
 GRPO = {"name": "grpo", "epochs": 1, "kl_coefficient": 0.02}

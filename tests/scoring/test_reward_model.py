@@ -6,13 +6,19 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from hafrm.data.encoding import Encoder
 from hafrm.errors import ConfigError, DataError, ModelError
 from hafrm.export.stock_export import export_reward
-from hafrm.preferences import Group, Message
+from hafrm.preferences import Group, Message, TokenizedGroup
 from hafrm.results import write_result
+from hafrm.scoring import reward_model
 from hafrm.scoring.loading import Heads, Placement, choose_dtype, find_heads
 from hafrm.scoring.reward_model import IMPLICIT_RULE, ImplicitRule, PolicyModel, RewardModel
 from support.exports import hybrid_with_encoder, save_stock_classifier
@@ -160,6 +166,43 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(exported, tmp_path):
     assert raw == pytest.approx(logits.sum().item(), abs=1e-4)
     with pytest.raises(ModelError, match="reference= with its current path"):
         scores(ImplicitRule(reference=str(tmp_path / "gone")))
+
+
+def test_a_response_of_pads_alone_is_read_at_the_prompts_last_token_as_the_classifier_does(
+    exported, tmp_path
+):
+    """Where pad is the EOS and the template writes nothing before an answer, a policy may end at once."""
+    folder = shutil.copytree(exported / "reward", tmp_path / "reward")
+    rm = RewardModel.from_pretrained(folder)
+    rm.model.backbone.config.pad_token_id = rm.encoder.eos_id
+    ids = np.array([5, 6, 7], np.int32), np.array([rm.encoder.eos_id], np.int32)
+    other = np.array([8, rm.encoder.eos_id], np.int32)
+    scores = rm.score_encoded([TokenizedGroup(ids[0], (ids[1], other))])
+    stock = AutoModelForSequenceClassification.from_pretrained(folder)
+    stock.config.pad_token_id = rm.encoder.eos_id
+    for score, own in zip(scores, (ids[1], other), strict=True):
+        with torch.no_grad():
+            expected = stock(torch.from_numpy(np.concatenate([ids[0], own]))[None].long()).logits
+        assert score == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_reference_on_the_hub_is_read_at_the_revision_that_training_began_with(
+    exported, tmp_path, monkeypatch
+):
+    """Else a Pythia step, or a repository that moved, would be compared with today's main."""
+    policy, asked = shutil.copytree(exported / "policy", tmp_path / "policy"), []
+    write_result(policy / IMPLICIT_RULE, ImplicitRule("org/base", revision="step10"))
+    real = reward_model.load_policy
+
+    def load(path, *, revision=None, **options):
+        asked.append((str(path), revision))
+        return real(policy, **options)
+
+    monkeypatch.setattr(reward_model, "load_policy", load)
+    PolicyModel.from_pretrained(policy)
+    PolicyModel.from_pretrained(policy, reference="copy/of-it")
+    own = str(policy), None
+    assert asked == [own, ("org/base", "step10"), own, ("copy/of-it", None)]
 
 
 def test_auto_is_float32_on_a_cpu_and_the_stored_dtype_on_a_gpu_which_the_log_says(

@@ -26,7 +26,7 @@ from hafrm.training.memory_plan import (
     target_here,
     with_token_budget,
 )
-from hafrm.training.methods import get_method
+from hafrm.training.methods import get_method, resolve_method
 from hafrm.training.parallel import Ranks
 from hafrm.training.passes import pass_tokens
 from hafrm.training.setup import meta_model
@@ -271,6 +271,12 @@ def test_adapters_that_fit_on_every_gpu_are_copied_and_all_else_is_sharded(
     assert with_token_budget(recipe, HAF, HERE).training.parallel == mode
     shown = plan_recipe(recipe, HAF, memory=memory / 2**30, ranks=4)
     assert shown.sharded == (mode == "auto")
+
+
+def test_a_length_that_the_model_does_not_take_is_refused_before_data_are_read(tmp_path):
+    recipe = tiny_recipe(tmp_path, data={"max_length": 10_000}, training={"max_tokens": 20_000})
+    with pytest.raises(ConfigError, match=r"data\.max_length is 10000, but the model takes"):
+        plan_recipe(recipe, resolve_method(recipe))
 
 
 def test_what_cannot_fit_stops_an_automatic_budget_and_a_number_is_warned_of_and_taken(

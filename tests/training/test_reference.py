@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hafrm.atomic import cache_folder
+from hafrm.data.store import store_tokens
 from hafrm.engine.layout import lay_out
 from hafrm.preferences import Comparison, TokenizedGroup
 from hafrm.scoring.forward import Scores, first_responses
@@ -92,12 +93,15 @@ def test_a_killed_pass_is_taken_up_where_its_last_file_ends(base, monkeypatch):
     assert (resumed.first == whole.first).all()
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "on disk"])
 def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not_a_number(
-    monkeypatch,
+    monkeypatch, stored
 ):
     """Groups of 2, 1 and 3 responses; the run compares the last two of the third group only."""
     compared = replace(groups()[2], comparisons=(Comparison(0, 1), Comparison(2, 1)))
     train, validation = [*groups()[:2], compared], groups(seed=1)[:1]
+    whole = [*train, *validation]
+    train = store_tokens(train) if stored else train
     seen = []
 
     def counted(model, some, **options):
@@ -110,7 +114,7 @@ def test_only_responses_that_the_run_reaches_are_computed_and_the_others_are_not
         tiny_hybrid(), train, [ComparisonRef(2, 1)], validation, max_tokens=500
     )
     assert seen == [2 + 2]
-    live = tiny_hybrid()(lay_out([*train, *validation])).logps
+    live = tiny_hybrid()(lay_out(whole)).logps
     assert np.isnan(ours.logps[:4]).all()
     assert torch.allclose(torch.from_numpy(ours.logps[4:]), live[4:6], atol=1e-4)
     assert ours.first.tolist() == [0, 2, 3]

@@ -105,7 +105,9 @@ def test_the_policy_comes_out_with_its_rule_and_the_same_log_probs(finished, tmp
     assert done.num_golden > 5
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
-    assert read_implicit_rule(tmp_path / "out").beta == 0.1
+    rule = read_implicit_rule(tmp_path / "out")
+    assert (rule.beta, rule.revision) == (0.1, None)
+    assert rule.reference == str((finished.parent / "base").absolute())
     assert weights(tmp_path / "out")["lm_head.weight"].dtype == torch.bfloat16
 
 

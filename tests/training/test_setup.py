@@ -106,6 +106,19 @@ def rewrite(file: str, first: int = 0, **columns: Any) -> None:
     Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_groups_that_are_too_long_are_dropped_with_a_warning_but_not_all_of_them(
+    tmp_path, two_files, caplog
+):
+    data = {"train": two_files[0], "too_long": "drop", "max_length": 64}
+    rewrite(two_files[0], 12, chosen="so " * 60)
+    counts = prepare_data(tiny_recipe(tmp_path, data=data)).counts
+    assert counts["encoding"]["dropped"] > 0
+    assert f"{counts['encoding']['dropped']} groups are longer than data.max_length" in caplog.text
+    rewrite(two_files[0], chosen="so " * 60)
+    with pytest.raises(DataError, match=r"data\.train: all groups are longer than.* 64: raise it"):
+        prepare_data(tiny_recipe(tmp_path, data=data))
+
+
 def test_a_run_says_first_what_its_rows_are_and_records_it(tmp_path, two_files, caplog):
     """24 rows, of which 20 have one text as both sides once the template has trimmed them."""
     rewrite(two_files[0], 4, author="x", chosen="same", rejected="  same. ")

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hafrm.engine.layout import Layout, Team
+from hafrm.errors import ModelError
 
 SHARED_PREFIX = "hafrm_shared_prefix"  # the name under which transformers knows this attention
 
@@ -53,6 +54,10 @@ class Rule:
     softcap: float | None = None  # scores are capped to softcap * tanh(score / softcap) (Gemma-2)
 
 
+class CannotShareError(ModelError):
+    """The layers of this model cannot share prompts."""
+
+
 def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
     module: nn.Module,
     query: Float[Tensor, "1 heads tokens dim"],
@@ -69,11 +74,9 @@ def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
     """Attention output of every token over its own prompt and its own branch; returns no weights."""
     if branch_layout is None or attention_mask is not None:
-        raise ValueError(
-            f"{SHARED_PREFIX} needs branch_layout and no mask; call HybridModel instead"
-        )
+        raise CannotShareError("its layers give the attention no layout, or a mask of their own")
     if unused.get("s_aux") is not None:
-        raise ValueError("attention sinks cannot share prefixes; set training.sharing: off")
+        raise CannotShareError("it has attention sinks")
     # The meta device, on which memory is planned, has no autocast.
     if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         # Float32 rotary factors have made query and key float32; the kernels need half precision.

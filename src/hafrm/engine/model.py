@@ -7,9 +7,11 @@ read at the last real token, by position and never by comparing ids with pad, in
 import contextlib
 import copy
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,16 +21,21 @@ from transformers.activations import NewGELUActivation
 from hafrm.engine.attention import (
     READ_INDICES,
     SHARED_PREFIX,
+    CannotShareError,
     checkpoint_around_compiled,
     narrow_layer,
     widen_layer,
 )
-from hafrm.engine.layout import Layout, Team, unshare
+from hafrm.engine.layout import Layout, Team, lay_out, unshare
 from hafrm.engine.logprobs import LogitTransform, token_logprobs
 from hafrm.errors import ModelError, NumericsError
+from hafrm.preferences import TokenizedGroup
+
+log = logging.getLogger("hafrm")
 
 # Where a backbone stores its original attention; it may be wrapped more than once.
 _STOCK_ATTENTION = "_hafrm_stock_attention"
+_OBSTACLE = "_hafrm_sharing_obstacle"
 _RATES = "_hafrm_rates"  # where a config stores its original rates
 _SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -163,14 +170,7 @@ class HybridModel(nn.Module):
         team = self.team
         # A team runs the whole last layer: finding which tokens of a part are read would make a GPU wait.
         narrow = {READ_INDICES: read} if team.size == 1 else {"team": team}
-        hidden = self.backbone(
-            input_ids=team.own(layout.input_ids)[None],
-            position_ids=team.own(layout.position_ids)[None],
-            attention_mask=None,
-            use_cache=False,
-            branch_layout=layout,
-            **narrow,
-        ).last_hidden_state[0]
+        hidden = self.backbone(**_shared_inputs(layout, team), **narrow).last_hidden_state[0]
         hidden = hidden if team.size == 1 else team.gather(hidden, layout)
         return HiddenStates(hidden, layout.predictor, layout.last)
 
@@ -283,6 +283,13 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
     """Why this model's layers cannot share prompts, or None; `self_check` guards the rest."""
+    if not hasattr(backbone, _OBSTACLE):  # found once, before the model is sharded
+        setattr(backbone, _OBSTACLE, _obstacle_by_config(backbone) or _obstacle_by_trial(backbone))
+    obstacle: str | None = getattr(backbone, _OBSTACLE)
+    return obstacle
+
+
+def _obstacle_by_config(backbone: PreTrainedModel) -> str | None:
     config = backbone.config.get_text_config()
     if strange := set(getattr(config, "layer_types", None) or ()) - _SHAREABLE_LAYERS:
         kinds = ", ".join(sorted(strange))
@@ -294,6 +301,37 @@ def sharing_obstacle(backbone: PreTrainedModel) -> str | None:
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "it takes no position_ids, so a second branch cannot restart at the prompt's end"
     return None
+
+
+@torch.no_grad()
+def _obstacle_by_trial(backbone: PreTrainedModel) -> str | None:
+    """Run three tokens: layers may keep the layout from the attention, mask by themselves or have sinks."""
+    ids = np.ones(1, np.int32)
+    layout = lay_out([TokenizedGroup(ids, (ids, ids))]).to(next(backbone.parameters()).device)
+    stock, training = str(backbone.config._attn_implementation), backbone.training
+    backbone.eval()
+    backbone.set_attn_implementation(SHARED_PREFIX)
+    try:
+        backbone(**_shared_inputs(layout))
+    except CannotShareError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - such as experts that cannot run without weights
+        log.debug("prompts may be shareable: %s", error)
+    finally:
+        backbone.set_attn_implementation(stock)
+        backbone.train(training)
+    return None
+
+
+def _shared_inputs(layout: Layout, team: Team | None = None) -> dict[str, Any]:
+    own = (team or Team()).own
+    return {
+        "input_ids": own(layout.input_ids)[None],
+        "position_ids": own(layout.position_ids)[None],
+        "attention_mask": None,
+        "use_cache": False,
+        "branch_layout": layout,
+    }
 
 
 def split_causal_lm(model: Any) -> tuple[PreTrainedModel, nn.Linear]:

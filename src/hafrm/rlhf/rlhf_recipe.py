@@ -209,3 +209,13 @@ class RlhfRecipe(Section):
             yield "settings of `judge` need comparison.judge, its URL"
         if self.reward.model is None and comparison is None:
             yield "reward.model is missing: name one (or comparison.models, to compare several)"
+
+    @property
+    def ppo_keys(self) -> list[str]:
+        """Keys with another value than the default that only ppo reads."""
+        return [
+            f"{part}.{key}"
+            for part, section in (("reward", self.reward), ("algorithm", self.algorithm))
+            for key, info in type(section).model_fields.items()
+            if getattr(section, key) != info.default and str(info.description).startswith("ppo:")
+        ]

@@ -113,7 +113,7 @@ def reward_hacking(history: Sequence[tuple[float, Sequence[float]]]) -> str | No
     Reward hacking: over WINDOW evaluations the reward that is trained on has risen on held-out prompts, and
     a measure that is not trained on has fallen by more than two standard errors, prompt by prompt.
     """
-    if len(history) < WINDOW:
+    if len(history) < WINDOW or len(history[0][1]) < 2:  # one prompt has no standard error
         return None
     (reward_then, then), (reward_now, now) = history[-WINDOW], history[-1]
     change = np.array(now) - np.array(then)
@@ -161,6 +161,9 @@ class RlhfRun:
         self.actor = Actor.load(recipe, encoder, share=share)
         path = recipe.evaluation.reward_model
         self.independent = None if path is None else load_main_head(path, EvaluationOptions())
+        self.train_prompts, self.held_out_prompts = (
+            self._scorable(prompts) for prompts in (self.train_prompts, self.held_out_prompts)
+        )
         self.log = MetricsLog(folder, recipe, recipe.training.steps)
         self.result = RlhfResult()
         self.last_kl = 0.0  # of the latest evaluation, nat per response
@@ -168,6 +171,17 @@ class RlhfRun:
         """What `log_batch` has not written yet; it is stored in checkpoints."""
         self._seconds: list[float] = []  # of these batches, if this process took them
         self._since = time.perf_counter()
+
+    def _scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that every reward model's template accepts, up to max_bad_fraction fewer: one that is
+        refused later would end the run in its batch."""
+        groups = [Group(p.id, p.messages, ("x",), ()) for p in prompts]
+        refused = set[int]()
+        for scorer in filter(None, (self.reward_model, self.independent)):
+            report = scorer.encoder.encode(groups)[1]
+            report.check(groups, self.recipe.data.max_bad_fraction)
+            refused |= report.refused.keys()
+        return [prompt for i, prompt in enumerate(prompts) if i not in refused]
 
     def reward(self, prompts: Sequence[Any], texts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
         """The reward of every response of a batch; adds the number of cut texts to the result."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from hafrm.errors import DataError
@@ -32,17 +32,23 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
     from datasets import Dataset  # noqa: PLC0415 - TRL takes seconds to load
 
     name, weight = rlhf.recipe.algorithm.name.upper(), rlhf.recipe.reward.implicit_weight
+    if ignored := rlhf.recipe.ppo_keys:
+        log.warning("%s does not read %s", rlhf.recipe.algorithm.name, ", ".join(ignored))
     rlhf.evaluate(0)
     watcher = _Watcher(rlhf)
     prompts = usable_prompts(rlhf)
     rows = [{"prompt": [m._asdict() for m in p.messages]} for p in prompts]
+    # TRL takes no step at all with fewer prompts than a batch has
+    training = rlhf.recipe.training
+    rows *= -(-training.batch_size // (training.responses_per_prompt * len(rows)))
+    causal = rlhf.actor.causal
     with rlhf.log, tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # warnings of renames between TRL and transformers, which users cannot fix
         warnings.simplefilter("ignore", FutureWarning)
         trl: Any = importlib.import_module("trl")
         config = getattr(trl, f"{name}Config")
         trainer = getattr(trl, f"{name}Trainer")(
-            model=rlhf.actor.causal,
+            model=causal,
             reward_funcs=[watcher.reward, watcher.implicit] if weight else watcher.reward,
             # options that the recipe does not set keep TRL's defaults
             args=config(output_dir=scratch, **trl_options(rlhf.recipe)),
@@ -51,12 +57,22 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
             callbacks=[watcher],
         )
         trainer.remove_callback(PrinterCallback)  # our own log has it
+        if getattr(trainer, "ref_model", None) is not None:
+            start_reference(trainer.ref_model, causal)
         trainer.train()
     parameters = dict(rlhf.actor.model.named_parameters())
     with torch.no_grad():
         for key, value in watcher.best.items():
             parameters[key].copy_(value)
     return rlhf.finish(watcher.step)
+
+
+def start_reference(reference: nn.Module, policy: nn.Module) -> None:
+    """Give TRL's reference the start policy's weights. TRL loads it from the path in the config, which says
+    nothing of adapters merged into the start, of its revision, or of where its LM head came from."""
+    start = policy.state_dict()  # adapters are still zero
+    named = {n.replace(".base_layer.", "."): v for n, v in start.items() if ".lora_" not in n}
+    reference.load_state_dict(named)
 
 
 def trl_options(recipe: RlhfRecipe) -> dict[str, Any]:

@@ -211,19 +211,29 @@ def shared_reward_head(directory: Path, policy: HybridModel) -> nn.Linear | None
 
 
 def load_policy(
-    path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    device: str | torch.device | None,
+    revision: str | None = None,
 ) -> HybridModel:
     """A `...ForCausalLM` as a model that scores."""
-    backbone, head = split_causal_lm(load_causal_lm(path, dtype=dtype, device=device))
+    causal = load_causal_lm(path, dtype=dtype, device=device, revision=revision)
+    backbone, head = split_causal_lm(causal)
     return HybridModel(backbone, policy_head=head, sharing=sharing_obstacle(backbone) is None)
 
 
 def load_causal_lm(
-    path: str | Path, *, dtype: torch.dtype | str, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` for generation; ModelError for anything else."""
     dtype = choose_dtype(path, dtype, device)
-    return cast("PreTrainedModel", load_whole(AutoModelForCausalLM, path, dtype, device))
+    loaded = load_whole(AutoModelForCausalLM, path, dtype, device, revision=revision)
+    return cast("PreTrainedModel", loaded)
 
 
 def load_encoder(

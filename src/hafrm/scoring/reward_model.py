@@ -43,6 +43,7 @@ class ImplicitRule:
     beta: float = 1.0
     per_token: bool = False  # divide by the response's tokens
     logits: bool = False  # tokens' logits instead of log-probs
+    revision: str | None = None  # of the reference on the hub
 
 
 def read_implicit_rule(directory: str | Path) -> ImplicitRule:
@@ -231,8 +232,9 @@ class PolicyModel(Scorer):
         policy = load_policy(directory, dtype=dtype, device=device)
         name, frozen = reference or rule.reference, None
         if name is not None:
+            revision = None if reference else rule.revision
             try:
-                frozen = load_policy(name, dtype=dtype, device=device)
+                frozen = load_policy(name, dtype=dtype, device=device, revision=revision)
             except ModelError as error:
                 raise ModelError(
                     f"{directory} needs its reference {name}, which cannot be loaded; pass "
@@ -284,11 +286,12 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
     shorter = tuple(
         ids[: np.flatnonzero(np.append(-1, ids) != pad)[-1]] for ids in group.response_ids
     )
-    if any(len(ids) == 0 for ids in shorter):
-        raise DataError(
-            f"a response of group {group.id!r} holds only pad tokens, so this model has no reward for it"
-        )
-    return replace(group, response_ids=shorter)
+    prompt = group.prompt_ids
+    if any(len(ids) == 0 for ids in shorter) and len(prompt) > 1:
+        # then the prompt's last token is read, which we lay out with the responses
+        prompt, last = np.split(prompt, [-1])
+        shorter = tuple(np.concatenate([last, ids]) for ids in shorter)
+    return replace(group, prompt_ids=prompt, response_ids=shorter)
 
 
 def _as_list(values: Any, what: str) -> list[Any]:

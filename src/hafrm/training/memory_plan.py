@@ -25,7 +25,7 @@ from hafrm.scoring.model_files import default_device
 from hafrm.training import parallel
 from hafrm.training.methods import Method
 from hafrm.training.passes import pass_tokens
-from hafrm.training.setup import meta_model, with_precision, with_training
+from hafrm.training.setup import check_length, meta_model, with_precision, with_training
 
 log = logging.getLogger("hafrm")
 
@@ -383,7 +383,9 @@ def _choose(recipe: Recipe, method: Method, target: Target) -> tuple[Recipe, Mem
     if recipe.model.quantization:  # bytes that FSDP2 cannot divide
         recipe = with_training(recipe, parallel="ddp")
     heads = {"policy": method.trains_policy, "reward": method.trains_reward}
-    model = meta_model(check_base(recipe.model, **heads), recipe, method)
+    config = check_base(recipe.model, **heads)
+    check_length(config, recipe)  # before minutes of encoding
+    model = meta_model(config, recipe, method)
     weights = count_weights(model, quantised=recipe.model.quantization is not None)
     # DDP exchanges adapters' gradients once per step; FSDP2 gathers the model twice per micro-batch.
     on_device = recipe.training.offload in ("none", "activations")

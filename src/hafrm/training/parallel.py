@@ -118,7 +118,12 @@ def wrap(model: HybridModel, ranks: Ranks) -> nn.Module:
     """The model as every rank must call it: unchanged for one rank or after `shard`, else in DDP."""
     if ranks.size == 1 or isinstance(model, FSDPModule):
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Towers for images or sound get no gradient from text, which DDP must be told to expect.
+    config = model.backbone.config
+    has_towers = config.get_text_config() is not config
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=has_towers
+    )
 
 
 def shard(

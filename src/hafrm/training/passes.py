@@ -10,8 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from hafrm.atomic import cache_folder, write_cache
-from hafrm.data.store import counts_of
+from hafrm.data.store import Lazy, counts_of, join
 from hafrm.engine.model import HybridModel
 from hafrm.preferences import TokenizedGroup
 from hafrm.progress import over_passes
@@ -31,7 +30,13 @@ from hafrm.scoring.loading import model_digest
 from hafrm.statistics import effective_rank, spectrum, with_bounds
 from hafrm.training import parallel
 from hafrm.training.methods import Method
-from hafrm.training.step_batches import ComparisonRef, References, step_groups
+from hafrm.training.step_batches import (
+    ComparisonRef,
+    References,
+    StepGroup,
+    comparisons_by_group,
+    step_group,
+)
 
 log = logging.getLogger("hafrm")
 
@@ -88,14 +93,16 @@ def reference_logps(
     """The model's own log-probs of every response, from the cache or from packed passes of all ranks. Call
     it before the model is wrapped. Each pass leaves a file, which a killed run finds again. `path` is the
     checkpoint that the model still equals; None: cache nothing. `options` are those of `run_forward`."""
-    ends = np.cumsum([group.num_tokens for group in groups]) // PART_TOKENS
-    parts = [
-        [g for _, g in part] for _, part in groupby(zip(ends, groups, strict=True), itemgetter(0))
-    ]
+    sizes = np.fromiter((group.num_tokens for group in groups), np.int64, len(groups))
+    starts = np.flatnonzero(np.diff(np.cumsum(sizes) // PART_TOKENS, prepend=-1)).tolist()
+    # no part is kept: the groups may be on disk
+    parts = [slice(*ends) for ends in pairwise([*starts, len(groups)])]
+    first = first_responses(groups)
+    counts = np.diff(first, append=counts_of(groups, "responses").sum())
 
     def read_cache() -> list[tuple[Path | None, NDArray[np.float32] | None]]:
         weights, cached = reference_weights(model, path), []
-        for part in parts:
+        for part in map(groups.__getitem__, parts):
             file, logps = reference_file(model, part, options.get("autocast"), weights), None
             # a damaged file is recomputed
             with suppress(OSError, SafetensorError, KeyError):
@@ -105,19 +112,20 @@ def reference_logps(
 
     # Only the main rank reads: each node may have its own cache, and all must do the same.
     files = parallel.from_main(read_cache)
-    todo = [part for part, (_, cached) in zip(parts, files, strict=True) if cached is None]
+    todo = sum(counts[p].sum() for p, (_, known) in zip(parts, files, strict=True) if known is None)
     of_parts = [np.empty(0, np.float32)]
     with parallel.progress_of_main("reference log-probs") as on_progress:
-        done = over_passes(on_progress, sum(len(g.response_ids) for part in todo for g in part))
+        done = over_passes(on_progress, int(todo))
         for part, (file, cached) in zip(parts, files, strict=True):
             logps = cached
             if logps is None:
-                logps = parallel.score_on_all_ranks(model, part, on_progress=done, **options).logps
+                own = list(groups[part])
+                logps = parallel.score_on_all_ranks(model, own, on_progress=done, **options).logps
                 assert logps is not None
                 if file is not None and parallel.is_main():
                     write_cache(file, save({"logps": logps}))
             of_parts.append(logps)
-    return References(np.concatenate(of_parts), first_responses(groups))
+    return References(np.concatenate(of_parts), first)
 
 
 def references_of(
@@ -129,16 +137,21 @@ def references_of(
 ) -> tuple[References, References]:
     """`reference_logps` of the training and the validation groups, from one pass or one file; for training
     groups, only responses in `refs`, the comparisons that the run reaches."""
-    used = step_groups(train, refs)
-    groups = [*(group.tokens for group in used), *validation]
-    log.info("reference log-probs of %d responses", sum(len(g.response_ids) for g in groups))
+    by_group = [*comparisons_by_group(refs).items()]
+    used: Sequence[StepGroup] = Lazy(lambda i: step_group(train, *by_group[i]), len(by_group))
+    tokens: Sequence[TokenizedGroup] = Lazy(lambda i: used[i].tokens, len(used))
+    if not isinstance(train, Lazy):
+        used, tokens = list(used), list(tokens)
+    groups = join([tokens, validation])
+    log.info("reference log-probs of %d responses", counts_of(groups, "responses").sum())
     both = reference_logps(model, groups, **options)
     first = first_responses(train)
     # NaN if not computed: a loss that read one would stop the run
     logps = np.full(counts_of(train, "responses").sum(), np.nan, np.float32)
-    place = [first[group.group_index] + response for group in used for response in group.responses]
+    places = (first[group.group_index] + response for group in used for response in group.responses)
+    place = np.fromiter(places, np.int64)
     cut = len(place)
-    logps[np.array(place, np.int64)] = both.logps[:cut]
+    logps[place] = both.logps[:cut]
     return References(logps, first), References(both.logps[cut:], both.first[len(used) :] - cut)
 
 

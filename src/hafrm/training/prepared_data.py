@@ -87,6 +87,11 @@ def _read_and_encode(
     held_out_report.check(held_out, recipe.data.max_bad_fraction, bad_rows_file)
     good = (group for i, group in enumerate(held_out) if i not in held_out_report.refused)
     for name, groups in (("data.train", train), ("data.validation", validation)):
+        if not len(groups):
+            limit = f"data.max_length {recipe.data.max_length}"
+            raise DataError(
+                f"{name}: all groups are longer than {limit}: raise it, or too_long: cut"
+            )
         if not counts_of(groups, "decided").any():
             raise DataError(f"{name} has only ties and comparisons of weight 0; add data to it")
     counts = {
@@ -186,6 +191,8 @@ def _log_counts(counts: dict[str, Any]) -> None:
         f"data: {counts['rows']} rows ({counts['bad_rows']} bad), {num} comparisons to train on "
         f"({counts['ties_not_trained_on']} ties, {num_identical} identical), columns not read: {unread}"
     )
+    if dropped := counts["encoding"]["dropped"]:
+        log.warning("%d groups are longer than data.max_length, and are left out", dropped)
     if num_identical:
         log.warning("%d of %d comparisons have two equal sides: %s", num_identical, num, why)
     if shortened:

@@ -124,8 +124,11 @@ def _write_policy(
         return
     method = resolve_method(recipe)
     reference = reference_place(recipe.model) if method.scores_against_reference else None
+    revision = recipe.model.revision if reference else None
     if reference and Path(reference).is_dir():  # loaded later, perhaps from another directory
-        reference = str(Path(reference).absolute())
+        reference, revision = str(Path(reference).absolute()), None
+    elif reference and find_adapter(reference, revision) is None:  # the hub's main may move
+        revision = getattr(model.backbone.config, "_commit_hash", None) or revision
     if recipe.model.policy_from and method.scores_against_reference:
         log.warning(
             "no checkpoint holds the reference of the policy (its LM head is that of model.policy_from): "
@@ -133,7 +136,8 @@ def _write_policy(
         )
     if recipe.model.quantization and method.scores_against_reference:
         log.warning("the policy's implicit reward will be against its base as it is, not in 4 bits")
-    rule = ImplicitRule(reference, method.beta, method.scores_per_token, method.reads_logits)
+    form = method.beta, method.scores_per_token, method.reads_logits
+    rule = ImplicitRule(reference, *form, revision)
     write_result(to / IMPLICIT_RULE, rule)
 
 

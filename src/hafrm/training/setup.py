@@ -222,14 +222,19 @@ def inject_lora(
         layer.cast_input_dtype_enabled = False
 
 
-def check_fits(config: PretrainedConfig, encoder: Encoder, recipe: Recipe) -> None:
-    """Raise if the model takes fewer than data.max_length tokens, or lacks embeddings for some token."""
+def check_length(config: PretrainedConfig, recipe: Recipe) -> None:
+    """Raise ConfigError if the model takes fewer than data.max_length tokens."""
     longest = longest_sequence(config)
-    vocab_size = config.get_text_config().vocab_size
     if longest is not None and recipe.data.max_length > longest:
         raise ConfigError(
             f"data.max_length is {recipe.data.max_length}, but the model takes {longest} tokens: lower it"
         )
+
+
+def check_fits(config: PretrainedConfig, encoder: Encoder, recipe: Recipe) -> None:
+    """Raise if the model takes fewer than data.max_length tokens, or lacks embeddings for some token."""
+    check_length(config, recipe)
+    vocab_size = config.get_text_config().vocab_size
     if len(encoder.tokenizer) > vocab_size:
         raise ModelError(
             f"the tokenizer has {len(encoder.tokenizer)} tokens, the model {vocab_size}: use "

@@ -6,7 +6,7 @@ it: a resumed run needs only the step's number, and packing cannot change what i
 
 import functools
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -178,13 +178,20 @@ def spread(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
 
 def step_groups(groups: Sequence[TokenizedGroup], refs: Sequence[ComparisonRef]) -> list[StepGroup]:
     """The referenced comparisons by group, each group cut to the responses that they compare."""
+    return [step_group(groups, *own) for own in comparisons_by_group(refs).items()]
+
+
+def comparisons_by_group(refs: Iterable[ComparisonRef]) -> dict[int, list[int]]:
+    """The indices of each group's comparisons, by the group's index."""
     by_group: dict[int, list[int]] = {}
     for ref in refs:
         by_group.setdefault(ref.group, []).append(ref.comparison)
-    return [_step_group(groups[index], index, refs) for index, refs in by_group.items()]
+    return by_group
 
 
-def _step_group(group: TokenizedGroup, index: int, refs: Sequence[int]) -> StepGroup:
+def step_group(groups: Sequence[TokenizedGroup], index: int, refs: Sequence[int]) -> StepGroup:
+    """One group, cut to the responses that these of its comparisons compare."""
+    group = groups[index]
     comparisons = [group.comparisons[c] for c in refs]
     used = sorted({side for c in comparisons for side in (c.chosen, c.rejected)})
     place = {response: i for i, response in enumerate(used)}
