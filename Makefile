@@ -21,8 +21,8 @@ demo: $(STAMP)  ## train HAF, BT and DPO on a made-up preference world and compa
 test: $(STAMP)  ## every test that needs no network, no GPU and little time
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: $(STAMP)  ## the slow proofs too, and those for a GPU, here on the CPU
-	HAFRM_CUDA_TESTS_ON=$${HAFRM_CUDA_TESTS_ON:-cpu} $(BIN)/python -m pytest -n 2 --dist worksteal
+test-all: $(STAMP)  ## the slow proofs too, and those for a GPU, if need be on the CPU
+	HAFRM_CUDA_TESTS_ON=$${HAFRM_CUDA_TESTS_ON:-any} $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

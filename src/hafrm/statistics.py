@@ -250,14 +250,13 @@ def seeded_sum(
     values = [np.asarray(side, np.float64) for side in sides]
     items = np.sum([side.mean(0) for side in values], axis=0)
     num_clusters = len(items) if clusters is None else len(np.unique(clusters))
-    if num_clusters == 1:  # one prompt says nothing about another
+    if num_clusters < 2:  # one prompt says nothing about another
         mean = float(items.mean())
         return Difference(
             Estimate(mean, math.nan, math.nan, len(items), SEEDS_METHOD, proportion), 1.0
         )
     over_prompts = cluster_standard_error(items, clusters) ** 2
-    if num_clusters > 1:  # from n to n - 1 in the denominator
-        over_prompts *= num_clusters / (num_clusters - 1)
+    over_prompts *= num_clusters / (num_clusters - 1)  # from n to n - 1 in the denominator
     # variance over prompts (of items' means over seeds), plus over each side's seeds (of seeds' means); the
     # interaction of seed and prompt is in both, so the interval is rather too wide
     parts = [(over_prompts, num_clusters - 1)]

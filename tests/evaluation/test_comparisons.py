@@ -35,12 +35,11 @@ def test_margins_follow_indices_and_ties_can_be_left_out() -> None:
     assert sets == {"a": [0], "c": [1], "all": [0, 1]}
 
 
-def test_a_source_with_the_name_of_all_sources_is_refused_if_there_are_others() -> None:
-    everything, other = (group(name, ["x", "y"]) for name in "ab")
-    one = replace(everything, source="all")
-    assert list(Comparisons.of([one]).sets()) == ["all"]
-    with pytest.raises(DataError, match="called all"):
-        Comparisons.of([one, other]).sets()
+def test_a_source_called_all_keeps_its_result_beside_that_of_all_sources() -> None:
+    first, second = (replace(group(name, ["x", "y"]), source=name) for name in ("all", "b"))
+    assert list(Comparisons.of([first]).sets()) == ["all"]
+    sets = {name: where.tolist() for name, where in Comparisons.of([first, second]).sets().items()}
+    assert sets == {"all": [0], "b": [1], "all sources": [0, 1]}
 
 
 def test_comparisons_of_weight_0_count_in_no_metric_of_validation_or_evaluation() -> None:

@@ -118,7 +118,10 @@ def test_the_command_tells_rivals_from_seeds_by_their_names(model, files, tmp_pa
         ((reward, "--also", policy), [reward], [policy]),
         ((f"a={reward}", "--also", f"a={policy}"), [reward, policy], []),
         (
-            (f"a={reward}", *("--also", f"a={policy}", "--also", f"b={policy}", "--also", policy)),
+            (
+                f"a={reward}",
+                *("--also", f"a={policy}", "--also", f"b={policy}", "--also", f"b={policy}"),
+            ),
             *([reward, policy], [policy, policy]),
         ),
     ):
@@ -129,9 +132,10 @@ def test_the_command_tells_rivals_from_seeds_by_their_names(model, files, tmp_pa
         assert (saved["first"], saved["second"]) == ([*map(str, first)], [*map(str, second)])
         assert ("Holm" in result.output) == bool(second)
         assert ("over seeds" in result.output) == (len(first) > 1)
-    several = ["--also", f"b={policy}", "--also", f"c={reward}"]
-    result = CliRunner().invoke(app, ["evaluate", str(reward), *files, *several])
-    assert "several other models (b, c)" in str(result.exception)
+    for other, named in (("c=", "b, c"), ("", "without a name, b")):
+        several = ["--also", f"b={policy}", "--also", f"{other}{reward}"]
+        result = CliRunner().invoke(app, ["evaluate", str(reward), *files, *several])
+        assert f"several rivals ({named})" in str(result.exception)
 
 
 def test_a_run_is_evaluated_at_the_length_that_it_was_trained_at(model, files, tmp_path) -> None:

@@ -60,7 +60,7 @@ def sentences(**parts: object) -> list[str]:
 
 def test_a_good_evaluation_calls_for_nothing_but_another_seed():
     (sentence,) = sentences(evaluation=GOOD)
-    assert sentence.startswith("The intervals are of one seed")
+    assert sentence.startswith("Intervals of one seed")
     assert sentences(evaluation=GOOD, study=NO_STUDY) == []
 
 
@@ -165,4 +165,4 @@ def test_single_seeds_and_ends_of_a_search_are_named():
     inside = replace(tried, method="bt", tried=(*tried.tried, (1e-3, 0.7)))
     study = replace(NO_STUDY, seeds=(0,), learning_rates=(tried, inside))
     rate, seed = sentences(study=study)
-    assert seed.startswith("The intervals are of one seed") and "learning rate of haf is" in rate
+    assert seed.startswith("Intervals of one seed") and "learning rate of haf is" in rate

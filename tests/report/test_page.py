@@ -22,6 +22,7 @@ from hafrm.evaluation.metrics import Evaluation
 from hafrm.recipe_file import build_as
 from hafrm.report import page as page_module
 from hafrm.report.page import render_material, write_report
+from hafrm.report.result_sections import evaluated_sets
 from hafrm.report.run_files import read_material
 from hafrm.results import read_result, write_result
 from hafrm.rlhf.train_policy import train_policy
@@ -286,12 +287,16 @@ def test_what_evaluate_kept_in_the_run_is_shown_in_the_place_of_its_own_test(fol
 
 def test_other_data_of_the_same_name_are_a_test_set_of_their_own(folders, tmp_path):
     """The length baseline stands under its own comparisons."""
-    run = shutil.copytree(folders["haf"], tmp_path / "later")
-    own = read_result(run / "test.json", Evaluation)
+    runs = [shutil.copytree(folders["haf"], tmp_path / name) for name in ("later", "last")]
+    own = read_result(folders["haf"] / "test.json", Evaluation)
     fewer = replace(own.sets[0].accuracy, num=7)
-    write_result(run / "test.json", replace(own, sets=(replace(own.sets[0], accuracy=fewer),)))
-    page = Page(render_material(read_material([folders["haf"], run])))
-    assert f"{own.sets[0].name} of later" in page.words
+    other = replace(own, sets=(replace(own.sets[0], accuracy=fewer),))
+    for run in runs:
+        write_result(run / "test.json", other)
+    sets = evaluated_sets(read_material([folders["haf"], *runs]))
+    name = own.sets[0].name
+    assert [run.name for run, _ in sets[name]] == ["haf"]
+    assert [run.name for run, _ in sets[f"{name} of later"]] == ["later", "last"]
 
 
 def test_a_run_shorter_than_a_logging_interval_is_a_run_all_the_same(folders, tmp_path):

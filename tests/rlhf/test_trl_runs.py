@@ -50,6 +50,8 @@ def test_a_trl_run_cannot_be_resumed_and_says_why(tmp_path):
         train_policy(tiny_rlhf(tmp_path, algorithm=RLOO), tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match=r"responses_per_prompt is 1"):
         tiny_rlhf(tmp_path, algorithm=RLOO, training={"responses_per_prompt": 1})
+    with pytest.raises(ConfigError, match=r"model\.policy_from needs algorithm\.name ppo"):
+        tiny_rlhf(tmp_path, algorithm=RLOO, model={"policy_from": "other"})
 
 
 def test_keys_that_only_ppo_reads_are_known_by_their_descriptions(tmp_path):

@@ -175,15 +175,19 @@ def test_a_response_of_pads_alone_is_read_at_the_prompts_last_token_as_the_class
     folder = shutil.copytree(exported / "reward", tmp_path / "reward")
     rm = RewardModel.from_pretrained(folder)
     rm.model.backbone.config.pad_token_id = rm.encoder.eos_id
-    ids = np.array([5, 6, 7], np.int32), np.array([rm.encoder.eos_id], np.int32)
-    other = np.array([8, rm.encoder.eos_id], np.int32)
-    scores = rm.score_encoded([TokenizedGroup(ids[0], (ids[1], other))])
+    eos = rm.encoder.eos_id
     stock = AutoModelForSequenceClassification.from_pretrained(folder)
-    stock.config.pad_token_id = rm.encoder.eos_id
-    for score, own in zip(scores, (ids[1], other), strict=True):
-        with torch.no_grad():
-            expected = stock(torch.from_numpy(np.concatenate([ids[0], own]))[None].long()).logits
-        assert score == pytest.approx(expected.item(), abs=1e-5)
+    stock.config.pad_token_id = eos
+    responses = tuple(np.array(ids, np.int32) for ids in ([eos], [8, eos], [eos, 9, eos]))
+    for prompt in ([5, 6, 7], [5, 6, eos]):  # a template may close every turn with it
+        ids = np.array(prompt, np.int32)
+        scores = rm.score_encoded([TokenizedGroup(ids, responses)])
+        for score, own in zip(scores, responses, strict=True):
+            with torch.no_grad():
+                expected = stock(torch.from_numpy(np.concatenate([ids, own]))[None].long()).logits
+            assert score == pytest.approx(expected.item(), abs=1e-5)
+    with pytest.raises(DataError, match="nothing but pad"):
+        rm.score_encoded([TokenizedGroup(np.array([5, eos], np.int32), responses)])
 
 
 def test_a_reference_on_the_hub_is_read_at_the_revision_that_training_began_with(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from hafrm.data import store
 from hafrm.data.encoding import Encoder
@@ -29,11 +30,11 @@ from hafrm.recipe_file import build_recipe, load_recipe
 from hafrm.run_folder import RunFolder
 from hafrm.scoring.forward import run_forward
 from hafrm.training import checkpoint, loop, parallel, run_export
-from hafrm.training.methods import resolve_method
+from hafrm.training.methods import get_method, resolve_method
 from hafrm.training.setup import build_encoder, build_model
 from hafrm.training.sharded_start import build_sharded
-from support.models import SHAPES, tiny_hybrid, token_groups
-from support.step_pairs import adamw, pairs
+from support.models import SHAPES, SIZES, hybrid_of, tiny_hybrid, token_groups
+from support.step_pairs import adamw, micro_batches, one_step, pairs
 
 
 def rank() -> int:
@@ -93,6 +94,31 @@ def hosts(_: str) -> None:
     value = torch.arange(3.0) if rank() == 0 else None
     assert parallel.hand_out(value, torch.zeros(3)).tolist() == [0.0, 1.0, 2.0]
     parallel.wait()
+
+
+def towers(_: str) -> None:
+    """DDP's steps are those of one process although an image tower gets no gradient."""
+    sizes = {**SIZES, "head_dim": 8, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=sizes, vision_config=vision, image_token_index=3)
+
+    def train(wrap, own: slice) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = hybrid_of(Gemma3ForConditionalGeneration(config))
+        optimizer, wrapped = adamw(model), wrap(model)
+        for _ in range(2):
+            batches = micro_batches(pairs()[own], 100)
+            assert len(batches) > 1
+            one_step(wrapped, batches, get_method("bt"), optimizer)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    expected = train(lambda model: model, slice(16))
+    ranks = parallel.start()
+    half = slice(8 * ranks.rank, 8 * ranks.rank + 8)
+    found = train(lambda model: parallel.wrap(model, ranks), half)
+    assert torch.allclose(found, expected, atol=1e-4)
+    parallel.stop()
 
 
 def sharded(model: HybridModel, precision: torch.dtype | None = None) -> HybridModel:

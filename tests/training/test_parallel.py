@@ -111,7 +111,7 @@ def test_a_sharded_run_is_resumed_by_one_process_and_by_four(tmp_path):
             assert torch.allclose(TensorFiles(files).read(name), stored.read(name), atol=1e-5), name
 
 
-@pytest.mark.parametrize("check", ["hosts", "sharded_model"])
+@pytest.mark.parametrize("check", ["hosts", "sharded_model", "towers"])
 def test_what_two_ranks_exchange_is_what_one_process_has(tmp_path, check):
     """The checks are functions of parallel_worker."""
     on_ranks(check, tmp_path, str(tmp_path))

@@ -17,6 +17,7 @@ from hafrm.scoring.reward_model import RewardModel, read_implicit_rule
 from hafrm.training import run_export
 from hafrm.training.loop import run_training
 from hafrm.training.run_export import ExportOptions, export_from_run
+from support.models import tiny_hybrid
 from support.tiny_runs import tiny_recipe
 
 LORA = {"rank": 2, "alpha": 8, "targets": ["gate_proj", "up_proj"]}
@@ -37,6 +38,21 @@ def weights(folder):
 
 def best_step(run):
     return json.loads((run / "checkpoints/step-6/state.json").read_text())["best_step"]
+
+
+def test_a_reference_on_the_hub_keeps_the_commit_that_training_began_with(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_export, "reference_place", lambda _: "org/base")
+    monkeypatch.setattr(run_export, "find_adapter", lambda *_: None)
+    monkeypatch.setattr(run_export, "export_policy", lambda *_, **__: None)
+    recipe = tiny_recipe(finished.parent, model={"revision": "step10"})
+    model = tiny_hybrid()
+    for commit, kept in (("c" * 40, "c" * 40), (None, "step10")):
+        model.backbone.config._commit_hash = commit
+        run_export._write_policy(model, None, tmp_path, torch.float32, recipe)
+        rule = read_implicit_rule(tmp_path)
+        assert (rule.reference, rule.revision) == ("org/base", kept)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import NemotronConfig, NemotronForCausalLM
 
 from hafrm.engine.layout import lay_out
 from hafrm.errors import CheckpointError, ConfigError, DataError
@@ -21,8 +22,9 @@ from hafrm.training.setup import (
     meta_model,
     with_precision,
 )
-from support.chat_tokenizers import CHATML
+from support.chat_tokenizers import CHATML, chat_tokenizer
 from support.fake_hub import fake_datasets
+from support.models import GROUPED
 from support.published_rows import PUBLISHED
 from support.recipe_models import tiny_mixtral_config
 from support.tiny_runs import tiny_recipe, write_preferences
@@ -201,6 +203,19 @@ def test_prompts_shared_between_splits_are_an_error_or_left_out_as_the_recipe_sa
     data = {"train": train, "validation": other, "validation_fraction": 0.0}
     prepared = prepare_data(tiny_recipe(tmp_path, data=data | {"shared_prompts": "drop"}))
     assert (len(prepared.train), len(prepared.validation)) == (17, 5)
+
+
+def test_sharing_is_tried_before_there_are_float32_adapters_in_a_bf16_model(tmp_path):
+    """Nemotron's layers give the attention no layout, which a trial must reach."""
+    tokenizer, base = chat_tokenizer(), tmp_path / "nemotron"
+    sizes = {**GROUPED, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    NemotronForCausalLM(NemotronConfig(**sizes)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    sections = {"lora": {"rank": 2, "targets": ["q_proj"]}, "training": {"precision": "bf16"}}
+    recipe = tiny_recipe(tmp_path, model={"path": str(base)}, **sections)
+    encoder = setup.build_encoder(recipe)
+    model = build_model(recipe, get_method("haf"), encoder, torch.device("cpu"))
+    assert not model.sharing
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -230,7 +230,7 @@ class EndpointPolicy:
         return {"policy": self.endpoint.cache_key(self._settings)}
 
     def write(self, prompts: Sequence[Group], num: int, draw_round: DrawRound) -> list[list[Reply]]:
-        """For each prompt `num` replies, or one error; ServerError if all are rejected."""
+        """For each prompt `num` replies, or one error; ServerError if all first prompts are rejected."""
         replies: list[list[Reply]] = [[] for _ in prompts]
         seed, start, num_before = draw_round
         # one by one: some servers reject n > 1, others answer only once for any n
@@ -242,7 +242,7 @@ class EndpointPolicy:
                 refusal = [Reply(error=f"not encodable: {answer.error}")]
                 stripped = replace(answer, text=answer.text.strip())
                 replies[i] = refusal if answer.error is not None else [*replies[i], stripped]
-            if k == start == num_before == 0:
+            if k == start == num_before == 0:  # later ones may be the prompts' fault
                 require_some(answers, self.endpoint.url)
         return replies
 

@@ -59,10 +59,10 @@ def identify(sources: Sequence[str]) -> tuple[Input, ...]:
     """The inputs that paths, folders and hub sets stand for; DataError for one that cannot be read."""
     inputs = []
     for source in [source for item in sources for source in _expand(item)]:
+        if source.startswith("set:"):
+            raise DataError(f"{source} is a set of preferences; score a file, or hub:name:split")
         parsed = parse_source(source)
         place = parsed.location
-        if parsed.named:
-            raise DataError(f"{source} is a set of preferences; score a file, or hub:name:split")
         num_rows = sum(1 for _ in iter_rows(parsed))  # reads all of it: a damaged file stops here
         digest = place if place.startswith("hub:") else fingerprint(Path(place))
         inputs.append(Input(source, parsed.name, num_rows, digest))
@@ -180,7 +180,7 @@ def _score_columns(
 ) -> dict[str, Any]:
     """The columns that a row gets, by its shape as the reader sees it; null if it has no score."""
     columns = {name for name, value in row.items() if value is not None}
-    is_list = not columns & {"chosen", "rejected"} and columns & {"responses"}
+    is_list = not columns & {"chosen", "rejected"} and "responses" in columns
     result: dict[str, Any] = {}
     for output in outputs:
         names = _column_names(columns, output)

@@ -67,10 +67,10 @@ def evaluate_command(  # noqa: PLR0913 - the verb and its options
         elif also:
             seeds = [path, *(p for other, p in others if other and other == name)]
             rivals = [p for other, p in others if not (other and other == name)]
-            if len(methods := {other for other, _ in others if other} - {name}) > 1:
+            if len(names := sorted({other for other, _ in others} - {name or None})) > 1:
                 raise ConfigError(
-                    f"--also names several other models ({', '.join(sorted(methods))}): compare MODEL with "
-                    "one of them at a time; several paths of one NAME are its seeds"
+                    f"--also gives several rivals ({', '.join(n or 'without a name' for n in names)}): "
+                    "compare MODEL with one at a time; several paths of one NAME are its seeds"
                 )
             result = compare_models(seeds, rivals, sources, **run)
         else:

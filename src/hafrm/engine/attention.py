@@ -55,7 +55,11 @@ class Rule:
 
 
 class CannotShareError(ModelError):
-    """The layers of this model cannot share prompts."""
+    """The layers of a model cannot share prompts, for this reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"cannot share prompts: {reason}; set training.sharing: off")
+        self.reason = reason
 
 
 def shared_prefix_attention(  # noqa: PLR0913 - the signature is transformers'

@@ -102,7 +102,7 @@ class HybridModel(nn.Module):
     def share(self, sharing: bool) -> None:
         """Lay prompts out once (True) or once per response (False)."""
         if sharing and (obstacle := sharing_obstacle(self.backbone)):
-            raise ModelError(f"cannot share prompts: {obstacle}; set training.sharing: off")
+            raise CannotShareError(obstacle)
         stock = str(getattr(self.backbone, _STOCK_ATTENTION))
         self.backbone.set_attn_implementation(SHARED_PREFIX if sharing else stock)
         self.sharing = sharing
@@ -314,9 +314,9 @@ def _obstacle_by_trial(backbone: PreTrainedModel) -> str | None:
     try:
         backbone(**_shared_inputs(layout))
     except CannotShareError as error:
-        return str(error)
+        return error.reason
     except Exception as error:  # noqa: BLE001 - such as experts that cannot run without weights
-        log.debug("prompts may be shareable: %s", error)
+        log.info("shared prompts were not tried: %s", error)
     finally:
         backbone.set_attn_implementation(stock)
         backbone.train(training)

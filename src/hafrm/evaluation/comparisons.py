@@ -85,11 +85,10 @@ class Comparisons:
         return {n: np.flatnonzero(sources == n) for n in dict.fromkeys(sources.tolist())}
 
     def sets(self) -> dict[str, Indices]:
-        """The same, and "all" if there are several sources; DataError if one of these has that name."""
+        """The same, and last all of them as "all" (or "all sources", if one of them is called all)."""
         sources = self.by_source()
-        if len(sources) > 1 and "all" in sources:
-            raise DataError("a source is called all, as is the result of all sources: rename it")
-        return sources | ({"all": np.arange(len(self))} if len(sources) > 1 else {})
+        name = "all sources" if "all" in sources else "all"
+        return sources | ({name: np.arange(len(self))} if len(sources) > 1 else {})
 
     def margins(self, scores: Float[np.ndarray, " responses"]) -> Margins:
         """score(chosen) - score(rejected) in float64, from one score for each response of all groups.
@@ -258,9 +257,8 @@ def accuracy_over_seeds(
 
 
 def adjusted(sets: Sequence[SetComparison]) -> tuple[SetComparison, ...]:
-    """The sets with Holm's p-values over the sources; "all" is their union and not another test."""
-    # a source may be called "all"; then it is the only one
-    tested = [s for s in sets if s.difference and (s.name != "all" or len(sets) == 1)]
+    """The sets with Holm's p-values over the sources; the last of several is their union, no other test."""
+    tested = [s for s in sets[: max(1, len(sets) - 1)] if s.difference]
     p_values = holm(np.array([s.difference.p_value for s in tested if s.difference])).tolist()
     by_name = dict(zip([s.name for s in tested], p_values, strict=True))
     return tuple(replace(s, p_adjusted=by_name.get(s.name)) for s in sets)

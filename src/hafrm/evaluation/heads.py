@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hafrm.data.encoding import EncodingReport
 from hafrm.data.reader import Source, file_digests, parse_sources
 from hafrm.engine.model import longest_sequence
-from hafrm.errors import ConfigError
+from hafrm.errors import ConfigError, DataError
 from hafrm.evaluation.comparisons import (
     Comparisons,
     Data,
@@ -162,24 +162,23 @@ def evaluate(  # noqa: PLR0913 - every way to say what is measured
 def training_data(heads: Heads, data: Data) -> tuple[str, ...]:
     """Files that the heads' run was trained on, even if renamed; logs a warning for each."""
     run = (heads.reward or heads.policy or Path()).parent.parent
+    given = [data] if isinstance(data, str | Path) else data
     try:
         recipe = load_recipe(run / "recipe.yaml")
         digests = json.loads((run / "provenance.json").read_bytes())["sessions"][-1]["data"]
-    except (ConfigError, OSError):  # no run
+        trained = [source for entry in recipe.data.train for source in parse_sources(entry)]
+    except (ConfigError, DataError, OSError):  # no run, or one whose data are gone
         return ()
-    given = [data] if isinstance(data, str | Path) else data
-    trained, tested = (
-        [source for entry in entries for source in parse_sources(entry) if source.path]
-        for entries in (recipe.data.train, [s for s in given if isinstance(s, str | Path)])
-    )
-    now = file_digests(str(source.path) for source in tested)
-    files = []
-    for source in tested:
-        digest = now.get(str(Path(str(source.path))))
-        same = [s for s in trained if digest and digests.get(str(Path(str(s.path)))) == digest]
-        if any(_overlap(source, other) for other in same) and source.path not in files:
-            files.append(str(source.path))
-            log.warning("%s was trained on: its accuracy says little about other data", source.path)
+    files = dict[str, None]()
+    for entry in (entry for entry in given if isinstance(entry, str | Path)):
+        for source in parse_sources(entry):
+            path = str(Path(source.path or ""))
+            digest = file_digests([path]).get(path)
+            same = (s for s in trained if digest and digests.get(str(Path(s.path or ""))) == digest)
+            if any(_overlap(source, other) for other in same):
+                files[str(source.path)] = None
+    for path in files:
+        log.warning("%s was trained on: its accuracy says little about other data", path)
     return tuple(files)
 
 

@@ -34,7 +34,7 @@ def cautions(material: Material) -> Iterator[str]:
     studies = [folder.study for folder in material.folders if folder.study is not None]
     has_one = any(len(study.seeds) == 1 for study in studies)
     if has_one or (not studies and any(folder.evaluation for folder in material.folders)):
-        yield "The intervals are of one seed each: they leave out the variation between seeds."
+        yield "Intervals of one seed leave out the variation between seeds."
 
 
 def _of_evaluation(name: str, evaluation: Evaluation, *, with_length: bool) -> Iterator[str]:

@@ -25,13 +25,13 @@ def evaluated_sets(material: Material) -> dict[str, list[tuple[RunFiles, SetResu
     same name get a row of their own, recognised by how many they are and by their lengths."""
     pairs = [(run, s) for run in material.folders if run.evaluation for s in run.evaluation.sets]
     names = short_sources(list(dict.fromkeys(s.name for _, s in pairs)))
-    result: dict[str, list[tuple[RunFiles, SetResult]]] = {name: [] for name in names.values()}
+    result: dict[str, list[tuple[RunFiles, SetResult]]] = {}
+    titles: dict[tuple[str, int, str], str] = {}
     for run, measured in pairs:
         name = names[measured.name]
-        firsts = [(s.accuracy.num, str(s.length.pick_longer)) for _, s in result[name][:1]]
-        if firsts not in ([], [(measured.accuracy.num, str(measured.length.pick_longer))]):
-            name = f"{name} of {run.name}"
-        result.setdefault(name, []).append((run, measured))
+        data = name, measured.accuracy.num, str(measured.length.pick_longer)
+        title = titles.setdefault(data, f"{name} of {run.name}" if name in result else name)
+        result.setdefault(title, []).append((run, measured))
     return result
 
 

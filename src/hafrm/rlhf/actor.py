@@ -158,10 +158,10 @@ class Actor:
                 f"takes {positions}"
             )
         backbone, head = split_causal_lm(causal)
+        sharing = share and sharing_obstacle(backbone) is None  # tried before there are adapters
         if lora is not None:
             causal.requires_grad_(False)
             inject_lora(lora, backbone, under_autocast=bf16)
-        sharing = share and sharing_obstacle(backbone) is None
         model = HybridModel(backbone, policy_head=head, sharing=sharing)
         budget, adapters = recipe.training.max_tokens, lora is not None
         autocast = torch.bfloat16 if bf16 else None

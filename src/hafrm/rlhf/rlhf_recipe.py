@@ -188,11 +188,8 @@ class RlhfRecipe(Section):
         comparison = self.comparison
         if size % per_prompt:
             yield f"training.batch_size {size} is no multiple of training.responses_per_prompt {per_prompt}"
-        if name != "ppo" and per_prompt < 2:
-            yield (
-                f"training.responses_per_prompt is {per_prompt}, but {name} compares the responses to a "
-                "prompt: set it to 2 or more (TRL's default: 8 for grpo)"
-            )
+        if name != "ppo":
+            yield from self._problems_of_trl()
         if self.reward.implicit_weight and name != "grpo":
             yield f"reward.implicit_weight needs algorithm.name grpo: {name} learns from one reward alone"
         if name == "ppo" and mini_batches > max(1, size // per_prompt):
@@ -209,6 +206,16 @@ class RlhfRecipe(Section):
             yield "settings of `judge` need comparison.judge, its URL"
         if self.reward.model is None and comparison is None:
             yield "reward.model is missing: name one (or comparison.models, to compare several)"
+
+    def _problems_of_trl(self) -> Iterator[str]:
+        name, per_prompt = self.algorithm.name, self.training.responses_per_prompt
+        if per_prompt < 2:
+            yield (
+                f"training.responses_per_prompt is {per_prompt}, but {name} compares the responses to a "
+                "prompt: set it to 2 or more (TRL's default: 8 for grpo)"
+            )
+        if self.model.policy_from:
+            yield "model.policy_from needs algorithm.name ppo: TRL cannot load such a reference"
 
     @property
     def ppo_keys(self) -> list[str]:

@@ -173,15 +173,15 @@ class RlhfRun:
         self._since = time.perf_counter()
 
     def _scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts that every reward model's template accepts, up to max_bad_fraction fewer: one that is
-        refused later would end the run in its batch."""
-        groups = [Group(p.id, p.messages, ("x",), ()) for p in prompts]
-        refused = set[int]()
+        """The prompts that every reward model's template accepts; each may refuse max_bad_fraction of them.
+        One that is refused later would end the run in its batch."""
         for scorer in filter(None, (self.reward_model, self.independent)):
+            source = f"the prompts, read by {scorer.encoder.tokenizer.name_or_path}"
+            groups = [Group(p.id, p.messages, ("x",), (), source=source) for p in prompts]
             report = scorer.encoder.encode(groups)[1]
             report.check(groups, self.recipe.data.max_bad_fraction)
-            refused |= report.refused.keys()
-        return [prompt for i, prompt in enumerate(prompts) if i not in refused]
+            prompts = [prompt for i, prompt in enumerate(prompts) if i not in report.refused]
+        return [*prompts]
 
     def reward(self, prompts: Sequence[Any], texts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
         """The reward of every response of a batch; adds the number of cut texts to the result."""

@@ -69,7 +69,7 @@ def run_trl(rlhf: RlhfRun) -> RlhfResult:
 
 def start_reference(reference: nn.Module, policy: nn.Module) -> None:
     """Give TRL's reference the start policy's weights. TRL loads it from the path in the config, which says
-    nothing of adapters merged into the start, of its revision, or of where its LM head came from."""
+    nothing of adapters that were merged into the start, nor of its revision."""
     start = policy.state_dict()  # adapters are still zero
     named = {n.replace(".base_layer.", "."): v for n, v in start.items() if ".lora_" not in n}
     reference.load_state_dict(named)

@@ -141,7 +141,10 @@ AUTO = Placement()
 
 
 def choose_dtype(
-    path: str | Path, dtype: torch.dtype | str, device: str | torch.device | None
+    path: str | Path,
+    dtype: torch.dtype | str,
+    device: str | torch.device | None,
+    revision: str | None = None,
 ) -> torch.dtype:
     """The dtype to load weights in: `auto` is the checkpoint's on a GPU, which is logged, else float32."""
     named = "auto" if isinstance(dtype, torch.dtype) else dtype
@@ -152,7 +155,7 @@ def choose_dtype(
         return cast("torch.dtype", getattr(torch, dtype))
     kind = torch.device(device or default_device()).type
     # on a CPU half precision is neither faster nor more accurate
-    stored = torch.float32 if kind == "cpu" else load_config(path).dtype
+    stored = torch.float32 if kind == "cpu" else load_config(path, revision).dtype
     for half in (torch.float16, torch.bfloat16):
         if stored == half and (half == torch.float16 or has_bfloat16(kind)):
             log.info("%s runs in %s, as it is stored (otherwise: --dtype float32)", path, half)
@@ -231,7 +234,7 @@ def load_causal_lm(
     revision: str | None = None,
 ) -> PreTrainedModel:
     """A stock `...ForCausalLM` for generation; ModelError for anything else."""
-    dtype = choose_dtype(path, dtype, device)
+    dtype = choose_dtype(path, dtype, device, revision)
     loaded = load_whole(AutoModelForCausalLM, path, dtype, device, revision=revision)
     return cast("PreTrainedModel", loaded)
 

@@ -287,11 +287,17 @@ def _without_trailing_pad(group: TokenizedGroup, pad: int | None) -> TokenizedGr
         ids[: np.flatnonzero(np.append(-1, ids) != pad)[-1]] for ids in group.response_ids
     )
     prompt = group.prompt_ids
-    if any(len(ids) == 0 for ids in shorter) and len(prompt) > 1:
-        # then the prompt's last token is read, which we lay out with the responses
-        prompt, last = np.split(prompt, [-1])
-        shorter = tuple(np.concatenate([last, ids]) for ids in shorter)
-    return replace(group, prompt_ids=prompt, response_ids=shorter)
+    if all(len(ids) for ids in shorter):
+        return replace(group, response_ids=shorter)
+    # then the prompt's last token that is not pad is read, which we lay out with the responses
+    last = int(np.flatnonzero(np.append(-1, prompt) != pad)[-1]) - 1
+    if last < 1:
+        raise DataError(f"group {group.id!r} is nothing but pad tokens and one other")
+    moved = tuple(
+        np.concatenate([prompt[last:], ids]) if len(ids) else prompt[last : last + 1]
+        for ids in shorter
+    )
+    return replace(group, prompt_ids=prompt[:last], response_ids=moved)
 
 
 def _as_list(values: Any, what: str) -> list[Any]:

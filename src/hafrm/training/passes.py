@@ -98,7 +98,7 @@ def reference_logps(
     # no part is kept: the groups may be on disk
     parts = [slice(*ends) for ends in pairwise([*starts, len(groups)])]
     first = first_responses(groups)
-    counts = np.diff(first, append=counts_of(groups, "responses").sum())
+    counts = counts_of(groups, "responses")
 
     def read_cache() -> list[tuple[Path | None, NDArray[np.float32] | None]]:
         weights, cached = reference_weights(model, path), []

@@ -86,8 +86,9 @@ def _read_and_encode(
     report.check(to_train, recipe.data.max_bad_fraction, bad_rows_file)
     held_out_report.check(held_out, recipe.data.max_bad_fraction, bad_rows_file)
     good = (group for i, group in enumerate(held_out) if i not in held_out_report.refused)
-    for name, groups in (("data.train", train), ("data.validation", validation)):
-        if not len(groups):
+    parts = ("data.train", train, report), ("data.validation", validation, held_out_report)
+    for name, groups, own in parts:
+        if not len(groups) and own.dropped:
             limit = f"data.max_length {recipe.data.max_length}"
             raise DataError(
                 f"{name}: all groups are longer than {limit}: raise it, or too_long: cut"

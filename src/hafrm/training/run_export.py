@@ -136,8 +136,8 @@ def _write_policy(
         )
     if recipe.model.quantization and method.scores_against_reference:
         log.warning("the policy's implicit reward will be against its base as it is, not in 4 bits")
-    form = method.beta, method.scores_per_token, method.reads_logits
-    rule = ImplicitRule(reference, *form, revision)
+    per_token, logits = method.scores_per_token, method.reads_logits
+    rule = ImplicitRule(reference, method.beta, per_token, logits, revision)
     write_result(to / IMPLICIT_RULE, rule)
 
 

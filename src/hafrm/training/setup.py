@@ -161,6 +161,8 @@ def assemble(
 ) -> HybridModel:
     """The recipe's HybridModel around a loaded base model, or around one on the meta device."""
     lora, training = recipe.lora, recipe.training
+    # tried before there are float32 adapters, which need autocast
+    sharing = training.sharing == "auto" and sharing_obstacle(backbone) is None
     if lora is not None:
         backbone.requires_grad_(False)
         policy_head.requires_grad_(False)
@@ -173,7 +175,7 @@ def assemble(
         backbone,
         reward_head=head,
         policy_head=policy_head if method.trains_policy else None,
-        sharing=training.sharing == "auto" and sharing_obstacle(backbone) is None,
+        sharing=sharing,
     )
     model.transform = replace(model.transform, normalised=not method.reads_logits)
     if training.gradient_checkpointing:
