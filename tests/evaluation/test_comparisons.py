@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hafrm.errors import DataError, NumericsError
+from hafrm.errors import DataError
 from hafrm.evaluation.comparisons import Comparisons, read_comparisons
 from hafrm.preferences import Comparison, Group, Message, TokenizedGroup
 from hafrm.training.passes import decided_margins
@@ -63,14 +63,6 @@ def test_float32_scores_are_subtracted_in_float64() -> None:
     margins = Comparisons.of([group("a", ["x", "y"])]).margins(np.array([0.5, 1e8], np.float32))
     assert margins.dtype == np.float64
     assert margins.tolist() == [99_999_999.5]
-
-
-def test_margins_that_are_not_finite_are_an_error_that_names_a_group() -> None:
-    comparisons = Comparisons.of([group("g0", ["a", "b"]), group("g1", ["c", "d"])])
-    with pytest.raises(NumericsError, match=r"1 of 2 margins .* group 'g1'"):
-        comparisons.margins(np.array([1.0, 2.0, np.nan, 0.0]))
-    with pytest.raises(NumericsError, match="2 of 2"):
-        comparisons.margins(np.array([np.inf, np.inf, -np.inf, 0.0]))
 
 
 def test_data_is_a_file_several_or_a_list_of_rows(tmp_path) -> None:

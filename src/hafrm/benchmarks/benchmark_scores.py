@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hafrm.benchmarks.definitions import Benchmark
 from hafrm.benchmarks.rules import CandidateScores, Item
-from hafrm.errors import DataError, NumericsError
+from hafrm.errors import DataError
 from hafrm.results import Cell, Column, Table
 from hafrm.statistics import SEED, Estimate, accuracy_interval, resample_counts, wilson
 
@@ -101,17 +101,8 @@ class Term:
 def score_benchmark(
     benchmark: Benchmark, items: Sequence[Item], scores: Sequence[CandidateScores]
 ) -> BenchmarkScore:
-    """The published numbers from one array of scores for each item.
-
-    Raises NumericsError for a score that is not finite, DataError for a subset that the benchmark does not
-    have, and for one of its subsets without rows.
-    """
-    broken = [item.id for item, s in zip(items, scores, strict=True) if not np.isfinite(s).all()]
-    if broken:
-        raise NumericsError(
-            f"{len(broken)} of {len(items)} items have a score that is not finite, such as "
-            f"{', '.join(broken[:3])}; check the model's weights, or run it in float32"
-        )
+    """The published numbers from one array of finite scores for each item; DataError for a subset that the
+    benchmark does not have, and for one of its subsets without rows."""
     verdicts = list(benchmark.rule(items, scores))
     names = dict.fromkeys(term for weights in benchmark.sections.values() for term in weights)
     unknown = {v.term for v in verdicts} - names.keys()

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from hafrm.data.files import show
 from hafrm.data.reader import PreferenceData, read_preferences
-from hafrm.errors import DataError, NumericsError
+from hafrm.errors import DataError
 from hafrm.preferences import Comparison, Group, prompt_key
 from hafrm.results import Cell, Table, columns
 from hafrm.statistics import (
@@ -91,26 +91,14 @@ class Comparisons:
         return sources | ({name: np.arange(len(self))} if len(sources) > 1 else {})
 
     def margins(self, scores: Float[np.ndarray, " responses"]) -> Margins:
-        """score(chosen) - score(rejected) in float64, from one score for each response of all groups.
-
-        Raises NumericsError for a margin that is not finite, which would silently count as wrong.
-        """
+        """score(chosen) - score(rejected) in float64, from a finite score for each response."""
         first = response_offsets(self.groups)
         assert len(scores) == first[-1], "one score for each response of each group"
         # float32 would round the difference of two large scores
         start, exact = first[self.owner], scores.astype(np.float64)
         chosen = start + np.array([pair.chosen for pair in self.pairs], int)
         rejected = start + np.array([pair.rejected for pair in self.pairs], int)
-        with np.errstate(invalid="ignore"):  # inf - inf, which is reported below
-            margins = exact[chosen] - exact[rejected]
-        broken = np.flatnonzero(~np.isfinite(margins))
-        if len(broken):
-            group = self.groups[self.owner[broken[0]]].id
-            raise NumericsError(
-                f"{len(broken)} of {len(margins)} margins are not finite (first: a comparison of group "
-                f"{group!r}); check the model's weights, or run it in float32"
-            )
-        return np.asarray(margins, np.float64)
+        return np.asarray(exact[chosen] - exact[rejected], np.float64)
 
     @cached_property
     def ties(self) -> Bool[np.ndarray, " comparisons"]:
