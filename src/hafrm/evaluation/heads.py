@@ -169,14 +169,15 @@ def training_data(heads: Heads, data: Data) -> tuple[str, ...]:
         trained = [source for entry in recipe.data.train for source in parse_sources(entry)]
     except (ConfigError, DataError, OSError):  # no run, or one whose data are gone
         return ()
+    paths = [entry for entry in given if isinstance(entry, str | Path)]
+    tested = [source for entry in paths for source in parse_sources(entry)]
+    now = file_digests(s.path for s in tested if s.path)
     files = dict[str, None]()
-    for entry in (entry for entry in given if isinstance(entry, str | Path)):
-        for source in parse_sources(entry):
-            path = str(Path(source.path or ""))
-            digest = file_digests([path]).get(path)
-            same = (s for s in trained if digest and digests.get(str(Path(s.path or ""))) == digest)
-            if any(_overlap(source, other) for other in same):
-                files[str(source.path)] = None
+    for source in tested:
+        digest = now.get(str(Path(source.path or "")))
+        same = (s for s in trained if digest and digests.get(str(Path(s.path or ""))) == digest)
+        if any(_overlap(source, other) for other in same):
+            files[str(source.path)] = None
     for path in files:
         log.warning("%s was trained on: its accuracy says little about other data", path)
     return tuple(files)

@@ -111,17 +111,20 @@ def run_forward(  # noqa: PLR0913
         # the other parts have made about the same progress
         on_progress(min(num_done * part[1], len(lengths) - 1), len(lengths))
     on_progress(len(lengths), len(lengths))
-    tokens = [np.empty(0, np.float32), *(tokens[i] for i in copy_of)]  # there may be no response
     scores = Scores(
         rewards=None if model.reward_head is None else rewards[copy_of],
         logps=None if model.policy_head is None else logps[copy_of],
         lengths=lengths,
         first=first_responses(groups),
-        token_logps=np.concatenate(tokens) if per_token else None,
+        token_logps=_concatenate([tokens[i] for i in copy_of]) if per_token else None,
     )
     if part == (0, 1):
         check_finite(scores)
     return scores
+
+
+def _concatenate(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([np.empty(0, np.float32), *parts])  # there may be none
 
 
 def _drop_copies(

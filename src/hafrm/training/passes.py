@@ -139,9 +139,9 @@ def references_of(
     groups, only responses in `refs`, the comparisons that the run reaches."""
     by_group = [*comparisons_by_group(refs).items()]
     used: Sequence[StepGroup] = Lazy(lambda i: step_group(train, *by_group[i]), len(by_group))
-    tokens: Sequence[TokenizedGroup] = Lazy(lambda i: used[i].tokens, len(used))
     if not isinstance(train, Lazy):
-        used, tokens = list(used), list(tokens)
+        used = [*used]
+    tokens: Sequence[TokenizedGroup] = Lazy(lambda i: used[i].tokens, len(used))
     groups = join([tokens, validation])
     log.info("reference log-probs of %d responses", counts_of(groups, "responses").sum())
     both = reference_logps(model, groups, **options)

@@ -120,7 +120,7 @@ def build_model(
     """The backbone with the heads that the method trains, and LoRA if the recipe asks for it."""
     causal = load_base(recipe.model, starting_dtype(recipe), device, policy=method.trains_policy)
     backbone, policy_head = split_causal_lm(causal)
-    check_fits(backbone.config, encoder, recipe)
+    check_vocabulary(backbone.config, encoder)
     model = assemble(backbone, policy_head, recipe, method)
     start_reward_head(model, recipe, method)
     if recipe.training.compile:
@@ -233,9 +233,8 @@ def check_length(config: PretrainedConfig, recipe: Recipe) -> None:
         )
 
 
-def check_fits(config: PretrainedConfig, encoder: Encoder, recipe: Recipe) -> None:
-    """Raise if the model takes fewer than data.max_length tokens, or lacks embeddings for some token."""
-    check_length(config, recipe)
+def check_vocabulary(config: PretrainedConfig, encoder: Encoder) -> None:
+    """Raise if the model lacks embeddings for some token."""
     vocab_size = config.get_text_config().vocab_size
     if len(encoder.tokenizer) > vocab_size:
         raise ModelError(

@@ -33,7 +33,7 @@ from hafrm.training.methods import Method
 from hafrm.training.setup import (
     assemble,
     build_model,
-    check_fits,
+    check_vocabulary,
     start_reward_head,
     starting_dtype,
 )
@@ -56,7 +56,7 @@ def build_sharded(
     """The model of `build_model`, sharded over the ranks; all ranks call this, and raise what it raises."""
     section, training = recipe.model, recipe.training
     config = load_config(base_directory(section.path), section.revision)
-    check_fits(config, encoder, recipe)
+    check_vocabulary(config, encoder)
     with init_empty_weights(include_buffers=False):
         causal = AutoModelForCausalLM.from_config(
             config, dtype=starting_dtype(recipe), trust_remote_code=False
