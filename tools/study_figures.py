@@ -12,7 +12,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLOCKS = {"ethics-1k": "ETHICS, 960 pairs", "ethics-4k": "ETHICS, 3,840 pairs"}
+BLOCKS = {
+    "ethics-1k": "ETHICS, 960 pairs",
+    "helpful-1k": "hh-helpful, 960 pairs",
+    "ethics-4k": "ETHICS, 3,840 pairs",
+}
 EQUAL_TO_ITS_REWARD_HEAD = "grm-sft (fused)"
 MECHANISM = ("bt", "haf", "normbt", "bsr")
 SETTINGS: dict[Any, Any] = {
