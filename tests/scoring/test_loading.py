@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,28 @@ def test_a_local_path_that_does_not_exist_is_refused_without_asking_the_hub(
     for read in (load_config, load_any_tokenizer):
         with pytest.raises(ModelError, match="does not exist"):
             read(name)
+
+
+def test_without_a_network_an_unknown_hub_id_is_refused_at_once_and_a_cached_one_is_read(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("hafrm.scoring.model_files.getproxies", dict)
+    monkeypatch.setattr("hafrm.scoring.model_files.find_adapter", lambda *_: None)
+    cached = transformers.PretrainedConfig()
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: cached)
+
+    def getaddrinfo(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    with pytest.raises(
+        ModelError, match=r"owner/name is not a directory here .* cannot be reached"
+    ):
+        load_config("owner/name")
+    (tmp_path / "models--owner--name").mkdir()
+    assert load_config("owner/name") is cached
 
 
 def test_a_folder_without_config_says_what_it_is(tmp_path):

@@ -9,12 +9,17 @@ import contextlib
 import json
 import logging
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -83,6 +88,24 @@ def _check_place(path: str | Path, *files: str) -> None:
         place.parent.is_dir() and place.parent != Path()
     ):
         raise ModelError(f"{path} does not exist; give the directory of a model, or a hub id")
+    else:
+        _check_hub(name)
+
+
+def _check_hub(name: str) -> None:
+    """Raise ModelError for a model that is not in the cache if the hub's host has no address, as without a
+    network: the hub's own client tries again for more than a minute."""
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    if constants.HF_HUB_OFFLINE or cached.is_dir() or getproxies():
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ModelError(
+            f"{name} is not a directory here and not in the cache of hub models, and {host} cannot be "
+            f"reached ({error}): check the path, or the network"
+        ) from error
 
 
 def _check_shards(directory: Path) -> None:
