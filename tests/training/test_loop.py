@@ -323,6 +323,15 @@ def test_a_process_killed_and_then_stopped_is_resumed_to_the_same_bits(
     assert_same_run(tmp_path / "whole", run)
 
 
+def test_only_the_first_rank_of_a_node_announces_that_a_signal_stops_the_run(monkeypatch, capfd):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    stop = parallel.StopSignal()
+    with stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.received == "SIGTERM"
+    assert capfd.readouterr().err == ""
+
+
 def test_a_signal_is_remembered_where_nobody_reads_what_is_said(monkeypatch):
     """`hafrm train ... | tee log`: ctrl-C ends tee first."""
 

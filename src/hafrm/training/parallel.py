@@ -332,6 +332,8 @@ class StopSignal:
     def _remember(self, number: int, _: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, self._before[number])
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # a launcher passes the signal to all ranks: one line for each node
         said = (
             "will stop and save after this step, and its validation if one is due; again: stops now"
         )
