@@ -19,6 +19,7 @@ BLOCKS = {
 }
 EQUAL_TO_ITS_REWARD_HEAD = "grm-sft (fused)"
 MECHANISM = ("bt", "haf", "normbt", "bsr")
+STATES = ("effective_rank", "norm_spread")
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "hafrm",  # the same drawing has the same ids
     "svg.fonttype": "none",
@@ -98,22 +99,30 @@ def dots(
 
 
 def draw_mechanism(folder: Path, file: Path) -> None:
-    """Effective rank and norm spread of each method's rewarded states over its steps (validation part)."""
+    """Effective rank and norm spread of the rewarded states (validation part) over the steps of every run
+    METHOD-SEED; and print both at step 20 and at the end, and the accuracies on training and test pairs."""
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    for method in MECHANISM:
-        metrics = folder / f"{method}-0" / "metrics.jsonl"
-        if not metrics.is_file():
-            continue
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        shown = [line for line in lines if "effective_rank" in line]
-        for axes, key in zip(panels, ("effective_rank", "norm_spread"), strict=True):
-            axes.plot(
-                [line["step"] for line in shown],
-                [line[key] for line in shown],
-                "o-",
-                label=method,
-                markersize=3,
+    for color, method in enumerate(MECHANISM):
+        for i, run in enumerate(sorted(folder.glob(f"{method}-[0-9]"))):
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            shown = {line["step"]: line for line in lines if "effective_rank" in line}
+            for axes, key in zip(panels, STATES, strict=True):
+                axes.plot(
+                    [*shown],
+                    [line[key] for line in shown.values()],
+                    "o-",
+                    color=f"C{color}",
+                    label=method if i == 0 else None,
+                    linewidth=1,
+                    markersize=2,
+                )
+            sets = json.loads((run / "evaluation.json").read_text())["sets"]
+            train, test = (100 * tested["accuracy"]["value"] for tested in sets[:2])
+            states = [shown[step][key] for key in STATES for step in (20, max(shown))]
+            print(
+                f"{run.name}: rank {states[0]:.1f}, {states[1]:.1f}; norm spread {states[2]:.4f}, "
+                f"{states[3]:.4f}; training pairs {train:.1f} %, test {test:.1f} %, gap {train - test:.1f}"
             )
     for axes, title in zip(
         panels, ("effective rank", "standard deviation of the norms / their mean"), strict=True
