@@ -48,9 +48,9 @@ def main(folder: Path) -> None:
 
 
 def curves(scores: list[dict[str, list[float]]], name: str) -> np.ndarray:
-    """The gold score of a model's best of each of SIZES, for every prompt."""
+    """The gold score of a model's best of each of SIZES, for every prompt, all with as many candidates."""
     rows = [expected_picks(np.array(s[name]), np.array(s["gold"])) for s in scores]
-    return np.array([[row[min(n, len(row)) - 1] for n in SIZES] for row in rows])
+    return np.array(rows)[:, np.array(SIZES) - 1]
 
 
 if __name__ == "__main__":
