@@ -16,6 +16,7 @@ BLOCKS = {
     "ethics-1k": "ETHICS, 960 pairs",
     "helpful-1k": "hh-helpful, 960 pairs",
     "ethics-4k": "ETHICS, 3,840 pairs",
+    "harmless-1k": "hh-harmless, 960 pairs",
 }
 EQUAL_TO_ITS_REWARD_HEAD = "grm-sft (fused)"
 MECHANISM = ("bt", "haf", "normbt", "bsr")
@@ -52,7 +53,7 @@ def draw_differences(results: Path, file: Path) -> None:
             if row["first"] != EQUAL_TO_ITS_REWARD_HEAD
         )
     )
-    figure = Figure(figsize=(7.2, 0.4 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.6 + 0.42 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, kind, title in zip(
         panels, ("in domain", "held out"), ("in domain", "mean out of domain"), strict=True
@@ -76,7 +77,7 @@ def draw_differences(results: Path, file: Path) -> None:
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].invert_yaxis()
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
     )
     figure.savefig(file, metadata={"Date": None})
 
