@@ -40,6 +40,8 @@ def main(folders: list[Path]) -> None:
                 [answers(b, scorer, kind) for b in blocks] for scorer in (first, second)
             )
             print_differences(f"{kind}, {first} minus {second}", ours, theirs)
+        longest = seeded_sum(*pooled([answers(b, LONGEST, kind) for b in blocks]))
+        print(f"{kind}, {LONGEST}: {longest.estimate}")
     easier = [{key: value for key, value in b.items() if "hard" not in key[2]} for b in blocks]
     ours, theirs = ([answers(b, scorer, KINDS[1]) for b in easier] for scorer in ("haf", "bt"))
     print_differences(f"{KINDS[1]} without ethics-hard, haf minus bt", ours, theirs)

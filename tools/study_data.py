@@ -2,7 +2,7 @@
 
     python tools/study_data.py SOURCES OUT
 
-SOURCES holds the files that `SETS` and `HELD_OUT` name (docs/evidence.md says where each comes from).
+SOURCES holds FILE.jsonl.gz for every file that `SETS` and `HELD_OUT` name (the sets of docs/evidence.md).
 A set that is trained on becomes OUT/train/NAME.jsonl, OUT/validation/NAME.jsonl and OUT/test/NAME.jsonl,
 which share no prompt; a set that is only tested on becomes OUT/test/NAME.jsonl. OUT/flipped-20 and
 OUT/flipped-40 hold NOISY's training part with as many per cent of its labels turned around. The same files
